@@ -1,0 +1,273 @@
+"""The model's shape: one frozen `ModelConfig`, read from either spelling of `config.json`.
+
+Field names are the reference architecture's (`emb_dim`, `n_kv_groups`, ...). HuggingFace's names
+(`hidden_size`, `num_key_value_heads`, ...) are translated on the way in, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qwen3_dist.errors import CheckpointError, ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+# HuggingFace's key -> ours. Where two spellings exist the later transformers one comes second.
+_HF_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "emb_dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_groups",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "context_length",
+    "intermediate_size": "hidden_dim",
+    "moe_intermediate_size": "moe_hidden_dim",
+    "num_experts": "num_experts",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "torch_dtype": "dtype",
+    "dtype": "dtype",
+    "rope_theta": "rope_base",
+    "rope_scaling": "rope_scaling",
+    "norm_topk_prob": "norm_topk_prob",
+    "mlp_only_layers": "mlp_only_layers",
+    "decoder_sparse_step": "decoder_sparse_step",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "attention_bias": "attention_bias",
+    "sliding_window": "sliding_window",
+}
+# What transformers' Qwen3Config / Qwen3MoeConfig assume when the file leaves the key out.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3_moe": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+    },
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN parameters (arXiv 2309.00071), as `rope_scaling` / `rope_parameters` give them.
+
+    `attention_factor` multiplies cos and sin; None means `0.1 * ln(factor) + 1`.
+    """
+
+    factor: float
+    original_context_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+    @property
+    def mscale(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and numerics of one Qwen3 checkpoint, dense (`num_experts == 0`) or MoE."""
+
+    vocab_size: int
+    emb_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_groups: int
+    head_dim: int
+    hidden_dim: int
+    context_length: int = 40960
+    moe_hidden_dim: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    dtype: str = "bfloat16"
+    rope_base: float = 1_000_000.0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = True
+    norm_topk_prob: bool = False
+    mlp_only_layers: tuple[int, ...] = ()
+    decoder_sparse_step: int = 1
+    tie_word_embeddings: bool = False
+    rms_norm_eps: float = 1e-6
+    rms_norm_shift: bool = False
+    qwen3_compatible: bool = True
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "head_dim")
+        for name in (*sizes, "context_length", "decoder_sparse_step"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        if self.n_heads % self.n_kv_groups:
+            raise ConfigError(
+                f"n_heads={self.n_heads} is not a multiple of n_kv_groups={self.n_kv_groups}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ConfigError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and "
+                f"num_experts={self.num_experts}"
+            )
+        if self.num_experts and self.moe_hidden_dim < 1 and any(map(self.is_moe_layer, range(self.n_layers))):
+            raise ConfigError("moe_hidden_dim must be positive when there are experts")
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` routes to experts (the rule of transformers' Qwen3-MoE)."""
+        return (
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    def window_of_layer(self, layer: int) -> int | None:
+        """Sliding-window length of `layer`, or None for full attention."""
+        return self.sliding_window if layer in self.sliding_layers else None
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ModelConfig:
+        """Reads `path/config.json`. Raises CheckpointError if it is missing or unreadable."""
+        file = Path(path) / "config.json"
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} has no config.json, so it is no checkpoint") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{file} must hold a JSON object")
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Builds a config from a HuggingFace `config.json` or from the reference's own keys.
+
+        Raises CheckpointError for an unsupported `model_type`, quantisation, activation or rope
+        type, and ConfigError for values that make no model.
+        """
+        _refuse_unsupported(raw)
+        if "emb_dim" in raw:
+            values = _reference_values(raw)
+        else:
+            values = _huggingface_values(raw)
+        required = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "hidden_dim")
+        missing = [name for name in required if values.get(name) is None]
+        if missing:
+            raise ConfigError(f"config.json lacks {', '.join(missing)}")
+        if values.get("head_dim") is None:
+            values["head_dim"] = values["emb_dim"] // values["n_heads"]
+        values["dtype"] = str(values.get("dtype") or "bfloat16").removeprefix("torch.")
+        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+        if not values.get("num_experts"):
+            values.update(num_experts=0, num_experts_per_tok=0, moe_hidden_dim=0)
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES and not (model_type is None and "emb_dim" in raw):
+        raise CheckpointError(
+            f"model_type {model_type!r} is not supported; this service runs "
+            f"{' and '.join(MODEL_TYPES)} checkpoints"
+        )
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"quantisation {method!r} is not supported yet; use the bf16, fp16 or fp32 checkpoint"
+        )
+    activation = raw.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise CheckpointError(f"hidden_act {activation!r} is not supported; Qwen3 uses 'silu'")
+
+
+def _reference_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(ModelConfig)}
+    values = {name: value for name, value in raw.items() if name in names}
+    values["rope_scaling"] = _rope_scaling(raw.get("rope_scaling"), raw.get("context_length"))
+    values.setdefault("norm_topk_prob", True)  # the reference renormalises: top-k, then softmax
+    values.setdefault("tie_word_embeddings", False)
+    return values
+
+
+def _huggingface_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    moe = raw["model_type"] == "qwen3_moe"
+    if moe and "num_experts" not in raw and "num_local_experts" not in raw:
+        raw = {**raw, "num_experts": 128}
+    raw = {**_HF_DEFAULTS[raw["model_type"]], **raw}
+    values = {ours: raw[theirs] for theirs, ours in _HF_KEYS.items() if theirs in raw}
+    rope = raw.get("rope_parameters") or {}
+    values["rope_base"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
+    values["rope_scaling"] = _rope_scaling(
+        rope or raw.get("rope_scaling"), raw.get("max_position_embeddings")
+    )
+    if values.get("n_kv_groups") is None:
+        values["n_kv_groups"] = values["n_heads"]
+    if raw.get("use_sliding_window") and raw.get("sliding_window"):
+        values["sliding_layers"] = _sliding_layers(raw, moe)
+    else:
+        values["sliding_window"] = None
+    if not moe:
+        values["num_experts"] = 0
+    return values
+
+
+def _sliding_layers(raw: Mapping[str, Any], moe: bool) -> tuple[int, ...]:
+    """Which layers use the window: all in Qwen3-MoE, those of `layer_types` in dense Qwen3."""
+    n_layers = raw["num_hidden_layers"]
+    if moe:
+        return tuple(range(n_layers))
+    if raw.get("layer_types"):
+        return tuple(i for i, kind in enumerate(raw["layer_types"]) if kind == "sliding_attention")
+    return tuple(range(raw["max_window_layers"], n_layers))
+
+
+def _rope_scaling(raw: Mapping[str, Any] | None, context_length: int | None) -> RopeScaling | None:
+    kind = (raw or {}).get("rope_type", (raw or {}).get("type", "default"))
+    if not raw or kind == "default":
+        return None
+    if kind != "yarn":
+        raise CheckpointError(f"rope type {kind!r} is not supported; Qwen3 uses 'default' or 'yarn'")
+    original = raw.get("original_max_position_embeddings") or context_length
+    if not original or not raw.get("factor"):
+        raise ConfigError("rope_scaling of type yarn needs factor and original_max_position_embeddings")
+    return RopeScaling(
+        factor=float(raw["factor"]),
+        original_context_length=int(original),
+        beta_fast=float(raw.get("beta_fast") or 32.0),
+        beta_slow=float(raw.get("beta_slow") or 1.0),
+        attention_factor=raw.get("attention_factor"),
+    )

@@ -1,0 +1,153 @@
+"""Parallel layouts: `tp=2,dp=2,ep=4` as a value that validates itself against a model.
+
+    world = pp * dp * tp      rank = (stage * dp + group) * tp + tp_rank
+    ep * etp = dp * tp        the MoE layers of one stage run over all its dp * tp ranks
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import ParallelLayoutError
+
+_AXES = ("tp", "dp", "pp", "ep")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one replica's ranks split the model. `str(layout)` and `Layout.parse` are inverses."""
+
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in _AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ParallelLayoutError(f"{axis} must be a positive integer, not {size!r}")
+        if self.stage_size % self.ep:
+            fits = ", ".join(str(d) for d in divisors(self.stage_size))
+            raise ParallelLayoutError(
+                f"ep={self.ep} does not divide dp*tp={self.stage_size}; ep={fits} work"
+            )
+
+    @classmethod
+    def parse(cls, text: str | Layout) -> Layout:
+        """Reads `tp=2,ep=2` (any order, missing axes are 1). Raises ParallelLayoutError."""
+        if isinstance(text, Layout):
+            return text
+        sizes: dict[str, int] = {}
+        for part in filter(None, (part.strip() for part in str(text).split(","))):
+            match = re.fullmatch(r"(tp|dp|pp|ep)\s*=\s*(\d+)", part)
+            if not match or match[1] in sizes:
+                raise ParallelLayoutError(
+                    f"layout {text!r} has {part!r} where tp=N, dp=N, pp=N or ep=N (each once) is expected"
+                )
+            sizes[match[1]] = int(match[2])
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        parts = [f"{axis}={getattr(self, axis)}" for axis in _AXES if getattr(self, axis) > 1]
+        return ",".join(parts) or "tp=1"
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage, which share its MoE layers."""
+        return self.dp * self.tp
+
+    @property
+    def etp(self) -> int:
+        """Ranks that share one expert's columns."""
+        return self.stage_size // self.ep
+
+    def coords(self, rank: int) -> RankCoords:
+        """Where `rank` (0 <= rank < world) stands on every axis."""
+        stage, member = divmod(rank, self.stage_size)
+        group, tp_rank = divmod(member, self.tp)
+        ep_rank, etp_rank = divmod(member, self.etp)
+        return RankCoords(rank, stage, group, tp_rank, ep_rank, etp_rank)
+
+    def validate(self, config: ModelConfig) -> None:
+        """Raises ParallelLayoutError, one sentence naming what does work, if `config` cannot be split so."""
+        for problem in self._problems(config):
+            raise ParallelLayoutError(problem)
+
+    def fits(self, config: ModelConfig) -> bool:
+        return next(self._problems(config), None) is None
+
+    def _problems(self, config: ModelConfig) -> Iterator[str]:
+        working_tp = [tp for tp in divisors(config.n_heads) if _kv_groups_split(config.n_kv_groups, tp)]
+        if config.n_heads % self.tp:
+            yield f"n_heads={config.n_heads} is not divisible by tp={self.tp}; {_list('tp', working_tp)} work"
+        elif not _kv_groups_split(config.n_kv_groups, self.tp):
+            yield (
+                f"n_kv_groups={config.n_kv_groups} can be neither split over nor replicated onto "
+                f"tp={self.tp} evenly; {_list('tp', working_tp)} work"
+            )
+        if config.n_layers < self.pp:
+            yield f"pp={self.pp} is more than n_layers={config.n_layers}; pp={config.n_layers} is the most"
+        if self.ep > 1 and not config.num_experts:
+            yield f"ep={self.ep} needs a MoE checkpoint and this one is dense; leave ep out"
+        if config.num_experts and self.ep > config.num_experts:
+            working = [ep for ep in divisors(self.stage_size) if ep <= config.num_experts]
+            yield f"ep={self.ep} is more than num_experts={config.num_experts}; {_list('ep', working)} work"
+
+
+@dataclass(frozen=True)
+class RankCoords:
+    """A rank's place: pipeline `stage`, data-parallel `group`, and its ranks inside them."""
+
+    rank: int
+    stage: int
+    group: int
+    tp_rank: int
+    ep_rank: int
+    etp_rank: int
+
+
+def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:
+    """Every layout of exactly `world` ranks that `config` can be split by."""
+    layouts = [
+        Layout(tp=tp, dp=dp, pp=pp, ep=ep)
+        for pp in divisors(world)
+        for dp in divisors(world // pp)
+        for tp in [world // pp // dp]
+        for ep in (divisors(dp * tp) if config.num_experts else [1])
+    ]
+    return [layout for layout in layouts if layout.fits(config)]
+
+
+def even_ranges(total: int, parts: int) -> list[range]:
+    """Cuts `range(total)` into `parts` consecutive ranges whose lengths differ by at most one."""
+    bounds = [part * total // parts for part in range(parts + 1)]
+    return [range(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
+
+
+def padded_range(total: int, parts: int, part: int) -> tuple[range, int]:
+    """Cuts `total` into equal chunks, the last ones padded.
+
+    Returns the real indices that `part` holds (maybe none) and the chunk's padded length.
+    """
+    chunk = -(-total // parts)
+    return range(min(part * chunk, total), min((part + 1) * chunk, total)), chunk
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _kv_groups_split(n_kv_groups: int, tp: int) -> bool:
+    return n_kv_groups % tp == 0 if tp <= n_kv_groups else tp % n_kv_groups == 0
+
+
+def _list(axis: str, sizes: list[int]) -> str:
+    return f"{axis}=" + ", ".join(map(str, sizes))

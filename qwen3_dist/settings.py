@@ -1,0 +1,109 @@
+"""`EngineConfig`: everything one sharded engine needs to know, validated at construction.
+
+`read_settings` builds any frozen settings dataclass from a mapping (YAML, JSON, CLI), naming the
+key that is unknown or of the wrong type.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+from qwen3_dist.config import DTYPES
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout
+
+T = TypeVar("T")
+DEVICES = ("auto", "cpu", "cuda")
+EXECUTORS = ("auto", "in_process", "processes", "ray")
+
+
+def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that `--help` prints and `read_settings` checks."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine: one model, one layout, one KV cache per dp group."""
+
+    model: str = setting("", "checkpoint directory or hub id; empty means the bundled model")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
+    device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
+    dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
+    executor: str = setting("auto", "how ranks are started; auto is in_process for one rank, else ray", EXECUTORS)
+    max_model_len: int | None = setting(None, "longest prompt plus output; the model's own limit if unset")
+    block_size: int = setting(16, "tokens in one KV-cache block")
+    num_blocks: int | None = setting(None, "KV-cache blocks per rank; sized from memory if unset")
+    kv_cache_gib: float | None = setting(None, "KV-cache GiB per rank on CPU; sized from memory if unset")
+    gpu_memory_utilization: float = setting(0.9, "share of a GPU's memory the engine may fill")
+    max_num_seqs: int = setting(64, "most sequences in one step")
+    max_num_batched_tokens: int = setting(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    cpus_per_rank: float | None = setting(None, "CPUs reserved in Ray for each rank; by device and cluster if unset")
+    start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
+    step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", Layout.parse(self.layout))
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "start_timeout_s", "step_timeout_s"):
+            _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        for name in ("max_model_len", "num_blocks", "kv_cache_gib", "cpus_per_rank"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, "positive", value)
+        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1",
+                 self.gpu_memory_utilization)
+        _check_choices(self)
+
+
+def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Builds dataclass `cls` from `values`. Raises ConfigError naming a bad or unknown key.
+
+    Nested dataclasses take mappings; `Layout` takes its text form; integers pass as floats.
+    """
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    hints = typing.get_type_hints(cls)
+    read = {name: _coerce(name, hints[name], value) for name, value in values.items()}
+    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in read]
+    if missing:
+        raise ConfigError(f"setting {missing[0]!r} is required")
+    return cls(**read)
+
+
+def _coerce(name: str, kind: Any, value: Any) -> Any:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        return _coerce(name, next(o for o in options if o is not type(None)), value)
+    if kind is Layout:
+        return Layout.parse(value)
+    if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
+        return read_settings(kind, value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    expected = typing.get_origin(kind) or kind
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
+    return value
+
+
+def _check_choices(settings: Any) -> None:
+    for item in fields(settings):
+        choices = item.metadata.get("choices")
+        value = getattr(settings, item.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def _require(ok: bool, name: str, expected: str, value: object) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {expected}, not {value!r}")
