@@ -1,0 +1,132 @@
+"""Collectives over one group of ranks, behind one interface.
+
+`SingleCommunicator` is a group of one; `TorchCommunicator` runs over a torch.distributed group (NCCL
+or gloo); `parallel/shared_memory.py` adds the fast path of CPU ranks on one host. All of them sum in
+an order that is the same on every rank, so replicated tensors stay bit-identical.
+
+Shapes: n = group size, T = rows (any trailing shape).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Communicator(ABC):
+    """One rank's end of a group. Every rank of the group must make the same calls in the same order."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of everybody's `x`, on every rank. `x` may be overwritten."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[T, ...] of equal shape on every rank -> [n * T, ...], in rank order."""
+
+    @abstractmethod
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """[n * T, ...] -> [T, ...]: this rank's slice of the sum. `x` may be overwritten."""
+
+    @abstractmethod
+    def gather(self, x: Tensor) -> Tensor | None:
+        """[T, ...] of equal shape -> [n, T, ...] on rank 0 of the group, None elsewhere."""
+
+    @abstractmethod
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        """Sends consecutive runs of rows of `x`, `send_counts[r]` of them to rank r.
+
+        Returns the rows received, in rank order, and how many came from each rank. Where the caller
+        knows `recv_counts` already, passing them saves an exchange.
+        """
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Returns when every rank of the group has called it."""
+
+    def close(self) -> None:
+        """Frees what the group holds outside this process."""
+
+
+class SingleCommunicator(Communicator):
+    """A group of one: every collective is the identity."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        return x.unsqueeze(0)
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        return x, list(send_counts)
+
+    def barrier(self) -> None:
+        pass
+
+
+class TorchCommunicator(Communicator):
+    """Collectives of a torch.distributed process group."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
+        self._group = group
+        self._device = device
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=self._group)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(out, x.contiguous(), group=self._group)
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group)
+        return out
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        parts = list(x.new_empty(self.size, *x.shape)) if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
+        return torch.stack(parts) if parts else None
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        if recv_counts is None:
+            sent = torch.tensor(list(send_counts), dtype=torch.int64, device=self._device)
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=self._group)
+            recv_counts = received.tolist()
+        recv_counts, send_counts = list(recv_counts), list(send_counts)
+        out = x.new_empty(sum(recv_counts), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), recv_counts, send_counts, group=self._group)
+        return out, recv_counts
+
+    def barrier(self) -> None:
+        self.all_reduce(torch.zeros(1, device=self._device))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

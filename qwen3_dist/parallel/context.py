@@ -1,0 +1,98 @@
+"""Which groups a rank belongs to: built once per process, then passed explicitly to every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from qwen3_dist.layout import Layout, RankCoords
+from qwen3_dist.parallel.communicator import Communicator, SingleCommunicator, TorchCommunicator
+from qwen3_dist.parallel.shared_memory import connect_shared_memory
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """One rank's place in a layout and its communicators.
+
+    `tp`: the ranks of this rank's attention. `ep`: the ranks that hold the same columns of other
+    experts. `etp`: the ranks that hold other columns of the same experts.
+    """
+
+    layout: Layout
+    coords: RankCoords
+    tp: Communicator
+    ep: Communicator
+    etp: Communicator
+
+    @classmethod
+    def single(cls) -> ParallelContext:
+        """The context of an unsharded model."""
+        alone = SingleCommunicator()
+        layout = Layout()
+        return cls(layout, layout.coords(0), alone, alone, alone)
+
+    @classmethod
+    def connect(
+        cls,
+        layout: Layout,
+        rank: int,
+        store: dist.Store,
+        device: torch.device,
+        timeout_s: float = 300.0,
+        shared_memory: bool = True,
+    ) -> ParallelContext:
+        """Joins the other ranks of `layout` through `store`: NCCL on GPUs, else shared memory or gloo.
+
+        Every rank of the world must call this. `shared_memory=False` forces gloo between CPU ranks.
+        """
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout_s)
+        )
+        mine: dict[tuple[int, ...], Communicator] = {}
+        for members in _all_groups(layout):
+            communicator = _join(members, rank, device, timeout_s, shared_memory)
+            if communicator is not None:
+                mine[members] = communicator
+        tp, ep, etp = (mine[members] for members in _groups_of(layout, rank))
+        return cls(layout, layout.coords(rank), tp, ep, etp)
+
+    def close(self) -> None:
+        for communicator in {self.tp, self.ep, self.etp}:
+            communicator.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _groups_of(layout: Layout, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The members of the tp, ep and etp group of `rank`, in group-rank order."""
+    at = layout.coords(rank)
+    stage = [layout.coords(r) for r in range(layout.world) if layout.coords(r).stage == at.stage]
+    tp = tuple(c.rank for c in stage if c.group == at.group)
+    ep = tuple(c.rank for c in stage if c.etp_rank == at.etp_rank)
+    etp = tuple(c.rank for c in stage if c.ep_rank == at.ep_rank)
+    return tp, ep, etp
+
+
+def _all_groups(layout: Layout) -> Iterable[tuple[int, ...]]:
+    """Every distinct group of the layout, in one order on all ranks (creating groups is collective)."""
+    return sorted({members for rank in range(layout.world) for members in _groups_of(layout, rank)})
+
+
+def _join(
+    members: tuple[int, ...], rank: int, device: torch.device, timeout_s: float, shared_memory: bool
+) -> Communicator | None:
+    if len(members) == 1:
+        return SingleCommunicator() if rank in members else None
+    group = dist.new_group(list(members))
+    if rank not in members:
+        return None
+    if device.type == "cpu" and shared_memory:
+        communicator = connect_shared_memory(group, timeout_s=timeout_s)
+        if communicator is not None:
+            return communicator
+    return TorchCommunicator(group, device)

@@ -1,0 +1,305 @@
+"""Collectives of CPU ranks on one host: they write into shared memory and spin on sequence numbers.
+
+Gloo takes over a millisecond for a small all-reduce between two one-thread ranks; this takes tens of
+microseconds. Segment of a group of n ranks, two halves used in turn:
+
+    flags   [n]          last operation each rank has published (a cache line apart)
+    header  [2, n, 1+n]  int64: rounds this rank needs, rows for each destination (all-to-all only)
+    slots   [2, n, slot] bytes of payload
+
+A rank writes operation k into half k % 2 and publishes k; it goes on when all have published k. Half
+k % 2 is written again at k + 2, which a rank reaches only after everybody published k + 1, hence
+finished reading k: two halves suffice and nobody waits twice. Publishing is a plain store after plain
+stores, which is ordered on x86 only (`supported()`); elsewhere ranks use gloo.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import secrets
+import select
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.parallel.communicator import Communicator
+
+_DIRECTORY = Path("/dev/shm")
+_LINE = 128  # bytes between flags, so that no two ranks write one cache line (or its prefetched pair)
+_SPINS = 400
+_YIELDS = 20_000
+_LIVENESS_PERIOD_S = 0.1
+
+
+class PeerLostError(EngineDeadError):
+    """Another rank of the group died or stopped answering; `peer` is its rank in the group."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+def supported() -> bool:
+    """Whether this machine keeps stores in order and can watch a process for its end."""
+    return (
+        platform.machine() in ("x86_64", "AMD64") and hasattr(os, "pidfd_open") and _DIRECTORY.is_dir()
+    )
+
+
+def connect_shared_memory(
+    group: dist.ProcessGroup, slot_bytes: int = 1 << 20, timeout_s: float = 300.0
+) -> SharedMemoryCommunicator | None:
+    """Joins the ranks of a gloo `group` through one segment, or returns None on every rank.
+
+    Whether they really share memory is found out by trying: all must be able to open the segment and
+    watch each other's processes. The segment's name is removed before this returns, so nothing of it
+    can outlive its ranks.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    path: list[str | None] = [None]
+    segment: _Segment | None = None
+    if rank == 0 and supported():
+        path = [str(_DIRECTORY / f"qwen3_dist-{os.getpid()}-{secrets.token_hex(8)}")]
+        segment = _Segment.create(Path(path[0] or ""), size, slot_bytes)
+    try:
+        dist.broadcast_object_list(path, group=group, group_src=0)
+        if segment is None and path[0] and supported():
+            segment = _Segment.attach(Path(path[0]), size, slot_bytes)
+        pids: list[int | None] = [None] * size
+        dist.all_gather_object(pids, os.getpid() if segment else None, group=group)
+        watchers = None if None in pids else _open_pidfds([pid for pid in pids if pid], rank)
+        agreed: list[bool] = [False] * size
+        dist.all_gather_object(agreed, watchers is not None, group=group)
+    finally:
+        if rank == 0 and path[0]:
+            Path(path[0]).unlink(missing_ok=True)
+    if not all(agreed) or segment is None or watchers is None:
+        for descriptor in watchers or {}:
+            os.close(descriptor)
+        return None
+    return SharedMemoryCommunicator(rank, size, segment, watchers, timeout_s)
+
+
+def _open_pidfds(pids: Sequence[int], rank: int) -> dict[int, int] | None:
+    """pidfd -> rank in the group, for every other rank; None where that is not permitted."""
+    descriptors: dict[int, int] = {}
+    try:
+        for peer, pid in enumerate(pids):
+            if peer != rank:
+                descriptors[os.pidfd_open(pid)] = peer
+    except OSError:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return None
+    return descriptors
+
+
+class _Segment:
+    """The mapped memory of one group, cut into flags, headers and slots."""
+
+    def __init__(self, memory: mmap.mmap, size: int, slot_bytes: int) -> None:
+        flags_end = size * _LINE
+        headers_end = flags_end + 2 * size * (1 + size) * 8
+        slots_start = -(-headers_end // 4096) * 4096
+        view = memoryview(memory)
+        self.flags = view[:flags_end].cast("q")
+        self.headers = view[flags_end:headers_end].cast("q", (2, size, 1 + size))
+        raw = torch.frombuffer(memory, dtype=torch.uint8, offset=slots_start)
+        self.slots = raw[: 2 * size * slot_bytes].view(2, size, slot_bytes)
+        self.slot_bytes = slot_bytes
+
+    @staticmethod
+    def total_bytes(size: int, slot_bytes: int) -> int:
+        flags_and_headers = size * _LINE + 2 * size * (1 + size) * 8
+        return -(-flags_and_headers // 4096) * 4096 + 2 * size * slot_bytes
+
+    @classmethod
+    def create(cls, path: Path, size: int, slot_bytes: int) -> _Segment | None:
+        total = cls.total_bytes(size, slot_bytes)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError:
+            return None
+        try:
+            os.posix_fallocate(descriptor, 0, total)  # a full /dev/shm must fail here, not as SIGBUS later
+            return cls(mmap.mmap(descriptor, total), size, slot_bytes)
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+
+    @classmethod
+    def attach(cls, path: Path, size: int, slot_bytes: int) -> _Segment | None:
+        try:
+            descriptor = os.open(path, os.O_RDWR)
+        except OSError:
+            return None
+        try:
+            return cls(mmap.mmap(descriptor, cls.total_bytes(size, slot_bytes)), size, slot_bytes)
+        except (OSError, ValueError):
+            return None
+        finally:
+            os.close(descriptor)
+
+
+class SharedMemoryCommunicator(Communicator):
+    """Collectives over a `_Segment`; payloads larger than a slot go in rounds.
+
+    Raises PeerLostError when another rank's process ends, or stays away longer than `timeout_s`.
+    """
+
+    def __init__(
+        self, rank: int, size: int, segment: _Segment, watchers: dict[int, int], timeout_s: float
+    ) -> None:
+        super().__init__(rank, size)
+        self._segment = segment
+        self._watchers = watchers
+        self._poll = select.poll()
+        for descriptor in watchers:
+            self._poll.register(descriptor, select.POLLIN)
+        self._timeout_s = timeout_s
+        self._operation = 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        flat = x.view(-1)
+        for lo, hi, slots in self._rounds(flat.numel(), self._segment.slot_bytes // x.element_size()):
+            mine, everybody = self._typed(slots, x.dtype, hi - lo)
+            mine.copy_(flat[lo:hi])
+            self._exchange()
+            self._sum(everybody, out=flat[lo:hi])
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        flat, out_flat = x.contiguous().view(-1), out.view(self.size, -1)
+        for lo, hi, slots in self._rounds(flat.numel(), self._segment.slot_bytes // x.element_size()):
+            mine, everybody = self._typed(slots, x.dtype, hi - lo)
+            mine.copy_(flat[lo:hi])
+            self._exchange()
+            out_flat[:, lo:hi].copy_(everybody)
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        pieces, out_flat = x.contiguous().view(self.size, -1), out.view(-1)
+        capacity = self._segment.slot_bytes // x.element_size() // self.size
+        for lo, hi, slots in self._rounds(out_flat.numel(), capacity):
+            mine, everybody = self._typed(slots, x.dtype, self.size * (hi - lo))
+            mine.view(self.size, -1).copy_(pieces[:, lo:hi])
+            self._exchange()
+            self._sum(everybody.unflatten(1, (self.size, -1))[:, self.rank], out=out_flat[lo:hi])
+        return out
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        out = x.new_empty(self.size, *x.shape) if self.rank == 0 else None
+        flat = x.contiguous().view(-1)
+        for lo, hi, slots in self._rounds(flat.numel(), self._segment.slot_bytes // x.element_size()):
+            mine, everybody = self._typed(slots, x.dtype, hi - lo)
+            mine.copy_(flat[lo:hi])
+            self._exchange()
+            if out is not None:
+                out.view(self.size, -1)[:, lo:hi].copy_(everybody)
+        return out
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        row = _row_elements(x)
+        capacity = self._segment.slot_bytes // x.element_size() // self.size // max(1, row)
+        assert capacity > 0, "one row must fit in a slot"
+        sent = list(torch.split(x.contiguous().view(-1, row), list(send_counts)))
+        rounds = max(1, *(-(-count // capacity) for count in send_counts))
+        header = self._segment.headers
+        parts: list[list[Tensor]] = [[] for _ in range(self.size)]
+        done, total = 0, 1
+        while done < total:
+            half = (self._operation + 1) % 2
+            header[half, self.rank, 0] = rounds
+            for peer, rows in enumerate(sent):
+                header[half, self.rank, 1 + peer] = int(send_counts[peer])
+                chunk = rows[done * capacity : (done + 1) * capacity].reshape(-1)
+                start = peer * capacity * row * x.element_size()
+                self._bytes(half, self.rank, start, chunk.numel(), x.dtype).copy_(chunk)
+            self._exchange()
+            total = max(header[half, peer, 0] for peer in range(self.size))
+            counts = [header[half, peer, 1 + self.rank] for peer in range(self.size)]
+            start = self.rank * capacity * row * x.element_size()
+            for peer, count in enumerate(counts):
+                rows_here = min(max(count - done * capacity, 0), capacity)
+                parts[peer].append(self._bytes(half, peer, start, rows_here * row, x.dtype).clone())
+            done += 1
+        out = torch.cat([chunk for chunks in parts for chunk in chunks])
+        return out.view(-1, *x.shape[1:]), counts
+
+    def barrier(self) -> None:
+        self._exchange()
+
+    def close(self) -> None:
+        for descriptor in self._watchers:
+            os.close(descriptor)
+        self._watchers = {}
+
+    def _rounds(self, elements: int, capacity: int) -> Iterator[tuple[int, int, Tensor]]:
+        for lo in range(0, max(1, elements), capacity):
+            yield lo, min(lo + capacity, elements), self._segment.slots[(self._operation + 1) % 2]
+
+    def _typed(self, slots: Tensor, dtype: torch.dtype, elements: int) -> tuple[Tensor, Tensor]:
+        everybody = slots[:, : elements * dtype.itemsize].view(dtype)
+        return everybody[self.rank], everybody
+
+    def _bytes(self, half: int, rank: int, start: int, elements: int, dtype: torch.dtype) -> Tensor:
+        return self._segment.slots[half, rank, start : start + elements * dtype.itemsize].view(dtype)
+
+    @staticmethod
+    def _sum(parts: Tensor, out: Tensor) -> None:
+        if parts.shape[0] == 2:
+            torch.add(parts[0], parts[1], out=out)
+        else:
+            torch.sum(parts, dim=0, out=out)  # accumulates half precision in fp32
+
+    def _exchange(self) -> None:
+        """Publishes this rank's next operation and waits until every rank has published it."""
+        self._operation += 1
+        flags, operation, step = self._segment.flags, self._operation, _LINE // 8
+        flags[self.rank * step] = operation
+        for peer in range(self.size):
+            if flags[peer * step] < operation:
+                self._wait(lambda at=peer * step: flags[at] >= operation, peer)
+
+    def _wait(self, arrived: Callable[[], bool], peer: int) -> None:
+        for _ in range(_SPINS):
+            if arrived():
+                return
+        for _ in range(_YIELDS):  # gives the core away: ranks may outnumber cores
+            os.sched_yield()
+            if arrived():
+                return
+        now = time.monotonic()
+        deadline, next_check = now + self._timeout_s, now
+        while not arrived():
+            time.sleep(5e-5)
+            now = time.monotonic()
+            if now >= next_check:
+                self._check_peers(arrived)
+                next_check = now + _LIVENESS_PERIOD_S
+            if now > deadline:
+                raise PeerLostError(f"rank {peer} of the group did not answer within {self._timeout_s:g} s")
+
+    def _check_peers(self, arrived: Callable[[], bool]) -> None:
+        ended = [self._watchers[descriptor] for descriptor, _ in self._poll.poll(0)]
+        if ended and not arrived():
+            raise PeerLostError(f"the process of rank {ended[0]} of the group ended")
+
+
+def _row_elements(x: Tensor) -> int:
+    elements = 1
+    for length in x.shape[1:]:
+        elements *= length
+    return elements
