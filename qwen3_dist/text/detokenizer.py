@@ -1,0 +1,68 @@
+"""Incremental detokenization of one generated choice: whole characters, never part of a stop string.
+
+A byte-level token is a run of bytes, so the text so far is one UTF-8 decoder's state away from the
+text one token later. Each push costs its own tokens, however long the text is.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from qwen3_dist.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Turns token ids, as they come, into text that is safe to show.
+
+    All that `push` and `finish` return, joined, is `tokenizer.decode(all ids)`, cut before the stop
+    string that is complete first (of two complete at once, the longer). How the ids were split into
+    pushes changes nothing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special_tokens: bool = True) -> None:
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # the longest tail of the text that may yet become a stop string
+        self._shown: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Everything shown so far."""
+        return "".join(self._shown)
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Takes the next tokens; returns what may be shown now, "" once a stop string has matched."""
+        data = b"".join(self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skipped)
+        return self._advance(data, final=False)
+
+    def finish(self) -> str:
+        """Returns what was held back: an unfinished character as U+FFFD, the start of a stop string."""
+        return self._advance(b"", final=True)
+
+    def _advance(self, data: bytes, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + self._utf8.decode(data, final)
+        matches = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+        if matches:
+            self.stopped = True
+            _, end = min(matches)
+        else:
+            end = len(text) if final else len(text) - self._longest_started_stop(text)
+        self._held = "" if self.stopped else text[end:]
+        if end:
+            self._shown.append(text[:end])
+        return text[:end]
+
+    def _longest_started_stop(self, text: str) -> int:
+        """Length of the longest tail of `text` that is the beginning of a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stop), default=0)
+        for length in range(min(longest, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,98 @@
+"""A checkpoint's byte-level BPE tokenizer: text to ids, ids to text, and ids to raw bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from qwen3_dist.errors import CheckpointError, RequestError
+from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults, read_special_tokens
+
+__all__ = ["Tokenizer", "read_generation_defaults"]
+
+
+def _bytes_of_alphabet() -> dict[str, int]:
+    """Byte-level BPE's alphabet: which byte each of its 256 printable characters stands for.
+
+    As GPT-2 defined it: printable Latin-1 stands for itself, the rest is numbered from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _bytes_of_alphabet()
+
+
+class Tokenizer:
+    """Encodes and decodes as the checkpoint's `tokenizer.json` says.
+
+    `eos_token_ids` end a generation. The model's vocabulary may be padded past `vocab_size`; ids
+    beyond it stand for no text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Sequence[int] = ()) -> None:
+        self._backend = backend
+        self.eos_token_ids = tuple(eos_token_ids)
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._token_bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer | None:
+        """Reads `path/tokenizer.json`; None where there is none.
+
+        EOS ids come from generation_config.json, else tokenizer_config.json's `eos_token`, else
+        config.json. Raises CheckpointError if a file is unreadable or the tokenizer not byte-level.
+        """
+        file = Path(path) / "tokenizer.json"
+        if not file.exists():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every kind of damage
+            raise CheckpointError(f"{file} is not a usable tokenizer ({error}); fetch it again") from None
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
+            raise CheckpointError(
+                f"{file} is not a byte-level tokenizer; use the one the Qwen3 checkpoint came with"
+            )
+        eos = backend.token_to_id(read_special_tokens(path).get("eos_token", ""))
+        return cls(backend, read_eos_token_ids(path, eos))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a whole token such as `<|im_end|>`, or None."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`. Special tokens written in it are recognised; none are added.
+
+        Raises RequestError for text that has no UTF-8 form (a lone surrogate, as JSON can smuggle in).
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        except TypeError:
+            raise RequestError(
+                "the text holds a lone surrogate (\\ud800 to \\udfff); send valid Unicode"
+            ) from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary are nothing."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes `token_id` stands for, maybe part of a character; b"" outside the vocabulary."""
+        cached = self._token_bytes.get(token_id)
+        if cached is None:
+            token = self._backend.id_to_token(token_id) or ""
+            inside = all(char in _BYTES for char in token)  # else an added token, kept as plain text
+            cached = bytes(_BYTES[char] for char in token) if inside else token.encode()
+            self._token_bytes[token_id] = cached
+        return cached
