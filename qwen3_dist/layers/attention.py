@@ -1,0 +1,51 @@
+"""Grouped-query attention, split by heads over the tp ranks.
+
+Legend: T tokens, D emb_dim, H this rank's heads, G this rank's KV groups, d head_dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.layers.norm import RMSNorm
+from qwen3_dist.layers.paged_attention import paged_attention, write_cache
+from qwen3_dist.layers.rope import apply_rope
+
+
+def kv_groups_per_rank(n_kv_groups: int, tp: int) -> int:
+    """KV groups a rank holds; where tp exceeds them each group is replicated on tp / n_kv_groups ranks."""
+    return max(1, n_kv_groups // tp)
+
+
+class GroupedQueryAttention(nn.Module):
+    """This rank's heads. The output is a partial sum: adding it up over tp is the caller's part."""
+
+    def __init__(self, config: ModelConfig, layer: int, tp: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.window = config.window_of_layer(layer)
+        heads, groups = config.n_heads // tp, kv_groups_per_rank(config.n_kv_groups, tp)
+        bias = config.attention_bias
+        self.W_query = nn.Linear(config.emb_dim, heads * config.head_dim, bias=bias)
+        self.W_key = nn.Linear(config.emb_dim, groups * config.head_dim, bias=bias)
+        self.W_value = nn.Linear(config.emb_dim, groups * config.head_dim, bias=bias)
+        self.out_proj = nn.Linear(heads * config.head_dim, config.emb_dim, bias=bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        """[T, D] -> [T, D], this rank's share of the sum."""
+        q = self.W_query(x).unflatten(1, (-1, self.head_dim))
+        k = self.W_key(x).unflatten(1, (-1, self.head_dim))
+        v = self.W_value(x).unflatten(1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        write_cache(cache, k, v, batch.slots)
+        return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1))
+
+
+def make_norm(config: ModelConfig, dim: int) -> RMSNorm:
+    return RMSNorm(dim, config.rms_norm_eps, config.rms_norm_shift, config.qwen3_compatible)

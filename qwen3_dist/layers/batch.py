@@ -1,0 +1,36 @@
+"""The tensors of one step: every sequence's new tokens side by side, with where their KV goes.
+
+Legend: T = tokens of this step over all sequences, S = sequences, B = blocks of the longest one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's input on one rank, on the model's device.
+
+    Sequences that decode (one new token) come first, so that they can be attended to together.
+    """
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, each token's place in its sequence
+    slots: Tensor  # [T] int64, block * block_size + offset: where each token's K and V are written
+    block_tables: Tensor  # [S, B] int64, padded with 0
+    context_lens: Tensor  # [S] int64, tokens of each sequence after this step
+    query_lens: tuple[int, ...]  # [S] new tokens of each sequence
+    host_context_lens: tuple[int, ...]  # [S] the same as context_lens, without asking the device
+    num_decodes: int  # leading sequences with exactly one new token
+    logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's KV blocks on one rank: each [blocks, block_size, n_kv_groups / tp, head_dim]."""
+
+    keys: Tensor
+    values: Tensor

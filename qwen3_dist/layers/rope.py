@@ -1,0 +1,49 @@
+"""Rotary position embeddings (arXiv 2104.09864), split halves, with YaRN (arXiv 2309.00071).
+
+Shapes: T = tokens, H = heads, d = head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.config import ModelConfig, RopeScaling
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [d / 2] in fp32, and the factor that multiplies cos and sin (1 without YaRN)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_base**exponents
+    if config.rope_scaling is None:
+        return frequencies, 1.0
+    return _yarn(frequencies, config.rope_base, config.head_dim, config.rope_scaling), config.rope_scaling.mscale
+
+
+def _yarn(frequencies: Tensor, base: float, head_dim: int, scaling: RopeScaling) -> Tensor:
+    """YaRN's "NTK by parts": long wavelengths are stretched by `factor`, short ones kept."""
+
+    def dimension_turning(rotations: float) -> float:
+        length = scaling.original_context_length / (rotations * 2 * math.pi)
+        return head_dim * math.log(length) / (2 * math.log(base))
+
+    low = max(math.floor(dimension_turning(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_turning(scaling.beta_slow)), head_dim - 1)
+    width = max(high - low, 0.001)
+    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
+
+
+def rope_tables(positions: Tensor, frequencies: Tensor, mscale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, d] in `dtype` for integer `positions` [T]; angles are taken in fp32."""
+    angles = positions.float()[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]
+    return (angles.cos() * mscale).to(dtype), (angles.sin() * mscale).to(dtype)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [T, H, d] by its tokens' angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,0 +1,47 @@
+"""Embedding and output head, split by vocabulary over the tp ranks (the last rank's rows are padded).
+
+Legend: T tokens, L rows whose logits are wanted, D emb_dim, V vocab_size, v rows per rank.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3_dist.layout import padded_range
+from qwen3_dist.parallel.communicator import Communicator
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """This rank's rows of the embedding; token ids of other ranks' rows come in by all-reduce."""
+
+    def __init__(self, vocab_size: int, emb_dim: int, tp: Communicator) -> None:
+        rows, per_rank = padded_range(vocab_size, tp.size, tp.rank)
+        super().__init__(per_rank, emb_dim)
+        self._tp = tp
+        self._rows = rows
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 -> [T, D]."""
+        if self._tp.size == 1:
+            return super().forward(token_ids)
+        elsewhere = (token_ids < self._rows.start) | (token_ids >= self._rows.stop)
+        local = (token_ids - self._rows.start).masked_fill(elsewhere, 0)
+        return self._tp.all_reduce(super().forward(local).masked_fill(elsewhere[:, None], 0))
+
+
+class VocabParallelHead(nn.Linear):
+    """Logits of this rank's rows, gathered on the group's rank 0, which samples."""
+
+    def __init__(self, emb_dim: int, vocab_size: int, tp: Communicator) -> None:
+        _, per_rank = padded_range(vocab_size, tp.size, tp.rank)
+        super().__init__(emb_dim, per_rank, bias=False)
+        self._tp = tp
+        self._vocab_size = vocab_size
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """[L, D] -> [L, V] on tp rank 0, None on the others."""
+        parts = self._tp.gather(F.linear(x, self.weight))
+        if parts is None:
+            return None
+        return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]

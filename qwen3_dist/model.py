@@ -1,0 +1,87 @@
+"""The sharded Qwen3 transformer: what one rank holds and computes.
+
+Reads top to bottom like the reference architecture; `reference.py` is the same model unsharded.
+Legend: T tokens of the step, N = ceil(T / tp) tokens a rank owns in MoE layers, D emb_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layers.attention import GroupedQueryAttention, make_norm
+from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.layers.feed_forward import FeedForward, MoEFeedForward
+from qwen3_dist.layers.rope import rope_frequencies, rope_tables
+from qwen3_dist.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
+from qwen3_dist.layout import padded_range
+from qwen3_dist.parallel.context import ParallelContext
+
+
+class Qwen3Model(nn.Module):
+    """This rank's shard of the whole model. Build it on the meta device and let the loader fill it."""
+
+    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+        super().__init__()
+        self.config = config
+        self.parallel = parallel
+        self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp)
+        self.blocks = nn.ModuleList(TransformerBlock(config, i, parallel) for i in range(config.n_layers))
+        self.final_norm = make_norm(config, config.emb_dim)
+        self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp)
+        if config.tie_word_embeddings:
+            self.out_head.weight = self.tok_emb.weight
+        # Held on the CPU while the model is on the meta device: no checkpoint carries it.
+        self.rope_frequencies, self.rope_mscale = rope_frequencies(config)
+
+    def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
+        """Logits [L, vocab_size] of `batch.logits_rows` on tp rank 0, None on the other ranks."""
+        x = self.tok_emb(batch.token_ids)
+        self.rope_frequencies = self.rope_frequencies.to(x.device)
+        cos, sin = rope_tables(batch.positions, self.rope_frequencies, self.rope_mscale, x.dtype)
+        for block, layer_cache in zip(self.blocks, cache, strict=True):
+            x = block(x, cos, sin, layer_cache, batch)
+        return self.out_head(self.final_norm(x[batch.logits_rows]))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward with their residuals; x [T, D] is the same on every tp rank."""
+
+    def __init__(self, config: ModelConfig, layer: int, parallel: ParallelContext) -> None:
+        super().__init__()
+        self._tp = parallel.tp
+        self.norm1 = make_norm(config, config.emb_dim)
+        self.att = GroupedQueryAttention(config, layer, parallel.tp.size)
+        self.norm2 = make_norm(config, config.emb_dim)
+        self.ff: FeedForward | MoEFeedForward
+        if config.is_moe_layer(layer):
+            self.ff = MoEFeedForward(config, parallel)
+        else:
+            _, columns = padded_range(config.hidden_dim, parallel.tp.size, parallel.tp.rank)
+            self.ff = FeedForward(config.emb_dim, columns)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        attended = self.att(self.norm1(x), cos, sin, cache, batch)
+        if isinstance(self.ff, MoEFeedForward):
+            return self._route(x, attended, self.ff)
+        x = x + self._tp.all_reduce(attended)
+        return x + self._tp.all_reduce(self.ff(self.norm2(x)))
+
+    def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward) -> Tensor:
+        """The MoE half: each tp rank owns N of the tokens, so that none is routed twice."""
+        total = x.shape[0]
+        rows, chunk = padded_range(total, self._tp.size, self._tp.rank)
+        padding = chunk * self._tp.size - total
+        own = F.pad(x[rows.start : rows.stop], (0, 0, 0, chunk - len(rows)))
+        own = own + self._tp.reduce_scatter(F.pad(attended, (0, 0, 0, padding)))
+        own = own + moe(self.norm2(own), num_real=len(rows))
+        return self._tp.all_gather(own)[:total]
+
+
+def build_on_meta(config: ModelConfig, parallel: ParallelContext, dtype: torch.dtype) -> Qwen3Model:
+    """This rank's model with shapes and dtypes but no storage, in evaluation mode."""
+    with torch.device("meta"):
+        model = Qwen3Model(config, parallel).to(dtype)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,98 @@
+"""Fills a rank's model from a checkpoint, reading its own slices only, and proves that nothing is amiss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.model import Qwen3Model, build_on_meta
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.plan import Piece, WeightPlan
+
+Progress = Callable[[int, int], None]  # (bytes filled so far, bytes of this rank's shard)
+
+
+def load_model(
+    path: Path,
+    config: ModelConfig,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Qwen3Model:
+    """Builds this rank's shard on `device`. Padding is zero.
+
+    Raises CheckpointError naming tensors that are missing, left over or of another shape than
+    `config` says.
+    """
+    files = CheckpointFiles(path)
+    plan = WeightPlan(config, parallel.layout, files.names())
+    _check_names(path, files, plan)
+    model = build_on_meta(config, parallel, dtype)
+    parameters = _materialise(model, device)
+    pieces = list(plan.pieces(parallel.coords))
+    total = sum(parameters[piece.parameter][piece.target].numel() for piece in pieces) * dtype.itemsize
+    done = 0
+
+    def advance(elements: int) -> None:
+        nonlocal done
+        done += elements * dtype.itemsize
+        if progress:
+            progress(done, total)
+
+    for piece in pieces:
+        _check_shape(files, piece)
+        view = parameters[piece.parameter][piece.target]
+        if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
+            view = view.squeeze(0)
+        files.read(piece.source, piece.index, view, advance)
+    filled = {piece.parameter for piece in pieces}
+    unfilled = [name for name in parameters if name not in filled and not _may_be_padding(name)]
+    assert not unfilled, f"no rule fills {unfilled}"
+    return model
+
+
+def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
+    """Gives every meta parameter zeroed storage; tied parameters keep sharing theirs."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module.named_parameters(recurse=False):
+            if id(old) not in made:
+                zeros = torch.zeros(old.shape, dtype=old.dtype, device=device)
+                made[id(old)] = torch.nn.Parameter(zeros, requires_grad=False)
+            setattr(module, name, made[id(old)])
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _may_be_padding(name: str) -> bool:
+    """Parameters that a rank may hold no real part of: biases of rank 0, columns past the end."""
+    return name.endswith("out_proj.bias") or ".fc" in name or name in ("tok_emb.weight", "out_head.weight")
+
+
+def _check_names(path: Path, files: CheckpointFiles, plan: WeightPlan) -> None:
+    names, expected = files.names(), plan.expected_names()
+    missing = sorted(expected - names)
+    if missing:
+        raise CheckpointError(f"{path} lacks {_some(missing)} that its config.json asks for")
+    left_over = sorted(name for name in names - expected if not plan.ignorable(name))
+    if left_over:
+        raise CheckpointError(f"{path} holds {_some(left_over)} that its config.json has no place for")
+
+
+def _check_shape(files: CheckpointFiles, piece: Piece) -> None:
+    shape = tuple(files.shape(piece.source))
+    if shape != piece.shape:
+        raise CheckpointError(
+            f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 5 else ''})"

@@ -1,0 +1,183 @@
+"""Which slice of which checkpoint tensor fills which parameter of a rank: the sharding, as a table.
+
+A checkpoint tensor is split along at most one dimension (expert tensors also by expert). `Split` says
+how; `_LAYER_RULES` and `_MODEL_RULES` say it for every tensor. Legend: D emb_dim, I hidden columns,
+E experts, V vocab_size, H heads, G KV groups, d head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import Layout, RankCoords, even_ranges, padded_range
+
+Index = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`parameter[target] = checkpoint[source][index]`, where the whole source has shape `shape`."""
+
+    source: str
+    shape: tuple[int, ...]
+    index: Index
+    parameter: str
+    target: Index
+
+
+class Split(Enum):
+    """What part of a tensor a rank holds, and along which dimension."""
+
+    WHOLE = "every rank holds all of it"
+    FIRST = "tp rank 0 holds it, the others zeros: a bias that is added once"
+    HEADS = "rows of this rank's heads"
+    KV_GROUPS = "rows of this rank's KV groups, which several ranks may share"
+    HEAD_INPUTS = "columns that this rank's heads feed"
+    COLUMNS = "rows that make this rank's hidden columns"
+    COLUMN_INPUTS = "columns that this rank's hidden columns feed"
+    VOCAB = "rows of this rank's tokens"
+
+
+_Shape = Callable[[ModelConfig], tuple[int, ...]]
+# (checkpoint name, parameter name, split, shape of the whole, condition)
+_Rule = tuple[str, str, Split, _Shape, Callable[[ModelConfig], bool]]
+
+
+def _always(config: ModelConfig) -> bool:
+    return True
+
+
+def _norm(theirs: str, ours: str, dim: _Shape, when: Callable[[ModelConfig], bool] = _always) -> list[_Rule]:
+    return [
+        (f"{theirs}.weight", f"{ours}.scale", Split.WHOLE, dim, when),
+        (f"{theirs}.bias", f"{ours}.shift", Split.WHOLE, dim, lambda c: c.rms_norm_shift and when(c)),
+    ]
+
+
+def _linear(theirs: str, ours: str, split: Split, shape: _Shape, bias: Split) -> list[_Rule]:
+    return [
+        (f"{theirs}.weight", f"{ours}.weight", split, shape, _always),
+        (f"{theirs}.bias", f"{ours}.bias", bias, lambda c: shape(c)[:1], lambda c: c.attention_bias),
+    ]
+
+
+_MODEL_RULES: list[_Rule] = [
+    ("model.embed_tokens.weight", "tok_emb.weight", Split.VOCAB, lambda c: (c.vocab_size, c.emb_dim), _always),
+    *_norm("model.norm", "final_norm", lambda c: (c.emb_dim,)),
+    (
+        "lm_head.weight",
+        "out_head.weight",
+        Split.VOCAB,
+        lambda c: (c.vocab_size, c.emb_dim),
+        lambda c: not c.tie_word_embeddings,
+    ),
+]
+_Q: _Shape = lambda c: (c.n_heads * c.head_dim, c.emb_dim)  # noqa: E731
+_KV: _Shape = lambda c: (c.n_kv_groups * c.head_dim, c.emb_dim)  # noqa: E731
+_OUT: _Shape = lambda c: (c.emb_dim, c.n_heads * c.head_dim)  # noqa: E731
+_LAYER_RULES: list[_Rule] = [
+    *_norm("input_layernorm", "norm1", lambda c: (c.emb_dim,)),
+    *_norm("post_attention_layernorm", "norm2", lambda c: (c.emb_dim,)),
+    *_linear("self_attn.q_proj", "att.W_query", Split.HEADS, _Q, bias=Split.HEADS),
+    *_linear("self_attn.k_proj", "att.W_key", Split.KV_GROUPS, _KV, bias=Split.KV_GROUPS),
+    *_linear("self_attn.v_proj", "att.W_value", Split.KV_GROUPS, _KV, bias=Split.KV_GROUPS),
+    *_linear("self_attn.o_proj", "att.out_proj", Split.HEAD_INPUTS, _OUT, bias=Split.FIRST),
+    *_norm("self_attn.q_norm", "att.q_norm", lambda c: (c.head_dim,), lambda c: c.qk_norm),
+    *_norm("self_attn.k_norm", "att.k_norm", lambda c: (c.head_dim,), lambda c: c.qk_norm),
+]
+_DENSE_RULES: list[_Rule] = [
+    ("mlp.gate_proj.weight", "ff.fc1.weight", Split.COLUMNS, lambda c: (c.hidden_dim, c.emb_dim), _always),
+    ("mlp.up_proj.weight", "ff.fc2.weight", Split.COLUMNS, lambda c: (c.hidden_dim, c.emb_dim), _always),
+    ("mlp.down_proj.weight", "ff.fc3.weight", Split.COLUMN_INPUTS, lambda c: (c.emb_dim, c.hidden_dim), _always),
+]
+_GATE_RULE: _Rule = ("mlp.gate.weight", "ff.gate.weight", Split.WHOLE, lambda c: (c.num_experts, c.emb_dim), _always)
+
+
+class WeightPlan:
+    """The pieces of every rank for one checkpoint, whose tensor `names` tell which expert form it has."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, names: set[str]) -> None:
+        self._config = config
+        self._layout = layout
+        self._names = names
+
+    def pieces(self, at: RankCoords) -> Iterator[Piece]:
+        """What the rank at `at` must read, in checkpoint order."""
+        config = self._config
+        for rule in _MODEL_RULES:
+            yield from self._apply(rule, "", "", at)
+        for layer in range(config.n_layers):
+            prefixes = (f"model.layers.{layer}.", f"blocks.{layer}.")
+            moe = config.is_moe_layer(layer)
+            for rule in [*_LAYER_RULES, *([_GATE_RULE] if moe else _DENSE_RULES)]:
+                yield from self._apply(rule, *prefixes, at)
+            if moe:
+                yield from self._experts(*prefixes, at)
+
+    def expected_names(self) -> set[str]:
+        """Every tensor that some rank reads."""
+        everyone = (self._layout.coords(rank) for rank in range(self._layout.world))
+        return {piece.source for at in everyone for piece in self.pieces(at)}
+
+    def ignorable(self, name: str) -> bool:
+        """Tensors that checkpoints carry and no rank needs: a tied head's copy, old rotary buffers."""
+        tied_head = name == "lm_head.weight" and self._config.tie_word_embeddings
+        return tied_head or name.endswith("rotary_emb.inv_freq")
+
+    def _apply(self, rule: _Rule, their_prefix: str, our_prefix: str, at: RankCoords) -> Iterator[Piece]:
+        theirs, ours, split, shape_of, condition = rule
+        if not condition(self._config) or (split is Split.FIRST and at.tp_rank != 0):
+            return
+        shape = shape_of(self._config)
+        dim, part = self._part(split, shape, at)
+        if not part:
+            return
+        before = (slice(None),) * dim
+        index = (*before, slice(part.start, part.stop))
+        target = (*before, slice(0, len(part)))
+        yield Piece(their_prefix + theirs, shape, index, our_prefix + ours, target)
+
+    def _part(self, split: Split, shape: tuple[int, ...], at: RankCoords) -> tuple[int, range]:
+        """The dimension that `split` cuts and this rank's real indices along it."""
+        config, tp = self._config, self._layout.tp
+        if split in (Split.WHOLE, Split.FIRST):
+            return 0, range(shape[0])
+        if split is Split.KV_GROUPS:
+            per_rank = max(1, config.n_kv_groups // tp)
+            first = at.tp_rank * config.n_kv_groups // tp
+            return 0, range(first * config.head_dim, (first + per_rank) * config.head_dim)
+        dim = 1 if split in (Split.HEAD_INPUTS, Split.COLUMN_INPUTS) else 0
+        return dim, padded_range(shape[dim], tp, at.tp_rank)[0]
+
+    def _experts(self, theirs: str, ours: str, at: RankCoords) -> Iterator[Piece]:
+        config = self._config
+        mine = even_ranges(config.num_experts, self._layout.ep)[at.ep_rank]
+        part, _ = padded_range(config.moe_hidden_dim, self._layout.etp, at.etp_rank)
+        columns, filled = slice(part.start, part.stop), slice(0, len(part))
+        everything = slice(None)
+        if not part:
+            return
+        if f"{theirs}mlp.experts.gate_up_proj" in self._names:
+            hosted, stack = slice(mine.start, mine.stop), slice(0, len(mine))
+            inner = config.moe_hidden_dim
+            gate_up = (config.num_experts, 2 * inner, config.emb_dim)
+            down = (config.num_experts, config.emb_dim, inner)
+            source, target = f"{theirs}mlp.experts.gate_up_proj", (stack, filled, everything)
+            ups = slice(inner + part.start, inner + part.stop)
+            yield Piece(source, gate_up, (hosted, columns, everything), f"{ours}ff.experts.fc1", target)
+            yield Piece(source, gate_up, (hosted, ups, everything), f"{ours}ff.experts.fc2", target)
+            source, target = f"{theirs}mlp.experts.down_proj", (stack, everything, filled)
+            yield Piece(source, down, (hosted, everything, columns), f"{ours}ff.experts.fc3", target)
+            return
+        wide, tall = (config.moe_hidden_dim, config.emb_dim), (config.emb_dim, config.moe_hidden_dim)
+        for local, expert in enumerate(mine):
+            at_local = slice(local, local + 1)
+            base = f"{theirs}mlp.experts.{expert}."
+            for name, fc in (("gate_proj", "fc1"), ("up_proj", "fc2")):
+                target = (at_local, filled, everything)
+                yield Piece(f"{base}{name}.weight", wide, (columns,), f"{ours}ff.experts.{fc}", target)
+            target = (at_local, everything, filled)
+            yield Piece(f"{base}down_proj.weight", tall, (everything, columns), f"{ours}ff.experts.fc3", target)
