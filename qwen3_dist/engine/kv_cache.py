@@ -1,0 +1,67 @@
+"""KV-cache memory of one rank: how many blocks fit, and the blocks themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.layers.attention import kv_groups_per_rank
+from qwen3_dist.layers.batch import LayerCache
+from qwen3_dist.layout import Layout
+
+_HOST_SHARE = 0.3  # of the free host memory, over all ranks of the host
+
+
+def block_bytes(config: ModelConfig, layout: Layout, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block on one rank: K and V of `block_size` tokens in all its layers."""
+    groups = kv_groups_per_rank(config.n_kv_groups, layout.tp)
+    return 2 * config.n_layers * block_size * groups * config.head_dim * dtype.itemsize
+
+
+def allocate(
+    config: ModelConfig, layout: Layout, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerCache]:
+    """One zeroed `LayerCache` per layer."""
+    groups = kv_groups_per_rank(config.n_kv_groups, layout.tp)
+    shape = (num_blocks, block_size, groups, config.head_dim)
+    return [
+        LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        for _ in range(config.n_layers)
+    ]
+
+
+def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_host: int) -> int:
+    """Bytes a rank may give to its cache. Read it when the weights are loaded.
+
+    On a GPU: what is left of `gpu_memory_utilization` of the card, whoever uses the rest. On a CPU: an
+    even part of 30 % of what the host (or its cgroup) has free.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - (1 - gpu_memory_utilization) * total)
+    return int(_host_free_bytes() * _HOST_SHARE / ranks_on_host)
+
+
+def blocks_that_fit(free: int, per_block: int, most_useful: int) -> int:
+    """Blocks of `per_block` bytes in `free` bytes, at most `most_useful`. Raises ResourceError for none."""
+    fitting = free // per_block
+    if fitting < 1:
+        raise ResourceError(
+            f"only {max(free, 0) / 2**20:.0f} MiB are left for the KV cache and one block takes "
+            f"{per_block / 2**20:.1f} MiB; use more ranks, a smaller dtype or more memory"
+        )
+    return min(fitting, most_useful)
+
+
+def _host_free_bytes() -> int:
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)

@@ -1,0 +1,58 @@
+"""What the scheduler tells the ranks to do in one step, and what they answer. Plain data: no torch.
+
+A plan says everything a rank needs, so ranks keep no state of sequences beyond their KV blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_dist.engine.outputs import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to draw one token. `position` is the index it will have in its sequence."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    position: int
+    logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStep:
+    """One sequence's part of a step: compute `token_ids`, the first of them at position `start`.
+
+    `block_table` covers the sequence up to the last of them. `sample` is None while a prompt is only
+    partly computed.
+    """
+
+    seq_id: int
+    token_ids: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    sample: SampleSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step of one dp group; sequences with a single token come first."""
+
+    step: int
+    sequences: tuple[SequenceStep, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """The sampled token of every sequence of the plan that has a `sample`, in the plan's order."""
+
+    step: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
