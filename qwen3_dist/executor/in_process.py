@@ -1,0 +1,49 @@
+"""The executor of a world of one: the rank lives in the engine's own process."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3_dist.engine.plan import StepPlan, StepResult
+from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.errors import ConfigError, ResourceError
+from qwen3_dist.executor.base import Executor
+from qwen3_dist.executor.rank import cores, count_blocks, load_shard
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.loader import Progress
+
+
+class InProcessExecutor(Executor):
+    """Loads the whole model here; `execute` is a function call."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        if config.layout.world != 1:
+            raise ConfigError(f"executor in_process runs one rank and layout {config.layout} has more")
+        device = torch.device(local_device(config.device))
+        if device.type == "cpu":
+            torch.set_num_threads(cores())  # Ray hides all but one core from a worker's OpenMP
+        model = load_shard(config, ParallelContext.single(), device, progress)
+        self.num_blocks = count_blocks(config, model, ranks_on_host=1)
+        self._runner: ModelRunner | None = ModelRunner(model, self.num_blocks, config.block_size)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert self._runner is not None, "the executor was shut down"
+        result = self._runner.run(plan)
+        assert result is not None
+        return result
+
+    def check(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self._runner = None
+
+
+def local_device(device: str) -> str:
+    """"cpu" or "cuda" for a rank of this host. Raises ResourceError for a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("device=cuda was asked for and torch sees no GPU here; use device=cpu")
+    return device

@@ -1,0 +1,210 @@
+"""A rank, from an empty process to a runner that answers plans; and the in-process form of it.
+
+    rank                                   engine
+    ── Hello(host, rendezvous port) ────▶
+    ◀──────── Start(rendezvous address, ranks on this host)
+       join process groups, load weights
+    ── Progress ... ────────────────────▶
+    ── Loaded(blocks that fit) ─────────▶  the smallest decides
+    ◀──────────────────── num_blocks
+    ── Ready ───────────────────────────▶
+    ◀──────────────────── plan, plan, ...   (None: end)
+    ── result (tp rank 0 only) ─────────▶
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine import kv_cache
+from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.executor.channel import Channel, connect
+from qwen3_dist.model import Qwen3Model
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.loader import Progress, load_model
+from qwen3_dist.weights.source import resolve_model
+
+_PROGRESS_PERIOD_S = 0.1
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What a new process must be told to become a rank. `device` is "cpu" or "cuda"."""
+
+    rank: int
+    config: EngineConfig
+    device: str
+    address: tuple[str, int]
+    secret: bytes
+
+
+@dataclass(frozen=True)
+class Hello:
+    rank: int
+    pid: int
+    host: str
+    host_id: str
+    store_port: int | None  # rank 0's rendezvous store
+
+
+@dataclass(frozen=True)
+class Start:
+    store_address: tuple[str, int]
+    ranks_on_host: int
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Loading:
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    num_blocks: int  # KV-cache blocks that fit beside the weights
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The cache is allocated; plans may come."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a rank says before it ends; `error` is what went wrong on it."""
+
+    rank: int
+    error: QwenDistError
+    details: str
+
+
+def torch_dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
+    """The compute dtype that the settings ask for."""
+    return getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def load_shard(
+    config: EngineConfig, parallel: ParallelContext, device: torch.device, progress: Progress | None
+) -> Qwen3Model:
+    """Finds the checkpoint on this host and loads this rank's part of it."""
+    path = resolve_model(config.model, config.revision)
+    model_config = ModelConfig.from_directory(path)
+    return load_model(path, model_config, parallel, torch_dtype(config, model_config), device, progress)
+
+
+def count_blocks(config: EngineConfig, model: Qwen3Model, ranks_on_host: int) -> int:
+    """KV-cache blocks this rank can hold beside its weights, from the settings or from free memory."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    device, dtype = model.tok_emb.weight.device, model.tok_emb.weight.dtype
+    if config.kv_cache_gib is not None and device.type == "cpu":
+        free = int(config.kv_cache_gib * 2**30)
+    else:
+        free = kv_cache.free_bytes(device, config.gpu_memory_utilization, ranks_on_host)
+    per_block = kv_cache.block_bytes(model.config, config.layout, config.block_size, dtype)
+    longest = min(config.max_model_len or model.config.context_length, model.config.context_length)
+    most_useful = config.max_num_seqs * -(-longest // config.block_size)
+    return kv_cache.blocks_that_fit(free, per_block, most_useful)
+
+
+def rank_main(spec: RankSpec) -> None:
+    """Runs a rank until its engine says so or goes away. Failures are sent to the engine, not raised."""
+    channel = connect(spec.address, spec.secret)
+    try:
+        _run(spec, channel)
+    except EOFError:
+        pass  # the engine is gone, so nobody needs this rank
+    except Exception as error:
+        known = error if isinstance(error, QwenDistError) else EngineDeadError(f"{type(error).__name__}: {error}")
+        with contextlib.suppress(EOFError):
+            channel.send(Failed(spec.rank, known, traceback.format_exc()))
+    finally:
+        channel.close()
+
+
+def _run(spec: RankSpec, channel: Channel) -> None:
+    parallel, ranks_on_host, device = _join(spec, channel)
+    try:
+        model = load_shard(spec.config, parallel, device, _report_to(channel))
+        channel.send(Loaded(count_blocks(spec.config, model, ranks_on_host)))
+        num_blocks = channel.receive()
+        if num_blocks is None:
+            return
+        runner = ModelRunner(model, num_blocks, spec.config.block_size)
+        channel.send(Ready())
+        while (plan := channel.receive()) is not None:
+            result = runner.run(plan)
+            if result is not None:
+                channel.send(result)
+    finally:
+        parallel.close()
+
+
+def _join(spec: RankSpec, channel: Channel) -> tuple[ParallelContext, int, torch.device]:
+    """Meets the other ranks. Rank 0 hosts the rendezvous, on the address by which it reaches the engine."""
+    host, world = channel.local_host, spec.config.layout.world
+    timeout = timedelta(seconds=spec.config.start_timeout_s)
+    store: dist.TCPStore | None = None
+    if spec.rank == 0:
+        store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+    channel.send(Hello(spec.rank, os.getpid(), host, socket.gethostname(), store.port if store else None))
+    start = channel.receive()
+    if store is None:
+        store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
+    torch.set_num_threads(max(1, cores() // start.ranks_on_host))
+    device = torch.device("cpu")
+    if spec.device == "cuda":
+        device = torch.device("cuda", start.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        _use_interface_of(host)
+    parallel = ParallelContext.connect(
+        spec.config.layout, spec.rank, store, device, timeout_s=spec.config.step_timeout_s
+    )
+    return parallel, start.ranks_on_host, device
+
+
+def _use_interface_of(host: str) -> None:
+    """Makes gloo listen where the other hosts can reach it, rather than where the hostname points."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == host:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+def _report_to(channel: Channel) -> Progress:
+    """A loader callback that tells the engine now and then, and always at the end."""
+    last = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done >= total or now - last >= _PROGRESS_PERIOD_S:
+            last = now
+            channel.send(Loading(done, total))
+
+    return report
