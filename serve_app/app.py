@@ -1,0 +1,73 @@
+"""`build_app`: the Serve application of one typed config, for our CLI, `serve run` and Serve YAML alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import LoggingConfig
+
+from cluster.ray_cluster import Capacity, capacity
+from serve_app.config import ServiceConfig, read_service_config
+from serve_app.deployments import EngineReplica, Ingress
+from serve_app.placement import place
+
+APP_NAME = "qwen3_dist"
+# A model that fails to load fails the next time too: say so after the first try. Once a replica has
+# run, Serve goes on replacing lost ones whatever this is.
+_CONSTRUCTOR_TRIES = 1
+_INGRESS_ONGOING_REQUESTS = 10_000
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The application for flat settings `args` (see `read_service_config`). Raises ConfigError, ResourceError."""
+    return bind(read_service_config(args))
+
+
+def bind(config: ServiceConfig) -> serve.Application:
+    """The application for `config`, sized for the Ray cluster this process is connected to."""
+    placement = place(config, capacity() if ray.is_initialized() else _this_machine())
+    config = dataclasses.replace(config, engine=placement.engine, model_name=config.served_name)
+    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    common = {
+        "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
+        "health_check_period_s": config.health_check_period_s,
+        "health_check_timeout_s": config.health_check_timeout_s,
+        "logging_config": quiet,
+    }
+    replicas = serve.deployment(
+        EngineReplica,
+        name="EngineReplica",
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_constructor_retry_count=_CONSTRUCTOR_TRIES,
+        ray_actor_options=placement.actor_options,
+        placement_group_bundles=placement.bundles,
+        placement_group_strategy="PACK",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.target_ongoing_requests,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+            metrics_interval_s=config.metrics_interval_s,
+            look_back_period_s=config.look_back_period_s,
+        ),
+        **common,
+    )
+    ingress = serve.deployment(
+        Ingress,
+        name="Ingress",
+        max_ongoing_requests=_INGRESS_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 0},
+        **common,
+    )
+    return ingress.bind(config, replicas.bind(config))
+
+
+def _this_machine() -> Capacity:
+    """Stands in for the cluster where `serve build` runs without one."""
+    return Capacity(cpus=float(os.cpu_count() or 1), gpus=0.0, nodes=1)

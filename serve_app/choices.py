@@ -1,0 +1,43 @@
+"""One generated choice as the client sees it: token deltas of the engine in, safe text deltas out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_dist.engine.outputs import TokenDelta, TokenLogprob
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.detokenizer import TextStream
+from qwen3_dist.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ChoiceDelta:
+    """What one step shows of choice `index`; `finish_reason` is OpenAI's, None while it runs."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+
+
+class Choice:
+    """Turns one choice's token deltas into text deltas. `done` once its finish reason was shown."""
+
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+        self.done = False
+        self._index = index
+        self._stream = TextStream(tokenizer, params.stop, params.skip_special_tokens) if tokenizer else None
+
+    def advance(self, delta: TokenDelta) -> ChoiceDelta:
+        """Takes a step's tokens; a stop string that they complete ends the choice before it."""
+        assert not self.done
+        text, reason = "", delta.finish_reason
+        if self._stream:
+            text = self._stream.push(delta.token_ids)
+            if reason:
+                text += self._stream.finish()
+            if self._stream.stopped:
+                reason = "stop"
+        self.done = reason is not None
+        return ChoiceDelta(self._index, text, delta.token_ids, delta.logprobs, reason)

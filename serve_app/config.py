@@ -1,0 +1,124 @@
+"""`ServiceConfig`: everything one served model needs to know, its engine's settings included.
+
+`read_service_config` takes it flat, as `serve run` arguments, YAML `args` and the command line give it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.settings import EngineConfig, read_settings, setting
+
+BUNDLED_NAME = "qwen3-bundled"
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """One model behind one OpenAI-compatible endpoint, on `min_replicas` to `max_replicas` engines."""
+
+    engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
+    model_name: str = setting("", "name clients ask for; empty means the hub id or the directory's name")
+    host: str = setting("127.0.0.1", "address the HTTP server listens on; 0.0.0.0 for every interface")
+    port: int = setting(8000, "port the HTTP server listens on")
+    min_replicas: int = setting(1, "engines that always run")
+    max_replicas: int = setting(1, "most engines that load may start")
+    target_ongoing_requests: float = setting(16.0, "requests in flight per replica that scaling aims for")
+    max_ongoing_requests: int = setting(256, "requests a replica holds at once; more wait at the ingress")
+    upscale_delay_s: float = setting(10.0, "seconds of high load before a replica is added")
+    downscale_delay_s: float = setting(300.0, "seconds of low load before a replica is removed")
+    metrics_interval_s: float = setting(2.0, "seconds between two reports of a replica's load")
+    look_back_period_s: float = setting(10.0, "seconds of load that a scaling decision averages")
+    graceful_shutdown_timeout_s: float = setting(
+        600.0, "longest wait for running requests when a replica stops"
+    )
+    health_check_period_s: float = setting(1.0, "seconds between two health checks of a replica")
+    health_check_timeout_s: float = setting(30.0, "longest wait for one health check")
+    placement_timeout_s: float = setting(120.0, "longest wait for the cluster to make room for a replica")
+    max_request_mib: float = setting(16.0, "largest HTTP request body in MiB")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_s") and value < 0:
+                raise ConfigError(f"{field.name} must not be negative, not {value!r}")
+        for name in (
+            "max_replicas",
+            "target_ongoing_requests",
+            "max_ongoing_requests",
+            "max_request_mib",
+            "metrics_interval_s",
+            "look_back_period_s",
+            "health_check_period_s",
+            "health_check_timeout_s",
+        ):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)!r}")
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"port must lie between 1 and 65535, not {self.port}")
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ConfigError(
+                f"min_replicas={self.min_replicas} must lie between 1 and max_replicas={self.max_replicas}"
+            )
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ConfigError(
+                f"target_ongoing_requests={self.target_ongoing_requests:g} is more than "
+                f"max_ongoing_requests={self.max_ongoing_requests}, so load could never add a replica"
+            )
+
+    @property
+    def served_name(self) -> str:
+        """The name clients ask for."""
+        model = self.engine.model
+        if self.model_name or not model:
+            return self.model_name or BUNDLED_NAME
+        return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def read_service_config(args: Mapping[str, Any]) -> ServiceConfig:
+    """Builds a config from flat `args`, the engine's settings beside the service's.
+
+    Values may be text (`"4"` for an integer, `"null"`), as a command line has it; `engine` may also
+    be a mapping of its own. Raises ConfigError naming the setting that is unknown or unusable.
+    """
+    service = {name: kind for name, kind in setting_types(ServiceConfig).items() if name != "engine"}
+    engine = setting_types(EngineConfig)
+    nested = args.get("engine", {})
+    if not isinstance(nested, Mapping):
+        raise ConfigError(f"engine must be a mapping of engine settings, not {nested!r}")
+    flat = {name: value for name, value in args.items() if name != "engine"} | dict(nested)
+    unknown = sorted(set(flat) - set(service) - set(engine))
+    if unknown:
+        raise ConfigError(
+            f"unknown setting {unknown[0]!r}; known are {', '.join(sorted({**service, **engine}))}"
+        )
+    values = {name: parse_text({**service, **engine}[name], value) for name, value in flat.items()}
+    engine_config = read_settings(EngineConfig, {n: v for n, v in values.items() if n in engine})
+    service_values = {n: v for n, v in values.items() if n in service}
+    return dataclasses.replace(read_settings(ServiceConfig, service_values), engine=engine_config)
+
+
+def setting_types(cls: type) -> dict[str, Any]:
+    """The fields of settings dataclass `cls` with their resolved types."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def parse_text(kind: Any, value: Any) -> Any:
+    """`value` as type `kind` wants it where it is text that stands for a number, a boolean or null.
+
+    Anything else is returned as it came, for `read_settings` to judge.
+    """
+    options = set(typing.get_args(kind)) or {kind}
+    if not isinstance(value, str) or not options & {int, float, bool}:
+        return None if value == "null" and type(None) in options else value
+    try:
+        return json.loads(value.lower())
+    except ValueError:
+        return value
