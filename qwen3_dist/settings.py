@@ -59,6 +59,11 @@ class EngineConfig:
         _check_choices(self)
 
 
+def runs_in_process(config: EngineConfig) -> bool:
+    """Whether the engine's one rank lives in the engine's own process."""
+    return config.executor == "in_process" or (config.executor == "auto" and config.layout.world == 1)
+
+
 def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     """Builds dataclass `cls` from `values`. Raises ConfigError naming a bad or unknown key.
 

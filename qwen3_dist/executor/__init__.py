@@ -6,7 +6,7 @@ import importlib.util
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.executor.base import Executor
-from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings import EngineConfig, runs_in_process
 from qwen3_dist.weights.loader import Progress
 
 
@@ -16,28 +16,22 @@ def make_executor(config: EngineConfig, progress: Progress | None = None) -> Exe
     `progress(done_bytes, total_bytes)` is called while weights load. Raises CheckpointError,
     ResourceError, ParallelLayoutError or EngineDeadError, leaving nothing behind.
     """
-    form = config.executor
-    if form == "auto":
-        form = "in_process" if config.layout.world == 1 else _several_ranks()
-    if form == "in_process":
+    if runs_in_process(config):
         from qwen3_dist.executor.in_process import InProcessExecutor
 
         return InProcessExecutor(config, progress)
     from qwen3_dist.executor.rank_group import RankGroupExecutor
 
-    if form == "processes":
+    has_ray = importlib.util.find_spec("ray") is not None
+    if config.executor == "processes" or (config.executor == "auto" and not has_ray):
         from qwen3_dist.executor.processes import ProcessLauncher
 
         return RankGroupExecutor(config, ProcessLauncher(config), progress)
-    if importlib.util.find_spec("ray") is None:
+    if not has_ray:
         raise ConfigError("executor ray needs the ray package; install it or use executor=processes")
     from qwen3_dist.executor.ray_ranks import RayLauncher
 
     return RankGroupExecutor(config, RayLauncher(config), progress)
-
-
-def _several_ranks() -> str:
-    return "ray" if importlib.util.find_spec("ray") else "processes"
 
 
 __all__ = ["Executor", "make_executor"]

@@ -1,0 +1,153 @@
+"""The engine for asyncio callers: its own thread steps it, so no event loop ever waits for a step."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from qwen3_dist.engine.engine import Engine, Outputs
+from qwen3_dist.engine.outputs import EngineStats, TokenDelta
+from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.settings import EngineConfig
+
+_log = logging.getLogger(__name__)
+_IDLE_CHECK_S = 0.5  # a rank that dies while nobody asks is noticed this soon
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Where one request's deltas go: a queue on its caller's event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
+    unfinished: int = 1
+
+
+class AsyncEngine:
+    """Construction blocks until the model is loaded on all ranks. Raises what `Engine` raises."""
+
+    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+        self._engine = Engine(config, show_progress)
+        self.config = config
+        self.model_path = self._engine.model_path
+        self.model_config = self._engine.model_config
+        self.tokenizer = self._engine.tokenizer
+        self.chat_template = self._engine.chat_template
+        self.max_model_len = self._engine.max_model_len
+        self._streams: dict[str, _Stream] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._death: QwenDistError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str
+    ) -> AsyncIterator[list[TokenDelta]]:
+        """Yields what each step adds to the request, until all its choices are finished.
+
+        Raises RequestError before the first item if the request is refused, EngineDeadError if the
+        engine dies. Leaving the iterator early (aclose, cancellation) aborts the request within a step.
+        """
+        self.check_health()
+        self._engine.check_prompt(prompt_token_ids)
+        stream = _Stream(asyncio.get_running_loop(), unfinished=params.n)
+
+        def add() -> None:
+            self._streams[request_id] = stream
+            self._engine.add_request(request_id, prompt_token_ids, params)
+
+        self._post(add)
+        try:
+            while stream.unfinished:
+                deltas = await stream.queue.get()
+                if isinstance(deltas, QwenDistError):
+                    raise EngineDeadError(str(deltas))
+                stream.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+                yield deltas
+        finally:
+            if stream.unfinished:
+                self._post(lambda: self._engine.abort(request_id))
+            self._post(lambda: self._streams.pop(request_id, None))
+
+    def abort(self, request_id: str, index: int) -> None:
+        """Ends one choice of a request; its stream is told with finish_reason "abort"."""
+
+        def end() -> None:
+            self._engine.abort(request_id, index)
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                self._send(stream, [TokenDelta(index, (), (), "abort")])
+
+        self._post(end)
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if the engine cannot serve requests any more."""
+        if self._death is not None:
+            raise EngineDeadError(str(self._death))
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    def shutdown(self) -> None:
+        """Fails the requests in flight and ends the ranks. May be called more than once."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+        self._engine.shutdown()
+
+    def _post(self, action: Callable[[], object]) -> None:
+        """Has the engine's thread do `action` between two steps."""
+        with self._wake:
+            self._inbox.append(action)  # type: ignore[arg-type]
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._do_inbox()
+                if self._engine.has_work:
+                    self._deliver(self._engine.step())
+                else:
+                    self._engine.check_health()
+            self._die(EngineDeadError("the engine was shut down"))
+        except QwenDistError as error:
+            self._die(error)
+        except Exception as error:
+            _log.exception("the engine failed")
+            self._die(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+
+    def _do_inbox(self) -> None:
+        with self._wake:
+            if not self._inbox and not self._engine.has_work and not self._stopping:
+                self._wake.wait(_IDLE_CHECK_S)
+            actions = list(self._inbox)
+            self._inbox.clear()
+        for action in actions:
+            action()
+
+    def _deliver(self, outputs: Outputs) -> None:
+        for request_id, deltas in outputs.items():
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                self._send(stream, deltas)
+
+    def _die(self, error: QwenDistError) -> None:
+        self._death = error
+        for stream in self._streams.values():
+            self._send(stream, error)
+        self._engine.shutdown()
+
+    @staticmethod
+    def _send(stream: _Stream, item: list[TokenDelta] | QwenDistError) -> None:
+        try:
+            stream.loop.call_soon_threadsafe(stream.queue.put_nowait, item)
+        except RuntimeError:
+            pass  # the caller's event loop is closed: nobody is listening

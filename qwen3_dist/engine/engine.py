@@ -1,0 +1,190 @@
+"""The engine: schedule, run, postprocess. One thread calls it; `async_engine.py` gives it one of its own."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine.block_manager import BlockManager
+from qwen3_dist.engine.outputs import EngineStats, TokenDelta, TokenLogprob
+from qwen3_dist.engine.plan import StepPlan, StepResult
+from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
+from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.errors import ConfigError, ParallelLayoutError, RequestError
+from qwen3_dist.executor import Executor, make_executor
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.text.chat_template import ChatTemplate
+from qwen3_dist.text.sidecars import read_eos_token_ids
+from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.weights.loader import Progress
+from qwen3_dist.weights.source import resolve_model
+
+Outputs = dict[str, list[TokenDelta]]  # by request id, what one step added
+
+
+class Engine:
+    """A loaded model that turns requests into tokens, a step at a time.
+
+    Raises CheckpointError, ParallelLayoutError, ConfigError or ResourceError, leaving nothing behind,
+    if `config` cannot be run here.
+    """
+
+    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+        path = resolve_model(config.model, config.revision)
+        self.config = config
+        self.model_path = path
+        self.model_config = ModelConfig.from_directory(path)
+        check_layout(config, self.model_config)
+        self.tokenizer = Tokenizer.from_directory(path)
+        self.chat_template = ChatTemplate.from_directory(path)
+        with loading_bar(show_progress) as progress:
+            self._executor: Executor = make_executor(config, progress)
+        try:
+            blocks = BlockManager(self._executor.num_blocks, config.block_size)
+            self.max_model_len = _max_model_len(config, self.model_config, blocks.capacity_tokens)
+        except BaseException:
+            self._executor.shutdown()
+            raise
+        eos_token_ids = frozenset(self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path))
+        limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
+        self._scheduler = Scheduler(blocks, limits, eos_token_ids)
+        self._requests: dict[str, list[Sequence]] = {}
+        self._next_seq_id = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Queues a request. Raises RequestError, changing nothing, for a prompt that cannot be run."""
+        room = self.check_prompt(prompt_token_ids)
+        assert request_id not in self._requests, f"request id {request_id!r} is taken"
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        sequences = []
+        for index in range(params.n):
+            tokens = list(prompt_token_ids)
+            sequence = Sequence(self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens)
+            self._next_seq_id += 1
+            self._scheduler.add(sequence)
+            sequences.append(sequence)
+        self._requests[request_id] = sequences
+
+    def check_prompt(self, prompt_token_ids: list[int]) -> int:
+        """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long."""
+        if not prompt_token_ids:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        vocab_size = self.model_config.vocab_size
+        foreign = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
+        if foreign is not None:
+            raise RequestError(f"token id {foreign} is outside the vocabulary of {vocab_size}", param="prompt")
+        if len(prompt_token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}, "
+                "the output included; shorten the prompt",
+                param="prompt",
+            )
+        return self.max_model_len - len(prompt_token_ids)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request (or its choice `index`) and frees its blocks; unknown ids are fine."""
+        sequences = self._requests.get(request_id, [])
+        for sequence in [s for s in sequences if index is None or s.index == index]:
+            self._scheduler.finish(sequence, "abort")
+            self._forget(sequence)
+
+    def step(self) -> Outputs:
+        """Runs one step, if there is work, and returns the tokens it gave."""
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return {}
+        result = self._executor.execute(plan)
+        return self._deltas(self._scheduler.update(plan, result), plan, result)
+
+    def check_health(self) -> None:
+        """Raises EngineDeadError if a rank has been lost."""
+        self._executor.check()
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            free_blocks=scheduler.blocks.num_free,
+            total_blocks=scheduler.blocks.num_blocks,
+            steps=scheduler.num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that no KV block is lost or held twice."""
+        scheduler = self._scheduler
+        scheduler.blocks.check_integrity([*scheduler.running, *scheduler.waiting])
+
+    def shutdown(self) -> None:
+        """Ends the ranks. May be called more than once."""
+        self._executor.shutdown()
+
+    def _deltas(self, advanced: Iterable[Sequence], plan: StepPlan, result: StepResult) -> Outputs:
+        logprobs = dict(zip((s.seq_id for s in plan.sequences if s.sample), result.logprobs, strict=True))
+        outputs: Outputs = {}
+        for sequence in advanced:
+            logprob = logprobs[sequence.seq_id]
+            kept: tuple[TokenLogprob, ...] = (logprob,) if logprob is not None else ()
+            delta = TokenDelta(sequence.index, (sequence.token_ids[-1],), kept, sequence.finish_reason)
+            outputs.setdefault(sequence.request_id, []).append(delta)
+            if sequence.finish_reason is not None:
+                self._forget(sequence)
+        return outputs
+
+    def _forget(self, sequence: Sequence) -> None:
+        siblings = self._requests[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request_id]
+
+
+def check_layout(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Raises ParallelLayoutError if the model cannot be split so, or this version cannot run it so."""
+    layout = config.layout
+    layout.validate(model_config)
+    if layout.dp > 1 or layout.pp > 1:
+        flat = replace(layout, dp=1, pp=1, ep=1)
+        raise ParallelLayoutError(f"layout {layout}: dp and pp are not built yet; use tp and ep alone, as in {flat}")
+
+
+def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tokens: int) -> int:
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(model_config.context_length, capacity_tokens)
+    if wanted > model_config.context_length:
+        raise ConfigError(f"max_model_len={wanted} exceeds the model's context of {model_config.context_length}")
+    if wanted > capacity_tokens:
+        raise ConfigError(
+            f"max_model_len={wanted} does not fit the KV cache of {capacity_tokens} tokens; lower it or give "
+            "the cache more memory"
+        )
+    return wanted
+
+
+class loading_bar:  # noqa: N801  (used like a function)
+    """A context whose value is a loader callback that draws a progress bar on stderr."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._bar = tqdm(desc="loading weights", unit="B", unit_scale=True, disable=not enabled)
+
+    def __enter__(self) -> Progress:
+        return self._update
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+    def _update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+

@@ -1,0 +1,169 @@
+"""Offline generation: `LLM(model, layout="tp=2,ep=2").generate(prompts, SamplingParams(...))`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from qwen3_dist.engine.engine import Engine
+from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta, TokenLogprob
+from qwen3_dist.errors import RequestError
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.settings import EngineConfig, read_settings
+from qwen3_dist.text.detokenizer import TextStream
+from qwen3_dist.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model loaded on the ranks of `layout`, for generation without a server.
+
+    `settings` are the other fields of `EngineConfig`. Close it with `shutdown()`, or use it as a
+    context manager. Raises what `Engine` raises.
+    """
+
+    def __init__(self, model: str = "", *, layout: str = "tp=1", use_tqdm: bool = True, **settings: Any) -> None:
+        config = read_settings(EngineConfig, {"model": str(model), "layout": layout, **settings})
+        self._engine = Engine(config, show_progress=use_tqdm)
+        self.config = config
+        self.model_config = self._engine.model_config
+        self.max_model_len = self._engine.max_model_len
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes one prompt or many, each a text or a list of token ids; results keep their order.
+
+        Raises RequestError, having generated nothing, if any prompt is refused.
+        """
+        batch = _as_batch(prompts)
+        given = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
+        if len(given) != len(batch):
+            raise RequestError(f"{len(given)} sampling params for {len(batch)} prompts; give one or as many")
+        jobs = [self._prepare(prompt, p) for prompt, p in zip(batch, given, strict=True)]
+        return self._run(jobs, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | None = None,
+        use_tqdm: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many through the checkpoint's chat template."""
+        template = self._engine.chat_template
+        if template is None:
+            raise RequestError("this checkpoint has no chat template; use generate()")
+        conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [template.render(list(each), tools=tools, **template_kwargs) for each in conversations]
+        return self.generate(prompts, params, use_tqdm)
+
+    def shutdown(self) -> None:
+        """Ends the ranks. May be called more than once."""
+        self._engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Job:
+        tokenizer = self._engine.tokenizer
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise RequestError("this checkpoint has no tokenizer; give the prompt as token ids")
+            token_ids = tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        self._engine.check_prompt(token_ids)
+        return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer)
+
+    def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
+        engine = self._engine
+        for number, job in enumerate(jobs):
+            engine.add_request(str(number), job.prompt_token_ids, job.params)
+        with tqdm(total=len(jobs), desc="generating", unit="prompt", disable=not use_tqdm) as bar:
+            try:
+                while engine.has_work:
+                    for request_id, deltas in engine.step().items():
+                        job = jobs[int(request_id)]
+                        for index in job.take(deltas):
+                            engine.abort(request_id, index)
+                        bar.update(job.just_finished())
+            finally:
+                for number in range(len(jobs)):
+                    engine.abort(str(number))
+        return [job.output() for job in jobs]
+
+
+class _Choice:
+    """One choice while it grows."""
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: str | None = None
+        self.stream = TextStream(tokenizer, params.stop, params.skip_special_tokens) if tokenizer else None
+
+    def take(self, delta: TokenDelta) -> bool:
+        """Adds a delta; True if a stop string ends the choice although the engine would go on."""
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        if self.stream is not None:
+            self.stream.push(delta.token_ids)
+            if delta.finish_reason is not None:
+                self.stream.finish()
+            if self.stream.stopped:
+                self.finish_reason = "stop"
+                return delta.finish_reason is None
+        self.finish_reason = delta.finish_reason
+        return False
+
+
+class _Job:
+    """One request of a batch and its choices."""
+
+    def __init__(
+        self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer | None
+    ) -> None:
+        self.prompt = prompt
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self._choices = [_Choice(tokenizer, params) for _ in range(params.n)]
+        self._reported = False
+
+    def take(self, deltas: Iterable[TokenDelta]) -> list[int]:
+        """Adds what a step gave; returns the choices that a stop string has ended."""
+        return [delta.index for delta in deltas if self._choices[delta.index].take(delta)]
+
+    def just_finished(self) -> bool:
+        """True once: the first time that all choices are finished."""
+        done = not self._reported and all(choice.finish_reason is not None for choice in self._choices)
+        self._reported |= done
+        return done
+
+    def output(self) -> RequestOutput:
+        outputs = []
+        for index, choice in enumerate(self._choices):
+            assert choice.finish_reason is not None
+            text = choice.stream.text if choice.stream is not None else None
+            logprobs = choice.logprobs if self.params.logprobs is not None else None
+            outputs.append(CompletionOutput(index, choice.token_ids, text, choice.finish_reason, logprobs))
+        return RequestOutput(self.prompt, self.prompt_token_ids, outputs)
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
