@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
-from cluster.ray_cluster import Capacity, capacity
 from serve_app.config import ServiceConfig, read_service_config
 from serve_app.deployments import EngineReplica, Ingress
 from serve_app.placement import place
@@ -30,7 +27,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 def bind(config: ServiceConfig) -> serve.Application:
     """The application for `config`, sized for the Ray cluster this process is connected to."""
-    placement = place(config, capacity() if ray.is_initialized() else _this_machine())
+    placement = place(config)
     config = dataclasses.replace(config, engine=placement.engine, model_name=config.served_name)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     common = {
@@ -66,8 +63,3 @@ def bind(config: ServiceConfig) -> serve.Application:
         **common,
     )
     return ingress.bind(config, replicas.bind(config))
-
-
-def _this_machine() -> Capacity:
-    """Stands in for the cluster where `serve build` runs without one."""
-    return Capacity(cpus=float(os.cpu_count() or 1), gpus=0.0, nodes=1)

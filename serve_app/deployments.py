@@ -100,7 +100,10 @@ async def _answer_error(_: Request, error: QwenDistError) -> Response:
 
 @api.exception_handler(HTTPException)
 async def _answer_http_error(request: Request, error: HTTPException) -> Response:
-    return _json(error_form(f"{request.method} {request.url.path}: {error.detail}", error.status_code), error.status_code)
+    return _json(
+        error_form(f"{request.method} {request.url.path}: {error.detail}", error.status_code),
+        error.status_code,
+    )
 
 
 @serve.ingress(api)
@@ -142,7 +145,10 @@ class Ingress:
             results = [error]
         if any(result is None for result in results):
             return _json({"status": "ok"})
-        return _json(error_form("no replica is healthy", HTTPStatus.SERVICE_UNAVAILABLE), HTTPStatus.SERVICE_UNAVAILABLE)
+        return _json(
+            error_form("no replica is healthy", HTTPStatus.SERVICE_UNAVAILABLE),
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
 
     async def _generate(
         self, http: Request, parse: Callable[[bytes], ChatRequest | CompletionRequest]
@@ -156,7 +162,9 @@ class Ingress:
             await items.aclose()
             raise
         if request.stream and status == HTTPStatus.OK:
-            return _EventStream(_chain(first, items), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+            return _EventStream(
+                _chain(first, items), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+            )
         await items.aclose()
         return Response(first, status, media_type="application/json")
 
@@ -175,7 +183,9 @@ class Ingress:
     def _check_model(self, name: str) -> None:
         if name != self._model:
             raise RequestError(
-                f"model {name!r} is not served here; {self._model!r} is", param="model", status=HTTPStatus.NOT_FOUND
+                f"model {name!r} is not served here; {self._model!r} is",
+                param="model",
+                status=HTTPStatus.NOT_FOUND,
             )
 
     def _model_object(self) -> dict[str, Any]:

@@ -1,0 +1,39 @@
+"""`qwen3-dist serve | generate | inspect`: one small module per verb, which imports what only it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from qwen3_dist.errors import QwenDistError
+from serve_app.cli import generate, inspect, serve
+from serve_app.cli.options import Parser
+
+USAGE_ERROR = 2
+_VERBS = {"serve": serve, "generate": generate, "inspect": inspect}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line. Returns the exit code: 0, or 2 with one sentence on stderr."""
+    args = build_parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    try:
+        return run(args)
+    except QwenDistError as error:
+        print(f"qwen3-dist: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = Parser(prog="qwen3-dist", description="Distributed inference for Qwen3 checkpoints.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, module in _VERBS.items():
+        verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
+        verb.add_argument(
+            "--json", action="store_true", help="one JSON object a line on stdout, all else on stderr"
+        )
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
+    return parser

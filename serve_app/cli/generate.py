@@ -1,0 +1,141 @@
+"""`qwen3-dist generate`: prompts in, generated tokens out, with no server in between."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from qwen3_dist.errors import ConfigError, RequestError
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.settings import EngineConfig
+from serve_app.cli.options import add_settings, given_settings
+from serve_app.config import read_service_config
+
+if TYPE_CHECKING:
+    from qwen3_dist.engine.outputs import RequestOutput
+
+HELP = "generate from prompts and print the results"
+_MAX_TOKENS = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", default="", help="checkpoint directory or hub id; omitted: the bundled model"
+    )
+    parser.add_argument(
+        "--prompt", dest="prompts", action="append", metavar="TEXT", help="a prompt; may be repeated"
+    )
+    parser.add_argument(
+        "--prompt-ids",
+        dest="prompts",
+        action="append",
+        type=_token_ids,
+        metavar="1,2,3",
+        help="a prompt as token ids; may be repeated",
+    )
+    parser.add_argument("--chat", action="store_true", help="send each text prompt through the chat template")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=_MAX_TOKENS,
+        metavar="N",
+        help="most tokens to generate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="0 is greedy (default: the checkpoint's, else 1)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="nucleus sampling (default: the checkpoint's, else 1)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="sample from the K likeliest (default: the checkpoint's, else all)",
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="makes a sampled result repeatable")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="text that ends the generation; may be repeated"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="log-probability of each token and of the K likeliest"
+    )
+    parser.add_argument("--ray-address", help="address of a Ray cluster to run the ranks on, or 'auto'")
+    add_settings(parser, "engine", EngineConfig, skip=("model",))
+
+
+def run(args: argparse.Namespace) -> int:
+    engine = read_service_config(given_settings(args, EngineConfig)).engine
+    if not args.prompts:
+        raise ConfigError("nothing to generate from; give --prompt or --prompt-ids")
+    if args.chat and any(not isinstance(prompt, str) for prompt in args.prompts):
+        raise ConfigError("--chat takes text; give --prompt instead of --prompt-ids")
+    from qwen3_dist.text.tokenizer import read_generation_defaults
+    from qwen3_dist.weights.source import resolve_model
+
+    params = _params(args, read_generation_defaults(resolve_model(engine.model, engine.revision)))
+    for output in _generate(args, engine, params):
+        _print(output, args.json)
+    return 0
+
+
+def _params(args: argparse.Namespace, defaults: dict[str, Any]) -> SamplingParams:
+    asked = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed", "logprobs")}
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        stop=tuple(args.stop or ()),
+        ignore_eos=args.ignore_eos,
+        **{**defaults, **{name: value for name, value in asked.items() if value is not None}},
+    )
+
+
+def _generate(args: argparse.Namespace, engine: EngineConfig, params: SamplingParams) -> list[RequestOutput]:
+    from qwen3_dist.llm import LLM
+
+    if args.ray_address:
+        from cluster import ray_cluster
+
+        ray_cluster.connect(args.ray_address)
+        engine = dataclasses.replace(engine, executor="ray")
+    elif engine.executor == "auto" and engine.layout.world > 1:
+        engine = dataclasses.replace(engine, executor="processes")  # one machine, one call: no cluster needed
+    settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
+    try:
+        with LLM(**settings) as llm:
+            if not args.chat:
+                return llm.generate(args.prompts, params)
+            return llm.chat([[{"role": "user", "content": prompt}] for prompt in args.prompts], params)
+    finally:
+        if args.ray_address:
+            ray_cluster.shutdown()
+
+
+def _print(output: RequestOutput, as_json: bool) -> None:
+    if as_json:
+        logprobs = output.logprobs and [
+            {"token_id": p.token_id, "logprob": p.logprob, "top": [list(pair) for pair in p.top]}
+            for p in output.logprobs
+        ]
+        result = {
+            "token_ids": output.token_ids,
+            "text": output.text,
+            "finish_reason": output.finish_reason,
+            "logprobs": logprobs,
+        }
+        print(json.dumps(result), flush=True)
+        return
+    print(output.text if output.text is not None else ",".join(map(str, output.token_ids)))
+    print(f"[{len(output.token_ids)} tokens, {output.finish_reason}]", file=sys.stderr)
+    for p in output.logprobs or ():
+        print(f"{p.token_id}\t{p.logprob:.4f}\t" + " ".join(f"{i}:{value:.4f}" for i, value in p.top))
+
+
+def _token_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of token ids") from None

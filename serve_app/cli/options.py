@@ -1,0 +1,47 @@
+"""Command-line options made from settings dataclasses, so that `--help` prints every setting there is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Collection
+from typing import Any, NoReturn
+
+from serve_app.config import setting_types
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses a command line in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: Collection[str] = ()) -> None:
+    """Adds `--field-name` for every field of `cls`. The values stay text: the dataclass judges them."""
+    group = parser.add_argument_group(title)
+    kinds = setting_types(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in skip:
+            continue
+        default = "unset" if field.default is None else field.default if field.default != "" else "empty"
+        choices = field.metadata.get("choices")
+        group.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            metavar="|".join(choices) if choices else _metavar(kinds[field.name]),
+            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+        )
+
+
+def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
+    """The settings of `classes` that the command line named, as text."""
+    names = {field.name for cls in classes for field in dataclasses.fields(cls)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _metavar(kind: Any) -> str:
+    kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
+    return {int: "N", float: "X"}.get(kinds[0], kinds[0].__name__.upper())

@@ -1,0 +1,147 @@
+"""Brings a service up on Ray, watches until it answers, and takes down what it brought up."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.util import placement_group_table
+
+from cluster import ray_cluster
+from qwen3_dist import errors
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.weights.source import resolve_model
+from serve_app.app import APP_NAME, bind
+from serve_app.config import ServiceConfig
+
+_POLL_S = 0.2
+_REPORT_S = 5.0
+_ANSWER_TIMEOUT_S = 10.0
+_INGRESS, _REPLICA = "Ingress", "EngineReplica"
+
+
+@contextmanager
+def running_service(
+    config: ServiceConfig, ray_address: str | None = None, report: Callable[[str], None] = lambda line: None
+) -> Iterator[str]:
+    """A context in which `config` is served; yields its base URL once it answers.
+
+    Starts a local Ray, or joins the one at `ray_address`. `report` is told how far it is. Raises a
+    QwenDistError with the root cause if the service cannot start, and leaves nothing behind.
+    """
+    check_model(config)
+    if ray_address is None:
+        check_port(config)
+    started_ray = ray_cluster.connect(ray_address)
+    shared_serve = not started_ray and bool(serve.status().proxies)
+    try:
+        app = bind(config)
+        report(f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)")
+        serve.start(
+            http_options={"host": config.host, "port": config.port},
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+        serve._run(app, _blocking=False, name=APP_NAME, route_prefix="/")
+        _wait_until_running(config, report)
+        yield _wait_until_answering(config)
+    finally:
+        if shared_serve:
+            serve.delete(APP_NAME)
+        else:
+            serve.shutdown()
+        ray_cluster.shutdown()
+
+
+def check_model(config: ServiceConfig) -> None:
+    """Raises CheckpointError or ParallelLayoutError if the model is missing or the layout does not divide it."""
+    path = resolve_model(config.engine.model, config.engine.revision)
+    config.engine.layout.validate(ModelConfig.from_directory(path))
+
+
+def check_port(config: ServiceConfig) -> None:
+    """Raises ResourceError if another process listens on the port, or the host is not this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another --host or --port"
+            ) from None
+
+
+def root_cause(message: str) -> QwenDistError:
+    """The error of ours that a Serve status message reports last, traceback and all, or its last line."""
+    found = re.findall(r"qwen3_dist\.errors\.(\w+): (.+)", message)
+    if found:
+        name, sentence = found[-1]
+        return getattr(errors, name, QwenDistError)(sentence)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return QwenDistError(f"the service could not start: {lines[-1] if lines else 'Serve gives no reason'}")
+
+
+def _wait_until_running(config: ServiceConfig, report: Callable[[str], None]) -> None:
+    started = reported = time.monotonic()
+    last_placed = started
+    while True:
+        app = serve.status().applications[APP_NAME]
+        if app.status == ApplicationStatus.RUNNING:
+            return
+        deployments = app.deployments
+        if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            messages = [app.message, *(deployment.message for deployment in deployments.values())]
+            raise root_cause("\n".join(messages))
+        now = time.monotonic()
+        unplaced = _unplaced_bundles()
+        if not unplaced:
+            last_placed = now
+        elif now - last_placed > config.placement_timeout_s:
+            raise ResourceError(
+                f"no room for {unplaced} within {config.placement_timeout_s:g} s, free is {_free()}; "
+                "add nodes, end other jobs or choose a smaller layout"
+            )
+        if now - reported >= _REPORT_S:
+            reported = now
+            stage = f"waiting for room for {unplaced}, free is {_free()}" if unplaced else "loading the model"
+            report(f"{stage} ({now - started:.0f} s)")
+        time.sleep(_POLL_S)
+
+
+def _unplaced_bundles() -> str:
+    """The bundles of a placement group that waits for resources, as text; "" if none does."""
+    for group in placement_group_table().values():
+        if group["state"] == "PENDING":
+            return ", ".join(str(bundle) for bundle in group["bundles"].values())
+    return ""
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def _wait_until_answering(config: ServiceConfig) -> str:
+    """The service's base URL, once its /health says 200."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    url = f"http://{host}:{config.port}"
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=_ANSWER_TIMEOUT_S):
+                return url
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"the service runs but {url} does not answer; if Ray Serve already ran in this cluster, "
+                    "use the host and port it was started with"
+                ) from None
+        time.sleep(_POLL_S)

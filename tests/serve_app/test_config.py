@@ -1,0 +1,59 @@
+"""Settings of the service: flat arguments in, one frozen config out."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen3_dist.errors import ConfigError, ParallelLayoutError
+from qwen3_dist.layout import Layout
+from serve_app.config import BUNDLED_NAME, ServiceConfig, read_service_config
+
+
+def test_text_from_serve_run_reads_as_the_settings_types() -> None:
+    config = read_service_config(
+        {"layout": "tp=2,ep=2", "max_replicas": "3", "upscale_delay_s": "0.5", "max_model_len": "null"}
+    )
+    assert config.engine.layout == Layout(tp=2, ep=2)
+    assert (config.max_replicas, config.upscale_delay_s, config.engine.max_model_len) == (3, 0.5, None)
+
+
+def test_engine_settings_may_be_flat_or_nested() -> None:
+    flat = read_service_config({"layout": "tp=2", "block_size": 8, "port": 8001})
+    nested = read_service_config({"engine": {"layout": "tp=2", "block_size": 8}, "port": 8001})
+    assert flat == nested
+
+
+def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
+    assert read_service_config({"model_name": "7"}).served_name == "7"
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"max_replica": 2}, "unknown setting 'max_replica'"),
+        ({"max_replicas": "many"}, "max_replicas must be of type int, not 'many'"),
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas=3 must lie between 1 and max_replicas=2"),
+        ({"port": 70000}, "port must lie between 1 and 65535"),
+        ({"downscale_delay_s": -1}, "downscale_delay_s must not be negative"),
+        ({"target_ongoing_requests": 9, "max_ongoing_requests": 8}, "load could never add a replica"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
+        ({"engine": "tp=2"}, "engine must be a mapping"),
+    ],
+)
+def test_a_bad_setting_is_named(args: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read_service_config(args)
+
+
+def test_a_bad_layout_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ParallelLayoutError, match="ep=3 does not divide"):
+        read_service_config({"layout": "tp=2,ep=3"})
+
+
+def test_the_served_name_is_the_given_one_or_the_models(tmp_path) -> None:
+    checkpoint = tmp_path / "Qwen3-Tiny"
+    checkpoint.mkdir()
+    assert ServiceConfig().served_name == BUNDLED_NAME
+    assert read_service_config({"model": str(checkpoint)}).served_name == "Qwen3-Tiny"
+    assert read_service_config({"model": "Qwen/Qwen3-0.6B"}).served_name == "Qwen/Qwen3-0.6B"
+    assert read_service_config({"model": str(checkpoint), "model_name": "tiny"}).served_name == "tiny"
