@@ -130,9 +130,7 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
         if self.n_heads % self.n_kv_groups:
-            raise ConfigError(
-                f"n_heads={self.n_heads} is not a multiple of n_kv_groups={self.n_kv_groups}"
-            )
+            raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_groups={self.n_kv_groups}")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.dtype not in DTYPES:
@@ -179,10 +177,7 @@ class ModelConfig:
         type, and ConfigError for values that make no model.
         """
         _refuse_unsupported(raw)
-        if "emb_dim" in raw:
-            values = _reference_values(raw)
-        else:
-            values = _huggingface_values(raw)
+        values = _reference_values(raw) if "emb_dim" in raw else _huggingface_values(raw)
         required = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "hidden_dim")
         missing = [name for name in required if values.get(name) is None]
         if missing:
@@ -205,7 +200,9 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         )
     quantization = raw.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        )
         raise CheckpointError(
             f"quantisation {method!r} is not supported yet; use the bf16, fp16 or fp32 checkpoint"
         )

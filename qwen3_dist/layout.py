@@ -1,7 +1,7 @@
 """Parallel layouts: `tp=2,dp=2,ep=4` as a value that validates itself against a model.
 
-    world = pp * dp * tp      rank = (stage * dp + group) * tp + tp_rank
-    ep * etp = dp * tp        the MoE layers of one stage run over all its dp * tp ranks
+world = pp * dp * tp      rank = (stage * dp + group) * tp + tp_rank
+ep * etp = dp * tp        the MoE layers of one stage run over all its dp * tp ranks
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ParallelLayoutError
@@ -32,9 +33,7 @@ class Layout:
                 raise ParallelLayoutError(f"{axis} must be a positive integer, not {size!r}")
         if self.stage_size % self.ep:
             fits = ", ".join(str(d) for d in divisors(self.stage_size))
-            raise ParallelLayoutError(
-                f"ep={self.ep} does not divide dp*tp={self.stage_size}; ep={fits} work"
-            )
+            raise ParallelLayoutError(f"ep={self.ep} does not divide dp*tp={self.stage_size}; ep={fits} work")
 
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
@@ -129,7 +128,7 @@ def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:
 def even_ranges(total: int, parts: int) -> list[range]:
     """Cuts `range(total)` into `parts` consecutive ranges whose lengths differ by at most one."""
     bounds = [part * total // parts for part in range(parts + 1)]
-    return [range(lo, hi) for lo, hi in zip(bounds, bounds[1:], strict=False)]
+    return [range(lo, hi) for lo, hi in pairwise(bounds)]
 
 
 def padded_range(total: int, parts: int, part: int) -> tuple[range, int]:

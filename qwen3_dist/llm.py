@@ -26,7 +26,9 @@ class LLM:
     context manager. Raises what `Engine` raises.
     """
 
-    def __init__(self, model: str = "", *, layout: str = "tp=1", use_tqdm: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, model: str = "", *, layout: str = "tp=1", use_tqdm: bool = True, **settings: Any
+    ) -> None:
         config = read_settings(EngineConfig, {"model": str(model), "layout": layout, **settings})
         self._engine = Engine(config, show_progress=use_tqdm)
         self.config = config
@@ -44,7 +46,9 @@ class LLM:
         Raises RequestError, having generated nothing, if any prompt is refused.
         """
         batch = _as_batch(prompts)
-        given = [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
+        given = (
+            [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
+        )
         if len(given) != len(batch):
             raise RequestError(f"{len(given)} sampling params for {len(batch)} prompts; give one or as many")
         jobs = [self._prepare(prompt, p) for prompt, p in zip(batch, given, strict=True)]
@@ -133,7 +137,11 @@ class _Job:
     """One request of a batch and its choices."""
 
     def __init__(
-        self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer | None
+        self,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids

@@ -32,7 +32,7 @@ class Qwen3Model(nn.Module):
         self.final_norm = make_norm(config, config.emb_dim)
         self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp)
         if config.tie_word_embeddings:
-            self.out_head.weight = self.tok_emb.weight
+            self.out_head.weight = self.tok_emb.weight  # type: ignore[assignment]
         # Held on the CPU while the model is on the meta device: no checkpoint carries it.
         self.rope_frequencies, self.rope_mscale = rope_frequencies(config)
 

@@ -39,28 +39,41 @@ class SamplingParams:
         _check(_is_int(self.n) and 1 <= self.n <= 128, "n", "an integer from 1 to 128", self.n)
         _check(
             self.max_tokens is None or (_is_int(self.max_tokens) and self.max_tokens >= 1),
-            "max_tokens", "an integer of at least 1", self.max_tokens,
+            "max_tokens",
+            "an integer of at least 1",
+            self.max_tokens,
         )
         _check(_in(self.temperature, 0.0, 2.0), "temperature", "a number from 0 to 2", self.temperature)
         _check(
-            _in(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "a number above 0 and at most 1", self.top_p
+            _in(self.top_p, 0.0, 1.0) and self.top_p > 0,
+            "top_p",
+            "a number above 0 and at most 1",
+            self.top_p,
         )
         _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", "an integer of at least -1", self.top_k)
         _check(
             self.seed is None or (_is_int(self.seed) and -(2**63) <= self.seed < 2**63),
-            "seed", "a 64-bit integer", self.seed,
+            "seed",
+            "a 64-bit integer",
+            self.seed,
         )
         _check(
             len(stop) <= 16 and all(isinstance(s, str) and s for s in stop),
-            "stop", "a non-empty string or a list of up to 16 of them", self.stop,
+            "stop",
+            "a non-empty string or a list of up to 16 of them",
+            self.stop,
         )
         _check(
             all(_is_int(t) and t >= 0 for t in self.stop_token_ids),
-            "stop_token_ids", "a list of token ids", self.stop_token_ids,
+            "stop_token_ids",
+            "a list of token ids",
+            self.stop_token_ids,
         )
         _check(
             self.logprobs is None or (_is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
-            "logprobs", f"an integer from 0 to {MAX_LOGPROBS}", self.logprobs,
+            "logprobs",
+            f"an integer from 0 to {MAX_LOGPROBS}",
+            self.logprobs,
         )
 
 

@@ -35,27 +35,43 @@ class EngineConfig:
     layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
-    executor: str = setting("auto", "how ranks are started; auto is in_process for one rank, else ray", EXECUTORS)
+    executor: str = setting(
+        "auto", "how ranks are started; auto is in_process for one rank, else ray", EXECUTORS
+    )
     max_model_len: int | None = setting(None, "longest prompt plus output; the model's own limit if unset")
     block_size: int = setting(16, "tokens in one KV-cache block")
     num_blocks: int | None = setting(None, "KV-cache blocks per rank; sized from memory if unset")
     kv_cache_gib: float | None = setting(None, "KV-cache GiB per rank on CPU; sized from memory if unset")
     gpu_memory_utilization: float = setting(0.9, "share of a GPU's memory the engine may fill")
     max_num_seqs: int = setting(64, "most sequences in one step")
-    max_num_batched_tokens: int = setting(2048, "most tokens in one step; longer prompts are prefilled in chunks")
-    cpus_per_rank: float | None = setting(None, "CPUs reserved in Ray for each rank; by device and cluster if unset")
+    max_num_batched_tokens: int = setting(
+        2048, "most tokens in one step; longer prompts are prefilled in chunks"
+    )
+    cpus_per_rank: float | None = setting(
+        None, "CPUs reserved in Ray for each rank; by device and cluster if unset"
+    )
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "start_timeout_s", "step_timeout_s"):
+        for name in (
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "start_timeout_s",
+            "step_timeout_s",
+        ):
             _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
         for name in ("max_model_len", "num_blocks", "kv_cache_gib", "cpus_per_rank"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "positive", value)
-        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1",
-                 self.gpu_memory_utilization)
+        _require(
+            0 < self.gpu_memory_utilization <= 1,
+            "gpu_memory_utilization",
+            "above 0 and at most 1",
+            self.gpu_memory_utilization,
+        )
         _check_choices(self)
 
 
@@ -75,7 +91,9 @@ def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
     hints = typing.get_type_hints(cls)
     read = {name: _coerce(name, hints[name], value) for name, value in values.items()}
-    missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in read]
+    missing = [
+        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in read
+    ]
     if missing:
         raise ConfigError(f"setting {missing[0]!r} is required")
     return cls(**read)

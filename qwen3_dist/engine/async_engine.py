@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -147,7 +148,5 @@ class AsyncEngine:
 
     @staticmethod
     def _send(stream: _Stream, item: list[TokenDelta] | QwenDistError) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody is listening
             stream.loop.call_soon_threadsafe(stream.queue.put_nowait, item)
-        except RuntimeError:
-            pass  # the caller's event loop is closed: nobody is listening

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from tqdm import tqdm
@@ -42,7 +43,7 @@ class Engine:
         check_layout(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
-        with loading_bar(show_progress) as progress:
+        with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(config, progress)
         try:
             blocks = BlockManager(self._executor.num_blocks, config.block_size)
@@ -50,7 +51,9 @@ class Engine:
         except BaseException:
             self._executor.shutdown()
             raise
-        eos_token_ids = frozenset(self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path))
+        eos_token_ids = frozenset(
+            self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
+        )
         limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
         self._scheduler = Scheduler(blocks, limits, eos_token_ids)
         self._requests: dict[str, list[Sequence]] = {}
@@ -69,7 +72,9 @@ class Engine:
         sequences = []
         for index in range(params.n):
             tokens = list(prompt_token_ids)
-            sequence = Sequence(self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens)
+            sequence = Sequence(
+                self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens
+            )
             self._next_seq_id += 1
             self._scheduler.add(sequence)
             sequences.append(sequence)
@@ -82,7 +87,9 @@ class Engine:
         vocab_size = self.model_config.vocab_size
         foreign = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
         if foreign is not None:
-            raise RequestError(f"token id {foreign} is outside the vocabulary of {vocab_size}", param="prompt")
+            raise RequestError(
+                f"token id {foreign} is outside the vocabulary of {vocab_size}", param="prompt"
+            )
         if len(prompt_token_ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}, "
@@ -154,7 +161,9 @@ def check_layout(config: EngineConfig, model_config: ModelConfig) -> None:
     layout.validate(model_config)
     if layout.dp > 1 or layout.pp > 1:
         flat = replace(layout, dp=1, pp=1, ep=1)
-        raise ParallelLayoutError(f"layout {layout}: dp and pp are not built yet; use tp and ep alone, as in {flat}")
+        raise ParallelLayoutError(
+            f"layout {layout}: dp and pp are not built yet; use tp and ep alone, as in {flat}"
+        )
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tokens: int) -> int:
@@ -162,7 +171,9 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tok
     if wanted is None:
         return min(model_config.context_length, capacity_tokens)
     if wanted > model_config.context_length:
-        raise ConfigError(f"max_model_len={wanted} exceeds the model's context of {model_config.context_length}")
+        raise ConfigError(
+            f"max_model_len={wanted} exceeds the model's context of {model_config.context_length}"
+        )
     if wanted > capacity_tokens:
         raise ConfigError(
             f"max_model_len={wanted} does not fit the KV cache of {capacity_tokens} tokens; lower it or give "
@@ -171,20 +182,13 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tok
     return wanted
 
 
-class loading_bar:  # noqa: N801  (used like a function)
-    """A context whose value is a loader callback that draws a progress bar on stderr."""
+@contextlib.contextmanager
+def _loading_bar(enabled: bool) -> Iterator[Progress]:
+    """A loader callback that draws a progress bar on stderr."""
+    with tqdm(desc="loading weights", unit="B", unit_scale=True, disable=not enabled) as bar:
 
-    def __init__(self, enabled: bool) -> None:
-        self._bar = tqdm(desc="loading weights", unit="B", unit_scale=True, disable=not enabled)
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-    def __enter__(self) -> Progress:
-        return self._update
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-    def _update(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-
-
+        yield update

@@ -22,13 +22,20 @@ def block_bytes(config: ModelConfig, layout: Layout, block_size: int, dtype: tor
 
 
 def allocate(
-    config: ModelConfig, layout: Layout, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    layout: Layout,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[LayerCache]:
     """One zeroed `LayerCache` per layer."""
     groups = kv_groups_per_rank(config.n_kv_groups, layout.tp)
     shape = (num_blocks, block_size, groups, config.head_dim)
     return [
-        LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        LayerCache(
+            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+        )
         for _ in range(config.n_layers)
     ]
 

@@ -67,9 +67,7 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return order.gather(1, torch.minimum(chosen, last_kept))[:, 0]
 
 
-def _logprobs(
-    logits: Tensor, token_ids: list[int], specs: Sequence[SampleSpec]
-) -> list[TokenLogprob | None]:
+def _logprobs(logits: Tensor, token_ids: list[int], specs: Sequence[SampleSpec]) -> list[TokenLogprob | None]:
     wanted = [row for row, spec in enumerate(specs) if spec.logprobs is not None]
     out: list[TokenLogprob | None] = [None] * len(specs)
     if not wanted:

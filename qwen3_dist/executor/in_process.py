@@ -41,7 +41,7 @@ class InProcessExecutor(Executor):
 
 
 def local_device(device: str) -> str:
-    """"cpu" or "cuda" for a rank of this host. Raises ResourceError for a GPU that is not there."""
+    """ "cpu" or "cuda" for a rank of this host. Raises ResourceError for a GPU that is not there."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

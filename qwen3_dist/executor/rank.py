@@ -1,15 +1,15 @@
 """A rank, from an empty process to a runner that answers plans; and the in-process form of it.
 
-    rank                                   engine
-    ── Hello(host, rendezvous port) ────▶
-    ◀──────── Start(rendezvous address, ranks on this host)
-       join process groups, load weights
-    ── Progress ... ────────────────────▶
-    ── Loaded(blocks that fit) ─────────▶  the smallest decides
-    ◀──────────────────── num_blocks
-    ── Ready ───────────────────────────▶
-    ◀──────────────────── plan, plan, ...   (None: end)
-    ── result (tp rank 0 only) ─────────▶
+rank                                   engine
+── Hello(host, rendezvous port) ────▶
+◀──────── Start(rendezvous address, ranks on this host)
+   join process groups, load weights
+── Progress ... ────────────────────▶
+── Loaded(blocks that fit) ─────────▶  the smallest decides
+◀──────────────────── num_blocks
+── Ready ───────────────────────────▶
+◀──────────────────── plan, plan, ...   (None: end)
+── result (tp rank 0 only) ─────────▶
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def rank_main(spec: RankSpec) -> None:
     except EOFError:
         pass  # the engine is gone, so nobody needs this rank
     except Exception as error:
-        known = error if isinstance(error, QwenDistError) else EngineDeadError(f"{type(error).__name__}: {error}")
+        known = (
+            error if isinstance(error, QwenDistError) else EngineDeadError(f"{type(error).__name__}: {error}")
+        )
         with contextlib.suppress(EOFError):
             channel.send(Failed(spec.rank, known, traceback.format_exc()))
     finally:
@@ -170,7 +172,8 @@ def _join(spec: RankSpec, channel: Channel) -> tuple[ParallelContext, int, torch
     channel.send(Hello(spec.rank, os.getpid(), host, socket.gethostname(), store.port if store else None))
     start = channel.receive()
     if store is None:
-        store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
+        master_host, master_port = start.store_address
+        store = dist.TCPStore(master_host, master_port, world, is_master=False, timeout=timeout)
     torch.set_num_threads(max(1, cores() // start.ranks_on_host))
     device = torch.device("cpu")
     if spec.device == "cuda":

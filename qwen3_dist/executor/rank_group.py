@@ -135,7 +135,9 @@ class RankGroupExecutor(Executor):
                 raise EngineDeadError(f"a rank ended before it was ready: {reason}")
             if time.monotonic() > self._deadline:
                 missing = sorted(set(range(world)) - set(self._channels))
-                raise ResourceError(f"ranks {missing} did not start within {self._config.start_timeout_s:g} s")
+                raise ResourceError(
+                    f"ranks {missing} did not start within {self._config.start_timeout_s:g} s"
+                )
         return sorted(hellos, key=lambda hello: hello.rank)
 
     def _introduce(self, hellos: list[Hello]) -> None:

@@ -12,7 +12,12 @@ import time
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen3_dist.errors import ResourceError
@@ -26,7 +31,7 @@ _REPLICA_CPUS = 0.01  # it mostly sleeps; its cores are the ranks'
 
 
 def choose_device(config: EngineConfig, replicas: int = 1) -> str:
-    """"cuda" or "cpu" for `replicas` engines of `config`, by what the connected Ray cluster has.
+    """ "cuda" or "cpu" for `replicas` engines of `config`, by what the connected Ray cluster has.
 
     Raises ResourceError, saying what is missing, if the cluster can never hold them.
     """
@@ -57,7 +62,8 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
         if cpus < 1 and device == "cpu":
             _log.warning(
                 "%d CPU ranks share %g CPUs: this works, and is slower than one core per rank",
-                ranks, ray.cluster_resources().get("CPU", 0.0),
+                ranks,
+                ray.cluster_resources().get("CPU", 0.0),
             )
     bundle = {"CPU": cpus} if device == "cpu" else {"CPU": cpus, "GPU": 1.0}
     return [dict(bundle) for _ in range(config.layout.world)]
@@ -74,9 +80,8 @@ def replica_bundles(config: EngineConfig, device: str, replicas: int) -> list[di
     return [{"CPU": _REPLICA_CPUS}, *ranks]
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
 class RankActor:
-    """A process for one rank; `run` returns when the rank has ended."""
+    """The actor of one rank; `run` returns when the rank has ended."""
 
     def run(self, spec: RankSpec) -> None:
         rank_main(spec)
@@ -105,15 +110,21 @@ class RayLauncher(Launcher):
         self._wait_for_place()
         for spec, bundle in zip(specs, self._bundles_by_node(), strict=True):
             resources = self._group.bundle_specs[bundle]
-            actor = RankActor.options(
-                num_cpus=resources.get("CPU", 0),
-                num_gpus=resources.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self._group, placement_group_bundle_index=bundle
-                ),
-            ).remote()
+            actor = (
+                ray.remote(RankActor)
+                .options(
+                    max_restarts=0,
+                    max_task_retries=0,
+                    num_cpus=resources.get("CPU", 0),
+                    num_gpus=resources.get("GPU", 0),
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        placement_group=self._group, placement_group_bundle_index=bundle
+                    ),
+                )
+                .remote()
+            )
             self._actors.append(actor)
-            self._runs.append(actor.run.remote(spec))
+            self._runs.append(actor.run.remote(spec))  # type: ignore[attr-defined]
 
     def exit_reason(self) -> str | None:
         ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
@@ -140,7 +151,9 @@ class RayLauncher(Launcher):
             needed = f"{len(self._group.bundle_specs)} bundles of {self._group.bundle_specs[-1]}"
             free = {name: ray.available_resources().get(name, 0.0) for name in self._group.bundle_specs[-1]}
             if waited > self._config.start_timeout_s:
-                raise ResourceError(f"no place for {needed} within {waited:.0f} s; free in the cluster: {free}")
+                raise ResourceError(
+                    f"no place for {needed} within {waited:.0f} s; free in the cluster: {free}"
+                )
             _log.warning("waiting for %s; free in the cluster: %s", needed, free)
 
     def _bundles_by_node(self) -> list[int]:

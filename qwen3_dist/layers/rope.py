@@ -19,7 +19,9 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling is None:
         return frequencies, 1.0
-    return _yarn(frequencies, config.rope_base, config.head_dim, config.rope_scaling), config.rope_scaling.mscale
+    return _yarn(
+        frequencies, config.rope_base, config.head_dim, config.rope_scaling
+    ), config.rope_scaling.mscale
 
 
 def _yarn(frequencies: Tensor, base: float, head_dim: int, scaling: RopeScaling) -> Tensor:
@@ -36,7 +38,9 @@ def _yarn(frequencies: Tensor, base: float, head_dim: int, scaling: RopeScaling)
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
 
 
-def rope_tables(positions: Tensor, frequencies: Tensor, mscale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, frequencies: Tensor, mscale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin [T, 1, d] in `dtype` for integer `positions` [T]; angles are taken in fp32."""
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]

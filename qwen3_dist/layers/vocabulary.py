@@ -5,6 +5,7 @@ Legend: T tokens, L rows whose logits are wanted, D emb_dim, V vocab_size, v row
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,12 +31,13 @@ class VocabParallelEmbedding(nn.Embedding):
         return self._tp.all_reduce(super().forward(local).masked_fill(elsewhere[:, None], 0))
 
 
-class VocabParallelHead(nn.Linear):
+class VocabParallelHead(nn.Module):
     """Logits of this rank's rows, gathered on the group's rank 0, which samples."""
 
     def __init__(self, emb_dim: int, vocab_size: int, tp: Communicator) -> None:
         _, per_rank = padded_range(vocab_size, tp.size, tp.rank)
-        super().__init__(emb_dim, per_rank, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(per_rank, emb_dim))
         self._tp = tp
         self._vocab_size = vocab_size
 

@@ -71,7 +71,9 @@ class AllToAllDispatcher:
         self._placement = placement
         self._num_local = len(placement.experts_of(ep.rank))
 
-    def dispatch(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[DispatchedTokens, DispatchHandle]:
+    def dispatch(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> tuple[DispatchedTokens, DispatchHandle]:
         """Sends x [N, D] to the experts [N, K] of its rows; an id of -1 goes nowhere.
 
         N must be equal on the ranks of one etp group, and may be 0 or differ on others.
@@ -85,8 +87,12 @@ class AllToAllDispatcher:
         rows, recv_counts = self._ep.all_to_all(x[sent_rows], send_counts)
 
         elsewhere = owners[sent_rows] != destinations[:, None]
-        local_ids = self._lookup(self._placement.local_index, expert_ids)[sent_rows].masked_fill(elsewhere, -1)
-        routing = torch.cat([local_ids.float(), weights[sent_rows].float()], dim=1)  # ids are exact below 2^24
+        local_ids = self._lookup(self._placement.local_index, expert_ids)[sent_rows].masked_fill(
+            elsewhere, -1
+        )
+        routing = torch.cat(
+            [local_ids.float(), weights[sent_rows].float()], dim=1
+        )  # ids are exact below 2^24
         routing, _ = self._ep.all_to_all(routing, send_counts, recv_counts)
         local_ids, weights = routing.chunk(2, dim=1)
 
@@ -110,7 +116,9 @@ class AllToAllDispatcher:
         out.index_add_(0, handle.sent_rows, returned.float())
         return self._etp.reduce_scatter(out.to(dtype))
 
-    def _gather_columns(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _gather_columns(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self._etp.size == 1:
             return x, expert_ids, weights
         routing = self._etp.all_gather(torch.cat([expert_ids.float(), weights.float()], dim=1))

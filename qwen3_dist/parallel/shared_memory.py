@@ -21,7 +21,7 @@ import platform
 import secrets
 import select
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,17 +39,12 @@ _LIVENESS_PERIOD_S = 0.1
 
 
 class PeerLostError(EngineDeadError):
-    """Another rank of the group died or stopped answering; `peer` is its rank in the group."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
+    """Another rank of the group died or stopped answering."""
 
 
 def supported() -> bool:
     """Whether this machine keeps stores in order and can watch a process for its end."""
-    return (
-        platform.machine() in ("x86_64", "AMD64") and hasattr(os, "pidfd_open") and _DIRECTORY.is_dir()
-    )
+    return platform.machine() in ("x86_64", "AMD64") and hasattr(os, "pidfd_open") and _DIRECTORY.is_dir()
 
 
 def connect_shared_memory(
@@ -271,31 +266,29 @@ class SharedMemoryCommunicator(Communicator):
         flags[self.rank * step] = operation
         for peer in range(self.size):
             if flags[peer * step] < operation:
-                self._wait(lambda at=peer * step: flags[at] >= operation, peer)
+                self._wait(peer, operation)
 
-    def _wait(self, arrived: Callable[[], bool], peer: int) -> None:
+    def _wait(self, peer: int, operation: int) -> None:
+        flags, at = self._segment.flags, peer * (_LINE // 8)
         for _ in range(_SPINS):
-            if arrived():
+            if flags[at] >= operation:
                 return
         for _ in range(_YIELDS):  # gives the core away: ranks may outnumber cores
             os.sched_yield()
-            if arrived():
+            if flags[at] >= operation:
                 return
         now = time.monotonic()
         deadline, next_check = now + self._timeout_s, now
-        while not arrived():
+        while flags[at] < operation:
             time.sleep(5e-5)
             now = time.monotonic()
             if now >= next_check:
-                self._check_peers(arrived)
+                ended = [self._watchers[descriptor] for descriptor, _ in self._poll.poll(0)]
+                if ended and flags[at] < operation:
+                    raise PeerLostError(f"the process of rank {ended[0]} of the group ended")
                 next_check = now + _LIVENESS_PERIOD_S
             if now > deadline:
                 raise PeerLostError(f"rank {peer} of the group did not answer within {self._timeout_s:g} s")
-
-    def _check_peers(self, arrived: Callable[[], bool]) -> None:
-        ended = [self._watchers[descriptor] for descriptor, _ in self._poll.poll(0)]
-        if ended and not arrived():
-            raise PeerLostError(f"the process of rank {ended[0]} of the group ended")
 
 
 def _row_elements(x: Tensor) -> int:

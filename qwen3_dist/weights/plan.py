@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, RankCoords, even_ranges, padded_range
@@ -64,36 +65,63 @@ def _linear(theirs: str, ours: str, split: Split, shape: _Shape, bias: Split) ->
     ]
 
 
+def _shape(*dims: str) -> _Shape:
+    """A shape from the names of config fields; "a*b" multiplies two."""
+    return lambda config: tuple(prod(getattr(config, name) for name in dim.split("*")) for dim in dims)
+
+
+_EMBEDDING = _shape("vocab_size", "emb_dim")
 _MODEL_RULES: list[_Rule] = [
-    ("model.embed_tokens.weight", "tok_emb.weight", Split.VOCAB, lambda c: (c.vocab_size, c.emb_dim), _always),
-    *_norm("model.norm", "final_norm", lambda c: (c.emb_dim,)),
-    (
-        "lm_head.weight",
-        "out_head.weight",
-        Split.VOCAB,
-        lambda c: (c.vocab_size, c.emb_dim),
-        lambda c: not c.tie_word_embeddings,
-    ),
+    ("model.embed_tokens.weight", "tok_emb.weight", Split.VOCAB, _EMBEDDING, _always),
+    *_norm("model.norm", "final_norm", _shape("emb_dim")),
+    ("lm_head.weight", "out_head.weight", Split.VOCAB, _EMBEDDING, lambda c: not c.tie_word_embeddings),
 ]
-_Q: _Shape = lambda c: (c.n_heads * c.head_dim, c.emb_dim)  # noqa: E731
-_KV: _Shape = lambda c: (c.n_kv_groups * c.head_dim, c.emb_dim)  # noqa: E731
-_OUT: _Shape = lambda c: (c.emb_dim, c.n_heads * c.head_dim)  # noqa: E731
 _LAYER_RULES: list[_Rule] = [
-    *_norm("input_layernorm", "norm1", lambda c: (c.emb_dim,)),
-    *_norm("post_attention_layernorm", "norm2", lambda c: (c.emb_dim,)),
-    *_linear("self_attn.q_proj", "att.W_query", Split.HEADS, _Q, bias=Split.HEADS),
-    *_linear("self_attn.k_proj", "att.W_key", Split.KV_GROUPS, _KV, bias=Split.KV_GROUPS),
-    *_linear("self_attn.v_proj", "att.W_value", Split.KV_GROUPS, _KV, bias=Split.KV_GROUPS),
-    *_linear("self_attn.o_proj", "att.out_proj", Split.HEAD_INPUTS, _OUT, bias=Split.FIRST),
-    *_norm("self_attn.q_norm", "att.q_norm", lambda c: (c.head_dim,), lambda c: c.qk_norm),
-    *_norm("self_attn.k_norm", "att.k_norm", lambda c: (c.head_dim,), lambda c: c.qk_norm),
+    *_norm("input_layernorm", "norm1", _shape("emb_dim")),
+    *_norm("post_attention_layernorm", "norm2", _shape("emb_dim")),
+    *_linear(
+        "self_attn.q_proj",
+        "att.W_query",
+        Split.HEADS,
+        _shape("n_heads*head_dim", "emb_dim"),
+        bias=Split.HEADS,
+    ),
+    *_linear(
+        "self_attn.k_proj",
+        "att.W_key",
+        Split.KV_GROUPS,
+        _shape("n_kv_groups*head_dim", "emb_dim"),
+        bias=Split.KV_GROUPS,
+    ),
+    *_linear(
+        "self_attn.v_proj",
+        "att.W_value",
+        Split.KV_GROUPS,
+        _shape("n_kv_groups*head_dim", "emb_dim"),
+        bias=Split.KV_GROUPS,
+    ),
+    *_linear(
+        "self_attn.o_proj",
+        "att.out_proj",
+        Split.HEAD_INPUTS,
+        _shape("emb_dim", "n_heads*head_dim"),
+        bias=Split.FIRST,
+    ),
+    *_norm("self_attn.q_norm", "att.q_norm", _shape("head_dim"), lambda c: c.qk_norm),
+    *_norm("self_attn.k_norm", "att.k_norm", _shape("head_dim"), lambda c: c.qk_norm),
 ]
 _DENSE_RULES: list[_Rule] = [
-    ("mlp.gate_proj.weight", "ff.fc1.weight", Split.COLUMNS, lambda c: (c.hidden_dim, c.emb_dim), _always),
-    ("mlp.up_proj.weight", "ff.fc2.weight", Split.COLUMNS, lambda c: (c.hidden_dim, c.emb_dim), _always),
-    ("mlp.down_proj.weight", "ff.fc3.weight", Split.COLUMN_INPUTS, lambda c: (c.emb_dim, c.hidden_dim), _always),
+    ("mlp.gate_proj.weight", "ff.fc1.weight", Split.COLUMNS, _shape("hidden_dim", "emb_dim"), _always),
+    ("mlp.up_proj.weight", "ff.fc2.weight", Split.COLUMNS, _shape("hidden_dim", "emb_dim"), _always),
+    ("mlp.down_proj.weight", "ff.fc3.weight", Split.COLUMN_INPUTS, _shape("emb_dim", "hidden_dim"), _always),
 ]
-_GATE_RULE: _Rule = ("mlp.gate.weight", "ff.gate.weight", Split.WHOLE, lambda c: (c.num_experts, c.emb_dim), _always)
+_GATE_RULE: _Rule = (
+    "mlp.gate.weight",
+    "ff.gate.weight",
+    Split.WHOLE,
+    _shape("num_experts", "emb_dim"),
+    _always,
+)
 
 
 class WeightPlan:
@@ -180,4 +208,6 @@ class WeightPlan:
                 target = (at_local, filled, everything)
                 yield Piece(f"{base}{name}.weight", wide, (columns,), f"{ours}ff.experts.{fc}", target)
             target = (at_local, everything, filled)
-            yield Piece(f"{base}down_proj.weight", tall, (everything, columns), f"{ours}ff.experts.fc3", target)
+            yield Piece(
+                f"{base}down_proj.weight", tall, (everything, columns), f"{ours}ff.experts.fc3", target
+            )
