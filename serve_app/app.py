@@ -14,6 +14,8 @@ from serve_app.deployments import EngineReplica, Ingress
 from serve_app.placement import place
 
 APP_NAME = "qwen3_dist"
+INGRESS, REPLICA = "Ingress", "EngineReplica"
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 # A model that fails to load fails the next time too: say so after the first try. Once a replica has
 # run, Serve goes on replacing lost ones whatever this is.
 _CONSTRUCTOR_TRIES = 1
@@ -29,16 +31,8 @@ def bind(config: ServiceConfig) -> serve.Application:
     """The application for `config`, sized for the Ray cluster this process is connected to."""
     placement = place(config)
     config = dataclasses.replace(config, engine=placement.engine, model_name=config.served_name)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    common = {
-        "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
-        "health_check_period_s": config.health_check_period_s,
-        "health_check_timeout_s": config.health_check_timeout_s,
-        "logging_config": quiet,
-    }
     replicas = serve.deployment(
-        EngineReplica,
-        name="EngineReplica",
+        name=REPLICA,
         max_ongoing_requests=config.max_ongoing_requests,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         ray_actor_options=placement.actor_options,
@@ -53,13 +47,18 @@ def bind(config: ServiceConfig) -> serve.Application:
             metrics_interval_s=config.metrics_interval_s,
             look_back_period_s=config.look_back_period_s,
         ),
-        **common,
-    )
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
+        health_check_period_s=config.health_check_period_s,
+        health_check_timeout_s=config.health_check_timeout_s,
+        logging_config=QUIET,
+    )(EngineReplica)
     ingress = serve.deployment(
-        Ingress,
-        name="Ingress",
+        name=INGRESS,
         max_ongoing_requests=_INGRESS_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
-        **common,
-    )
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
+        health_check_period_s=config.health_check_period_s,
+        health_check_timeout_s=config.health_check_timeout_s,
+        logging_config=QUIET,
+    )(Ingress)
     return ingress.bind(config, replicas.bind(config))

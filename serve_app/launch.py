@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import ApplicationStatus
 from ray.util import placement_group_table
 
 from cluster import ray_cluster
@@ -20,13 +20,12 @@ from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.weights.source import resolve_model
-from serve_app.app import APP_NAME, bind
+from serve_app.app import APP_NAME, QUIET, bind
 from serve_app.config import ServiceConfig
 
 _POLL_S = 0.2
 _REPORT_S = 5.0
-_ANSWER_TIMEOUT_S = 10.0
-_INGRESS, _REPLICA = "Ingress", "EngineReplica"
+_ANSWER_TIMEOUT_S = 40.0
 
 
 @contextmanager
@@ -48,7 +47,7 @@ def running_service(
         report(f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)")
         serve.start(
             http_options={"host": config.host, "port": config.port},
-            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+            logging_config=QUIET,
         )
         serve._run(app, _blocking=False, name=APP_NAME, route_prefix="/")
         _wait_until_running(config, report)

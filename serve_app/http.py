@@ -1,0 +1,86 @@
+"""HTTP around the ingress: bodies in up to a limit, JSON, event streams and OpenAI error objects out.
+
+These lie apart from the ingress because Serve pickles an ingress's routes while its module is still
+being imported: what they use has to be importable from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Send
+
+from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from serve_app.handlers import DONE, event
+from serve_app.protocol import error_form, error_object, error_status, to_json
+
+
+def make_api() -> FastAPI:
+    """An application without routes that answers every error with OpenAI's object."""
+    api = FastAPI(title="qwen3_dist", description="OpenAI-compatible inference for Qwen3.")
+    api.exception_handler(QwenDistError)(_answer_error)
+    api.exception_handler(HTTPException)(_answer_http_error)
+    return api
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The request's body. Raises RequestError (413) once it is longer than `limit` bytes."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise RequestError(
+                f"the request body is larger than {limit} bytes; send a shorter one",
+                status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            )
+    return bytes(body)
+
+
+def json_response(value: Any, status: int = HTTPStatus.OK) -> Response:
+    """`value`, or bytes that are JSON already."""
+    body = value if isinstance(value, bytes) else to_json(value)
+    return Response(body, status, media_type="application/json")
+
+
+def error_response(message: str, status: int) -> Response:
+    return json_response(error_form(message, status), status)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events: `first`, then `items`, which are closed also when the client leaves.
+
+    An EngineDeadError out of `items` becomes the last event.
+    """
+
+    def __init__(self, first: bytes, items: AsyncGenerator[bytes, None]) -> None:
+        self._events = _chain(first, items)
+        super().__init__(self._events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().stream_response(send)
+
+
+async def _chain(first: bytes, items: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(items):
+        yield first
+        try:
+            async for item in items:
+                yield item
+        except EngineDeadError as error:
+            yield event(error_object(error)) + DONE
+
+
+async def _answer_error(_: Request, error: Exception) -> Response:
+    return json_response(error_object(error), error_status(error))
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return error_response(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
