@@ -141,7 +141,8 @@ class RequestHandler:
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
         choices = [Choice(first_index + i, params, self._engine.tokenizer) for i in range(params.n)]
-        async with aclosing(self._engine.generate(prompt, params, uuid.uuid4().hex)) as steps:
+        steps = self._engine.generate(prompt, params, uuid.uuid4().hex)
+        async with aclosing(steps):  # type: ignore[type-var]  # has aclose, by contract
             async for step in steps:
                 yield [choices[delta.index].advance(delta) for delta in step if not choices[delta.index].done]
                 if all(choice.done for choice in choices):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import ray
 from ray import serve
@@ -18,6 +19,7 @@ from ray.util import placement_group_table
 from cluster import ray_cluster
 from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine.engine import check_layout
 from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.weights.source import resolve_model
 from serve_app.app import APP_NAME, QUIET, bind
@@ -28,7 +30,7 @@ _REPORT_S = 5.0
 _ANSWER_TIMEOUT_S = 40.0
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_service(
     config: ServiceConfig, ray_address: str | None = None, report: Callable[[str], None] = lambda line: None
 ) -> Iterator[str]:
@@ -40,6 +42,7 @@ def running_service(
     check_model(config)
     if ray_address is None:
         check_port(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     started_ray = ray_cluster.connect(ray_address)
     shared_serve = not started_ray and bool(serve.status().proxies)
     try:
@@ -53,17 +56,24 @@ def running_service(
         _wait_until_running(config, report)
         yield _wait_until_answering(config)
     finally:
-        if shared_serve:
+        _take_down(started_ray, shared_serve)
+
+
+def _take_down(started_ray: bool, shared_serve: bool) -> None:
+    """Ends the application, then Serve and Ray as far as they are ours."""
+    try:
+        with contextlib.suppress(TimeoutError):  # requests that run on: Serve ends them later, or Ray now
             serve.delete(APP_NAME)
-        else:
+        if not started_ray and not shared_serve:
             serve.shutdown()
+    finally:
         ray_cluster.shutdown()
 
 
 def check_model(config: ServiceConfig) -> None:
     """Raises CheckpointError or ParallelLayoutError if the model is missing or the layout does not divide it."""
     path = resolve_model(config.engine.model, config.engine.revision)
-    config.engine.layout.validate(ModelConfig.from_directory(path))
+    check_layout(config.engine, ModelConfig.from_directory(path))
 
 
 def check_port(config: ServiceConfig) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from qwen3_dist.errors import QwenDistError
 from serve_app.cli import generate, inspect, serve
@@ -17,9 +19,11 @@ _VERBS = {"serve": serve, "generate": generate, "inspect": inspect}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line. Returns the exit code: 0, or 2 with one sentence on stderr."""
     args = build_parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = args.run
+    run: Callable[[argparse.Namespace, TextIO], int] = args.run
+    out = sys.stdout
     try:
-        return run(args)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray and others print what is no result
+            return run(args, out)
     except QwenDistError as error:
         print(f"qwen3-dist: {error}", file=sys.stderr)
         return USAGE_ERROR

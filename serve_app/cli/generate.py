@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
 
-from qwen3_dist.errors import ConfigError, RequestError
+from qwen3_dist.errors import ConfigError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import add_settings, given_settings
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "engine", EngineConfig, skip=("model",))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, out: TextIO) -> int:
     engine = read_service_config(given_settings(args, EngineConfig)).engine
     if not args.prompts:
         raise ConfigError("nothing to generate from; give --prompt or --prompt-ids")
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
     params = _params(args, read_generation_defaults(resolve_model(engine.model, engine.revision)))
     for output in _generate(args, engine, params):
-        _print(output, args.json)
+        _print(output, args.json, out)
     return 0
 
 
@@ -114,24 +115,22 @@ def _generate(args: argparse.Namespace, engine: EngineConfig, params: SamplingPa
             ray_cluster.shutdown()
 
 
-def _print(output: RequestOutput, as_json: bool) -> None:
+def _print(output: RequestOutput, as_json: bool, out: TextIO) -> None:
     if as_json:
-        logprobs = output.logprobs and [
-            {"token_id": p.token_id, "logprob": p.logprob, "top": [list(pair) for pair in p.top]}
-            for p in output.logprobs
-        ]
         result = {
             "token_ids": output.token_ids,
             "text": output.text,
             "finish_reason": output.finish_reason,
-            "logprobs": logprobs,
+            "logprobs": None if output.logprobs is None else [asdict(p) for p in output.logprobs],
         }
-        print(json.dumps(result), flush=True)
+        print(json.dumps(result), file=out, flush=True)
         return
-    print(output.text if output.text is not None else ",".join(map(str, output.token_ids)))
-    print(f"[{len(output.token_ids)} tokens, {output.finish_reason}]", file=sys.stderr)
+    print(output.text if output.text is not None else ",".join(map(str, output.token_ids)), file=out)
     for p in output.logprobs or ():
-        print(f"{p.token_id}\t{p.logprob:.4f}\t" + " ".join(f"{i}:{value:.4f}" for i, value in p.top))
+        print(
+            f"{p.token_id}\t{p.logprob:.4f}\t" + " ".join(f"{i}:{value:.4f}" for i, value in p.top), file=out
+        )
+    print(f"[{len(output.token_ids)} tokens, {output.finish_reason}]", file=sys.stderr)
 
 
 def _token_ids(text: str) -> list[int]:

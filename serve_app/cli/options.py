@@ -44,4 +44,4 @@ def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
 
 def _metavar(kind: Any) -> str:
     kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
-    return {int: "N", float: "X"}.get(kinds[0], kinds[0].__name__.upper())
+    return {int: "N", float: "X", str: "TEXT"}.get(kinds[0], kinds[0].__name__.upper())

@@ -9,7 +9,7 @@ import signal
 import sys
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import add_settings, given_settings
@@ -37,16 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "engine of each replica", EngineConfig, skip=("model",))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, out: TextIO) -> int:
     config = read_service_config(given_settings(args, ServiceConfig, EngineConfig))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from serve_app.launch import running_service
 
     try:
         with running_service(config, args.ray_address, _report) as url:
-            _announce(args.json, url, config.served_name)
+            _announce(out, args.json, url, config.served_name)
             if args.sample or args.exit_after_sample:
-                _show_sample(args.json, url, config.served_name)
+                _show_sample(out, args.json, url, config.served_name)
             if not args.exit_after_sample:
                 _report("ready; Ctrl-C ends it")
                 signal.pause()
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _announce(as_json: bool, url: str, model: str) -> None:
+def _announce(out: TextIO, as_json: bool, url: str, model: str) -> None:
     if as_json:
-        print(json.dumps({"event": "ready", "url": f"{url}/v1", "model": model}), flush=True)
+        print(json.dumps({"event": "ready", "url": f"{url}/v1", "model": model}), file=out, flush=True)
     else:
-        print(f"{model} is ready at {url}/v1 (OpenAI-compatible)", flush=True)
+        print(f"{model} is ready at {url}/v1 (OpenAI-compatible)", file=out, flush=True)
 
 
-def _show_sample(as_json: bool, url: str, model: str) -> None:
+def _show_sample(out: TextIO, as_json: bool, url: str, model: str) -> None:
     """Asks the endpoint one question and prints the answer as it streams in, and how to repeat it."""
     body = {
         "model": model,
@@ -78,10 +78,10 @@ def _show_sample(as_json: bool, url: str, model: str) -> None:
             flush=True,
         )
         return
-    print(f"\n> {_SAMPLE_QUESTION}", flush=True)
+    print(f"\n> {_SAMPLE_QUESTION}", file=out, flush=True)
     for text in _stream_chat(url, body):
-        print(text, end="", flush=True)
-    print(f"\n\nThe same again:\n  {curl}", flush=True)
+        print(text, end="", file=out, flush=True)
+    print(f"\n\nThe same again:\n  {curl}", file=out, flush=True)
 
 
 def _stream_chat(url: str, body: dict[str, Any]) -> Iterator[str]:
