@@ -80,10 +80,10 @@ def train_tokenizer(seed: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=VOCAB_SIZE - len(SPECIAL) - len(VISIBLE),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -132,25 +132,27 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 def write_model(tokenizer: Tokenizer, seed: int, out: Path) -> None:
     """config.json, generation_config.json and model.safetensors (bf16), as transformers writes them."""
     end_of_turn, end_of_text = (tokenizer.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>"))
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        intermediate_size=512,
-        moe_intermediate_size=128,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        mlp_only_layers=[0],
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        bos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-        eos_token_id=end_of_turn,
+    config = Qwen3MoeConfig.from_dict(
+        {
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": 192,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "bos_token_id": end_of_text,
+            "pad_token_id": end_of_text,
+            "eos_token_id": end_of_turn,
+        }
     )
     model = Qwen3MoeForCausalLM(config)
     fill_randomly(model, seed)
@@ -163,7 +165,7 @@ def write_model(tokenizer: Tokenizer, seed: int, out: Path) -> None:
         top_p=0.95,
         top_k=20,
     )
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
 
 
 @torch.no_grad()

@@ -98,7 +98,12 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-OPTIONS = ({}, {"enable_thinking": True}, {"enable_thinking": False}, {"add_generation_prompt": False})
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"enable_thinking": True},
+    {"enable_thinking": False},
+    {"add_generation_prompt": False},
+)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +144,7 @@ def template_of(source: str, **special_tokens: str) -> ChatTemplate:
 def test_text_parts_are_joined_and_a_missing_content_is_empty() -> None:
     template = template_of("{% for m in messages %}[{{ m.content }}]{% endfor %}")
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": parts},
         {"role": "assistant", "content": None},
         {"role": "assistant"},
