@@ -39,7 +39,9 @@ def test_the_checkpoints_defaults_apply_only_where_the_client_set_nothing() -> N
 
 
 def test_null_is_the_same_as_absent_and_unknown_fields_are_ignored() -> None:
-    assert chat(stop=None, stream=None, tools=None, user="u", metadata={"a": 1}, service_tier="auto") == chat()
+    assert (
+        chat(stop=None, stream=None, tools=None, user="u", metadata={"a": 1}, service_tier="auto") == chat()
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,12 @@ def test_a_field_that_is_not_built_yet_says_so(name: str, value: Any) -> None:
 
 
 def test_a_field_that_is_not_built_may_ask_for_nothing() -> None:
-    neutral = {"response_format": {"type": "text"}, "tool_choice": "auto", "presence_penalty": 0.0, "echo": False}
+    neutral = {
+        "response_format": {"type": "text"},
+        "tool_choice": "auto",
+        "presence_penalty": 0.0,
+        "echo": False,
+    }
     assert completion(**neutral, best_of=1, logit_bias={}) == completion()
 
 

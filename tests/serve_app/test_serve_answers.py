@@ -59,9 +59,7 @@ def test_a_completion_streamed_equals_unstreamed_equals_offline(
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
 
 
-def test_token_ids_and_text_make_the_same_prompt(
-    client: openai.OpenAI, model: str, offline: LLM
-) -> None:
+def test_token_ids_and_text_make_the_same_prompt(client: openai.OpenAI, model: str, offline: LLM) -> None:
     ids = offline.generate(PROMPT, SamplingParams(max_tokens=1), use_tqdm=False)[0].prompt_token_ids
     answer = client.completions.create(model=model, prompt=[PROMPT, ids], **GREEDY)  # type: ignore[arg-type]
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -92,12 +90,14 @@ def test_the_async_client_is_answered_alike_however_many_ask_at_once(
 def test_n_choices_are_told_apart_by_index_and_repeat_with_their_seed(
     client: openai.OpenAI, model: str, offline: LLM
 ) -> None:
-    request = {"model": model, "messages": MESSAGES, "n": 3, "seed": 11, "max_tokens": 12, "temperature": 1}
+    request: dict[str, Any] = {"model": model, "messages": MESSAGES, "n": 3, "seed": 11, "max_tokens": 12}
+    request |= {"temperature": 1, "top_p": 1, "extra_body": {"top_k": 0}}  # not the checkpoint's own
     whole = client.chat.completions.create(**request)
     texts = [choice.message.content for choice in whole.choices]
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     assert len(set(texts)) == 3
-    assert [text for text, _ in map(streamed_chat(client, **request).get, range(3))] == texts  # type: ignore[misc]
+    streamed = streamed_chat(client, **request)
+    assert [streamed[index][0] for index in range(3)] == texts
     params = SamplingParams(n=3, seed=11, max_tokens=12, temperature=1)
     assert [o.text for o in offline.chat(MESSAGES, params, use_tqdm=False)[0].outputs] == texts
 

@@ -1,0 +1,72 @@
+"""What the serve tests share: settings of their service, waiting, and finding processes that they started."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Short delays, so that scaling and replacement happen while a test waits. fp32, so that batching
+# changes no greedy token.
+SETTINGS: dict[str, Any] = {
+    "layout": "tp=2,ep=2",
+    "device": "cpu",
+    "dtype": "float32",
+    "num_blocks": 512,
+    "max_replicas": 2,
+    "target_ongoing_requests": 2,
+    "upscale_delay_s": 0.5,
+    "downscale_delay_s": 2,
+    "metrics_interval_s": 0.2,
+    "look_back_period_s": 1,
+    "health_check_period_s": 0.5,
+    "graceful_shutdown_timeout_s": 5,
+    "max_request_mib": 1,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+    """The first true value of `what()`; fails after a generous time that only a fault exceeds."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain"
+        time.sleep(0.05)
+    return value
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that `pid` started, and those that they started."""
+    children = [
+        int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in _read(file).split()
+    ]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def command(pid: int) -> str:
+    """The process's title, "" once it is gone."""
+    return _read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")
+
+
+def with_environment(entry: str) -> list[int]:
+    """Processes that inherited the environment entry `NAME=value`."""
+    return [
+        int(file.parent.name)
+        for file in Path("/proc").glob("[0-9]*/environ")
+        if entry in _read(file).split("\0")
+    ]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
