@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import signal
 import socket
 import time
 import urllib.error
@@ -43,29 +44,25 @@ def running_service(
     if ray_address is None:
         check_port(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     started_ray = ray_cluster.connect(ray_address)
-    shared_serve = not started_ray and bool(serve.status().proxies)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would abort this process
+    shared_serve = bool(serve.status().proxies)
     try:
         app = bind(config)
         report(f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)")
-        serve.start(
-            http_options={"host": config.host, "port": config.port},
-            logging_config=QUIET,
-        )
-        serve._run(app, _blocking=False, name=APP_NAME, route_prefix="/")
-        _wait_until_running(config, report)
-        yield _wait_until_answering(config)
-    finally:
-        _take_down(started_ray, shared_serve)
-
-
-def _take_down(started_ray: bool, shared_serve: bool) -> None:
-    """Ends the application, then Serve and Ray as far as they are ours."""
-    try:
-        with contextlib.suppress(TimeoutError):  # requests that run on: Serve ends them later, or Ray now
-            serve.delete(APP_NAME)
-        if not started_ray and not shared_serve:
-            serve.shutdown()
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
+        try:
+            serve._run(app, _blocking=False, name=APP_NAME, route_prefix="/")
+            _wait_until_running(config, report)
+            yield _wait_until_answering(config)
+        finally:
+            with contextlib.suppress(
+                TimeoutError
+            ):  # requests that run on: Serve ends them, or Ray's end does
+                serve.delete(APP_NAME)
+            if not started_ray and not shared_serve:
+                serve.shutdown()
     finally:
         ray_cluster.shutdown()
 

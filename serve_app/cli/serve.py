@@ -75,6 +75,7 @@ def _show_sample(out: TextIO, as_json: bool, url: str, model: str) -> None:
         answer = "".join(_stream_chat(url, body))
         print(
             json.dumps({"event": "sample", "question": _SAMPLE_QUESTION, "answer": answer, "curl": curl}),
+            file=out,
             flush=True,
         )
         return

@@ -25,6 +25,10 @@ def long_request(model: str, **fields: Any) -> dict[str, Any]:
     return {**body, **fields}
 
 
+def rank_processes() -> list[int]:
+    return [pid for pid in descendants(os.getpid()) if command(pid).startswith("ray::RankActor")]
+
+
 def total_steps(stats: list[EngineStats]) -> int:
     return sum(reading.steps for reading in stats)
 
@@ -85,6 +89,7 @@ def test_load_adds_a_replica_and_idleness_removes_it(
         for client in clients:
             client.join()
     wait_for(lambda: len(stats()) == 1, timeout_s=90)
+    wait_for(lambda: len(rank_processes()) == 2)
 
 
 def test_the_death_of_a_rank_ends_its_requests_clearly_and_the_replica_is_replaced(
@@ -110,18 +115,18 @@ def test_the_death_of_a_rank_ends_its_requests_clearly_and_the_replica_is_replac
     ) as stream:
         lines = (line for line in stream.iter_lines() if line)
         next(lines)
-        ranks = [pid for pid in descendants(os.getpid()) if command(pid).startswith("ray::RankActor")]
+        ranks = rank_processes()
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
         *_, error, done = lines
     unary.join()
+    assert not healthy()
     assert "rank" in error and '"error"' in error and done == "data: [DONE]"
     assert waiting[0].status_code == 503
     assert "rank" in waiting[0].json()["error"]["message"]
-    wait_for(lambda: not healthy())
     wait_for(healthy, timeout_s=120)
     assert ask() == expected
-    assert not any(command(pid).startswith("ray::RankActor") for pid in ranks)
+    assert not set(ranks) & set(rank_processes())
 
 
 def test_build_app_serves_beside_others_through_serve_run(url: str) -> None:
