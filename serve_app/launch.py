@@ -53,13 +53,12 @@ def running_service(
         report(f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)")
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
         try:
-            serve._run(app, _blocking=False, name=APP_NAME, route_prefix="/")
+            target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
+            serve.run_many([target], wait_for_applications_running=False)
             _wait_until_running(config, report)
             yield _wait_until_answering(config)
         finally:
-            with contextlib.suppress(
-                TimeoutError
-            ):  # requests that run on: Serve ends them, or Ray's end does
+            with contextlib.suppress(TimeoutError):  # requests still run: the end of Serve or Ray ends them
                 serve.delete(APP_NAME)
             if not started_ray and not shared_serve:
                 serve.shutdown()
