@@ -1,0 +1,36 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+help:  ## list the verbs
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+install: $(READY)  ## create .venv with the pinned versions
+
+serve: $(READY)  ## serve the bundled model on two CPU ranks and show a sample answer
+	$(BIN)/qwen3-dist serve --layout tp=2,ep=2 --sample
+
+demo: $(READY)  ## as serve, but end after the sample answer
+	$(BIN)/qwen3-dist serve --layout tp=2,ep=2 --sample --exit-after-sample
+
+format: $(READY)  ## format and sort imports
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+check: $(READY)  ## format, lint, types, import direction
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/test_imports.py
+
+test: check  ## everything CI runs
+	$(BIN)/pytest -q tests/test_imports.py tests/cluster tests/qwen3_dist
+	$(BIN)/pytest -q tests/serve_app
+
+.PHONY: help install serve demo format check test
+.DEFAULT_GOAL := help

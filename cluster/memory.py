@@ -1,0 +1,69 @@
+"""What a checkpoint costs: parameters, bytes per rank of a layout, KV-cache bytes per token."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import Layout, valid_layouts
+from qwen3_dist.weights.plan import Piece, WeightPlan
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def total_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model; a tied head counts once."""
+    return sum(_elements(piece) for piece in _pieces(config, Layout(), 0))
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters one token meets: all but the experts it is not routed to."""
+    experts = sum(_elements(p) for p in _pieces(config, Layout(), 0) if ".experts." in p.parameter)
+    share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
+    return total_parameters(config) - experts + round(experts * share)
+
+
+def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
+    """Parameters that `rank` holds, without padding."""
+    return sum(_elements(piece) for piece in _pieces(config, layout, rank))
+
+
+def kv_bytes_per_token(config: ModelConfig, layout: Layout, item_bytes: int) -> int:
+    """KV-cache bytes of one token on one rank: K and V of its groups in its layers."""
+    groups = max(1, config.n_kv_groups // layout.tp)
+    return 2 * -(-config.n_layers // layout.pp) * groups * config.head_dim * item_bytes
+
+
+def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
+    """The report of `qwen3-dist inspect`. Raises ParallelLayoutError if `layout` does not fit."""
+    config = ModelConfig.from_directory(path)
+    layout.validate(config)
+    item_bytes = _ITEM_BYTES[config.dtype]
+    sizes = ("n_layers", "emb_dim", "n_heads", "n_kv_groups", "head_dim", "hidden_dim", "vocab_size")
+    moe = ("num_experts", "num_experts_per_tok", "moe_hidden_dim") if config.num_experts else ()
+    kv = kv_bytes_per_token(config, layout, item_bytes)
+    return {
+        "model": str(path) if path.name != "bundled" else "bundled",
+        "dtype": config.dtype,
+        "sizes": {name: getattr(config, name) for name in (*sizes, *moe, "context_length")},
+        "parameters": total_parameters(config),
+        "active_parameters_per_token": active_parameters(config),
+        "layout": str(layout),
+        "bytes_per_rank": [rank_parameters(config, layout, r) * item_bytes for r in range(layout.world)],
+        "kv_bytes_per_token_per_rank": kv,
+        "kv_bytes_per_token": kv * layout.world,
+        "world": world,
+        "valid_layouts": [str(each) for each in valid_layouts(config, world)],
+    }
+
+
+def _pieces(config: ModelConfig, layout: Layout, rank: int) -> list[Piece]:
+    flat = Layout(tp=layout.tp, ep=layout.ep) if layout.dp == layout.pp == 1 else layout
+    return list(WeightPlan(config, flat, set()).pieces(flat.coords(rank)))
+
+
+def _elements(piece: Piece) -> int:
+    cut = [len(range(*part.indices(length))) for part, length in zip(piece.index, piece.shape, strict=False)]
+    return prod([*cut, *piece.shape[len(cut) :]])
