@@ -81,9 +81,8 @@ class AsyncEngine:
         """Ends one choice of a request; its stream is told with finish_reason "abort"."""
 
         def end() -> None:
-            self._engine.abort(request_id, index)
             stream = self._streams.get(request_id)
-            if stream is not None:
+            if self._engine.abort(request_id, index) and stream is not None:
                 self._send(stream, [TokenDelta(index, (), (), "abort")])
 
         self._post(end)

@@ -98,12 +98,14 @@ class Engine:
             )
         return self.max_model_len - len(prompt_token_ids)
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request (or its choice `index`) and frees its blocks; unknown ids are fine."""
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Ends a request (or its choice `index`) and frees its blocks; False if it had ended already."""
         sequences = self._requests.get(request_id, [])
-        for sequence in [s for s in sequences if index is None or s.index == index]:
+        ended = [s for s in sequences if index is None or s.index == index]
+        for sequence in ended:
             self._scheduler.finish(sequence, "abort")
             self._forget(sequence)
+        return bool(ended)
 
     def step(self) -> Outputs:
         """Runs one step, if there is work, and returns the tokens it gave."""

@@ -97,7 +97,9 @@ def _shard_files(path: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{missing[0]} is missing although the index names it; fetch it again")
     if not files:
-        raise CheckpointError(f"{path} holds no *.safetensors file; convert or fetch the weights in that format")
+        raise CheckpointError(
+            f"{path} holds no *.safetensors file; convert or fetch the weights in that format"
+        )
     return files
 
 
@@ -113,7 +115,9 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise CheckpointError(f"{file} is not a safetensors file, or its header is cut; fetch it again") from None
+        raise CheckpointError(
+            f"{file} is not a safetensors file, or its header is cut; fetch it again"
+        ) from None
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes where its header asks for {end}; fetch it again")
     return header

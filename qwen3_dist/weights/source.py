@@ -26,7 +26,9 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise CheckpointError(f"{model} is neither a checkpoint directory nor a hub id such as Qwen/Qwen3-0.6B")
+        raise CheckpointError(
+            f"{model} is neither a checkpoint directory nor a hub id such as Qwen/Qwen3-0.6B"
+        )
     return _from_hub(model, revision)
 
 

@@ -1,0 +1,38 @@
+"""Tiny HuggingFace checkpoints, written with transformers: the oracle's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+DENSE: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
+}
+MOE = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
+def write_checkpoint(path: Path, *, moe: bool, seed: int = 0, **overrides: Any) -> Path:
+    """Writes a seeded model whose every weight, norms included, is random; fp32."""
+    torch.manual_seed(seed)
+    if moe:
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**DENSE, **MOE, **overrides}))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**{**DENSE, **overrides}))
+    model.float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(path)
+    return path

@@ -1,0 +1,43 @@
+"""Who may import whom, and what importing the library costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {"qwen3_dist": {"cluster", "serve_app"}, "cluster": {"serve_app"}, "serve_app": set()}
+TORCH_FREE = ["errors", "config", "layout", "sampling_params", "settings"]
+TORCH_FREE += [f"engine.{name}" for name in ("plan", "outputs", "sequence", "block_manager", "scheduler")]
+
+
+def imported(file: Path) -> set[str]:
+    """Top-level packages that `file` imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_arrows_between_packages_go_one_way(package: str) -> None:
+    for file in (ROOT / package).rglob("*.py"):
+        assert not imported(file) & FORBIDDEN[package], file
+
+
+def test_ray_is_imported_only_where_ranks_are_placed() -> None:
+    users = {file.name for file in (ROOT / "qwen3_dist").rglob("*.py") if "ray" in imported(file)}
+    assert users == {"ray_ranks.py"}
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_the_scheduler_and_the_values_need_no_torch(module: str) -> None:
+    code = f"import sys, qwen3_dist.{module}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
