@@ -141,10 +141,17 @@ class RequestHandler:
     ) -> AsyncGenerator[list[ChoiceDelta], None]:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
         choices = [Choice(first_index + i, params, self._engine.tokenizer) for i in range(params.n)]
-        steps = self._engine.generate(prompt, params, uuid.uuid4().hex)
-        async with aclosing(steps):  # type: ignore[type-var]  # has aclose, by contract
+        request_id = uuid.uuid4().hex
+        async with aclosing(self._engine.generate(prompt, params, request_id)) as steps:
             async for step in steps:
-                yield [choices[delta.index].advance(delta) for delta in step if not choices[delta.index].done]
+                shown = []
+                for delta in step:
+                    if choices[delta.index].done:
+                        continue
+                    shown.append(choices[delta.index].advance(delta))
+                    if choices[delta.index].done and delta.finish_reason is None:  # a stop string
+                        self._engine.abort(request_id, delta.index)
+                yield shown
                 if all(choice.done for choice in choices):
                     return
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.engine import Engine, Outputs
@@ -41,7 +41,7 @@ class AsyncEngine:
         self.chat_template = self._engine.chat_template
         self.max_model_len = self._engine.max_model_len
         self._streams: dict[str, _Stream] = {}
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._death: QwenDistError | None = None
@@ -50,7 +50,7 @@ class AsyncEngine:
 
     async def generate(
         self, prompt_token_ids: list[int], params: SamplingParams, request_id: str
-    ) -> AsyncIterator[list[TokenDelta]]:
+    ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yields what each step adds to the request, until all its choices are finished.
 
         Raises RequestError before the first item if the request is refused, EngineDeadError if the
@@ -106,7 +106,7 @@ class AsyncEngine:
     def _post(self, action: Callable[[], object]) -> None:
         """Has the engine's thread do `action` between two steps."""
         with self._wake:
-            self._inbox.append(action)  # type: ignore[arg-type]
+            self._inbox.append(action)
             self._wake.notify()
 
     def _run(self) -> None:
