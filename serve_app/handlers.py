@@ -10,15 +10,13 @@ import asyncio
 import logging
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any
 
-from qwen3_dist.engine.outputs import TokenDelta
+from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.text.chat_template import ChatTemplate
-from qwen3_dist.text.tokenizer import Tokenizer
 from serve_app.answers import Answer, ChatAnswer, CompletionAnswer, usage
 from serve_app.choices import Choice, ChoiceDelta
 from serve_app.protocol import ChatRequest, CompletionRequest, error_object, to_json
@@ -27,24 +25,13 @@ logger = logging.getLogger("ray.serve")
 DONE = b"data: [DONE]\n\n"
 
 
-class Engine(Protocol):
-    """The part of `AsyncEngine` that answering a request needs."""
-
-    tokenizer: Tokenizer | None
-    chat_template: ChatTemplate | None
-
-    def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str
-    ) -> AsyncIterator[list[TokenDelta]]: ...
-
-
 class RequestHandler:
     """Answers parsed requests with one engine, under the name the model is served by.
 
     `defaults` are the sampling parameters the checkpoint recommends.
     """
 
-    def __init__(self, engine: Engine, model_name: str, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, engine: AsyncEngine, model_name: str, defaults: Mapping[str, Any]) -> None:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)

@@ -158,3 +158,18 @@ def test_a_checkpoint_without_a_tokenizer_refuses_what_needs_text(wordless: Asyn
     assert refused(handler(wordless).respond(chat)).param == "messages"
     assert refused(handler(wordless).respond(completion(prompt="hi"))).param == "prompt"
     assert refused(handler(wordless).respond(completion(stop="x"))).param == "stop"
+
+
+def test_a_choice_that_a_stop_string_ends_leaves_the_engine_while_its_sibling_goes_on(
+    engine: AsyncEngine,
+) -> None:
+    seeded = {"n": 2, "seed": 3, "temperature": 1.0, "max_tokens": 400, "ignore_eos": True}
+    first, second = (choice["text"] for choice in respond(engine, **seeded)["choices"])
+    stop = next(first[i : i + 4] for i in range(len(first)) if first[i : i + 4] not in second)
+
+    async def sibling_ran_alone() -> bool:
+        stream = handler(engine).stream(completion(stop=stop, stream=True, **seeded))
+        return any([engine.stats().num_running == 1 async for _ in stream])
+
+    assert asyncio.run(sibling_ran_alone())
+    assert is_idle(engine)

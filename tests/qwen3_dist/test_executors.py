@@ -1,0 +1,175 @@
+"""Ranks in other processes and in Ray actors: they answer, they fail with their reason, they end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from qwen3_dist import LLM, EngineConfig, Layout, SamplingParams
+from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineDeadError,
+    ParallelLayoutError,
+    ResourceError,
+)
+from qwen3_dist.executor.ray_ranks import choose_device, rank_bundles, replica_bundles
+from qwen3_dist.reference import load_reference
+from tests.checkpoints import write_checkpoint
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def processes_running(words: str) -> list[int]:
+    """Ids of this user's processes whose command line holds `words`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if words in command:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def wait_until_gone(words: str) -> None:
+    deadline = time.monotonic() + 10
+    while processes_running(words):
+        assert time.monotonic() < deadline, f"{words} still runs"
+        time.sleep(0.1)
+
+
+def placed_groups() -> list[str]:
+    return [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def test_ray_ranks_generate_the_reference_tokens_and_leave_nothing(local_ray: None, checkpoint: Path) -> None:
+    with LLM(str(checkpoint), layout="tp=2,ep=2", executor="ray", use_tqdm=False) as llm:
+        output = llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0]
+        assert placed_groups() == ["CREATED"]
+    assert output.token_ids == load_reference(checkpoint).generate_greedy([5, 6, 7], 8)
+    assert output.text is None  # the checkpoint has no tokenizer
+    assert placed_groups() == []
+    wait_until_gone("ray::RankActor")
+
+
+def test_a_killed_ray_rank_fails_its_requests_and_frees_its_place(local_ray: None, checkpoint: Path) -> None:
+    async def scenario() -> float:
+        engine = AsyncEngine(EngineConfig(str(checkpoint), layout=Layout(tp=2, ep=2), executor="ray"))
+        steps = engine.generate([1, 2, 3], ENDLESS, "a")
+        await anext(steps)
+        os.kill(processes_running("ray::RankActor")[1], signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(EngineDeadError, match="died"):
+            async for _ in steps:
+                pass
+        noticed = time.monotonic() - killed
+        with pytest.raises(EngineDeadError):
+            engine.check_health()
+        engine.shutdown()
+        return noticed
+
+    assert asyncio.run(scenario()) < 5
+    assert placed_groups() == []
+    wait_until_gone("ray::RankActor")
+
+
+def test_a_rank_killed_while_the_engine_idles_turns_its_health_bad(checkpoint: Path) -> None:
+    engine = AsyncEngine(EngineConfig(str(checkpoint), layout=Layout(tp=2), executor="processes"))
+    engine.check_health()
+    os.kill(processes_running("qwen3_dist.executor.processes")[0], signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    with pytest.raises(EngineDeadError, match="died"):
+        while time.monotonic() < deadline:
+            engine.check_health()
+            time.sleep(0.05)
+    engine.shutdown()
+    wait_until_gone("qwen3_dist.executor.processes")
+
+
+def test_an_abandoned_request_frees_its_blocks(checkpoint: Path) -> None:
+    async def scenario() -> None:
+        engine = AsyncEngine(EngineConfig(str(checkpoint)))
+        steps = engine.generate([1, 2, 3], ENDLESS, "a")
+        await anext(steps)
+        assert engine.stats().num_running == 1
+        await steps.aclose()
+        deadline = time.monotonic() + 5
+        while engine.stats().free_blocks != engine.stats().total_blocks:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert engine.stats().num_running == 0
+        engine.shutdown()
+
+    asyncio.run(scenario())
+
+
+def test_a_checkpoint_that_ranks_cannot_load_is_reported_as_such(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, moe=False)
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 98'))
+    with pytest.raises(CheckpointError, match=r"has shape \[96, 64\] where config.json makes it \[98, 64\]"):
+        LLM(str(path), layout="tp=2", executor="processes", use_tqdm=False)
+    wait_until_gone("qwen3_dist.executor.processes")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "sentence"),
+    [
+        ({"layout": "tp=3"}, ParallelLayoutError, "n_heads=8 is not divisible by tp=3; tp=1, 2, 4, 8 work"),
+        ({"layout": "tp=2,ep=3"}, ParallelLayoutError, "ep=3 does not divide dp\\*tp=2; ep=1, 2 work"),
+        ({"layout": "tp=2,dp=2"}, ParallelLayoutError, "not built yet"),
+        ({"max_model_len": 10_000}, ConfigError, "exceeds the model's context of 512"),
+        ({"num_blocks": 4, "max_model_len": 512}, ConfigError, "does not fit the KV cache of 64 tokens"),
+        ({"device": "cuda"}, ResourceError, "sees no GPU"),
+        ({"layout": "tp=2", "executor": "in_process"}, ConfigError, "runs one rank"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_sentence(
+    checkpoint: Path, settings: dict[str, object], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        LLM(str(checkpoint), use_tqdm=False, **settings)  # type: ignore[arg-type]
+
+
+def test_gpus_that_the_cluster_lacks_are_named(local_ray: None) -> None:
+    with pytest.raises(ResourceError, match="needs 4 GPUs and the Ray cluster has 0"):
+        choose_device(EngineConfig(layout=Layout(tp=2), device="cuda"), replicas=2)
+    assert choose_device(EngineConfig(layout=Layout(tp=2))) == "cpu"
+
+
+def test_cpu_ranks_may_outnumber_cores_with_one_warning(
+    local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(layout=Layout(tp=4))
+    assert rank_bundles(config, "cpu", replicas=2) == [{"CPU": 0.2}] * 4
+    assert [record.message for record in caplog.records] == [
+        "8 CPU ranks share 2 CPUs: this works, and is slower than one core per rank"
+    ]
+    assert rank_bundles(EngineConfig(layout=Layout(tp=2)), "cuda") == [{"CPU": 0.8, "GPU": 1.0}] * 2
+    assert len(replica_bundles(config, "cpu", 1)) == 5
+    assert len(replica_bundles(EngineConfig(), "cpu", 1)) == 1
