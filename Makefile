@@ -19,6 +19,11 @@ serve: $(READY)  ## serve the bundled model on two CPU ranks and show a sample a
 demo: $(READY)  ## as serve, but end after the sample answer
 	$(BIN)/qwen3-dist serve --layout tp=2,ep=2 --sample --exit-after-sample
 
+bench: $(READY)  ## measure collectives, step overhead and time to the first token
+	$(BIN)/python -m benchmarks.collectives
+	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.first_token
+
 format: $(READY)  ## format and sort imports
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
@@ -32,5 +37,5 @@ test: check  ## everything CI runs
 	$(BIN)/pytest -q tests/test_imports.py tests/qwen3_dist
 	$(BIN)/pytest -q tests/serve_app
 
-.PHONY: help install serve demo format check test
+.PHONY: help install serve demo bench format check test
 .DEFAULT_GOAL := help
