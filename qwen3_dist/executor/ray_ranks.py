@@ -23,11 +23,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.executor.rank import RankSpec, rank_main
 from qwen3_dist.executor.rank_group import Launcher
-from qwen3_dist.settings import EngineConfig, runs_in_process
+from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
 _NOTICE_PERIOD_S = 10.0
-_REPLICA_CPUS = 0.01  # it mostly sleeps; its cores are the ranks'
 
 
 def choose_device(config: EngineConfig, replicas: int = 1) -> str:
@@ -67,17 +66,6 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
             )
     bundle = {"CPU": cpus} if device == "cpu" else {"CPU": cpus, "GPU": 1.0}
     return [dict(bundle) for _ in range(config.layout.world)]
-
-
-def replica_bundles(config: EngineConfig, device: str, replicas: int) -> list[dict[str, float]]:
-    """The bundles of one Serve replica: its own first, then one per rank that lives in an actor.
-
-    A single in-process rank lives in the replica, whose bundle then carries the rank's resources.
-    """
-    ranks = rank_bundles(config, device, replicas)
-    if runs_in_process(config):
-        return ranks
-    return [{"CPU": _REPLICA_CPUS}, *ranks]
 
 
 class RankActor:
