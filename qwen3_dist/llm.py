@@ -13,7 +13,7 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
 from qwen3_dist.text.detokenizer import TextStream
-from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.text.tokenizer import Tokenizer, read_generation_defaults
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -43,12 +43,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one prompt or many, each a text or a list of token ids; results keep their order.
 
+        Without `params` the sampling that the checkpoint's generation_config.json recommends is used.
         Raises RequestError, having generated nothing, if any prompt is refused.
         """
         batch = _as_batch(prompts)
-        given = (
-            [params or SamplingParams()] * len(batch) if not isinstance(params, Sequence) else list(params)
-        )
+        if params is None:
+            params = SamplingParams(**read_generation_defaults(self._engine.model_path))
+        given = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(given) != len(batch):
             raise RequestError(f"{len(given)} sampling params for {len(batch)} prompts; give one or as many")
         jobs = [self._prepare(prompt, p) for prompt, p in zip(batch, given, strict=True)]
