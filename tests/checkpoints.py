@@ -23,7 +23,9 @@ DENSE: dict[str, Any] = {
 MOE = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
 
 
-def write_checkpoint(path: Path, *, moe: bool, seed: int = 0, **overrides: Any) -> Path:
+def write_checkpoint(
+    path: Path, *, moe: bool, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
+) -> Path:
     """Writes a seeded model whose every weight, norms included, is random; fp32."""
     torch.manual_seed(seed)
     if moe:
@@ -34,5 +36,5 @@ def write_checkpoint(path: Path, *, moe: bool, seed: int = 0, **overrides: Any) 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
-    model.save_pretrained(path)
+    model.save_pretrained(path, max_shard_size=max_shard_size)
     return path
