@@ -27,8 +27,12 @@ class CheckpointFiles:
 
     def __init__(self, path: str | Path) -> None:
         self._where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-        for file in _shard_files(Path(path)):
-            for name, entry in _read_header(file).items():
+        for file, promised in _shard_files(Path(path)).items():
+            header = _read_header(file)
+            absent = sorted(promised - header.keys())
+            if absent:
+                raise CheckpointError(f"{file} lacks {absent[0]} although the index names it; fetch it again")
+            for name, entry in header.items():
                 self._where[name] = (file, tuple(entry["shape"]), entry["dtype"])
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
@@ -83,24 +87,26 @@ class CheckpointFiles:
         return self._open[1].get_slice(name)
 
 
-def _shard_files(path: Path) -> list[Path]:
+def _shard_files(path: Path) -> dict[Path, set[str]]:
+    """The checkpoint's files, each with the tensors that an index says it holds."""
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise CheckpointError(f"{index} is no weight index; fetch it again") from None
-        files = [path / shard for shard in shards]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    missing = [file for file in files if not file.exists()]
-    if missing:
-        raise CheckpointError(f"{missing[0]} is missing although the index names it; fetch it again")
-    if not files:
-        raise CheckpointError(
-            f"{path} holds no *.safetensors file; convert or fetch the weights in that format"
-        )
-    return files
+    if not index.exists():
+        files = {file: set[str]() for file in sorted(path.glob("*.safetensors"))}
+        if not files:
+            raise CheckpointError(
+                f"{path} holds no *.safetensors file; convert or fetch the weights in that format"
+            )
+        return files
+    shards: dict[Path, set[str]] = {}
+    try:
+        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            shards.setdefault(path / shard, set()).add(name)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index} is no weight index; fetch it again") from None
+    for file in shards:
+        if not file.exists():
+            raise CheckpointError(f"{file} is missing although the index names it; fetch it again")
+    return shards
 
 
 def _read_header(file: Path) -> dict[str, dict[str, Any]]:

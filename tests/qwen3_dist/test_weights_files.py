@@ -1,0 +1,141 @@
+"""Finding a checkpoint and reading slices of its files; every kind of damage is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights import files as files_module
+from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.source import bundled_path, resolve_model
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_file({"a": torch.randn(70, 6), "b": torch.randn(4, 5, 6).bfloat16()}, tmp_path / "x.safetensors")
+    save_file({"c": torch.arange(3)}, tmp_path / "y.safetensors")
+    return tmp_path
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "x.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def write_garbage(folder: Path) -> None:
+    (folder / "x.safetensors").write_text("<html>not found</html>")
+
+
+def name_an_absent_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "x.safetensors", "z": "z.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def name_an_absent_tensor(folder: Path) -> None:
+    index = {"weight_map": {"a": "x.safetensors", "z": "x.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def break_the_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def keep_only_pickles(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (truncate, r"x\.safetensors has \d+ bytes where its header asks for \d+"),
+        (write_garbage, r"x\.safetensors is not a safetensors file"),
+        (name_an_absent_shard, r"z\.safetensors is missing although the index names it"),
+        (name_an_absent_tensor, r"x\.safetensors lacks z although the index names it"),
+        (break_the_index, r"index\.json is no weight index"),
+        (keep_only_pickles, r"holds no \*\.safetensors file"),
+    ],
+)
+def test_damage_is_named_with_its_file(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=sentence):
+        CheckpointFiles(folder)
+
+
+def test_a_tensor_that_is_no_float_is_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"c in .*y\.safetensors is stored as I64"):
+        CheckpointFiles(folder).read("c", (slice(None),), torch.empty(3))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 1 << 20])
+def test_slices_read_in_chunks_equal_those_of_the_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(files_module, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(files_module, "_REOPEN_BYTES", 3 * chunk_bytes)
+    files = CheckpointFiles(folder)
+    torch.manual_seed(0)
+    a, b = torch.randn(70, 6), torch.randn(4, 5, 6).bfloat16().float()
+    for name, whole, index in [
+        ("a", a, (slice(None),)),
+        ("a", a, (slice(13, 57),)),
+        ("a", a, (slice(None), slice(2, 5))),
+        ("b", b, (slice(1, 3), slice(2, 4), slice(None))),
+        ("b", b, (slice(0, 4), slice(None), slice(5, 6))),
+    ]:
+        out = torch.empty(whole[index].shape)
+        told: list[int] = []
+        files.read(name, index, out, told.append)
+        assert torch.equal(out, whole[index])
+        assert sum(told) == out.numel()
+    assert (files.shape("b"), files.dtype("b")) == ((4, 5, 6), "bfloat16")
+
+
+def test_a_checkpoint_of_very_many_tensors_opens_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({f"t{i}": torch.zeros(1) for i in range(36_000)}, tmp_path / "x.safetensors")
+    opened = 0
+    real = files_module._read_header
+
+    def counting(file: Path) -> dict[str, dict[str, object]]:
+        nonlocal opened
+        opened += 1
+        return real(file)
+
+    monkeypatch.setattr(files_module, "_read_header", counting)
+    assert len(CheckpointFiles(tmp_path).names()) == 36_000
+    assert opened == 1
+
+
+def test_a_model_is_the_bundled_one_a_directory_or_a_hub_id(tmp_path: Path) -> None:
+    assert resolve_model("") == bundled_path()
+    assert resolve_model(str(tmp_path)) == tmp_path
+    for neither in (str(tmp_path / "nothing"), "./org/name", "no-slash", str(Path(__file__))):
+        with pytest.raises(CheckpointError, match="is neither a checkpoint directory nor a hub id"):
+            resolve_model(neither)
+
+
+def test_a_hub_id_is_taken_from_the_local_cache_at_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, commit = tmp_path / "models--org--name", "a" * 40
+    snapshot = write_checkpoint(repo / "snapshots" / commit, moe=False)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / "v1").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert resolve_model("org/name").samefile(snapshot)
+    assert resolve_model("org/name", "v1").samefile(snapshot)
+    for model, revision in (("org/name", "v2"), ("org/other", None)):
+        with pytest.raises(CheckpointError, match="not in the local hub cache"):
+            resolve_model(model, revision)
