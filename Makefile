@@ -34,7 +34,7 @@ check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/pytest -q tests/test_imports.py
 
 test: check  ## everything CI runs
-	$(BIN)/pytest -q tests/test_imports.py tests/qwen3_dist
+	$(BIN)/pytest -q tests/test_imports.py tests/cluster tests/qwen3_dist
 	$(BIN)/pytest -q tests/serve_app
 
 .PHONY: help install serve demo bench format check test

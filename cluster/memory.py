@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.layout import Layout, valid_layouts
+from qwen3_dist.layout import Layout, even_ranges, valid_layouts
 from qwen3_dist.weights.plan import Piece, WeightPlan
+from qwen3_dist.weights.source import bundled_path
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def total_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model; a tied head counts once."""
-    return sum(_elements(piece) for piece in _pieces(config, Layout(), 0))
+    return rank_parameters(config, Layout(), 0)
 
 
 def active_parameters(config: ModelConfig) -> int:
@@ -26,14 +27,14 @@ def active_parameters(config: ModelConfig) -> int:
 
 
 def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """Parameters that `rank` holds, without padding."""
+    """Parameters that `rank` holds, not counting the zeros that pad what does not divide."""
     return sum(_elements(piece) for piece in _pieces(config, layout, rank))
 
 
-def kv_bytes_per_token(config: ModelConfig, layout: Layout, item_bytes: int) -> int:
-    """KV-cache bytes of one token on one rank: K and V of its groups in its layers."""
+def kv_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, item_bytes: int) -> int:
+    """KV-cache bytes of one token on `rank`: K and V of its groups in its stage's layers."""
     groups = max(1, config.n_kv_groups // layout.tp)
-    return 2 * -(-config.n_layers // layout.pp) * groups * config.head_dim * item_bytes
+    return 2 * len(_layers(config, layout, rank)) * groups * config.head_dim * item_bytes
 
 
 def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
@@ -43,25 +44,42 @@ def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
     item_bytes = _ITEM_BYTES[config.dtype]
     sizes = ("n_layers", "emb_dim", "n_heads", "n_kv_groups", "head_dim", "hidden_dim", "vocab_size")
     moe = ("num_experts", "num_experts_per_tok", "moe_hidden_dim") if config.num_experts else ()
-    kv = kv_bytes_per_token(config, layout, item_bytes)
+    ranks = range(layout.world)
+    kv = [kv_bytes_per_token(config, layout, rank, item_bytes) for rank in ranks]
+    one_group = [rank for rank in ranks if layout.coords(rank).group == 0]
     return {
-        "model": str(path) if path.name != "bundled" else "bundled",
+        "model": "bundled" if path == bundled_path() else str(path),
         "dtype": config.dtype,
         "sizes": {name: getattr(config, name) for name in (*sizes, *moe, "context_length")},
         "parameters": total_parameters(config),
         "active_parameters_per_token": active_parameters(config),
         "layout": str(layout),
-        "bytes_per_rank": [rank_parameters(config, layout, r) * item_bytes for r in range(layout.world)],
+        "bytes_per_rank": [rank_parameters(config, layout, rank) * item_bytes for rank in ranks],
         "kv_bytes_per_token_per_rank": kv,
-        "kv_bytes_per_token": kv * layout.world,
+        "kv_bytes_per_token": sum(kv[rank] for rank in one_group),
         "world": world,
         "valid_layouts": [str(each) for each in valid_layouts(config, world)],
     }
 
 
+def _layers(config: ModelConfig, layout: Layout, rank: int) -> range:
+    """The layers of `rank`'s pipeline stage."""
+    return even_ranges(config.n_layers, layout.pp)[layout.coords(rank).stage]
+
+
 def _pieces(config: ModelConfig, layout: Layout, rank: int) -> list[Piece]:
-    flat = Layout(tp=layout.tp, ep=layout.ep) if layout.dp == layout.pp == 1 else layout
-    return list(WeightPlan(config, flat, set()).pieces(flat.coords(rank)))
+    """What `rank` reads: its stage's layers, the embedding on the first stage, the head on the last."""
+    layers, stage = _layers(config, layout, rank), layout.coords(rank).stage
+    first, last = stage == 0, stage == layout.pp - 1
+    tied_head = config.tie_word_embeddings and last
+
+    def mine(piece: Piece) -> bool:
+        home, _, rest = piece.parameter.partition(".")
+        if home == "blocks":
+            return int(rest.partition(".")[0]) in layers
+        return first or tied_head if home == "tok_emb" else last
+
+    return [piece for piece in WeightPlan(config, layout, set()).pieces(layout.coords(rank)) if mine(piece)]
 
 
 def _elements(piece: Piece) -> int:
