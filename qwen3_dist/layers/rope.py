@@ -14,7 +14,7 @@ from qwen3_dist.config import ModelConfig, RopeScaling
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies [d / 2] in fp32, and the factor that multiplies cos and sin (1 without YaRN)."""
+    """Inverse frequencies [d / 2] in fp32 on the CPU, and the factor of cos and sin (1 without YaRN)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_base**exponents
     if config.rope_scaling is None:
@@ -34,7 +34,8 @@ def _yarn(frequencies: Tensor, base: float, head_dim: int, scaling: RopeScaling)
     low = max(math.floor(dimension_turning(scaling.beta_fast)), 0)
     high = min(math.ceil(dimension_turning(scaling.beta_slow)), head_dim - 1)
     width = max(high - low, 0.001)
-    stretched = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    dimensions = torch.arange(head_dim // 2, dtype=torch.float32, device=frequencies.device)
+    stretched = ((dimensions - low) / width).clamp(0, 1)
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)
 
 

@@ -1,0 +1,145 @@
+"""Both spellings of config.json, and the numerics they ask for, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qwen3_dist import LLM, ModelConfig, SamplingParams
+from qwen3_dist.errors import CheckpointError, ConfigError
+from qwen3_dist.reference import load_reference
+from tests.checkpoints import write_checkpoint
+
+OLD: dict[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "torch_dtype": "bfloat16",
+    "max_position_embeddings": 40960,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 48,
+}
+
+
+def without(config: dict[str, Any], *names: str, **changes: Any) -> dict[str, Any]:
+    return {**{name: value for name, value in config.items() if name not in names}, **changes}
+
+
+def test_both_spellings_give_one_config() -> None:
+    new = without(
+        OLD,
+        *("num_experts", "rope_theta", "rope_scaling", "torch_dtype"),
+        num_local_experts=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        dtype="bfloat16",
+    )
+    assert ModelConfig.from_dict(OLD) == ModelConfig.from_dict(new)
+    config = ModelConfig.from_dict(OLD)
+    assert (config.num_experts, config.rope_base, config.dtype) == (128, 1e6, "bfloat16")
+    assert config.sliding_window is None
+
+
+def test_what_a_file_leaves_out_is_what_transformers_assumes() -> None:
+    config = ModelConfig.from_dict({"model_type": "qwen3_moe", "head_dim": 64})
+    assert (config.n_kv_groups, config.num_experts, config.norm_topk_prob) == (4, 128, False)
+    derived = ModelConfig.from_dict(
+        {"model_type": "qwen3_moe", "hidden_size": 2048, "num_attention_heads": 16}
+    )
+    assert derived.head_dim == 128
+
+
+def test_moe_layers_follow_the_rule() -> None:
+    config = ModelConfig.from_dict(
+        without(OLD, num_hidden_layers=8, decoder_sparse_step=2, mlp_only_layers=[3])
+    )
+    assert [layer for layer in range(8) if config.is_moe_layer(layer)] == [1, 5, 7]
+    assert not any(ModelConfig.from_dict({"model_type": "qwen3"}).is_moe_layer(i) for i in range(32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "sentence"),
+    [
+        ({"model_type": "llama"}, CheckpointError, "model_type 'llama' is not supported"),
+        ({"model_type": None}, CheckpointError, "model_type None is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, CheckpointError, "quantisation 'fp8'"),
+        ({"hidden_act": "gelu"}, CheckpointError, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, CheckpointError, "rope type 'linear'"),
+        ({"num_key_value_heads": 5}, ConfigError, "n_heads=32 is not a multiple of n_kv_groups=5"),
+        ({"num_hidden_layers": 0}, ConfigError, "n_layers must be a positive integer, not 0"),
+        ({"num_experts_per_tok": 200}, ConfigError, "num_experts_per_tok=200 must lie between 1 and"),
+        ({"torch_dtype": "float8"}, ConfigError, "dtype 'float8' is not one of"),
+    ],
+)
+def test_what_makes_no_model_is_refused(
+    changes: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        ModelConfig.from_dict({**OLD, **changes})
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        ModelConfig.from_directory(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+        ModelConfig.from_directory(tmp_path)
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("moe", "changes"),
+    [
+        (False, {"rope_parameters": YARN}),
+        (True, {"rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}}),
+        (False, {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+        (False, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        (True, {"use_sliding_window": True, "sliding_window": 9}),
+    ],
+)
+def test_yarn_and_sliding_windows_equal_transformers(
+    tmp_path: Path, moe: bool, changes: dict[str, Any]
+) -> None:
+    path = write_checkpoint(tmp_path, moe=moe, **changes)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    prompt = list(range(10, 90))
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor([prompt])).logits[0]
+    reference = load_reference(path)
+    assert torch.allclose(reference(torch.tensor(prompt)), expected, atol=1e-4)
+    with LLM(str(path), use_tqdm=False, max_num_batched_tokens=32) as llm:  # chunks cross the window
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        got = llm.generate(prompt, params, use_tqdm=False)[0].token_ids
+    assert got == reference.generate_greedy(prompt, 6)
+
+
+def test_both_spellings_of_yarn_give_one_config(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, moe=False, rope_parameters=YARN)
+    config = json.loads((path / "config.json").read_text())
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    old = without(config, "rope_parameters", rope_theta=1e6, rope_scaling=scaling)
+    assert ModelConfig.from_dict(old) == ModelConfig.from_dict(config)
+    assert ModelConfig.from_dict(old).rope_scaling is not None

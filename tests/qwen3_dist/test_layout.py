@@ -1,0 +1,99 @@
+"""Layouts as values: their text, their arithmetic, their refusals."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwen3_dist import Layout, ModelConfig
+from qwen3_dist.errors import ParallelLayoutError
+from qwen3_dist.layout import even_ranges, padded_range, valid_layouts
+from qwen3_dist.parallel.context import _groups_of
+
+SHAPE = {"vocab_size": 99, "emb_dim": 64, "n_layers": 4, "n_kv_groups": 2, "head_dim": 16, "hidden_dim": 96}
+DENSE = ModelConfig(n_heads=8, **SHAPE)  # type: ignore[arg-type]
+MOE = ModelConfig(n_heads=8, num_experts=10, num_experts_per_tok=2, moe_hidden_dim=8, **SHAPE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["tp=1", "tp=2", "tp=2,ep=2", "tp=2,dp=2,ep=4", "dp=4,ep=2", "tp=2,pp=2"])
+def test_text_and_value_are_inverse(text: str) -> None:
+    assert str(Layout.parse(text)) == text
+    assert Layout.parse(Layout.parse(text)) == Layout.parse(text)
+
+
+def test_order_spaces_and_missing_axes_do_not_matter() -> None:
+    assert Layout.parse(" ep=2, tp = 2 ") == Layout(tp=2, ep=2)
+    assert Layout.parse("") == Layout()
+
+
+@pytest.mark.parametrize("text", ["tp", "tp=", "tp=two", "tp=-1", "xp=2", "tp=2,tp=4", "2", "tp=2;ep=2"])
+def test_what_is_no_layout_is_refused(text: str) -> None:
+    with pytest.raises(ParallelLayoutError, match="is expected"):
+        Layout.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("layout", "config", "sentence"),
+    [
+        ("tp=3", DENSE, "n_heads=8 is not divisible by tp=3; tp=1, 2, 4, 8 work"),
+        ("tp=2,ep=2", DENSE, "ep=2 needs a MoE checkpoint and this one is dense; leave ep out"),
+        ("pp=5", DENSE, "pp=5 is more than n_layers=4; pp=4 is the most"),
+        ("tp=4,dp=4,ep=16", MOE, "ep=16 is more than num_experts=10; ep=1, 2, 4, 8 work"),
+    ],
+)
+def test_a_refusal_names_what_works(layout: str, config: ModelConfig, sentence: str) -> None:
+    with pytest.raises(ParallelLayoutError) as error:
+        Layout.parse(layout).validate(config)
+    assert str(error.value) == sentence
+
+
+def test_zero_and_indivisible_sizes_are_refused() -> None:
+    with pytest.raises(ParallelLayoutError, match="tp must be a positive integer, not 0"):
+        Layout.parse("tp=0")
+    with pytest.raises(ParallelLayoutError, match=r"ep=3 does not divide dp\*tp=4; ep=1, 2, 4 work"):
+        Layout.parse("tp=2,dp=2,ep=3")
+
+
+def test_kv_groups_are_replicated_when_tp_exceeds_them() -> None:
+    assert Layout(tp=4).fits(DENSE) and Layout(tp=8).fits(DENSE)
+    three = ModelConfig(n_heads=12, **{**SHAPE, "n_kv_groups": 3})  # type: ignore[arg-type]
+    assert [tp for tp in (1, 2, 3, 4, 6, 12) if Layout(tp=tp).fits(three)] == [1, 3, 6, 12]
+
+
+def test_coordinates_and_groups_of_every_rank() -> None:
+    layout = Layout(tp=2, dp=2, pp=2, ep=2)
+    at = [layout.coords(rank) for rank in range(8)]
+    assert [c.stage for c in at] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [c.group for c in at] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [c.tp_rank for c in at] == [0, 1] * 4
+    assert [c.ep_rank for c in at] == [0, 0, 1, 1] * 2
+    assert [c.etp_rank for c in at] == [0, 1] * 4
+    assert _groups_of(layout, 5) == ((4, 5), (5, 7), (4, 5))
+    assert _groups_of(Layout(tp=4, ep=2), 2) == ((0, 1, 2, 3), (0, 2), (2, 3))
+
+
+def test_valid_layouts_of_a_world() -> None:
+    assert [str(layout) for layout in valid_layouts(DENSE, 2)] == ["tp=2", "dp=2", "pp=2"]
+    assert [str(layout) for layout in valid_layouts(MOE, 2)] == [
+        "tp=2",
+        "tp=2,ep=2",
+        "dp=2",
+        "dp=2,ep=2",
+        "pp=2",
+    ]
+    assert valid_layouts(DENSE, 5) == [Layout(dp=5)]
+
+
+def test_ranges_cover_everything_once() -> None:
+    assert even_ranges(10, 4) == [range(0, 2), range(2, 5), range(5, 7), range(7, 10)]
+    assert [padded_range(10, 4, part) for part in range(4)] == [
+        (range(0, 3), 3),
+        (range(3, 6), 3),
+        (range(6, 9), 3),
+        (range(9, 10), 3),
+    ]
+    assert [padded_range(2, 4, part)[0] for part in range(4)] == [
+        range(0, 1),
+        range(1, 2),
+        range(2, 2),
+        range(2, 2),
+    ]

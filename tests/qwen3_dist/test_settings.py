@@ -1,0 +1,73 @@
+"""Settings and sampling parameters refuse what they cannot mean, by name."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import pytest
+
+from qwen3_dist import EngineConfig, Layout, SamplingParams
+from qwen3_dist.errors import ConfigError, RequestError
+from qwen3_dist.settings import read_settings
+
+
+def test_settings_are_read_from_plain_values() -> None:
+    config = read_settings(EngineConfig, {"model": "m", "layout": "tp=2,ep=2", "gpu_memory_utilization": 1})
+    assert config.layout == Layout(tp=2, ep=2)
+    assert config.gpu_memory_utilization == 1.0
+    assert read_settings(EngineConfig, {"num_blocks": None}).num_blocks is None
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"modle": "m"}, "unknown setting 'modle'; known are block_size, "),
+        ({"block_size": "16"}, "block_size must be of type int, not '16'"),
+        ({"block_size": True}, "block_size must be of type int, not True"),
+        ({"block_size": 0}, "block_size must be positive, not 0"),
+        ({"num_blocks": -1}, "num_blocks must be positive, not -1"),
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
+        ({"layout": "tp=x"}, "layout 'tp=x'"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_is_named(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read_settings(EngineConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**64}, "seed"),
+        ({"stop": ("",)}, "stop"),
+        ({"stop": ("a",) * 17}, "stop"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"logprobs": 21}, "logprobs"),
+    ],
+)
+def test_a_sampling_parameter_out_of_range_is_named(params: dict[str, object], param: str) -> None:
+    with pytest.raises(RequestError, match=f"^{param} must be ") as error:
+        SamplingParams(**params)  # type: ignore[arg-type]
+    assert error.value.param == param
+
+
+def test_one_stop_string_may_stand_alone() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+
+
+def test_errors_cross_processes_with_what_they_know() -> None:
+    error = pickle.loads(pickle.dumps(RequestError("no", param="n", status=413)))
+    assert (str(error), error.param, error.status) == ("no", "n", 413)
