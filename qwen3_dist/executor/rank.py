@@ -179,8 +179,7 @@ def _join(spec: RankSpec, channel: Channel) -> tuple[ParallelContext, int, torch
     if spec.device == "cuda":
         device = torch.device("cuda", start.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
-    else:
-        _use_interface_of(host)
+    _use_interface_of(host)
     parallel = ParallelContext.connect(
         spec.config.layout, spec.rank, store, device, timeout_s=spec.config.step_timeout_s
     )

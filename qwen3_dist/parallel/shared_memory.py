@@ -22,6 +22,7 @@ import secrets
 import select
 import time
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -206,29 +207,26 @@ class SharedMemoryCommunicator(Communicator):
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
-        row = _row_elements(x)
-        capacity = self._segment.slot_bytes // x.element_size() // self.size // max(1, row)
-        assert capacity > 0, "one row must fit in a slot"
-        sent = list(torch.split(x.contiguous().view(-1, row), list(send_counts)))
-        rounds = max(1, *(-(-count // capacity) for count in send_counts))
+        row = prod(x.shape[1:])
+        capacity = self._segment.slot_bytes // x.element_size() // self.size  # elements for each rank a round
+        sent = torch.split(x.contiguous().view(-1), [count * row for count in send_counts])
+        rounds = max(1, -(-max(send_counts) * row // capacity))
         header = self._segment.headers
         parts: list[list[Tensor]] = [[] for _ in range(self.size)]
         done, total = 0, 1
         while done < total:
             half = (self._operation + 1) % 2
             header[half, self.rank, 0] = rounds
-            for peer, rows in enumerate(sent):
-                header[half, self.rank, 1 + peer] = int(send_counts[peer])
-                chunk = rows[done * capacity : (done + 1) * capacity].reshape(-1)
-                start = peer * capacity * row * x.element_size()
-                self._bytes(half, self.rank, start, chunk.numel(), x.dtype).copy_(chunk)
+            for peer, elements in enumerate(sent):
+                header[half, self.rank, 1 + peer] = send_counts[peer]
+                chunk = elements[done * capacity : (done + 1) * capacity]
+                self._part(half, self.rank, peer * capacity, chunk.numel(), x.dtype).copy_(chunk)
             self._exchange()
             total = max(header[half, peer, 0] for peer in range(self.size))
             counts = [header[half, peer, 1 + self.rank] for peer in range(self.size)]
-            start = self.rank * capacity * row * x.element_size()
             for peer, count in enumerate(counts):
-                rows_here = min(max(count - done * capacity, 0), capacity)
-                parts[peer].append(self._bytes(half, peer, start, rows_here * row, x.dtype).clone())
+                left = min(max(count * row - done * capacity, 0), capacity)
+                parts[peer].append(self._part(half, peer, self.rank * capacity, left, x.dtype).clone())
             done += 1
         out = torch.cat([chunk for chunks in parts for chunk in chunks])
         return out.view(-1, *x.shape[1:]), counts
@@ -249,8 +247,10 @@ class SharedMemoryCommunicator(Communicator):
         everybody = slots[:, : elements * dtype.itemsize].view(dtype)
         return everybody[self.rank], everybody
 
-    def _bytes(self, half: int, rank: int, start: int, elements: int, dtype: torch.dtype) -> Tensor:
-        return self._segment.slots[half, rank, start : start + elements * dtype.itemsize].view(dtype)
+    def _part(self, half: int, rank: int, start: int, elements: int, dtype: torch.dtype) -> Tensor:
+        """`elements` of a rank's slot from element `start` on."""
+        size = dtype.itemsize
+        return self._segment.slots[half, rank, start * size : (start + elements) * size].view(dtype)
 
     @staticmethod
     def _sum(parts: Tensor, out: Tensor) -> None:
@@ -289,10 +289,3 @@ class SharedMemoryCommunicator(Communicator):
                 next_check = now + _LIVENESS_PERIOD_S
             if now > deadline:
                 raise PeerLostError(f"rank {peer} of the group did not answer within {self._timeout_s:g} s")
-
-
-def _row_elements(x: Tensor) -> int:
-    elements = 1
-    for length in x.shape[1:]:
-        elements *= length
-    return elements
