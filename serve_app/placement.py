@@ -10,10 +10,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-import ray
-
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.ray_ranks import choose_device, rank_bundles
+from qwen3_dist.executor.ray_ranks import choose_device, cluster_resources, rank_bundles
 from qwen3_dist.settings import EngineConfig
 from serve_app.config import ServiceConfig
 
@@ -37,14 +35,14 @@ class Placement:
 def place(config: ServiceConfig) -> Placement:
     """Decides what a replica of `config` reserves on the connected Ray cluster.
 
-    CPU ranks may outnumber the cores, each then reserving less than one. Raises ResourceError if
-    `min_replicas` replicas can never fit.
+    Without a cluster (`serve build`) this machine stands in for it. CPU ranks may outnumber the cores,
+    each then reserving less than one. Raises ResourceError if `min_replicas` replicas can never fit.
     """
     engine = config.engine
     world = engine.layout.world
     device = choose_device(engine, config.min_replicas)
     ranks = rank_bundles(engine, device, config.max_replicas)
-    total = ray.cluster_resources().get("CPU", 0.0)
+    total = cluster_resources().get("CPU", 0.0)
     share = math.floor(total * _ENGINE_SHARE / config.max_replicas * 100) / 100
     own = {"CPU": min(1.0, max(0.01, share))}
     needed = config.min_replicas * (own["CPU"] + sum(rank["CPU"] for rank in ranks))

@@ -21,7 +21,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.rank import RankSpec, rank_main
+from qwen3_dist.executor.rank import RankSpec, cores, rank_main
 from qwen3_dist.executor.rank_group import Launcher
 from qwen3_dist.settings import EngineConfig
 
@@ -29,13 +29,21 @@ _log = logging.getLogger(__name__)
 _NOTICE_PERIOD_S = 10.0
 
 
+def cluster_resources() -> dict[str, float]:
+    """What the connected Ray cluster has in all; without one, this machine's cores stand in for it."""
+    return ray.cluster_resources() if ray.is_initialized() else {"CPU": float(cores())}
+
+
 def choose_device(config: EngineConfig, replicas: int = 1) -> str:
     """ "cuda" or "cpu" for `replicas` engines of `config`, by what the connected Ray cluster has.
 
-    Raises ResourceError, saying what is missing, if the cluster can never hold them.
+    Raises ResourceError, saying what is missing, if the cluster can never hold them. Without a
+    cluster to ask, `device=auto` is "cpu".
     """
+    if not ray.is_initialized():
+        return "cuda" if config.device == "cuda" else "cpu"
     needed = config.layout.world * replicas
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = int(cluster_resources().get("GPU", 0))
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         return "cpu"
     if gpus < needed:
@@ -54,15 +62,15 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
     where there are fewer than that (with one warning), so that any layout can be tried on a laptop.
     """
     ranks = config.layout.world * replicas
-    cpus = config.cpus_per_rank
+    total, cpus = cluster_resources().get("CPU", 0.0), config.cpus_per_rank
     if cpus is None:
-        share = ray.cluster_resources().get("CPU", 0.0) * 0.8 / ranks
+        share = total * 0.8 / ranks
         cpus = 1.0 if share >= 1 else max(0.01, int(share * 100) / 100)
         if cpus < 1 and device == "cpu":
             _log.warning(
                 "%d CPU ranks share %g CPUs: this works, and is slower than one core per rank",
                 ranks,
-                ray.cluster_resources().get("CPU", 0.0),
+                total,
             )
     bundle = {"CPU": cpus} if device == "cpu" else {"CPU": cpus, "GPU": 1.0}
     return [dict(bundle) for _ in range(config.layout.world)]

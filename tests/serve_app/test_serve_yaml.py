@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 
 from tests.serve_app.support import free_port, wait_for, with_environment
 
@@ -26,11 +28,26 @@ applications:
 """
 
 
-def test_a_yaml_file_deploys_the_service(tmp_path: Path) -> None:
-    port, mark = free_port(), uuid.uuid4().hex
-    file = tmp_path / "service.yaml"
+def written(file: Path, port: int) -> Path:
     file.write_text(CONFIG.format(port=port))
-    request = {"model": "from-yaml", "prompt": "hi", "max_tokens": 3}
+    return file
+
+
+def built(file: Path, port: int) -> Path:
+    """What `serve build` makes of the ready-made application, on another port."""
+    build = [sys.executable, "-m", "ray.serve.scripts", "build", "serve_app.bundled:app", "-o", str(file)]
+    subprocess.run(build, check=True, timeout=120)
+    file.write_text(file.read_text().replace("port: 8000", f"port: {port}"))
+    return file
+
+
+@pytest.mark.parametrize(("make", "model"), [(written, "from-yaml"), (built, "qwen3-bundled")])
+def test_a_yaml_file_deploys_the_service(
+    tmp_path: Path, make: Callable[[Path, int], Path], model: str
+) -> None:
+    port, mark = free_port(), uuid.uuid4().hex
+    file = make(tmp_path / "service.yaml", port)
+    request = {"model": model, "prompt": "hi", "max_tokens": 3, "ignore_eos": True}
 
     def answered() -> bool:
         assert process.poll() is None, log.read_text()
