@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from qwen3_dist.errors import (
 from qwen3_dist.executor.ray_ranks import choose_device, rank_bundles
 from qwen3_dist.reference import load_reference
 from tests.checkpoints import write_checkpoint
+from tests.ranks import ROOT
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
@@ -171,3 +174,30 @@ def test_cpu_ranks_may_outnumber_cores_with_one_warning(
         "8 CPU ranks share 2 CPUs: this works, and is slower than one core per rank"
     ]
     assert rank_bundles(EngineConfig(layout=Layout(tp=2)), "cuda") == [{"CPU": 0.8, "GPU": 1.0}] * 2
+
+
+TWO_NODES = """
+import sys, ray
+from ray.cluster_utils import Cluster
+from qwen3_dist import LLM, SamplingParams
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+cluster.connect()
+with LLM(sys.argv[1], layout="tp=2,ep=2", executor="ray", cpus_per_rank=1.0, use_tqdm=False) as llm:
+    group = next(g for g in ray.util.placement_group_table().values() if g["state"] == "CREATED")
+    assert len(set(group["bundles_to_node_id"].values())) == 2, group
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    print(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].token_ids)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_ranks_on_two_ray_nodes_find_each_other(checkpoint: Path) -> None:
+    """Two raylets of one machine: each has room for one rank only."""
+    command = [sys.executable, "-c", TWO_NODES, str(checkpoint)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stderr
+    tokens = ended.stdout.strip().splitlines()[-1]
+    assert tokens == str(load_reference(checkpoint).generate_greedy([5, 6, 7], 8))
