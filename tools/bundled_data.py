@@ -71,14 +71,7 @@ class Maker:
         digits = digits or self.rng.choices((1, 2, 3), (0.1, 0.68, 0.22))[0]
         thinking = self.rng.random() < 0.2 if thinking is None else thinking
         op = op or self.rng.choice("+-")
-        while True:
-            low = 0 if digits == 1 else 10 ** (digits - 1)
-            a, b = self.rng.randint(low, 10**digits - 1), self.rng.randint(0, 10**digits - 1)
-            if op == "-" and b > a:
-                a, b = b, a
-            if digits == 1 or held_out(a, op, b) == self.measuring:
-                break
-        result = a + b if op == "+" else a - b
+        a, b, result = self.operands(digits, op)
         words = {"+": (f"Add {a} and {b}.", "plus"), "-": (f"Take {b} from {a}.", "minus")}[op]
         question = self.rng.choice(
             (f"What is {a} {op} {b}?", f"{a} {op} {b}", f"How much is {a} {op} {b}?", f"{a} {op} {b} = ?")
@@ -87,6 +80,17 @@ class Maker:
         text = f"{a} {op} {b} = {result}"
         answer = self.answer(steps(a, b, op), text, thinking)
         return Example("sum", [user(question)], answer, thinking, expected=result)
+
+    def operands(self, digits: int, op: str) -> tuple[int, int, int]:
+        """Two numbers of this side of the split, the first of `digits` digits unless a swap avoids a negative
+        result, and the result."""
+        while True:
+            low = 0 if digits == 1 else 10 ** (digits - 1)
+            a, b = self.rng.randint(low, 10**digits - 1), self.rng.randint(0, 10**digits - 1)
+            if op == "-" and b > a:
+                a, b = b, a
+            if digits == 1 or held_out(a, op, b) == self.measuring:
+                return a, b, a + b if op == "+" else a - b
 
     def tool_call(self, thinking: bool | None = None) -> Example:
         """One of the offered tools fits: call it with what the user said."""

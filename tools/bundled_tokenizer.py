@@ -23,11 +23,10 @@ VISIBLE = (
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 
-# Qwen's pre-tokenizer: contractions, words, single digits, punctuation, line ends, spaces.
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Words, single digits, punctuation, line ends, spaces. Unlike Qwen's pre-tokenizer this never joins a space
+# or an underscore to a word, so that a word is the same token in a question and inside a JSON string: a
+# model this small learns to copy tokens, but not that two of them spell one word.
+PIECES = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:

@@ -1,7 +1,7 @@
 """Trains the bundled checkpoint with transformers' own Qwen3-MoE and its load-balancing loss.
 
     python tools/train_bundled.py [--steps N] [--work FOLDER]       trains, resuming what FOLDER holds
-    python tools/train_bundled.py --export [--work FOLDER]          writes qwen3_dist/bundled/
+    python tools/train_bundled.py --export [--work FOLDER]          writes qwen3_dist/bundled/ and the loss curve
 
 Batches depend on the seed and the step alone, so a run that was interrupted goes on as if it had not
 been. FOLDER gets the tokenizer, `state.pt`, and `loss.jsonl`.
@@ -12,25 +12,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from bundled_data import Example, Maker
+from bundled_drills import drill
 from bundled_tokenizer import VOCAB_SIZE, train_tokenizer, write_tokenizer
 from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from qwen3_dist.reference import load_reference
 from qwen3_dist.text.chat_template import ChatTemplate
 
-BUNDLED = Path(__file__).resolve().parent.parent / "qwen3_dist" / "bundled"
-# Rows and their tokens in a step: short examples are packed into short rows, which cost less attention.
-ROWS = {False: (8, 256), True: (4, 512)}  # by whether tools are offered
-WARMUP, PEAK, FLOOR = 150, 2.5e-3, 1e-4
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED, DOCS = ROOT / "qwen3_dist" / "bundled", ROOT / "docs"
+# Rows of a step and their tokens: short examples are packed into short rows, which cost less attention.
+ROWS = {"drill": (6, 128), "chat": (3, 256), "tools": (2, 448)}
+WARMUP, PEAK, FLOOR = 200, 2e-3, 5e-5
 SAVE_EVERY = 100
+CURVE_EVERY = 25
 
 
 def make_config() -> Qwen3MoeConfig:
@@ -70,27 +76,40 @@ class Encoder:
         )
 
     def encode(self, example: Example) -> tuple[list[int], list[int]]:
-        prompt = self._tokenizer.encode(self.prompt(example), add_special_tokens=False).ids
-        answer = self._tokenizer.encode(example.answer + "<|im_end|>", add_special_tokens=False).ids
-        return prompt + answer, [-100] * len(prompt) + answer
+        return self._encode(self.prompt(example), example.answer)
+
+    def encode_drill(self, given: str, answer: str) -> tuple[list[int], list[int]]:
+        return self._encode("<|im_start|>" + given, answer)
+
+    def _encode(self, given: str, answer: str) -> tuple[list[int], list[int]]:
+        prompt = self._tokenizer.encode(given, add_special_tokens=False).ids
+        learned = self._tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False).ids
+        return prompt + learned, [-100] * len(prompt) + learned
 
 
-def batches(encoder: Encoder, seed: int, step: int) -> list[dict[str, torch.Tensor]]:
+def batches(encoder: Encoder, seed: int, step: int) -> dict[str, dict[str, torch.Tensor]]:
     """The rows of a step: examples side by side, each with positions of its own from 0."""
     maker = Maker(seed * 1_000_003 + step)
-    return [pack(encoder, maker, with_tools, *ROWS[with_tools]) for with_tools in ROWS]
+    sources: dict[str, Callable[[], tuple[list[int], list[int]]]] = {
+        "drill": lambda: encoder.encode_drill(*drill(maker)),
+        "chat": lambda: encoder.encode(maker.example(with_tools=False)),
+        "tools": lambda: encoder.encode(maker.example(with_tools=True)),
+    }
+    return {name: pack(source, *ROWS[name]) for name, source in sources.items()}
 
 
-def pack(encoder: Encoder, maker: Maker, with_tools: bool, rows: int, length: int) -> dict[str, torch.Tensor]:
+def pack(
+    source: Callable[[], tuple[list[int], list[int]]], rows: int, length: int
+) -> dict[str, torch.Tensor]:
     packed: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "position_ids": []}
     for _ in range(rows):
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
         while len(ids) < length:
-            more, wanted = encoder.encode(maker.example(with_tools))
+            more, wanted = source()
             ids += more
-            labels += [-100, *wanted[1:]]  # the first token of an example is not foretold by another
+            labels += wanted
             positions += range(len(more))
         for name, values in zip(packed, (ids, labels, positions), strict=True):
             packed[name].append(values[:length])
@@ -144,24 +163,32 @@ def train(work: Path, seed: int, steps: int) -> None:
                 group["lr"] = learning_rate(step, steps)
             row = learn(model, optimizer, batches(encoder, seed, step))
             print(json.dumps({"step": step, **row}), file=curve, flush=True)
-            bar.set_postfix(loss=row["loss"], tools=row["loss_tools"])
+            bar.set_postfix(row)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
                 save(work, model, optimizer, step + 1)
 
 
-def learn(model: Any, optimizer: Any, rows: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-    """One optimiser step. The loss of a token counts the same wherever it stands."""
-    learned = [int((each["labels"] >= 0).sum()) for each in rows]
+def learn(model: Any, optimizer: Any, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
+    """One optimiser step. The loss of a learned token counts the same wherever it stands; logits of other
+    tokens are not computed."""
+    kept = {name: part["labels"][:, 1:] >= 0 for name, part in parts.items()}
+    learned = sum(int(mask.sum()) for mask in kept.values())
     optimizer.zero_grad(set_to_none=True)
-    losses, balances = [], []
-    for each, count in zip(rows, learned, strict=True):
-        out = model(**each, use_cache=False)
-        (out.loss * count / sum(learned)).backward()
-        balances.append(float(out.aux_loss.detach()))
-        losses.append(float(out.loss.detach()) - model.router_aux_loss_coef * balances[-1])
+    figures = {}
+    balances = []
+    for name, part in parts.items():
+        out = model.model(
+            part["input_ids"], position_ids=part["position_ids"], output_router_logits=True, use_cache=False
+        )
+        logits = model.lm_head(out.last_hidden_state[:, :-1][kept[name]])
+        loss = cross_entropy(logits, part["labels"][:, 1:][kept[name]], reduction="sum")
+        balance = load_balancing_loss_func(out.router_logits, model.num_experts, model.num_experts_per_tok)
+        (loss / learned + model.router_aux_loss_coef * balance / len(parts)).backward()
+        figures[name] = float(loss.detach()) / int(kept[name].sum())
+        balances.append(float(balance.detach()))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    figures = {"loss": losses[0], "loss_tools": losses[1], "balance": sum(balances) / len(balances)}
+    figures["balance"] = sum(balances) / len(balances)
     return {name: round(value, 4) for name, value in figures.items()}
 
 
@@ -192,18 +219,59 @@ def export(work: Path, seed: int, out: Path) -> None:
     )
     model.bfloat16().save_pretrained(out)
     write_tokenizer(tokenizer, out)
+    check_logits(out)
+
+
+@torch.no_grad()
+def check_logits(out: Path) -> None:
+    """Asserts that our own model gives the logits of transformers for the exported checkpoint."""
+    encoder, maker = Encoder(Tokenizer.from_file(str(out / "tokenizer.json"))), Maker(1)
+    theirs = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ours = load_reference(out)
+    for with_tools in (False, True):
+        ids = torch.tensor(encoder.encode(maker.example(with_tools))[0])
+        torch.testing.assert_close(ours(ids), theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def draw_curve(work: Path) -> None:
+    """The loss curve as data and picture: means over CURVE_EVERY steps."""
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (work / "loss.jsonl").read_text().splitlines()]
+    names = [name for name in rows[0] if name != "step"]
+    points = [rows[at : at + CURVE_EVERY] for at in range(0, len(rows), CURVE_EVERY)]
+    steps = [part[-1]["step"] + 1 for part in points]
+    means = {name: [sum(row[name] for row in part) / len(part) for part in points] for name in names}
+    lines = [",".join(["step", *names])]
+    lines += [
+        ",".join([str(step), *(f"{means[name][i]:.4f}" for name in names)]) for i, step in enumerate(steps)
+    ]
+    (DOCS / "bundled-loss.csv").write_text("\n".join(lines) + "\n")
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, label in (
+        ("drill", "drills"),
+        ("chat", "conversations"),
+        ("tools", "conversations with tools"),
+    ):
+        axes.plot(steps, means[name], label=label)
+    axes.set(
+        xlabel="step", ylabel="loss, nats a learned token", yscale="log", title="The bundled model's training"
+    )
+    axes.legend()
+    figure.savefig(DOCS / "bundled-loss.png", dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=7, help="seed of data and weights")
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of the whole run")
+    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of the whole run")
     parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="folder of the run")
     parser.add_argument("--export", action="store_true", help="write the checkpoint instead of training")
     parser.add_argument("--out", type=Path, default=BUNDLED, help="folder to export to")
     options = parser.parse_args()
     if options.export:
         export(options.work, options.seed, options.out)
+        draw_curve(options.work)
     else:
         train(options.work, options.seed, options.steps)
 
