@@ -24,6 +24,9 @@ bench: $(READY)  ## measure collectives, step overhead and time to the first tok
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.first_token
 
+eval-bundled: $(READY)  ## measure the bundled model on held-out examples
+	PYTHONPATH=. $(BIN)/python tools/eval_bundled.py
+
 format: $(READY)  ## format and sort imports
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
@@ -37,5 +40,8 @@ test: check  ## everything CI runs
 	$(BIN)/pytest -q tests/test_imports.py tests/cluster tests/qwen3_dist
 	$(BIN)/pytest -q tests/serve_app
 
-.PHONY: help install serve demo bench format check test
+soak: $(READY)  ## thousands of random requests with aborts (many minutes)
+	$(BIN)/pytest -q -s tests/soak
+
+.PHONY: help install serve demo bench eval-bundled format check test soak
 .DEFAULT_GOAL := help

@@ -149,10 +149,16 @@ class _Job:
         self.params = params
         self._choices = [_Choice(tokenizer, params) for _ in range(params.n)]
         self._reported = False
+        self._num_cached_tokens = 0
 
     def take(self, deltas: Iterable[TokenDelta]) -> list[int]:
         """Adds what a step gave; returns the choices that a stop string has ended."""
-        return [delta.index for delta in deltas if self._choices[delta.index].take(delta)]
+        stopped = []
+        for delta in deltas:
+            self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+            if self._choices[delta.index].take(delta):
+                stopped.append(delta.index)
+        return stopped
 
     def just_finished(self) -> bool:
         """True once: the first time that all choices are finished."""
@@ -167,7 +173,7 @@ class _Job:
             text = choice.stream.text if choice.stream is not None else None
             logprobs = choice.logprobs if self.params.logprobs is not None else None
             outputs.append(CompletionOutput(index, choice.token_ids, text, choice.finish_reason, logprobs))
-        return RequestOutput(self.prompt, self.prompt_token_ids, outputs)
+        return RequestOutput(self.prompt, self.prompt_token_ids, outputs, self._num_cached_tokens)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

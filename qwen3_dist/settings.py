@@ -43,10 +43,12 @@ class EngineConfig:
     num_blocks: int | None = setting(None, "KV-cache blocks per rank; sized from memory if unset")
     kv_cache_gib: float | None = setting(None, "KV-cache GiB per rank on CPU; sized from memory if unset")
     gpu_memory_utilization: float = setting(0.9, "share of a GPU's memory the engine may fill")
-    max_num_seqs: int = setting(64, "most sequences in one step")
-    max_num_batched_tokens: int = setting(
-        2048, "most tokens in one step; longer prompts are prefilled in chunks"
+    max_num_seqs: int | None = setting(None, "most sequences in one step; by device and memory if unset")
+    max_num_batched_tokens: int | None = setting(
+        None, "most tokens in one step, longer prompts go in chunks; 1024 on CPU, 8192 on GPU if unset"
     )
+    prefix_caching: bool = setting(True, "keep finished prompts' KV blocks for prompts that begin alike")
+    overlap: bool = setting(True, "plan the next step while the ranks run this one")
     cpus_per_rank: float | None = setting(
         None, "CPUs reserved in Ray for each rank; by device and cluster if unset"
     )
@@ -57,13 +59,18 @@ class EngineConfig:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
         for name in (
             "block_size",
-            "max_num_seqs",
-            "max_num_batched_tokens",
             "start_timeout_s",
             "step_timeout_s",
         ):
             _require(getattr(self, name) > 0, name, "positive", getattr(self, name))
-        for name in ("max_model_len", "num_blocks", "kv_cache_gib", "cpus_per_rank"):
+        for name in (
+            "max_model_len",
+            "num_blocks",
+            "kv_cache_gib",
+            "cpus_per_rank",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+        ):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "positive", value)
         _require(

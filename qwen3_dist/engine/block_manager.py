@@ -1,9 +1,19 @@
-"""Which KV-cache blocks are free and who holds the others. Counts only: it never touches memory."""
+"""Which KV-cache blocks are free, who holds the others, and which prefixes they contain.
+
+Automatic prefix caching: a full block is indexed by a hash of its tokens and of all tokens before it. A
+block that nobody holds keeps its contents and its place in the index until it is needed; the least
+recently held goes first. A block is indexed as soon as the step that fills it is planned: ranks run steps
+in order, and within a step every layer writes all keys and values before it reads any.
+
+It counts only: it never touches memory, and imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from array import array
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from hashlib import blake2b
 
 from qwen3_dist.engine.sequence import Sequence
 
@@ -11,40 +21,128 @@ from qwen3_dist.engine.sequence import Sequence
 class BlockManager:
     """Hands out `num_blocks` blocks of `block_size` tokens, the same ones on every rank of a dp group."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = deque(range(num_blocks))
+        self._prefix_caching = prefix_caching
+        self._holders = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
 
     @property
     def num_free(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
         return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks whose contents can still be found."""
+        return sum(self._hash_of[block] is not None for block in self._free)
 
     @property
     def capacity_tokens(self) -> int:
         return self.num_blocks * self.block_size
 
-    def blocks_needed(self, sequence: Sequence, num_new: int) -> int:
-        """Blocks that `sequence` still lacks to compute its next `num_new` tokens."""
-        tokens = sequence.num_computed + num_new
-        return max(0, -(-tokens // self.block_size) - len(sequence.block_table))
+    def admit(self, sequence: Sequence, keep_free: int) -> bool:
+        """Gives a sequence without blocks what the cache holds of its prefix, at least one token less than all.
+
+        False, changing nothing, unless the rest would fit too and leave `keep_free` blocks.
+        """
+        cached = self._find_prefix(sequence)
+        revived = sum(self._holders[block] == 0 for block in cached)
+        fresh = -(-len(sequence.token_ids) // self.block_size) - len(cached)
+        if revived + fresh + keep_free > len(self._free):
+            return False
+        for block in cached:
+            self._hold(block)
+        sequence.block_table = cached
+        sequence.num_registered = len(cached)
+        sequence.num_computed = len(cached) * self.block_size
+        return True
 
     def reserve(self, sequence: Sequence, num_new: int) -> bool:
         """Gives `sequence` room for its next `num_new` tokens; False, changing nothing, if there is none."""
-        needed = self.blocks_needed(sequence, num_new)
+        tokens = sequence.num_computed + num_new
+        needed = -(-tokens // self.block_size) - len(sequence.block_table)
         if needed > len(self._free):
             return False
-        sequence.block_table.extend(self._free.popleft() for _ in range(needed))
+        for _ in range(needed):
+            block = next(iter(self._free))
+            self._forget(block)
+            self._hold(block)
+            sequence.block_table.append(block)
         return True
 
+    def register(self, sequence: Sequence) -> None:
+        """Indexes the blocks that the steps planned so far fill with known tokens."""
+        if not self._prefix_caching:
+            return
+        full = min(sequence.num_computed, len(sequence.token_ids)) // self.block_size
+        self._extend_hashes(sequence, full)
+        for index in range(sequence.num_registered, full):
+            digest, block = sequence.block_hashes[index], sequence.block_table[index]
+            if digest not in self._block_of:
+                self._block_of[digest] = block
+                self._hash_of[block] = digest
+        sequence.num_registered = max(sequence.num_registered, full)
+
     def release(self, sequence: Sequence) -> None:
-        """Takes back all blocks of `sequence`."""
-        self._free.extend(sequence.block_table)
-        sequence.block_table.clear()
+        """Takes back all blocks of `sequence`. The end of a prefix is forgotten before its beginning."""
+        for block in reversed(sequence.block_table):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                self._free[block] = None
+                if self._hash_of[block] is None:
+                    self._free.move_to_end(block, last=False)
+        sequence.block_table = []
+        sequence.num_registered = 0
         sequence.num_computed = 0
 
-    def check_integrity(self, holders: Iterable[Sequence]) -> None:
-        """Asserts that every block is either free or held by exactly one of `holders`."""
-        held = [block for sequence in holders for block in sequence.block_table]
-        everything = sorted([*held, *self._free])
-        assert everything == list(range(self.num_blocks)), "blocks leaked or are shared wrongly"
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Asserts that each block is free or held by exactly the `sequences` that list it, and that every
+        block in the index is found under the hash of the tokens that its holders have there."""
+        sequences = list(sequences)
+        held = Counter(block for sequence in sequences for block in sequence.block_table)
+        for block in range(self.num_blocks):
+            assert self._holders[block] == held[block], f"block {block} is leaked or shared wrongly"
+            assert (block in self._free) == (held[block] == 0), f"block {block} is both free and held"
+        indexed = {block: digest for block, digest in enumerate(self._hash_of) if digest is not None}
+        assert {digest: block for block, digest in indexed.items()} == self._block_of
+        for sequence in sequences:
+            known = min(len(sequence.block_table), len(sequence.token_ids) // self.block_size)
+            self._extend_hashes(sequence, known)
+            for block, digest in zip(sequence.block_table, sequence.block_hashes, strict=False):
+                assert indexed.get(block, digest) == digest, f"block {block} is indexed under other tokens"
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        if not self._prefix_caching:
+            return []
+        most = (len(sequence.token_ids) - 1) // self.block_size
+        found: list[int] = []
+        for index in range(most):
+            self._extend_hashes(sequence, index + 1)
+            block = self._block_of.get(sequence.block_hashes[index])
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def _extend_hashes(self, sequence: Sequence, count: int) -> None:
+        """Hashes its blocks up to `count`; each depends on all tokens before its end."""
+        hashes, size = sequence.block_hashes, self.block_size
+        for index in range(len(hashes), count):
+            tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])
+            before = hashes[-1] if hashes else b""
+            hashes.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
+
+    def _hold(self, block: int) -> None:
+        if self._holders[block] == 0:
+            del self._free[block]
+        self._holders[block] += 1
+
+    def _forget(self, block: int) -> None:
+        digest = self._hash_of[block]
+        if digest is not None:
+            del self._block_of[digest]
+            self._hash_of[block] = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from tqdm import tqdm
 
@@ -46,7 +47,8 @@ class Engine:
         with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(config, progress)
         try:
-            blocks = BlockManager(self._executor.num_blocks, config.block_size)
+            num_blocks = self._executor.num_blocks
+            blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
             self.max_model_len = _max_model_len(config, self.model_config, blocks.capacity_tokens)
         except BaseException:
             self._executor.shutdown()
@@ -54,17 +56,23 @@ class Engine:
         eos_token_ids = frozenset(
             self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
         )
-        limits = SchedulerLimits(config.max_num_seqs, config.max_num_batched_tokens)
+        limits = SchedulerLimits.of(config, self._executor.device, num_blocks)
         self._scheduler = Scheduler(blocks, limits, eos_token_ids)
+        self._in_flight: deque[StepPlan] = deque()
         self._requests: dict[str, list[Sequence]] = {}
         self._next_seq_id = 0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._in_flight)
 
-    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
-        """Queues a request. Raises RequestError, changing nothing, for a prompt that cannot be run."""
+    def add_request(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> None:
+        """Queues a request; a lower `priority` goes first.
+
+        Raises RequestError, changing nothing, for a prompt that cannot be run.
+        """
         room = self.check_prompt(prompt_token_ids)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -73,7 +81,7 @@ class Engine:
         for index in range(params.n):
             tokens = list(prompt_token_ids)
             sequence = Sequence(
-                self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens
+                self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens, priority
             )
             self._next_seq_id += 1
             self._scheduler.add(sequence)
@@ -108,11 +116,14 @@ class Engine:
         return bool(ended)
 
     def step(self) -> Outputs:
-        """Runs one step, if there is work, and returns the tokens it gave."""
-        plan = self._scheduler.schedule()
-        if plan is None:
+        """Takes in the tokens of the oldest step in flight, once the ranks have the next ones to run."""
+        while len(self._in_flight) < self._executor.depth and (plan := self._scheduler.schedule()):
+            self._executor.submit(plan)
+            self._in_flight.append(plan)
+        if not self._in_flight:
             return {}
-        result = self._executor.execute(plan)
+        plan = self._in_flight.popleft()
+        result = self._executor.collect()
         return self._deltas(self._scheduler.update(plan, result), plan, result)
 
     def check_health(self) -> None:
@@ -121,12 +132,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
+        blocks, counts = scheduler.blocks, scheduler.counts
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            free_blocks=scheduler.blocks.num_free,
-            total_blocks=scheduler.blocks.num_blocks,
-            steps=scheduler.num_steps,
+            free_blocks=blocks.num_free,
+            cached_blocks=blocks.num_cached,
+            total_blocks=blocks.num_blocks,
+            **asdict(counts),
         )
 
     def check_integrity(self) -> None:
@@ -144,7 +157,9 @@ class Engine:
         for sequence in advanced:
             logprob = logprobs[sequence.seq_id]
             kept: tuple[TokenLogprob, ...] = (logprob,) if logprob is not None else ()
-            delta = TokenDelta(sequence.index, (sequence.token_ids[-1],), kept, sequence.finish_reason)
+            token_ids = (sequence.token_ids[-1],)
+            cached = sequence.num_cached or 0
+            delta = TokenDelta(sequence.index, token_ids, kept, sequence.finish_reason, cached)
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:
                 self._forget(sequence)

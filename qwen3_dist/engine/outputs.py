@@ -19,13 +19,14 @@ class TokenDelta:
     """What one step added to choice `index` of a request.
 
     `finish_reason` is None while it runs, then "stop" (EOS or a stop token, whose id is the last of
-    `token_ids`), "length" or "abort".
+    `token_ids`), "length" or "abort". `num_cached_tokens` of the prompt were found in the prefix cache.
     """
 
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
 
     @property
     def token_ids(self) -> list[int]:
@@ -66,10 +68,28 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A reading of one engine's load."""
+    """A reading of one engine's load, and totals since its start.
+
+    `free_blocks` are held by no sequence; `cached_blocks` of them still hold a prefix that can be found.
+    """
 
     num_running: int
     num_waiting: int
     free_blocks: int
+    cached_blocks: int
     total_blocks: int
     steps: int
+    scheduled_sequences: int
+    preemptions: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+
+    @property
+    def mean_batch(self) -> float:
+        """Sequences in a step, on average."""
+        return self.scheduled_sequences / self.steps if self.steps else 0.0
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        """Share of prompt tokens that the prefix cache spared."""
+        return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0

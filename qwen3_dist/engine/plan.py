@@ -1,7 +1,8 @@
 """What the scheduler tells the ranks to do in one step, and what they answer. Plain data: no torch.
 
-A plan says everything a rank needs, so ranks keep no state of sequences beyond their KV blocks. Named
-tuples, since one is pickled every step and they pickle several times faster than dataclasses.
+A plan says everything a rank needs but one thing: where a step is planned before the one before it has
+answered, the token to compute is the one sampled there, which the ranks have kept. Named tuples, since
+one is pickled every step and they pickle several times faster than dataclasses.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from qwen3_dist.engine.outputs import TokenLogprob
+
+LAST_SAMPLED = -1  # in place of a token id: the token last sampled for the sequence's slot
 
 
 class SampleSpec(NamedTuple):
@@ -26,10 +29,11 @@ class SequenceStep(NamedTuple):
     """One sequence's part of a step: compute `token_ids`, the first of them at position `start`.
 
     `block_table` covers the sequence up to the last of them. `sample` is None while a prompt is only
-    partly computed.
+    partly computed. `slot` is the sequence's place among the running ones, its own while it runs.
     """
 
     seq_id: int
+    slot: int
     token_ids: tuple[int, ...]
     start: int
     block_table: tuple[int, ...]

@@ -6,39 +6,76 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qwen3_dist.engine import kv_cache
-from qwen3_dist.engine.plan import StepPlan, StepResult
-from qwen3_dist.engine.sampler import sample
+from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResult
+from qwen3_dist.engine.sampler import SampledLogprobs, sample
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.model import Qwen3Model
 
 
 class ModelRunner:
-    """One rank's model with its KV cache."""
+    """One rank's model with its KV cache, and the token last sampled for each of `max_num_seqs` slots."""
 
-    def __init__(self, model: Qwen3Model, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: Qwen3Model, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
         weight = model.tok_emb.weight
         self.model = model
         self.block_size = block_size
         self._device = weight.device
+        self._tp = model.parallel.tp
+        self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=weight.device)
         self._cache = kv_cache.allocate(
             model.config, model.parallel.layout, num_blocks, block_size, weight.dtype, weight.device
         )
 
     @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepOutput | None:
+        """Starts one step, on a GPU without waiting for it. The output is there on tp rank 0."""
+        logits = self.model(make_batch(plan, self.block_size, self._device, self._last_sampled), self._cache)
+        sampled = [part for part in plan.sequences if part.sample is not None]
+        if not sampled:
+            return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
+        specs = [part.sample for part in sampled if part.sample is not None]
+        tokens = self._last_sampled.new_zeros(len(specs))
+        if logits is not None:
+            logits = logits.float()
+            tokens = sample(logits, specs)
+        tokens = self._tp.broadcast(tokens)
+        self._last_sampled[torch.tensor([part.slot for part in sampled], device=self._device)] = tokens
+        return None if logits is None else StepOutput(plan.step, tokens, logits, specs)
+
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Runs one step. The result is there on tp rank 0, None on the other ranks."""
-        logits = self.model(make_batch(plan, self.block_size, self._device), self._cache)
-        if logits is None:
-            return None
-        specs = [sequence.sample for sequence in plan.sequences if sequence.sample is not None]
-        token_ids, logprobs = sample(logits, specs)
-        return StepResult(plan.step, tuple(token_ids), tuple(logprobs))
+        """Runs one step to its end. The result is there on tp rank 0, None on the other ranks."""
+        output = self.launch(plan)
+        return None if output is None else output.result()
 
 
-def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBatch:
-    """The plan's tensors on `device`."""
+class StepOutput:
+    """A launched step's tokens, on their way to the host."""
+
+    def __init__(self, step: int, tokens: Tensor, logits: Tensor, specs: list[SampleSpec]) -> None:
+        self._step = step
+        self._tokens = tokens.to("cpu", non_blocking=True)
+        self._logprobs = SampledLogprobs(logits, tokens, specs)
+        self._done = torch.cuda.Event() if tokens.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    @classmethod
+    def empty(cls, step: int) -> StepOutput:
+        """The output of a step that samples nothing."""
+        return cls(step, torch.empty(0, dtype=torch.int64), torch.empty(0, 0), [])
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        if self._done is not None:
+            self._done.synchronize()
+        return StepResult(self._step, tuple(self._tokens.tolist()), self._logprobs.on_host())
+
+
+def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> StepBatch:
+    """The plan's tensors on `device`; tokens that it does not know come from `last_sampled`, by slot."""
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -55,8 +92,13 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device) -> StepBat
     context_lens = tuple(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
     tables = [(*s.block_table, *[0] * (longest - len(s.block_table))) for s in plan.sequences]
     num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
+    tokens = torch.tensor(token_ids, device=device)
+    if LAST_SAMPLED in token_ids[:num_decodes]:
+        slots_of = torch.tensor([s.slot for s in plan.sequences[:num_decodes]], device=device)
+        known = tokens[:num_decodes]
+        tokens[:num_decodes] = torch.where(known == LAST_SAMPLED, last_sampled[slots_of], known)
     return StepBatch(
-        token_ids=torch.tensor(token_ids, device=device),
+        token_ids=tokens,
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor(slots, device=device),
         block_tables=torch.tensor(tables, device=device),

@@ -30,16 +30,14 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[list[int], list[TokenLogprob | None]]:
-    """One token id per row of logits [L, V], and its log-probabilities where the spec asks for them."""
-    logits = logits.float()
+def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """One token id [L] per row of logits [L, V]; greedy where the temperature is 0."""
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, spec in enumerate(specs) if spec.temperature > 0]
     if drawn:
         at = torch.tensor(drawn, device=logits.device)
         tokens[at] = _draw(logits[at], [specs[row] for row in drawn])
-    token_ids = tokens.tolist()
-    return token_ids, _logprobs(logits, token_ids, specs)
+    return tokens
 
 
 def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
@@ -67,16 +65,33 @@ def _draw(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     return order.gather(1, torch.minimum(chosen, last_kept))[:, 0]
 
 
-def _logprobs(logits: Tensor, token_ids: list[int], specs: Sequence[SampleSpec]) -> list[TokenLogprob | None]:
-    wanted = [row for row, spec in enumerate(specs) if spec.logprobs is not None]
-    out: list[TokenLogprob | None] = [None] * len(specs)
-    if not wanted:
-        return out
-    logprobs = logits[torch.tensor(wanted, device=logits.device)].log_softmax(dim=-1)
-    most = max(specs[row].logprobs or 0 for row in wanted)
-    values, ids = (part.tolist() for part in logprobs.topk(min(most, logits.shape[-1]), dim=-1))
-    for at, row in enumerate(wanted):
-        k = specs[row].logprobs or 0
-        top = tuple(zip(ids[at][:k], values[at][:k], strict=True))
-        out[row] = TokenLogprob(token_ids[row], float(logprobs[at, token_ids[row]]), top)
-    return out
+class SampledLogprobs:
+    """Log-probabilities of a step's sampled tokens and of the likeliest others, for the rows that ask.
+
+    Computed on the device at construction; `on_host` waits for them.
+    """
+
+    def __init__(self, logits: Tensor, tokens: Tensor, specs: Sequence[SampleSpec]) -> None:
+        self._counts = [spec.logprobs for spec in specs]
+        rows = [row for row, count in enumerate(self._counts) if count is not None]
+        self._parts: list[Tensor] = []
+        if rows:
+            at = torch.tensor(rows, device=logits.device)
+            logprobs = logits[at].log_softmax(dim=-1)
+            most = min(max(count for count in self._counts if count is not None), logits.shape[-1])
+            chosen = logprobs.gather(1, tokens[at, None])[:, 0]
+            parts = (tokens[at], chosen, *logprobs.topk(most, dim=-1))
+            self._parts = [part.to("cpu", non_blocking=True) for part in parts]
+
+    def on_host(self) -> tuple[TokenLogprob | None, ...]:
+        """For each row; call it when the device has finished the step."""
+        asked = zip(*(part.tolist() for part in self._parts), strict=True) if self._parts else iter(())
+        out: list[TokenLogprob | None] = []
+        for count in self._counts:
+            if count is None:
+                out.append(None)
+            else:
+                token, logprob, values, ids = next(asked)
+                top = tuple(zip(ids[:count], values[:count], strict=True))
+                out.append(TokenLogprob(token, logprob, top))
+        return tuple(out)

@@ -1,19 +1,30 @@
 """Decides what each step computes. Imports no torch, so it can be tested and simulated alone.
 
-A step has a token budget. Running sequences come first, in order of arrival: a decode takes one token,
-an unfinished prompt as large a chunk as the budget leaves. Then waiting ones are admitted while blocks
-and budget last. A running sequence that finds no free block preempts the latest arrival, which gives
-its blocks back and is computed again later (its output so far included).
+A step has a token budget. Running sequences that decode come first, with a token each; then unfinished
+prompts, with as large a chunk as the budget leaves; then waiting sequences are admitted while their whole
+prompt finds room. A running sequence that finds no free block preempts the last in line, which gives its
+blocks back and is computed again later (its output so far included).
+
+The line is by priority and arrival, and nobody waits for ever: a priority of p stands in line as though
+it had arrived p * AGING_STEPS steps later than it did, so whoever waits overtakes all later arrivals.
+
+Steps may be planned before the ones before them have answered (`num_pending` of a sequence).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from bisect import insort
 from dataclasses import dataclass
 
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
+from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.settings import EngineConfig
+
+AGING_STEPS = 256
+TOKENS_PER_SEQ = 128
+_KEPT_FREE = 100  # one block in so many is left for the running ones when a new one is admitted
 
 
 @dataclass(frozen=True)
@@ -23,19 +34,41 @@ class SchedulerLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
 
+    @classmethod
+    def of(cls, config: EngineConfig, device: str, num_blocks: int) -> SchedulerLimits:
+        """What `config` says; where it says nothing, what suits `device` and a cache of `num_blocks`.
+
+        A GPU wants large steps; on a CPU a step of many prompt tokens would hold up every decode for
+        seconds. Sequences are few enough to have TOKENS_PER_SEQ of the cache each.
+        """
+        seqs, tokens = (256, 8192) if device == "cuda" else (64, 1024)
+        fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
+        return cls(config.max_num_seqs or min(seqs, fitting), config.max_num_batched_tokens or tokens)
+
+
+@dataclass
+class SchedulerCounts:
+    """Totals since the start."""
+
+    steps: int = 0
+    scheduled_sequences: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+
 
 class Scheduler:
-    """Waiting and running sequences of one dp group."""
+    """Waiting and running sequences of one dp group, each in the order of the line."""
 
     def __init__(self, blocks: BlockManager, limits: SchedulerLimits, eos_token_ids: frozenset[int]) -> None:
         self.blocks = blocks
-        self.waiting: deque[Sequence] = deque()
+        self.counts = SchedulerCounts()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.num_steps = 0
-        self.num_preemptions = 0
         self._limits = limits
         self._eos_token_ids = eos_token_ids
         self._by_id: dict[int, Sequence] = {}
+        self._slots = list(range(limits.max_num_seqs))  # free ones; a heap, so that low ones are used
 
     @property
     def has_work(self) -> bool:
@@ -43,83 +76,123 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         assert len(sequence.token_ids) < self.blocks.capacity_tokens, "the engine refuses what cannot fit"
-        self.waiting.append(sequence)
+        sequence.arrival = self.counts.steps
+        insort(self.waiting, sequence, key=_place_in_line)
         self._by_id[sequence.seq_id] = sequence
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Takes `sequence` out, wherever it is, and frees its blocks."""
         sequence.finish_reason = reason
-        self.blocks.release(sequence)
-        self._by_id.pop(sequence.seq_id, None)
+        del self._by_id[sequence.seq_id]
         if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
+            self._stop(sequence)
+        else:
             self.waiting.remove(sequence)
 
     def schedule(self) -> StepPlan | None:
-        """The next step, with its blocks reserved; None when there is nothing to do."""
-        budget = self._limits.max_num_batched_tokens
-        chunks: list[tuple[Sequence, int]] = []
-        preempted = False
-        position = 0
-        while position < len(self.running) and budget > 0:
-            sequence = self.running[position]
-            num_new = min(sequence.num_uncomputed, budget)
-            while not self.blocks.reserve(sequence, num_new):
-                preempted = True
-                if self._preempt_latest() is sequence:
-                    break
-            else:
-                chunks.append((sequence, num_new))
-                budget -= num_new
-                position += 1
-        while self.waiting and budget > 0 and not preempted and len(self.running) < self._limits.max_num_seqs:
-            sequence = self.waiting[0]
-            num_new = min(sequence.num_uncomputed, budget)
-            if not self.blocks.reserve(sequence, num_new):
-                break
-            self.running.append(self.waiting.popleft())
-            chunks.append((sequence, num_new))
-            budget -= num_new
-        if not chunks:
-            assert not self.has_work, "a sequence that fits alone can always be scheduled"
+        """The next step, with its blocks reserved; None when there is nothing to do before an answer."""
+        preemptions = self.counts.preemptions
+        steps = [self._step(*chunk) for chunk in self._chunks_of_running().items()]
+        if self.counts.preemptions == preemptions:
+            budget = self._limits.max_num_batched_tokens - sum(len(step.token_ids) for step in steps)
+            steps += self._admit(budget)
+        if not steps:
+            answers_due = any(s.num_pending for s in (*self.running, *self.waiting))
+            assert answers_due or not self.has_work, "a sequence that fits alone can always be scheduled"
             return None
-        self.num_steps += 1
-        chunks.sort(key=lambda chunk: chunk[1] != 1)
-        return StepPlan(self.num_steps, tuple(self._step(sequence, num_new) for sequence, num_new in chunks))
+        self.counts.steps += 1
+        self.counts.scheduled_sequences += len(steps)
+        steps.sort(key=lambda step: len(step.token_ids) != 1)
+        return StepPlan(self.counts.steps, tuple(steps))
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Takes a step's tokens in; returns the sequences that got one, finished ones taken out."""
         sampled = iter(result.token_ids)
         advanced = []
         for step in plan.sequences:
-            token_id = next(sampled) if step.sample is not None else None
+            if step.sample is None:
+                continue
+            token_id = next(sampled)
             sequence = self._by_id.get(step.seq_id)
             if sequence is None:
-                continue  # aborted while the step ran
-            sequence.num_computed += len(step.token_ids)
-            if token_id is not None:
-                sequence.append(token_id, self._eos_token_ids)
-                advanced.append(sequence)
-                if sequence.finish_reason is not None:
-                    self.finish(sequence, sequence.finish_reason)
+                continue  # it ended while the step ran
+            sequence.num_pending -= 1
+            sequence.append(token_id, self._eos_token_ids)
+            self.blocks.register(sequence)
+            advanced.append(sequence)
+            if sequence.finish_reason is not None:
+                self.finish(sequence, sequence.finish_reason)
         return advanced
 
-    def _preempt_latest(self) -> Sequence:
-        victim = self.running.pop()
-        self.blocks.release(victim)
-        self.waiting.appendleft(victim)
-        self.num_preemptions += 1
+    def _chunks_of_running(self) -> dict[Sequence, int]:
+        """Tokens of each running sequence in this step, their blocks reserved."""
+        chunks: dict[Sequence, int] = {}
+        budget = self._limits.max_num_batched_tokens
+        decodes = [s for s in self.running if s.num_uncomputed == 1]
+        prefills = [s for s in self.running if s.num_uncomputed > 1]
+        for sequence in (*decodes, *prefills):
+            num_new = min(sequence.num_uncomputed, budget)
+            while num_new > 0 and sequence in self.running:
+                if self.blocks.reserve(sequence, num_new):
+                    chunks[sequence] = num_new
+                    budget -= num_new
+                    break
+                budget += chunks.pop(self._preempt_last(), 0)
+        return chunks
+
+    def _admit(self, budget: int) -> list[SequenceStep]:
+        steps: list[SequenceStep] = []
+        while self.waiting and budget > 0 and self._slots:
+            sequence = self.waiting[0]
+            keep_free = self.blocks.num_blocks // _KEPT_FREE if self.running else 0
+            if sequence.num_pending or not self.blocks.admit(sequence, keep_free):
+                break
+            insort(self.running, self.waiting.pop(0), key=_place_in_line)
+            sequence.slot = heapq.heappop(self._slots)
+            self._count_prompt(sequence)
+            num_new = min(sequence.num_uncomputed, budget)
+            reserved = self.blocks.reserve(sequence, num_new)
+            assert reserved, "a sequence is admitted only if all of it fits"
+            steps.append(self._step(sequence, num_new))
+            budget -= num_new
+        return steps
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+            self.counts.prompt_tokens += sequence.prompt_len
+            self.counts.cached_prompt_tokens += sequence.num_cached
+
+    def _preempt_last(self) -> Sequence:
+        victim = self.running[-1]
+        self._stop(victim)
+        insort(self.waiting, victim, key=_place_in_line)
+        self.counts.preemptions += 1
         return victim
 
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.blocks.release(sequence)
+        heapq.heappush(self._slots, sequence.slot)
+        sequence.slot = -1
+
     def _step(self, sequence: Sequence, num_new: int) -> SequenceStep:
-        start = sequence.num_computed
+        """Plans the next `num_new` tokens of a sequence and counts them as computed."""
+        start, end = sequence.num_computed, sequence.num_computed + num_new
+        tokens = sequence.token_ids[start:end]
+        tokens += [LAST_SAMPLED] * (num_new - len(tokens))
         sample = None
-        if start + num_new == len(sequence.token_ids):
+        if end == sequence.num_tokens:
             params = sequence.params
-            position = len(sequence.token_ids)
             sample = SampleSpec(
-                params.temperature, params.top_p, params.top_k, sequence.seed, position, params.logprobs
+                params.temperature, params.top_p, params.top_k, sequence.seed, end, params.logprobs
             )
-        tokens = tuple(sequence.token_ids[start : start + num_new])
-        return SequenceStep(sequence.seq_id, tokens, start, tuple(sequence.block_table), sample)
+            sequence.num_pending += 1
+        sequence.num_computed = end
+        self.blocks.register(sequence)
+        table = tuple(sequence.block_table)
+        return SequenceStep(sequence.seq_id, sequence.slot, tuple(tokens), start, table, sample)
+
+
+def _place_in_line(sequence: Sequence) -> tuple[int, int]:
+    return sequence.arrival + sequence.priority * AGING_STEPS, sequence.seq_id

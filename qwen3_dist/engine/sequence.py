@@ -9,9 +9,11 @@ from qwen3_dist.sampling_params import SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """Its tokens (prompt, then output), how many have their KV cached, and the blocks that hold them.
+    """Its tokens (prompt, then output), how far they are computed, and the blocks that hold their KV.
 
-    A fresh or preempted sequence has no blocks and `num_computed == 0`.
+    Steps are planned before the ones before them have answered, so a sequence may be longer than its
+    known tokens: `num_pending` sampled tokens are on their way, and `num_computed` counts what every step
+    planned so far will have computed. A fresh or preempted sequence has no blocks and `num_computed == 0`.
     """
 
     seq_id: int
@@ -21,9 +23,16 @@ class Sequence:
     params: SamplingParams
     seed: int
     max_tokens: int
+    priority: int = 0
     prompt_len: int = field(init=False)
+    arrival: int = 0  # steps the scheduler had planned when the sequence came
+    slot: int = -1  # its place among the running ones, where ranks keep its last token
     num_computed: int = 0
+    num_pending: int = 0
+    num_cached: int | None = None  # prompt tokens found in the prefix cache, once admitted
     block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens
+    num_registered: int = 0  # leading blocks that are in the prefix cache's index
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
@@ -34,8 +43,16 @@ class Sequence:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens it has or is about to have."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        """Tokens that no step planned so far computes; 0 once its last output token is on its way."""
+        if self.num_output + self.num_pending >= self.max_tokens:
+            return 0
+        return self.num_tokens - self.num_computed
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""

@@ -8,13 +8,31 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 
 
 class Executor(ABC):
-    """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each."""
+    """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each.
+
+    `device` is "cpu" or "cuda".
+
+    Steps run in the order they are submitted, and are collected in it. Up to `depth` may be in flight:
+    more than one where ranks can run a step while the engine plans the next. Both calls raise
+    EngineDeadError if a rank is lost; then all are.
+    """
 
     num_blocks: int
+    device: str
+    depth: int
 
     @abstractmethod
+    def submit(self, plan: StepPlan) -> None:
+        """Has all ranks run a step after those submitted before."""
+
+    @abstractmethod
+    def collect(self) -> StepResult:
+        """Waits for the oldest step not yet collected."""
+
     def execute(self, plan: StepPlan) -> StepResult:
-        """Runs one step on all ranks. Raises EngineDeadError if a rank is lost; then all are."""
+        """One step from plan to result."""
+        self.submit(plan)
+        return self.collect()
 
     @abstractmethod
     def check(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
-from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.engine.runner import ModelRunner, StepOutput
+from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import ConfigError, ResourceError
 from qwen3_dist.executor.base import Executor
 from qwen3_dist.executor.rank import cores, count_blocks, load_shard
@@ -15,7 +18,7 @@ from qwen3_dist.weights.loader import Progress
 
 
 class InProcessExecutor(Executor):
-    """Loads the whole model here; `execute` is a function call."""
+    """Loads the whole model here; a step is a function call."""
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         if config.layout.world != 1:
@@ -24,14 +27,24 @@ class InProcessExecutor(Executor):
         if device.type == "cpu":
             torch.set_num_threads(cores())  # Ray hides all but one core from a worker's OpenMP
         model = load_shard(config, ParallelContext.single(), device, progress)
+        self.device = device.type
+        self.depth = 2 if config.overlap and device.type == "cuda" else 1
         self.num_blocks = count_blocks(config, model, ranks_on_host=1)
-        self._runner: ModelRunner | None = ModelRunner(model, self.num_blocks, config.block_size)
+        limits = SchedulerLimits.of(config, self.device, self.num_blocks)
+        self._runner: ModelRunner | None = ModelRunner(
+            model, self.num_blocks, config.block_size, limits.max_num_seqs
+        )
+        self._launched: deque[StepOutput] = deque()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
+        """On a GPU this returns while the step runs; on a CPU it has run."""
         assert self._runner is not None, "the executor was shut down"
-        result = self._runner.run(plan)
-        assert result is not None
-        return result
+        output = self._runner.launch(plan)
+        assert output is not None
+        self._launched.append(output)
+
+    def collect(self) -> StepResult:
+        return self._launched.popleft().result()
 
     def check(self) -> None:
         pass

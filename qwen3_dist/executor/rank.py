@@ -30,6 +30,7 @@ import torch.distributed as dist
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.executor.channel import Channel, connect
 from qwen3_dist.model import Qwen3Model
@@ -123,7 +124,8 @@ def count_blocks(config: EngineConfig, model: Qwen3Model, ranks_on_host: int) ->
         free = kv_cache.free_bytes(device, config.gpu_memory_utilization, ranks_on_host)
     per_block = kv_cache.block_bytes(model.config, config.layout, config.block_size, dtype)
     longest = min(config.max_model_len or model.config.context_length, model.config.context_length)
-    most_useful = config.max_num_seqs * -(-longest // config.block_size)
+    most_seqs = SchedulerLimits.of(config, device.type, num_blocks=free // per_block).max_num_seqs
+    most_useful = most_seqs * -(-longest // config.block_size)
     return kv_cache.blocks_that_fit(free, per_block, most_useful)
 
 
@@ -152,7 +154,8 @@ def _run(spec: RankSpec, channel: Channel) -> None:
         num_blocks = channel.receive()
         if num_blocks is None:
             return
-        runner = ModelRunner(model, num_blocks, spec.config.block_size)
+        limits = SchedulerLimits.of(spec.config, device.type, num_blocks)
+        runner = ModelRunner(model, num_blocks, spec.config.block_size, limits.max_num_seqs)
         channel.send(Ready())
         while (plan := channel.receive()) is not None:
             result = runner.run(plan)

@@ -12,7 +12,7 @@ import secrets
 import selectors
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NoReturn
@@ -61,22 +61,30 @@ class RankGroupExecutor(Executor):
         self._deadline = time.monotonic() + config.start_timeout_s
         self._selector = selectors.DefaultSelector()
         self._channels: dict[int, Channel] = {}
+        self._submitted: deque[int] = deque()
         self._death: QwenDistError | None = None
+        self.device = launcher.device
+        self.depth = 2 if config.overlap else 1
         try:
             self._start(progress)
         except BaseException:
             self.shutdown()
             raise
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         self._raise_if_dead()
         packed = pack(plan)
         with self._losing_ranks():
             for channel in self._channels.values():
                 channel.send_packed(packed)
-            deadline = time.monotonic() + self._config.step_timeout_s
-            rank, message = self._next_message(deadline)
-        assert rank == 0 and isinstance(message, StepResult) and message.step == plan.step, message
+        self._submitted.append(plan.step)
+
+    def collect(self) -> StepResult:
+        self._raise_if_dead()
+        step = self._submitted.popleft()
+        with self._losing_ranks():
+            rank, message = self._next_message(time.monotonic() + self._config.step_timeout_s)
+        assert rank == 0 and isinstance(message, StepResult) and message.step == step, message
         return message
 
     def check(self) -> None:

@@ -41,6 +41,10 @@ class Communicator(ABC):
         """[T, ...] of equal shape -> [n, T, ...] on rank 0 of the group, None elsewhere."""
 
     @abstractmethod
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's `x` on every rank; the others pass one of equal shape, which may be overwritten."""
+
+    @abstractmethod
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
@@ -75,6 +79,9 @@ class SingleCommunicator(Communicator):
 
     def gather(self, x: Tensor) -> Tensor | None:
         return x.unsqueeze(0)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
@@ -112,6 +119,11 @@ class TorchCommunicator(Communicator):
         parts = list(x.new_empty(self.size, *x.shape)) if self.rank == 0 else None
         dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
         return torch.stack(parts) if parts else None
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.broadcast(x, group=self._group, group_src=0)
+        return x
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None

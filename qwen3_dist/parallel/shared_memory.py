@@ -204,6 +204,18 @@ class SharedMemoryCommunicator(Communicator):
                 out.view(self.size, -1)[:, lo:hi].copy_(everybody)
         return out
 
+    def broadcast(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        flat = x.view(-1)
+        for lo, hi, slots in self._rounds(flat.numel(), self._segment.slot_bytes // x.element_size()):
+            mine, everybody = self._typed(slots, x.dtype, hi - lo)
+            if self.rank == 0:
+                mine.copy_(flat[lo:hi])
+            self._exchange()
+            if self.rank != 0:
+                flat[lo:hi].copy_(everybody[0])
+        return x
+
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:

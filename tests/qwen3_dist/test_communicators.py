@@ -38,11 +38,13 @@ def check_collectives(parallel: ParallelContext) -> None:
             gathered = tp.gather(every[me])
             assert (gathered is None) == (me != 0)
             assert gathered is None or torch.equal(gathered, torch.stack(every))
+            assert torch.equal(tp.broadcast(every[me].clone()), every[0])
             tall = [of_rank(rank, rows * n, dtype) for rank in range(n)]
             piece = torch.stack(tall).sum(0)[me * rows : (me + 1) * rows]
             assert torch.equal(tp.reduce_scatter(tall[me].clone()), piece)
     strided = of_rank(me, 8).T[:4]  # not contiguous
     assert torch.equal(tp.all_gather(strided), torch.cat([of_rank(rank, 8).T[:4] for rank in range(n)]))
+    assert tp.broadcast(torch.tensor([7 + me])).tolist() == [7]
     tp.barrier()
 
 

@@ -96,9 +96,10 @@ def test_preemption_changes_no_token() -> None:
     params = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
     with LLM(dtype="float32", use_tqdm=False, num_blocks=512) as roomy:
         expected = [output.token_ids for output in roomy.generate(prompts, params, use_tqdm=False)]
-    with LLM(dtype="float32", use_tqdm=False, num_blocks=14, max_num_batched_tokens=32) as tight:
+    limits = {"num_blocks": 14, "max_num_batched_tokens": 32, "max_num_seqs": 6}
+    with LLM(dtype="float32", use_tqdm=False, **limits) as tight:
         outputs = tight.generate(prompts, params, use_tqdm=False)
-        assert tight._engine._scheduler.num_preemptions > 0
+        assert tight._engine._scheduler.counts.preemptions > 0
         tight._engine.check_integrity()
     assert [output.token_ids for output in outputs] == expected
 

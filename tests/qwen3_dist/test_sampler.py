@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen3_dist.engine.plan import SampleSpec
-from qwen3_dist.engine.sampler import sample, uniform
+from qwen3_dist.engine.sampler import SampledLogprobs, sample, uniform
 
 LOGITS = torch.log(torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1]))
 DRAWS = 20_000
@@ -21,8 +21,8 @@ def spec(position: int = 0, **changes: object) -> SampleSpec:
 
 def shares(**changes: object) -> dict[int, float]:
     specs = [spec(position, **changes) for position in range(DRAWS)]
-    tokens, _ = sample(LOGITS.expand(DRAWS, -1), specs)
-    return {token: count / DRAWS for token, count in Counter(tokens).items()}
+    tokens = sample(LOGITS.expand(DRAWS, -1), specs)
+    return {token: count / DRAWS for token, count in Counter(tokens.tolist()).items()}
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,9 @@ def test_tokens_are_drawn_in_proportion(changes: dict[str, object], expected: di
 def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     specs = [spec(position=i, seed=i % 2, top_p=0.9) for i in range(6)]
-    together, _ = sample(logits, specs)
-    alone = [sample(logits[i : i + 1], [specs[i]])[0][0] for i in range(6)]
-    mixed, _ = sample(logits.flip(0), [spec(temperature=0.0), *specs[::-1][1:]])
+    together = sample(logits, specs).tolist()
+    alone = [sample(logits[i : i + 1], [specs[i]]).item() for i in range(6)]
+    mixed = sample(logits.flip(0), [spec(temperature=0.0), *specs[::-1][1:]]).tolist()
     assert together == alone
     assert mixed[1:] == together[::-1][1:]
 
@@ -69,15 +69,12 @@ def test_uniform_numbers_are_spread_evenly_and_differ_by_seed() -> None:
 
 
 def test_logprobs_are_those_of_the_raw_logits_likeliest_first() -> None:
-    _, (with_top, with_none, absent) = sample(
-        LOGITS.expand(3, -1), [spec(temperature=0.0, logprobs=2), spec(temperature=0.0, logprobs=0), spec()]
-    )
+    specs = [spec(logprobs=2), spec(), spec(logprobs=0)]
+    sampled = SampledLogprobs(LOGITS.expand(3, -1), torch.tensor([0, 3, 4]), specs)
+    with_top, absent, with_none = sampled.on_host()
     assert with_top is not None and with_none is not None and absent is None
     assert with_top.token_id == 0 and with_top.logprob == pytest.approx(float(LOGITS[0]), abs=1e-5)
     assert [token for token, _ in with_top.top] == [0, 2]
     assert [value for _, value in with_top.top] == pytest.approx(LOGITS[[0, 2]].tolist(), abs=1e-5)
-    assert with_none.top == ()
-
-
-def test_a_step_without_finished_prompts_samples_nothing() -> None:
-    assert sample(torch.empty(0, 5), []) == ([], [])
+    assert with_none.token_id == 4 and with_none.top == ()
+    assert with_none.logprob == pytest.approx(float(LOGITS[4]), abs=1e-5)

@@ -1,26 +1,79 @@
-"""The scheduler and its blocks through whole histories, with no device: a fake rank answers its plans."""
+"""The scheduler and its blocks through whole histories, with no device.
+
+`FakeRanks` answers plans as real ranks would, from a memory of its own: it writes each token into the slot
+the plan gives it, reads a sequence back through its block table, and makes the next token from all it
+read. A block shared, reused or evicted wrongly changes the tokens.
+"""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence as Items
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.plan import StepPlan, StepResult
-from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
+from qwen3_dist.engine.plan import LAST_SAMPLED, StepPlan, StepResult
+from qwen3_dist.engine.scheduler import AGING_STEPS, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.sampling_params import SamplingParams
 
 EOS = 0
+BLOCK = 4
 
 
-def make_scheduler(blocks: int = 64, block_size: int = 4, seqs: int = 8, tokens: int = 16) -> Scheduler:
-    return Scheduler(BlockManager(blocks, block_size), SchedulerLimits(seqs, tokens), frozenset({EOS}))
+def make_scheduler(
+    blocks: int = 64, block_size: int = BLOCK, seqs: int = 8, tokens: int = 16, caching: bool = True
+) -> Scheduler:
+    limits = SchedulerLimits(seqs, tokens)
+    return Scheduler(BlockManager(blocks, block_size, caching), limits, frozenset({EOS}))
 
 
-def make_sequence(seq_id: int, prompt_len: int, max_tokens: int = 4, **params: object) -> Sequence:
-    prompt = [100 + seq_id] * prompt_len
-    return Sequence(seq_id, str(seq_id), 0, prompt, SamplingParams(**params), 0, max_tokens)  # type: ignore[arg-type]
+def make_sequence(
+    seq_id: int, prompt: int | Items[int], max_tokens: int = 4, priority: int = 0, **params: object
+) -> Sequence:
+    tokens = [100 + seq_id] * prompt if isinstance(prompt, int) else list(prompt)
+    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    return Sequence(seq_id, str(seq_id), 0, tokens, sampling, 0, max_tokens, priority)
+
+
+def next_token(tokens: Items[int]) -> int:
+    """EOS one time in eight."""
+    return hash(tuple(tokens)) % 8
+
+
+class FakeRanks:
+    """Runs plans in order, as ranks do, and remembers what they wrote."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[int, int], int] = {}
+        self._last: dict[int, int] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        for part in plan.sequences:
+            tokens = [self._last[part.slot] if t == LAST_SAMPLED else t for t in part.token_ids]
+            for position, token in enumerate(tokens, start=part.start):
+                self._memory[part.block_table[position // BLOCK], position % BLOCK] = token
+        sampled = []
+        for part in plan.sequences:
+            end = part.start + len(part.token_ids)
+            read = [self._memory[part.block_table[p // BLOCK], p % BLOCK] for p in range(end)]
+            if part.sample is not None:
+                assert part.sample.position == end
+                self._last[part.slot] = next_token(read)
+                sampled.append(self._last[part.slot])
+        return StepResult(plan.step, tuple(sampled), (None,) * len(sampled))
+
+
+def expected_output(prompt: Items[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < max_tokens:
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
 
 
 def answer(plan: StepPlan, token_id: int = 7) -> StepResult:
@@ -36,6 +89,12 @@ def run(scheduler: Scheduler, token_id: int = 7) -> list[StepPlan]:
     return plans
 
 
+def planned(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    assert plan is not None
+    return plan
+
+
 def shape(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
     """(sequence, first position, tokens, sampled) of each part."""
     return [(s.seq_id, s.start, len(s.token_ids), s.sample is not None) for s in plan.sequences]
@@ -43,7 +102,7 @@ def shape(plan: StepPlan) -> list[tuple[int, int, int, bool]]:
 
 def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget_and_then_decoded() -> None:
     scheduler = make_scheduler(tokens=16)
-    scheduler.add(make_sequence(1, prompt_len=37, max_tokens=2))
+    scheduler.add(make_sequence(1, 37, max_tokens=2))
     assert [shape(plan) for plan in run(scheduler)] == [
         [(1, 0, 16, False)],
         [(1, 16, 16, False)],
@@ -52,36 +111,65 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget_and_then_decoded() -
     ]
 
 
-def test_decodes_go_beside_a_prefill_chunk_and_come_first() -> None:
+def test_decodes_take_their_tokens_before_an_earlier_prompts_chunk() -> None:
     scheduler = make_scheduler(tokens=16)
-    scheduler.add(make_sequence(1, prompt_len=3))
-    plan = scheduler.schedule()
-    assert plan is not None
+    scheduler.add(make_sequence(1, 20))
+    scheduler.add(make_sequence(2, 3))
+    assert shape(planned(scheduler)) == [(1, 0, 16, False)]
+    plan = planned(scheduler)
+    assert shape(plan) == [(1, 16, 4, True), (2, 0, 3, True)]
     scheduler.update(plan, answer(plan))
-    scheduler.add(make_sequence(2, prompt_len=40))
-    plan = scheduler.schedule()
-    assert plan is not None and shape(plan) == [(1, 3, 1, True), (2, 0, 15, False)]
+    scheduler.add(make_sequence(3, 40, priority=-1))
+    assert shape(planned(scheduler)) == [(1, 20, 1, True), (2, 3, 1, True), (3, 0, 14, False)]
 
 
 def test_no_more_sequences_run_than_the_limit() -> None:
     scheduler = make_scheduler(seqs=2)
     for seq_id in range(5):
-        scheduler.add(make_sequence(seq_id, prompt_len=1))
+        scheduler.add(make_sequence(seq_id, 1))
     assert max(len(plan.sequences) for plan in run(scheduler)) == 2
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
 
 
-def test_the_latest_arrival_is_preempted_and_computed_again_with_its_output() -> None:
-    scheduler = make_scheduler(blocks=4, block_size=4)
+def test_the_last_in_line_is_preempted_and_computed_again_with_its_output() -> None:
+    scheduler = make_scheduler(blocks=4, caching=False)
     first, second = make_sequence(1, 7, max_tokens=8), make_sequence(2, 7, max_tokens=8)
     scheduler.add(first)
     scheduler.add(second)
     plans = run(scheduler)
-    assert scheduler.num_preemptions == 1
+    assert scheduler.counts.preemptions == 1
     again = [shape(plan) for plan in plans if (2, 0) in [(s.seq_id, s.start) for s in plan.sequences]]
     assert again == [[(1, 0, 7, True), (2, 0, 7, True)], [(2, 0, 9, True)]]
     assert first.num_output == second.num_output == 8
     assert first.finish_reason == second.finish_reason == "length"
+
+
+def test_a_prompt_is_admitted_only_when_all_of_it_finds_room() -> None:
+    scheduler = make_scheduler(blocks=8, tokens=8)
+    scheduler.add(make_sequence(1, 12, max_tokens=2))
+    scheduler.add(make_sequence(2, 24, max_tokens=2))
+    plans = run(scheduler)
+    assert scheduler.counts.preemptions == 0
+    assert [shape(plan)[0][0] for plan in plans] == [1, 1, 1, 2, 2, 2, 2]
+
+
+def test_a_lower_priority_value_goes_first_and_a_preempted_sequence_keeps_its_place() -> None:
+    scheduler = make_scheduler(seqs=1)
+    for seq_id, priority in enumerate((0, 5, -2, 0)):
+        scheduler.add(make_sequence(seq_id, 3, max_tokens=1, priority=priority))
+    assert [plan.sequences[0].seq_id for plan in run(scheduler)] == [2, 0, 3, 1]
+
+
+def test_no_priority_waits_for_ever() -> None:
+    scheduler = make_scheduler(seqs=1)
+    scheduler.add(make_sequence(0, 3, max_tokens=1, priority=2))
+    for seq_id in range(1, 4 * AGING_STEPS):
+        scheduler.add(make_sequence(seq_id, 3, max_tokens=1, priority=0))
+        plan = planned(scheduler)
+        scheduler.update(plan, answer(plan))
+        if plan.sequences[0].seq_id == 0:
+            break
+    assert seq_id == 2 * AGING_STEPS + 1
 
 
 def test_eos_and_stop_tokens_end_a_sequence_unless_eos_is_ignored() -> None:
@@ -100,45 +188,162 @@ def test_eos_and_stop_tokens_end_a_sequence_unless_eos_is_ignored() -> None:
 def test_a_sequence_aborted_while_its_step_runs_is_left_alone_by_the_result() -> None:
     scheduler, sequence = make_scheduler(), make_sequence(1, 5)
     scheduler.add(sequence)
-    plan = scheduler.schedule()
-    assert plan is not None
+    plan = planned(scheduler)
     scheduler.finish(sequence, "abort")
     assert scheduler.update(plan, answer(plan)) == []
     assert (sequence.finish_reason, sequence.num_output) == ("abort", 0)
     assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
 
 
+def test_a_step_is_planned_before_the_one_before_it_has_answered() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(1, 5, max_tokens=3))
+    first, second = planned(scheduler), planned(scheduler)
+    assert shape(second) == [(1, 5, 1, True)] and second.sequences[0].token_ids == (LAST_SAMPLED,)
+    scheduler.update(first, answer(first))
+    third = planned(scheduler)
+    scheduler.update(second, answer(second))
+    assert scheduler.schedule() is None, "the third token is the last and on its way"
+    assert scheduler.update(third, answer(third))[0].finish_reason == "length"
+
+
+def test_a_step_planned_past_the_end_of_a_sequence_gives_it_nothing() -> None:
+    scheduler, sequence = make_scheduler(), make_sequence(1, 5)
+    scheduler.add(sequence)
+    first, second = planned(scheduler), planned(scheduler)
+    assert scheduler.update(first, answer(first, EOS)) == [sequence]
+    assert scheduler.update(second, answer(second)) == []
+    assert sequence.num_output == 1 and not scheduler.has_work
+
+
+def test_a_prompt_seen_before_is_computed_from_its_first_new_block() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(1, range(10, 20), max_tokens=1))
+    run(scheduler)
+    scheduler.add(make_sequence(2, [*range(10, 18), 50, 51], max_tokens=1))
+    scheduler.add(make_sequence(3, [9, *range(11, 20)], max_tokens=1))
+    assert shape(planned(scheduler)) == [(2, 8, 2, True), (3, 0, 10, True)]
+    assert (scheduler.counts.prompt_tokens, scheduler.counts.cached_prompt_tokens) == (30, 8)
+
+
+def test_a_prompt_wholly_cached_still_computes_its_last_token() -> None:
+    scheduler = make_scheduler()
+    for seq_id in (1, 2):
+        scheduler.add(make_sequence(seq_id, range(8), max_tokens=1))
+        plans = run(scheduler)
+    assert shape(plans[0]) == [(2, 4, 4, True)]
+
+
+def test_choices_of_one_prompt_share_its_blocks_in_their_first_step() -> None:
+    scheduler = make_scheduler(blocks=6, tokens=64)
+    for seq_id in range(3):
+        scheduler.add(make_sequence(seq_id, range(14), max_tokens=2))
+    plan = planned(scheduler)
+    assert shape(plan) == [(0, 0, 14, True), (1, 12, 2, True), (2, 12, 2, True)]
+    assert len({part.block_table[:3] for part in plan.sequences}) == 1
+    scheduler.blocks.check_integrity(scheduler.running)
+
+
+def test_an_output_is_found_by_the_prompt_that_continues_it() -> None:
+    scheduler = make_scheduler(tokens=64)
+    scheduler.add(make_sequence(1, range(30, 36), max_tokens=7))
+    run(scheduler, token_id=7)
+    scheduler.add(make_sequence(2, [*range(30, 36), *[7] * 7, 8], max_tokens=1))
+    assert shape(planned(scheduler)) == [(2, 12, 2, True)]
+
+
+def test_the_least_recently_held_prefix_is_evicted_and_its_beginning_last() -> None:
+    scheduler = make_scheduler(blocks=8, tokens=64)
+    for seq_id, first in enumerate((10, 30)):
+        scheduler.add(make_sequence(seq_id, range(first, first + 16), max_tokens=1))
+        run(scheduler)
+    scheduler.add(make_sequence(2, range(50, 58), max_tokens=1))  # takes two blocks
+    run(scheduler)
+    starts = []
+    for seq_id, first in ((3, 30), (4, 10)):
+        scheduler.add(make_sequence(seq_id, range(first, first + 16), max_tokens=1))
+        starts.append(shape(run(scheduler)[0])[0][1])
+    assert starts == [12, 4], "three blocks of the first prefix were taken, from its end"
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    scheduler = make_scheduler(caching=False)
+    for seq_id in (1, 2):
+        scheduler.add(make_sequence(seq_id, range(8), max_tokens=1))
+        assert shape(run(scheduler)[0]) == [(seq_id, 0, 8, True)]
+    assert scheduler.blocks.num_cached == 0
+
+
+def test_integrity_names_a_block_that_is_shared_wrongly() -> None:
+    scheduler = make_scheduler()
+    first, second = make_sequence(1, 6), make_sequence(2, 6)
+    scheduler.add(first)
+    scheduler.add(second)
+    planned(scheduler)
+    second.block_table[0] = first.block_table[0]
+    with pytest.raises(AssertionError, match="leaked or shared wrongly"):
+        scheduler.blocks.check_integrity([first, second])
+
+
+# Prompts are drawn from few tokens, so that many share prefixes.
 ACTIONS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 10)),
-        st.tuples(st.just("step"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("add"), st.integers(0, 2**20), st.integers(1, 10)),
+        st.tuples(st.just("step"), st.just(0), st.just(0)),
+        st.tuples(st.just("answer"), st.just(0), st.just(0)),
         st.tuples(st.just("abort"), st.integers(0, 30), st.just(0)),
     ),
-    max_size=80,
+    max_size=100,
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(actions=ACTIONS, blocks=st.integers(9, 20), tokens=st.integers(1, 24), seqs=st.integers(1, 6))
-def test_no_history_of_adds_steps_and_aborts_leaks_or_shares_a_block(
-    actions: list[tuple[str, int, int]], blocks: int, tokens: int, seqs: int
+def prompt_of(number: int) -> list[int]:
+    length = number % 20 + 1
+    return [1 + (number >> 5 >> (position // 3)) % 2 for position in range(length)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    actions=ACTIONS,
+    blocks=st.integers(9, 20),
+    tokens=st.integers(1, 24),
+    seqs=st.integers(1, 6),
+    ahead=st.integers(1, 3),
+    caching=st.booleans(),
+)
+def test_no_history_changes_a_token_or_loses_a_block(
+    actions: list[tuple[str, int, int]], blocks: int, tokens: int, seqs: int, ahead: int, caching: bool
 ) -> None:
-    scheduler = make_scheduler(blocks, 4, seqs, tokens)
+    """Adds, steps planned up to `ahead` of their answers, preemptions, finishes and aborts in any order."""
+    scheduler, ranks = make_scheduler(blocks, BLOCK, seqs, tokens, caching), FakeRanks()
     added: list[Sequence] = []
+    in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+
+    def step() -> None:
+        if len(in_flight) < ahead and (plan := scheduler.schedule()) is not None:
+            assert plan.num_tokens <= tokens and len(plan.sequences) <= seqs
+            assert len({part.slot for part in plan.sequences}) == len(plan.sequences)
+            assert all(0 <= part.slot < seqs for part in plan.sequences)
+            in_flight.append((plan, ranks.run(plan)))
+
     for action, first, second in actions:
         if action == "add":
-            added.append(make_sequence(len(added), first, max_tokens=second))
-            scheduler.add(added[-1])
+            sequence = make_sequence(len(added), prompt_of(first), second, priority=first % 3 - 1)
+            added.append(sequence)
+            scheduler.add(sequence)
         elif action == "abort" and first < len(added) and added[first].finish_reason is None:
             scheduler.finish(added[first], "abort")
-        elif action == "step" and (plan := scheduler.schedule()) is not None:
-            assert plan.num_tokens <= tokens and len(plan.sequences) <= seqs
-            for step in plan.sequences:
-                assert (step.start + len(step.token_ids)) <= 4 * len(step.block_table)
-            scheduler.update(plan, answer(plan, first))  # token 0 is EOS
+        elif action == "step":
+            step()
+        elif action == "answer" and in_flight:
+            scheduler.update(*in_flight.popleft())
         scheduler.blocks.check_integrity([*scheduler.running, *scheduler.waiting])
-    run(scheduler)
+    while scheduler.has_work or in_flight:
+        step()
+        scheduler.update(*in_flight.popleft())
+        scheduler.blocks.check_integrity([*scheduler.running, *scheduler.waiting])
     assert scheduler.blocks.num_free == blocks
-    assert all(sequence.finish_reason is not None for sequence in added)
     for sequence in added:
-        assert sequence.finish_reason != "length" or sequence.num_output == sequence.max_tokens
+        output = expected_output(sequence.token_ids[: sequence.prompt_len], sequence.max_tokens)
+        got = sequence.token_ids[sequence.prompt_len :]
+        assert got == (output[: len(got)] if sequence.finish_reason == "abort" else output)
