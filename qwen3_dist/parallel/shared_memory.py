@@ -281,7 +281,8 @@ class SharedMemoryCommunicator(Communicator):
                 self._wait(peer, operation)
 
     def _wait(self, peer: int, operation: int) -> None:
-        flags, at = self._segment.flags, peer * (_LINE // 8)
+        flags, step = self._segment.flags, _LINE // 8
+        at = peer * step
         for _ in range(_SPINS):
             if flags[at] >= operation:
                 return
@@ -296,8 +297,11 @@ class SharedMemoryCommunicator(Communicator):
             now = time.monotonic()
             if now >= next_check:
                 ended = [self._watchers[descriptor] for descriptor, _ in self._poll.poll(0)]
-                if ended and flags[at] < operation:
-                    raise PeerLostError(f"the process of rank {ended[0]} of the group ended")
+                lost = [
+                    rank for rank in ended if flags[rank * step] < operation
+                ]  # others ended after their part
+                if lost:
+                    raise PeerLostError(f"the process of rank {lost[0]} of the group ended")
                 next_check = now + _LIVENESS_PERIOD_S
             if now > deadline:
                 raise PeerLostError(f"rank {peer} of the group did not answer within {self._timeout_s:g} s")
