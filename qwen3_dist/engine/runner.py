@@ -5,6 +5,8 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -103,6 +105,7 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
         slots=torch.tensor(slots, device=device),
         block_tables=torch.tensor(tables, device=device),
         context_lens=torch.tensor(context_lens, device=device),
+        query_starts=torch.tensor((0, *accumulate(query_lens)), device=device),
         query_lens=query_lens,
         host_context_lens=context_lens,
         num_decodes=num_decodes,

@@ -8,7 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.kernels import kernels_for
 from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layers.paged_attention import paged_attention, write_cache
 from qwen3_dist.layers.rope import apply_rope
@@ -28,10 +30,10 @@ class GroupedQueryAttention(nn.Module):
         self.window = config.window_of_layer(layer)
         heads, groups = config.n_heads // tp, kv_groups_per_rank(config.n_kv_groups, tp)
         bias = config.attention_bias
-        self.W_query = nn.Linear(config.emb_dim, heads * config.head_dim, bias=bias)
-        self.W_key = nn.Linear(config.emb_dim, groups * config.head_dim, bias=bias)
-        self.W_value = nn.Linear(config.emb_dim, groups * config.head_dim, bias=bias)
-        self.out_proj = nn.Linear(heads * config.head_dim, config.emb_dim, bias=bias)
+        self.W_query = Linear(config.emb_dim, heads * config.head_dim, bias=bias)
+        self.W_key = Linear(config.emb_dim, groups * config.head_dim, bias=bias)
+        self.W_value = Linear(config.emb_dim, groups * config.head_dim, bias=bias)
+        self.out_proj = Linear(heads * config.head_dim, config.emb_dim, bias=bias)
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
@@ -40,11 +42,24 @@ class GroupedQueryAttention(nn.Module):
         q = self.W_query(x).unflatten(1, (-1, self.head_dim))
         k = self.W_key(x).unflatten(1, (-1, self.head_dim))
         v = self.W_value(x).unflatten(1, (-1, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        write_cache(cache, k, v, batch.slots)
+        q = self._rotate(q, k, v, cos, sin, cache, batch)
         return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1))
+
+    def _rotate(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
+    ) -> Tensor:
+        """Norms and rotates q [T, H, d] and k [T, G, d], and stores k and v. Returns q, which may be changed."""
+        kernels = kernels_for(q) if self.q_norm is None or self.q_norm.is_plain else None
+        norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
+        if kernels is not None:
+            scales = (norms[0].scale, norms[1].scale) if norms else None
+            eps = norms[0].eps if norms else 0.0
+            kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, batch.slots, eps)
+            return q
+        if norms:
+            q, k = norms[0](q), norms[1](k)
+        write_cache(cache, apply_rope(k, cos, sin), v, batch.slots)
+        return apply_rope(q, cos, sin)
 
 
 def make_norm(config: ModelConfig, dim: int) -> RMSNorm:

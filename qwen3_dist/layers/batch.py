@@ -22,6 +22,7 @@ class StepBatch:
     slots: Tensor  # [T] int64, block * block_size + offset: where each token's K and V are written
     block_tables: Tensor  # [S, B] int64, padded with 0
     context_lens: Tensor  # [S] int64, tokens of each sequence after this step
+    query_starts: Tensor  # [S + 1] int64, the row where each sequence's tokens begin, and T
     query_lens: tuple[int, ...]  # [S] new tokens of each sequence
     host_context_lens: tuple[int, ...]  # [S] the same as context_lens, without asking the device
     num_decodes: int  # leading sequences with exactly one new token

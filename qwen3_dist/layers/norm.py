@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qwen3_dist.kernels import kernels_for
+
 
 class RMSNorm(nn.Module):
     """Normalises the last dimension: [..., emb_dim] -> the same shape and dtype.
@@ -21,7 +23,15 @@ class RMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(emb_dim))
         self.shift = nn.Parameter(torch.zeros(emb_dim)) if shift else None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is Qwen3's own form, without options."""
+        return self.qwen3_compatible and self.shift is None
+
     def forward(self, x: Tensor) -> Tensor:
+        kernels = kernels_for(x) if self.is_plain else None
+        if kernels is not None:
+            return kernels.norm(x.contiguous(), self.scale, self.eps)
         wide = x.float() if self.qwen3_compatible else x
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         scaled = normed.to(x.dtype) * self.scale

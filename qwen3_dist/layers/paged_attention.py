@@ -1,4 +1,4 @@
-"""Attention of a step's queries over KV blocks, in plain torch: right on every device.
+"""Attention of a step's queries over KV blocks: a kernel where there is one, plain torch everywhere else.
 
 Legend: T tokens, S sequences, H query heads, G KV groups (H = G * R), d head_dim, L keys.
 The R heads that share a group are laid beside each other as query rows of that group, so keys are
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3_dist.kernels import kernels_for
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 
 
@@ -25,6 +26,15 @@ def paged_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: int 
 
     `window` limits each query to that many latest positions, itself included.
     """
+    kernels = kernels_for(q)
+    if kernels is not None:
+        where = (batch.block_tables, batch.context_lens, batch.query_starts)
+        return kernels.attention(q, cache.keys, cache.values, *where, window)
+    return gathered_attention(q, cache, batch, window)
+
+
+def gathered_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+    """The same in plain torch, which gathers each sequence's blocks first."""
     out = torch.empty_like(q)
     n = batch.num_decodes
     if n:

@@ -6,9 +6,9 @@ Legend: T tokens, L rows whose logits are wanted, D emb_dim, V vocab_size, v row
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3_dist.kernels import linear
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.communicator import Communicator
 
@@ -43,7 +43,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""
-        parts = self._tp.gather(F.linear(x, self.weight))
+        parts = self._tp.gather(linear(x, self.weight))
         if parts is None:
             return None
         return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]

@@ -1,14 +1,13 @@
 """Tokens to their experts and back, by all-to-all over the ep ranks.
 
     x [N, D] ── all-gather over etp ── copy once per ep rank that hosts one of the token's experts
-        ── all-to-all ── rows sorted by local expert ──▶ experts (this rank's columns) ──▶
-        weighted sum per received row ── all-to-all back ── sum per token ── reduce-scatter over etp
+        ── all-to-all ──▶ experts (this rank's columns): weighted sum per received row ──▶
+        all-to-all back ── sum per token ── reduce-scatter over etp
 
 The etp ranks hold other columns of the same experts, so all of them need the token and their partial
 results add up; where etp is 1 both etp steps vanish. A token whose experts share a rank travels once.
 
-Legend: N tokens of this rank, K experts per token, M rows sent, R rows received, P = (row, expert)
-pairs computed here, D emb_dim.
+Legend: N tokens of this rank, K experts per token, M rows sent, R rows received, D emb_dim.
 """
 
 from __future__ import annotations
@@ -44,21 +43,20 @@ class ExpertPlacement:
 
 @dataclass(frozen=True)
 class DispatchedTokens:
-    """What an ep rank received: rows [P, D] sorted by local expert, and how many each expert got."""
+    """What an ep rank received."""
 
-    tokens: Tensor
-    counts: list[int]
+    tokens: Tensor  # [R, D]
+    expert_ids: Tensor  # [R, K] int64, place of each row's experts in this rank's stack; -1: elsewhere
+    weights: Tensor  # [R, K] fp32 routing weights
 
 
 @dataclass(frozen=True)
 class DispatchHandle:
     """What `combine` needs to undo one `dispatch`; made once, used once, never changed."""
 
-    sent_rows: Tensor  # [M] which (gathered) token each sent row is a copy of
+    sent_rows: Tensor | None  # [M] which (gathered) token each sent row is a copy of; None: nothing was sent
     send_counts: list[int]  # rows sent to each ep rank
     recv_counts: list[int]  # rows received from each ep rank
-    pair_rows: Tensor  # [P] which received row each computed row belongs to
-    pair_weights: Tensor  # [P, 1] routing weight of that row's expert
     num_tokens: int  # tokens after the etp all-gather
 
 
@@ -69,7 +67,6 @@ class AllToAllDispatcher:
         self._ep = ep
         self._etp = etp
         self._placement = placement
-        self._num_local = len(placement.experts_of(ep.rank))
 
     def dispatch(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor
@@ -79,6 +76,9 @@ class AllToAllDispatcher:
         N must be equal on the ranks of one etp group, and may be 0 or differ on others.
         """
         x, expert_ids, weights = self._gather_columns(x, expert_ids, weights)
+        if self._ep.size == 1:
+            received = DispatchedTokens(x, expert_ids, weights)
+            return received, DispatchHandle(None, [], [], x.shape[0])
         owners = self._lookup(self._placement.owner, expert_ids)
         ranks = torch.arange(self._ep.size, device=x.device)
         wanted = (owners[None] == ranks[:, None, None]).any(dim=-1)  # [ep, N]
@@ -95,26 +95,17 @@ class AllToAllDispatcher:
         )  # ids are exact below 2^24
         routing, _ = self._ep.all_to_all(routing, send_counts, recv_counts)
         local_ids, weights = routing.chunk(2, dim=1)
-
-        pair_rows, choice = (local_ids >= 0).nonzero(as_tuple=True)
-        pair_experts = local_ids[pair_rows, choice].long()
-        order = pair_experts.argsort(stable=True)
-        pair_rows, choice = pair_rows[order], choice[order]
-        counts = torch.bincount(pair_experts, minlength=self._num_local).tolist()
-        handle = DispatchHandle(
-            sent_rows, send_counts, recv_counts, pair_rows, weights[pair_rows, choice, None], x.shape[0]
-        )
-        return DispatchedTokens(rows[pair_rows], counts), handle
+        received = DispatchedTokens(rows, local_ids.long(), weights.contiguous())
+        return received, DispatchHandle(sent_rows, send_counts, recv_counts, x.shape[0])
 
     def combine(self, expert_out: Tensor, handle: DispatchHandle) -> Tensor:
-        """Brings expert_out [P, D] home and adds it up, weighted -> [N, D]. Sums are taken in fp32."""
-        dtype, dim = expert_out.dtype, expert_out.shape[1]
-        summed = expert_out.new_zeros(sum(handle.recv_counts), dim, dtype=torch.float32)
-        summed.index_add_(0, handle.pair_rows, expert_out.float() * handle.pair_weights)
-        returned, _ = self._ep.all_to_all(summed.to(dtype), handle.recv_counts, handle.send_counts)
-        out = expert_out.new_zeros(handle.num_tokens, dim, dtype=torch.float32)
+        """Brings the received rows' sums [R, D] home and adds them up -> [N, D]. Sums are taken in fp32."""
+        if handle.sent_rows is None:
+            return self._etp.reduce_scatter(expert_out)
+        returned, _ = self._ep.all_to_all(expert_out, handle.recv_counts, handle.send_counts)
+        out = expert_out.new_zeros(handle.num_tokens, expert_out.shape[1], dtype=torch.float32)
         out.index_add_(0, handle.sent_rows, returned.float())
-        return self._etp.reduce_scatter(out.to(dtype))
+        return self._etp.reduce_scatter(out.to(expert_out.dtype))
 
     def _gather_columns(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor
@@ -123,7 +114,7 @@ class AllToAllDispatcher:
             return x, expert_ids, weights
         routing = self._etp.all_gather(torch.cat([expert_ids.float(), weights.float()], dim=1))
         expert_ids, weights = routing.chunk(2, dim=1)
-        return self._etp.all_gather(x), expert_ids.long(), weights
+        return self._etp.all_gather(x), expert_ids.long(), weights.contiguous()
 
     @staticmethod
     def _lookup(table: tuple[int, ...], expert_ids: Tensor) -> Tensor:

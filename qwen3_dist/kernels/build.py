@@ -1,0 +1,79 @@
+"""Compiles the CPU kernels for this machine, once, into the user's cache."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger(__name__)
+_SOURCES = Path(__file__).parent / "cpu"
+_COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC")
+_TIMEOUT_S = 300.0
+
+
+@functools.cache
+def library() -> Path | None:
+    """The compiled kernels, built now if they are not in the cache; None, with a warning, if that fails.
+
+    Ranks that start together wait for the first of them to build.
+    """
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        _log.warning("no C++ compiler is here, so CPU ranks use torch alone, which is slower; install g++")
+        return None
+    try:
+        folder = _cache()
+        folder.mkdir(parents=True, exist_ok=True)
+        built = folder / f"kernels-{_fingerprint(compiler)}.so"
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not built.exists():
+                _build(compiler, built)
+        return built
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        _log.warning("the CPU kernels were not built, so CPU ranks use torch alone: %s", output[-2000:])
+        return None
+
+
+def _build(compiler: str, built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as work:
+        compiled, linked = Path(work) / "cpu.o", Path(work) / "cpu.so"
+        _run(compiler, *_COMPILE, "-c", str(_SOURCES / "cpu.cpp"), "-o", str(compiled))
+        # Linked without -ffast-math, which would change how the whole process rounds denormals, and with
+        # torch's own OpenMP: two of them would keep two pools of spinning threads.
+        _run(compiler, "-shared", str(compiled), "-o", str(linked), *_openmp(), "-lm")
+        linked.rename(built)
+
+
+def _openmp() -> list[str]:
+    bundled = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return [str(bundled[0])] if bundled else ["-fopenmp"]
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_dist"
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of all that the result depends on: sources, flags, compiler, torch and the CPU's instruction sets."""
+    digest = hashlib.sha256(" ".join((*_COMPILE, torch.__version__)).encode())
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    digest.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    digest.update(next((line for line in lines if line.startswith(("flags", "Features"))), "").encode())
+    return digest.hexdigest()[:16]

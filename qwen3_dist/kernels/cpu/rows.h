@@ -1,0 +1,76 @@
+// What happens to each token by itself: norms, rotary embedding, the gate's product. Rounding is to T
+// where the torch form rounds.
+#pragma once
+
+#include "linear.h"
+
+// out = norm(x) * scale over the last dimension; fp32 inside, cast to T before the scale multiplies.
+template <class T>
+inline void norm_row(const T* x, const T* scale, float* out, long dim, float eps) {
+    Vec squares = {};
+    float total = 0;
+    long i = 0;
+    for (; i + LANES <= dim; i += LANES) squares += load(x + i) * load(x + i);
+    for (; i < dim; i++) total += widen(x[i]) * widen(x[i]);
+    float factor = 1 / std::sqrt((total + sum(squares)) / dim + eps);
+    for (i = 0; i < dim; i++) out[i] = rounded<T>(rounded<T>(widen(x[i]) * factor) * widen(scale[i]));
+}
+
+template <class T>
+void norm(const T* x, const T* scale, T* out, long rows, long dim, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (long r = 0; r < rows; r++) {
+        float* wide = scratch(1, dim);
+        norm_row(x + r * dim, scale, wide, dim, eps);
+        for (long i = 0; i < dim; i++) narrow(wide[i], out[r * dim + i]);
+    }
+}
+
+// q and k of each token: norm per head (unless the scale is null) and rotation by cos, sin [T, d]; k and v
+// go to their slots of the cache, q back to where it was.
+template <class T>
+struct Rotation {
+    T *q, *keys, *values;
+    const T *k, *v, *q_scale, *k_scale, *cos, *sin;
+    const long* slots;
+    long tokens, heads, groups, dim;
+    float eps;
+
+    void head(const T* from, const T* scale, long token, T* to) const {
+        float* x = scratch(1, dim);
+        if (scale)
+            norm_row(from, scale, x, dim, eps);
+        else
+            widen_row(from, x, dim);
+        const T *c = cos + token * dim, *s = sin + token * dim;
+        long half = dim / 2;
+        for (long i = 0; i < half; i++) {
+            narrow(rounded<T>(x[i] * widen(c[i])) + rounded<T>(-x[i + half] * widen(s[i])), to[i]);
+            narrow(rounded<T>(x[i + half] * widen(c[i + half])) + rounded<T>(x[i] * widen(s[i + half])), to[i + half]);
+        }
+    }
+
+    void run(int threads) const {
+#pragma omp parallel for num_threads(threads) if (tokens > 1)
+        for (long t = 0; t < tokens; t++) {
+            for (long h = 0; h < heads; h++) {
+                T* at = q + (t * heads + h) * dim;
+                head(at, q_scale, t, at);
+            }
+            for (long g = 0; g < groups; g++)
+                head(k + (t * groups + g) * dim, k_scale, t, keys + (slots[t] * groups + g) * dim);
+            memcpy(values + slots[t] * groups * dim, v + t * groups * dim, groups * dim * sizeof(T));
+        }
+    }
+};
+
+template <class T>
+void silu_product(const T* gate, const T* up, T* out, long count, int threads) {
+    constexpr long PIECE = 4096;
+#pragma omp parallel for num_threads(threads) if (count > 4 * PIECE)
+    for (long at = 0; at < count; at += PIECE)
+        for (long i = at; i < std::min(count, at + PIECE); i++) {
+            float g = widen(gate[i]);
+            narrow(rounded<T>(g / (1 + std::exp(-g))) * widen(up[i]), out[i]);
+        }
+}

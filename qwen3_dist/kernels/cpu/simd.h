@@ -1,0 +1,103 @@
+// Vectors of floats as the compiler's own type, so that one source serves AVX2, AVX-512 and others.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) {
+    uint32_t word = uint32_t(x.bits) << 16;
+    float out;
+    memcpy(&out, &word, 4);
+    return out;
+}
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, bf16& out) {  // to nearest, ties to even
+    uint32_t word;
+    memcpy(&word, &x, 4);
+    out.bits = std::isnan(x) ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+template <class T>
+inline float rounded(float x) {
+    T out;
+    narrow(x, out);
+    return widen(out);
+}
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline Vec load(const bf16* p) {
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+
+inline float sum(Vec x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
+    return total;
+}
+
+template <class T>
+inline void widen_row(const T* from, float* to, long n) {
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+    for (; i < n; i++) to[i] = widen(from[i]);
+}
+
+// out[m][n] = sum over k of a[m][k] * b[n][k], for M x N rows held in registers.
+template <int M, int N, class A, class B>
+inline void dots(const A* a, long lda, const B* b, long ldb, long k_end, float* out, long ldo) {
+    Vec acc[M][N] = {};
+    long k = 0;
+    for (; k + LANES <= k_end; k += LANES) {
+        Vec right[N];
+        for (int n = 0; n < N; n++) right[n] = load(b + n * ldb + k);
+        for (int m = 0; m < M; m++) {
+            Vec left = load(a + m * lda + k);
+            for (int n = 0; n < N; n++) acc[m][n] += left * right[n];
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) {
+            float total = sum(acc[m][n]);
+            for (long i = k; i < k_end; i++) total += widen(a[m * lda + i]) * widen(b[n * ldb + i]);
+            out[m * ldo + n] = total;
+        }
+}
+
+constexpr int ROWS = 4;                         // rows of a in a register tile
+constexpr int COLS = LANES == 16 ? 6 : 3;       // rows of b in it
+
+template <int N, class A, class B>
+inline void dots_rows(const A* a, long lda, long m_end, const B* b, long ldb, long k_end, float* out, long ldo) {
+    long m = 0;
+    for (; m + ROWS <= m_end; m += ROWS) dots<ROWS, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
+    if (m_end - m == 3) dots<3, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
+    if (m_end - m == 2) dots<2, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
+    if (m_end - m == 1) dots<1, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
+}
+
+// The same for any number of rows of a and of b.
+template <class A, class B>
+inline void dots_all(const A* a, long lda, long m_end, const B* b, long ldb, long n_end, long k_end, float* out,
+                     long ldo) {
+    long n = 0;
+    for (; n + COLS <= n_end; n += COLS) dots_rows<COLS>(a, lda, m_end, b + n * ldb, ldb, k_end, out + n, ldo);
+    for (; n < n_end; n++) dots_rows<1>(a, lda, m_end, b + n * ldb, ldb, k_end, out + n, ldo);
+}

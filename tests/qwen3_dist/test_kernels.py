@@ -1,0 +1,145 @@
+"""The CPU kernels against plain torch, and what happens where they cannot be built."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.kernels import Kernels, build, kernels_for
+from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.layers.paged_attention import gathered_attention
+from qwen3_dist.layers.rope import apply_rope, rope_tables
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(params=TOLERANCE, ids=str)
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    torch.manual_seed(0)
+    if build.library() is None:
+        pytest.skip("no C++ compiler is here")
+    yield request.param
+
+
+def kernels(dtype: torch.dtype) -> Kernels:
+    found = kernels_for(torch.empty(0, dtype=dtype))
+    assert found is not None
+    return found
+
+
+def close(got: Tensor, expected: Tensor) -> bool:
+    scale = expected.abs().max().clamp(min=1.0)
+    return bool(((got.float() - expected).abs() <= TOLERANCE[got.dtype] * scale).all())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 97, 200])
+@pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33), (1024, 7), (9, 130)])
+def test_linear(dtype: torch.dtype, rows: int, inner: int, outputs: int) -> None:
+    x, weight, bias = torch.randn(rows, inner), torch.randn(outputs, inner) / inner**0.5, torch.randn(outputs)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    for added in (None, bias):
+        expected = F.linear(x.float(), weight.float(), None if added is None else added.float())
+        assert close(kernels(dtype).linear(x, weight, added), expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+def test_experts(dtype: torch.dtype, rows: int) -> None:
+    experts, dim, columns, choices = 6, 48, 37, 3
+    fc1, fc2 = (torch.randn(2, experts, columns, dim) / dim**0.5).to(dtype)
+    fc3 = (torch.randn(experts, dim, columns) / columns**0.5).to(dtype)
+    x, weights = torch.randn(rows, dim).to(dtype), torch.rand(rows, choices)
+    ids = torch.randint(-1, experts - 1, (rows, choices))  # the last expert is never chosen
+    expected = torch.zeros(rows, dim)
+    for row in range(rows):
+        for choice, expert in enumerate(ids[row].tolist()):
+            if expert >= 0:
+                wide = x[row].float()
+                hidden = F.silu(fc1[expert].float() @ wide) * (fc2[expert].float() @ wide)
+                expected[row] += weights[row, choice] * (fc3[expert].float() @ hidden)
+    got = kernels(dtype).experts(x, fc1, fc2, fc3, ids, weights)
+    assert got.shape == expected.shape and (rows == 0 or close(got, expected))
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 1, 128), (3, 1, 20)])
+def test_attention(dtype: torch.dtype, heads: int, groups: int, dim: int, window: int | None) -> None:
+    block_size, context_lens, query_lens = 4, (1, 30, 17, 9, 50), (1, 1, 1, 9, 23)
+    blocks = torch.randperm(64)
+    tables = torch.zeros(len(context_lens), 13, dtype=torch.int64)
+    for row, length in enumerate(context_lens):
+        needed = -(-length // block_size)
+        tables[row, :needed], blocks = blocks[:needed], blocks[needed:]
+    cache = LayerCache(*torch.randn(2, 64, block_size, groups, dim).to(dtype))
+    q = torch.randn(sum(query_lens), heads, dim).to(dtype)
+    lens, starts = torch.tensor(context_lens), torch.tensor([0, 1, 2, 3, 12, 35])
+    unused = torch.empty(0)
+    batch = StepBatch(unused, unused, unused, tables, lens, starts, query_lens, context_lens, 3, unused)
+    wide = LayerCache(cache.keys.float(), cache.values.float())
+    got = kernels(dtype).attention(q, cache.keys, cache.values, tables, lens, starts, window)
+    assert close(got, gathered_attention(q.float(), wide, batch, window))
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_rotation_with_norms_into_the_cache(dtype: torch.dtype, normed: bool) -> None:
+    tokens, heads, groups, dim = 7, 6, 2, 32
+    q, k, v = (torch.randn(tokens, n, dim).to(dtype) for n in (heads, groups, groups))
+    scales = (torch.rand(dim).to(dtype), torch.rand(dim).to(dtype)) if normed else None
+    cos, sin = rope_tables(torch.arange(3, 3 + tokens), torch.rand(dim // 2), 1.0, dtype)
+    slots = torch.randperm(20)[:tokens]
+
+    def norm(x: Tensor, which: int) -> Tensor:
+        if scales is None:
+            return x
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return wide.to(dtype) * scales[which]
+
+    expected_q, expected_k = apply_rope(norm(q, 0), cos, sin), apply_rope(norm(k, 1), cos, sin)
+    keys, values = torch.zeros(2, 5, 4, groups, dim).to(dtype)
+    kernels(dtype).rotate(q, k, v, keys, values, scales, cos, sin, slots, 1e-6)
+    assert close(q, expected_q.float())
+    assert close(keys.flatten(0, 1)[slots], expected_k.float())
+    assert torch.equal(values.flatten(0, 1)[slots], v)
+
+
+def test_norm_and_silu_product_round_as_torch_does(dtype: torch.dtype) -> None:
+    x, scale = torch.randn(9, 70).to(dtype), torch.rand(70).to(dtype)
+    wide = x.float()
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * scale
+    assert close(kernels(dtype).norm(x, scale, 1e-6), normed.float())
+    gate, up = torch.randn(2, 9, 70).to(dtype)
+    assert close(kernels(dtype).silu_product(gate, up), (F.silu(gate) * up).float())
+
+
+def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build.library() is None:
+        pytest.skip("no C++ compiler is here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command = [sys.executable, "-m", "qwen3_dist.kernels"]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = {process.communicate(timeout=300)[1].strip() for process in running}
+    built = [file.name for file in (tmp_path / "qwen3_dist").glob("*.so")]
+    assert len(built) == 1 and said == {f"kernels: {built[0]}"}
+
+
+@pytest.mark.parametrize("failure", ["absent", "broken"])
+def test_without_a_working_compiler_torch_serves_and_one_line_says_so(
+    failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.shutil, "which", lambda name: None if failure == "absent" else "/bin/false")
+    build.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert build.library() is None
+        assert len(caplog.records) == 1 and "torch alone" in caplog.text
+    finally:
+        build.library.cache_clear()
