@@ -18,6 +18,7 @@ from qwen3_dist.layout import Layout
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("checkpoint", "random")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 
 
@@ -32,6 +33,11 @@ class EngineConfig:
 
     model: str = setting("", "checkpoint directory or hub id; empty means the bundled model")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    load_format: str = setting(
+        "checkpoint",
+        "random: weights from a seed, for measuring; model then needs only a config.json",
+        LOAD_FORMATS,
+    )
     layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))

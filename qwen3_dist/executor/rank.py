@@ -110,7 +110,8 @@ def load_shard(
     """Finds the checkpoint on this host and loads this rank's part of it."""
     path = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_directory(path)
-    return load_model(path, model_config, parallel, torch_dtype(config, model_config), device, progress)
+    dtype, random = torch_dtype(config, model_config), config.load_format == "random"
+    return load_model(path, model_config, parallel, dtype, device, progress, random)
 
 
 def count_blocks(config: EngineConfig, model: Qwen3Model, ranks_on_host: int) -> int:

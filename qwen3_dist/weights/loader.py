@@ -12,6 +12,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.model import Qwen3Model, build_on_meta
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.weights import random_weights
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.plan import Piece, WeightPlan
 
@@ -25,15 +26,17 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    random: bool = False,
 ) -> Qwen3Model:
-    """Builds this rank's shard on `device`. Padding is zero.
+    """Builds this rank's shard on `device`. Padding is zero. `random` weights need no checkpoint.
 
     Raises CheckpointError naming tensors that are missing, left over or of another shape than
     `config` says.
     """
-    files = CheckpointFiles(path)
-    plan = WeightPlan(config, parallel.layout, files.names())
-    _check_names(path, files, plan)
+    files = None if random else CheckpointFiles(path)
+    plan = WeightPlan(config, parallel.layout, files.names() if files else set())
+    if files:
+        _check_names(path, files, plan)
     model = build_on_meta(config, parallel, dtype)
     parameters = _materialise(model, device)
     pieces = list(plan.pieces(parallel.coords))
@@ -47,11 +50,15 @@ def load_model(
             progress(done, total)
 
     for piece in pieces:
-        _check_shape(files, piece)
         view = parameters[piece.parameter][piece.target]
         if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
             view = view.squeeze(0)
-        files.read(piece.source, piece.index, view, advance)
+        if files:
+            _check_shape(files, piece)
+            files.read(piece.source, piece.index, view, advance)
+        else:
+            random_weights.fill(piece, view)
+            advance(view.numel())
     filled = {piece.parameter for piece in pieces}
     unfilled = [name for name in parameters if name not in filled and not _may_be_padding(name)]
     assert not unfilled, f"no rule fills {unfilled}"

@@ -1,4 +1,4 @@
-"""`qwen3-dist serve | generate | inspect`: one small module per verb, which imports what only it needs."""
+"""`qwen3-dist serve | generate | inspect | bench`: one small module per verb, which imports what only it needs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from qwen3_dist.errors import QwenDistError
-from serve_app.cli import generate, inspect, serve
+from serve_app.cli import bench, generate, inspect, serve
 from serve_app.cli.options import Parser
 
 USAGE_ERROR = 2
-_VERBS = {"serve": serve, "generate": generate, "inspect": inspect}
+_VERBS = {"serve": serve, "generate": generate, "inspect": inspect, "bench": bench}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,112 @@
+"""`qwen3-dist bench`: how many tokens a second an engine gives, and how long a request waits for them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.settings import EngineConfig
+from serve_app.cli.options import add_settings, given_settings
+from serve_app.config import read_service_config
+
+HELP = "measure throughput (all prompts at once) or latency (one batch after the other)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=("throughput", "latency"), help="all prompts at once, or in turn")
+    parser.add_argument(
+        "model", nargs="?", default="", help="checkpoint directory or hub id; omitted: the bundled model"
+    )
+    parser.add_argument(
+        "--random-weights",
+        metavar="CONFIG.json",
+        help="measure this shape with random weights; no checkpoint is read",
+    )
+    for name, default, what in (
+        ("num-prompts", 16, "prompts"),
+        ("input-len", 128, "tokens in each prompt"),
+        ("output-len", 64, "tokens generated from each"),
+        ("batch-size", 1, "prompts at a time (latency)"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the prompts (default: %(default)s)"
+    )
+    add_settings(parser, "engine", EngineConfig, skip=("model", "load_format"))
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    given = given_settings(args, EngineConfig)
+    with tempfile.TemporaryDirectory(prefix="qwen3_dist-") as folder:
+        if args.random_weights:
+            if args.model:
+                raise ConfigError("give either MODEL or --random-weights, not both")
+            given |= {"model": _config_alone(args.random_weights, Path(folder)), "load_format": "random"}
+        config = read_service_config(given).engine
+        if config.executor == "auto" and config.layout.world > 1:
+            config = dataclasses.replace(config, executor="processes")
+        result = _measure(args, config)
+    if args.random_weights:
+        result["model"] = f"{args.random_weights} (random weights)"
+    if args.json:
+        print(json.dumps(result), file=out)
+    else:
+        for name, value in result.items():
+            print(f"{name:<22}{_shown(value)}", file=out)
+    return 0
+
+
+def _measure(args: argparse.Namespace, config: EngineConfig) -> dict[str, object]:
+    from qwen3_dist.benchmark import Workload, measure, warm_up
+    from qwen3_dist.engine.engine import Engine
+
+    batch_size = args.batch_size if args.kind == "latency" else None
+    workload = Workload(args.num_prompts, args.input_len, args.output_len, batch_size, args.seed)
+    started = time.perf_counter()
+    engine = Engine(config, show_progress=sys.stderr.isatty())
+    try:
+        start_s = time.perf_counter() - started
+        if workload.input_len + workload.output_len > engine.max_model_len:
+            raise ConfigError(
+                f"{workload.input_len} + {workload.output_len} tokens exceed the context of "
+                f"{engine.max_model_len}; lower --input-len or --output-len"
+            )
+        warm_up(engine)
+        figures = measure(engine, workload)
+    finally:
+        engine.shutdown()
+    about = {"kind": args.kind, "model": config.model or "bundled", "layout": str(config.layout)}
+    asked = {name: getattr(workload, name) for name in ("num_prompts", "input_len", "output_len")}
+    dtype = engine.model_config.dtype if config.dtype == "auto" else config.dtype
+    return {**about, "dtype": dtype, **asked, "start_s": round(start_s, 2), **figures}
+
+
+def _config_alone(path: str, folder: Path) -> str:
+    """A folder with nothing but the given config, since weights beside it are not wanted."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ConfigError(f"--random-weights needs a config.json, and {path} is none")
+    shutil.copy(file, folder / "config.json")
+    return str(folder)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
