@@ -80,7 +80,7 @@ def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 1
         q, unused = torch.randn(sequences * queries, heads, dim).to(dtype), torch.empty(0)
         decodes = sequences if queries == 1 else 0
         host = ((queries,) * sequences, (context,) * sequences, decodes)
-        batch = StepBatch(unused, unused, unused, tables, lens, starts, *host, unused)
+        batch = StepBatch(unused, unused, unused, tables, lens, starts, *host, False, unused)
 
         def ours(q: Any = q, caches: Any = caches, where: Any = (tables, lens, starts)) -> None:
             for keys, values in caches:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta, TokenLogprob
 from qwen3_dist.errors import RequestError
+from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
 from qwen3_dist.text.detokenizer import TextStream
@@ -96,7 +95,7 @@ class LLM:
         engine = self._engine
         for number, job in enumerate(jobs):
             engine.add_request(str(number), job.prompt_token_ids, job.params)
-        with tqdm(total=len(jobs), desc="generating", unit="prompt", disable=not use_tqdm) as bar:
+        with progress_bar(use_tqdm, total=len(jobs), desc="generating", unit="prompt") as bar:
             try:
                 while engine.has_work:
                     for request_id, deltas in engine.step().items():

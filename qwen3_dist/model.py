@@ -64,19 +64,19 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
         attended = self.att(self.norm1(x), cos, sin, cache, batch)
-        if isinstance(self.ff, MoEFeedForward):
+        if batch.all_to_all and isinstance(self.ff, MoEFeedForward):
             return self._route(x, attended, self.ff)
         x = x + self._tp.all_reduce(attended)
         return x + self._tp.all_reduce(self.ff(self.norm2(x)))
 
     def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward) -> Tensor:
-        """The MoE half: each tp rank owns N of the tokens, so that none is routed twice."""
+        """The MoE half by all-to-all: each tp rank owns N of the tokens, so that none is routed twice."""
         total = x.shape[0]
         rows, chunk = padded_range(total, self._tp.size, self._tp.rank)
         padding = chunk * self._tp.size - total
         own = F.pad(x[rows.start : rows.stop], (0, 0, 0, chunk - len(rows)))
         own = own + self._tp.reduce_scatter(F.pad(attended, (0, 0, 0, padding)))
-        own = own + moe(self.norm2(own), num_real=len(rows))
+        own = own + moe.dispatched(self.norm2(own), num_real=len(rows))
         return self._tp.all_gather(own)[:total]
 
 

@@ -19,6 +19,7 @@ from qwen3_dist.layout import Layout
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
+DISPATCHERS = ("auto", "all_gather", "all_to_all")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 
 
@@ -43,6 +44,9 @@ class EngineConfig:
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
     executor: str = setting(
         "auto", "how ranks are started; auto is in_process for one rank, else ray", EXECUTORS
+    )
+    moe_dispatch: str = setting(
+        "auto", "how tokens reach experts on other ranks; auto is all_gather for small steps", DISPATCHERS
     )
     max_model_len: int | None = setting(None, "longest prompt plus output; the model's own limit if unset")
     block_size: int = setting(16, "tokens in one KV-cache block")

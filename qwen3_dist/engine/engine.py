@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 
-from tqdm import tqdm
-
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta, TokenLogprob
@@ -18,6 +16,7 @@ from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, ParallelLayoutError, RequestError
 from qwen3_dist.executor import Executor, make_executor
+from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
@@ -202,7 +201,7 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tok
 @contextlib.contextmanager
 def _loading_bar(enabled: bool) -> Iterator[Progress]:
     """A loader callback that draws a progress bar on stderr."""
-    with tqdm(desc="loading weights", unit="B", unit_scale=True, disable=not enabled) as bar:
+    with progress_bar(enabled, desc="loading weights", unit="B", unit_scale=True) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

@@ -5,6 +5,7 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -15,26 +16,32 @@ from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResul
 from qwen3_dist.engine.sampler import SampledLogprobs, sample
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.model import Qwen3Model
+from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.settings import EngineConfig
 
 
 class ModelRunner:
     """One rank's model with its KV cache, and the token last sampled for each of `max_num_seqs` slots."""
 
-    def __init__(self, model: Qwen3Model, num_blocks: int, block_size: int, max_num_seqs: int) -> None:
+    def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int) -> None:
         weight = model.tok_emb.weight
         self.model = model
-        self.block_size = block_size
+        self.block_size = config.block_size
+        self._dispatch = config.moe_dispatch
         self._device = weight.device
         self._tp = model.parallel.tp
         self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=weight.device)
         self._cache = kv_cache.allocate(
-            model.config, model.parallel.layout, num_blocks, block_size, weight.dtype, weight.device
+            model.config, model.parallel.layout, num_blocks, config.block_size, weight.dtype, weight.device
         )
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:
         """Starts one step, on a GPU without waiting for it. The output is there on tp rank 0."""
-        logits = self.model(make_batch(plan, self.block_size, self._device, self._last_sampled), self._cache)
+        batch = make_batch(plan, self.block_size, self._device, self._last_sampled)
+        if uses_all_to_all(self._dispatch, len(batch.token_ids), self._tp.size):
+            batch = replace(batch, all_to_all=True)
+        logits = self.model(batch, self._cache)
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
             return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
@@ -109,5 +116,6 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
         query_lens=query_lens,
         host_context_lens=context_lens,
         num_decodes=num_decodes,
+        all_to_all=False,
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
     )

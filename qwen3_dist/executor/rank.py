@@ -156,7 +156,7 @@ def _run(spec: RankSpec, channel: Channel) -> None:
         if num_blocks is None:
             return
         limits = SchedulerLimits.of(spec.config, device.type, num_blocks)
-        runner = ModelRunner(model, num_blocks, spec.config.block_size, limits.max_num_seqs)
+        runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs)
         channel.send(Ready())
         while (plan := channel.receive()) is not None:
             result = runner.run(plan)

@@ -26,6 +26,7 @@ class StepBatch:
     query_lens: tuple[int, ...]  # [S] new tokens of each sequence
     host_context_lens: tuple[int, ...]  # [S] the same as context_lens, without asking the device
     num_decodes: int  # leading sequences with exactly one new token
+    all_to_all: bool  # how MoE layers dispatch this step; else every rank sees all tokens
     logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
 
 

@@ -15,7 +15,12 @@ from qwen3_dist.kernels import kernels_for
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.dispatch import AllToAllDispatcher, DispatchedTokens, ExpertPlacement
+from qwen3_dist.parallel.dispatch import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    DispatchedTokens,
+    ExpertPlacement,
+)
 
 
 class FeedForward(nn.Module):
@@ -77,16 +82,21 @@ class MoEFeedForward(nn.Module):
         self.norm_topk_prob = config.norm_topk_prob
         placement = ExpertPlacement.even(config.num_experts, parallel.ep.size)
         _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
-        self.dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
+        self.all_to_all = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
+        self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
         self.gate = Linear(config.emb_dim, config.num_experts, bias=False)
         self.experts = Experts(len(placement.experts_of(parallel.ep.rank)), config.emb_dim, columns)
 
-    def forward(self, x: Tensor, num_real: int) -> Tensor:
-        """x [N, D] of this rank's tokens, of which rows from `num_real` on are padding -> [N, D]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The form for few tokens: x [T, D] is the same on every rank -> a partial sum over all of them."""
+        return self.experts(self.all_gather.select(x, *self.route(x)))
+
+    def dispatched(self, x: Tensor, num_real: int) -> Tensor:
+        """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D]."""
         expert_ids, weights = self.route(x)
         expert_ids[num_real:] = -1
-        received, handle = self.dispatcher.dispatch(x, expert_ids, weights)
-        return self.dispatcher.combine(self.experts(received), handle)
+        received, handle = self.all_to_all.dispatch(x, expert_ids, weights)
+        return self.all_to_all.combine(self.experts(received), handle)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and weights [N, K] of each token: softmax over all experts in fp32, then top-k.

@@ -1,4 +1,7 @@
-"""Tokens to their experts and back, by all-to-all over the ep ranks.
+"""Tokens to their experts and back, in two ways.
+
+All-gather, for few tokens: every rank sees all of them, computes its own experts (and columns), and what the
+ranks got is added up by one reduction. Nothing waits for the host. All-to-all, for many:
 
     x [N, D] ── all-gather over etp ── copy once per ep rank that hosts one of the token's experts
         ── all-to-all ──▶ experts (this rank's columns): weighted sum per received row ──▶
@@ -7,7 +10,7 @@
 The etp ranks hold other columns of the same experts, so all of them need the token and their partial
 results add up; where etp is 1 both etp steps vanish. A token whose experts share a rank travels once.
 
-Legend: N tokens of this rank, K experts per token, M rows sent, R rows received, D emb_dim.
+Legend: T tokens of the step, N tokens of this rank, K experts per token, M rows sent, R rows received, D emb_dim.
 """
 
 from __future__ import annotations
@@ -19,6 +22,15 @@ from torch import Tensor
 
 from qwen3_dist.layout import even_ranges
 from qwen3_dist.parallel.communicator import Communicator
+
+ALL_TO_ALL_FROM = 512  # tokens of a step
+
+
+def uses_all_to_all(setting: str, tokens: int, ranks: int) -> bool:
+    """Whether a step of so many tokens goes by all-to-all, under setting `moe_dispatch`."""
+    if setting == "auto":
+        return ranks > 1 and tokens >= ALL_TO_ALL_FROM
+    return setting == "all_to_all"
 
 
 @dataclass(frozen=True)
@@ -60,13 +72,38 @@ class DispatchHandle:
     num_tokens: int  # tokens after the etp all-gather
 
 
+class _Table:
+    """A constant table on the device it was last used on."""
+
+    def __init__(self, values: tuple[int, ...]) -> None:
+        self._values = torch.tensor((*values, -1), device="cpu")  # also while a model is built on meta
+
+    def __getitem__(self, expert_ids: Tensor) -> Tensor:
+        """The value of each id, -1 where the id is -1."""
+        if self._values.device != expert_ids.device:
+            self._values = self._values.to(expert_ids.device)
+        return self._values[expert_ids]
+
+
+class AllGatherDispatcher:
+    """Every rank has all tokens already, as tp ranks do, and takes those of its experts."""
+
+    def __init__(self, placement: ExpertPlacement, ep_rank: int) -> None:
+        pairs = zip(placement.owner, placement.local_index, strict=True)
+        self._here = _Table(tuple(local if owner == ep_rank else -1 for owner, local in pairs))
+
+    def select(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> DispatchedTokens:
+        """x [T, D] with its routing [T, K], the same on every rank -> what this rank computes."""
+        return DispatchedTokens(x, self._here[expert_ids], weights)
+
+
 class AllToAllDispatcher:
     """Each rank sends every other only the tokens it needs. Holds no state of any step."""
 
     def __init__(self, ep: Communicator, etp: Communicator, placement: ExpertPlacement) -> None:
         self._ep = ep
         self._etp = etp
-        self._placement = placement
+        self._owner, self._local_index = _Table(placement.owner), _Table(placement.local_index)
 
     def dispatch(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor
@@ -79,7 +116,7 @@ class AllToAllDispatcher:
         if self._ep.size == 1:
             received = DispatchedTokens(x, expert_ids, weights)
             return received, DispatchHandle(None, [], [], x.shape[0])
-        owners = self._lookup(self._placement.owner, expert_ids)
+        owners = self._owner[expert_ids]
         ranks = torch.arange(self._ep.size, device=x.device)
         wanted = (owners[None] == ranks[:, None, None]).any(dim=-1)  # [ep, N]
         destinations, sent_rows = wanted.nonzero(as_tuple=True)
@@ -87,12 +124,8 @@ class AllToAllDispatcher:
         rows, recv_counts = self._ep.all_to_all(x[sent_rows], send_counts)
 
         elsewhere = owners[sent_rows] != destinations[:, None]
-        local_ids = self._lookup(self._placement.local_index, expert_ids)[sent_rows].masked_fill(
-            elsewhere, -1
-        )
-        routing = torch.cat(
-            [local_ids.float(), weights[sent_rows].float()], dim=1
-        )  # ids are exact below 2^24
+        local_ids = self._local_index[expert_ids][sent_rows].masked_fill(elsewhere, -1)
+        routing = torch.cat([local_ids.float(), weights[sent_rows]], dim=1)  # ids are exact below 2^24
         routing, _ = self._ep.all_to_all(routing, send_counts, recv_counts)
         local_ids, weights = routing.chunk(2, dim=1)
         received = DispatchedTokens(rows, local_ids.long(), weights.contiguous())
@@ -112,12 +145,6 @@ class AllToAllDispatcher:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self._etp.size == 1:
             return x, expert_ids, weights
-        routing = self._etp.all_gather(torch.cat([expert_ids.float(), weights.float()], dim=1))
+        routing = self._etp.all_gather(torch.cat([expert_ids.float(), weights], dim=1))
         expert_ids, weights = routing.chunk(2, dim=1)
         return self._etp.all_gather(x), expert_ids.long(), weights.contiguous()
-
-    @staticmethod
-    def _lookup(table: tuple[int, ...], expert_ids: Tensor) -> Tensor:
-        """table[id] for each id, -1 where the id is -1."""
-        padded = torch.tensor((*table, -1), device=expert_ids.device)
-        return padded[expert_ids]

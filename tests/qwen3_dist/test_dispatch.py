@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.dispatch import AllToAllDispatcher, DispatchedTokens, ExpertPlacement
+from qwen3_dist.parallel.dispatch import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    DispatchedTokens,
+    ExpertPlacement,
+    uses_all_to_all,
+)
 from tests.ranks import run_ranks
 
 EXPERTS, DIM = 10, 8
@@ -75,6 +81,37 @@ def check_dispatch(parallel: ParallelContext) -> None:
             if routing is crowded and parallel.ep.size > 1:  # once to a rank, however many of its experts
                 everybodys = rows * parallel.ep.size * parallel.etp.size
                 assert len(received.tokens) == (everybodys if set(hosted) & {0, 1, 2} else 0)
+
+
+def check_all_gather(parallel: ParallelContext) -> None:
+    placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
+    dispatcher = AllGatherDispatcher(placement, parallel.ep.rank)
+    for routing in (scattered, crowded):
+        x, (ids, weights) = tokens_of(0, 5), routing(0, 5)
+        mine = answers(dispatcher.select(x, ids, weights), placement.experts_of(parallel.ep.rank))
+        combined = parallel.tp.all_reduce(mine / parallel.etp.size)
+        assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=2", "tp=2"])
+def test_the_sum_of_what_ranks_make_of_all_tokens_is_the_weighted_sum_of_experts(layout: str) -> None:
+    run_ranks(check_all_gather, layout)
+
+
+@pytest.mark.parametrize(
+    ("setting", "tokens", "ranks", "wanted"),
+    [("auto", 1, 4, False), ("auto", 8192, 4, True), ("auto", 8192, 1, False), ("all_to_all", 1, 4, True)],
+)
+def test_large_steps_go_by_all_to_all_unless_the_setting_decides(
+    setting: str, tokens: int, ranks: int, wanted: bool
+) -> None:
+    assert uses_all_to_all(setting, tokens, ranks) is wanted
+
+
+def test_uneven_experts_are_placed_in_runs_that_differ_by_one() -> None:
+    placement = ExpertPlacement.even(10, 4)
+    assert placement.owner == (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
+    assert placement.local_index == (0, 1, 0, 1, 2, 0, 1, 0, 1, 2)
 
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=4", "tp=4,ep=2", "tp=2", "tp=2,dp=2,ep=4"])

@@ -81,7 +81,9 @@ def test_attention(dtype: torch.dtype, heads: int, groups: int, dim: int, window
     q = torch.randn(sum(query_lens), heads, dim).to(dtype)
     lens, starts = torch.tensor(context_lens), torch.tensor([0, 1, 2, 3, 12, 35])
     unused = torch.empty(0)
-    batch = StepBatch(unused, unused, unused, tables, lens, starts, query_lens, context_lens, 3, unused)
+    batch = StepBatch(
+        unused, unused, unused, tables, lens, starts, query_lens, context_lens, 3, False, unused
+    )
     wide = LayerCache(cache.keys.float(), cache.values.float())
     got = kernels(dtype).attention(q, cache.keys, cache.values, tables, lens, starts, window)
     assert close(got, gathered_attention(q.float(), wide, batch, window))

@@ -49,19 +49,24 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-LAYOUTS = [("dense", "tp=1"), ("dense", "tp=2"), ("dense", "tp=4"), ("moe", "tp=1"), ("moe", "tp=2,ep=2")]
-LAYOUTS += [("moe", "tp=2"), ("moe", "tp=4,ep=2"), ("moe", "tp=4,ep=4")]
+CASES = [("dense", layout, "auto") for layout in ("tp=1", "tp=2", "tp=4")] + [("moe", "tp=1", "auto")]
+CASES += [
+    ("moe", layout, dispatch)
+    for layout in ("tp=2,ep=2", "tp=2", "tp=4,ep=2", "tp=4,ep=4")
+    for dispatch in ("all_gather", "all_to_all")
+]
 
 
-@pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
+@pytest.mark.parametrize(("kind", "layout", "dispatch"), CASES)
 def test_every_layout_generates_the_reference_tokens(
-    checkpoints: dict[str, Path], kind: str, layout: str
+    checkpoints: dict[str, Path], kind: str, layout: str, dispatch: str
 ) -> None:
     reference = load_reference(checkpoints[kind])
     # 16 tokens a step: prompts are prefilled in chunks beside decodes, fewer tokens than ranks at the end.
     with LLM(
         str(checkpoints[kind]),
         layout=layout,
+        moe_dispatch=dispatch,
         executor="in_process" if layout == "tp=1" else "processes",
         max_num_batched_tokens=16,
         use_tqdm=False,

@@ -1,0 +1,42 @@
+"""Progress bars, where tqdm is installed: the library itself does without it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+
+class Bar(Protocol):
+    """The part of `tqdm` that is used here."""
+
+    n: float
+    total: float | None
+
+    def update(self, n: float = 1) -> Any: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *error: Any) -> Any: ...
+
+
+class _NoBar:
+    n: float = 0
+    total: float | None = None
+
+    def update(self, n: float = 1) -> None:
+        self.n += n
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def progress_bar(enabled: bool, **options: Any) -> Bar:
+    """A `tqdm` bar on stderr with these options, or one that shows nothing."""
+    if not enabled:
+        return _NoBar()
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return _NoBar()
+    bar: Bar = tqdm(**options)
+    return bar
