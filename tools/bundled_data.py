@@ -14,7 +14,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from bundled_tools import FAMILIES, Tool, tool_result
-from bundled_words import ANIMALS, CITIES, COLORS, FOODS, NAMES, PLACES, THINGS, held_out
+from bundled_words import (
+    ANIMALS,
+    CITIES,
+    CODAS,
+    COLORS,
+    FOODS,
+    NAMES,
+    ONSETS,
+    PLACES,
+    SYLLABLES,
+    THINGS,
+    TOPIC_WORDS,
+    VOWELS,
+    held_out,
+)
 
 Message = dict[str, Any]
 
@@ -32,11 +46,14 @@ class Example:
 
 
 class Maker:
-    """Makes examples of one side of the split from a seed."""
+    """Makes examples of one side of the split from a seed; `invented` is the share of made-up names and
+    cities; in a `wild` one they may be spelled in any way, and tools may be called anything."""
 
-    def __init__(self, seed: int, measuring: bool = False) -> None:
+    def __init__(self, seed: int, measuring: bool = False, invented: float = 0.0, wild: bool = False) -> None:
         self.rng = random.Random(seed)
         self.measuring = measuring
+        self.invented = invented
+        self.wild = wild
 
     def example(self, with_tools: bool) -> Example:
         """Any kind of example with tools offered, which is long, or without, which is short."""
@@ -55,10 +72,32 @@ class Maker:
 
     def pick(self, words: list[str]) -> str:
         """A word of this side of the split, which divides names and cities; other lists are too short."""
+        if self.invented and words in (NAMES, CITIES) and self.rng.random() < self.invented:
+            return self.invent().capitalize()
         while True:
             word = self.rng.choice(words)
             if words not in (NAMES, CITIES) or held_out(word) == self.measuring:
                 return word
+
+    def invent(self) -> str:
+        """A word of no language, which takes several tokens."""
+        if not self.wild:
+            return "".join(self.rng.choice(SYLLABLES) for _ in range(self.rng.randint(2, 3)))
+        parts = (ONSETS, VOWELS, CODAS) * self.rng.randint(1, 3)
+        return "".join(map(self.rng.choice, parts))
+
+    def any_word(self) -> str:
+        """A word of this side of the split: of the conversations, of Python's documentation, or of no language."""
+        kind = self.rng.random()
+        if kind < 0.3:
+            return self.pick(self.rng.choice((NAMES, CITIES, FOODS)))
+        if kind < 0.8:
+            while True:
+                word = self.rng.choice(TOPIC_WORDS)
+                if not held_out(word):
+                    return word
+        word = self.invent()
+        return word.capitalize() if self.coin() else word
 
     def answer(self, thought: str, text: str, thinking: bool) -> str:
         return f"<think>\n{thought}\n</think>\n\n{text}" if thinking else text
@@ -92,9 +131,11 @@ class Maker:
             if digits == 1 or held_out(a, op, b) == self.measuring:
                 return a, b, a + b if op == "+" else a - b
 
-    def tool_call(self, thinking: bool | None = None) -> Example:
-        """One of the offered tools fits: call it with what the user said."""
+    def tool_call(self, thinking: bool | None = None, offered: tuple[int, ...] = ()) -> Example:
+        """One of the tools, of which there are as many as one of `offered`, fits: call it with what the user said."""
         tools, wanted = self._offer()
+        while offered and len(tools) not in offered:
+            tools, wanted = self._offer()
         thinking = self.rng.random() < 0.3 if thinking is None else thinking
         arguments, question = wanted.fill(self)
         call = {"name": wanted.name, "arguments": arguments}

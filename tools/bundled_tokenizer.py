@@ -56,7 +56,7 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """tokenizer.json and tokenizer_config.json, as transformers reads them."""
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,
         "add_prefix_space": False,
         "bos_token": None,

@@ -32,6 +32,8 @@ class Tool:
         while True:
             self.name = f"{rng.choice(family.verbs)}_{rng.choice(family.nouns)}"
             self.keys = [rng.choice(names) for names, _, _ in family.slots]
+            if maker.wild:
+                self.rename(maker)
             if held_out(self.name, *self.keys) == maker.measuring:
                 break
         self.family = family
@@ -44,6 +46,15 @@ class Tool:
                 "parameters": {"type": "object", "properties": properties, "required": self.keys},
             },
         }
+
+    def rename(self, maker: Maker) -> None:
+        """Half of the verbs and a third of the arguments get any name, so that names must be copied."""
+        rng = maker.rng
+        if rng.random() < 0.5:
+            self.name = f"{maker.any_word()}_{self.name.rpartition('_')[2]}"
+        keys = [maker.any_word() if rng.random() < 0.3 else key for key in self.keys]
+        if len(set(keys)) == len(keys):
+            self.keys = keys
 
     def fill(self, maker: Maker) -> tuple[dict[str, Any], str]:
         """Arguments, and a question that states them."""

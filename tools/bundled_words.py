@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
+from pydoc_data.topics import topics
 
 NAMES = (
     "Mia Tom Lena Omar Ruth Ivan Sara Kofi Nina Paul Yuki Rosa Finn Aisha Jonas Clara Hugo Mei Leo Greta Amir Elsa "
@@ -33,6 +35,13 @@ TITLES = (
         "|"
     )
 )
+
+
+SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnprstvz" for vowel in "aeiou"]
+ONSETS = "b bl br c ch cr d dr f fl fr g gl gr h j k kr l m n p ph pl pr qu r s sh sl sp st t th tr v w y z".split()
+VOWELS = "a a e e i i o o u ai au ea ee ia ie oo ou ue".split()
+CODAS = ["", "", "", *"b ck d f ft g l ld ll m n nd ng nt p r rd rg rn rt s sk ss st t th tt x".split()]
+TOPIC_WORDS = sorted({word for text in topics.values() for word in re.findall(r"\b[A-Za-z]{3,9}\b", text)})
 
 
 def held_out(*parts: object) -> bool:

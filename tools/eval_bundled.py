@@ -71,11 +71,12 @@ def measure_answers(model: Path, count: int) -> dict[str, float]:
             for op, name in (("+", "addition"), ("-", "subtraction")):
                 examples = [maker.sum(digits, thinking, op) for _ in range(count)]
                 rows[f"{name}, {digits} digit{'s' * (digits > 1)}, {how}"] = (examples, right_sum)
-        calls = [maker.tool_call(thinking) for _ in range(count)]
-        rows[f"tool call with the right name and arguments, {how}"] = (
-            calls,
-            lambda text, example: calls_in(shown(text)) == [example.expected],
-        )
+        for offered, number in (("one tool", (1,)), ("two or three tools", (2, 3))):
+            calls = [maker.tool_call(thinking, number) for _ in range(count)]
+            rows[f"tool call with the right name and arguments, of {offered}, {how}"] = (
+                calls,
+                lambda text, example: calls_in(shown(text)) == [example.expected],
+            )
     rows["no call where no tool fits"] = (
         [maker.tool_unfit() for _ in range(count)],
         lambda text, example: "<tool_call>" not in text,

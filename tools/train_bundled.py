@@ -1,6 +1,6 @@
 """Trains the bundled checkpoint with transformers' own Qwen3-MoE and its load-balancing loss.
 
-    python tools/train_bundled.py [--steps N] [--work FOLDER]       trains, resuming what FOLDER holds
+    python tools/train_bundled.py [--work FOLDER]            trains, resuming what FOLDER holds
     python tools/train_bundled.py --export [--work FOLDER]          writes qwen3_dist/bundled/ and the loss curve
 
 Batches depend on the seed and the step alone, so a run that was interrupted goes on as if it had not
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -32,9 +33,32 @@ from qwen3_dist.text.chat_template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED, DOCS = ROOT / "qwen3_dist" / "bundled", ROOT / "docs"
-# Rows of a step and their tokens: short examples are packed into short rows, which cost less attention.
-ROWS = {"drill": (6, 128), "chat": (3, 256), "tools": (2, 448)}
-WARMUP, PEAK, FLOOR = 200, 2e-3, 5e-5
+WARMUP, FLOOR = 200, 5e-5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`rows` are those of a step and their tokens: short examples are packed into short rows, which cost less
+    attention. `invented` is the share of names that are made up, so that they take several tokens."""
+
+    steps: int
+    peak: float
+    rows: dict[str, tuple[int, int]]
+    invented: float
+    wild: bool  # names may have any spelling, and tools any name
+    balance: float  # weight of the load-balancing loss
+    balance_each_layer: bool  # rather than all layers together, as transformers does
+
+
+# After the first stage the model copied names of several tokens badly, since most names are one token,
+# and some experts of some layers had nothing to do. After the second it still failed at tokens that no
+# name of the training side has ("Pra" of Prague), and at times called a tool by a likelier name.
+STAGES = (
+    Stage(6000, 2e-3, {"drill": (6, 128), "chat": (3, 256), "tools": (2, 448)}, 0.0, False, 0.01, False),
+    Stage(1500, 8e-4, {"drill": (2, 128), "chat": (2, 256), "tools": (3, 448)}, 0.4, False, 0.05, True),
+    Stage(1800, 8e-4, {"drill": (2, 128), "chat": (2, 256), "tools": (3, 448)}, 0.5, True, 0.05, True),
+)
+STEPS = sum(stage.steps for stage in STAGES)
 SAVE_EVERY = 100
 CURVE_EVERY = 25
 
@@ -89,13 +113,14 @@ class Encoder:
 
 def batches(encoder: Encoder, seed: int, step: int) -> dict[str, dict[str, torch.Tensor]]:
     """The rows of a step: examples side by side, each with positions of its own from 0."""
-    maker = Maker(seed * 1_000_003 + step)
+    stage, _ = stage_of(step)
+    maker = Maker(seed * 1_000_003 + step, invented=stage.invented, wild=stage.wild)
     sources: dict[str, Callable[[], tuple[list[int], list[int]]]] = {
         "drill": lambda: encoder.encode_drill(*drill(maker)),
         "chat": lambda: encoder.encode(maker.example(with_tools=False)),
         "tools": lambda: encoder.encode(maker.example(with_tools=True)),
     }
-    return {name: pack(source, *ROWS[name]) for name, source in sources.items()}
+    return {name: pack(source, *stage.rows[name]) for name, source in sources.items()}
 
 
 def pack(
@@ -116,11 +141,22 @@ def pack(
     return {name: torch.tensor(values) for name, values in packed.items()}
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to FLOOR."""
-    if step < WARMUP:
-        return PEAK * (step + 1) / WARMUP
-    return FLOOR + (PEAK - FLOOR) * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+def stage_of(step: int) -> tuple[Stage, int]:
+    """The stage of a step, and the step's place in it."""
+    for stage in STAGES:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise ValueError("training is over")
+
+
+def learning_rate(step: int) -> float:
+    """In each stage a linear warm-up, then half a cosine down to FLOOR."""
+    stage, at = stage_of(step)
+    if at < WARMUP:
+        return stage.peak * (at + 1) / WARMUP
+    progress = (at - WARMUP) / max(1, stage.steps - WARMUP)
+    return FLOOR + (stage.peak - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_model(seed: int) -> Qwen3MoeForCausalLM:
@@ -139,7 +175,7 @@ def corpus(seed: int) -> Iterator[str]:
     yield from (topics[name] for name in sorted(topics))
 
 
-def train(work: Path, seed: int, steps: int) -> None:
+def train(work: Path, seed: int) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer.json").exists():
         write_tokenizer(train_tokenizer(corpus(seed)), work)
@@ -149,26 +185,28 @@ def train(work: Path, seed: int, steps: int) -> None:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=STAGES[0].peak, betas=(0.9, 0.95), fused=True)
     first = 0
     if (work / "state.pt").exists():
         state = torch.load(work / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc="training", unit="step")
+    bar = tqdm(range(first, STEPS), initial=first, total=STEPS, desc="training", unit="step")
     with (work / "loss.jsonl").open("a") as curve:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps)
-            row = learn(model, optimizer, batches(encoder, seed, step))
+                group["lr"] = learning_rate(step)
+            row = learn(model, optimizer, batches(encoder, seed, step), stage_of(step)[0])
             print(json.dumps({"step": step, **row}), file=curve, flush=True)
             bar.set_postfix(row)
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == STEPS:
                 save(work, model, optimizer, step + 1)
 
 
-def learn(model: Any, optimizer: Any, parts: dict[str, dict[str, torch.Tensor]]) -> dict[str, float]:
+def learn(
+    model: Any, optimizer: Any, parts: dict[str, dict[str, torch.Tensor]], stage: Stage
+) -> dict[str, float]:
     """One optimiser step. The loss of a learned token counts the same wherever it stands; logits of other
     tokens are not computed."""
     kept = {name: part["labels"][:, 1:] >= 0 for name, part in parts.items()}
@@ -182,8 +220,11 @@ def learn(model: Any, optimizer: Any, parts: dict[str, dict[str, torch.Tensor]])
         )
         logits = model.lm_head(out.last_hidden_state[:, :-1][kept[name]])
         loss = cross_entropy(logits, part["labels"][:, 1:][kept[name]], reduction="sum")
-        balance = load_balancing_loss_func(out.router_logits, model.num_experts, model.num_experts_per_tok)
-        (loss / learned + model.router_aux_loss_coef * balance / len(parts)).backward()
+        routers = out.router_logits
+        groups = [(layer,) for layer in routers] if stage.balance_each_layer else [routers]
+        each = [load_balancing_loss_func(g, model.num_experts, model.num_experts_per_tok) for g in groups]
+        balance = sum(each) / len(each)
+        (loss / learned + stage.balance * balance / len(parts)).backward()
         figures[name] = float(loss.detach()) / int(kept[name].sum())
         balances.append(float(balance.detach()))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -237,7 +278,8 @@ def draw_curve(work: Path) -> None:
     """The loss curve as data and picture: means over CURVE_EVERY steps."""
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (work / "loss.jsonl").read_text().splitlines()]
+    by_step = {row["step"]: row for row in map(json.loads, (work / "loss.jsonl").read_text().splitlines())}
+    rows = list(by_step.values())  # of a step done twice, because a run was interrupted, the last
     names = [name for name in rows[0] if name != "step"]
     points = [rows[at : at + CURVE_EVERY] for at in range(0, len(rows), CURVE_EVERY)]
     steps = [part[-1]["step"] + 1 for part in points]
@@ -264,7 +306,6 @@ def draw_curve(work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=7, help="seed of data and weights")
-    parser.add_argument("--steps", type=int, default=6000, help="optimiser steps of the whole run")
     parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="folder of the run")
     parser.add_argument("--export", action="store_true", help="write the checkpoint instead of training")
     parser.add_argument("--out", type=Path, default=BUNDLED, help="folder to export to")
@@ -273,7 +314,7 @@ def main() -> None:
         export(options.work, options.seed, options.out)
         draw_curve(options.work)
     else:
-        train(options.work, options.seed, options.steps)
+        train(options.work, options.seed)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.weights.source import bundled_path
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+STORY = (
+    "<|im_start|>user\nTell me a story about a fox.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +36,19 @@ def test_results_keep_the_order_of_prompts_given_as_text_or_ids(llm: LLM) -> Non
 
 
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
-    whole = llm.generate("The sea", GREEDY, use_tqdm=False)[0]
+    whole = llm.generate(STORY, GREEDY, use_tqdm=False)[0]
     assert whole.text is not None
     stop = whole.text[10:14]
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, stop=(stop,))
-    stopped = llm.generate("The sea", params, use_tqdm=False)[0]
+    stopped = llm.generate(STORY, params, use_tqdm=False)[0]
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.finish_reason == "stop"
     assert len(stopped.token_ids) < 24
 
 
 def test_choices_of_one_request_differ_and_repeat_with_their_seed(llm: LLM) -> None:
-    params = SamplingParams(n=3, seed=11, temperature=1.0, max_tokens=12)
-    first, second = (llm.generate("The sea", params, use_tqdm=False)[0] for _ in range(2))
+    params = SamplingParams(n=3, seed=11, temperature=1.5, max_tokens=12)
+    first, second = (llm.generate(STORY, params, use_tqdm=False)[0] for _ in range(2))
     assert [c.token_ids for c in first.outputs] == [c.token_ids for c in second.outputs]
     assert len({tuple(c.token_ids) for c in first.outputs}) == 3
 

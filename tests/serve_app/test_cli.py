@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_names_its_damage_through_serve_and_leaves_nothing(
     wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}"))
 
 
-def test_serve_shows_a_sample_answer_and_leaves_nothing_behind() -> None:
+def test_serve_shows_a_greeting_a_worked_sum_and_a_tool_call_and_leaves_nothing_behind() -> None:
     port, mark = free_port(), {"QWEN3_DIST_TEST": uuid.uuid4().hex}
     arguments = (
         "serve",
@@ -145,9 +145,13 @@ def test_serve_shows_a_sample_answer_and_leaves_nothing_behind() -> None:
     )
     result = qwen3_dist(*arguments, env=mark)
     assert result.returncode == 0, result.stderr
-    ready, sample = map(json.loads, result.stdout.splitlines())
+    ready, greeting, worked_sum, call, repeat = map(json.loads, result.stdout.splitlines())
     assert ready["event"] == "ready" and ready["url"] == f"http://127.0.0.1:{port}/v1"
-    assert sample["event"] == "sample" and sample["answer"] and f":{port}/v1/chat" in sample["curl"]
+    assert {event["event"] for event in (greeting, worked_sum, call)} == {"sample"}
+    assert greeting["answer"].startswith("Hello")
+    assert worked_sum["answer"].startswith("<think>") and worked_sum["answer"].endswith("47 + 38 = 85")
+    assert call["tool_call"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
+    assert repeat["event"] == "repeat" and f":{port}/v1/chat" in repeat["curl"]
     wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}"))
     with socket.socket() as caller:  # closed connections may linger on the port, a listener may not
         assert caller.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED

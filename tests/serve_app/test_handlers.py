@@ -20,6 +20,10 @@ from serve_app.protocol import CompletionRequest, parse_chat, parse_completion
 from tests.serve_app.support import wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+# Its answers differ.
+STORY = (
+    "<|im_start|>user\nTell me a story about a fox.<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+)
 
 
 def started(model: str | Path = "") -> AsyncEngine:
@@ -73,11 +77,11 @@ def refused(work: Coroutine[Any, Any, Any]) -> RequestError:
 
 
 def test_each_choice_stops_at_its_own_stop_string(engine: AsyncEngine) -> None:
-    sampled = {"temperature": 1, "seed": 5, "n": 4, "max_tokens": 40, "ignore_eos": True}
+    sampled = {"prompt": STORY, "temperature": 1, "seed": 5, "n": 4, "max_tokens": 60, "ignore_eos": True}
     whole = [choice["text"] for choice in respond(engine, **sampled)["choices"]]
-    stopped = respond(engine, **sampled, stop=["er", " "])["choices"]
+    stopped = respond(engine, **sampled, stop=["er", "."])["choices"]
     for text, choice in zip(whole, stopped, strict=True):
-        at = min((text.index(stop) for stop in ("er", " ") if stop in text), default=None)
+        at = min((text.index(stop) for stop in ("er", ".") if stop in text), default=None)
         assert choice["text"] == text[:at]
         assert choice["finish_reason"] == ("length" if at is None else "stop")
     assert len({len(choice["text"]) for choice in stopped}) > 1
@@ -163,7 +167,7 @@ def test_a_checkpoint_without_a_tokenizer_refuses_what_needs_text(wordless: Asyn
 def test_a_choice_that_a_stop_string_ends_leaves_the_engine_while_its_sibling_goes_on(
     engine: AsyncEngine,
 ) -> None:
-    seeded = {"n": 2, "seed": 3, "temperature": 1.0, "max_tokens": 400, "ignore_eos": True}
+    seeded = {"prompt": STORY, "n": 2, "seed": 3, "temperature": 1.0, "max_tokens": 400, "ignore_eos": True}
     first, second = (choice["text"] for choice in respond(engine, **seeded)["choices"])
     stop = next(first[i : i + 4] for i in range(len(first)) if first[i : i + 4] not in second)
 

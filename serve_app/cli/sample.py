@@ -1,0 +1,90 @@
+"""What `serve --sample` shows: a greeting, a worked sum and a tool call, through the official client."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+# (question, thinking, tools)
+_QUESTIONS: tuple[tuple[str, bool, list[dict[str, Any]] | None], ...] = (
+    ("Hello!", False, None),
+    ("What is 47 + 38?", True, None),
+    ("What is the weather in Paris?", False, [_WEATHER]),
+)
+_MAX_TOKENS = 160
+
+
+def show_sample(out: TextIO, as_json: bool, url: str, model: str) -> None:
+    """Asks the endpoint at `url` three questions and prints the answers as they stream in.
+
+    Ends with the `curl` line that repeats the first. With `as_json` each answer is one JSON object.
+    """
+    for question, thinking, tools in _QUESTIONS:
+        if not as_json:
+            offered = f"   [{tools[0]['function']['name']} is offered]" if tools else ""
+            print(f"\n> {question}{offered}", file=out, flush=True)
+        answer = ""
+        for text in _ask(url, model, question, thinking, tools):
+            answer += text
+            if not as_json:
+                print(text, end="", file=out, flush=True)
+        call = _parsed_call(answer) if tools else None
+        if as_json:
+            event = {"event": "sample", "question": question, "answer": answer, "tool_call": call}
+            print(json.dumps(event), file=out, flush=True)
+        else:
+            parsed = f"\n(parsed: {call['name']} with {call['arguments']})" if call else ""
+            print(parsed, file=out, flush=True)
+    body = _body(model, *_QUESTIONS[0])
+    curl = f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' "
+    curl += f"-d {shlex.quote(json.dumps(body))}"
+    if as_json:
+        print(json.dumps({"event": "repeat", "curl": curl}), file=out, flush=True)
+    else:
+        print(f"\nThe first again:\n  {curl}", file=out, flush=True)
+
+
+def _body(model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": _MAX_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "chat_template_kwargs": {"enable_thinking": thinking},
+    }
+    return {**body, "tools": tools} if tools else body
+
+
+def _ask(
+    url: str, model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None
+) -> Iterator[str]:
+    from openai import OpenAI
+
+    body = _body(model, question, thinking, tools)
+    extra = {"chat_template_kwargs": body.pop("chat_template_kwargs")}
+    with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        for chunk in client.chat.completions.create(**body, extra_body=extra):
+            for choice in chunk.choices:
+                yield choice.delta.content or ""
+
+
+def _parsed_call(answer: str) -> dict[str, Any] | None:
+    """The first tool call of `answer` in Qwen3's JSON form, or None."""
+    found = re.search(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", answer, re.DOTALL)
+    try:
+        call = json.loads(found[1]) if found else None
+    except ValueError:
+        return None
+    return call if isinstance(call, dict) and {"name", "arguments"} <= call.keys() else None
