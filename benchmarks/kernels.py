@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from benchmarks.record import keep
 from qwen3_dist.kernels import Kernels, kernels_for
 from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.paged_attention import gathered_attention
+from qwen3_dist.layers.gathered_attention import gathered_attention
 
 SHAPES = [(6144, 1024), (1024, 3072)]
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 256)
@@ -53,7 +53,7 @@ def products(dtype: torch.dtype) -> list[dict[str, Any]]:
         for count in ROWS:
             x = torch.randn(count, inner).to(dtype)
             calls: dict[str, Callable[[], object]] = {
-                "ours": lambda x=x, weights=weights: [kernels.linear(x, w, None) for w in weights],
+                "ours": lambda x=x, weights=weights: [kernels.linear(x, (w, None, None)) for w in weights],
                 "torch": lambda x=x, weights=weights: [F.linear(x, w) for w in weights],
                 "read": lambda words=words: [w.sum() for w in words],
             }

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layers.attention import GroupedQueryAttention, make_norm
 from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.feed_forward import FeedForward, MoEFeedForward
+from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.rope import rope_frequencies, rope_tables
 from qwen3_dist.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from qwen3_dist.layout import padded_range
@@ -44,6 +46,12 @@ class Qwen3Model(nn.Module):
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x = block(x, cos, sin, layer_cache, batch)
         return self.out_head(self.final_norm(x[batch.logits_rows]))
+
+    def quantize(self) -> None:
+        """Keeps all products' weights but the routers' as int8 from now on, one after the other."""
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | Experts | VocabParallelHead) and not name.endswith(".gate"):
+                module.quantize()
 
 
 class TransformerBlock(nn.Module):

@@ -19,6 +19,7 @@ from qwen3_dist.layout import Layout
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
+QUANTIZATIONS = ("none", "int8")
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 
@@ -42,6 +43,9 @@ class EngineConfig:
     layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
+    quantize: str = setting(
+        "none", "int8: weights as 8-bit integers with a scale per output, on CPU ranks", QUANTIZATIONS
+    )
     executor: str = setting(
         "auto", "how ranks are started; auto is in_process for one rank, else ray", EXECUTORS
     )
@@ -62,6 +66,7 @@ class EngineConfig:
     cpus_per_rank: float | None = setting(
         None, "CPUs reserved in Ray for each rank; by device and cluster if unset"
     )
+    cuda_graphs: bool = setting(True, "on a GPU, launch decode steps as CUDA graphs captured at start")
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
 

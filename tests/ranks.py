@@ -26,6 +26,7 @@ def run_ranks(
     check: Callable[[ParallelContext], None],
     layout: str,
     shared_memory: bool = True,
+    staged: bool = False,
     dies: int | None = None,
     timeout_s: float = 120.0,
 ) -> list[str]:
@@ -34,7 +35,16 @@ def run_ranks(
     target = f"{module}:{check.__name__}"
     world = Layout.parse(layout).world
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
-    command = [sys.executable, "-m", "tests.ranks", target, layout, str(shared_memory), str(store.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.ranks",
+        target,
+        layout,
+        str(shared_memory),
+        str(staged),
+        str(store.port),
+    ]
     ranks = [
         subprocess.Popen(
             [*command, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -51,12 +61,18 @@ def run_ranks(
     return [printed for printed, _ in answers]
 
 
-def _main(target: str, layout: str, shared_memory: str, port: str, rank: str) -> None:
+def _main(target: str, layout: str, shared_memory: str, staged: str, port: str, rank: str) -> None:
     torch.set_num_threads(1)
     parsed = Layout.parse(layout)
     store = dist.TCPStore("127.0.0.1", int(port), parsed.world, is_master=False)
     parallel = ParallelContext.connect(
-        parsed, int(rank), store, torch.device("cpu"), timeout_s=60, shared_memory=shared_memory == "True"
+        parsed,
+        int(rank),
+        store,
+        torch.device("cpu"),
+        timeout_s=60,
+        shared_memory=shared_memory == "True",
+        staged=staged == "True",
     )
     module, function = target.split(":")
     getattr(importlib.import_module(module), function)(parallel)

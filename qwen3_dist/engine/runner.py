@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.engine import kv_cache
+from qwen3_dist.engine.decode_graphs import DecodeGraphs
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResult
 from qwen3_dist.engine.sampler import SampledLogprobs, sample
 from qwen3_dist.layers.batch import StepBatch
@@ -31,9 +32,16 @@ class ModelRunner:
         self._device = weight.device
         self._tp = model.parallel.tp
         self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=weight.device)
+        graphs = config.cuda_graphs and weight.is_cuda and not model.parallel.staged
         self._cache = kv_cache.allocate(
-            model.config, model.parallel.layout, num_blocks, config.block_size, weight.dtype, weight.device
+            model.config,
+            model.parallel.layout,
+            num_blocks + 1 if graphs else num_blocks,
+            config.block_size,
+            weight.dtype,
+            weight.device,
         )
+        self._graphs = self._make_graphs(config, num_blocks, max_num_seqs) if graphs else None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:
@@ -41,7 +49,10 @@ class ModelRunner:
         batch = make_batch(plan, self.block_size, self._device, self._last_sampled)
         if uses_all_to_all(self._dispatch, len(batch.token_ids), self._tp.size):
             batch = replace(batch, all_to_all=True)
-        logits = self.model(batch, self._cache)
+        if self._graphs is not None and self._graphs.takes(batch):
+            logits = self._graphs.run(batch)
+        else:
+            logits = self.model(batch, self._cache)
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
             return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
@@ -53,6 +64,13 @@ class ModelRunner:
         tokens = self._tp.broadcast(tokens)
         self._last_sampled[torch.tensor([part.slot for part in sampled], device=self._device)] = tokens
         return None if logits is None else StepOutput(plan.step, tokens, logits, specs)
+
+    @torch.inference_mode()
+    def _make_graphs(self, config: EngineConfig, num_blocks: int, max_num_seqs: int) -> DecodeGraphs:
+        longest = min(
+            config.max_model_len or num_blocks * config.block_size, self.model.config.context_length
+        )
+        return DecodeGraphs(self.model, self._cache, max_num_seqs, longest)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end. The result is there on tp rank 0, None on the other ranks."""

@@ -31,7 +31,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.runner import ModelRunner
 from qwen3_dist.engine.scheduler import SchedulerLimits
-from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.errors import ConfigError, EngineDeadError, QwenDistError
 from qwen3_dist.executor.channel import Channel, connect
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
@@ -111,7 +111,12 @@ def load_shard(
     path = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_directory(path)
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
-    return load_model(path, model_config, parallel, dtype, device, progress, random)
+    if config.quantize != "none" and device.type != "cpu":
+        raise ConfigError(f"quantize={config.quantize} works on CPU ranks and this is a GPU; leave it out")
+    model = load_model(path, model_config, parallel, dtype, device, progress, random)
+    if config.quantize == "int8":
+        model.quantize()
+    return model
 
 
 def count_blocks(config: EngineConfig, model: Qwen3Model, ranks_on_host: int) -> int:
@@ -185,7 +190,12 @@ def _join(spec: RankSpec, channel: Channel) -> tuple[ParallelContext, int, torch
         torch.cuda.set_device(device)
     _use_interface_of(host)
     parallel = ParallelContext.connect(
-        spec.config.layout, spec.rank, store, device, timeout_s=spec.config.step_timeout_s
+        spec.config.layout,
+        spec.rank,
+        store,
+        device,
+        timeout_s=spec.config.step_timeout_s,
+        staged=device.type == "cuda" and start.ranks_on_host > torch.cuda.device_count(),
     )
     return parallel, start.ranks_on_host, device
 

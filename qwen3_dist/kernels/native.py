@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.kernels.build import library
@@ -17,14 +18,19 @@ from qwen3_dist.kernels.build import library
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
 _SIGNATURES = {
-    "linear": "ppppiiii",
-    "experts": "pppppppiiiiii",
+    "linear": "pppppppppppiiiiii",
+    "feed_forward": "ppppppppiiii",
+    "experts": "ppppppppppiiiiii",
     "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
     "rotate": "ppppppppppiiiifi",
     "silu_product": "pppii",
 }
+_PRODUCTS = ("linear", "feed_forward", "experts")  # which take int8 weights too
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
+
+
+Weights = tuple[Tensor, Tensor | None, Tensor | None]  # weight, scale of int8, bias
 
 
 class Kernels:
@@ -34,26 +40,52 @@ class Kernels:
         loaded = ctypes.CDLL(str(path))
         self._functions = {}
         for name, kinds in _SIGNATURES.items():
-            function = getattr(loaded, f"{name}_{_DTYPES[dtype]}")
-            function.argtypes = [_KINDS[kind] for kind in kinds]
-            function.restype = None
-            self._functions[name] = function
+            for ending in ("", "_int8") if name in _PRODUCTS else ("",):
+                function = getattr(loaded, f"{name}_{_DTYPES[dtype]}{ending}")
+                function.argtypes = [_KINDS[kind] for kind in kinds]
+                function.restype = None
+                self._functions[name + ending] = function
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, D] @ weight [N, D]^T + bias [N] -> [T, N]."""
-        (rows, inner), outputs = x.shape, weight.shape[0]
-        out = x.new_empty(rows, outputs)
-        self._run("linear", x, weight, bias, out, rows, outputs, inner)
+    def linear(self, x: Tensor, *parts: Weights) -> list[Tensor]:
+        """x [T, D] @ weight [N, D]^T * scale [N] + bias [N] -> [T, N] for each of at most three parts.
+
+        The fp32 scale is that of int8 weights, which all parts must have or none.
+        """
+        rows, inner = x.shape
+        sizes = [weight.shape[0] for weight, _, _ in parts]
+        out = x.new_empty(rows * sum(sizes))
+        name = "linear" if parts[0][1] is None else "linear_int8"
+        none = 3 - len(parts)
+        tensors = [
+            tensor for of_each in zip(*parts, *((None,) * 3,) * none, strict=True) for tensor in of_each
+        ]
+        self._run(name, x, *tensors, out, rows, inner, *sizes, *(0,) * none)
+        outs = out.split([rows * size for size in sizes])
+        return [each.view(rows, size) for each, size in zip(outs, sizes, strict=True)]
+
+    def feed_forward(self, x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
+        """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], without biases -> [T, D]."""
+        out = torch.empty_like(x)
+        weights, scales, _ = zip(fc1, fc2, fc3, strict=True)
+        name = "feed_forward" if fc1[1] is None else "feed_forward_int8"
+        self._run(name, x, *weights, *scales, out, *x.shape, fc1[0].shape[0])
         return out
 
     def experts(
-        self, x: Tensor, fc1: Tensor, fc2: Tensor, fc3: Tensor, ids: Tensor, weights: Tensor
+        self,
+        x: Tensor,
+        stacks: tuple[Tensor, Tensor, Tensor],
+        scales: tuple[Tensor, Tensor, Tensor] | None,
+        ids: Tensor,
+        weights: Tensor,
     ) -> Tensor:
-        """Sum over a row's choices of weight * expert(x): x [T, D], fc1 and fc2 [E, I, D], fc3 [E, D, I],
-        ids int64 and weights fp32 [T, K] -> [T, D]. An id of -1 is no choice."""
+        """Sum over a row's choices of weight * expert(x): x [T, D], stacks fc1 and fc2 [E, I, D], fc3 [E, D, I],
+        ids int64 and weights fp32 [T, K] -> [T, D]. An id of -1 is no choice. The scales, if the stacks are
+        int8, are fp32 [E, I], the same, [E, D]."""
         out = torch.empty_like(x)
-        sizes = (*ids.shape, *fc3.shape)
-        self._run("experts", x, fc1, fc2, fc3, ids, weights, out, *sizes)
+        sizes = (*ids.shape, *stacks[2].shape)
+        name = "experts" if scales is None else "experts_int8"
+        self._run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, *sizes)
         return out
 
     def attention(
@@ -139,10 +171,35 @@ def _torch_is_fast(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` for x [T, D], by whichever is faster for so many rows."""
+def _kernels_for_product(x: Tensor, is_int8: bool) -> Kernels | None:
+    """The kernels if they multiply x [T, D] faster than torch does."""
     few = x.shape[0] <= (16 if x.dtype == torch.bfloat16 else 0)
-    kernels = kernels_for(x) if few or not _torch_is_fast(x.dtype) else None
-    if kernels is None:
-        return torch.nn.functional.linear(x, weight, bias)
-    return kernels.linear(x.contiguous(), weight, bias)
+    return kernels_for(x) if few or is_int8 or not _torch_is_fast(x.dtype) else None
+
+
+def linears(x: Tensor, *parts: Weights) -> list[Tensor]:
+    """`torch.nn.functional.linear` of x [T, D] with each of at most three parts, by whichever is faster.
+
+    An int8 weight has a fp32 scale for each output.
+    """
+    kernels = _kernels_for_product(x, parts[0][1] is not None)
+    if kernels is not None:
+        return kernels.linear(x.contiguous(), *parts)
+    return [_torch_linear(x, *part) for part in parts]
+
+
+def feed_forward(x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
+    """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], by whichever is faster."""
+    kernels = _kernels_for_product(x, fc1[1] is not None)
+    if kernels is not None:
+        return kernels.feed_forward(x.contiguous(), fc1, fc2, fc3)
+    gate, up = _torch_linear(x, *fc1), _torch_linear(x, *fc2)
+    kernels = kernels_for(x)
+    return _torch_linear(kernels.silu_product(gate, up) if kernels else F.silu(gate) * up, *fc3)
+
+
+def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    if scale is None:
+        return F.linear(x, weight, bias)
+    product = F.linear(x, weight.to(x.dtype)) * scale
+    return (product if bias is None else product + bias).to(x.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels import kernels_for, linears
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
@@ -39,9 +39,8 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
         """[T, D] -> [T, D], this rank's share of the sum."""
-        q = self.W_query(x).unflatten(1, (-1, self.head_dim))
-        k = self.W_key(x).unflatten(1, (-1, self.head_dim))
-        v = self.W_value(x).unflatten(1, (-1, self.head_dim))
+        projections = (self.W_query.parts, self.W_key.parts, self.W_value.parts)
+        q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in linears(x, *projections))
         q = self._rotate(q, k, v, cos, sin, cache, batch)
         return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1))
 

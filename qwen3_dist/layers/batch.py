@@ -6,6 +6,7 @@ Legend: T = tokens of this step over all sequences, S = sequences, B = blocks of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -28,6 +29,11 @@ class StepBatch:
     num_decodes: int  # leading sequences with exactly one new token
     all_to_all: bool  # how MoE layers dispatch this step; else every rank sees all tokens
     logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
+
+    @cached_property
+    def narrow(self) -> tuple[Tensor, Tensor, Tensor]:
+        """block_tables, context_lens and query_starts as int32, made once a step."""
+        return self.block_tables.int(), self.context_lens.int(), self.query_starts.int()
 
 
 @dataclass(frozen=True)

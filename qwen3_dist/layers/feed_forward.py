@@ -1,7 +1,6 @@
 """The dense SwiGLU feed-forward, and a mixture of such experts split over the ep and etp ranks.
 
-Legend: N tokens this rank owns, K experts per token, R rows received, D emb_dim, I this rank's hidden
-columns, E all experts, e this rank's experts.
+Legend: T tokens of the step, N tokens this rank owns, K experts per token, D emb_dim.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels import feed_forward
+from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import (
     AllGatherDispatcher,
     AllToAllDispatcher,
-    DispatchedTokens,
     ExpertPlacement,
 )
 
@@ -33,44 +32,7 @@ class FeedForward(nn.Module):
         self.fc3 = Linear(hidden_dim, emb_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.fc1(x), self.fc2(x)
-        kernels = kernels_for(x)
-        return self.fc3(kernels.silu_product(gate, up) if kernels else F.silu(gate) * up)
-
-
-class Experts(nn.Module):
-    """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I]."""
-
-    def __init__(self, num_experts: int, emb_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
-        self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
-        self.fc3 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim))
-
-    def forward(self, received: DispatchedTokens) -> Tensor:
-        """Each row's weighted sum over those of its experts that are here -> [R, D]."""
-        x, ids, weights = received.tokens, received.expert_ids, received.weights
-        kernels = kernels_for(x)
-        if kernels is not None:
-            return kernels.experts(x, self.fc1, self.fc2, self.fc3, ids, weights)
-        rows, choice = (ids >= 0).nonzero(as_tuple=True)
-        order = ids[rows, choice].argsort(stable=True)
-        rows, choice = rows[order], choice[order]
-        counts = torch.bincount(ids[rows, choice], minlength=self.fc1.shape[0]).tolist()
-        answers = self._sorted(x[rows], counts).float() * weights[rows, choice, None]
-        return torch.zeros_like(x, dtype=torch.float32).index_add_(0, rows, answers).to(x.dtype)
-
-    def _sorted(self, x: Tensor, counts: list[int]) -> Tensor:
-        """x [P, D] sorted by expert, `counts` [e] rows of each -> [P, D]."""
-        out = torch.empty_like(x)
-        start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                rows = slice(start, start + count)
-                hidden = F.silu(x[rows] @ self.fc1[expert].T) * (x[rows] @ self.fc2[expert].T)
-                torch.mm(hidden, self.fc3[expert].T, out=out[rows])
-                start += count
-        return out
+        return feed_forward(x, self.fc1.parts, self.fc2.parts, self.fc3.parts)
 
 
 class MoEFeedForward(nn.Module):

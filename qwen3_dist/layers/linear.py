@@ -1,14 +1,42 @@
-"""`nn.Linear` over the tokens of a step, by whichever product is fastest where it runs."""
+"""`nn.Linear` over the tokens of a step, by whichever product is fastest where it runs, and int8 weights."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import linear
+from qwen3_dist.kernels import Weights, linears
 
 
 class Linear(nn.Linear):
     """[T, in_features] -> [T, out_features]."""
 
+    scale: Tensor | None = None  # fp32 [out_features] of int8 weights
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linears(x, self.parts)[0]
+
+    @property
+    def parts(self) -> Weights:
+        """What the kernels take."""
+        return self.weight, self.scale, self.bias
+
+    def quantize(self) -> None:
+        """Keeps the weights as int8 from now on."""
+        self.weight, self.scale = as_int8(self.weight)
+
+
+def as_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
+    """Symmetric per-channel int8: weight [..., N, D] ~ int8 [..., N, D] * fp32 scale [..., N].
+
+    A scale is made of this rank's part of the inputs alone, so layouts that cut inputs elsewhere round
+    elsewhere.
+    """
+    quantized = torch.empty_like(weight, dtype=torch.int8)
+    scale = weight.abs().amax(dim=-1).float().div_(127).clamp_(min=1e-30)
+    rows = zip(weight.flatten(0, -2).split(4096), quantized.flatten(0, -2).split(4096), strict=True)
+    for (wide, narrow), by in zip(
+        rows, scale.flatten().split(4096), strict=True
+    ):  # few fp32 copies at a time
+        narrow.copy_((wide.float() / by[:, None]).round_())
+    return nn.Parameter(quantized, requires_grad=False), scale

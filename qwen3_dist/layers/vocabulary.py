@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import linear
+from qwen3_dist.kernels import linears
+from qwen3_dist.layers.linear import as_int8
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.communicator import Communicator
 
@@ -34,6 +35,8 @@ class VocabParallelEmbedding(nn.Embedding):
 class VocabParallelHead(nn.Module):
     """Logits of this rank's rows, gathered on the group's rank 0, which samples."""
 
+    scale: Tensor | None = None  # fp32 [v] of int8 weights
+
     def __init__(self, emb_dim: int, vocab_size: int, tp: Communicator) -> None:
         _, per_rank = padded_range(vocab_size, tp.size, tp.rank)
         super().__init__()
@@ -41,9 +44,13 @@ class VocabParallelHead(nn.Module):
         self._tp = tp
         self._vocab_size = vocab_size
 
+    def quantize(self) -> None:
+        """Keeps the weights as int8 from now on; those of an embedding tied to it stay as they are."""
+        self.weight, self.scale = as_int8(self.weight)
+
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""
-        parts = self._tp.gather(linear(x, self.weight))
+        parts = self._tp.gather(linears(x, (self.weight, self.scale, None))[0])
         if parts is None:
             return None
         return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]

@@ -1,7 +1,8 @@
 """Collectives over one group of ranks, behind one interface.
 
 `SingleCommunicator` is a group of one; `TorchCommunicator` runs over a torch.distributed group (NCCL
-or gloo); `parallel/shared_memory.py` adds the fast path of CPU ranks on one host. All of them sum in
+or gloo); `StagedCommunicator` takes GPU tensors over the host, for ranks that share a GPU, which NCCL
+refuses; `parallel/shared_memory.py` adds the fast path of CPU ranks on one host. All of them sum in
 an order that is the same on every rank, so replicated tensors stay bit-identical.
 
 Shapes: n = group size, T = rows (any trailing shape).
@@ -142,3 +143,40 @@ class TorchCommunicator(Communicator):
         self.all_reduce(torch.zeros(1, device=self._device))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+class StagedCommunicator(Communicator):
+    """Collectives of tensors on `device` through a group of their hosts: for checks, not for speed."""
+
+    def __init__(self, host: Communicator, device: torch.device) -> None:
+        super().__init__(host.rank, host.size)
+        self._host = host
+        self._device = device
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._host.all_reduce(x.cpu()).to(self._device)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._host.all_gather(x.cpu()).to(self._device)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self._host.reduce_scatter(x.cpu()).to(self._device)
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        parts = self._host.gather(x.cpu())
+        return None if parts is None else parts.to(self._device)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return self._host.broadcast(x.cpu()).to(self._device)
+
+    def all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[int]]:
+        rows, counts = self._host.all_to_all(x.cpu(), send_counts, recv_counts)
+        return rows.to(self._device), counts
+
+    def barrier(self) -> None:
+        self._host.barrier()
+
+    def close(self) -> None:
+        self._host.close()

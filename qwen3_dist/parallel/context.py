@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 
 from qwen3_dist.layout import Layout, RankCoords
-from qwen3_dist.parallel.communicator import Communicator, SingleCommunicator, TorchCommunicator
+from qwen3_dist.parallel.communicator import (
+    Communicator,
+    SingleCommunicator,
+    StagedCommunicator,
+    TorchCommunicator,
+)
 from qwen3_dist.parallel.shared_memory import connect_shared_memory
 
 
@@ -27,6 +32,7 @@ class ParallelContext:
     tp: Communicator
     ep: Communicator
     etp: Communicator
+    staged: bool = False  # its collectives go over the host
 
     @classmethod
     def single(cls) -> ParallelContext:
@@ -44,22 +50,26 @@ class ParallelContext:
         device: torch.device,
         timeout_s: float = 300.0,
         shared_memory: bool = True,
+        staged: bool = False,
     ) -> ParallelContext:
         """Joins the other ranks of `layout` through `store`: NCCL on GPUs, else shared memory or gloo.
 
-        Every rank of the world must call this. `shared_memory=False` forces gloo between CPU ranks.
+        Every rank of the world must call this. `shared_memory=False` forces gloo between CPU ranks;
+        `staged` takes tensors of any device over the host, for ranks that share a GPU.
         """
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not staged else "gloo"
+        host = torch.device("cpu") if staged else device
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=layout.world, timeout=timedelta(seconds=timeout_s)
         )
         mine: dict[tuple[int, ...], Communicator] = {}
         for members in _all_groups(layout):
-            communicator = _join(members, rank, device, timeout_s, shared_memory)
+            communicator = _join(members, rank, host, timeout_s, shared_memory)
             if communicator is not None:
-                mine[members] = communicator
+                wrapped = staged and communicator.size > 1
+                mine[members] = StagedCommunicator(communicator, device) if wrapped else communicator
         tp, ep, etp = (mine[members] for members in _groups_of(layout, rank))
-        return cls(layout, layout.coords(rank), tp, ep, etp)
+        return cls(layout, layout.coords(rank), tp, ep, etp, staged)
 
     def close(self) -> None:
         for communicator in {self.tp, self.ep, self.etp}:

@@ -104,6 +104,11 @@ def test_collectives_give_what_their_definition_says(
     run_ranks(check, f"tp={world}", shared_memory)
 
 
+@pytest.mark.parametrize("check", [check_collectives, check_all_to_all])
+def test_collectives_staged_through_the_host_do_too(check: Callable[[ParallelContext], None]) -> None:
+    run_ranks(check, "tp=2", staged=True)
+
+
 def test_replicated_sums_are_bit_identical_on_every_rank() -> None:
     run_ranks(check_bit_identical_sums, "tp=4")
 

@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.kernels import Kernels, build, kernels_for
-from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.paged_attention import gathered_attention
+from qwen3_dist.layers.batch import LayerCache
+from qwen3_dist.layers.experts import looped_experts
+from qwen3_dist.layers.gathered_attention import gathered_attention
+from qwen3_dist.layers.linear import as_int8
 from qwen3_dist.layers.rope import apply_rope, rope_tables
+from tests.batches import random_batch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -36,18 +39,59 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
-    scale = expected.abs().max().clamp(min=1.0)
-    return bool(((got.float() - expected).abs() <= TOLERANCE[got.dtype] * scale).all())
+    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+    return got.shape == expected.shape and bool(((got.float() - expected).abs() <= TOLERANCE[got.dtype] * scale).all())
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 97, 200])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 97, 200])
 @pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33), (1024, 7), (9, 130)])
 def test_linear(dtype: torch.dtype, rows: int, inner: int, outputs: int) -> None:
     x, weight, bias = torch.randn(rows, inner), torch.randn(outputs, inner) / inner**0.5, torch.randn(outputs)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     for added in (None, bias):
         expected = F.linear(x.float(), weight.float(), None if added is None else added.float())
-        assert close(kernels(dtype).linear(x, weight, added), expected)
+        assert close(kernels(dtype).linear(x, (weight, None, added))[0], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 200])
+@pytest.mark.parametrize("biased", [False, True])
+def test_several_products_of_the_same_rows(dtype: torch.dtype, rows: int, biased: bool) -> None:
+    x = torch.randn(rows, 50).to(dtype)
+    weights = [(torch.randn(n, 50) / 7).to(dtype) for n in (33, 1, 96)]
+    biases = [torch.randn(len(w)).to(dtype) if biased else None for w in weights]
+    got = kernels(dtype).linear(x, *((w, None, b) for w, b in zip(weights, biases, strict=True)))
+    for out, weight, bias in zip(got, weights, biases, strict=True):
+        assert close(out, F.linear(x.float(), weight.float(), None if bias is None else bias.float()))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 200])
+def test_feed_forward(dtype: torch.dtype, rows: int) -> None:
+    x = torch.randn(rows, 48).to(dtype)
+    fc1, fc2 = (torch.randn(2, 37, 48) / 7).to(dtype)
+    fc3 = (torch.randn(48, 37) / 6).to(dtype)
+    hidden = F.silu(x.float() @ fc1.float().T) * (x.float() @ fc2.float().T)
+    got = kernels(dtype).feed_forward(x, (fc1, None, None), (fc2, None, None), (fc3, None, None))
+    assert close(got, hidden @ fc3.float().T)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 200])
+@pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33)])
+def test_linear_with_int8_weights(dtype: torch.dtype, rows: int, inner: int, outputs: int) -> None:
+    x, bias = torch.randn(rows, inner).to(dtype), torch.randn(outputs).to(dtype)
+    weight, scale = as_int8(torch.randn(outputs, inner))
+    expected = x.float() @ (weight * scale[:, None]).T + bias.float()
+    assert close(kernels(dtype).linear(x, (weight, scale, bias))[0], expected)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_experts_with_int8_weights(dtype: torch.dtype, rows: int) -> None:
+    x, weights = torch.randn(rows, 48).to(dtype), torch.rand(rows, 2)
+    ids = torch.randint(-1, 4, (rows, 2))
+    shapes = ((4, 37, 48), (4, 37, 48), (4, 48, 37))
+    stacks, scales = zip(*(as_int8(torch.randn(shape) / 7) for shape in shapes), strict=True)
+    wide = tuple((stack * scale[..., None]) for stack, scale in zip(stacks, scales, strict=True))
+    expected = looped_experts(x.float(), wide, None, ids, weights)
+    assert close(kernels(dtype).experts(x, stacks, scales, ids, weights), expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])
@@ -64,28 +108,19 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
                 wide = x[row].float()
                 hidden = F.silu(fc1[expert].float() @ wide) * (fc2[expert].float() @ wide)
                 expected[row] += weights[row, choice] * (fc3[expert].float() @ hidden)
-    got = kernels(dtype).experts(x, fc1, fc2, fc3, ids, weights)
-    assert got.shape == expected.shape and (rows == 0 or close(got, expected))
+    got = kernels(dtype).experts(x, (fc1, fc2, fc3), None, ids, weights)
+    assert close(got, expected)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 1, 128), (3, 1, 20)])
 def test_attention(dtype: torch.dtype, heads: int, groups: int, dim: int, window: int | None) -> None:
-    block_size, context_lens, query_lens = 4, (1, 30, 17, 9, 50), (1, 1, 1, 9, 23)
-    blocks = torch.randperm(64)
-    tables = torch.zeros(len(context_lens), 13, dtype=torch.int64)
-    for row, length in enumerate(context_lens):
-        needed = -(-length // block_size)
-        tables[row, :needed], blocks = blocks[:needed], blocks[needed:]
-    cache = LayerCache(*torch.randn(2, 64, block_size, groups, dim).to(dtype))
-    q = torch.randn(sum(query_lens), heads, dim).to(dtype)
-    lens, starts = torch.tensor(context_lens), torch.tensor([0, 1, 2, 3, 12, 35])
-    unused = torch.empty(0)
-    batch = StepBatch(
-        unused, unused, unused, tables, lens, starts, query_lens, context_lens, 3, False, unused
-    )
+    batch = random_batch((1, 30, 17, 9, 50), (1, 1, 1, 9, 23), block_size=4)
+    cache = LayerCache(*torch.randn(2, 128, 4, groups, dim).to(dtype))
+    q = torch.randn(35, heads, dim).to(dtype)
+    where = (batch.block_tables, batch.context_lens, batch.query_starts)
     wide = LayerCache(cache.keys.float(), cache.values.float())
-    got = kernels(dtype).attention(q, cache.keys, cache.values, tables, lens, starts, window)
+    got = kernels(dtype).attention(q, cache.keys, cache.values, *where, window)
     assert close(got, gathered_attention(q.float(), wide, batch, window))
 
 

@@ -43,9 +43,14 @@ def edit_config(path: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-def generated(path: Path, layout: str = "tp=1") -> list[int]:
+# Beside 199 tokens of vocabulary.
+AWKWARD = {"num_experts": 9, "moe_intermediate_size": 45, "intermediate_size": 99, "mlp_only_layers": [2]}
+
+
+def generated(path: Path, layout: str = "tp=1", **settings: str) -> list[int]:
     form = "in_process" if layout == "tp=1" else "processes"
-    with LLM(str(path), layout=layout, executor=form, dtype="float32", use_tqdm=False, num_blocks=8) as llm:
+    settings = {"executor": form, "dtype": "float32", **settings}
+    with LLM(str(path), layout=layout, use_tqdm=False, num_blocks=8, **settings) as llm:
         return llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].token_ids
 
 
@@ -154,10 +159,15 @@ def test_a_model_without_qk_norm_and_one_with_norm_shifts(tmp_path: Path, layout
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=2", "tp=4,ep=2", "tp=4"])
 def test_what_does_not_divide_is_padded(tmp_path: Path, layout: str) -> None:
-    """9 experts of 45 columns, 99 dense columns, 199 tokens of vocabulary."""
-    odd = {"num_experts": 9, "moe_intermediate_size": 45, "intermediate_size": 99, "mlp_only_layers": [2]}
-    path = write_checkpoint(tmp_path, moe=True, **odd)
+    path = write_checkpoint(tmp_path, moe=True, **AWKWARD)
     assert generated(path, layout) == load_reference(path).generate_greedy(PROMPT, 6)
+
+
+@pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=2", "tp=4,ep=2"])
+def test_random_weights_are_the_same_in_every_layout(tmp_path: Path, layout: str) -> None:
+    path = write_checkpoint(tmp_path, moe=True, **AWKWARD)
+    (path / "model.safetensors").unlink()
+    assert generated(path, layout, load_format="random") == generated(path, load_format="random")
 
 
 def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> None:

@@ -1,18 +1,35 @@
-// The C interface of the CPU kernels, each for bf16 and fp32. `native.py` declares the same signatures.
+// The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `native.py` declares the same signatures.
 #include "attention.h"
 #include "experts.h"
 #include "rows.h"
 
 // clang-format off
+#define PRODUCTS(T, W, NAME) \
+extern "C" { \
+void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const float* scales1, const float* scales2, \
+                   const float* scales3, const T* bias1, const T* bias2, const T* bias3, T* y, long m, long k, long n1, \
+                   long n2, long n3, long threads) { \
+    linear<T, W>(x, {{w1, scales1, bias1, n1, y}, {w2, scales2, bias2, n2, y + m * n1}, \
+                     {w3, scales3, bias3, n3, y + m * (n1 + n2)}}, m, k, int(threads)); \
+} \
+void feed_forward_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const float* scales1, \
+                         const float* scales2, const float* scales3, T* y, long rows, long dim, long inner, \
+                         long threads) { \
+    std::vector<long> ids(rows, 0); \
+    std::vector<float> weights(rows, 1.0f); \
+    Experts<T, W>{x, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), y, rows, 1, 1, dim, inner} \
+        .run(int(threads)); \
+} \
+void experts_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const float* scales1, const float* scales2, \
+                    const float* scales3, const long* ids, const float* weights, T* y, long rows, long choices, \
+                    long experts, long dim, long inner, long threads) { \
+    Experts<T, W>{x, fc1, fc2, fc3, scales1, scales2, scales3, ids, weights, y, rows, choices, experts, dim, inner} \
+        .run(int(threads)); \
+} \
+}
+
 #define KERNELS(T, NAME) \
 extern "C" { \
-void linear_##NAME(const T* x, const T* w, const T* bias, T* y, long m, long n, long k, long threads) { \
-    linear<T>(x, w, bias, y, m, n, k, int(threads)); \
-} \
-void experts_##NAME(const T* x, const T* fc1, const T* fc2, const T* fc3, const long* ids, const float* weights, T* y, \
-                    long rows, long choices, long experts, long dim, long inner, long threads) { \
-    Experts<T>{x, fc1, fc2, fc3, ids, weights, y, rows, choices, experts, dim, inner}.run(int(threads)); \
-} \
 void attention_##NAME(const T* q, const T* keys, const T* values, T* out, const long* tables, const long* context_lens, \
                       const long* starts, long sequences, long heads, long groups, long dim, long block_size, \
                       long width, long window, double scale, long threads) { \
@@ -33,5 +50,9 @@ void silu_product_##NAME(const T* gate, const T* up, T* out, long count, long th
 } \
 }
 
+PRODUCTS(bf16, bf16, bf16)
+PRODUCTS(float, float, fp32)
+PRODUCTS(bf16, int8_t, bf16_int8)
+PRODUCTS(float, int8_t, fp32_int8)
 KERNELS(bf16, bf16)
 KERNELS(float, fp32)

@@ -3,16 +3,18 @@
 
 #include "linear.h"
 
-template <class T>
+template <class T, class W>
 struct Experts {
-    const T *x, *fc1, *fc2, *fc3;  // x [R, D]; fc1, fc2 [E, I, D]; fc3 [E, D, I]
+    const T* x;                             // [R, D]
+    const W *fc1, *fc2, *fc3;               // [E, I, D], the same, [E, D, I]
+    const float *scales1, *scales2, *scales3;  // of their outputs: [E, I], the same, [E, D]; null: 1
     const long* ids;               // [R, K] expert of each choice, -1 for none
     const float* weights;          // [R, K]
     T* y;                          // [R, D]: sum over a row's choices of weight * expert(x)
     long rows, choices, experts, dim, inner;
 
     struct Task {
-        long expert, pair, rows, column;
+        long expert, pair, rows, column, columns;
     };
 
     // Pairs of a row and one of its choices, sorted by expert. Experts nobody chose cost nothing.
@@ -30,8 +32,9 @@ struct Experts {
         for (long e = 0; e < experts; e++)
             for (long pair = start[e]; pair < start[e + 1]; pair += BLOCK_ROWS) {
                 long count = std::min(BLOCK_ROWS, start[e + 1] - pair);
-                for (long n = 0; n < inner; n += BLOCK_COLS) up.push_back({e, pair, count, n});
-                for (long n = 0; n < dim; n += BLOCK_COLS) down.push_back({e, pair, count, n});
+                long width = block_cols(count);
+                for (long n = 0; n < inner; n += width) up.push_back({e, pair, count, n, std::min(width, inner - n)});
+                for (long n = 0; n < dim; n += width) down.push_back({e, pair, count, n, std::min(width, dim - n)});
             }
         std::vector<float> input(total * dim), hidden(total * inner), out(total * dim);
 #pragma omp parallel num_threads(threads)
@@ -49,10 +52,14 @@ struct Experts {
 
     void gate_up(const Task& task, const float* input, float* hidden) const {
         float gate[BLOCK_ROWS * BLOCK_COLS], value[BLOCK_ROWS * BLOCK_COLS];
-        auto [e, pair, count, n] = task;
-        long cols = std::min(BLOCK_COLS, inner - n), at = (e * inner + n) * dim;
+        auto [e, pair, count, n, cols] = task;
+        long at = (e * inner + n) * dim;
         block_product(input + pair * dim, dim, count, fc1 + at, cols, dim, gate);
         block_product(input + pair * dim, dim, count, fc2 + at, cols, dim, value);
+        if (scales1) {
+            scale(gate, count, cols, scales1 + e * inner + n);
+            scale(value, count, cols, scales2 + e * inner + n);
+        }
         for (long i = 0; i < count; i++)
             for (long j = 0; j < cols; j++) {
                 float g = rounded<T>(gate[i * BLOCK_COLS + j]), u = rounded<T>(value[i * BLOCK_COLS + j]);
@@ -62,11 +69,16 @@ struct Experts {
 
     void project(const Task& task, const float* hidden, float* out) const {
         float tile[BLOCK_ROWS * BLOCK_COLS];
-        auto [e, pair, count, n] = task;
-        long cols = std::min(BLOCK_COLS, dim - n);
+        auto [e, pair, count, n, cols] = task;
         block_product(hidden + pair * inner, inner, count, fc3 + (e * dim + n) * inner, cols, inner, tile);
+        if (scales3) scale(tile, count, cols, scales3 + e * dim + n);
         for (long i = 0; i < count; i++)
             for (long j = 0; j < cols; j++) out[(pair + i) * dim + n + j] = rounded<T>(tile[i * BLOCK_COLS + j]);
+    }
+
+    static void scale(float* tile, long rows, long cols, const float* by) {
+        for (long i = 0; i < rows; i++)
+            for (long j = 0; j < cols; j++) tile[i * BLOCK_COLS + j] *= by[j];
     }
 
     void add_up(long row, const long* place, const float* out) const {

@@ -13,6 +13,8 @@ constexpr int LANES = 8;
 
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(LANES * 2), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int32_t Integers __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 struct bf16 {
@@ -20,6 +22,7 @@ struct bf16 {
 };
 
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(bf16 x) {
     uint32_t word = uint32_t(x.bits) << 16;
     float out;
@@ -44,6 +47,9 @@ inline float rounded(float x) {
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec load(const bf16* p) {
     return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+}
+inline Vec load(const int8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Integers), Vec);
 }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 

@@ -1,0 +1,109 @@
+"""CUDA graphs of decode steps: the launches of a whole step in one, for a few batch sizes.
+
+A step of n decodes runs as the next larger size that was captured; the rows beyond n write to a block that
+no sequence owns and their logits are dropped. Legend: S sequences of a size, B columns of the block table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.model import Qwen3Model
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    batch: StepBatch
+    logits: Tensor | None  # [S, V] on tp rank 0
+    graph: torch.cuda.CUDAGraph | None
+
+
+class DecodeGraphs:
+    """The graphs of one rank. Every rank of a layout must construct it, and run it, at the same time."""
+
+    def __init__(
+        self, model: Qwen3Model, cache: list[LayerCache], max_num_seqs: int, max_model_len: int
+    ) -> None:
+        """The last block of `cache` must be nobody's. Without a GPU, `run` runs the padded step itself."""
+        self._model, self._cache = model, cache
+        num_blocks, self._block_size = cache[0].keys.shape[:2]
+        self._width = -(-max_model_len // self._block_size)
+        self._spare = num_blocks - 1
+        self._device = cache[0].keys.device
+        largest = min(max_num_seqs, _SIZES[-1])
+        sizes = [size for size in _SIZES if size < largest] + [largest]
+        self._captured: dict[int, _Captured] = {}
+        for size in reversed(sizes):  # the largest first, whose memory the others share
+            self._captured[size] = self._capture(size)
+
+    def takes(self, batch: StepBatch) -> bool:
+        """Whether this is a step of nothing but decodes, few enough, each of which is sampled."""
+        n = len(batch.query_lens)
+        return (
+            batch.num_decodes == n == len(batch.logits_rows)
+            and n <= max(self._captured)
+            and not batch.all_to_all
+        )
+
+    def run(self, batch: StepBatch) -> Tensor | None:
+        """Logits [S, V] on tp rank 0, which the next run overwrites; None on other ranks."""
+        n = len(batch.query_lens)
+        captured = self._captured[min(size for size in self._captured if size >= n)]
+        static = captured.batch
+        static.token_ids[:n].copy_(batch.token_ids)
+        static.positions[:n].copy_(batch.positions)
+        static.slots[:n].copy_(batch.slots)
+        static.slots[n:] = self._spare * self._block_size
+        static.block_tables[:n, : batch.block_tables.shape[1]].copy_(batch.block_tables)
+        static.block_tables[n:, 0] = self._spare
+        static.context_lens[:n].copy_(batch.context_lens)
+        static.context_lens[n:] = 1
+        if captured.graph is None:
+            logits = self._model(static, self._cache)
+        else:
+            captured.graph.replay()
+            logits = captured.logits
+        return None if logits is None else logits[:n]
+
+    def _capture(self, size: int) -> _Captured:
+        batch = self._empty(size)
+        if self._device.type != "cuda":
+            return _Captured(batch, None, None)
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(2):  # kernels are compiled and communicators set up outside of the capture
+                self._model(self._empty(size), self._cache)
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((c.graph.pool() for c in self._captured.values() if c.graph is not None), None)
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._model(batch, self._cache)
+        return _Captured(batch, logits, graph)
+
+    def _empty(self, size: int) -> StepBatch:
+        """`size` decodes of one token each, in the spare block."""
+
+        def full(value: int, *shape: int) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int64, device=self._device)
+
+        rows = torch.arange(size + 1, device=self._device)
+        return StepBatch(
+            token_ids=full(0, size),
+            positions=full(0, size),
+            slots=full(self._spare * self._block_size, size),
+            block_tables=full(self._spare, size, self._width),
+            context_lens=full(1, size),
+            query_starts=rows,
+            query_lens=(1,) * size,
+            host_context_lens=(self._width * self._block_size,) * size,
+            num_decodes=size,
+            all_to_all=False,
+            logits_rows=rows[:size],
+        )

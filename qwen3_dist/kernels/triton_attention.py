@@ -1,0 +1,115 @@
+"""Attention over KV blocks on a GPU, in Triton, with a running softmax (arXiv 2205.14135).
+
+One program attends for some query rows of one KV group: tokens of one sequence times the R heads that
+share the group. Few programs cannot fill a GPU, so the keys of a lone query are split among several
+programs, whose results are weighed together afterwards (Flash-Decoding).
+
+Legend: T tokens, S sequences, H heads, G KV groups (H = G * R), d head_dim, B columns of the block table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MOST_SPLITS = 16
+_KEYS = 64  # keys in a tile
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, keys, values, out, lse, tables, context_lens, starts,
+    scale, window, width, tokens,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    s, g = tl.program_id(0), tl.program_id(1)
+    tile, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    R: tl.constexpr = H // G
+    first = tl.load(starts + s)
+    count = tl.load(starts + s + 1) - first
+    length = tl.load(context_lens + s)
+    if tile * ROWS >= count * R:
+        return
+    before = length - count
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    token = rows // R
+    real = token < count
+    position = before + token
+    dims = tl.arange(0, DIM)
+    row_at = (first + token) * H + g * R + rows % R
+    within = dims[None, :] < D
+    queries = tl.load(q + row_at[:, None] * D + dims[None, :], mask=real[:, None] & within, other=0.0)
+
+    end = tl.minimum(before + (tile * ROWS + ROWS - 1) // R + 1, length)
+    begin = tl.where(window > 0, tl.maximum(before + tile * ROWS // R - window + 1, 0), 0)
+    span = tl.cdiv(end - begin, SPLITS * KEYS) * KEYS
+    low = begin + split * span
+    high = tl.minimum(low + span, end)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DIM], tl.float32)
+    for key in range(low, high, KEYS):
+        at = key + tl.arange(0, KEYS)
+        here = at < high
+        block = tl.load(tables + s * width + at // BLOCK_SIZE, mask=here, other=0)
+        slot = (block * BLOCK_SIZE + at % BLOCK_SIZE) * G + g
+        there = here[:, None] & within
+        k = tl.load(keys + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        seen = here[None, :] & (at[None, :] <= position[:, None])
+        seen = seen & ((window <= 0) | (at[None, :] > position[:, None] - window))
+        scores = tl.where(seen, scores, float("-inf"))
+        highest = tl.maximum(most, tl.max(scores, 1))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink = tl.exp(most - base)
+        p = tl.exp(scores - base[:, None])
+        mass = mass * shrink + tl.sum(p, 1)
+        v = tl.load(values + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        most = highest
+    result = sums / tl.where(mass > 0, mass, 1.0)[:, None]
+    into = out + (split * tokens * H + row_at[:, None]) * D + dims[None, :]
+    tl.store(into, result.to(out.dtype.element_ty), mask=real[:, None] & within)
+    if SPLITS > 1:
+        weight = most + tl.log(tl.where(mass > 0, mass, 1.0))  # -inf where nothing was seen
+        tl.store(lse + split * tokens * H + row_at, weight, mask=real)
+
+
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    context_lens: Tensor,
+    starts: Tensor,
+    window: int | None,
+    longest: int,
+    splits: int = 1,
+) -> Tensor:
+    """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
+
+    Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`, `context_lens[s]` tokens
+    with these, and its blocks in `tables[s]` [B]; all int64. All tensors are contiguous.
+    """
+    (total, heads, dim), (_, block_size, groups, _) = q.shape, keys.shape
+    per_group = heads // groups
+    rows = max(16, min(64, triton.next_power_of_2(longest * per_group)))
+    tiles = triton.cdiv(longest * per_group, rows)
+    out = q.new_empty(q.shape) if splits == 1 else q.new_zeros((splits, *q.shape), dtype=torch.float32)
+    lse = q.new_full((splits, total, heads), float("-inf"), dtype=torch.float32) if splits > 1 else out
+    _attend[(len(context_lens), groups, tiles * splits)](
+        q, keys, values, out, lse, tables, context_lens, starts, dim**-0.5, window or 0, tables.shape[1], total,
+        heads, groups, dim, block_size, rows, _KEYS, triton.next_power_of_2(dim), splits,
+    )  # fmt: skip
+    if splits == 1:
+        return out
+    weights = lse.softmax(dim=0)[..., None]
+    return (out * weights).sum(dim=0).to(q.dtype)
+
+
+def splits_for(sequences: int, groups: int, processors: int) -> int:
+    """Programs that share a lone query's keys, so that a GPU of so many multiprocessors is filled twice."""
+    return max(1, min(_MOST_SPLITS, 2 * processors // max(1, sequences * groups)))

@@ -1,0 +1,96 @@
+"""A rank's SwiGLU experts on the rows it received.
+
+Legend: R rows, K experts per token, P = R * K pairs of a row and one of its choices, D emb_dim, I hidden
+columns, e experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3_dist.kernels import feed_forward, kernels_for
+from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.parallel.dispatch import DispatchedTokens
+
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Experts(nn.Module):
+    """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I]."""
+
+    scales: _Three | None = None  # fp32 of int8 stacks: [e, I], the same, [e, D]
+
+    def __init__(self, num_experts: int, emb_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
+        self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
+        self.fc3 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim))
+
+    def forward(self, received: DispatchedTokens) -> Tensor:
+        """Each row's weighted sum over those of its experts that are here -> [R, D]."""
+        x, ids, weights = received.tokens, received.expert_ids, received.weights
+        stacks = (self.fc1, self.fc2, self.fc3)
+        kernels = kernels_for(x)
+        if kernels is not None:
+            return kernels.experts(x, stacks, self.scales, ids, weights)
+        if self.scales is None and grouped_mm_works(x, self.fc1):
+            return grouped_experts(x, stacks, ids, weights)
+        return looped_experts(x, stacks, self.scales, ids, weights)
+
+    def quantize(self) -> None:
+        """Keeps the weights as int8 from now on."""
+        (self.fc1, one), (self.fc2, two), (self.fc3, three) = map(as_int8, (self.fc1, self.fc2, self.fc3))
+        self.scales = (one, two, three)
+
+
+def grouped_mm_works(x: Tensor, fc1: Tensor) -> bool:
+    """Whether `grouped_mm` takes these: bf16 on a GPU of compute capability 8.0 or more, rows of whole 16 bytes."""
+    _, columns, dim = fc1.shape
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and hasattr(F, "grouped_mm")
+        and columns % 8 == dim % 8 == 0
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+def grouped_experts(x: Tensor, stacks: _Three, ids: Tensor, weights: Tensor) -> Tensor:
+    """Three grouped products over pairs sorted by expert; nothing waits for the host.
+
+    Pairs whose expert is elsewhere are sorted to the end, where the products leave them out.
+    """
+    fc1, fc2, fc3 = (stack.transpose(1, 2) for stack in stacks)
+    (rows, choices), experts = ids.shape, fc1.shape[0]
+    keys = torch.where(ids < 0, experts, ids).flatten()
+    order = keys.argsort(stable=True)
+    counts = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
+    counts.scatter_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
+    ends = counts[:experts].cumsum(0, dtype=torch.int32)
+    pairs = x[order // choices]
+    hidden = F.silu(F.grouped_mm(pairs, fc1, offs=ends)) * F.grouped_mm(pairs, fc2, offs=ends)
+    answers = F.grouped_mm(hidden, fc3, offs=ends)[order.argsort()].view(rows, choices, -1)
+    answers = torch.where((ids >= 0)[..., None], answers.float() * weights[..., None], 0.0)
+    return answers.sum(dim=1).to(x.dtype)
+
+
+def looped_experts(x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor, weights: Tensor) -> Tensor:
+    """The same in plain torch, an expert at a time."""
+    rows, choice = (ids >= 0).nonzero(as_tuple=True)
+    order = ids[rows, choice].argsort(stable=True)
+    rows, choice = rows[order], choice[order]
+    counts = torch.bincount(ids[rows, choice], minlength=stacks[0].shape[0]).tolist()
+    out = torch.zeros_like(x, dtype=torch.float32)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            pairs = slice(start, start + count)
+            one, two, three = (stack[expert] for stack in stacks)
+            by_one, by_two, by_three = (scale[expert] for scale in scales) if scales else (None,) * 3
+            given = x[rows[pairs]]
+            answers = feed_forward(given, (one, by_one, None), (two, by_two, None), (three, by_three, None))
+            out.index_add_(0, rows[pairs], answers.float() * weights[rows[pairs], choice[pairs], None])
+            start += count
+    return out.to(x.dtype)

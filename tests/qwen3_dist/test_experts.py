@@ -1,0 +1,87 @@
+"""Grouped products against the loop over experts, and int8 weights against what they stand for."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layers.experts import grouped_experts, looped_experts
+from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.settings import EngineConfig
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("here", [1.0, 0.3, 0.0])
+def test_grouped_experts_equal_the_loop(rows: int, here: float) -> None:
+    """`here` is the share of choices whose expert is on this rank."""
+    torch.manual_seed(0)
+    experts, dim, columns, choices = 5, 32, 24, 3
+    x, weights = torch.randn(rows, dim), torch.rand(rows, choices)
+    stacks = (
+        torch.randn(experts, columns, dim) / 6,
+        torch.randn(experts, columns, dim) / 6,
+        torch.randn(experts, dim, columns) / 5,
+    )
+    ids = torch.randint(0, experts - 1, (rows, choices))  # the last expert is never chosen
+    ids[torch.rand(rows, choices) >= here] = -1
+    expected = looped_experts(x, stacks, None, ids, weights)
+    torch.testing.assert_close(grouped_experts(x, stacks, ids, weights), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_int8_weights_are_within_half_a_step_of_what_they_stand_for() -> None:
+    weight = torch.randn(5000, 33) * torch.logspace(-6, 3, 5000)[:, None]
+    weight[7] = 0
+    quantized, scale = as_int8(weight)
+    assert quantized.dtype == torch.int8 and scale.shape == (5000,)
+    assert ((quantized * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
+
+
+def first_logprobs(path: Path, quantize: str, layout: str) -> dict[int, float]:
+    """Of the likeliest tokens after a prompt."""
+    form: dict[str, Any] = {"executor": "in_process" if layout == "tp=1" else "processes", "use_tqdm": False}
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=20)
+    with LLM(str(path), layout=layout, quantize=quantize, **form) as llm:
+        output = llm.generate([list(range(3, 40))], params, use_tqdm=False)[0]
+    assert output.logprobs is not None
+    return dict(output.logprobs[0].top)
+
+
+def round_to_int8(path: Path) -> None:
+    """Replaces every matrix but the router's and the embedding's by what int8 makes of it."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1 and not name.endswith(("mlp.gate.weight", "embed_tokens.weight")):
+            quantized, scale = as_int8(tensor)
+            tensors[name] = quantized * scale[..., None]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_a_model_with_int8_weights_is_the_model_of_the_rounded_weights(tmp_path: Path, moe: bool) -> None:
+    path = write_checkpoint(tmp_path, moe=moe)
+    got = first_logprobs(path, "int8", "tp=1")
+    round_to_int8(path)
+    assert got == pytest.approx(first_logprobs(path, "none", "tp=1"), abs=1e-3)
+
+
+@pytest.mark.parametrize(("moe", "layout"), [(False, "tp=2"), (True, "tp=2"), (True, "tp=2,ep=2")])
+def test_a_sharded_model_rounds_its_own_part_and_stays_close(tmp_path: Path, moe: bool, layout: str) -> None:
+    path = write_checkpoint(tmp_path, moe=moe)
+    full, sharded = first_logprobs(path, "none", layout), first_logprobs(path, "int8", layout)
+    common = full.keys() & sharded.keys()
+    assert len(common) >= 15
+    assert statistics.mean(abs(full[token] - sharded[token]) for token in common) < 0.3
+
+
+def test_an_unknown_quantization_is_refused() -> None:
+    with pytest.raises(ConfigError, match="quantize must be one of none, int8, not 'int4'"):
+        EngineConfig(quantize="int4")

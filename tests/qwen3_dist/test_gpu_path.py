@@ -1,0 +1,113 @@
+"""What of the GPU path a CPU can run: the choice of a backend, and decode steps padded to a captured size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine import kv_cache
+from qwen3_dist.engine.decode_graphs import DecodeGraphs
+from qwen3_dist.layers import gpu_attention
+from qwen3_dist.layers.batch import LayerCache, StepBatch
+from qwen3_dist.layers.gathered_attention import gathered_attention
+from qwen3_dist.model import Qwen3Model
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.weights.loader import load_model
+from tests.batches import random_batch
+from tests.checkpoints import write_checkpoint
+
+CPU = torch.device("cpu")
+SHAPES = (CPU, torch.float32, 8, 2, 16, 4)  # heads, KV groups, head_dim, block_size
+
+
+@pytest.mark.parametrize("query_lens", [(1, 1, 1, 9, 23), (1, 1, 1, 1, 1), (7, 2, 5, 9, 23)])
+@pytest.mark.parametrize("window", [None, 6])
+def test_triton_attends_to_decodes_and_prompts_of_one_step(
+    query_lens: tuple[int, ...], window: int | None
+) -> None:
+    torch.manual_seed(0)
+    batch = random_batch((12, 70, 17, 9, 150), query_lens, block_size=4)
+    cache = LayerCache(*torch.randn(2, 128, 4, 2, 16))
+    q = torch.randn(sum(query_lens), 8, 16)
+    got = gpu_attention.triton(q, cache, batch, window)
+    torch.testing.assert_close(got, gathered_attention(q, cache, batch, window), atol=1e-5, rtol=1e-5)
+
+
+def wrong(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+    return gathered_attention(q, cache, batch, window) * 1.1
+
+
+def broken(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+    raise RuntimeError("no kernel image for this card")
+
+
+def test_the_first_backend_that_is_right_here_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backends, expected in (
+        ((broken, wrong, gpu_attention.triton), gpu_attention.triton),
+        ((broken, wrong), gathered_attention),
+        (gpu_attention.BACKENDS, gpu_attention.triton),  # FlashAttention 3 needs a GPU
+    ):
+        monkeypatch.setattr(gpu_attention, "BACKENDS", backends)
+        gpu_attention.gpu_attention.cache_clear()
+        assert gpu_attention.gpu_attention(*SHAPES) is expected
+    gpu_attention.gpu_attention.cache_clear()
+
+
+@pytest.fixture(params=[False, True], ids=["dense", "moe"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Qwen3Model:
+    path = write_checkpoint(tmp_path, moe=request.param)
+    return load_model(path, ModelConfig.from_directory(path), ParallelContext.single(), torch.float32, CPU)
+
+
+def decodes(n: int) -> StepBatch:
+    """Sequences of 9 tokens and more, whose next token is to be computed."""
+    lengths = tuple(range(9, 9 + n))
+    batch = random_batch(lengths, (1,) * n, block_size=4)
+    positions = batch.context_lens - 1
+    blocks = batch.block_tables.gather(1, positions[:, None] // 4)[:, 0]
+    return replace(
+        batch,
+        token_ids=torch.arange(3, 3 + n),
+        positions=positions,
+        slots=blocks * 4 + positions % 4,
+        logits_rows=torch.arange(n),
+    )
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> None:
+    def fresh_cache() -> list[LayerCache]:
+        torch.manual_seed(1)
+        cache = kv_cache.allocate(model.config, model.parallel.layout, 129, 4, torch.float32, CPU)
+        for layer in cache:
+            layer.keys.normal_()
+            layer.values.normal_()
+        return cache
+
+    cache, padded_cache = fresh_cache(), fresh_cache()
+    graphs = DecodeGraphs(model, padded_cache, max_num_seqs=6, max_model_len=64)
+    torch.manual_seed(2)
+    for batch in (decodes(6), decodes(n)):  # the larger one first: what it leaves behind must not show
+        assert graphs.takes(batch)
+        with torch.inference_mode():
+            expected, got = model(batch, cache), graphs.run(batch)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(padded_cache, cache, strict=True):  # all but the spare block
+        torch.testing.assert_close(ours.keys[:-1], theirs.keys[:-1])
+        torch.testing.assert_close(ours.values[:-1], theirs.values[:-1])
+
+
+def test_other_steps_are_not_taken(model: Qwen3Model) -> None:
+    cache = kv_cache.allocate(model.config, model.parallel.layout, 129, 4, torch.float32, CPU)
+    graphs = DecodeGraphs(model, cache, max_num_seqs=4, max_model_len=64)
+    step = decodes(3)
+    assert graphs.takes(step)
+    assert not graphs.takes(decodes(5))  # more than were captured
+    assert not graphs.takes(replace(step, num_decodes=2))  # a prompt beside them
+    assert not graphs.takes(replace(step, logits_rows=step.logits_rows[:2]))  # one is not sampled
+    assert not graphs.takes(replace(step, all_to_all=True))  # counts are read by the host
