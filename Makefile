@@ -9,6 +9,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m qwen3_dist.kernels
 	touch $(READY)
 
 install: $(READY)  ## create .venv with the pinned versions
@@ -19,10 +20,18 @@ serve: $(READY)  ## serve the bundled model on two CPU ranks and show a sample a
 demo: $(READY)  ## as serve, but end after the sample answer
 	$(BIN)/qwen3-dist serve --layout tp=2,ep=2 --sample --exit-after-sample
 
-bench: $(READY)  ## measure collectives, step overhead and time to the first token
+bench: $(READY)  ## measure collectives, kernels, step overhead and time to the first token
 	$(BIN)/python -m benchmarks.collectives
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.first_token
+
+bench-compare: $(READY)  ## this project against transformers and, with VLLM_PYTHON= and LLAMA_PYTHON=, its peers
+	$(BIN)/python -m benchmarks.compare $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
+		$(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(ARGS)
+
+gpu-check:  ## on a GPU: parity, graphs, rates; needs no .venv (GPU_PYTHON=, ARGS=)
+	PYTHONPATH=. $(or $(GPU_PYTHON),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 eval-bundled: $(READY)  ## measure the bundled model on held-out examples
 	PYTHONPATH=. $(BIN)/python tools/eval_bundled.py
@@ -43,5 +52,5 @@ test: check  ## everything CI runs
 soak: $(READY)  ## thousands of random requests with aborts (many minutes)
 	$(BIN)/pytest -q -s tests/soak
 
-.PHONY: help install serve demo bench eval-bundled format check test soak
+.PHONY: help install serve demo bench bench-compare gpu-check eval-bundled format check test soak
 .DEFAULT_GOAL := help

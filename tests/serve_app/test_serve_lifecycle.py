@@ -57,11 +57,19 @@ def test_a_client_that_gives_up_waiting_frees_its_blocks(
 def test_a_stop_string_ends_the_sequence_in_the_engine_too(
     client: openai.OpenAI, model: str, stats: Callable[[], list[EngineStats]], idle: Callable[[], bool]
 ) -> None:
+    prompt = "Once upon a time"
+    text = client.completions.create(model=model, prompt=prompt, max_tokens=8, temperature=0).choices[0].text
     before = total_steps(stats())
-    client.completions.create(
-        model=model, prompt="a", max_tokens=LONG, stop=[" ", "e"], extra_body={"ignore_eos": True}
+    answer = client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=LONG,
+        temperature=0,
+        stop=text[-1],
+        extra_body={"ignore_eos": True},
     )
     wait_for(idle)
+    assert answer.choices[0].finish_reason == "stop"
     assert total_steps(stats()) - before < LONG
 
 

@@ -1,0 +1,1 @@
+"""Every system on one checkpoint in one run: `python -m benchmarks.compare --help`."""

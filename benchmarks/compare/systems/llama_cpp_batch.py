@@ -1,0 +1,64 @@
+"""llama.cpp through llama-cpp-python's C interface: `llama_cpp_batch.py MODEL WORK.json`.
+
+MODEL is the folder of `model.gguf`, which `write_gguf.py` makes. Sampling is not counted.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import llama_cpp
+
+BATCH = 2048
+
+
+def main(path: str, work_file: str) -> None:
+    work = json.loads(Path(work_file).read_text())
+    file = Path(path) / "model.gguf"
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = 8192, BATCH, 512, 16
+    options.n_threads = options.n_threads_batch = work["threads"]
+    options.kv_unified = True
+    context = llama_cpp.llama_init_from_model(model, options)
+    vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+
+    def decode() -> None:
+        assert llama_cpp.llama_decode(context, batch) == 0
+        batch.n_tokens = 0
+
+    def put(token: int, position: int, sequence: int, wanted: bool) -> None:
+        at = batch.n_tokens
+        batch.token[at], batch.pos[at], batch.logits[at] = token, position, wanted
+        batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
+        batch.n_tokens = at + 1
+
+    def seconds(prompts: list, output_len: int) -> float:
+        """Which tokens are fed back makes no difference to the time."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        started = time.perf_counter()
+        for sequence, prompt in enumerate(prompts):
+            if batch.n_tokens + len(prompt) > BATCH:
+                decode()
+            for position, token in enumerate(prompt):
+                put(token, position, sequence, position == len(prompt) - 1)
+        decode()
+        for step in range(output_len - 1):
+            for sequence, prompt in enumerate(prompts):
+                put((prompt[0] + step) % vocab_size, len(prompt) + step, sequence, True)
+            decode()
+        llama_cpp.llama_synchronize(context)
+        return time.perf_counter() - started
+
+    batch.n_tokens = 0
+    seconds(work["first"], 1)
+    print(json.dumps({"ready": True}), flush=True)
+    for row in work["rows"]:
+        taken = [seconds(prompts, row["output_len"]) for prompts in row["prompts"]]
+        print(json.dumps({"row": row["row"], "seconds": taken}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,45 @@
+"""The rows every system runs."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """`num_prompts` prompts of `input_len` random tokens at once, `output_len` tokens from each, EOS ignored."""
+
+    num_prompts: int
+    input_len: int
+    output_len: int
+
+    def __str__(self) -> str:
+        return f"{self.num_prompts}×({self.input_len}→{self.output_len})"
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.output_len == 1
+
+    def rate(self, seconds: float) -> float:
+        """Output tokens per second; of a row of prefills, prompt tokens."""
+        return self.num_prompts * (self.input_len if self.is_prefill else self.output_len) / seconds
+
+
+ROWS = (Row(1, 32, 64), Row(8, 32, 64), Row(16, 128, 64), Row(4, 1024, 1))
+
+
+def work(repeats: int, vocab_size: int, threads: int) -> dict[str, Any]:
+    """What a driver is given, as JSON: the rows with their token ids, other ones in each repeat."""
+    rng = random.Random(0)
+
+    def prompts(row: Row) -> list[list[int]]:
+        tokens = range(1000, min(100_000, vocab_size))
+        return [rng.choices(tokens, k=row.input_len) for _ in range(row.num_prompts)]
+
+    rows = [
+        {"row": str(row), "output_len": row.output_len, "prompts": [prompts(row) for _ in range(repeats)]}
+        for row in ROWS
+    ]
+    return {"rows": rows, "threads": threads, "max_model_len": 2048, "first": prompts(Row(1, 8, 1))}
