@@ -40,7 +40,9 @@ def kernels(dtype: torch.dtype) -> Kernels:
 
 def close(got: Tensor, expected: Tensor) -> bool:
     scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    return got.shape == expected.shape and bool(((got.float() - expected).abs() <= TOLERANCE[got.dtype] * scale).all())
+    return got.shape == expected.shape and bool(
+        ((got.float() - expected).abs() <= TOLERANCE[got.dtype] * scale).all()
+    )
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 97, 200])
