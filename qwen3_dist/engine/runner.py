@@ -59,7 +59,6 @@ class ModelRunner:
         specs = [part.sample for part in sampled if part.sample is not None]
         tokens = self._last_sampled.new_zeros(len(specs))
         if logits is not None:
-            logits = logits.float()
             tokens = sample(logits, specs)
         tokens = self._tp.broadcast(tokens)
         self._last_sampled[torch.tensor([part.slot for part in sampled], device=self._device)] = tokens

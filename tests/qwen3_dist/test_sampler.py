@@ -33,6 +33,7 @@ def shares(**changes: object) -> dict[int, float]:
         ({"top_k": -1}, {0: 0.4, 1: 0.05, 2: 0.3, 3: 0.15, 4: 0.1}),
         ({"top_p": 0.69}, {0: 4 / 7, 2: 3 / 7}),
         ({"top_p": 0.71}, {0: 0.4 / 0.85, 2: 0.3 / 0.85, 3: 0.15 / 0.85}),
+        ({"top_k": 5}, {0: 0.4, 1: 0.05, 2: 0.3, 3: 0.15, 4: 0.1}),
         ({"top_p": 1e-9}, {0: 1.0}),
         ({"top_k": 3, "top_p": 0.8}, {0: 4 / 7, 2: 3 / 7}),  # p counts what k kept: 0.7 / 0.85 > 0.8
         (
@@ -52,12 +53,24 @@ def test_tokens_are_drawn_in_proportion(changes: dict[str, object], expected: di
 
 def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours() -> None:
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
-    specs = [spec(position=i, seed=i % 2, top_p=0.9) for i in range(6)]
+    limits = [{"top_p": 0.9}, {"top_k": 3}, {}, {"top_k": 40, "top_p": 0.5}, {"top_k": 2}, {"top_p": 0.2}]
+    specs = [spec(position=i, seed=i % 2, **limits[i]) for i in range(6)]
     together = sample(logits, specs).tolist()
     alone = [sample(logits[i : i + 1], [specs[i]]).item() for i in range(6)]
     mixed = sample(logits.flip(0), [spec(temperature=0.0), *specs[::-1][1:]]).tolist()
     assert together == alone
     assert mixed[1:] == together[::-1][1:]
+
+
+@pytest.mark.parametrize("limits", [{"top_k": 7}, {"top_k": 7, "top_p": 0.6}])
+def test_selecting_the_likeliest_draws_what_sorting_all_draws(
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, object]
+) -> None:
+    logits = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).mul(4).round()  # many ties
+    specs = [spec(position=i, **limits) for i in range(500)]
+    selected = sample(logits, specs)
+    monkeypatch.setattr("qwen3_dist.engine.sampler._MOST_SELECTED", 0)
+    assert torch.equal(selected, sample(logits, specs))
 
 
 def test_uniform_numbers_are_spread_evenly_and_differ_by_seed() -> None:
