@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.engine.outputs import TokenLogprob
@@ -33,73 +34,123 @@ def _mix(x: int) -> int:
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """One token id [L] per row of logits [L, V]; greedy where the temperature is 0.
 
-    A row's candidates are sorted only as far as its own settings need, since a whole vocabulary takes long.
+    A row's candidates are ordered only as far as its own settings need, since a whole vocabulary takes long.
     """
-    tokens = logits.argmax(dim=-1)
-    rows_of: dict[_Arrangement, list[int]] = {}
+    tokens = _likeliest(logits, 1)[1][:, 0]
+    rows_of: dict[_Draw, list[int]] = {}
     for row, spec in enumerate(specs):
         if spec.temperature > 0:
-            rows_of.setdefault(_arrangement(spec, logits.shape[-1]), []).append(row)
-    for arrange, rows in rows_of.items():
-        at, drawing = torch.tensor(rows, device=logits.device), [specs[row] for row in rows]
-        tokens[at] = _draw(*arrange(logits[at].float(), drawing), drawing)
+            rows_of.setdefault(_way_to_draw(spec, logits.shape[-1]), []).append(row)
+    for draw, rows in rows_of.items():
+        at = torch.tensor(rows, device=logits.device)
+        tokens[at] = draw(logits[at].float(), [specs[row] for row in rows])
     return tokens
 
 
-# From logits [L, V] to those of the candidates [L, C] and their token ids [L or 1, C].
-_Arrangement = Callable[[Tensor, Sequence[SampleSpec]], tuple[Tensor, Tensor]]
-_MOST_SELECTED = 1024  # up to this top_k selecting is faster than sorting
+_Draw = Callable[[Tensor, Sequence[SampleSpec]], Tensor]  # from logits [L, V] of rows that draw
+_MOST_SELECTED = 1024  # tokens up to which selecting the likeliest is faster than sorting all
+_WIDTH = 64  # logits in a block
 
 
-def _arrangement(spec: SampleSpec, vocab_size: int) -> _Arrangement:
+def _way_to_draw(spec: SampleSpec, vocab_size: int) -> _Draw:
     if 0 < spec.top_k <= _MOST_SELECTED:
-        return _selected
+        return _draw_from_top_k
     cuts = spec.top_p < 1 or 0 < spec.top_k < vocab_size
-    return _sorted if cuts else _unsorted
+    return _draw_from_top_p if cuts else _draw_from_all
 
 
-def _unsorted(logits: Tensor, _: Sequence[SampleSpec]) -> tuple[Tensor, Tensor]:
-    return logits, torch.arange(logits.shape[-1], device=logits.device)[None]
+def _draw_from_top_k(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    candidates, ids = _likeliest(logits, max(spec.top_k for spec in specs))
+    weights = _weights(candidates, candidates[:, :1], specs)
+    return ids.gather(1, _draw_from_ordered(weights, None, specs))[:, 0]
 
 
-def _sorted(logits: Tensor, _: Sequence[SampleSpec]) -> tuple[Tensor, Tensor]:
-    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    return ordered, ids
+def _draw_from_top_p(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    total: Tensor | None = None
+    ordered, ids = _likeliest(logits, _MOST_SELECTED)
+    weights = _weights(ordered, ordered[:, :1], specs)
+    top_p = _column([spec.top_p for spec in specs], logits)
+    if not any(spec.top_k > 0 for spec in specs) and not logits.is_cuda:  # a GPU would wait for the host
+        total = _weights(logits, ordered[:, :1], specs).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    if total is None or bool((weights.sum(dim=-1, keepdim=True, dtype=torch.float64) < top_p * total).any()):
+        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        weights, total = _weights(ordered, ordered[:, :1], specs), None
+    return ids.gather(1, _draw_from_ordered(weights, total, specs))[:, 0]
 
 
-def _selected(logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Tensor, Tensor]:
-    """The first columns of `_sorted`: logits and ids are selected as one integer, so that ties have an order."""
-    vocab_size = logits.shape[-1]
-    bits = logits.view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    keys = (ordered.long() << 32) + torch.arange(vocab_size - 1, -1, -1, device=logits.device)
-    count = min(max(spec.top_k for spec in specs), vocab_size)
-    ids = vocab_size - 1 - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
-    return logits.gather(1, ids), ids
+def _draw_from_all(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """In the vocabulary's own order: first the block, then the token in it."""
+    blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), specs)
+    blocks = F.pad(blocks, (0, -blocks.shape[-1] % _WIDTH)).unflatten(1, (-1, _WIDTH))
+    cumulative = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    draws = _draws(specs, cumulative)
+    block = _where(cumulative, draws)
+    before = F.pad(cumulative, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(len(specs), device=logits.device), block[:, 0]]
+    token = _where(inside.cumsum(dim=-1, dtype=torch.float64), draws - before)
+    return (block * _WIDTH + token)[:, 0]
 
 
-def _draw(logits: Tensor, ids: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """One of each row's candidates, which come likeliest first if top-k or top-p cut any off."""
+def _draw_from_ordered(weights: Tensor, total: Tensor | None, specs: Sequence[SampleSpec]) -> Tensor:
+    """The column [L, 1] drawn from weights [L, C], largest first, which are all but what top-p would cut off.
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    # The largest logit is taken off first, so that a tiny temperature cannot overflow.
-    temperatures = column([spec.temperature for spec in specs]).float()
-    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperatures).exp()
-    ranks = torch.arange(logits.shape[-1], device=logits.device)
-    kept = ranks < column([spec.top_k if spec.top_k > 0 else logits.shape[-1] for spec in specs])
+    top-p keeps the fewest tokens that reach p among those that top-k kept, renormalised. `total` [L, 1] is
+    the weight of all tokens where that is more than these.
+    """
+    ranks = torch.arange(weights.shape[-1], device=weights.device)
+    kept = ranks < _column([spec.top_k if spec.top_k > 0 else weights.shape[-1] for spec in specs], weights)
     cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
-    if any(spec.top_p < 1 for spec in specs):
-        # top-p keeps the fewest tokens that reach p, among those that top-k kept, renormalised.
-        reached = column([spec.top_p for spec in specs]) * cumulative[:, -1:]
-        kept &= (cumulative - weights < reached) | (ranks == 0)
-        cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
-    draws = column([uniform(spec.seed, spec.position) for spec in specs]) * cumulative[:, -1:]
-    chosen = torch.searchsorted(cumulative, draws, right=True)
-    # Rounding may put a draw at the very end, past the last candidate that has any weight.
+    reached = _column([spec.top_p for spec in specs], weights)
+    reached = reached * (cumulative[:, -1:] if total is None else total)
+    kept &= (cumulative - weights < reached) | (ranks == 0)
+    cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
+    return _where(cumulative, _draws(specs, cumulative))
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of logits [L, V], of equal ones the first, with their token ids.
+
+    All of them lie in the `count` blocks that have the largest maxima.
+    """
+    count = min(count, logits.shape[-1])
+    padding = -logits.shape[-1] % _WIDTH
+    padded = F.pad(logits.float(), (0, padding), value=-torch.inf) if padding else logits.float()
+    blocks = padded.unflatten(1, (-1, _WIDTH))
+    _, best = _ordered_topk(blocks.amax(dim=-1), min(count, blocks.shape[1]))
+    best = best.sort(dim=-1).values
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
+    values, at = _ordered_topk(blocks[rows, best].flatten(1), count)
+    return values, best.gather(1, at // _WIDTH) * _WIDTH + at % _WIDTH
+
+
+def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """topk of fp32 [L, C] by value, then by place: both are made into one integer."""
+    bits = values.view(torch.int32)
+    in_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    columns = values.shape[-1]
+    keys = (in_order.long() << 32) + torch.arange(columns - 1, -1, -1, device=values.device)
+    at = columns - 1 - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
+    return values.gather(1, at), at
+
+
+def _weights(logits: Tensor, largest: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """exp(logit / temperature) up to a factor: the largest is 1, so that no temperature overflows."""
+    temperatures = _column([spec.temperature for spec in specs], logits).float()
+    return ((logits - largest) / temperatures).exp()
+
+
+def _draws(specs: Sequence[SampleSpec], cumulative: Tensor) -> Tensor:
+    return _column([uniform(spec.seed, spec.position) for spec in specs], cumulative) * cumulative[:, -1:]
+
+
+def _where(cumulative: Tensor, draws: Tensor) -> Tensor:
+    """The column [L, 1] that holds each draw [L, 1]; the last that has any weight for one at the very end."""
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return ids.expand_as(logits).gather(1, torch.minimum(chosen, last))[:, 0]
+    return torch.minimum(torch.searchsorted(cumulative, draws, right=True), last)
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
 class SampledLogprobs:

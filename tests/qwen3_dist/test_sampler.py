@@ -62,14 +62,16 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours() -> None
     assert mixed[1:] == together[::-1][1:]
 
 
-@pytest.mark.parametrize("limits", [{"top_k": 7}, {"top_k": 7, "top_p": 0.6}])
+@pytest.mark.parametrize("limits", [{"top_k": 7}, {"top_k": 7, "top_p": 0.6}, {"top_p": 0.9}, {"top_p": 0.1}])
+@pytest.mark.parametrize("vocab_size", [50, 300, 4096])
 def test_selecting_the_likeliest_draws_what_sorting_all_draws(
-    monkeypatch: pytest.MonkeyPatch, limits: dict[str, object]
+    monkeypatch: pytest.MonkeyPatch, limits: dict[str, object], vocab_size: int
 ) -> None:
-    logits = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).mul(4).round()  # many ties
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, vocab_size, generator=generator).mul(4).round()  # many ties
     specs = [spec(position=i, **limits) for i in range(500)]
     selected = sample(logits, specs)
-    monkeypatch.setattr("qwen3_dist.engine.sampler._MOST_SELECTED", 0)
+    monkeypatch.setattr("qwen3_dist.engine.sampler._MOST_SELECTED", 1)
     assert torch.equal(selected, sample(logits, specs))
 
 
