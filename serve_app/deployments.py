@@ -43,6 +43,7 @@ class EngineReplica:
 
     def __init__(self, config: ServiceConfig) -> None:
         self._engine = AsyncEngine(config.engine)
+        logger.info("the engine is ready on %s", self._engine.backends)
         defaults = read_generation_defaults(self._engine.model_path)
         self._handler = RequestHandler(self._engine, config.served_name, defaults)
 

@@ -1,7 +1,11 @@
-"""Before anything imports Triton: without a GPU its kernels are interpreted."""
+"""What must be so before any test module is imported."""
 
 import os
+import signal
 from pathlib import Path
 
-if not Path("/dev/nvidia0").exists():
+if not Path("/dev/nvidia0").exists():  # Triton's kernels are interpreted without a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell's background job ignores Ctrl-C and so would all it starts, and there are tests of Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -35,6 +35,7 @@ class AsyncEngine:
     def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
         self._engine = Engine(config, show_progress)
         self.config = config
+        self.backends = self._engine.backends
         self.model_path = self._engine.model_path
         self.model_config = self._engine.model_config
         self.tokenizer = self._engine.tokenizer

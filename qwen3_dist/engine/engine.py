@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -45,6 +46,9 @@ class Engine:
         self.chat_template = ChatTemplate.from_directory(path)
         with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(config, progress)
+        self.backends = self._executor.backends
+        if show_progress:
+            print(self.backends, file=sys.stderr)
         try:
             num_blocks = self._executor.num_blocks
             blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)

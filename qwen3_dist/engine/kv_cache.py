@@ -43,12 +43,14 @@ def allocate(
 def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_host: int) -> int:
     """Bytes a rank may give to its cache. Read it when the weights are loaded.
 
-    On a GPU: what is left of `gpu_memory_utilization` of the card, whoever uses the rest. On a CPU: an
-    even part of 30 % of what the host (or its cgroup) has free.
+    On a GPU: what is left of `gpu_memory_utilization` of the card, whoever uses the rest, over the ranks
+    that share it; the last of these to load sees what the others took. On a CPU: an even part of 30 % of
+    what the host (or its cgroup) has free.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return int(free - (1 - gpu_memory_utilization) * total)
+        ranks_on_card = -(-ranks_on_host // torch.cuda.device_count())
+        return int((free - (1 - gpu_memory_utilization) * total) / ranks_on_card)
     return int(_host_free_bytes() * _HOST_SHARE / ranks_on_host)
 
 

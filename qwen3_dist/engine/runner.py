@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.engine import kv_cache
+from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResult
 from qwen3_dist.engine.sampler import SampledLogprobs, sample
@@ -42,6 +43,7 @@ class ModelRunner:
             weight.device,
         )
         self._graphs = self._make_graphs(config, num_blocks, max_num_seqs) if graphs else None
+        self.backends = chosen_backends(model, self._cache[0], graphs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:

@@ -10,7 +10,7 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 class Executor(ABC):
     """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each.
 
-    `device` is "cpu" or "cuda".
+    `device` is "cpu" or "cuda"; `backends` says in a line what runs the steps there.
 
     Steps run in the order they are submitted, and are collected in it. Up to `depth` may be in flight:
     more than one where ranks can run a step while the engine plans the next. Both calls raise
@@ -19,6 +19,7 @@ class Executor(ABC):
 
     num_blocks: int
     device: str
+    backends: str
     depth: int
 
     @abstractmethod

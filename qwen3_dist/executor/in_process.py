@@ -31,7 +31,9 @@ class InProcessExecutor(Executor):
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
         self.num_blocks = count_blocks(config, model, ranks_on_host=1)
         limits = SchedulerLimits.of(config, self.device, self.num_blocks)
-        self._runner: ModelRunner | None = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs)
+        runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs)
+        self._runner: ModelRunner | None = runner
+        self.backends = runner.backends
         self._launched: deque[StepOutput] = deque()
 
     def submit(self, plan: StepPlan) -> None:

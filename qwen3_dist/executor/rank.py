@@ -85,6 +85,8 @@ class Loaded:
 class Ready:
     """The cache is allocated; plans may come."""
 
+    backends: str  # what runs this rank's steps
+
 
 @dataclass(frozen=True)
 class Failed:
@@ -162,7 +164,7 @@ def _run(spec: RankSpec, channel: Channel) -> None:
             return
         limits = SchedulerLimits.of(spec.config, device.type, num_blocks)
         runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs)
-        channel.send(Ready())
+        channel.send(Ready(runner.backends))
         while (plan := channel.receive()) is not None:
             result = runner.run(plan)
             if result is not None:

@@ -126,7 +126,7 @@ class RankGroupExecutor(Executor):
         self.num_blocks = min(loaded.num_blocks for loaded in fitting)
         for channel in self._channels.values():
             channel.send(self.num_blocks)
-        self._await_all(Ready, None)
+        self.backends = self._await_all(Ready, None)[0].backends
 
     def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:
         hellos: list[Hello] = []

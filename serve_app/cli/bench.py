@@ -86,6 +86,7 @@ def _measure(args: argparse.Namespace, config: EngineConfig) -> dict[str, object
     finally:
         engine.shutdown()
     about = {"kind": args.kind, "model": config.model or "bundled", "layout": str(config.layout)}
+    about["backends"] = engine.backends
     asked = {name: getattr(workload, name) for name in ("num_prompts", "input_len", "output_len")}
     dtype = engine.model_config.dtype if config.dtype == "auto" else config.dtype
     return {**about, "dtype": dtype, **asked, "start_s": round(start_s, 2), **figures}

@@ -25,6 +25,7 @@ def test_throughput_runs_all_prompts_at_once() -> None:
     figures = measured("throughput", "--dtype", "float32")
     assert {"hardware", "versions", "peak_memory_mib", "start_s", "prefix_hits"} <= figures.keys()
     assert (figures["kind"], figures["model"], figures["layout"]) == ("throughput", "bundled", "tp=1")
+    assert figures["backends"].startswith(("CPU", "NVIDIA"))
     assert figures["output_tokens_per_s"] * 5 == pytest.approx(figures["total_tokens_per_s"], rel=1e-2)
     for name in ("ttft_ms", "itl_ms"):
         assert 0 < figures[name]["p50"] <= figures[name]["p90"] <= figures[name]["p99"]

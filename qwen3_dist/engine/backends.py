@@ -1,0 +1,29 @@
+"""What a rank was found able to do where it runs, in words."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3_dist.kernels import kernels_for
+from qwen3_dist.layers.batch import LayerCache
+from qwen3_dist.layers.experts import Experts, grouped_mm_works
+from qwen3_dist.layers.gpu_attention import gpu_attention
+from qwen3_dist.model import Qwen3Model
+
+
+def chosen_backends(model: Qwen3Model, cache: LayerCache, graphs: bool) -> str:
+    """The device and the kernels that this rank's steps use, in one line."""
+    weight, config = model.tok_emb.weight, model.config
+    if weight.device.type == "cpu":
+        kernels = "C++ kernels" if kernels_for(weight) else "torch alone (no C++ compiler)"
+        return f"CPU, {torch.get_num_threads()} threads a rank: {kernels}"
+    _, block_size, groups, dim = cache.keys.shape
+    heads = config.n_heads // model.parallel.tp.size
+    attention = gpu_attention(weight.device, weight.dtype, heads, groups, dim, block_size)
+    chosen = [f"attention by {attention.__name__}"]
+    experts = next((module for module in model.modules() if isinstance(module, Experts)), None)
+    if experts is not None:
+        grouped = grouped_mm_works(weight, experts.fc1)
+        chosen.append("experts by grouped_mm" if grouped else "experts one by one")
+    chosen.append(f"CUDA graphs {'on' if graphs else 'off'}")
+    return f"{torch.cuda.get_device_name(weight.device)}: {', '.join(chosen)}"
