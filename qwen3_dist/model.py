@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.kernels import kernels_for
 from qwen3_dist.layers.attention import GroupedQueryAttention, make_norm
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.experts import Experts
@@ -52,6 +53,17 @@ class Qwen3Model(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Linear | Experts | VocabParallelHead) and not name.endswith(".gate"):
                 module.quantize()
+
+    def pack(self) -> None:
+        """Lays all products' weights out as this machine's kernels read them, one after the other."""
+        if kernels_for(self.tok_emb.weight) is None:
+            return
+        tied = self.out_head.weight is self.tok_emb.weight
+        for module in self.modules():
+            if isinstance(module, Linear | Experts | VocabParallelHead):
+                module.pack()
+        if tied:
+            self.tok_emb.weight = self.out_head.weight
 
 
 class TransformerBlock(nn.Module):

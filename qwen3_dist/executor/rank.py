@@ -118,6 +118,7 @@ def load_shard(
     model = load_model(path, model_config, parallel, dtype, device, progress, random)
     if config.quantize == "int8":
         model.quantize()
+    model.pack()
     return model
 
 

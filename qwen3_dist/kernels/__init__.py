@@ -1,5 +1,13 @@
 """Kernels for CPU ranks, in C++ that is compiled on the machine; without it torch does the same, slower."""
 
-from qwen3_dist.kernels.native import Kernels, Weights, feed_forward, kernels_for, linears
+from qwen3_dist.kernels.native import (
+    Kernels,
+    Weights,
+    feed_forward,
+    kernels_for,
+    linears,
+    pack,
+    rows_of_packed,
+)
 
-__all__ = ["Kernels", "Weights", "feed_forward", "kernels_for", "linears"]
+__all__ = ["Kernels", "Weights", "feed_forward", "kernels_for", "linears", "pack", "rows_of_packed"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from qwen3_dist.kernels.build import library
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
 _SIGNATURES = {
+    "pack": "ppiii",
     "linear": "pppppppppppiiiiii",
     "feed_forward": "ppppppppiiii",
     "experts": "ppppppppppiiiiii",
@@ -26,15 +28,25 @@ _SIGNATURES = {
     "rotate": "ppppppppppiiiifi",
     "silu_product": "pppii",
 }
-_PRODUCTS = ("linear", "feed_forward", "experts")  # which take int8 weights too
+_PRODUCTS = ("pack", "linear", "feed_forward", "experts")  # which take int8 weights too
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
 
 
-Weights = tuple[Tensor, Tensor | None, Tensor | None]  # weight, scale of int8, bias
+class Weights(NamedTuple):
+    """What a product takes. The weight is [outputs, D], or what `pack` made of it."""
+
+    weight: Tensor
+    outputs: int
+    scale: Tensor | None = None  # fp32 [outputs] of an int8 weight
+    bias: Tensor | None = None  # [outputs]
+
+    @property
+    def is_packed(self) -> bool:
+        return self.weight.dim() == 3
 
 
 class Kernels:
-    """The compiled functions for one dtype; they run on as many threads as torch does."""
+    """The compiled functions for one dtype; they run on as many threads as torch does. Weights are packed."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         loaded = ctypes.CDLL(str(path))
@@ -45,45 +57,58 @@ class Kernels:
                 function.argtypes = [_KINDS[kind] for kind in kinds]
                 function.restype = None
                 self._functions[name + ending] = function
+        self.panel: int = loaded.panel_outputs()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """[N, D] -> [N / panel, D / pair, panel * pair], filled up with zeros: see `cpu/linear.h`."""
+        pair = 2 if weight.dtype == torch.bfloat16 else 1
+        outputs, inner = weight.shape
+        out = weight.new_empty(-(-outputs // self.panel), -(-inner // pair), self.panel * pair)
+        self._run(
+            "pack" if weight.dtype != torch.int8 else "pack_int8", weight.contiguous(), out, outputs, inner
+        )
+        return out
 
     def linear(self, x: Tensor, *parts: Weights) -> list[Tensor]:
         """x [T, D] @ weight [N, D]^T * scale [N] + bias [N] -> [T, N] for each of at most three parts.
 
-        The fp32 scale is that of int8 weights, which all parts must have or none.
+        Either all parts have int8 weights with scales or none.
         """
         rows, inner = x.shape
-        sizes = [weight.shape[0] for weight, _, _ in parts]
+        sizes = [part.outputs for part in parts]
         out = x.new_empty(rows * sum(sizes))
-        name = "linear" if parts[0][1] is None else "linear_int8"
-        none = 3 - len(parts)
-        tensors = [
-            tensor for of_each in zip(*parts, *((None,) * 3,) * none, strict=True) for tensor in of_each
-        ]
-        self._run(name, x, *tensors, out, rows, inner, *sizes, *(0,) * none)
+        name = "linear" if parts[0].scale is None else "linear_int8"
+        none = (None,) * (3 - len(parts))
+        tensors: list[Tensor | None] = []
+        for of_each in ("weight", "scale", "bias"):
+            tensors += [*(getattr(part, of_each) for part in parts), *none]
+        self._run(name, x, *tensors, out, rows, inner, *sizes, *(0 for _ in none))
         outs = out.split([rows * size for size in sizes])
         return [each.view(rows, size) for each, size in zip(outs, sizes, strict=True)]
 
     def feed_forward(self, x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
         """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], without biases -> [T, D]."""
         out = torch.empty_like(x)
-        weights, scales, _ = zip(fc1, fc2, fc3, strict=True)
-        name = "feed_forward" if fc1[1] is None else "feed_forward_int8"
-        self._run(name, x, *weights, *scales, out, *x.shape, fc1[0].shape[0])
+        parts = (fc1, fc2, fc3)
+        name = "feed_forward" if fc1.scale is None else "feed_forward_int8"
+        scales = [part.scale for part in parts]
+        self._run(name, x, *(part.weight for part in parts), *scales, out, *x.shape, fc1.outputs)
         return out
 
     def experts(
         self,
         x: Tensor,
         stacks: tuple[Tensor, Tensor, Tensor],
+        columns: int,
         scales: tuple[Tensor, Tensor, Tensor] | None,
         ids: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """Sum over a row's choices of weight * expert(x): x [T, D], stacks fc1 and fc2 [E, I, D], fc3 [E, D, I],
-        ids int64 and weights fp32 [T, K] -> [T, D]. An id of -1 is no choice. The scales, if the stacks are
-        int8, are fp32 [E, I], the same, [E, D]."""
+        """Sum over a row's choices of weight * expert(x): x [T, D], stacks of E packed matrices, fc1 and fc2
+        [columns, D], fc3 [D, columns], ids int64 and weights fp32 [T, K] -> [T, D]. An id of -1 is no choice.
+        The scales, if the stacks are int8, are fp32 [E, columns], the same, [E, D]."""
         out = torch.empty_like(x)
-        sizes = (*ids.shape, *stacks[2].shape)
+        sizes = (*ids.shape, stacks[0].shape[0], x.shape[1], columns)
         name = "experts" if scales is None else "experts_int8"
         self._run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, *sizes)
         return out
@@ -156,6 +181,7 @@ class Kernels:
 
 @functools.cache
 def _kernels(dtype: torch.dtype) -> Kernels | None:
+    dtype = torch.float32 if dtype == torch.int8 else dtype  # whose kernels take int8 weights as all do
     path = library() if dtype in _DTYPES else None
     return Kernels(path, dtype) if path is not None else None
 
@@ -165,41 +191,50 @@ def kernels_for(x: Tensor) -> Kernels | None:
     return _kernels(x.dtype) if x.device.type == "cpu" else None
 
 
-@functools.cache
-def _torch_is_fast(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies `dtype` in hardware, so that oneDNN beats our kernel for many rows."""
-    return dtype == torch.float32 or torch.cpu._is_avx512_bf16_supported()
+def pack(weight: Tensor) -> Tensor:
+    """[..., N, D] as the kernels that will work on it read it; as it is where there are none.
+
+    A stack keeps its leading dimension before those of the packed matrices.
+    """
+    kernels = kernels_for(weight)
+    if kernels is None:
+        return weight
+    if weight.dim() == 2:
+        return kernels.pack(weight)
+    first = kernels.pack(weight[0])
+    out = first.new_empty(len(weight), *first.shape)
+    for place, matrix in zip(out, weight, strict=True):
+        place.copy_(kernels.pack(matrix))
+    return out
 
 
-def _kernels_for_product(x: Tensor, is_int8: bool) -> Kernels | None:
-    """The kernels if they multiply x [T, D] faster than torch does."""
-    few = x.shape[0] <= (16 if x.dtype == torch.bfloat16 else 0)
-    return kernels_for(x) if few or is_int8 or not _torch_is_fast(x.dtype) else None
+def rows_of_packed(packed: Tensor, ids: Tensor, inner: int) -> Tensor:
+    """Rows `ids` [T] of the matrix [N, inner] that was packed -> [T, inner]."""
+    pair = 2 if packed.dtype == torch.bfloat16 else 1
+    panels = packed.unflatten(2, (-1, pair))
+    width = panels.shape[2]
+    return panels[ids // width, :, ids % width].flatten(1)[:, :inner].contiguous()
 
 
 def linears(x: Tensor, *parts: Weights) -> list[Tensor]:
-    """`torch.nn.functional.linear` of x [T, D] with each of at most three parts, by whichever is faster.
-
-    An int8 weight has a fp32 scale for each output.
-    """
-    kernels = _kernels_for_product(x, parts[0][1] is not None)
+    """`torch.nn.functional.linear` of x [T, D] with each of at most three parts."""
+    kernels = kernels_for(x) if parts[0].is_packed else None
     if kernels is not None:
         return kernels.linear(x.contiguous(), *parts)
-    return [_torch_linear(x, *part) for part in parts]
+    return [_torch_linear(x, part) for part in parts]
 
 
 def feed_forward(x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
-    """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], by whichever is faster."""
-    kernels = _kernels_for_product(x, fc1[1] is not None)
-    if kernels is not None:
-        return kernels.feed_forward(x.contiguous(), fc1, fc2, fc3)
-    gate, up = _torch_linear(x, *fc1), _torch_linear(x, *fc2)
+    """fc3(silu(fc1(x)) * fc2(x)) for x [T, D]."""
     kernels = kernels_for(x)
-    return _torch_linear(kernels.silu_product(gate, up) if kernels else F.silu(gate) * up, *fc3)
+    if kernels is not None and fc1.is_packed:
+        return kernels.feed_forward(x.contiguous(), fc1, fc2, fc3)
+    gate, up = _torch_linear(x, fc1), _torch_linear(x, fc2)
+    return _torch_linear(kernels.silu_product(gate, up) if kernels else F.silu(gate) * up, fc3)
 
 
-def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    if scale is None:
-        return F.linear(x, weight, bias)
-    product = F.linear(x, weight.to(x.dtype)) * scale
-    return (product if bias is None else product + bias).to(x.dtype)
+def _torch_linear(x: Tensor, part: Weights) -> Tensor:
+    if part.scale is None:
+        return F.linear(x, part.weight, part.bias)
+    product = F.linear(x, part.weight.to(x.dtype)) * part.scale
+    return (product if part.bias is None else product + part.bias).to(x.dtype)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import feed_forward, kernels_for
-from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.kernels import Weights, feed_forward, kernels_for, pack
+from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 
 _Three = tuple[Tensor, Tensor, Tensor]
@@ -24,6 +24,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, emb_dim: int, hidden_dim: int) -> None:
         super().__init__()
+        self.columns = hidden_dim
         self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
         self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
         self.fc3 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim))
@@ -33,8 +34,8 @@ class Experts(nn.Module):
         x, ids, weights = received.tokens, received.expert_ids, received.weights
         stacks = (self.fc1, self.fc2, self.fc3)
         kernels = kernels_for(x)
-        if kernels is not None:
-            return kernels.experts(x, stacks, self.scales, ids, weights)
+        if kernels is not None and self.fc1.dim() == 4:
+            return kernels.experts(x, stacks, self.columns, self.scales, ids, weights)
         if self.scales is None and grouped_mm_works(x, self.fc1):
             return grouped_experts(x, stacks, ids, weights)
         return looped_experts(x, stacks, self.scales, ids, weights)
@@ -43,6 +44,11 @@ class Experts(nn.Module):
         """Keeps the weights as int8 from now on."""
         (self.fc1, one), (self.fc2, two), (self.fc3, three) = map(as_int8, (self.fc1, self.fc2, self.fc3))
         self.scales = (one, two, three)
+
+    def pack(self) -> None:
+        """Keeps the weights as the kernels read them from now on, each matrix [e, panels, inputs, outputs]."""
+        for name in ("fc1", "fc2", "fc3"):
+            setattr(self, name, frozen(pack(getattr(self, name))))
 
 
 def grouped_mm_works(x: Tensor, fc1: Tensor) -> bool:
@@ -90,7 +96,8 @@ def looped_experts(x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor
             one, two, three = (stack[expert] for stack in stacks)
             by_one, by_two, by_three = (scale[expert] for scale in scales) if scales else (None,) * 3
             given = x[rows[pairs]]
-            answers = feed_forward(given, (one, by_one, None), (two, by_two, None), (three, by_three, None))
+            parts = ((one, by_one), (two, by_two), (three, by_three))
+            answers = feed_forward(given, *(Weights(matrix, len(matrix), by) for matrix, by in parts))
             out.index_add_(0, rows[pairs], answers.float() * weights[rows[pairs], choice[pairs], None])
             start += count
     return out.to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Weights, linears
+from qwen3_dist.kernels import Weights, linears, pack
 
 
 class Linear(nn.Linear):
@@ -19,11 +19,19 @@ class Linear(nn.Linear):
     @property
     def parts(self) -> Weights:
         """What the kernels take."""
-        return self.weight, self.scale, self.bias
+        return Weights(self.weight, self.out_features, self.scale, self.bias)
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on."""
         self.weight, self.scale = as_int8(self.weight)
+
+    def pack(self) -> None:
+        """Keeps the weights as the kernels read them from now on."""
+        self.weight = frozen(pack(self.weight))
+
+
+def frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def as_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
@@ -39,4 +47,4 @@ def as_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
         rows, scale.flatten().split(4096), strict=True
     ):  # few fp32 copies at a time
         narrow.copy_((wide.float() / by[:, None]).round_())
-    return nn.Parameter(quantized, requires_grad=False), scale
+    return frozen(quantized), scale

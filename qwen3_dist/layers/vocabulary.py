@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import linears
-from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.kernels import Weights, linears, pack, rows_of_packed
+from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.communicator import Communicator
 
@@ -26,10 +26,15 @@ class VocabParallelEmbedding(nn.Embedding):
     def forward(self, token_ids: Tensor) -> Tensor:
         """[T] int64 -> [T, D]."""
         if self._tp.size == 1:
-            return super().forward(token_ids)
+            return self._look_up(token_ids)
         elsewhere = (token_ids < self._rows.start) | (token_ids >= self._rows.stop)
         local = (token_ids - self._rows.start).masked_fill(elsewhere, 0)
-        return self._tp.all_reduce(super().forward(local).masked_fill(elsewhere[:, None], 0))
+        return self._tp.all_reduce(self._look_up(local).masked_fill(elsewhere[:, None], 0))
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        if self.weight.dim() == 3:  # it is that of a head tied to it, which was packed
+            return rows_of_packed(self.weight, rows, self.embedding_dim)
+        return super().forward(rows)
 
 
 class VocabParallelHead(nn.Module):
@@ -43,14 +48,19 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(per_rank, emb_dim))
         self._tp = tp
         self._vocab_size = vocab_size
+        self._rows = per_rank
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on; those of an embedding tied to it stay as they are."""
         self.weight, self.scale = as_int8(self.weight)
 
+    def pack(self) -> None:
+        """Keeps the weights as the kernels read them from now on."""
+        self.weight = frozen(pack(self.weight))
+
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""
-        parts = self._tp.gather(linears(x, (self.weight, self.scale, None))[0])
+        parts = self._tp.gather(linears(x, Weights(self.weight, self._rows, self.scale))[0])
         if parts is None:
             return None
         return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]

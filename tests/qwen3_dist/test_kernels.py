@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.kernels import Kernels, build, kernels_for
+from qwen3_dist.kernels import Kernels, Weights, build, kernels_for, pack, rows_of_packed
 from qwen3_dist.layers.batch import LayerCache
 from qwen3_dist.layers.experts import looped_experts
 from qwen3_dist.layers.gathered_attention import gathered_attention
@@ -45,14 +45,28 @@ def close(got: Tensor, expected: Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 97, 200])
+def packed(weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None) -> Weights:
+    return Weights(pack(weight), len(weight), scale, bias)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33), (9, 130)])
+def test_rows_of_a_packed_matrix_are_its_own(
+    dtype: torch.dtype, kind: torch.dtype, inner: int, outputs: int
+) -> None:
+    weight = (torch.randn(outputs, inner) * 50).to(kind)
+    ids = torch.randint(0, outputs, (20,))
+    assert torch.equal(rows_of_packed(pack(weight), ids, inner), weight[ids])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 12, 97, 200])
 @pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33), (1024, 7), (9, 130)])
 def test_linear(dtype: torch.dtype, rows: int, inner: int, outputs: int) -> None:
     x, weight, bias = torch.randn(rows, inner), torch.randn(outputs, inner) / inner**0.5, torch.randn(outputs)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     for added in (None, bias):
         expected = F.linear(x.float(), weight.float(), None if added is None else added.float())
-        assert close(kernels(dtype).linear(x, (weight, None, added))[0], expected)
+        assert close(kernels(dtype).linear(x, packed(weight, bias=added))[0], expected)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 200])
@@ -61,7 +75,7 @@ def test_several_products_of_the_same_rows(dtype: torch.dtype, rows: int, biased
     x = torch.randn(rows, 50).to(dtype)
     weights = [(torch.randn(n, 50) / 7).to(dtype) for n in (33, 1, 96)]
     biases = [torch.randn(len(w)).to(dtype) if biased else None for w in weights]
-    got = kernels(dtype).linear(x, *((w, None, b) for w, b in zip(weights, biases, strict=True)))
+    got = kernels(dtype).linear(x, *(packed(w, bias=b) for w, b in zip(weights, biases, strict=True)))
     for out, weight, bias in zip(got, weights, biases, strict=True):
         assert close(out, F.linear(x.float(), weight.float(), None if bias is None else bias.float()))
 
@@ -72,7 +86,7 @@ def test_feed_forward(dtype: torch.dtype, rows: int) -> None:
     fc1, fc2 = (torch.randn(2, 37, 48) / 7).to(dtype)
     fc3 = (torch.randn(48, 37) / 6).to(dtype)
     hidden = F.silu(x.float() @ fc1.float().T) * (x.float() @ fc2.float().T)
-    got = kernels(dtype).feed_forward(x, (fc1, None, None), (fc2, None, None), (fc3, None, None))
+    got = kernels(dtype).feed_forward(x, packed(fc1), packed(fc2), packed(fc3))
     assert close(got, hidden @ fc3.float().T)
 
 
@@ -82,7 +96,7 @@ def test_linear_with_int8_weights(dtype: torch.dtype, rows: int, inner: int, out
     x, bias = torch.randn(rows, inner).to(dtype), torch.randn(outputs).to(dtype)
     weight, scale = as_int8(torch.randn(outputs, inner))
     expected = x.float() @ (weight * scale[:, None]).T + bias.float()
-    assert close(kernels(dtype).linear(x, (weight, scale, bias))[0], expected)
+    assert close(kernels(dtype).linear(x, packed(weight, scale, bias))[0], expected)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -93,7 +107,7 @@ def test_experts_with_int8_weights(dtype: torch.dtype, rows: int) -> None:
     stacks, scales = zip(*(as_int8(torch.randn(shape) / 7) for shape in shapes), strict=True)
     wide = tuple((stack * scale[..., None]) for stack, scale in zip(stacks, scales, strict=True))
     expected = looped_experts(x.float(), wide, None, ids, weights)
-    assert close(kernels(dtype).experts(x, stacks, scales, ids, weights), expected)
+    assert close(kernels(dtype).experts(x, tuple(map(pack, stacks)), 37, scales, ids, weights), expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])
@@ -110,7 +124,7 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
                 wide = x[row].float()
                 hidden = F.silu(fc1[expert].float() @ wide) * (fc2[expert].float() @ wide)
                 expected[row] += weights[row, choice] * (fc3[expert].float() @ hidden)
-    got = kernels(dtype).experts(x, (fc1, fc2, fc3), None, ids, weights)
+    got = kernels(dtype).experts(x, (pack(fc1), pack(fc2), pack(fc3)), columns, None, ids, weights)
     assert close(got, expected)
 
 

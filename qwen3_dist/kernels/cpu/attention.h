@@ -9,7 +9,7 @@ struct AttentionShape {
     float scale;
 };
 
-constexpr long TILE_ROWS = 16;  // query rows (tokens times heads of a group) in a task
+constexpr long TASK_ROWS = 16;  // query rows (tokens times heads of a group) in a task
 
 template <class T>
 struct Attention {
@@ -83,7 +83,7 @@ struct Attention {
             long s, g, first, count;
         };
         std::vector<Task> tasks;
-        long step = std::max(1L, TILE_ROWS / (shape.heads / shape.groups));
+        long step = std::max(1L, TASK_ROWS / (shape.heads / shape.groups));
         for (long s = 0; s < shape.sequences; s++)
             for (long first = 0; first < starts[s + 1] - starts[s]; first += step)
                 for (long g = 0; g < shape.groups; g++)

@@ -4,6 +4,11 @@
 #include "rows.h"
 
 // clang-format off
+#define PACKING(W, NAME) \
+extern "C" void pack_##NAME(const W* w, W* out, long outputs, long inner, long threads) { \
+    pack<W>(w, out, outputs, inner, int(threads)); \
+}
+
 #define PRODUCTS(T, W, NAME) \
 extern "C" { \
 void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const float* scales1, const float* scales2, \
@@ -50,6 +55,11 @@ void silu_product_##NAME(const T* gate, const T* up, T* out, long count, long th
 } \
 }
 
+extern "C" long panel_outputs() { return PANEL; }
+PACKING(bf16, bf16)
+PACKING(float, fp32)
+PACKING(int8_t, bf16_int8)
+PACKING(int8_t, fp32_int8)
 PRODUCTS(bf16, bf16, bf16)
 PRODUCTS(float, float, fp32)
 PRODUCTS(bf16, int8_t, bf16_int8)

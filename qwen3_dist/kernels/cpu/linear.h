@@ -1,21 +1,42 @@
-// Products with weights as the checkpoint stores them, [out, in], a block of outputs at a time: for few rows
-// by dot products with the weights where they lie, for many with the block widened and turned in cache.
+// Products with packed weights: panels of PANEL outputs, each with its inputs one after the other, so that a
+// product reads its weights in the order in which they lie.
+//
+//   fp32, int8  [outputs / PANEL][inputs][PANEL]
+//   bf16        [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output side by side in a word
+//
+// What is missing to whole panels and pairs is zeros.
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
 
-constexpr long PANEL = 2 * LANES;      // outputs that a register tile holds
-constexpr long BLOCK_COLS = 3 * PANEL; // outputs in a block
-constexpr long BLOCK_ROWS = 192;       // rows that share a turned block
-constexpr long DEPTH = 256;            // inputs of a panel, which stays in a core's first-level cache
-constexpr long WIDEN_FROM = 4;         // rows from which on widening first is faster
-constexpr long TURN_FROM = 12;         // rows from which on turning is
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+constexpr bool MULTIPLIES_BF16 = true;
+#else
+constexpr bool MULTIPLIES_BF16 = false;
+#endif
 
-// Outputs in a block: for few rows small ones, so that every thread has some.
-inline long block_cols(long rows) { return rows >= TURN_FROM ? BLOCK_COLS : 4 * COLS; }
+constexpr long PANEL = 2 * LANES;                    // outputs that a register tile holds
+constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;      // rows that it holds
+constexpr long BLOCK_PANELS = 4;                     // panels of a task
+constexpr long BLOCK_COLS = BLOCK_PANELS * PANEL;
+constexpr long BLOCK_ROWS = 96;                      // rows of a task
+
+// How products with weights W take their inputs.
+template <class W>
+using Input = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<W, bf16>, bf16, float>;
+
+template <class W>
+constexpr long PAIR = std::is_same_v<W, bf16> ? 2 : 1;  // inputs side by side
+
+inline long pairs(long inner, long pair) { return (inner + pair - 1) / pair * pair; }
+template <class W>
+inline long padded(long inner) { return pairs(inner, PAIR<W>); }
+inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 inline float* scratch(int which, size_t count) {
     thread_local std::vector<float> buffers[4];
@@ -23,71 +44,103 @@ inline float* scratch(int which, size_t count) {
     return buffers[which].data();
 }
 
-// panel[k][n] = w[n][k] for up to PANEL rows of w; the rest are zeros.
 template <class W>
-inline void turn(const W* w, long ldw, long cols, long depth, float* panel) {
-    float wide[PANEL][LANES];
-    for (long k = 0; k < depth; k += LANES) {
-        long count = std::min(long(LANES), depth - k);
-        for (long n = 0; n < PANEL; n++)
-            if (n < cols)
-                widen_row(w + n * ldw + k, wide[n], count);
-            else
-                std::fill(wide[n], wide[n] + LANES, 0.0f);
-        for (long i = 0; i < count; i++)
-            for (long n = 0; n < PANEL; n++) panel[(k + i) * PANEL + n] = wide[n][i];
+void pack(const W* w, W* out, long outputs, long inner, int threads) {
+    long depth = padded<W>(inner);
+#pragma omp parallel for num_threads(threads)
+    for (long p = 0; p < panels(outputs); p++)
+        for (long k = 0; k < depth; k++)
+            for (long c = 0; c < PANEL; c++) {
+                long n = p * PANEL + c;
+                out[p * PANEL * depth + k / PAIR<W> * PAIR<W> * PANEL + c * PAIR<W> + k % PAIR<W>] =
+                    n < outputs && k < inner ? w[n * inner + k] : W{};
+            }
+}
+
+// acc[m][h] += the products of PAIR inputs x[m] with half a panel of weights each.
+template <int M, int H>
+inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const float* w[H], long k) {
+    Vec right[H];
+    for (int h = 0; h < H; h++) right[h] = load(w[h] + k * PANEL);
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
+}
+
+template <int M, int H>
+inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const int8_t* w[H], long k) {
+    Vec right[H];
+    for (int h = 0; h < H; h++) right[h] = load(w[h] + k * PANEL);
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
+}
+
+template <int M, int H>
+inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const bf16* w[H], long k) {
+    Vec right[H];
+    for (int h = 0; h < H; h++) right[h] = (Vec)(*(const Words*)(w[h] + k * PANEL) << 16);
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
+    for (int h = 0; h < H; h++) right[h] = (Vec)(*(const Words*)(w[h] + k * PANEL) & 0xffff0000u);
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k + 1];
+}
+
+#ifdef __AVX512BF16__
+template <int M, int H>
+inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const bf16* w[H], long k) {
+    __m512bh right[H];
+    for (int h = 0; h < H; h++) right[h] = (__m512bh)_mm512_loadu_si512(w[h] + k * PANEL);
+    for (int m = 0; m < M; m++) {
+        int pair;
+        memcpy(&pair, x + m * ldx + k, 4);
+        for (int h = 0; h < H; h++)
+            acc[m][h] = (Vec)_mm512_dpbf16_ps((__m512)acc[m][h], (__m512bh)_mm512_set1_epi32(pair), right[h]);
     }
 }
+#endif
 
-// out[m][n] += sum over k of x[m][k] * panel[k][n] for M rows.
-template <int M>
-inline void add_tile(const float* x, long ldx, const float* panel, long depth, float* out) {
-    Vec low[M], high[M];
-    for (int m = 0; m < M; m++) low[m] = load(out + m * BLOCK_COLS), high[m] = load(out + m * BLOCK_COLS + LANES);
-    for (long k = 0; k < depth; k++) {
-        Vec left = load(panel + k * PANEL), right = load(panel + k * PANEL + LANES);
-        for (int m = 0; m < M; m++) {
-            float by = x[m * ldx + k];
-            low[m] += left * by, high[m] += right * by;
-        }
-    }
-    for (int m = 0; m < M; m++) store(out + m * BLOCK_COLS, low[m]), store(out + m * BLOCK_COLS + LANES, high[m]);
+// out[m][n] = x[m] . w[n] for M rows and C panels.
+template <int M, int C, class W>
+inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out) {
+    Vec acc[M][2 * C] = {};
+    const W* halves[2 * C];
+    for (int h = 0; h < 2 * C; h++) halves[h] = w + h / 2 * PANEL * depth + h % 2 * LANES * PAIR<W>;
+    for (long k = 0; k < depth; k += PAIR<W>) multiply<M, 2 * C>(acc, x, ldx, halves, k);
+    for (int m = 0; m < M; m++)
+        for (int h = 0; h < 2 * C; h++) store(out + m * BLOCK_COLS + h * LANES, acc[m][h]);
 }
 
-inline void add_rows(const float* x, long ldx, long rows, const float* panel, long depth, float* out) {
-    constexpr int M = LANES == 16 ? 12 : 6;
-    long m = 0;
-    for (; m + M <= rows; m += M) add_tile<M>(x + m * ldx, ldx, panel, depth, out + m * BLOCK_COLS);
-    for (; m + 3 <= rows; m += 3) add_tile<3>(x + m * ldx, ldx, panel, depth, out + m * BLOCK_COLS);
-    for (; m < rows; m++) add_tile<1>(x + m * ldx, ldx, panel, depth, out + m * BLOCK_COLS);
+// As many panels side by side as leave registers for so few rows.
+template <class W, int M = TILE_ROWS>
+inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out) {
+    if constexpr (M > 1)
+        if (rows < M) return tile_of<W, M - 1>(rows, x, ldx, w, count, depth, out);
+    constexpr int C = M == 1 ? 4 : M <= TILE_ROWS / 2 ? 2 : 1;
+    long p = 0;
+    for (; p + C <= count; p += C) tile<M, C>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL);
+    for (; p < count; p++) tile<M, 1>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL);
 }
 
-// out[m][n] = x[m] . w[n] for one block of at most BLOCK_COLS rows of w.
+// out[m][n] = x[m] . w[n] for at most BLOCK_ROWS rows and BLOCK_PANELS panels, in tiles of about the same size:
+// a last one of a few rows would cost almost as much as a whole one.
 template <class W>
-inline void block_product(const float* x, long ldx, long rows, const W* w, long cols, long inner, float* out) {
-    if (rows >= TURN_FROM) {
-        float* panels = scratch(0, DEPTH * BLOCK_COLS);
-        std::fill(out, out + rows * BLOCK_COLS, 0.0f);
-        for (long k = 0; k < inner; k += DEPTH) {
-            long depth = std::min(DEPTH, inner - k);
-            for (long n = 0; n < cols; n += PANEL)
-                turn(w + n * inner + k, inner, std::min(PANEL, cols - n), depth, panels + n * DEPTH);
-            for (long n = 0; n < cols; n += PANEL) add_rows(x + k, ldx, rows, panels + n * DEPTH, depth, out + n);
-        }
-    } else if (sizeof(W) == 4 || rows < WIDEN_FROM) {
-        dots_all(x, ldx, rows, w, inner, cols, inner, out, BLOCK_COLS);
-    } else {
-        float* wide = scratch(0, BLOCK_COLS * inner);
-        for (long n = 0; n < cols; n++) widen_row(w + n * inner, wide + n * inner, inner);
-        dots_all(x, ldx, rows, wide, inner, cols, inner, out, BLOCK_COLS);
+inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out) {
+    long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    for (long t = 0, m = 0; t < tiles; t++) {
+        long some = (rows - m) / (tiles - t);
+        tile_of<W>(some, x + m * ldx, ldx, w, count, depth, out + m * BLOCK_COLS);
+        m += some;
     }
 }
 
-template <class T>
-inline void widen_rows(const T* x, float* out, long count, int threads) {
-    constexpr long PIECE = 4096;
-#pragma omp parallel for num_threads(threads) if (count > 4 * PIECE)
-    for (long at = 0; at < count; at += PIECE) widen_row(x + at, out + at, std::min(PIECE, count - at));
+// One row of inputs as products take it, filled up with zeros.
+template <class T, class I>
+inline void put_row(const T* x, I* out, long inner, long depth) {
+    if constexpr (std::is_same_v<T, I>)
+        std::copy(x, x + inner, out);
+    else
+        widen_row(x, out, inner);
+    std::fill(out + inner, out + depth, I{});
 }
 
 // y [M, n] = x [M, K] @ w [n, K]^T * scales [n] + bias [n]; scales and bias may be null.
@@ -99,10 +152,11 @@ struct Product {
     long n;
     T* y;
 
-    // Outputs [at, at + cols) for rows [m, m + rows) of x.
-    void block(const float* x, long m, long rows, long inner, long at, long cols) const {
+    // The outputs of `count` panels from panel p on for rows [m, m + rows) of x.
+    void block(const Input<W>* x, long m, long rows, long depth, long p, long count) const {
         float out[BLOCK_ROWS * BLOCK_COLS];
-        block_product(x + m * inner, inner, rows, w + at * inner, cols, inner, out);
+        block_product<W>(x + m * depth, depth, rows, w + p * PANEL * depth, count, depth, out);
+        long at = p * PANEL, cols = std::min(count * PANEL, n - at);
         for (long i = 0; i < rows; i++)
             for (long j = 0; j < cols; j++) {
                 float product = rounded<T>(out[i * BLOCK_COLS + j] * (scales ? scales[at + j] : 1));
@@ -114,21 +168,26 @@ struct Product {
 // Up to three products of the same x in one go.
 template <class T, class W>
 void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
-    std::vector<float> wide(m_end * inner);
-    widen_rows(x, wide.data(), m_end * inner, threads);
+    long depth = padded<W>(inner);
+    std::vector<Input<W>> input(m_end * depth);
     struct Task {
         const Product<T, W>* product;
-        long m, rows, at, cols;
+        long m, rows, panel, count;
     };
     std::vector<Task> tasks;
-    long width = block_cols(m_end);
     for (long m = 0; m < m_end; m += BLOCK_ROWS)
         for (const auto& product : products)
-            for (long at = 0; at < product.n; at += width)
-                tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), at, std::min(width, product.n - at)});
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 2)
-    for (size_t t = 0; t < tasks.size(); t++) {
-        auto [product, m, rows, at, cols] = tasks[t];
-        product->block(wide.data(), m, rows, inner, at, cols);
+            for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
+                tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), p,
+                                 std::min(BLOCK_PANELS, panels(product.n) - p)});
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long m = 0; m < m_end; m++) put_row(x + m * inner, input.data() + m * depth, inner, depth);
+#pragma omp for schedule(dynamic)
+        for (size_t t = 0; t < tasks.size(); t++) {
+            auto [product, m, rows, panel, count] = tasks[t];
+            product->block(input.data(), m, rows, depth, panel, count);
+        }
     }
 }
