@@ -131,9 +131,9 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 1, 128), (3, 1, 20)])
 def test_attention(dtype: torch.dtype, heads: int, groups: int, dim: int, window: int | None) -> None:
-    batch = random_batch((1, 30, 17, 9, 50), (1, 1, 1, 9, 23), block_size=4)
+    batch = random_batch((1, 150, 17, 9, 50, 200), (1, 1, 1, 9, 23, 70), block_size=4)
     cache = LayerCache(*torch.randn(2, 128, 4, groups, dim).to(dtype))
-    q = torch.randn(35, heads, dim).to(dtype)
+    q = torch.randn(105, heads, dim).to(dtype)
     where = (batch.block_tables, batch.context_lens, batch.query_starts)
     wide = LayerCache(cache.keys.float(), cache.values.float())
     got = kernels(dtype).attention(q, cache.keys, cache.values, *where, window)

@@ -1,5 +1,5 @@
 // Attention over KV blocks where they lie, with a running softmax (arXiv 2205.14135): a task is the
-// queries of one KV group for a few tokens of one sequence.
+// queries of one KV group for some tokens of one sequence, and takes its keys a chunk at a time.
 #pragma once
 
 #include "linear.h"
@@ -9,7 +9,30 @@ struct AttentionShape {
     float scale;
 };
 
-constexpr long TASK_ROWS = 16;  // query rows (tokens times heads of a group) in a task
+constexpr long CHUNK = BLOCK_COLS;  // keys
+constexpr long FEW_ROWS = 8;        // up to so many rows, keys and values are used where they lie
+
+// sum[m] = sum[m] * shrink[m] + sum over j < n of by[m][j] * rows[j], for M rows of `sum`.
+template <int M, class T>
+inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, const float* shrink, float* sum) {
+    long i = 0;
+    for (; i + 2 * LANES <= dim; i += 2 * LANES) {
+        Vec low[M], high[M];
+        for (int m = 0; m < M; m++) {
+            low[m] = load(sum + m * dim + i) * shrink[m], high[m] = load(sum + m * dim + i + LANES) * shrink[m];
+        }
+        for (long j = 0; j < n; j++) {
+            Vec left = load(rows + j * ld + i), right = load(rows + j * ld + i + LANES);
+            for (int m = 0; m < M; m++) low[m] += left * by[m * CHUNK + j], high[m] += right * by[m * CHUNK + j];
+        }
+        for (int m = 0; m < M; m++) store(sum + m * dim + i, low[m]), store(sum + m * dim + i + LANES, high[m]);
+    }
+    for (; i < dim; i++)
+        for (int m = 0; m < M; m++) {
+            sum[m * dim + i] *= shrink[m];
+            for (long j = 0; j < n; j++) sum[m * dim + i] += widen(rows[j * ld + i]) * by[m * CHUNK + j];
+        }
+}
 
 template <class T>
 struct Attention {
@@ -18,77 +41,142 @@ struct Attention {
     const long *tables, *context_lens, *starts;  // [S, table_width], [S], [S + 1] first row of each sequence
     AttentionShape shape;
 
-    // Tokens [first, first + count) of sequence s, for the heads of group g.
-    void tile(long s, long g, long first, long count) const {
-        const auto& [_, heads, groups, dim, block_size, width, window, scale] = shape;
-        long per_group = heads / groups, rows = count * per_group;
-        long before = context_lens[s] - (starts[s + 1] - starts[s]);  // tokens of s ahead of this step
-        long last = before + first + count - 1;
-        long begin = window ? std::max(0L, before + first - window + 1) : 0;
-        float* queries = scratch(0, rows * dim);
-        float* sums = scratch(1, rows * dim);
-        float* wide = scratch(2, block_size * dim);
-        float* scores = scratch(3, rows * (block_size + 2));
-        float *most = scores + rows * block_size, *mass = most + rows;
-        for (long r = 0; r < rows; r++) {
-            const T* from = q + ((starts[s] + first + r / per_group) * heads + g * per_group + r % per_group) * dim;
-            for (long i = 0; i < dim; i++) queries[r * dim + i] = widen(from[i]) * scale;
-            most[r] = -INFINITY, mass[r] = 0;
-        }
-        std::fill(sums, sums + rows * dim, 0.0f);
-        for (long b = begin / block_size; b <= last / block_size; b++) {
-            long key = b * block_size, n = std::min(block_size, last + 1 - key);
-            long at = (tables[s * width + b] * block_size * groups + g) * dim;
-            for (long j = 0; j < n; j++) widen_row(keys + at + j * groups * dim, wide + j * dim, dim);
-            dots_all(queries, dim, rows, wide, dim, n, dim, scores, block_size);
-            for (long j = 0; j < n; j++) widen_row(values + at + j * groups * dim, wide + j * dim, dim);
-            for (long r = 0; r < rows; r++) {
-                long position = before + first + r / per_group;
-                long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
-                long to = std::clamp(position + 1 - key, 0L, n);
-                if (from < to) add_block(scores + r * block_size, from, to, most[r], mass[r], wide, sums + r * dim);
-            }
-        }
-        for (long r = 0; r < rows; r++) {
-            T* to = out + ((starts[s] + first + r / per_group) * heads + g * per_group + r % per_group) * dim;
-            for (long i = 0; i < dim; i++) narrow(sums[r * dim + i] / mass[r], to[i]);
+    struct Task {
+        long s, g, first, count;  // sequence, group, tokens
+    };
+
+    long per_group() const { return shape.heads / shape.groups; }
+    long row_of(const Task& task, long r) const {
+        long token = starts[task.s] + task.first + r / per_group();
+        return (token * shape.heads + task.g * per_group() + r % per_group()) * shape.dim;
+    }
+    // Where the K or V of a token lies; those that follow in its block are `stride()` further on each.
+    long place(const Task& task, long token) const {
+        long block = tables[task.s * shape.table_width + token / shape.block_size];
+        return ((block * shape.block_size + token % shape.block_size) * shape.groups + task.g) * shape.dim;
+    }
+    long stride() const { return shape.groups * shape.dim; }
+
+    // Calls f(offset in the chunk, place, tokens) for each run of the chunk's tokens that lie in one block.
+    template <class F>
+    void runs(const Task& task, long key, long n, F f) const {
+        for (long at = 0, some; at < n; at += some) {
+            some = std::min(n - at, shape.block_size - (key + at) % shape.block_size);
+            f(at, place(task, key + at), some);
         }
     }
 
-    // Takes keys [from, to) of a block into one query's running softmax.
-    void add_block(float* score, long from, long to, float& most, float& mass, const float* value, float* sum) const {
-        float highest = most;
-        for (long j = from; j < to; j++) highest = std::max(highest, score[j]);
-        float shrink = std::exp(most - highest);
-        most = highest;
-        mass *= shrink;
-        for (long j = from; j < to; j++) mass += score[j] = std::exp(score[j] - highest);
-        long i = 0;
-        for (; i + 2 * LANES <= shape.dim; i += 2 * LANES) {
-            Vec low = load(sum + i) * shrink, high = load(sum + i + LANES) * shrink;
-            for (long j = from; j < to; j++) {
-                low += load(value + j * shape.dim + i) * score[j];
-                high += load(value + j * shape.dim + i + LANES) * score[j];
-            }
-            store(sum + i, low), store(sum + i + LANES, high);
+    void run(const Task& task) const {
+        long dim = shape.dim, window = shape.window, rows = task.count * per_group();
+        long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens ahead of this step
+        long last = before + task.first + task.count - 1;
+        float* queries = scratch(0, rows * dim);
+        float* sums = scratch(1, rows * dim);
+        float scores[BLOCK_ROWS * CHUNK], most[BLOCK_ROWS], mass[BLOCK_ROWS], shrink[BLOCK_ROWS];
+        for (long r = 0; r < rows; r++) {
+            const T* from = q + row_of(task, r);
+            for (long i = 0; i < dim; i++) queries[r * dim + i] = widen(from[i]) * shape.scale;
+            most[r] = -INFINITY, mass[r] = 0;
         }
-        for (; i < shape.dim; i++) {
-            sum[i] *= shrink;
-            for (long j = from; j < to; j++) sum[i] += value[j * shape.dim + i] * score[j];
+        std::fill(sums, sums + rows * dim, 0.0f);
+        for (long key = window ? std::max(0L, before + task.first - window + 1) : 0; key <= last; key += CHUNK) {
+            long n = std::min(CHUNK, last + 1 - key);
+            score(task, key, n, rows, queries, scores);
+            for (long r = 0; r < rows; r++) {
+                long position = before + task.first + r / per_group();
+                long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
+                long to = std::clamp(position + 1 - key, 0L, n);
+                shrink[r] = soften(scores + r * CHUNK, from, to, n, most[r], mass[r]);
+            }
+            add_values(task, key, n, rows, scores, shrink, sums);
+        }
+        for (long r = 0; r < rows; r++)
+            for (long i = 0; i < dim; i++) narrow(sums[r * dim + i] / mass[r], out[row_of(task, r) + i]);
+    }
+
+    // scores[r][j] = queries[r] . keys[j] for n keys.
+    void score(const Task& task, long key, long n, long rows, const float* queries, float* scores) const {
+        long dim = shape.dim;
+        if (rows <= FEW_ROWS) {
+            runs(task, key, n, [&](long at, long from, long some) {
+                dots_all(queries, dim, rows, keys + from, stride(), some, dim, scores + at, CHUNK);
+            });
+            return;
+        }
+        float* turned = scratch(2, CHUNK * dim);  // panels of keys
+        std::fill(turned, turned + panels(n) * PANEL * dim, 0.0f);
+        runs(task, key, n, [&](long at, long from, long some) {
+            for (long j = at; j < at + some; j++, from += stride()) {
+                float* panel = turned + j / PANEL * PANEL * dim + j % PANEL;
+                for (long i = 0; i < dim; i++) panel[i * PANEL] = widen(keys[from + i]);
+            }
+        });
+        block_product<float>(queries, dim, rows, turned, panels(n), dim, scores);
+    }
+
+    // One query's scores of n keys, of which it sees [from, to), become weights in its running softmax. Returns
+    // what the weights of earlier keys shrink by.
+    static float soften(float* score, long from, long to, long n, float& most, float& mass) {
+        if (from >= to) {
+            std::fill(score, score + n, 0.0f);
+            return 1;
+        }
+        long whole = (n + LANES - 1) / LANES * LANES;
+        std::fill(score, score + from, -INFINITY);
+        std::fill(score + to, score + whole, -INFINITY);
+        Vec highest = Vec{} + most, total = {};
+        for (long j = 0; j < whole; j += LANES) highest = larger(highest, load(score + j));
+        float peak = score[from];
+        for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, highest[lane]);
+        for (long j = 0; j < whole; j += LANES) store(score + j, exp(load(score + j) - peak));
+        std::fill(score, score + from, 0.0f);
+        std::fill(score + to, score + whole, 0.0f);
+        for (long j = 0; j < whole; j += LANES) total += load(score + j);
+        float shrink = std::exp(most - peak);
+        most = peak;
+        mass = mass * shrink + sum(total);
+        return shrink;
+    }
+
+    // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j].
+    void add_values(const Task& task, long key, long n, long rows, const float* weights, float* shrink,
+                    float* sums) const {
+        long dim = shape.dim;
+        if (rows <= FEW_ROWS) {
+            runs(task, key, n, [&](long at, long from, long some) {
+                long r = 0;
+                for (; r + 2 <= rows; r += 2)
+                    add_rows<2>(weights + r * CHUNK + at, values + from, stride(), some, dim, shrink + r, sums + r * dim);
+                if (r < rows)
+                    add_rows<1>(weights + r * CHUNK + at, values + from, stride(), some, dim, shrink + r, sums + r * dim);
+                std::fill(shrink, shrink + rows, 1.0f);  // done with the first run
+            });
+            return;
+        }
+        float* laid = scratch(2, panels(dim) * PANEL * n);  // panels of values' columns
+        float* added = scratch(3, BLOCK_ROWS * BLOCK_COLS);
+        runs(task, key, n, [&](long at, long from, long some) {
+            for (long j = at; j < at + some; j++, from += stride())
+                for (long i = 0; i < dim; i += PANEL)
+                    widen_row(values + from + i, laid + i * n + j * PANEL, std::min(PANEL, dim - i));
+        });
+        for (long i = 0; i < dim; i += BLOCK_COLS) {
+            long cols = std::min(BLOCK_COLS, dim - i);
+            block_product<float>(weights, CHUNK, rows, laid + i * n, panels(cols), n, added);
+            for (long r = 0; r < rows; r++)
+                for (long c = 0; c < cols; c++)
+                    sums[r * dim + i + c] = sums[r * dim + i + c] * shrink[r] + added[r * BLOCK_COLS + c];
         }
     }
 
     void run(int threads) const {
-        struct Task {
-            long s, g, first, count;
-        };
         std::vector<Task> tasks;
-        long step = std::max(1L, TASK_ROWS / (shape.heads / shape.groups));
+        long step = std::max(1L, BLOCK_ROWS / per_group());
         for (long s = 0; s < shape.sequences; s++)
             for (long first = 0; first < starts[s + 1] - starts[s]; first += step)
                 for (long g = 0; g < shape.groups; g++)
                     tasks.push_back({s, g, first, std::min(step, starts[s + 1] - starts[s] - first)});
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-        for (size_t t = 0; t < tasks.size(); t++) tile(tasks[t].s, tasks[t].g, tasks[t].first, tasks[t].count);
+        for (size_t t = 0; t < tasks.size(); t++) run(tasks[t]);
     }
 };

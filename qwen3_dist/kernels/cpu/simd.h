@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
@@ -53,10 +54,30 @@ inline Vec load(const int8_t* p) {
 }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 
+template <int BY, int... L>
+inline Vec rotated(Vec x, std::integer_sequence<int, L...>) {
+    return __builtin_shufflevector(x, x, ((L + BY) % LANES)...);
+}
+
+template <int WIDTH = LANES>
 inline float sum(Vec x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
+    if constexpr (WIDTH == 1)
+        return x[0];
+    else
+        return sum<WIDTH / 2>(x + rotated<WIDTH / 2>(x, std::make_integer_sequence<int, LANES>()));
+}
+
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp within 3e-7 of itself for -87 < x < 88, the smallest normal number below: 2^n by the exponent's bits, the rest
+// by its Taylor polynomial over half an octave to each side.
+inline Vec exp(Vec x) {
+    x = larger(x, Vec{} - 87.0f);
+    Vec octaves = x * 1.44269504f;
+    Integers n = __builtin_convertvector(octaves + (octaves < 0 ? Vec{} - 0.5f : Vec{} + 0.5f), Integers);
+    Vec r = x - __builtin_convertvector(n, Vec) * 0.693147181f;
+    Vec power = ((((((r / 5040 + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1) * r + 1;
+    return power * (Vec)((n + 127) << 23);
 }
 
 template <class T>
