@@ -83,11 +83,11 @@ class TransformerBlock(nn.Module):
             self.ff = FeedForward(config.emb_dim, columns)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        attended = self.att(self.norm1(x), cos, sin, cache, batch)
+        attended = self.att(x, self.norm1, cos, sin, cache, batch)
         if batch.all_to_all and isinstance(self.ff, MoEFeedForward):
             return self._route(x, attended, self.ff)
         x = x + self._tp.all_reduce(attended)
-        return x + self._tp.all_reduce(self.ff(self.norm2(x)))
+        return x + self._tp.all_reduce(self.ff(x, self.norm2))
 
     def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward) -> Tensor:
         """The MoE half by all-to-all: each tp rank owns N of the tokens, so that none is routed twice."""

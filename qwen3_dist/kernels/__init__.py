@@ -1,6 +1,7 @@
 """Kernels for CPU ranks, in C++ that is compiled on the machine; without it torch does the same, slower."""
 
 from qwen3_dist.kernels.native import (
+    Half,
     Kernels,
     Weights,
     feed_forward,
@@ -10,4 +11,4 @@ from qwen3_dist.kernels.native import (
     rows_of_packed,
 )
 
-__all__ = ["Kernels", "Weights", "feed_forward", "kernels_for", "linears", "pack", "rows_of_packed"]
+__all__ = ["Half", "Kernels", "Weights", "feed_forward", "kernels_for", "linears", "pack", "rows_of_packed"]

@@ -21,14 +21,17 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SIGNATURES = {
     "pack": "ppiii",
     "linear": "pppppppppppiiiiii",
-    "feed_forward": "ppppppppiiii",
+    "attention_half": "pppppppppppiiiifi",
+    "feed_forward_half": "pppifi",
+    "experts_half": "pppifi",
     "experts": "ppppppppppiiiiii",
     "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
     "rotate": "ppppppppppiiiifi",
     "silu_product": "pppii",
 }
-_PRODUCTS = ("pack", "linear", "feed_forward", "experts")  # which take int8 weights too
+# Those that take int8 weights too.
+_PRODUCTS = ("pack", "linear", "experts", "attention_half", "feed_forward_half", "experts_half")
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
 
 
@@ -43,6 +46,19 @@ class Weights(NamedTuple):
     @property
     def is_packed(self) -> bool:
         return self.weight.dim() == 3
+
+
+class Half:
+    """What half a transformer block is to its kernel: the members of its structure in `cpu/halves.h`.
+
+    It holds addresses: whoever makes it keeps the tensors, and keeps them where they are.
+    """
+
+    def __init__(self, *members: Tensor | int | None, is_int8: bool) -> None:
+        words = [member.data_ptr() if isinstance(member, Tensor) else member or 0 for member in members]
+        self._array = (ctypes.c_long * len(words))(*words)
+        self.words = ctypes.addressof(self._array)
+        self.ending = "_int8" if is_int8 else ""
 
 
 class Kernels:
@@ -86,13 +102,34 @@ class Kernels:
         outs = out.split([rows * size for size in sizes])
         return [each.view(rows, size) for each, size in zip(outs, sizes, strict=True)]
 
-    def feed_forward(self, x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
-        """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], without biases -> [T, D]."""
+    def attention_half(
+        self,
+        half: Half,
+        x: Tensor,
+        cache: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
+        where: tuple[Tensor, Tensor, Tensor, Tensor],
+        eps: float,
+    ) -> Tensor:
+        """norm, q, k, v, `rotate`, `attention` and the projection back, for x [T, D] -> [T, D].
+
+        `where` is slots, tables, context_lens and starts, as `rotate` and `attention` have them.
+        """
         out = torch.empty_like(x)
-        parts = (fc1, fc2, fc3)
-        name = "feed_forward" if fc1.scale is None else "feed_forward_int8"
-        scales = [part.scale for part in parts]
-        self._run(name, x, *(part.weight for part in parts), *scales, out, *x.shape, fc1.outputs)
+        sizes = (x.shape[0], *where[1].shape[:1], cache[0].shape[1], where[1].shape[1])
+        self._run("attention_half" + half.ending, half.words, x, out, *cache, *rope, *where, *sizes, eps)
+        return out
+
+    def feed_forward_half(self, half: Half, x: Tensor, eps: float) -> Tensor:
+        """fc3(silu(fc1(norm(x))) * fc2(norm(x))) for x [T, D] -> [T, D]."""
+        out = torch.empty_like(x)
+        self._run("feed_forward_half" + half.ending, half.words, x, out, x.shape[0], eps)
+        return out
+
+    def experts_half(self, half: Half, x: Tensor, eps: float) -> Tensor:
+        """norm, routing and this rank's part of the experts, for x [T, D] -> [T, D]."""
+        out = torch.empty_like(x)
+        self._run("experts_half" + half.ending, half.words, x, out, x.shape[0], eps)
         return out
 
     def experts(
@@ -225,10 +262,8 @@ def linears(x: Tensor, *parts: Weights) -> list[Tensor]:
 
 
 def feed_forward(x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
-    """fc3(silu(fc1(x)) * fc2(x)) for x [T, D]."""
+    """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], by weights that are not packed."""
     kernels = kernels_for(x)
-    if kernels is not None and fc1.is_packed:
-        return kernels.feed_forward(x.contiguous(), fc1, fc2, fc3)
     gate, up = _torch_linear(x, fc1), _torch_linear(x, fc2)
     return _torch_linear(kernels.silu_product(gate, up) if kernels else F.silu(gate) * up, fc3)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import kernels_for, linears
+from qwen3_dist.kernels import Half, kernels_for, linears
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
@@ -24,6 +24,8 @@ def kv_groups_per_rank(n_kv_groups: int, tp: int) -> int:
 class GroupedQueryAttention(nn.Module):
     """This rank's heads. The output is a partial sum: adding it up over tp is the caller's part."""
 
+    _half: Half | None = None  # the same for the kernel that does it in one call
+
     def __init__(self, config: ModelConfig, layer: int, tp: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
@@ -37,12 +39,34 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        """[T, D] -> [T, D], this rank's share of the sum."""
+    def forward(
+        self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
+    ) -> Tensor:
+        """norm(x) [T, D] -> [T, D], this rank's share of the sum."""
+        kernels = kernels_for(x)
+        if kernels is not None and self._fuses_with(norm):
+            self._half = self._half or self._as_half(norm)
+            where = (batch.slots, batch.block_tables, batch.context_lens, batch.query_starts)
+            return kernels.attention_half(
+                self._half, x, (cache.keys, cache.values), (cos, sin), where, norm.eps
+            )
         projections = (self.W_query.parts, self.W_key.parts, self.W_value.parts)
-        q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in linears(x, *projections))
+        q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in linears(norm(x), *projections))
         q = self._rotate(q, k, v, cos, sin, cache, batch)
         return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1))
+
+    def _fuses_with(self, norm: RMSNorm) -> bool:
+        norms = (norm, self.q_norm, self.k_norm)
+        return self.W_query.parts.is_packed and all(each is None or each.is_plain for each in norms)
+
+    def _as_half(self, norm: RMSNorm) -> Half:
+        parts = [each.parts for each in (self.W_query, self.W_key, self.W_value, self.out_proj)]
+        scales = (each.scale if each is not None else None for each in (norm, self.q_norm, self.k_norm))
+        by_kind = (getattr(part, kind) for kind in ("weight", "scale", "bias") for part in parts)
+        sizes = (self.out_proj.out_features, self.out_proj.in_features // self.head_dim)
+        groups = self.W_key.out_features // self.head_dim
+        members = (*scales, *by_kind, *sizes, groups, self.head_dim, self.window or 0)
+        return Half(*members, is_int8=parts[0].scale is not None)
 
     def _rotate(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch

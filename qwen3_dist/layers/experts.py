@@ -34,11 +34,15 @@ class Experts(nn.Module):
         x, ids, weights = received.tokens, received.expert_ids, received.weights
         stacks = (self.fc1, self.fc2, self.fc3)
         kernels = kernels_for(x)
-        if kernels is not None and self.fc1.dim() == 4:
+        if kernels is not None and self.is_packed:
             return kernels.experts(x, stacks, self.columns, self.scales, ids, weights)
         if self.scales is None and grouped_mm_works(x, self.fc1):
             return grouped_experts(x, stacks, ids, weights)
         return looped_experts(x, stacks, self.scales, ids, weights)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.fc1.dim() == 4
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on."""

@@ -76,13 +76,13 @@ class _Table:
     """A constant table on the device it was last used on."""
 
     def __init__(self, values: tuple[int, ...]) -> None:
-        self._values = torch.tensor((*values, -1), device="cpu")  # also while a model is built on meta
+        self.values = torch.tensor((*values, -1), device="cpu")  # also while a model is built on meta
 
     def __getitem__(self, expert_ids: Tensor) -> Tensor:
         """The value of each id, -1 where the id is -1."""
-        if self._values.device != expert_ids.device:
-            self._values = self._values.to(expert_ids.device)
-        return self._values[expert_ids]
+        if self.values.device != expert_ids.device:
+            self.values = self.values.to(expert_ids.device)
+        return self.values[expert_ids]
 
 
 class AllGatherDispatcher:
@@ -91,6 +91,11 @@ class AllGatherDispatcher:
     def __init__(self, placement: ExpertPlacement, ep_rank: int) -> None:
         pairs = zip(placement.owner, placement.local_index, strict=True)
         self._here = _Table(tuple(local if owner == ep_rank else -1 for owner, local in pairs))
+
+    @property
+    def here(self) -> Tensor:
+        """[experts] place of each expert in this rank's stack, -1 for those elsewhere."""
+        return self._here.values
 
     def select(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> DispatchedTokens:
         """x [T, D] with its routing [T, K], the same on every rank -> what this rank computes."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.kernels import Kernels, Weights, build, kernels_for, pack, rows_of_packed
+from qwen3_dist.kernels import Half, Kernels, Weights, build, kernels_for, pack, rows_of_packed
 from qwen3_dist.layers.batch import LayerCache
 from qwen3_dist.layers.experts import looped_experts
 from qwen3_dist.layers.gathered_attention import gathered_attention
@@ -85,8 +85,10 @@ def test_feed_forward(dtype: torch.dtype, rows: int) -> None:
     x = torch.randn(rows, 48).to(dtype)
     fc1, fc2 = (torch.randn(2, 37, 48) / 7).to(dtype)
     fc3 = (torch.randn(48, 37) / 6).to(dtype)
+    weights = [pack(fc) for fc in (fc1, fc2, fc3)]
+    half = Half(None, *weights, None, None, None, 48, 37, is_int8=False)
     hidden = F.silu(x.float() @ fc1.float().T) * (x.float() @ fc2.float().T)
-    got = kernels(dtype).feed_forward(x, packed(fc1), packed(fc2), packed(fc3))
+    got = kernels(dtype).feed_forward_half(half, x, 1e-6)
     assert close(got, hidden @ fc3.float().T)
 
 

@@ -1,7 +1,5 @@
 // The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `native.py` declares the same signatures.
-#include "attention.h"
-#include "experts.h"
-#include "rows.h"
+#include "halves.h"
 
 // clang-format off
 #define PACKING(W, NAME) \
@@ -17,13 +15,18 @@ void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const floa
     linear<T, W>(x, {{w1, scales1, bias1, n1, y}, {w2, scales2, bias2, n2, y + m * n1}, \
                      {w3, scales3, bias3, n3, y + m * (n1 + n2)}}, m, k, int(threads)); \
 } \
-void feed_forward_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const float* scales1, \
-                         const float* scales2, const float* scales3, T* y, long rows, long dim, long inner, \
-                         long threads) { \
-    std::vector<long> ids(rows, 0); \
-    std::vector<float> weights(rows, 1.0f); \
-    Experts<T, W>{x, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), y, rows, 1, 1, dim, inner} \
-        .run(int(threads)); \
+void attention_half_##NAME(const void* half, const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, \
+                           const long* slots, const long* tables, const long* context_lens, const long* starts, \
+                           long tokens, long sequences, long block_size, long width, double eps, long threads) { \
+    static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, slots, tables, context_lens, \
+                                                       starts, tokens, sequences, block_size, width, float(eps), \
+                                                       int(threads)); \
+} \
+void feed_forward_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \
+    static_cast<const FeedForwardHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \
+} \
+void experts_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \
+    static_cast<const ExpertsHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \
 } \
 void experts_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const float* scales1, const float* scales2, \
                     const float* scales3, const long* ids, const float* weights, T* y, long rows, long choices, \

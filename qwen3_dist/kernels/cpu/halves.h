@@ -1,0 +1,98 @@
+// The halves of a transformer block in one call each: for few tokens, Python between their parts would take as
+// long as the parts. Python hands a half over as an array of words, its members in their order.
+#pragma once
+
+#include "attention.h"
+#include "experts.h"
+#include "rows.h"
+
+// norm, the projections to q, k and v, rotation into the cache, attention, the projection back.
+template <class T, class W>
+struct AttentionHalf {
+    const T *norm_scale, *q_scale, *k_scale;  // of the norms; q's and k's may be null
+    const W* weights[4];                      // of q, k, v and back, packed
+    const float* scales[4];
+    const T* biases[4];
+    long dim, heads, groups, head_dim, window;
+
+    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const long* slots,
+             const long* tables, const long* context_lens, const long* starts, long tokens, long sequences,
+             long block_size, long width, float eps, int threads) const {
+        long q_size = heads * head_dim, kv_size = groups * head_dim;
+        std::vector<T> normed(tokens * dim), q(tokens * q_size), k(tokens * kv_size), v(tokens * kv_size),
+            attended(tokens * q_size);
+        norm<T>(x, norm_scale, normed.data(), tokens, dim, eps, threads);
+        linear<T, W>(normed.data(),
+                     {{weights[0], scales[0], biases[0], q_size, q.data()},
+                      {weights[1], scales[1], biases[1], kv_size, k.data()},
+                      {weights[2], scales[2], biases[2], kv_size, v.data()}},
+                     tokens, dim, threads);
+        Rotation<T>{q.data(), keys, values, k.data(), v.data(), q_scale, k_scale, cos, sin, slots, tokens, heads,
+                    groups, head_dim, eps}
+            .run(threads);
+        AttentionShape shape{sequences, heads, groups, head_dim, block_size, width, window,
+                             1 / std::sqrt(float(head_dim))};
+        Attention<T>{q.data(), keys, values, attended.data(), tables, context_lens, starts, shape}.run(threads);
+        linear<T, W>(attended.data(), {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);
+    }
+};
+
+// Each row's K likeliest experts of logits [R, E] and their weights: softmax over all in fp32, the K weights
+// normed to 1 if asked, and rounded to T.
+template <class T>
+void route(const T* logits, long rows, long experts, long choices, bool normed, long* ids, float* weights) {
+    for (long r = 0; r < rows; r++, ids += choices, weights += choices) {
+        float* left = scratch(1, experts);
+        widen_row(logits + r * experts, left, experts);
+        float most = *std::max_element(left, left + experts), total = 0, kept = 0;
+        for (long e = 0; e < experts; e++) total += std::exp(left[e] - most);
+        for (long c = 0; c < choices; c++) {
+            ids[c] = std::max_element(left, left + experts) - left;
+            kept += weights[c] = std::exp(left[ids[c]] - most) / total;
+            left[ids[c]] = -INFINITY;
+        }
+        for (long c = 0; c < choices; c++) weights[c] = rounded<T>(normed ? weights[c] / kept : weights[c]);
+    }
+}
+
+// norm (unless its scale is null) and the dense SwiGLU: as one expert that everybody chose.
+template <class T, class W>
+struct FeedForwardHalf {
+    const T* norm_scale;
+    const W *fc1, *fc2, *fc3;
+    const float *scales1, *scales2, *scales3;
+    long dim, inner;
+
+    void run(const T* x, T* out, long rows, float eps, int threads) const {
+        std::vector<T> normed(norm_scale ? rows * dim : 0);
+        if (norm_scale) norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
+        std::vector<long> ids(rows, 0);
+        std::vector<float> weights(rows, 1.0f);
+        Experts<T, W>{norm_scale ? normed.data() : x, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(),
+                      weights.data(), out, rows, 1, 1, dim, inner}
+            .run(threads);
+    }
+};
+
+// norm, routing, and those of the chosen experts that are here.
+template <class T, class W>
+struct ExpertsHalf {
+    const T *norm_scale, *gate;  // the gate [experts, dim] packed
+    const W *fc1, *fc2, *fc3;
+    const float *scales1, *scales2, *scales3;
+    const long* here;  // [experts] place of each in the stacks, -1 for those elsewhere
+    long experts, local_experts, choices, norms_weights, dim, inner;
+
+    void run(const T* x, T* out, long rows, float eps, int threads) const {
+        std::vector<T> normed(rows * dim), logits(rows * experts);
+        std::vector<long> ids(rows * choices);
+        std::vector<float> weights(rows * choices);
+        norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
+        linear<T, T>(normed.data(), {{gate, nullptr, nullptr, experts, logits.data()}}, rows, dim, threads);
+        route<T>(logits.data(), rows, experts, choices, norms_weights, ids.data(), weights.data());
+        for (long& id : ids) id = here[id];
+        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, rows,
+                      choices, local_experts, dim, inner}
+            .run(threads);
+    }
+};
