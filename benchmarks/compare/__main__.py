@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +67,12 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     result: dict[str, Any] = {"rows": {}}
     with tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        # In a session of its own, so that what it starts ends with it: a worker left over would keep the pipe.
+        with subprocess.Popen(command, **pipes, start_new_session=True) as process:
             assert process.stdout is not None
+            alarm = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
+            alarm.start()
             try:
                 for line in process.stdout:
                     event = json.loads(line) if line.startswith("{") else {}
@@ -73,11 +80,11 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
                         result["ready_s"] = round(time.perf_counter() - started, 1)
                     elif "row" in event:
                         result["rows"][event["row"]] = event["seconds"]
-                    if time.perf_counter() - started > timeout_s:
-                        process.terminate()
             except BaseException:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGKILL)
                 raise
+            finally:
+                alarm.cancel()
         if process.returncode:
             errors.seek(0)
             result["error"] = errors.read()[-1000:]
