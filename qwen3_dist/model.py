@@ -55,8 +55,12 @@ class Qwen3Model(nn.Module):
                 module.quantize()
 
     def pack(self) -> None:
-        """Lays all products' weights out as this machine's kernels read them, one after the other."""
-        if kernels_for(self.tok_emb.weight) is None:
+        """Lays all products' weights out as this machine's kernels read them, one after the other.
+
+        Weights must stay where they are from then on.
+        """
+        kernels = kernels_for(self.tok_emb.weight)
+        if kernels is None:
             return
         tied = self.out_head.weight is self.tok_emb.weight
         for module in self.modules():
@@ -64,6 +68,10 @@ class Qwen3Model(nn.Module):
                 module.pack()
         if tied:
             self.tok_emb.weight = self.out_head.weight
+        for module in self.modules():
+            if isinstance(module, TransformerBlock):
+                module.att.fuse(module.norm1, kernels)
+                module.ff.fuse(module.norm2, kernels)
 
 
 class TransformerBlock(nn.Module):

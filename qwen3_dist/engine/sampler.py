@@ -66,16 +66,26 @@ def _draw_from_top_k(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 
 
 def _draw_from_top_p(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    total: Tensor | None = None
+    found = (
+        None if logits.is_cuda else _nucleus(logits, specs)
+    )  # a GPU would make the host wait for the answer
+    if found is None:
+        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        found = _weights(ordered, ordered[:, :1], specs), ids, None
+    weights, ids, total = found
+    return ids.gather(1, _draw_from_ordered(weights, total, specs))[:, 0]
+
+
+def _nucleus(logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """Weights of the likeliest tokens, their ids and the weight of all, if in each row these are enough for top-p."""
+    if any(spec.top_k > 0 for spec in specs):
+        return None  # so large a top-k that it is not about the likeliest
     ordered, ids = _likeliest(logits, _MOST_SELECTED)
     weights = _weights(ordered, ordered[:, :1], specs)
-    top_p = _column([spec.top_p for spec in specs], logits)
-    if not any(spec.top_k > 0 for spec in specs) and not logits.is_cuda:  # a GPU would wait for the host
-        total = _weights(logits, ordered[:, :1], specs).sum(dim=-1, keepdim=True, dtype=torch.float64)
-    if total is None or bool((weights.sum(dim=-1, keepdim=True, dtype=torch.float64) < top_p * total).any()):
-        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-        weights, total = _weights(ordered, ordered[:, :1], specs), None
-    return ids.gather(1, _draw_from_ordered(weights, total, specs))[:, 0]
+    total = _weights(logits, ordered[:, :1], specs).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    reached = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    enough = reached >= _column([spec.top_p for spec in specs], logits) * total
+    return (weights, ids, total) if bool(enough.all()) else None
 
 
 def _draw_from_all(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:

@@ -28,7 +28,6 @@ _SIGNATURES = {
     "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
     "rotate": "ppppppppppiiiifi",
-    "silu_product": "pppii",
 }
 # Those that take int8 weights too.
 _PRODUCTS = ("pack", "linear", "experts", "attention_half", "feed_forward_half", "experts_half")
@@ -46,19 +45,6 @@ class Weights(NamedTuple):
     @property
     def is_packed(self) -> bool:
         return self.weight.dim() == 3
-
-
-class Half:
-    """What half a transformer block is to its kernel: the members of its structure in `cpu/halves.h`.
-
-    It holds addresses: whoever makes it keeps the tensors, and keeps them where they are.
-    """
-
-    def __init__(self, *members: Tensor | int | None, is_int8: bool) -> None:
-        words = [member.data_ptr() if isinstance(member, Tensor) else member or 0 for member in members]
-        self._array = (ctypes.c_long * len(words))(*words)
-        self.words = ctypes.addressof(self._array)
-        self.ending = "_int8" if is_int8 else ""
 
 
 class Kernels:
@@ -80,7 +66,7 @@ class Kernels:
         pair = 2 if weight.dtype == torch.bfloat16 else 1
         outputs, inner = weight.shape
         out = weight.new_empty(-(-outputs // self.panel), -(-inner // pair), self.panel * pair)
-        self._run(
+        self.run(
             "pack" if weight.dtype != torch.int8 else "pack_int8", weight.contiguous(), out, outputs, inner
         )
         return out
@@ -98,39 +84,9 @@ class Kernels:
         tensors: list[Tensor | None] = []
         for of_each in ("weight", "scale", "bias"):
             tensors += [*(getattr(part, of_each) for part in parts), *none]
-        self._run(name, x, *tensors, out, rows, inner, *sizes, *(0 for _ in none))
+        self.run(name, x, *tensors, out, rows, inner, *sizes, *(0 for _ in none))
         outs = out.split([rows * size for size in sizes])
         return [each.view(rows, size) for each, size in zip(outs, sizes, strict=True)]
-
-    def attention_half(
-        self,
-        half: Half,
-        x: Tensor,
-        cache: tuple[Tensor, Tensor],
-        rope: tuple[Tensor, Tensor],
-        where: tuple[Tensor, Tensor, Tensor, Tensor],
-        eps: float,
-    ) -> Tensor:
-        """norm, q, k, v, `rotate`, `attention` and the projection back, for x [T, D] -> [T, D].
-
-        `where` is slots, tables, context_lens and starts, as `rotate` and `attention` have them.
-        """
-        out = torch.empty_like(x)
-        sizes = (x.shape[0], *where[1].shape[:1], cache[0].shape[1], where[1].shape[1])
-        self._run("attention_half" + half.ending, half.words, x, out, *cache, *rope, *where, *sizes, eps)
-        return out
-
-    def feed_forward_half(self, half: Half, x: Tensor, eps: float) -> Tensor:
-        """fc3(silu(fc1(norm(x))) * fc2(norm(x))) for x [T, D] -> [T, D]."""
-        out = torch.empty_like(x)
-        self._run("feed_forward_half" + half.ending, half.words, x, out, x.shape[0], eps)
-        return out
-
-    def experts_half(self, half: Half, x: Tensor, eps: float) -> Tensor:
-        """norm, routing and this rank's part of the experts, for x [T, D] -> [T, D]."""
-        out = torch.empty_like(x)
-        self._run("experts_half" + half.ending, half.words, x, out, x.shape[0], eps)
-        return out
 
     def experts(
         self,
@@ -147,7 +103,7 @@ class Kernels:
         out = torch.empty_like(x)
         sizes = (*ids.shape, stacks[0].shape[0], x.shape[1], columns)
         name = "experts" if scales is None else "experts_int8"
-        self._run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, *sizes)
+        self.run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, *sizes)
         return out
 
     def attention(
@@ -169,14 +125,14 @@ class Kernels:
         _, heads, dim = q.shape
         _, block_size, groups, _ = keys.shape
         sizes = (tables.shape[0], heads, groups, dim, block_size, tables.shape[1], window or 0)
-        self._run("attention", q, keys, values, out, tables, context_lens, starts, *sizes, dim**-0.5)
+        self.run("attention", q, keys, values, out, tables, context_lens, starts, *sizes, dim**-0.5)
         return out
 
     def norm(self, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         """RMSNorm over the last dimension, with Qwen3's order of rounding."""
         out = torch.empty_like(x)
         dim = x.shape[-1]
-        self._run("norm", x, scale, out, x.numel() // dim, dim, eps)
+        self.run("norm", x, scale, out, x.numel() // dim, dim, eps)
         return out
 
     def rotate(
@@ -197,15 +153,10 @@ class Kernels:
         q_scale, k_scale = scales or (None, None)
         (tokens, heads, dim), groups = q.shape, k.shape[1]
         tensors = (q, k, v, keys, values, q_scale, k_scale, cos, sin, slots)
-        self._run("rotate", *tensors, tokens, heads, groups, dim, eps)
+        self.run("rotate", *tensors, tokens, heads, groups, dim, eps)
 
-    def silu_product(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up."""
-        out = torch.empty_like(gate)
-        self._run("silu_product", gate, up, out, gate.numel())
-        return out
-
-    def _run(self, name: str, *values: Tensor | float | None) -> None:
+    def run(self, name: str, *values: Tensor | float | None) -> None:
+        """Calls function `name` with its arguments but the last, the number of threads."""
         arguments: list[float | None] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -259,13 +210,6 @@ def linears(x: Tensor, *parts: Weights) -> list[Tensor]:
     if kernels is not None:
         return kernels.linear(x.contiguous(), *parts)
     return [_torch_linear(x, part) for part in parts]
-
-
-def feed_forward(x: Tensor, fc1: Weights, fc2: Weights, fc3: Weights) -> Tensor:
-    """fc3(silu(fc1(x)) * fc2(x)) for x [T, D], by weights that are not packed."""
-    kernels = kernels_for(x)
-    gate, up = _torch_linear(x, fc1), _torch_linear(x, fc2)
-    return _torch_linear(kernels.silu_product(gate, up) if kernels else F.silu(gate) * up, fc3)
 
 
 def _torch_linear(x: Tensor, part: Weights) -> Tensor:

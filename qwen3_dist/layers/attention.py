@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import Half, kernels_for, linears
+from qwen3_dist.kernels import Half, Kernels, kernels_for, linears
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
@@ -24,7 +24,7 @@ def kv_groups_per_rank(n_kv_groups: int, tp: int) -> int:
 class GroupedQueryAttention(nn.Module):
     """This rank's heads. The output is a partial sum: adding it up over tp is the caller's part."""
 
-    _half: Half | None = None  # the same for the kernel that does it in one call
+    _half: Half | None = None  # this and the norm before it, once they are one
 
     def __init__(self, config: ModelConfig, layer: int, tp: int) -> None:
         super().__init__()
@@ -43,30 +43,26 @@ class GroupedQueryAttention(nn.Module):
         self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
     ) -> Tensor:
         """norm(x) [T, D] -> [T, D], this rank's share of the sum."""
-        kernels = kernels_for(x)
-        if kernels is not None and self._fuses_with(norm):
-            self._half = self._half or self._as_half(norm)
+        if self._half is not None:
             where = (batch.slots, batch.block_tables, batch.context_lens, batch.query_starts)
-            return kernels.attention_half(
-                self._half, x, (cache.keys, cache.values), (cos, sin), where, norm.eps
-            )
+            return self._half.attention(x, (cache.keys, cache.values), (cos, sin), where)
         projections = (self.W_query.parts, self.W_key.parts, self.W_value.parts)
         q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in linears(norm(x), *projections))
         q = self._rotate(q, k, v, cos, sin, cache, batch)
         return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1))
 
-    def _fuses_with(self, norm: RMSNorm) -> bool:
+    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
+        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
         norms = (norm, self.q_norm, self.k_norm)
-        return self.W_query.parts.is_packed and all(each is None or each.is_plain for each in norms)
-
-    def _as_half(self, norm: RMSNorm) -> Half:
+        if not all(each is None or each.is_plain for each in norms):
+            return
         parts = [each.parts for each in (self.W_query, self.W_key, self.W_value, self.out_proj)]
-        scales = (each.scale if each is not None else None for each in (norm, self.q_norm, self.k_norm))
+        scales = (each.scale if each is not None else None for each in norms)
         by_kind = (getattr(part, kind) for kind in ("weight", "scale", "bias") for part in parts)
-        sizes = (self.out_proj.out_features, self.out_proj.in_features // self.head_dim)
-        groups = self.W_key.out_features // self.head_dim
-        members = (*scales, *by_kind, *sizes, groups, self.head_dim, self.window or 0)
-        return Half(*members, is_int8=parts[0].scale is not None)
+        heads, groups = (size.out_features // self.head_dim for size in (self.W_query, self.W_key))
+        sizes = (self.out_proj.out_features, heads, groups, self.head_dim, self.window or 0)
+        is_int8 = parts[0].scale is not None
+        self._half = Half(kernels, *scales, *by_kind, *sizes, eps=norm.eps, is_int8=is_int8)
 
     def _rotate(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Weights, feed_forward, kernels_for, pack
+from qwen3_dist.kernels import Weights, kernels_for, linears, pack
 from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 
@@ -34,15 +34,11 @@ class Experts(nn.Module):
         x, ids, weights = received.tokens, received.expert_ids, received.weights
         stacks = (self.fc1, self.fc2, self.fc3)
         kernels = kernels_for(x)
-        if kernels is not None and self.is_packed:
+        if kernels is not None and self.fc1.dim() == 4:  # packed
             return kernels.experts(x, stacks, self.columns, self.scales, ids, weights)
         if self.scales is None and grouped_mm_works(x, self.fc1):
             return grouped_experts(x, stacks, ids, weights)
         return looped_experts(x, stacks, self.scales, ids, weights)
-
-    @property
-    def is_packed(self) -> bool:
-        return self.fc1.dim() == 4
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on."""
@@ -100,8 +96,9 @@ def looped_experts(x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor
             one, two, three = (stack[expert] for stack in stacks)
             by_one, by_two, by_three = (scale[expert] for scale in scales) if scales else (None,) * 3
             given = x[rows[pairs]]
-            parts = ((one, by_one), (two, by_two), (three, by_three))
-            answers = feed_forward(given, *(Weights(matrix, len(matrix), by) for matrix, by in parts))
+            wide = (Weights(one, len(one), by_one), Weights(two, len(two), by_two))
+            gate, up = linears(given, *wide)
+            (answers,) = linears(F.silu(gate) * up, Weights(three, len(three), by_three))
             out.index_add_(0, rows[pairs], answers.float() * weights[rows[pairs], choice[pairs], None])
             start += count
     return out.to(x.dtype)

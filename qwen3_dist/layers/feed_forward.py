@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import Half, feed_forward, kernels_for
+from qwen3_dist.kernels import Half, Kernels
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
@@ -26,7 +26,7 @@ from qwen3_dist.parallel.dispatch import (
 class FeedForward(nn.Module):
     """`fc3(silu(fc1(x)) * fc2(x))` over this rank's hidden columns: a partial sum over tp."""
 
-    _half: Half | None = None  # the same for the kernel that does it in one call
+    _half: Half | None = None  # this and the norm before it, once they are one
 
     def __init__(self, emb_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -36,22 +36,26 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """norm(x) [T, D] -> [T, D]."""
+        if self._half is not None:
+            return self._half.feed_forward(x)
+        x = norm(x)
+        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+
+    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
+        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
+        if not norm.is_plain:
+            return
         parts = (self.fc1.parts, self.fc2.parts, self.fc3.parts)
-        kernels = kernels_for(x)
-        if kernels is None or not parts[0].is_packed:
-            return feed_forward(norm(x), *parts)
-        if self._half is None:
-            weights = (*(part.weight for part in parts), *(part.scale for part in parts))
-            sizes = (self.fc1.in_features, self.fc1.out_features)
-            scale = norm.scale if norm.is_plain else None
-            self._half = Half(scale, *weights, *sizes, is_int8=parts[0].scale is not None)
-        return kernels.feed_forward_half(self._half, x if norm.is_plain else norm(x), norm.eps)
+        weights = (*(part.weight for part in parts), *(part.scale for part in parts))
+        sizes = (self.fc1.in_features, self.fc1.out_features)
+        is_int8 = parts[0].scale is not None
+        self._half = Half(kernels, norm.scale, *weights, *sizes, eps=norm.eps, is_int8=is_int8)
 
 
 class MoEFeedForward(nn.Module):
     """Routes each token to its top experts, wherever they are, and adds up their answers."""
 
-    _half: Half | None = None  # the form for few tokens, for the kernel that does it in one call
+    _half: Half | None = None  # the form for few tokens and the norm before it, once they are one
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
         super().__init__()
@@ -66,21 +70,21 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """The form for few tokens: norm(x) [T, D], the same on every rank -> a partial sum over all of them."""
-        kernels = kernels_for(x)
-        if kernels is not None and self.experts.is_packed and norm.is_plain:
-            self._half = self._half or self._as_half(norm)
-            return kernels.experts_half(self._half, x, norm.eps)
+        if self._half is not None:
+            return self._half.experts(x)
         x = norm(x)
         return self.experts(self.all_gather.select(x, *self.route(x)))
 
-    def _as_half(self, norm: RMSNorm) -> Half:
+    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
+        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
+        if not norm.is_plain:
+            return
         experts = self.experts
-        stacks = (experts.fc1, experts.fc2, experts.fc3)
-        scales = experts.scales or (None, None, None)
+        stacks, scales = (experts.fc1, experts.fc2, experts.fc3), experts.scales or (None, None, None)
         counts = (self.gate.out_features, len(experts.fc1), self.num_experts_per_tok, self.norm_topk_prob)
         sizes = (self.gate.in_features, experts.columns)
         members = (norm.scale, self.gate.weight, *stacks, *scales, self.all_gather.here, *counts, *sizes)
-        return Half(*members, is_int8=experts.scales is not None)
+        self._half = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
 
     def dispatched(self, x: Tensor, num_real: int) -> Tensor:
         """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D]."""

@@ -42,9 +42,9 @@ def as_int8(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
     """
     quantized = torch.empty_like(weight, dtype=torch.int8)
     scale = weight.abs().amax(dim=-1).float().div_(127).clamp_(min=1e-30)
-    rows = zip(weight.flatten(0, -2).split(4096), quantized.flatten(0, -2).split(4096), strict=True)
-    for (wide, narrow), by in zip(
-        rows, scale.flatten().split(4096), strict=True
-    ):  # few fp32 copies at a time
+    few_rows = (
+        each.split(4096) for each in (weight.flatten(0, -2), quantized.flatten(0, -2), scale.flatten())
+    )
+    for wide, narrow, by in zip(*few_rows, strict=True):  # whose fp32 copies are small
         narrow.copy_((wide.float() / by[:, None]).round_())
     return frozen(quantized), scale

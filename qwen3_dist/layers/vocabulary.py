@@ -48,7 +48,7 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(per_rank, emb_dim))
         self._tp = tp
         self._vocab_size = vocab_size
-        self._rows = per_rank
+        self._rows_per_rank = per_rank
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on; those of an embedding tied to it stay as they are."""
@@ -60,7 +60,7 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""
-        parts = self._tp.gather(linears(x, Weights(self.weight, self._rows, self.scale))[0])
+        parts = self._tp.gather(linears(x, Weights(self.weight, self._rows_per_rank, self.scale))[0])
         if parts is None:
             return None
         return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]

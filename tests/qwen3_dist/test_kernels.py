@@ -81,15 +81,15 @@ def test_several_products_of_the_same_rows(dtype: torch.dtype, rows: int, biased
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 200])
-def test_feed_forward(dtype: torch.dtype, rows: int) -> None:
+def test_norm_and_feed_forward_in_one_call(dtype: torch.dtype, rows: int) -> None:
     x = torch.randn(rows, 48).to(dtype)
     fc1, fc2 = (torch.randn(2, 37, 48) / 7).to(dtype)
     fc3 = (torch.randn(48, 37) / 6).to(dtype)
-    weights = [pack(fc) for fc in (fc1, fc2, fc3)]
-    half = Half(None, *weights, None, None, None, 48, 37, is_int8=False)
-    hidden = F.silu(x.float() @ fc1.float().T) * (x.float() @ fc2.float().T)
-    got = kernels(dtype).feed_forward_half(half, x, 1e-6)
-    assert close(got, hidden @ fc3.float().T)
+    scale, weights = torch.rand(48).to(dtype), [pack(fc) for fc in (fc1, fc2, fc3)]
+    half = Half(kernels(dtype), scale, *weights, None, None, None, 48, 37, eps=1e-6, is_int8=False)
+    normed = kernels(dtype).norm(x, scale, 1e-6).float()
+    hidden = F.silu(normed @ fc1.float().T) * (normed @ fc2.float().T)
+    assert close(half.feed_forward(x), hidden @ fc3.float().T)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 200])
@@ -131,7 +131,9 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 1, 128), (3, 1, 20)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 1, 128), (3, 1, 20), (128, 1, 8)]
+)
 def test_attention(dtype: torch.dtype, heads: int, groups: int, dim: int, window: int | None) -> None:
     batch = random_batch((1, 150, 17, 9, 50, 200), (1, 1, 1, 9, 23, 70), block_size=4)
     cache = LayerCache(*torch.randn(2, 128, 4, groups, dim).to(dtype))
@@ -165,13 +167,11 @@ def test_rotation_with_norms_into_the_cache(dtype: torch.dtype, normed: bool) ->
     assert torch.equal(values.flatten(0, 1)[slots], v)
 
 
-def test_norm_and_silu_product_round_as_torch_does(dtype: torch.dtype) -> None:
+def test_norm_rounds_as_torch_does(dtype: torch.dtype) -> None:
     x, scale = torch.randn(9, 70).to(dtype), torch.rand(70).to(dtype)
     wide = x.float()
     normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype) * scale
     assert close(kernels(dtype).norm(x, scale, 1e-6), normed.float())
-    gate, up = torch.randn(2, 9, 70).to(dtype)
-    assert close(kernels(dtype).silu_product(gate, up), (F.silu(gate) * up).float())
 
 
 def test_processes_that_start_together_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

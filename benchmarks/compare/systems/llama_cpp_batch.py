@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import llama_cpp
+from driving import drive
 
 BATCH = 2048
 
@@ -53,11 +54,7 @@ def main(path: str, work_file: str) -> None:
         return time.perf_counter() - started
 
     batch.n_tokens = 0
-    seconds(work["first"], 1)
-    print(json.dumps({"ready": True}), flush=True)
-    for row in work["rows"]:
-        taken = [seconds(prompts, row["output_len"]) for prompts in row["prompts"]]
-        print(json.dumps({"row": row["row"], "seconds": taken}), flush=True)
+    drive(work, seconds)
 
 
 if __name__ == "__main__":

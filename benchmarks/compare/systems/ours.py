@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from driving import drive
+
 from qwen3_dist import LLM, SamplingParams
 
 
@@ -33,11 +35,7 @@ def main(model: str, work_file: str, layout: str, *settings: str) -> None:
             assert all(len(output.token_ids) == output_len for output in outputs)
             return taken
 
-        seconds(work["first"], 1)
-        print(json.dumps({"ready": True}), flush=True)
-        for row in work["rows"]:
-            taken = [seconds(prompts, row["output_len"]) for prompts in row["prompts"]]
-            print(json.dumps({"row": row["row"], "seconds": taken}), flush=True)
+        drive(work, seconds)
 
 
 if __name__ == "__main__":

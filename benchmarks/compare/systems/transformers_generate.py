@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from driving import drive
 from transformers import AutoModelForCausalLM
 
 
@@ -30,11 +31,7 @@ def main(path: str, work_file: str) -> None:
         assert out.shape == (ids.shape[0], ids.shape[1] + output_len)
         return taken
 
-    seconds(work["first"], 1)
-    print(json.dumps({"ready": True}), flush=True)
-    for row in work["rows"]:
-        taken = [seconds(prompts, row["output_len"]) for prompts in row["prompts"]]
-        print(json.dumps({"row": row["row"], "seconds": taken}), flush=True)
+    drive(work, seconds)
 
 
 if __name__ == "__main__":

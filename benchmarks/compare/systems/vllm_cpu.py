@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from driving import drive
+
 
 def main(path: str, work_file: str, tp: str) -> None:
     work = json.loads(Path(work_file).read_text())
@@ -36,11 +38,7 @@ def main(path: str, work_file: str, tp: str) -> None:
         assert all(len(output.outputs[0].token_ids) == output_len for output in outputs)
         return taken
 
-    seconds(work["first"], 1)
-    print(json.dumps({"ready": True}), flush=True)
-    for row in work["rows"]:
-        taken = [seconds(prompts, row["output_len"]) for prompts in row["prompts"]]
-        print(json.dumps({"row": row["row"], "seconds": taken}), flush=True)
+    drive(work, seconds)
 
 
 if __name__ == "__main__":

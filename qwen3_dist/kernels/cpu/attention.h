@@ -19,7 +19,8 @@ inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, 
     for (; i + 2 * LANES <= dim; i += 2 * LANES) {
         Vec low[M], high[M];
         for (int m = 0; m < M; m++) {
-            low[m] = load(sum + m * dim + i) * shrink[m], high[m] = load(sum + m * dim + i + LANES) * shrink[m];
+            low[m] = load(sum + m * dim + i) * shrink[m];
+            high[m] = load(sum + m * dim + i + LANES) * shrink[m];
         }
         for (long j = 0; j < n; j++) {
             Vec left = load(rows + j * ld + i), right = load(rows + j * ld + i + LANES);
@@ -72,7 +73,8 @@ struct Attention {
         long last = before + task.first + task.count - 1;
         float* queries = scratch(0, rows * dim);
         float* sums = scratch(1, rows * dim);
-        float scores[BLOCK_ROWS * CHUNK], most[BLOCK_ROWS], mass[BLOCK_ROWS], shrink[BLOCK_ROWS];
+        float* scores = scratch(4, rows * (CHUNK + 3));
+        float *most = scores + rows * CHUNK, *mass = most + rows, *shrink = mass + rows;
         for (long r = 0; r < rows; r++) {
             const T* from = q + row_of(task, r);
             for (long i = 0; i < dim; i++) queries[r * dim + i] = widen(from[i]) * shape.scale;
@@ -144,17 +146,16 @@ struct Attention {
         long dim = shape.dim;
         if (rows <= FEW_ROWS) {
             runs(task, key, n, [&](long at, long from, long some) {
-                long r = 0;
-                for (; r + 2 <= rows; r += 2)
-                    add_rows<2>(weights + r * CHUNK + at, values + from, stride(), some, dim, shrink + r, sums + r * dim);
-                if (r < rows)
-                    add_rows<1>(weights + r * CHUNK + at, values + from, stride(), some, dim, shrink + r, sums + r * dim);
+                for (long r = 0; r < rows; r += 2) {
+                    auto add = r + 1 < rows ? add_rows<2, T> : add_rows<1, T>;
+                    add(weights + r * CHUNK + at, values + from, stride(), some, dim, shrink + r, sums + r * dim);
+                }
                 std::fill(shrink, shrink + rows, 1.0f);  // done with the first run
             });
             return;
         }
         float* laid = scratch(2, panels(dim) * PANEL * n);  // panels of values' columns
-        float* added = scratch(3, BLOCK_ROWS * BLOCK_COLS);
+        float* added = scratch(3, rows * BLOCK_COLS);
         runs(task, key, n, [&](long at, long from, long some) {
             for (long j = at; j < at + some; j++, from += stride())
                 for (long i = 0; i < dim; i += PANEL)

@@ -53,9 +53,6 @@ void rotate_##NAME(T* q, const T* k, const T* v, T* keys, T* values, const T* q_
     Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, slots, tokens, heads, groups, dim, float(eps)} \
         .run(int(threads)); \
 } \
-void silu_product_##NAME(const T* gate, const T* up, T* out, long count, long threads) { \
-    silu_product<T>(gate, up, out, count, int(threads)); \
-} \
 }
 
 extern "C" long panel_outputs() { return PANEL; }

@@ -55,7 +55,7 @@ void route(const T* logits, long rows, long experts, long choices, bool normed, 
     }
 }
 
-// norm (unless its scale is null) and the dense SwiGLU: as one expert that everybody chose.
+// norm and the dense SwiGLU, as one expert that everybody chose.
 template <class T, class W>
 struct FeedForwardHalf {
     const T* norm_scale;
@@ -64,12 +64,12 @@ struct FeedForwardHalf {
     long dim, inner;
 
     void run(const T* x, T* out, long rows, float eps, int threads) const {
-        std::vector<T> normed(norm_scale ? rows * dim : 0);
-        if (norm_scale) norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
+        std::vector<T> normed(rows * dim);
+        norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
         std::vector<long> ids(rows, 0);
         std::vector<float> weights(rows, 1.0f);
-        Experts<T, W>{norm_scale ? normed.data() : x, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(),
-                      weights.data(), out, rows, 1, 1, dim, inner}
+        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, rows,
+                      1, 1, dim, inner}
             .run(threads);
     }
 };

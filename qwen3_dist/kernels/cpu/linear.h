@@ -33,13 +33,12 @@ using Input = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<W, bf16>, bf1
 template <class W>
 constexpr long PAIR = std::is_same_v<W, bf16> ? 2 : 1;  // inputs side by side
 
-inline long pairs(long inner, long pair) { return (inner + pair - 1) / pair * pair; }
 template <class W>
-inline long padded(long inner) { return pairs(inner, PAIR<W>); }
+inline long padded(long inner) { return (inner + PAIR<W> - 1) / PAIR<W> * PAIR<W>; }
 inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 inline float* scratch(int which, size_t count) {
-    thread_local std::vector<float> buffers[4];
+    thread_local std::vector<float> buffers[5];
     if (buffers[which].size() < count) buffers[which].resize(count);
     return buffers[which].data();
 }
@@ -58,16 +57,8 @@ void pack(const W* w, W* out, long outputs, long inner, int threads) {
 }
 
 // acc[m][h] += the products of PAIR inputs x[m] with half a panel of weights each.
-template <int M, int H>
-inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const float* w[H], long k) {
-    Vec right[H];
-    for (int h = 0; h < H; h++) right[h] = load(w[h] + k * PANEL);
-    for (int m = 0; m < M; m++)
-        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
-}
-
-template <int M, int H>
-inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const int8_t* w[H], long k) {
+template <int M, int H, class W>
+inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const W* w[H], long k) {
     Vec right[H];
     for (int h = 0; h < H; h++) right[h] = load(w[h] + k * PANEL);
     for (int m = 0; m < M; m++)
@@ -121,7 +112,7 @@ inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long cou
     for (; p < count; p++) tile<M, 1>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL);
 }
 
-// out[m][n] = x[m] . w[n] for at most BLOCK_ROWS rows and BLOCK_PANELS panels, in tiles of about the same size:
+// out[m][n] = x[m] . w[n] for some rows and at most BLOCK_PANELS panels, in tiles of about the same size:
 // a last one of a few rows would cost almost as much as a whole one.
 template <class W>
 inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out) {

@@ -1,4 +1,4 @@
-// What happens to each token by itself: norms, rotary embedding, the gate's product. Rounding is to T
+// What happens to each token by itself: norms and rotary embedding. Rounding is to T
 // where the torch form rounds.
 #pragma once
 
@@ -63,14 +63,3 @@ struct Rotation {
         }
     }
 };
-
-template <class T>
-void silu_product(const T* gate, const T* up, T* out, long count, int threads) {
-    constexpr long PIECE = 4096;
-#pragma omp parallel for num_threads(threads) if (count > 4 * PIECE)
-    for (long at = 0; at < count; at += PIECE)
-        for (long i = at; i < std::min(count, at + PIECE); i++) {
-            float g = widen(gate[i]);
-            narrow(rounded<T>(g / (1 + std::exp(-g))) * widen(up[i]), out[i]);
-        }
-}
