@@ -27,7 +27,8 @@ def decode_plan(sequences: int, context: int = 512, block_size: int = 16) -> Ste
     """One decode step of `sequences` sequences that are `context` tokens long."""
     spec = SampleSpec(0.6, 0.95, 20, 1, context, None)
     table = tuple(range(context // block_size))
-    return StepPlan(1, tuple(SequenceStep(i, (7,), context - 1, table, spec) for i in range(sequences)))
+    steps = (SequenceStep(i, i, (7,), context - 1, table, spec) for i in range(sequences))
+    return StepPlan(1, tuple(steps), (sequences,))
 
 
 def answer(plan: StepPlan) -> StepResult:
@@ -83,7 +84,7 @@ def main() -> None:
     rows = []
     for sequences in (1, 16, 64):
         plan = decode_plan(sequences)
-        ours = microseconds(lambda plan=plan: executor.execute(plan), 2000)
+        ours = microseconds(lambda plan=plan: executor.execute([plan]), 2000)
         rays = microseconds(lambda plan=plan: ray.get(actor.step.remote(plan)), 500)
         rows.append(
             {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.layout import Layout, even_ranges, valid_layouts
+from qwen3_dist.layout import Layout, valid_layouts
 from qwen3_dist.weights.plan import Piece, WeightPlan
 from qwen3_dist.weights.source import bundled_path
 
@@ -34,7 +35,8 @@ def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
 def kv_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, item_bytes: int) -> int:
     """KV-cache bytes of one token on `rank`: K and V of its groups in its stage's layers."""
     groups = max(1, config.n_kv_groups // layout.tp)
-    return 2 * len(_layers(config, layout, rank)) * groups * config.head_dim * item_bytes
+    layers = layout.layers_of(layout.coords(rank).stage, config.n_layers)
+    return 2 * len(layers) * groups * config.head_dim * item_bytes
 
 
 def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
@@ -62,24 +64,9 @@ def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
     }
 
 
-def _layers(config: ModelConfig, layout: Layout, rank: int) -> range:
-    """The layers of `rank`'s pipeline stage."""
-    return even_ranges(config.n_layers, layout.pp)[layout.coords(rank).stage]
-
-
-def _pieces(config: ModelConfig, layout: Layout, rank: int) -> list[Piece]:
-    """What `rank` reads: its stage's layers, the embedding on the first stage, the head on the last."""
-    layers, stage = _layers(config, layout, rank), layout.coords(rank).stage
-    first, last = stage == 0, stage == layout.pp - 1
-    tied_head = config.tie_word_embeddings and last
-
-    def mine(piece: Piece) -> bool:
-        home, _, rest = piece.parameter.partition(".")
-        if home == "blocks":
-            return int(rest.partition(".")[0]) in layers
-        return first or tied_head if home == "tok_emb" else last
-
-    return [piece for piece in WeightPlan(config, layout, set()).pieces(layout.coords(rank)) if mine(piece)]
+def _pieces(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Piece]:
+    """What `rank` reads."""
+    return WeightPlan(config, layout, set()).pieces(layout.coords(rank))
 
 
 def _elements(piece: Piece) -> int:

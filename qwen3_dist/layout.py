@@ -68,6 +68,10 @@ class Layout:
         """Ranks that share one expert's columns."""
         return self.stage_size // self.ep
 
+    def layers_of(self, stage: int, n_layers: int) -> range:
+        """The layers of a pipeline stage."""
+        return even_ranges(n_layers, self.pp)[stage]
+
     def coords(self, rank: int) -> RankCoords:
         """Where `rank` (0 <= rank < world) stands on every axis."""
         stage, member = divmod(rank, self.stage_size)

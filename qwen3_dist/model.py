@@ -1,7 +1,8 @@
 """The sharded Qwen3 transformer: what one rank holds and computes.
 
 Reads top to bottom like the reference architecture; `reference.py` is the same model unsharded.
-Legend: T tokens of the step, N = ceil(T / tp) tokens a rank owns in MoE layers, D emb_dim.
+Legend: T tokens of this dp group's step (0 if it is idle), N = ceil(T / tp) tokens a rank owns in MoE layers,
+D emb_dim.
 """
 
 from __future__ import annotations
@@ -30,23 +31,54 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config = config
         self.parallel = parallel
-        self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp)
-        self.blocks = nn.ModuleList(TransformerBlock(config, i, parallel) for i in range(config.n_layers))
-        self.final_norm = make_norm(config, config.emb_dim)
-        self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp)
-        if config.tie_word_embeddings:
-            self.out_head.weight = self.tok_emb.weight  # type: ignore[assignment]
+        stage, tied = parallel.pipeline, config.tie_word_embeddings
+        if stage.is_first or (stage.is_last and tied):
+            self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp)
+        layers = parallel.layout.layers_of(stage.stage, config.n_layers)
+        self.blocks = nn.ModuleList(TransformerBlock(config, layer, parallel) for layer in layers)
+        if stage.is_last:
+            self.final_norm = make_norm(config, config.emb_dim)
+            self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp)
+            if tied:
+                self.out_head.weight = self.tok_emb.weight  # type: ignore[assignment]
         # Held on the CPU while the model is on the meta device: no checkpoint carries it.
         self.rope_frequencies, self.rope_mscale = rope_frequencies(config)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
-        """Logits [L, vocab_size] of `batch.logits_rows` on tp rank 0, None on the other ranks."""
-        x = self.tok_emb(batch.token_ids)
+        """Logits [L, vocab_size] of `batch.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
+        tokens, stage = batch.token_ids.shape[0], self.parallel.pipeline
+        if not tokens:
+            self._take_part(batch)
+            return None
+        x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self._like)
         self.rope_frequencies = self.rope_frequencies.to(x.device)
         cos, sin = rope_tables(batch.positions, self.rope_frequencies, self.rope_mscale, x.dtype)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x = block(x, cos, sin, layer_cache, batch)
+        if not stage.is_last:
+            stage.send(x)
+            return None
         return self.out_head(self.final_norm(x[batch.logits_rows]))
+
+    def _take_part(self, batch: StepBatch) -> None:
+        """What a dp group without tokens does: its ranks' share of the experts' work for the others."""
+        x = self._like.new_empty(0, self.config.emb_dim)
+        for block in self.blocks:
+            if isinstance(block, TransformerBlock) and isinstance(block.ff, MoEFeedForward):
+                block.feed_forward(x, x, batch)
+
+    @property
+    def _like(self) -> Tensor:
+        """[D], where and of what dtype this rank's activations are."""
+        return self.blocks[0].norm1.scale  # type: ignore[union-attr, return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
 
     def quantize(self) -> None:
         """Keeps all products' weights but the routers' as int8 from now on, one after the other."""
@@ -59,14 +91,14 @@ class Qwen3Model(nn.Module):
 
         Weights must stay where they are from then on.
         """
-        kernels = kernels_for(self.tok_emb.weight)
+        kernels = kernels_for(self._like)
         if kernels is None:
             return
-        tied = self.out_head.weight is self.tok_emb.weight
+        last = self.parallel.pipeline.is_last
         for module in self.modules():
             if isinstance(module, Linear | Experts | VocabParallelHead):
                 module.pack()
-        if tied:
+        if last and self.config.tie_word_embeddings:
             self.tok_emb.weight = self.out_head.weight
         for module in self.modules():
             if isinstance(module, TransformerBlock):
@@ -91,20 +123,25 @@ class TransformerBlock(nn.Module):
             self.ff = FeedForward(config.emb_dim, columns)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        attended = self.att(x, self.norm1, cos, sin, cache, batch)
-        if batch.all_to_all and isinstance(self.ff, MoEFeedForward):
-            return self._route(x, attended, self.ff)
+        return self.feed_forward(x, self.att(x, self.norm1, cos, sin, cache, batch), batch)
+
+    def feed_forward(self, x: Tensor, attended: Tensor, batch: StepBatch) -> Tensor:
+        """The block's second half, from attention's partial sums on."""
+        if isinstance(self.ff, MoEFeedForward) and batch.all_to_all:
+            return self._route(x, attended, self.ff, batch)
         x = x + self._tp.all_reduce(attended)
+        if isinstance(self.ff, MoEFeedForward):
+            return x + self._tp.all_reduce(self.ff.for_groups(x, self.norm2, batch))
         return x + self._tp.all_reduce(self.ff(x, self.norm2))
 
-    def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward) -> Tensor:
+    def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward, batch: StepBatch) -> Tensor:
         """The MoE half by all-to-all: each tp rank owns N of the tokens, so that none is routed twice."""
         total = x.shape[0]
         rows, chunk = padded_range(total, self._tp.size, self._tp.rank)
         padding = chunk * self._tp.size - total
         own = F.pad(x[rows.start : rows.stop], (0, 0, 0, chunk - len(rows)))
         own = own + self._tp.reduce_scatter(F.pad(attended, (0, 0, 0, padding)))
-        own = own + moe.dispatched(self.norm2(own), num_real=len(rows))
+        own = own + moe.dispatched(self.norm2(own), len(rows), batch)
         return self._tp.all_gather(own)[:total]
 
 

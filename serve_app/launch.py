@@ -20,7 +20,6 @@ from ray.util import placement_group_table
 from cluster import ray_cluster
 from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.engine import check_layout
 from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.weights.source import resolve_model
 from serve_app.app import APP_NAME, QUIET, bind
@@ -69,7 +68,7 @@ def running_service(
 def check_model(config: ServiceConfig) -> None:
     """Raises CheckpointError or ParallelLayoutError if the model is missing or the layout does not divide it."""
     path = resolve_model(config.engine.model, config.engine.revision)
-    check_layout(config.engine, ModelConfig.from_directory(path))
+    config.engine.layout.validate(ModelConfig.from_directory(path))
 
 
 def check_port(config: ServiceConfig) -> None:

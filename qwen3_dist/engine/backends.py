@@ -13,17 +13,17 @@ from qwen3_dist.model import Qwen3Model
 
 def chosen_backends(model: Qwen3Model, cache: LayerCache, graphs: bool) -> str:
     """The device and the kernels that this rank's steps use, in one line."""
-    weight, config = model.tok_emb.weight, model.config
-    if weight.device.type == "cpu":
-        kernels = "C++ kernels" if kernels_for(weight) else "torch alone (no C++ compiler)"
+    device, config = model.device, model.config
+    if device.type == "cpu":
+        kernels = "C++ kernels" if kernels_for(cache.keys) else "torch alone (no C++ compiler)"
         return f"CPU, {torch.get_num_threads()} threads a rank: {kernels}"
     _, block_size, groups, dim = cache.keys.shape
     heads = config.n_heads // model.parallel.tp.size
-    attention = gpu_attention(weight.device, weight.dtype, heads, groups, dim, block_size)
+    attention = gpu_attention(device, model.dtype, heads, groups, dim, block_size)
     chosen = [f"attention by {attention.__name__}"]
     experts = next((module for module in model.modules() if isinstance(module, Experts)), None)
     if experts is not None:
-        grouped = grouped_mm_works(weight, experts.fc1)
+        grouped = grouped_mm_works(experts.fc1[0], experts.fc1)
         chosen.append("experts by grouped_mm" if grouped else "experts one by one")
     chosen.append(f"CUDA graphs {'on' if graphs else 'off'}")
-    return f"{torch.cuda.get_device_name(weight.device)}: {', '.join(chosen)}"
+    return f"{torch.cuda.get_device_name(device)}: {', '.join(chosen)}"

@@ -61,6 +61,10 @@ class BlockManager:
         sequence.num_computed = len(cached) * self.block_size
         return True
 
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens of a sequence's prefix that `admit` would find."""
+        return len(self._find_prefix(sequence)) * self.block_size
+
     def reserve(self, sequence: Sequence, num_new: int) -> bool:
         """Gives `sequence` room for its next `num_new` tokens; False, changing nothing, if there is none."""
         tokens = sequence.num_computed + num_new

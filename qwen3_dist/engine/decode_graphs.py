@@ -24,6 +24,13 @@ class _Captured:
     graph: torch.cuda.CUDAGraph | None
 
 
+def can_capture(model: Qwen3Model) -> bool:
+    """Whether this rank's steps are all launches: on a GPU, no exchange over the host, nor with ranks whose
+    steps may be of another size or kind."""
+    layout = model.parallel.layout
+    return model.device.type == "cuda" and not model.parallel.staged and layout.dp == layout.pp == 1
+
+
 class DecodeGraphs:
     """The graphs of one rank. Every rank of a layout must construct it, and run it, at the same time."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
@@ -15,7 +15,7 @@ from qwen3_dist.engine.outputs import EngineStats, TokenDelta, TokenLogprob
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
-from qwen3_dist.errors import ConfigError, ParallelLayoutError, RequestError
+from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.executor import Executor, make_executor
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
@@ -27,6 +27,14 @@ from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 
 Outputs = dict[str, list[TokenDelta]]  # by request id, what one step added
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The choices of a request that still run, and the dp group that runs them all: they share its prompt."""
+
+    group: Scheduler
+    sequences: list[Sequence]
 
 
 class Engine:
@@ -41,7 +49,7 @@ class Engine:
         self.config = config
         self.model_path = path
         self.model_config = ModelConfig.from_directory(path)
-        check_layout(config, self.model_config)
+        config.layout.validate(self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
         with _loading_bar(show_progress) as progress:
@@ -49,10 +57,9 @@ class Engine:
         self.backends = self._executor.backends
         if show_progress:
             print(self.backends, file=sys.stderr)
+        num_blocks = self._executor.num_blocks
         try:
-            num_blocks = self._executor.num_blocks
-            blocks = BlockManager(num_blocks, config.block_size, config.prefix_caching)
-            self.max_model_len = _max_model_len(config, self.model_config, blocks.capacity_tokens)
+            self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)
         except BaseException:
             self._executor.shutdown()
             raise
@@ -60,14 +67,20 @@ class Engine:
             self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
         )
         limits = SchedulerLimits.of(config, self._executor.device, num_blocks)
-        self._scheduler = Scheduler(blocks, limits, eos_token_ids)
-        self._in_flight: deque[StepPlan] = deque()
-        self._requests: dict[str, list[Sequence]] = {}
+        self._groups = [
+            Scheduler(
+                BlockManager(num_blocks, config.block_size, config.prefix_caching), limits, eos_token_ids
+            )
+            for _ in range(config.layout.dp)
+        ]
+        self._in_flight: deque[list[StepPlan]] = deque()
+        self._requests: dict[str, _Request] = {}
         self._next_seq_id = 0
+        self._num_steps = 0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work or bool(self._in_flight)
+        return any(group.has_work for group in self._groups) or bool(self._in_flight)
 
     def add_request(
         self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
@@ -87,9 +100,13 @@ class Engine:
                 self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens, priority
             )
             self._next_seq_id += 1
-            self._scheduler.add(sequence)
             sequences.append(sequence)
-        self._requests[request_id] = sequences
+        group = self._groups[0]
+        if len(self._groups) > 1:
+            group = min(self._groups, key=lambda group: group.tokens_ahead(sequences[0]))
+        for sequence in sequences:
+            group.add(sequence)
+        self._requests[request_id] = _Request(group, sequences)
 
     def check_prompt(self, prompt_token_ids: list[int]) -> int:
         """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long."""
@@ -111,52 +128,70 @@ class Engine:
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request (or its choice `index`) and frees its blocks; False if it had ended already."""
-        sequences = self._requests.get(request_id, [])
-        ended = [s for s in sequences if index is None or s.index == index]
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        ended = [s for s in request.sequences if index is None or s.index == index]
         for sequence in ended:
-            self._scheduler.finish(sequence, "abort")
+            request.group.finish(sequence, "abort")
             self._forget(sequence)
         return bool(ended)
 
     def step(self) -> Outputs:
         """Takes in the tokens of the oldest step in flight, once the ranks have the next ones to run."""
-        while len(self._in_flight) < self._executor.depth and (plan := self._scheduler.schedule()):
-            self._executor.submit(plan)
-            self._in_flight.append(plan)
-        if not self._in_flight:
-            return {}
-        plan = self._in_flight.popleft()
-        result = self._executor.collect()
-        return self._deltas(self._scheduler.update(plan, result), plan, result)
+        while len(self._in_flight) < self._executor.depth and (plans := self._plan()):
+            self._executor.submit(plans)
+            self._in_flight.append(plans)
+        outputs: Outputs = {}
+        if self._in_flight:
+            plans = self._in_flight.popleft()
+            for group, plan, result in zip(self._groups, plans, self._executor.collect(), strict=True):
+                if result is not None:
+                    self._add_deltas(outputs, group.update(plan, result), plan, result)
+        return outputs
+
+    def _plan(self) -> list[StepPlan]:
+        """The next step, a plan for each dp group; empty when there is nothing to do before an answer."""
+        planned = [group.schedule() for group in self._groups]
+        if not any(planned):
+            return []
+        self._num_steps += 1
+        tokens = tuple(plan.num_tokens if plan else 0 for plan in planned)
+        return [StepPlan(self._num_steps, plan.sequences if plan else (), tokens) for plan in planned]
 
     def check_health(self) -> None:
         """Raises EngineDeadError if a rank has been lost."""
         self._executor.check()
 
     def stats(self) -> EngineStats:
-        scheduler = self._scheduler
-        blocks, counts = scheduler.blocks, scheduler.counts
+        groups = self._groups
+        counts = sum((Counter(asdict(group.counts)) for group in groups), Counter())
         return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            free_blocks=blocks.num_free,
-            cached_blocks=blocks.num_cached,
-            total_blocks=blocks.num_blocks,
-            **asdict(counts),
+            num_running=sum(len(group.running) for group in groups),
+            num_waiting=sum(len(group.waiting) for group in groups),
+            free_blocks=sum(group.blocks.num_free for group in groups),
+            cached_blocks=sum(group.blocks.num_cached for group in groups),
+            total_blocks=sum(group.blocks.num_blocks for group in groups),
+            steps=self._num_steps,
+            scheduled_sequences=counts["scheduled_sequences"],
+            preemptions=counts["preemptions"],
+            prompt_tokens=counts["prompt_tokens"],
+            cached_prompt_tokens=counts["cached_prompt_tokens"],
         )
 
     def check_integrity(self) -> None:
         """Asserts that no KV block is lost or held twice."""
-        scheduler = self._scheduler
-        scheduler.blocks.check_integrity([*scheduler.running, *scheduler.waiting])
+        for group in self._groups:
+            group.blocks.check_integrity([*group.running, *group.waiting])
 
     def shutdown(self) -> None:
         """Ends the ranks. May be called more than once."""
         self._executor.shutdown()
 
-    def _deltas(self, advanced: Iterable[Sequence], plan: StepPlan, result: StepResult) -> Outputs:
+    def _add_deltas(
+        self, outputs: Outputs, advanced: Iterable[Sequence], plan: StepPlan, result: StepResult
+    ) -> None:
         logprobs = dict(zip((s.seq_id for s in plan.sequences if s.sample), result.logprobs, strict=True))
-        outputs: Outputs = {}
         for sequence in advanced:
             logprob = logprobs[sequence.seq_id]
             kept: tuple[TokenLogprob, ...] = (logprob,) if logprob is not None else ()
@@ -166,24 +201,12 @@ class Engine:
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:
                 self._forget(sequence)
-        return outputs
 
     def _forget(self, sequence: Sequence) -> None:
-        siblings = self._requests[sequence.request_id]
-        siblings.remove(sequence)
-        if not siblings:
+        request = self._requests[sequence.request_id]
+        request.sequences.remove(sequence)
+        if not request.sequences:
             del self._requests[sequence.request_id]
-
-
-def check_layout(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Raises ParallelLayoutError if the model cannot be split so, or this version cannot run it so."""
-    layout = config.layout
-    layout.validate(model_config)
-    if layout.dp > 1 or layout.pp > 1:
-        flat = replace(layout, dp=1, pp=1, ep=1)
-        raise ParallelLayoutError(
-            f"layout {layout}: dp and pp are not built yet; use tp and ep alone, as in {flat}"
-        )
 
 
 def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tokens: int) -> int:

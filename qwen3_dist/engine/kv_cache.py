@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import torch
 
-from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.layers.attention import kv_groups_per_rank
 from qwen3_dist.layers.batch import LayerCache
-from qwen3_dist.layout import Layout
+from qwen3_dist.model import Qwen3Model
 
 _HOST_SHARE = 0.3  # of the free host memory, over all ranks of the host
 
 
-def block_bytes(config: ModelConfig, layout: Layout, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(model: Qwen3Model, block_size: int) -> int:
     """Bytes of one block on one rank: K and V of `block_size` tokens in all its layers."""
-    groups = kv_groups_per_rank(config.n_kv_groups, layout.tp)
-    return 2 * config.n_layers * block_size * groups * config.head_dim * dtype.itemsize
+    return 2 * len(model.blocks) * prod(_block_shape(model, block_size)) * model.dtype.itemsize
 
 
-def allocate(
-    config: ModelConfig,
-    layout: Layout,
-    num_blocks: int,
-    block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> list[LayerCache]:
-    """One zeroed `LayerCache` per layer."""
-    groups = kv_groups_per_rank(config.n_kv_groups, layout.tp)
-    shape = (num_blocks, block_size, groups, config.head_dim)
-    return [
-        LayerCache(
-            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-        )
-        for _ in range(config.n_layers)
-    ]
+def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerCache]:
+    """One zeroed `LayerCache` for each of the rank's layers."""
+    shape = (num_blocks, *_block_shape(model, block_size))
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    return [LayerCache(zeros(), zeros()) for _ in model.blocks]
 
 
 def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_host: int) -> int:
@@ -63,6 +53,11 @@ def blocks_that_fit(free: int, per_block: int, most_useful: int) -> int:
             f"{per_block / 2**20:.1f} MiB; use more ranks, a smaller dtype or more memory"
         )
     return min(fitting, most_useful)
+
+
+def _block_shape(model: Qwen3Model, block_size: int) -> tuple[int, int, int]:
+    config = model.config
+    return block_size, kv_groups_per_rank(config.n_kv_groups, model.parallel.tp.size), config.head_dim
 
 
 def _host_free_bytes() -> int:

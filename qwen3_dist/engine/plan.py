@@ -41,10 +41,15 @@ class SequenceStep(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """One step of one dp group; sequences with a single token come first."""
+    """One step of one dp group; sequences with a single token come first.
+
+    A group without sequences takes part where the others need it: `group_tokens` are the tokens of every
+    group in this step, by which ranks of all groups size and choose the exchanges that they share.
+    """
 
     step: int
     sequences: tuple[SequenceStep, ...]
+    group_tokens: tuple[int, ...]
 
     @property
     def num_tokens(self) -> int:

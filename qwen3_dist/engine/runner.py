@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.backends import chosen_backends
-from qwen3_dist.engine.decode_graphs import DecodeGraphs
+from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResult
 from qwen3_dist.engine.sampler import SampledLogprobs, sample
 from qwen3_dist.layers.batch import StepBatch
@@ -26,35 +26,33 @@ class ModelRunner:
     """One rank's model with its KV cache, and the token last sampled for each of `max_num_seqs` slots."""
 
     def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int) -> None:
-        weight = model.tok_emb.weight
         self.model = model
         self.block_size = config.block_size
         self._dispatch = config.moe_dispatch
-        self._device = weight.device
+        self._device = model.device
+        self._parallel = model.parallel
         self._tp = model.parallel.tp
-        self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=weight.device)
-        graphs = config.cuda_graphs and weight.is_cuda and not model.parallel.staged
-        self._cache = kv_cache.allocate(
-            model.config,
-            model.parallel.layout,
-            num_blocks + 1 if graphs else num_blocks,
-            config.block_size,
-            weight.dtype,
-            weight.device,
-        )
+        self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
+        graphs = config.cuda_graphs and can_capture(model)
+        self._cache = kv_cache.allocate(model, num_blocks + 1 if graphs else num_blocks, config.block_size)
         self._graphs = self._make_graphs(config, num_blocks, max_num_seqs) if graphs else None
         self.backends = chosen_backends(model, self._cache[0], graphs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:
-        """Starts one step, on a GPU without waiting for it. The output is there on tp rank 0."""
+        """Starts one step, on a GPU without waiting for it.
+
+        The output is there on tp rank 0 of the last stage, unless its group was idle.
+        """
         batch = make_batch(plan, self.block_size, self._device, self._last_sampled)
-        if uses_all_to_all(self._dispatch, len(batch.token_ids), self._tp.size):
+        if uses_all_to_all(self._dispatch, sum(plan.group_tokens), self._parallel.layout.stage_size):
             batch = replace(batch, all_to_all=True)
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
         else:
             logits = self.model(batch, self._cache)
+        if not plan.sequences or not self._parallel.pipeline.is_last:
+            return None
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
             return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
@@ -74,7 +72,7 @@ class ModelRunner:
         return DecodeGraphs(self.model, self._cache, max_num_seqs, longest)
 
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Runs one step to its end. The result is there on tp rank 0, None on the other ranks."""
+        """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""
         output = self.launch(plan)
         return None if output is None else output.result()
 
@@ -108,7 +106,7 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
     positions: list[int] = []
     slots: list[int] = []
     logits_rows: list[int] = []
-    longest = max(len(sequence.block_table) for sequence in plan.sequences)
+    longest = max((len(sequence.block_table) for sequence in plan.sequences), default=0)
     for sequence in plan.sequences:
         token_ids.extend(sequence.token_ids)
         for position in range(sequence.start, sequence.start + len(sequence.token_ids)):
@@ -120,7 +118,7 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
     context_lens = tuple(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
     tables = [(*s.block_table, *[0] * (longest - len(s.block_table))) for s in plan.sequences]
     num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-    tokens = torch.tensor(token_ids, device=device)
+    tokens = torch.tensor(token_ids, dtype=torch.int64, device=device)
     if LAST_SAMPLED in token_ids[:num_decodes]:
         slots_of = torch.tensor([s.slot for s in plan.sequences[:num_decodes]], device=device)
         known = tokens[:num_decodes]
@@ -137,4 +135,5 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
         num_decodes=num_decodes,
         all_to_all=False,
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        group_tokens=plan.group_tokens,
     )

@@ -8,7 +8,9 @@ blocks back and is computed again later (its output so far included).
 The line is by priority and arrival, and nobody waits for ever: a priority of p stands in line as though
 it had arrived p * AGING_STEPS steps later than it did, so whoever waits overtakes all later arrivals.
 
-Steps may be planned before the ones before them have answered (`num_pending` of a sequence).
+Steps may be planned before the ones before them have answered (`num_pending` of a sequence). Where the model
+is a pipeline of stages, these steps are its micro-batches: each takes its part of the decoding sequences,
+none of which waits for an answer.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ _KEPT_FREE = 100  # one block in so many is left for the running ones when a new
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Most sequences and tokens of one step."""
+    """Most sequences and tokens of one step, and the stages that steps pass through."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    stages: int = 1
 
     @classmethod
     def of(cls, config: EngineConfig, device: str, num_blocks: int) -> SchedulerLimits:
@@ -43,7 +46,8 @@ class SchedulerLimits:
         """
         seqs, tokens = (256, 8192) if device == "cuda" else (64, 1024)
         fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
-        return cls(config.max_num_seqs or min(seqs, fitting), config.max_num_batched_tokens or tokens)
+        most = config.max_num_seqs or min(seqs, fitting)
+        return cls(most, config.max_num_batched_tokens or tokens, config.layout.pp)
 
 
 @dataclass
@@ -74,6 +78,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def tokens_ahead(self, sequence: Sequence) -> int:
+        """How much a new `sequence` would find here: the tokens of all others less what the cache has of its own."""
+        others = sum(s.num_tokens for s in self._by_id.values())
+        return others - self.blocks.cached_tokens(sequence)
+
     def add(self, sequence: Sequence) -> None:
         assert len(sequence.token_ids) < self.blocks.capacity_tokens, "the engine refuses what cannot fit"
         sequence.arrival = self.counts.steps
@@ -103,7 +112,8 @@ class Scheduler:
         self.counts.steps += 1
         self.counts.scheduled_sequences += len(steps)
         steps.sort(key=lambda step: len(step.token_ids) != 1)
-        return StepPlan(self.counts.steps, tuple(steps))
+        plan = StepPlan(self.counts.steps, tuple(steps), ())
+        return plan._replace(group_tokens=(plan.num_tokens,))
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Takes a step's tokens in; returns the sequences that got one, finished ones taken out."""
@@ -128,8 +138,9 @@ class Scheduler:
         """Tokens of each running sequence in this step, their blocks reserved."""
         chunks: dict[Sequence, int] = {}
         budget = self._limits.max_num_batched_tokens
-        decodes = [s for s in self.running if s.num_uncomputed == 1]
-        prefills = [s for s in self.running if s.num_uncomputed > 1]
+        free = [s for s in self.running if self._limits.stages == 1 or not s.num_pending]
+        decodes = [s for s in free if s.num_uncomputed == 1][: -(-len(self.running) // self._limits.stages)]
+        prefills = [s for s in free if s.num_uncomputed > 1]
         for sequence in (*decodes, *prefills):
             num_new = min(sequence.num_uncomputed, budget)
             while num_new > 0 and sequence in self.running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
 
@@ -10,6 +11,7 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 class Executor(ABC):
     """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each.
 
+    A step is a plan for each dp group and has a result for each, None from those that had no sequences.
     `device` is "cpu" or "cuda"; `backends` says in a line what runs the steps there.
 
     Steps run in the order they are submitted, and are collected in it. Up to `depth` may be in flight:
@@ -23,16 +25,16 @@ class Executor(ABC):
     depth: int
 
     @abstractmethod
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plans: Sequence[StepPlan]) -> None:
         """Has all ranks run a step after those submitted before."""
 
     @abstractmethod
-    def collect(self) -> StepResult:
+    def collect(self) -> list[StepResult | None]:
         """Waits for the oldest step not yet collected."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """One step from plan to result."""
-        self.submit(plan)
+    def execute(self, plans: Sequence[StepPlan]) -> list[StepResult | None]:
+        """One step from plans to results."""
+        self.submit(plans)
         return self.collect()
 
     @abstractmethod

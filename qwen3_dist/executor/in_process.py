@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
@@ -36,15 +37,15 @@ class InProcessExecutor(Executor):
         self.backends = runner.backends
         self._launched: deque[StepOutput] = deque()
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plans: Sequence[StepPlan]) -> None:
         """On a GPU this returns while the step runs; on a CPU it has run."""
         assert self._runner is not None, "the executor was shut down"
-        output = self._runner.launch(plan)
+        output = self._runner.launch(plans[0])
         assert output is not None
         self._launched.append(output)
 
-    def collect(self) -> StepResult:
-        return self._launched.popleft().result()
+    def collect(self) -> list[StepResult | None]:
+        return [self._launched.popleft().result()]
 
     def check(self) -> None:
         pass

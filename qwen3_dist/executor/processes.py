@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
+import contextlib
+import ctypes
+import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.executor.in_process import local_device
@@ -12,43 +19,100 @@ from qwen3_dist.executor.rank import RankSpec, rank_main
 from qwen3_dist.executor.rank_group import Launcher
 from qwen3_dist.settings import EngineConfig
 
-_END_WAIT_S = 5.0
+_ANSWER_S = 120.0  # a fresh interpreter imports torch from a cold disk
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_shared: Nursery | None = None
+
+
+class Nursery:
+    """A fresh Python interpreter that has imported all that ranks need, and forks them.
+
+    Importing torch takes seconds of a core, which several ranks would spend at once. Not
+    `multiprocessing`: its spawn would import the caller's `__main__` again in every rank. Ranks die with
+    their nursery, and a nursery with the process that made it.
+    """
+
+    def __init__(self) -> None:
+        self._pipe, theirs = Pipe()
+        command = [sys.executable, "-m", "qwen3_dist.executor.processes", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._asking = threading.Lock()
+
+    def launch(self, specs: list[RankSpec]) -> list[int]:
+        """Forks a process for each rank and returns their ids."""
+        return self._ask("launch", specs)
+
+    def exit_codes(self, pids: list[int]) -> list[int | None]:
+        """How each process ended: its exit code, a signal's number negated, None while it runs."""
+        return self._ask("exit_codes", pids)
+
+    def end(self, pids: list[int]) -> None:
+        """Kills these processes and waits for their end. Their ids are forgotten."""
+        self._ask("end", pids)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, what: str, about: list[Any]) -> Any:
+        try:
+            with self._asking:
+                self._pipe.send((what, about))
+                if self._pipe.poll(_ANSWER_S):
+                    return self._pipe.recv()
+        except (EOFError, OSError):
+            pass
+        raise ResourceError("the process that starts ranks has ended or hangs")
 
 
 class ProcessLauncher(Launcher):
-    """One fresh Python interpreter per rank, told what to do on its standard input.
-
-    Not `multiprocessing`: its spawn would import the caller's `__main__` again in every rank.
-    """
+    """Starts ranks in the nursery of `shared_nursery`, or else in one of its own."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.host = "127.0.0.1"
         self.device = local_device(config.device)
         if self.device == "cuda":
             _check_gpus(config.layout.world)
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._nursery: Nursery | None = None
+        self._pids: list[int] = []
 
     def launch(self, specs: list[RankSpec]) -> None:
-        for spec in specs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "qwen3_dist.executor.processes"], stdin=subprocess.PIPE
-            )
-            self._processes.append(process)
-            assert process.stdin is not None
-            process.stdin.write(pickle.dumps(spec))
-            process.stdin.close()
+        self._nursery = _shared or Nursery()
+        self._pids = self._nursery.launch(specs)
 
     def exit_reason(self) -> str | None:
-        codes = [process.poll() for process in self._processes]
+        assert self._nursery is not None
+        try:
+            codes = self._nursery.exit_codes(self._pids)
+        except ResourceError as error:
+            return str(error)
         ended = [f"process of rank {rank} ended with code {code}" for rank, code in enumerate(codes) if code]
         return ended[0] if ended else None
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.wait(_END_WAIT_S)
-        self._processes = []
+        nursery, self._nursery = self._nursery, None
+        if nursery is None:
+            return
+        if nursery is _shared:
+            nursery.end(self._pids)
+        else:
+            nursery.close()
+
+
+@contextlib.contextmanager
+def shared_nursery() -> Iterator[None]:
+    """Engines made within start their ranks from one nursery, so that only the first waits for imports."""
+    global _shared
+    assert _shared is None
+    _shared = Nursery()
+    try:
+        yield
+    finally:
+        _shared.close()
+        _shared = None
 
 
 def _check_gpus(world: int) -> None:
@@ -61,5 +125,55 @@ def _check_gpus(world: int) -> None:
         )
 
 
+class _Nurse:
+    """What a nursery's process does with its ranks' processes."""
+
+    def __init__(self) -> None:
+        self._codes: dict[int, int | None] = {}
+
+    def serve(self, pipe: Connection) -> None:
+        """Answers `Nursery` until its owner is gone."""
+        while True:
+            what, about = pipe.recv()
+            pipe.send(getattr(self, what)(about))
+
+    def launch(self, specs: list[RankSpec]) -> list[int]:
+        pids = [_fork(spec) for spec in specs]
+        self._codes.update(dict.fromkeys(pids))
+        return pids
+
+    def exit_codes(self, pids: list[int]) -> list[int | None]:
+        for pid in pids:
+            if self._codes[pid] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                self._codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
+        return [self._codes[pid] for pid in pids]
+
+    def end(self, pids: list[int]) -> None:
+        for pid in pids:
+            if self._codes.pop(pid) is None:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _fork(spec: RankSpec) -> int:
+    nurse = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == nurse:
+            rank_main(spec)
+            code = 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
-    rank_main(pickle.loads(sys.stdin.buffer.read()))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
+    with contextlib.suppress(EOFError, OSError):
+        _Nurse().serve(Connection(int(sys.argv[1])))

@@ -126,12 +126,12 @@ def count_blocks(config: EngineConfig, model: Qwen3Model, ranks_on_host: int) ->
     """KV-cache blocks this rank can hold beside its weights, from the settings or from free memory."""
     if config.num_blocks is not None:
         return config.num_blocks
-    device, dtype = model.tok_emb.weight.device, model.tok_emb.weight.dtype
+    device = model.device
     if config.kv_cache_gib is not None and device.type == "cpu":
         free = int(config.kv_cache_gib * 2**30)
     else:
         free = kv_cache.free_bytes(device, config.gpu_memory_utilization, ranks_on_host)
-    per_block = kv_cache.block_bytes(model.config, config.layout, config.block_size, dtype)
+    per_block = kv_cache.block_bytes(model, config.block_size)
     longest = min(config.max_model_len or model.config.context_length, model.config.context_length)
     most_seqs = SchedulerLimits.of(config, device.type, num_blocks=free // per_block).max_num_seqs
     most_useful = most_seqs * -(-longest // config.block_size)

@@ -7,13 +7,14 @@ else, from rendezvous to the step, is the same for all of them and lies here.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import secrets
 import selectors
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
@@ -61,31 +62,41 @@ class RankGroupExecutor(Executor):
         self._deadline = time.monotonic() + config.start_timeout_s
         self._selector = selectors.DefaultSelector()
         self._channels: dict[int, Channel] = {}
-        self._submitted: deque[int] = deque()
+        self._submitted: deque[Sequence[StepPlan]] = deque()
+        self._results: list[deque[StepResult]] = [deque() for _ in range(config.layout.dp)]
         self._death: QwenDistError | None = None
         self.device = launcher.device
-        self.depth = 2 if config.overlap else 1
+        self.depth = config.layout.pp if config.layout.pp > 1 else 2 if config.overlap else 1
         try:
             self._start(progress)
         except BaseException:
             self.shutdown()
             raise
 
-    def submit(self, plan: StepPlan) -> None:
+    def submit(self, plans: Sequence[StepPlan]) -> None:
         self._raise_if_dead()
-        packed = pack(plan)
+        packed = [pack(plan) for plan in plans]
         with self._losing_ranks():
-            for channel in self._channels.values():
-                channel.send_packed(packed)
-        self._submitted.append(plan.step)
+            for rank, channel in self._channels.items():
+                channel.send_packed(packed[self._config.layout.coords(rank).group])
+        self._submitted.append(plans)
 
-    def collect(self) -> StepResult:
+    def collect(self) -> list[StepResult | None]:
         self._raise_if_dead()
-        step = self._submitted.popleft()
+        plans = self._submitted.popleft()
+        deadline = time.monotonic() + self._config.step_timeout_s
+        answering = [bool(plan.sequences) for plan in plans]
         with self._losing_ranks():
-            rank, message = self._next_message(time.monotonic() + self._config.step_timeout_s)
-        assert rank == 0 and isinstance(message, StepResult) and message.step == step, message
-        return message
+            while not all(map(bool, itertools.compress(self._results, answering))):
+                rank, message = self._next_message(deadline)
+                assert isinstance(message, StepResult), message
+                self._results[self._config.layout.coords(rank).group].append(message)
+        results = [
+            arrived.popleft() if answers else None
+            for arrived, answers in zip(self._results, answering, strict=True)
+        ]
+        assert all(result is None or result.step == plans[0].step for result in results)
+        return results
 
     def check(self) -> None:
         self._raise_if_dead()

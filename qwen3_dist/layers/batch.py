@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,19 @@ class StepBatch:
     num_decodes: int  # leading sequences with exactly one new token
     all_to_all: bool  # how MoE layers dispatch this step; else every rank sees all tokens
     logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
+    group_tokens: tuple[int, ...] = ()  # [dp] T of every dp group; MoE layers ask where there are several
+
+    @cached_property
+    def rows_of_groups(self) -> Tensor | None:
+        """[sum of T] int64: where all groups' tokens lie when each group's are padded to the longest's; None
+        if none is padded."""
+        longest = max(self.group_tokens)
+        if min(self.group_tokens) == longest:
+            return None
+        rows = [
+            group * longest + row for group, tokens in enumerate(self.group_tokens) for row in range(tokens)
+        ]
+        return torch.tensor(rows, device=self.token_ids.device)
 
     @cached_property
     def narrow(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The dense SwiGLU feed-forward, and a mixture of such experts split over the ep and etp ranks.
 
-Legend: T tokens of the step, N tokens this rank owns, K experts per token, D emb_dim.
+Legend: T tokens of the dp group's step, N tokens this rank owns, K experts per token, D emb_dim.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.kernels import Half, Kernels
+from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
@@ -65,6 +66,11 @@ class MoEFeedForward(nn.Module):
         _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
         self.all_to_all = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
         self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
+        self._dp = parallel.dp
+        # etp ranks send rows to each other one for one, so where they are of several dp groups, who may have
+        # other numbers of tokens, all pad to the largest.
+        self._tp_size = parallel.tp.size
+        self._levels = parallel.tp.size % parallel.etp.size != 0
         self.gate = Linear(config.emb_dim, config.num_experts, bias=False)
         self.experts = Experts(len(placement.experts_of(parallel.ep.rank)), config.emb_dim, columns)
 
@@ -74,6 +80,18 @@ class MoEFeedForward(nn.Module):
             return self._half.experts(x)
         x = norm(x)
         return self.experts(self.all_gather.select(x, *self.route(x)))
+
+    def for_groups(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
+        """The form for few tokens, where dp groups have tokens of their own: [T, D] -> a partial sum over tp."""
+        if self._dp.size == 1:
+            return self(x, norm)
+        longest, rows = max(batch.group_tokens), batch.rows_of_groups
+        everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, longest - len(x))))
+        if rows is None:
+            return self._dp.reduce_scatter(self(everybody, norm))
+        out = torch.zeros_like(everybody)
+        out[rows] = self(everybody[rows], norm)
+        return self._dp.reduce_scatter(out)[: len(x)]
 
     def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
         """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
@@ -86,12 +104,16 @@ class MoEFeedForward(nn.Module):
         members = (norm.scale, self.gate.weight, *stacks, *scales, self.all_gather.here, *counts, *sizes)
         self._half = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
 
-    def dispatched(self, x: Tensor, num_real: int) -> Tensor:
+    def dispatched(self, x: Tensor, num_real: int, batch: StepBatch) -> Tensor:
         """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D]."""
+        own = len(x)
+        if self._levels:
+            level = -(-max(batch.group_tokens) // self._tp_size)
+            x = F.pad(x, (0, 0, 0, level - own))
         expert_ids, weights = self.route(x)
         expert_ids[num_real:] = -1
         received, handle = self.all_to_all.dispatch(x, expert_ids, weights)
-        return self.all_to_all.combine(self.experts(received), handle)
+        return self.all_to_all.combine(self.experts(received), handle)[:own]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and weights [N, K] of each token: softmax over all experts in fp32, then top-k.

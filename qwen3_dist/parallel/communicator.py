@@ -102,18 +102,22 @@ class TorchCommunicator(Communicator):
         self._device = device
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        if not x.numel():  # on every rank, then: an idle dp group's, which not every backend takes
+            return x
         x = x.contiguous()
         dist.all_reduce(x, group=self._group)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=self._group)
+        if out.numel():
+            dist.all_gather_into_tensor(out, x.contiguous(), group=self._group)
         return out
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group)
+        if out.numel():
+            dist.reduce_scatter_tensor(out, x.contiguous(), group=self._group)
         return out
 
     def gather(self, x: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from qwen3_dist.parallel.communicator import (
     StagedCommunicator,
     TorchCommunicator,
 )
+from qwen3_dist.parallel.pipeline import Pipeline
 from qwen3_dist.parallel.shared_memory import connect_shared_memory
 
 
@@ -23,15 +24,18 @@ from qwen3_dist.parallel.shared_memory import connect_shared_memory
 class ParallelContext:
     """One rank's place in a layout and its communicators.
 
-    `tp`: the ranks of this rank's attention. `ep`: the ranks that hold the same columns of other
-    experts. `etp`: the ranks that hold other columns of the same experts.
+    `tp`: the ranks of this rank's attention. `dp`: the ranks of the same heads in all dp groups. `ep`:
+    the ranks that hold the same columns of other experts. `etp`: the ranks that hold other columns of
+    the same experts. All of them are of this rank's pipeline stage.
     """
 
     layout: Layout
     coords: RankCoords
     tp: Communicator
+    dp: Communicator
     ep: Communicator
     etp: Communicator
+    pipeline: Pipeline
     staged: bool = False  # its collectives go over the host
 
     @classmethod
@@ -39,7 +43,7 @@ class ParallelContext:
         """The context of an unsharded model."""
         alone = SingleCommunicator()
         layout = Layout()
-        return cls(layout, layout.coords(0), alone, alone, alone)
+        return cls(layout, layout.coords(0), alone, alone, alone, alone, Pipeline())
 
     @classmethod
     def connect(
@@ -68,24 +72,27 @@ class ParallelContext:
             if communicator is not None:
                 wrapped = staged and communicator.size > 1
                 mine[members] = StagedCommunicator(communicator, device) if wrapped else communicator
-        tp, ep, etp = (mine[members] for members in _groups_of(layout, rank))
-        return cls(layout, layout.coords(rank), tp, ep, etp, staged)
+        tp, dp, ep, etp = (mine[members] for members in _groups_of(layout, rank))
+        at, stage_size = layout.coords(rank), layout.stage_size
+        pipeline = Pipeline(at.stage, layout.pp, rank - stage_size, rank + stage_size, host=staged)
+        return cls(layout, at, tp, dp, ep, etp, pipeline, staged)
 
     def close(self) -> None:
-        for communicator in {self.tp, self.ep, self.etp}:
+        for communicator in {self.tp, self.dp, self.ep, self.etp}:
             communicator.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _groups_of(layout: Layout, rank: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The members of the tp, ep and etp group of `rank`, in group-rank order."""
+def _groups_of(layout: Layout, rank: int) -> tuple[tuple[int, ...], ...]:
+    """The members of the tp, dp, ep and etp group of `rank`, in group-rank order."""
     at = layout.coords(rank)
     stage = [layout.coords(r) for r in range(layout.world) if layout.coords(r).stage == at.stage]
     tp = tuple(c.rank for c in stage if c.group == at.group)
+    dp = tuple(c.rank for c in stage if c.tp_rank == at.tp_rank)
     ep = tuple(c.rank for c in stage if c.etp_rank == at.etp_rank)
     etp = tuple(c.rank for c in stage if c.ep_rank == at.ep_rank)
-    return tp, ep, etp
+    return tp, dp, ep, etp
 
 
 def _all_groups(layout: Layout) -> Iterable[tuple[int, ...]]:

@@ -133,12 +133,18 @@ class WeightPlan:
         self._names = names
 
     def pieces(self, at: RankCoords) -> Iterator[Piece]:
-        """What the rank at `at` must read, in checkpoint order."""
-        config = self._config
+        """What the rank at `at` must read, in checkpoint order.
+
+        The embedding is the first stage's, norm and head are the last's; blocks count from the stage's first.
+        """
+        config, last = self._config, at.stage == self._layout.pp - 1
+        embeds = at.stage == 0 or (last and config.tie_word_embeddings)
         for rule in _MODEL_RULES:
-            yield from self._apply(rule, "", "", at)
-        for layer in range(config.n_layers):
-            prefixes = (f"model.layers.{layer}.", f"blocks.{layer}.")
+            if embeds if rule[1] == "tok_emb.weight" else last:
+                yield from self._apply(rule, "", "", at)
+        layers = self._layout.layers_of(at.stage, config.n_layers)
+        for block, layer in enumerate(layers):
+            prefixes = (f"model.layers.{layer}.", f"blocks.{block}.")
             moe = config.is_moe_layer(layer)
             for rule in [*_LAYER_RULES, *([_GATE_RULE] if moe else _DENSE_RULES)]:
                 yield from self._apply(rule, *prefixes, at)

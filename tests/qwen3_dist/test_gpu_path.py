@@ -83,7 +83,7 @@ def decodes(n: int) -> StepBatch:
 def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> None:
     def fresh_cache() -> list[LayerCache]:
         torch.manual_seed(1)
-        cache = kv_cache.allocate(model.config, model.parallel.layout, 129, 4, torch.float32, CPU)
+        cache = kv_cache.allocate(model, 129, 4)
         for layer in cache:
             layer.keys.normal_()
             layer.values.normal_()
@@ -103,7 +103,7 @@ def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> N
 
 
 def test_other_steps_are_not_taken(model: Qwen3Model) -> None:
-    cache = kv_cache.allocate(model.config, model.parallel.layout, 129, 4, torch.float32, CPU)
+    cache = kv_cache.allocate(model, 129, 4)
     graphs = DecodeGraphs(model, cache, max_num_seqs=4, max_model_len=64)
     step = decodes(3)
     assert graphs.takes(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.layout import valid_layouts
 from qwen3_dist.reference import load_reference
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import DENSE, MOE, write_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {"moe": False},
@@ -41,20 +45,67 @@ def test_reference_logits_equal_those_of_transformers(
     assert (got - expected).abs().max() <= tolerance
 
 
+# Nothing divides evenly: 10 experts of 45 columns, 99 dense columns, 199 tokens, 5 layers, one of them dense.
+ODD: dict[str, Any] = {
+    "intermediate_size": 99,
+    "moe_intermediate_size": 45,
+    "num_experts": 10,
+    "num_hidden_layers": 5,
+}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "dense": {"moe": False, "intermediate_size": 99, "tie_word_embeddings": True},
+    "moe": {"moe": True, "mlp_only_layers": [1], **ODD},
+    "moe of 3 KV groups": {
+        "moe": True,
+        "mlp_only_layers": [1],
+        **ODD,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
-        "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
-        "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
+        kind: write_checkpoint(tmp_path_factory.mktemp("checkpoint"), **shape)
+        for kind, shape in CHECKPOINTS.items()
     }
 
 
-CASES = [("dense", layout, "auto") for layout in ("tp=1", "tp=2", "tp=4")] + [("moe", "tp=1", "auto")]
+@pytest.fixture(scope="module", autouse=True)
+def nursery() -> Iterator[None]:
+    with shared_nursery():
+        yield
+
+
+def layouts(kind: str, *worlds: int) -> list[str]:
+    """Every layout of so many ranks that the rules allow for a checkpoint of this kind."""
+    shape = {**DENSE, **(MOE if CHECKPOINTS[kind]["moe"] else {}), **CHECKPOINTS[kind]}
+    config = ModelConfig.from_dict({**shape, "model_type": "qwen3_moe" if shape["moe"] else "qwen3"})
+    return [str(layout) for world in worlds for layout in valid_layouts(config, world)]
+
+
+CASES = [("dense", layout, "auto") for layout in layouts("dense", 1, 2, 4)]
+CASES += [("moe", "tp=1", "auto")]
 CASES += [
-    ("moe", layout, dispatch)
-    for layout in ("tp=2,ep=2", "tp=2", "tp=4,ep=2", "tp=4,ep=4")
-    for dispatch in ("all_gather", "all_to_all")
+    ("moe", layout, dispatch) for layout in layouts("moe", 2, 4) for dispatch in ("all_gather", "all_to_all")
 ]
+CASES += [("moe of 3 KV groups", layout, "all_to_all") for layout in layouts("moe of 3 KV groups", 2)]
+CASES += [("moe of 3 KV groups", "dp=3,ep=3", "all_to_all"), ("moe of 3 KV groups", "tp=3", "all_gather")]
+
+
+def test_the_cases_hold_every_mix_of_axes() -> None:
+    assert {(kind, layout) for kind, layout, _ in CASES} >= {
+        ("dense", "tp=2,dp=2"),
+        ("dense", "dp=2,pp=2"),
+        ("dense", "pp=4"),
+        ("moe", "dp=4,ep=4"),
+        ("moe", "dp=4"),
+        ("moe", "tp=2,dp=2,ep=4"),
+        ("moe", "tp=4,ep=2"),
+        ("moe", "tp=2,pp=2,ep=2"),
+    }
 
 
 @pytest.mark.parametrize(("kind", "layout", "dispatch"), CASES)
@@ -72,9 +123,11 @@ def test_every_layout_generates_the_reference_tokens(
         use_tqdm=False,
     ) as llm:
         outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        alone = llm.generate(PROMPTS[1:2], GREEDY, use_tqdm=False)  # other dp groups are idle
         llm._engine.check_integrity()
         stats = llm._engine.stats()
     assert stats.free_blocks == stats.total_blocks
+    assert alone[0].token_ids == outputs[1].token_ids
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert output.token_ids == reference.generate_greedy(prompt, 12)
         logits = reference(torch.tensor(prompt + output.token_ids))[len(prompt) - 1 : -1]

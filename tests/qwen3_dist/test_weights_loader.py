@@ -202,6 +202,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.communicator import SingleCommunicator
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.pipeline import Pipeline
 from qwen3_dist.weights.loader import load_model
 
 class Far(SingleCommunicator):
@@ -210,7 +211,8 @@ class Far(SingleCommunicator):
         self.size = size
 
 path, layout = Path(sys.argv[1]), Layout.parse(sys.argv[2])
-parallel = ParallelContext(layout, layout.coords(0), Far(layout.tp), Far(layout.ep), Far(layout.etp))
+groups = (Far(size) for size in (layout.tp, layout.dp, layout.ep, layout.etp))
+parallel = ParallelContext(layout, layout.coords(0), *groups, Pipeline())
 model = load_model(path, ModelConfig.from_directory(path), parallel, torch.bfloat16, torch.device("cpu"))
 shard = sum(p.numel() * p.element_size() for p in model.parameters())
 peak = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024
