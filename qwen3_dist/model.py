@@ -94,8 +94,8 @@ class TransformerBlock(nn.Module):
         attended = self.att(x, self.norm1, cos, sin, cache, batch)
         if batch.all_to_all and isinstance(self.ff, MoEFeedForward):
             return self._route(x, attended, self.ff)
-        x = x + self._tp.all_reduce(attended)
-        return x + self._tp.all_reduce(self.ff(x, self.norm2))
+        x = self._tp.add_all_reduced(x, attended)
+        return self._tp.add_all_reduced(x, self.ff(x, self.norm2))
 
     def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward) -> Tensor:
         """The MoE half by all-to-all: each tp rank owns N of the tokens, so that none is routed twice."""
