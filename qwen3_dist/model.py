@@ -129,10 +129,10 @@ class TransformerBlock(nn.Module):
         """The block's second half, from attention's partial sums on."""
         if isinstance(self.ff, MoEFeedForward) and batch.all_to_all:
             return self._route(x, attended, self.ff, batch)
-        x = x + self._tp.all_reduce(attended)
+        x = self._tp.add_all_reduced(x, attended)
         if isinstance(self.ff, MoEFeedForward):
-            return x + self._tp.all_reduce(self.ff.for_groups(x, self.norm2, batch))
-        return x + self._tp.all_reduce(self.ff(x, self.norm2))
+            return self._tp.add_all_reduced(x, self.ff.for_groups(x, self.norm2, batch))
+        return self._tp.add_all_reduced(x, self.ff(x, self.norm2))
 
     def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward, batch: StepBatch) -> Tensor:
         """The MoE half by all-to-all: each tp rank owns N of the tokens, so that none is routed twice."""

@@ -29,6 +29,10 @@ class Communicator(ABC):
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of everybody's `x`, on every rank. `x` may be overwritten."""
 
+    def add_all_reduced(self, x: Tensor, partial: Tensor) -> Tensor:
+        """x + the sum of everybody's `partial`, both of x's shape, on every rank. `partial` may be overwritten."""
+        return x + self.all_reduce(partial)
+
     @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:
         """[T, ...] of equal shape on every rank -> [n * T, ...], in rank order."""

@@ -16,6 +16,7 @@ from qwen3_dist.parallel.communicator import (
     StagedCommunicator,
     TorchCommunicator,
 )
+from qwen3_dist.parallel.native_shared_memory import fastest_communicator
 from qwen3_dist.parallel.pipeline import Pipeline
 from qwen3_dist.parallel.shared_memory import connect_shared_memory
 
@@ -109,7 +110,7 @@ def _join(
     if rank not in members:
         return None
     if device.type == "cpu" and shared_memory:
-        communicator = connect_shared_memory(group, timeout_s=timeout_s)
+        communicator = connect_shared_memory(group, fastest_communicator(), timeout_s=timeout_s)
         if communicator is not None:
             return communicator
     return TorchCommunicator(group, device)

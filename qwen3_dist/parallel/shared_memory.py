@@ -10,7 +10,8 @@ microseconds. Segment of a group of n ranks, two halves used in turn:
 A rank writes operation k into half k % 2 and publishes k; it goes on when all have published k. Half
 k % 2 is written again at k + 2, which a rank reaches only after everybody published k + 1, hence
 finished reading k: two halves suffice and nobody waits twice. Publishing is a plain store after plain
-stores, which is ordered on x86 only (`supported()`); elsewhere ranks use gloo.
+stores, which is ordered on x86 only (`supported()`); elsewhere ranks use gloo. `native_shared_memory.py`
+does the same in C++.
 """
 
 from __future__ import annotations
@@ -49,24 +50,30 @@ def supported() -> bool:
 
 
 def connect_shared_memory(
-    group: dist.ProcessGroup, slot_bytes: int = 1 << 20, timeout_s: float = 300.0
+    group: dist.ProcessGroup,
+    kind: type[SharedMemoryCommunicator],
+    slot_bytes: int = 1 << 20,
+    timeout_s: float = 300.0,
 ) -> SharedMemoryCommunicator | None:
     """Joins the ranks of a gloo `group` through one segment, or returns None on every rank.
+
+    A slot holds whole numbers of every dtype: `slot_bytes` is a multiple of 16.
 
     Whether they really share memory is found out by trying: all must be able to open the segment and
     watch each other's processes. The segment's name is removed before this returns, so nothing of it
     can outlive its ranks.
     """
+    assert slot_bytes % 16 == 0
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     path: list[str | None] = [None]
-    segment: _Segment | None = None
+    segment: Segment | None = None
     if rank == 0 and supported():
         path = [str(_DIRECTORY / f"qwen3_dist-{os.getpid()}-{secrets.token_hex(8)}")]
-        segment = _Segment.create(Path(path[0] or ""), size, slot_bytes)
+        segment = Segment.create(Path(path[0] or ""), size, slot_bytes)
     try:
         dist.broadcast_object_list(path, group=group, group_src=0)
         if segment is None and path[0] and supported():
-            segment = _Segment.attach(Path(path[0]), size, slot_bytes)
+            segment = Segment.attach(Path(path[0]), size, slot_bytes)
         pids: list[int | None] = [None] * size
         dist.all_gather_object(pids, os.getpid() if segment else None, group=group)
         watchers = None if None in pids else _open_pidfds([pid for pid in pids if pid], rank)
@@ -79,7 +86,7 @@ def connect_shared_memory(
         for descriptor in watchers or {}:
             os.close(descriptor)
         return None
-    return SharedMemoryCommunicator(rank, size, segment, watchers, timeout_s)
+    return kind(rank, size, segment, watchers, timeout_s)
 
 
 def _open_pidfds(pids: Sequence[int], rank: int) -> dict[int, int] | None:
@@ -96,7 +103,7 @@ def _open_pidfds(pids: Sequence[int], rank: int) -> dict[int, int] | None:
     return descriptors
 
 
-class _Segment:
+class Segment:
     """The mapped memory of one group, cut into flags, headers and slots."""
 
     def __init__(self, memory: mmap.mmap, size: int, slot_bytes: int) -> None:
@@ -106,8 +113,9 @@ class _Segment:
         view = memoryview(memory)
         self.flags = view[:flags_end].cast("q")
         self.headers = view[flags_end:headers_end].cast("q", (2, size, 1 + size))
-        raw = torch.frombuffer(memory, dtype=torch.uint8, offset=slots_start)
-        self.slots = raw[: 2 * size * slot_bytes].view(2, size, slot_bytes)
+        raw = torch.frombuffer(memory, dtype=torch.uint8)
+        self.flags_address = raw.data_ptr()
+        self.slots = raw[slots_start:][: 2 * size * slot_bytes].view(2, size, slot_bytes)
         self.slot_bytes = slot_bytes
 
     @staticmethod
@@ -116,7 +124,7 @@ class _Segment:
         return -(-flags_and_headers // 4096) * 4096 + 2 * size * slot_bytes
 
     @classmethod
-    def create(cls, path: Path, size: int, slot_bytes: int) -> _Segment | None:
+    def create(cls, path: Path, size: int, slot_bytes: int) -> Segment | None:
         total = cls.total_bytes(size, slot_bytes)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -131,7 +139,7 @@ class _Segment:
             os.close(descriptor)
 
     @classmethod
-    def attach(cls, path: Path, size: int, slot_bytes: int) -> _Segment | None:
+    def attach(cls, path: Path, size: int, slot_bytes: int) -> Segment | None:
         try:
             descriptor = os.open(path, os.O_RDWR)
         except OSError:
@@ -145,13 +153,13 @@ class _Segment:
 
 
 class SharedMemoryCommunicator(Communicator):
-    """Collectives over a `_Segment`; payloads larger than a slot go in rounds.
+    """Collectives over a `Segment`; payloads larger than a slot go in rounds.
 
     Raises PeerLostError when another rank's process ends, or stays away longer than `timeout_s`.
     """
 
     def __init__(
-        self, rank: int, size: int, segment: _Segment, watchers: dict[int, int], timeout_s: float
+        self, rank: int, size: int, segment: Segment, watchers: dict[int, int], timeout_s: float
     ) -> None:
         super().__init__(rank, size)
         self._segment = segment
@@ -290,6 +298,12 @@ class SharedMemoryCommunicator(Communicator):
             os.sched_yield()
             if flags[at] >= operation:
                 return
+        self._watch(peer, operation)
+
+    def _watch(self, peer: int, operation: int) -> None:
+        """Sleeps until `peer` has published `operation`; raises if a rank that has not is gone or too late."""
+        flags, step = self._segment.flags, _LINE // 8
+        at = peer * step
         now = time.monotonic()
         deadline, next_check = now + self._timeout_s, now
         while flags[at] < operation:

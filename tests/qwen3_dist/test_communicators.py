@@ -6,15 +6,23 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from qwen3_dist.kernels.build import library
 from qwen3_dist.parallel.communicator import Communicator, TorchCommunicator
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.shared_memory import PeerLostError, SharedMemoryCommunicator
+from qwen3_dist.parallel.native_shared_memory import NativeSharedMemoryCommunicator, fastest_communicator
+from qwen3_dist.parallel.shared_memory import (
+    PeerLostError,
+    SharedMemoryCommunicator,
+    connect_shared_memory,
+)
 from tests.ranks import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +42,9 @@ def check_collectives(parallel: ParallelContext) -> None:
         for rows in ROWS:
             every = [of_rank(rank, rows, dtype) for rank in range(n)]
             assert torch.equal(tp.all_reduce(every[me].clone()), torch.stack(every).sum(0))
+            residual = of_rank(n, rows, dtype)
+            added = tp.add_all_reduced(residual, every[me].clone())
+            assert torch.equal(added, residual + torch.stack(every).sum(0))
             assert torch.equal(tp.all_gather(every[me]), torch.cat(every))
             gathered = tp.gather(every[me])
             assert (gathered is None) == (me != 0)
@@ -80,19 +91,87 @@ def check_bit_identical_sums(parallel: ParallelContext) -> None:
     assert all(torch.equal(everybody[0], copy) for copy in everybody)
 
 
+def random_of_rank(rank: int, elements: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(elements, generator=torch.Generator().manual_seed(1000 * rank + elements)).to(dtype)
+
+
+def check_native_equals_python(parallel: ParallelContext) -> None:
+    """With slots of 256 bytes, so that payloads of every size and dtype go in rounds and end inside one."""
+    group = dist.new_group(list(range(parallel.tp.size)))
+    native = connect_shared_memory(group, NativeSharedMemoryCommunicator, slot_bytes=256)
+    python = connect_shared_memory(group, SharedMemoryCommunicator, slot_bytes=256)
+    assert type(native) is NativeSharedMemoryCommunicator and type(python) is SharedMemoryCommunicator
+    n, me = native.size, native.rank
+    for dtype in (*DTYPES, torch.int64, torch.uint8):
+        for elements in (0, 1, 7, 63, 64, 65, 128, 1001):
+            x = random_of_rank(me, elements, dtype)
+            tall = random_of_rank(me, elements * n, dtype)
+            shared = random_of_rank(n, elements, dtype)
+            calls: list[Callable[[Communicator], Tensor | None]] = [
+                lambda c, x=x: c.all_reduce(x.clone()),
+                lambda c, x=x, shared=shared: c.add_all_reduced(shared, x.clone()),
+                lambda c, tall=tall: c.reduce_scatter(tall.clone()),
+                lambda c, x=x: c.all_gather(x),
+                lambda c, x=x: c.gather(x),
+                lambda c, x=x: c.broadcast(x.clone()),
+            ]
+            for call in calls:
+                expected, got = call(python), call(native)
+                assert (expected is None) == (got is None)
+                assert expected is None or got is None or torch.equal(got, expected)
+    column = torch.arange(12.0).view(4, 3).T + me  # not contiguous
+    assert torch.equal(native.all_reduce(column), python.all_reduce(column))
+    assert torch.equal(native.add_all_reduced(column, column), python.add_all_reduced(column, column))
+    native.barrier()
+    native.close()
+    python.close()
+
+
+def check_kinds_meet(parallel: ParallelContext) -> None:
+    group = dist.new_group(list(range(parallel.tp.size)))
+    kind = NativeSharedMemoryCommunicator if parallel.tp.rank % 2 else SharedMemoryCommunicator
+    mixed = connect_shared_memory(group, kind, slot_bytes=4096)
+    assert type(mixed) is kind
+    check_collectives(replace(parallel, tp=mixed))
+    check_all_to_all(replace(parallel, tp=mixed))
+    mixed.close()
+
+
 def check_kinds(parallel: ParallelContext) -> None:
     print(type(parallel.tp).__name__, [g.size for g in (parallel.tp, parallel.ep, parallel.etp)])
 
 
-def check_survivors(parallel: ParallelContext) -> None:
-    tp: Communicator = parallel.tp
+def _survive(tp: Communicator) -> None:
+    """Rank 1 dies while rank 0 waits for it inside a collective."""
     tp.barrier()
     if tp.rank == 1:
+        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     with pytest.raises(PeerLostError, match="ended"):
         tp.all_reduce(torch.ones(4))
     print(time.monotonic() - started)
+
+
+def check_survivors(parallel: ParallelContext) -> None:
+    assert type(parallel.tp) is fastest_communicator()
+    _survive(parallel.tp)
+
+
+def check_survivors_in_python(parallel: ParallelContext) -> None:
+    communicator = connect_shared_memory(dist.new_group([0, 1]), SharedMemoryCommunicator)
+    assert type(communicator) is SharedMemoryCommunicator
+    _survive(communicator)
+
+
+def check_absent_peer(parallel: ParallelContext) -> None:
+    for kind in (fastest_communicator(), SharedMemoryCommunicator):
+        communicator = connect_shared_memory(dist.new_group([0, 1]), kind, timeout_s=0.2)
+        assert communicator is not None
+        if communicator.rank == 0:
+            with pytest.raises(PeerLostError, match="did not answer within"):
+                communicator.all_reduce(torch.ones(4))
+    dist.barrier()
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -116,7 +195,7 @@ def test_replicated_sums_are_bit_identical_on_every_rank() -> None:
 def test_ranks_of_one_host_take_shared_memory_and_leave_no_file_of_it() -> None:
     before = set(Path("/dev/shm").iterdir())
     printed = run_ranks(check_kinds, "tp=4,ep=2")
-    assert printed == [f"{SharedMemoryCommunicator.__name__} [4, 2, 2]\n"] * 4
+    assert printed == [f"{fastest_communicator().__name__} [4, 2, 2]\n"] * 4
     assert not {p for p in set(Path("/dev/shm").iterdir()) - before if "qwen3_dist" in p.name}
 
 
@@ -125,6 +204,24 @@ def test_without_shared_memory_ranks_take_gloo() -> None:
     assert printed == [f"{TorchCommunicator.__name__} [2, 1, 2]\n"] * 2
 
 
-def test_a_killed_peer_is_noticed_within_five_seconds() -> None:
-    survivor, _ = run_ranks(check_survivors, "tp=2", dies=1)
+@pytest.mark.parametrize("check", [check_survivors, check_survivors_in_python])
+def test_a_peer_killed_while_others_wait_is_noticed_within_five_seconds(
+    check: Callable[[ParallelContext], None],
+) -> None:
+    survivor, _ = run_ranks(check, "tp=2", dies=1)
     assert float(survivor) < 5
+
+
+def test_a_peer_that_stays_away_is_given_up_after_the_timeout() -> None:
+    run_ranks(check_absent_peer, "tp=2")
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels could be built here")
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_native_collectives_give_the_bits_of_those_in_python(world: int) -> None:
+    run_ranks(check_native_equals_python, f"tp={world}")
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels could be built here")
+def test_ranks_with_and_without_kernels_can_share_a_group() -> None:
+    run_ranks(check_kinds_meet, "tp=4")

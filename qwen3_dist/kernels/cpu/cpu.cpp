@@ -1,4 +1,5 @@
 // The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `native.py` declares the same signatures.
+#include "collectives.h"
 #include "halves.h"
 
 // clang-format off
@@ -55,6 +56,30 @@ void rotate_##NAME(T* q, const T* k, const T* v, T* keys, T* values, const T* q_
 } \
 }
 
+#define SUMS(T, NAME) \
+extern "C" { \
+long all_reduce_##NAME(const Group* group, long operation, const T* x, const T* addend, T* out, long n) { \
+    return group->all_reduce(operation, x, addend, out, n); \
+} \
+long reduce_scatter_##NAME(const Group* group, long operation, const T* x, T* out, long n) { \
+    return group->reduce_scatter(operation, x, out, n); \
+} \
+}
+
+extern "C" {
+long exchange(const Group* group, long operation) { return group->exchange(operation + 1) ? operation + 1 : -1; }
+long gather(const Group* group, long operation, const char* x, char* out, long bytes, long gives) {
+    return group->gather(operation, x, out, bytes, gives);
+}
+long broadcast(const Group* group, long operation, char* x, long bytes) {
+    return group->broadcast(operation, x, bytes);
+}
+}
+SUMS(bf16, bf16)
+SUMS(float, fp32)
+#ifdef __F16C__
+SUMS(fp16, fp16)
+#endif
 extern "C" long panel_outputs() { return PANEL; }
 PACKING(bf16, bf16)
 PACKING(float, fp32)

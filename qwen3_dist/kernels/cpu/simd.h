@@ -53,6 +53,12 @@ inline Vec load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Integers), Vec);
 }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
+inline void store(bf16* p, Vec x) {
+    Words words = (Words)x, nearest = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+    Words not_numbers = (Words)(x != x);
+    *reinterpret_cast<Halves*>(p) =
+        __builtin_convertvector((nearest & ~not_numbers) | (not_numbers & 0x7fc0), Halves);
+}
 
 template <int BY, int... L>
 inline Vec rotated(Vec x, std::integer_sequence<int, L...>) {

@@ -1,0 +1,160 @@
+// Collectives of ranks that share memory, on the segment and by the protocol that `parallel/shared_memory.py`
+// describes. Each function takes the number of the group's last operation and returns the number after its own,
+// or -1 where `Group::wait` gave up.
+#pragma once
+
+#include <sched.h>
+
+#include <vector>
+
+#include "simd.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+constexpr long FLAG_WORDS = 16;  // from one rank's flag to the next one's
+constexpr int SPINS = 300;       // few, as ranks may outnumber cores: some 10 us
+constexpr int YIELDS = 20000;    // about as many ms as this is thousands
+
+#ifdef __F16C__
+struct fp16 {
+    uint16_t bits;
+};
+inline float widen(fp16 x) { return _cvtsh_ss(x.bits); }
+inline void narrow(float x, fp16& out) { out.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+inline Vec load(const fp16* p) {
+    Vec out;
+    for (int lane = 0; lane < LANES; lane += 8)
+        _mm256_storeu_ps(reinterpret_cast<float*>(&out) + lane, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + lane))));
+    return out;
+}
+inline void store(fp16* p, Vec x) {
+    for (int lane = 0; lane < LANES; lane += 8)
+        _mm_storeu_si128((__m128i*)(p + lane), _mm256_cvtps_ph(_mm256_loadu_ps(reinterpret_cast<float*>(&x) + lane),
+                                                               _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
+
+// Python hands it over as an array of words.
+struct Group {
+    long* flags;                                // last operation that each rank has published
+    char* slots;                                // [2, size, slot_bytes]
+    long rank, size, slot_bytes;
+    int (*wait)(long peer, long operation);     // waits on, watching the peers; 0 if one of them is lost
+
+    char* slot(long operation, long peer) const { return slots + (operation % 2 * size + peer) * slot_bytes; }
+
+    bool has(long peer, long operation) const {
+        return __atomic_load_n(flags + peer * FLAG_WORDS, __ATOMIC_ACQUIRE) >= operation;
+    }
+
+    bool await(long peer, long operation) const {
+        for (int i = 0; i < SPINS; i++) {
+            if (has(peer, operation)) return true;
+#ifdef __x86_64__
+            _mm_pause();
+#endif
+        }
+        for (int i = 0; i < YIELDS; i++) {  // gives the core away
+            if (has(peer, operation)) return true;
+            sched_yield();
+        }
+        return wait(peer, operation);
+    }
+
+    // Publishes this rank's operation and waits until every rank has published it.
+    bool exchange(long operation) const {
+        __atomic_store_n(flags + rank * FLAG_WORDS, operation, __ATOMIC_RELEASE);
+        for (long peer = 0; peer < size; peer++)
+            if (!await(peer, operation)) return false;
+        return true;
+    }
+
+    // Calls put(slot, lo, n), exchanges and calls take(operation, lo, n) for each run of `total` that fits a slot.
+    template <class Put, class Take>
+    long rounds(long operation, long total, long capacity, Put put, Take take) const {
+        long lo = 0;
+        do {
+            long n = total - lo < capacity ? total - lo : capacity;
+            put(slot(++operation, rank), lo, n);
+            if (!exchange(operation)) return -1;
+            take(operation, lo, n);
+            lo += n;
+        } while (lo < total);
+        return operation;
+    }
+
+    // out [n] = (addend +) the sum of everybody's numbers, which start `skip` into the slots. The sum is taken in
+    // fp32 in the order of ranks and rounded to T before the addend comes to it.
+    template <class T>
+    void sum(long operation, long skip, const T* mine, const T* addend, T* out, long n) const {
+        std::vector<const T*> parts(size);
+        for (long peer = 0; peer < size; peer++)
+            parts[peer] = peer == rank ? mine : reinterpret_cast<const T*>(slot(operation, peer)) + skip;
+        long i = 0;
+        for (; i + LANES <= n; i += LANES) {
+            Vec total = load(parts[0] + i);
+            for (long peer = 1; peer < size; peer++) total += load(parts[peer] + i);
+            if (addend) {
+                T narrowed[LANES];
+                store(narrowed, total);
+                total = load(narrowed) + load(addend + i);
+            }
+            store(out + i, total);
+        }
+        for (; i < n; i++) {
+            float total = widen(parts[0][i]);
+            for (long peer = 1; peer < size; peer++) total += widen(parts[peer][i]);
+            narrow(addend ? widen(addend[i]) + rounded<T>(total) : total, out[i]);
+        }
+    }
+
+    // out [n] = (addend [n] +) the sum of everybody's x [n]; out may be x or the addend.
+    template <class T>
+    long all_reduce(long operation, const T* x, const T* addend, T* out, long total) const {
+        return rounds(
+            operation, total, slot_bytes / long(sizeof(T)),
+            [&](char* to, long lo, long n) { memcpy(to, x + lo, n * sizeof(T)); },
+            [&](long at, long lo, long n) { sum(at, 0, x + lo, addend ? addend + lo : nullptr, out + lo, n); });
+    }
+
+    // out [n] = this rank's piece of the sum of everybody's x [size, n].
+    template <class T>
+    long reduce_scatter(long operation, const T* x, T* out, long total) const {
+        return rounds(
+            operation, total, slot_bytes / long(sizeof(T)) / size,
+            [&](char* to, long lo, long n) {
+                for (long peer = 0; peer < size; peer++)
+                    if (peer != rank) memcpy(to + peer * n * sizeof(T), x + peer * total + lo, n * sizeof(T));
+            },
+            [&](long at, long lo, long n) {
+                sum<T>(at, rank * n, x + rank * total + lo, nullptr, out + lo, n);
+            });
+    }
+
+    // out [size, bytes] = everybody's x [bytes]. Null where none is wanted.
+    long gather(long operation, const char* x, char* out, long total, bool gives) const {
+        return rounds(
+            operation, total, slot_bytes,
+            [&](char* to, long lo, long n) {
+                if (gives) memcpy(to, x + lo, n);
+            },
+            [&](long at, long lo, long n) {
+                for (long peer = 0; out && peer < size; peer++)
+                    memcpy(out + peer * total + lo, peer == rank ? x + lo : slot(at, peer), n);
+            });
+    }
+
+    // x [bytes] = that of rank 0.
+    long broadcast(long operation, char* x, long total) const {
+        return rounds(
+            operation, total, slot_bytes,
+            [&](char* to, long lo, long n) {
+                if (rank == 0) memcpy(to, x + lo, n);
+            },
+            [&](long at, long lo, long n) {
+                if (rank != 0) memcpy(x + lo, slot(at, 0), n);
+            });
+    }
+};

@@ -1,0 +1,136 @@
+"""The collectives of `shared_memory.py` in C++ (`kernels/cpu/collectives.h`): same segment, same protocol.
+
+A small all-reduce in Python takes longer for its dozen calls than for waiting and adding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.kernels.build import library
+from qwen3_dist.parallel.shared_memory import Segment, SharedMemoryCommunicator
+
+_SUMMED = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+# Pointers and integers of each function in `cpu.cpp`, after the group and its last operation.
+_SIGNATURES = {
+    "exchange": "",
+    "gather": "ppii",
+    "broadcast": "pi",
+    "all_reduce": "pppi",
+    "reduce_scatter": "ppi",
+}
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long}
+_WAIT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+
+def fastest_communicator() -> type[SharedMemoryCommunicator]:
+    """The kind for ranks of this machine: in C++ where the kernels could be built. Kinds can meet in a group."""
+    return SharedMemoryCommunicator if library() is None else NativeSharedMemoryCommunicator
+
+
+class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
+    """Sums of other dtypes than those of models, and all-to-all but for its waiting, stay in Python."""
+
+    def __init__(
+        self, rank: int, size: int, segment: Segment, watchers: dict[int, int], timeout_s: float
+    ) -> None:
+        super().__init__(rank, size, segment, watchers, timeout_s)
+        path = library()
+        assert path is not None, "the kernels are not built"
+        loaded = ctypes.CDLL(str(path))
+        self._exchange_rounds = _function(loaded, "exchange")
+        self._gather_rounds = _function(loaded, "gather")
+        self._broadcast_rounds = _function(loaded, "broadcast")
+        self._all_reduces = _functions(loaded, "all_reduce")
+        self._reduce_scatters = _functions(loaded, "reduce_scatter")
+        self._lost: BaseException | None = None
+        self._callback = _WAIT(self._watch_for_kernel)
+        callback = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
+        slots = segment.slots
+        words = (segment.flags_address, slots.data_ptr(), rank, size, segment.slot_bytes, callback)
+        self._group_words = (ctypes.c_long * len(words))(*words)
+        self._group = ctypes.addressof(self._group_words)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        function = self._all_reduces.get(x.dtype)
+        if function is None:
+            return super().all_reduce(x)
+        x = x.contiguous()
+        address = x.data_ptr()
+        self._finish(function(self._group, self._operation, address, None, address, x.numel()))
+        return x
+
+    def add_all_reduced(self, x: Tensor, partial: Tensor) -> Tensor:
+        function = self._all_reduces.get(x.dtype)
+        if function is None or x.dtype != partial.dtype:
+            return super().add_all_reduced(x, partial)
+        x, partial = x.contiguous(), partial.contiguous()
+        addresses = partial.data_ptr(), x.data_ptr(), partial.data_ptr()
+        self._finish(function(self._group, self._operation, *addresses, partial.numel()))
+        return partial
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        function = self._reduce_scatters.get(x.dtype)
+        if function is None:
+            return super().reduce_scatter(x)
+        x = x.contiguous()
+        out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
+        self._finish(function(self._group, self._operation, x.data_ptr(), out.data_ptr(), out.numel()))
+        return out
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        self._gather(x, out, gives=True)
+        return out
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        out = x.new_empty(self.size, *x.shape) if self.rank == 0 else None
+        self._gather(x, out, gives=self.rank != 0)
+        return out
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        self._finish(self._broadcast_rounds(self._group, self._operation, x.data_ptr(), x.nbytes))
+        return x
+
+    def _gather(self, x: Tensor, out: Tensor | None, gives: bool) -> None:
+        x = x.contiguous()
+        to = None if out is None else out.data_ptr()
+        self._finish(self._gather_rounds(self._group, self._operation, x.data_ptr(), to, x.nbytes, gives))
+
+    def _exchange(self) -> None:
+        self._finish(self._exchange_rounds(self._group, self._operation))
+
+    def _finish(self, operation: int) -> None:
+        if operation < 0:
+            assert self._lost is not None
+            raise self._lost
+        self._operation = operation
+
+    def _watch_for_kernel(self, peer: int, operation: int) -> int:
+        """What a function calls when a peer is late. An exception cannot pass through it, so `_finish` raises."""
+        try:
+            self._watch(peer, operation)
+        except BaseException as error:
+            self._lost = error
+            return 0
+        return 1
+
+
+def _function(loaded: ctypes.CDLL, name: str, ending: str = "") -> ctypes._NamedFuncPointer:
+    function = getattr(loaded, name + ending)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_long, *(_KINDS[kind] for kind in _SIGNATURES[name])]
+    function.restype = ctypes.c_long
+    return function
+
+
+def _functions(loaded: ctypes.CDLL, name: str) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
+    """By dtype; fp16 is missing where the CPU cannot convert it."""
+    return {
+        dtype: _function(loaded, name, f"_{ending}")
+        for dtype, ending in _SUMMED.items()
+        if hasattr(loaded, f"{name}_{ending}")
+    }
