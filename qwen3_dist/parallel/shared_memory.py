@@ -1,7 +1,8 @@
 """Collectives of CPU ranks on one host: they write into shared memory and spin on sequence numbers.
 
 Gloo takes over a millisecond for a small all-reduce between two one-thread ranks; this takes tens of
-microseconds. Segment of a group of n ranks, two halves used in turn:
+microseconds, and in C++ (`native_shared_memory.py`) a few. Segment of a group of n ranks, two halves
+used in turn:
 
     flags   [n]          last operation each rank has published (a cache line apart)
     header  [2, n, 1+n]  int64: rounds this rank needs, rows for each destination (all-to-all only)
@@ -10,8 +11,7 @@ microseconds. Segment of a group of n ranks, two halves used in turn:
 A rank writes operation k into half k % 2 and publishes k; it goes on when all have published k. Half
 k % 2 is written again at k + 2, which a rank reaches only after everybody published k + 1, hence
 finished reading k: two halves suffice and nobody waits twice. Publishing is a plain store after plain
-stores, which is ordered on x86 only (`supported()`); elsewhere ranks use gloo. `native_shared_memory.py`
-does the same in C++.
+stores, which is ordered on x86 only (`supported()`); elsewhere ranks use gloo.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qwen3_dist.parallel.communicator import Communicator
 _DIRECTORY = Path("/dev/shm")
 _LINE = 128  # bytes between flags, so that no two ranks write one cache line (or its prefetched pair)
 _SPINS = 400
-_YIELDS = 20_000
+_YIELDING_S = 0.02  # a time, as each yield lasts long where cores are wanted
 _LIVENESS_PERIOD_S = 0.1
 
 
@@ -294,7 +294,8 @@ class SharedMemoryCommunicator(Communicator):
         for _ in range(_SPINS):
             if flags[at] >= operation:
                 return
-        for _ in range(_YIELDS):  # gives the core away: ranks may outnumber cores
+        end = time.monotonic() + _YIELDING_S
+        while time.monotonic() < end:  # gives the core away: ranks may outnumber cores
             os.sched_yield()
             if flags[at] >= operation:
                 return

@@ -5,6 +5,7 @@
 
 #include <sched.h>
 
+#include <chrono>
 #include <vector>
 
 #include "simd.h"
@@ -14,8 +15,8 @@
 #endif
 
 constexpr long FLAG_WORDS = 16;  // from one rank's flag to the next one's
-constexpr int SPINS = 300;       // few, as ranks may outnumber cores: some 10 us
-constexpr int YIELDS = 20000;    // about as many ms as this is thousands
+constexpr int SPINS = 300;       // few, as ranks may outnumber cores
+constexpr std::chrono::milliseconds YIELDING{20};  // a time, as each yield lasts long where cores are wanted
 
 #ifdef __F16C__
 struct fp16 {
@@ -26,7 +27,8 @@ inline void narrow(float x, fp16& out) { out.bits = _cvtss_sh(x, _MM_FROUND_TO_N
 inline Vec load(const fp16* p) {
     Vec out;
     for (int lane = 0; lane < LANES; lane += 8)
-        _mm256_storeu_ps(reinterpret_cast<float*>(&out) + lane, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + lane))));
+        _mm256_storeu_ps(reinterpret_cast<float*>(&out) + lane,
+                         _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + lane))));
     return out;
 }
 inline void store(fp16* p, Vec x) {
@@ -56,7 +58,8 @@ struct Group {
             _mm_pause();
 #endif
         }
-        for (int i = 0; i < YIELDS; i++) {  // gives the core away
+        auto end = std::chrono::steady_clock::now() + YIELDING;
+        while (std::chrono::steady_clock::now() < end) {
             if (has(peer, operation)) return true;
             sched_yield();
         }
