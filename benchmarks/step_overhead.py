@@ -28,7 +28,7 @@ def decode_plan(sequences: int, context: int = 512, block_size: int = 16) -> Ste
     spec = SampleSpec(0.6, 0.95, 20, 1, context, None)
     table = tuple(range(context // block_size))
     steps = (SequenceStep(i, i, (7,), context - 1, table, spec) for i in range(sequences))
-    return StepPlan(1, tuple(steps), (sequences,))
+    return StepPlan.for_groups(1, [tuple(steps)])[0]
 
 
 def answer(plan: StepPlan) -> StepResult:

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta, TokenLogprob
+from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.errors import RequestError
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
@@ -69,6 +70,14 @@ class LLM:
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [template.render(list(each), tools=tools, **template_kwargs) for each in conversations]
         return self.generate(prompts, params, use_tqdm)
+
+    def expert_load(self) -> ExpertLoad:
+        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
+        return self._engine.experts.load()
+
+    def rebalance_experts(self) -> list[int]:
+        """Moves experts to where the load since the last time wants them; the layers that changed."""
+        return self._engine.experts.rebalance_all()
 
     def shutdown(self) -> None:
         """Ends the ranks. May be called more than once."""

@@ -7,6 +7,9 @@ D emb_dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,20 +25,26 @@ from qwen3_dist.layers.rope import rope_frequencies, rope_tables
 from qwen3_dist.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.expert_placement import ExpertPlacement, Placements, even_placements
 
 
 class Qwen3Model(nn.Module):
     """This rank's shard of the whole model. Build it on the meta device and let the loader fill it."""
 
-    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+    def __init__(
+        self, config: ModelConfig, parallel: ParallelContext, placements: Placements | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.parallel = parallel
+        placements = placements or even_placements(config, parallel.ep.size)
         stage, tied = parallel.pipeline, config.tie_word_embeddings
         if stage.is_first or (stage.is_last and tied):
             self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp)
         layers = parallel.layout.layers_of(stage.stage, config.n_layers)
-        self.blocks = nn.ModuleList(TransformerBlock(config, layer, parallel) for layer in layers)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(config, layer, parallel, placements.get(layer)) for layer in layers
+        )
         if stage.is_last:
             self.final_norm = make_norm(config, config.emb_dim)
             self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp)
@@ -52,6 +61,8 @@ class Qwen3Model(nn.Module):
             return None
         x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self._like)
         self.rope_frequencies = self.rope_frequencies.to(x.device)
+        if batch.padding is not None and self.parallel.dp.size > 1:
+            batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
         cos, sin = rope_tables(batch.positions, self.rope_frequencies, self.rope_mscale, x.dtype)
         for block, layer_cache in zip(self.blocks, cache, strict=True):
             x = block(x, cos, sin, layer_cache, batch)
@@ -63,9 +74,18 @@ class Qwen3Model(nn.Module):
     def _take_part(self, batch: StepBatch) -> None:
         """What a dp group without tokens does: its ranks' share of the experts' work for the others."""
         x = self._like.new_empty(0, self.config.emb_dim)
-        for block in self.blocks:
-            if isinstance(block, TransformerBlock) and isinstance(block.ff, MoEFeedForward):
+        for block in self._blocks:
+            if isinstance(block.ff, MoEFeedForward):
                 block.feed_forward(x, x, batch)
+
+    @property
+    def moe_layers(self) -> dict[int, MoEFeedForward]:
+        """The mixtures of experts of this stage, by layer."""
+        return {block.layer: block.ff for block in self._blocks if isinstance(block.ff, MoEFeedForward)}
+
+    @property
+    def _blocks(self) -> Iterator[TransformerBlock]:
+        return (block for block in self.blocks if isinstance(block, TransformerBlock))
 
     @property
     def _like(self) -> Tensor:
@@ -100,24 +120,26 @@ class Qwen3Model(nn.Module):
                 module.pack()
         if last and self.config.tie_word_embeddings:
             self.tok_emb.weight = self.out_head.weight
-        for module in self.modules():
-            if isinstance(module, TransformerBlock):
-                module.att.fuse(module.norm1, kernels)
-                module.ff.fuse(module.norm2, kernels)
+        for block in self._blocks:
+            block.att.fuse(block.norm1, kernels)
+            block.ff.fuse(block.norm2, kernels)
 
 
 class TransformerBlock(nn.Module):
     """Attention and feed-forward with their residuals; x [T, D] is the same on every tp rank."""
 
-    def __init__(self, config: ModelConfig, layer: int, parallel: ParallelContext) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, parallel: ParallelContext, placement: ExpertPlacement | None
+    ) -> None:
         super().__init__()
+        self.layer = layer
         self._tp = parallel.tp
         self.norm1 = make_norm(config, config.emb_dim)
         self.att = GroupedQueryAttention(config, layer, parallel.tp.size)
         self.norm2 = make_norm(config, config.emb_dim)
         self.ff: FeedForward | MoEFeedForward
-        if config.is_moe_layer(layer):
-            self.ff = MoEFeedForward(config, parallel)
+        if placement is not None:
+            self.ff = MoEFeedForward(config, parallel, placement)
         else:
             _, columns = padded_range(config.hidden_dim, parallel.tp.size, parallel.tp.rank)
             self.ff = FeedForward(config.emb_dim, columns)
@@ -131,7 +153,7 @@ class TransformerBlock(nn.Module):
             return self._route(x, attended, self.ff, batch)
         x = self._tp.add_all_reduced(x, attended)
         if isinstance(self.ff, MoEFeedForward):
-            return self._tp.add_all_reduced(x, self.ff.for_groups(x, self.norm2, batch))
+            return self._tp.add_all_reduced(x, self.ff.gathered(x, self.norm2, batch))
         return self._tp.add_all_reduced(x, self.ff(x, self.norm2))
 
     def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward, batch: StepBatch) -> Tensor:
@@ -145,8 +167,10 @@ class TransformerBlock(nn.Module):
         return self._tp.all_gather(own)[:total]
 
 
-def build_on_meta(config: ModelConfig, parallel: ParallelContext, dtype: torch.dtype) -> Qwen3Model:
+def build_on_meta(
+    config: ModelConfig, parallel: ParallelContext, dtype: torch.dtype, placements: Placements | None = None
+) -> Qwen3Model:
     """This rank's model with shapes and dtypes but no storage, in evaluation mode."""
     with torch.device("meta"):
-        model = Qwen3Model(config, parallel).to(dtype)
+        model = Qwen3Model(config, parallel, placements).to(dtype)
     return model.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
 QUANTIZATIONS = ("none", "int8")
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
+DISPATCH_DTYPES = ("auto", "fp8")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 
 
@@ -52,6 +53,19 @@ class EngineConfig:
     moe_dispatch: str = setting(
         "auto", "how tokens reach experts on other ranks; auto is all_gather for small steps", DISPATCHERS
     )
+    dispatch_dtype: str = setting(
+        "auto", "what tokens travel as to experts by all-to-all; auto is the activations'", DISPATCH_DTYPES
+    )
+    overlap_dispatch_from: int = setting(
+        1024, "tokens a rank owns in a step from which their way to experts and the experts' work overlap"
+    )
+    redundant_experts: int = setting(0, "extra copies of experts in each MoE layer, for the hot ones")
+    expert_load: str | None = setting(
+        None, "JSON file of expert loads, by which experts are placed when loading; evenly if unset"
+    )
+    rebalance_experts_s: float | None = setting(
+        None, "seconds between moves of experts to where the load since the last wants them; never if unset"
+    )
     max_model_len: int | None = setting(None, "longest prompt plus output; the model's own limit if unset")
     block_size: int = setting(16, "tokens in one KV-cache block")
     num_blocks: int | None = setting(None, "KV-cache blocks per rank; sized from memory if unset")
@@ -74,6 +88,7 @@ class EngineConfig:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
         for name in (
             "block_size",
+            "overlap_dispatch_from",
             "start_timeout_s",
             "step_timeout_s",
         ):
@@ -85,6 +100,7 @@ class EngineConfig:
             "cpus_per_rank",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "rebalance_experts_s",
         ):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "positive", value)
@@ -94,6 +110,7 @@ class EngineConfig:
             "above 0 and at most 1",
             self.gpu_memory_utilization,
         )
+        _require(self.redundant_experts >= 0, "redundant_experts", "0 or more", self.redundant_experts)
         _check_choices(self)
 
 

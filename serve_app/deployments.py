@@ -71,6 +71,14 @@ class EngineReplica:
         """A reading of the engine's load."""
         return self._engine.stats()
 
+    async def expert_load(self) -> dict[str, Any]:
+        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
+        return (await self._engine.expert_load()).to_json()
+
+    async def rebalance_experts(self) -> list[int]:
+        """Moves experts to where the load since the last time wants them; the layers that changed."""
+        return await self._engine.rebalance_experts()
+
     async def check_health(self) -> None:
         """Raises EngineDeadError once a rank is lost; Serve then replaces this replica."""
         self._engine.check_health()
@@ -124,6 +132,23 @@ class Ingress:
         if any(result is None for result in results):
             return json_response({"status": "ok"})
         return error_response("no replica is healthy", HTTPStatus.SERVICE_UNAVAILABLE)
+
+    @api.get("/v1/cluster/experts")
+    async def experts(self) -> Response:
+        """Each replica's expert load."""
+        return json_response({"object": "list", "data": await self._ask_all("expert_load")})
+
+    @api.post("/v1/cluster/experts/rebalance")
+    async def rebalance_experts(self) -> Response:
+        """Has each replica move its experts to where their load wants them; the layers each changed."""
+        return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""
+        try:
+            return await self._replicas.broadcast(method).results_async()
+        except Exception as error:
+            raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
     async def _generate(
         self, http: Request, parse: Callable[[bytes], ChatRequest | CompletionRequest]

@@ -1,4 +1,4 @@
-"""What one replica reserves in Ray: a bundle for its engine and one for each of its ranks.
+"""What one replica reserves in Ray: a bundle for its engine and one for each tp group of its ranks.
 
 The replica actor takes bundle 0. A rank that runs inside it (executor in_process or processes) shares
 that bundle.
@@ -45,15 +45,19 @@ def place(config: ServiceConfig) -> Placement:
     total = cluster_resources().get("CPU", 0.0)
     share = math.floor(total * _ENGINE_SHARE / config.max_replicas * 100) / 100
     own = {"CPU": min(1.0, max(0.01, share))}
-    needed = config.min_replicas * (own["CPU"] + sum(rank["CPU"] for rank in ranks))
+    needed = config.min_replicas * (own["CPU"] + _total(ranks, "CPU"))
     if needed > total:
         raise ResourceError(
-            f"{config.min_replicas} replica(s) of {world} rank(s) at {ranks[0]['CPU']:g} CPUs each need "
+            f"{config.min_replicas} replica(s) of {world} rank(s) at {_total(ranks, 'CPU') / world:g} CPUs each need "
             f"{needed:g} CPUs and the Ray cluster has {total:g}; lower cpus_per_rank, min_replicas or the layout"
         )
     executor = engine.executor if engine.executor != "auto" else "in_process" if world == 1 else "ray"
     if executor == "ray":
         bundles = [own, *ranks]
     else:
-        bundles = [{name: round(own.get(name, 0) + world * amount, 2) for name, amount in ranks[0].items()}]
+        bundles = [{name: round(own.get(name, 0) + _total(ranks, name), 2) for name in ranks[0]}]
     return Placement(dataclasses.replace(engine, device=device, executor=executor), bundles)
+
+
+def _total(bundles: list[dict[str, float]], resource: str) -> float:
+    return sum(bundle[resource] for bundle in bundles)

@@ -9,13 +9,16 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from qwen3_dist.engine.engine import Engine, Outputs
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
-from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.engine.placements import ExpertLoad
+from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.5  # a rank that dies while nobody asks is noticed this soon
 
@@ -88,6 +91,14 @@ class AsyncEngine:
 
         self._post(end)
 
+    async def expert_load(self) -> ExpertLoad:
+        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
+        return await self._ask(self._engine.experts.load)
+
+    async def rebalance_experts(self) -> list[int]:
+        """Moves experts to where the load since the last time wants them; the layers that changed."""
+        return await self._ask(self._engine.experts.rebalance_all)
+
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine cannot serve requests any more."""
         if self._death is not None:
@@ -109,6 +120,24 @@ class AsyncEngine:
         with self._wake:
             self._inbox.append(action)
             self._wake.notify()
+
+    async def _ask(self, question: Callable[[], T]) -> T:
+        """What the engine's thread answers between two steps. A CheckpointError is an answer too."""
+        self.check_health()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+
+        def ask() -> None:
+            try:
+                loop.call_soon_threadsafe(answer.set_result, question())
+            except CheckpointError as error:
+                loop.call_soon_threadsafe(answer.set_exception, error)
+
+        self._post(ask)
+        while not answer.done():
+            self.check_health()
+            await asyncio.wait([answer], timeout=_IDLE_CHECK_S)
+        return answer.result()
 
     def _run(self) -> None:
         try:

@@ -1,7 +1,8 @@
 """CUDA graphs of decode steps: the launches of a whole step in one, for a few batch sizes.
 
 A step of n decodes runs as the next larger size that was captured; the rows beyond n write to a block that
-no sequence owns and their logits are dropped. Legend: S sequences of a size, B columns of the block table.
+no sequence owns, go to no expert, and their logits are dropped. With several dp groups all run the size of the
+largest. Legend: S sequences of a size, B columns of the block table.
 """
 
 from __future__ import annotations
@@ -25,10 +26,8 @@ class _Captured:
 
 
 def can_capture(model: Qwen3Model) -> bool:
-    """Whether this rank's steps are all launches: on a GPU, no exchange over the host, nor with ranks whose
-    steps may be of another size or kind."""
-    layout = model.parallel.layout
-    return model.device.type == "cuda" and not model.parallel.staged and layout.dp == layout.pp == 1
+    """Whether this rank's steps are nothing but launches: on a GPU, no exchange over the host or with a stage."""
+    return model.device.type == "cuda" and not model.parallel.staged and model.parallel.layout.pp == 1
 
 
 class DecodeGraphs:
@@ -50,19 +49,16 @@ class DecodeGraphs:
             self._captured[size] = self._capture(size)
 
     def takes(self, batch: StepBatch) -> bool:
-        """Whether this is a step of nothing but decodes, few enough, each of which is sampled."""
-        n = len(batch.query_lens)
-        return (
-            batch.num_decodes == n == len(batch.logits_rows)
-            and n <= max(self._captured)
-            and not batch.all_to_all
-        )
+        """Whether this is a step of nothing but decodes, few enough. The answer is the same in all dp groups."""
+        return batch.decodes_only and batch.largest_group <= max(self._captured) and not batch.all_to_all
 
     def run(self, batch: StepBatch) -> Tensor | None:
         """Logits [S, V] on tp rank 0, which the next run overwrites; None on other ranks."""
         n = len(batch.query_lens)
-        captured = self._captured[min(size for size in self._captured if size >= n)]
+        captured = self._captured[min(size for size in self._captured if size >= batch.largest_group)]
         static = captured.batch
+        assert static.padding is not None
+        static.padding[:n], static.padding[n:] = False, True
         static.token_ids[:n].copy_(batch.token_ids)
         static.positions[:n].copy_(batch.positions)
         static.slots[:n].copy_(batch.slots)
@@ -113,4 +109,7 @@ class DecodeGraphs:
             num_decodes=size,
             all_to_all=False,
             logits_rows=rows[:size],
+            group_tokens=(size,) * self._model.parallel.layout.dp,
+            decodes_only=True,
+            padding=torch.ones(size, dtype=torch.bool, device=self._device),
         )

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
+from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta, TokenLogprob
+from qwen3_dist.engine.placements import initial_placements
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
@@ -50,11 +52,13 @@ class Engine:
         self.model_path = path
         self.model_config = ModelConfig.from_directory(path)
         config.layout.validate(self.model_config)
+        placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
         with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(config, progress)
         self.backends = self._executor.backends
+        self.experts = ExpertBalance(self._executor, config, placements)
         if show_progress:
             print(self.backends, file=sys.stderr)
         num_blocks = self._executor.num_blocks
@@ -139,6 +143,7 @@ class Engine:
 
     def step(self) -> Outputs:
         """Takes in the tokens of the oldest step in flight, once the ranks have the next ones to run."""
+        self.experts.tick()
         while len(self._in_flight) < self._executor.depth and (plans := self._plan()):
             self._executor.submit(plans)
             self._in_flight.append(plans)
@@ -156,8 +161,7 @@ class Engine:
         if not any(planned):
             return []
         self._num_steps += 1
-        tokens = tuple(plan.num_tokens if plan else 0 for plan in planned)
-        return [StepPlan(self._num_steps, plan.sequences if plan else (), tokens) for plan in planned]
+        return StepPlan.for_groups(self._num_steps, [plan.sequences if plan else () for plan in planned])
 
     def check_health(self) -> None:
         """Raises EngineDeadError if a rank has been lost."""

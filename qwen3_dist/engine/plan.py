@@ -7,6 +7,7 @@ one is pickled every step and they pickle several times faster than dataclasses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwen3_dist.engine.outputs import TokenLogprob
@@ -44,12 +45,25 @@ class StepPlan(NamedTuple):
     """One step of one dp group; sequences with a single token come first.
 
     A group without sequences takes part where the others need it: `group_tokens` are the tokens of every
-    group in this step, by which ranks of all groups size and choose the exchanges that they share.
+    group in this step, by which ranks of all groups size and choose the exchanges that they share;
+    `decodes_only` says that every sequence of every group computes one token and samples the next.
     """
 
     step: int
     sequences: tuple[SequenceStep, ...]
     group_tokens: tuple[int, ...]
+    decodes_only: bool
+
+    @classmethod
+    def for_groups(cls, step: int, parts: Sequence[tuple[SequenceStep, ...]]) -> list[StepPlan]:
+        """The plans of one step of several dp groups."""
+        tokens = tuple(sum(len(sequence.token_ids) for sequence in sequences) for sequences in parts)
+        decodes_only = all(
+            len(sequence.token_ids) == 1 and sequence.sample is not None
+            for sequences in parts
+            for sequence in sequences
+        )
+        return [cls(step, sequences, tokens, decodes_only) for sequences in parts]
 
     @property
     def num_tokens(self) -> int:

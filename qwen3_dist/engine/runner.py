@@ -5,6 +5,7 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -16,10 +17,17 @@ from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResult
 from qwen3_dist.engine.sampler import SampledLogprobs, sample
+from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.layers.batch import StepBatch
+from qwen3_dist.layers.feed_forward import MoEFeedForward
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.loader import read_experts
+from qwen3_dist.weights.source import resolve_model
+
+Arriving = tuple[MoEFeedForward, ExpertPlacement, list[int], tuple[Tensor, Tensor, Tensor]]
 
 
 class ModelRunner:
@@ -28,6 +36,8 @@ class ModelRunner:
     def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int) -> None:
         self.model = model
         self.block_size = config.block_size
+        self._config = config
+        self._arriving: Arriving | None = None
         self._dispatch = config.moe_dispatch
         self._device = model.device
         self._parallel = model.parallel
@@ -63,6 +73,36 @@ class ModelRunner:
         tokens = self._tp.broadcast(tokens)
         self._last_sampled[torch.tensor([part.slot for part in sampled], device=self._device)] = tokens
         return None if logits is None else StepOutput(plan.step, tokens, logits, specs)
+
+    def expert_counts(self) -> dict[int, dict[int, int]]:
+        """Rows that this rank has computed for each expert so far, by layer."""
+        return {layer: moe.rows_by_expert() for layer, moe in self.model.moe_layers.items()}
+
+    def prepare_experts(self, layer: int, placement: ExpertPlacement) -> QwenDistError | None:
+        """Reads what `move_experts` will need to follow `placement`; says why if it cannot."""
+        self._arriving = None
+        moe = self.model.moe_layers.get(layer)
+        if moe is None:
+            return None
+        rank = self._parallel.ep.rank
+        there = zip(moe.placement.hosted[rank], placement.hosted[rank], strict=True)
+        places = [place for place, (old, new) in enumerate(there) if old != new]
+        experts = [placement.hosted[rank][place] for place in places]
+        try:
+            path = resolve_model(self._config.model, self._config.revision)
+            stacks = read_experts(path, self.model, layer, experts, self._config.load_format == "random")
+        except (QwenDistError, OSError) as error:
+            return CheckpointError(f"the experts of layer {layer} could not be moved: {error}")
+        self._arriving = (moe, placement, places, stacks)
+        return None
+
+    @torch.inference_mode()
+    def move_experts(self) -> None:
+        """Puts the experts read last in their places and routes by their placement from the next step on."""
+        if self._arriving is not None:
+            moe, placement, places, stacks = self._arriving
+            self._arriving = None
+            moe.move(placement, places, stacks)
 
     @torch.inference_mode()
     def _make_graphs(self, config: EngineConfig, num_blocks: int, max_num_seqs: int) -> DecodeGraphs:
@@ -102,6 +142,10 @@ class StepOutput:
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> StepBatch:
     """The plan's tensors on `device`; tokens that it does not know come from `last_sampled`, by slot."""
+
+    def ints(values: Sequence[object]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -118,22 +162,23 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
     context_lens = tuple(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
     tables = [(*s.block_table, *[0] * (longest - len(s.block_table))) for s in plan.sequences]
     num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-    tokens = torch.tensor(token_ids, dtype=torch.int64, device=device)
+    tokens = ints(token_ids)
     if LAST_SAMPLED in token_ids[:num_decodes]:
-        slots_of = torch.tensor([s.slot for s in plan.sequences[:num_decodes]], device=device)
+        slots_of = ints([s.slot for s in plan.sequences[:num_decodes]])
         known = tokens[:num_decodes]
         tokens[:num_decodes] = torch.where(known == LAST_SAMPLED, last_sampled[slots_of], known)
     return StepBatch(
         token_ids=tokens,
-        positions=torch.tensor(positions, device=device),
-        slots=torch.tensor(slots, device=device),
-        block_tables=torch.tensor(tables, device=device),
-        context_lens=torch.tensor(context_lens, device=device),
-        query_starts=torch.tensor((0, *accumulate(query_lens)), device=device),
+        positions=ints(positions),
+        slots=ints(slots),
+        block_tables=ints(tables).view(len(tables), longest),
+        context_lens=ints(context_lens),
+        query_starts=ints((0, *accumulate(query_lens))),
         query_lens=query_lens,
         host_context_lens=context_lens,
         num_decodes=num_decodes,
         all_to_all=False,
-        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        logits_rows=ints(logits_rows),
         group_tokens=plan.group_tokens,
+        decodes_only=plan.decodes_only,
     )

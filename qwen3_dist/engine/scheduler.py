@@ -112,8 +112,7 @@ class Scheduler:
         self.counts.steps += 1
         self.counts.scheduled_sequences += len(steps)
         steps.sort(key=lambda step: len(step.token_ids) != 1)
-        plan = StepPlan(self.counts.steps, tuple(steps), ())
-        return plan._replace(group_tokens=(plan.num_tokens,))
+        return StepPlan.for_groups(self.counts.steps, [tuple(steps)])[0]
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
         """Takes a step's tokens in; returns the sequences that got one, finished ones taken out."""

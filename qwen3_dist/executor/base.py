@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
 
@@ -36,6 +37,10 @@ class Executor(ABC):
         """One step from plans to results."""
         self.submit(plans)
         return self.collect()
+
+    @abstractmethod
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Has every rank's `ModelRunner` do something between two steps; what each answers, by rank."""
 
     @abstractmethod
     def check(self) -> None:

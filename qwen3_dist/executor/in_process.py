@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +47,9 @@ class InProcessExecutor(Executor):
 
     def collect(self) -> list[StepResult | None]:
         return [self._launched.popleft().result()]
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        return [getattr(self._runner, method)(*arguments)]
 
     def check(self) -> None:
         pass

@@ -8,8 +8,8 @@ rank                                   engine
 ── Loaded(blocks that fit) ─────────▶  the smallest decides
 ◀──────────────────── num_blocks
 ── Ready ───────────────────────────▶
-◀──────────────────── plan, plan, ...   (None: end)
-── result (tp rank 0 only) ─────────▶
+◀──────────── plan, Call, plan, ...   (None: end)
+── result, Answer, ... ─────────────▶  (results: from tp rank 0 of the last stage only)
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
+from qwen3_dist.engine.placements import initial_placements
 from qwen3_dist.engine.runner import ModelRunner
 from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import ConfigError, EngineDeadError, QwenDistError
 from qwen3_dist.executor.channel import Channel, connect
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress, load_model
 from qwen3_dist.weights.source import resolve_model
@@ -89,6 +92,19 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A method of the rank's runner to call between two steps."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    value: Any
+
+
+@dataclass(frozen=True)
 class Failed:
     """What a rank says before it ends; `error` is what went wrong on it."""
 
@@ -115,7 +131,8 @@ def load_shard(
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
     if config.quantize != "none" and device.type != "cpu":
         raise ConfigError(f"quantize={config.quantize} works on CPU ranks and this is a GPU; leave it out")
-    model = load_model(path, model_config, parallel, dtype, device, progress, random)
+    placements = initial_placements(config, model_config)
+    model = load_model(path, model_config, parallel, dtype, device, progress, random, placements)
     if config.quantize == "int8":
         model.quantize()
     model.pack()
@@ -166,9 +183,10 @@ def _run(spec: RankSpec, channel: Channel) -> None:
         limits = SchedulerLimits.of(spec.config, device.type, num_blocks)
         runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs)
         channel.send(Ready(runner.backends))
-        while (plan := channel.receive()) is not None:
-            result = runner.run(plan)
-            if result is not None:
+        while (message := channel.receive()) is not None:
+            if isinstance(message, Call):
+                channel.send(Answer(getattr(runner, message.method)(*message.arguments)))
+            elif (result := runner.run(message)) is not None:
                 channel.send(result)
     finally:
         parallel.close()
@@ -199,6 +217,7 @@ def _join(spec: RankSpec, channel: Channel) -> tuple[ParallelContext, int, torch
         device,
         timeout_s=spec.config.step_timeout_s,
         staged=device.type == "cuda" and start.ranks_on_host > torch.cuda.device_count(),
+        dispatch=DispatchOptions(spec.config.dispatch_dtype == "fp8", spec.config.overlap_dispatch_from),
     )
     return parallel, start.ranks_on_host, device
 

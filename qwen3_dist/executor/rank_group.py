@@ -22,7 +22,7 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.executor.base import Executor
 from qwen3_dist.executor.channel import Channel, ChannelListener, pack
-from qwen3_dist.executor.rank import Failed, Hello, Loaded, Loading, RankSpec, Ready, Start
+from qwen3_dist.executor.rank import Answer, Call, Failed, Hello, Loaded, Loading, RankSpec, Ready, Start
 from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
@@ -88,15 +88,32 @@ class RankGroupExecutor(Executor):
         answering = [bool(plan.sequences) for plan in plans]
         with self._losing_ranks():
             while not all(map(bool, itertools.compress(self._results, answering))):
-                rank, message = self._next_message(deadline)
-                assert isinstance(message, StepResult), message
-                self._results[self._config.layout.coords(rank).group].append(message)
+                self._keep_result(*self._next_message(deadline))
         results = [
             arrived.popleft() if answers else None
             for arrived, answers in zip(self._results, answering, strict=True)
         ]
         assert all(result is None or result.step == plans[0].step for result in results)
         return results
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        self._raise_if_dead()
+        deadline = time.monotonic() + self._config.step_timeout_s
+        answers: dict[int, Any] = {}
+        with self._losing_ranks():
+            for channel in self._channels.values():
+                channel.send(Call(method, arguments))
+            while len(answers) < len(self._channels):
+                rank, message = self._next_message(deadline)
+                if isinstance(message, Answer):
+                    answers[rank] = message.value
+                else:
+                    self._keep_result(rank, message)  # of a step that was submitted before
+        return [answers[rank] for rank in sorted(answers)]
+
+    def _keep_result(self, rank: int, message: Any) -> None:
+        assert isinstance(message, StepResult), message
+        self._results[self._config.layout.coords(rank).group].append(message)
 
     def check(self) -> None:
         self._raise_if_dead()

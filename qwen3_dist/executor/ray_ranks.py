@@ -1,8 +1,11 @@
-"""Ranks as Ray actors, one bundle of a placement group each. Ray places, watches and ends them; steps
-travel over the group's own channels.
+"""Ranks as Ray actors in the bundles of a placement group. Ray places, watches and ends them; steps travel
+over the group's own channels.
 
-    bundles of an engine of its own:   [rank 0] [rank 1] ...
-    bundles of a Serve replica:        [replica] [rank 0] [rank 1] ...
+    bundles of an engine of its own:   [tp group 0] [tp group 1] ...
+    bundles of a Serve replica:        [replica] [tp group 0] [tp group 1] ...
+
+A bundle lies on one node, so the ranks of a tp group do, while ep and pp may cross nodes. Where no node has
+room for a tp group, each rank has a bundle of its own.
 """
 
 from __future__ import annotations
@@ -56,12 +59,13 @@ def choose_device(config: EngineConfig, replicas: int = 1) -> str:
 
 
 def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[dict[str, float]]:
-    """One placement-group bundle per rank, sized so that `replicas` engines fit the cluster.
+    """The placement-group bundles of a replica's ranks, sized so that `replicas` engines fit the cluster.
 
     A GPU rank takes one GPU. A CPU rank takes one CPU, or an even part of 80 % of the cluster's CPUs
     where there are fewer than that (with one warning), so that any layout can be tried on a laptop.
     """
-    ranks = config.layout.world * replicas
+    layout = config.layout
+    ranks = layout.world * replicas
     total, cpus = cluster_resources().get("CPU", 0.0), config.cpus_per_rank
     if cpus is None:
         share = total * 0.8 / ranks
@@ -72,8 +76,20 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
                 ranks,
                 total,
             )
-    bundle = {"CPU": cpus} if device == "cpu" else {"CPU": cpus, "GPU": 1.0}
-    return [dict(bundle) for _ in range(config.layout.world)]
+    rank = {"CPU": cpus} if device == "cpu" else {"CPU": cpus, "GPU": 1.0}
+    group = {name: round(amount * layout.tp, 2) for name, amount in rank.items()}
+    if any(all(node.get(name, 0) >= amount for name, amount in group.items()) for node in _nodes()):
+        return [dict(group) for _ in range(layout.world // layout.tp)]
+    if layout.tp > 1:
+        _log.warning("no node has %s for the %d ranks of a tp group, so it may cross nodes", group, layout.tp)
+    return [dict(rank) for _ in range(layout.world)]
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node has in all; without a cluster, this machine's cores."""
+    if not ray.is_initialized():
+        return [cluster_resources()]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 class RankActor:
@@ -93,7 +109,8 @@ class RayLauncher(Launcher):
         self._runs: list[Any] = []
         self._own_group: PlacementGroup | None = None
         current = ray.util.get_current_placement_group()
-        if current is not None and current.bundle_count == config.layout.world + 1:
+        sizes = (config.layout.world, config.layout.world // config.layout.tp)
+        if current is not None and current.bundle_count - 1 in sizes:
             self._group, self._first_bundle = current, 1
             self.device = "cuda" if "GPU" in current.bundle_specs[1] else "cpu"
         else:
@@ -104,8 +121,11 @@ class RayLauncher(Launcher):
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._wait_for_place()
-        for spec, bundle in zip(specs, self._bundles_by_node(), strict=True):
-            resources = self._group.bundle_specs[bundle]
+        bundles = self._bundles_by_node()
+        together = len(specs) // len(bundles)
+        for spec in specs:
+            bundle = bundles[spec.rank // together]
+            resources = {name: amount / together for name, amount in self._group.bundle_specs[bundle].items()}
             actor = (
                 ray.remote(RankActor)
                 .options(
@@ -153,8 +173,8 @@ class RayLauncher(Launcher):
             _log.warning("waiting for %s; free in the cluster: %s", needed, free)
 
     def _bundles_by_node(self) -> list[int]:
-        """Rank bundles grouped by node, the first rank bundle's node first: PACK keeps no such order, and
-        a tp group that straddles nodes by accident is slow or, on one host's shared memory, impossible."""
+        """The ranks' bundles grouped by node, the first one's node first: PACK keeps no such order, and what
+        can stay on a node should."""
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         bundles = range(self._first_bundle, len(self._group.bundle_specs))
         order: dict[str, int] = {}

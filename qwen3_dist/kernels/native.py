@@ -24,7 +24,7 @@ _SIGNATURES = {
     "attention_half": "pppppppppppiiiifi",
     "feed_forward_half": "pppifi",
     "experts_half": "pppifi",
-    "experts": "ppppppppppiiiiii",
+    "experts": "pppppppppppiiiiii",
     "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
     "rotate": "ppppppppppiiiifi",
@@ -96,14 +96,16 @@ class Kernels:
         scales: tuple[Tensor, Tensor, Tensor] | None,
         ids: Tensor,
         weights: Tensor,
+        counts: Tensor | None = None,
     ) -> Tensor:
         """Sum over a row's choices of weight * expert(x): x [T, D], stacks of E packed matrices, fc1 and fc2
         [columns, D], fc3 [D, columns], ids int64 and weights fp32 [T, K] -> [T, D]. An id of -1 is no choice.
-        The scales, if the stacks are int8, are fp32 [E, columns], the same, [E, D]."""
+        The scales, if the stacks are int8, are fp32 [E, columns], the same, [E, D]. How often each expert was
+        chosen is added to `counts` [E] int64."""
         out = torch.empty_like(x)
         sizes = (*ids.shape, stacks[0].shape[0], x.shape[1], columns)
         name = "experts" if scales is None else "experts_int8"
-        self.run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, *sizes)
+        self.run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, counts, *sizes)
         return out
 
     def attention(

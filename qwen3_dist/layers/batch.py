@@ -31,12 +31,21 @@ class StepBatch:
     all_to_all: bool  # how MoE layers dispatch this step; else every rank sees all tokens
     logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
     group_tokens: tuple[int, ...] = ()  # [dp] T of every dp group; MoE layers ask where there are several
+    decodes_only: bool = False  # in all dp groups: this is a step that a CUDA graph can hold
+    padding: Tensor | None = (
+        None  # [T] bool, rows that only fill a graph's size; of all groups' rows in MoE layers
+    )
+
+    @property
+    def largest_group(self) -> int:
+        """T of the dp group that has most."""
+        return max(self.group_tokens, default=self.token_ids.shape[0])
 
     @cached_property
     def rows_of_groups(self) -> Tensor | None:
         """[sum of T] int64: where all groups' tokens lie when each group's are padded to the longest's; None
         if none is padded."""
-        longest = max(self.group_tokens)
+        longest = self.largest_group
         if min(self.group_tokens) == longest:
             return None
         rows = [

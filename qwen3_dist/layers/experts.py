@@ -28,6 +28,8 @@ class Experts(nn.Module):
         self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
         self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
         self.fc3 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim))
+        # [1 + e] int64, tokens so far for each expert after those for experts elsewhere; never on meta.
+        self._counts = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
 
     def forward(self, received: DispatchedTokens) -> Tensor:
         """Each row's weighted sum over those of its experts that are here -> [R, D]."""
@@ -35,10 +37,35 @@ class Experts(nn.Module):
         stacks = (self.fc1, self.fc2, self.fc3)
         kernels = kernels_for(x)
         if kernels is not None and self.fc1.dim() == 4:  # packed
-            return kernels.experts(x, stacks, self.columns, self.scales, ids, weights)
+            return kernels.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
+        self._count(ids)
         if self.scales is None and grouped_mm_works(x, self.fc1):
             return grouped_experts(x, stacks, ids, weights)
         return looped_experts(x, stacks, self.scales, ids, weights)
+
+    @property
+    def counts(self) -> Tensor:
+        """[e] int64, rows that each expert has computed so far."""
+        return self._counts[1:]
+
+    def _count(self, ids: Tensor) -> None:
+        if self._counts.device != ids.device:
+            self._counts = self._counts.to(ids.device)
+        chosen = (ids + 1).flatten()
+        self._counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+
+    def replace(self, places: list[int], stacks: _Three) -> None:
+        """Puts other experts' weights, `stacks` as they come from a checkpoint, in these places of its own."""
+        prepared = Experts(len(places), stacks[0].shape[2], self.columns)
+        prepared.fc1, prepared.fc2, prepared.fc3 = map(frozen, stacks)
+        if self.scales is not None:
+            prepared.quantize()
+            for old, new in zip(self.scales, prepared.scales or (), strict=True):
+                old[places] = new
+        if self.fc1.dim() == 4:
+            prepared.pack()
+        for name in ("fc1", "fc2", "fc3"):
+            getattr(self, name)[places] = getattr(prepared, name)
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on."""

@@ -5,6 +5,8 @@ Legend: T tokens of the dp group's step, N tokens this rank owns, K experts per 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,11 +19,8 @@ from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.dispatch import (
-    AllGatherDispatcher,
-    AllToAllDispatcher,
-    ExpertPlacement,
-)
+from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
+from qwen3_dist.parallel.expert_placement import ExpertPlacement
 
 
 class FeedForward(nn.Module):
@@ -58,40 +57,72 @@ class MoEFeedForward(nn.Module):
 
     _half: Half | None = None  # the form for few tokens and the norm before it, once they are one
 
-    def __init__(self, config: ModelConfig, parallel: ParallelContext) -> None:
+    def __init__(self, config: ModelConfig, parallel: ParallelContext, placement: ExpertPlacement) -> None:
         super().__init__()
+        self.placement = placement
+        self._ep_rank = parallel.ep.rank
+        self._rows_of_former: Counter[int] = Counter()  # of experts that have left this rank
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        placement = ExpertPlacement.even(config.num_experts, parallel.ep.size)
         _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
-        self.all_to_all = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
+        self.all_to_all = AllToAllDispatcher(parallel.ep, parallel.etp, placement, parallel.dispatch.fp8)
         self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
         self._dp = parallel.dp
         # etp ranks send rows to each other one for one, so where they are of several dp groups, who may have
         # other numbers of tokens, all pad to the largest.
         self._tp_size = parallel.tp.size
+        self._overlap_from = parallel.dispatch.overlap_from
         self._levels = parallel.tp.size % parallel.etp.size != 0
         self.gate = Linear(config.emb_dim, config.num_experts, bias=False)
-        self.experts = Experts(len(placement.experts_of(parallel.ep.rank)), config.emb_dim, columns)
+        self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """The form for few tokens: norm(x) [T, D], the same on every rank -> a partial sum over all of them."""
-        if self._half is not None:
-            return self._half.experts(x)
-        x = norm(x)
-        return self.experts(self.all_gather.select(x, *self.route(x)))
+    @property
+    def _hosted(self) -> tuple[int, ...]:
+        return self.placement.hosted[self._ep_rank]
 
-    def for_groups(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
-        """The form for few tokens, where dp groups have tokens of their own: [T, D] -> a partial sum over tp."""
+    def rows_by_expert(self) -> dict[int, int]:
+        """Rows that this rank has computed for each expert that it hosts or has hosted."""
+        rows = Counter(self._rows_of_former)
+        rows.update(dict(zip(self._hosted, self.experts.counts.tolist(), strict=True)))
+        return rows
+
+    def move(
+        self, placement: ExpertPlacement, places: list[int], stacks: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Routes by another placement from now on, whose experts in `places` of this rank's stack are `stacks`,
+        whole-precision fc1 and fc2 [n, I, D] and fc3 [n, D, I]."""
+        for place in places:
+            self._rows_of_former[self._hosted[place]] += int(self.experts.counts[place])
+            self.experts.counts[place] = 0
+        self.experts.replace(places, stacks)
+        self.placement = placement
+        self.all_to_all.place(placement)
+        self.all_gather.place(placement)
+
+    def gathered(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
+        """The form for few: norm(x) [T, D], the same on every tp rank -> a partial sum over tp.
+
+        dp groups have tokens of their own, which all ranks get; and how many each has is known to all.
+        """
         if self._dp.size == 1:
-            return self(x, norm)
-        longest, rows = max(batch.group_tokens), batch.rows_of_groups
+            return self._local(x, norm, batch.padding)
+        longest, rows = batch.largest_group, batch.rows_of_groups
         everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, longest - len(x))))
         if rows is None:
-            return self._dp.reduce_scatter(self(everybody, norm))
+            return self._dp.reduce_scatter(self._local(everybody, norm, batch.padding))
         out = torch.zeros_like(everybody)
-        out[rows] = self(everybody[rows], norm)
+        out[rows] = self._local(everybody[rows], norm, None)
         return self._dp.reduce_scatter(out)[: len(x)]
+
+    def _local(self, x: Tensor, norm: RMSNorm, padding: Tensor | None) -> Tensor:
+        """What this rank's experts make of norm(x) [n, D]; rows of `padding` [n] go to none."""
+        if self._half is not None and padding is None:
+            return self._half.experts(x)
+        x = norm(x)
+        expert_ids, weights = self.route(x)
+        if padding is not None:
+            expert_ids = expert_ids.masked_fill(padding[:, None], -1)
+        return self.experts(self.all_gather.select(x, expert_ids, weights))
 
     def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
         """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
@@ -99,21 +130,29 @@ class MoEFeedForward(nn.Module):
             return
         experts = self.experts
         stacks, scales = (experts.fc1, experts.fc2, experts.fc3), experts.scales or (None, None, None)
+        tables = (self.all_gather.here, experts.counts)
         counts = (self.gate.out_features, len(experts.fc1), self.num_experts_per_tok, self.norm_topk_prob)
-        sizes = (self.gate.in_features, experts.columns)
-        members = (norm.scale, self.gate.weight, *stacks, *scales, self.all_gather.here, *counts, *sizes)
+        sizes = (len(self.all_gather.here), *counts, self.gate.in_features, experts.columns)
+        members = (norm.scale, self.gate.weight, *stacks, *scales, *tables, *sizes)
         self._half = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
 
     def dispatched(self, x: Tensor, num_real: int, batch: StepBatch) -> Tensor:
-        """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D]."""
-        own = len(x)
+        """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D].
+
+        Where that gains, in two halves: one's rows travel while the other's experts compute.
+        """
+        own, level = len(x), -(-batch.largest_group // self._tp_size)
         if self._levels:
-            level = -(-max(batch.group_tokens) // self._tp_size)
             x = F.pad(x, (0, 0, 0, level - own))
         expert_ids, weights = self.route(x)
         expert_ids[num_real:] = -1
-        received, handle = self.all_to_all.dispatch(x, expert_ids, weights)
-        return self.all_to_all.combine(self.experts(received), handle)[:own]
+        halves = 2 if self.all_to_all.overlaps and level >= self._overlap_from else 1
+        parts = zip(*(each.tensor_split(halves) for each in (x, expert_ids, weights)), strict=True)
+        sums = []
+        for arriving in [self.all_to_all.start_dispatch(*part) for part in parts]:
+            received, handle = arriving()
+            sums.append(self.all_to_all.start_combine(self.experts(received), handle))
+        return torch.cat([finish() for finish in sums])[:own]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and weights [N, K] of each token: softmax over all experts in fp32, then top-k.

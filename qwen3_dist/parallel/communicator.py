@@ -11,7 +11,7 @@ Shapes: n = group size, T = rows (any trailing shape).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor
 
 class Communicator(ABC):
     """One rank's end of a group. Every rank of the group must make the same calls in the same order."""
+
+    overlaps = False  # whether what `start_all_to_all` starts goes on while the rank computes
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -58,6 +60,13 @@ class Communicator(ABC):
         Returns the rows received, in rank order, and how many came from each rank. Where the caller
         knows `recv_counts` already, passing them saves an exchange.
         """
+
+    def start_all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> Callable[[], tuple[Tensor, list[int]]]:
+        """The same in two halves: what this returns waits for the rows. `x` must not change before."""
+        received = self.all_to_all(x, send_counts, recv_counts)
+        return lambda: received
 
     @abstractmethod
     def barrier(self) -> None:
@@ -100,6 +109,8 @@ class SingleCommunicator(Communicator):
 class TorchCommunicator(Communicator):
     """Collectives of a torch.distributed process group."""
 
+    overlaps = True
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
         self._group = group
@@ -137,15 +148,27 @@ class TorchCommunicator(Communicator):
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
+        return self.start_all_to_all(x, send_counts, recv_counts)()
+
+    def start_all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> Callable[[], tuple[Tensor, list[int]]]:
         if recv_counts is None:
             sent = torch.tensor(list(send_counts), dtype=torch.int64, device=self._device)
             received = torch.empty_like(sent)
             dist.all_to_all_single(received, sent, group=self._group)
             recv_counts = received.tolist()
         recv_counts, send_counts = list(recv_counts), list(send_counts)
+        x = x.contiguous()
         out = x.new_empty(sum(recv_counts), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), recv_counts, send_counts, group=self._group)
-        return out, recv_counts
+        work = dist.all_to_all_single(out, x, recv_counts, send_counts, group=self._group, async_op=True)
+
+        def finish() -> tuple[Tensor, list[int]]:
+            work.wait()
+            assert x is not None  # keeps the rows until they have left
+            return out, recv_counts
+
+        return finish
 
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, device=self._device))

@@ -16,9 +16,12 @@ from qwen3_dist.parallel.communicator import (
     StagedCommunicator,
     TorchCommunicator,
 )
+from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.parallel.native_shared_memory import fastest_communicator
 from qwen3_dist.parallel.pipeline import Pipeline
 from qwen3_dist.parallel.shared_memory import connect_shared_memory
+
+_DEFAULT_DISPATCH = DispatchOptions()
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ParallelContext:
     etp: Communicator
     pipeline: Pipeline
     staged: bool = False  # its collectives go over the host
+    dispatch: DispatchOptions = _DEFAULT_DISPATCH
 
     @classmethod
     def single(cls) -> ParallelContext:
@@ -56,6 +60,7 @@ class ParallelContext:
         timeout_s: float = 300.0,
         shared_memory: bool = True,
         staged: bool = False,
+        dispatch: DispatchOptions = _DEFAULT_DISPATCH,
     ) -> ParallelContext:
         """Joins the other ranks of `layout` through `store`: NCCL on GPUs, else shared memory or gloo.
 
@@ -76,7 +81,7 @@ class ParallelContext:
         tp, dp, ep, etp = (mine[members] for members in _groups_of(layout, rank))
         at, stage_size = layout.coords(rank), layout.stage_size
         pipeline = Pipeline(at.stage, layout.pp, rank - stage_size, rank + stage_size, host=staged)
-        return cls(layout, at, tp, dp, ep, etp, pipeline, staged)
+        return cls(layout, at, tp, dp, ep, etp, pipeline, staged, dispatch)
 
     def close(self) -> None:
         for communicator in {self.tp, self.dp, self.ep, self.etp}:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.layout import padded_range
 from qwen3_dist.model import Qwen3Model, build_on_meta
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.weights import random_weights
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.plan import Piece, WeightPlan
@@ -27,6 +29,7 @@ def load_model(
     device: torch.device,
     progress: Progress | None = None,
     random: bool = False,
+    placements: Placements | None = None,
 ) -> Qwen3Model:
     """Builds this rank's shard on `device`. Padding is zero. `random` weights need no checkpoint.
 
@@ -34,10 +37,10 @@ def load_model(
     `config` says.
     """
     files = None if random else CheckpointFiles(path)
-    plan = WeightPlan(config, parallel.layout, files.names() if files else set())
+    plan = WeightPlan(config, parallel.layout, files.names() if files else set(), placements)
     if files:
         _check_names(path, files, plan)
-    model = build_on_meta(config, parallel, dtype)
+    model = build_on_meta(config, parallel, dtype, placements)
     parameters = _materialise(model, device)
     pieces = list(plan.pieces(parallel.coords))
     total = sum(parameters[piece.parameter][piece.target].numel() for piece in pieces) * dtype.itemsize
@@ -50,19 +53,46 @@ def load_model(
             progress(done, total)
 
     for piece in pieces:
-        view = parameters[piece.parameter][piece.target]
-        if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
-            view = view.squeeze(0)
-        if files:
-            _check_shape(files, piece)
-            files.read(piece.source, piece.index, view, advance)
-        else:
-            random_weights.fill(piece, view)
-            advance(view.numel())
+        _read(files, piece, parameters, advance)
     filled = {piece.parameter for piece in pieces}
     unfilled = [name for name in parameters if name not in filled and not _may_be_padding(name)]
     assert not unfilled, f"no rule fills {unfilled}"
     return model
+
+
+def read_experts(
+    path: Path, model: Qwen3Model, layer: int, experts: Sequence[int], random: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's columns of some experts of a layer: fc1 and fc2 [n, I, D] and fc3 [n, D, I], on the CPU."""
+    config, parallel = model.config, model.parallel
+    files = None if random else CheckpointFiles(path)
+    plan = WeightPlan(config, parallel.layout, files.names() if files else set())
+    _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
+    wide, tall = (len(experts), columns, config.emb_dim), (len(experts), config.emb_dim, columns)
+    stacks = {
+        name: torch.zeros(shape, dtype=model.dtype)
+        for name, shape in (("fc1", wide), ("fc2", wide), ("fc3", tall))
+    }
+    for piece in plan.expert_pieces(layer, experts, parallel.coords):
+        _read(files, piece, stacks, lambda elements: None)
+    return stacks["fc1"], stacks["fc2"], stacks["fc3"]
+
+
+def _read(
+    files: CheckpointFiles | None,
+    piece: Piece,
+    parameters: dict[str, Tensor],
+    advance: Callable[[int], None],
+) -> None:
+    view = parameters[piece.parameter][piece.target]
+    if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
+        view = view.squeeze(0)
+    if files:
+        _check_shape(files, piece)
+        files.read(piece.source, piece.index, view, advance)
+    else:
+        random_weights.fill(piece, view)
+        advance(view.numel())
 
 
 def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:

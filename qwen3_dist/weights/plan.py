@@ -7,13 +7,14 @@ E experts, V vocab_size, H heads, G KV groups, d head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.layout import Layout, RankCoords, even_ranges, padded_range
+from qwen3_dist.layout import Layout, RankCoords, padded_range
+from qwen3_dist.parallel.expert_placement import Placements, even_placements
 
 Index = tuple[slice, ...]
 
@@ -127,7 +128,10 @@ _GATE_RULE: _Rule = (
 class WeightPlan:
     """The pieces of every rank for one checkpoint, whose tensor `names` tell which expert form it has."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, names: set[str]) -> None:
+    def __init__(
+        self, config: ModelConfig, layout: Layout, names: set[str], placements: Placements | None = None
+    ) -> None:
+        self._placements = placements or even_placements(config, layout.ep)
         self._config = config
         self._layout = layout
         self._names = names
@@ -149,7 +153,12 @@ class WeightPlan:
             for rule in [*_LAYER_RULES, *([_GATE_RULE] if moe else _DENSE_RULES)]:
                 yield from self._apply(rule, *prefixes, at)
             if moe:
-                yield from self._experts(*prefixes, at)
+                hosted = self._placements[layer].hosted[at.ep_rank]
+                yield from self._experts(*prefixes, at, hosted)
+
+    def expert_pieces(self, layer: int, experts: Sequence[int], at: RankCoords) -> Iterator[Piece]:
+        """What a rank must read of these experts of a layer, into stacks named fc1, fc2 and fc3."""
+        return self._experts(f"model.layers.{layer}.", "", at, experts)
 
     def expected_names(self) -> set[str]:
         """Every tensor that some rank reads."""
@@ -186,34 +195,41 @@ class WeightPlan:
         dim = 1 if split in (Split.HEAD_INPUTS, Split.COLUMN_INPUTS) else 0
         return dim, padded_range(shape[dim], tp, at.tp_rank)[0]
 
-    def _experts(self, theirs: str, ours: str, at: RankCoords) -> Iterator[Piece]:
+    def _experts(self, theirs: str, ours: str, at: RankCoords, hosted: Sequence[int]) -> Iterator[Piece]:
         config = self._config
-        mine = even_ranges(config.num_experts, self._layout.ep)[at.ep_rank]
         part, _ = padded_range(config.moe_hidden_dim, self._layout.etp, at.etp_rank)
         columns, filled = slice(part.start, part.stop), slice(0, len(part))
         everything = slice(None)
+        ours = f"{ours}ff.experts." if ours else ""
         if not part:
             return
         if f"{theirs}mlp.experts.gate_up_proj" in self._names:
-            hosted, stack = slice(mine.start, mine.stop), slice(0, len(mine))
             inner = config.moe_hidden_dim
             gate_up = (config.num_experts, 2 * inner, config.emb_dim)
             down = (config.num_experts, config.emb_dim, inner)
-            source, target = f"{theirs}mlp.experts.gate_up_proj", (stack, filled, everything)
             ups = slice(inner + part.start, inner + part.stop)
-            yield Piece(source, gate_up, (hosted, columns, everything), f"{ours}ff.experts.fc1", target)
-            yield Piece(source, gate_up, (hosted, ups, everything), f"{ours}ff.experts.fc2", target)
-            source, target = f"{theirs}mlp.experts.down_proj", (stack, everything, filled)
-            yield Piece(source, down, (hosted, everything, columns), f"{ours}ff.experts.fc3", target)
+            for experts, stack in _runs(hosted):
+                source, target = f"{theirs}mlp.experts.gate_up_proj", (stack, filled, everything)
+                yield Piece(source, gate_up, (experts, columns, everything), f"{ours}fc1", target)
+                yield Piece(source, gate_up, (experts, ups, everything), f"{ours}fc2", target)
+                source, target = f"{theirs}mlp.experts.down_proj", (stack, everything, filled)
+                yield Piece(source, down, (experts, everything, columns), f"{ours}fc3", target)
             return
         wide, tall = (config.moe_hidden_dim, config.emb_dim), (config.emb_dim, config.moe_hidden_dim)
-        for local, expert in enumerate(mine):
-            at_local = slice(local, local + 1)
+        for place, expert in enumerate(hosted):
+            at_place = slice(place, place + 1)
             base = f"{theirs}mlp.experts.{expert}."
             for name, fc in (("gate_proj", "fc1"), ("up_proj", "fc2")):
-                target = (at_local, filled, everything)
-                yield Piece(f"{base}{name}.weight", wide, (columns,), f"{ours}ff.experts.{fc}", target)
-            target = (at_local, everything, filled)
-            yield Piece(
-                f"{base}down_proj.weight", tall, (everything, columns), f"{ours}ff.experts.fc3", target
-            )
+                target = (at_place, filled, everything)
+                yield Piece(f"{base}{name}.weight", wide, (columns,), f"{ours}{fc}", target)
+            target = (at_place, everything, filled)
+            yield Piece(f"{base}down_proj.weight", tall, (everything, columns), f"{ours}fc3", target)
+
+
+def _runs(hosted: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Runs of consecutive experts in a stack: which experts, and where they lie in it."""
+    start = 0
+    for place in range(1, len(hosted) + 1):
+        if place == len(hosted) or hosted[place] != hosted[place - 1] + 1:
+            yield slice(hosted[start], hosted[place - 1] + 1), slice(start, place)
+            start = place

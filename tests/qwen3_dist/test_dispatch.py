@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layers.feed_forward import MoEFeedForward
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import (
     AllGatherDispatcher,
     AllToAllDispatcher,
     DispatchedTokens,
-    ExpertPlacement,
+    DispatchOptions,
+    from_fp8,
+    to_fp8,
     uses_all_to_all,
 )
+from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from tests.batches import random_batch
+from tests.checkpoints import DENSE, MOE
 from tests.ranks import run_ranks
 
 EXPERTS, DIM = 10, 8
@@ -65,32 +73,60 @@ def answers(received: DispatchedTokens, hosted: tuple[int, ...]) -> Tensor:
     return expected(received.tokens, here, received.weights)
 
 
+def placements(ep: int) -> list[ExpertPlacement]:
+    """Without copies, with copies, and what another load makes of the same number of copies."""
+    if ep == 1:
+        return [ExpertPlacement.even(EXPERTS, 1)]
+    hot = [100.0 if expert == 3 else 1.0 for expert in range(EXPERTS)]
+    return [
+        ExpertPlacement.even(EXPERTS, ep),
+        ExpertPlacement.even(EXPERTS, ep, redundant=4),
+        ExpertPlacement.balanced(hot, ep, redundant=4),
+    ]
+
+
 def check_dispatch(parallel: ParallelContext) -> None:
-    placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
-    hosted = placement.experts_of(parallel.ep.rank)
-    dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
     rank = parallel.coords.rank
     routings: list[Routing] = [scattered, crowded, padding_only]
-    for routing in routings:
-        for rows in (1, 5):
-            x, (ids, weights) = tokens_of(rank, rows), routing(rank, rows)
-            received, handle = dispatcher.dispatch(x, ids, weights)
-            # Each etp rank computes a share of the columns; together the shares make the expert.
-            combined = dispatcher.combine(answers(received, hosted) / parallel.etp.size, handle)
-            assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
-            if routing is crowded and parallel.ep.size > 1:  # once to a rank, however many of its experts
-                everybodys = rows * parallel.ep.size * parallel.etp.size
-                assert len(received.tokens) == (everybodys if set(hosted) & {0, 1, 2} else 0)
+    for placement in placements(parallel.ep.size):
+        hosted = placement.hosted[parallel.ep.rank]
+        dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
+        for routing in routings:
+            for rows in (1, 5):
+                x, (ids, weights) = tokens_of(rank, rows), routing(rank, rows)
+                received, handle = dispatcher.dispatch(x, ids, weights)
+                # Each etp rank computes a share of the columns; together the shares make the expert.
+                combined = dispatcher.combine(answers(received, hosted) / parallel.etp.size, handle)
+                assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
+                if (
+                    routing is crowded
+                    and parallel.ep.size > 1
+                    and placement == placements(parallel.ep.size)[0]
+                ):
+                    # Once to a rank, however many of its experts.
+                    everybodys = rows * parallel.ep.size * parallel.etp.size
+                    assert len(received.tokens) == (everybodys if set(hosted) & {0, 1, 2} else 0)
+
+
+def check_fp8(parallel: ParallelContext) -> None:
+    placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
+    dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement, fp8=True)
+    x, (ids, weights) = tokens_of(parallel.coords.rank, 5), scattered(parallel.coords.rank, 5)
+    received, handle = dispatcher.dispatch(x, ids, weights)
+    combined = dispatcher.combine(answers(received, placement.hosted[parallel.ep.rank]), handle)
+    rounded = from_fp8(*to_fp8(x), x.dtype)
+    assert torch.allclose(combined, expected(rounded, ids, weights), atol=1e-5)
+    assert not torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
 
 
 def check_all_gather(parallel: ParallelContext) -> None:
-    placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
-    dispatcher = AllGatherDispatcher(placement, parallel.ep.rank)
-    for routing in (scattered, crowded):
-        x, (ids, weights) = tokens_of(0, 5), routing(0, 5)
-        mine = answers(dispatcher.select(x, ids, weights), placement.experts_of(parallel.ep.rank))
-        combined = parallel.tp.all_reduce(mine / parallel.etp.size)
-        assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
+    for placement in placements(parallel.ep.size):
+        dispatcher = AllGatherDispatcher(placement, parallel.ep.rank)
+        for routing in (scattered, crowded):
+            x, (ids, weights) = tokens_of(0, 5), routing(0, 5)
+            mine = answers(dispatcher.select(x, ids, weights), placement.hosted[parallel.ep.rank])
+            combined = parallel.tp.all_reduce(mine / parallel.etp.size)
+            assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=2", "tp=2"])
@@ -108,12 +144,63 @@ def test_large_steps_go_by_all_to_all_unless_the_setting_decides(
     assert uses_all_to_all(setting, tokens, ranks) is wanted
 
 
-def test_uneven_experts_are_placed_in_runs_that_differ_by_one() -> None:
-    placement = ExpertPlacement.even(10, 4)
-    assert placement.owner == (0, 0, 1, 1, 1, 2, 2, 3, 3, 3)
-    assert placement.local_index == (0, 1, 0, 1, 2, 0, 1, 0, 1, 2)
-
-
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=4", "tp=4,ep=2", "tp=2", "tp=2,dp=2,ep=4"])
 def test_combine_of_dispatch_is_the_weighted_sum_of_experts(layout: str) -> None:
     run_ranks(check_dispatch, layout)
+
+
+def test_rows_that_travel_as_fp8_are_those_of_fp8() -> None:
+    run_ranks(check_fp8, "tp=2,ep=2")
+
+
+def test_fp8_keeps_three_bits_of_every_number_however_large_its_run() -> None:
+    x = torch.randn(7, 300) * torch.logspace(-4, 4, 7)[:, None]
+    x[3] = 0
+    numbers, scales = to_fp8(x)
+    assert numbers.dtype == torch.float8_e4m3fn and scales.shape == (7, 3)
+    largest = scales.repeat_interleave(128, dim=1)[:, :300] * 448
+    assert ((from_fp8(numbers, scales, torch.float32) - x).abs() <= x.abs() / 16 + largest / 2**15).all()
+
+
+def check_overlap(parallel: ParallelContext) -> None:
+    """Two halves of a step, the second on its way while the first one's experts compute."""
+    placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
+    dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
+    x = tokens_of(parallel.coords.rank, 9)
+    ids, weights = scattered(parallel.coords.rank, 9)
+    halves = zip(*(each.tensor_split(2) for each in (x, ids, weights)), strict=True)
+    sums = []
+    for arriving in [dispatcher.start_dispatch(*half) for half in halves]:
+        received, handle = arriving()
+        sums.append(dispatcher.start_combine(answers(received, placement.hosted[parallel.ep.rank]), handle))
+    combined = torch.cat([finish() for finish in sums])
+    assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+def test_halves_of_a_step_may_be_under_way_together(shared_memory: bool) -> None:
+    run_ranks(check_overlap, "tp=2,ep=2", shared_memory=shared_memory)
+
+
+def check_overlapping_layer(parallel: ParallelContext) -> None:
+    """A whole MoE layer over gloo, whose collectives overlap, gives what it gives in one piece."""
+    assert parallel.ep.overlaps
+    config = ModelConfig.from_dict({**DENSE, **MOE, "model_type": "qwen3_moe"})
+    torch.manual_seed(0)
+    layers = []
+    for overlap_from in (4, 1000):
+        within = replace(parallel, dispatch=DispatchOptions(overlap_from=overlap_from))
+        layer = MoEFeedForward(config, within, ExpertPlacement.even(8, parallel.ep.size))
+        for parameter in layer.parameters():
+            parameter.requires_grad_(False).normal_(0, 0.1)
+        layers.append(layer)
+    layers[1].load_state_dict(layers[0].state_dict())
+    batch = replace(random_batch((9,), (9,), 4), token_ids=torch.arange(18), group_tokens=(18,))
+    x = torch.randn(9, config.emb_dim, generator=torch.Generator().manual_seed(parallel.ep.rank))
+    with torch.inference_mode():
+        halves, whole = (layer.dispatched(x, 9, batch) for layer in layers)
+    torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_a_layer_that_overlaps_its_halves_gives_what_it_gives_in_one() -> None:
+    run_ranks(check_overlapping_layer, "tp=2,ep=2", shared_memory=False)

@@ -145,7 +145,7 @@ def test_a_checkpoint_that_ranks_cannot_load_is_reported_as_such(tmp_path: Path)
     [
         ({"layout": "tp=3"}, ParallelLayoutError, "n_heads=8 is not divisible by tp=3; tp=1, 2, 4, 8 work"),
         ({"layout": "tp=2,ep=3"}, ParallelLayoutError, "ep=3 does not divide dp\\*tp=2; ep=1, 2 work"),
-        ({"layout": "tp=2,dp=2"}, ParallelLayoutError, "not built yet"),
+        ({"layout": "pp=5"}, ParallelLayoutError, "pp=5 is more than n_layers=4; pp=4 is the most"),
         ({"max_model_len": 10_000}, ConfigError, "exceeds the model's context of 512"),
         ({"num_blocks": 4, "max_model_len": 512}, ConfigError, "does not fit the KV cache of 64 tokens"),
         ({"device": "cuda"}, ResourceError, "sees no GPU"),
@@ -169,11 +169,18 @@ def test_cpu_ranks_may_outnumber_cores_with_one_warning(
     local_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = EngineConfig(layout=Layout(tp=4))
-    assert rank_bundles(config, "cpu", replicas=2) == [{"CPU": 0.2}] * 4
+    assert rank_bundles(config, "cpu", replicas=2) == [{"CPU": 0.8}]
     assert [record.message for record in caplog.records] == [
         "8 CPU ranks share 2 CPUs: this works, and is slower than one core per rank"
     ]
+    assert rank_bundles(EngineConfig(layout=Layout(tp=2, dp=2)), "cpu") == [{"CPU": 0.8}] * 2
+
+
+def test_a_tp_group_that_no_node_has_room_for_may_cross_nodes_with_a_warning(
+    local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
     assert rank_bundles(EngineConfig(layout=Layout(tp=2)), "cuda") == [{"CPU": 0.8, "GPU": 1.0}] * 2
+    assert "no node has {'CPU': 1.6, 'GPU': 2.0} for the 2 ranks of a tp group" in caplog.text
 
 
 TWO_NODES = """
@@ -181,23 +188,35 @@ import sys, ray
 from ray.cluster_utils import Cluster
 from qwen3_dist import LLM, SamplingParams
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-cluster.add_node(num_cpus=1)
+checkpoint, cpus_of_a_node, *layouts = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(cpus_of_a_node)})
+cluster.add_node(num_cpus=int(cpus_of_a_node))
 cluster.connect()
-with LLM(sys.argv[1], layout="tp=2,ep=2", executor="ray", cpus_per_rank=1.0, use_tqdm=False) as llm:
-    group = next(g for g in ray.util.placement_group_table().values() if g["state"] == "CREATED")
-    assert len(set(group["bundles_to_node_id"].values())) == 2, group
-    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-    print(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].token_ids)
+params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+for layout in layouts:
+    with LLM(checkpoint, layout=layout, executor="ray", cpus_per_rank=1.0, use_tqdm=False) as llm:
+        group = next(g for g in ray.util.placement_group_table().values() if g["state"] == "CREATED")
+        assert len(set(group["bundles_to_node_id"].values())) == 2, group
+        print(len(group["bundles"]), llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].token_ids)
 ray.shutdown()
 cluster.shutdown()
 """
 
 
-def test_ranks_on_two_ray_nodes_find_each_other(checkpoint: Path) -> None:
-    """Two raylets of one machine: each has room for one rank only."""
-    command = [sys.executable, "-c", TWO_NODES, str(checkpoint)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+@pytest.mark.parametrize(
+    ("cpus_of_a_node", "layouts"),
+    [
+        (1, {"tp=2,ep=2": 2, "dp=2,ep=2": 2, "pp=2": 2}),  # no node has room for a tp group of two
+        (2, {"tp=2,dp=2,ep=4": 2, "tp=2,pp=2,ep=2": 2}),  # a bundle for each tp group, on one node
+    ],
+)
+def test_ranks_on_two_ray_nodes_give_what_one_gives(
+    checkpoint: Path, cpus_of_a_node: int, layouts: dict[str, int]
+) -> None:
+    """Two raylets of one machine, neither with room for all ranks."""
+    command = [sys.executable, "-c", TWO_NODES, str(checkpoint), str(cpus_of_a_node), *layouts]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
-    tokens = ended.stdout.strip().splitlines()[-1]
-    assert tokens == str(load_reference(checkpoint).generate_greedy([5, 6, 7], 8))
+    tokens = load_reference(checkpoint).generate_greedy([5, 6, 7], 8)
+    lines = ended.stdout.strip().splitlines()[-len(layouts) :]
+    assert lines == [f"{bundles} {tokens}" for bundles in layouts.values()]

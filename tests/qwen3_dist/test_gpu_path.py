@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.decode_graphs import DecodeGraphs
+from qwen3_dist.engine.plan import StepPlan
+from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.layers import gpu_attention
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.gathered_attention import gathered_attention
@@ -20,6 +23,7 @@ from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.weights.loader import load_model
 from tests.batches import random_batch
 from tests.checkpoints import write_checkpoint
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 SHAPES = (CPU, torch.float32, 8, 2, 16, 4)  # heads, KV groups, head_dim, block_size
@@ -76,6 +80,7 @@ def decodes(n: int) -> StepBatch:
         positions=positions,
         slots=blocks * 4 + positions % 4,
         logits_rows=torch.arange(n),
+        decodes_only=True,
     )
 
 
@@ -108,6 +113,41 @@ def test_other_steps_are_not_taken(model: Qwen3Model) -> None:
     step = decodes(3)
     assert graphs.takes(step)
     assert not graphs.takes(decodes(5))  # more than were captured
-    assert not graphs.takes(replace(step, num_decodes=2))  # a prompt beside them
-    assert not graphs.takes(replace(step, logits_rows=step.logits_rows[:2]))  # one is not sampled
+    assert not graphs.takes(replace(step, decodes_only=False))  # a prompt beside them
+    assert not graphs.takes(replace(step, group_tokens=(3, 5)))  # another group has more
     assert not graphs.takes(replace(step, all_to_all=True))  # counts are read by the host
+
+
+def check_graphs_of_two_groups(parallel: ParallelContext) -> None:
+    """Three decodes in one dp group and none in the other, as the padded step that a graph holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_checkpoint(Path(folder), moe=True)
+        model = load_model(path, ModelConfig.from_directory(path), parallel, torch.float32, CPU)
+        alone = load_model(
+            path, ModelConfig.from_directory(path), ParallelContext.single(), torch.float32, CPU
+        )
+    torch.manual_seed(1)
+    cache = kv_cache.allocate(model, 129, 4)
+    for layer in cache:
+        layer.keys.normal_()
+        layer.values.normal_()
+    torch.manual_seed(2)
+    step = replace(decodes(3), group_tokens=(3, 0))
+    idle = make_batch(StepPlan(1, (), (3, 0), True), 4, CPU, torch.empty(0))
+    with torch.inference_mode():
+        expected = alone(replace(step, group_tokens=()), cache)
+        graphs = DecodeGraphs(model, cache, max_num_seqs=4, max_model_len=64)
+        batch = step if parallel.coords.group == 0 else idle
+        assert graphs.takes(batch)
+        before = sum(sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values())
+        got = graphs.run(batch)
+        counted = sum(sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values()) - before
+    assert got is not None
+    if parallel.coords.group == 0:
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    everybodys = parallel.dp.all_reduce(torch.tensor([float(counted)]))
+    assert everybodys.item() == 3 * 2 * 4  # tokens, choices, layers: padding is counted nowhere
+
+
+def test_groups_of_other_sizes_run_one_padded_step_together() -> None:
+    run_ranks(check_graphs_of_two_groups, "dp=2,ep=2")

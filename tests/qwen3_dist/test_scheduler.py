@@ -25,9 +25,14 @@ BLOCK = 4
 
 
 def make_scheduler(
-    blocks: int = 64, block_size: int = BLOCK, seqs: int = 8, tokens: int = 16, caching: bool = True
+    blocks: int = 64,
+    block_size: int = BLOCK,
+    seqs: int = 8,
+    tokens: int = 16,
+    caching: bool = True,
+    stages: int = 1,
 ) -> Scheduler:
-    limits = SchedulerLimits(seqs, tokens)
+    limits = SchedulerLimits(seqs, tokens, stages)
     return Scheduler(BlockManager(blocks, block_size, caching), limits, frozenset({EOS}))
 
 
@@ -121,6 +126,41 @@ def test_decodes_take_their_tokens_before_an_earlier_prompts_chunk() -> None:
     scheduler.update(plan, answer(plan))
     scheduler.add(make_sequence(3, 40, priority=-1))
     assert shape(planned(scheduler)) == [(1, 20, 1, True), (2, 3, 1, True), (3, 0, 14, False)]
+
+
+def test_micro_batches_of_a_pipeline_share_the_decodes_between_them() -> None:
+    scheduler = make_scheduler(stages=2)
+    for seq_id in range(5):
+        scheduler.add(make_sequence(seq_id, 1))
+    first = planned(scheduler)
+    scheduler.update(first, answer(first))
+    steps = [planned(scheduler), planned(scheduler)]
+    assert [[part.seq_id for part in step.sequences] for step in steps] == [[0, 1, 2], [3, 4]]
+    assert scheduler.schedule() is None  # each sequence waits for its token
+    scheduler.update(steps[0], answer(steps[0]))
+    assert [part.seq_id for part in planned(scheduler).sequences] == [0, 1, 2]
+
+
+def test_chunks_of_one_prompt_follow_each_other_into_a_pipeline() -> None:
+    scheduler = make_scheduler(stages=2, tokens=16)
+    scheduler.add(make_sequence(1, 37))
+    assert [shape(planned(scheduler)) for _ in range(3)] == [
+        [(1, 0, 16, False)],
+        [(1, 16, 16, False)],
+        [(1, 32, 5, True)],
+    ]
+
+
+def test_a_new_sequence_finds_less_ahead_where_its_prefix_is_cached() -> None:
+    cold, warm = make_scheduler(), make_scheduler()
+    for scheduler in (cold, warm):
+        scheduler.add(make_sequence(1, 5))
+    warm.add(make_sequence(2, range(9), max_tokens=1))
+    run_one = planned(warm)
+    warm.update(run_one, answer(run_one))
+    new = make_sequence(3, range(12))
+    assert cold.tokens_ahead(new) == 5
+    assert warm.tokens_ahead(new) == 6 - 8  # the other one's prompt and first token, less two blocks
 
 
 def test_no_more_sequences_run_than_the_limit() -> None:
@@ -310,18 +350,27 @@ def prompt_of(number: int) -> list[int]:
     seqs=st.integers(1, 6),
     ahead=st.integers(1, 3),
     caching=st.booleans(),
+    stages=st.integers(1, 3),
 )
 def test_no_history_changes_a_token_or_loses_a_block(
-    actions: list[tuple[str, int, int]], blocks: int, tokens: int, seqs: int, ahead: int, caching: bool
+    actions: list[tuple[str, int, int]],
+    blocks: int,
+    tokens: int,
+    seqs: int,
+    ahead: int,
+    caching: bool,
+    stages: int,
 ) -> None:
     """Adds, steps planned up to `ahead` of their answers, preemptions, finishes and aborts in any order."""
-    scheduler, ranks = make_scheduler(blocks, BLOCK, seqs, tokens, caching), FakeRanks()
+    scheduler, ranks = make_scheduler(blocks, BLOCK, seqs, tokens, caching, stages), FakeRanks()
     added: list[Sequence] = []
     in_flight: deque[tuple[StepPlan, StepResult]] = deque()
 
     def step() -> None:
         if len(in_flight) < ahead and (plan := scheduler.schedule()) is not None:
             assert plan.num_tokens <= tokens and len(plan.sequences) <= seqs
+            if stages > 1:  # a micro-batch waits for none before it
+                assert not any(LAST_SAMPLED in part.token_ids for part in plan.sequences)
             assert len({part.slot for part in plan.sequences}) == len(plan.sequences)
             assert all(0 <= part.slot < seqs for part in plan.sequences)
             in_flight.append((plan, ranks.run(plan)))

@@ -30,9 +30,10 @@ void experts_half_##NAME(const void* half, const T* x, T* out, long rows, double
     static_cast<const ExpertsHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \
 } \
 void experts_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const float* scales1, const float* scales2, \
-                    const float* scales3, const long* ids, const float* weights, T* y, long rows, long choices, \
-                    long experts, long dim, long inner, long threads) { \
-    Experts<T, W>{x, fc1, fc2, fc3, scales1, scales2, scales3, ids, weights, y, rows, choices, experts, dim, inner} \
+                    const float* scales3, const long* ids, const float* weights, T* y, long* counts, long rows, \
+                    long choices, long experts, long dim, long inner, long threads) { \
+    Experts<T, W>{x, fc1, fc2, fc3, scales1, scales2, scales3, ids, weights, y, counts, rows, choices, experts, dim, \
+                  inner} \
         .run(int(threads)); \
 } \
 }

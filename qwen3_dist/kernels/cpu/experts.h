@@ -11,6 +11,7 @@ struct Experts {
     const long* ids;                           // [R, K] expert of each choice, -1 for none
     const float* weights;                      // [R, K]
     T* y;                                      // [R, D]: sum over a row's choices of weight * expert(x)
+    long* counts;                              // [E] to which the choices of each expert are added, or null
     long rows, choices, experts, dim, inner;
 
     struct Task {
@@ -22,6 +23,7 @@ struct Experts {
         std::vector<long> start(experts + 1, 0), pairs, place(rows * choices, -1);
         for (long i = 0; i < rows * choices; i++)
             if (ids[i] >= 0) start[ids[i] + 1]++;
+        for (long e = 0; counts && e < experts; e++) counts[e] += start[e + 1];
         for (long e = 0; e < experts; e++) start[e + 1] += start[e];
         long total = start[experts];
         pairs.resize(total);

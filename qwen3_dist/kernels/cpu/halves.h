@@ -80,8 +80,9 @@ struct ExpertsHalf {
     const T *norm_scale, *gate;  // the gate [experts, dim] packed
     const W *fc1, *fc2, *fc3;
     const float *scales1, *scales2, *scales3;
-    const long* here;  // [experts] place of each in the stacks, -1 for those elsewhere
-    long experts, local_experts, choices, norms_weights, dim, inner;
+    const long* here;  // [tables, experts + 1] place of each in the stacks, -1 for those elsewhere; by row % tables
+    long* counts;      // [local_experts]
+    long tables, experts, local_experts, choices, norms_weights, dim, inner;
 
     void run(const T* x, T* out, long rows, float eps, int threads) const {
         std::vector<T> normed(rows * dim), logits(rows * experts);
@@ -90,9 +91,9 @@ struct ExpertsHalf {
         norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
         linear<T, T>(normed.data(), {{gate, nullptr, nullptr, experts, logits.data()}}, rows, dim, threads);
         route<T>(logits.data(), rows, experts, choices, norms_weights, ids.data(), weights.data());
-        for (long& id : ids) id = here[id];
-        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, rows,
-                      choices, local_experts, dim, inner}
+        for (long i = 0; i < rows * choices; i++) ids[i] = here[i / choices % tables * (experts + 1) + ids[i]];
+        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, counts,
+                      rows, choices, local_experts, dim, inner}
             .run(threads);
     }
 };
