@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.reference import load_reference
 from tests.checkpoints import write_checkpoint
 
@@ -26,6 +29,12 @@ TIGHT: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nursery() -> Iterator[None]:
+    with shared_nursery():
+        yield
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
@@ -35,22 +44,26 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout", "overlap"),
+    ("kind", "layout", "overlap", "blocks"),
     [
-        ("dense", "tp=1", True),
-        ("dense", "tp=2", True),
-        ("moe", "tp=1", True),
-        ("moe", "tp=2,ep=2", True),
-        ("moe", "tp=2,ep=2", False),
+        ("dense", "tp=1", True, 24),
+        ("dense", "tp=2", True, 24),
+        ("dense", "pp=2", True, 24),
+        ("moe", "tp=1", True, 24),
+        ("moe", "tp=2,ep=2", True, 24),
+        ("moe", "tp=2,ep=2", False, 24),
+        ("moe", "dp=2,ep=2", True, 17),  # of each group, which has half the sequences
+        ("moe", "dp=2,pp=2,ep=2", True, 17),
     ],
 )
 def test_neither_chunks_caching_preemption_nor_neighbours_change_a_token(
-    checkpoints: dict[str, Path], kind: str, layout: str, overlap: bool
+    checkpoints: dict[str, Path], kind: str, layout: str, overlap: bool, blocks: int
 ) -> None:
     reference = load_reference(checkpoints[kind])
     expected = [reference.generate_greedy(prompt, LENGTH) for prompt in PROMPTS]
     form = "in_process" if layout == "tp=1" else "processes"
-    with LLM(str(checkpoints[kind]), layout=layout, executor=form, overlap=overlap, **TIGHT) as llm:
+    tight = {**TIGHT, "num_blocks": blocks}
+    with LLM(str(checkpoints[kind]), layout=layout, executor=form, overlap=overlap, **tight) as llm:
         first = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         stats = llm._engine.stats()
         assert stats.preemptions > 0 and stats.prefix_hit_rate > 0
@@ -72,3 +85,32 @@ def test_without_prefix_caching_nothing_is_found(checkpoints: dict[str, Path]) -
             outputs = llm.generate(PROMPTS[:2], GREEDY, use_tqdm=False)
             assert [output.num_cached_tokens for output in outputs] == [0, 0]
         assert llm._engine.stats().cached_blocks == 0
+
+
+def test_requests_go_to_the_group_with_fewest_tokens_or_with_their_prefix(
+    checkpoints: dict[str, Path],
+) -> None:
+    with LLM(
+        str(checkpoints["moe"]), layout="dp=2,ep=2", executor="processes", block_size=4, use_tqdm=False
+    ) as llm:
+        engine = llm._engine
+
+        def add(name: str, prompt: list[int], n: int = 1) -> list[int]:
+            """Sequences that wait in each group then."""
+            engine.add_request(name, prompt, replace(GREEDY, n=n))
+            return [len(group.waiting) for group in engine._groups]
+
+        def finish() -> None:
+            while engine.has_work:
+                engine.step()
+
+        assert add("a", SHARED) == [1, 0]
+        assert add("b", [7, 8]) == [1, 1]
+        assert add("c", [9], n=3) == [1, 4]  # 2 tokens ahead there, 26 here; choices share their prompt
+        assert add("d", list(range(100, 140))) == [1, 5]
+        assert add("e", [11]) == [2, 5]
+        finish()
+        assert add("f", list(range(100, 139))) == [0, 1]  # where its prefix was computed
+        assert add("g", [*SHARED, 3]) == [1, 1]
+        finish()
+        assert engine.stats().cached_prompt_tokens == 36 + 24

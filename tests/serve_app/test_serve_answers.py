@@ -179,3 +179,25 @@ def test_models_and_health_are_listed(client: openai.OpenAI, http: httpx.Client,
 
 def test_nothing_is_left_in_the_engine_after_its_answers(idle: Callable[[], bool]) -> None:
     assert idle()
+
+
+def test_the_experts_load_can_be_read_and_rebalanced(
+    client: openai.OpenAI, http: httpx.Client, model: str
+) -> None:
+    def tokens() -> int:
+        """Choices of experts in the first MoE layer so far, over all replicas."""
+        answer = http.get("/v1/cluster/experts")
+        assert answer.status_code == 200
+        return sum(sum(next(iter(replica["tokens"].values()))) for replica in answer.json()["data"])
+
+    before = tokens()
+    request: dict[str, Any] = {"model": model, "prompt": PROMPT, **GREEDY}
+    answer = client.completions.create(**request)
+    assert answer.usage is not None
+    computed = answer.usage.total_tokens - 1  # the last token is not computed
+    assert 0 < tokens() - before <= computed * 2
+    rebalanced = http.post("/v1/cluster/experts/rebalance")
+    assert rebalanced.status_code == 200 and all(
+        isinstance(layers, list) for layers in rebalanced.json()["data"]
+    )
+    assert client.completions.create(**request).choices[0].text == answer.choices[0].text
