@@ -1,4 +1,4 @@
-"""Runs a function on real ranks: one fresh process each, joined through a rendezvous store.
+"""Runs a function on real ranks: one process each, joined through a rendezvous store.
 
 Every rank of `run_ranks(check, "tp=2")` calls `check(parallel)`, a module-level function, with its
 `ParallelContext`; an exception on any rank fails the caller, with that rank's traceback.
@@ -6,20 +6,59 @@ Every rank of `run_ranks(check, "tp=2")` calls `check(parallel)`, a module-level
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import inspect
-import subprocess
-import sys
+import os
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from qwen3_dist.executor.processes import Nursery
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.context import ParallelContext
 
 ROOT = Path(__file__).parent.parent
+
+
+class _ByName:
+    """A check on its way to other processes, which know its module by its place below the repository."""
+
+    def __init__(self, check: Callable[[ParallelContext], None]) -> None:
+        self._place = Path(inspect.getfile(check)).relative_to(ROOT).with_suffix("").parts, check.__name__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find, self._place
+
+
+def _find(module: tuple[str, ...], name: str) -> Any:
+    return getattr(importlib.import_module(".".join(module)), name)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    check: Any  # a `_ByName` before it is pickled, the check itself after
+    layout: str
+    rank: int
+    shared_memory: bool
+    staged: bool
+    port: int
+    printed: str  # file of its standard output
+    complaints: str  # and of its standard error
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    nursery = Nursery()
+    atexit.register(nursery.close)
+    return nursery
 
 
 def run_ranks(
@@ -31,53 +70,53 @@ def run_ranks(
     timeout_s: float = 120.0,
 ) -> list[str]:
     """Runs `check` on every rank of `layout`; returns what each printed. Rank `dies` is expected to."""
-    module = ".".join(Path(inspect.getfile(check)).relative_to(ROOT).with_suffix("").parts)
-    target = f"{module}:{check.__name__}"
     world = Layout.parse(layout).world
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.ranks",
-        target,
-        layout,
-        str(shared_memory),
-        str(staged),
-        str(store.port),
-    ]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
-    ]
-    try:
-        answers = [rank.communicate(timeout=timeout_s) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    failures = [answers[rank][1] for rank in range(world) if ranks[rank].returncode and rank != dies]
-    assert not failures, "\n".join(failures)
-    return [printed for printed, _ in answers]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _Rank(
+                _ByName(check),
+                layout,
+                rank,
+                shared_memory,
+                staged,
+                store.port,
+                f"{folder}/{rank}.out",
+                f"{folder}/{rank}.err",
+            )
+            for rank in range(world)
+        ]
+        pids = _nursery().launch(_main, ranks)
+        try:
+            deadline = time.monotonic() + timeout_s
+            while None in (codes := _nursery().exit_codes(pids)):
+                assert time.monotonic() < deadline, f"ranks still run after {timeout_s:g} s: {codes}"
+                time.sleep(0.02)
+        finally:
+            _nursery().end(pids)
+        failures = [
+            Path(rank.complaints).read_text() or f"rank {rank.rank} ended with code {code}"
+            for rank, code in zip(ranks, codes, strict=True)
+            if code and rank.rank != dies
+        ]
+        assert not failures, "\n".join(failures)
+        return [Path(rank.printed).read_text() for rank in ranks]
 
 
-def _main(target: str, layout: str, shared_memory: str, staged: str, port: str, rank: str) -> None:
+def _main(this: _Rank) -> None:
+    for name, descriptor in ((this.printed, 1), (this.complaints, 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
     torch.set_num_threads(1)
-    parsed = Layout.parse(layout)
-    store = dist.TCPStore("127.0.0.1", int(port), parsed.world, is_master=False)
+    layout = Layout.parse(this.layout)
+    store = dist.TCPStore("127.0.0.1", this.port, layout.world, is_master=False)
     parallel = ParallelContext.connect(
-        parsed,
-        int(rank),
+        layout,
+        this.rank,
         store,
         torch.device("cpu"),
         timeout_s=60,
-        shared_memory=shared_memory == "True",
-        staged=staged == "True",
+        shared_memory=this.shared_memory,
+        staged=this.staged,
     )
-    module, function = target.split(":")
-    getattr(importlib.import_module(module), function)(parallel)
+    this.check(parallel)
     parallel.close()
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,21 +92,21 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     return result
 
 
-def compare(name: str, options: argparse.Namespace, machine: Machine) -> dict[str, Any]:
-    """One checkpoint through every system."""
+def compare(name: str, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
+    """One checkpoint through every system; what is known after each of them."""
     folder = written(SHAPES[name], options.models / name)
     config = ModelConfig.from_directory(folder)
     rows = work(options.repeats, config.vocab_size, hardware()["cores"])
     work_file = options.models / "work.json"
     work_file.write_text(json.dumps(rows))
     limits = {str(row): row.rate(row_limit(config, row, machine)) for row in ROWS}
-    measured = []
+    measured: list[dict[str, Any]] = []
     for system in systems(options, moe=bool(config.num_experts)):
         print(f"{name}: {system.name} ...", file=sys.stderr, flush=True)
         result = run(system, folder, work_file, options.timeout)
         rates = {str(r): r.rate(min(s)) for r in ROWS if (s := result["rows"].get(str(r)))}
         measured.append({"system": system.name, "is_peer": system.is_peer, "rates": rates, **result})
-    return {"model": name, "limits": limits, "systems": measured}
+        yield {"model": name, "limits": limits, "systems": measured}
 
 
 def main() -> None:
@@ -126,7 +127,11 @@ def main() -> None:
     options = parser.parse_args()
     machine = measure_machine()
     about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
-    keep(about, machine, [compare(name, options, machine) for name in options.shapes])
+    models: dict[str, dict[str, Any]] = {}
+    for name in options.shapes:
+        for measured in compare(name, options, machine):
+            models[name] = measured
+            keep(about, machine, list(models.values()))  # after each: an hour's run may be cut short
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.executor.in_process import local_device
@@ -22,6 +23,7 @@ from qwen3_dist.settings import EngineConfig
 _ANSWER_S = 120.0  # a fresh interpreter imports torch from a cold disk
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+T = TypeVar("T")
 _shared: Nursery | None = None
 
 
@@ -40,9 +42,9 @@ class Nursery:
         theirs.close()
         self._asking = threading.Lock()
 
-    def launch(self, specs: list[RankSpec]) -> list[int]:
-        """Forks a process for each rank and returns their ids."""
-        return self._ask("launch", specs)
+    def launch(self, function: Callable[[T], None], arguments: list[T]) -> list[int]:
+        """Forks a process for each argument, which calls a module's function with it; their ids."""
+        return self._ask("launch", [(function, argument) for argument in arguments])
 
     def exit_codes(self, pids: list[int]) -> list[int | None]:
         """How each process ended: its exit code, a signal's number negated, None while it runs."""
@@ -81,7 +83,7 @@ class ProcessLauncher(Launcher):
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._nursery = _shared or Nursery()
-        self._pids = self._nursery.launch(specs)
+        self._pids = self._nursery.launch(rank_main, specs)
 
     def exit_reason(self) -> str | None:
         assert self._nursery is not None
@@ -137,8 +139,8 @@ class _Nurse:
             what, about = pipe.recv()
             pipe.send(getattr(self, what)(about))
 
-    def launch(self, specs: list[RankSpec]) -> list[int]:
-        pids = [_fork(spec) for spec in specs]
+    def launch(self, calls: list[tuple[Callable[[Any], None], Any]]) -> list[int]:
+        pids = [_fork(*call) for call in calls]
         self._codes.update(dict.fromkeys(pids))
         return pids
 
@@ -156,7 +158,7 @@ class _Nurse:
                 os.waitpid(pid, 0)
 
 
-def _fork(spec: RankSpec) -> int:
+def _fork(function: Callable[[Any], None], argument: Any) -> int:
     nurse = os.getpid()
     pid = os.fork()
     if pid:
@@ -165,8 +167,10 @@ def _fork(spec: RankSpec) -> int:
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == nurse:
-            rank_main(spec)
+            function(argument)
             code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -68,7 +68,7 @@ struct FeedForwardHalf {
         norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
         std::vector<long> ids(rows, 0);
         std::vector<float> weights(rows, 1.0f);
-        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, rows,
+        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, nullptr, rows,
                       1, 1, dim, inner}
             .run(threads);
     }
