@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+from cluster.cost_model import StepShape
 from cluster.simulation.arrivals import Request
-from cluster.simulation.step_times import StepShape, shape_of
+from cluster.simulation.step_times import shape_of
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits

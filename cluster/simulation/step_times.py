@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from cluster.cost_model import StepShape
 from qwen3_dist.engine.plan import StepPlan
 
 _CELL_TOKENS = 32  # of context per sequence: within a cell a decode step's time is a straight line
 
 
-@dataclass(frozen=True)
-class StepShape:
-    num_decodes: int
-    decode_context_tokens: int
-    prefill_tokens: int
-    prefill_pairs: int
-    num_samples: int
-
-
 class StepCost(Protocol):
-    """What the simulation asks of a cost model."""
+    """What the simulation asks of a `CostModel`."""
 
     def step_seconds(self, shape: StepShape) -> float: ...
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from ray.serve import autoscaling_policy as serve_policy
 from ray.serve.config import AutoscalingConfig as ServeConfig
 
+from cluster.cost_model import StepShape
 from cluster.simulation.arrivals import Request
 from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoad
 from cluster.simulation.replica import ReplicaConfig
 from cluster.simulation.service import Outcome, ReplicaCount, ServiceSimulation, simulate
-from cluster.simulation.step_times import StepShape
 from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 
@@ -128,14 +128,15 @@ def test_a_replica_that_is_to_go_finishes_its_requests_first() -> None:
     early = [Request(0.0, 10, 4) for _ in range(8)]
     late = [Request(3.5, 10, 40) for _ in range(4)]
     outcome = simulate(ServiceSimulation(replica, config, start_up_s=1.0), OneSecond(), early + late)
-    # 8 / 4 wants two replicas at 2; the second is there at 3 and, with nothing to do, gets the four. From 5
-    # on they are all there is; at 8 one replica is enough, and the newer one goes when its forty tokens have come.
+    # 8 / 4 wants two replicas at 2; the second is there at 3 and, with nothing to do, gets the four:
+    # one at once, the others from 4.5 on. From 5 on they are all there is, so at 8 one replica is enough, and
+    # the newer one goes when the last of them has its forty tokens.
     assert outcome.replica_counts == [
         ReplicaCount(0.0, 1, 0, 0),
         ReplicaCount(2.0, 1, 1, 0),
         ReplicaCount(3.0, 2, 0, 0),
         ReplicaCount(8.0, 1, 0, 1),
-        ReplicaCount(43.5, 1, 0, 0),
+        ReplicaCount(44.5, 1, 0, 0),
     ]
     assert len(outcome.recorder.arrivals_s) == 12
 
