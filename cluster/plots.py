@@ -61,6 +61,16 @@ def plot_bars(file: Path, title: str, label: str, bars: Sequence[tuple[str, floa
     _save(figure, file)
 
 
+def plot_stacked(
+    file: Path, title: str, x: str, y: str, times: Sequence[float], series: dict[str, Sequence[float]]
+) -> None:
+    """Named counts over time, stacked; each value holds until the next time."""
+    figure, axes = _axes(title, x, y)
+    axes.stackplot(times, *series.values(), labels=list(series), step="post", alpha=0.8)
+    axes.legend(loc="upper left")
+    _save(figure, file)
+
+
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
