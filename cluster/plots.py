@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def plot_bars(file: Path, title: str, label: str, bars: Sequence[tuple[str, floa
 
 
 def plot_stacked(
-    file: Path, title: str, x: str, y: str, times: Sequence[float], series: dict[str, Sequence[float]]
+    file: Path, title: str, x: str, y: str, times: Sequence[float], series: Mapping[str, Sequence[float]]
 ) -> None:
     """Named counts over time, stacked; each value holds until the next time."""
     figure, axes = _axes(title, x, y)
