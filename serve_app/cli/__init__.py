@@ -10,11 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from qwen3_dist.errors import QwenDistError
-from serve_app.cli import bench, generate, inspect, plan, serve
+from serve_app.cli import bench, calibrate, generate, inspect, plan, serve, sweep
 from serve_app.cli.options import Parser
 
 USAGE_ERROR = 2
-_VERBS = {"serve": serve, "generate": generate, "inspect": inspect, "bench": bench, "plan": plan}
+_VERBS = {
+    "serve": serve,
+    "generate": generate,
+    "inspect": inspect,
+    "bench": bench,
+    "plan": plan,
+    "calibrate": calibrate,
+    "sweep": sweep,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
