@@ -69,9 +69,8 @@ class CostModel:
         self._kv_item = kv_bytes or item
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
-        speedup = device.fp8_speedup if weight_bytes == 1 else 1.0
         self._weight_bytes = weight_bytes or item
-        self._products = _Products(device, self._weight_bytes, speedup)
+        self._products = products_of(device, self._weight_bytes)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
         self._attention_s = 1 / (device.flops_per_s * device.attention_efficiency)  # per operation
         self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
@@ -258,7 +257,7 @@ class CostModel:
         return product + moved
 
 
-class _Products:
+class Products:
     """Seconds of a product of some rows with so many weights: they are read once, and multiplied at the rate
     that so many rows reach."""
 
@@ -283,6 +282,11 @@ class _Products:
             share = (rows - known[at - 1]) / (known[at] - known[at - 1])
             product = seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
         return weights * max(product / efficiency, self._read_s if rows else 0.0)
+
+
+def products_of(device: Device, weight_bytes: float) -> Products:
+    """The products of `device` with weights of so many bytes."""
+    return Products(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
 
 
 def _chosen_share(experts: int, chosen: int, here: int) -> float:

@@ -53,6 +53,7 @@ class PlannedLayout:
 
     layout: Layout
     replicas: int
+    concurrency: int
     fits: bool
     reason: str
     bytes_per_rank: dict[str, int] = field(default_factory=dict)
@@ -141,6 +142,13 @@ def check_limits(planned: list[PlannedLayout], request: PlanRequest) -> None:
     )
 
 
+def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
+    """Every layout at concurrencies from 1, each twice the one before, to four times the asked one."""
+    doublings = (4 * request.concurrency).bit_length()
+    loads = sorted({request.concurrency, *(2**power for power in range(doublings))})
+    return [one for load in loads for one in plan(config, cluster, replace(request, concurrency=load))]
+
+
 def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
     """Of the layouts that fit, those that no other beats in both throughput per GPU and speed per user."""
     frontier: list[PlannedLayout] = []
@@ -153,7 +161,7 @@ def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
 
 def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
     replicas = cluster.replicas(layout.world)
-    refused = PlannedLayout(layout, replicas, False, "")
+    refused = PlannedLayout(layout, replicas, request.concurrency, False, "")
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
         return replace(refused, reason=f"tp={layout.tp} would not stay inside nodes of {node} devices")
@@ -169,12 +177,13 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
         return replace(refused, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    ttft_s, itl_s, cycle_s = _times(model, request, batch, wanted)
+    ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, wanted)
     in_flight = min(request.concurrency, replicas * layout.dp * batch)
     rate = in_flight * request.output_len / cycle_s
     return PlannedLayout(
         layout,
         replicas,
+        request.concurrency,
         True,
         "",
         used,
@@ -186,7 +195,9 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
     )
 
 
-def _times(model: CostModel, request: PlanRequest, batch: int, wanted: int) -> tuple[float, float, float]:
+def cycle_times(
+    model: CostModel, request: PlanRequest, batch: int, wanted: int
+) -> tuple[float, float, float]:
     """Seconds of TTFT, of ITL, and in which each of `batch` sequences of a group is replaced by its successor.
 
     In that cycle each sequence decodes output_len - 1 times and one prompt is computed for each, beside the

@@ -24,16 +24,20 @@ def can_plot() -> bool:
 
 
 def plot_plan(file: Path, title: str, planned: Sequence[PlannedLayout]) -> None:
-    """tokens/s/GPU over tokens/s of one user for every layout that fits; the Pareto frontier is labelled."""
+    """tokens/s/GPU over tokens/s of one user for every layout and load; the Pareto frontier is labelled."""
     figure, axes = _axes(title, "tokens/s one user sees", "tokens/s per GPU")
     fitting = [one for one in planned if one.fits and one.itl_ms]
     frontier = pareto_frontier(list(planned))
-    axes.scatter(*_points(fitting), s=14, color=_OTHERS, label="layouts that fit")
+    axes.scatter(*_points(fitting), s=8, color=_OTHERS, label="a layout at some concurrency")
     axes.plot(*_points(frontier), marker="o", color=_BEST, label="Pareto frontier")
-    for number, one in enumerate(frontier):
-        where = (one.tokens_per_s_per_user, one.tokens_per_s_per_gpu)
-        above = 6 if number % 2 == 0 else -12
-        axes.annotate(str(one.layout), where, xytext=(5, above), textcoords="offset points", fontsize=8)
+    labelled = ""
+    for one in frontier:
+        if str(one.layout) != labelled:  # the frontier often follows one layout over many loads
+            labelled = str(one.layout)
+            text = f"{labelled} at {one.concurrency}"
+            where = (one.tokens_per_s_per_user, one.tokens_per_s_per_gpu)
+            axes.annotate(text, where, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlim(left=0, right=1.2 * max((one.tokens_per_s_per_user for one in fitting), default=1.0))
     axes.legend()
     _save(figure, file)
 

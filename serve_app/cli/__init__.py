@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from qwen3_dist.errors import QwenDistError
-from serve_app.cli import bench, generate, inspect, plan, serve, simulate
+from serve_app.cli import bench, calibrate, generate, inspect, plan, serve, simulate, sweep
 from serve_app.cli.options import Parser
 
 USAGE_ERROR = 2
@@ -20,6 +20,8 @@ _VERBS = {
     "inspect": inspect,
     "bench": bench,
     "plan": plan,
+    "calibrate": calibrate,
+    "sweep": sweep,
     "simulate": simulate,
 }
 

@@ -64,16 +64,17 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         require_matplotlib()
     planned = plan(config, cluster, request)
     check_limits(planned, request)
+    if args.plot:
+        from cluster.planner import at_all_loads
+        from cluster.plots import plot_plan
+
+        where = f"{cluster.num_devices} x {cluster.device.name}"
+        load = f"{request.input_len} tokens in, {request.output_len} out"
+        plot_plan(args.plot, f"{name} on {where}: {load}", at_all_loads(config, cluster, request))
     if args.json:
         print("\n".join(json.dumps(one.as_json()) for one in planned), file=out)
     else:
         print("\n".join(_table(planned, request)), file=out)
-    if args.plot:
-        from cluster.plots import plot_plan
-
-        where = f"{cluster.num_devices} x {cluster.device.name}"
-        load = f"{request.input_len} in, {request.output_len} out, concurrency {request.concurrency}"
-        plot_plan(args.plot, f"{name} on {where}: {load}", planned)
     if not planned[0].fits:
         print(f"qwen3-dist: no layout of {name} fits; {_way_out(planned, cluster)}", file=sys.stderr)
         return NOTHING_FITS
