@@ -140,13 +140,12 @@ class Replica:
         self._expect(self._stretch.ends[-1] if self._stretch else self._step_end_s)
 
     def _plan_step(self) -> bool:
-        shapes = [group.plan() for group in self.groups]
-        seconds = [self._times.seconds(shape) for shape in shapes if shape is not None]
-        if not seconds:
+        shapes = [shape for group in self.groups if (shape := group.plan()) is not None]
+        if not shapes:
             for group in self.groups:
                 group.take_back()
             return False
-        self._durations.append(max(seconds))
+        self._durations.append(self._times.together(shapes, len(self.groups)))
         return True
 
     def _expect(self, time_s: float) -> None:

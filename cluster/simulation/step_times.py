@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cluster.cost_model import StepShape
+from cluster.cost_model import CostModel, StepShape
 from qwen3_dist.engine.plan import StepPlan
 
 _CELL_TOKENS = 32  # of context per sequence: within a cell a decode step's time is a straight line
@@ -40,6 +42,26 @@ class StepTimes:
             return self._cost.step_seconds(shape)
         context = shape.decode_context_tokens
         return self.decode_line(shape.num_decodes, context).seconds(context)
+
+    def together(self, shapes: Sequence[StepShape], groups: int) -> float:
+        """A step of `groups` dp groups, of which those with work have `shapes`: as long as the slowest.
+
+        A `CostModel` takes every group to be like the one it is asked about. Where prompts make them differ,
+        the experts, which all groups share, get the tokens that there are: their time is that of the mean.
+        """
+        seconds = [self.seconds(shape) for shape in shapes]
+        slowest = max(seconds)
+        if groups == 1 or not isinstance(self._cost, CostModel) or not any(s.prefill_tokens for s in shapes):
+            return slowest
+        largest = shapes[seconds.index(slowest)]
+        decodes = sum(shape.num_decodes for shape in shapes) / groups
+        prompts = sum(shape.prefill_tokens for shape in shapes) / groups
+        mean = StepShape(math.ceil(decodes), 0, math.ceil(prompts), 0, 0)
+        return slowest - self._experts(largest) + min(self._experts(mean), self._experts(largest))
+
+    def _experts(self, shape: StepShape) -> float:
+        assert isinstance(self._cost, CostModel)
+        return self._cost.step_parts(shape).get("experts", 0.0)
 
     def decode_line(self, num_decodes: int, context_tokens: int) -> DecodeLine:
         """The line that holds for `num_decodes` sequences with `context_tokens` among them."""

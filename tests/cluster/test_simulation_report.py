@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cost_model import StepShape
+from cluster.cost_model import CostModel, StepShape
+from cluster.hardware import parse_gpus
+from cluster.official import find_config
 from cluster.plots import can_plot
 from cluster.simulation.arrivals import Request
 from cluster.simulation.autoscaler import AutoscalingConfig
@@ -19,6 +21,7 @@ from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout
 
 
 class PromptsTakeLonger:
@@ -100,6 +103,22 @@ def test_decode_times_between_the_models_points_lie_on_a_line() -> None:
     assert cost.calls == calls
     assert times.seconds(StepShape(4, 255, 10, 0, 4)) == pytest.approx(2.55)
     assert cost.calls == calls + 1
+
+
+def test_experts_shared_by_all_groups_get_the_tokens_that_there_are() -> None:
+    _, config = find_config("Qwen3-30B-A3B")
+    cost = CostModel(config, Layout(dp=8, ep=8), parse_gpus("8xH100"))
+    times = StepTimes(cost)
+    prompt, decode = StepShape(0, 0, 2000, 2001000, 1), StepShape(4, 4000, 0, 0, 4)
+    alike = times.together([prompt] * 8, groups=8)
+    assert alike == pytest.approx(cost.step_seconds(prompt))
+    alone = times.together([prompt] + [decode] * 7, groups=8)
+    # 2,000 tokens and not 16,000 meet the experts; the rest of the step is that of the group with the prompt
+    parts = cost.step_parts(prompt)
+    assert alike - parts["experts"] < alone < alike - 0.5 * parts["experts"]
+    # and decodes alone are as slow as the largest batch
+    few = StepShape(2, 2000, 0, 0, 2)
+    assert times.together([decode, few], groups=8) == times.seconds(decode)
 
 
 @pytest.mark.skipif(not can_plot(), reason="needs matplotlib")
