@@ -16,13 +16,15 @@ from cluster.cost_model import StepShape
 from cluster.simulation.arrivals import Request
 from cluster.simulation.step_times import shape_of
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.plan import StepPlan, StepResult
+from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
 _TOKEN = 1  # every token: what tells prompts apart is the hashes of their blocks
+_ONE_TOKEN = (_TOKEN,)
+_SAMPLE = SampleSpec(0.0, 1.0, 0, 0, 0, None)
 
 
 @dataclass(eq=False)
@@ -71,8 +73,10 @@ class DecodeRun:
 class Group:
     """A scheduler with its blocks, and the plans in flight (None: a step this group sits out)."""
 
-    def __init__(self, blocks: BlockManager, limits: SchedulerLimits) -> None:
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, shortcuts: bool = True) -> None:
         self.scheduler = Scheduler(blocks, limits, frozenset())
+        self._max_tokens = limits.max_num_batched_tokens
+        self._shortcuts = shortcuts
         self._in_flight: deque[StepPlan | None] = deque()
         self._advanced = 0  # sequences that got a token in the last step and go on
         self._preempted = False  # in the last planning
@@ -88,12 +92,48 @@ class Group:
 
     def plan(self) -> StepShape | None:
         """Plans one more step; None if there is nothing to do, and then the group sits the step out."""
+        self._preempted = False
+        if self._shortcuts and (decodes := self._plan_decodes()):
+            return decodes
         counts = self.scheduler.counts
         before = counts.preemptions
         plan = self.scheduler.schedule()
         self._preempted = counts.preemptions != before
         self._in_flight.append(plan)
         return None if plan is None else shape_of(plan)
+
+    def _plan_decodes(self) -> StepShape | None:
+        """Plans what `Scheduler.schedule` would where nobody waits and all decode and find blocks, without what
+        only ranks need; None, changing nothing, elsewhere."""
+        scheduler = self.scheduler
+        blocks, size = scheduler.blocks, scheduler.blocks.block_size
+        if scheduler.waiting:
+            return None
+        decoding, needed = [], 0
+        for sequence in scheduler.running:
+            uncomputed = sequence.num_uncomputed
+            if uncomputed > 1:
+                return None
+            if uncomputed:
+                decoding.append(sequence)
+                needed += sequence.num_computed % size == 0
+        if not decoding or len(decoding) > self._max_tokens or needed > blocks.num_free:
+            return None
+        steps, context = [], 0
+        for sequence in decoding:
+            start = sequence.num_computed
+            if start % size == 0:
+                blocks.reserve(sequence, 1)
+            sequence.num_computed = start + 1
+            sequence.num_pending += 1
+            if (start + 1) // size > sequence.num_registered:
+                blocks.register(sequence)
+            context += start + 1
+            steps.append(SequenceStep(sequence.seq_id, sequence.slot, _ONE_TOKEN, start, (), _SAMPLE))
+        scheduler.counts.steps += 1
+        scheduler.counts.scheduled_sequences += len(steps)
+        self._in_flight.append(StepPlan(scheduler.counts.steps, tuple(steps)))
+        return StepShape(len(steps), context, 0, 0, len(steps))
 
     def take_back(self) -> None:
         """Forgets the last step planned, which all groups sit out."""

@@ -78,7 +78,11 @@ class Replica:
         self._times = times
         self._recorder = recorder
         self.groups = [
-            Group(BlockManager(config.num_blocks, config.block_size, config.prefix_caching), config.limits)
+            Group(
+                BlockManager(config.num_blocks, config.block_size, config.prefix_caching),
+                config.limits,
+                config.fast_forward,
+            )
             for _ in range(config.groups)
         ]
         self._durations: deque[float] = deque()  # of the steps in flight, the oldest first

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def read_trace(path: Path, max_model_len: int | None = None) -> list[Request]:
     """The requests of `path` (`.jsonl` or `.csv` with a header), in order of arrival.
 
     Fields: `arrival_s, input_len, output_len` and, where prompts begin alike, `prefix_id` (any text or
-    number) and `prefix_len`. Raises ConfigError with file, line and reason; a request of more than
-    `max_model_len` tokens is refused too.
+    number) and `prefix_len`. Times are counted from the first arrival, so that any clock will do. Raises
+    ConfigError with file, line and reason; a request of more than `max_model_len` tokens is refused too.
     """
     if path.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{path}: a trace is a .jsonl or .csv file; rename or convert it")
@@ -47,7 +48,8 @@ def read_trace(path: Path, max_model_len: int | None = None) -> list[Request]:
         requests.append(request)
     if not requests:
         raise ConfigError(f"{path}: the trace holds no request")
-    return requests
+    start_s = requests[0].arrival_s
+    return [replace(request, arrival_s=request.arrival_s - start_s) for request in requests]
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

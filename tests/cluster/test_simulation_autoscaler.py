@@ -12,7 +12,7 @@ from ray.serve import autoscaling_policy as serve_policy
 from ray.serve.config import AutoscalingConfig as ServeConfig
 
 from cluster.cost_model import StepShape
-from cluster.simulation.arrivals import Request
+from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
 from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoad
 from cluster.simulation.replica import ReplicaConfig
 from cluster.simulation.service import Outcome, ReplicaCount, ServiceSimulation, simulate
@@ -23,6 +23,11 @@ from qwen3_dist.errors import ConfigError
 class OneSecond:
     def step_seconds(self, shape: StepShape) -> float:
         return 1.0
+
+
+class TenthOfASecond:
+    def step_seconds(self, shape: StepShape) -> float:
+        return 0.1 + 1e-5 * shape.decode_context_tokens + 1e-3 * shape.prefill_tokens
 
 
 def test_more_replicas_are_wanted_once_the_load_has_been_high_for_the_delay() -> None:
@@ -144,6 +149,25 @@ def test_a_replica_that_is_to_go_finishes_its_requests_first() -> None:
 def test_no_more_devices_are_held_than_there_are_while_replicas_drain() -> None:
     outcome = scaled(max_devices=6)
     assert max(count.total for count in outcome.replica_counts) == 3
+
+
+def test_skipping_ahead_changes_nothing_where_replicas_come_and_go_and_requests_wait_outside() -> None:
+    config = AutoscalingConfig(1, 4, 3.0, 1.0, 3.0, metrics_interval_s=1.0, look_back_period_s=2.0)
+    arrivals = PoissonArrivals((1.0, 6.0, 0.5), 90.0, Lengths(60, 0.5), Lengths(30, 0.8), seed=4)
+    outcomes = []
+    for fast_forward in (True, False):
+        replica = ReplicaConfig(48, SchedulerLimits(6, 64), depth=2, num_devices=2, fast_forward=fast_forward)
+        simulation = ServiceSimulation(replica, config, start_up_s=4.0, max_ongoing_requests=5, max_devices=8)
+        outcomes.append(simulate(simulation, TenthOfASecond(), arrivals))
+    fast, slow = outcomes
+    assert fast.replica_counts == slow.replica_counts
+    assert fast.recorder.last_tokens_s == slow.recorder.last_tokens_s
+    assert fast.recorder.first_tokens_s == slow.recorder.first_tokens_s
+    assert fast.counts == slow.counts
+    assert max(count.running for count in fast.replica_counts) == 4
+    assert any(count.draining for count in fast.replica_counts)
+    assert fast.most_waiting > 0
+    assert fast.events < slow.events
 
 
 def test_a_fixed_number_of_replicas_is_never_read_or_changed() -> None:

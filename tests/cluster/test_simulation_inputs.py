@@ -84,6 +84,12 @@ def test_a_trace_in_json_lines_and_in_csv_gives_the_same_requests(tmp_path: Path
     assert read_trace(lines) == read_trace(table) == expected
 
 
+def test_a_traces_times_are_counted_from_its_first_arrival(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,input_len,output_len\n1700000000.5,10,2\n1700000002,10,2\n")
+    assert [request.arrival_s for request in read_trace(trace)] == [0.0, 1.5]
+
+
 GOOD = '{"arrival_s": 2, "input_len": 10, "output_len": 2}\n'
 
 
