@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ SHAPE: dict[str, Any] = {  # the proportions of Qwen3-0.6B, at half its width
 INPUT, OUTPUT = Lengths(200, 0.5), Lengths(40, 0.5)
 PREFIX_LEN, PREFIXES = 64, 4
 SHARES = (0.3, 0.6, 0.8)  # of capacity
-REPEATS = 2
+REPEATS = 1
 GPUS = (64, 512, 2048)
 SCALE_LAYOUT = Layout(tp=4, dp=2, ep=8)
 SCALE_RATE = 5.0  # requests a second for each replica
@@ -134,7 +135,12 @@ def compared(share: float, rate: float, real: RealRun, outcome: Outcome, cost: F
         "ttft_p90_ms": report["ttft_ms"]["p90"],
         "itl_p50_ms": report["itl_ms"]["p50"],
     }
-    row: dict[str, Any] = {"load": share, "requests_per_s": round(rate, 2), "requests": len(real.arrivals_s)}
+    row: dict[str, Any] = {
+        "cores": len(os.sched_getaffinity(0)),
+        "load": share,
+        "requests_per_s": round(rate, 2),
+        "requests": len(real.arrivals_s),
+    }
     for name, value in theirs.items():
         row[f"real_{name}"] = round(value, 1)
         row[f"simulated_{name}"] = round(ours[name], 1)
