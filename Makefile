@@ -30,6 +30,9 @@ bench-compare: $(READY)  ## this project against transformers and, with VLLM_PYT
 	$(BIN)/python -m benchmarks.compare $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
 		$(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(ARGS)
 
+bench-cost-model: $(READY)  ## calibrate, run layouts, and compare with the cost model's predictions
+	$(BIN)/python -m benchmarks.cost_model
+
 gpu-check:  ## on a GPU: parity, graphs, rates; needs no .venv (GPU_PYTHON=, ARGS=)
 	PYTHONPATH=. $(or $(GPU_PYTHON),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
@@ -52,5 +55,5 @@ test: check  ## everything CI runs
 soak: $(READY)  ## thousands of random requests with aborts (many minutes)
 	$(BIN)/pytest -q -s tests/soak
 
-.PHONY: help install serve demo bench bench-compare gpu-check eval-bundled format check test soak
+.PHONY: help install serve demo bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak
 .DEFAULT_GOAL := help

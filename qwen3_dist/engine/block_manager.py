@@ -83,13 +83,15 @@ class BlockManager:
         if not self._prefix_caching:
             return
         full = min(sequence.num_computed, len(sequence.token_ids)) // self.block_size
+        if full <= sequence.num_registered:
+            return
         self._extend_hashes(sequence, full)
         for index in range(sequence.num_registered, full):
             digest, block = sequence.block_hashes[index], sequence.block_table[index]
             if digest not in self._block_of:
                 self._block_of[digest] = block
                 self._hash_of[block] = digest
-        sequence.num_registered = max(sequence.num_registered, full)
+        sequence.num_registered = full
 
     def release(self, sequence: Sequence) -> None:
         """Takes back all blocks of `sequence`. The end of a prefix is forgotten before its beginning."""

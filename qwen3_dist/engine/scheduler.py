@@ -93,7 +93,7 @@ class Scheduler:
         """Takes `sequence` out, wherever it is, and frees its blocks."""
         sequence.finish_reason = reason
         del self._by_id[sequence.seq_id]
-        if sequence in self.running:
+        if sequence.is_running:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
@@ -142,7 +142,7 @@ class Scheduler:
         prefills = [s for s in free if s.num_uncomputed > 1]
         for sequence in (*decodes, *prefills):
             num_new = min(sequence.num_uncomputed, budget)
-            while num_new > 0 and sequence in self.running:
+            while num_new > 0 and sequence.is_running:
                 if self.blocks.reserve(sequence, num_new):
                     chunks[sequence] = num_new
                     budget -= num_new

@@ -39,6 +39,10 @@ class Sequence:
         self.prompt_len = len(self.token_ids)
 
     @property
+    def is_running(self) -> bool:
+        return self.slot >= 0
+
+    @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
@@ -50,9 +54,10 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         """Tokens that no step planned so far computes; 0 once its last output token is on its way."""
-        if self.num_output + self.num_pending >= self.max_tokens:
+        num_tokens = len(self.token_ids) + self.num_pending  # several times a step: no property of a property
+        if num_tokens - self.prompt_len >= self.max_tokens:
             return 0
-        return self.num_tokens - self.num_computed
+        return num_tokens - self.num_computed
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""

@@ -1,19 +1,29 @@
-"""`qwen3-dist serve | generate | inspect | bench`: one small module per verb, which imports what only it needs."""
+"""`qwen3-dist VERB`: one small module per verb, which imports what only it needs."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from qwen3_dist.errors import QwenDistError
-from serve_app.cli import bench, generate, inspect, serve
+from serve_app.cli import bench, calibrate, generate, inspect, plan, serve, simulate, sweep
 from serve_app.cli.options import Parser
 
 USAGE_ERROR = 2
-_VERBS = {"serve": serve, "generate": generate, "inspect": inspect, "bench": bench}
+_VERBS = {
+    "serve": serve,
+    "generate": generate,
+    "inspect": inspect,
+    "bench": bench,
+    "plan": plan,
+    "calibrate": calibrate,
+    "sweep": sweep,
+    "simulate": simulate,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QwenDistError as error:
         print(f"qwen3-dist: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except BrokenPipeError:  # the reader of a long table has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def build_parser() -> argparse.ArgumentParser:

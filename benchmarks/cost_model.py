@@ -1,0 +1,107 @@
+"""Predicted against measured steps on this machine: calibrate, then run layouts of a dense and a MoE model.
+
+    python -m benchmarks.cost_model [--hardware FILE.yaml] [--layouts "tp=1;tp=2"]
+
+The machine must have nothing else to do. Real shapes with random weights; a layout that this version cannot
+run is listed with its reason. A step of decodes is measured as the median gap between two tokens, a step of
+prompts as the time to the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare.checkpoints import SHAPES
+from benchmarks.record import RESULTS, machine
+from cluster.burst import BurstPoint
+from cluster.calibrate import calibrate
+from cluster.hardware import Cluster, as_dict, read_cluster
+from cluster.sweep import SweepFolder, SweepWorkload, run_sweep
+from cluster.sweep_report import Row, make_rows, order_agreement
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import Layout
+
+POINTS = (BurstPoint(1, 32, 24), BurstPoint(8, 32, 24), BurstPoint(16, 128, 12), BurstPoint(1, 512, 8))
+LAYOUTS = {
+    "dense": ("tp=1", "tp=2", "dp=2", "pp=2"),
+    "moe": ("tp=1", "tp=2", "tp=2,ep=2", "dp=2,ep=2", "pp=2"),
+}
+STEPS = ("itl_ms", "ttft_ms")
+
+
+def run(kind: str, layouts: list[Layout], cluster: Cluster, folder: Path) -> list[Row]:
+    """The rows of one model."""
+    model = folder / kind
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SHAPES[kind]))
+    workload = SweepWorkload(POINTS, device="cpu", timeout_s=900)
+    swept = SweepFolder(folder / f"{kind}-sweep", kind, workload)
+    fitting = [layout for layout in layouts if layout.fits(ModelConfig.from_dict(SHAPES[kind]))]
+    results = list(run_sweep(swept, fitting, model, True, workload, print))
+    return make_rows(results, ModelConfig.from_dict(SHAPES[kind]), workload, cluster)
+
+
+def as_json(kind: str, row: Row) -> dict[str, Any]:
+    if row.error:
+        return {"model": kind, "layout": row.layout, "failed": row.error}
+    found: dict[str, Any] = {"model": kind, "layout": row.layout, "point": row.point}
+    for figure in ("output_tokens_per_s", *STEPS):
+        error = row.error_of(figure)
+        if error is not None:
+            predicted = row.predicted[figure]
+            assert predicted is not None
+            found[figure] = {
+                "measured": row.measured[figure],
+                "predicted": round(predicted, 2),
+                "error": round(error, 3),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="predicted against measured steps on this machine")
+    parser.add_argument("--hardware", type=Path, help="use this file instead of calibrating")
+    parser.add_argument("--layouts", help="only these, apart by ;")
+    options = parser.parse_args()
+    others: float | None = None
+    if options.hardware:
+        cluster = read_cluster(options.hardware)
+    else:
+        calibration = calibrate("cpu", print)
+        cluster, others = calibration.cluster, calibration.about["cpu_share_of_others"]
+    asked = options.layouts.split(";") if options.layouts else None
+    rows: dict[str, list[Row]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, names in LAYOUTS.items():
+            layouts = [Layout.parse(name) for name in asked or names]
+            rows[kind] = run(kind, layouts, cluster, Path(folder))
+    result: dict[str, Any] = {"machine": machine(), "cpu_share_of_others": others}
+    result |= {"cluster": as_dict(cluster), "summary": {}}
+    for figure in (*STEPS, "output_tokens_per_s"):
+        errors = [
+            abs(e) for found in rows.values() for row in found if (e := row.error_of(figure)) is not None
+        ]
+        if errors:
+            result["summary"][figure] = {
+                "rows": len(errors),
+                "median_error": round(statistics.median(errors), 3),
+                "largest_error": round(max(errors), 3),
+            }
+    orders = {kind: order_agreement(found, "output_tokens_per_s") for kind, found in rows.items()}
+    result["summary"]["pairs_in_predicted_order"] = {k: f"{right} of {n}" for k, (right, n) in orders.items()}
+    result["rows"] = [as_json(kind, row) for kind, found in rows.items() for row in found]
+    for row in result["rows"]:
+        print(json.dumps(row))
+    print(json.dumps(result["summary"], indent=1))
+    file = RESULTS / f"cost-model-cpu-{result['machine']['date']}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {file.relative_to(RESULTS.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The cost model's presets against published figures of other engines. Predicts only, runs nothing.
+
+    python -m benchmarks.published
+
+The presets are not fitted to these rows. Where a source does not say how many sequences ran, what fits is
+taken, at most 256 a dp group (vLLM's default), 1024 for TensorRT-LLM's maximum load.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, replace
+
+from cluster.cost_model import CostModel, StepShape
+from cluster.hardware import PRESETS, Cluster
+from cluster.official import find_config
+from cluster.planner import PlanRequest, cycle_times
+from qwen3_dist.layout import Layout
+
+# 96 GB, 4.0 TB/s, 148 TFLOP/s of dense bf16, NVLink as H100: NVIDIA's export variant of it.
+_H20 = replace(PRESETS["H100"].device, name="H20", memory_bytes=96 * 10**9, read_bytes_per_s=4.0e12)
+H20 = replace(PRESETS["H100"], device=replace(_H20, flops_per_s=148e12))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure in tokens/s/GPU. `counts_input`: prompt tokens count too. output_len 0: prompts alone."""
+
+    source: str
+    model: str
+    cluster: Cluster
+    gpus: int
+    layout: str
+    input_len: int
+    output_len: int
+    tokens_per_s_per_gpu: float
+    weight_bytes: float = 2.0
+    kv_bytes: float = 2.0
+    most_seqs: int = 256
+    counts_input: bool = False
+
+
+_BIG, _SMALL = "Qwen3-235B-A22B", "Qwen3-30B-A3B"
+_TRT, _GPUSTACK = "TensorRT-LLM perf overview", "GPUStack performance lab, vLLM 0.11"
+ROWS = [
+    Published(_TRT, _BIG, PRESETS["H200"], 4, "dp=4,ep=4", 1000, 1000, 3288, 1, 1, 1024),
+    Published(_TRT, _BIG, PRESETS["H100"], 8, "dp=8,ep=8", 1000, 1000, 1932, 1, 1, 1024),
+    Published(_GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 2000, 100, 23858.69 / 8, counts_input=True),
+    Published(_GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 4000, 200, 21113.53 / 8, counts_input=True),
+    Published(_GPUSTACK, _BIG, PRESETS["H100"], 4, "tp=4", 2000, 100, 18950.04 / 4, 1, counts_input=True),
+    Published(_GPUSTACK, _BIG, PRESETS["H100"], 4, "tp=4", 4000, 200, 16478.79 / 4, 1, counts_input=True),
+    Published("InferSim README, SGLang", _SMALL, H20, 1, "tp=1", 4096, 0, 16594),
+    Published("nano-vllm README, vLLM", "Qwen3-0.6B", PRESETS["A100"], 1, "tp=1", 562, 562, 9530),
+]
+
+
+def predicted(row: Published) -> float:
+    """tokens/s/GPU of the row."""
+    cluster = replace(row.cluster, num_devices=row.gpus)
+    config, layout = find_config(row.model)[1], Layout.parse(row.layout)
+    model = CostModel(config, layout, cluster, weight_bytes=row.weight_bytes, kv_bytes=row.kv_bytes)
+    if row.output_len == 0:
+        length = row.input_len
+        return length / model.step_seconds(StepShape(0, 0, length, length * (length + 1) // 2, 1))
+    request = PlanRequest(row.input_len, row.output_len, 1)
+    batch = min(row.most_seqs, model.kv_capacity_tokens() // request.length)
+    _, _, cycle_s = cycle_times(model, request, batch, batch)
+    counted = request.length if row.counts_input else row.output_len
+    return batch * layout.dp * counted / cycle_s / row.gpus
+
+
+def main() -> None:
+    print("| source | model | GPUs | layout | in/out | published | predicted | error |")
+    print("|---|---|---|---|---|---|---|---|")
+    errors = []
+    for row in ROWS:
+        value = predicted(row)
+        errors.append(value / row.tokens_per_s_per_gpu - 1)
+        model = f"{row.model}, {'fp8' if row.weight_bytes == 1 else 'bf16'}"
+        gpus = f"{row.gpus}×{row.cluster.device.name}"
+        lengths = f"{row.input_len}/{row.output_len or 'prompt only'}"
+        rates = f"{row.tokens_per_s_per_gpu:,.0f} | {value:,.0f} | {errors[-1]:+.0%}"
+        print(f"| {row.source} | {model} | {gpus} | {row.layout} | {lengths} | {rates} |")
+    print(f"median absolute error {statistics.median(map(abs, errors)):.0%}")
+
+
+if __name__ == "__main__":
+    main()

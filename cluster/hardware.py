@@ -1,0 +1,224 @@
+"""What a cluster is made of, for the cost model: devices, their links, and what a step costs beside the model.
+
+Presets hold datasheet figures, and shares of them that kernels reach; `qwen3-dist calibrate` measures both.
+Sources of every figure: docs/cost-model.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.yaml_file import build, items, read_yaml, refusal
+from qwen3_dist.errors import ConfigError
+
+
+def _require_positive(part: Any, skip: tuple[str, ...]) -> None:
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if field.name not in skip and not value > 0:
+            raise ConfigError(f"{field.name} must be positive, not {value:g}")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator; on CPU the whole host (see `Cluster.shared_host`).
+
+    The efficiencies are the shares of `read_bytes_per_s` and `flops_per_s` that this kind of operation reaches.
+    """
+
+    name: str
+    memory_bytes: int
+    read_bytes_per_s: float
+    flops_per_s: float  # dense bf16 products
+    read_efficiency: float = 1.0  # reading weights
+    kv_read_efficiency: float = 1.0  # reading keys and values while decoding
+    flops_efficiency: float = 1.0  # products with many rows
+    attention_efficiency: float = 1.0  # attention of a prompt
+    expert_efficiency: float = 1.0  # grouped products of experts, as a share of what plain ones reach
+    fp8_speedup: float = 1.0  # how many times faster products of 8-bit floats are
+    memory_utilization: float = 0.9  # share of the memory that weights, activations and cache may fill
+    row_rates: tuple[tuple[float, float], ...] = ()  # (rows, flops/s) as measured; overrides flops_efficiency
+
+    def __post_init__(self) -> None:
+        _require_positive(self, skip=("name", "row_rates"))
+        for name in ("read_efficiency", "kv_read_efficiency", "flops_efficiency", "attention_efficiency"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} is a share and must be at most 1, not {getattr(self, name):g}")
+        if self.memory_utilization > 1:
+            raise ConfigError(f"memory_utilization must be at most 1, not {self.memory_utilization:g}")
+        rows = [row for row, _ in self.row_rates]
+        if rows != sorted(set(rows)) or any(value <= 0 for pair in self.row_rates for value in pair):
+            raise ConfigError("row_rates must be positive pairs [rows, flops/s] with growing rows")
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one device sends in one direction: `latency_s` a message, then bytes at `efficiency` of the rate.
+
+    A kind of collective that was measured by itself has a link of its own.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+    efficiency: float = 1.0
+    all_reduce: Link | None = None
+    all_gather: Link | None = None
+    reduce_scatter: Link | None = None
+    all_to_all: Link | None = None
+
+    def __post_init__(self) -> None:
+        if self.latency_s < 0:
+            raise ConfigError(f"latency_s must not be negative, not {self.latency_s:g}")
+        _require_positive(
+            self, skip=("latency_s", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+        )
+        if self.efficiency > 1:
+            raise ConfigError(f"efficiency must be at most 1, not {self.efficiency:g}")
+
+    def of(self, collective: str) -> Link:
+        """The link as this kind of collective sees it."""
+        own: Link | None = getattr(self, collective, None)
+        return own or self
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`num_devices` equal devices on nodes of `devices_per_node`, and the overheads of a step.
+
+    shared_host: ranks are processes of one host that share its cores and memory, so `device` is the whole
+    host, a replica of fewer than `num_devices` ranks gets all of it, and there is one replica.
+    """
+
+    device: Device
+    num_devices: int
+    devices_per_node: int
+    inside: Link  # between the devices of a node
+    between: Link  # between nodes
+    step_overhead_s: float  # what a step costs whatever is in it
+    sequence_overhead_s: float = 0.0  # and for each sequence of it
+    token_overhead_s: float = 0.0  # and for each token of it
+    layer_overhead_s: float = 0.0  # and for each layer a rank runs: kernel launches, norms, small operations
+    ranks_overhead_s: float = 0.0  # what a step costs more where ranks are other processes than the engine
+    shared_host: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_devices", "devices_per_node"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for field in fields(self):
+            if field.name.endswith("_overhead_s") and getattr(self, field.name) < 0:
+                raise ConfigError(f"{field.name} must not be negative, not {getattr(self, field.name):g}")
+        if self.num_devices > self.devices_per_node and self.num_devices % self.devices_per_node:
+            near = self.num_devices // self.devices_per_node * self.devices_per_node
+            raise ConfigError(
+                f"num_devices={self.num_devices} does not fill nodes of {self.devices_per_node}; "
+                f"{near} or {near + self.devices_per_node} do"
+            )
+        if self.shared_host and self.num_devices > self.devices_per_node:
+            raise ConfigError("shared_host ranks live on one host; set devices_per_node to num_devices")
+
+    def replicas(self, world: int) -> int:
+        """Replicas of `world` ranks that the cluster holds."""
+        return 1 if self.shared_host else self.num_devices // world
+
+    def rank_device(self, world: int) -> Device:
+        """The device as one of a replica's `world` ranks has it."""
+        if not self.shared_host or world == 1:
+            return self.device
+        whole = self.device
+        return replace(
+            whole,
+            memory_bytes=whole.memory_bytes // world,
+            read_bytes_per_s=whole.read_bytes_per_s / world,
+            flops_per_s=whole.flops_per_s / world,
+            row_rates=tuple((rows, rate / world) for rows, rate in whole.row_rates),
+        )
+
+
+def _nvidia(name: str, memory_gb: int, read: float, flops: float, fp8_speedup: float) -> Device:
+    return Device(
+        name,
+        memory_gb * 10**9,
+        read,
+        flops,
+        read_efficiency=0.8,
+        kv_read_efficiency=0.7,
+        flops_efficiency=0.7,
+        attention_efficiency=0.5,
+        expert_efficiency=0.7,
+        fp8_speedup=fp8_speedup,
+    )
+
+
+def _preset(device: Device, nvlink: float, network: float) -> Cluster:
+    return Cluster(
+        device,
+        num_devices=8,
+        devices_per_node=8,
+        inside=Link(3e-6, nvlink, efficiency=0.8),
+        between=Link(8e-6, network, efficiency=0.8),
+        step_overhead_s=1e-3,
+        sequence_overhead_s=5e-6,
+        layer_overhead_s=15e-6,
+        ranks_overhead_s=2e-4,
+    )
+
+
+PRESETS: dict[str, Cluster] = {
+    "A100": _preset(_nvidia("A100", 80, 2.039e12, 312e12, 1.0), nvlink=300e9, network=25e9),
+    "H100": _preset(_nvidia("H100", 80, 3.35e12, 989e12, 2.0), nvlink=450e9, network=50e9),
+    "H200": _preset(_nvidia("H200", 141, 4.8e12, 989e12, 2.0), nvlink=450e9, network=50e9),
+    "B200": _preset(_nvidia("B200", 180, 8.0e12, 2250e12, 2.0), nvlink=900e9, network=50e9),
+}
+
+
+def parse_gpus(text: str) -> Cluster:
+    """`8xH100` -> that many devices of a preset, on nodes of 8. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+)\s*[xX*]\s*(\w+)", text.strip())
+    if not match:
+        raise ConfigError(f"{text!r} is no number of GPUs; write it as 8xH100")
+    preset = _find_preset(match[2])
+    return replace(preset, num_devices=int(match[1]))
+
+
+def read_cluster(path: str | Path) -> Cluster:
+    """A cluster from YAML: the fields of `Cluster`, over those of `preset: H100` if that is there.
+
+    Raises ConfigError with file, line and reason.
+    """
+    node = read_yaml(path)
+    base: Cluster | None = None
+    for name, value in items(path, node, "cluster"):
+        if name == "preset":
+            try:
+                base = _find_preset(str(value.value))
+            except ConfigError as error:
+                raise refusal(path, value, str(error)) from None
+    node.value = [(key, value) for key, value in node.value if key.value != "preset"]
+    return build(path, node, Cluster, "cluster", base)
+
+
+def as_dict(part: Any) -> dict[str, Any]:
+    """A cluster or a part of it as plain values; what is at its default is left out."""
+    values: dict[str, Any] = {}
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, (Device, Link)):
+            value = as_dict(value)
+        elif isinstance(value, tuple):
+            value = [list(pair) for pair in value]
+        values[field.name] = value
+    return values
+
+
+def _find_preset(name: str) -> Cluster:
+    if name.upper() not in PRESETS:
+        raise ConfigError(
+            f"no preset is called {name!r}; there are {', '.join(PRESETS)}, or give --cluster FILE.yaml"
+        )
+    return PRESETS[name.upper()]

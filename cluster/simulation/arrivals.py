@@ -1,0 +1,105 @@
+"""When requests come and how long they are: Poisson arrivals with drawn lengths. Traces are in `trace`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qwen3_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`input_len` prompt tokens at `arrival_s`, `output_len` tokens to generate.
+
+    The first `prefix_len` prompt tokens are the same in all requests of one `prefix_id`.
+    """
+
+    arrival_s: float
+    input_len: int
+    output_len: int
+    prefix_id: int = 0
+    prefix_len: int = 0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token counts: always `mean` if `cv` is 0, else lognormal with coefficient of variation `cv`."""
+
+    mean: float
+    cv: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and self.mean >= 1):
+            raise ConfigError(f"a length must be at least 1 token, not {self.mean:g}")
+        if not (math.isfinite(self.cv) and self.cv >= 0):
+            raise ConfigError(
+                f"the coefficient of variation of a length must not be negative, not {self.cv:g}"
+            )
+        if self.cv == 0 and self.mean != int(self.mean):
+            raise ConfigError(f"a fixed length must be a whole number of tokens, not {self.mean:g}")
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        """Reads `512` (fixed) or `512:0.8` (lognormal of mean 512 and cv 0.8). Raises ConfigError."""
+        mean, colon, cv = text.partition(":")
+        try:
+            return cls(float(mean), float(cv) if colon else 0.0)
+        except ValueError as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"length {text!r} is neither N nor MEAN:CV, as in 512 or 512:0.8") from None
+
+    def draw(self, rng: random.Random) -> int:
+        """A length of at least 1."""
+        if self.cv == 0:
+            return int(self.mean)
+        variance = math.log1p(self.cv**2)  # of the logarithm; E[exp N(mu, v)] = exp(mu + v / 2)
+        drawn = rng.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
+        return max(1, round(drawn))
+
+
+@dataclass(frozen=True)
+class PoissonArrivals:
+    """Requests at `rates` a second for `duration_s`; several rates share the time evenly, in turn.
+
+    With `num_prefixes` > 0 each prompt begins with one of so many prefixes of `prefix_len` tokens (no more
+    than the prompt has), each equally likely.
+    """
+
+    rates: tuple[float, ...]
+    duration_s: float
+    input_len: Lengths
+    output_len: Lengths
+    prefix_len: int = 0
+    num_prefixes: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rates or not all(math.isfinite(rate) and rate >= 0 for rate in self.rates):
+            raise ConfigError(f"the arrival rate must not be negative, not {self.rates}")
+        if not any(self.rates):
+            raise ConfigError("the arrival rate is 0, so no request comes; give a rate above 0")
+        if not (math.isfinite(self.duration_s) and self.duration_s > 0):
+            raise ConfigError(f"the duration must be above 0 seconds, not {self.duration_s:g}")
+        if self.prefix_len < 0 or self.num_prefixes < 0:
+            raise ConfigError("the prefix length and the number of prefixes must not be negative")
+        if (self.prefix_len > 0) != (self.num_prefixes > 0):
+            raise ConfigError("shared prefixes need both a length and a number of prefixes above 0")
+        if self.prefix_len >= self.input_len.mean and self.num_prefixes:
+            raise ConfigError(
+                f"the prefix of {self.prefix_len} tokens leaves nothing of a prompt of "
+                f"{self.input_len.mean:g}; the prompt's length includes the prefix, so make it longer"
+            )
+
+    def __iter__(self) -> Iterator[Request]:
+        rng = random.Random(self.seed)
+        part_s = self.duration_s / len(self.rates)
+        for part, rate in enumerate(self.rates):
+            now, end = part * part_s, (part + 1) * part_s
+            while rate and (now := now + rng.expovariate(rate)) < end:
+                input_len, output_len = self.input_len.draw(rng), self.output_len.draw(rng)
+                prefix = rng.randrange(self.num_prefixes) if self.num_prefixes else 0
+                yield Request(now, input_len, output_len, prefix, min(self.prefix_len, input_len))

@@ -1,0 +1,200 @@
+"""One simulated replica: dp groups that step together, each step as long as its slowest group.
+
+Between two events the replica may be many steps ahead: `next_event_s` is the end of the first step after
+which something can happen. An arrival before that takes it back to the step then in progress, so that results
+are those of going one step at a time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cluster.simulation.arrivals import Request
+from cluster.simulation.group import DecodeRun, Group, make_sequence
+from cluster.simulation.recorder import Recorder
+from cluster.simulation.step_times import StepTimes
+from qwen3_dist.engine.block_manager import BlockManager
+from qwen3_dist.engine.scheduler import SchedulerCounts, SchedulerLimits
+from qwen3_dist.errors import ConfigError
+
+_MOST_AHEAD = 64  # steps; looking further is wasted where an arrival comes first
+
+
+@dataclass(frozen=True)
+class ReplicaConfig:
+    """What the scheduler of each of `groups` dp groups has, and how the engine drives it.
+
+    `depth` is how many steps are planned ahead (`Executor.depth`): 2 where planning overlaps with the ranks'
+    work. `num_devices` is the replica's world. `fast_forward` off takes every step singly (for tests).
+    """
+
+    num_blocks: int
+    limits: SchedulerLimits
+    block_size: int = 16
+    prefix_caching: bool = True
+    groups: int = 1
+    depth: int = 2
+    num_devices: int = 1
+    max_model_len: int = 1 << 30
+    fast_forward: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "groups", "depth", "num_devices", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def longest(self) -> int:
+        """Tokens one sequence may have, its output included."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Cycles that differ in their times alone: step `i` takes `seconds[i]` and ends at `ends[i]`.
+
+    All but the last can be skipped; after the last something happens. The step before it ended at `start_s`.
+    """
+
+    start_s: float
+    ends: list[float]
+    seconds: list[float]
+    num_decodes: int
+
+
+class Replica:
+    """Takes requests, and is told to go on at each `next_event_s`."""
+
+    def __init__(self, index: int, config: ReplicaConfig, times: StepTimes, recorder: Recorder) -> None:
+        self.index = index
+        self.ongoing = 0  # requests it has
+        self.next_event_s: float | None = None  # None: nothing to do
+        self.version = 0  # of `next_event_s`
+        self.steps = 0
+        self._config = config
+        self._times = times
+        self._recorder = recorder
+        self.groups = [
+            Group(
+                BlockManager(config.num_blocks, config.block_size, config.prefix_caching),
+                config.limits,
+                config.fast_forward,
+            )
+            for _ in range(config.groups)
+        ]
+        self._durations: deque[float] = deque()  # of the steps in flight, the oldest first
+        self._inbox: list[Request] = []
+        self._step_end_s = 0.0  # of the oldest step in flight
+        self._stretch: _Stretch | None = None
+        self._next_seq_id = 0
+
+    def counts(self) -> list[SchedulerCounts]:
+        return [group.scheduler.counts for group in self.groups]
+
+    def submit(self, request: Request, now_s: float) -> None:
+        """Takes a request, which is admitted when the step in progress ends."""
+        self.ongoing += 1
+        self._inbox.append(request)
+        if self._stretch is not None:
+            self._settle(bisect_left(self._stretch.ends, now_s))
+            self._expect(self._step_end_s)
+        elif not self._durations:
+            self.proceed(now_s)
+
+    def accept(self, request: Request) -> None:
+        """Takes a request between `finish_step` and `proceed`."""
+        self.ongoing += 1
+        self._inbox.append(request)
+
+    def finish_step(self, now_s: float) -> int:
+        """Ends the step that `next_event_s` names; returns how many requests finished."""
+        if self._stretch is not None:
+            self._settle(len(self._stretch.ends) - 1)
+        self._durations.popleft()
+        self.steps += 1
+        finished = 0
+        for group in self.groups:
+            for sequence in group.collect():
+                self._recorder.token(sequence, now_s)
+                finished += sequence.finish_reason is not None
+        self.ongoing -= finished
+        return finished
+
+    def proceed(self, now_s: float) -> None:
+        """Admits what has come and starts the next step, if there is one."""
+        for request in self._inbox:
+            group = min(self.groups, key=lambda g: g.num_tokens) if len(self.groups) > 1 else self.groups[0]
+            sequence = make_sequence(
+                self._next_seq_id, request, self._config.block_size, self._config.longest
+            )
+            group.scheduler.add(sequence)
+            self._next_seq_id += 1
+        self._inbox.clear()
+        while len(self._durations) < self._config.depth and self._plan_step():
+            pass
+        if not self._durations:
+            self.next_event_s = None
+            self.version += 1
+            return
+        self._step_end_s = now_s + self._durations[0]
+        self._stretch = self._find_stretch(now_s) if self._config.fast_forward else None
+        self._expect(self._stretch.ends[-1] if self._stretch else self._step_end_s)
+
+    def _plan_step(self) -> bool:
+        shapes = [shape for group in self.groups if (shape := group.plan()) is not None]
+        if not shapes:
+            for group in self.groups:
+                group.take_back()
+            return False
+        self._durations.append(self._times.together(shapes, len(self.groups)))
+        return True
+
+    def _expect(self, time_s: float) -> None:
+        self.next_event_s = time_s
+        self.version += 1
+
+    def _find_stretch(self, now_s: float) -> _Stretch | None:
+        runs: list[DecodeRun] = []
+        cycles = _MOST_AHEAD
+        for group in self.groups:
+            run = group.decode_run()
+            if run is None or run.cycles < 1:
+                return None
+            cycles = min(cycles, run.cycles)
+            if run.num_decodes:
+                runs.append(run)
+        seconds = self._run_seconds(runs, cycles + self._config.depth)
+        ends = list(accumulate(seconds[1 : cycles + 1], initial=self._step_end_s))
+        return _Stretch(now_s, ends, seconds, sum(run.num_decodes for run in runs))
+
+    def _run_seconds(self, runs: list[DecodeRun], count: int) -> list[float]:
+        """Seconds of each of the next `count` steps, the oldest in flight first."""
+        slowest: list[float] = []
+        for run in runs:
+            seconds = []
+            batch, context, end = run.num_decodes, run.context_tokens, 0
+            for _ in range(count):
+                if context >= end:
+                    line = self._times.decode_line(batch, context)
+                    base, slope, end = line
+                seconds.append(base + slope * context)
+                context += batch
+            slowest = list(map(max, slowest, seconds)) if slowest else seconds
+        return slowest
+
+    def _settle(self, cycles: int) -> None:
+        """Does the first `cycles` of the stretch for real, and ends it there."""
+        stretch = self._stretch
+        assert stretch is not None
+        self._stretch = None
+        if cycles == 0:
+            return
+        for group in self.groups:
+            group.skip(cycles, stretch.ends[cycles - 1])
+        self.steps += cycles
+        self._recorder.decodes(stretch.start_s, stretch.ends[:cycles], stretch.num_decodes)
+        self._durations = deque(stretch.seconds[cycles : cycles + self._config.depth])
+        self._step_end_s = stretch.ends[cycles]

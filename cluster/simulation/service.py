@@ -1,0 +1,275 @@
+"""The service: requests come, are routed to replicas, and replicas come and go with the load.
+
+Routing is Ray Serve's: of two replicas chosen at random the one with fewer ongoing requests; where both are
+full the request waits at the ingress, and the first in line goes to the first replica with room.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from cluster.simulation.arrivals import Request
+from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoad
+from cluster.simulation.recorder import Recorder
+from cluster.simulation.replica import Replica, ReplicaConfig
+from cluster.simulation.step_times import StepCost, StepTimes
+from qwen3_dist.engine.scheduler import SchedulerCounts
+from qwen3_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ServiceSimulation:
+    """A service to simulate: its replicas, how many, and how they are started and fed.
+
+    `start_up_s` is the time from the decision for a replica until it takes requests. `max_devices` bounds
+    the devices that replicas hold at once, those that start or drain included.
+    """
+
+    replica: ReplicaConfig
+    autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
+    start_up_s: float = 60.0
+    max_ongoing_requests: int = 256
+    max_devices: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.start_up_s >= 0:
+            raise ConfigError(f"start_up_s must not be negative, not {self.start_up_s:g}")
+        if self.max_ongoing_requests < 1:
+            raise ConfigError(f"max_ongoing_requests must be at least 1, not {self.max_ongoing_requests}")
+        most = self.autoscaling.max_replicas * self.replica.num_devices
+        if self.max_devices is not None and most > self.max_devices:
+            raise ConfigError(
+                f"max_replicas={self.autoscaling.max_replicas} of {self.replica.num_devices} devices each need "
+                f"{most} and there are {self.max_devices}; "
+                f"max_replicas={self.max_devices // self.replica.num_devices} is the most"
+            )
+
+
+@dataclass(frozen=True)
+class ReplicaCount:
+    """How many replicas there were from `time_s` on."""
+
+    time_s: float
+    running: int
+    starting: int
+    draining: int
+
+    @property
+    def total(self) -> int:
+        return self.running + self.starting + self.draining
+
+
+@dataclass
+class Outcome:
+    """What a simulation gives; `report` makes figures of it."""
+
+    simulation: ServiceSimulation
+    recorder: Recorder
+    replica_counts: list[ReplicaCount]
+    counts: SchedulerCounts  # of all schedulers together
+    end_s: float = 0.0  # when the last request finished
+    refused: int = 0  # requests whose prompt fills the cache or the context
+    most_waiting: int = 0  # at the ingress
+    steps: int = 0  # of replicas, those skipped over included
+    events: int = 0  # arrivals, stretches of steps, readings of the load, changes of replicas
+    wall_s: float = 0.0
+
+
+class _Kind(IntEnum):
+    """Of events at the same time, the lower comes first. Arrivals come before all of them."""
+
+    READY = 0
+    LOAD = 1
+    STEP = 2
+
+
+def simulate(simulation: ServiceSimulation, cost: StepCost, requests: Iterable[Request]) -> Outcome:
+    """Runs `requests`, in order of arrival, until the last has finished."""
+    service = _Service(simulation, StepTimes(cost))
+    started = time.perf_counter()
+    outcome = service.run(requests)
+    outcome.wall_s = time.perf_counter() - started
+    return outcome
+
+
+class _Service:
+    def __init__(self, simulation: ServiceSimulation, times: StepTimes) -> None:
+        self._simulation = simulation
+        self._times = times
+        self._rng = random.Random(simulation.seed)
+        self._recorder = Recorder()
+        self._outcome = Outcome(simulation, self._recorder, [], SchedulerCounts())
+        self._events: list[tuple[float, int, int, int]] = []  # (time, kind, replica, version)
+        self._replicas: dict[int, Replica] = {}  # all that hold devices
+        self._running: list[Replica] = []
+        self._starting: list[Replica] = []
+        self._waiting: deque[Request] = deque()
+        self._ongoing = 0  # requests in replicas and at the ingress
+        self._next_index = 0
+        config = simulation.autoscaling
+        self._autoscaler = Autoscaler(config)
+        self._load = MeanLoad(config.look_back_period_s)
+        for _ in range(config.min_replicas):
+            self._running.append(self._new_replica())
+        self._note_replicas(0.0)
+
+    def run(self, requests: Iterable[Request]) -> Outcome:
+        outcome, events = self._outcome, self._events
+        if not self._simulation.autoscaling.is_fixed:
+            self._push(self._simulation.autoscaling.metrics_interval_s, _Kind.LOAD)
+        arrivals = iter(requests)
+        request = next(arrivals, None)
+        now_s = 0.0
+        while request is not None or self._ongoing:
+            if request is not None and (not events or request.arrival_s <= events[0][0]):
+                outcome.events += 1
+                self._arrive(request)
+                request = next(arrivals, None)
+                continue
+            now_s, kind, index, version = heapq.heappop(events)
+            if kind == _Kind.STEP:
+                replica = self._replicas.get(index)
+                if replica is None or replica.version != version:
+                    continue  # an arrival came first
+                self._step(replica, now_s)
+            elif kind == _Kind.READY:
+                self._ready(index, now_s)
+            else:
+                self._rescale(now_s)
+                self._push(now_s + self._simulation.autoscaling.metrics_interval_s, _Kind.LOAD)
+            outcome.events += 1
+        outcome.end_s = max(self._recorder.last_tokens_s, default=0.0)
+        for replica in list(self._replicas.values()):
+            self._tally(replica)
+        return outcome
+
+    def _arrive(self, request: Request) -> None:
+        if request.input_len >= self._simulation.replica.longest:
+            self._outcome.refused += 1
+            return
+        self._change_ongoing(1, request.arrival_s)
+        replica = None if self._waiting else self._route()
+        if replica is None:
+            self._waiting.append(request)
+            self._outcome.most_waiting = max(self._outcome.most_waiting, len(self._waiting))
+            return
+        replica.submit(request, request.arrival_s)
+        self._await_step(replica)
+
+    def _route(self) -> Replica | None:
+        """Power of two choices; None if both are full."""
+        running = self._running
+        if not running:
+            return None
+        chosen = running[0]
+        if len(running) > 1:
+            first = self._rng.randrange(len(running))
+            second = self._rng.randrange(len(running) - 1)
+            other = running[second + (second >= first)]
+            chosen = min(running[first], other, key=lambda replica: replica.ongoing)
+        return chosen if chosen.ongoing < self._simulation.max_ongoing_requests else None
+
+    def _step(self, replica: Replica, now_s: float) -> None:
+        finished = replica.finish_step(now_s)
+        if finished:
+            self._change_ongoing(-finished, now_s)
+            while self._waiting and replica.ongoing < self._simulation.max_ongoing_requests:
+                if replica not in self._running:
+                    break  # it drains
+                replica.accept(self._waiting.popleft())
+        replica.proceed(now_s)
+        self._await_step(replica)
+        if replica.next_event_s is None and replica not in self._running:
+            self._remove(replica)
+            self._reconcile(now_s)
+
+    def _ready(self, index: int, now_s: float) -> None:
+        replica = self._replicas.get(index)
+        if replica is None:
+            return  # stopped while it started
+        self._starting.remove(replica)
+        self._running.append(replica)
+        while self._waiting and replica.ongoing < self._simulation.max_ongoing_requests:
+            replica.submit(self._waiting.popleft(), now_s)
+        self._await_step(replica)
+        self._note_replicas(now_s)
+
+    def _rescale(self, now_s: float) -> None:
+        self._autoscaler.decide(now_s, len(self._running), self._load.mean(now_s))
+        self._reconcile(now_s)
+
+    def _reconcile(self, now_s: float) -> None:
+        """Starts or stops replicas until there are as many as the autoscaler wants and devices allow.
+
+        As in Serve, those still starting are stopped first, then the newest; a running one drains.
+        """
+        alive = len(self._running) + len(self._starting)
+        while alive > self._autoscaler.target:
+            if self._starting:
+                self._remove(self._starting.pop())
+            else:
+                replica = self._running.pop()
+                if replica.next_event_s is None:
+                    self._remove(replica)
+            alive -= 1
+        devices, most = self._simulation.replica.num_devices, self._simulation.max_devices
+        while alive < self._autoscaler.target:
+            if most is not None and (len(self._replicas) + 1) * devices > most:
+                break  # it starts when one that drains has gone
+            replica = self._new_replica()
+            self._starting.append(replica)
+            self._push(now_s + self._simulation.start_up_s, _Kind.READY, replica.index)
+            alive += 1
+        self._note_replicas(now_s)
+
+    def _new_replica(self) -> Replica:
+        replica = Replica(self._next_index, self._simulation.replica, self._times, self._recorder)
+        self._next_index += 1
+        self._replicas[replica.index] = replica
+        return replica
+
+    def _remove(self, replica: Replica) -> None:
+        del self._replicas[replica.index]
+        self._tally(replica)
+
+    def _tally(self, replica: Replica) -> None:
+        """Adds what a replica did to the outcome. All blocks must be free by now."""
+        total = self._outcome.counts
+        for group in replica.groups:
+            assert group.scheduler.blocks.num_free == group.scheduler.blocks.num_blocks, "blocks were lost"
+        for counts in replica.counts():
+            for name, value in vars(counts).items():
+                setattr(total, name, getattr(total, name) + value)
+        self._outcome.steps += replica.steps
+
+    def _change_ongoing(self, by: int, now_s: float) -> None:
+        self._ongoing += by
+        self._load.set(now_s, self._ongoing)
+
+    def _await_step(self, replica: Replica) -> None:
+        if replica.next_event_s is not None:
+            self._push(replica.next_event_s, _Kind.STEP, replica.index, replica.version)
+
+    def _push(self, time_s: float, kind: _Kind, replica: int = 0, version: int = 0) -> None:
+        heapq.heappush(self._events, (time_s, kind, replica, version))
+
+    def _note_replicas(self, now_s: float) -> None:
+        running, starting = len(self._running), len(self._starting)
+        count = ReplicaCount(now_s, running, starting, len(self._replicas) - running - starting)
+        history = self._outcome.replica_counts
+        if history and (running, starting, count.draining) == (
+            history[-1].running,
+            history[-1].starting,
+            history[-1].draining,
+        ):
+            return
+        if history and history[-1].time_s == now_s:
+            history.pop()
+        history.append(count)

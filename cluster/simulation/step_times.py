@@ -1,0 +1,94 @@
+"""How long a step takes: the shape of a step plan, and the cost model behind a table for decode steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from cluster.cost_model import CostModel, StepShape
+from qwen3_dist.engine.plan import StepPlan
+
+_CELL_TOKENS = 32  # of context per sequence: within a cell a decode step's time is a straight line
+
+
+class StepCost(Protocol):
+    """What the simulation asks of a `CostModel`."""
+
+    def step_seconds(self, shape: StepShape) -> float: ...
+
+
+class DecodeLine(NamedTuple):
+    """Decode steps of one batch take `base + slope * context` seconds while `context` is below `end`."""
+
+    base: float
+    slope: float
+    end: int
+
+    def seconds(self, context_tokens: int) -> float:
+        return self.base + self.slope * context_tokens
+
+
+class StepTimes:
+    """Step times from `cost`. A decode step's time is interpolated in its context between points that lie
+    `_CELL_TOKENS` per sequence apart, so that most steps cost a multiplication and not a call of the model."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self._lines: dict[tuple[int, int], DecodeLine] = {}
+
+    def seconds(self, shape: StepShape) -> float:
+        if shape.prefill_tokens or not shape.num_decodes:
+            return self._cost.step_seconds(shape)
+        context = shape.decode_context_tokens
+        return self.decode_line(shape.num_decodes, context).seconds(context)
+
+    def together(self, shapes: Sequence[StepShape], groups: int) -> float:
+        """A step of `groups` dp groups, of which those with work have `shapes`: as long as the slowest.
+
+        A `CostModel` takes every group to be like the one it is asked about. Where prompts make them differ,
+        the experts, which all groups share, get the tokens that there are: their time is that of the mean.
+        """
+        seconds = [self.seconds(shape) for shape in shapes]
+        slowest = max(seconds)
+        if groups == 1 or not isinstance(self._cost, CostModel) or not any(s.prefill_tokens for s in shapes):
+            return slowest
+        largest = shapes[seconds.index(slowest)]
+        decodes = sum(shape.num_decodes for shape in shapes) / groups
+        prompts = sum(shape.prefill_tokens for shape in shapes) / groups
+        mean = StepShape(math.ceil(decodes), 0, math.ceil(prompts), 0, 0)
+        return slowest - self._experts(largest) + min(self._experts(mean), self._experts(largest))
+
+    def _experts(self, shape: StepShape) -> float:
+        assert isinstance(self._cost, CostModel)
+        return self._cost.step_parts(shape).get("experts", 0.0)
+
+    def decode_line(self, num_decodes: int, context_tokens: int) -> DecodeLine:
+        """The line that holds for `num_decodes` sequences with `context_tokens` among them."""
+        width = num_decodes * _CELL_TOKENS
+        cell = context_tokens // width
+        line = self._lines.get((num_decodes, cell))
+        if line is None:
+            start, end = cell * width, (cell + 1) * width
+            low, high = (
+                self._cost.step_seconds(StepShape(num_decodes, context, 0, 0, num_decodes))
+                for context in (start, end)
+            )
+            slope = (high - low) / width
+            line = self._lines[num_decodes, cell] = DecodeLine(low - slope * start, slope, end)
+        return line
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """What a step computes. A sequence with one token counts as a decode, as it does on the ranks."""
+    decodes = context = tokens = pairs = samples = 0
+    for _, _, token_ids, start, _, sample in plan.sequences:
+        count = len(token_ids)
+        if count == 1:
+            decodes += 1
+            context += start + 1
+        else:
+            tokens += count
+            pairs += count * start + count * (count + 1) // 2
+        samples += sample is not None
+    return StepShape(decodes, context, tokens, pairs, samples)

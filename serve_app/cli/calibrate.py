@@ -1,0 +1,48 @@
+"""`qwen3-dist calibrate`: measures what the cost model needs to know of this machine, as a cluster file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from qwen3_dist.errors import ConfigError
+
+HELP = "measure this machine's rates and overheads and write the hardware file that plan and sweep read"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="where to write it (default: stdout)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="what to measure; auto takes GPUs where there are some",
+    )
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    if args.out and not args.out.parent.is_dir():
+        raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
+    from cluster.calibrate import calibrate
+    from cluster.hardware import as_dict
+    from qwen3_dist.executor.in_process import local_device
+
+    found = calibrate(local_device(args.device), _report)
+    if args.out:
+        found.write(args.out)
+        _report(f"written to {args.out}")
+    if args.json:
+        result = {"cluster": as_dict(found.cluster), "measured": found.measured, **found.about}
+        print(json.dumps(result), file=out)
+    elif not args.out:
+        import yaml
+
+        print(yaml.safe_dump(as_dict(found.cluster), sort_keys=False, default_flow_style=None), file=out)
+    return 0
+
+
+def _report(line: str) -> None:
+    print(f"qwen3-dist calibrate: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,284 @@
+"""`qwen3-dist simulate`: a whole service in simulated time, and whether it would hold its limits."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qwen3_dist.errors import ConfigError, ParallelLayoutError
+from qwen3_dist.layout import Layout
+from serve_app.config import ServiceConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from cluster.cost_model import CostModel
+    from cluster.simulation.arrivals import Request
+    from cluster.simulation.service import ServiceSimulation
+
+HELP = "simulate a service: arrivals, replicas, scheduling and autoscaling, with modelled step times"
+_SERVICE = {field.name: field.default for field in dataclasses.fields(ServiceConfig)}
+_POISSON = ("rate", "duration", "input_len", "output_len")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="",
+        help="directory, config.json, official name (Qwen3-235B-A22B) or hub id; omitted: the bundled model",
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpus", metavar="8xH100", help="number and kind of GPUs, on nodes of 8")
+    where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
+    parser.add_argument("--layout", default="", help="parallel layout of a replica (default: tp=1)")
+    _add_arrivals(parser.add_argument_group("arrivals"))
+    _add_replicas(parser.add_argument_group("replicas"))
+    _add_engine(parser.add_argument_group("engine of each replica"))
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--ttft-ms", type=float, metavar="X", help="longest time to the first token")
+    limits.add_argument(
+        "--itl-ms", type=float, metavar="X", help="longest mean time between a request's tokens"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of arrivals and routing (default: 0)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="chart of the replicas over time")
+
+
+def _add_arrivals(group: Any) -> None:
+    group.add_argument("--trace", type=Path, metavar="FILE", help=".jsonl or .csv: arrival_s, input_len, ...")
+    group.add_argument(
+        "--rate",
+        type=_rates,
+        metavar="R[,R...]",
+        help="requests a second, Poisson; several rates share the duration evenly, in turn",
+    )
+    group.add_argument("--duration", type=float, metavar="S", help="seconds in which requests come")
+    for name, what in (("input-len", "tokens of a prompt"), ("output-len", "tokens generated")):
+        group.add_argument(
+            f"--{name}", metavar="N|MEAN:CV", help=f"{what}: fixed, or lognormal by mean and cv (512:0.8)"
+        )
+    group.add_argument("--prefix-len", type=int, default=0, metavar="N", help="tokens that prompts share")
+    group.add_argument(
+        "--prefixes", type=int, default=0, metavar="N", help="how many such prefixes there are"
+    )
+
+
+def _add_replicas(group: Any) -> None:
+    group.add_argument("--min-replicas", type=int, metavar="N", help="that always run (default: the most)")
+    group.add_argument(
+        "--max-replicas", type=int, metavar="N", help="the most (default: as many as there is room)"
+    )
+    for name, kind, what in (
+        ("target-ongoing-requests", float, "requests in flight per replica that scaling aims for"),
+        ("max-ongoing-requests", int, "requests a replica holds at once; more wait at the ingress"),
+        ("upscale-delay-s", float, "seconds of high load before a replica is added"),
+        ("downscale-delay-s", float, "seconds of low load before a replica is removed"),
+        ("metrics-interval-s", float, "seconds between two readings of the load"),
+        ("look-back-period-s", float, "seconds of load that a scaling decision averages"),
+    ):
+        default = _SERVICE[name.replace("-", "_")]
+        group.add_argument(
+            f"--{name}", type=kind, default=default, metavar="X", help=f"{what} (default: {default:g})"
+        )
+    group.add_argument(
+        "--start-up-s",
+        type=float,
+        default=60.0,
+        metavar="X",
+        help="seconds from the decision for a replica until it takes requests (default: 60)",
+    )
+
+
+def _add_engine(group: Any) -> None:
+    for name, default, what in (
+        ("block-size", "16", "tokens in one KV-cache block"),
+        ("num-blocks", "what fits", "KV-cache blocks per dp group"),
+        ("max-num-seqs", "by cluster", "most sequences in one step of a dp group"),
+        ("max-num-batched-tokens", "by cluster", "most tokens in one step of a dp group"),
+        ("max-model-len", "the model's", "longest prompt plus output"),
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: {default})")
+    group.add_argument("--no-prefix-caching", action="store_true", help="compute shared prefixes anew")
+    group.add_argument("--no-overlap", action="store_true", help="plan a step only when the one before ended")
+    group.add_argument(
+        "--expert-imbalance",
+        type=float,
+        metavar="X",
+        help="load of the busiest expert rank over the mean (default: 1.2)",
+    )
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from cluster.cost_model import EXPERT_IMBALANCE, CostModel
+    from cluster.hardware import parse_gpus, read_cluster
+    from cluster.official import find_config
+    from cluster.simulation.report import Limits, plot_replicas, summarize
+    from cluster.simulation.service import simulate
+
+    name, config = find_config(args.model)
+    layout = Layout.parse(args.layout)
+    cluster = read_cluster(args.cluster) if args.cluster else parse_gpus(args.gpus)
+    limits = Limits(args.ttft_ms, args.itl_ms)
+    if args.plot:
+        from cluster.plots import require_matplotlib
+
+        require_matplotlib()
+    imbalance = EXPERT_IMBALANCE if args.expert_imbalance is None else args.expert_imbalance
+    cost = CostModel(config, layout, cluster, imbalance)
+    simulation = _simulation(args, cost)
+    requests = _with_progress(_requests(args, simulation.replica.longest), args)
+    outcome = simulate(simulation, cost, requests)
+    report = {
+        "model": name,
+        "layout": str(layout),
+        "cluster": f"{cluster.num_devices} x {cluster.device.name}",
+        "num_blocks": simulation.replica.num_blocks,
+        **summarize(outcome, limits),
+    }
+    if args.json:
+        print(json.dumps(report), file=out)
+    else:
+        print("\n".join(f"{key:<24}{_shown(value)}" for key, value in report.items()), file=out)
+    if args.plot:
+        plot_replicas(args.plot, f"{name} with {layout} on {report['cluster']}", outcome)
+    return 0
+
+
+def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
+    """The service that the command line describes. Raises ConfigError or ParallelLayoutError if it cannot be."""
+    from cluster.simulation.autoscaler import AutoscalingConfig
+    from cluster.simulation.service import ServiceSimulation
+
+    room = _room(cost)
+    most = room if args.max_replicas is None else args.max_replicas
+    scaling = AutoscalingConfig(
+        most if args.min_replicas is None else args.min_replicas,
+        most,
+        args.target_ongoing_requests,
+        args.upscale_delay_s,
+        args.downscale_delay_s,
+        args.metrics_interval_s,
+        args.look_back_period_s,
+    )
+    return ServiceSimulation(
+        _replica(args, cost),
+        scaling,
+        args.start_up_s,
+        args.max_ongoing_requests,
+        room * cost.layout.world,
+        args.seed,
+    )
+
+
+def _room(cost: CostModel) -> int:
+    """Replicas that the cluster holds, at least one."""
+    layout, cluster = cost.layout, cost.cluster
+    if layout.tp > 1 and cluster.devices_per_node % layout.tp:
+        raise ParallelLayoutError(
+            f"tp={layout.tp} would not stay inside nodes of {cluster.devices_per_node} devices; "
+            "take a tp that divides them"
+        )
+    room = cluster.replicas(layout.world)
+    if room < 1:
+        raise ParallelLayoutError(
+            f"layout {layout} needs {layout.world} devices and the cluster has {cluster.num_devices}; "
+            "take a smaller layout or more devices"
+        )
+    return room
+
+
+def _replica(args: argparse.Namespace, cost: CostModel) -> Any:
+    from cluster.simulation.replica import ReplicaConfig
+    from qwen3_dist.engine.scheduler import SchedulerLimits
+    from qwen3_dist.settings import EngineConfig
+
+    given = {
+        name: getattr(args, name)
+        for name in ("block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        if getattr(args, name) is not None
+    }
+    engine = EngineConfig(**given)
+    device = "cpu" if cost.cluster.shared_host else "cuda"
+    wanted = SchedulerLimits.of(engine, device, sys.maxsize)
+    capacity = cost.kv_capacity_tokens(wanted.max_num_batched_tokens, wanted.max_num_seqs)
+    num_blocks = engine.num_blocks or capacity // engine.block_size
+    if capacity < num_blocks * engine.block_size or num_blocks < 1:
+        raise ConfigError(
+            f"the weights of layout {cost.layout} leave room for {max(0, capacity)} tokens of KV cache on a rank "
+            f"of {cost.device.memory_bytes / 1e9:.0f} GB; take a layout of more ranks or fewer blocks"
+        )
+    in_process = cost.cluster.shared_host and cost.layout.world == 1  # then there is nothing to overlap with
+    return ReplicaConfig(
+        num_blocks,
+        SchedulerLimits.of(engine, device, num_blocks),
+        engine.block_size,
+        not args.no_prefix_caching,
+        cost.layout.dp,
+        1 if args.no_overlap or in_process else 2,
+        cost.layout.world,
+        min(cost.config.context_length, engine.max_model_len or cost.config.context_length),
+    )
+
+
+def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
+    from cluster.simulation.arrivals import Lengths, PoissonArrivals
+    from cluster.simulation.trace import read_trace
+
+    given = [name for name in _POISSON if getattr(args, name) is not None]
+    if args.trace:
+        if given or args.prefix_len or args.prefixes:
+            one = given[0] if given else "prefix_len" if args.prefix_len else "prefixes"
+            raise ConfigError(f"a trace says when requests come and what they are; leave --{_flag(one)} out")
+        return read_trace(args.trace, longest)
+    missing = [name for name in _POISSON if name not in given]
+    if missing:
+        raise ConfigError(f"--{_flag(missing[0])} is missing; give --trace, or {_all_flags(_POISSON)}")
+    inputs, outputs = Lengths.parse(args.input_len), Lengths.parse(args.output_len)
+    if inputs.mean + outputs.mean > longest:
+        raise ConfigError(
+            f"{inputs.mean:g} + {outputs.mean:g} tokens exceed the {longest} that one sequence may have here; "
+            "lower --input-len or --output-len"
+        )
+    return PoissonArrivals(
+        args.rate, args.duration, inputs, outputs, args.prefix_len, args.prefixes, args.seed
+    )
+
+
+def _with_progress(requests: Iterable[Request], args: argparse.Namespace) -> Iterable[Request]:
+    """`requests`, with a bar on stderr (where somebody looks) that follows their arrivals."""
+    from qwen3_dist.progress import progress_bar
+
+    last_s = requests[-1].arrival_s if isinstance(requests, list) else args.duration
+    with progress_bar(sys.stderr.isatty(), desc="simulating", unit="s", total=round(last_s, 1)) as bar:
+        for request in requests:
+            if request.arrival_s - bar.n >= 1:
+                bar.update(int(request.arrival_s - bar.n))
+            yield request
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items() if key != "over_time")
+    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate or list of rates, as in 4 or 2,8,2") from None
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _all_flags(names: tuple[str, ...]) -> str:
+    flags = [f"--{_flag(name)}" for name in names]
+    return f"{', '.join(flags[:-1])} and {flags[-1]}"

@@ -1,0 +1,122 @@
+"""`qwen3-dist sweep`: runs layouts of a model for real and sets what they give beside what was predicted."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout, divisors, valid_layouts
+
+if TYPE_CHECKING:
+    from qwen3_dist.config import ModelConfig
+
+HELP = "run every layout on this machine, with progress, and write tables, charts and prediction errors"
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        help="checkpoint directory, or, with random weights, a config.json or official name; bundled: the small one",
+    )
+    parser.add_argument(
+        "--layouts",
+        required=True,
+        metavar="all|L1;L2",
+        help="layouts apart by ;, or all that this machine holds",
+    )
+    parser.add_argument(
+        "--workload", required=True, metavar="W.yaml", help="the points that each layout runs"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="results; run again to go on")
+    parser.add_argument(
+        "--hardware", metavar="FILE.yaml", help="what calibrate wrote, to predict each result"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run again what failed before")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from cluster.hardware import read_cluster
+    from cluster.official import find_config
+    from cluster.sweep import SweepFolder, read_workload, run_sweep
+    from cluster.sweep_report import make_rows, summary, write_report
+
+    workload = read_workload(args.workload)
+    cluster = read_cluster(args.hardware) if args.hardware else None
+    name, config = find_config(args.model)
+    layouts = _layouts(args.layouts, config, workload.device)
+    folder = SweepFolder(args.out, name, workload)
+    results = []
+    try:
+        with _runnable(args.model, name) as (path, random_weights):
+            ran = run_sweep(folder, layouts, path, random_weights, workload, _report, args.retry_failed)
+            for layout, result in ran:
+                results.append((layout, result))
+                if args.json:
+                    print(json.dumps(result), file=out, flush=True)
+                rows = make_rows(results, config, workload, cluster)
+                written = write_report(args.out, f"Layouts of {name}", rows)  # each time: it may be the last
+    except KeyboardInterrupt:
+        _report("stopped; the same command goes on from here")
+        return INTERRUPTED
+    if not args.json:
+        print((args.out / "table.md").read_text(), file=out)
+    for line in [*summary(rows), *(f"written: {file}" for file in written)]:
+        _report(line)
+    return 0
+
+
+def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
+    if text != "all":
+        layouts = [Layout.parse(part) for part in text.split(";") if part.strip()]
+        if not layouts:
+            raise ConfigError("--layouts names none; write tp=1;tp=2 or all")
+        for layout in layouts:
+            layout.validate(config)
+        return list(dict.fromkeys(layouts))
+    from qwen3_dist.executor.in_process import local_device
+    from qwen3_dist.executor.rank import cores
+
+    devices = cores()
+    if local_device(device) == "cuda":
+        import torch
+
+        devices = torch.cuda.device_count()
+    return [layout for world in divisors(devices) for layout in valid_layouts(config, world)]
+
+
+@contextlib.contextmanager
+def _runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
+    """The directory that engines load, and whether its weights are to be random: where there are none."""
+    from cluster.official import official_configs
+    from qwen3_dist.weights.source import resolve_model
+
+    path = Path(model).expanduser()
+    if name == "bundled" or (path.is_dir() and any(path.glob("*.safetensors"))):
+        yield resolve_model("" if name == "bundled" else model), False
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen3_dist-") as folder:
+        target = Path(folder) / "config.json"
+        if path.is_dir():
+            shutil.copy(path / "config.json", target)
+        elif path.is_file():
+            shutil.copy(path, target)
+        elif name in official_configs():
+            target.write_text(json.dumps(official_configs()[name]))
+        else:
+            yield resolve_model(model), False
+            return
+        yield Path(folder), True
+
+
+def _report(line: str) -> None:
+    print(f"qwen3-dist sweep: {line}", file=sys.stderr, flush=True)

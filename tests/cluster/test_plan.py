@@ -1,0 +1,227 @@
+"""`qwen3-dist plan` as a user has it, and the planner behind it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.hardware import PRESETS, parse_gpus
+from cluster.official import find_config, official_configs
+from cluster.planner import PlanRequest, candidates, check_limits, pareto_frontier, plan
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout, divisors, valid_layouts
+from serve_app.cli import main
+from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
+
+KEYS = [
+    "layout", "fits", "reason", "bytes_per_rank", "max_batch",
+    "ttft_ms", "itl_ms", "tokens_per_s", "tokens_per_s_per_gpu",
+]  # fmt: skip
+LOAD = ("--input-len", "1000", "--output-len", "500", "--concurrency", "64")
+REQUEST = PlanRequest(1000, 500, 64)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    assert main(["plan", *arguments, *LOAD, "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence that a command line is refused with."""
+    try:
+        code: Any = main(["plan", *arguments])
+    except SystemExit as error:
+        code = error.code
+    shown = capsys.readouterr()
+    assert (code, shown.out) == (2, "") and len(shown.err.splitlines()) == 1
+    return shown.err
+
+
+def test_json_has_one_object_for_every_valid_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(capsys, "Qwen3-30B-A3B", "--gpus", "8xH100")
+    _, config = find_config("Qwen3-30B-A3B")
+    everything = {str(one) for world in (1, 2, 4, 8) for one in valid_layouts(config, world)}
+    assert {row["layout"] for row in rows} == everything and len(rows) == len(everything)
+    assert all(list(row) == KEYS for row in rows)
+    fitting = [row for row in rows if row["fits"]]
+    assert fitting and all(list(row["bytes_per_rank"]) == ["weights", "kv", "activations"] for row in fitting)
+    rates = [row["tokens_per_s_per_gpu"] for row in fitting]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_layouts_that_do_not_fit_say_why_and_come_last(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(capsys, "Qwen3-235B-A22B", "--gpus", "8xH200")
+    fits = [row["fits"] for row in rows]
+    assert fits == sorted(fits, reverse=True) and set(fits) == {True, False}
+    by_layout = {row["layout"]: row for row in rows}
+    assert by_layout["tp=2,ep=2"]["tokens_per_s"] is None
+    assert by_layout["tp=2,ep=2"]["reason"].startswith("weights of 235.1 GB and activations of")
+    assert by_layout["tp=8"]["reason"] == ""
+
+
+def test_tp_is_kept_inside_a_node() -> None:
+    one = next(each for each in plan(DENSE, cluster(devices_per_node=2), REQUEST) if each.layout.tp == 4)
+    assert one.reason == "tp=4 would not stay inside nodes of 2 devices"
+
+
+def test_small_layouts_run_as_replicas_that_share_the_load() -> None:
+    found = {str(one.layout): one for one in plan(DENSE, PLAIN, REQUEST)}
+    one, eight = found["tp=1"], found["dp=8"]
+    assert (one.replicas, eight.replicas) == (8, 1)
+    # Eight replicas of one rank and eight groups of one dense replica compute the same.
+    assert one.itl_ms == eight.itl_ms and one.tokens_per_s == eight.tokens_per_s
+    assert eight.max_batch == pytest.approx(8 * one.max_batch, abs=8)
+
+
+def test_a_batch_is_as_large_as_its_cache_allows() -> None:
+    tight = cluster(device=replace(PLAIN.device, memory_bytes=4 * 10**6), num_devices=1)
+    request = replace(REQUEST, max_num_batched_tokens=32, input_len=100, output_len=100)
+    (one,) = plan(DENSE, tight, request)
+    weights, activations = one.bytes_per_rank["weights"], one.bytes_per_rank["activations"]
+    # 2 layers x K and V x 2 groups x 50 x 2 bytes = 800 bytes a token
+    assert one.max_batch == (4 * 10**6 - weights - activations) // 800 // 200
+    assert 0 < one.max_batch < 64 and one.bytes_per_rank["kv"] == one.max_batch * 200 * 800
+    assert one.ttft_ms is not None and one.itl_ms is not None and one.ttft_ms > 200 * one.itl_ms  # they queue
+
+
+def test_the_predicted_rate_is_sequences_over_the_time_each_takes() -> None:
+    lone = cluster(num_devices=1)
+    (one,) = plan(DENSE, lone, PlanRequest(1, 1000, 1))
+    assert one.itl_ms is not None and one.tokens_per_s is not None
+    # A decode step at the mean context of 501 tokens: 818.8 µs at 10, and 2 layers x 400 bytes for each more.
+    assert one.itl_ms == pytest.approx(0.8188 + 491 * 0.8e-3, rel=2e-3)
+    assert one.tokens_per_s == pytest.approx(1e3 / one.itl_ms, rel=1e-9)
+
+
+@pytest.mark.parametrize("gpus", ["1xB200", "8xH100", "64xH200", "1024xA100", "720xB200"])
+def test_all_worlds_that_divide_the_cluster_are_planned(gpus: str) -> None:
+    machine = parse_gpus(gpus)
+    _, config = find_config("Qwen3-235B-A22B")
+    found = plan(config, machine, replace(REQUEST, concurrency=4 * machine.num_devices))
+    worlds = divisors(machine.num_devices)
+    assert {one.layout for one in found} == {o for world in worlds for o in valid_layouts(config, world)}
+    assert len(found) == len(list(candidates(config, machine)))
+
+
+@pytest.mark.parametrize("name", official_configs())
+def test_every_official_size_can_be_planned(name: str) -> None:
+    found = plan(find_config(name)[1], parse_gpus("16xH200"), REQUEST)
+    assert found[0].fits and found[0].holds(REQUEST)
+
+
+def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = ("--ttft-ms", "60", "--itl-ms", "9")
+    assert main(["plan", "Qwen3-8B", "--gpus", "8xH100", *LOAD, *limits]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["layout", "ranks", "replicas"]
+    assert [line.startswith("*") for line in lines] == [True] + [False] * (len(lines) - 1)
+    breaking = [line.endswith("breaks a limit") for line in lines if "GB" in line]
+    assert breaking == sorted(breaking) and True in breaking
+    request = replace(REQUEST, ttft_ms=60, itl_ms=9)
+    best, *others = plan(find_config("Qwen3-8B")[1], parse_gpus("8xH100"), request)
+    held = [one.tokens_per_s_per_gpu or 0 for one in others if one.holds(request)]
+    assert best.holds(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
+
+
+def test_an_impossible_limit_is_named_with_the_nearest_that_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("Qwen3-8B", "--gpus", "8xH100", *LOAD)
+    for limit, name in ((("--itl-ms", "1"), "itl_ms"), (("--ttft-ms", "2"), "ttft_ms")):
+        sentence = refusal(capsys, *asked, *limit)
+        assert f"no layout holds {' '.join(limit)} at concurrency 64: the least is" in sentence
+        nearest = sentence.rpartition(" is ")[2].strip()
+        assert main(["plan", *asked, limit[0], nearest, "--json"]) == 0
+        best = json.loads(capsys.readouterr().out.splitlines()[0])
+        assert 0.9 * float(nearest) < best[name] <= float(nearest)
+
+
+def test_limits_that_no_layout_holds_together_say_which_breaks() -> None:
+    slow, fast = plan(MOE, cluster(num_devices=2), REQUEST)[:2]
+    slow, fast = replace(slow, ttft_ms=5.0, itl_ms=20.0), replace(fast, ttft_ms=50.04, itl_ms=2.0)
+    with pytest.raises(ConfigError) as refused:
+        check_limits([slow, fast], replace(REQUEST, ttft_ms=10, itl_ms=5))
+    assert "with --itl-ms 5 it is --ttft-ms 10 that breaks; the nearest that holds is 50.1" in str(
+        refused.value
+    )
+
+
+def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["plan", "Qwen3-235B-A22B", "--gpus", "2xH100", *LOAD]) == 2
+    shown = capsys.readouterr()
+    assert "exceed the 72.0 GB of a rank" in shown.out and "*" not in shown.out
+    (sentence,) = shown.err.splitlines()
+    assert sentence.startswith("qwen3-dist: no layout of Qwen3-235B-A22B fits; of ")
+    assert sentence.endswith("take more or larger GPUs than 2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("Qwen3-8B", *LOAD), "one of the arguments --gpus --cluster is required"),
+        (("Qwen3-8B", "--gpus", "8xT4", *LOAD), "no preset is called 'T4'"),
+        (("Qwen3-8B", "--cluster", "none.yaml", *LOAD), "none.yaml cannot be read"),
+        (("Qwen3-9B", "--gpus", "8xH100", *LOAD), "the official sizes are Qwen3-0.6B"),
+        (("Qwen3-8B", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency"),
+        (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--input-len", "0"), "input_len must be positive, not 0"),
+        (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--itl-ms", "-1"), "itl_ms must be positive, not -1"),
+        (
+            ("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--input-len", "50000"),
+            "lower --input-len or --output-len",
+        ),
+        (("Qwen3-30B-A3B", "--gpus", "8xH100", *LOAD, "--expert-imbalance", "0.5"), "must be at least 1"),
+        (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--plot", "/no/such/p.png"), "p.png cannot be written"),
+    ],
+)
+def test_bad_input_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], sentence: str
+) -> None:
+    assert sentence in refusal(capsys, *arguments)
+
+
+def test_a_plan_needs_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(official_configs()["Qwen3-8B"]))
+    by_name = planned(capsys, "Qwen/qwen3-8b", "--gpus", "2xA100")
+    assert by_name == planned(capsys, str(file), "--gpus", "2xA100")
+    assert by_name == planned(capsys, str(tmp_path), "--gpus", "2xA100")
+    assert planned(capsys, "bundled", "--gpus", "2xA100") == planned(capsys, "--gpus", "2xA100")
+
+
+def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
+    one = plan(DENSE, PLAIN, REQUEST)[0]
+    values = [(10.0, 100.0), (20.0, 200.0), (20.0, 150.0), (40.0, 250.0), (30.0, 120.0)]
+    several = [replace(one, itl_ms=itl, tokens_per_s_per_gpu=rate) for itl, rate in values]
+    found = [(each.itl_ms, each.tokens_per_s_per_gpu) for each in pareto_frontier(several)]
+    assert found == [(10.0, 100.0), (20.0, 200.0), (40.0, 250.0)]
+
+
+def test_the_chart_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    planned(capsys, "Qwen3-8B", "--gpus", "4xH100", "--plot", str(tmp_path / "plan.png"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_chart_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cluster.plots.can_plot", lambda: False)
+    sentence = refusal(capsys, "Qwen3-8B", "--gpus", "4xH100", *LOAD, "--plot", str(tmp_path / "plan.png"))
+    assert "plots need matplotlib; pip install 'qwen3-dist[plots]', or leave --plot out" in sentence
+
+
+def test_presets_order_as_their_datasheets_do() -> None:
+    best = {}
+    for name in PRESETS:
+        found = plan(find_config("Qwen3-8B")[1], parse_gpus(f"1x{name}"), REQUEST)[0]
+        best[name] = found.tokens_per_s or 0
+    assert sorted(best, key=lambda name: best[name]) == ["A100", "H100", "H200", "B200"]
+
+
+def test_layouts_are_as_the_library_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in planned(capsys, "Qwen3-30B-A3B", "--gpus", "4xH200"):
+        assert str(Layout.parse(row["layout"])) == row["layout"]
