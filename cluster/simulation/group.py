@@ -132,7 +132,7 @@ class Group:
             steps.append(SequenceStep(sequence.seq_id, sequence.slot, _ONE_TOKEN, start, (), _SAMPLE))
         scheduler.counts.steps += 1
         scheduler.counts.scheduled_sequences += len(steps)
-        self._in_flight.append(StepPlan(scheduler.counts.steps, tuple(steps)))
+        self._in_flight.append(StepPlan.for_groups(scheduler.counts.steps, [tuple(steps)])[0])
         return StepShape(len(steps), context, 0, 0, len(steps))
 
     def take_back(self) -> None:

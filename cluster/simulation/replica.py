@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from cluster.simulation.arrivals import Request
-from cluster.simulation.group import DecodeRun, Group, make_sequence
+from cluster.simulation.group import DecodeRun, Group, SimulatedSequence, make_sequence
 from cluster.simulation.recorder import Recorder
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.engine.block_manager import BlockManager
@@ -126,11 +126,10 @@ class Replica:
     def proceed(self, now_s: float) -> None:
         """Admits what has come and starts the next step, if there is one."""
         for request in self._inbox:
-            group = min(self.groups, key=lambda g: g.num_tokens) if len(self.groups) > 1 else self.groups[0]
             sequence = make_sequence(
                 self._next_seq_id, request, self._config.block_size, self._config.longest
             )
-            group.scheduler.add(sequence)
+            self._group_for(sequence).scheduler.add(sequence)
             self._next_seq_id += 1
         self._inbox.clear()
         while len(self._durations) < self._config.depth and self._plan_step():
@@ -142,6 +141,12 @@ class Replica:
         self._step_end_s = now_s + self._durations[0]
         self._stretch = self._find_stretch(now_s) if self._config.fast_forward else None
         self._expect(self._stretch.ends[-1] if self._stretch else self._step_end_s)
+
+    def _group_for(self, sequence: SimulatedSequence) -> Group:
+        """As `Engine.add_request` chooses."""
+        if len(self.groups) == 1:
+            return self.groups[0]
+        return min(self.groups, key=lambda group: group.scheduler.tokens_ahead(sequence))
 
     def _plan_step(self) -> bool:
         shapes = [shape for group in self.groups if (shape := group.plan()) is not None]
