@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from math import ceil, comb, log, sqrt
+from math import ceil, comb, sqrt
+from statistics import NormalDist
 
 from cluster.collectives import groups_of
 from cluster.footprint import LayerSizes, Stage, activation_bytes, stage_weights, stages
@@ -65,6 +66,9 @@ class CostModel:
         self.sizes = sizes = LayerSizes.of(config, layout)
         self.stages = stages(config, layout)
         self._kinds = list(dict.fromkeys(self.stages))
+        self._dense_layers = sum(stage.dense_layers for stage in self.stages)
+        self._moe_layers = sum(stage.moe_layers for stage in self.stages)
+        self._layers = self._dense_layers + self._moe_layers
         self._item = item = float(_ITEM_BYTES[config.dtype])
         self._kv_item = kv_bytes or item
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
@@ -80,8 +84,7 @@ class CostModel:
         self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
         if config.num_experts:
             self._missed = 1 - config.num_experts_per_tok / config.num_experts
-            here = sizes.experts_here / config.num_experts  # of the fullest rank
-            self._share_here = min(1.0, here * self._imbalance)
+            self._spread = _largest_of(layout.ep) * sqrt(self._missed)
             self._sent_share = _chosen_share(
                 config.num_experts, config.num_experts_per_tok, sizes.experts_here
             )
@@ -159,13 +162,21 @@ class CostModel:
 
     def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
         """Seconds of one micro-batch through all stages, and through the slowest."""
-        parts = self._layer_parts(shape, micro)
-        attention, dense, experts = (sum(part.values()) for part in parts[:3])
-        seconds: dict[Stage, float] = {}
-        for stage in self._kinds:
-            layers = stage.layers * attention + stage.dense_layers * dense + stage.moe_layers * experts
-            seconds[stage] = layers + sum(end for name, end in parts[3].items() if self._has_end(stage, name))
-        total, slowest = sum(seconds[stage] for stage in self.stages), max(seconds.values())
+        *layers, ends = self._layer_parts(shape, micro)
+        attention, dense, experts = (sum(part.values()) for part in layers)
+        embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
+        total = self._layers * attention + self._dense_layers * dense + self._moe_layers * experts
+        total += embedding + head + (self.layout.pp - 1) * send
+        if self.layout.pp == 1:
+            return total, total
+        slowest = max(
+            stage.layers * attention
+            + stage.dense_layers * dense
+            + stage.moe_layers * experts
+            + (embedding if stage.first else 0.0)
+            + (head if stage.last else send)
+            for stage in self._kinds
+        )
         return total, slowest
 
     def _has_end(self, stage: Stage, name: str) -> bool:
@@ -197,7 +208,7 @@ class CostModel:
         }
         all_reduce = self._tp.all_reduce(hidden)
         dense: dict[str, float] = {}
-        if any(stage.dense_layers for stage in self._kinds):
+        if self._dense_layers:
             dense = {
                 "dense FFN": self._products.seconds(tokens, sizes.dense)
                 + self._read_s * tokens * item * 3 * sizes.dense_columns,
@@ -242,15 +253,16 @@ class CostModel:
     def _expert_seconds(self, tokens: float) -> float:
         """The busiest rank's experts on `tokens` tokens of all groups.
 
-        Even routing touches E (1 - (1 - K / E)^S) experts; the busiest of ep ranks has, over its share, the
-        spread of the largest of ep near-normal counts, sqrt(2 ln ep) standard deviations.
+        Even routing of S tokens touches E (1 - (1 - K / E)^S) experts. The busiest of ep ranks has more pairs
+        than its share, and touches as many experts as that many more tokens would.
         """
         config, sizes = self.config, self.sizes
-        mean = tokens * config.num_experts_per_tok * self._share_here
-        spread = sqrt(2 * log(self.layout.ep) * mean) if self.layout.ep > 1 else 0.0
-        pairs = min(mean + spread, tokens * min(config.num_experts_per_tok, sizes.experts_here))
-        touched = sizes.experts_here * (1 - self._missed**tokens)
-        touched = max(min(touched, pairs), 1e-9)
+        even = tokens * config.num_experts_per_tok * sizes.experts_here / config.num_experts
+        mean = min(even * self._imbalance, tokens * config.num_experts_per_tok)
+        pairs = mean + self._spread * sqrt(mean)
+        pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
+        load = pairs / even if even else 1.0
+        touched = max(sizes.experts_here * (1 - self._missed ** (tokens * load)), 1e-9)
         weights = touched * sizes.expert
         product = self._products.seconds(pairs / touched, weights, self.device.expert_efficiency)
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
@@ -287,6 +299,15 @@ class Products:
 def products_of(device: Device, weight_bytes: float) -> Products:
     """The products of `device` with weights of so many bytes."""
     return Products(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
+
+
+def _largest_of(ranks: int) -> float:
+    """Standard deviations by which the largest of so many ranks' counts exceeds their mean.
+
+    Blom's estimate for normal counts (1958); that they add up to a constant makes each deviate less and the
+    largest more, which cancels.
+    """
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
 def _chosen_share(experts: int, chosen: int, here: int) -> float:
