@@ -21,7 +21,6 @@ from qwen3_dist.layout import Layout
 
 EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
 ALL_TO_ALL_FROM = 512  # as qwen3_dist.parallel.dispatch has it, which imports torch
-_LEAST_CHUNK = 256  # prompt tokens that are worth a micro-batch of their own
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -80,7 +79,7 @@ class CostModel:
         self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
         self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
         across = layout.world > cluster.devices_per_node
-        self._stage_link = cluster.between if across else cluster.inside
+        self._stage_link = (cluster.between if across else cluster.inside).of("send")
         self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
         if config.num_experts:
             self._missed = 1 - config.num_experts_per_tok / config.num_experts
@@ -96,9 +95,12 @@ class CostModel:
         round takes as long as one of them through all stages, or all of them through the slowest.
         """
         micro = self._micro_batches(shape)
-        pass_s, slowest_s = self._pass(shape, micro)
-        overhead = self._overhead(shape, micro)
-        return max(pass_s + overhead, micro * max(slowest_s, overhead))
+        through, slowest = self._pass(shape, micro)
+        return max(through, micro * slowest)
+
+    def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
+        """Seconds of `shape`, not cut, through all stages, and until the next one can follow it."""
+        return self._pass(shape, 1)
 
     def step_parts(self, shape: StepShape) -> dict[str, float]:
         """The seconds of `step_seconds` by operation; `pipeline` is what micro-batches wait for each other."""
@@ -141,9 +143,11 @@ class CostModel:
         return int(left / self.kv_bytes_per_token())
 
     def _micro_batches(self, shape: StepShape) -> int:
+        """As many as there are sequences, at most one for each stage: the engine does not split one's chunk."""
         if self.layout.pp == 1:
             return 1
-        return min(self.layout.pp, max(1, shape.num_decodes + shape.prefill_tokens // _LEAST_CHUNK))
+        prompts = max(shape.num_samples - shape.num_decodes, 1 if shape.prefill_tokens else 0)
+        return min(self.layout.pp, max(1, shape.num_decodes + prompts))
 
     def _overhead(self, shape: StepShape, micro: int) -> float:
         """Engine and launch costs of a micro-batch outside its layers."""
@@ -161,12 +165,13 @@ class CostModel:
         return seconds
 
     def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
-        """Seconds of one micro-batch through all stages, and through the slowest."""
+        """Seconds of one micro-batch through all stages, and through the slowest or the engine."""
         *layers, ends = self._layer_parts(shape, micro)
         attention, dense, experts = (sum(part.values()) for part in layers)
         embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
+        overhead = self._overhead(shape, micro)
         total = self._layers * attention + self._dense_layers * dense + self._moe_layers * experts
-        total += embedding + head + (self.layout.pp - 1) * send
+        total += embedding + head + (self.layout.pp - 1) * send + overhead
         if self.layout.pp == 1:
             return total, total
         slowest = max(
@@ -177,7 +182,7 @@ class CostModel:
             + (head if stage.last else send)
             for stage in self._kinds
         )
-        return total, slowest
+        return total, max(slowest, overhead)
 
     def _has_end(self, stage: Stage, name: str) -> bool:
         if name == "stage send":
@@ -228,7 +233,7 @@ class CostModel:
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
         layout, config = self.layout, self.config
-        if layout.stage_size > 1 and tokens >= ALL_TO_ALL_FROM:
+        if layout.stage_size > 1 and tokens * layout.dp >= ALL_TO_ALL_FROM:
             own = tokens / layout.tp
             sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
             row = config.emb_dim * self._item
