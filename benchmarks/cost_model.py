@@ -26,7 +26,7 @@ from cluster.sweep_report import Row, make_rows, order_agreement
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
-POINTS = (BurstPoint(1, 32, 24), BurstPoint(8, 32, 24), BurstPoint(16, 128, 12), BurstPoint(1, 512, 8))
+POINTS = (BurstPoint(1, 32, 16), BurstPoint(8, 32, 16), BurstPoint(16, 64, 12), BurstPoint(1, 512, 4))
 LAYOUTS = {
     "dense": ("tp=1", "tp=2", "dp=2", "pp=2"),
     "moe": ("tp=1", "tp=2", "tp=2,ep=2", "dp=2,ep=2", "pp=2"),

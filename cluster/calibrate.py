@@ -144,7 +144,7 @@ def _measure_links(device: str, ranks: int, measured: dict[str, Any], report: Re
     report("collectives of 2 ranks")
     points = collective_probe.measure(2, device)
     measured["collective_seconds"] = points
-    shares = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "all_to_all": 0.5}
+    shares = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0}
     links = {kind: collective_probe.fit(points[kind], share) for kind, share in shares.items()}
     return Link(links["all_gather"].latency_s, links["all_gather"].bytes_per_s, **links)  # type: ignore[arg-type]
 
@@ -166,6 +166,7 @@ def _measure_overheads(cluster: Cluster, device: str, measured: dict[str, Any], 
     waits = {
         kind: replace(inside.of(kind), latency_s=inside.of(kind).latency_s + collective_s)
         for kind in collective_probe.KINDS
+        if kind != "send"
     }
     inside = replace(inside, **waits)  # type: ignore[arg-type]
     return replace(cluster, ranks_overhead_s=ranks_s, inside=inside, between=inside)

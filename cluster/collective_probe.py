@@ -17,7 +17,7 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.context import ParallelContext
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 BYTES = (2 << 10, 16 << 10, 128 << 10, 1 << 20, 4 << 20)
 _TIMEOUT_S = 300.0
 _COLUMNS = 512  # bf16 numbers of a row: 1 KiB
@@ -90,6 +90,7 @@ def _time(parallel: ParallelContext, kind: str, size: int, device: torch.device)
         "all_gather": lambda: group.all_gather(own),
         "reduce_scatter": lambda: group.reduce_scatter(x),
         "all_to_all": lambda: group.all_to_all(x, counts, counts),
+        "send": lambda: _there_and_back(x, parallel.coords.rank),
     }
     call, taken = calls[kind], []
     for turn in range(60 if size <= 1 << 18 else 15):
@@ -99,7 +100,17 @@ def _time(parallel: ParallelContext, kind: str, size: int, device: torch.device)
             torch.cuda.synchronize()
         if turn >= 5:
             taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+    return statistics.median(taken) / (2 if kind == "send" else 1)
+
+
+def _there_and_back(x: torch.Tensor, rank: int) -> None:
+    """From rank 0 to rank 1 and back, by the means that pipeline stages use."""
+    if rank == 0:
+        dist.send(x, 1)
+        dist.recv(x, 1)
+    elif rank == 1:
+        dist.recv(x, 0)
+        dist.send(x, 0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from math import ceil, comb, log, sqrt
+from math import ceil, comb, sqrt
+from statistics import NormalDist
 
 from cluster.collectives import groups_of
 from cluster.footprint import LayerSizes, Stage, activation_bytes, stage_weights, stages
@@ -20,7 +21,6 @@ from qwen3_dist.layout import Layout
 
 EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
 ALL_TO_ALL_FROM = 512  # as qwen3_dist.parallel.dispatch has it, which imports torch
-_LEAST_CHUNK = 256  # prompt tokens that are worth a micro-batch of their own
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -65,6 +65,9 @@ class CostModel:
         self.sizes = sizes = LayerSizes.of(config, layout)
         self.stages = stages(config, layout)
         self._kinds = list(dict.fromkeys(self.stages))
+        self._dense_layers = sum(stage.dense_layers for stage in self.stages)
+        self._moe_layers = sum(stage.moe_layers for stage in self.stages)
+        self._layers = self._dense_layers + self._moe_layers
         self._item = item = float(_ITEM_BYTES[config.dtype])
         self._kv_item = kv_bytes or item
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
@@ -76,12 +79,11 @@ class CostModel:
         self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
         self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
         across = layout.world > cluster.devices_per_node
-        self._stage_link = cluster.between if across else cluster.inside
+        self._stage_link = (cluster.between if across else cluster.inside).of("send")
         self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
         if config.num_experts:
             self._missed = 1 - config.num_experts_per_tok / config.num_experts
-            here = sizes.experts_here / config.num_experts  # of the fullest rank
-            self._share_here = min(1.0, here * self._imbalance)
+            self._spread = _largest_of(layout.ep) * sqrt(self._missed)
             self._sent_share = _chosen_share(
                 config.num_experts, config.num_experts_per_tok, sizes.experts_here
             )
@@ -93,9 +95,12 @@ class CostModel:
         round takes as long as one of them through all stages, or all of them through the slowest.
         """
         micro = self._micro_batches(shape)
-        pass_s, slowest_s = self._pass(shape, micro)
-        overhead = self._overhead(shape, micro)
-        return max(pass_s + overhead, micro * max(slowest_s, overhead))
+        through, slowest = self._pass(shape, micro)
+        return max(through, micro * slowest)
+
+    def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
+        """Seconds of `shape`, not cut, through all stages, and until the next one can follow it."""
+        return self._pass(shape, 1)
 
     def step_parts(self, shape: StepShape) -> dict[str, float]:
         """The seconds of `step_seconds` by operation; `pipeline` is what micro-batches wait for each other."""
@@ -138,9 +143,11 @@ class CostModel:
         return int(left / self.kv_bytes_per_token())
 
     def _micro_batches(self, shape: StepShape) -> int:
+        """As many as there are sequences, at most one for each stage: the engine does not split one's chunk."""
         if self.layout.pp == 1:
             return 1
-        return min(self.layout.pp, max(1, shape.num_decodes + shape.prefill_tokens // _LEAST_CHUNK))
+        prompts = max(shape.num_samples - shape.num_decodes, 1 if shape.prefill_tokens else 0)
+        return min(self.layout.pp, max(1, shape.num_decodes + prompts))
 
     def _overhead(self, shape: StepShape, micro: int) -> float:
         """Engine and launch costs of a micro-batch outside its layers."""
@@ -158,15 +165,24 @@ class CostModel:
         return seconds
 
     def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
-        """Seconds of one micro-batch through all stages, and through the slowest."""
-        parts = self._layer_parts(shape, micro)
-        attention, dense, experts = (sum(part.values()) for part in parts[:3])
-        seconds: dict[Stage, float] = {}
-        for stage in self._kinds:
-            layers = stage.layers * attention + stage.dense_layers * dense + stage.moe_layers * experts
-            seconds[stage] = layers + sum(end for name, end in parts[3].items() if self._has_end(stage, name))
-        total, slowest = sum(seconds[stage] for stage in self.stages), max(seconds.values())
-        return total, slowest
+        """Seconds of one micro-batch through all stages, and through the slowest or the engine."""
+        *layers, ends = self._layer_parts(shape, micro)
+        attention, dense, experts = (sum(part.values()) for part in layers)
+        embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
+        overhead = self._overhead(shape, micro)
+        total = self._layers * attention + self._dense_layers * dense + self._moe_layers * experts
+        total += embedding + head + (self.layout.pp - 1) * send + overhead
+        if self.layout.pp == 1:
+            return total, total
+        slowest = max(
+            stage.layers * attention
+            + stage.dense_layers * dense
+            + stage.moe_layers * experts
+            + (embedding if stage.first else 0.0)
+            + (head if stage.last else send)
+            for stage in self._kinds
+        )
+        return total, max(slowest, overhead)
 
     def _has_end(self, stage: Stage, name: str) -> bool:
         if name == "stage send":
@@ -197,7 +213,7 @@ class CostModel:
         }
         all_reduce = self._tp.all_reduce(hidden)
         dense: dict[str, float] = {}
-        if any(stage.dense_layers for stage in self._kinds):
+        if self._dense_layers:
             dense = {
                 "dense FFN": self._products.seconds(tokens, sizes.dense)
                 + self._read_s * tokens * item * 3 * sizes.dense_columns,
@@ -217,7 +233,7 @@ class CostModel:
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
         layout, config = self.layout, self.config
-        if layout.stage_size > 1 and tokens >= ALL_TO_ALL_FROM:
+        if layout.stage_size > 1 and tokens * layout.dp >= ALL_TO_ALL_FROM:
             own = tokens / layout.tp
             sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
             row = config.emb_dim * self._item
@@ -242,15 +258,16 @@ class CostModel:
     def _expert_seconds(self, tokens: float) -> float:
         """The busiest rank's experts on `tokens` tokens of all groups.
 
-        Even routing touches E (1 - (1 - K / E)^S) experts; the busiest of ep ranks has, over its share, the
-        spread of the largest of ep near-normal counts, sqrt(2 ln ep) standard deviations.
+        Even routing of S tokens touches E (1 - (1 - K / E)^S) experts. The busiest of ep ranks has more pairs
+        than its share, and touches as many experts as that many more tokens would.
         """
         config, sizes = self.config, self.sizes
-        mean = tokens * config.num_experts_per_tok * self._share_here
-        spread = sqrt(2 * log(self.layout.ep) * mean) if self.layout.ep > 1 else 0.0
-        pairs = min(mean + spread, tokens * min(config.num_experts_per_tok, sizes.experts_here))
-        touched = sizes.experts_here * (1 - self._missed**tokens)
-        touched = max(min(touched, pairs), 1e-9)
+        even = tokens * config.num_experts_per_tok * sizes.experts_here / config.num_experts
+        mean = min(even * self._imbalance, tokens * config.num_experts_per_tok)
+        pairs = mean + self._spread * sqrt(mean)
+        pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
+        load = pairs / even if even else 1.0
+        touched = max(sizes.experts_here * (1 - self._missed ** (tokens * load)), 1e-9)
         weights = touched * sizes.expert
         product = self._products.seconds(pairs / touched, weights, self.device.expert_efficiency)
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
@@ -287,6 +304,15 @@ class Products:
 def products_of(device: Device, weight_bytes: float) -> Products:
     """The products of `device` with weights of so many bytes."""
     return Products(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
+
+
+def _largest_of(ranks: int) -> float:
+    """Standard deviations by which the largest of so many ranks' counts exceeds their mean.
+
+    Blom's estimate for normal counts (1958); that they add up to a constant makes each deviate less and the
+    largest more, which cancels.
+    """
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
 
 
 def _chosen_share(experts: int, chosen: int, here: int) -> float:

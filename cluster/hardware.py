@@ -68,13 +68,13 @@ class Link:
     all_gather: Link | None = None
     reduce_scatter: Link | None = None
     all_to_all: Link | None = None
+    send: Link | None = None  # from one rank to one other, as pipeline stages do
 
     def __post_init__(self) -> None:
         if self.latency_s < 0:
             raise ConfigError(f"latency_s must not be negative, not {self.latency_s:g}")
-        _require_positive(
-            self, skip=("latency_s", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-        )
+        kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+        _require_positive(self, skip=("latency_s", *kinds))
         if self.efficiency > 1:
             raise ConfigError(f"efficiency must be at most 1, not {self.efficiency:g}")
 

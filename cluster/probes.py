@@ -84,7 +84,8 @@ def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS
 @torch.inference_mode()
 def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
     """Seconds of one layer of experts on `tokens` tokens, each with a random choice of them."""
-    experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns).to(device=device, dtype=torch.bfloat16)
+    with device:
+        experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns).to(torch.bfloat16)
     experts.requires_grad_(False)
     for stack in (experts.fc1, experts.fc2, experts.fc3):
         stack.normal_(0, 0.02)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +113,23 @@ def test_the_busiest_rank_waits_for_nobody() -> None:
         for imbalance in (1.0, 1.5)
     )
     assert 1.3 < uneven / even < 1.5
+
+
+def test_even_routing_has_a_busiest_rank_too() -> None:
+    """Against drawing: 8 of 64 experts for each token, on 2, 4 and 16 ranks."""
+    config = replace(MOE, num_experts=64, num_experts_per_tok=8)
+    rng = random.Random(0)
+    for ep, tokens in ((2, 1), (4, 16), (16, 64)):
+        drawn = []
+        for _ in range(400):
+            counts = [0] * ep
+            for _ in range(tokens):
+                for expert in rng.sample(range(64), 8):
+                    counts[expert * ep // 64] += 1
+            drawn.append(max(counts))
+        model = CostModel(config, Layout(dp=ep, ep=ep), cluster(num_devices=16), 1.0)
+        mean = tokens * 8 / ep
+        assert mean + model._spread * mean**0.5 == pytest.approx(statistics.mean(drawn), rel=0.05)
 
 
 def test_micro_batches_fill_the_pipeline() -> None:

@@ -192,6 +192,17 @@ def test_a_plan_needs_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert planned(capsys, "bundled", "--gpus", "2xA100") == planned(capsys, "--gpus", "2xA100")
 
 
+def test_a_cluster_file_is_planned_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("preset: H100\nnum_devices: 16\nbetween: {bytes_per_s: 1e9}\n")
+    slow = {row["layout"]: row for row in planned(capsys, "Qwen3-30B-A3B", "--cluster", str(file))}
+    fast = {row["layout"]: row for row in planned(capsys, "Qwen3-30B-A3B", "--gpus", "16xH100")}
+    assert slow.keys() == fast.keys()
+    inside, across = "tp=8,ep=8", "tp=8,dp=2,ep=16"
+    assert slow[inside]["itl_ms"] == fast[inside]["itl_ms"]
+    assert slow[across]["itl_ms"] > fast[across]["itl_ms"]
+
+
 def test_the_frontier_holds_what_nothing_beats_in_both() -> None:
     one = plan(DENSE, PLAIN, REQUEST)[0]
     values = [(10.0, 100.0), (20.0, 200.0), (20.0, 150.0), (40.0, 250.0), (30.0, 120.0)]
