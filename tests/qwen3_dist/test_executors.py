@@ -114,6 +114,20 @@ def test_a_rank_killed_while_the_engine_idles_turns_its_health_bad(checkpoint: P
     wait_until_gone("qwen3_dist.executor.processes")
 
 
+def test_ranks_end_with_the_process_that_had_them_even_when_it_is_killed(checkpoint: Path) -> None:
+    script = (
+        "import sys; from qwen3_dist import LLM; llm = LLM(sys.argv[1], layout='tp=2', executor='processes',"
+    )
+    script += " use_tqdm=False); print('ready', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(checkpoint)]
+    owner = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+    assert len(processes_running("qwen3_dist.executor.processes")) == 3  # two ranks and what forked them
+    owner.kill()
+    owner.communicate()
+    wait_until_gone("qwen3_dist.executor.processes")
+
+
 def test_an_abandoned_request_frees_its_blocks(checkpoint: Path) -> None:
     async def scenario() -> None:
         engine = AsyncEngine(EngineConfig(str(checkpoint)))

@@ -102,7 +102,7 @@ def test_preemption_changes_no_token() -> None:
     limits = {"num_blocks": 14, "max_num_batched_tokens": 32, "max_num_seqs": 6}
     with LLM(dtype="float32", use_tqdm=False, **limits) as tight:
         outputs = tight.generate(prompts, params, use_tqdm=False)
-        assert tight._engine._scheduler.counts.preemptions > 0
+        assert tight._engine.stats().preemptions > 0
         tight._engine.check_integrity()
     assert [output.token_ids for output in outputs] == expected
 

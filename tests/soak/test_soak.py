@@ -21,10 +21,14 @@ LENGTH = 20
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("moe", "layout"), [(False, "tp=1"), (True, "tp=2,ep=2")])
+@pytest.mark.parametrize(
+    ("moe", "layout"), [(False, "tp=1"), (True, "tp=2,ep=2"), (False, "pp=2"), (True, "dp=2,ep=2")]
+)
 def test_after_thousands_of_requests_every_block_is_free_and_every_token_right(
     tmp_path: Path, moe: bool, layout: str
 ) -> None:
+    """Where there are dp groups, experts have copies and move all the while."""
+    parsed = Layout.parse(layout)
     path = write_checkpoint(tmp_path, moe=moe)
     rng = random.Random(0)
     trunks = [[rng.randrange(199) for _ in range(rng.randint(1, 60))] for _ in range(20)]
@@ -34,11 +38,13 @@ def test_after_thousands_of_requests_every_block_is_free_and_every_token_right(
     expected = [reference.generate_greedy(prompt, LENGTH) for prompt in prompts]
     config = EngineConfig(
         model=str(path),
-        layout=Layout.parse(layout),
+        layout=parsed,
+        redundant_experts=2 if parsed.dp > 1 else 0,
+        rebalance_experts_s=1.0 if parsed.dp > 1 else None,
         executor="in_process" if layout == "tp=1" else "processes",
         block_size=4,
-        num_blocks=120,
-        max_num_seqs=16,
+        num_blocks=120 // parsed.dp,
+        max_num_seqs=16 // parsed.dp,
         max_num_batched_tokens=64,
     )
     engine = Engine(config)
