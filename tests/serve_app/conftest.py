@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -46,9 +47,17 @@ def model() -> str:
 
 @pytest.fixture
 def stats(url: str) -> Callable[[], list[EngineStats]]:
-    """Reads every replica's engine statistics."""
+    """Reads every replica's engine statistics. A new handle knows of no replica yet."""
     handle = serve.get_deployment_handle(REPLICA, APP_NAME)
-    return lambda: handle.broadcast("stats").results(timeout_s=30)
+
+    def read() -> list[EngineStats]:
+        deadline = time.monotonic() + 30
+        while not (readings := handle.broadcast("stats").results(timeout_s=30)):
+            assert time.monotonic() < deadline, "no replica answers"
+            time.sleep(0.05)
+        return readings
+
+    return read
 
 
 @pytest.fixture
