@@ -56,9 +56,15 @@ class _Rank:
 
 @functools.cache
 def _nursery() -> Nursery:
-    nursery = Nursery()
-    atexit.register(nursery.close)
-    return nursery
+    return Nursery()
+
+
+@atexit.register
+def end_nursery() -> None:
+    """Ends the process that forks ranks; the next `run_ranks` makes another."""
+    if _nursery.cache_info().currsize:
+        _nursery().close()
+        _nursery.cache_clear()
 
 
 def run_ranks(

@@ -27,10 +27,15 @@ from qwen3_dist.errors import (
 from qwen3_dist.executor.ray_ranks import choose_device, rank_bundles
 from qwen3_dist.reference import load_reference
 from tests.checkpoints import write_checkpoint
-from tests.ranks import ROOT
+from tests.ranks import ROOT, end_nursery
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 ENDLESS = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_processes_of_other_tests() -> None:
+    end_nursery()
 
 
 @pytest.fixture(scope="module")

@@ -67,8 +67,8 @@ def test_coordinates_and_groups_of_every_rank() -> None:
     assert [c.tp_rank for c in at] == [0, 1] * 4
     assert [c.ep_rank for c in at] == [0, 0, 1, 1] * 2
     assert [c.etp_rank for c in at] == [0, 1] * 4
-    assert _groups_of(layout, 5) == ((4, 5), (5, 7), (4, 5))
-    assert _groups_of(Layout(tp=4, ep=2), 2) == ((0, 1, 2, 3), (0, 2), (2, 3))
+    assert _groups_of(layout, 5) == ((4, 5), (5, 7), (5, 7), (4, 5))
+    assert _groups_of(Layout(tp=4, ep=2), 2) == ((0, 1, 2, 3), (2,), (0, 2), (2, 3))
 
 
 def test_valid_layouts_of_a_world() -> None:
