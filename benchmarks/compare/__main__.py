@@ -88,7 +88,8 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
                 alarm.cancel()
         if process.returncode:
             errors.seek(0)
-            result["error"] = errors.read()[-1000:]
+            late = process.returncode == -signal.SIGKILL
+            result["error"] = f"ended at its limit of {timeout_s:g} s" if late else errors.read()[-1000:]
     return result
 
 
