@@ -62,10 +62,12 @@ class Counting(Communicator):
         return self._inner.reduce_scatter(x)
 
     def gather(self, x: Tensor) -> Tensor | None:
-        raise NotImplementedError
+        self.sent += x.nbytes if self.rank else 0
+        return self._inner.gather(x)
 
     def broadcast(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        self.sent += 0 if self.rank else x.nbytes * (self.size - 1)
+        return self._inner.broadcast(x)
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None

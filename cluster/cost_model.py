@@ -14,14 +14,13 @@ from statistics import NormalDist
 from cluster.collectives import groups_of
 from cluster.footprint import LayerSizes, Stage, activation_bytes, stage_weights, stages
 from cluster.hardware import Cluster, Device
-from cluster.memory import kv_bytes_per_token
+from cluster.memory import ITEM_BYTES, kv_bytes_per_token
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
+from qwen3_dist.settings import ALL_TO_ALL_FROM
 
 EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
-ALL_TO_ALL_FROM = 512  # as qwen3_dist.parallel.dispatch has it, which imports torch
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class CostModel:
         self._dense_layers = sum(stage.dense_layers for stage in self.stages)
         self._moe_layers = sum(stage.moe_layers for stage in self.stages)
         self._layers = self._dense_layers + self._moe_layers
-        self._item = item = float(_ITEM_BYTES[config.dtype])
+        self._item = item = float(ITEM_BYTES[config.dtype])
         self._kv_item = kv_bytes or item
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))

@@ -12,7 +12,7 @@ from qwen3_dist.layout import Layout, valid_layouts
 from qwen3_dist.weights.plan import Piece, WeightPlan
 from qwen3_dist.weights.source import bundled_path
 
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def total_parameters(config: ModelConfig) -> int:
@@ -43,7 +43,7 @@ def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
     """The report of `qwen3-dist inspect`. Raises ParallelLayoutError if `layout` does not fit."""
     config = ModelConfig.from_directory(path)
     layout.validate(config)
-    item_bytes = _ITEM_BYTES[config.dtype]
+    item_bytes = ITEM_BYTES[config.dtype]
     sizes = ("n_layers", "emb_dim", "n_heads", "n_kv_groups", "head_dim", "hidden_dim", "vocab_size")
     moe = ("num_experts", "num_experts_per_tok", "moe_hidden_dim") if config.num_experts else ()
     ranks = range(layout.world)

@@ -20,6 +20,7 @@ T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
 QUANTIZATIONS = ("none", "int8")
+ALL_TO_ALL_FROM = 512  # tokens of a step from which moe_dispatch=auto is all_to_all
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
 EXECUTORS = ("auto", "in_process", "processes", "ray")

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.settings import ALL_TO_ALL_FROM
 
-ALL_TO_ALL_FROM = 512  # tokens of a step
 FP8_BLOCK = 128  # numbers that share a scale
 
 

@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Collection
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from serve_app.config import setting_types
+
+if TYPE_CHECKING:
+    from cluster.hardware import Cluster
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +19,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
+    """The model, of which a config.json is enough, and the machines that a prediction is for."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="",
+        help="directory, config.json, official name (Qwen3-235B-A22B) or hub id; omitted: the bundled model",
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpus", metavar="8xH100", help="number and kind of GPUs, on nodes of 8")
+    where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
+
+
+def given_cluster(args: argparse.Namespace) -> Cluster:
+    """Raises ConfigError for what cannot be read."""
+    from cluster.hardware import parse_gpus, read_cluster
+
+    return read_cluster(args.cluster) if args.cluster else parse_gpus(args.gpus)
 
 
 def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: Collection[str] = ()) -> None:

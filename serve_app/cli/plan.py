@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from serve_app.cli.options import add_model_and_cluster, given_cluster
+
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
     from cluster.planner import PlannedLayout, PlanRequest
@@ -18,15 +20,7 @@ NOTHING_FITS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default="",
-        help="directory, config.json, official name (Qwen3-235B-A22B) or hub id; omitted: the bundled model",
-    )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpus", metavar="8xH100", help="number and kind of GPUs, on nodes of 8")
-    where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
+    add_model_and_cluster(parser)
     for name, what in (
         ("input-len", "tokens of each prompt"),
         ("output-len", "tokens generated from each"),
@@ -51,12 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from cluster.hardware import parse_gpus, read_cluster
     from cluster.official import find_config
     from cluster.planner import check_limits, plan
 
     name, config = find_config(args.model)
-    cluster = read_cluster(args.cluster) if args.cluster else parse_gpus(args.gpus)
+    cluster = given_cluster(args)
     request = _request(args, cluster)
     if args.plot:
         from cluster.plots import require_matplotlib

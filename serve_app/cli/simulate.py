@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
+from serve_app.cli.options import add_model_and_cluster, given_cluster
 from serve_app.config import ServiceConfig
 
 if TYPE_CHECKING:
@@ -26,15 +27,7 @@ _POISSON = ("rate", "duration", "input_len", "output_len")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        nargs="?",
-        default="",
-        help="directory, config.json, official name (Qwen3-235B-A22B) or hub id; omitted: the bundled model",
-    )
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpus", metavar="8xH100", help="number and kind of GPUs, on nodes of 8")
-    where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
+    add_model_and_cluster(parser)
     parser.add_argument("--layout", default="", help="parallel layout of a replica (default: tp=1)")
     _add_arrivals(parser.add_argument_group("arrivals"))
     _add_replicas(parser.add_argument_group("replicas"))
@@ -116,14 +109,13 @@ def _add_engine(group: Any) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.cost_model import EXPERT_IMBALANCE, CostModel
-    from cluster.hardware import parse_gpus, read_cluster
     from cluster.official import find_config
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
 
     name, config = find_config(args.model)
     layout = Layout.parse(args.layout)
-    cluster = read_cluster(args.cluster) if args.cluster else parse_gpus(args.gpus)
+    cluster = given_cluster(args)
     limits = Limits(args.ttft_ms, args.itl_ms)
     if args.plot:
         from cluster.plots import require_matplotlib

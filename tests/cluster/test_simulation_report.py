@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from cluster.cost_model import CostModel, StepShape
 from cluster.hardware import parse_gpus
 from cluster.official import find_config
-from cluster.plots import can_plot
 from cluster.simulation.arrivals import Request
 from cluster.simulation.autoscaler import AutoscalingConfig
 from cluster.simulation.replica import ReplicaConfig
@@ -121,7 +120,6 @@ def test_experts_shared_by_all_groups_get_the_tokens_that_there_are() -> None:
     assert times.together([decode, few], groups=8) == times.seconds(decode)
 
 
-@pytest.mark.skipif(not can_plot(), reason="needs matplotlib")
 def test_replicas_over_time_can_be_drawn(tmp_path: Path) -> None:
     plot_replicas(tmp_path / "replicas.png", "two replicas", outcome())
     assert (tmp_path / "replicas.png").read_bytes().startswith(b"\x89PNG")
