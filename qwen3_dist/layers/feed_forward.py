@@ -68,10 +68,10 @@ class MoEFeedForward(nn.Module):
         self.all_to_all = AllToAllDispatcher(parallel.ep, parallel.etp, placement, parallel.dispatch.fp8)
         self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
         self._dp = parallel.dp
-        # etp ranks send rows to each other one for one, so where they are of several dp groups, who may have
-        # other numbers of tokens, all pad to the largest.
         self._tp_size = parallel.tp.size
         self._overlap_from = parallel.dispatch.overlap_from
+        # etp ranks exchange rows one for one, so where they are of several dp groups, which may have other
+        # numbers of tokens, all pad to the largest.
         self._levels = parallel.tp.size % parallel.etp.size != 0
         self.gate = Linear(config.emb_dim, config.num_experts, bias=False)
         self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns)
@@ -102,7 +102,7 @@ class MoEFeedForward(nn.Module):
     def gathered(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
         """The form for few: norm(x) [T, D], the same on every tp rank -> a partial sum over tp.
 
-        dp groups have tokens of their own, which all ranks get; and how many each has is known to all.
+        With several dp groups every rank gets the tokens of all; `batch` says how many each has.
         """
         if self._dp.size == 1:
             return self._local(x, norm, batch.padding)
