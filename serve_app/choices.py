@@ -7,18 +7,28 @@ from dataclasses import dataclass
 from qwen3_dist.engine.outputs import TokenDelta, TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.detokenizer import TextStream
+from qwen3_dist.text.parsed import ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What one step shows of choice `index`; `finish_reason` is OpenAI's, None while it runs."""
+    """What one step shows of choice `index`; `finish_reason` is OpenAI's, None while it runs.
+
+    `text` is content: what follows reasoning and is no tool call. `stop_reason` is the stop string or stop
+    token that ended the choice, None for EOS.
+    """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
 
 class Choice:

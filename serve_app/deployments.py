@@ -24,15 +24,9 @@ from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.config import ServiceConfig
 from serve_app.handlers import RequestHandler
 from serve_app.http import EventStream, error_response, json_response, make_api, read_body
-from serve_app.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    error_object,
-    error_status,
-    parse_chat,
-    parse_completion,
-    to_json,
-)
+from serve_app.protocol.chat import ChatRequest, parse_chat
+from serve_app.protocol.completions import CompletionRequest, parse_completion
+from serve_app.protocol.errors import error_object, error_status, to_json
 
 logger = logging.getLogger("ray.serve")
 HEALTH_TIMEOUT_S = 5.0

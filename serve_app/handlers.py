@@ -17,9 +17,13 @@ from typing import Any
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from serve_app.answers import Answer, ChatAnswer, CompletionAnswer, usage
+from serve_app.answers.base import Answer, usage
+from serve_app.answers.chat import ChatAnswer
+from serve_app.answers.completions import CompletionAnswer
 from serve_app.choices import Choice, ChoiceDelta
-from serve_app.protocol import ChatRequest, CompletionRequest, error_object, to_json
+from serve_app.protocol.chat import ChatRequest
+from serve_app.protocol.completions import CompletionRequest
+from serve_app.protocol.errors import error_object, to_json
 
 logger = logging.getLogger("ray.serve")
 DONE = b"data: [DONE]\n\n"

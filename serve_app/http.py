@@ -18,7 +18,7 @@ from starlette.types import Send
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.handlers import DONE, event
-from serve_app.protocol import error_form, error_object, error_status, to_json
+from serve_app.protocol.errors import error_form, error_object, error_status, to_json
 
 
 def make_api() -> FastAPI:

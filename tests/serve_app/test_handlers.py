@@ -16,7 +16,8 @@ from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import resolve_model
 from serve_app.handlers import DONE, RequestHandler
-from serve_app.protocol import CompletionRequest, parse_chat, parse_completion
+from serve_app.protocol.chat import parse_chat
+from serve_app.protocol.completions import CompletionRequest, parse_completion
 from tests.serve_app.support import wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from qwen3_dist.errors import EngineDeadError, RequestError
-from serve_app.protocol import error_object, parse_chat, parse_completion
+from serve_app.protocol.chat import parse_chat
+from serve_app.protocol.completions import parse_completion
+from serve_app.protocol.errors import error_object
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}

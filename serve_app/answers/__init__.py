@@ -1,0 +1,1 @@
+"""The answer forms of the APIs that are served: choice deltas in, stream chunks or one response out."""

@@ -1,0 +1,1 @@
+"""The request forms of the APIs that are served: JSON bodies in, typed requests out, one sentence for a bad one."""

@@ -1,0 +1,43 @@
+"""Errors as HTTP has them: a status and OpenAI's error object."""
+
+from __future__ import annotations
+
+import json
+from http import HTTPStatus
+from typing import Any
+
+from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+
+
+def error_status(error: Exception) -> int:
+    """The HTTP status that `error` is answered with."""
+    if isinstance(error, RequestError):
+        return error.status
+    return (
+        HTTPStatus.SERVICE_UNAVAILABLE
+        if isinstance(error, EngineDeadError)
+        else HTTPStatus.INTERNAL_SERVER_ERROR
+    )
+
+
+def error_object(error: Exception) -> dict[str, Any]:
+    """OpenAI's error object. The text of an error that is none of ours stays in the log."""
+    status = error_status(error)
+    message = (
+        str(error)
+        if isinstance(error, QwenDistError)
+        else "the service failed on this request; its log says why"
+    )
+    return error_form(message, status, getattr(error, "param", None))
+
+
+def error_form(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error object for `message` and HTTP `status`."""
+    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    code = "model_not_found" if status == HTTPStatus.NOT_FOUND and param == "model" else None
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
