@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_dist.engine.engine import Engine
+from qwen3_dist.engine.outputs import EngineStats
 from qwen3_dist.machine import hardware, peak_memory_mib, versions
 from qwen3_dist.sampling_params import SamplingParams
 
@@ -62,10 +63,19 @@ def measure(engine: Engine, workload: Workload) -> dict[str, Any]:
         "mean_batch": round((after.scheduled_sequences - before.scheduled_sequences) / steps, 2),
         "prefix_hits": after.cached_prompt_tokens - before.cached_prompt_tokens,
         "preemptions": after.preemptions - before.preemptions,
+        **_speculation(before, after),
         "peak_memory_mib": peak_memory_mib(),
         "hardware": hardware(),
         "versions": versions(),
     }
+
+
+def _speculation(before: EngineStats, after: EngineStats) -> dict[str, Any]:
+    """How much was guessed, and what share of it was right; None where nothing was."""
+    drafted = after.drafted_tokens - before.drafted_tokens
+    accepted = after.accepted_tokens - before.accepted_tokens
+    rate = round(accepted / drafted, 3) if drafted else None
+    return {"drafted_tokens": drafted, "accepted_tokens": accepted, "acceptance_rate": rate}
 
 
 def warm_up(engine: Engine) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from qwen3_dist.config import DTYPES
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
+from qwen3_dist.speculation import Speculation
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
@@ -77,6 +78,9 @@ class EngineConfig:
         None, "most tokens in one step, longer prompts go in chunks; 1024 on CPU, 8192 on GPU if unset"
     )
     prefix_caching: bool = setting(True, "keep finished prompts' KV blocks for prompts that begin alike")
+    speculative: Speculation | None = setting(
+        None, "guess tokens by what the text had before and check them together, for example ngram,k=4"
+    )
     overlap: bool = setting(True, "plan the next step while the ranks run this one")
     cpus_per_rank: float | None = setting(
         None, "CPUs reserved in Ray for each rank; by device and cluster if unset"
@@ -87,6 +91,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
+        if self.speculative is not None:
+            object.__setattr__(self, "speculative", Speculation.parse(self.speculative))
         for name in (
             "block_size",
             "overlap_dispatch_from",
@@ -123,7 +129,7 @@ def runs_in_process(config: EngineConfig) -> bool:
 def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     """Builds dataclass `cls` from `values`. Raises ConfigError naming a bad or unknown key.
 
-    Nested dataclasses take mappings; `Layout` takes its text form; integers pass as floats.
+    Nested dataclasses take mappings; `Layout` and `Speculation` take their text forms; integers pass as floats.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
@@ -145,8 +151,8 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
         if value is None and type(None) in options:
             return None
         return _coerce(name, next(o for o in options if o is not type(None)), value)
-    if kind is Layout:
-        return Layout.parse(value)
+    if kind in (Layout, Speculation):
+        return kind.parse(value)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
         return read_settings(kind, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -147,7 +147,8 @@ class Group:
         if plan is None:
             return []
         samples = sum(step.sample is not None for step in plan.sequences)
-        advanced = self.scheduler.update(plan, StepResult(plan.step, (_TOKEN,) * samples, ()))
+        result = StepResult(plan.step, (_TOKEN,) * samples, ())
+        advanced = [advance.sequence for advance in self.scheduler.update(plan, result)]
         self._advanced = sum(sequence.finish_reason is None for sequence in advanced)
         return cast("list[SimulatedSequence]", advanced)
 
@@ -213,8 +214,8 @@ _UNBOUNDED = 1 << 30
 def _decoding(plan: StepPlan) -> list[int] | None:
     """The sequences of a step in which each has one token and is sampled; None for other steps."""
     ids = []
-    for seq_id, _, token_ids, _, _, sample in plan.sequences:
-        if sample is None or len(token_ids) != 1:
+    for step in plan.sequences:
+        if step.sample is None or len(step.token_ids) != 1:
             return None
-        ids.append(seq_id)
+        ids.append(step.seq_id)
     return ids

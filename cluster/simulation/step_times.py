@@ -82,13 +82,13 @@ class StepTimes:
 def shape_of(plan: StepPlan) -> StepShape:
     """What a step computes. A sequence with one token counts as a decode, as it does on the ranks."""
     decodes = context = tokens = pairs = samples = 0
-    for _, _, token_ids, start, _, sample in plan.sequences:
-        count = len(token_ids)
+    for step in plan.sequences:
+        count, start = len(step.token_ids), step.start
         if count == 1:
             decodes += 1
             context += start + 1
         else:
             tokens += count
             pairs += count * start + count * (count + 1) // 2
-        samples += sample is not None
+        samples += step.sample is not None
     return StepShape(decodes, context, tokens, pairs, samples)

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.expert_balance import ExpertBalance
-from qwen3_dist.engine.outputs import EngineStats, TokenDelta, TokenLogprob
+from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import initial_placements
-from qwen3_dist.engine.plan import StepPlan, StepResult
-from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
+from qwen3_dist.engine.plan import StepPlan
+from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.executor import Executor, make_executor
@@ -152,11 +152,16 @@ class Engine:
             plans = self._in_flight.popleft()
             for group, plan, result in zip(self._groups, plans, self._executor.collect(), strict=True):
                 if result is not None:
-                    self._add_deltas(outputs, group.update(plan, result), plan, result)
+                    self._add_deltas(outputs, group.update(plan, result))
         return outputs
 
     def _plan(self) -> list[StepPlan]:
-        """The next step, a plan for each dp group; empty when there is nothing to do before an answer."""
+        """The next step, a plan for each dp group; empty when there is nothing to do before an answer.
+
+        A group that waits to guess makes the others wait too, which would else step without it in between.
+        """
+        if any(group.waits_to_draft for group in self._groups):
+            return []
         planned = [group.schedule() for group in self._groups]
         if not any(planned):
             return []
@@ -181,6 +186,8 @@ class Engine:
             preemptions=counts["preemptions"],
             prompt_tokens=counts["prompt_tokens"],
             cached_prompt_tokens=counts["cached_prompt_tokens"],
+            drafted_tokens=counts["drafted_tokens"],
+            accepted_tokens=counts["accepted_tokens"],
         )
 
     def check_integrity(self) -> None:
@@ -192,16 +199,10 @@ class Engine:
         """Ends the ranks. May be called more than once."""
         self._executor.shutdown()
 
-    def _add_deltas(
-        self, outputs: Outputs, advanced: Iterable[Sequence], plan: StepPlan, result: StepResult
-    ) -> None:
-        logprobs = dict(zip((s.seq_id for s in plan.sequences if s.sample), result.logprobs, strict=True))
-        for sequence in advanced:
-            logprob = logprobs[sequence.seq_id]
-            kept: tuple[TokenLogprob, ...] = (logprob,) if logprob is not None else ()
-            token_ids = (sequence.token_ids[-1],)
+    def _add_deltas(self, outputs: Outputs, advanced: Iterable[Advance]) -> None:
+        for sequence, token_ids, logprobs in advanced:
             cached = sequence.num_cached or 0
-            delta = TokenDelta(sequence.index, token_ids, kept, sequence.finish_reason, cached)
+            delta = TokenDelta(sequence.index, token_ids, logprobs, sequence.finish_reason, cached)
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:
                 self._forget(sequence)

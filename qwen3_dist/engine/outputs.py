@@ -83,6 +83,8 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int
     cached_prompt_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def mean_batch(self) -> float:
@@ -93,3 +95,8 @@ class EngineStats:
     def prefix_hit_rate(self) -> float:
         """Share of prompt tokens that the prefix cache spared."""
         return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of guessed tokens that were right."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0

@@ -16,7 +16,10 @@ LAST_SAMPLED = -1  # in place of a token id: the token last sampled for the sequ
 
 
 class SampleSpec(NamedTuple):
-    """How to draw one token. `position` is the index it will have in its sequence."""
+    """How to draw one token. `position` is the index it will have in its sequence.
+
+    Tokens drawn after guesses in the same step have the positions that follow.
+    """
 
     temperature: float
     top_p: float
@@ -31,6 +34,7 @@ class SequenceStep(NamedTuple):
 
     `block_table` covers the sequence up to the last of them. `sample` is None while a prompt is only
     partly computed. `slot` is the sequence's place among the running ones, its own while it runs.
+    The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
     """
 
     seq_id: int
@@ -39,6 +43,17 @@ class SequenceStep(NamedTuple):
     start: int
     block_table: tuple[int, ...]
     sample: SampleSpec | None
+    num_drafted: int = 0
+
+    @property
+    def draws(self) -> list[SampleSpec]:
+        """How to draw each of its tokens, in order."""
+        if self.sample is None:
+            return []
+        return [
+            self.sample._replace(position=self.sample.position + ahead)
+            for ahead in range(1 + self.num_drafted)
+        ]
 
 
 class StepPlan(NamedTuple):
@@ -71,7 +86,11 @@ class StepPlan(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The sampled token of every sequence of the plan that has a `sample`, in the plan's order."""
+    """The sampled tokens, 1 + `num_drafted` of every sequence of the plan that has a `sample`, in its order.
+
+    Of a sequence's tokens the first is its next one, and another one counts while the guess in front of it
+    equals the one before.
+    """
 
     step: int
     token_ids: tuple[int, ...]

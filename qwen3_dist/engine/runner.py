@@ -15,7 +15,7 @@ from torch import Tensor
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
-from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, StepPlan, StepResult
+from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.sampler import SampledLogprobs, sample
 from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.layers.batch import StepBatch
@@ -66,13 +66,23 @@ class ModelRunner:
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
             return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
-        specs = [part.sample for part in sampled if part.sample is not None]
+        specs = [spec for part in sampled for spec in part.draws]
         tokens = self._last_sampled.new_zeros(len(specs))
         if logits is not None:
             tokens = sample(logits, specs)
         tokens = self._tp.broadcast(tokens)
-        self._last_sampled[torch.tensor([part.slot for part in sampled], device=self._device)] = tokens
+        self._keep_last(sampled, tokens)
         return None if logits is None else StepOutput(plan.step, tokens, logits, specs)
+
+    def _keep_last(self, sampled: list[SequenceStep], tokens: Tensor) -> None:
+        """Keeps what sequences without guesses got; one with guesses is planned again when that is known."""
+        if any(part.num_drafted for part in sampled):
+            firsts = accumulate((1 + part.num_drafted for part in sampled[:-1]), initial=0)
+            rows = [row for row, part in zip(firsts, sampled, strict=True) if not part.num_drafted]
+            sampled = [part for part in sampled if not part.num_drafted]
+            tokens = tokens[torch.tensor(rows, dtype=torch.int64, device=self._device)]
+        slots = [part.slot for part in sampled]
+        self._last_sampled[torch.tensor(slots, dtype=torch.int64, device=self._device)] = tokens
 
     def expert_counts(self) -> dict[int, dict[int, int]]:
         """Rows that this rank has computed for each expert so far, by layer."""
@@ -157,7 +167,7 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
             positions.append(position)
             slots.append(sequence.block_table[position // block_size] * block_size + position % block_size)
         if sequence.sample is not None:
-            logits_rows.append(len(token_ids) - 1)
+            logits_rows.extend(range(len(token_ids) - 1 - sequence.num_drafted, len(token_ids)))
     query_lens = tuple(len(sequence.token_ids) for sequence in plan.sequences)
     context_lens = tuple(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
     tables = [(*s.block_table, *[0] * (longest - len(s.block_table))) for s in plan.sequences]

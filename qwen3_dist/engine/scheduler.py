@@ -11,6 +11,9 @@ it had arrived p * AGING_STEPS steps later than it did, so whoever waits overtak
 Steps may be planned before the ones before them have answered (`num_pending` of a sequence). Where the model
 is a pipeline of stages, these steps are its micro-batches: each takes its part of the decoding sequences,
 none of which waits for an answer.
+
+With speculation a sequence whose tokens are all known takes guesses along, from what a step leaves of its
+budget and of the blocks: a guess never delays or preempts anybody.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
+from qwen3_dist.engine.drafts import Drafter
+from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.speculation import Speculation
 
 AGING_STEPS = 256
 TOKENS_PER_SEQ = 128
@@ -31,11 +38,13 @@ _KEPT_FREE = 100  # one block in so many is left for the running ones when a new
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Most sequences and tokens of one step, and the stages that steps pass through."""
+    """Most sequences and tokens of one step, the stages that steps pass through, and how to guess ahead."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     stages: int = 1
+    speculation: Speculation | None = None
+    max_guessing_tokens: int = 32  # of a step, guesses included: more would cost more time than they save
 
     @classmethod
     def of(cls, config: EngineConfig, device: str, num_blocks: int) -> SchedulerLimits:
@@ -47,7 +56,7 @@ class SchedulerLimits:
         seqs, tokens = (256, 8192) if device == "cuda" else (64, 1024)
         fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
         most = config.max_num_seqs or min(seqs, fitting)
-        return cls(most, config.max_num_batched_tokens or tokens, config.layout.pp)
+        return cls(most, config.max_num_batched_tokens or tokens, config.layout.pp, config.speculative)
 
 
 @dataclass
@@ -59,6 +68,16 @@ class SchedulerCounts:
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    drafted_tokens: int = 0  # whose answers have come
+    accepted_tokens: int = 0
+
+
+class Advance(NamedTuple):
+    """What a step gave a sequence; `logprobs` are as many as the tokens, or none."""
+
+    sequence: Sequence
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
 
 
 class Scheduler:
@@ -85,9 +104,22 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         assert len(sequence.token_ids) < self.blocks.capacity_tokens, "the engine refuses what cannot fit"
+        if self._limits.speculation is not None:
+            sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
         insort(self.waiting, sequence, key=_place_in_line)
         self._by_id[sequence.seq_id] = sequence
+
+    @property
+    def waits_to_draft(self) -> bool:
+        """Whether planning on now would lose guesses: one is in flight, or can probably be made after the answer."""
+        if self._limits.speculation is None or self._limits.stages > 1:
+            return False
+        return any(
+            s.num_drafted or s.drafter.can_propose(s.token_ids)
+            for s in self.running
+            if s.num_pending and s.drafter is not None
+        )
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Takes `sequence` out, wherever it is, and frees its blocks."""
@@ -105,6 +137,7 @@ class Scheduler:
         if self.counts.preemptions == preemptions:
             budget = self._limits.max_num_batched_tokens - sum(len(step.token_ids) for step in steps)
             steps += self._admit(budget)
+        self._add_drafts(steps)
         if not steps:
             answers_due = any(s.num_pending for s in (*self.running, *self.waiting))
             assert answers_due or not self.has_work, "a sequence that fits alone can always be scheduled"
@@ -114,30 +147,45 @@ class Scheduler:
         steps.sort(key=lambda step: len(step.token_ids) != 1)
         return StepPlan.for_groups(self.counts.steps, [tuple(steps)])[0]
 
-    def update(self, plan: StepPlan, result: StepResult) -> list[Sequence]:
-        """Takes a step's tokens in; returns the sequences that got one, finished ones taken out."""
-        sampled = iter(result.token_ids)
+    def update(self, plan: StepPlan, result: StepResult) -> list[Advance]:
+        """Takes a step's tokens in; returns what each sequence got, finished ones taken out."""
         advanced = []
+        row = 0
         for step in plan.sequences:
             if step.sample is None:
                 continue
-            token_id = next(sampled)
+            rows, row = slice(row, row + 1 + step.num_drafted), row + 1 + step.num_drafted
             sequence = self._by_id.get(step.seq_id)
             if sequence is None:
                 continue  # it ended while the step ran
-            sequence.num_pending -= 1
-            sequence.append(token_id, self._eos_token_ids)
+            kept = self._keep(sequence, step, result.token_ids[rows])
+            logprobs = tuple(each for each in result.logprobs[rows][: len(kept)] if each is not None)
+            advanced.append(Advance(sequence, kept, logprobs))
             self.blocks.register(sequence)
-            advanced.append(sequence)
             if sequence.finish_reason is not None:
                 self.finish(sequence, sequence.finish_reason)
         return advanced
+
+    def _keep(self, sequence: Sequence, step: SequenceStep, sampled: tuple[int, ...]) -> tuple[int, ...]:
+        """Appends the tokens that count: up to the first that was not guessed, or that ends the sequence."""
+        guesses = step.token_ids[len(step.token_ids) - step.num_drafted :]
+        num_kept = 0
+        for token_id, guess in zip(sampled, (*guesses, None), strict=True):
+            sequence.append(token_id, self._eos_token_ids)
+            num_kept += 1
+            if token_id != guess or sequence.finish_reason is not None:
+                break
+        sequence.num_pending -= 1
+        if guesses:
+            self._settle_drafts(sequence, num_kept - 1)
+        return sampled[:num_kept]
 
     def _chunks_of_running(self) -> dict[Sequence, int]:
         """Tokens of each running sequence in this step, their blocks reserved."""
         chunks: dict[Sequence, int] = {}
         budget = self._limits.max_num_batched_tokens
-        free = [s for s in self.running if self._limits.stages == 1 or not s.num_pending]
+        ahead = self._limits.stages == 1  # not in a pipeline, whose steps must not wait for each other
+        free = [s for s in self.running if not s.num_pending or (ahead and not s.num_drafted)]
         decodes = [s for s in free if s.num_uncomputed == 1][: -(-len(self.running) // self._limits.stages)]
         prefills = [s for s in free if s.num_uncomputed > 1]
         for sequence in (*decodes, *prefills):
@@ -149,6 +197,37 @@ class Scheduler:
                     break
                 budget += chunks.pop(self._preempt_last(), 0)
         return chunks
+
+    def _add_drafts(self, steps: list[SequenceStep]) -> None:
+        """Adds guesses to those sequences of a step whose tokens are all known."""
+        if self._limits.speculation is None:
+            return
+        most = min(self._limits.max_guessing_tokens, self._limits.max_num_batched_tokens)
+        budget = most - sum(len(step.token_ids) for step in steps)
+        for index, step in enumerate(steps):
+            sequence = self._by_id[step.seq_id]
+            if step.sample is None or sequence.num_pending > 1 or sequence.drafter is None:
+                continue
+            count = min(budget, sequence.max_tokens - sequence.num_output - 1)
+            drafts = sequence.drafter.propose(sequence.token_ids, count) if count > 0 else []
+            if drafts and self.blocks.reserve(sequence, len(drafts)):
+                sequence.num_drafted = len(drafts)
+                budget -= len(drafts)
+                steps[index] = step._replace(
+                    token_ids=(*step.token_ids, *drafts),
+                    block_table=tuple(sequence.block_table),
+                    num_drafted=len(drafts),
+                )
+
+    def _settle_drafts(self, sequence: Sequence, num_accepted: int) -> None:
+        """Counts guesses that were right as computed; the others are written over by what comes in their place."""
+        assert sequence.drafter is not None
+        sequence.drafter.learn(sequence.num_drafted, num_accepted)
+        self.counts.drafted_tokens += sequence.num_drafted
+        self.counts.accepted_tokens += num_accepted
+        sequence.num_drafted = 0
+        if sequence.is_running:  # else its blocks were taken while the step ran
+            sequence.num_computed += num_accepted
 
     def _admit(self, budget: int) -> list[SequenceStep]:
         steps: list[SequenceStep] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qwen3_dist.engine.drafts import Drafter
 from qwen3_dist.sampling_params import SamplingParams
 
 
@@ -29,6 +30,8 @@ class Sequence:
     slot: int = -1  # its place among the running ones, where ranks keep its last token
     num_computed: int = 0
     num_pending: int = 0
+    num_drafted: int = 0  # guesses in flight, which `num_computed` leaves out
+    drafter: Drafter | None = None  # if the sequence is to be guessed ahead
     num_cached: int | None = None  # prompt tokens found in the prefix cache, once admitted
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens

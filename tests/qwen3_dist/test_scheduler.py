@@ -19,6 +19,7 @@ from qwen3_dist.engine.plan import LAST_SAMPLED, StepPlan, StepResult
 from qwen3_dist.engine.scheduler import AGING_STEPS, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.speculation import Speculation
 
 EOS = 0
 BLOCK = 4
@@ -31,8 +32,9 @@ def make_scheduler(
     tokens: int = 16,
     caching: bool = True,
     stages: int = 1,
+    speculation: Speculation | None = None,
 ) -> Scheduler:
-    limits = SchedulerLimits(seqs, tokens, stages)
+    limits = SchedulerLimits(seqs, tokens, stages, speculation)
     return Scheduler(BlockManager(blocks, block_size, caching), limits, frozenset({EOS}))
 
 
@@ -45,8 +47,9 @@ def make_sequence(
 
 
 def next_token(tokens: Items[int]) -> int:
-    """EOS one time in eight."""
-    return hash(tuple(tokens)) % 8
+    """Half of the time the token three back, so that some guesses are right; else EOS one time in eight."""
+    number = hash(tuple(tokens))
+    return tokens[-3] if number & 1 and len(tokens) > 2 else number // 2 % 8
 
 
 class FakeRanks:
@@ -64,12 +67,16 @@ class FakeRanks:
         sampled = []
         for part in plan.sequences:
             end = part.start + len(part.token_ids)
-            read = [self._memory[part.block_table[p // BLOCK], p % BLOCK] for p in range(end)]
+            read = self.read(part.block_table, end)
             if part.sample is not None:
-                assert part.sample.position == end
-                self._last[part.slot] = next_token(read)
-                sampled.append(self._last[part.slot])
+                assert part.sample.position == end - part.num_drafted
+                sampled += [next_token(read[: spec.position]) for spec in part.draws]
+                self._last[part.slot] = -2 if part.num_drafted else sampled[-1]
         return StepResult(plan.step, tuple(sampled), (None,) * len(sampled))
+
+    def read(self, block_table: Items[int], length: int) -> list[int]:
+        """What lies in the first `length` places of a sequence."""
+        return [self._memory[block_table[p // BLOCK], p % BLOCK] for p in range(length)]
 
 
 def expected_output(prompt: Items[int], max_tokens: int) -> list[int]:
@@ -244,14 +251,15 @@ def test_a_step_is_planned_before_the_one_before_it_has_answered() -> None:
     third = planned(scheduler)
     scheduler.update(second, answer(second))
     assert scheduler.schedule() is None, "the third token is the last and on its way"
-    assert scheduler.update(third, answer(third))[0].finish_reason == "length"
+    assert scheduler.update(third, answer(third))[0].sequence.finish_reason == "length"
 
 
 def test_a_step_planned_past_the_end_of_a_sequence_gives_it_nothing() -> None:
     scheduler, sequence = make_scheduler(), make_sequence(1, 5)
     scheduler.add(sequence)
     first, second = planned(scheduler), planned(scheduler)
-    assert scheduler.update(first, answer(first, EOS)) == [sequence]
+    (advance,) = scheduler.update(first, answer(first, EOS))
+    assert (advance.sequence, advance.token_ids) == (sequence, (EOS,))
     assert scheduler.update(second, answer(second)) == []
     assert sequence.num_output == 1 and not scheduler.has_work
 
@@ -351,6 +359,8 @@ def prompt_of(number: int) -> list[int]:
     ahead=st.integers(1, 3),
     caching=st.booleans(),
     stages=st.integers(1, 3),
+    speculation=st.none()
+    | st.builds(Speculation, k=st.integers(1, 6), min=st.just(1), max=st.integers(1, 3)),
 )
 def test_no_history_changes_a_token_or_loses_a_block(
     actions: list[tuple[str, int, int]],
@@ -360,9 +370,11 @@ def test_no_history_changes_a_token_or_loses_a_block(
     ahead: int,
     caching: bool,
     stages: int,
+    speculation: Speculation | None,
 ) -> None:
     """Adds, steps planned up to `ahead` of their answers, preemptions, finishes and aborts in any order."""
-    scheduler, ranks = make_scheduler(blocks, BLOCK, seqs, tokens, caching, stages), FakeRanks()
+    scheduler = make_scheduler(blocks, BLOCK, seqs, tokens, caching, stages, speculation)
+    ranks = FakeRanks()
     added: list[Sequence] = []
     in_flight: deque[tuple[StepPlan, StepResult]] = deque()
 
@@ -373,7 +385,13 @@ def test_no_history_changes_a_token_or_loses_a_block(
                 assert not any(LAST_SAMPLED in part.token_ids for part in plan.sequences)
             assert len({part.slot for part in plan.sequences}) == len(plan.sequences)
             assert all(0 <= part.slot < seqs for part in plan.sequences)
+            for part in plan.sequences:  # the last token is never computed, so no guess may stand there
+                sequence = added[part.seq_id]
+                assert part.start + len(part.token_ids) < sequence.prompt_len + sequence.max_tokens
             in_flight.append((plan, ranks.run(plan)))
+            for sequence in scheduler.running:  # what others may find holds known tokens, and no guess
+                length = sequence.num_registered * BLOCK
+                assert ranks.read(sequence.block_table, length) == sequence.token_ids[:length]
 
     for action, first, second in actions:
         if action == "add":
@@ -392,6 +410,7 @@ def test_no_history_changes_a_token_or_loses_a_block(
         scheduler.update(*in_flight.popleft())
         scheduler.blocks.check_integrity([*scheduler.running, *scheduler.waiting])
     assert scheduler.blocks.num_free == blocks
+    assert scheduler.counts.accepted_tokens <= scheduler.counts.drafted_tokens
     for sequence in added:
         output = expected_output(sequence.token_ids[: sequence.prompt_len], sequence.max_tokens)
         got = sequence.token_ids[sequence.prompt_len :]
