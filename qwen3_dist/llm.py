@@ -129,17 +129,16 @@ class _Choice:
 
     def take(self, delta: TokenDelta) -> bool:
         """Adds a delta; True if a stop string ends the choice although the engine would go on."""
-        self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs)
         if self.stream is not None:
             self.stream.push(delta.token_ids)
+            delta = delta.first(self.stream.num_taken - len(self.token_ids))
             if delta.finish_reason is not None:
                 self.stream.finish()
-            if self.stream.stopped:
-                self.finish_reason = "stop"
-                return delta.finish_reason is None
-        self.finish_reason = delta.finish_reason
-        return False
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        stopped = self.stream is not None and self.stream.stopped
+        self.finish_reason = "stop" if stopped else delta.finish_reason
+        return stopped and delta.finish_reason is None
 
 
 class _Job:

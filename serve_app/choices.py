@@ -44,7 +44,9 @@ class Choice:
         assert not self.done
         text, reason = "", delta.finish_reason
         if self._stream:
+            taken = self._stream.num_taken
             text = self._stream.push(delta.token_ids)
+            delta = delta.first(self._stream.num_taken - taken)
             if reason:
                 text += self._stream.finish()
             if self._stream.stopped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     num_cached_tokens: int = 0
+
+    def first(self, count: int) -> TokenDelta:
+        """The same with the first `count` tokens alone, the others being after a stop string."""
+        return replace(self, token_ids=self.token_ids[:count], logprobs=self.logprobs[:count])
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special_tokens: bool = True) -> None:
         self.stopped = False
+        self.num_taken = 0  # ids so far, those after a stop string left out
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
@@ -36,8 +37,14 @@ class TextStream:
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Takes the next tokens; returns what may be shown now, "" once a stop string has matched."""
-        data = b"".join(self._tokenizer.token_bytes(i) for i in token_ids if i not in self._skipped)
-        return self._advance(data, final=False)
+        shown = ""
+        for token_id in token_ids:
+            if self.stopped:
+                break
+            self.num_taken += 1
+            if token_id not in self._skipped:
+                shown += self._advance(self._tokenizer.token_bytes(token_id), final=False)
+        return shown
 
     def finish(self) -> str:
         """Returns what was held back: an unfinished character as U+FFFD, the start of a stop string."""

@@ -165,6 +165,15 @@ def test_nothing_is_shown_after_a_stop_string() -> None:
     assert (stream.push(in_single_bytes("more")), stream.finish(), stream.text) == ("", "", "one ")
 
 
+def test_ids_are_taken_up_to_the_one_that_completes_a_stop_string() -> None:
+    for size in (1, 3, 12):
+        ids = in_single_bytes("one stop two")
+        stream = TextStream(BUNDLED_TOKENIZER, ("stop",))
+        for start in range(0, len(ids), size):
+            stream.push(ids[start : start + size])
+        assert stream.num_taken == len("one stop")
+
+
 def test_the_stop_string_that_is_complete_first_wins_whatever_the_chunks() -> None:
     for size in (1, 4):
         ids = in_single_bytes("abcd")
