@@ -18,7 +18,7 @@ class Speculation:
     `str(speculation)` and `Speculation.parse` are inverses.
     """
 
-    k: int = 4
+    k: int = 8
     min: int = 2
     max: int = 4
 

@@ -33,6 +33,7 @@ from qwen3_dist.speculation import Speculation
 
 AGING_STEPS = 256
 TOKENS_PER_SEQ = 128
+_MOST_FREE = 8  # times the free tokens in a step with guesses, which would have to be all but certain
 _KEPT_FREE = 100  # one block in so many is left for the running ones when a new one is admitted
 
 
@@ -44,7 +45,7 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     stages: int = 1
     speculation: Speculation | None = None
-    max_guessing_tokens: int = 32  # of a step, guesses included: more would cost more time than they save
+    free_tokens: int = 16  # whose computing takes as long as reading the weights for a step
 
     @classmethod
     def of(cls, config: EngineConfig, device: str, num_blocks: int) -> SchedulerLimits:
@@ -53,10 +54,11 @@ class SchedulerLimits:
         A GPU wants large steps; on a CPU a step of many prompt tokens would hold up every decode for
         seconds. Sequences are few enough to have TOKENS_PER_SEQ of the cache each.
         """
-        seqs, tokens = (256, 8192) if device == "cuda" else (64, 1024)
+        seqs, tokens, free = (256, 8192, 128) if device == "cuda" else (64, 1024, 16)
         fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
         most = config.max_num_seqs or min(seqs, fitting)
-        return cls(most, config.max_num_batched_tokens or tokens, config.layout.pp, config.speculative)
+        tokens = config.max_num_batched_tokens or tokens
+        return cls(most, tokens, config.layout.pp, config.speculative, free)
 
 
 @dataclass
@@ -115,8 +117,9 @@ class Scheduler:
         """Whether planning on now would lose guesses: one is in flight, or can probably be made after the answer."""
         if self._limits.speculation is None or self._limits.stages > 1:
             return False
+        worth = self._worth(len(self.running))
         return any(
-            s.num_drafted or s.drafter.can_propose(s.token_ids)
+            s.num_drafted or s.drafter.propose(s.token_ids, 1, worth)
             for s in self.running
             if s.num_pending and s.drafter is not None
         )
@@ -202,27 +205,33 @@ class Scheduler:
         """Adds guesses to those sequences of a step whose tokens are all known."""
         if self._limits.speculation is None:
             return
-        most = min(self._limits.max_guessing_tokens, self._limits.max_num_batched_tokens)
-        budget = most - sum(len(step.token_ids) for step in steps)
+        rows = sum(len(step.token_ids) for step in steps)
+        most = min(self._limits.max_num_batched_tokens, _MOST_FREE * self._limits.free_tokens)
         for index, step in enumerate(steps):
             sequence = self._by_id[step.seq_id]
             if step.sample is None or sequence.num_pending > 1 or sequence.drafter is None:
                 continue
-            count = min(budget, sequence.max_tokens - sequence.num_output - 1)
-            drafts = sequence.drafter.propose(sequence.token_ids, count) if count > 0 else []
+            count = min(most - rows, sequence.max_tokens - sequence.num_output - 1)
+            drafts = sequence.drafter.propose(sequence.token_ids, count, self._worth(rows))
             if drafts and self.blocks.reserve(sequence, len(drafts)):
                 sequence.num_drafted = len(drafts)
-                budget -= len(drafts)
+                rows += len(drafts)
                 steps[index] = step._replace(
                     token_ids=(*step.token_ids, *drafts),
                     block_table=tuple(sequence.block_table),
                     num_drafted=len(drafts),
                 )
 
+    def _worth(self, rows: int) -> float:
+        """The chance from which a guess pays in a step of so many tokens.
+
+        Computing one more adds 1 / (rows + free_tokens) to the time of the step, and so must its chance to the
+        tokens that the step gives, which are about `rows`.
+        """
+        return rows / (rows + self._limits.free_tokens)
+
     def _settle_drafts(self, sequence: Sequence, num_accepted: int) -> None:
         """Counts guesses that were right as computed; the others are written over by what comes in their place."""
-        assert sequence.drafter is not None
-        sequence.drafter.learn(sequence.num_drafted, num_accepted)
         self.counts.drafted_tokens += sequence.num_drafted
         self.counts.accepted_tokens += num_accepted
         sequence.num_drafted = 0

@@ -23,8 +23,12 @@ def drafter(k: int = 4, min: int = 1, max: int = 3) -> Drafter:
     return Drafter(Speculation(k, min, max))
 
 
+def guess(drafter: Drafter, token_ids: list[int], most: int = 99, worth: float = 0.0) -> list[int]:
+    return drafter.propose(token_ids, most, worth)
+
+
 @pytest.mark.parametrize(
-    ("token_ids", "guess"),
+    ("token_ids", "follows"),
     [
         ([1, 2, 3, 4, 5, 6, 7, 1, 2], [3, 4, 5, 6]),
         ([1, 2, 8, 9, 9, 9, 1, 2, 5, 6, 7, 8, 1, 2], [5, 6, 7, 8]),  # the latest place
@@ -35,28 +39,33 @@ def drafter(k: int = 4, min: int = 1, max: int = 3) -> Drafter:
         ([9, 7, 7], [7, 7, 7, 7]),
     ],
 )
-def test_what_followed_the_longest_end_last_time_is_guessed(token_ids: list[int], guess: list[int]) -> None:
-    assert drafter().propose(token_ids, 9) == guess
-    assert drafter().propose(token_ids, 2) == guess[:2]
-    assert drafter().can_propose(token_ids) == bool(guess)
+def test_what_followed_the_longest_end_last_time_is_guessed(token_ids: list[int], follows: list[int]) -> None:
+    assert guess(drafter(), token_ids) == follows
+    assert guess(drafter(), token_ids, most=2) == follows[:2]
 
 
 def test_an_end_shorter_than_the_shortest_is_not_looked_up() -> None:
-    assert drafter(min=2).propose([1, 2, 3, 4, 2], 4) == []
-    assert drafter(min=1).propose([1, 2, 3, 4, 2], 4) == [3, 4, 2, 3]
+    assert guess(drafter(min=2), [1, 2, 3, 4, 2]) == []
+    assert guess(drafter(min=1), [1, 2, 3, 4, 2]) == [3, 4, 2, 3]
 
 
 def test_guesses_follow_a_text_that_grows() -> None:
     grown, text = drafter(), [1, 2, 3, 1, 2, 4, 1, 2, 3, 3, 1, 2, 4, 4, 1, 2, 3, 1]
     for length in range(1, len(text) + 1):
-        assert grown.propose(text[:length], 4) == drafter().propose(text[:length], 4)
+        assert guess(grown, text[:length]) == guess(drafter(), text[:length])
 
 
-def test_as_many_are_guessed_as_were_right_and_all_once_all_were() -> None:
-    guesser, text = drafter(k=8), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1, 2]
-    for drafted, accepted, count in [(8, 8, 8), (8, 3, 3), (3, 0, 1), (1, 0, 1), (1, 1, 8)]:
-        guesser.learn(drafted, accepted)
-        assert len(guesser.propose(text, 9)) == count
+def test_more_is_guessed_where_guesses_were_right_and_nothing_where_they_are_not_worth_it() -> None:
+    copied, other = drafter(k=8, min=2), drafter(k=8, min=2)
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    assert len(guess(copied, text + [1, 2], worth=0.4)) == 1
+    assert guess(copied, text + [1, 2], worth=0.6) == []
+    for length in (4, 6, 8):  # a right one after the other, none of them checked by a step
+        guess(copied, text + text[:length], worth=1.0)
+    assert len(guess(copied, text + text, worth=0.4)) > 4
+    for ending in ([1, 2], [1, 2, 9, 1, 2], [1, 2, 9, 1, 2, 8, 1, 2]):
+        guess(other, text + ending, worth=1.0)
+    assert guess(other, text + [1, 2, 9, 1, 2, 8, 1, 2], worth=0.4) == []
 
 
 def test_the_text_form_is_read_and_written() -> None:
@@ -82,8 +91,8 @@ def test_a_text_that_cannot_be_used_is_refused(text: str, sentence: str) -> None
         Speculation.parse(text)
 
 
-def make_scheduler(blocks: int = 64, tokens: int = 16, k: int = 3, stages: int = 1) -> Scheduler:
-    limits = SchedulerLimits(8, tokens, stages, Speculation(k, min=1))
+def make_scheduler(blocks: int = 64, tokens: int = 16, stages: int = 1, free: int = 1000) -> Scheduler:
+    limits = SchedulerLimits(8, tokens, stages, Speculation(k=3, min=1), free_tokens=free)
     return Scheduler(BlockManager(blocks, block_size=4), limits, frozenset({EOS}))
 
 
@@ -164,6 +173,13 @@ def test_guesses_take_what_a_step_leaves_of_its_budget() -> None:
     scheduler = make_scheduler(tokens=8)
     add(scheduler, [1, 2, 3, 4, 1, 2])
     assert planned(scheduler).sequences[0].num_drafted == 2
+
+
+def test_a_guess_pays_less_the_more_a_step_computes() -> None:
+    for free, num_drafted in [(1000, 3), (6, 1), (5, 0)]:  # the first guess is right with a chance of a half
+        scheduler = make_scheduler(free=free)
+        add(scheduler, [1, 2, 3, 4, 1, 2])
+        assert planned(scheduler).sequences[0].num_drafted == num_drafted
 
 
 def test_guesses_take_free_blocks_alone() -> None:

@@ -34,7 +34,7 @@ def make_scheduler(
     stages: int = 1,
     speculation: Speculation | None = None,
 ) -> Scheduler:
-    limits = SchedulerLimits(seqs, tokens, stages, speculation)
+    limits = SchedulerLimits(seqs, tokens, stages, speculation, free_tokens=100)
     return Scheduler(BlockManager(blocks, block_size, caching), limits, frozenset({EOS}))
 
 

@@ -172,7 +172,7 @@ class Chain:
 
 def test_what_is_drawn_after_guesses_has_the_models_distribution() -> None:
     table = torch.tensor([[0.1, 0.6, 0.3], [0.25, 0.15, 0.6], [0.7, 0.2, 0.1]])
-    limits = SchedulerLimits(64, 512, speculation=Speculation(k=4, min=1), max_guessing_tokens=512)
+    limits = SchedulerLimits(64, 512, speculation=Speculation(k=4, min=1), free_tokens=1000)
     scheduler, ranks = Scheduler(BlockManager(2000, 16), limits, frozenset()), Chain(table)
     sequences = [
         Sequence(seed, str(seed), 0, [seed % 3], SamplingParams(temperature=1), seed, 100)
