@@ -1,8 +1,8 @@
 """CUDA graphs of decode steps: the launches of a whole step in one, for a few batch sizes.
 
-A step of n decodes runs as the next larger size that was captured; the rows beyond n write to a block that
-no sequence owns, go to no expert, and their logits are dropped. With several dp groups all run the size of the
-largest. Legend: S sequences of a size, B columns of the block table.
+A step of n decodes, or of decodes and guesses with n tokens in all, runs as the next larger size that was captured;
+the rows beyond n write to a block that no sequence owns, go to no expert, and their logits are dropped. With several
+dp groups all run the size of the largest. Legend: S sequences of a size, B columns of the block table.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ def can_capture(model: Qwen3Model) -> bool:
 class DecodeGraphs:
     """The graphs of one rank. Every rank of a layout must construct it, and run it, at the same time."""
 
-    def __init__(
-        self, model: Qwen3Model, cache: list[LayerCache], max_num_seqs: int, max_model_len: int
-    ) -> None:
-        """The last block of `cache` must be nobody's. Without a GPU, `run` runs the padded step itself."""
+    def __init__(self, model: Qwen3Model, cache: list[LayerCache], max_rows: int, max_model_len: int) -> None:
+        """`max_rows` are the most tokens of a step. The last block of `cache` must be nobody's.
+
+        Without a GPU, `run` runs the padded step itself.
+        """
         self._model, self._cache = model, cache
         num_blocks, self._block_size = cache[0].keys.shape[:2]
         self._width = -(-max_model_len // self._block_size)
         self._spare = num_blocks - 1
         self._device = cache[0].keys.device
-        largest = min(max_num_seqs, _SIZES[-1])
+        largest = min(max_rows, _SIZES[-1])
         sizes = [size for size in _SIZES if size < largest] + [largest]
         self._captured: dict[int, _Captured] = {}
         for size in reversed(sizes):  # the largest first, whose memory the others share

@@ -61,7 +61,7 @@ class StepPlan(NamedTuple):
 
     A group without sequences takes part where the others need it: `group_tokens` are the tokens of every
     group in this step, by which ranks of all groups size and choose the exchanges that they share;
-    `decodes_only` says that every sequence of every group computes one token and samples the next.
+    `decodes_only` says that after every token of every group one is drawn: there are decodes alone, and guesses.
     """
 
     step: int
@@ -74,11 +74,21 @@ class StepPlan(NamedTuple):
         """The plans of one step of several dp groups."""
         tokens = tuple(sum(len(sequence.token_ids) for sequence in sequences) for sequences in parts)
         decodes_only = all(
-            len(sequence.token_ids) == 1 and sequence.sample is not None
+            len(sequence.token_ids) == 1 + sequence.num_drafted and sequence.sample is not None
             for sequences in parts
             for sequence in sequences
         )
         return [cls(step, sequences, tokens, decodes_only) for sequences in parts]
+
+    def in_single_tokens(self) -> StepPlan:
+        """A step of decodes alone with every guess as a decode of its own, which finds the ones before it in
+        their common blocks."""
+        singles = tuple(
+            sequence._replace(token_ids=(token_id,), start=sequence.start + ahead, sample=spec, num_drafted=0)
+            for sequence in self.sequences
+            for ahead, (token_id, spec) in enumerate(zip(sequence.token_ids, sequence.draws, strict=True))
+        )
+        return self._replace(sequences=singles)
 
     @property
     def num_tokens(self) -> int:

@@ -54,7 +54,8 @@ class ModelRunner:
 
         The output is there on tp rank 0 of the last stage, unless its group was idle.
         """
-        batch = make_batch(plan, self.block_size, self._device, self._last_sampled)
+        computed = plan.in_single_tokens() if self._graphs is not None and plan.decodes_only else plan
+        batch = make_batch(computed, self.block_size, self._device, self._last_sampled)
         if uses_all_to_all(self._dispatch, sum(plan.group_tokens), self._parallel.layout.stage_size):
             batch = replace(batch, all_to_all=True)
         if self._graphs is not None and self._graphs.takes(batch):
@@ -119,7 +120,8 @@ class ModelRunner:
         longest = min(
             config.max_model_len or num_blocks * config.block_size, self.model.config.context_length
         )
-        return DecodeGraphs(self.model, self._cache, max_num_seqs, longest)
+        guesses = config.speculative.k if config.speculative is not None else 0
+        return DecodeGraphs(self.model, self._cache, max_num_seqs * (1 + guesses), longest)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""

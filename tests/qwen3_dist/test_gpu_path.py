@@ -12,7 +12,7 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.decode_graphs import DecodeGraphs
-from qwen3_dist.engine.plan import StepPlan
+from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.layers import gpu_attention
 from qwen3_dist.layers.batch import LayerCache, StepBatch
@@ -95,7 +95,7 @@ def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> N
         return cache
 
     cache, padded_cache = fresh_cache(), fresh_cache()
-    graphs = DecodeGraphs(model, padded_cache, max_num_seqs=6, max_model_len=64)
+    graphs = DecodeGraphs(model, padded_cache, max_rows=6, max_model_len=64)
     torch.manual_seed(2)
     for batch in (decodes(6), decodes(n)):  # the larger one first: what it leaves behind must not show
         assert graphs.takes(batch)
@@ -107,9 +107,31 @@ def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> N
         torch.testing.assert_close(ours.values[:-1], theirs.values[:-1])
 
 
+def test_guesses_are_decodes_of_their_own_in_a_padded_step(model: Qwen3Model) -> None:
+    spec = SampleSpec(0.0, 1.0, 0, 0, 10, None)
+    tables, prompt = ((8, 1, 3), (5, 9, 2, 0)), tuple(range(9))
+    prompts = [SequenceStep(n, n, prompt, 0, table, None) for n, table in enumerate(tables)]
+    decodes = [
+        SequenceStep(0, 0, (7,), 9, tables[0], spec),
+        SequenceStep(1, 1, (7, 8, 9, 4), 9, tables[1], spec, num_drafted=3),
+    ]
+    first, plan = (StepPlan.for_groups(1, [tuple(sequences)])[0] for sequences in (prompts, decodes))
+    assert plan.decodes_only and not first.decodes_only
+    with torch.inference_mode():
+        logits = []
+        for single in (False, True):
+            cache = kv_cache.allocate(model, 129, 4)
+            graphs = DecodeGraphs(model, cache, max_rows=8, max_model_len=64)
+            model(make_batch(first, 4, CPU, torch.empty(0)), cache)
+            batch = make_batch(plan.in_single_tokens() if single else plan, 4, CPU, torch.empty(0))
+            assert graphs.takes(batch)
+            logits.append(graphs.run(batch) if single else model(batch, cache))
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
+
+
 def test_other_steps_are_not_taken(model: Qwen3Model) -> None:
     cache = kv_cache.allocate(model, 129, 4)
-    graphs = DecodeGraphs(model, cache, max_num_seqs=4, max_model_len=64)
+    graphs = DecodeGraphs(model, cache, max_rows=4, max_model_len=64)
     step = decodes(3)
     assert graphs.takes(step)
     assert not graphs.takes(decodes(5))  # more than were captured
@@ -134,7 +156,7 @@ def check_graphs_of_two_groups(parallel: ParallelContext) -> None:
     idle = make_batch(StepPlan(1, (), (3, 0), True), 4, CPU, torch.empty(0))
     with torch.inference_mode():
         expected = alone(replace(step, group_tokens=()), cache)
-        graphs = DecodeGraphs(model, cache, max_num_seqs=4, max_model_len=64)
+        graphs = DecodeGraphs(model, cache, max_rows=4, max_model_len=64)
         batch = step if parallel.coords.group == 0 else idle
         assert graphs.takes(batch)
         before = sum(sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values())
