@@ -10,6 +10,7 @@ import pytest
 from qwen3_dist import EngineConfig, Layout, SamplingParams
 from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.settings import read_settings
+from qwen3_dist.speculation import Speculation
 
 
 def test_settings_are_read_from_plain_values() -> None:
@@ -17,6 +18,8 @@ def test_settings_are_read_from_plain_values() -> None:
     assert config.layout == Layout(tp=2, ep=2)
     assert config.gpu_memory_utilization == 1.0
     assert read_settings(EngineConfig, {"num_blocks": None}).num_blocks is None
+    assert read_settings(EngineConfig, {"speculative": "ngram,k=3"}).speculative == Speculation(k=3)
+    assert read_settings(EngineConfig, {"speculative": None}).speculative is None
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,7 @@ def test_settings_are_read_from_plain_values() -> None:
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
         ({"layout": "tp=x"}, "layout 'tp=x'"),
+        ({"speculative": "eagle"}, "speculative must be ngram"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named(values: dict[str, object], sentence: str) -> None:

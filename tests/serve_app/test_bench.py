@@ -32,6 +32,14 @@ def test_throughput_runs_all_prompts_at_once() -> None:
     assert (figures["steps"], figures["mean_batch"], figures["prefix_hits"]) == (6, 5.0, 0)
 
 
+def test_how_many_guesses_were_right_is_said() -> None:
+    off = measured("throughput")
+    on = measured("throughput", "--speculative", "ngram,k=3,min=1")
+    assert (off["drafted_tokens"], off["accepted_tokens"], off["acceptance_rate"]) == (0, 0, None)
+    assert on["acceptance_rate"] == pytest.approx(on["accepted_tokens"] / on["drafted_tokens"], abs=1e-3)
+    assert "'eagle'" in refusal("bench", "throughput", "--speculative", "eagle")
+
+
 def test_latency_runs_one_batch_after_the_other_on_random_weights(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, moe=True)
     (path / "model.safetensors").unlink()

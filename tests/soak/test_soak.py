@@ -13,6 +13,7 @@ from qwen3_dist.engine.engine import Engine
 from qwen3_dist.layout import Layout
 from qwen3_dist.reference import load_reference
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.speculation import Speculation
 from tests.checkpoints import write_checkpoint
 
 REQUESTS = 5000
@@ -22,10 +23,18 @@ LENGTH = 20
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("moe", "layout"), [(False, "tp=1"), (True, "tp=2,ep=2"), (False, "pp=2"), (True, "dp=2,ep=2")]
+    ("moe", "layout", "speculative"),
+    [
+        (False, "tp=1", None),
+        (True, "tp=2,ep=2", None),
+        (False, "pp=2", None),
+        (True, "dp=2,ep=2", None),
+        (False, "pp=2", "ngram,min=1"),
+        (True, "dp=2,ep=2", "ngram,min=1"),
+    ],
 )
 def test_after_thousands_of_requests_every_block_is_free_and_every_token_right(
-    tmp_path: Path, moe: bool, layout: str
+    tmp_path: Path, moe: bool, layout: str, speculative: str | None
 ) -> None:
     """Where there are dp groups, experts have copies and move all the while."""
     parsed = Layout.parse(layout)
@@ -46,6 +55,7 @@ def test_after_thousands_of_requests_every_block_is_free_and_every_token_right(
         num_blocks=120 // parsed.dp,
         max_num_seqs=16 // parsed.dp,
         max_num_batched_tokens=64,
+        speculative=Speculation.parse(speculative) if speculative else None,
     )
     engine = Engine(config)
     try:
@@ -79,4 +89,5 @@ def test_after_thousands_of_requests_every_block_is_free_and_every_token_right(
         engine.shutdown()
     assert finished + aborted >= REQUESTS and not asked
     assert stats.free_blocks == stats.total_blocks
+    assert (stats.accepted_tokens > 0) == (speculative is not None)
     assert stats.preemptions > 0 and stats.cached_prompt_tokens > 0 and aborted > 100
