@@ -127,6 +127,14 @@ class SamplingParams:
         self._check("thinking_token_budget", budget is None or _is_int(budget, 0), "an integer of at least 0")
         self._check("reasoning", self.reasoning in REASONING, f"one of {', '.join(REASONING)}")
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether temperature, top-p and top-k are all that a draw asks of its logits, whatever came before."""
+        asked = (self.min_p, self.presence_penalty, self.frequency_penalty, self.repetition_penalty != 1)
+        listed = (self.min_tokens, self.logit_bias, self.bad_words, self.logprob_token_ids)
+        formed = self.thinking_token_budget is not None or self.structured_outputs is not None
+        return not (any(asked) or any(listed) or formed)
+
     def _normalise(self) -> None:
         """Lists to tuples, a lone stop string to a tuple of it, a bias by token id to pairs."""
         set_ = object.__setattr__

@@ -107,7 +107,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         assert len(sequence.token_ids) < self.blocks.capacity_tokens, "the engine refuses what cannot fit"
-        if self._limits.speculation is not None:
+        if self._limits.speculation is not None and sequence.params.is_plain:
             sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
         insort(self.waiting, sequence, key=_place_in_line)

@@ -13,7 +13,7 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.speculation import Speculation
 
 EOS = 0
@@ -96,8 +96,11 @@ def make_scheduler(blocks: int = 64, tokens: int = 16, stages: int = 1, free: in
     return Scheduler(BlockManager(blocks, block_size=4), limits, frozenset({EOS}))
 
 
-def add(scheduler: Scheduler, prompt: Items[int], max_tokens: int = 20, seq_id: int = 1) -> Sequence:
-    sequence = Sequence(seq_id, str(seq_id), 0, list(prompt), SamplingParams(), 0, max_tokens)
+def add(
+    scheduler: Scheduler, prompt: Items[int], max_tokens: int = 20, seq_id: int = 1, **params: object
+) -> Sequence:
+    sampling = SamplingParams(**params)  # type: ignore[arg-type]
+    sequence = Sequence(seq_id, str(seq_id), 0, list(prompt), sampling, 0, max_tokens)
     scheduler.add(sequence)
     return sequence
 
@@ -167,6 +170,27 @@ def test_no_more_is_guessed_than_may_still_come() -> None:
     plan, (advance,) = step(scheduler, 3, 4, 1)
     assert plan.sequences[0].num_drafted == 2
     assert advance.token_ids == (3, 4, 1) and sequence.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("params", "num_drafted"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "logprobs": 3, "stop": ("a",)}, 3),
+        ({"frequency_penalty": 0.5}, 0),
+        ({"repetition_penalty": 1.1}, 0),
+        ({"min_p": 0.1}, 0),
+        ({"logit_bias": ((7, 1.0),)}, 0),
+        ({"bad_words": ("bad",)}, 0),
+        ({"thinking_token_budget": 0}, 0),
+        ({"structured_outputs": StructuredOutputs(json_object=True)}, 0),
+    ],
+)
+def test_what_is_not_drawn_from_its_logits_alone_is_not_guessed(
+    params: dict[str, object], num_drafted: int
+) -> None:
+    scheduler = make_scheduler()
+    add(scheduler, [1, 2, 3, 4, 1, 2], **params)
+    assert planned(scheduler).sequences[0].num_drafted == num_drafted
 
 
 def test_guesses_take_what_a_step_leaves_of_its_budget() -> None:
