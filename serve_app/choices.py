@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3_dist.engine.outputs import TokenDelta, TokenLogprob
@@ -16,7 +18,7 @@ class ChoiceDelta:
     """What one step shows of choice `index`; `finish_reason` is OpenAI's, None while it runs.
 
     `text` is content: what follows reasoning and is no tool call. `stop_reason` is the stop string or stop
-    token that ended the choice, None for EOS.
+    token that ended the choice, None for EOS. `num_reasoning_tokens` of `token_ids` were thought.
     """
 
     index: int
@@ -52,4 +54,31 @@ class Choice:
             if self._stream.stopped:
                 reason = "stop"
         self.done = reason is not None
-        return ChoiceDelta(self._index, text, delta.token_ids, delta.logprobs, reason)
+        return ChoiceDelta(
+            self._index,
+            text,
+            delta.token_ids,
+            delta.logprobs,
+            reason,
+            num_cached_tokens=delta.num_cached_tokens,
+        )
+
+
+def join(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
+    """All `deltas` of one choice as one, each tool call whole."""
+    calls: dict[int, ToolCallDelta] = {}
+    for part in (part for delta in deltas for part in delta.tool_calls):
+        begun = calls.get(part.index)
+        calls[part.index] = (
+            dataclasses.replace(begun, arguments=begun.arguments + part.arguments) if begun else part
+        )
+    return dataclasses.replace(
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        reasoning="".join(delta.reasoning for delta in deltas),
+        tool_calls=tuple(calls.values()),
+        num_cached_tokens=deltas[0].num_cached_tokens,
+        num_reasoning_tokens=sum(delta.num_reasoning_tokens for delta in deltas),
+    )

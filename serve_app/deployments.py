@@ -23,10 +23,11 @@ from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.config import ServiceConfig
 from serve_app.handlers import RequestHandler
-from serve_app.http import EventStream, error_response, json_response, make_api, read_body
-from serve_app.protocol.chat import ChatRequest, parse_chat
-from serve_app.protocol.completions import CompletionRequest, parse_completion
-from serve_app.protocol.errors import error_object, error_status, to_json
+from serve_app.http import ErrorForm, EventStream, json_response, make_api, read_body
+from serve_app.protocol.chat import parse_chat
+from serve_app.protocol.completions import parse_completion
+from serve_app.protocol.errors import error_status, to_json
+from serve_app.protocol.generation import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 HEALTH_TIMEOUT_S = 5.0
@@ -41,7 +42,7 @@ class EngineReplica:
         defaults = read_generation_defaults(self._engine.model_path)
         self._handler = RequestHandler(self._engine, config.served_name, defaults)
 
-    async def answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[Any, None]:
+    async def answer(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
 
         An error that the client can be told about is answered, not raised: Serve would log a
@@ -54,7 +55,7 @@ class EngineReplica:
             stream = self._handler.stream(request)
             first = await anext(stream)
         except QwenDistError as error:
-            yield error_status(error), to_json(error_object(error))
+            yield error_status(error), to_json(request.error_body(error))
             return
         async with aclosing(stream):
             yield HTTPStatus.OK, first
@@ -83,7 +84,9 @@ class EngineReplica:
             engine.shutdown()
 
 
-api = make_api()
+# What errors look like by path, where that is not OpenAI's object.
+ERROR_FORMS: dict[str, ErrorForm] = {}
+api = make_api(ERROR_FORMS)
 
 
 @serve.ingress(api)
@@ -125,7 +128,7 @@ class Ingress:
             results = [error]
         if any(result is None for result in results):
             return json_response({"status": "ok"})
-        return error_response("no replica is healthy", HTTPStatus.SERVICE_UNAVAILABLE)
+        raise EngineDeadError("no replica is healthy")
 
     @api.get("/v1/cluster/experts")
     async def experts(self) -> Response:
@@ -144,9 +147,7 @@ class Ingress:
         except Exception as error:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
-    async def _generate(
-        self, http: Request, parse: Callable[[bytes], ChatRequest | CompletionRequest]
-    ) -> Response:
+    async def _generate(self, http: Request, parse: Callable[[bytes], GenerationRequest]) -> Response:
         request = parse(await read_body(http, self._max_bytes))
         self._check_model(request.model)
         items = self._answer(request)
@@ -156,11 +157,11 @@ class Ingress:
             await items.aclose()
             raise
         if request.stream and status == HTTPStatus.OK:
-            return EventStream(first, items)
+            return EventStream(first, items, request.error_events)
         await items.aclose()
         return json_response(first, status)
 
-    async def _answer(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[Any, None]:
+    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
         """A replica's items. Leaving early cancels the request there; a lost replica is EngineDeadError."""
         response = self._answers.remote(request)
         assert isinstance(response, DeploymentResponseGenerator)

@@ -1,4 +1,4 @@
-"""One request on one replica: prompt to token ids, the engine's steps to text, text to OpenAI's JSON.
+"""One request on one replica: prompt to token ids, the engine's steps to text, text to the API's JSON.
 
 No Ray and no HTTP here. Every engine step of a prompt becomes one `bytes` item, already serialised,
 however many choices moved in it.
@@ -12,21 +12,28 @@ import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from serve_app.answers.base import Answer, usage
-from serve_app.answers.chat import ChatAnswer
-from serve_app.answers.completions import CompletionAnswer
-from serve_app.choices import Choice, ChoiceDelta
-from serve_app.protocol.chat import ChatRequest
-from serve_app.protocol.completions import CompletionRequest
-from serve_app.protocol.errors import error_object, to_json
+from serve_app.answers.base import Answer, Served
+from serve_app.choices import Choice, ChoiceDelta, join
+from serve_app.protocol.errors import to_json
+from serve_app.protocol.generation import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
-DONE = b"data: [DONE]\n\n"
+Steps = AsyncGenerator[list[ChoiceDelta], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request as the engine takes it, and the form its answer takes."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    answer: Answer
 
 
 class RequestHandler:
@@ -40,33 +47,33 @@ class RequestHandler:
         self._model_name = model_name
         self._defaults = dict(defaults)
 
-    async def respond(self, request: ChatRequest | CompletionRequest) -> bytes:
+    async def respond(self, request: GenerationRequest) -> bytes:
         """The whole answer as JSON. Raises RequestError or EngineDeadError."""
-        prompts, params = await self._prepare(request)
+        job = await self._prepare(request)
         shown: dict[int, list[ChoiceDelta]] = defaultdict(list)
-        async with aclosing(self._steps(prompts, params)) as steps:
+        async with aclosing(self._steps(job)) as steps:
             async for step in steps:
                 for delta in step:
+                    job.answer.usage.count(delta, job.params.n)
                     shown[delta.index].append(delta)
-        choices = [shown[index] for index in sorted(shown)]
-        counts = usage(sum(map(len, prompts)), sum(len(d.token_ids) for deltas in choices for d in deltas))
-        return to_json(self._answer(request).response(choices, counts))
+        return to_json(job.answer.whole([join(shown[index]) for index in sorted(shown)]))
 
-    async def stream(self, request: ChatRequest | CompletionRequest) -> AsyncGenerator[bytes, None]:
-        """Server-sent events, one item a step, ended by `[DONE]`.
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, one item a step.
 
         An error before the first item is raised; a later one becomes an event, since the HTTP status
         has gone out by then.
         """
-        prompts, params = await self._prepare(request)
-        answer = self._answer(request)
-        num_tokens, begun = 0, False
+        job = await self._prepare(request)
+        begun = False
         try:
-            async with aclosing(self._steps(prompts, params)) as steps:
+            async with aclosing(self._steps(job)) as steps:
                 async for step in steps:
-                    num_tokens += sum(len(delta.token_ids) for delta in step)
-                    chunks = [answer.chunk(delta) for delta in step]
-                    if events := b"".join(event(chunk) for chunk in chunks if chunk):
+                    for delta in step:
+                        job.answer.usage.count(delta, job.params.n)
+                    events = b"" if begun else job.answer.begin()
+                    events += b"".join([job.answer.delta(delta) for delta in step])
+                    if events:
                         yield events
                         begun = True
         except Exception as error:
@@ -74,62 +81,31 @@ class RequestHandler:
                 raise
             if not isinstance(error, QwenDistError):
                 logger.exception("a stream broke off")
-            yield event(error_object(error)) + DONE
+            yield job.answer.fail(error)
             return
-        last = answer.usage_chunk(usage(sum(map(len, prompts)), num_tokens))
-        yield (event(last) if last else b"") + DONE
+        yield job.answer.end()
 
-    def _answer(self, request: ChatRequest | CompletionRequest) -> Answer:
-        form = ChatAnswer if isinstance(request, ChatRequest) else CompletionAnswer
-        return form(self._model_name, self._engine.tokenizer, request.include_usage)
-
-    async def _prepare(
-        self, request: ChatRequest | CompletionRequest
-    ) -> tuple[list[list[int]], SamplingParams]:
-        """Token ids of every prompt, tokenized off the event loop, and the sampling parameters."""
+    async def _prepare(self, request: GenerationRequest) -> _Job:
+        """Checks what needs the model; tokenizes off the event loop."""
         params = request.params(self._defaults)
-        if params.stop and self._engine.tokenizer is None:
+        tokenizer, template = self._engine.tokenizer, self._engine.chat_template
+        if params.stop and tokenizer is None:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
-        return await asyncio.to_thread(self._tokenize, request), params
+        prompts = await asyncio.to_thread(request.prompt_token_ids, tokenizer, template)
+        return _Job(prompts, params, request.answer(Served(self._model_name, tokenizer, prompts)))
 
-    def _tokenize(self, request: ChatRequest | CompletionRequest) -> list[list[int]]:
-        tokenizer = self._engine.tokenizer
-        if isinstance(request, ChatRequest):
-            template = self._engine.chat_template
-            if tokenizer is None or template is None:
-                lacks = "tokenizer" if tokenizer is None else "chat template"
-                raise RequestError(
-                    f"this model has no {lacks}, so it cannot chat; use /v1/completions", param="messages"
-                )
-            return [
-                tokenizer.encode(template.render(request.messages, request.tools, **request.template_kwargs))
-            ]
-        prompts = []
-        for prompt in request.prompts:
-            if isinstance(prompt, str):
-                if tokenizer is None:
-                    raise RequestError(
-                        "this model has no tokenizer; send the prompt as token ids", param="prompt"
-                    )
-                prompt = tokenizer.encode(prompt)
-            prompts.append(prompt)
-        return prompts
-
-    async def _steps(
-        self, prompts: list[list[int]], params: SamplingParams
-    ) -> AsyncGenerator[list[ChoiceDelta], None]:
+    async def _steps(self, job: _Job) -> Steps:
         """Steps of all prompts as they come; choice `i` of prompt `p` has index `p * n + i`."""
-        streams = [self._prompt_steps(prompt, params, p * params.n) for p, prompt in enumerate(prompts)]
+        n = job.params.n
+        streams = [self._prompt_steps(prompt, job.params, p * n) for p, prompt in enumerate(job.prompts)]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
         async with aclosing(merged):
             async for step in merged:
                 yield step
 
-    async def _prompt_steps(
-        self, prompt: list[int], params: SamplingParams, first_index: int
-    ) -> AsyncGenerator[list[ChoiceDelta], None]:
+    async def _prompt_steps(self, prompt: list[int], params: SamplingParams, first_index: int) -> Steps:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
         choices = [Choice(first_index + i, params, self._engine.tokenizer) for i in range(params.n)]
         request_id = uuid.uuid4().hex
@@ -147,9 +123,7 @@ class RequestHandler:
                     return
 
 
-async def _merge(
-    streams: Sequence[AsyncGenerator[list[ChoiceDelta], None]],
-) -> AsyncGenerator[list[ChoiceDelta], None]:
+async def _merge(streams: Sequence[Steps]) -> Steps:
     """Items of all `streams` as they come. Leaving early closes every stream."""
     pending = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
@@ -168,8 +142,3 @@ async def _merge(
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
         await asyncio.gather(*(stream.aclose() for stream in streams))
-
-
-def event(chunk: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + to_json(chunk) + b"\n\n"

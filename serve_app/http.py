@@ -6,7 +6,7 @@ being imported: what they use has to be importable from elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -17,15 +17,26 @@ from starlette.exceptions import HTTPException
 from starlette.types import Send
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.handlers import DONE, event
-from serve_app.protocol.errors import error_form, error_object, error_status, to_json
+from serve_app.protocol.errors import error_object, error_status, to_json
+
+ErrorForm = Callable[[Exception], Mapping[str, Any]]
 
 
-def make_api() -> FastAPI:
-    """An application without routes that answers every error with OpenAI's object."""
+def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
+    """An application without routes. Errors take the form their path has in `error_forms`, else OpenAI's."""
     api = FastAPI(title="qwen3_dist", description="OpenAI-compatible inference for Qwen3.")
-    api.exception_handler(QwenDistError)(_answer_error)
-    api.exception_handler(HTTPException)(_answer_http_error)
+
+    async def answer_error(request: Request, error: Exception) -> Response:
+        form = error_forms.get(request.url.path, error_object)
+        return json_response(form(error), error_status(error))
+
+    async def answer_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        refused = f"{request.method} {request.url.path}: {error.detail}"
+        return await answer_error(request, RequestError(refused, status=error.status_code))
+
+    api.exception_handler(QwenDistError)(answer_error)
+    api.exception_handler(HTTPException)(answer_http_error)
     return api
 
 
@@ -48,18 +59,16 @@ def json_response(value: Any, status: int = HTTPStatus.OK) -> Response:
     return Response(body, status, media_type="application/json")
 
 
-def error_response(message: str, status: int) -> Response:
-    return json_response(error_form(message, status), status)
-
-
 class EventStream(StreamingResponse):
     """Server-sent events: `first`, then `items`, which are closed also when the client leaves.
 
-    An EngineDeadError out of `items` becomes the last event.
+    An EngineDeadError out of `items` becomes the last events, in the API's form.
     """
 
-    def __init__(self, first: bytes, items: AsyncGenerator[bytes, None]) -> None:
-        self._events = _chain(first, items)
+    def __init__(
+        self, first: bytes, items: AsyncGenerator[bytes, None], error_events: Callable[[Exception], bytes]
+    ) -> None:
+        self._events = _chain(first, items, error_events)
         super().__init__(self._events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     async def stream_response(self, send: Send) -> None:
@@ -67,20 +76,13 @@ class EventStream(StreamingResponse):
             await super().stream_response(send)
 
 
-async def _chain(first: bytes, items: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _chain(
+    first: bytes, items: AsyncGenerator[bytes, None], error_events: Callable[[Exception], bytes]
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(items):
         yield first
         try:
             async for item in items:
                 yield item
         except EngineDeadError as error:
-            yield event(error_object(error)) + DONE
-
-
-async def _answer_error(_: Request, error: Exception) -> Response:
-    return json_response(error_object(error), error_status(error))
-
-
-async def _answer_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return error_response(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+            yield error_events(error)

@@ -1,83 +1,112 @@
-"""OpenAI's answer forms: a request's choice deltas as stream chunks, or joined into one response."""
+"""What every API's answer is: a request's choice deltas as a stream of events, or joined into one body.
+
+A new API is three things. A module in `protocol` with a subclass of GenerationRequest (mostly of ChatRequest,
+whose fields `chat_fields` reads from a body translated to chat's words) and a function from body to it.
+A subclass of Answer here, which the request's `answer` returns. A route in `deployments.Ingress`, and in
+`ERROR_FORMS` there what its errors look like, where that is not OpenAI's object.
+"""
 
 from __future__ import annotations
 
-import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_dist.text.tokenizer import Tokenizer
 from serve_app.choices import ChoiceDelta
+from serve_app.protocol.errors import error_object, to_json
 
 Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
+def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One server-sent event, `name`d or not."""
+    head = f"event: {name}\n".encode() if name else b""
+    return b"%sdata: %s\n\n" % (head, to_json(data))
+
+
+def error_events(error: Exception) -> bytes:
+    """OpenAI's end of a stream on which something broke: the client library raises, others see the end."""
+    return event(error_object(error), "error") + DONE
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an answer says of the service, and needs of the request: prompts as token ids."""
+
+    model: str
+    tokenizer: Tokenizer | None
+    prompts: list[list[int]]
+
+
+@dataclass
+class Usage:
+    """Token counts of a request so far: prompts once each, tokens of all choices.
+
+    `cached` of the prompt tokens came from the prefix cache, `reasoning` of the completion tokens were thought.
+    """
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0
+    reasoning: int = 0
+    _started: set[int] = field(default_factory=set)
+
+    def count(self, delta: ChoiceDelta, n: int) -> None:
+        """Takes in a delta of one of `n` choices per prompt; the first of a prompt says what was cached."""
+        self.completion += len(delta.token_ids)
+        self.reasoning += delta.num_reasoning_tokens
+        if delta.index // n not in self._started:
+            self._started.add(delta.index // n)
+            self.cached += delta.num_cached_tokens
+
+    def to_json(self) -> Json:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
+        }
 
 
 class Answer(ABC):
-    """The answer to one request. Chunks of one answer share its id and time."""
+    """The answer to one request. Deltas were counted in `usage` before they are shown.
 
-    prefix: str
-    object_name: str
-    chunk_name: str
+    A stream is `begin()`, `delta(d)` for each delta (both before anything is known of the next step), then
+    `end()`, or `fail(error)` where something broke after the stream began. `whole` is the unstreamed answer.
+    """
 
-    def __init__(self, model: str, tokenizer: Tokenizer | None, include_usage: bool) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._include_usage = include_usage
-        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.usage = Usage(sum(map(len, served.prompts)))
+        self.unique = uuid.uuid4().hex
 
-    def chunk(self, delta: ChoiceDelta) -> Json | None:
-        """The stream chunk for `delta`; None where it shows nothing."""
-        if not (delta.text or delta.logprobs or delta.finish_reason or self._tokenizer is None):
-            return None
-        return self._form(self.chunk_name, [self._choice_chunk(delta)], None if self._include_usage else ...)
-
-    def usage_chunk(self, counts: Json) -> Json | None:
-        """The last chunk of a stream whose client asked for usage."""
-        return self._form(self.chunk_name, [], counts) if self._include_usage else None
-
-    def response(self, choices: Iterable[Sequence[ChoiceDelta]], counts: Json) -> Json:
-        """The whole answer: each choice's deltas joined."""
-        joined = [
-            ChoiceDelta(
-                deltas[0].index,
-                "".join(delta.text for delta in deltas),
-                tuple(token_id for delta in deltas for token_id in delta.token_ids),
-                tuple(logprob for delta in deltas for logprob in delta.logprobs),
-                deltas[-1].finish_reason,
-            )
-            for deltas in choices
-        ]
-        return self._form(self.object_name, [self._choice(delta) for delta in joined], counts)
-
-    def _form(self, name: str, choices: list[Json], counts: Any) -> Json:
-        form = {
-            "id": self._id,
-            "object": name,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-        return form if counts is ... else {**form, "usage": counts}
+    def begin(self) -> bytes:
+        """Events that go out with the first step, before its deltas."""
+        return b""
 
     @abstractmethod
-    def _choice(self, delta: ChoiceDelta) -> Json: ...
+    def delta(self, delta: ChoiceDelta) -> bytes:
+        """Events for `delta`; b"" where it shows nothing."""
+
+    def end(self) -> bytes:
+        """Events after the last delta, the API's end marker included."""
+        return DONE
+
+    def fail(self, error: Exception) -> bytes:
+        """Events that end a stream on which something broke."""
+        return error_events(error)
 
     @abstractmethod
-    def _choice_chunk(self, delta: ChoiceDelta) -> Json: ...
+    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
+        """The whole answer, of choices that were joined (`choices.join`)."""
 
-    def _token_text(self, token_id: int) -> str:
-        if self._tokenizer is None:
+    def token_text(self, token_id: int) -> str:
+        if self.served.tokenizer is None:
             return f"token_id:{token_id}"
-        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+        return self.served.tokenizer.token_bytes(token_id).decode(errors="replace")

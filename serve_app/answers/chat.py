@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.text.tokenizer import Tokenizer
-from serve_app.answers.base import Answer, Json
+from qwen3_dist.text.parsed import ToolCallDelta
+from serve_app.answers.base import Json, Served
+from serve_app.answers.openai import OpenAIAnswer
 from serve_app.choices import ChoiceDelta
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(OpenAIAnswer):
     """`chat.completion` and its chunks."""
 
     prefix = "chatcmpl"
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Tokenizer | None, include_usage: bool) -> None:
-        super().__init__(model, tokenizer, include_usage)
+    def __init__(self, served: Served, include_usage: bool = False) -> None:
+        super().__init__(served, include_usage)
         self._begun: set[int] = set()
 
-    def _choice(self, delta: ChoiceDelta) -> Json:
-        return self._with(delta, {"message": {"role": "assistant", "content": delta.text}})
+    def choice(self, delta: ChoiceDelta) -> Json:
+        message: Json = {"role": "assistant", "content": delta.text}
+        if delta.reasoning:
+            message |= _reasoning(delta.reasoning)
+        if delta.tool_calls:
+            message["content"] = delta.text or None
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in delta.tool_calls
+            ]
+        return self._with(delta, {"message": message})
 
-    def _choice_chunk(self, delta: ChoiceDelta) -> Json:
-        role = {} if delta.index in self._begun else {"role": "assistant"}
-        self._begun.add(delta.index)
-        return self._with(delta, {"delta": {**role, "content": delta.text} if delta.text or role else {}})
+    def chunk_choices(self, delta: ChoiceDelta) -> list[Json]:
+        """The role alone comes first, with an empty content, as OpenAI sends it."""
+        chunks = []
+        if delta.index not in self._begun:
+            self._begun.add(delta.index)
+            role = {"role": "assistant", "content": ""}
+            chunks.append({"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None})
+        shown: Json = _reasoning(delta.reasoning) if delta.reasoning else {}
+        if delta.text:
+            shown["content"] = delta.text
+        if delta.tool_calls:
+            shown["tool_calls"] = [_call_part(call) for call in delta.tool_calls]
+        if shown or delta.logprobs or delta.finish_reason:
+            chunks.append(self._with(delta, {"delta": shown}))
+        return chunks
 
     def _with(self, delta: ChoiceDelta, body: Json) -> Json:
         content = [
@@ -42,5 +67,24 @@ class ChatAnswer(Answer):
         return [self._token(*alternative) for alternative in logprob.top]
 
     def _token(self, token_id: int, logprob: float) -> Json:
-        data = self._tokenizer and list(self._tokenizer.token_bytes(token_id))
-        return {"token": self._token_text(token_id), "logprob": logprob, "bytes": data}
+        tokenizer = self.served.tokenizer
+        data = tokenizer and list(tokenizer.token_bytes(token_id))
+        return {"token": self.token_text(token_id), "logprob": logprob, "bytes": data}
+
+
+def _reasoning(text: str) -> Json:
+    """Under both names that clients read."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def _call_part(call: ToolCallDelta) -> Json:
+    """A part of a call; only the first names it."""
+    function = {"arguments": call.arguments}
+    if call.name is None:
+        return {"index": call.index, "function": function}
+    return {
+        "index": call.index,
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, **function},
+    }

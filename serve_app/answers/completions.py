@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from qwen3_dist.text.tokenizer import Tokenizer
-from serve_app.answers.base import Answer, Json
+from serve_app.answers.base import Json, Served
+from serve_app.answers.openai import OpenAIAnswer
 from serve_app.choices import ChoiceDelta
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(OpenAIAnswer):
     """`text_completion`. Where there is no tokenizer, the text is empty and `token_ids` are given."""
 
     prefix = "cmpl"
     object_name = chunk_name = "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer | None, include_usage: bool) -> None:
-        super().__init__(model, tokenizer, include_usage)
+    def __init__(self, served: Served, include_usage: bool = False) -> None:
+        super().__init__(served, include_usage)
         self._offsets: dict[int, int] = {}
 
-    def _choice(self, delta: ChoiceDelta) -> Json:
+    def choice(self, delta: ChoiceDelta) -> Json:
         choice = {
             "index": delta.index,
             "text": delta.text,
             "logprobs": self._logprobs(delta) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
         }
-        return choice if self._tokenizer else {**choice, "token_ids": list(delta.token_ids)}
+        return choice if self.served.tokenizer else {**choice, "token_ids": list(delta.token_ids)}
 
-    _choice_chunk = _choice
+    def chunk_choices(self, delta: ChoiceDelta) -> list[Json]:
+        wordless = self.served.tokenizer is None
+        shown = delta.text or delta.logprobs or delta.finish_reason or wordless
+        return [self.choice(delta)] if shown else []
 
     def _logprobs(self, delta: ChoiceDelta) -> Json:
         """OpenAI's columns. Of several alternatives with one text (parts of a character) the likeliest stays."""
         return {
-            "tokens": [self._token_text(p.token_id) for p in delta.logprobs],
+            "tokens": [self.token_text(p.token_id) for p in delta.logprobs],
             "token_logprobs": [p.logprob for p in delta.logprobs],
             "top_logprobs": [
-                {self._token_text(i): value for i, value in reversed(p.top)} for p in delta.logprobs
+                {self.token_text(i): value for i, value in reversed(p.top)} for p in delta.logprobs
             ],
             "text_offset": [self._offset(delta.index, p.token_id) for p in delta.logprobs],
         }
@@ -42,6 +45,7 @@ class CompletionAnswer(Answer):
     def _offset(self, index: int, token_id: int) -> int:
         """Where the token's text begins in the choice's; moves past it. Special tokens have no text."""
         offset = self._offsets.get(index, 0)
-        special = self._tokenizer is None or token_id in self._tokenizer.special_token_ids
-        self._offsets[index] = offset + (0 if special else len(self._token_text(token_id)))
+        tokenizer = self.served.tokenizer
+        special = tokenizer is None or token_id in tokenizer.special_token_ids
+        self._offsets[index] = offset + (0 if special else len(self.token_text(token_id)))
         return offset

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_dist.errors import RequestError
+from qwen3_dist.text.chat_template import ChatTemplate
+from qwen3_dist.text.tokenizer import Tokenizer
+from serve_app.answers.base import Answer, Served
+from serve_app.answers.chat import ChatAnswer
 from serve_app.protocol.fields import Fields, is_bool, is_filled_list, is_int, is_list_of, short
 from serve_app.protocol.generation import GenerationRequest, check_sampling, read_shared
 
@@ -20,10 +24,28 @@ class ChatRequest(GenerationRequest):
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def prompt_token_ids(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[list[int]]:
+        if tokenizer is None or template is None:
+            lacks = "tokenizer" if tokenizer is None else "chat template"
+            raise RequestError(
+                f"this model has no {lacks}, so it cannot chat; use /v1/completions", param="messages"
+            )
+        return [tokenizer.encode(template.render(self.messages, self.tools, **self.template_kwargs))]
+
+    def answer(self, served: Served) -> Answer:
+        return ChatAnswer(served, self.include_usage)
+
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Reads a chat request. Raises RequestError."""
-    fields = Fields(body)
+    return ChatRequest(**chat_fields(Fields.of_body(body)))
+
+
+def chat_fields(fields: Fields) -> dict[str, Any]:
+    """Constructor arguments of a ChatRequest. Raises RequestError.
+
+    APIs that are chats in other words translate their body into chat's and read it by this.
+    """
     shared = read_shared(
         fields, "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
     )
@@ -35,20 +57,18 @@ def parse_chat(body: bytes) -> ChatRequest:
         shared["sampling"]["logprobs"] = top or 0
     shared["sampling"].setdefault("max_tokens", None)
     check_sampling(shared["sampling"], {"logprobs": "top_logprobs", "max_tokens": shared.pop("limit_name")})
-    return ChatRequest(
+    messages = fields.read("messages", is_filled_list, "a list of at least one message")
+    return {
         **shared,
-        messages=[
-            _message(m, i)
-            for i, m in enumerate(fields.read("messages", is_filled_list, "a list of at least one message"))
-        ],
-        tools=fields.read("tools", lambda v: v == [] or is_list_of(dict)(v), "a list of objects", None),
-        template_kwargs=fields.read(
+        "messages": [_message(message, i) for i, message in enumerate(messages)],
+        "tools": fields.read("tools", lambda v: v == [] or is_list_of(dict)(v), "a list of objects", None),
+        "template_kwargs": fields.read(
             "chat_template_kwargs",
             lambda v: isinstance(v, dict) and not v.keys() & {"self", "messages", "tools"},
             "an object of template variables other than messages and tools",
             {},
         ),
-    )
+    }
 
 
 def _message(message: Any, index: int) -> dict[str, Any]:

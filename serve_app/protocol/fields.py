@@ -7,7 +7,7 @@ RequestError that names it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pydantic_core
@@ -39,13 +39,18 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
 class Fields:
     """A JSON object whose fields are read by name, kind and default; null is absent."""
 
-    def __init__(self, body: bytes) -> None:
+    @classmethod
+    def of_body(cls, body: bytes) -> Fields:
+        """The fields of a JSON body. Raises RequestError where it is no JSON object."""
         try:
             raw = pydantic_core.from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise RequestError(f"the request body is not valid JSON: {error}") from None
         if not isinstance(raw, dict):
             raise RequestError("the request body must be a JSON object")
+        return cls(raw)
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
         self._raw = {name: value for name, value in raw.items() if value is not None}
         for name, neutral in NOT_BUILT.items():
             if name in self._raw and self._raw[name] not in neutral:

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.chat_template import ChatTemplate
+from qwen3_dist.text.tokenizer import Tokenizer
+from serve_app.answers.base import Answer, Served, error_events
+from serve_app.protocol.errors import error_object
 from serve_app.protocol.fields import Fields, is_a, is_bool, is_int, is_list_of, short
 
 _SAMPLING = ("n", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos")
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """What both endpoints share. `sampling` holds the SamplingParams fields that the client set."""
+class GenerationRequest(ABC):
+    """What generating endpoints share. `sampling` holds the SamplingParams fields that the client set."""
 
     model: str
     sampling: dict[str, Any]
     stream: bool
     include_usage: bool
+
+    @abstractmethod
+    def prompt_token_ids(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[list[int]]:
+        """Token ids of each prompt. Raises RequestError where the checkpoint lacks what that takes."""
+
+    @abstractmethod
+    def answer(self, served: Served) -> Answer:
+        """The form in which this request is answered."""
+
+    def error_body(self, error: Exception) -> dict[str, Any]:
+        """What says that this request failed."""
+        return error_object(error)
+
+    def error_events(self, error: Exception) -> bytes:
+        """What ends a stream whose replica was lost."""
+        return error_events(error)
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Sampling parameters; `defaults` (the checkpoint's) apply where the client set nothing."""

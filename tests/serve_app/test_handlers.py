@@ -15,7 +15,8 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import resolve_model
-from serve_app.handlers import DONE, RequestHandler
+from serve_app.answers.base import DONE
+from serve_app.handlers import RequestHandler
 from serve_app.protocol.chat import parse_chat
 from serve_app.protocol.completions import CompletionRequest, parse_completion
 from tests.serve_app.support import wait_for
@@ -143,7 +144,7 @@ def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event() -> None:
     engine = started()
     *_, last = asyncio.run(outlive(engine))
     error, done = last.strip().split(b"\n\n")
-    assert json.loads(error.removeprefix(b"data: "))["error"]["type"] == "server_error"
+    assert json.loads(error.removeprefix(b"event: error\ndata: "))["error"]["type"] == "server_error"
     assert done == DONE.strip()
     with pytest.raises(EngineDeadError):
         respond(engine)
