@@ -34,6 +34,7 @@ def bind(config: ServiceConfig) -> serve.Application:
     replicas = serve.deployment(
         name=REPLICA,
         max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         ray_actor_options=placement.actor_options,
         placement_group_bundles=placement.bundles,

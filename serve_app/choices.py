@@ -39,12 +39,23 @@ class Choice:
     def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self.done = False
         self._index = index
-        self._stream = TextStream(tokenizer, params.stop, params.skip_special_tokens) if tokenizer else None
+        self._stop_token_ids = params.stop_token_ids
+        self._stream = (
+            TextStream(
+                tokenizer,
+                params.stop,
+                params.skip_special_tokens,
+                params.include_stop_str_in_output,
+                params.min_tokens,
+            )
+            if tokenizer
+            else None
+        )
 
     def advance(self, delta: TokenDelta) -> ChoiceDelta:
         """Takes a step's tokens; a stop string that they complete ends the choice before it."""
         assert not self.done
-        text, reason = "", delta.finish_reason
+        text, reason, stopped_by = "", delta.finish_reason, self._stop_token(delta)
         if self._stream:
             taken = self._stream.num_taken
             text = self._stream.push(delta.token_ids)
@@ -52,7 +63,7 @@ class Choice:
             if reason:
                 text += self._stream.finish()
             if self._stream.stopped:
-                reason = "stop"
+                reason, stopped_by = "stop", self._stream.stopped_by
         self.done = reason is not None
         return ChoiceDelta(
             self._index,
@@ -60,8 +71,14 @@ class Choice:
             delta.token_ids,
             delta.logprobs,
             reason,
+            stop_reason=stopped_by,
             num_cached_tokens=delta.num_cached_tokens,
         )
+
+    def _stop_token(self, delta: TokenDelta) -> str | int | None:
+        """The stop token that ended the choice; EOS is none."""
+        last = delta.token_ids[-1] if delta.finish_reason == "stop" and delta.token_ids else None
+        return last if last in self._stop_token_ids else None
 
 
 def join(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:

@@ -42,6 +42,18 @@ class ServiceConfig:
     health_check_timeout_s: float = setting(30.0, "longest wait for one health check")
     placement_timeout_s: float = setting(120.0, "longest wait for the cluster to make room for a replica")
     max_request_mib: float = setting(16.0, "largest HTTP request body in MiB")
+    max_queued_requests: int = setting(1000, "requests that may wait at the ingress; more are answered 429")
+    request_timeout_s: float = setting(
+        0.0, "longest time a request may take, then it is answered 408; 0: any"
+    )
+    api_key: str = dataclasses.field(
+        default="",
+        repr=False,  # settings are printed and logged
+        metadata={"help": "key that clients must send; empty: none is asked for", "choices": None},
+    )
+    enable_thinking: bool | None = setting(
+        None, "whether models that can think do where a request does not say; null: as their template has it"
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -53,6 +65,7 @@ class ServiceConfig:
             "target_ongoing_requests",
             "max_ongoing_requests",
             "max_request_mib",
+            "max_queued_requests",
             "metrics_interval_s",
             "look_back_period_s",
             "health_check_period_s",

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from ray import serve
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from qwen3_dist.engine.async_engine import AsyncEngine
@@ -31,6 +32,7 @@ from serve_app.protocol.generation import GenerationRequest
 
 logger = logging.getLogger("ray.serve")
 HEALTH_TIMEOUT_S = 5.0
+_LARGE_BODY = 2**16  # bytes that are not read on the event loop
 
 
 class EngineReplica:
@@ -40,7 +42,8 @@ class EngineReplica:
         self._engine = AsyncEngine(config.engine)
         logger.info("the engine is ready on %s", self._engine.backends)
         defaults = read_generation_defaults(self._engine.model_path)
-        self._handler = RequestHandler(self._engine, config.served_name, defaults)
+        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        self._handler = RequestHandler(self._engine, config.served_name, defaults, thinking)
 
     async def answer(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
@@ -95,7 +98,9 @@ class Ingress:
 
     def __init__(self, config: ServiceConfig, replicas: DeploymentHandle) -> None:
         self._model = config.served_name
+        self.api_key = config.api_key
         self._max_bytes = int(config.max_request_mib * 2**20)
+        self._timeout_s = config.request_timeout_s
         self._replicas = replicas
         self._answers = replicas.options(method_name="answer", stream=True)
         self._created = int(time.time())
@@ -147,8 +152,9 @@ class Ingress:
         except Exception as error:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
-    async def _generate(self, http: Request, parse: Callable[[bytes], GenerationRequest]) -> Response:
-        request = parse(await read_body(http, self._max_bytes))
+    async def _generate(self, asked: Request, parse: Callable[[bytes], GenerationRequest]) -> Response:
+        body = await read_body(asked, self._max_bytes)
+        request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
         self._check_model(request.model)
         items = self._answer(request)
         try:
@@ -162,12 +168,30 @@ class Ingress:
         return json_response(first, status)
 
     async def _answer(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
-        """A replica's items. Leaving early cancels the request there; a lost replica is EngineDeadError."""
+        """A replica's items. Leaving early cancels the request there.
+
+        Raises EngineDeadError if the replica is lost, RequestError if too many wait (429) or time is up (408).
+        """
         response = self._answers.remote(request)
         assert isinstance(response, DeploymentResponseGenerator)
+        now = asyncio.get_running_loop().time()
+        deadline = now + self._timeout_s if self._timeout_s else None
         try:
-            async for item in response:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    item = await anext(response, None)
+                if item is None:
+                    return
                 yield item
+        except TimeoutError:
+            raise RequestError(
+                f"the request took longer than {self._timeout_s:g} seconds; ask for fewer tokens",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+            ) from None
+        except BackPressureError:
+            raise RequestError(
+                "too many requests wait already; send it again later", status=HTTPStatus.TOO_MANY_REQUESTS
+            ) from None
         except Exception as error:
             logger.exception("a replica failed on a request")
             raise EngineDeadError("the replica that ran this request was lost; send it again") from error
@@ -175,7 +199,7 @@ class Ingress:
             response.cancel()
 
     def _check_model(self, name: str) -> None:
-        if name != self._model:
+        if name not in ("", self._model):
             raise RequestError(
                 f"model {name!r} is not served here; {self._model!r} is",
                 param="model",

@@ -22,6 +22,7 @@ from serve_app.answers.base import Answer, Served
 from serve_app.choices import Choice, ChoiceDelta, join
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest
+from serve_app.protocol.prompts import Texts
 
 logger = logging.getLogger("ray.serve")
 Steps = AsyncGenerator[list[ChoiceDelta], None]
@@ -33,19 +34,30 @@ class _Job:
 
     prompts: list[list[int]]
     params: SamplingParams
+    priority: int
     answer: Answer
 
 
 class RequestHandler:
     """Answers parsed requests with one engine, under the name the model is served by.
 
-    `defaults` are the sampling parameters the checkpoint recommends.
+    `defaults` are the sampling parameters the checkpoint recommends, `template_kwargs` what the service tells
+    the chat template where a request says nothing.
     """
 
-    def __init__(self, engine: AsyncEngine, model_name: str, defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        model_name: str,
+        defaults: Mapping[str, Any],
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
+        self._texts = Texts(
+            engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}
+        )
 
     async def respond(self, request: GenerationRequest) -> bytes:
         """The whole answer as JSON. Raises RequestError or EngineDeadError."""
@@ -86,30 +98,49 @@ class RequestHandler:
         yield job.answer.end()
 
     async def _prepare(self, request: GenerationRequest) -> _Job:
+        try:
+            return await self._job(request)
+        except RequestError as error:
+            raise request.renamed(error) from None
+
+    async def _job(self, request: GenerationRequest) -> _Job:
         """Checks what needs the model; tokenizes off the event loop."""
         params = request.params(self._defaults)
-        tokenizer, template = self._engine.tokenizer, self._engine.chat_template
-        if params.stop and tokenizer is None:
+        if params.stop and self._engine.tokenizer is None:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
-        prompts = await asyncio.to_thread(request.prompt_token_ids, tokenizer, template)
-        return _Job(prompts, params, request.answer(Served(self._model_name, tokenizer, prompts)))
+        prompts = await asyncio.to_thread(request.prompts, self._texts)
+        if "max_tokens" in request.sampling and params.max_tokens is not None:
+            self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
+        served = Served(self._model_name, self._engine.tokenizer, [prompt.token_ids for prompt in prompts])
+        return _Job(served.prompts, params, request.priority, request.answer(served))
+
+    def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
+        most = self._engine.max_model_len
+        if num_prompt_tokens < most < num_prompt_tokens + max_tokens:
+            raise RequestError(
+                f"max_tokens={max_tokens} and the {num_prompt_tokens} tokens of the prompt are more than the "
+                f"context of {most} tokens; lower max_tokens or shorten the prompt",
+                param="max_tokens",
+            )
 
     async def _steps(self, job: _Job) -> Steps:
         """Steps of all prompts as they come; choice `i` of prompt `p` has index `p * n + i`."""
         n = job.params.n
-        streams = [self._prompt_steps(prompt, job.params, p * n) for p, prompt in enumerate(job.prompts)]
+        streams = [self._prompt_steps(job, prompt, p * n) for p, prompt in enumerate(job.prompts)]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
         async with aclosing(merged):
             async for step in merged:
                 yield step
 
-    async def _prompt_steps(self, prompt: list[int], params: SamplingParams, first_index: int) -> Steps:
+    async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
+        params = job.params
         choices = [Choice(first_index + i, params, self._engine.tokenizer) for i in range(params.n)]
         request_id = uuid.uuid4().hex
-        async with aclosing(self._engine.generate(prompt, params, request_id)) as steps:
+        async with aclosing(self._engine.generate(prompt, params, request_id, job.priority)) as steps:
             async for step in steps:
                 shown = []
                 for delta in step:

@@ -6,29 +6,44 @@ being imported: what they use has to be importable from elsewhere.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from ray import serve
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
-from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.errors import QwenDistError, RequestError
 from serve_app.protocol.errors import error_object, error_status, to_json
 
+_JSON = "application/json"
+_ERROR_HEADERS = {
+    HTTPStatus.UNAUTHORIZED: {"www-authenticate": "Bearer"},
+    HTTPStatus.TOO_MANY_REQUESTS: {"retry-after": "1"},
+}
 ErrorForm = Callable[[Exception], Mapping[str, Any]]
 
 
 def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
-    """An application without routes. Errors take the form their path has in `error_forms`, else OpenAI's."""
-    api = FastAPI(title="qwen3_dist", description="OpenAI-compatible inference for Qwen3.")
+    """An application without routes. Errors take the form their path has in `error_forms`, else OpenAI's.
+
+    Each route asks for the `api_key` of the deployment that runs it.
+    """
+    api = FastAPI(
+        title="qwen3_dist",
+        description="OpenAI-compatible inference for Qwen3.",
+        dependencies=[Depends(_check_deployments_key)],
+    )
 
     async def answer_error(request: Request, error: Exception) -> Response:
         form = error_forms.get(request.url.path, error_object)
-        return json_response(form(error), error_status(error))
+        status = error_status(error)
+        return json_response(form(error), status, _ERROR_HEADERS.get(HTTPStatus(status)))
 
     async def answer_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -40,8 +55,33 @@ def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
     return api
 
 
+def check_key(request: Request, key: str) -> None:
+    """Raises RequestError (401) unless the request to an API shows the `key`; the comparison takes the same time."""
+    if not key or not request.url.path.startswith("/v1/"):
+        return
+    headers = request.headers
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    shown = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    if not hmac.compare_digest(shown.strip().encode(), key.encode()):
+        raise RequestError(
+            "the API key is missing or wrong; send it as Authorization: Bearer KEY or as x-api-key",
+            status=HTTPStatus.UNAUTHORIZED,
+        )
+
+
+async def _check_deployments_key(request: Request) -> None:
+    deployment: Any = serve.get_replica_context().servable_object
+    check_key(request, deployment.api_key)
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises RequestError (413) once it is longer than `limit` bytes."""
+    """The request's body, which its headers must not call anything but JSON.
+
+    Raises RequestError, with status 413 once it is longer than `limit` bytes.
+    """
+    kind = request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
+    if kind != _JSON:
+        raise RequestError(f"the content type must be {_JSON}, not {kind}")
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -53,16 +93,18 @@ async def read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def json_response(value: Any, status: int = HTTPStatus.OK) -> Response:
+def json_response(
+    value: Any, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+) -> Response:
     """`value`, or bytes that are JSON already."""
     body = value if isinstance(value, bytes) else to_json(value)
-    return Response(body, status, media_type="application/json")
+    return Response(body, status, headers, media_type=_JSON)
 
 
 class EventStream(StreamingResponse):
     """Server-sent events: `first`, then `items`, which are closed also when the client leaves.
 
-    An EngineDeadError out of `items` becomes the last events, in the API's form.
+    An error of ours out of `items` becomes the last events, in the API's form.
     """
 
     def __init__(
@@ -84,5 +126,5 @@ async def _chain(
         try:
             async for item in items:
                 yield item
-        except EngineDeadError as error:
+        except QwenDistError as error:
             yield error_events(error)

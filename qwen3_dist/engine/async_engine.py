@@ -53,12 +53,13 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str
+        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yields what each step adds to the request, until all its choices are finished.
 
-        Raises RequestError before the first item if the request is refused, EngineDeadError if the
-        engine dies. Leaving the iterator early (aclose, cancellation) aborts the request within a step.
+        A request of lower `priority` goes first. Raises RequestError before the first item if the request is
+        refused, EngineDeadError if the engine dies. Leaving the iterator early (aclose, cancellation) aborts
+        the request within a step.
         """
         self.check_health()
         self._engine.check_prompt(prompt_token_ids)
@@ -66,7 +67,7 @@ class AsyncEngine:
 
         def add() -> None:
             self._streams[request_id] = stream
-            self._engine.add_request(request_id, prompt_token_ids, params)
+            self._engine.add_request(request_id, prompt_token_ids, params, priority)
 
         self._post(add)
         try:

@@ -23,6 +23,7 @@ from jinja2.utils import Namespace
 from qwen3_dist.errors import CheckpointError, RequestError
 from qwen3_dist.text.sidecars import read_json_object, read_special_tokens
 
+_END = "<|end of the final message|> "  # ends in a space, which shows whether a template strips
 # A message's reasoning goes by several names; templates read the first.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
@@ -56,30 +57,47 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
         """The prompt for `messages` (OpenAI's form); `kwargs` such as `enable_thinking` reach the template.
 
-        A missing content is the empty string, and a list of text parts is their text. Raises
+        With `continue_final_message` the prompt ends where the last message's text does. A missing content is
+        the empty string, and a list of text parts is their text. Raises
         RequestError (param "messages") where the template refuses the conversation or fails on it.
         """
         if not messages:
             raise RequestError("messages must hold at least one message", param="messages")
+        plain = [_plain_message(message) for message in messages]
+        if continue_final_message:
+            plain[-1]["content"] += _END
         variables = {
             **self._special_tokens,
             **kwargs,
-            "messages": [_plain_message(message) for message in messages],
+            "messages": plain,
             "tools": tools,
             "documents": kwargs.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         try:
-            return self._templates[name].render(variables)
+            rendered = self._templates[name].render(variables)
         except Exception as error:  # noqa: BLE001 - untrusted code may raise anything
             raise RequestError(
                 f"the model's chat template cannot render these messages: {error}", param="messages"
             ) from None
+        return _cut_at_end(rendered) if continue_final_message else rendered
+
+
+def _cut_at_end(rendered: str) -> str:
+    """`rendered` up to the mark; a template that strips the message strips what was before the mark, too."""
+    text, mark, after = rendered.rpartition(_END.strip())
+    if not mark:
+        raise RequestError(
+            "the model's chat template does not show the last message, so it cannot be continued",
+            param="continue_final_message",
+        )
+    return text if after.startswith(" ") else text.rstrip()
 
 
 def _read_templates(path: Path) -> dict[str, str]:

@@ -16,12 +16,22 @@ class TextStream:
     """Turns token ids, as they come, into text that is safe to show.
 
     All that `push` and `finish` return, joined, is `tokenizer.decode(all ids)`, cut before the stop
-    string that is complete first (of two complete at once, the longer). How the ids were split into
-    pushes changes nothing.
+    string that is complete first (of two complete at once, the longer), or after it with `include_stop`.
+    Those complete within the first `min_tokens` ids count for nothing. How the ids were split into pushes
+    changes nothing. `stopped_by` is the stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], skip_special_tokens: bool = True) -> None:
-        self.stopped = False
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
+        self.stopped_by: str | None = None
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
         self.num_taken = 0  # ids so far, those after a stop string left out
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -29,6 +39,10 @@ class TextStream:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # the longest tail of the text that may yet become a stop string
         self._shown: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     @property
     def text(self) -> str:
@@ -54,10 +68,12 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._utf8.decode(data, final)
-        matches = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
-        if matches:
-            self.stopped = True
-            _, end = min(matches)
+        matches = [
+            (text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stop if stop in text
+        ]
+        if matches and self.num_taken > self._min_tokens:
+            after, before, self.stopped_by = min(matches)
+            end = after if self._include_stop else before
         else:
             end = len(text) if final else len(text) - self._longest_started_stop(text)
         self._held = "" if self.stopped else text[end:]

@@ -29,8 +29,8 @@ _BYTES = _bytes_of_alphabet()
 class Tokenizer:
     """Encodes and decodes as the checkpoint's `tokenizer.json` says.
 
-    `eos_token_ids` end a generation. The model's vocabulary may be padded past `vocab_size`; ids
-    beyond it stand for no text.
+    `eos_token_ids` end a generation, `longest_token` is the most bytes that one token stands for. The
+    model's vocabulary may be padded past `vocab_size`; ids beyond it stand for no text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Sequence[int] = ()) -> None:
@@ -38,6 +38,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(eos_token_ids)
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
         self._token_bytes: dict[int, bytes] = {}
 
     @classmethod

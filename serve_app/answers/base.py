@@ -105,8 +105,3 @@ class Answer(ABC):
     @abstractmethod
     def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
         """The whole answer, of choices that were joined (`choices.join`)."""
-
-    def token_text(self, token_id: int) -> str:
-        if self.served.tokenizer is None:
-            return f"token_id:{token_id}"
-        return self.served.tokenizer.token_bytes(token_id).decode(errors="replace")

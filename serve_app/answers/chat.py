@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.answers.base import Json, Served
-from serve_app.answers.openai import OpenAIAnswer
+from serve_app.answers.openai import OpenAIAnswer, Shown
 from serve_app.choices import ChoiceDelta
 
 
@@ -16,16 +16,15 @@ class ChatAnswer(OpenAIAnswer):
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, served: Served, include_usage: bool = False) -> None:
-        super().__init__(served, include_usage)
+    def __init__(self, served: Served, shown: Shown) -> None:
+        super().__init__(served, shown)
         self._begun: set[int] = set()
 
     def choice(self, delta: ChoiceDelta) -> Json:
-        message: Json = {"role": "assistant", "content": delta.text}
-        if delta.reasoning:
-            message |= _reasoning(delta.reasoning)
+        thought = self._reasoning(delta)
+        silent = not delta.text and (delta.reasoning or delta.tool_calls)
+        message: Json = {"role": "assistant", "content": None if silent else delta.text, **thought}
         if delta.tool_calls:
-            message["content"] = delta.text or None
             message["tool_calls"] = [
                 {
                     "id": call.id,
@@ -43,12 +42,12 @@ class ChatAnswer(OpenAIAnswer):
             self._begun.add(delta.index)
             role = {"role": "assistant", "content": ""}
             chunks.append({"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None})
-        shown: Json = _reasoning(delta.reasoning) if delta.reasoning else {}
+        shown = self._reasoning(delta)
         if delta.text:
             shown["content"] = delta.text
         if delta.tool_calls:
             shown["tool_calls"] = [_call_part(call) for call in delta.tool_calls]
-        if shown or delta.logprobs or delta.finish_reason:
+        if shown or delta.logprobs or delta.finish_reason or self.shown.token_ids:
             chunks.append(self._with(delta, {"delta": shown}))
         return chunks
 
@@ -61,7 +60,14 @@ class ChatAnswer(OpenAIAnswer):
             **body,
             "logprobs": {"content": content} if content else None,
             "finish_reason": delta.finish_reason,
+            **self.beside(delta),
         }
+
+    def _reasoning(self, delta: ChoiceDelta) -> Json:
+        """Under both names that clients read."""
+        if not (delta.reasoning and self.shown.reasoning):
+            return {}
+        return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
 
     def _top(self, logprob: TokenLogprob) -> list[Json]:
         return [self._token(*alternative) for alternative in logprob.top]
@@ -69,12 +75,7 @@ class ChatAnswer(OpenAIAnswer):
     def _token(self, token_id: int, logprob: float) -> Json:
         tokenizer = self.served.tokenizer
         data = tokenizer and list(tokenizer.token_bytes(token_id))
-        return {"token": self.token_text(token_id), "logprob": logprob, "bytes": data}
-
-
-def _reasoning(text: str) -> Json:
-    """Under both names that clients read."""
-    return {"reasoning": text, "reasoning_content": text}
+        return {"token": self.token_name(token_id), "logprob": logprob, "bytes": data}
 
 
 def _call_part(call: ToolCallDelta) -> Json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from serve_app.answers.base import Json, Served
-from serve_app.answers.openai import OpenAIAnswer
+from serve_app.answers.openai import OpenAIAnswer, Shown
 from serve_app.choices import ChoiceDelta
 
 
@@ -13,31 +13,30 @@ class CompletionAnswer(OpenAIAnswer):
     prefix = "cmpl"
     object_name = chunk_name = "text_completion"
 
-    def __init__(self, served: Served, include_usage: bool = False) -> None:
-        super().__init__(served, include_usage)
+    def __init__(self, served: Served, shown: Shown) -> None:
+        super().__init__(served, shown)
         self._offsets: dict[int, int] = {}
 
     def choice(self, delta: ChoiceDelta) -> Json:
-        choice = {
+        return {
             "index": delta.index,
             "text": delta.text,
             "logprobs": self._logprobs(delta) if delta.logprobs else None,
             "finish_reason": delta.finish_reason,
+            **self.beside(delta),
         }
-        return choice if self.served.tokenizer else {**choice, "token_ids": list(delta.token_ids)}
 
     def chunk_choices(self, delta: ChoiceDelta) -> list[Json]:
-        wordless = self.served.tokenizer is None
-        shown = delta.text or delta.logprobs or delta.finish_reason or wordless
+        shown = delta.text or delta.logprobs or delta.finish_reason or self.shown.token_ids
         return [self.choice(delta)] if shown else []
 
     def _logprobs(self, delta: ChoiceDelta) -> Json:
         """OpenAI's columns. Of several alternatives with one text (parts of a character) the likeliest stays."""
         return {
-            "tokens": [self.token_text(p.token_id) for p in delta.logprobs],
+            "tokens": [self.token_name(p.token_id) for p in delta.logprobs],
             "token_logprobs": [p.logprob for p in delta.logprobs],
             "top_logprobs": [
-                {self.token_text(i): value for i, value in reversed(p.top)} for p in delta.logprobs
+                {self.token_name(i): value for i, value in reversed(p.top)} for p in delta.logprobs
             ],
             "text_offset": [self._offset(delta.index, p.token_id) for p in delta.logprobs],
         }

@@ -5,38 +5,68 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve_app.answers.base import DONE, Answer, Json, Served, event
 from serve_app.choices import ChoiceDelta
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What an answer shows beside its text: token counts at a stream's end or in every chunk, token ids, ids as
+    the names of tokens, the prompt ahead of the answer; and whether it shows reasoning.
+    """
+
+    usage: bool = False
+    usage_so_far: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+    echo: bool = False
+    reasoning: bool = True
+
+
 class OpenAIAnswer(Answer):
-    """Chunks of one answer share its id and time. With `include_usage` a last chunk has the counts."""
+    """Chunks of one answer share its id and time."""
 
     prefix: str
     object_name: str
     chunk_name: str
 
-    def __init__(self, served: Served, include_usage: bool) -> None:
+    def __init__(self, served: Served, shown: Shown) -> None:
         super().__init__(served)
-        self._include_usage = include_usage
+        # Without a tokenizer ids are all there is.
+        self.shown = shown if served.tokenizer else replace(shown, token_ids=True)
         self._id = f"{self.prefix}-{self.unique}"
         self._created = int(time.time())
 
     def delta(self, delta: ChoiceDelta) -> bytes:
+        counts = self.usage.to_json() if self.shown.usage_so_far else None if self.shown.usage else ...
         return b"".join(
-            event(self._form(self.chunk_name, [choice], None if self._include_usage else ...))
-            for choice in self.chunk_choices(delta)
+            event(self._form(self.chunk_name, [choice], counts)) for choice in self.chunk_choices(delta)
         )
 
     def end(self) -> bytes:
-        if not self._include_usage:
+        if not self.shown.usage:
             return DONE
         return event(self._form(self.chunk_name, [], self.usage.to_json())) + DONE
 
     def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
         return self._form(self.object_name, [self.choice(c) for c in choices], self.usage.to_json())
+
+    def token_text(self, token_id: int) -> str:
+        tokenizer = self.served.tokenizer
+        return tokenizer.token_bytes(token_id).decode(errors="replace") if tokenizer else ""
+
+    def token_name(self, token_id: int) -> str:
+        """What log-probabilities call a token: its text, or its id where there is no text or ids are asked for."""
+        as_id = self.shown.tokens_as_ids or self.served.tokenizer is None
+        return f"token_id:{token_id}" if as_id else self.token_text(token_id)
+
+    def beside(self, delta: ChoiceDelta) -> Json:
+        """What vLLM adds to a choice: what ended it, and token ids where they are asked for."""
+        ids = {"token_ids": list(delta.token_ids)} if self.shown.token_ids else {}
+        return {"stop_reason": delta.stop_reason, **ids} if delta.finish_reason else ids
 
     @abstractmethod
     def choice(self, delta: ChoiceDelta) -> Json:

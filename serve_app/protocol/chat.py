@@ -2,91 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen3_dist.errors import RequestError
-from qwen3_dist.text.chat_template import ChatTemplate
-from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.sampling_params import MAX_LOGPROBS
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.chat import ChatAnswer
-from serve_app.protocol.fields import Fields, is_bool, is_filled_list, is_int, is_list_of, short
-from serve_app.protocol.generation import GenerationRequest, check_sampling, read_shared
+from serve_app.protocol.conversation import MESSAGES, TOOL_CHOICE, TOOLS, template_message, template_tool
+from serve_app.protocol.generation import GENERATION, GenerationRequest, read_generation
+from serve_app.protocol.kinds import BOOL, OBJECT, Field, Json, ListOf, Plain, Record, integer, one_of
+from serve_app.protocol.prompts import Prompt, Texts
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_OWN_VARIABLES = {"self", "messages", "tools"}
+_VARIABLES = Plain(
+    "an object of template variables other than messages and tools",
+    {"type": "object", "propertyNames": {"not": {"enum": sorted(_OWN_VARIABLES)}}},
+    lambda value: not value.keys() & _OWN_VARIABLES,
+)
+CHAT_BODY = Record(
+    "an object",
+    {
+        **GENERATION,
+        "messages": Field(MESSAGES, "The conversation so far.", required=True),
+        "max_completion_tokens": Field(integer(1), "Most tokens of each choice, reasoning included."),
+        "max_tokens": Field(integer(1), "The older name of max_completion_tokens."),
+        "logprobs": Field(BOOL, "Gives each token's log-probability."),
+        "top_logprobs": Field(integer(0, MAX_LOGPROBS), "And those of so many alternatives."),
+        "tools": Field(TOOLS, "Functions that the model may call."),
+        "tool_choice": Field(TOOL_CHOICE, "Whether it may, must or must not call, or which one it must."),
+        "parallel_tool_calls": Field(BOOL, "Whether it may call several at once."),
+        "reasoning_effort": Field(one_of(*_EFFORTS), "none answers without thinking."),
+        "enable_thinking": Field(BOOL, "Whether the model thinks before it answers."),
+        "include_reasoning": Field(BOOL, "Whether its thoughts are shown."),
+        "add_generation_prompt": Field(BOOL, "Whether the assistant's next message is begun."),
+        "continue_final_message": Field(BOOL, "Goes on with the last message instead."),
+        "documents": Field(ListOf(OBJECT, "a list of objects"), "For the chat template."),
+        "chat_template_kwargs": Field(_VARIABLES, "Variables for the chat template."),
+    },
+)
 
 
 @dataclass(frozen=True)
 class ChatRequest(GenerationRequest):
-    """A body of /v1/chat/completions."""
+    """A body of /v1/chat/completions.
 
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    tools: list[dict[str, Any]] | None = None
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    `tool_choice` is "none" where there are no tools, and a function's name where the client names one.
+    """
 
-    def prompt_token_ids(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[list[int]]:
-        if tokenizer is None or template is None:
-            lacks = "tokenizer" if tokenizer is None else "chat template"
+    messages: list[Json] = field(default_factory=list)
+    tools: list[Json] = field(default_factory=list)
+    tool_choice: str = "none"
+    named_tool: str | None = None
+    parallel_tool_calls: bool = True
+    continued: bool = False
+    template_kwargs: Json = field(default_factory=dict)
+
+    def prompts(self, texts: Texts) -> list[Prompt]:
+        if texts.tokenizer is None or texts.template is None:
+            lacks = "tokenizer" if texts.tokenizer is None else "chat template"
             raise RequestError(
                 f"this model has no {lacks}, so it cannot chat; use /v1/completions", param="messages"
             )
-        return [tokenizer.encode(template.render(self.messages, self.tools, **self.template_kwargs))]
+        variables = {**texts.template_kwargs, **self.template_kwargs}
+        rendered = texts.template.render(self.messages, self.tools or None, **variables)
+        return [texts.prompt(rendered, "messages")]
 
     def answer(self, served: Served) -> Answer:
-        return ChatAnswer(served, self.include_usage)
+        return ChatAnswer(served, self.shown)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Reads a chat request. Raises RequestError."""
-    return ChatRequest(**chat_fields(Fields.of_body(body)))
+    return ChatRequest(**_read(CHAT_BODY.read_body(body)))
 
 
-def chat_fields(fields: Fields) -> dict[str, Any]:
+def chat_fields(body: Json) -> Json:
     """Constructor arguments of a ChatRequest. Raises RequestError.
 
     APIs that are chats in other words translate their body into chat's and read it by this.
     """
-    shared = read_shared(
-        fields, "max_completion_tokens" if fields.has("max_completion_tokens") else "max_tokens"
-    )
-    wanted = fields.read("logprobs", is_bool, "true or false", False)
-    top = fields.read("top_logprobs", is_int, "an integer", None)
-    if top is not None and not wanted:
+    return _read(CHAT_BODY.read(body, ""))
+
+
+def _read(given: Json) -> Json:
+    limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+    wanted, top = given.get("logprobs", False), given.get("top_logprobs", 0)
+    if top and not wanted:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if wanted:
-        shared["sampling"]["logprobs"] = top or 0
-    shared["sampling"].setdefault("max_tokens", None)
-    check_sampling(shared["sampling"], {"logprobs": "top_logprobs", "max_tokens": shared.pop("limit_name")})
-    messages = fields.read("messages", is_filled_list, "a list of at least one message")
+    read = read_generation(given, limit, ("top_logprobs", top if wanted else None))
+    read["sampling"].setdefault("max_tokens", None)
+    read["shown"] = replace(read["shown"], reasoning=given.get("include_reasoning", True))
     return {
-        **shared,
-        "messages": [_message(message, i) for i, message in enumerate(messages)],
-        "tools": fields.read("tools", lambda v: v == [] or is_list_of(dict)(v), "a list of objects", None),
-        "template_kwargs": fields.read(
-            "chat_template_kwargs",
-            lambda v: isinstance(v, dict) and not v.keys() & {"self", "messages", "tools"},
-            "an object of template variables other than messages and tools",
-            {},
-        ),
+        **read,
+        **_tools(given),
+        "messages": [template_message(message) for message in given["messages"]],
+        "template_kwargs": _template_kwargs(given),
     }
 
 
-def _message(message: Any, index: int) -> dict[str, Any]:
-    where = f"messages[{index}]"
-    if not isinstance(message, dict):
+def _tools(given: Json) -> Json:
+    """The tools that may be called, and how; ones that must not be called are not shown to the model."""
+    tools = [template_tool(tool) for tool in given.get("tools", [])]
+    choice: Any = given.get("tool_choice", "auto" if tools else "none")
+    named = None if isinstance(choice, str) else choice["function"]["name"]
+    if not tools and (named or choice == "required"):
+        raise RequestError("tool_choice needs tools to choose from", param="tool_choice")
+    names = [tool["function"]["name"] for tool in tools]
+    if named and named not in names:
         raise RequestError(
-            f"{where} must be an object with role and content, not {short(message)}", param=where
+            f"tool_choice names {named!r}, which is none of the tools: {', '.join(names)}",
+            param="tool_choice",
         )
-    role = message.get("role")
-    if role not in ROLES:
+    return {
+        "tools": [] if choice == "none" else tools,
+        "tool_choice": "required" if named else choice,
+        "named_tool": named,
+        "parallel_tool_calls": given.get("parallel_tool_calls", True),
+    }
+
+
+def _template_kwargs(given: Json) -> Json:
+    """What the template is told; the most direct word for a variable wins."""
+    kwargs: Json = {}
+    if "reasoning_effort" in given:
+        effort = given["reasoning_effort"]
+        kwargs |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    if "enable_thinking" in given:
+        kwargs["enable_thinking"] = given["enable_thinking"]
+    if "documents" in given:
+        kwargs["documents"] = given["documents"]
+    continued = given.get("continue_final_message", False)
+    begun = given.get("add_generation_prompt", not continued)
+    if continued and begun:
         raise RequestError(
-            f"{where}.role must be one of {', '.join(ROLES)}, not {short(role)}", param=f"{where}.role"
+            "continue_final_message and add_generation_prompt exclude each other; make one false",
+            param="continue_final_message",
         )
-    content = message.get("content")
-    if not isinstance(content, (str, list)) and not (content is None and role == "assistant"):
-        raise RequestError(
-            f"{where}.content must be a string or a list of text parts, not {short(content)}",
-            param=f"{where}.content",
-        )
-    # OpenAI's newer name for the system role; Qwen3's templates know the older one.
-    return {**message, "role": "system"} if role == "developer" else message
+    kwargs["add_generation_prompt"] = begun
+    return {**kwargs, "continue_final_message": continued, **given.get("chat_template_kwargs", {})}

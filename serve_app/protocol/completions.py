@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qwen3_dist.errors import RequestError
-from qwen3_dist.text.chat_template import ChatTemplate
-from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.completions import CompletionAnswer
-from serve_app.protocol.fields import Fields, is_int, is_list_of, short
-from serve_app.protocol.generation import GenerationRequest, check_sampling, read_shared
+from serve_app.protocol.generation import GENERATION, GenerationRequest, read_generation
+from serve_app.protocol.kinds import BOOL, FILLED_TEXT, Either, Field, ListOf, Record, integer
+from serve_app.protocol.prompts import Prompt, Texts
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+_MOST_CHOICES = 1024
+_TOKEN_IDS = ListOf(integer(0), "a list of token ids", least=1)
+_EXPECTED = "text, a list of token ids, or a list of either, none of them empty"
+_PROMPT = Either(
+    _EXPECTED,
+    (FILLED_TEXT, _TOKEN_IDS, ListOf(Either(_EXPECTED, (FILLED_TEXT, _TOKEN_IDS)), _EXPECTED, least=1)),
+)
+COMPLETION_BODY = Record(
+    "an object",
+    {
+        **GENERATION,
+        "prompt": Field(_PROMPT, "What the answer goes on from.", required=True),
+        "max_tokens": Field(integer(0), "Most tokens of each choice; 0 with echo alone."),
+        "logprobs": Field(
+            integer(0, MAX_LOGPROBS), "Log-probabilities of each token and of so many alternatives."
+        ),
+        "echo": Field(BOOL, "Shows the prompt ahead of the answer."),
+    },
+)
 
 
 @dataclass(frozen=True)
 class CompletionRequest(GenerationRequest):
     """A body of /v1/completions; each prompt is text or token ids."""
 
-    prompts: list[str | list[int]] = field(default_factory=list)
+    wanted: list[str | list[int]] = field(default_factory=list)
 
-    def prompt_token_ids(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[list[int]]:
-        return [_token_ids(prompt, tokenizer) for prompt in self.prompts]
+    def prompts(self, texts: Texts) -> list[Prompt]:
+        return [
+            texts.prompt(prompt, "prompt") if isinstance(prompt, str) else Prompt(prompt)
+            for prompt in self.wanted
+        ]
 
     def answer(self, served: Served) -> Answer:
-        return CompletionAnswer(served, self.include_usage)
+        return CompletionAnswer(served, self.shown)
+
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        return super().params({"max_tokens": COMPLETION_MAX_TOKENS, **defaults})
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Reads a completion request. Raises RequestError."""
-    fields = Fields.of_body(body)
-    shared = read_shared(fields, "max_tokens")
-    logprobs = fields.read("logprobs", is_int, "an integer", None)
-    if logprobs is not None:
-        shared["sampling"]["logprobs"] = logprobs
-    shared["sampling"].setdefault("max_tokens", COMPLETION_MAX_TOKENS)
-    shared.pop("limit_name")
-    check_sampling(shared["sampling"], {})
-    return CompletionRequest(**shared, prompts=_prompts(fields))
-
-
-def _token_ids(prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
-    if not isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        raise RequestError("this model has no tokenizer; send the prompt as token ids", param="prompt")
-    return tokenizer.encode(prompt)
-
-
-def _prompts(fields: Fields) -> list[str | list[int]]:
-    """The `prompt` field's four forms (text, token ids, a list of either) as a list of prompts."""
-    expected = "text, a list of token ids, or a list of either"
-    prompt = fields.read("prompt", lambda v: isinstance(v, (str, list)), expected)
-    prompts = [prompt] if isinstance(prompt, str) or is_list_of(int)(prompt) else prompt
-    for item in prompts:
-        if not isinstance(item, str) and not is_list_of(int)(item):
-            raise RequestError(f"prompt must be {expected}, not {short(prompt)}", param="prompt")
-    if not prompts or any(not item for item in prompts):
-        raise RequestError("prompt must not be empty", param="prompt")
-    return list(prompts)
+    given = COMPLETION_BODY.read_body(body)
+    read = read_generation(given, "max_tokens", ("logprobs", given.get("logprobs")))
+    prompt = given["prompt"]
+    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if len(prompts) * given.get("n", 1) > _MOST_CHOICES:
+        raise RequestError(
+            f"{len(prompts)} prompts of {given.get('n', 1)} choices are more than {_MOST_CHOICES}; "
+            "send several requests",
+            param="prompt",
+        )
+    if given.get("echo"):
+        read["shown"] = replace(read["shown"], echo=True)
+    return CompletionRequest(**read, wanted=prompts)

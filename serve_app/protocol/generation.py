@@ -1,4 +1,4 @@
-"""What chat and text completions share: sampling, streaming, limits."""
+"""What chat and text completions share: their fields, and the way from a request to prompts and an answer."""
 
 from __future__ import annotations
 
@@ -9,31 +9,79 @@ from typing import Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.text.chat_template import ChatTemplate
-from qwen3_dist.text.tokenizer import Tokenizer
 from serve_app.answers.base import Answer, Served, error_events
+from serve_app.answers.openai import Shown
 from serve_app.protocol.errors import error_object
-from serve_app.protocol.fields import Fields, is_a, is_bool, is_int, is_list_of, short
+from serve_app.protocol.kinds import BOOL, TEXT, Field, Json, Record, integer, short
+from serve_app.protocol.prompts import Prompt, Texts
+from serve_app.protocol.sampling import SAMPLING
+from serve_app.protocol.structure import STRUCTURE, structured_outputs
 
-_SAMPLING = ("n", "temperature", "top_p", "top_k", "seed", "stop_token_ids", "ignore_eos")
+_OPTIONS = Record(
+    "an object",
+    {
+        "include_usage": Field(BOOL, "A last chunk has the token counts."),
+        "continuous_usage_stats": Field(BOOL, "With include_usage: every chunk has the counts so far."),
+    },
+)
+GENERATION: dict[str, Field] = {
+    "model": Field(TEXT, "The served model's name, or an adapter's; absent, it is the model."),
+    **SAMPLING,
+    "stream": Field(BOOL, "Answers with server-sent events."),
+    "stream_options": Field(_OPTIONS, "Of a stream alone."),
+    **STRUCTURE,
+    "best_of": Field(integer(1), "As many as n."),
+    "priority": Field(integer(-(2**31), 2**31 - 1), "A lower one goes first."),
+    "user": Field(TEXT, "Ignored."),
+    "return_token_ids": Field(BOOL, "Gives token ids beside the text."),
+    "return_tokens_as_token_ids": Field(BOOL, "Names the tokens of log-probabilities token_id:N."),
+}
+# Fields that would change the answer and are not built: the values that ask for nothing, and advice.
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "functions": (([],), "use tools"),
+    "function_call": (("auto", "none"), "use tool_choice"),
+    "suffix": (("",), "leave it out"),
+    "modalities": ((["text"],), "the model answers with text alone"),
+    "audio": ((), "the model answers with text alone"),
+    "chat_template": ((), "the model's own is used; chat_template_kwargs reach it"),
+    "use_beam_search": ((False,), "leave it out"),
+    "allowed_token_ids": (([],), "use structured_outputs or logit_bias"),
+    "truncate_prompt_tokens": ((), "shorten the prompt"),
+    "prompt_embeds": (([],), "send text or token ids"),
+    "logits_processors": (([],), "leave it out"),
+}
 
 
 @dataclass(frozen=True)
 class GenerationRequest(ABC):
-    """What generating endpoints share. `sampling` holds the SamplingParams fields that the client set."""
+    """What generating endpoints share.
+
+    `model` is "" where the client named none. `sampling` holds the SamplingParams fields that the client set,
+    `names` those that it calls otherwise.
+    """
 
     model: str
-    sampling: dict[str, Any]
+    sampling: Json
+    names: Mapping[str, str]
     stream: bool
-    include_usage: bool
+    shown: Shown
+    priority: int
 
     @abstractmethod
-    def prompt_token_ids(self, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> list[list[int]]:
-        """Token ids of each prompt. Raises RequestError where the checkpoint lacks what that takes."""
+    def prompts(self, texts: Texts) -> list[Prompt]:
+        """Each prompt. Raises RequestError where the checkpoint lacks what that takes, or for too long a text."""
 
     @abstractmethod
     def answer(self, served: Served) -> Answer:
         """The form in which this request is answered."""
+
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Sampling parameters; `defaults` (the checkpoint's) apply where the client set nothing."""
+        return SamplingParams(**{**defaults, **self.sampling})
+
+    def renamed(self, error: RequestError) -> RequestError:
+        """`error` in the client's words."""
+        return _renamed(error, self.names)
 
     def error_body(self, error: Exception) -> dict[str, Any]:
         """What says that this request failed."""
@@ -43,44 +91,59 @@ class GenerationRequest(ABC):
         """What ends a stream whose replica was lost."""
         return error_events(error)
 
-    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Sampling parameters; `defaults` (the checkpoint's) apply where the client set nothing."""
-        return SamplingParams(**{**defaults, **self.sampling})
 
+def read_generation(given: Json, limit: str, logprobs: tuple[str, int | None]) -> Json:
+    """Constructor arguments of a GenerationRequest. Raises RequestError.
 
-def read_shared(fields: Fields, limit_name: str) -> dict[str, Any]:
-    """Constructor arguments common to both requests, and the name the client gave its token limit."""
-    sampling = fields.present(_SAMPLING)
-    if fields.has(limit_name):
-        sampling["max_tokens"] = fields.read(limit_name, is_int, "an integer of at least 1")
-    stop = fields.read("stop", lambda v: isinstance(v, (str, list)), "a string or a list of strings", None)
-    if stop:
-        sampling["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "stop_token_ids" in sampling:
-        sampling["stop_token_ids"] = tuple(
-            fields.read("stop_token_ids", is_list_of(int), "a list of token ids")
-        )
-    fields.read("ignore_eos", is_bool, "true or false", False)
-    options = fields.read("stream_options", is_a(dict), "an object", {})
-    include_usage = options.get("include_usage")
-    if include_usage is not None and not is_bool(include_usage):
-        raise RequestError(
-            f"stream_options.include_usage must be true or false, not {short(include_usage)}",
-            param="stream_options.include_usage",
-        )
+    `limit` is the field that holds the most tokens, `logprobs` the one for log-probabilities and how many it asks.
+    """
+    _refuse_unbuilt(given)
+    sampling = {name: given[name] for name in SAMPLING if name in given}
+    names = {"max_tokens": limit, "logprobs": logprobs[0]}
+    if limit in given:
+        sampling["max_tokens"] = given[limit]
+    if logprobs[1] is not None:
+        sampling["logprobs"] = logprobs[1]
+    if structure := structured_outputs(given):
+        names["structured_outputs"], sampling["structured_outputs"] = structure
+    try:
+        SamplingParams(**{"max_tokens": None, **sampling})
+    except RequestError as error:
+        raise _renamed(error, names) from None
     return {
-        "model": fields.read("model", is_a(str), "the name of the served model"),
+        "model": given.get("model", ""),
         "sampling": sampling,
-        "stream": fields.read("stream", is_bool, "true or false", False),
-        "include_usage": bool(include_usage),
-        "limit_name": limit_name,
+        "names": names,
+        "stream": given.get("stream", False),
+        "shown": _shown(given),
+        "priority": given.get("priority", 0),
     }
 
 
-def check_sampling(sampling: dict[str, Any], names: dict[str, str]) -> None:
-    """Refuses a bad value here, before a replica is asked; `names` are the client's words for ours."""
-    try:
-        SamplingParams(**sampling)
-    except RequestError as error:
-        name = names.get(error.param or "", error.param)
-        raise RequestError(str(error).replace(str(error.param), str(name), 1), param=name) from None
+def _refuse_unbuilt(given: Json) -> None:
+    for name, (neutral, advice) in _REFUSED.items():
+        if name in given and given[name] not in neutral:
+            raise RequestError(f"{name}={short(given[name])} is not supported; {advice}", param=name)
+    n = given.get("n", 1)
+    if given.get("best_of", n) != n:
+        raise RequestError(f"best_of must be n={n}: choices are not ranked here", param="best_of")
+    if "stream_options" in given and not given.get("stream"):
+        raise RequestError("stream_options need stream to be true", param="stream_options")
+    if given.get("stream") and "prompt_logprobs" in given:
+        raise RequestError("prompt_logprobs do not come in a stream", param="prompt_logprobs")
+
+
+def _shown(given: Json) -> Shown:
+    options = given.get("stream_options", {})
+    usage = options.get("include_usage", False)
+    return Shown(
+        usage=usage,
+        usage_so_far=usage and options.get("continuous_usage_stats", False),
+        token_ids=given.get("return_token_ids", False),
+        tokens_as_ids=given.get("return_tokens_as_token_ids", False),
+    )
+
+
+def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+    name = names.get(error.param or "", error.param)
+    return RequestError(str(error).replace(str(error.param), str(name), 1), name, error.status)

@@ -19,6 +19,7 @@ from serve_app.answers.base import DONE
 from serve_app.handlers import RequestHandler
 from serve_app.protocol.chat import parse_chat
 from serve_app.protocol.completions import CompletionRequest, parse_completion
+from serve_app.protocol.prompts import Texts
 from tests.serve_app.support import wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -179,3 +180,77 @@ def test_a_choice_that_a_stop_string_ends_leaves_the_engine_while_its_sibling_go
 
     assert asyncio.run(sibling_ran_alone())
     assert is_idle(engine)
+
+
+def test_a_limit_that_the_context_does_not_hold_is_told_both_numbers(engine: AsyncEngine) -> None:
+    error = refused(handler(engine).respond(completion(prompt=[5] * 4000, max_tokens=200)))
+    assert error.param == "max_tokens"
+    assert all(number in str(error) for number in ("200", "4000", "4096"))
+    body = {"messages": MESSAGES, "max_completion_tokens": 5000}
+    asked = parse_chat(json.dumps(body).encode())
+    assert refused(handler(engine).respond(asked)).param == "max_completion_tokens"
+
+
+def test_a_default_limit_is_cut_to_what_the_context_holds(engine: AsyncEngine) -> None:
+    answer = respond(engine, prompt=[5] * 4090, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 6
+
+
+def test_a_text_that_cannot_fit_is_refused_without_being_tokenized(engine: AsyncEngine) -> None:
+    error = refused(handler(engine).respond(completion(prompt="a" * 10_000_000)))
+    assert error.param == "prompt" and "10000000 characters" in str(error)
+
+
+def test_a_final_message_is_continued_where_it_ends(engine: AsyncEngine) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "The sea is"}]
+    asked = parse_chat(json.dumps({"messages": messages, "continue_final_message": True}).encode())
+    assert engine.tokenizer and engine.chat_template
+    [prompt] = asked.prompts(Texts(engine.tokenizer, engine.chat_template, engine.max_model_len))
+    assert prompt.text is not None and prompt.text.endswith("The sea is")
+
+
+def test_the_service_says_whether_the_model_thinks_where_a_request_does_not(engine: AsyncEngine) -> None:
+    def prompt(**fields: Any) -> str | None:
+        asked = parse_chat(json.dumps({"messages": MESSAGES, **fields}).encode())
+        texts = Texts(
+            engine.tokenizer, engine.chat_template, engine.max_model_len, {"enable_thinking": False}
+        )
+        return asked.prompts(texts)[0].text
+
+    assert prompt() == prompt(enable_thinking=False) != prompt(enable_thinking=True)
+
+
+def test_token_ids_and_their_names_come_where_they_are_asked_for(engine: AsyncEngine) -> None:
+    asked = {"max_tokens": 4, "logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True}
+    choice = respond(engine, **asked)["choices"][0]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
+
+
+def test_what_ended_a_choice_is_told(engine: AsyncEngine) -> None:
+    whole = respond(engine, max_tokens=8, return_token_ids=True)["choices"][0]
+    assert whole["stop_reason"] is None
+    text, token = whole["text"][2:4], whole["token_ids"][3]
+    stopped = respond(engine, max_tokens=8, stop=text)["choices"][0]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", text)
+    shown = respond(engine, max_tokens=8, stop=text, include_stop_str_in_output=True)["choices"][0]
+    assert shown["text"] == stopped["text"] + text
+    stopped = respond(engine, max_tokens=8, stop_token_ids=[token])["choices"][0]
+    assert (stopped["finish_reason"], stopped["stop_reason"]) == ("stop", token)
+
+
+def test_a_streams_chunks_count_tokens_as_far_as_they_are_asked_to(engine: AsyncEngine) -> None:
+    def counts(**options: Any) -> list[Any]:
+        request = completion(max_tokens=4, stream=True, ignore_eos=True, stream_options=options)
+        items = asyncio.run(collect(handler(engine).stream(request)))
+        chunks = [json.loads(item) for item in b"".join(items).decode().split("data: ")[1:-1]]
+        return [chunk["usage"] and chunk["usage"]["completion_tokens"] for chunk in chunks]
+
+    assert counts(include_usage=True)[-2:] == [None, 4]
+    assert counts(include_usage=True, continuous_usage_stats=True)[-3:] == [3, 4, 4]
+
+
+def test_usage_says_what_the_prefix_cache_had(engine: AsyncEngine) -> None:
+    prompt = list(range(5, 105))
+    respond(engine, prompt=prompt, max_tokens=1)
+    details = respond(engine, prompt=prompt, max_tokens=1, n=2)["usage"]["prompt_tokens_details"]
+    assert 0 < details["cached_tokens"] < 100

@@ -27,8 +27,8 @@ def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
         ({"temperature": -1}, "temperature"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ],
 )
 def test_a_bad_chat_request_names_its_field(
@@ -42,6 +42,11 @@ def test_a_bad_chat_request_names_its_field(
 @pytest.mark.parametrize("body", [b"{", b"", b'{"model": NaN}', b"[]"])
 def test_a_body_that_is_no_json_object_is_400(http: httpx.Client, body: bytes) -> None:
     assert "request body" in error_of(http.post(CHAT, content=body), 400)["message"]
+
+
+def test_a_body_that_says_it_is_no_json_is_400(http: httpx.Client, model: str) -> None:
+    answer = http.post("/v1/completions", data={"model": model, "prompt": "hi"})
+    assert "content type" in error_of(answer, 400)["message"]
 
 
 def test_an_unknown_model_is_404_and_says_which_is_served(http: httpx.Client, model: str) -> None:

@@ -1,0 +1,51 @@
+"""From a request's words to token ids, with what a checkpoint has for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_dist.errors import RequestError
+from qwen3_dist.text.chat_template import ChatTemplate
+from qwen3_dist.text.tokenizer import Tokenizer
+
+# Normalisation makes at most one character of so many.
+_COMPOSED = 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the engine takes it, and its text where there was one."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What makes prompts of words: the checkpoint's tokenizer and template, if it has them.
+
+    `template_kwargs` are the service's defaults; `max_model_len` tokens are the most of prompt and output.
+    """
+
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    max_model_len: int
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, text: str, name: str) -> Prompt:
+        """`text` as token ids. Raises RequestError (param `name`) where it cannot be tokenized.
+
+        A text that no tokenization makes short enough is refused without trying.
+        """
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer; send the prompt as token ids", param=name)
+        most = self.max_model_len * self.tokenizer.longest_token * _COMPOSED
+        if len(text) > most:
+            raise RequestError(
+                f"the {name} has {len(text)} characters, which cannot fit the context of "
+                f"{self.max_model_len} tokens; shorten it",
+                param=name,
+            )
+        return Prompt(self.tokenizer.encode(text), text)

@@ -1,0 +1,71 @@
+"""The fields of a body that say how tokens are drawn and when they end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen3_dist.sampling_params import MAX_LOGPROBS
+from serve_app.protocol.kinds import (
+    BOOL,
+    FILLED_TEXT,
+    Either,
+    Field,
+    ListOf,
+    Plain,
+    integer,
+    number,
+    number_above,
+)
+
+_MOST_STRINGS, _MOST_TOKENS = 16, 1024
+
+
+def _is_bias(value: Mapping[str, Any]) -> bool:
+    return len(value) <= _MOST_TOKENS and all(
+        token.isdecimal() and len(token) < 10 and _BIAS.accepts(bias) for token, bias in value.items()
+    )
+
+
+_BIAS = number(-100, 100)
+_STOP = f"a non-empty string or a list of up to {_MOST_STRINGS} of them"
+_TOKEN_IDS = ListOf(integer(0), f"a list of up to {_MOST_TOKENS} token ids", most=_MOST_TOKENS)
+_WORDS = ListOf(FILLED_TEXT, f"a list of up to {_MOST_TOKENS} non-empty strings", most=_MOST_TOKENS)
+_BIASES = Plain(
+    f"an object of up to {_MOST_TOKENS} token ids with numbers from -100 to 100",
+    {
+        "type": "object",
+        "maxProperties": _MOST_TOKENS,
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "additionalProperties": _BIAS.schema,
+    },
+    _is_bias,
+)
+# Names as SamplingParams has them.
+SAMPLING: dict[str, Field] = {
+    "n": Field(integer(1, 128), "Choices per prompt."),
+    "temperature": Field(number(0, 2), "0 always takes the likeliest token."),
+    "top_p": Field(number_above(0, 1), "Keeps the likeliest tokens that have this probability together."),
+    "top_k": Field(integer(-1), "Keeps so many of the likeliest tokens; 0 and -1 keep all."),
+    "min_p": Field(number(0, 1), "Keeps tokens at least this probable, relative to the likeliest."),
+    "presence_penalty": Field(number(-2, 2), "Taken off the logits of tokens that came already."),
+    "frequency_penalty": Field(number(-2, 2), "Taken off a token's logit for each time it came."),
+    "repetition_penalty": Field(
+        number_above(0, 10), "Divides the positive logits of tokens in prompt and output."
+    ),
+    "seed": Field(integer(-(2**63), 2**63 - 1), "Makes a sampled answer repeatable."),
+    "stop": Field(
+        Either(_STOP, (FILLED_TEXT, ListOf(FILLED_TEXT, _STOP, most=_MOST_STRINGS))),
+        "Texts that end the answer; they are looked for in all that is generated, reasoning included.",
+    ),
+    "stop_token_ids": Field(_TOKEN_IDS, "Tokens that end the answer."),
+    "include_stop_str_in_output": Field(BOOL, "Whether the stop string is shown."),
+    "ignore_eos": Field(BOOL, "Goes on after the end-of-sequence token."),
+    "min_tokens": Field(integer(0), "Nothing ends the answer before so many tokens."),
+    "logit_bias": Field(_BIASES, "Added to the logits of tokens, by token id."),
+    "bad_words": Field(_WORDS, "Texts that are never generated."),
+    "prompt_logprobs": Field(integer(0, MAX_LOGPROBS), "Log-probabilities of the prompt's tokens."),
+    "skip_special_tokens": Field(BOOL, "Leaves special tokens out of the text."),
+    "spaces_between_special_tokens": Field(BOOL, "Accepted; byte-level tokenizers put no spaces there."),
+    "thinking_token_budget": Field(integer(0), "Ends thinking after so many tokens."),
+}
