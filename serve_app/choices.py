@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen3_dist.engine.outputs import TokenDelta, TokenLogprob
+from qwen3_dist.engine.outputs import PromptLogprobs, TokenDelta, TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.detokenizer import TextStream
 from qwen3_dist.text.parsed import ToolCallDelta
@@ -18,7 +18,8 @@ class ChoiceDelta:
     """What one step shows of choice `index`; `finish_reason` is OpenAI's, None while it runs.
 
     `text` is content: what follows reasoning and is no tool call. `stop_reason` is the stop string or stop
-    token that ended the choice, None for EOS. `num_reasoning_tokens` of `token_ids` were thought.
+    token that ended the choice, None for EOS. `num_reasoning_tokens` of `token_ids` were thought. The first
+    delta of a prompt's first choice has the `prompt_logprobs`.
     """
 
     index: int
@@ -31,6 +32,7 @@ class ChoiceDelta:
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
     num_reasoning_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Choice:
@@ -73,6 +75,7 @@ class Choice:
             reason,
             stop_reason=stopped_by,
             num_cached_tokens=delta.num_cached_tokens,
+            prompt_logprobs=delta.prompt_logprobs,
         )
 
     def _stop_token(self, delta: TokenDelta) -> str | int | None:
@@ -98,4 +101,5 @@ def join(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
         tool_calls=tuple(calls.values()),
         num_cached_tokens=deltas[0].num_cached_tokens,
         num_reasoning_tokens=sum(delta.num_reasoning_tokens for delta in deltas),
+        prompt_logprobs=deltas[0].prompt_logprobs,
     )

@@ -66,7 +66,7 @@ class RequestHandler:
         async with aclosing(self._steps(job)) as steps:
             async for step in steps:
                 for delta in step:
-                    job.answer.usage.count(delta, job.params.n)
+                    job.answer.count(delta)
                     shown[delta.index].append(delta)
         return to_json(job.answer.whole([join(shown[index]) for index in sorted(shown)]))
 
@@ -82,7 +82,7 @@ class RequestHandler:
             async with aclosing(self._steps(job)) as steps:
                 async for step in steps:
                     for delta in step:
-                        job.answer.usage.count(delta, job.params.n)
+                        job.answer.count(delta)
                     events = b"" if begun else job.answer.begin()
                     events += b"".join([job.answer.delta(delta) for delta in step])
                     if events:
@@ -113,8 +113,8 @@ class RequestHandler:
         prompts = await asyncio.to_thread(request.prompts, self._texts)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
-        served = Served(self._model_name, self._engine.tokenizer, [prompt.token_ids for prompt in prompts])
-        return _Job(served.prompts, params, request.priority, request.answer(served))
+        answer = request.answer(Served(self._model_name, self._engine.tokenizer, prompts, params.n))
+        return _Job([prompt.token_ids for prompt in prompts], params, request.priority, answer)
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""

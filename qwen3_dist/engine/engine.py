@@ -116,17 +116,17 @@ class Engine:
         """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long."""
         if not prompt_token_ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        vocab_size = self.model_config.vocab_size
-        foreign = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
-        if foreign is not None:
-            raise RequestError(
-                f"token id {foreign} is outside the vocabulary of {vocab_size}", param="prompt"
-            )
         if len(prompt_token_ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}, "
                 "the output included; shorten the prompt",
                 param="prompt",
+            )
+        vocab_size = self.model_config.vocab_size
+        foreign = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
+        if foreign is not None:
+            raise RequestError(
+                f"token id {foreign} is outside the vocabulary of {vocab_size}", param="prompt"
             )
         return self.max_model_len - len(prompt_token_ids)
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one generated token, and of the likeliest alternatives (likeliest first)."""
+    """Log-probability of one token, generated or of a prompt, and of the likeliest there (likeliest first)."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+PromptLogprobs = tuple[TokenLogprob | None, ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class TokenDelta:
 
     `finish_reason` is None while it runs, then "stop" (EOS or a stop token, whose id is the last of
     `token_ids`), "length" or "abort". `num_cached_tokens` of the prompt were found in the prefix cache.
+
+    The first delta of choice 0 holds `prompt_logprobs` where they were asked for: an entry for each token of
+    the prompt, None for the first.
     """
 
     index: int
@@ -27,9 +33,12 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
 
     def first(self, count: int) -> TokenDelta:
         """The same with the first `count` tokens alone, the others being after a stop string."""
+        if count == len(self.token_ids):
+            return self
         return replace(self, token_ids=self.token_ids[:count], logprobs=self.logprobs[:count])
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from qwen3_dist.text.tokenizer import Tokenizer
 from serve_app.choices import ChoiceDelta
 from serve_app.protocol.errors import error_object, to_json
+from serve_app.protocol.prompts import Prompt
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -35,11 +36,12 @@ def error_events(error: Exception) -> bytes:
 
 @dataclass(frozen=True)
 class Served:
-    """What an answer says of the service, and needs of the request: prompts as token ids."""
+    """What an answer says of the service, and needs of the request: its prompts, with `n` choices each."""
 
     model: str
     tokenizer: Tokenizer | None
-    prompts: list[list[int]]
+    prompts: list[Prompt]
+    n: int = 1
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Usage:
 
 
 class Answer(ABC):
-    """The answer to one request. Deltas were counted in `usage` before they are shown.
+    """The answer to one request. Each delta is counted (`count`) before it is shown.
 
     A stream is `begin()`, `delta(d)` for each delta (both before anything is known of the next step), then
     `end()`, or `fail(error)` where something broke after the stream began. `whole` is the unstreamed answer.
@@ -83,8 +85,11 @@ class Answer(ABC):
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        self.usage = Usage(sum(map(len, served.prompts)))
+        self.usage = Usage(sum(len(prompt.token_ids) for prompt in served.prompts))
         self.unique = uuid.uuid4().hex
+
+    def count(self, delta: ChoiceDelta) -> None:
+        self.usage.count(delta, self.served.n)
 
     def begin(self) -> bytes:
         """Events that go out with the first step, before its deltas."""

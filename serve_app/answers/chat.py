@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.answers.base import Json, Served
-from serve_app.answers.openai import OpenAIAnswer, Shown
+from serve_app.answers.openai import OpenAIAnswer, Shown, logprob
 from serve_app.choices import ChoiceDelta
 
 
@@ -19,6 +21,10 @@ class ChatAnswer(OpenAIAnswer):
     def __init__(self, served: Served, shown: Shown) -> None:
         super().__init__(served, shown)
         self._begun: set[int] = set()
+
+    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
+        scores = self.prompt_logprobs(choices[0])
+        return super().whole(choices) | ({} if scores is None else {"prompt_logprobs": scores})
 
     def choice(self, delta: ChoiceDelta) -> Json:
         thought = self._reasoning(delta)
@@ -69,13 +75,13 @@ class ChatAnswer(OpenAIAnswer):
             return {}
         return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
 
-    def _top(self, logprob: TokenLogprob) -> list[Json]:
-        return [self._token(*alternative) for alternative in logprob.top]
+    def _top(self, chosen: TokenLogprob) -> list[Json]:
+        return [self._token(*alternative) for alternative in chosen.top]
 
-    def _token(self, token_id: int, logprob: float) -> Json:
+    def _token(self, token_id: int, value: float) -> Json:
         tokenizer = self.served.tokenizer
         data = tokenizer and list(tokenizer.token_bytes(token_id))
-        return {"token": self.token_name(token_id), "logprob": logprob, "bytes": data}
+        return {"token": self.token_name(token_id), "logprob": logprob(value), "bytes": data}
 
 
 def _call_part(call: ToolCallDelta) -> Json:

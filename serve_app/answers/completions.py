@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
+from collections.abc import Sequence
+
+from qwen3_dist.engine.outputs import TokenLogprob
 from serve_app.answers.base import Json, Served
-from serve_app.answers.openai import OpenAIAnswer, Shown
+from serve_app.answers.openai import OpenAIAnswer, Shown, logprob
 from serve_app.choices import ChoiceDelta
+from serve_app.protocol.prompts import Prompt
+
+Scored = list[tuple[int, TokenLogprob | None]]  # tokens with their log-probabilities
 
 
 class CompletionAnswer(OpenAIAnswer):
@@ -15,36 +23,80 @@ class CompletionAnswer(OpenAIAnswer):
 
     def __init__(self, served: Served, shown: Shown) -> None:
         super().__init__(served, shown)
-        self._offsets: dict[int, int] = {}
+        self._texts: dict[int, _TextLength] = {}
+
+    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
+        """Choices of one prompt have its log-probabilities in common."""
+        n = self.served.n
+        scores = [choice.prompt_logprobs for choice in choices[::n]]
+        return super().whole(
+            [dataclasses.replace(choice, prompt_logprobs=scores[i // n]) for i, choice in enumerate(choices)]
+        )
 
     def choice(self, delta: ChoiceDelta) -> Json:
+        prompt_logprobs = self.prompt_logprobs(delta)
+        return {
+            **self._shown(delta),
+            **({} if prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs}),
+        }
+
+    def chunk_choices(self, delta: ChoiceDelta) -> list[Json]:
+        begins = self.shown.echo and delta.index not in self._texts
+        shown = delta.text or delta.logprobs or delta.finish_reason or self.shown.token_ids or begins
+        return [self._shown(delta)] if shown else []
+
+    def _shown(self, delta: ChoiceDelta) -> Json:
+        """The choice, with its prompt ahead if that is asked for and has not been shown."""
+        begins = delta.index not in self._texts
+        self._texts.setdefault(delta.index, _TextLength())
+        text = delta.text
+        tokens: Scored = [(p.token_id, p) for p in delta.logprobs]
+        if begins and self.shown.echo:
+            prompt = self.served.prompts[delta.index // self.served.n]
+            text = self._prompt_text(prompt) + text
+            if self.shown.logprobs and delta.prompt_logprobs:
+                tokens = [*zip(prompt.token_ids, delta.prompt_logprobs, strict=True), *tokens]
         return {
             "index": delta.index,
-            "text": delta.text,
-            "logprobs": self._logprobs(delta) if delta.logprobs else None,
+            "text": text,
+            "logprobs": self._logprobs(delta.index, tokens) if tokens else None,
             "finish_reason": delta.finish_reason,
             **self.beside(delta),
         }
 
-    def chunk_choices(self, delta: ChoiceDelta) -> list[Json]:
-        shown = delta.text or delta.logprobs or delta.finish_reason or self.shown.token_ids
-        return [self.choice(delta)] if shown else []
+    def _prompt_text(self, prompt: Prompt) -> str:
+        tokenizer = self.served.tokenizer
+        if prompt.text is not None or tokenizer is None:
+            return prompt.text or ""
+        return tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
 
-    def _logprobs(self, delta: ChoiceDelta) -> Json:
+    def _logprobs(self, index: int, tokens: Scored) -> Json:
         """OpenAI's columns. Of several alternatives with one text (parts of a character) the likeliest stays."""
         return {
-            "tokens": [self.token_name(p.token_id) for p in delta.logprobs],
-            "token_logprobs": [p.logprob for p in delta.logprobs],
-            "top_logprobs": [
-                {self.token_name(i): value for i, value in reversed(p.top)} for p in delta.logprobs
-            ],
-            "text_offset": [self._offset(delta.index, p.token_id) for p in delta.logprobs],
+            "tokens": [self.token_name(token_id) for token_id, _ in tokens],
+            "token_logprobs": [p and logprob(p.logprob) for _, p in tokens],
+            "top_logprobs": [p and self._alternatives(p) for _, p in tokens],
+            "text_offset": [self._offset(index, token_id) for token_id, _ in tokens],
         }
+
+    def _alternatives(self, scored: TokenLogprob) -> Json:
+        return {self.token_name(token_id): logprob(value) for token_id, value in reversed(scored.top)}
 
     def _offset(self, index: int, token_id: int) -> int:
         """Where the token's text begins in the choice's; moves past it. Special tokens have no text."""
-        offset = self._offsets.get(index, 0)
-        tokenizer = self.served.tokenizer
-        special = tokenizer is None or token_id in tokenizer.special_token_ids
-        self._offsets[index] = offset + (0 if special else len(self.token_text(token_id)))
+        text, tokenizer = self._texts[index], self.served.tokenizer
+        offset = text.length
+        if tokenizer and token_id not in tokenizer.special_token_ids:
+            text.add(tokenizer.token_bytes(token_id))
         return offset
+
+
+class _TextLength:
+    """Characters so far of a text that comes as bytes; one begun is not counted yet."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, data: bytes) -> None:
+        self.length += len(self._utf8.decode(data))

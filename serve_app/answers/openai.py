@@ -8,20 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen3_dist.engine.outputs import TokenLogprob
 from serve_app.answers.base import DONE, Answer, Json, Served, event
 from serve_app.choices import ChoiceDelta
+
+
+def logprob(value: float) -> float:
+    """As JSON has it, which knows no infinity; OpenAI's least is this."""
+    return max(value, -9999.0)
 
 
 @dataclass(frozen=True)
 class Shown:
     """What an answer shows beside its text: token counts at a stream's end or in every chunk, token ids, ids as
-    the names of tokens, the prompt ahead of the answer; and whether it shows reasoning.
+    the names of tokens, log-probabilities of the answer's and of the prompt's tokens, the prompt ahead of the
+    answer; and whether it shows reasoning.
     """
 
     usage: bool = False
     usage_so_far: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
+    logprobs: bool = False
+    prompt_logprobs: bool = False
     echo: bool = False
     reasoning: bool = True
 
@@ -67,6 +76,19 @@ class OpenAIAnswer(Answer):
         """What vLLM adds to a choice: what ended it, and token ids where they are asked for."""
         ids = {"token_ids": list(delta.token_ids)} if self.shown.token_ids else {}
         return {"stop_reason": delta.stop_reason, **ids} if delta.finish_reason else ids
+
+    def prompt_logprobs(self, delta: ChoiceDelta) -> list[Json | None] | None:
+        """vLLM's form: by token id, of each token of the prompt and of the likeliest in its place."""
+        if delta.prompt_logprobs is None or not self.shown.prompt_logprobs:
+            return None
+        return [self._by_token_id(p) if p else None for p in delta.prompt_logprobs]
+
+    def _by_token_id(self, scored: TokenLogprob) -> Json:
+        values = {scored.token_id: scored.logprob, **dict(scored.top)}
+        return {
+            str(token_id): {"logprob": logprob(value), "decoded_token": self.token_text(token_id)}
+            for token_id, value in values.items()
+        }
 
     @abstractmethod
     def choice(self, delta: ChoiceDelta) -> Json:

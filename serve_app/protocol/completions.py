@@ -11,7 +11,7 @@ from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.completions import CompletionAnswer
 from serve_app.protocol.generation import GENERATION, GenerationRequest, read_generation
-from serve_app.protocol.kinds import BOOL, FILLED_TEXT, Either, Field, ListOf, Record, integer
+from serve_app.protocol.kinds import BOOL, FILLED_TEXT, Either, Field, Json, ListOf, Record, integer
 from serve_app.protocol.prompts import Prompt, Texts
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default
@@ -67,6 +67,18 @@ def parse_completion(body: bytes) -> CompletionRequest:
             "send several requests",
             param="prompt",
         )
-    if given.get("echo"):
-        read["shown"] = replace(read["shown"], echo=True)
+    if given.get("echo", False):
+        _read_echo(given, read)
+    elif given.get("max_tokens") == 0:
+        raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
     return CompletionRequest(**read, wanted=prompts)
+
+
+def _read_echo(given: Json, read: Json) -> None:
+    """The prompt is shown as the answer is, with log-probabilities if the answer has them."""
+    read["shown"] = replace(read["shown"], echo=True)
+    if "logprobs" not in given:
+        return
+    if given.get("stream", False):
+        raise RequestError("echo with logprobs does not come in a stream", param="echo")
+    read["sampling"]["prompt_logprobs"] = max(given["logprobs"], given.get("prompt_logprobs", 0))

@@ -115,7 +115,7 @@ def read_generation(given: Json, limit: str, logprobs: tuple[str, int | None]) -
         "sampling": sampling,
         "names": names,
         "stream": given.get("stream", False),
-        "shown": _shown(given),
+        "shown": _shown(given, logprobs[1] is not None),
         "priority": given.get("priority", 0),
     }
 
@@ -133,7 +133,7 @@ def _refuse_unbuilt(given: Json) -> None:
         raise RequestError("prompt_logprobs do not come in a stream", param="prompt_logprobs")
 
 
-def _shown(given: Json) -> Shown:
+def _shown(given: Json, logprobs: bool) -> Shown:
     options = given.get("stream_options", {})
     usage = options.get("include_usage", False)
     return Shown(
@@ -141,6 +141,8 @@ def _shown(given: Json) -> Shown:
         usage_so_far=usage and options.get("continuous_usage_stats", False),
         token_ids=given.get("return_token_ids", False),
         tokens_as_ids=given.get("return_tokens_as_token_ids", False),
+        logprobs=logprobs,
+        prompt_logprobs="prompt_logprobs" in given,
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from qwen3_dist.sampling_params import MAX_LOGPROBS
 from serve_app.protocol.kinds import (
     BOOL,
-    FILLED_TEXT,
     Either,
     Field,
     ListOf,
@@ -18,7 +17,7 @@ from serve_app.protocol.kinds import (
     number_above,
 )
 
-_MOST_STRINGS, _MOST_TOKENS = 16, 1024
+_MOST_STRINGS, _MOST_CHARS, _MOST_TOKENS = 16, 1000, 1024
 
 
 def _is_bias(value: Mapping[str, Any]) -> bool:
@@ -28,9 +27,14 @@ def _is_bias(value: Mapping[str, Any]) -> bool:
 
 
 _BIAS = number(-100, 100)
-_STOP = f"a non-empty string or a list of up to {_MOST_STRINGS} of them"
+_STRING = Plain(
+    f"a string of 1 to {_MOST_CHARS} characters",
+    {"type": "string", "minLength": 1, "maxLength": _MOST_CHARS},
+    lambda value: 0 < len(value) <= _MOST_CHARS,
+)
+_STOP = f"a string of 1 to {_MOST_CHARS} characters or a list of up to {_MOST_STRINGS} of them"
 _TOKEN_IDS = ListOf(integer(0), f"a list of up to {_MOST_TOKENS} token ids", most=_MOST_TOKENS)
-_WORDS = ListOf(FILLED_TEXT, f"a list of up to {_MOST_TOKENS} non-empty strings", most=_MOST_TOKENS)
+_WORDS = ListOf(_STRING, f"a list of up to {_MOST_TOKENS} strings", most=_MOST_TOKENS)
 _BIASES = Plain(
     f"an object of up to {_MOST_TOKENS} token ids with numbers from -100 to 100",
     {
@@ -55,7 +59,7 @@ SAMPLING: dict[str, Field] = {
     ),
     "seed": Field(integer(-(2**63), 2**63 - 1), "Makes a sampled answer repeatable."),
     "stop": Field(
-        Either(_STOP, (FILLED_TEXT, ListOf(FILLED_TEXT, _STOP, most=_MOST_STRINGS))),
+        Either(_STOP, (_STRING, ListOf(_STRING, _STOP, most=_MOST_STRINGS))),
         "Texts that end the answer; they are looked for in all that is generated, reasoning included.",
     ),
     "stop_token_ids": Field(_TOKEN_IDS, "Tokens that end the answer."),

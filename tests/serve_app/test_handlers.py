@@ -254,3 +254,19 @@ def test_usage_says_what_the_prefix_cache_had(engine: AsyncEngine) -> None:
     respond(engine, prompt=prompt, max_tokens=1)
     details = respond(engine, prompt=prompt, max_tokens=1, n=2)["usage"]["prompt_tokens_details"]
     assert 0 < details["cached_tokens"] < 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_shows_the_prompt_ahead_of_each_choice(engine: AsyncEngine, stream: bool) -> None:
+    plain = respond(engine, prompt=["the sea", "a fox"], n=2, max_tokens=4)["choices"]
+    fields: dict[str, Any] = {"prompt": ["the sea", "a fox"], "n": 2, "max_tokens": 4, "echo": True}
+    if stream:
+        items = asyncio.run(collect(handler(engine).stream(completion(stream=True, **fields))))
+        texts = [""] * 4
+        for chunk in b"".join(items).decode().split("data: ")[1:-1]:
+            for choice in json.loads(chunk)["choices"]:
+                texts[choice["index"]] += choice["text"]
+    else:
+        texts = [choice["text"] for choice in respond(engine, **fields)["choices"]]
+    prompts = ["the sea", "the sea", "a fox", "a fox"]
+    assert texts == [prompt + choice["text"] for prompt, choice in zip(prompts, plain, strict=True)]
