@@ -6,6 +6,7 @@ holds the HTTP status and then one item of finished bytes per engine step.
 
 # No postponed annotations here: FastAPI reads those of the ingress's routes as the values they are.
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -203,7 +204,8 @@ class Ingress:
             logger.exception("a replica failed on a request")
             raise EngineDeadError("the replica that ran this request was lost; send it again") from error
         finally:
-            response.cancel()
+            with contextlib.suppress(Exception):  # it raises again what the request failed with
+                response.cancel()
 
     def _check_model(self, name: str) -> None:
         if name not in ("", self._model):

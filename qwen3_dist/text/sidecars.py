@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_dist.errors import CheckpointError
 
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k")
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_special_tokens(path: str | Path) -> dict[str, str]:
 
 
 def read_generation_defaults(path: str | Path) -> dict[str, Any]:
-    """`temperature`, `top_p`, `top_k` the checkpoint recommends; {} unless its `do_sample` is true."""
+    """The sampling parameters the checkpoint recommends; {} unless its `do_sample` is true."""
     config = read_json_object(Path(path) / "generation_config.json")
     if not config.get("do_sample"):
         return {}

@@ -12,14 +12,15 @@ from serve_app.choices import ChoiceDelta
 
 
 class ChatAnswer(OpenAIAnswer):
-    """`chat.completion` and its chunks."""
+    """`chat.completion` and its chunks; `echoed` is text that comes ahead of each choice's."""
 
     prefix = "chatcmpl"
     object_name = "chat.completion"
     chunk_name = "chat.completion.chunk"
 
-    def __init__(self, served: Served, shown: Shown) -> None:
+    def __init__(self, served: Served, shown: Shown, echoed: str = "") -> None:
         super().__init__(served, shown)
+        self._echoed = echoed
         self._begun: set[int] = set()
 
     def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
@@ -28,8 +29,9 @@ class ChatAnswer(OpenAIAnswer):
 
     def choice(self, delta: ChoiceDelta) -> Json:
         thought = self._reasoning(delta)
-        silent = not delta.text and (delta.reasoning or delta.tool_calls)
-        message: Json = {"role": "assistant", "content": None if silent else delta.text, **thought}
+        text = self._echoed + delta.text
+        silent = not text and (delta.reasoning or delta.tool_calls)
+        message: Json = {"role": "assistant", "content": None if silent else text, **thought}
         if delta.tool_calls:
             message["tool_calls"] = [
                 {
@@ -46,7 +48,7 @@ class ChatAnswer(OpenAIAnswer):
         chunks = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            role = {"role": "assistant", "content": ""}
+            role = {"role": "assistant", "content": self._echoed}
             chunks.append({"index": delta.index, "delta": role, "logprobs": None, "finish_reason": None})
         shown = self._reasoning(delta)
         if delta.text:

@@ -9,7 +9,14 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.chat import ChatAnswer
-from serve_app.protocol.conversation import MESSAGES, TOOL_CHOICE, TOOLS, template_message, template_tool
+from serve_app.protocol.conversation import (
+    MESSAGES,
+    TOOL_CHOICE,
+    TOOLS,
+    plain_content,
+    template_message,
+    template_tool,
+)
 from serve_app.protocol.generation import GENERATION, GenerationRequest, read_generation
 from serve_app.protocol.kinds import BOOL, OBJECT, Field, Json, ListOf, Plain, Record, integer, one_of
 from serve_app.protocol.prompts import Prompt, Texts
@@ -38,6 +45,7 @@ CHAT_BODY = Record(
         "include_reasoning": Field(BOOL, "Whether its thoughts are shown."),
         "add_generation_prompt": Field(BOOL, "Whether the assistant's next message is begun."),
         "continue_final_message": Field(BOOL, "Goes on with the last message instead."),
+        "echo": Field(BOOL, "Shows the last message ahead of the answer, if it is the assistant's."),
         "documents": Field(ListOf(OBJECT, "a list of objects"), "For the chat template."),
         "chat_template_kwargs": Field(_VARIABLES, "Variables for the chat template."),
     },
@@ -70,7 +78,9 @@ class ChatRequest(GenerationRequest):
         return [texts.prompt(rendered, "messages")]
 
     def answer(self, served: Served) -> Answer:
-        return ChatAnswer(served, self.shown)
+        last = self.messages[-1]
+        echoed = plain_content(last) if self.shown.echo and last["role"] == "assistant" else ""
+        return ChatAnswer(served, self.shown, echoed)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -93,7 +103,9 @@ def _read(given: Json) -> Json:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     read = read_generation(given, limit, ("top_logprobs", top if wanted else None))
     read["sampling"].setdefault("max_tokens", None)
-    read["shown"] = replace(read["shown"], reasoning=given.get("include_reasoning", True))
+    read["shown"] = replace(
+        read["shown"], reasoning=given.get("include_reasoning", True), echo=given.get("echo", False)
+    )
     return {
         **read,
         **_tools(given),

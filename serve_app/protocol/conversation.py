@@ -115,6 +115,12 @@ def template_message(message: Json) -> Json:
     return {**message, "tool_calls": [_template_call(call) for call in message["tool_calls"]]}
 
 
+def plain_content(message: Json) -> str:
+    """The text of a message, its parts joined."""
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 def template_tool(tool: Json) -> Json:
     return {"type": "function", **tool}
 

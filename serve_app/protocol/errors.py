@@ -9,6 +9,13 @@ import pydantic_core
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 
+# What client libraries tell apart by more than the status, by it and the field.
+_CODES: dict[tuple[int, str | None], str] = {
+    (HTTPStatus.NOT_FOUND, "model"): "model_not_found",
+    (HTTPStatus.UNAUTHORIZED, None): "invalid_api_key",
+    (HTTPStatus.TOO_MANY_REQUESTS, None): "rate_limit_exceeded",
+}
+
 
 def error_status(error: Exception) -> int:
     """The HTTP status that `error` is answered with."""
@@ -35,7 +42,7 @@ def error_object(error: Exception) -> dict[str, Any]:
 def error_form(message: str, status: int, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error object for `message` and HTTP `status`."""
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    code = "model_not_found" if status == HTTPStatus.NOT_FOUND and param == "model" else None
+    code = _CODES.get((status, param))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -157,6 +157,7 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1},
          {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
         ({"do_sample": True, "temperature": 0.7, "top_k": None}, {"temperature": 0.7}),
+        ({"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.05}, {"min_p": 0.1, "repetition_penalty": 1.05}),
         ({"do_sample": False, "temperature": 0.6}, {}),
         ({"temperature": 0.6}, {}),
     ],

@@ -95,6 +95,13 @@ def test_an_answer_that_is_all_thought_has_no_content(tokenizer: Tokenizer) -> N
     assert whole["choices"][0]["message"]["content"] is None
 
 
+def test_a_message_that_is_gone_on_with_can_come_ahead(tokenizer: Tokenizer) -> None:
+    answer = ChatAnswer(served(tokenizer), Shown(), echoed="The sea")
+    content = [chunk["choices"][0]["delta"]["content"] for chunk in chunks(answer.delta(delta(" is")))]
+    assert content == ["The sea", " is"]
+    assert answer.whole([delta(" is", "stop")])["choices"][0]["message"]["content"] == "The sea is"
+
+
 def test_log_probabilities_come_while_their_text_is_held_back(tokenizer: Tokenizer) -> None:
     answer = ChatAnswer(served(tokenizer), Shown(logprobs=True))
     _, chunk = chunks(answer.delta(delta(logprobs=(TokenLogprob(5, float("-inf")),))))
