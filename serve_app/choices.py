@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qwen3_dist.engine.outputs import PromptLogprobs, TokenDelta, TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.detokenizer import TextStream
-from qwen3_dist.text.parsed import ToolCallDelta
+from qwen3_dist.text.parsed import OutputParser, Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 
 
@@ -35,53 +35,123 @@ class ChoiceDelta:
     prompt_logprobs: PromptLogprobs | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the text of a choice is read: where thinking stands at its start (as SamplingParams has it), a parser
+    of its own for each choice, and what its tool calls mean for its end.
+
+    `calls_end_it`: finishing with a tool call is the finish reason "tool_calls", not "stop". Of more than
+    `most_calls` calls the choice ends with the last that is shown.
+    """
+
+    reasoning: str = "none"
+    new_parser: Callable[[], OutputParser] | None = None
+    calls_end_it: bool = True
+    most_calls: int | None = None
+
+
 class Choice:
     """Turns one choice's token deltas into text deltas. `done` once its finish reason was shown."""
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        reading: Reading,
+    ) -> None:
         self.done = False
         self._index = index
+        self._reading = reading
+        self._num_calls = 0
         self._stop_token_ids = params.stop_token_ids
-        self._stream = (
-            TextStream(
+        self._text: TextStream | None = None
+        self._parser: OutputParser | None = None
+        self._thinking: _Thinking | None = None
+        if tokenizer:
+            self._text = TextStream(
                 tokenizer,
                 params.stop,
                 params.skip_special_tokens,
                 params.include_stop_str_in_output,
                 params.min_tokens,
             )
-            if tokenizer
-            else None
-        )
+            self._parser = reading.new_parser() if reading.new_parser else None
+            self._thinking = _Thinking(tokenizer, params.reasoning) if params.reasoning != "none" else None
 
     def advance(self, delta: TokenDelta) -> ChoiceDelta:
         """Takes a step's tokens; a stop string that they complete ends the choice before it."""
         assert not self.done
         text, reason, stopped_by = "", delta.finish_reason, self._stop_token(delta)
-        if self._stream:
-            taken = self._stream.num_taken
-            text = self._stream.push(delta.token_ids)
-            delta = delta.first(self._stream.num_taken - taken)
+        if self._text:
+            taken = self._text.num_taken
+            text = self._text.push(delta.token_ids)
+            delta = delta.first(self._text.num_taken - taken)
             if reason:
-                text += self._stream.finish()
-            if self._stream.stopped:
-                reason, stopped_by = "stop", self._stream.stopped_by
+                text += self._text.finish()
+            if self._text.stopped:
+                reason, stopped_by = "stop", self._text.stopped_by
+        parsed = self._parse(text, final=reason is not None)
+        calls = self._shown_calls(parsed.tool_calls)
+        if len(calls) < len(parsed.tool_calls):
+            reason = reason or "stop"
+        if reason == "stop" and self._num_calls and self._reading.calls_end_it:
+            reason = "tool_calls"
         self.done = reason is not None
         return ChoiceDelta(
             self._index,
-            text,
+            parsed.content,
             delta.token_ids,
             delta.logprobs,
             reason,
-            stop_reason=stopped_by,
-            num_cached_tokens=delta.num_cached_tokens,
-            prompt_logprobs=delta.prompt_logprobs,
+            parsed.reasoning,
+            calls,
+            stopped_by,
+            delta.num_cached_tokens,
+            self._thinking.count(delta.token_ids) if self._thinking else 0,
+            delta.prompt_logprobs,
         )
+
+    def _parse(self, text: str, final: bool) -> Parsed:
+        if self._parser is None:
+            return Parsed(text)
+        parsed = self._parser.push(text)
+        return parsed + self._parser.finish() if final else parsed
+
+    def _shown_calls(self, parts: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
+        """Those of calls that the client wants."""
+        most = self._reading.most_calls
+        shown = tuple(part for part in parts if most is None or part.index < most)
+        self._num_calls = max([self._num_calls, *(part.index + 1 for part in shown)])
+        return shown
 
     def _stop_token(self, delta: TokenDelta) -> str | int | None:
         """The stop token that ended the choice; EOS is none."""
         last = delta.token_ids[-1] if delta.finish_reason == "stop" and delta.token_ids else None
         return last if last in self._stop_token_ids else None
+
+
+class _Thinking:
+    """Counts the tokens of one choice that lie between <think> and </think>. A model thinks once, and first."""
+
+    def __init__(self, tokenizer: Tokenizer, reasoning: str) -> None:
+        self._opens, self._closes = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        self._inside = reasoning == "open"
+        self._over = False
+
+    def count(self, token_ids: Iterable[int]) -> int:
+        """How many of these next tokens were thought."""
+        counted = 0
+        for token_id in token_ids:
+            if self._over:
+                break
+            if self._inside and token_id == self._closes:
+                self._over = True
+            elif self._inside:
+                counted += 1
+            else:
+                self._inside = token_id == self._opens
+        return counted
 
 
 def join(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:

@@ -7,6 +7,7 @@ however many choices moved in it.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import uuid
 from collections import defaultdict
@@ -19,7 +20,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from serve_app.answers.base import Answer, Served
-from serve_app.choices import Choice, ChoiceDelta, join
+from serve_app.choices import Choice, ChoiceDelta, Reading, join
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.protocol.prompts import Texts
@@ -35,6 +36,7 @@ class _Job:
     prompts: list[list[int]]
     params: SamplingParams
     priority: int
+    reading: Reading
     answer: Answer
 
 
@@ -114,7 +116,10 @@ class RequestHandler:
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         answer = request.answer(Served(self._model_name, self._engine.tokenizer, prompts, params.n))
-        return _Job([prompt.token_ids for prompt in prompts], params, request.priority, answer)
+        reading = request.reading(self._texts, prompts[0])
+        params = dataclasses.replace(params, reasoning=reading.reasoning)
+        token_ids = [prompt.token_ids for prompt in prompts]
+        return _Job(token_ids, params, request.priority, reading, answer)
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
@@ -138,7 +143,9 @@ class RequestHandler:
     async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
         params = job.params
-        choices = [Choice(first_index + i, params, self._engine.tokenizer) for i in range(params.n)]
+        choices = [
+            Choice(first_index + i, params, self._engine.tokenizer, job.reading) for i in range(params.n)
+        ]
         request_id = uuid.uuid4().hex
         async with aclosing(self._engine.generate(prompt, params, request_id, job.priority)) as steps:
             async for step in steps:

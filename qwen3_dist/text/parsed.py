@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,23 @@ class Parsed:
     content: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
+
+    def __add__(self, later: Parsed) -> Parsed:
+        return Parsed(
+            self.content + later.content,
+            self.reasoning + later.reasoning,
+            self.tool_calls + later.tool_calls,
+        )
+
+
+class OutputParser(Protocol):
+    """Tells reasoning and tool calls from content in one choice's text, as it comes.
+
+    How the text was split into pushes changes nothing of what its parts, joined, are.
+    """
+
+    def push(self, text: str) -> Parsed:
+        """What `text` adds for certain; the rest is held back."""
+
+    def finish(self) -> Parsed:
+        """What was held back, once no more text comes."""

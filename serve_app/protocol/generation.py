@@ -11,6 +11,7 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from serve_app.answers.base import Answer, Served, error_events
 from serve_app.answers.openai import Shown
+from serve_app.choices import Reading
 from serve_app.protocol.errors import error_object
 from serve_app.protocol.kinds import BOOL, TEXT, Field, Json, Record, integer, short
 from serve_app.protocol.prompts import Prompt, Texts
@@ -74,6 +75,10 @@ class GenerationRequest(ABC):
     @abstractmethod
     def answer(self, served: Served) -> Answer:
         """The form in which this request is answered."""
+
+    def reading(self, texts: Texts, prompt: Prompt) -> Reading:
+        """How what follows `prompt` is to be read: as plain text, unless the API knows more."""
+        return Reading()
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Sampling parameters; `defaults` (the checkpoint's) apply where the client set nothing."""

@@ -1,21 +1,107 @@
-"""A choice's token deltas as text deltas."""
+"""A choice's text as it comes: what it shows of each step, and what ends it."""
 
 from __future__ import annotations
 
-from qwen3_dist import SamplingParams
-from qwen3_dist.engine.outputs import TokenDelta, TokenLogprob
+import pytest
+
+from qwen3_dist.engine.outputs import TokenDelta
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.weights.source import bundled_path
-from serve_app.choices import Choice
+from qwen3_dist.weights.source import resolve_model
+from serve_app.choices import Choice, ChoiceDelta, Reading, join
+
+WORDS = "<think>a b c</think>the sea and the wind"
 
 
-def test_tokens_after_a_stop_string_in_one_step_are_not_the_choices() -> None:
-    tokenizer = Tokenizer.from_directory(bundled_path())
-    assert tokenizer is not None
-    ids = tuple(tokenizer.encode("one two three four"))
-    logprobs = tuple(TokenLogprob(token_id, -1.0) for token_id in ids)
-    choice = Choice(0, SamplingParams(stop=("three",)), tokenizer)
-    delta = choice.advance(TokenDelta(0, ids, logprobs, "length"))
-    assert (delta.text, delta.finish_reason) == ("one two ", "stop")
-    assert tokenizer.decode(list(delta.token_ids)) == "one two three"
-    assert [logprob.token_id for logprob in delta.logprobs] == list(delta.token_ids)
+class Shouts:
+    """Takes each exclamation mark for a whole tool call, and holds back full stops."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._calls = 0
+
+    def push(self, text: str) -> Parsed:
+        calls = []
+        for _ in range(text.count("!")):
+            calls.append(ToolCallDelta(self._calls, f"call_{self._calls}", "shout", "{}"))
+            self._calls += 1
+        self._held += "." * text.count(".")
+        return Parsed(text.replace("!", "").replace(".", ""), tool_calls=tuple(calls))
+
+    def finish(self) -> Parsed:
+        return Parsed(self._held)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    found = Tokenizer.from_directory(resolve_model(""))
+    assert found
+    return found
+
+
+def run(
+    tokenizer: Tokenizer, text: str, reading: Reading, params: SamplingParams | None = None, end: str = "stop"
+) -> list[ChoiceDelta]:
+    """Deltas of a choice that generates `text`, a token a step, until it is done."""
+    choice = Choice(0, params or SamplingParams(), tokenizer, reading)
+    token_ids = tokenizer.encode(text)
+    shown = []
+    for i, token_id in enumerate(token_ids):
+        reason = end if i + 1 == len(token_ids) else None
+        shown.append(choice.advance(TokenDelta(0, (token_id,), finish_reason=reason)))
+        if choice.done:
+            break
+    return shown
+
+
+def test_what_a_parser_holds_back_comes_at_the_end(tokenizer: Tokenizer) -> None:
+    *_, before, last = run(tokenizer, "a.b.c", Reading(new_parser=Shouts))
+    assert (before.text + last.text)[-2:] == ".."
+    assert last.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("reading", "end", "reason"),
+    [
+        (Reading(new_parser=Shouts), "stop", "tool_calls"),
+        (Reading(new_parser=Shouts), "length", "length"),
+        (Reading(new_parser=Shouts, calls_end_it=False), "stop", "stop"),
+    ],
+)
+def test_a_choice_that_ends_with_calls_says_so(
+    tokenizer: Tokenizer, reading: Reading, end: str, reason: str
+) -> None:
+    assert run(tokenizer, "now! go", reading, end=end)[-1].finish_reason == reason
+
+
+def test_of_more_calls_than_wanted_the_choice_ends_with_the_last_wanted(tokenizer: Tokenizer) -> None:
+    deltas = run(tokenizer, "one! two! three!", Reading(new_parser=Shouts, most_calls=1))
+    whole = join(deltas)
+    assert [call.id for call in whole.tool_calls] == ["call_0"]
+    assert whole.finish_reason == "tool_calls"
+    assert len(whole.token_ids) < len(tokenizer.encode("one! two! three!"))
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "text", "thought"),
+    [
+        ("none", WORDS, ""),
+        ("optional", WORDS, "a b c"),
+        ("optional", "the sea", ""),
+        ("open", "a b c</think>the sea <think> again </think>", "a b c"),
+        ("open", "a b c", "a b c"),
+    ],
+)
+def test_tokens_between_the_marks_count_as_thought(
+    tokenizer: Tokenizer, reasoning: str, text: str, thought: str
+) -> None:
+    params = SamplingParams(reasoning=reasoning)
+    counted = join(run(tokenizer, text, Reading(reasoning), params)).num_reasoning_tokens
+    assert counted == len(tokenizer.encode(thought))
+
+
+def test_stop_strings_apply_before_the_text_is_read(tokenizer: Tokenizer) -> None:
+    whole = join(run(tokenizer, "one! two!", Reading(new_parser=Shouts), SamplingParams(stop=("tw",))))
+    assert (whole.text, len(whole.tool_calls)) == ("one ", 1)
+    assert (whole.finish_reason, whole.stop_reason) == ("tool_calls", "tw")
