@@ -19,17 +19,34 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
+from qwen3_dist import __version__
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.outputs import EngineStats
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.text.tokenizer import read_generation_defaults
+from serve_app.answers.messages import message_error
 from serve_app.config import ServiceConfig
 from serve_app.handlers import RequestHandler
 from serve_app.http import ErrorForm, EventStream, json_response, make_api, read_body
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
+from serve_app.openapi import ANTHROPIC_ERROR, route
+from serve_app.protocol.chat import CHAT_BODY, parse_chat
+from serve_app.protocol.completions import COMPLETION_BODY, parse_completion
 from serve_app.protocol.errors import error_status, to_json
 from serve_app.protocol.generation import GenerationRequest
+from serve_app.protocol.messages import (
+    COUNT_TOKENS_BODY,
+    MESSAGES_BODY,
+    parse_count_tokens,
+    parse_messages,
+)
+from serve_app.protocol.responses import RESPONSES_BODY, parse_responses
+from serve_app.protocol.tokens import (
+    DETOKENIZE_BODY,
+    TOKENIZE_BODY,
+    TextRequest,
+    parse_detokenize,
+    parse_tokenize,
+)
 
 logger = logging.getLogger("ray.serve")
 HEALTH_TIMEOUT_S = 5.0
@@ -46,14 +63,14 @@ class EngineReplica:
         thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         self._handler = RequestHandler(self._engine, config.served_name, defaults, thinking)
 
-    async def answer(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
+    async def answer(self, request: GenerationRequest | TextRequest) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
 
         An error that the client can be told about is answered, not raised: Serve would log a
         traceback for each.
         """
         try:
-            if not request.stream:
+            if isinstance(request, TextRequest) or not request.stream:
                 yield HTTPStatus.OK, await self._handler.respond(request)
                 return
             stream = self._handler.stream(request)
@@ -89,7 +106,10 @@ class EngineReplica:
 
 
 # What errors look like by path, where that is not OpenAI's object.
-ERROR_FORMS: dict[str, ErrorForm] = {}
+ERROR_FORMS: dict[str, ErrorForm] = {
+    "/v1/messages": message_error,
+    "/v1/messages/count_tokens": message_error,
+}
 api = make_api(ERROR_FORMS)
 
 
@@ -113,24 +133,55 @@ class Ingress:
         )
         self._created = int(time.time())
 
-    @api.post("/v1/chat/completions")
+    @api.post("/v1/chat/completions", **route("OpenAI: chat", CHAT_BODY, streams=True))
     async def chat_completions(self, request: Request) -> Response:
         return await self._generate(request, parse_chat)
 
-    @api.post("/v1/completions")
+    @api.post("/v1/completions", **route("OpenAI: completions of text", COMPLETION_BODY, streams=True))
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion)
 
-    @api.get("/v1/models")
+    @api.post(
+        "/v1/responses", **route("OpenAI: responses, none of them stored", RESPONSES_BODY, streams=True)
+    )
+    async def responses(self, request: Request) -> Response:
+        return await self._generate(request, parse_responses)
+
+    @api.post(
+        "/v1/messages", **route("Anthropic: messages", MESSAGES_BODY, streams=True, error=ANTHROPIC_ERROR)
+    )
+    async def messages(self, request: Request) -> Response:
+        return await self._generate(request, parse_messages)
+
+    @api.post(
+        "/v1/messages/count_tokens",
+        **route("Anthropic: the tokens of a prompt", COUNT_TOKENS_BODY, error=ANTHROPIC_ERROR),
+    )
+    async def count_tokens(self, request: Request) -> Response:
+        return await self._generate(request, parse_count_tokens)
+
+    @api.post("/tokenize", **route("vLLM: text or messages to token ids", TOKENIZE_BODY))
+    async def tokenize(self, request: Request) -> Response:
+        return await self._generate(request, parse_tokenize)
+
+    @api.post("/detokenize", **route("vLLM: token ids to text", DETOKENIZE_BODY))
+    async def detokenize(self, request: Request) -> Response:
+        return await self._generate(request, parse_detokenize)
+
+    @api.get("/version", **route("vLLM: the version of this service"))
+    async def version(self) -> Response:
+        return json_response({"version": __version__})
+
+    @api.get("/v1/models", **route("OpenAI: the models that are served"))
     async def models(self) -> Response:
         return json_response({"object": "list", "data": [self._model_object()]})
 
-    @api.get("/v1/models/{name:path}")
+    @api.get("/v1/models/{name:path}", **route("OpenAI: one model"))
     async def model(self, name: str) -> Response:
         self._check_model(name)
         return json_response(self._model_object())
 
-    @api.get("/health")
+    @api.get("/health", **route("Whether requests can be answered"))
     async def health(self) -> Response:
         """200 if some replica's engine is well, else 503."""
         try:
@@ -143,12 +194,12 @@ class Ingress:
             return json_response({"status": "ok"})
         raise EngineDeadError("no replica is healthy")
 
-    @api.get("/v1/cluster/experts")
+    @api.get("/v1/cluster/experts", **route("The load of each expert"))
     async def experts(self) -> Response:
         """Each replica's expert load."""
         return json_response({"object": "list", "data": await self._ask_all("expert_load")})
 
-    @api.post("/v1/cluster/experts/rebalance")
+    @api.post("/v1/cluster/experts/rebalance", **route("Moves experts to where the load wants them"))
     async def rebalance_experts(self) -> Response:
         """Has each replica move its experts to where their load wants them; the layers each changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
@@ -160,7 +211,9 @@ class Ingress:
         except Exception as error:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
-    async def _generate(self, asked: Request, parse: Callable[[bytes], GenerationRequest]) -> Response:
+    async def _generate(
+        self, asked: Request, parse: Callable[[bytes], GenerationRequest | TextRequest]
+    ) -> Response:
         body = await read_body(asked, self._max_bytes)
         request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
         self._check_model(request.model)
@@ -170,12 +223,12 @@ class Ingress:
         except BaseException:
             await items.aclose()
             raise
-        if request.stream and status == HTTPStatus.OK:
+        if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
             return EventStream(first, items, request.error_events)
         await items.aclose()
         return json_response(first, status)
 
-    async def _answer(self, request: GenerationRequest) -> AsyncGenerator[Any, None]:
+    async def _answer(self, request: GenerationRequest | TextRequest) -> AsyncGenerator[Any, None]:
         """A replica's items. Leaving early cancels the request there.
 
         Raises EngineDeadError if the replica is lost, RequestError if too many wait (429) or time is up (408).

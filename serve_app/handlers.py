@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.engine.grammar import compile_grammar
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from serve_app.answers.base import Answer, Served
 from serve_app.choices import Choice, ChoiceDelta, Reading, join
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.protocol.prompts import Prompt, Texts
+from serve_app.protocol.prompts import Texts
+from serve_app.protocol.tokens import TextRequest
 
 logger = logging.getLogger("ray.serve")
 Steps = AsyncGenerator[list[ChoiceDelta], None]
@@ -62,8 +62,10 @@ class RequestHandler:
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}
         )
 
-    async def respond(self, request: GenerationRequest) -> bytes:
+    async def respond(self, request: GenerationRequest | TextRequest) -> bytes:
         """The whole answer as JSON. Raises RequestError or EngineDeadError."""
+        if isinstance(request, TextRequest):
+            return to_json(await asyncio.to_thread(request.respond, self._texts))
         job = await self._prepare(request)
         shown: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
@@ -113,7 +115,7 @@ class RequestHandler:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
-        prompts = await asyncio.to_thread(self._prompts, request, params)
+        prompts = await asyncio.to_thread(request.prompts, self._texts)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         answer = request.answer(Served(self._model_name, self._engine.tokenizer, prompts, params.n))
@@ -121,12 +123,6 @@ class RequestHandler:
         params = dataclasses.replace(params, reasoning=reading.reasoning)
         token_ids = [prompt.token_ids for prompt in prompts]
         return _Job(token_ids, params, request.priority, reading, answer)
-
-    def _prompts(self, request: GenerationRequest, params: SamplingParams) -> list[Prompt]:
-        """What takes time: the prompts, and the trial of a form, whose result the engine finds kept."""
-        if params.structured_outputs:
-            compile_grammar(params.structured_outputs)
-        return request.prompts(self._texts)
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""

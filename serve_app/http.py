@@ -40,15 +40,17 @@ def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
         dependencies=[Depends(_check_deployments_key)],
     )
 
-    async def answer_error(request: Request, error: Exception) -> Response:
+    async def answer_error(
+        request: Request, error: Exception, headers: Mapping[str, str] | None = None
+    ) -> Response:
         form = error_forms.get(request.url.path, error_object)
         status = error_status(error)
-        return json_response(form(error), status, _ERROR_HEADERS.get(HTTPStatus(status)))
+        return json_response(form(error), status, headers or _ERROR_HEADERS.get(HTTPStatus(status)))
 
     async def answer_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         refused = f"{request.method} {request.url.path}: {error.detail}"
-        return await answer_error(request, RequestError(refused, status=error.status_code))
+        return await answer_error(request, RequestError(refused, status=error.status_code), error.headers)
 
     api.exception_handler(QwenDistError)(answer_error)
     api.exception_handler(HTTPException)(answer_http_error)

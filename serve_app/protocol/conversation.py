@@ -34,7 +34,7 @@ _PART = Tagged(
 )
 _CONTENT = Either("a string or a list of text parts", (TEXT, ListOf(_PART, "a list of text parts")))
 _NAME_PATTERN = r"[a-zA-Z0-9_.-]{1,128}"
-_NAME = Plain(
+NAME = Plain(
     "a name of up to 128 letters, digits, dots, dashes and underscores",
     {"type": "string", "pattern": f"^{_NAME_PATTERN}$"},
     lambda value: re.fullmatch(_NAME_PATTERN, value) is not None,
@@ -82,7 +82,7 @@ _TOOL = Record(
             Record(
                 "an object with name and parameters",
                 {
-                    "name": Field(_NAME, required=True),
+                    "name": Field(NAME, required=True),
                     "description": Field(TEXT),
                     "parameters": Field(OBJECT, "JSON schema of the arguments."),
                     "strict": Field(BOOL),

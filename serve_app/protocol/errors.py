@@ -28,15 +28,15 @@ def error_status(error: Exception) -> int:
     )
 
 
+def error_message(error: Exception) -> str:
+    """What clients are told. The text of an error that is none of ours stays in the log."""
+    unforeseen = "the service failed on this request; its log says why"
+    return str(error) if isinstance(error, QwenDistError) else unforeseen
+
+
 def error_object(error: Exception) -> dict[str, Any]:
-    """OpenAI's error object. The text of an error that is none of ours stays in the log."""
-    status = error_status(error)
-    message = (
-        str(error)
-        if isinstance(error, QwenDistError)
-        else "the service failed on this request; its log says why"
-    )
-    return error_form(message, status, getattr(error, "param", None))
+    """OpenAI's error object."""
+    return error_form(error_message(error), error_status(error), getattr(error, "param", None))
 
 
 def error_form(message: str, status: int, param: str | None = None) -> dict[str, Any]:

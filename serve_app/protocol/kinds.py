@@ -154,30 +154,33 @@ class Record(Kind):
 
 @dataclass(frozen=True)
 class Tagged(Kind):
-    """An object whose field `tag` says which of several records it is; `refused` ones are known but not built."""
+    """An object whose field `tag` says which of several records it is; `refused` ones are known but not built.
+
+    Without a tag it is the `untagged` record, if there is one.
+    """
 
     words: str
     tag: str
     records: Mapping[str, Record]
     refused: Mapping[str, str]
+    untagged: str | None = None
 
     @property
     def schema(self) -> Json:
         return {"type": "object", "oneOf": [self._tagged(name) for name in self.records]}
 
     def _tagged(self, name: str) -> Json:
-        schema = self.records[name].schema
-        properties = {self.tag: {"type": "string", "const": name}, **schema["properties"]}
-        return {
-            **schema,
-            "properties": properties,
-            "required": [self.tag, *schema.get("required", [])],
-        }
+        schema, tag = self.records[name].schema, {"type": "string", "const": name}
+        tagged = {**schema, "properties": {self.tag: tag, **schema["properties"]}}
+        if name == self.untagged:
+            return {**tagged, "properties": {**tagged["properties"], self.tag: {"enum": [name, None]}}}
+        return {**tagged, "required": [self.tag, *schema.get("required", [])]}
 
     def read(self, value: Any, where: str) -> Any:
         if not self.takes(value):
             raise self.refuse(value, where)
         name, path = value.get(self.tag), f"{where}.{self.tag}"
+        name = self.untagged if name is None else name
         if isinstance(name, str) and name in self.refused:
             raise RequestError(f"{path}={short(name)} {self.refused[name]}", param=path)
         if not isinstance(name, str) or name not in self.records:

@@ -32,6 +32,9 @@ _STRING = Plain(
     {"type": "string", "minLength": 1, "maxLength": _MOST_CHARS},
     lambda value: 0 < len(value) <= _MOST_CHARS,
 )
+STOP_STRINGS = ListOf(
+    _STRING, f"a list of up to {_MOST_STRINGS} strings of 1 to {_MOST_CHARS} characters", most=_MOST_STRINGS
+)
 _STOP = f"a string of 1 to {_MOST_CHARS} characters or a list of up to {_MOST_STRINGS} of them"
 _TOKEN_IDS = ListOf(integer(0), f"a list of up to {_MOST_TOKENS} token ids", most=_MOST_TOKENS)
 _WORDS = ListOf(_STRING, f"a list of up to {_MOST_TOKENS} strings", most=_MOST_TOKENS)
@@ -59,7 +62,7 @@ SAMPLING: dict[str, Field] = {
     ),
     "seed": Field(integer(-(2**63), 2**63 - 1), "Makes a sampled answer repeatable."),
     "stop": Field(
-        Either(_STOP, (_STRING, ListOf(_STRING, _STOP, most=_MOST_STRINGS))),
+        Either(_STOP, (_STRING, STOP_STRINGS)),
         "Texts that end the answer; they are looked for in all that is generated, reasoning included.",
     ),
     "stop_token_ids": Field(_TOKEN_IDS, "Tokens that end the answer."),

@@ -65,9 +65,7 @@ STRUCTURE: dict[str, Field] = {
 
 def structured_outputs(given: Json) -> tuple[str, StructuredOutputs] | None:
     """What `given` asks of the text's form, with the field that asks. Raises RequestError if two fields do."""
-    asked = {
-        name: form for name in STRUCTURE if name in given and (form := _form(name, given[name])) is not None
-    }
+    asked = {name: form for name in STRUCTURE if (form := _form(name, given.get(name))) is not None}
     if len(asked) > 1:
         first, second, *_ = asked
         raise RequestError(f"{second} and {first} both give a form; leave one out", param=second)
@@ -79,10 +77,8 @@ def structured_outputs(given: Json) -> tuple[str, StructuredOutputs] | None:
 
 def _form(name: str, value: Any) -> Json | None:
     """Arguments of StructuredOutputs; None where `value` asks for nothing."""
-    if name in _OLDER:
-        return {_OLDER[name][0]: value}
-    if name == "structured_outputs":
-        return {field: value[field] for field in _STRUCTURED.fields if field in value}
+    if value is None or name != "response_format":
+        return {_OLDER[name][0]: value} if name in _OLDER and value is not None else value
     forms: dict[str, Json | None] = {
         "text": None,
         "json_object": {"json_object": True},

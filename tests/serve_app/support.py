@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable
@@ -70,3 +71,11 @@ def _read(file: Path) -> str:
         return file.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def server_events(stream: bytes) -> list[dict[str, Any]]:
+    """The data of server-sent events, each of which is named by its type."""
+    events = [event.partition(b"\ndata: ") for event in stream.split(b"\n\n") if event]
+    data: list[dict[str, Any]] = [json.loads(value) for _, _, value in events]
+    assert [name for name, _, _ in events] == [f"event: {value['type']}".encode() for value in data]
+    return data

@@ -270,10 +270,3 @@ def test_echo_shows_the_prompt_ahead_of_each_choice(engine: AsyncEngine, stream:
         texts = [choice["text"] for choice in respond(engine, **fields)["choices"]]
     prompts = ["the sea", "the sea", "a fox", "a fox"]
     assert texts == [prompt + choice["text"] for prompt, choice in zip(prompts, plain, strict=True)]
-
-
-def test_a_form_that_cannot_be_is_refused_in_the_clients_words(engine: AsyncEngine) -> None:
-    body = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}}
-    asked = parse_chat(json.dumps({"messages": MESSAGES, **body}).encode())
-    error = refused(handler(engine).respond(asked))
-    assert error.param == "response_format" and str(error).startswith("response_format")
