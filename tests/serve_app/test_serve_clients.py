@@ -1,0 +1,143 @@
+"""The other APIs through the clients that people have: anthropic and openai, sync and async, streamed and not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+QUESTION = "Hello! 🌊"
+# The client has no argument for the temperature any more.
+MESSAGE: dict[str, Any] = {
+    "max_tokens": 24,
+    "messages": [{"role": "user", "content": QUESTION}],
+    "extra_body": {"temperature": 0},
+}
+RESPONSE: dict[str, Any] = {
+    "max_output_tokens": 24,
+    "temperature": 0,
+    "input": QUESTION,
+    "reasoning": {"effort": "none"},
+}
+
+
+@pytest.fixture
+def claude(url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def text_of(message: Any) -> str:
+    return "".join(block.text for block in message.content if block.type == "text")
+
+
+def test_a_message_is_answered_by_every_way_of_asking(
+    url: str, claude: anthropic.Anthropic, model: str
+) -> None:
+    whole = claude.messages.create(model=model, **MESSAGE)
+    assert whole.type == "message" and text_of(whole) and whole.usage.output_tokens <= 24
+    with claude.messages.stream(model=model, **MESSAGE) as stream:
+        texts = list(stream.text_stream)
+        final = stream.get_final_message()
+    assert "".join(texts) == text_of(final) == text_of(whole)
+    assert final.stop_reason == whole.stop_reason
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+    async def ask_together() -> list[str]:
+        async with anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+
+            async def streamed() -> str:
+                async with client.messages.stream(model=model, **MESSAGE) as stream:
+                    return await stream.get_final_text()
+
+            answer, *texts = await asyncio.gather(
+                client.messages.create(model=model, **MESSAGE), streamed(), streamed()
+            )
+            return [text_of(answer), *texts]
+
+    assert set(asyncio.run(ask_together())) == {text_of(whole)}
+
+
+def test_a_stop_sequence_is_named(claude: anthropic.Anthropic, model: str) -> None:
+    stop = text_of(claude.messages.create(model=model, **MESSAGE))[3:6]
+    message = claude.messages.create(model=model, stop_sequences=[stop], **MESSAGE)
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", stop)
+
+
+def test_the_tokens_of_a_message_are_counted(claude: anthropic.Anthropic, model: str) -> None:
+    counted = claude.messages.count_tokens(model=model, messages=MESSAGE["messages"])
+    usage = claude.messages.create(model=model, **MESSAGE).usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)
+
+
+def test_anthropics_client_raises_its_own_exceptions(claude: anthropic.Anthropic, model: str) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="gpt-x"):
+        claude.messages.create(model="gpt-x", **MESSAGE)
+    with pytest.raises(anthropic.BadRequestError, match="temperature") as error:
+        claude.messages.create(model=model, **{**MESSAGE, "extra_body": {"temperature": 2}})
+    assert error.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index,call-overload]
+    with (
+        pytest.raises(anthropic.BadRequestError, match="4096"),
+        claude.messages.stream(
+            model=model, max_tokens=1, messages=[{"role": "user", "content": "sea " * 5000}]
+        ) as stream,
+    ):
+        stream.until_done()
+
+
+def test_a_response_is_answered_by_every_way_of_asking(url: str, client: openai.OpenAI, model: str) -> None:
+    whole = client.responses.create(model=model, **RESPONSE)
+    assert whole.object == "response" and whole.output_text
+    with client.responses.stream(model=model, **RESPONSE) as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        last = stream.get_final_response() if whole.status == "completed" else None
+    assert "".join(texts) == whole.output_text
+    assert last is None or last.output_text == whole.output_text
+    *_, last_event = client.responses.create(model=model, stream=True, **RESPONSE)
+    assert last_event.response.output_text == whole.output_text  # type: ignore[union-attr]
+
+    async def ask_together() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as asynchronous:
+
+            async def streamed() -> str:
+                events = await asynchronous.responses.create(model=model, stream=True, **RESPONSE)
+                return "".join([e.delta async for e in events if e.type == "response.output_text.delta"])
+
+            answer, text = await asyncio.gather(
+                asynchronous.responses.create(model=model, **RESPONSE), streamed()
+            )
+            return [answer.output_text, text]
+
+    assert set(asyncio.run(ask_together())) == {whole.output_text}
+
+
+def test_a_response_that_is_stored_nowhere_cannot_be_gone_on_with(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.BadRequestError, match="stored") as error:
+        client.responses.create(model=model, previous_response_id="resp_1", **RESPONSE)
+    assert error.value.param == "previous_response_id"
+
+
+def test_tokens_of_a_prompt_can_be_asked_for(http: httpx.Client, model: str) -> None:
+    tokens = http.post("/tokenize", json={"model": model, "prompt": QUESTION}).json()
+    back = http.post("/detokenize", json={"model": model, "tokens": tokens["tokens"]}).json()
+    assert back == {"prompt": QUESTION} and tokens["max_model_len"] == 4096
+    assert http.get("/version").json().keys() == {"version"}
+
+
+def test_errors_have_the_form_of_their_api(http: httpx.Client) -> None:
+    assert http.post("/v1/messages", content=b"{").json()["type"] == "error"
+    assert http.post("/v1/messages", content=b"{").status_code == 400
+    assert http.post("/tokenize", content=b"{").json()["error"]["type"] == "invalid_request_error"
+    refused = http.get("/v1/messages")
+    assert (refused.status_code, refused.headers["allow"], refused.json()["type"]) == (405, "POST", "error")
+
+
+def test_the_openapi_page_is_served(http: httpx.Client) -> None:
+    page = http.get("/openapi.json").json()
+    assert {"/v1/messages", "/v1/responses", "/tokenize", "/v1/chat/completions"} <= page["paths"].keys()
+    assert http.get("/docs").status_code == 200
