@@ -53,6 +53,7 @@ def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
         return await answer_error(request, RequestError(refused, status=error.status_code), error.headers)
 
     api.exception_handler(QwenDistError)(answer_error)
+    api.exception_handler(Exception)(answer_error)  # which is raised again, for Serve's log
     api.exception_handler(HTTPException)(answer_http_error)
     return api
 

@@ -52,7 +52,7 @@ def route(
     """Keyword arguments of FastAPI's route decorators."""
     answered: Json = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        answered["text/event-stream"] = {"schema": {"type": "string"}}
+        answered["text/event-stream"] = {}
     refused = {"application/json": {"schema": error.schema}}
     responses: dict[int | str, Any] = {
         int(status): {"description": status.phrase, "content": refused} for status in _STATUSES

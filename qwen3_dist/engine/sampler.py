@@ -144,8 +144,9 @@ def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _weights(logits: Tensor, largest: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    """exp(logit / temperature) up to a factor: the largest is 1, so that no temperature overflows."""
+    """exp(logit / temperature) up to a factor: the largest is 1, so that no temperature overflows or is 0."""
     temperatures = _column([spec.temperature for spec in specs], logits).float()
+    temperatures = temperatures.clamp_min(torch.finfo(torch.float32).tiny)
     return ((logits - largest) / temperatures).exp()
 
 

@@ -70,8 +70,9 @@ def structured_outputs(given: Json) -> tuple[str, StructuredOutputs] | None:
         first, second, *_ = asked
         raise RequestError(f"{second} and {first} both give a form; leave one out", param=second)
     for name, form in asked.items():
+        known = {field: form[field] for field in _STRUCTURED.fields if field in form}
         choice = {"choice": tuple(form["choice"])} if "choice" in form else {}
-        return name, StructuredOutputs(**{**form, **choice})
+        return name, StructuredOutputs(**{**known, **choice})
     return None
 
 

@@ -42,6 +42,8 @@ def shares(**changes: object) -> dict[int, float]:
         ),
         ({"temperature": 0.0}, {0: 1.0}),
         ({"temperature": 1e-6}, {0: 1.0}),
+        ({"temperature": 1e-231}, {0: 1.0}),  # none at all in fp32
+        ({"temperature": 1e-231, "top_k": 3, "top_p": 0.3}, {0: 1.0}),
     ],
 )
 def test_tokens_are_drawn_in_proportion(changes: dict[str, object], expected: dict[int, float]) -> None:

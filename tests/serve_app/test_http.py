@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
-from fastapi import Request
+from fastapi import Request, Response
 
 from qwen3_dist.errors import RequestError
+from serve_app.answers.messages import message_error
 from serve_app.config import ServiceConfig, read_service_config
-from serve_app.http import check_key, read_body
+from serve_app.http import check_key, make_api, read_body
 
 
 def request(path: str = "/v1/completions", body: bytes = b"", **headers: str) -> Request:
@@ -65,3 +67,22 @@ def test_a_body_over_the_limit_is_413() -> None:
     with pytest.raises(RequestError) as refused:
         read(request(body=b"x" * 101))
     assert refused.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/completions", "server_error"), ("/v1/messages", "api_error")]
+)
+def test_an_unforeseen_error_has_the_form_of_its_api(path: str, kind: str) -> None:
+    async def fail(_: Request) -> Response:
+        raise KeyError("secret")
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(path)
+
+    api = make_api({"/v1/messages": message_error})
+    api.add_route(path, fail, methods=["POST"])
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, kind)
+    assert "secret" not in answer.text

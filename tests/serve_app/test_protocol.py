@@ -119,6 +119,7 @@ def test_every_sampling_field_reaches_the_sampling_parameters() -> None:
             StructuredOutputs(json=SCHEMA),
         ),
         ({"structured_outputs": {"json": SCHEMA}}, StructuredOutputs(json=SCHEMA)),
+        ({"structured_outputs": {"regex": "a+", "new": 1}}, StructuredOutputs(regex="a+")),
         ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b"))),
         ({"guided_json": SCHEMA}, StructuredOutputs(json=SCHEMA)),
         ({"guided_regex": "a+"}, StructuredOutputs(regex="a+")),
