@@ -95,6 +95,10 @@ class EngineReplica:
         """Moves experts to where the load since the last time wants them; the layers that changed."""
         return await self._engine.rebalance_experts()
 
+    async def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.max_model_len
+
     async def check_health(self) -> None:
         """Raises EngineDeadError once a rank is lost; Serve then replaces this replica."""
         self._engine.check_health()
@@ -132,6 +136,7 @@ class Ingress:
             response_serialization="pickle",
         )
         self._created = int(time.time())
+        self._max_model_len: int | None = None
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", CHAT_BODY, streams=True))
     async def chat_completions(self, request: Request) -> Response:
@@ -174,12 +179,12 @@ class Ingress:
 
     @api.get("/v1/models", **route("OpenAI: the models that are served"))
     async def models(self) -> Response:
-        return json_response({"object": "list", "data": [self._model_object()]})
+        return json_response({"object": "list", "data": [await self._model_object()]})
 
     @api.get("/v1/models/{name:path}", **route("OpenAI: one model"))
     async def model(self, name: str) -> Response:
         self._check_model(name)
-        return json_response(self._model_object())
+        return json_response(await self._model_object())
 
     @api.get("/health", **route("Whether requests can be answered"))
     async def health(self) -> Response:
@@ -268,5 +273,14 @@ class Ingress:
                 status=HTTPStatus.NOT_FOUND,
             )
 
-    def _model_object(self) -> dict[str, Any]:
-        return {"id": self._model, "object": "model", "created": self._created, "owned_by": "qwen3_dist"}
+    async def _model_object(self) -> dict[str, Any]:
+        """OpenAI's model object, and vLLM's context length as a replica says it, once."""
+        if self._max_model_len is None:
+            self._max_model_len = next(iter(await self._ask_all("max_model_len")), None)
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "qwen3_dist",
+            "max_model_len": self._max_model_len,
+        }

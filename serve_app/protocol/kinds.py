@@ -28,9 +28,10 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
 
 
 class Kind(ABC):
-    """A kind of value. `words` end the sentence "it must be ..."."""
+    """A kind of value of the JSON type `type`. `words` end the sentence "it must be ..."."""
 
     words: str
+    type = ""
 
     @property
     @abstractmethod
@@ -43,7 +44,7 @@ class Kind(ABC):
 
     def takes(self, value: Any) -> bool:
         """Whether `value` has this kind's JSON type."""
-        return _TYPES[self.schema["type"]](value)
+        return _TYPES[self.type](value)
 
     def accepts(self, value: Any) -> bool:
         try:
@@ -65,6 +66,11 @@ class Plain(Kind):
     ok: Callable[[Any], bool] = lambda value: True
 
     @property
+    def type(self) -> str:  # type: ignore[override]
+        kind: str = self.form["type"]
+        return kind
+
+    @property
     def schema(self) -> Json:
         return self.form
 
@@ -82,11 +88,12 @@ class ListOf(Kind):
     words: str
     least: int = 0
     most: int | None = None
+    type = "array"
 
     @property
     def schema(self) -> Json:
         bounds = {"minItems": self.least or None, "maxItems": self.most}
-        return {"type": "array", "items": self.item.schema} | _given(bounds)
+        return {"type": self.type, "items": self.item.schema} | _given(bounds)
 
     def read(self, value: Any, where: str) -> Any:
         most = len(value) if self.most is None and self.takes(value) else self.most
@@ -118,12 +125,13 @@ class Record(Kind):
 
     words: str
     fields: Mapping[str, Field]
+    type = "object"
 
     @property
     def schema(self) -> Json:
         required = [name for name, field in self.fields.items() if field.required]
         schema = {
-            "type": "object",
+            "type": self.type,
             "properties": {name: field.schema for name, field in self.fields.items()},
         }
         return {**schema, "required": required} if required else schema
@@ -164,10 +172,11 @@ class Tagged(Kind):
     records: Mapping[str, Record]
     refused: Mapping[str, str]
     untagged: str | None = None
+    type = "object"
 
     @property
     def schema(self) -> Json:
-        return {"type": "object", "oneOf": [self._tagged(name) for name in self.records]}
+        return {"type": self.type, "oneOf": [self._tagged(name) for name in self.records]}
 
     def _tagged(self, name: str) -> Json:
         schema, tag = self.records[name].schema, {"type": "string", "const": name}

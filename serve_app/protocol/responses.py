@@ -20,6 +20,7 @@ from serve_app.protocol.kinds import (
     Field,
     Json,
     ListOf,
+    Plain,
     Record,
     Tagged,
     integer,
@@ -120,6 +121,12 @@ _FORMAT = Tagged(
 _INPUT = Either(
     "a string or a list of at least one item", (TEXT, ListOf(_ITEM, "a list of at least one item", least=1))
 )
+_LOGPROBS = "message.output_text.logprobs"
+_INCLUDED = Plain(
+    "a string other than log-probabilities, which /v1/chat/completions gives",
+    {"type": "string", "not": {"const": _LOGPROBS}},
+    lambda value: value != _LOGPROBS,
+)
 RESPONSES_BODY = Record(
     "an object",
     {
@@ -140,7 +147,7 @@ RESPONSES_BODY = Record(
         "metadata": Field(OBJECT, "Comes back in the answer."),
         "user": Field(TEXT, "Comes back in the answer."),
         "truncation": Field(one_of("auto", "disabled"), "Input that is too long is refused either way."),
-        "include": Field(ListOf(TEXT, "a list of strings"), "Ignored."),
+        "include": Field(ListOf(_INCLUDED, "a list of strings"), "Ignored."),
         "store": Field(BOOL, "Ignored: nothing is stored."),
     },
 )
@@ -149,6 +156,7 @@ _NOT_BUILT = {
     "previous_response_id": _STORED,
     "conversation": _STORED,
     "prompt": _STORED,
+    "top_logprobs": "is not supported here: /v1/chat/completions gives log-probabilities",
     "background": "is not supported: nothing is stored that could be asked for later; leave it out",
 }
 

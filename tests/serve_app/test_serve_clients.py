@@ -127,6 +127,7 @@ def test_tokens_of_a_prompt_can_be_asked_for(http: httpx.Client, model: str) -> 
     back = http.post("/detokenize", json={"model": model, "tokens": tokens["tokens"]}).json()
     assert back == {"prompt": QUESTION} and tokens["max_model_len"] == 4096
     assert http.get("/version").json().keys() == {"version"}
+    assert http.get(f"/v1/models/{model}").json()["max_model_len"] == 4096
 
 
 def test_errors_have_the_form_of_their_api(http: httpx.Client) -> None:
