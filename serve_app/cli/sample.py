@@ -25,7 +25,7 @@ _QUESTIONS: tuple[tuple[str, bool, list[dict[str, Any]] | None], ...] = (
 _MAX_TOKENS = 160
 
 
-def show_sample(out: TextIO, as_json: bool, url: str, model: str) -> None:
+def show_sample(out: TextIO, as_json: bool, url: str, model: str, api_key: str) -> None:
     """Asks the endpoint at `url` three questions and prints the answers as they stream in.
 
     Ends with the `curl` line that repeats the first. With `as_json` each answer is one JSON object.
@@ -35,7 +35,7 @@ def show_sample(out: TextIO, as_json: bool, url: str, model: str) -> None:
             offered = f"   [{tools[0]['function']['name']} is offered]" if tools else ""
             print(f"\n> {question}{offered}", file=out, flush=True)
         answer = ""
-        for text in _ask(url, model, question, thinking, tools):
+        for text in _ask(url, api_key, model, question, thinking, tools):
             answer += text
             if not as_json:
                 print(text, end="", file=out, flush=True)
@@ -48,6 +48,8 @@ def show_sample(out: TextIO, as_json: bool, url: str, model: str) -> None:
             print(parsed, file=out, flush=True)
     body = _body(model, *_QUESTIONS[0])
     curl = f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' "
+    if api_key:
+        curl += "-H 'Authorization: Bearer KEY' "
     curl += f"-d {shlex.quote(json.dumps(body))}"
     if as_json:
         print(json.dumps({"event": "repeat", "curl": curl}), file=out, flush=True)
@@ -68,13 +70,13 @@ def _body(model: str, question: str, thinking: bool, tools: list[dict[str, Any]]
 
 
 def _ask(
-    url: str, model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None
+    url: str, api_key: str, model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None
 ) -> Iterator[str]:
     from openai import OpenAI
 
     body = _body(model, question, thinking, tools)
     extra = {"chat_template_kwargs": body.pop("chat_template_kwargs")}
-    with OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+    with OpenAI(base_url=f"{url}/v1", api_key=api_key or "none") as client:
         for chunk in client.chat.completions.create(**body, extra_body=extra):
             for choice in chunk.choices:
                 yield choice.delta.content or ""

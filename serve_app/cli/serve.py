@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         with running_service(config, args.ray_address, _report) as url:
             _announce(out, args.json, url, config.served_name)
             if args.sample or args.exit_after_sample:
-                show_sample(out, args.json, url, config.served_name)
+                show_sample(out, args.json, url, config.served_name, config.api_key)
             if not args.exit_after_sample:
                 _report("ready; Ctrl-C ends it")
                 signal.pause()
