@@ -60,12 +60,13 @@ class Kernels:
                 function.restype = None
                 self._functions[name + ending] = function
         self.panel: int = loaded.panel_outputs()
+        self._depth_step: int = loaded.bf16_depth_step()
 
     def pack(self, weight: Tensor) -> Tensor:
         """[N, D] -> [N / panel, D / pair, panel * pair], filled up with zeros: see `cpu/linear.h`."""
-        pair = 2 if weight.dtype == torch.bfloat16 else 1
+        pair, step = (2, self._depth_step) if weight.dtype == torch.bfloat16 else (1, 1)
         outputs, inner = weight.shape
-        out = weight.new_empty(-(-outputs // self.panel), -(-inner // pair), self.panel * pair)
+        out = weight.new_empty(-(-outputs // self.panel), -(-inner // step) * step // pair, self.panel * pair)
         self.run(
             "pack" if weight.dtype != torch.int8 else "pack_int8", weight.contiguous(), out, outputs, inner
         )

@@ -2,15 +2,14 @@
 // queries of one KV group for some tokens of one sequence, and takes its keys a chunk at a time.
 #pragma once
 
-#include "linear.h"
+#include "chunk.h"
 
 struct AttentionShape {
     long sequences, heads, groups, dim, block_size, table_width, window;  // window 0: none
     float scale;
 };
 
-constexpr long CHUNK = BLOCK_COLS;  // keys
-constexpr long FEW_ROWS = 8;        // up to so many rows, keys and values are used where they lie
+constexpr long FEW_ROWS = 8;  // up to so many rows, keys and values are used where they lie
 
 // sum[m] = sum[m] * shrink[m] + sum over j < n of by[m][j] * rows[j], for M rows of `sum`.
 template <int M, class T>
@@ -37,6 +36,8 @@ inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, 
 
 template <class T>
 struct Attention {
+    using P = Input<T>;  // what products take
+
     const T *q, *keys, *values;  // q [T, H, d]; keys, values [blocks, block_size, G, d]
     T* out;                      // [T, H, d]
     const long *tables, *context_lens, *starts;  // [S, table_width], [S], [S + 1] first row of each sequence
@@ -57,6 +58,7 @@ struct Attention {
         return ((block * shape.block_size + token % shape.block_size) * shape.groups + task.g) * shape.dim;
     }
     long stride() const { return shape.groups * shape.dim; }
+    long width() const { return (shape.dim + PANEL - 1) / PANEL * PANEL; }  // whole vectors, tiles and panels
 
     // Calls f(offset in the chunk, place, tokens) for each run of the chunk's tokens that lie in one block.
     template <class F>
@@ -71,13 +73,12 @@ struct Attention {
         long dim = shape.dim, window = shape.window, rows = task.count * per_group();
         long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens ahead of this step
         long last = before + task.first + task.count - 1;
-        float* queries = scratch(0, rows * dim);
-        float* sums = scratch(1, rows * dim);
-        float* scores = scratch(4, rows * (CHUNK + 3));
+        P* queries = scratch<P>(QUERIES, rows * width());
+        float* sums = scratch(SUMS, rows * dim);
+        float* scores = scratch(SCORES, rows * (CHUNK + 3));
         float *most = scores + rows * CHUNK, *mass = most + rows, *shrink = mass + rows;
         for (long r = 0; r < rows; r++) {
-            const T* from = q + row_of(task, r);
-            for (long i = 0; i < dim; i++) queries[r * dim + i] = widen(from[i]) * shape.scale;
+            put_row(q + row_of(task, r), queries + r * width(), dim, width());
             most[r] = -INFINITY, mass[r] = 0;
         }
         std::fill(sums, sums + rows * dim, 0.0f);
@@ -88,37 +89,43 @@ struct Attention {
                 long position = before + task.first + r / per_group();
                 long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
                 long to = std::clamp(position + 1 - key, 0L, n);
-                shrink[r] = soften(scores + r * CHUNK, from, to, n, most[r], mass[r]);
+                shrink[r] = soften(scores + r * CHUNK, from, to, n, shape.scale, most[r], mass[r]);
             }
             add_values(task, key, n, rows, scores, shrink, sums);
         }
-        for (long r = 0; r < rows; r++)
-            for (long i = 0; i < dim; i++) narrow(sums[r * dim + i] / mass[r], out[row_of(task, r) + i]);
+        for (long r = 0; r < rows; r++) {
+            float* sum = sums + r * dim;
+            for (long i = 0; i < dim; i++) sum[i] /= mass[r];
+            convert_row(sum, out + row_of(task, r), dim);
+        }
     }
 
     // scores[r][j] = queries[r] . keys[j] for n keys.
-    void score(const Task& task, long key, long n, long rows, const float* queries, float* scores) const {
-        long dim = shape.dim;
+    void score(const Task& task, long key, long n, long rows, const P* queries, float* scores) const {
         if (rows <= FEW_ROWS) {
+            float* wide = scratch(ADDED, rows * width());
+            convert_row(queries, wide, rows * width());
             runs(task, key, n, [&](long at, long from, long some) {
-                dots_all(queries, dim, rows, keys + from, stride(), some, dim, scores + at, CHUNK);
+                dots_all(wide, width(), rows, keys + from, stride(), some, shape.dim, scores + at, CHUNK);
             });
             return;
         }
-        float* turned = scratch(2, CHUNK * dim);  // panels of keys
-        std::fill(turned, turned + panels(n) * PANEL * dim, 0.0f);
+        P* laid = scratch<P>(LAID, CHUNK * width());
+        lay_keys(chunk_of(task, keys, key, n), n, width(), laid);
+        block_product<P>(queries, width(), rows, laid, panels(n), width(), scores);
+    }
+
+    Chunk<T, P> chunk_of(const Task& task, const T* cache, long key, long n) const {
+        Chunk<T, P> chunk(scratch<P>(CHUNKED, (CHUNK + 1) * width()), width());
         runs(task, key, n, [&](long at, long from, long some) {
-            for (long j = at; j < at + some; j++, from += stride()) {
-                float* panel = turned + j / PANEL * PANEL * dim + j % PANEL;
-                for (long i = 0; i < dim; i++) panel[i * PANEL] = widen(keys[from + i]);
-            }
+            for (long j = at; j < at + some; j++, from += stride()) chunk.take(j, cache + from, shape.dim, width());
         });
-        block_product<float>(queries, dim, rows, turned, panels(n), dim, scores);
+        return chunk;
     }
 
     // One query's scores of n keys, of which it sees [from, to), become weights in its running softmax. Returns
     // what the weights of earlier keys shrink by.
-    static float soften(float* score, long from, long to, long n, float& most, float& mass) {
+    static float soften(float* score, long from, long to, long n, float scale, float& most, float& mass) {
         if (from >= to) {
             std::fill(score, score + n, 0.0f);
             return 1;
@@ -127,7 +134,10 @@ struct Attention {
         std::fill(score, score + from, -INFINITY);
         std::fill(score + to, score + whole, -INFINITY);
         Vec highest = Vec{} + most, total = {};
-        for (long j = 0; j < whole; j += LANES) highest = larger(highest, load(score + j));
+        for (long j = 0; j < whole; j += LANES) {
+            store(score + j, load(score + j) * scale);
+            highest = larger(highest, load(score + j));
+        }
         float peak = score[from];
         for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, highest[lane]);
         for (long j = 0; j < whole; j += LANES) store(score + j, exp(load(score + j) - peak));
@@ -154,16 +164,15 @@ struct Attention {
             });
             return;
         }
-        float* laid = scratch(2, panels(dim) * PANEL * n);  // panels of values' columns
-        float* added = scratch(3, rows * BLOCK_COLS);
-        runs(task, key, n, [&](long at, long from, long some) {
-            for (long j = at; j < at + some; j++, from += stride())
-                for (long i = 0; i < dim; i += PANEL)
-                    widen_row(values + from + i, laid + i * n + j * PANEL, std::min(PANEL, dim - i));
-        });
+        long depth = padded<P>(n), ldb = ::stride<P>(n);
+        P* by = scratch<P>(WEIGHTS, rows * ldb);
+        for (long r = 0; r < rows; r++) put_row(weights + r * CHUNK, by + r * ldb, n, depth);
+        P* laid = scratch<P>(LAID, width() * depth);
+        lay_values(chunk_of(task, values, key, n), depth, width(), laid);
+        float* added = scratch(ADDED, rows * BLOCK_COLS);
         for (long i = 0; i < dim; i += BLOCK_COLS) {
             long cols = std::min(BLOCK_COLS, dim - i);
-            block_product<float>(weights, CHUNK, rows, laid + i * n, panels(cols), n, added);
+            block_product<P>(by, ldb, rows, laid + i * depth, panels(cols), depth, added);
             for (long r = 0; r < rows; r++)
                 for (long c = 0; c < cols; c++)
                     sums[r * dim + i + c] = sums[r * dim + i + c] * shrink[r] + added[r * BLOCK_COLS + c];

@@ -82,6 +82,7 @@ SUMS(float, fp32)
 SUMS(fp16, fp16)
 #endif
 extern "C" long panel_outputs() { return PANEL; }
+extern "C" long bf16_depth_step() { return DEPTH_STEP<bf16>; }
 PACKING(bf16, bf16)
 PACKING(float, fp32)
 PACKING(int8_t, bf16_int8)

@@ -32,40 +32,41 @@ struct Experts {
             if (ids[i] >= 0) pairs[place[i] = next[ids[i]]++] = i;
         std::vector<Task> up, down;
         for (long e = 0; e < experts; e++)
-            for (long pair = start[e]; pair < start[e + 1]; pair += BLOCK_ROWS) {
-                long count = std::min(BLOCK_ROWS, start[e + 1] - pair);
-                add_tasks(up, {e, pair, count, 0, 0}, panels(inner));
-                add_tasks(down, {e, pair, count, 0, 0}, panels(dim));
+            if (long rows = start[e + 1] - start[e]) {
+                add_tasks(up, e, start[e], rows, panels(inner));
+                add_tasks(down, e, start[e], rows, panels(dim));
             }
-        long dim_depth = padded<W>(dim), inner_depth = padded<W>(inner);
-        std::vector<Input<W>> input(total * dim_depth), hidden(total * inner_depth);
-        std::vector<float> out(total * dim);
+        long dim_depth = padded<W>(dim), ldx = stride<W>(dim);
+        Input<W>* input = scratch<Input<W>>(INPUTS, total * ldx);
+        Input<W>* hidden = scratch<Input<W>>(HIDDEN, total * stride<W>(inner));
+        float* out = scratch(OUTPUTS, total * dim);
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
             for (long p = 0; p < total; p++)
-                put_row(x + pairs[p] / choices * dim, input.data() + p * dim_depth, dim, dim_depth);
+                put_row(x + pairs[p] / choices * dim, input + p * ldx, dim, dim_depth);
 #pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < up.size(); t++) gate_up(up[t], input.data(), hidden.data());
+            for (size_t t = 0; t < up.size(); t++) gate_up(up[t], input, hidden);
 #pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < down.size(); t++) project(down[t], hidden.data(), out.data());
+            for (size_t t = 0; t < down.size(); t++) project(down[t], hidden, out);
 #pragma omp for
-            for (long r = 0; r < rows; r++) add_up(r, place.data() + r * choices, out.data());
+            for (long r = 0; r < rows; r++) add_up(r, place.data() + r * choices, out);
         }
     }
 
-    static void add_tasks(std::vector<Task>& tasks, Task task, long count) {
-        for (task.panel = 0; task.panel < count; task.panel += BLOCK_PANELS) {
-            task.panels = std::min(BLOCK_PANELS, count - task.panel);
-            tasks.push_back(task);
-        }
+    // All rows of some panels one after the other, for which a cache keeps the weights.
+    static void add_tasks(std::vector<Task>& tasks, long expert, long first, long rows, long count) {
+        for (long panel = 0; panel < count; panel += BLOCK_PANELS)
+            for (long row = 0; row < rows; row += BLOCK_ROWS)
+                tasks.push_back({expert, first + row, std::min(BLOCK_ROWS, rows - row), panel,
+                                 std::min(BLOCK_PANELS, count - panel)});
     }
 
     // The task's part of a product of its expert, whose matrix has so many outputs.
     void product(const Task& task, const Input<W>* from, const W* w, const float* scales, long outputs, long depth,
                  float* out) const {
-        long first = task.expert * panels(outputs) + task.panel;
-        block_product<W>(from + task.pair * depth, depth, task.rows, w + first * PANEL * depth, task.panels, depth, out);
+        long first = task.expert * panels(outputs) + task.panel, ldx = stride<W>(depth);
+        block_product<W>(from + task.pair * ldx, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, out);
         long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, outputs - at);
         if (scales) scale(out, task.rows, cols, scales + task.expert * outputs + at);
     }
@@ -74,20 +75,24 @@ struct Experts {
         float gate[BLOCK_ROWS * BLOCK_COLS], value[BLOCK_ROWS * BLOCK_COLS];
         product(task, input, fc1, scales1, inner, padded<W>(dim), gate);
         product(task, input, fc2, scales2, inner, padded<W>(dim), value);
-        long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, inner - at), depth = padded<W>(inner);
-        for (long i = 0; i < task.rows; i++)
-            for (long j = 0; j < cols; j++) {
-                float g = rounded<T>(gate[i * BLOCK_COLS + j]), u = rounded<T>(value[i * BLOCK_COLS + j]);
-                narrow(rounded<T>(rounded<T>(g / (1 + std::exp(-g))) * u), hidden[(task.pair + i) * depth + at + j]);
-            }
+        long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, padded<W>(inner) - at), ldx = stride<W>(inner);
+        for (long i = 0; i < task.rows; i++) {
+            float *g = gate + i * BLOCK_COLS, *u = value + i * BLOCK_COLS;
+            for (long j = 0; j < task.panels * PANEL; j += LANES)
+                store(g + j, rounded<T>(silu<T>(rounded<T>(load(g + j))) * rounded<T>(load(u + j))));
+            convert_row(g, hidden + (task.pair + i) * ldx + at, cols);
+        }
     }
 
     void project(const Task& task, const Input<W>* hidden, float* out) const {
         float tile[BLOCK_ROWS * BLOCK_COLS];
         product(task, hidden, fc3, scales3, dim, padded<W>(inner), tile);
         long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, dim - at);
-        for (long i = 0; i < task.rows; i++)
-            for (long j = 0; j < cols; j++) out[(task.pair + i) * dim + at + j] = rounded<T>(tile[i * BLOCK_COLS + j]);
+        for (long i = 0; i < task.rows; i++) {
+            float* row = tile + i * BLOCK_COLS;
+            for (long j = 0; j < task.panels * PANEL; j += LANES) store(row + j, rounded<T>(load(row + j)));
+            convert_row(row, out + (task.pair + i) * dim + at, cols);
+        }
     }
 
     static void scale(float* tile, long rows, long cols, const float* by) {
@@ -96,11 +101,11 @@ struct Experts {
     }
 
     void add_up(long row, const long* place, const float* out) const {
-        float* sum = scratch(1, dim);
+        float* sum = scratch(ROW, dim);
         std::fill(sum, sum + dim, 0.0f);
         for (long c = 0; c < choices; c++)
             if (place[c] >= 0)
                 for (long i = 0; i < dim; i++) sum[i] += weights[row * choices + c] * out[place[c] * dim + i];
-        for (long i = 0; i < dim; i++) narrow(sum[i], y[row * dim + i]);
+        convert_row(sum, y + row * dim, dim);
     }
 };

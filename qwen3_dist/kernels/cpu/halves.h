@@ -19,21 +19,22 @@ struct AttentionHalf {
              const long* tables, const long* context_lens, const long* starts, long tokens, long sequences,
              long block_size, long width, float eps, int threads) const {
         long q_size = heads * head_dim, kv_size = groups * head_dim;
-        std::vector<T> normed(tokens * dim), q(tokens * q_size), k(tokens * kv_size), v(tokens * kv_size),
-            attended(tokens * q_size);
-        norm<T>(x, norm_scale, normed.data(), tokens, dim, eps, threads);
-        linear<T, W>(normed.data(),
-                     {{weights[0], scales[0], biases[0], q_size, q.data()},
-                      {weights[1], scales[1], biases[1], kv_size, k.data()},
-                      {weights[2], scales[2], biases[2], kv_size, v.data()}},
+        T *normed = scratch<T>(NORMED, tokens * dim), *q = scratch<T>(Q, tokens * q_size),
+          *k = scratch<T>(K, tokens * kv_size), *v = scratch<T>(V, tokens * kv_size),
+          *attended = scratch<T>(ATTENDED, tokens * q_size);
+        norm<T>(x, norm_scale, normed, tokens, dim, eps, threads);
+        linear<T, W>(normed,
+                     {{weights[0], scales[0], biases[0], q_size, q},
+                      {weights[1], scales[1], biases[1], kv_size, k},
+                      {weights[2], scales[2], biases[2], kv_size, v}},
                      tokens, dim, threads);
-        Rotation<T>{q.data(), keys, values, k.data(), v.data(), q_scale, k_scale, cos, sin, slots, tokens, heads,
+        Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, slots, tokens, heads,
                     groups, head_dim, eps}
             .run(threads);
         AttentionShape shape{sequences, heads, groups, head_dim, block_size, width, window,
                              1 / std::sqrt(float(head_dim))};
-        Attention<T>{q.data(), keys, values, attended.data(), tables, context_lens, starts, shape}.run(threads);
-        linear<T, W>(attended.data(), {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);
+        Attention<T>{q, keys, values, attended, tables, context_lens, starts, shape}.run(threads);
+        linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);
     }
 };
 
@@ -42,8 +43,8 @@ struct AttentionHalf {
 template <class T>
 void route(const T* logits, long rows, long experts, long choices, bool normed, long* ids, float* weights) {
     for (long r = 0; r < rows; r++, ids += choices, weights += choices) {
-        float* left = scratch(1, experts);
-        widen_row(logits + r * experts, left, experts);
+        float* left = scratch(ROW, experts);
+        convert_row(logits + r * experts, left, experts);
         float most = *std::max_element(left, left + experts), total = 0, kept = 0;
         for (long e = 0; e < experts; e++) total += std::exp(left[e] - most);
         for (long c = 0; c < choices; c++) {
@@ -64,11 +65,11 @@ struct FeedForwardHalf {
     long dim, inner;
 
     void run(const T* x, T* out, long rows, float eps, int threads) const {
-        std::vector<T> normed(rows * dim);
-        norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
+        T* normed = scratch<T>(NORMED, rows * dim);
+        norm<T>(x, norm_scale, normed, rows, dim, eps, threads);
         std::vector<long> ids(rows, 0);
         std::vector<float> weights(rows, 1.0f);
-        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, nullptr, rows,
+        Experts<T, W>{normed, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, nullptr, rows,
                       1, 1, dim, inner}
             .run(threads);
     }
@@ -85,14 +86,14 @@ struct ExpertsHalf {
     long tables, experts, local_experts, choices, norms_weights, dim, inner;
 
     void run(const T* x, T* out, long rows, float eps, int threads) const {
-        std::vector<T> normed(rows * dim), logits(rows * experts);
+        T *normed = scratch<T>(NORMED, rows * dim), *logits = scratch<T>(Q, rows * experts);
         std::vector<long> ids(rows * choices);
         std::vector<float> weights(rows * choices);
-        norm<T>(x, norm_scale, normed.data(), rows, dim, eps, threads);
-        linear<T, T>(normed.data(), {{gate, nullptr, nullptr, experts, logits.data()}}, rows, dim, threads);
-        route<T>(logits.data(), rows, experts, choices, norms_weights, ids.data(), weights.data());
+        norm<T>(x, norm_scale, normed, rows, dim, eps, threads);
+        linear<T, T>(normed, {{gate, nullptr, nullptr, experts, logits}}, rows, dim, threads);
+        route<T>(logits, rows, experts, choices, norms_weights, ids.data(), weights.data());
         for (long i = 0; i < rows * choices; i++) ids[i] = here[i / choices % tables * (experts + 1) + ids[i]];
-        Experts<T, W>{normed.data(), fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, counts,
+        Experts<T, W>{normed, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, counts,
                       rows, choices, local_experts, dim, inner}
             .run(threads);
     }

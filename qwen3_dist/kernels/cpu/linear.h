@@ -4,17 +4,17 @@
 //   fp32, int8  [outputs / PANEL][inputs][PANEL]
 //   bf16        [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output side by side in a word
 //
-// What is missing to whole panels and pairs is zeros.
+// What is missing to whole panels, pairs and tiles of the matrix unit is zeros.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "matrix_unit.h"
 #include "simd.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 constexpr bool MULTIPLIES_BF16 = true;
 #else
 constexpr bool MULTIPLIES_BF16 = false;
@@ -34,13 +34,26 @@ template <class W>
 constexpr long PAIR = std::is_same_v<W, bf16> ? 2 : 1;  // inputs side by side
 
 template <class W>
-inline long padded(long inner) { return (inner + PAIR<W> - 1) / PAIR<W> * PAIR<W>; }
+constexpr long DEPTH_STEP = std::is_same_v<W, bf16> ? TILE_INPUTS : 1;
+
+template <class W>
+inline long padded(long inner) { return (inner + DEPTH_STEP<W> - 1) / DEPTH_STEP<W> * DEPTH_STEP<W>; }
+
+// From one row of inputs to the next: not by a power of two, whose rows would share a few lines of the cache.
+template <class W>
+inline long stride(long depth) { return padded<W>(depth) + (std::is_same_v<Input<W>, bf16> ? TILE_INPUTS : 0); }
+
 inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
-inline float* scratch(int which, size_t count) {
-    thread_local std::vector<float> buffers[5];
-    if (buffers[which].size() < count) buffers[which].resize(count);
-    return buffers[which].data();
+// Buffers that each thread keeps, since fresh memory costs as much as what happens in it.
+enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, BUFFERS };
+
+template <class T = float>
+inline T* scratch(Buffer which, size_t count) {
+    thread_local std::vector<float> buffers[BUFFERS];
+    size_t words = (count * sizeof(T) + sizeof(float) - 1) / sizeof(float);
+    if (buffers[which].size() < words) buffers[which].resize(words);
+    return reinterpret_cast<T*>(buffers[which].data());
 }
 
 template <class W>
@@ -116,6 +129,10 @@ inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long cou
 // a last one of a few rows would cost almost as much as a whole one.
 template <class W>
 inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out) {
+#ifdef __AMX_BF16__
+    if constexpr (std::is_same_v<W, bf16>)
+        if (rows > 1 && has_matrix_unit()) return unit_block(x, ldx, rows, w, count, PANEL, depth, out, BLOCK_COLS);
+#endif
     long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     for (long t = 0, m = 0; t < tiles; t++) {
         long some = (rows - m) / (tiles - t);
@@ -127,10 +144,7 @@ inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, lo
 // One row of inputs as products take it, filled up with zeros.
 template <class T, class I>
 inline void put_row(const T* x, I* out, long inner, long depth) {
-    if constexpr (std::is_same_v<T, I>)
-        std::copy(x, x + inner, out);
-    else
-        widen_row(x, out, inner);
+    convert_row(x, out, inner);
     std::fill(out + inner, out + depth, I{});
 }
 
@@ -146,39 +160,41 @@ struct Product {
     // The outputs of `count` panels from panel p on for rows [m, m + rows) of x.
     void block(const Input<W>* x, long m, long rows, long depth, long p, long count) const {
         float out[BLOCK_ROWS * BLOCK_COLS];
-        block_product<W>(x + m * depth, depth, rows, w + p * PANEL * depth, count, depth, out);
+        long ldx = stride<W>(depth);
+        block_product<W>(x + m * ldx, ldx, rows, w + p * PANEL * depth, count, depth, out);
         long at = p * PANEL, cols = std::min(count * PANEL, n - at);
-        for (long i = 0; i < rows; i++)
-            for (long j = 0; j < cols; j++) {
-                float product = rounded<T>(out[i * BLOCK_COLS + j] * (scales ? scales[at + j] : 1));
-                narrow(product + (bias ? widen(bias[at + j]) : 0), y[(m + i) * n + at + j]);
-            }
+        for (long i = 0; i < rows; i++) {
+            float* row = out + i * BLOCK_COLS;
+            for (long j = 0; scales && j < cols; j++) row[j] *= scales[at + j];
+            for (long j = 0; bias && j < cols; j++) row[j] = rounded<T>(row[j]) + widen(bias[at + j]);
+            convert_row(row, y + (m + i) * n + at, cols);
+        }
     }
 };
 
 // Up to three products of the same x in one go.
 template <class T, class W>
 void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
-    long depth = padded<W>(inner);
-    std::vector<Input<W>> input(m_end * depth);
+    long depth = padded<W>(inner), ldx = stride<W>(inner);
+    Input<W>* input = scratch<Input<W>>(INPUTS, m_end * ldx);
     struct Task {
         const Product<T, W>* product;
         long m, rows, panel, count;
     };
     std::vector<Task> tasks;
-    for (long m = 0; m < m_end; m += BLOCK_ROWS)
-        for (const auto& product : products)
-            for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
+    for (const auto& product : products)  // all rows one after the other, for which a cache keeps the weights
+        for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
+            for (long m = 0; m < m_end; m += BLOCK_ROWS)
                 tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), p,
                                  std::min(BLOCK_PANELS, panels(product.n) - p)});
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (long m = 0; m < m_end; m++) put_row(x + m * inner, input.data() + m * depth, inner, depth);
+        for (long m = 0; m < m_end; m++) put_row(x + m * inner, input + m * ldx, inner, depth);
 #pragma omp for schedule(dynamic)
         for (size_t t = 0; t < tasks.size(); t++) {
             auto [product, m, rows, panel, count] = tasks[t];
-            product->block(input.data(), m, rows, depth, panel, count);
+            product->block(input, m, rows, depth, panel, count);
         }
     }
 }

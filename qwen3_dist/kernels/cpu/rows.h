@@ -13,16 +13,18 @@ inline void norm_row(const T* x, const T* scale, float* out, long dim, float eps
     for (; i + LANES <= dim; i += LANES) squares += load(x + i) * load(x + i);
     for (; i < dim; i++) total += widen(x[i]) * widen(x[i]);
     float factor = 1 / std::sqrt((total + sum(squares)) / dim + eps);
-    for (i = 0; i < dim; i++) out[i] = rounded<T>(rounded<T>(widen(x[i]) * factor) * widen(scale[i]));
+    for (i = 0; i + LANES <= dim; i += LANES)
+        store(out + i, rounded<T>(rounded<T>(load(x + i) * factor) * load(scale + i)));
+    for (; i < dim; i++) out[i] = rounded<T>(rounded<T>(widen(x[i]) * factor) * widen(scale[i]));
 }
 
 template <class T>
 void norm(const T* x, const T* scale, T* out, long rows, long dim, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
     for (long r = 0; r < rows; r++) {
-        float* wide = scratch(1, dim);
+        float* wide = scratch(ROW, dim);
         norm_row(x + r * dim, scale, wide, dim, eps);
-        for (long i = 0; i < dim; i++) narrow(wide[i], out[r * dim + i]);
+        convert_row(wide, out + r * dim, dim);
     }
 }
 
@@ -37,11 +39,11 @@ struct Rotation {
     float eps;
 
     void head(const T* from, const T* scale, long token, T* to) const {
-        float* x = scratch(1, dim);
+        float* x = scratch(ROW, dim);
         if (scale)
             norm_row(from, scale, x, dim, eps);
         else
-            widen_row(from, x, dim);
+            convert_row(from, x, dim);
         const T *c = cos + token * dim, *s = sin + token * dim;
         long half = dim / 2;
         for (long i = 0; i < half; i++) {

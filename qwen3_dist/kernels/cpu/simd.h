@@ -4,7 +4,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
@@ -38,6 +43,14 @@ inline void narrow(float x, bf16& out) {  // to nearest, ties to even
     out.bits = std::isnan(x) ? 0x7fc0 : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+template <class T, class I>
+inline void convert(T x, I& out) {
+    if constexpr (std::is_same_v<T, I>)
+        out = x;
+    else
+        narrow(widen(x), out);
+}
+
 template <class T>
 inline float rounded(float x) {
     T out;
@@ -53,11 +66,23 @@ inline Vec load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Integers), Vec);
 }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
-inline void store(bf16* p, Vec x) {
+inline Halves narrowed(Vec x) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
     Words words = (Words)x, nearest = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
     Words not_numbers = (Words)(x != x);
-    *reinterpret_cast<Halves*>(p) =
-        __builtin_convertvector((nearest & ~not_numbers) | (not_numbers & 0x7fc0), Halves);
+    return __builtin_convertvector((nearest & ~not_numbers) | (not_numbers & 0x7fc0), Halves);
+#endif
+}
+inline void store(bf16* p, Vec x) { *reinterpret_cast<Halves*>(p) = narrowed(x); }
+
+template <class T>
+inline Vec rounded(Vec x) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return x;
+    else
+        return (Vec)(__builtin_convertvector(narrowed(x), Words) << 16);
 }
 
 template <int BY, int... L>
@@ -74,6 +99,7 @@ inline float sum(Vec x) {
 }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 
 // exp within 3e-7 of itself for -87 < x < 88, the smallest normal number below: 2^n by the exponent's bits, the rest
 // by its Taylor polynomial over half an octave to each side.
@@ -86,11 +112,19 @@ inline Vec exp(Vec x) {
     return power * (Vec)((n + 127) << 23);
 }
 
+// x * sigmoid(x), each step rounded to T as torch rounds it.
 template <class T>
-inline void widen_row(const T* from, float* to, long n) {
-    long i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-    for (; i < n; i++) to[i] = widen(from[i]);
+inline Vec silu(Vec x) { return rounded<T>(x / (exp(smaller(-x, Vec{} + 88.0f)) + 1)); }
+
+template <class T, class I>
+inline void convert_row(const T* from, I* to, long n) {
+    if constexpr (std::is_same_v<T, I>) {
+        memcpy(to, from, n * sizeof(T));
+    } else {
+        long i = 0;
+        for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
+        for (; i < n; i++) convert(from[i], to[i]);
+    }
 }
 
 // out[m][n] = sum over k of a[m][k] * b[n][k], for M x N rows held in registers.

@@ -1,0 +1,91 @@
+// Products of bf16 in the CPU's matrix unit (Intel AMX), which multiplies tiles in a few cycles: up to 16 rows of 32
+// inputs with the weights of 16 outputs. A packed panel holds two such tiles side by side.
+#pragma once
+
+#include "simd.h"
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+constexpr long TILE_INPUTS = 32;  // inputs of a product in the unit
+constexpr long UNIT_ROWS = 16;    // rows that a tile holds
+
+// Whether the kernel lets this process use the unit: its state is large, so Linux wants to be asked.
+inline bool has_matrix_unit() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return granted;
+}
+
+// Tiles 0 to 3 are the sums of upper and lower rows for both halves of a panel, 4 and 5 inputs, 6 and 7 weights.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    TileShapes(long upper, long lower) {
+        const long of_each[8] = {upper, upper, lower, lower, upper, lower, UNIT_ROWS, UNIT_ROWS};
+        for (int t = 0; t < 8; t++) {
+            rows[t] = uint8_t(of_each[t]);
+            bytes[t] = of_each[t] ? 64 : 0;
+        }
+    }
+};
+
+template <bool LOWER>
+inline void unit_product(const bf16* upper, const bf16* lower, long ldx, const bf16* panel, long width, long depth,
+                         float* out, float* lower_out, long ldo) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (LOWER) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long k = 0; k < depth; k += TILE_INPUTS) {
+        const bf16* weights = panel + k * width;
+        _tile_loadd(4, upper + k, ldx * 2);
+        _tile_loadd(6, weights, width * 4);
+        _tile_loadd(7, weights + width, width * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (LOWER) {
+            _tile_loadd(5, lower + k, ldx * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, out, ldo * 4);
+    _tile_stored(1, out + width / 2, ldo * 4);
+    if constexpr (LOWER) {
+        _tile_stored(2, lower_out, ldo * 4);
+        _tile_stored(3, lower_out + width / 2, ldo * 4);
+    }
+}
+
+// out[m][n] = x[m] . w[n] for some rows and `count` panels of `width` = 32 outputs; depth is a multiple of 32.
+inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long count, long width, long depth, float* out,
+                       long ldo) {
+    long groups = (rows + 2 * UNIT_ROWS - 1) / (2 * UNIT_ROWS);
+    for (long g = 0, m = 0; g < groups; g++) {
+        long some = (rows - m) / (groups - g), upper = some > UNIT_ROWS ? (some + 1) / 2 : some;
+        TileShapes shapes(upper, some - upper);
+        _tile_loadconfig(&shapes);
+        const bf16 *above = x + m * ldx, *below = above + upper * ldx;
+        for (long p = 0; p < count; p++) {
+            const bf16* panel = w + p * width * depth;
+            float *first = out + m * ldo + p * width, *second = first + upper * ldo;
+            if (some > upper)
+                unit_product<true>(above, below, ldx, panel, width, depth, first, second, ldo);
+            else
+                unit_product<false>(above, below, ldx, panel, width, depth, first, second, ldo);
+        }
+        m += some;
+    }
+    _tile_release();
+}
+#else
+constexpr long TILE_INPUTS = 2;
+inline bool has_matrix_unit() { return false; }
+#endif
