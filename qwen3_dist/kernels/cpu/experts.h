@@ -72,7 +72,7 @@ struct Experts {
     }
 
     void gate_up(const Task& task, const Input<W>* input, Input<W>* hidden) const {
-        float gate[BLOCK_ROWS * BLOCK_COLS], value[BLOCK_ROWS * BLOCK_COLS];
+        alignas(LINE) float gate[BLOCK_ROWS * BLOCK_COLS], value[BLOCK_ROWS * BLOCK_COLS];
         product(task, input, fc1, scales1, inner, padded<W>(dim), gate);
         product(task, input, fc2, scales2, inner, padded<W>(dim), value);
         long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, padded<W>(inner) - at), ldx = stride<W>(inner);
@@ -85,7 +85,7 @@ struct Experts {
     }
 
     void project(const Task& task, const Input<W>* hidden, float* out) const {
-        float tile[BLOCK_ROWS * BLOCK_COLS];
+        alignas(LINE) float tile[BLOCK_ROWS * BLOCK_COLS];
         product(task, hidden, fc3, scales3, dim, padded<W>(inner), tile);
         long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, dim - at);
         for (long i = 0; i < task.rows; i++) {

@@ -48,12 +48,14 @@ inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 // Buffers that each thread keeps, since fresh memory costs as much as what happens in it.
 enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, BUFFERS };
 
+constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
+
 template <class T = float>
 inline T* scratch(Buffer which, size_t count) {
-    thread_local std::vector<float> buffers[BUFFERS];
-    size_t words = (count * sizeof(T) + sizeof(float) - 1) / sizeof(float);
-    if (buffers[which].size() < words) buffers[which].resize(words);
-    return reinterpret_cast<T*>(buffers[which].data());
+    thread_local std::vector<char> buffers[BUFFERS];
+    if (buffers[which].size() < count * sizeof(T) + LINE) buffers[which].resize(count * sizeof(T) + LINE);
+    auto address = reinterpret_cast<uintptr_t>(buffers[which].data());
+    return reinterpret_cast<T*>((address + LINE - 1) / LINE * LINE);
 }
 
 template <class W>
@@ -159,7 +161,7 @@ struct Product {
 
     // The outputs of `count` panels from panel p on for rows [m, m + rows) of x.
     void block(const Input<W>* x, long m, long rows, long depth, long p, long count) const {
-        float out[BLOCK_ROWS * BLOCK_COLS];
+        alignas(LINE) float out[BLOCK_ROWS * BLOCK_COLS];
         long ldx = stride<W>(depth);
         block_product<W>(x + m * ldx, ldx, rows, w + p * PANEL * depth, count, depth, out);
         long at = p * PANEL, cols = std::min(count * PANEL, n - at);

@@ -32,6 +32,11 @@ struct alignas(64) TileShapes {
             bytes[t] = of_each[t] ? 64 : 0;
         }
     }
+
+    void load() const {
+        asm volatile("" ::"m"(*this));  // GCC 12 believes that the instruction reads 8 bytes
+        _tile_loadconfig(this);
+    }
 };
 
 template <bool LOWER>
@@ -67,11 +72,12 @@ inline void unit_product(const bf16* upper, const bf16* lower, long ldx, const b
 // out[m][n] = x[m] . w[n] for some rows and `count` panels of `width` = 32 outputs; depth is a multiple of 32.
 inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long count, long width, long depth, float* out,
                        long ldo) {
+    asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
     long groups = (rows + 2 * UNIT_ROWS - 1) / (2 * UNIT_ROWS);
     for (long g = 0, m = 0; g < groups; g++) {
         long some = (rows - m) / (groups - g), upper = some > UNIT_ROWS ? (some + 1) / 2 : some;
         TileShapes shapes(upper, some - upper);
-        _tile_loadconfig(&shapes);
+        shapes.load();
         const bf16 *above = x + m * ldx, *below = above + upper * ldx;
         for (long p = 0; p < count; p++) {
             const bf16* panel = w + p * width * depth;

@@ -45,9 +45,14 @@ struct Rotation {
         else
             convert_row(from, x, dim);
         const T *c = cos + token * dim, *s = sin + token * dim;
-        long half = dim / 2;
-        for (long i = 0; i < half; i++) {
-            narrow(rounded<T>(x[i] * widen(c[i])) + rounded<T>(-x[i + half] * widen(s[i])), to[i]);
+        long half = dim / 2, i = 0;
+        for (; i + LANES <= half; i += LANES) {
+            Vec low = load(x + i), high = load(x + i + half);
+            store(to + i, rounded<T>(low * load(c + i)) - rounded<T>(high * load(s + i)));
+            store(to + i + half, rounded<T>(high * load(c + i + half)) + rounded<T>(low * load(s + i + half)));
+        }
+        for (; i < half; i++) {
+            narrow(rounded<T>(x[i] * widen(c[i])) - rounded<T>(x[i + half] * widen(s[i])), to[i]);
             narrow(rounded<T>(x[i + half] * widen(c[i + half])) + rounded<T>(x[i] * widen(s[i + half])), to[i + half]);
         }
     }
