@@ -40,19 +40,20 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Completes one prompt or many, each a text or a list of token ids; results keep their order.
 
-        Without `params` the sampling that the checkpoint's generation_config.json recommends is used.
+        Without `params` the sampling that the checkpoint's generation_config.json recommends is used. `lora` is
+        the name of an adapter for all prompts, or one for each.
         Raises RequestError, having generated nothing, if any prompt is refused.
         """
         batch = _as_batch(prompts)
         if params is None:
             params = SamplingParams(**read_generation_defaults(self._engine.model_path))
-        given = list(params) if isinstance(params, Sequence) else [params] * len(batch)
-        if len(given) != len(batch):
-            raise RequestError(f"{len(given)} sampling params for {len(batch)} prompts; give one or as many")
-        jobs = [self._prepare(prompt, p) for prompt, p in zip(batch, given, strict=True)]
+        given = _for_each(batch, params, "sampling params")
+        adapters = _for_each(batch, lora, "adapters")
+        jobs = [self._prepare(*job) for job in zip(batch, given, adapters, strict=True)]
         return self._run(jobs, use_tqdm)
 
     def chat(
@@ -61,6 +62,7 @@ class LLM:
         params: SamplingParams | None = None,
         use_tqdm: bool = True,
         tools: list[dict[str, Any]] | None = None,
+        lora: str | Sequence[str | None] | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation or many through the checkpoint's chat template."""
@@ -69,7 +71,7 @@ class LLM:
             raise RequestError("this checkpoint has no chat template; use generate()")
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [template.render(list(each), tools=tools, **template_kwargs) for each in conversations]
-        return self.generate(prompts, params, use_tqdm)
+        return self.generate(prompts, params, use_tqdm, lora)
 
     def expert_load(self) -> ExpertLoad:
         """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
@@ -89,7 +91,7 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Job:
+    def _prepare(self, prompt: Prompt, params: SamplingParams, lora: str | None) -> _Job:
         tokenizer = self._engine.tokenizer
         if isinstance(prompt, str):
             if tokenizer is None:
@@ -98,12 +100,13 @@ class LLM:
         else:
             token_ids = list(prompt)
         self._engine.check_prompt(token_ids)
-        return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer)
+        self.config.lora.number(lora)
+        return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer, lora)
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
         engine = self._engine
         for number, job in enumerate(jobs):
-            engine.add_request(str(number), job.prompt_token_ids, job.params)
+            engine.add_request(str(number), job.prompt_token_ids, job.params, lora=job.lora)
         with progress_bar(use_tqdm, total=len(jobs), desc="generating", unit="prompt") as bar:
             try:
                 while engine.has_work:
@@ -150,10 +153,12 @@ class _Job:
         prompt_token_ids: list[int],
         params: SamplingParams,
         tokenizer: Tokenizer | None,
+        lora: str | None,
     ) -> None:
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
+        self.lora = lora
         self._choices = [_Choice(tokenizer, params) for _ in range(params.n)]
         self._reported = False
         self._num_cached_tokens = 0
@@ -181,6 +186,15 @@ class _Job:
             logprobs = choice.logprobs if self.params.logprobs is not None else None
             outputs.append(CompletionOutput(index, choice.token_ids, text, choice.finish_reason, logprobs))
         return RequestOutput(self.prompt, self.prompt_token_ids, outputs, self._num_cached_tokens)
+
+
+def _for_each(batch: list[Prompt], given: Any, what: str) -> list[Any]:
+    """What was given for each prompt, or once for all."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return [given] * len(batch)
+    if len(given) != len(batch):
+        raise RequestError(f"{len(given)} {what} for {len(batch)} prompts; give one or as many")
+    return list(given)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

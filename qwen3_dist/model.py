@@ -154,7 +154,7 @@ class TransformerBlock(nn.Module):
         x = self._tp.add_all_reduced(x, attended)
         if isinstance(self.ff, MoEFeedForward):
             return self._tp.add_all_reduced(x, self.ff.gathered(x, self.norm2, batch))
-        return self._tp.add_all_reduced(x, self.ff(x, self.norm2))
+        return self._tp.add_all_reduced(x, self.ff(x, self.norm2, batch.adapters))
 
     def _route(self, x: Tensor, attended: Tensor, moe: MoEFeedForward, batch: StepBatch) -> Tensor:
         """The MoE half by all-to-all: each tp rank owns N of the tokens, so that none is routed twice."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
+from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import DTYPES
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
@@ -81,6 +82,9 @@ class EngineConfig:
     speculative: Speculation | None = setting(
         None, "guess tokens by what the text had before and check them together, for example ngram,k=4"
     )
+    lora: Adapters = setting(
+        Adapters(), "LoRA adapters in PEFT's format that requests choose by name; may be repeated"
+    )
     overlap: bool = setting(True, "plan the next step while the ranks run this one")
     cpus_per_rank: float | None = setting(
         None, "CPUs reserved in Ray for each rank; by device and cluster if unset"
@@ -91,6 +95,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
+        object.__setattr__(self, "lora", Adapters.parse(self.lora))
         if self.speculative is not None:
             object.__setattr__(self, "speculative", Speculation.parse(self.speculative))
         for name in (
@@ -129,7 +134,8 @@ def runs_in_process(config: EngineConfig) -> bool:
 def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     """Builds dataclass `cls` from `values`. Raises ConfigError naming a bad or unknown key.
 
-    Nested dataclasses take mappings; `Layout` and `Speculation` take their text forms; integers pass as floats.
+    Nested dataclasses take mappings; `Layout`, `Speculation` and `Adapters` take their text forms;
+    integers pass as floats.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(known))
@@ -151,7 +157,7 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
         if value is None and type(None) in options:
             return None
         return _coerce(name, next(o for o in options if o is not type(None)), value)
-    if kind in (Layout, Speculation):
+    if kind in (Layout, Speculation, Adapters):
         return kind.parse(value)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
         return read_settings(kind, value)

@@ -14,7 +14,7 @@ import pytest
 NEEDED = ("torch", "safetensors", "jinja2")  # and tokenizers, of whose requirements none is used
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {"qwen3_dist": {"cluster", "serve_app"}, "cluster": {"serve_app"}, "serve_app": set()}
-TORCH_FREE = ["errors", "config", "layout", "sampling_params", "settings", "speculation"]
+TORCH_FREE = ["errors", "config", "layout", "sampling_params", "settings", "speculation", "adapters"]
 TORCH_FREE += [
     f"engine.{name}" for name in ("plan", "outputs", "sequence", "block_manager", "drafts", "scheduler")
 ]

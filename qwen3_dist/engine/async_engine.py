@@ -53,21 +53,27 @@ class AsyncEngine:
         self._thread.start()
 
     async def generate(
-        self, prompt_token_ids: list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        lora: str | None = None,
     ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yields what each step adds to the request, until all its choices are finished.
 
-        A request of lower `priority` goes first. Raises RequestError before the first item if the request is
-        refused, EngineDeadError if the engine dies. Leaving the iterator early (aclose, cancellation) aborts
-        the request within a step.
+        A request of lower `priority` goes first; the adapter `lora` computes it. Raises RequestError before the
+        first item if the request is refused, EngineDeadError if the engine dies. Leaving the iterator early
+        (aclose, cancellation) aborts the request within a step.
         """
         self.check_health()
         self._engine.check_prompt(prompt_token_ids)
+        self.config.lora.number(lora)
         stream = _Stream(asyncio.get_running_loop(), unfinished=params.n)
 
         def add() -> None:
             self._streams[request_id] = stream
-            self._engine.add_request(request_id, prompt_token_ids, params, priority)
+            self._engine.add_request(request_id, prompt_token_ids, params, priority, lora)
 
         self._post(add)
         try:

@@ -135,11 +135,11 @@ class BlockManager:
         return found
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
-        """Hashes its blocks up to `count`; each depends on all tokens before its end."""
+        """Hashes its blocks up to `count`; each depends on all tokens before its end, and on its salt."""
         hashes, size = sequence.block_hashes, self.block_size
         for index in range(len(hashes), count):
             tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])
-            before = hashes[-1] if hashes else b""
+            before = hashes[-1] if hashes else sequence.cache_salt
             hashes.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
 
     def _hold(self, block: int) -> None:

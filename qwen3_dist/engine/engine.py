@@ -87,13 +87,19 @@ class Engine:
         return any(group.has_work for group in self._groups) or bool(self._in_flight)
 
     def add_request(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        lora: str | None = None,
     ) -> None:
-        """Queues a request; a lower `priority` goes first.
+        """Queues a request; a lower `priority` goes first, and the adapter `lora` computes it.
 
         Raises RequestError, changing nothing, for a prompt that cannot be run.
         """
         room = self.check_prompt(prompt_token_ids)
+        adapter = self.config.lora.number(lora)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -103,6 +109,7 @@ class Engine:
             sequence = Sequence(
                 self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens, priority
             )
+            sequence.adapter, sequence.cache_salt = adapter, (lora or "").encode()
             self._next_seq_id += 1
             sequences.append(sequence)
         group = self._groups[0]

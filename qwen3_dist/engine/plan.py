@@ -34,6 +34,7 @@ class SequenceStep(NamedTuple):
 
     `block_table` covers the sequence up to the last of them. `sample` is None while a prompt is only
     partly computed. `slot` is the sequence's place among the running ones, its own while it runs.
+    `adapter` is the one that its tokens are computed with, counted from 1; 0 is none.
     The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
     """
 
@@ -44,6 +45,7 @@ class SequenceStep(NamedTuple):
     block_table: tuple[int, ...]
     sample: SampleSpec | None
     num_drafted: int = 0
+    adapter: int = 0
 
     @property
     def draws(self) -> list[SampleSpec]:
@@ -61,13 +63,15 @@ class StepPlan(NamedTuple):
 
     A group without sequences takes part where the others need it: `group_tokens` are the tokens of every
     group in this step, by which ranks of all groups size and choose the exchanges that they share;
-    `decodes_only` says that after every token of every group one is drawn: there are decodes alone, and guesses.
+    `decodes_only` says that after every token of every group one is drawn: there are decodes alone, and guesses;
+    `adapted` that some sequence of some group has an adapter.
     """
 
     step: int
     sequences: tuple[SequenceStep, ...]
     group_tokens: tuple[int, ...]
     decodes_only: bool
+    adapted: bool = False
 
     @classmethod
     def for_groups(cls, step: int, parts: Sequence[tuple[SequenceStep, ...]]) -> list[StepPlan]:
@@ -78,7 +82,8 @@ class StepPlan(NamedTuple):
             for sequences in parts
             for sequence in sequences
         )
-        return [cls(step, sequences, tokens, decodes_only) for sequences in parts]
+        adapted = any(sequence.adapter for sequences in parts for sequence in sequences)
+        return [cls(step, sequences, tokens, decodes_only, adapted) for sequences in parts]
 
     def in_single_tokens(self) -> StepPlan:
         """A step of decodes alone with every guess as a decode of its own, which finds the ones before it in

@@ -20,6 +20,7 @@ from qwen3_dist.engine.sampler import SampledLogprobs, sample
 from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.feed_forward import MoEFeedForward
+from qwen3_dist.layers.lora import AdapterRows
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
@@ -192,5 +193,10 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
         all_to_all=False,
         logits_rows=ints(logits_rows),
         group_tokens=plan.group_tokens,
-        decodes_only=plan.decodes_only,
+        adapters=_adapter_rows(plan, device) if plan.adapted else None,
+        decodes_only=plan.decodes_only and not plan.adapted,
     )
+
+
+def _adapter_rows(plan: StepPlan, device: torch.device) -> AdapterRows | None:
+    return AdapterRows.of([part.adapter for part in plan.sequences for _ in part.token_ids], device)

@@ -290,7 +290,9 @@ class Scheduler:
         sequence.num_computed = end
         self.blocks.register(sequence)
         table = tuple(sequence.block_table)
-        return SequenceStep(sequence.seq_id, sequence.slot, tuple(tokens), start, table, sample)
+        return SequenceStep(
+            sequence.seq_id, sequence.slot, tuple(tokens), start, table, sample, adapter=sequence.adapter
+        )
 
 
 def _place_in_line(sequence: Sequence) -> tuple[int, int]:

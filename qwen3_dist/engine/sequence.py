@@ -25,6 +25,8 @@ class Sequence:
     seed: int
     max_tokens: int
     priority: int = 0
+    adapter: int = 0  # what plans call the LoRA adapter; 0 is none
+    cache_salt: bytes = b""  # of sequences whose KV is not that of others with the same tokens
     prompt_len: int = field(init=False)
     arrival: int = 0  # steps the scheduler had planned when the sequence came
     slot: int = -1  # its place among the running ones, where ranks keep its last token

@@ -39,6 +39,7 @@ from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.adapters import load_adapters
 from qwen3_dist.weights.loader import Progress, load_model
 from qwen3_dist.weights.source import resolve_model
 
@@ -136,6 +137,7 @@ def load_shard(
     if config.quantize == "int8":
         model.quantize()
     model.pack()
+    load_adapters(config.lora, model)
     return model
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import Half, Kernels, kernels_for, linears
+from qwen3_dist.kernels import Half, Kernels, kernels_for
 from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.linear import Linear
+from qwen3_dist.layers.linear import Linear, products
 from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layers.paged_attention import paged_attention, write_cache
 from qwen3_dist.layers.rope import apply_rope
@@ -43,13 +43,13 @@ class GroupedQueryAttention(nn.Module):
         self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
     ) -> Tensor:
         """norm(x) [T, D] -> [T, D], this rank's share of the sum."""
-        if self._half is not None:
+        if self._half is not None and batch.adapters is None:
             where = (batch.slots, batch.block_tables, batch.context_lens, batch.query_starts)
             return self._half.attention(x, (cache.keys, cache.values), (cos, sin), where)
-        projections = (self.W_query.parts, self.W_key.parts, self.W_value.parts)
-        q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in linears(norm(x), *projections))
+        projected = products(norm(x), batch.adapters, self.W_query, self.W_key, self.W_value)
+        q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in projected)
         q = self._rotate(q, k, v, cos, sin, cache, batch)
-        return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1))
+        return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1), batch.adapters)
 
     def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
         """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""

@@ -11,6 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qwen3_dist.layers.lora import AdapterRows
+
 
 @dataclass(frozen=True)
 class StepBatch:
@@ -31,6 +33,7 @@ class StepBatch:
     all_to_all: bool  # how MoE layers dispatch this step; else every rank sees all tokens
     logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
     group_tokens: tuple[int, ...] = ()  # [dp] T of every dp group; MoE layers ask where there are several
+    adapters: AdapterRows | None = None  # if some row of this dp group has one
     decodes_only: bool = False  # in all dp groups: this is a step that a CUDA graph can hold
     padding: Tensor | None = (
         None  # [T] bool, rows that only fill a graph's size; of all groups' rows in MoE layers

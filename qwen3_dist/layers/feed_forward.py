@@ -16,6 +16,7 @@ from qwen3_dist.kernels import Half, Kernels
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.linear import Linear
+from qwen3_dist.layers.lora import AdapterRows
 from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
@@ -34,12 +35,12 @@ class FeedForward(nn.Module):
         self.fc2 = Linear(emb_dim, hidden_dim, bias=False)
         self.fc3 = Linear(hidden_dim, emb_dim, bias=False)
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm, adapters: AdapterRows | None = None) -> Tensor:
         """norm(x) [T, D] -> [T, D]."""
-        if self._half is not None:
+        if self._half is not None and adapters is None:
             return self._half.feed_forward(x)
         x = norm(x)
-        return self.fc3(F.silu(self.fc1(x)) * self.fc2(x))
+        return self.fc3(F.silu(self.fc1(x, adapters)) * self.fc2(x, adapters), adapters)
 
     def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
         """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from qwen3_dist.kernels import Weights, linears, pack
+from qwen3_dist.layers.lora import AdapterRows, LowRank
 
 
 class Linear(nn.Linear):
     """[T, in_features] -> [T, out_features]."""
 
     scale: Tensor | None = None  # fp32 [out_features] of int8 weights
+    low_rank: LowRank | None = None  # what adapters add, if there are some for it
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linears(x, self.parts)[0]
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        return products(x, adapters, self)[0]
 
     @property
     def parts(self) -> Weights:
@@ -28,6 +30,16 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Keeps the weights as the kernels read them from now on."""
         self.weight = frozen(pack(self.weight))
+
+
+def products(x: Tensor, adapters: AdapterRows | None, *layers: Linear) -> list[Tensor]:
+    """What each of at most three layers makes of x [T, I], with the rows' adapters."""
+    outs = linears(x, *(layer.parts for layer in layers))
+    if adapters is not None:
+        for layer, out in zip(layers, outs, strict=True):
+            if layer.low_rank is not None:
+                layer.low_rank.add(out, x, adapters)
+    return outs
 
 
 def frozen(weight: Tensor) -> nn.Parameter:
