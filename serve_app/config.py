@@ -79,6 +79,10 @@ class ServiceConfig:
             raise ConfigError(
                 f"min_replicas={self.min_replicas} must lie between 1 and max_replicas={self.max_replicas}"
             )
+        if self.served_name in self.engine.lora.names:
+            raise ConfigError(
+                f"lora names {self.served_name}, which the model itself is called; choose another name"
+            )
         if self.target_ongoing_requests > self.max_ongoing_requests:
             raise ConfigError(
                 f"target_ongoing_requests={self.target_ongoing_requests:g} is more than "

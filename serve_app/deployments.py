@@ -123,6 +123,7 @@ class Ingress:
 
     def __init__(self, config: ServiceConfig, replicas: DeploymentHandle) -> None:
         self._model = config.served_name
+        self._adapters = config.engine.lora.names
         self.api_key = config.api_key
         self._max_bytes = int(config.max_request_mib * 2**20)
         self._timeout_s = config.request_timeout_s
@@ -179,12 +180,13 @@ class Ingress:
 
     @api.get("/v1/models", **route("OpenAI: the models that are served"))
     async def models(self) -> Response:
-        return json_response({"object": "list", "data": [await self._model_object()]})
+        names = (self._model, *self._adapters)
+        return json_response({"object": "list", "data": [await self._model_object(name) for name in names]})
 
     @api.get("/v1/models/{name:path}", **route("OpenAI: one model"))
     async def model(self, name: str) -> Response:
         self._check_model(name)
-        return json_response(await self._model_object())
+        return json_response(await self._model_object(name))
 
     @api.get("/health", **route("Whether requests can be answered"))
     async def health(self) -> Response:
@@ -266,21 +268,24 @@ class Ingress:
                 response.cancel()
 
     def _check_model(self, name: str) -> None:
-        if name not in ("", self._model):
+        if name not in ("", self._model, *self._adapters):
+            served = ", ".join(map(repr, (self._model, *self._adapters)))
             raise RequestError(
-                f"model {name!r} is not served here; {self._model!r} is",
+                f"model {name!r} is not served here; {served} {'are' if self._adapters else 'is'}",
                 param="model",
                 status=HTTPStatus.NOT_FOUND,
             )
 
-    async def _model_object(self) -> dict[str, Any]:
-        """OpenAI's model object, and vLLM's context length as a replica says it, once."""
+    async def _model_object(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object, with the model that an adapter is for, and vLLM's context length as a replica says
+        it, once."""
         if self._max_model_len is None:
             self._max_model_len = next(iter(await self._ask_all("max_model_len")), None)
         return {
-            "id": self._model,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "qwen3_dist",
+            "parent": None if name == self._model else self._model,
             "max_model_len": self._max_model_len,
         }

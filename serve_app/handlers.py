@@ -37,12 +37,13 @@ class _Job:
     prompts: list[list[int]]
     params: SamplingParams
     priority: int
+    lora: str | None
     reading: Reading
     answer: Answer
 
 
 class RequestHandler:
-    """Answers parsed requests with one engine, under the name the model is served by.
+    """Answers parsed requests with one engine, under the name the model is served by; other names are adapters'.
 
     `defaults` are the sampling parameters the checkpoint recommends, `template_kwargs` what the service tells
     the chat template where a request says nothing.
@@ -115,14 +116,16 @@ class RequestHandler:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
+        name = request.model or self._model_name
+        lora = name if name != self._model_name else None
         prompts = await asyncio.to_thread(request.prompts, self._texts)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
-        answer = request.answer(Served(self._model_name, self._engine.tokenizer, prompts, params.n))
+        answer = request.answer(Served(name, self._engine.tokenizer, prompts, params.n))
         reading = request.reading(self._texts, prompts[0])
         params = dataclasses.replace(params, reasoning=reading.reasoning)
         token_ids = [prompt.token_ids for prompt in prompts]
-        return _Job(token_ids, params, request.priority, reading, answer)
+        return _Job(token_ids, params, request.priority, lora, reading, answer)
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
@@ -150,7 +153,8 @@ class RequestHandler:
             Choice(first_index + i, params, self._engine.tokenizer, job.reading) for i in range(params.n)
         ]
         request_id = uuid.uuid4().hex
-        async with aclosing(self._engine.generate(prompt, params, request_id, job.priority)) as steps:
+        generated = self._engine.generate(prompt, params, request_id, job.priority, job.lora)
+        async with aclosing(generated) as steps:
             async for step in steps:
                 shown = []
                 for delta in step:

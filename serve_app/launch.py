@@ -21,6 +21,7 @@ from cluster import ray_cluster
 from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.source import resolve_model
 from serve_app.app import APP_NAME, QUIET, bind
 from serve_app.config import ServiceConfig
@@ -66,9 +67,11 @@ def running_service(
 
 
 def check_model(config: ServiceConfig) -> None:
-    """Raises CheckpointError or ParallelLayoutError if the model is missing or the layout does not divide it."""
+    """Raises CheckpointError or ParallelLayoutError if the model is missing, or layout or adapters do not fit it."""
     path = resolve_model(config.engine.model, config.engine.revision)
-    config.engine.layout.validate(ModelConfig.from_directory(path))
+    model_config = ModelConfig.from_directory(path)
+    config.engine.layout.validate(model_config)
+    open_adapters(config.engine.lora, model_config)
 
 
 def check_port(config: ServiceConfig) -> None:

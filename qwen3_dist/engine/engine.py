@@ -25,6 +25,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.sidecars import read_eos_token_ids
 from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 
@@ -52,6 +53,7 @@ class Engine:
         self.model_path = path
         self.model_config = ModelConfig.from_directory(path)
         config.layout.validate(self.model_config)
+        open_adapters(config.lora, self.model_config)  # before ranks start, which do it again
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)

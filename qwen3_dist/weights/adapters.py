@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.adapters import Adapters
+from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.layers.linear import Linear
 from qwen3_dist.layers.lora import LowRank
@@ -50,9 +51,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def load_adapters(adapters: Adapters, model: Qwen3Model) -> None:
     """Puts this rank's part of every adapter beside the products of `model`, in its dtype.
 
-    Raises CheckpointError, naming the adapter, for one that is damaged or of a kind that is not built.
+    Raises what `open_adapters` does.
     """
-    loaded = [_Adapter.open(name, path, model) for name, path in adapters.pairs]
+    loaded = open_adapters(adapters, model.config)
     if not loaded:
         return
     largest = max(adapter.rank for adapter in loaded)
@@ -73,8 +74,17 @@ def load_adapters(adapters: Adapters, model: Qwen3Model) -> None:
         layer.low_rank = LowRank(a, b)
 
 
+def open_adapters(adapters: Adapters, config: ModelConfig) -> list[Adapter]:
+    """Finds every adapter and looks it over.
+
+    Raises CheckpointError, naming the adapter, for one that is damaged, of a kind that is not built, or for another
+    model than `config`'s.
+    """
+    return [Adapter.open(name, path, config) for name, path in adapters.pairs]
+
+
 @dataclass(frozen=True)
-class _Adapter:
+class Adapter:
     """One adapter's files, found to be in order; `pairs` are the weights that it changes, as it names them."""
 
     files: CheckpointFiles
@@ -83,16 +93,14 @@ class _Adapter:
     pairs: frozenset[str]
 
     @classmethod
-    def open(cls, name: str, path: str, model: Qwen3Model) -> _Adapter:
+    def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
+        everything = WeightPlan(model_config, Layout(), set()).pieces(Layout().coords(0))
+        shapes = {cls.pair_of(piece.source): piece.shape for piece in _products(everything)}
         try:
             where = resolve_model(path)
             config = read_json_object(where / _CONFIG)
             rank, scale = _rank_and_scale(config)
             files = CheckpointFiles(where)
-            shapes = {
-                cls.pair_of(piece.source): piece.shape
-                for piece in _products(WeightPlan(model.config, Layout(), set()).pieces(Layout().coords(0)))
-            }
             return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None

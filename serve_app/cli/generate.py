@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logprobs", type=int, metavar="K", help="log-probability of each token and of the K likeliest"
     )
+    parser.add_argument("--adapter", metavar="NAME", help="which adapter of --lora to generate with")
     parser.add_argument("--ray-address", help="address of a Ray cluster to run the ranks on, or 'auto'")
     add_settings(parser, "engine", EngineConfig, skip=("model",))
 
@@ -108,8 +109,9 @@ def _generate(args: argparse.Namespace, engine: EngineConfig, params: SamplingPa
     try:
         with LLM(**settings) as llm:
             if not args.chat:
-                return llm.generate(args.prompts, params)
-            return llm.chat([[{"role": "user", "content": prompt}] for prompt in args.prompts], params)
+                return llm.generate(args.prompts, params, lora=args.adapter)
+            conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompts]
+            return llm.chat(conversations, params, lora=args.adapter)
     finally:
         if args.ray_address:
             ray_cluster.shutdown()

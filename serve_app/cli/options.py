@@ -8,6 +8,7 @@ import typing
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from qwen3_dist.adapters import Adapters
 from serve_app.config import setting_types
 
 if TYPE_CHECKING:
@@ -48,11 +49,12 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
     for field in dataclasses.fields(cls):
         if field.name in skip:
             continue
-        default = "unset" if field.default is None else field.default if field.default != "" else "empty"
+        default = "unset" if field.default is None else str(field.default) or "empty"
         choices = field.metadata.get("choices")
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
+            action="append" if kinds[field.name] is Adapters else "store",
             default=argparse.SUPPRESS,
             metavar="|".join(choices) if choices else _metavar(kinds[field.name]),
             help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
@@ -67,4 +69,4 @@ def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
 
 def _metavar(kind: Any) -> str:
     kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
-    return {int: "N", float: "X", str: "TEXT"}.get(kinds[0], kinds[0].__name__.upper())
+    return {int: "N", float: "X", str: "TEXT", Adapters: "NAME=PATH"}.get(kinds[0], kinds[0].__name__.upper())
