@@ -8,6 +8,7 @@ from typing import Any
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta, TokenLogprob
 from qwen3_dist.engine.placements import ExpertLoad
+from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.errors import RequestError
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
@@ -101,12 +102,13 @@ class LLM:
             token_ids = list(prompt)
         self._engine.check_prompt(token_ids)
         self.config.lora.number(lora)
-        return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer, lora)
+        setup = self._engine.prepare(params)
+        return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer, lora, setup)
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
         engine = self._engine
         for number, job in enumerate(jobs):
-            engine.add_request(str(number), job.prompt_token_ids, job.params, lora=job.lora)
+            engine.add_request(str(number), job.prompt_token_ids, job.params, lora=job.lora, setup=job.setup)
         with progress_bar(use_tqdm, total=len(jobs), desc="generating", unit="prompt") as bar:
             try:
                 while engine.has_work:
@@ -131,7 +133,12 @@ class _Choice:
         self.stream = TextStream(tokenizer, params.stop, params.skip_special_tokens) if tokenizer else None
 
     def take(self, delta: TokenDelta) -> bool:
-        """Adds a delta; True if a stop string ends the choice although the engine would go on."""
+        """Adds a delta; True if a stop string ends the choice although the engine would go on.
+
+        Raises RequestError if it could not be given the form that was asked for.
+        """
+        if delta.error is not None:
+            raise RequestError(delta.error)
         if self.stream is not None:
             self.stream.push(delta.token_ids)
             delta = delta.first(self.stream.num_taken - len(self.token_ids))
@@ -154,7 +161,9 @@ class _Job:
         params: SamplingParams,
         tokenizer: Tokenizer | None,
         lora: str | None,
+        setup: SamplingSetup | None,
     ) -> None:
+        self.setup = setup
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
@@ -183,7 +192,7 @@ class _Job:
         for index, choice in enumerate(self._choices):
             assert choice.finish_reason is not None
             text = choice.stream.text if choice.stream is not None else None
-            logprobs = choice.logprobs if self.params.logprobs is not None else None
+            logprobs = choice.logprobs or (None if self.params.logprobs is None else [])
             outputs.append(CompletionOutput(index, choice.token_ids, text, choice.finish_reason, logprobs))
         return RequestOutput(self.prompt, self.prompt_token_ids, outputs, self._num_cached_tokens)
 

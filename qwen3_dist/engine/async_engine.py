@@ -14,7 +14,7 @@ from typing import TypeVar
 from qwen3_dist.engine.engine import Engine, Outputs
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import ExpertLoad
-from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError
+from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 
@@ -63,17 +63,20 @@ class AsyncEngine:
         """Yields what each step adds to the request, until all its choices are finished.
 
         A request of lower `priority` goes first; the adapter `lora` computes it. Raises RequestError before the
-        first item if the request is refused, EngineDeadError if the engine dies. Leaving the iterator early
-        (aclose, cancellation) aborts the request within a step.
+        first item if the request is refused, later if its text cannot be given the form that was asked for, and
+        EngineDeadError if the engine dies. Leaving the iterator early (aclose, cancellation) aborts the request
+        within a step.
         """
         self.check_health()
         self._engine.check_prompt(prompt_token_ids)
         self.config.lora.number(lora)
+        prepare = self._engine.prepare
+        setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
         stream = _Stream(asyncio.get_running_loop(), unfinished=params.n)
 
         def add() -> None:
             self._streams[request_id] = stream
-            self._engine.add_request(request_id, prompt_token_ids, params, priority, lora)
+            self._engine.add_request(request_id, prompt_token_ids, params, priority, lora, setup)
 
         self._post(add)
         try:
@@ -81,6 +84,9 @@ class AsyncEngine:
                 deltas = await stream.queue.get()
                 if isinstance(deltas, QwenDistError):
                     raise EngineDeadError(str(deltas))
+                failed = next((delta.error for delta in deltas if delta.error is not None), None)
+                if failed is not None:
+                    raise RequestError(failed)
                 stream.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
         finally:

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.expert_balance import ExpertBalance
+from qwen3_dist.engine.make_setup import make_setup
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import initial_placements
 from qwen3_dist.engine.plan import StepPlan
+from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, RequestError
@@ -69,13 +71,15 @@ class Engine:
         except BaseException:
             self._executor.shutdown()
             raise
-        eos_token_ids = frozenset(
+        self._eos_token_ids = frozenset(
             self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
         )
         limits = SchedulerLimits.of(config, self._executor.device, num_blocks)
         self._groups = [
             Scheduler(
-                BlockManager(num_blocks, config.block_size, config.prefix_caching), limits, eos_token_ids
+                BlockManager(num_blocks, config.block_size, config.prefix_caching),
+                limits,
+                self._eos_token_ids,
             )
             for _ in range(config.layout.dp)
         ]
@@ -88,6 +92,13 @@ class Engine:
     def has_work(self) -> bool:
         return any(group.has_work for group in self._groups) or bool(self._in_flight)
 
+    def prepare(self, params: SamplingParams) -> SamplingSetup | None:
+        """What ranks will be told of `params`, None if that is nothing; from any thread.
+
+        Takes up to seconds where a form of the text is met for the first time. Raises RequestError.
+        """
+        return make_setup(params, self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
+
     def add_request(
         self,
         request_id: str,
@@ -95,8 +106,10 @@ class Engine:
         params: SamplingParams,
         priority: int = 0,
         lora: str | None = None,
+        setup: SamplingSetup | None = None,
     ) -> None:
-        """Queues a request; a lower `priority` goes first, and the adapter `lora` computes it.
+        """Queues a request; a lower `priority` goes first, and the adapter `lora` computes it. `setup` is what
+        `prepare` made of `params`.
 
         Raises RequestError, changing nothing, for a prompt that cannot be run.
         """
@@ -109,8 +122,16 @@ class Engine:
         for index in range(params.n):
             tokens = list(prompt_token_ids)
             sequence = Sequence(
-                self._next_seq_id, request_id, index, tokens, params, seed + index, max_tokens, priority
+                self._next_seq_id,
+                request_id,
+                index,
+                tokens,
+                params,
+                seed + index,
+                max_tokens,
+                priority,
             )
+            sequence.setup = setup
             sequence.adapter, sequence.cache_salt = adapter, (lora or "").encode()
             self._next_seq_id += 1
             sequences.append(sequence)
@@ -211,7 +232,9 @@ class Engine:
     def _add_deltas(self, outputs: Outputs, advanced: Iterable[Advance]) -> None:
         for sequence, token_ids, logprobs in advanced:
             cached = sequence.num_cached or 0
-            delta = TokenDelta(sequence.index, token_ids, logprobs, sequence.finish_reason, cached)
+            delta = TokenDelta(
+                sequence.index, token_ids, logprobs, sequence.finish_reason, cached, error=sequence.error
+            )
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:
                 self._forget(sequence)

@@ -22,7 +22,8 @@ class TokenDelta:
     """What one step added to choice `index` of a request.
 
     `finish_reason` is None while it runs, then "stop" (EOS or a stop token, whose id is the last of
-    `token_ids`), "length" or "abort". `num_cached_tokens` of the prompt were found in the prefix cache.
+    `token_ids`), "length", "abort" or "error", which `error` explains. `num_cached_tokens` of the prompt were
+    found in the prefix cache.
 
     The first delta of choice 0 holds `prompt_logprobs` where they were asked for: an entry for each token of
     the prompt, None for the first.
@@ -34,6 +35,7 @@ class TokenDelta:
     finish_reason: str | None = None
     num_cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
+    error: str | None = None
 
     def first(self, count: int) -> TokenDelta:
         """The same with the first `count` tokens alone, the others being after a stop string."""

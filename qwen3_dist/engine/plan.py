@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwen3_dist.engine.outputs import TokenLogprob
+from qwen3_dist.engine.sampling_setup import SamplingSetup
 
 LAST_SAMPLED = -1  # in place of a token id: the token last sampled for the sequence's slot
 
@@ -36,6 +37,7 @@ class SequenceStep(NamedTuple):
     partly computed. `slot` is the sequence's place among the running ones, its own while it runs.
     `adapter` is the one that its tokens are computed with, counted from 1; 0 is none.
     The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
+    `setup` comes with the first step after each admission of a sequence that is not plain.
     """
 
     seq_id: int
@@ -46,6 +48,7 @@ class SequenceStep(NamedTuple):
     sample: SampleSpec | None
     num_drafted: int = 0
     adapter: int = 0
+    setup: SamplingSetup | None = None
 
     @property
     def draws(self) -> list[SampleSpec]:
@@ -104,9 +107,10 @@ class StepResult(NamedTuple):
     """The sampled tokens, 1 + `num_drafted` of every sequence of the plan that has a `sample`, in its order.
 
     Of a sequence's tokens the first is its next one, and another one counts while the guess in front of it
-    equals the one before.
+    equals the one before. `errors` say of a row why its sequence cannot go on.
     """
 
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
+    errors: tuple[tuple[int, str], ...] = ()

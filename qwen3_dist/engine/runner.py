@@ -15,8 +15,11 @@ from torch import Tensor
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
-from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
-from qwen3_dist.engine.sampler import SampledLogprobs, sample
+from qwen3_dist.engine.grammar_matcher import Grammars, Matcher
+from qwen3_dist.engine.plan import LAST_SAMPLED, SequenceStep, StepPlan, StepResult
+from qwen3_dist.engine.sampler import SampledLogprobs
+from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.engine.sampling_state import Sampled, SamplingState
 from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.feed_forward import MoEFeedForward
@@ -46,6 +49,8 @@ class ModelRunner:
         self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
         graphs = config.cuda_graphs and can_capture(model)
         self._cache = kv_cache.allocate(model, num_blocks + 1 if graphs else num_blocks, config.block_size)
+        self._grammars: Grammars | None = None
+        self._state = SamplingState(model.config.vocab_size, model.device, self._new_matcher)
         self._graphs = self._make_graphs(config, num_blocks, max_num_seqs) if graphs else None
         self.backends = chosen_backends(model, self._cache[0], graphs)
 
@@ -65,16 +70,15 @@ class ModelRunner:
             logits = self.model(batch, self._cache)
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
+        if self._tp.rank == 0:
+            self._state.admit(plan.sequences)
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
             return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
-        specs = [spec for part in sampled for spec in part.draws]
-        tokens = self._last_sampled.new_zeros(len(specs))
-        if logits is not None:
-            tokens = sample(logits, specs)
-        tokens = self._tp.broadcast(tokens)
-        self._keep_last(sampled, tokens)
-        return None if logits is None else StepOutput(plan.step, tokens, logits, specs)
+        drawn = self._state.sample(logits, sampled) if logits is not None else None
+        blank = self._last_sampled.new_zeros(sum(1 + part.num_drafted for part in sampled))
+        self._keep_last(sampled, self._tp.broadcast(blank if drawn is None else drawn.tokens))
+        return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn)
 
     def _keep_last(self, sampled: list[SequenceStep], tokens: Tensor) -> None:
         """Keeps what sequences without guesses got; one with guesses is planned again when that is known."""
@@ -85,6 +89,14 @@ class ModelRunner:
             tokens = tokens[torch.tensor(rows, dtype=torch.int64, device=self._device)]
         slots = [part.slot for part in sampled]
         self._last_sampled[torch.tensor(slots, dtype=torch.int64, device=self._device)] = tokens
+
+    def _new_matcher(self, setup: SamplingSetup) -> Matcher:
+        """What follows the setup's grammar; built in a thread."""
+        assert setup.grammar is not None
+        if self._grammars is None:
+            path = resolve_model(self._config.model, self._config.revision)
+            self._grammars = Grammars(path, self.model.config.vocab_size, setup.eos_token_ids)
+        return self._grammars.matcher(setup.grammar)
 
     def expert_counts(self) -> dict[int, dict[int, int]]:
         """Rows that this rank has computed for each expert so far, by layer."""
@@ -133,24 +145,25 @@ class ModelRunner:
 class StepOutput:
     """A launched step's tokens, on their way to the host."""
 
-    def __init__(self, step: int, tokens: Tensor, logits: Tensor, specs: list[SampleSpec]) -> None:
+    def __init__(self, step: int, logits: Tensor, sampled: Sampled) -> None:
         self._step = step
-        self._tokens = tokens.to("cpu", non_blocking=True)
-        self._logprobs = SampledLogprobs(logits, tokens, specs)
-        self._done = torch.cuda.Event() if tokens.is_cuda else None
+        self._tokens = sampled.tokens.to("cpu", non_blocking=True)
+        self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
+        self._errors = tuple(sampled.errors.items())
+        self._done = torch.cuda.Event() if sampled.tokens.is_cuda else None
         if self._done is not None:
             self._done.record()
 
     @classmethod
     def empty(cls, step: int) -> StepOutput:
         """The output of a step that samples nothing."""
-        return cls(step, torch.empty(0, dtype=torch.int64), torch.empty(0, 0), [])
+        return cls(step, torch.empty(0, 0), Sampled(torch.empty(0, dtype=torch.int64), []))
 
     def result(self) -> StepResult:
         """Waits for the device."""
         if self._done is not None:
             self._done.synchronize()
-        return StepResult(self._step, tuple(self._tokens.tolist()), self._logprobs.on_host())
+        return StepResult(self._step, tuple(self._tokens.tolist()), self._logprobs.on_host(), self._errors)
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> StepBatch:

@@ -7,7 +7,7 @@ batch. Legend: L rows, V vocab_size, K kept logprobs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -165,13 +165,24 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 
 
 class SampledLogprobs:
-    """Log-probabilities of a step's sampled tokens and of the likeliest others, for the rows that ask.
+    """Log-probabilities of a step's sampled tokens and of others, for the rows that ask: the likeliest, and
+    those that `wanted` names by row.
 
     Computed on the device at construction; `on_host` waits for them.
     """
 
-    def __init__(self, logits: Tensor, tokens: Tensor, specs: Sequence[SampleSpec]) -> None:
-        self._counts = [spec.logprobs for spec in specs]
+    def __init__(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        specs: Sequence[SampleSpec],
+        wanted: Mapping[int, Sequence[int]] | None = None,
+    ) -> None:
+        self._wanted = [tuple((wanted or {}).get(row, ())) for row in range(len(specs))]
+        self._counts = [
+            0 if ids and spec.logprobs is None else spec.logprobs
+            for spec, ids in zip(specs, self._wanted, strict=True)
+        ]
         rows = [row for row, count in enumerate(self._counts) if count is not None]
         self._parts: list[Tensor] = []
         if rows:
@@ -179,18 +190,22 @@ class SampledLogprobs:
             logprobs = logits[at].float().log_softmax(dim=-1)
             most = min(max(count for count in self._counts if count is not None), logits.shape[-1])
             chosen = logprobs.gather(1, tokens[at, None])[:, 0]
-            parts = (tokens[at], chosen, *logprobs.topk(most, dim=-1))
+            width = max(len(self._wanted[row]) for row in rows)
+            ids = [(*self._wanted[row], *(0,) * (width - len(self._wanted[row]))) for row in rows]
+            named = torch.tensor(ids, dtype=torch.int64, device=logits.device).view(len(rows), width)
+            parts = (tokens[at], chosen, *logprobs.topk(most, dim=-1), logprobs.gather(1, named))
             self._parts = [part.to("cpu", non_blocking=True) for part in parts]
 
     def on_host(self) -> tuple[TokenLogprob | None, ...]:
         """For each row; call it when the device has finished the step."""
         asked = zip(*(part.tolist() for part in self._parts), strict=True) if self._parts else iter(())
         out: list[TokenLogprob | None] = []
-        for count in self._counts:
+        for count, wanted in zip(self._counts, self._wanted, strict=True):
             if count is None:
                 out.append(None)
             else:
-                token, logprob, values, ids = next(asked)
-                top = tuple(zip(ids[:count], values[:count], strict=True))
-                out.append(TokenLogprob(token, logprob, top))
+                token, logprob, values, ids, named = next(asked)
+                top = dict(zip(ids[:count], values[:count], strict=True))
+                top |= dict(zip(wanted, named, strict=False))
+                out.append(TokenLogprob(token, logprob, tuple(top.items())))
         return tuple(out)

@@ -154,15 +154,19 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[Advance]:
         """Takes a step's tokens in; returns what each sequence got, finished ones taken out."""
         advanced = []
+        errors = dict(result.errors)
         row = 0
         for step in plan.sequences:
             if step.sample is None:
                 continue
+            error = errors.get(row)
             rows, row = slice(row, row + 1 + step.num_drafted), row + 1 + step.num_drafted
             sequence = self._by_id.get(step.seq_id)
             if sequence is None:
                 continue  # it ended while the step ran
             kept = self._keep(sequence, step, result.token_ids[rows])
+            if error is not None:
+                sequence.error, sequence.finish_reason = error, "error"
             logprobs = tuple(each for each in result.logprobs[rows][: len(kept)] if each is not None)
             advanced.append(Advance(sequence, kept, logprobs))
             self.blocks.register(sequence)
@@ -274,6 +278,7 @@ class Scheduler:
         self.blocks.release(sequence)
         heapq.heappush(self._slots, sequence.slot)
         sequence.slot = -1
+        sequence.is_set_up = False
 
     def _step(self, sequence: Sequence, num_new: int) -> SequenceStep:
         """Plans the next `num_new` tokens of a sequence and counts them as computed."""
@@ -290,8 +295,17 @@ class Scheduler:
         sequence.num_computed = end
         self.blocks.register(sequence)
         table = tuple(sequence.block_table)
+        setup = None if sequence.is_set_up else sequence.current_setup
+        sequence.is_set_up = True
         return SequenceStep(
-            sequence.seq_id, sequence.slot, tuple(tokens), start, table, sample, adapter=sequence.adapter
+            sequence.seq_id,
+            sequence.slot,
+            tuple(tokens),
+            start,
+            table,
+            sample,
+            adapter=sequence.adapter,
+            setup=setup,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.drafts import Drafter
+from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
 
 
@@ -27,8 +28,10 @@ class Sequence:
     priority: int = 0
     adapter: int = 0  # what plans call the LoRA adapter; 0 is none
     cache_salt: bytes = b""  # of sequences whose KV is not that of others with the same tokens
+    setup: SamplingSetup | None = None  # of a sequence that is not plain
     prompt_len: int = field(init=False)
     arrival: int = 0  # steps the scheduler had planned when the sequence came
+    is_set_up: bool = False  # whether a plan since its admission carried the setup
     slot: int = -1  # its place among the running ones, where ranks keep its last token
     num_computed: int = 0
     num_pending: int = 0
@@ -39,6 +42,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens
     num_registered: int = 0  # leading blocks that are in the prefix cache's index
     finish_reason: str | None = None
+    error: str | None = None  # why it could not go on
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
@@ -46,6 +50,14 @@ class Sequence:
     @property
     def is_running(self) -> bool:
         return self.slot >= 0
+
+    @property
+    def current_setup(self) -> SamplingSetup | None:
+        """The setup with the tokens so far; None for a plain sequence."""
+        if self.setup is None:
+            return None
+        prompt = self.token_ids[: self.prompt_len] if self.setup.repetition_penalty != 1 else ()
+        return self.setup._replace(prompt=tuple(prompt), output=tuple(self.token_ids[self.prompt_len :]))
 
     @property
     def num_output(self) -> int:
@@ -67,7 +79,9 @@ class Sequence:
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""
         self.token_ids.append(token_id)
-        is_eos = token_id in eos_token_ids and not self.params.ignore_eos
+        # Nothing can follow the end of a form.
+        ignores_eos = self.params.ignore_eos and self.params.structured_outputs is None
+        is_eos = token_id in eos_token_ids and not ignores_eos
         if is_eos or token_id in self.params.stop_token_ids:
             self.finish_reason = "stop"
         elif self.num_output >= self.max_tokens:

@@ -1,0 +1,44 @@
+"""What the rank that samples must know of a sequence whose draws ask for more than temperature, top-k and top-p.
+
+Plain data: no torch. It goes out with the first step after each admission, so later steps carry nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Thinking(NamedTuple):
+    """The tokens around a model's thinking; `breaks` are those of line breaks, which may follow its end."""
+
+    opens: int
+    closes: int
+    breaks: tuple[int, ...]
+
+
+class SamplingSetup(NamedTuple):
+    """`SamplingParams` in token ids. `prompt` and `output` are the sequence's tokens at its admission.
+
+    `ending` are the tokens that end a sequence. `reasoning` is "none" where there is no `thinking`.
+    """
+
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    min_tokens: int
+    ending: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
+    logprob_token_ids: tuple[int, ...]
+    thinking: Thinking | None
+    reasoning: str
+    thinking_token_budget: int | None
+    grammar: str | None
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1
