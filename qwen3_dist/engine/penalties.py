@@ -61,19 +61,22 @@ class Penalties:
         for place in places:
             self._lengths[place] += 1
 
-    def applied(self, logits: Tensor, places: list[int], setups: Sequence[SamplingSetup]) -> Tensor:
-        """Logits [R, V], which are changed. Of a token twice in a history both change it to the same value."""
+    def apply(
+        self, logits: Tensor, rows: list[int], places: list[int], setups: Sequence[SamplingSetup]
+    ) -> None:
+        """Changes `rows` of logits [R, V]. Of a token twice in a history both change it to the same value."""
+        row = torch.tensor(rows, device=self.device)[:, None]
         at = torch.tensor(places, device=self.device)
         ids = self._history[at, : max(self._lengths[place] for place in places)]
         counts = self._counts[at[:, None], ids]
         said = counts > 0
         seen = said | self._prompted[at[:, None], ids]
         repetition = self._column([max(setup.repetition_penalty, _LEAST_REPETITION) for setup in setups])
-        values = logits.gather(1, ids)
+        values = logits[row, ids]
         values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
         values -= self._column([setup.frequency_penalty for setup in setups]) * counts
         values -= self._column([setup.presence_penalty for setup in setups]) * said
-        return logits.scatter_(1, ids, values)
+        logits[row, ids] = values
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]

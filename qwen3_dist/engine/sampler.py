@@ -43,7 +43,7 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
             rows_of.setdefault(_way_to_draw(spec, logits.shape[-1]), []).append(row)
     for draw, rows in rows_of.items():
         at = torch.tensor(rows, device=logits.device)
-        tokens[at] = draw(logits[at].float(), [specs[row] for row in rows])
+        tokens[at] = draw(logits if len(rows) == len(specs) else logits[at], [specs[row] for row in rows])
     return tokens
 
 
@@ -70,7 +70,7 @@ def _draw_from_top_p(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         None if logits.is_cuda else _nucleus(logits, specs)
     )  # a GPU would make the host wait for the answer
     if found is None:
-        ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+        ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
         found = _weights(ordered, ordered[:, :1], specs), ids, None
     weights, ids, total = found
     return ids.gather(1, _draw_from_ordered(weights, total, specs))[:, 0]
@@ -80,6 +80,7 @@ def _nucleus(logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Tensor, Tenso
     """Weights of the likeliest tokens, their ids and the weight of all, if in each row these are enough for top-p."""
     if any(spec.top_k > 0 for spec in specs):
         return None  # so large a top-k that it is not about the likeliest
+    logits = logits.float()
     ordered, ids = _likeliest(logits, _MOST_SELECTED)
     weights = _weights(ordered, ordered[:, :1], specs)
     total = _weights(logits, ordered[:, :1], specs).sum(dim=-1, keepdim=True, dtype=torch.float64)
@@ -90,6 +91,7 @@ def _nucleus(logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Tensor, Tenso
 
 def _draw_from_all(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
     """In the vocabulary's own order: first the block, then the token in it."""
+    logits = logits.float()
     blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), specs)
     blocks = F.pad(blocks, (0, -blocks.shape[-1] % _WIDTH)).unflatten(1, (-1, _WIDTH))
     cumulative = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
@@ -124,12 +126,12 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     count = min(count, logits.shape[-1])
     padding = -logits.shape[-1] % _WIDTH
-    padded = F.pad(logits.float(), (0, padding), value=-torch.inf) if padding else logits.float()
+    padded = F.pad(logits, (0, padding), value=-torch.inf) if padding else logits
     blocks = padded.unflatten(1, (-1, _WIDTH))
-    _, best = _ordered_topk(blocks.amax(dim=-1), min(count, blocks.shape[1]))
+    _, best = _ordered_topk(blocks.amax(dim=-1).float(), min(count, blocks.shape[1]))
     best = best.sort(dim=-1).values
     rows = torch.arange(len(logits), device=logits.device)[:, None]
-    values, at = _ordered_topk(blocks[rows, best].flatten(1), count)
+    values, at = _ordered_topk(blocks[rows, best].float().flatten(1), count)
     return values, best.gather(1, at // _WIDTH) * _WIDTH + at % _WIDTH
 
 

@@ -8,6 +8,7 @@ Legend: L rows of a step, R those of them with a state, V vocab_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,7 @@ class SamplingState:
         self._new_matcher = new_matcher
         self._penalties = Penalties(vocab_size, device)
         self._rows: dict[int, _Row] = {}
+        self._wide = torch.empty(0, vocab_size, device=device)
 
     def admit(self, steps: Sequence[SequenceStep]) -> None:
         """Takes the setups that a plan carries."""
@@ -48,7 +50,8 @@ class SamplingState:
             tokens[plain] = sample(logits[plain], [specs[row] for row in plain])
         rows, states = list(at), list(at.values())
         drawn = [specs[row] for row in rows]
-        tokens[rows] = sample(self._adjusted(logits[rows].float(), states, drawn), drawn)
+        chosen = self._widened(logits if len(rows) == len(specs) else logits[rows])
+        tokens[rows] = sample(self._adjusted(chosen, states, drawn), drawn)
         for row, state in at.items():
             state.take(tokens[row])
         self._penalties.add(
@@ -61,6 +64,12 @@ class SamplingState:
             {row: state.setup.logprob_token_ids for row, state in at.items()},
             {row: state.error for row, state in at.items() if state.error},
         )
+
+    def _widened(self, logits: Tensor) -> Tensor:
+        """A copy in fp32, which lasts until the next: fresh memory of this size costs more than what is done in it."""
+        if len(self._wide) < len(logits):
+            self._wide = self._wide.new_empty(max(len(logits), 2 * len(self._wide)), logits.shape[1])
+        return self._wide[: len(logits)].copy_(logits)
 
     def _of(self, step: SequenceStep) -> _Row | None:
         """The sequence's state; one that another sequence left behind in the slot is forgotten."""
@@ -82,9 +91,7 @@ class SamplingState:
         penalised = [index for index, state in enumerate(states) if state.place is not None]
         if penalised:
             places = [state.place for state in states if state.place is not None]
-            logits[penalised] = self._penalties.applied(
-                logits[penalised], places, [states[index].setup for index in penalised]
-            )
+            self._penalties.apply(logits, penalised, places, [states[row].setup for row in penalised])
         self._apply_forms(logits, states)
         _apply_min_p(logits, [state.setup.min_p for state in states], specs)
         return logits
@@ -193,11 +200,10 @@ def _unpacked(masks: Tensor, vocab_size: int) -> Tensor:
 
 def _apply_min_p(logits: Tensor, min_p: list[float], specs: list[SampleSpec]) -> None:
     """Forbids tokens less likely than `min_p` times the likeliest, at each row's temperature."""
-    rows = [row for row, spec in enumerate(specs) if min_p[row] > 0 and spec.temperature > 0]
-    if not rows:
-        return
-    chosen = logits[rows]
-    below = torch.tensor([min_p[row] for row in rows], dtype=torch.float64).log()
-    below *= torch.tensor([specs[row].temperature for row in rows], dtype=torch.float64)
-    least = chosen.amax(dim=-1, keepdim=True) + below.float()[:, None].to(logits.device)
-    logits[rows] = chosen.masked_fill(chosen < least, -torch.inf)
+    least_log = [
+        math.log(least) * spec.temperature if least > 0 and spec.temperature > 0 else -math.inf
+        for least, spec in zip(min_p, specs, strict=True)
+    ]
+    if max(least_log) > -math.inf:
+        below = torch.tensor(least_log, dtype=torch.float32, device=logits.device)[:, None]
+        logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + below, -torch.inf)

@@ -180,13 +180,19 @@ def test_penalties_are_the_hand_worked_ones() -> None:
     place = penalties.open(prompt=[0, 3, 3], output=[1, 1, 3])
     asked = setup(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
     logits = torch.tensor([[4.0, 2.0, 1.0, -1.0, -2.0]])
+
+    def penalised(logits: Tensor) -> list[list[float]]:
+        changed = logits.clone()
+        penalties.apply(changed, [0], [place], [asked])
+        return changed.tolist()
+
     # 0: in the prompt alone, 4 / 2. 1: twice in the output, 2 / 2 - 0.5 - 2 * 0.25.
     # 3: once there, -1 * 2 - 0.5 - 0.25.
     hand_worked = [[2.0, 0.0, 1.0, -2.75, -2.0]]
-    assert penalties.applied(logits.clone(), [place], [asked]).tolist() == hand_worked
+    assert penalised(logits) == hand_worked
     penalties.add([place], torch.tensor([4]))  # -2 * 2 - 0.5 - 0.25
     hand_worked[0][4] = -4.75
-    assert penalties.applied(logits.clone(), [place], [asked]).tolist() == hand_worked
+    assert penalised(logits) == hand_worked
 
 
 def test_a_place_is_blank_for_the_sequence_that_gets_it_next() -> None:
@@ -196,16 +202,16 @@ def test_a_place_is_blank_for_the_sequence_that_gets_it_next() -> None:
     assert penalties.open([0], []) == place
     logits = torch.ones(1, 5)
     asked = setup(repetition_penalty=2.0, presence_penalty=1.0)
-    assert penalties.applied(logits, [place], [asked]).tolist() == [[0.5, 1, 1, 1, 1]]
+    penalties.apply(logits, [0], [place], [asked])
+    assert logits.tolist() == [[0.5, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("penalty", [5e-324, 1e-30, 10.0])
 def test_no_penalty_makes_a_logit_that_is_no_number(penalty: float) -> None:
     penalties = Penalties(3, torch.device("cpu"))
     place = penalties.open([0, 1, 2], [])
-    logits = penalties.applied(
-        torch.tensor([[30.0, -30.0, 0.0]]), [place], [setup(repetition_penalty=penalty)]
-    )
+    logits = torch.tensor([[30.0, -30.0, 0.0]])
+    penalties.apply(logits, [0], [place], [setup(repetition_penalty=penalty)])
     assert torch.isfinite(logits).all()
 
 
