@@ -5,38 +5,133 @@ A grammar is text in llguidance's own form, so it travels to the ranks as it is.
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from typing import Any
+import re
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from pathlib import Path
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
+
+MOST_BYTES = 128 << 10  # of one schema, expression, grammar or list of choices
+_TRIAL = Path(__file__).with_name("grammar_trial.py")
+_TRIAL_TIMEOUT_S = 30  # it has two seconds of CPU, but maybe has to wait for them
 
 
 def compile_grammar(outputs: StructuredOutputs) -> str:
     """The grammar of `outputs`, as text for `Grammars.matcher`.
 
-    Takes milliseconds: call it off the step loop. Raises RequestError for a form that is wrong, too large or
-    beyond the library.
+    The first time it is tried out in a process of its own, which takes a tenth of a second and at most some
+    seconds: call it in a thread. Raises RequestError for a form that is wrong, too large or beyond the library.
     """
-    from llguidance import LLMatcher, grammar_from
-
-    try:
-        if outputs.json is not None or outputs.json_object:
-            schema: Any = {"type": "object"} if outputs.json_object else outputs.json
-            grammar = LLMatcher.grammar_from_json_schema(
-                schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
-            )
-        elif outputs.regex is not None:
-            grammar = LLMatcher.grammar_from_regex(outputs.regex)
-        elif outputs.choice is not None:
-            grammar = LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, outputs.choice)))
-        else:
-            grammar = grammar_from("grammar", outputs.grammar or "")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RequestError(
-            f"structured_outputs cannot be used: {error}", param="structured_outputs"
-        ) from None
-    problem = LLMatcher.validate_grammar(grammar)
+    kind, source = _source(outputs)
+    if len(source) > MOST_BYTES:
+        raise _refused(kind, f"its source has {len(source)} bytes, and {MOST_BYTES} are the most")
+    found = _tried.get((kind, source))
+    if found is None:
+        found = _try_out(kind, source)
+        _tried.put((kind, source), found)
+    grammar, problem = found
     if problem:
-        raise RequestError(f"structured_outputs cannot be used: {problem}", param="structured_outputs")
-    return str(grammar)
+        raise _refused(kind, problem)
+    return grammar
+
+
+def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
+    """Which field is set, and its value as UTF-8 text; JSON for what is not text."""
+    if outputs.json_object:
+        return "json_object", b'{"type": "object"}'
+    kind = next(name for name in ("json", "regex", "choice", "grammar") if getattr(outputs, name) is not None)
+    value = getattr(outputs, kind)
+    if kind == "choice" and not (value and all(isinstance(text, str) for text in value)):
+        raise _refused(kind, "it must be a list of one or more texts")
+    if kind in ("regex", "grammar") and not isinstance(value, str):
+        raise _refused(kind, "it must be text")
+    try:
+        if kind in ("regex", "grammar"):
+            return kind, value.encode()
+        if kind == "json" and isinstance(value, str):
+            value = json.loads(value)
+        return kind, json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except RecursionError:
+        raise _refused(kind, "it is too deeply nested") from None
+    except (ValueError, TypeError) as error:
+        raise _refused(kind, str(error)) from None
+
+
+def _try_out(kind: str, source: bytes) -> tuple[str, str]:
+    """The grammar, or what is wrong with it."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise RequestError(
+            "structured_outputs need the package llguidance; install it beside qwen3_dist",
+            param="structured_outputs",
+        )
+    task = json.dumps({"kind": "json" if kind == "json_object" else kind, "source": source.decode()})
+    command = [sys.executable, "-P", str(_TRIAL)]
+    with _trials:
+        try:
+            done = subprocess.run(
+                command, input=task, text=True, capture_output=True, timeout=_TRIAL_TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired:
+            return "", "it is too complex"
+    if done.returncode != 0 or not done.stdout:
+        return "", "it is too complex"
+    answer = json.loads(done.stdout)
+    return answer.get("grammar", ""), answer.get("problem", "")
+
+
+def _refused(kind: str, problem: str) -> RequestError:
+    return RequestError(
+        f"structured_outputs.{kind} cannot be used: {_one_sentence(problem)}",
+        param=f"structured_outputs.{kind}",
+    )
+
+
+def _one_sentence(problem: str) -> str:
+    """The library's reason without the source that it quotes."""
+    if "NoExtension" in problem:
+        return "no text has this form"
+    reason = re.sub(r"(?m)^ *(\d+ \||\^).*\n?", "", problem.replace("<non-verbose/>", ""))
+    reason = (
+        re.sub(r"\s+", " ", reason.partition("; following special tokens")[0])
+        .strip()
+        .rpartition("error: ")[2]
+    )
+    return reason if len(reason) <= 200 else f"{reason[:100]} ... {reason[-100:]}"
+
+
+class _Tried:
+    """What was found out about the sources tried last; bounded in number and in bytes."""
+
+    def __init__(self, most: int = 256, most_bytes: int = 4 << 20) -> None:
+        self._most, self._most_bytes = most, most_bytes
+        self._bytes = 0
+        self._found: OrderedDict[tuple[str, bytes], tuple[str, str]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, bytes]) -> tuple[str, str] | None:
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+            return self._found.get(key)
+
+    def put(self, key: tuple[str, bytes], found: tuple[str, str]) -> None:
+        with self._lock:
+            if key not in self._found:
+                self._found[key] = found
+                self._bytes += _size(key, found)
+            while len(self._found) > self._most or self._bytes > self._most_bytes:
+                self._bytes -= _size(*self._found.popitem(last=False))
+
+
+def _size(key: tuple[str, bytes], found: tuple[str, str]) -> int:
+    return len(key[1]) + len(found[0]) + len(found[1])
+
+
+_tried = _Tried()
+_trials = threading.BoundedSemaphore(2)

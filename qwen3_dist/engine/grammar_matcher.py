@@ -5,15 +5,21 @@ Legend: V the model's vocab_size, which may be padded past the tokenizer's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from qwen3_dist.engine.grammar_trial import parser_limits
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+_SECONDS_PER_TOKEN = 0.005  # of CPU that a sequence's grammar may take on average,
+_SECONDS_AHEAD = 0.2  # and how far it may be ahead of that
 
 
 class Grammars:
@@ -30,37 +36,50 @@ class Grammars:
         self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
         self._tokenizer: Any = None
 
+    def prepare(self) -> None:
+        """Builds the trie ahead of the first matcher. It holds the interpreter, so best while a model loads."""
+        self._builder.submit(self._build_tokenizer)
+
     def matcher(self, grammar: str) -> Matcher:
         """Follows `grammar`, which `compile_grammar` made, from its start."""
         return Matcher(self._builder.submit(self._build, grammar), self._eos_token_ids)
 
-    def _build(self, grammar: str) -> LLMatcher:
-        from llguidance import LLMatcher, LLTokenizer
+    def _build_tokenizer(self) -> None:
+        from llguidance import LLTokenizer
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
                 str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
             )
-        return LLMatcher(self._tokenizer, grammar, log_level=0)
+
+    def _build(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        self._build_tokenizer()
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
 
 
 class Matcher:
     """One sequence's place in its grammar. No method raises: what went wrong is in `error`.
 
-    After an error, as at the grammar's end, EOS alone is allowed. The first call waits until the matcher is built.
+    After an error, as at the grammar's end, EOS alone is allowed. The first call waits until the matcher is
+    built. A grammar that takes too long to follow is an error as well, since all sequences of a step wait.
     """
 
     def __init__(self, building: Future[LLMatcher], eos_token_ids: Sequence[int]) -> None:
         self._building = building
         self._eos_token_ids = eos_token_ids
+        self._ahead_s = 0.0
         self.error: str | None = None
 
     def fill_mask(self, row: Tensor) -> None:
         """Writes the tokens allowed next to `row`, int32 [ceil(V / 32)] on the CPU: bit i % 32 of number i // 32."""
-        matcher = self._matcher()
-        if matcher is not None:
-            matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
-            self._note(matcher)
+        started = time.thread_time()
+        size = row.numel() * row.element_size()
+        self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(row.data_ptr(), size))
+        self._ahead_s = max(0.0, self._ahead_s + time.thread_time() - started - _SECONDS_PER_TOKEN)
+        if self._ahead_s > _SECONDS_AHEAD:
+            self.error = "the form of structured_outputs takes too long to follow"
         if self.error is not None:
             row.zero_()
             for token_id in self._eos_token_ids:
@@ -69,24 +88,24 @@ class Matcher:
 
     def accept(self, token_id: int) -> None:
         """Steps over the token that was chosen."""
-        matcher = self._matcher()
-        if matcher is not None and self.error is None:
-            matcher.consume_token(token_id)
-            self._note(matcher)
+        self._call(lambda matcher: matcher.consume_token(token_id))
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing but EOS can follow."""
-        matcher = self._matcher()
-        return matcher is None or bool(matcher.is_stopped())
+        return bool(self._call(lambda matcher: matcher.is_stopped())) or self.error is not None
 
-    def _matcher(self) -> LLMatcher | None:
-        try:
-            return self._building.result()
-        except Exception as error:  # noqa: BLE001 - whatever it was, it must end this sequence alone
-            self.error = f"the grammar could not be used ({error})"
+    def _call(self, do: Callable[[LLMatcher], Any]) -> Any:
+        if self.error is not None:
             return None
-
-    def _note(self, matcher: LLMatcher) -> None:
-        if matcher.is_error():
-            self.error = str(matcher.get_error()).partition("\n")[0]
+        try:
+            matcher = self._building.result()
+            done = do(matcher)
+            if matcher.is_error():
+                self.error = str(matcher.get_error()).partition("\n")[0]
+            return done
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - the library's panics are no Exception
+            self.error = f"structured_outputs could not be followed ({error})"
+            return None
