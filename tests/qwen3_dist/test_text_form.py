@@ -1,0 +1,174 @@
+"""The form of generated text: grammars, thinking before them, and its budget, on real ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+
+from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.engine.grammar_matcher import Grammars
+from qwen3_dist.engine.sampling_setup import SamplingSetup, Thinking
+from qwen3_dist.engine.text_form import TextForm
+from qwen3_dist.errors import RequestError
+from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.weights.source import resolve_model
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TIGHT: dict[str, Any] = {
+    "num_blocks": 24,
+    "block_size": 4,
+    "max_num_batched_tokens": 16,
+    "max_num_seqs": 6,
+    "use_tqdm": False,
+}
+ASK = [{"role": "user", "content": "What is 47 + 38?"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nursery() -> Iterator[None]:
+    with shared_nursery():
+        yield
+
+
+@pytest.fixture(scope="module", params=["tp=1", "tp=2,ep=2", "dp=2,ep=2"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    executor = "in_process" if request.param == "tp=1" else "processes"
+    with LLM(layout=request.param, executor=executor, num_blocks=128, use_tqdm=False) as llm:
+        yield llm
+
+
+def formed(seed: int = 0, **form: Any) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=120, temperature=1.0, seed=seed, structured_outputs=StructuredOutputs(**form)
+    )
+
+
+def test_every_answer_has_the_form_that_was_asked_for_beside_free_ones(llm: LLM) -> None:
+    free = SamplingParams(max_tokens=30, temperature=1.0, seed=1)
+    params = [
+        *(formed(seed, json=PERSON) for seed in range(4)),
+        formed(regex=r"[a-f]{4}-\d{2}"),
+        formed(choice=("red", "green", "blue")),
+        formed(grammar='start: "<" /[a-z]{1,5}/ ">"'),
+        free,
+    ]
+    outputs = llm.generate(["Say something:"] * len(params), params)
+    *people, expression, choice, tag, _ = (output.text or "" for output in outputs)
+    for text in people:
+        Draft202012Validator(PERSON).validate(json.loads(text))
+    assert re.fullmatch(r"[a-f]{4}-\d{2}", expression)
+    assert choice in ("red", "green", "blue")
+    assert re.fullmatch(r"<[a-z]{1,5}>", tag)
+    assert all(output.finish_reason == "stop" for output in outputs[:-1])
+    assert outputs[-1].token_ids == llm.generate("Say something:", free)[0].token_ids
+
+
+def test_a_form_holds_for_what_follows_thinking(llm: LLM) -> None:
+    params = formed(json=PERSON)
+    thought = SamplingParams(
+        **{**vars(params), "reasoning": "optional", "max_tokens": 400, "temperature": 0.0}
+    )
+    text = llm.chat(ASK, thought)[0].text or ""
+    thinking, end, rest = text.partition("</think>")
+    assert thinking.startswith("<think>") and end and "47" in thinking
+    Draft202012Validator(PERSON).validate(json.loads(rest))
+
+
+def test_a_form_may_begin_at_once_where_thinking_is_optional(llm: LLM) -> None:
+    params = SamplingParams(
+        **{
+            **vars(formed(choice=("yes", "no"))),
+            "reasoning": "optional",
+            "logit_bias": {think("<think>"): -100},
+        }
+    )
+    assert llm.chat(ASK, params)[0].text in ("yes", "no")
+
+
+@pytest.mark.parametrize("budget", [0, 5])
+def test_thinking_ends_with_its_budget(llm: LLM, budget: int) -> None:
+    params = SamplingParams(max_tokens=200, temperature=0, reasoning="optional", thinking_token_budget=budget)
+    ids = llm.chat(ASK, params)[0].token_ids
+    assert ids[0] == think("<think>") and ids.index(think("</think>")) == 1 + budget
+    unlimited = SamplingParams(max_tokens=200, temperature=0, reasoning="optional")
+    assert llm.chat(ASK, unlimited)[0].token_ids[: 1 + budget] == ids[: 1 + budget]
+
+
+def test_a_form_is_followed_again_after_preemption() -> None:
+    params = [formed(seed, json=PERSON) for seed in range(6)]
+    prompts = [f"{i}:" for i in range(6)]
+    with LLM(dtype="float32", num_blocks=128, use_tqdm=False) as roomy:
+        expected = [output.token_ids for output in roomy.generate(prompts, params)]
+    with LLM(dtype="float32", **TIGHT) as tight:
+        assert [output.token_ids for output in tight.generate(prompts, params)] == expected
+        assert tight._engine.stats().preemptions > 0
+
+
+def test_ignoring_eos_does_not_write_beyond_a_form(llm: LLM) -> None:
+    params = SamplingParams(**{**vars(formed(choice=("red",))), "ignore_eos": True})
+    assert llm.generate("A colour:", params)[0].text == "red"
+
+
+def test_a_form_that_cannot_be_followed_to_its_end_ends_its_own_request_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever passes the trial and fails on the rank: here a grammar that was never tried."""
+    monkeypatch.setattr("qwen3_dist.engine.make_setup.compile_grammar", lambda _: "start: nowhere")
+    with LLM(num_blocks=64, use_tqdm=False) as llm:
+        with pytest.raises(RequestError):
+            llm.generate(["Hello!", "Hi"], [formed(regex="a"), SamplingParams(max_tokens=5)])
+        assert len(llm.generate("Hello!", SamplingParams(max_tokens=5, ignore_eos=True))[0].token_ids) == 5
+        assert not llm._engine.has_work
+
+
+def think(token: str) -> int:
+    tokenizer = Tokenizer.from_directory(resolve_model(""))
+    assert tokenizer is not None
+    token_id = tokenizer.token_id(token)
+    assert token_id is not None
+    return token_id
+
+
+def test_line_breaks_after_thinking_are_no_part_of_the_form() -> None:
+    path = resolve_model("")
+    tokenizer = Tokenizer.from_directory(path)
+    assert tokenizer is not None
+    eos = tokenizer.eos_token_ids
+    (newlines,) = tokenizer.encode("\n\n")
+    thinking = Thinking(think("<think>"), think("</think>"), (newlines,))
+    vocab_size = tokenizer.vocab_size
+    setup = SamplingSetup(
+        0, 0, 0, 1, (), 0, eos, eos, (), (), thinking, "open", None, 'start: "a"', (), (5, thinking.closes)
+    )
+    grammars = Grammars(path, vocab_size, eos)
+    form = TextForm.of(setup, lambda setup: grammars.matcher(setup.grammar or ""))
+    assert form is not None
+    (letter,) = tokenizer.encode("a")
+    assert allowed(form, vocab_size) == {letter, newlines}
+    form.accept(newlines)
+    assert allowed(form, vocab_size) == {letter, newlines}
+    form.accept(letter)
+    assert allowed(form, vocab_size) == set(eos)
+
+
+def allowed(form: TextForm, vocab_size: int) -> set[int]:
+    mask = form.mask(vocab_size)
+    assert mask is not None
+    bits = (mask[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    return set(bits.flatten().nonzero()[:, 0].tolist())
