@@ -38,6 +38,7 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
         self._special_tokens = dict(special_tokens)
+        self._sources = dict(templates)
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
         except jinja2.TemplateError as error:
@@ -51,6 +52,13 @@ class ChatTemplate:
         """
         templates = _read_templates(Path(path))
         return cls(templates, read_special_tokens(path)) if templates else None
+
+    def source(self, with_tools: bool = False) -> str:
+        """The Jinja source that renders a conversation, of which it tells how the model answers."""
+        return self._sources[self._name(with_tools)]
+
+    def _name(self, with_tools: bool) -> str:
+        return "tool_use" if with_tools and "tool_use" in self._templates else "default"
 
     def render(
         self,
@@ -79,9 +87,8 @@ class ChatTemplate:
             "documents": kwargs.get("documents"),
             "add_generation_prompt": add_generation_prompt,
         }
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
         try:
-            rendered = self._templates[name].render(variables)
+            rendered = self._templates[self._name(bool(tools))].render(variables)
         except Exception as error:  # noqa: BLE001 - untrusted code may raise anything
             raise RequestError(
                 f"the model's chat template cannot render these messages: {error}", param="messages"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
+from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.tokenizer import Tokenizer
 
 
@@ -75,17 +76,8 @@ class TextStream:
             after, before, self.stopped_by = min(matches)
             end = after if self._include_stop else before
         else:
-            end = len(text) if final else len(text) - self._longest_started_stop(text)
+            end = len(text) if final else len(text) - begun_mark(text, self._stop)
         self._held = "" if self.stopped else text[end:]
         if end:
             self._shown.append(text[:end])
         return text[:end]
-
-    def _longest_started_stop(self, text: str) -> int:
-        """Length of the longest tail of `text` that is the beginning of a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for length in range(min(longest, len(text)), 0, -1):
-            tail = text[-length:]
-            if any(stop.startswith(tail) for stop in self._stop):
-                return length
-        return 0

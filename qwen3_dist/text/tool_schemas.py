@@ -1,0 +1,94 @@
+"""What tools' JSON schemas say of their parameters' types, and values that were written as plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MOST_DEPTH = 8  # of references and alternatives; beyond, a value may be anything
+_KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+class ToolSchemas:
+    """Of tools in OpenAI's form; `names` are theirs. What is no schema allows anything."""
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        functions = [tool.get("function", tool) for tool in tools]
+        self._schemas = {function["name"]: function.get("parameters") for function in functions}
+        self.names = frozenset(self._schemas)
+
+    def types(self, name: str, key: str) -> frozenset[str] | None:
+        """JSON types that parameter `key` of tool `name` may have; None: any. An unknown parameter is text."""
+        schema = self._schemas.get(name)
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        if not isinstance(properties, dict) or key not in properties:
+            return frozenset({"string"})
+        return _types(properties[key], schema, 0)
+
+
+def typed_json(text: str, types: frozenset[str] | None) -> str:
+    """JSON of the value that `text` stands for: of one of `types` if it can be, else text, which has no quotes."""
+    stripped = text.strip()
+    literal = _WORDS.get(stripped, stripped)
+    kind = _kind(literal)
+    if kind == "number" and types is not None and "number" not in types and float(literal).is_integer():
+        kind, literal = "integer", str(int(float(literal)))
+    fits = types is None or kind in types or (kind == "integer" and "number" in types)
+    return literal if kind not in (None, "string") and fits else json.dumps(text, ensure_ascii=False)
+
+
+def _kind(literal: str) -> str | None:
+    """The JSON type of `literal`; None if it is no JSON."""
+    try:
+        value = json.loads(literal, parse_constant=_refuse, parse_int=_number_of_digits)
+    except (ValueError, RecursionError):
+        return None
+    return "null" if value is None else _KINDS[type(value)]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _number_of_digits(digits: str) -> int:
+    """Stands for the number, which is not needed and may be too long to convert."""
+    return len(digits)
+
+
+def _types(schema: Any, root: Any, depth: int) -> frozenset[str] | None:
+    """Types that `schema`, a part of `root`, allows; None: any."""
+    if not isinstance(schema, dict) or depth > _MOST_DEPTH:
+        return None
+    if "type" in schema:
+        named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        nullable = ["null"] if schema.get("nullable") is True else []
+        return frozenset(str(name) for name in [*named, *nullable])
+    if "$ref" in schema:
+        return _types(_referenced(str(schema["$ref"]), root), root, depth + 1)
+    for key in ("enum", "const"):
+        if key in schema:
+            values = schema[key] if key == "enum" and isinstance(schema[key], list) else [schema[key]]
+            return frozenset("null" if value is None else _KINDS.get(type(value), "") for value in values)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(key), list):
+            return _together([_types(option, root, depth + 1) for option in schema[key]], key == "allOf")
+    return None
+
+
+def _together(options: list[frozenset[str] | None], all_hold: bool) -> frozenset[str] | None:
+    known = [types for types in options if types is not None]
+    if all_hold:
+        return frozenset.intersection(*known) if known else None
+    return frozenset().union(*known) if len(known) == len(options) else None
+
+
+def _referenced(reference: str, root: Any) -> Any:
+    """The part of `root` that `#/a/b` names; None if there is none."""
+    if not reference.startswith("#"):
+        return None
+    part = root
+    for name in reference[1:].strip("/").split("/"):
+        part = part.get(name) if isinstance(part, dict) else None
+    return part
