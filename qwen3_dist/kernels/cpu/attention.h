@@ -140,10 +140,13 @@ struct Attention {
         }
         float peak = score[from];
         for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, highest[lane]);
-        for (long j = 0; j < whole; j += LANES) store(score + j, exp(load(score + j) - peak));
+        for (long j = 0; j < whole; j += LANES) {
+            Vec weight = exp(load(score + j) - peak);  // of those it does not see, the least there is
+            total += weight;
+            store(score + j, weight);
+        }
         std::fill(score, score + from, 0.0f);
         std::fill(score + to, score + whole, 0.0f);
-        for (long j = 0; j < whole; j += LANES) total += load(score + j);
         float shrink = std::exp(most - peak);
         most = peak;
         mass = mass * shrink + sum(total);
