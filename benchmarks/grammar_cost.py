@@ -40,7 +40,7 @@ FORMS = {
     "json schema": StructuredOutputs(json=PERSON),
     "any json object": StructuredOutputs(json_object=True),
     "regex": StructuredOutputs(regex=r"(?:[a-z]+ ){20,200}"),
-    "tool call": tool_call_grammar([TOOL], "required"),
+    "tool call": tool_call_grammar([TOOL]),
 }
 ROWS = (1, 16)
 STEPS = 60

@@ -10,70 +10,87 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
 Json = Mapping[str, Any]
 _ANY_OBJECT: Json = {"type": "object"}
 _XML_END = "\n</parameter>\n"
 _ANY_TEXT = r"/(?s:.*)\n<\/parameter>\n/"  # and the lines that end it
+# As models were trained to write it.
+_SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 
 
 def tool_call_grammar(
-    tools: Sequence[Json], choice: str, parallel: bool = True, form: str = "json"
+    tools: Sequence[Json], named: str | None = None, parallel: bool = True, form: str = "json"
 ) -> StructuredOutputs:
-    """The form of an answer that calls some of `tools` (OpenAI's objects), or the one that `choice` names.
+    """The form of an answer that calls some of `tools` (OpenAI's objects), or the one that is `named`.
 
-    `choice` is "required" or a function's name; without `parallel` there is exactly one call. The arguments
-    follow the tool's schema, any object where it has none.
+    Without `parallel` there is exactly one call. The arguments follow the tool's schema, any object where it
+    has none; in the xml form texts are held to `enum` and `const` alone. Raises RequestError (param "tools") for
+    a schema that is none.
     """
-    functions = [tool["function"] for tool in tools if choice in ("required", tool["function"]["name"])]
-    rules = ["start: call" if not parallel else 'start: call ("\\n" call)*']
-    rules.append(
-        r'call: <tool_call> "\n" ('
-        + " | ".join(f"f{i}" for i in range(len(functions)))
-        + r') "\n" </tool_call>'
-    )
+    functions = [tool["function"] for tool in tools if named in (None, tool["function"]["name"])]
+    bodies = " | ".join(f"f{i}" for i in range(len(functions)))
+    rules = [
+        'start: call ("\\n" call)*' if parallel else "start: call",
+        f'call: <tool_call> "\\n" ({bodies}) "\\n" </tool_call>',
+    ]
     for index, function in enumerate(functions):
-        rules += _RULES[form](f"f{index}", function["name"], function.get("parameters") or _ANY_OBJECT)
+        parameters = function.get("parameters") or _ANY_OBJECT
+        if not isinstance(parameters, Mapping):
+            raise _no_schema(function["name"], "parameters must be an object")
+        rules += _RULES[form](f"f{index}", function["name"], parameters)
     return StructuredOutputs(grammar="\n".join(rules))
 
 
 def _json_rules(rule: str, name: str, parameters: Json) -> list[str]:
-    begins = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+    begins = _literal(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
     return [f'{rule}: {begins} {rule}_arguments "}}"', f"{rule}_arguments: %json {_schema(parameters)}"]
 
 
 def _xml_rules(rule: str, name: str, parameters: Json) -> list[str]:
     """Parameters come in the schema's order, those that are not required may be missing."""
-    required = parameters.get("required") or ()
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        raise _no_schema(name, "properties must be an object and required a list")
     rules, parts = [], []
-    for index, (key, schema) in enumerate((parameters.get("properties") or {}).items()):
+    for index, (key, schema) in enumerate(properties.items()):
         part = f"{rule}_{index}"
         parts.append(part if key in required else f"{part}?")
-        rules.append(f"{part}: {json.dumps(f'<parameter={key}>{chr(10)}')} {part}_value")
-        if _may_be_text(schema):
-            rules.append(f"{part}_value[lazy]: {_ANY_TEXT}")
-        else:
-            value = _schema(_with_definitions(schema, parameters))
-            rules.append(f"{part}_value: {part}_json {json.dumps(_XML_END)}\n{part}_json: %json {value}")
-    return [f'{rule}: {json.dumps(f"<function={name}>" + chr(10))} {" ".join(parts)} "</function>"', *rules]
+        rules.append(f"{part}: {_literal(f'<parameter={key}>{chr(10)}')} {part}_value")
+        rules += _xml_value(f"{part}_value", schema, parameters)
+    return [f'{rule}: {_literal(f"<function={name}>{chr(10)}")} {" ".join(parts)} "</function>"', *rules]
+
+
+def _xml_value(rule: str, schema: Any, parameters: Json) -> list[str]:
+    """A value and the lines that end it: text as it is, everything else as JSON."""
+    values = _choices(schema)
+    if values:
+        texts = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values
+        )
+        return [f"{rule}: ({' | '.join(map(_literal, texts))}) {_literal(_XML_END)}"]
+    if _may_be_text(schema):
+        return [f"{rule}[lazy]: {_ANY_TEXT}"]
+    definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    return [
+        f"{rule}: {rule}_json {_literal(_XML_END)}",
+        f"{rule}_json: %json {_schema({**definitions, **schema})}",
+    ]
 
 
 _RULES = {"json": _json_rules, "xml": _xml_rules}
 
 
-def _schema(schema: Json) -> str:
-    """One line of JSON, as the model was trained to write it: a space after commas and colons, no more."""
-    return json.dumps(
-        {
-            **schema,
-            "x-guidance": {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "},
-        }
-    )
+def _choices(schema: Any) -> list[Any]:
+    if not isinstance(schema, Mapping):
+        return []
+    values = schema.get("enum")
+    return values if isinstance(values, list) else [schema["const"]] if "const" in schema else []
 
 
 def _may_be_text(schema: Any) -> bool:
-    """Whether a value may be text that stands in the form as it is."""
     if not isinstance(schema, Mapping):
         return True
     kinds = schema.get("type")
@@ -82,6 +99,13 @@ def _may_be_text(schema: Any) -> bool:
     return "string" in (kinds if isinstance(kinds, list) else [kinds])
 
 
-def _with_definitions(schema: Json, parameters: Json) -> Json:
-    """A property's schema with what its references point to."""
-    return {**{key: parameters[key] for key in ("$defs", "definitions") if key in parameters}, **schema}
+def _schema(schema: Json) -> str:
+    return json.dumps({**schema, "x-guidance": _SPACING})
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _no_schema(name: str, problem: str) -> RequestError:
+    return RequestError(f"the parameters of tool {name!r} are no JSON schema: {problem}", param="tools")

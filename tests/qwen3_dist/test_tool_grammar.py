@@ -38,7 +38,7 @@ NOW_IN_XML = "<tool_call>\n<function=now>\n</function>\n</tool_call>"
 
 @pytest.mark.parametrize("directory", DIRECTORIES)
 def test_walks_are_calls_whose_arguments_follow_the_schema(directory: Path) -> None:
-    grammar = compile_grammar(tool_call_grammar(TOOLS, "required"))
+    grammar = compile_grammar(tool_call_grammar(TOOLS))
     for seed in range(8):
         for text in walker_of(directory).walk(grammar, seed).split("</tool_call>")[:-1]:
             call = json.loads(text.strip().removeprefix("<tool_call>"))
@@ -49,21 +49,21 @@ def test_walks_are_calls_whose_arguments_follow_the_schema(directory: Path) -> N
 
 @pytest.mark.parametrize("directory", DIRECTORIES)
 @pytest.mark.parametrize(
-    ("choice", "parallel", "text", "allowed"),
+    ("named", "parallel", "text", "allowed"),
     [
-        ("required", True, PARIS, True),
-        ("required", True, f"{PARIS}\n{NOW}", True),
-        ("required", False, NOW, True),
-        ("required", False, f"{PARIS}\n{NOW}", False),
+        (None, True, PARIS, True),
+        (None, True, f"{PARIS}\n{NOW}", True),
+        (None, False, NOW, True),
+        (None, False, f"{PARIS}\n{NOW}", False),
         ("get_weather", True, PARIS, True),
         ("get_weather", True, NOW, False),
         ("now", True, NOW, True),
-        ("required", True, "It is sunny.", False),
-        ("required", True, PARIS.replace("3", '"3"'), False),
+        (None, True, "It is sunny.", False),
+        (None, True, PARIS.replace("3", '"3"'), False),
     ],
 )
-def test_json_calls(directory: Path, choice: str, parallel: bool, text: str, allowed: bool) -> None:
-    grammar = compile_grammar(tool_call_grammar(TOOLS, choice, parallel))
+def test_json_calls(directory: Path, named: str | None, parallel: bool, text: str, allowed: bool) -> None:
+    grammar = compile_grammar(tool_call_grammar(TOOLS, named, parallel))
     assert walker_of(directory).admits(grammar, text) == allowed
 
 
@@ -84,11 +84,50 @@ def test_json_calls(directory: Path, choice: str, parallel: bool, text: str, all
     ],
 )
 def test_xml_calls(directory: Path, text: str, allowed: bool) -> None:
-    grammar = compile_grammar(tool_call_grammar(TOOLS, "required", form="xml"))
+    grammar = compile_grammar(tool_call_grammar(TOOLS, form="xml"))
     assert walker_of(directory).admits(grammar, text) == allowed
 
 
 def test_a_tool_whose_schema_is_beyond_the_library_is_refused() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "sausage"}}}
     with pytest.raises(RequestError, match="sausage"):
-        compile_grammar(tool_call_grammar([tool], "required"))
+        compile_grammar(tool_call_grammar([tool]))
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+@pytest.mark.parametrize(
+    ("schema", "value", "allowed"),
+    [
+        ({"type": "string", "enum": ["red", "blue"]}, "red", True),
+        ({"type": "string", "enum": ["red", "blue"]}, "green", False),
+        ({"enum": ["red", 3, None]}, "3", True),
+        ({"enum": ["red", 3, None]}, "null", True),
+        ({"const": 'a "b"'}, 'a "b"', True),
+        ({"const": 'a "b"'}, "b", False),
+        ({"type": ["string", "integer"]}, "anything", True),
+    ],
+)
+def test_xml_values_are_held_to_enum_and_const(
+    directory: Path, schema: dict[str, Any], value: str, allowed: bool
+) -> None:
+    parameters = {"type": "object", "properties": {"city": schema}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
+    grammar = compile_grammar(tool_call_grammar([tool], form="xml"))
+    assert walker_of(directory).admits(grammar, CALL.format(PARAMETER.format("city", value))) == allowed
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+def test_a_name_beyond_ascii_is_written_as_it_is(directory: Path) -> None:
+    grammar = compile_grammar(tool_call_grammar([{"type": "function", "function": {"name": "hé"}}]))
+    text = '<tool_call>\n{"name": "hé", "arguments": {}}\n</tool_call>'
+    assert walker_of(directory).admits(grammar, text)
+
+
+@pytest.mark.parametrize("form", ["json", "xml"])
+@pytest.mark.parametrize(
+    "parameters", [True, [1], {"properties": []}, {"required": 3}, {"properties": {"a": {"type": 7}}}]
+)
+def test_parameters_that_are_no_schema_are_refused(parameters: Any, form: str) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(RequestError):
+        compile_grammar(tool_call_grammar([tool], form=form))
