@@ -31,6 +31,17 @@ class _Stream:
     queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
     unfinished: int = 1
 
+    async def take(self) -> list[TokenDelta]:
+        """What has come since the last time, of several steps if the caller is slower than the engine: it then
+        has less to do for each. Raises EngineDeadError."""
+        taken: list[TokenDelta] = []
+        while not taken or not self.queue.empty():
+            deltas = await self.queue.get()
+            if isinstance(deltas, QwenDistError):
+                raise EngineDeadError(str(deltas))
+            taken += deltas
+        return taken
+
 
 class AsyncEngine:
     """Construction blocks until the model is loaded on all ranks. Raises what `Engine` raises."""
@@ -60,7 +71,7 @@ class AsyncEngine:
         priority: int = 0,
         lora: str | None = None,
     ) -> AsyncGenerator[list[TokenDelta], None]:
-        """Yields what each step adds to the request, until all its choices are finished.
+        """Yields what the steps add to the request as they end, until all its choices are finished.
 
         A request of lower `priority` goes first; the adapter `lora` computes it. Raises RequestError before the
         first item if the request is refused, later if its text cannot be given the form that was asked for, and
@@ -81,9 +92,7 @@ class AsyncEngine:
         self._post(add)
         try:
             while stream.unfinished:
-                deltas = await stream.queue.get()
-                if isinstance(deltas, QwenDistError):
-                    raise EngineDeadError(str(deltas))
+                deltas = await stream.take()
                 failed = next((delta.error for delta in deltas if delta.error is not None), None)
                 if failed is not None:
                     raise RequestError(failed)

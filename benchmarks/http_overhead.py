@@ -1,0 +1,133 @@
+"""Output tokens/s of streamed completions over HTTP at many clients, against the same engine without a server.
+
+    python -m benchmarks.http_overhead [--model DIR_OR_CONFIG] [--clients 32] [--output-len 128]
+
+Server, engine and clients share this machine's cores. Besides the bundled model, whose steps take a millisecond or
+two, it runs random weights of Qwen3's proportions, cut to a depth at which a step of all clients takes about 20 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from benchmarks.compare.checkpoints import SHAPES
+from benchmarks.record import keep
+from qwen3_dist import LLM, SamplingParams
+from serve_app.config import read_service_config
+from serve_app.launch import running_service
+
+INPUT_LEN = 16
+TURNS = 3
+PORT = 8793
+
+
+def prompts(clients: int) -> list[list[int]]:
+    return [[100 + client, *range(200, 200 + INPUT_LEN - 1)] for client in range(clients)]
+
+
+async def stream(url: str, body: dict[str, Any]) -> int:
+    """Bytes of a streamed answer. A bare socket: a client library would take more of the cores than the server."""
+    where = urlparse(url)
+    payload = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    writer.write(f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload)
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200") and b"[DONE]" in answer, answer[:500]
+    usage = answer.rpartition(b'"completion_tokens":')[2]
+    return int(usage[: usage.index(b",")])
+
+
+async def all_clients(url: str, model: str, clients: int, output_len: int) -> int:
+    bodies = [
+        {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for prompt in prompts(clients)
+    ]
+    return sum(await asyncio.gather(*(stream(url, body) for body in bodies)))
+
+
+def client_process(url: str, model: str, clients: int, output_len: int, rates: Any) -> None:
+    asyncio.run(all_clients(url, model, clients, 8))
+    for _ in range(TURNS):
+        started = time.perf_counter()
+        tokens = asyncio.run(all_clients(url, model, clients, output_len))
+        rates.put(tokens / (time.perf_counter() - started))
+
+
+def served_rate(settings: dict[str, Any], clients: int, output_len: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    rates = context.Queue()
+    config = read_service_config({**settings, "port": PORT, "model_name": "m"})
+    with running_service(config) as url:
+        client = context.Process(target=client_process, args=(url, "m", clients, output_len, rates))
+        client.start()
+        found = [rates.get(timeout=600) for _ in range(TURNS)]
+        client.join()
+    return statistics.median(found)
+
+
+def offline_rate(settings: dict[str, Any], clients: int, output_len: int) -> float:
+    params = SamplingParams(max_tokens=output_len, temperature=0, ignore_eos=True)
+    with LLM(use_tqdm=False, **settings) as llm:
+        llm.generate(prompts(clients), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+        rates = []
+        for _ in range(TURNS):
+            started = time.perf_counter()
+            llm.generate(prompts(clients), params)
+            rates.append(clients * output_len / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+def row(name: str, settings: dict[str, Any], clients: int, output_len: int) -> dict[str, Any]:
+    offline = offline_rate(settings, clients, output_len)
+    served = served_rate(settings, clients, output_len)
+    return {
+        "model": name,
+        "clients": clients,
+        "offline_tokens_per_s": round(offline),
+        "offline_step_ms": round(clients / offline * 1e3, 1),
+        "http_tokens_per_s": round(served),
+        "http_over_offline": round(served / offline, 2),
+        "overhead_us_per_token": round((1 / served - 1 / offline) * 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--layers", type=int, nargs="*", default=[4], help="depths of Qwen3-0.6B's shape")
+    args = parser.parse_args()
+    common = {"num_blocks": 2048, "prefix_caching": False, "max_num_seqs": args.clients}
+    rows = [row("bundled", common, args.clients, args.output_len)]
+    for layers in args.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            shape = {**SHAPES["dense"], "num_hidden_layers": layers}
+            (Path(folder) / "config.json").write_text(json.dumps(shape))
+            settings = {**common, "model": folder, "load_format": "random"}
+            rows.append(row(f"Qwen3-0.6B cut to {layers} layers", settings, args.clients, args.output_len))
+    keep("http-overhead", rows)
+
+
+if __name__ == "__main__":
+    main()
