@@ -135,6 +135,7 @@ class _Thinking:
     """Counts the tokens of one choice that lie between <think> and </think>. A model thinks once, and first."""
 
     def __init__(self, tokenizer: Tokenizer, reasoning: str) -> None:
+        self._tokenizer = tokenizer
         self._opens, self._closes = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
         self._inside = reasoning == "open"
         self._over = False
@@ -149,8 +150,10 @@ class _Thinking:
                 self._over = True
             elif self._inside:
                 counted += 1
+            elif token_id == self._opens:
+                self._inside = True
             else:
-                self._inside = token_id == self._opens
+                self._over = bool(self._tokenizer.token_bytes(token_id).strip())
         return counted
 
 

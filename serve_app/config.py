@@ -11,10 +11,11 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig, read_settings, setting
+from qwen3_dist.text.tool_calls import ToolCallForm
 
 BUNDLED_NAME = "qwen3-bundled"
 
@@ -54,6 +55,11 @@ class ServiceConfig:
     enable_thinking: bool | None = setting(
         None, "whether models that can think do where a request does not say; null: as their template has it"
     )
+    tool_calls: str = setting(
+        "auto",
+        "form of the model's tool calls: json as Qwen3's, xml as Qwen3-Coder's; auto is the chat template's",
+        ("auto", "json", "xml"),
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -88,6 +94,11 @@ class ServiceConfig:
                 f"target_ongoing_requests={self.target_ongoing_requests:g} is more than "
                 f"max_ongoing_requests={self.max_ongoing_requests}, so load could never add a replica"
             )
+
+    @property
+    def tool_call_form(self) -> ToolCallForm | None:
+        """The form of tool calls that was set; None if the chat template is to tell it."""
+        return None if self.tool_calls == "auto" else cast(ToolCallForm, self.tool_calls)
 
     @property
     def served_name(self) -> str:

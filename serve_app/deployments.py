@@ -61,7 +61,9 @@ class EngineReplica:
         logger.info("the engine is ready on %s", self._engine.backends)
         defaults = read_generation_defaults(self._engine.model_path)
         thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-        self._handler = RequestHandler(self._engine, config.served_name, defaults, thinking)
+        self._handler = RequestHandler(
+            self._engine, config.served_name, defaults, thinking, config.tool_call_form
+        )
 
     async def answer(self, request: GenerationRequest | TextRequest) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.

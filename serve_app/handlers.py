@@ -19,6 +19,7 @@ from typing import Any
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.tool_calls import ToolCallForm
 from serve_app.answers.base import Answer, Served
 from serve_app.choices import Choice, ChoiceDelta, Reading, join
 from serve_app.protocol.errors import to_json
@@ -46,7 +47,8 @@ class RequestHandler:
     """Answers parsed requests with one engine, under the name the model is served by; other names are adapters'.
 
     `defaults` are the sampling parameters the checkpoint recommends, `template_kwargs` what the service tells
-    the chat template where a request says nothing.
+    the chat template where a request says nothing, `tool_calls` the form of the model's tool calls, if the
+    template does not show it.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class RequestHandler:
         model_name: str,
         defaults: Mapping[str, Any],
         template_kwargs: Mapping[str, Any] | None = None,
+        tool_calls: ToolCallForm | None = None,
     ) -> None:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
         self._texts = Texts(
-            engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}
+            engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )
 
     async def respond(self, request: GenerationRequest | TextRequest) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -23,6 +22,8 @@ _QUESTIONS: tuple[tuple[str, bool, list[dict[str, Any]] | None], ...] = (
     ("What is the weather in Paris?", False, [_WEATHER]),
 )
 _MAX_TOKENS = 160
+# Parts of an answer, and what is printed ahead of each.
+_HEADINGS = {"thought": "[thinks] ", "answer": "\n[says] ", "name": "\n[calls] ", "arguments": " with "}
 
 
 def show_sample(out: TextIO, as_json: bool, url: str, model: str, api_key: str) -> None:
@@ -34,18 +35,23 @@ def show_sample(out: TextIO, as_json: bool, url: str, model: str, api_key: str) 
         if not as_json:
             offered = f"   [{tools[0]['function']['name']} is offered]" if tools else ""
             print(f"\n> {question}{offered}", file=out, flush=True)
-        answer = ""
-        for text in _ask(url, api_key, model, question, thinking, tools):
-            answer += text
-            if not as_json:
-                print(text, end="", file=out, flush=True)
-        call = _parsed_call(answer) if tools else None
+        shown = dict.fromkeys(_HEADINGS, "")
+        for part, text in _ask(url, api_key, model, question, thinking, tools):
+            if text and not as_json:
+                heading = "" if shown[part] else _HEADINGS[part]
+                print(
+                    (heading if any(shown.values()) else heading.lstrip()) + text,
+                    end="",
+                    file=out,
+                    flush=True,
+                )
+            shown[part] += text
+        call = {"name": shown["name"], "arguments": json.loads(shown["arguments"])} if shown["name"] else None
         if as_json:
-            event = {"event": "sample", "question": question, "answer": answer, "tool_call": call}
-            print(json.dumps(event), file=out, flush=True)
+            told = {"thought": shown["thought"], "answer": shown["answer"], "tool_call": call}
+            print(json.dumps({"event": "sample", "question": question, **told}), file=out, flush=True)
         else:
-            parsed = f"\n(parsed: {call['name']} with {call['arguments']})" if call else ""
-            print(parsed, file=out, flush=True)
+            print(file=out, flush=True)
     body = _body(model, *_QUESTIONS[0])
     curl = f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' "
     if api_key:
@@ -71,7 +77,8 @@ def _body(model: str, question: str, thinking: bool, tools: list[dict[str, Any]]
 
 def _ask(
     url: str, api_key: str, model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
+    """Pieces of the answer, each with what it is a part of."""
     from openai import OpenAI
 
     body = _body(model, question, thinking, tools)
@@ -79,14 +86,8 @@ def _ask(
     with OpenAI(base_url=f"{url}/v1", api_key=api_key or "none") as client:
         for chunk in client.chat.completions.create(**body, extra_body=extra):
             for choice in chunk.choices:
-                yield choice.delta.content or ""
-
-
-def _parsed_call(answer: str) -> dict[str, Any] | None:
-    """The first tool call of `answer` in Qwen3's JSON form, or None."""
-    found = re.search(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", answer, re.DOTALL)
-    try:
-        call = json.loads(found[1]) if found else None
-    except ValueError:
-        return None
-    return call if isinstance(call, dict) and {"name", "arguments"} <= call.keys() else None
+                yield "thought", getattr(choice.delta, "reasoning", None) or ""
+                yield "answer", choice.delta.content or ""
+                for call in choice.delta.tool_calls or []:
+                    yield "name", call.function.name or ""
+                    yield "arguments", call.function.arguments or ""

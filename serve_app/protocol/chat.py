@@ -7,8 +7,12 @@ from typing import Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS
+from qwen3_dist.text.output_parser import AnswerParser
+from qwen3_dist.text.reasoning import Reasoning, reasoning_state
+from qwen3_dist.text.tool_calls import ToolCalls, tool_call_form
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.chat import ChatAnswer
+from serve_app.choices import Reading
 from serve_app.protocol.conversation import (
     MESSAGES,
     TOOL_CHOICE,
@@ -73,9 +77,29 @@ class ChatRequest(GenerationRequest):
             raise RequestError(
                 f"this model has no {lacks}, so it cannot chat; use /v1/completions", param="messages"
             )
-        variables = {**texts.template_kwargs, **self.template_kwargs}
-        rendered = texts.template.render(self.messages, self.tools or None, **variables)
+        rendered = texts.template.render(self.messages, self.tools or None, **self.variables(texts))
         return [texts.prompt(rendered, "messages")]
+
+    def variables(self, texts: Texts) -> Json:
+        """What the template is told beside messages and tools."""
+        return {**texts.template_kwargs, **self.template_kwargs}
+
+    def reading(self, texts: Texts, prompt: Prompt) -> Reading:
+        """Thoughts and tool calls are told from text, as far as the prompt and its template allow them."""
+        assert texts.template is not None and prompt.text is not None
+        source = texts.template.source(bool(self.tools))
+        state = reasoning_state(prompt.text, source, self.variables(texts))
+        form = (texts.tool_calls or tool_call_form(source)) if self.tools else None
+
+        def new_parser() -> AnswerParser:
+            return AnswerParser(Reasoning(state), ToolCalls(form, self.tools) if form else None)
+
+        return Reading(
+            state,
+            new_parser,
+            calls_end_it=self.named_tool is None,
+            most_calls=None if self.parallel_tool_calls else 1,
+        )
 
     def answer(self, served: Served) -> Answer:
         last = self.messages[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.sampling_params import SamplingParams
@@ -29,7 +29,7 @@ from serve_app.protocol.kinds import (
     number,
     one_of,
 )
-from serve_app.protocol.prompts import Prompt, Texts
+from serve_app.protocol.prompts import Texts
 from serve_app.protocol.sampling import SAMPLING, STOP_STRINGS
 from serve_app.protocol.tokens import TextRequest
 
@@ -153,10 +153,9 @@ class MessagesRequest(ChatRequest):
 
     max_tokens: int = 1
 
-    def prompts(self, texts: Texts) -> list[Prompt]:
-        """Those of a client that asks for no thinking and reads text alone, if the service says nothing else."""
-        variables = {"enable_thinking": False, **texts.template_kwargs}
-        return super().prompts(replace(texts, template_kwargs=variables))
+    def variables(self, texts: Texts) -> Json:
+        """The model does not think unless the client or the service says so: clients need not expect thoughts."""
+        return {"enable_thinking": False, **super().variables(texts)}
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return super().params({**defaults, "max_tokens": self.max_tokens})

@@ -9,6 +9,7 @@ from typing import Any
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.text.tool_calls import ToolCallForm
 
 # Normalisation makes at most one character of so many.
 _COMPOSED = 4
@@ -27,12 +28,14 @@ class Texts:
     """What makes prompts of words: the checkpoint's tokenizer and template, if it has them.
 
     `template_kwargs` are the service's defaults; `max_model_len` tokens are the most of prompt and output.
+    `tool_calls` is the form in which the model calls tools, where that is not to be seen from the template.
     """
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     max_model_len: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tool_calls: ToolCallForm | None = None
 
     def prompt(self, text: str, name: str) -> Prompt:
         """`text` as token ids. Raises RequestError (param `name`) where it cannot be tokenized.

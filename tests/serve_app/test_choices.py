@@ -88,7 +88,9 @@ def test_of_more_calls_than_wanted_the_choice_ends_with_the_last_wanted(tokenize
     [
         ("none", WORDS, ""),
         ("optional", WORDS, "a b c"),
+        ("optional", f"\n{WORDS}", "a b c"),
         ("optional", "the sea", ""),
+        ("optional", f"the sea {WORDS}", ""),
         ("open", "a b c</think>the sea <think> again </think>", "a b c"),
         ("open", "a b c", "a b c"),
     ],

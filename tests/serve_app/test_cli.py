@@ -149,7 +149,7 @@ def test_serve_shows_a_greeting_a_worked_sum_and_a_tool_call_and_leaves_nothing_
     assert ready["event"] == "ready" and ready["url"] == f"http://127.0.0.1:{port}/v1"
     assert {event["event"] for event in (greeting, worked_sum, call)} == {"sample"}
     assert greeting["answer"].startswith("Hello")
-    assert worked_sum["answer"].startswith("<think>") and worked_sum["answer"].endswith("47 + 38 = 85")
+    assert worked_sum["thought"].startswith("47 + 38") and worked_sum["answer"] == "47 + 38 = 85"
     assert call["tool_call"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
     assert repeat["event"] == "repeat" and f":{port}/v1/chat" in repeat["curl"]
     wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,3 +143,77 @@ def test_the_openapi_page_is_served(http: httpx.Client) -> None:
     page = http.get("/openapi.json").json()
     assert {"/v1/messages", "/v1/responses", "/tokenize", "/v1/chat/completions"} <= page["paths"].keys()
     assert http.get("/docs").status_code == 200
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+WEATHER: Any = {"name": "get_weather", "description": "Weather of a city", "input_schema": CITY}
+FUNCTION: Any = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "parameters": CITY,
+}
+ASKED: dict[str, Any] = {"role": "user", "content": "What is the weather in Paris?"}
+
+
+def test_an_agent_calls_a_tool_and_goes_on_with_its_result(claude: anthropic.Anthropic, model: str) -> None:
+    request: dict[str, Any] = {
+        **MESSAGE,
+        "max_tokens": 160,
+        "model": model,
+        "tools": [WEATHER],
+        "messages": [ASKED],
+    }
+    whole = claude.messages.create(**request)
+    with claude.messages.stream(**request) as stream:
+        streamed = stream.get_final_message()
+    for message in (whole, streamed):
+        (call,) = [block for block in message.content if block.type == "tool_use"]
+        assert (call.name, call.input, message.stop_reason) == ("get_weather", {"city": "Paris"}, "tool_use")
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "18 °C and sunny"}
+    turns = [ASKED, {"role": "assistant", "content": streamed.content}, {"role": "user", "content": [result]}]
+    assert text_of(claude.messages.create(**{**request, "messages": turns}))
+
+
+def test_thinking_is_a_block_of_its_own_where_it_is_asked_for(
+    claude: anthropic.Anthropic, model: str
+) -> None:
+    question = [{"role": "user", "content": "What is 47 + 38?"}]
+    request: dict[str, Any] = {**MESSAGE, "max_tokens": 160, "model": model, "messages": question}
+    quiet = claude.messages.create(**request)
+    assert [block.type for block in quiet.content] == ["text"] and "85" in text_of(quiet)
+    with claude.messages.stream(thinking={"type": "adaptive"}, **request) as stream:
+        thought = stream.get_final_message()
+    assert [block.type for block in thought.content] == ["thinking", "text"] and "85" in text_of(thought)
+    assert "<think>" not in text_of(thought)
+
+
+def test_a_response_calls_a_function_and_goes_on_with_its_output(client: openai.OpenAI, model: str) -> None:
+    request: dict[str, Any] = {
+        **RESPONSE,
+        "max_output_tokens": 160,
+        "model": model,
+        "tools": [FUNCTION],
+        "input": [ASKED],
+    }
+    whole = client.responses.create(**request)
+    with client.responses.stream(**request) as stream:
+        streamed = stream.get_final_response()
+    for response in (whole, streamed):
+        (call,) = [item for item in response.output if item.type == "function_call"]
+        assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+    output = {"type": "function_call_output", "call_id": call.call_id, "output": "18 °C and sunny"}
+    assert client.responses.create(**{**request, "input": [ASKED, *streamed.output, output]}).output_text
+
+
+def test_reasoning_is_an_item_of_its_own(client: openai.OpenAI, model: str) -> None:
+    request: dict[str, Any] = {
+        **RESPONSE,
+        "max_output_tokens": 160,
+        "input": "What is 47 + 38?",
+        "reasoning": {"effort": "high"},
+    }
+    response = client.responses.create(model=model, **request)
+    assert [item.type for item in response.output] == ["reasoning", "message"]
+    assert "85" in response.output_text
+    assert response.usage and response.usage.output_tokens_details.reasoning_tokens > 0
