@@ -100,7 +100,7 @@ class LLM:
             token_ids = tokenizer.encode(prompt)
         else:
             token_ids = list(prompt)
-        self._engine.check_prompt(token_ids)
+        self._engine.check_prompt(token_ids, params)
         self.config.lora.number(lora)
         setup = self._engine.prepare(params)
         return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer, lora, setup)
@@ -171,12 +171,15 @@ class _Job:
         self._choices = [_Choice(tokenizer, params) for _ in range(params.n)]
         self._reported = False
         self._num_cached_tokens = 0
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
 
     def take(self, deltas: Iterable[TokenDelta]) -> list[int]:
         """Adds what a step gave; returns the choices that a stop string has ended."""
         stopped = []
         for delta in deltas:
             self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+            if delta.prompt_logprobs is not None:
+                self._prompt_logprobs = list(delta.prompt_logprobs)
             if self._choices[delta.index].take(delta):
                 stopped.append(delta.index)
         return stopped
@@ -194,7 +197,9 @@ class _Job:
             text = choice.stream.text if choice.stream is not None else None
             logprobs = choice.logprobs or (None if self.params.logprobs is None else [])
             outputs.append(CompletionOutput(index, choice.token_ids, text, choice.finish_reason, logprobs))
-        return RequestOutput(self.prompt, self.prompt_token_ids, outputs, self._num_cached_tokens)
+        return RequestOutput(
+            self.prompt, self.prompt_token_ids, outputs, self._num_cached_tokens, self._prompt_logprobs
+        )
 
 
 def _for_each(batch: list[Prompt], given: Any, what: str) -> list[Any]:

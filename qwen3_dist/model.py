@@ -55,6 +55,12 @@ class Qwen3Model(nn.Module):
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
         """Logits [L, vocab_size] of `batch.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
+        x = self.hidden(batch, cache)
+        return None if x is None else self.logits(x[batch.logits_rows])
+
+    def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
+        """What the last block makes of the step's tokens [T, D], on the ranks of the last stage; None on others, and
+        where there are no tokens."""
         tokens, stage = batch.token_ids.shape[0], self.parallel.pipeline
         if not tokens:
             self._take_part(batch)
@@ -69,7 +75,11 @@ class Qwen3Model(nn.Module):
         if not stage.is_last:
             stage.send(x)
             return None
-        return self.out_head(self.final_norm(x[batch.logits_rows]))
+        return x
+
+    def logits(self, x: Tensor) -> Tensor | None:
+        """Rows of `hidden` [L, D] -> [L, vocab_size] on tp rank 0, None on others. All ranks of the stage call it."""
+        return self.out_head(self.final_norm(x))
 
     def _take_part(self, batch: StepBatch) -> None:
         """What a dp group without tokens does: its ranks' share of the experts' work for the others."""

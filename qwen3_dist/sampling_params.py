@@ -45,7 +45,8 @@ class SamplingParams:
     """Sampling and stopping rules of one request (names and meanings as in vLLM and OpenAI).
 
     `temperature=0` is greedy. `top_k=0` or `-1`, `top_p=1` and `min_p=0` keep every token. `max_tokens=None`
-    generates up to the context length; before `min_tokens` neither EOS nor a stop token or string ends it.
+    generates up to the context length, 0 nothing, for the sake of `prompt_logprobs`; before `min_tokens`
+    neither EOS nor a stop token or string ends it.
     `logprobs=K` returns the chosen token's log-probability and the K likeliest (0 <= K <= 20), taken from
     the raw logits before penalties, temperature and filters; `prompt_logprobs=K` those of the prompt's
     tokens; `logprob_token_ids` adds those of given tokens. A `seed` makes each token depend on
@@ -87,7 +88,7 @@ class SamplingParams:
         integer, number = "an integer from {} to {}", "a number from {} to {}"
         self._check("n", _is_int(self.n, 1, 128), integer.format(1, 128))
         self._check(
-            "max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 1), "an integer of at least 1"
+            "max_tokens", self.max_tokens is None or _is_int(self.max_tokens, 0), "an integer of at least 0"
         )
         self._check("temperature", _is_number(self.temperature, 0, 2), number.format(0, 2))
         above_0 = "a number above 0 and at most {}"

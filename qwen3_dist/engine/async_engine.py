@@ -79,7 +79,7 @@ class AsyncEngine:
         within a step.
         """
         self.check_health()
-        self._engine.check_prompt(prompt_token_ids)
+        self._engine.check_prompt(prompt_token_ids, params)
         self.config.lora.number(lora)
         prepare = self._engine.prepare
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)

@@ -21,6 +21,7 @@ from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.executor import Executor, make_executor
+from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
@@ -31,6 +32,7 @@ from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 
+PROMPT_ONLY = SamplingParams(max_tokens=0)
 Outputs = dict[str, list[TokenDelta]]  # by request id, what one step added
 
 
@@ -107,13 +109,14 @@ class Engine:
         priority: int = 0,
         lora: str | None = None,
         setup: SamplingSetup | None = None,
+        pooling: PoolingParams | None = None,
     ) -> None:
         """Queues a request; a lower `priority` goes first, and the adapter `lora` computes it. `setup` is what
-        `prepare` made of `params`.
+        `prepare` made of `params`. With `pooling` it gives a vector; `params` are then `PROMPT_ONLY`.
 
         Raises RequestError, changing nothing, for a prompt that cannot be run.
         """
-        room = self.check_prompt(prompt_token_ids)
+        room = self.check_prompt(prompt_token_ids, params)
         adapter = self.config.lora.number(lora)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -131,7 +134,7 @@ class Engine:
                 max_tokens,
                 priority,
             )
-            sequence.setup = setup
+            sequence.setup, sequence.pooling = setup, pooling
             sequence.adapter, sequence.cache_salt = adapter, (lora or "").encode()
             self._next_seq_id += 1
             sequences.append(sequence)
@@ -142,14 +145,15 @@ class Engine:
             group.add(sequence)
         self._requests[request_id] = _Request(group, sequences)
 
-    def check_prompt(self, prompt_token_ids: list[int]) -> int:
+    def check_prompt(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
         """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long."""
         if not prompt_token_ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        if len(prompt_token_ids) >= self.max_model_len:
+        generates = params.max_tokens != 0
+        if len(prompt_token_ids) + generates > self.max_model_len:
             raise RequestError(
-                f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}, "
-                "the output included; shorten the prompt",
+                f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}"
+                f"{', the output included' if generates else ''}; shorten the prompt",
                 param="prompt",
             )
         vocab_size = self.model_config.vocab_size
@@ -233,7 +237,14 @@ class Engine:
         for sequence, token_ids, logprobs in advanced:
             cached = sequence.num_cached or 0
             delta = TokenDelta(
-                sequence.index, token_ids, logprobs, sequence.finish_reason, cached, error=sequence.error
+                sequence.index,
+                token_ids,
+                logprobs,
+                sequence.finish_reason,
+                cached,
+                sequence.take_prompt_logprobs(),
+                sequence.error,
+                sequence.vector,
             )
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, replace
 
 
@@ -26,7 +27,8 @@ class TokenDelta:
     found in the prefix cache.
 
     The first delta of choice 0 holds `prompt_logprobs` where they were asked for: an entry for each token of
-    the prompt, None for the first.
+    the prompt, None for the first. With max_tokens=0 a choice has one delta, without tokens; an embedding has
+    one too, whose `vector` it is.
     """
 
     index: int
@@ -36,6 +38,7 @@ class TokenDelta:
     num_cached_tokens: int = 0
     prompt_logprobs: PromptLogprobs | None = None
     error: str | None = None
+    vector: array[float] | None = None
 
     def first(self, count: int) -> TokenDelta:
         """The same with the first `count` tokens alone, the others being after a stop string."""
@@ -57,12 +60,16 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One finished request. `token_ids`, `text`, ... are those of its first choice."""
+    """One finished request. `token_ids`, `text`, ... are those of its first choice.
+
+    `prompt_logprobs`, where they were asked for, has an entry for each token of the prompt, None for the first.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     @property
     def token_ids(self) -> list[int]:

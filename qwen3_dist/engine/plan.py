@@ -7,11 +7,13 @@ one is pickled every step and they pickle several times faster than dataclasses.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.pooling_params import PoolingParams
 
 LAST_SAMPLED = -1  # in place of a token id: the token last sampled for the sequence's slot
 
@@ -30,14 +32,27 @@ class SampleSpec(NamedTuple):
     logprobs: int | None
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities that a step is to give of a prompt: in each of its rows from `first` on that of the token
+    that follows (`targets`), and the `top` likeliest."""
+
+    first: int
+    targets: tuple[int, ...]
+    top: int
+
+
+Reading: TypeAlias = "tuple[TokenLogprob, ...] | array[float]"  # of each target, or a vector in fp32
+
+
 class SequenceStep(NamedTuple):
     """One sequence's part of a step: compute `token_ids`, the first of them at position `start`.
 
     `block_table` covers the sequence up to the last of them. `sample` is None while a prompt is only
-    partly computed. `slot` is the sequence's place among the running ones, its own while it runs.
-    `adapter` is the one that its tokens are computed with, counted from 1; 0 is none.
+    partly computed, and where nothing is to be generated. `slot` is the sequence's place among the running
+    ones, its own while it runs. `adapter` is the one that its tokens are computed with, counted from 1; 0 is none.
     The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
     `setup` comes with the first step after each admission of a sequence that is not plain.
+    `reading` is what else is wanted of a prompt: its log-probabilities, or with its last token a vector.
     """
 
     seq_id: int
@@ -49,6 +64,7 @@ class SequenceStep(NamedTuple):
     num_drafted: int = 0
     adapter: int = 0
     setup: SamplingSetup | None = None
+    reading: PromptScores | PoolingParams | None = None
 
     @property
     def draws(self) -> list[SampleSpec]:
@@ -107,10 +123,12 @@ class StepResult(NamedTuple):
     """The sampled tokens, 1 + `num_drafted` of every sequence of the plan that has a `sample`, in its order.
 
     Of a sequence's tokens the first is its next one, and another one counts while the guess in front of it
-    equals the one before. `errors` say of a row why its sequence cannot go on.
+    equals the one before. `errors` say of a row why its sequence cannot go on. `readings` are those of every
+    sequence that has a `reading`, in the plan's order.
     """
 
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     errors: tuple[tuple[int, str], ...] = ()
+    readings: tuple[Reading, ...] = ()

@@ -17,6 +17,7 @@ from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.engine.grammar_matcher import Grammars, Matcher
 from qwen3_dist.engine.plan import LAST_SAMPLED, SequenceStep, StepPlan, StepResult
+from qwen3_dist.engine.readings import Readings
 from qwen3_dist.engine.sampler import SampledLogprobs
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import Sampled, SamplingState
@@ -64,21 +65,30 @@ class ModelRunner:
         batch = make_batch(computed, self.block_size, self._device, self._last_sampled)
         if uses_all_to_all(self._dispatch, sum(plan.group_tokens), self._parallel.layout.stage_size):
             batch = replace(batch, all_to_all=True)
+        readings = None
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
         else:
-            logits = self.model(batch, self._cache)
+            hidden = self.model.hidden(batch, self._cache)
+            logits = None if hidden is None else self.model.logits(hidden[batch.logits_rows])
+            if hidden is not None and any(part.reading is not None for part in plan.sequences):
+                readings = Readings(self.model, hidden, plan.sequences)
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
+        drawn = self._draw(plan, logits)
+        return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn, readings)
+
+    def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
+        """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""
         if self._tp.rank == 0:
             self._state.admit(plan.sequences)
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
-            return StepOutput.empty(plan.step) if self._tp.rank == 0 else None
+            return Sampled(self._last_sampled.new_empty(0), [])
         drawn = self._state.sample(logits, sampled) if logits is not None else None
         blank = self._last_sampled.new_zeros(sum(1 + part.num_drafted for part in sampled))
         self._keep_last(sampled, self._tp.broadcast(blank if drawn is None else drawn.tokens))
-        return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn)
+        return drawn
 
     def _keep_last(self, sampled: list[SequenceStep], tokens: Tensor) -> None:
         """Keeps what sequences without guesses got; one with guesses is planned again when that is known."""
@@ -143,10 +153,11 @@ class ModelRunner:
 
 
 class StepOutput:
-    """A launched step's tokens, on their way to the host."""
+    """A launched step's tokens and readings, on their way to the host."""
 
-    def __init__(self, step: int, logits: Tensor, sampled: Sampled) -> None:
+    def __init__(self, step: int, logits: Tensor, sampled: Sampled, readings: Readings | None) -> None:
         self._step = step
+        self._readings = readings
         self._tokens = sampled.tokens.to("cpu", non_blocking=True)
         self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
         self._errors = tuple(sampled.errors.items())
@@ -154,16 +165,13 @@ class StepOutput:
         if self._done is not None:
             self._done.record()
 
-    @classmethod
-    def empty(cls, step: int) -> StepOutput:
-        """The output of a step that samples nothing."""
-        return cls(step, torch.empty(0, 0), Sampled(torch.empty(0, dtype=torch.int64), []))
-
     def result(self) -> StepResult:
         """Waits for the device."""
         if self._done is not None:
             self._done.synchronize()
-        return StepResult(self._step, tuple(self._tokens.tolist()), self._logprobs.on_host(), self._errors)
+        readings = self._readings.on_host() if self._readings is not None else ()
+        tokens = tuple(self._tokens.tolist())
+        return StepResult(self._step, tokens, self._logprobs.on_host(), self._errors, readings)
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> StepBatch:

@@ -106,7 +106,8 @@ class Scheduler:
         return others - self.blocks.cached_tokens(sequence)
 
     def add(self, sequence: Sequence) -> None:
-        assert len(sequence.token_ids) < self.blocks.capacity_tokens, "the engine refuses what cannot fit"
+        needed = len(sequence.token_ids) + min(1, sequence.max_tokens)
+        assert needed <= self.blocks.capacity_tokens, "the engine refuses what cannot fit"
         if self._limits.speculation is not None and sequence.params.is_plain:
             sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
@@ -154,16 +155,22 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[Advance]:
         """Takes a step's tokens in; returns what each sequence got, finished ones taken out."""
         advanced = []
-        errors = dict(result.errors)
+        errors, readings = dict(result.errors), iter(result.readings)
         row = 0
         for step in plan.sequences:
+            reading = None if step.reading is None else next(readings)
+            sequence = self._by_id.get(step.seq_id)  # None if it ended while the step ran
+            if sequence is not None and reading is not None:
+                sequence.take_reading(reading)
             if step.sample is None:
+                if sequence is not None and sequence.ends_without_token(step.start + len(step.token_ids)):
+                    self.finish(sequence, "length")
+                    advanced.append(Advance(sequence, (), ()))
                 continue
             error = errors.get(row)
             rows, row = slice(row, row + 1 + step.num_drafted), row + 1 + step.num_drafted
-            sequence = self._by_id.get(step.seq_id)
             if sequence is None:
-                continue  # it ended while the step ran
+                continue
             kept = self._keep(sequence, step, result.token_ids[rows])
             if error is not None:
                 sequence.error, sequence.finish_reason = error, "error"
@@ -288,10 +295,12 @@ class Scheduler:
         sample = None
         if end == sequence.num_tokens:
             params = sequence.params
-            sample = SampleSpec(
-                params.temperature, params.top_p, params.top_k, sequence.seed, end, params.logprobs
-            )
+            if sequence.max_tokens:
+                sample = SampleSpec(
+                    params.temperature, params.top_p, params.top_k, sequence.seed, end, params.logprobs
+                )
             sequence.num_pending += 1
+        reading = sequence.next_reading(start, end)
         sequence.num_computed = end
         self.blocks.register(sequence)
         table = tuple(sequence.block_table)
@@ -306,6 +315,7 @@ class Scheduler:
             sample,
             adapter=sequence.adapter,
             setup=setup,
+            reading=reading,
         )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.drafts import Drafter
+from qwen3_dist.engine.outputs import PromptLogprobs, TokenLogprob
+from qwen3_dist.engine.plan import PromptScores, Reading
 from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.sampling_params import SamplingParams
 
 
@@ -16,6 +20,9 @@ class Sequence:
     Steps are planned before the ones before them have answered, so a sequence may be longer than its
     known tokens: `num_pending` sampled tokens are on their way, and `num_computed` counts what every step
     planned so far will have computed. A fresh or preempted sequence has no blocks and `num_computed == 0`.
+
+    With `max_tokens == 0` its prompt alone is computed, and what is pending after it is the end, no token. Such
+    is a sequence with `pooling`, which gives a `vector`.
     """
 
     seq_id: int
@@ -29,6 +36,7 @@ class Sequence:
     adapter: int = 0  # what plans call the LoRA adapter; 0 is none
     cache_salt: bytes = b""  # of sequences whose KV is not that of others with the same tokens
     setup: SamplingSetup | None = None  # of a sequence that is not plain
+    pooling: PoolingParams | None = None
     prompt_len: int = field(init=False)
     arrival: int = 0  # steps the scheduler had planned when the sequence came
     is_set_up: bool = False  # whether a plan since its admission carried the setup
@@ -43,9 +51,16 @@ class Sequence:
     num_registered: int = 0  # leading blocks that are in the prefix cache's index
     finish_reason: str | None = None
     error: str | None = None  # why it could not go on
+    num_scored: int = field(init=False)  # leading tokens of which no later step must give log-probabilities
+    vector: array[float] | None = None
+    _scores: list[TokenLogprob] = field(default_factory=list)
+    _scores_taken: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
+        # The choices of a prompt have its log-probabilities in common.
+        scores = self.params.prompt_logprobs is not None and self.index == 0
+        self.num_scored = 0 if scores else self.prompt_len
 
     @property
     def is_running(self) -> bool:
@@ -72,9 +87,44 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens that no step planned so far computes; 0 once its last output token is on its way."""
         num_tokens = len(self.token_ids) + self.num_pending  # several times a step: no property of a property
-        if num_tokens - self.prompt_len >= self.max_tokens:
+        if num_tokens - self.prompt_len >= (self.max_tokens or 1):
             return 0
         return num_tokens - self.num_computed
+
+    def ends_without_token(self, end: int) -> bool:
+        """Whether nothing is wanted of it after a step that computes its tokens up to `end`."""
+        return self.max_tokens == 0 and end == self.prompt_len
+
+    @property
+    def num_findable(self) -> int:
+        """Leading tokens whose KV, if it is there already, spares computing them."""
+        return self.num_scored if self.num_scored < self.prompt_len else len(self.token_ids)
+
+    def next_reading(self, start: int, end: int) -> PromptScores | PoolingParams | None:
+        """What a step that computes the tokens from `start` to `end` must read of the prompt; asked once each."""
+        if self.pooling is not None:
+            return self.pooling if end == self.prompt_len else None
+        first, last = max(start, self.num_scored), min(end, self.prompt_len - 1)
+        top = self.params.prompt_logprobs
+        if self.num_scored < self.prompt_len:
+            self.num_scored = self.prompt_len if end >= self.prompt_len else max(self.num_scored, end)
+        if first >= last or top is None:
+            return None
+        return PromptScores(first - start, tuple(self.token_ids[first + 1 : last + 1]), top)
+
+    def take_reading(self, reading: Reading) -> None:
+        """Keeps what a step read."""
+        if isinstance(reading, array):
+            self.vector = reading
+        else:
+            self._scores.extend(reading)
+
+    def take_prompt_logprobs(self) -> PromptLogprobs | None:
+        """Log-probabilities of the prompt, once, after the step that ended it."""
+        if self.params.prompt_logprobs is None or self.index or self._scores_taken:
+            return None
+        self._scores_taken = True
+        return (None, *self._scores)
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""

@@ -52,7 +52,7 @@ def test_a_setting_that_cannot_be_used_is_named(values: dict[str, object], sente
         ({"top_p": 1.1}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"n": 0}, "n"),
         ({"seed": 2**64}, "seed"),

@@ -270,3 +270,26 @@ def test_echo_shows_the_prompt_ahead_of_each_choice(engine: AsyncEngine, stream:
         texts = [choice["text"] for choice in respond(engine, **fields)["choices"]]
     prompts = ["the sea", "the sea", "a fox", "a fox"]
     assert texts == [prompt + choice["text"] for prompt, choice in zip(prompts, plain, strict=True)]
+
+
+def test_a_text_is_scored_without_generating_anything(engine: AsyncEngine) -> None:
+    fields: dict[str, Any] = {"prompt": ["the sea is blue", [5, 6]], "echo": True, "logprobs": 2}
+    answer = respond(engine, **fields, max_tokens=0)
+    assert answer["usage"]["completion_tokens"] == 0
+    for choice, longer in zip(
+        answer["choices"], respond(engine, **fields, max_tokens=3)["choices"], strict=True
+    ):
+        columns = choice["logprobs"]
+        assert choice["finish_reason"] == "length" and longer["text"].startswith(choice["text"])
+        assert columns["token_logprobs"][0] is None
+        assert all(value < 0 for value in columns["token_logprobs"][1:])
+        assert all(len(top) == 2 for top in columns["top_logprobs"][1:])
+        for name in ("tokens", "token_logprobs", "text_offset"):
+            assert longer["logprobs"][name][: len(columns["tokens"])] == pytest.approx(columns[name])
+    assert answer["choices"][0]["text"] == "the sea is blue"
+
+
+def test_scores_of_a_prompt_come_once_for_all_its_choices(engine: AsyncEngine) -> None:
+    [choice, other] = respond(engine, prompt_logprobs=1, n=2, max_tokens=2)["choices"]
+    assert choice["prompt_logprobs"] == other["prompt_logprobs"]
+    assert choice["prompt_logprobs"][0] is None and "6" in choice["prompt_logprobs"][1]
