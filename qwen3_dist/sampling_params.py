@@ -39,6 +39,13 @@ class StructuredOutputs:
                 param="structured_outputs",
             )
 
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema, if it is an object; None for other forms."""
+        return (
+            {"type": "object"} if self.json_object else self.json if isinstance(self.json, Mapping) else None
+        )
+
 
 @dataclass(frozen=True)
 class SamplingParams:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from qwen3_dist.engine.outputs import PromptLogprobs, TokenDelta, TokenLogprob
-from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.text.detokenizer import TextStream
 from qwen3_dist.text.parsed import OutputParser, Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
@@ -40,11 +40,13 @@ class Reading:
     """How the text of a choice is read: where thinking stands at its start (as SamplingParams has it), a parser
     of its own for each choice, and what its tool calls mean for its end.
 
+    `form` is what calls make of the form that the text must have; None leaves it to the request's parameters.
     `calls_end_it`: finishing with a tool call is the finish reason "tool_calls", not "stop". Of more than
     `most_calls` calls the choice ends with the last that is shown.
     """
 
     reasoning: str = "none"
+    form: StructuredOutputs | None = None
     new_parser: Callable[[], OutputParser] | None = None
     calls_end_it: bool = True
     most_calls: int | None = None

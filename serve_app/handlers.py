@@ -24,7 +24,7 @@ from serve_app.answers.base import Answer, Served
 from serve_app.choices import Choice, ChoiceDelta, Reading, join
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest
-from serve_app.protocol.prompts import Texts
+from serve_app.protocol.prompts import Prompt, Texts
 from serve_app.protocol.tokens import TextRequest
 
 logger = logging.getLogger("ray.serve")
@@ -35,6 +35,7 @@ Steps = AsyncGenerator[list[ChoiceDelta], None]
 class _Job:
     """A request as the engine takes it, and the form its answer takes."""
 
+    request: GenerationRequest
     prompts: list[list[int]]
     params: SamplingParams
     priority: int
@@ -121,14 +122,19 @@ class RequestHandler:
             )
         name = request.model or self._model_name
         lora = name if name != self._model_name else None
-        prompts = await asyncio.to_thread(request.prompts, self._texts)
+        prompts, reading = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         answer = request.answer(Served(name, self._engine.tokenizer, prompts, params.n))
-        reading = request.reading(self._texts, prompts[0])
-        params = dataclasses.replace(params, reasoning=reading.reasoning)
+        form = reading.form or params.structured_outputs
+        params = dataclasses.replace(params, reasoning=reading.reasoning, structured_outputs=form)
         token_ids = [prompt.token_ids for prompt in prompts]
-        return _Job(token_ids, params, request.priority, lora, reading, answer)
+        return _Job(request, token_ids, params, request.priority, lora, reading, answer)
+
+    def _read(self, request: GenerationRequest) -> tuple[list[Prompt], Reading]:
+        """Its prompts, and how what follows them is to be read. May take a while."""
+        prompts = request.prompts(self._texts)
+        return prompts, request.reading(self._texts, prompts[0])
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
@@ -145,9 +151,12 @@ class RequestHandler:
         n = job.params.n
         streams = [self._prompt_steps(job, prompt, p * n) for p, prompt in enumerate(job.prompts)]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
-        async with aclosing(merged):
-            async for step in merged:
-                yield step
+        try:
+            async with aclosing(merged):
+                async for step in merged:
+                    yield step
+        except RequestError as error:
+            raise job.request.renamed(error) from None
 
     async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""

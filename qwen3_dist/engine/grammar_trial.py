@@ -25,7 +25,7 @@ _STACK = 1 << 20  # bytes; ranks follow grammars on stacks of eight times that
 _STEPS = 64
 
 # What printers of JSON write: a model that is unsure must not fill its answer with blanks.
-_WHITESPACE = r"\x20|\n[\x20\t]{0,64}"
+WHITESPACE = r"\x20|\n[\x20\t]{0,64}"
 _NUMBERED_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*|(<\[)')
 
 
@@ -53,7 +53,7 @@ def _grammar(kind: str, source: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if kind == "json":
-        overrides: Any = {"whitespace_pattern": _WHITESPACE} if source.lstrip().startswith("{") else None
+        overrides: Any = {"whitespace_pattern": WHITESPACE} if source.lstrip().startswith("{") else None
         return LLMatcher.grammar_from_json_schema(source, overrides=overrides)
     if kind == "regex":
         digits_are_ascii = regex_to_lark(source, "d")

@@ -1,4 +1,4 @@
-"""Grammars that make a model call one of the tools it is offered, in the form in which it was trained to call.
+"""Grammars that hold a model to calls of the tools it is offered, in the form in which it was trained to call.
 
 json  <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>                       (Qwen3)
 xml   <tool_call>\\n<function=f>\\n<parameter=p>\\n...\\n</parameter>\\n</function>\\n</tool_call>   (Qwen3-Coder)
@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3_dist.engine.grammar_trial import WHITESPACE
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
@@ -17,25 +18,37 @@ Json = Mapping[str, Any]
 _ANY_OBJECT: Json = {"type": "object"}
 _XML_END = "\n</parameter>\n"
 _ANY_TEXT = r"/(?s:.*)\n<\/parameter>\n/"  # and the lines that end it
-# As models were trained to write it.
-_SPACING = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+_TEXT_WITHOUT_CALLS = r"/(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
 
 
 def tool_call_grammar(
-    tools: Sequence[Json], named: str | None = None, parallel: bool = True, form: str = "json"
+    tools: Sequence[Json],
+    named: str | None = None,
+    parallel: bool = True,
+    form: str = "json",
+    otherwise: Json | None = None,
+    text: bool = False,
 ) -> StructuredOutputs:
     """The form of an answer that calls some of `tools` (OpenAI's objects), or the one that is `named`.
 
     Without `parallel` there is exactly one call. The arguments follow the tool's schema, any object where it
-    has none; in the xml form texts are held to `enum` and `const` alone. Raises RequestError (param "tools") for
-    a schema that is none.
+    has none; in the xml form texts are held to `enum` and `const` alone. The answer may be JSON of the schema
+    `otherwise` in place of calls, where that is given; with `text` any text may stand ahead of calls or alone.
+    Raises RequestError (param "tools") for a schema that is none.
     """
     functions = [tool["function"] for tool in tools if named in (None, tool["function"]["name"])]
     bodies = " | ".join(f"f{i}" for i in range(len(functions)))
     rules = [
-        'start: call ("\\n" call)*' if parallel else "start: call",
+        "start: calls",
+        'calls: call ("\\n" call)*' if parallel else "calls: call",
         f'call: <tool_call> "\\n" ({bodies}) "\\n" </tool_call>',
     ]
+    if text:
+        rules[0] = f"start: TEXT? calls?\nTEXT: {_TEXT_WITHOUT_CALLS}"
+    elif otherwise is not None:
+        rules[0] = (
+            f"start: calls | otherwise\notherwise: %json {_spaced(otherwise, whitespace_pattern=WHITESPACE)}"
+        )
     for index, function in enumerate(functions):
         parameters = function.get("parameters") or _ANY_OBJECT
         if not isinstance(parameters, Mapping):
@@ -100,7 +113,12 @@ def _may_be_text(schema: Any) -> bool:
 
 
 def _schema(schema: Json) -> str:
-    return json.dumps({**schema, "x-guidance": _SPACING})
+    """As models were trained to write it."""
+    return _spaced(schema, whitespace_flexible=False, key_separator=": ", item_separator=", ")
+
+
+def _spaced(schema: Json, **spacing: Any) -> str:
+    return json.dumps({**schema, "x-guidance": spacing})
 
 
 def _literal(text: str) -> str:

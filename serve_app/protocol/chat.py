@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from qwen3_dist.engine.grammar import compile_grammar
+from qwen3_dist.engine.tool_grammar import tool_call_grammar
 from qwen3_dist.errors import RequestError
-from qwen3_dist.sampling_params import MAX_LOGPROBS
+from qwen3_dist.sampling_params import MAX_LOGPROBS, StructuredOutputs
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
-from qwen3_dist.text.tool_calls import ToolCalls, tool_call_form
+from qwen3_dist.text.tool_calls import ToolCallForm, ToolCalls, tool_call_form
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.chat import ChatAnswer
 from serve_app.choices import Reading
@@ -96,10 +99,45 @@ class ChatRequest(GenerationRequest):
 
         return Reading(
             state,
+            self._form(form),
             new_parser,
             calls_end_it=self.named_tool is None,
             most_calls=None if self.parallel_tool_calls else 1,
         )
+
+    def _form(self, calls: ToolCallForm | None) -> StructuredOutputs | None:
+        """What calls make of the form that the text must have.
+
+        Required ones are all there is; others may come in place of the JSON that is asked for; and where a tool
+        is strict, calls that come after any text follow its schema.
+        """
+        asked: StructuredOutputs | None = self.sampling.get("structured_outputs")
+        if calls is None:
+            if self.tool_choice == "required":
+                raise RequestError(
+                    "tool_choice cannot require a call: this model's chat template shows no form of one; "
+                    "serve the model with --tool-calls json or xml",
+                    param="tool_choice",
+                )
+            return None
+        if asked is not None:
+            compile_grammar(asked)
+        grammar = partial(tool_call_grammar, self.tools, self.named_tool, self.parallel_tool_calls, calls)
+        if self.tool_choice == "required":
+            form = grammar()
+        elif asked is not None:
+            if (schema := asked.schema) is None:
+                return None
+            form = grammar(otherwise=schema)
+        elif any(tool["function"].get("strict") for tool in self.tools):
+            form = grammar(text=True)
+        else:
+            return None
+        try:
+            compile_grammar(form)
+        except RequestError as error:
+            raise RequestError(str(error).replace(str(error.param), "tools", 1), param="tools") from None
+        return form
 
     def answer(self, served: Served) -> Answer:
         last = self.messages[-1]
@@ -130,9 +168,15 @@ def _read(given: Json) -> Json:
     read["shown"] = replace(
         read["shown"], reasoning=given.get("include_reasoning", True), echo=given.get("echo", False)
     )
+    tools = _tools(given)
+    form = read["names"].get("structured_outputs", "response_format")
+    if tools["tool_choice"] == "required" and form != "response_format":
+        raise RequestError(
+            f"{form} and a tool_choice that requires a call both give a form; leave one out", param=form
+        )
     return {
         **read,
-        **_tools(given),
+        **tools,
         "messages": [template_message(message) for message in given["messages"]],
         "template_kwargs": _template_kwargs(given),
     }

@@ -152,5 +152,8 @@ def _shown(given: Json, logprobs: bool) -> Shown:
 
 
 def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
-    name = names.get(error.param or "", error.param)
-    return RequestError(str(error).replace(str(error.param), str(name), 1), name, error.status)
+    param = error.param or ""
+    field = param.partition(".")[0]
+    if names.get(field, field) == field:
+        return error
+    return RequestError(str(error).replace(param, names[field], 1), names[field], error.status)

@@ -131,3 +131,30 @@ def test_parameters_that_are_no_schema_are_refused(parameters: Any, form: str) -
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     with pytest.raises(RequestError):
         compile_grammar(tool_call_grammar([tool], form=form))
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("It is <b>sunny</b>.", True),
+        (PARIS, True),
+        (f"I look it up.\n\n{PARIS}\n{NOW}", True),
+        ("I look it up. " + PARIS.replace("3", '"3"'), False),
+        ("What is a <tool_call>?", False),
+    ],
+)
+def test_text_may_stand_ahead_of_calls_or_alone(directory: Path, text: str, allowed: bool) -> None:
+    grammar = compile_grammar(tool_call_grammar(TOOLS, text=True))
+    assert walker_of(directory).admits(grammar, text) == allowed
+
+
+@pytest.mark.parametrize("directory", DIRECTORIES)
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [(PARIS, True), ('{"sky": "blue"}', True), ('{"sky": 3}', False), (f'{{"sky": "blue"}}{NOW}', False)],
+)
+def test_json_may_come_in_place_of_calls(directory: Path, text: str, allowed: bool) -> None:
+    schema = {"type": "object", "properties": {"sky": {"type": "string"}}, "required": ["sky"]}
+    grammar = compile_grammar(tool_call_grammar(TOOLS, otherwise=schema))
+    assert walker_of(directory).admits(grammar, text) == allowed

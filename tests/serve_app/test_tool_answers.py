@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.errors import RequestError
 from qwen3_dist.settings import EngineConfig
 from serve_app.handlers import RequestHandler
 from serve_app.protocol.chat import parse_chat
@@ -106,3 +107,73 @@ def test_thinking_that_is_cut_off_is_all_there_is(engine: AsyncEngine) -> None:
     choice = answer(engine, **SUM, max_tokens=12)
     assert (choice["finish_reason"], choice["message"]["content"]) == ("length", None)
     assert choice["message"]["reasoning"].startswith("47 + 38")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_call_that_is_required_is_made(engine: AsyncEngine, choice: Any, thinking: bool) -> None:
+    asked = {**SUM, "tools": [TOOL], "tool_choice": choice, "enable_thinking": thinking}
+    found = answer(engine, **asked, parallel_tool_calls=False)
+    [call] = found["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather" and "city" in json.loads(call["function"]["arguments"])
+    assert found["message"]["content"] is None
+    assert found["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
+    assert bool(found["message"].get("reasoning")) == thinking
+    streamed = chunks(engine, **asked, parallel_tool_calls=False)
+    parts = [part["function"] for c in streamed for part in c["delta"].get("tool_calls", [])]
+    assert "".join(part.get("arguments", "") for part in parts) == call["function"]["arguments"]
+
+
+def test_a_call_that_is_required_in_xml_is_made(engine: AsyncEngine) -> None:
+    found = answer(engine, "xml", **SUM, tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
+    [call] = found["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather" and "city" in json.loads(call["function"]["arguments"])
+
+
+def test_a_strict_tools_arguments_follow_its_schema(engine: AsyncEngine) -> None:
+    towns = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    strict = {"type": "function", "function": {**FUNCTION, "parameters": towns, "strict": True}}
+    for enable_thinking in (False, True):
+        asked = {**WEATHER, "tools": [strict], "enable_thinking": enable_thinking}
+        [call] = answer(engine, **asked)["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["city"] in ("Oslo", "Rome")
+    assert "85" in answer(engine, **SUM, tools=[strict])["message"]["content"]
+
+
+def test_an_answer_in_a_form_may_still_be_a_call(engine: AsyncEngine) -> None:
+    number = {"sum": {"type": "integer"}}
+    schema = {"type": "object", "properties": number, "required": ["sum"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    choice = answer(engine, **WEATHER, enable_thinking=False, response_format=form)
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Paris"}'
+    told = answer(engine, **SUM, tools=[TOOL], tool_choice="none", response_format=form)
+    assert isinstance(json.loads(told["message"]["content"])["sum"], int)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"function": {"name": "f", "parameters": {"type": "sausage"}}}]}, "tools"),
+        ({"tools": [{"function": {"name": "f", "strict": True, "parameters": {"type": "x"}}}]}, "tools"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+            "response_format",
+        ),
+        (
+            {
+                "tool_choice": "auto",
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}},
+            },
+            "response_format",
+        ),
+        ({"tool_choice": "none", "guided_regex": "("}, "guided_regex"),
+        ({"tool_choice": "none", "structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"guided_regex": "a"}, "guided_regex"),
+    ],
+)
+def test_a_form_that_cannot_be_is_named_by_the_clients_field(
+    engine: AsyncEngine, fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        answer(engine, **{**WEATHER, "tool_choice": "required", **fields})
+    assert caught.value.param == param and str(caught.value).startswith(param)
