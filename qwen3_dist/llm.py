@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen3_dist.engine.engine import Engine
+from qwen3_dist.engine.engine import PROMPT_ONLY, Engine
 from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta, TokenLogprob
 from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.errors import RequestError
-from qwen3_dist.progress import progress_bar
+from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.progress import Bar, progress_bar
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
 from qwen3_dist.text.detokenizer import TextStream
+from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
 from qwen3_dist.text.tokenizer import Tokenizer, read_generation_defaults
 
 Prompt = str | Sequence[int]
@@ -74,6 +77,46 @@ class LLM:
         prompts = [template.render(list(each), tools=tools, **template_kwargs) for each in conversations]
         return self.generate(prompts, params, use_tqdm, lora)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        dimensions: int | None = None,
+        normalize: bool = True,
+        use_tqdm: bool = True,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[list[float]]:
+        """The vector of each prompt: the last token's hidden state, its first `dimensions` numbers, of length 1.
+
+        Texts get what the checkpoint's tokenizer puts around them, token ids are taken as they are.
+        Raises RequestError, having computed nothing, if any prompt is refused.
+        """
+        batch = _as_batch(prompts)
+        token_ids = [self._token_ids(prompt, add_special_tokens=True) for prompt in batch]
+        adapters = _for_each(batch, lora, "adapters")
+        return self._pool(token_ids, PoolingParams(dimensions, normalize), adapters, use_tqdm)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        instruction: str | None = None,
+        use_tqdm: bool = True,
+        lora: str | None = None,
+    ) -> list[float]:
+        """How likely a Qwen3-Reranker finds each document to be what `query` looks for, from 0 to 1.
+
+        `instruction` says what for; absent, it is to answer a web search. Raises RequestError, having computed
+        nothing, if a prompt is refused or the checkpoint's tokenizer does not know yes and no.
+        """
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer, so it cannot rank documents")
+        pooling = relevance_pooling(tokenizer)
+        token_ids = [tokenizer.encode(relevance_prompt(query, each, instruction)) for each in documents]
+        return [
+            relevance(answer) for answer in self._pool(token_ids, pooling, [lora] * len(token_ids), use_tqdm)
+        ]
+
     def expert_load(self) -> ExpertLoad:
         """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
         return self._engine.experts.load()
@@ -93,34 +136,60 @@ class LLM:
         self.shutdown()
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, lora: str | None) -> _Job:
-        tokenizer = self._engine.tokenizer
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise RequestError("this checkpoint has no tokenizer; give the prompt as token ids")
-            token_ids = tokenizer.encode(prompt)
-        else:
-            token_ids = list(prompt)
+        token_ids = self._token_ids(prompt)
         self._engine.check_prompt(token_ids, params)
         self.config.lora.number(lora)
         setup = self._engine.prepare(params)
-        return _Job(prompt if isinstance(prompt, str) else None, token_ids, params, tokenizer, lora, setup)
+        text = prompt if isinstance(prompt, str) else None
+        return _Job(text, token_ids, params, self._engine.tokenizer, lora, setup)
+
+    def _token_ids(self, prompt: Prompt, add_special_tokens: bool = False) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self._engine.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer; give the prompt as token ids")
+        return self._engine.tokenizer.encode(prompt, add_special_tokens)
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
         engine = self._engine
         for number, job in enumerate(jobs):
             engine.add_request(str(number), job.prompt_token_ids, job.params, lora=job.lora, setup=job.setup)
-        with progress_bar(use_tqdm, total=len(jobs), desc="generating", unit="prompt") as bar:
-            try:
-                while engine.has_work:
-                    for request_id, deltas in engine.step().items():
-                        job = jobs[int(request_id)]
-                        for index in job.take(deltas):
-                            engine.abort(request_id, index)
-                        bar.update(job.just_finished())
-            finally:
-                for number in range(len(jobs)):
-                    engine.abort(str(number))
+        with self._progress(len(jobs), use_tqdm, "generating") as bar:
+            while engine.has_work:
+                for request_id, deltas in engine.step().items():
+                    job = jobs[int(request_id)]
+                    for index in job.take(deltas):
+                        engine.abort(request_id, index)
+                    bar.update(job.just_finished())
         return [job.output() for job in jobs]
+
+    def _pool(
+        self, prompts: list[list[int]], pooling: PoolingParams, adapters: list[str | None], use_tqdm: bool
+    ) -> list[list[float]]:
+        engine = self._engine
+        for prompt, lora in zip(prompts, adapters, strict=True):
+            engine.check_prompt(prompt, PROMPT_ONLY, pooling)
+            self.config.lora.number(lora)
+        for number, (prompt, lora) in enumerate(zip(prompts, adapters, strict=True)):
+            engine.add_request(str(number), prompt, PROMPT_ONLY, lora=lora, pooling=pooling)
+        vectors: dict[int, list[float]] = {}
+        with self._progress(len(prompts), use_tqdm, "pooling") as bar:
+            while engine.has_work:
+                for request_id, [delta] in engine.step().items():
+                    assert delta.vector is not None
+                    vectors[int(request_id)] = list(delta.vector)
+                    bar.update()
+        return [vectors[number] for number in range(len(prompts))]
+
+    @contextlib.contextmanager
+    def _progress(self, count: int, use_tqdm: bool, doing: str) -> Iterator[Bar]:
+        """A progress bar over requests 0 to `count`; those that are left when an error ends it are aborted."""
+        with progress_bar(use_tqdm, total=count, desc=doing, unit="prompt") as bar:
+            try:
+                yield bar
+            finally:
+                for number in range(count):
+                    self._engine.abort(str(number))
 
 
 class _Choice:

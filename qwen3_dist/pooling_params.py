@@ -1,4 +1,4 @@
-"""What a caller may ask of an embedding; validated once, at construction."""
+"""What a caller may ask of a prompt in place of text that goes on from it; validated once, at construction."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from qwen3_dist.errors import RequestError
 
 @dataclass(frozen=True)
 class PoolingParams:
-    """The last token's hidden state after the final norm, in place of generated text.
+    """The last token's hidden state after the final norm: an embedding of the prompt.
 
     It is cut to its first `dimensions` numbers where given (Matryoshka, arXiv 2205.13147) and then, if
-    `normalize`, scaled to length 1.
+    `normalize`, scaled to length 1. With `logits_of` it is the logits of those tokens after the prompt instead.
     """
 
     dimensions: int | None = None
     normalize: bool = True
+    logits_of: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         dimensions = self.dimensions

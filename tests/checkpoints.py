@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from qwen3_dist.weights.source import bundled_path
 
 DENSE: dict[str, Any] = {
     "vocab_size": 199,
@@ -37,4 +41,28 @@ def write_checkpoint(
         for parameter in model.parameters():
             parameter.normal_(0, 0.15) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
     model.save_pretrained(path, max_shard_size=max_shard_size)
+    return path
+
+
+def write_reader(path: Path, ending: str | None = None) -> Path:
+    """The bundled model with a tokenizer that knows yes and, if asked to, puts `ending` after a text."""
+    shutil.copytree(bundled_path(), path, dirs_exist_ok=True)
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    tokenizer["added_tokens"] = [
+        token | {"content": "yes"} if token["content"] == "<|fim_pad|>" else token
+        for token in tokenizer["added_tokens"]
+    ]
+    if ending is not None:
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"SpecialToken": {"id": ending, "type_id": 0}},
+            ],
+            "pair": [],
+            "special_tokens": {ending: {"id": ending, "ids": [ids[ending]], "tokens": [ending]}},
+        }
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
     return path

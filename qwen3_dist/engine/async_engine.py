@@ -11,10 +11,11 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qwen3_dist.engine.engine import Engine, Outputs
+from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 
@@ -70,6 +71,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         lora: str | None = None,
+        pooling: PoolingParams | None = None,
     ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yields what the steps add to the request as they end, until all its choices are finished.
 
@@ -79,7 +81,7 @@ class AsyncEngine:
         within a step.
         """
         self.check_health()
-        self._engine.check_prompt(prompt_token_ids, params)
+        self._engine.check_prompt(prompt_token_ids, params, pooling)
         self.config.lora.number(lora)
         prepare = self._engine.prepare
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
@@ -87,7 +89,7 @@ class AsyncEngine:
 
         def add() -> None:
             self._streams[request_id] = stream
-            self._engine.add_request(request_id, prompt_token_ids, params, priority, lora, setup)
+            self._engine.add_request(request_id, prompt_token_ids, params, priority, lora, setup, pooling)
 
         self._post(add)
         try:
@@ -102,6 +104,20 @@ class AsyncEngine:
             if stream.unfinished:
                 self._post(lambda: self._engine.abort(request_id))
             self._post(lambda: self._streams.pop(request_id, None))
+
+    async def pool(
+        self,
+        prompt_token_ids: list[int],
+        pooling: PoolingParams,
+        request_id: str,
+        priority: int = 0,
+        lora: str | None = None,
+    ) -> TokenDelta:
+        """The one delta of a request for a vector. Raises what `generate` does; cancelling it aborts the request."""
+        steps = self.generate(prompt_token_ids, PROMPT_ONLY, request_id, priority, lora, pooling)
+        async with contextlib.aclosing(steps):
+            [delta] = await anext(steps)
+            return delta
 
     def abort(self, request_id: str, index: int) -> None:
         """Ends one choice of a request; its stream is told with finish_reason "abort"."""

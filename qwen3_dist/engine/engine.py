@@ -116,7 +116,7 @@ class Engine:
 
         Raises RequestError, changing nothing, for a prompt that cannot be run.
         """
-        room = self.check_prompt(prompt_token_ids, params)
+        room = self.check_prompt(prompt_token_ids, params, pooling)
         adapter = self.config.lora.number(lora)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -145,8 +145,18 @@ class Engine:
             group.add(sequence)
         self._requests[request_id] = _Request(group, sequences)
 
-    def check_prompt(self, prompt_token_ids: list[int], params: SamplingParams) -> int:
-        """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long."""
+    def check_prompt(
+        self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> int:
+        """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long, or if its
+        vector is to be longer than the model's."""
+        longest = self.model_config.emb_dim
+        if pooling is not None and (pooling.dimensions or 1) > longest:
+            raise RequestError(
+                f"dimensions={pooling.dimensions} is more than the {longest} of this model; ask for at most "
+                f"{longest}",
+                param="dimensions",
+            )
         if not prompt_token_ids:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         generates = params.max_tokens != 0

@@ -52,7 +52,7 @@ class SequenceStep(NamedTuple):
     ones, its own while it runs. `adapter` is the one that its tokens are computed with, counted from 1; 0 is none.
     The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
     `setup` comes with the first step after each admission of a sequence that is not plain.
-    `reading` is what else is wanted of a prompt: its log-probabilities, or with its last token a vector.
+    `reading` is what else is wanted of a prompt: its log-probabilities, or what follows from its last token.
     """
 
     seq_id: int

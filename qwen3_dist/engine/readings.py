@@ -31,7 +31,7 @@ class Readings:
         """`hidden` [T, D] is what the model's last block made of `steps`."""
         self._scores: list[PromptScores] = []
         scored: list[int] = []
-        pooled: dict[int, PoolingParams] = {}
+        pooled: list[tuple[int, PoolingParams]] = []
         begin = 0
         for step in steps:
             if isinstance(step.reading, PromptScores):
@@ -39,7 +39,7 @@ class Readings:
                 first = begin + step.reading.first
                 scored.extend(range(first, first + len(step.reading.targets)))
             elif step.reading is not None:
-                pooled[begin + len(step.token_ids) - 1] = step.reading
+                pooled.append((begin + len(step.token_ids) - 1, step.reading))
             begin += len(step.token_ids)
         self._is_score = [isinstance(step.reading, PromptScores) for step in steps if step.reading]
         self._parts = _to_host(self._score(model, hidden, scored)) if scored else []
@@ -72,14 +72,23 @@ class Readings:
         )
 
 
-def _pool(model: Qwen3Model, hidden: Tensor, pooled: dict[int, PoolingParams]) -> list[Tensor]:
-    """The vector of each of P rows."""
-    normed = model.final_norm(hidden[list(pooled)]).float()
-    vectors = [vector[: params.dimensions] for vector, params in zip(normed, pooled.values(), strict=True)]
+def _pool(model: Qwen3Model, hidden: Tensor, pooled: list[tuple[int, PoolingParams]]) -> list[Tensor]:
+    """Of each of P rows its vector, or the logits asked for in its place, which tp rank 0 alone has."""
+    asking = [row for row, params in pooled if params.logits_of]
+    logits = model.logits(hidden[asking]) if asking else hidden.new_empty(0)
+    if logits is None:
+        return []
+    following = iter(logits)
+    normed = model.final_norm(hidden[[row for row, _ in pooled]]).float()
     return [
-        F.normalize(vector, dim=0) if params.normalize else vector
-        for vector, params in zip(vectors, pooled.values(), strict=True)
+        next(following)[list(params.logits_of)].float() if params.logits_of else _vector(state, params)
+        for state, (_, params) in zip(normed, pooled, strict=True)
     ]
+
+
+def _vector(state: Tensor, params: PoolingParams) -> Tensor:
+    vector = state[: params.dimensions]
+    return F.normalize(vector, dim=0) if params.normalize else vector
 
 
 def _to_host(parts: Iterable[Tensor]) -> list[Tensor]:

@@ -108,7 +108,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         needed = len(sequence.token_ids) + min(1, sequence.max_tokens)
         assert needed <= self.blocks.capacity_tokens, "the engine refuses what cannot fit"
-        if self._limits.speculation is not None and sequence.params.is_plain:
+        if self._limits.speculation is not None and sequence.params.is_plain and sequence.max_tokens:
             sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
         insort(self.waiting, sequence, key=_place_in_line)

@@ -72,14 +72,15 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Special tokens written in it are recognised; none are added.
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text`. Special tokens written in it are recognised; `add_special_tokens` adds those that the
+        checkpoint wants around a text (Qwen3-Embedding: <|endoftext|> after it).
 
         Raises RequestError for text that has no UTF-8 form (a lone surrogate, as JSON can smuggle in).
         """
         try:
             # Unlike `encode` this form lets other threads run meanwhile, and computes no offsets.
-            return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+            return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError:
             raise RequestError(
                 "the text holds a lone surrogate (\\ud800 to \\udfff); send valid Unicode"

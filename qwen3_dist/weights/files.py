@@ -15,12 +15,15 @@ from qwen3_dist.errors import CheckpointError
 
 _CHUNK_BYTES = 64 << 20
 _REOPEN_BYTES = 128 << 20  # mapped pages that were read count as resident until the file is closed
+# What names lack, and so begin with, in a checkpoint of the transformer without its head.
+_PREFIX, _HEADLESS = "model.", ("embed_tokens.", "layers.", "norm.")
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 class CheckpointFiles:
-    """The tensors of one checkpoint directory, by name.
+    """The tensors of one checkpoint directory, by the names that they have in a model with a head; one that was
+    saved without (Qwen3-Embedding) `is_headless`.
 
     Raises CheckpointError, naming the file, for one that is missing, truncated or no safetensors.
     """
@@ -34,6 +37,9 @@ class CheckpointFiles:
                 raise CheckpointError(f"{file} lacks {absent[0]} although the index names it; fetch it again")
             for name, entry in header.items():
                 self._where[name] = (file, tuple(entry["shape"]), entry["dtype"])
+        self.is_headless = any(name.startswith(_HEADLESS) for name in self._where)
+        if self.is_headless:
+            self._where = {f"{_PREFIX}{name}": where for name, where in self._where.items()}
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
 
@@ -84,7 +90,7 @@ class CheckpointFiles:
                 self._open = (file, safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from None
-        return self._open[1].get_slice(name)
+        return self._open[1].get_slice(name.removeprefix(_PREFIX) if self.is_headless else name)
 
 
 def _shard_files(path: Path) -> dict[Path, set[str]]:

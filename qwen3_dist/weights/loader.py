@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ def load_model(
     `config` says.
     """
     files = None if random else CheckpointFiles(path)
+    if files and files.is_headless:  # it embeds; as a head its embedding is as good as any
+        config = replace(config, tie_word_embeddings=True)
     plan = WeightPlan(config, parallel.layout, files.names() if files else set(), placements)
     if files:
         _check_names(path, files, plan)
