@@ -31,6 +31,7 @@ from serve_app.http import ErrorForm, EventStream, json_response, make_api, read
 from serve_app.openapi import ANTHROPIC_ERROR, route
 from serve_app.protocol.chat import CHAT_BODY, parse_chat
 from serve_app.protocol.completions import COMPLETION_BODY, parse_completion
+from serve_app.protocol.embeddings import EMBEDDING_BODY, parse_embedding
 from serve_app.protocol.errors import error_status, to_json
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.protocol.messages import (
@@ -39,6 +40,8 @@ from serve_app.protocol.messages import (
     parse_count_tokens,
     parse_messages,
 )
+from serve_app.protocol.pooling import PoolingRequest
+from serve_app.protocol.relevance import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
 from serve_app.protocol.responses import RESPONSES_BODY, parse_responses
 from serve_app.protocol.tokens import (
     DETOKENIZE_BODY,
@@ -50,6 +53,7 @@ from serve_app.protocol.tokens import (
 
 logger = logging.getLogger("ray.serve")
 HEALTH_TIMEOUT_S = 5.0
+AnyRequest = GenerationRequest | PoolingRequest | TextRequest
 _LARGE_BODY = 2**16  # bytes that are not read on the event loop
 
 
@@ -65,14 +69,14 @@ class EngineReplica:
             self._engine, config.served_name, defaults, thinking, config.tool_call_form
         )
 
-    async def answer(self, request: GenerationRequest | TextRequest) -> AsyncGenerator[Any, None]:
+    async def answer(self, request: AnyRequest) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
 
         An error that the client can be told about is answered, not raised: Serve would log a
         traceback for each.
         """
         try:
-            if isinstance(request, TextRequest) or not request.stream:
+            if not (isinstance(request, GenerationRequest) and request.stream):
                 yield HTTPStatus.OK, await self._handler.respond(request)
                 return
             stream = self._handler.stream(request)
@@ -168,6 +172,20 @@ class Ingress:
     async def count_tokens(self, request: Request) -> Response:
         return await self._generate(request, parse_count_tokens)
 
+    @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EMBEDDING_BODY))
+    async def embeddings(self, request: Request) -> Response:
+        return await self._generate(request, parse_embedding)
+
+    @api.post(
+        "/v1/rerank", **route("Cohere and Jina: documents in the order of their relevance", RERANK_BODY)
+    )
+    async def rerank(self, request: Request) -> Response:
+        return await self._generate(request, parse_rerank)
+
+    @api.post("/v1/score", **route("vLLM: the relevance of texts to others", SCORE_BODY))
+    async def score(self, request: Request) -> Response:
+        return await self._generate(request, parse_score)
+
     @api.post("/tokenize", **route("vLLM: text or messages to token ids", TOKENIZE_BODY))
     async def tokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_tokenize)
@@ -220,9 +238,7 @@ class Ingress:
         except Exception as error:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
-    async def _generate(
-        self, asked: Request, parse: Callable[[bytes], GenerationRequest | TextRequest]
-    ) -> Response:
+    async def _generate(self, asked: Request, parse: Callable[[bytes], AnyRequest]) -> Response:
         body = await read_body(asked, self._max_bytes)
         request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
         self._check_model(request.model)
@@ -237,7 +253,7 @@ class Ingress:
         await items.aclose()
         return json_response(first, status)
 
-    async def _answer(self, request: GenerationRequest | TextRequest) -> AsyncGenerator[Any, None]:
+    async def _answer(self, request: AnyRequest) -> AsyncGenerator[Any, None]:
         """A replica's items. Leaving early cancels the request there.
 
         Raises EngineDeadError if the replica is lost, RequestError if too many wait (429) or time is up (408).

@@ -22,8 +22,10 @@ from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.tool_calls import ToolCallForm
 from serve_app.answers.base import Answer, Served
 from serve_app.choices import Choice, ChoiceDelta, Reading, join
+from serve_app.pooling import pool
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest
+from serve_app.protocol.pooling import PoolingRequest
 from serve_app.protocol.prompts import Prompt, Texts
 from serve_app.protocol.tokens import TextRequest
 
@@ -67,10 +69,13 @@ class RequestHandler:
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )
 
-    async def respond(self, request: GenerationRequest | TextRequest) -> bytes:
+    async def respond(self, request: GenerationRequest | PoolingRequest | TextRequest) -> bytes:
         """The whole answer as JSON. Raises RequestError or EngineDeadError."""
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._texts))
+        if isinstance(request, PoolingRequest):
+            pooled = await pool(self._engine, self._texts, request, *self._named(request.model))
+            return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))  # megabytes of numbers
         job = await self._prepare(request)
         shown: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
@@ -107,6 +112,10 @@ class RequestHandler:
             return
         yield job.answer.end()
 
+    def _named(self, name: str) -> tuple[str, str | None]:
+        """What a request calls the model, and the adapter that this is."""
+        return name or self._model_name, name if name not in ("", self._model_name) else None
+
     async def _prepare(self, request: GenerationRequest) -> _Job:
         try:
             return await self._job(request)
@@ -120,8 +129,7 @@ class RequestHandler:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
-        name = request.model or self._model_name
-        lora = name if name != self._model_name else None
+        name, lora = self._named(request.model)
         prompts, reading = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)

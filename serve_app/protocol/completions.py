@@ -18,7 +18,7 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 _MOST_CHOICES = 1024
 _TOKEN_IDS = ListOf(integer(0), "a list of token ids", least=1)
 _EXPECTED = "text, a list of token ids, or a list of either, none of them empty"
-_PROMPT = Either(
+PROMPT = Either(
     _EXPECTED,
     (FILLED_TEXT, _TOKEN_IDS, ListOf(Either(_EXPECTED, (FILLED_TEXT, _TOKEN_IDS)), _EXPECTED, least=1)),
 )
@@ -26,7 +26,7 @@ COMPLETION_BODY = Record(
     "an object",
     {
         **GENERATION,
-        "prompt": Field(_PROMPT, "What the answer goes on from.", required=True),
+        "prompt": Field(PROMPT, "What the answer goes on from.", required=True),
         "max_tokens": Field(integer(0), "Most tokens of each choice; 0 with echo alone."),
         "logprobs": Field(
             integer(0, MAX_LOGPROBS), "Log-probabilities of each token and of so many alternatives."
@@ -59,8 +59,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
     """Reads a completion request. Raises RequestError."""
     given = COMPLETION_BODY.read_body(body)
     read = read_generation(given, "max_tokens", ("logprobs", given.get("logprobs")))
-    prompt = given["prompt"]
-    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    prompts = as_prompts(given["prompt"])
     if len(prompts) * given.get("n", 1) > _MOST_CHOICES:
         raise RequestError(
             f"{len(prompts)} prompts of {given.get('n', 1)} choices are more than {_MOST_CHOICES}; "
@@ -72,6 +71,11 @@ def parse_completion(body: bytes) -> CompletionRequest:
     elif given.get("max_tokens") == 0:
         raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
     return CompletionRequest(**read, wanted=prompts)
+
+
+def as_prompts(given: Any) -> list[str | list[int]]:
+    """The prompts of a PROMPT; the same list if it was one of prompts."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def _read_echo(given: Json, read: Json) -> None:

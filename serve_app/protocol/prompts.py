@@ -37,10 +37,11 @@ class Texts:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tool_calls: ToolCallForm | None = None
 
-    def prompt(self, text: str, name: str) -> Prompt:
-        """`text` as token ids. Raises RequestError (param `name`) where it cannot be tokenized.
+    def prompt(self, text: str, name: str, add_special_tokens: bool = False) -> Prompt:
+        """`text` as token ids, `add_special_tokens` with those that the checkpoint puts around one.
 
-        A text that no tokenization makes short enough is refused without trying.
+        Raises RequestError (param `name`) where it cannot be tokenized. A text that no tokenization makes short
+        enough is refused without trying.
         """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer; send the prompt as token ids", param=name)
@@ -51,4 +52,4 @@ class Texts:
                 f"{self.max_model_len} tokens; shorten it",
                 param=name,
             )
-        return Prompt(self.tokenizer.encode(text), text)
+        return Prompt(self.tokenizer.encode(text, add_special_tokens), text)

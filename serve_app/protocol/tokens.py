@@ -26,7 +26,10 @@ TOKENIZE_BODY = Record(
         "prompt": Field(TEXT, "Text to tokenize; this or messages."),
         "messages": Field(CHAT_BODY.fields["messages"].kind, "A conversation, put into the chat template."),
         **{name: CHAT_BODY.fields[name] for name in _OF_CHAT},
-        "add_special_tokens": Field(BOOL, "Changes nothing: Qwen3's tokenizers add none."),
+        "add_special_tokens": Field(
+            BOOL,
+            "Whether a text gets what the tokenizer puts around it, as one to embed does unless this is false.",
+        ),
         "return_token_strs": Field(BOOL, "Gives each token's text as well."),
     },
 )
@@ -57,6 +60,7 @@ class TokenizeRequest(TextRequest):
 
     wanted: str | ChatRequest
     with_texts: bool
+    add_special_tokens: bool
 
     def respond(self, texts: Texts) -> Json:
         token_ids = self._prompt(texts).token_ids
@@ -72,7 +76,7 @@ class TokenizeRequest(TextRequest):
 
     def _prompt(self, texts: Texts) -> Prompt:
         if isinstance(self.wanted, str):
-            return texts.prompt(self.wanted, "prompt")
+            return texts.prompt(self.wanted, "prompt", self.add_special_tokens)
         return self.wanted.prompts(texts)[0]
 
 
@@ -100,7 +104,8 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     if ("prompt" in given) == ("messages" in given):
         raise RequestError("give either prompt or messages", param="prompt")
     wanted = given["prompt"] if "prompt" in given else _conversation(given)
-    return TokenizeRequest(given.get("model", ""), wanted, given.get("return_token_strs", False))
+    with_texts, special = given.get("return_token_strs", False), given.get("add_special_tokens", True)
+    return TokenizeRequest(given.get("model", ""), wanted, with_texts, special)
 
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:

@@ -15,8 +15,10 @@ from serve_app.deployments import api
 from serve_app.openapi import ANTHROPIC_ERROR, OPENAI_ERROR
 from serve_app.protocol.chat import parse_chat
 from serve_app.protocol.completions import parse_completion
+from serve_app.protocol.embeddings import parse_embedding
 from serve_app.protocol.errors import error_object
 from serve_app.protocol.messages import parse_count_tokens, parse_messages
+from serve_app.protocol.relevance import parse_rerank, parse_score
 from serve_app.protocol.responses import parse_responses
 from serve_app.protocol.tokens import parse_detokenize, parse_tokenize
 
@@ -28,6 +30,9 @@ BODIES: dict[str, tuple[Callable[[bytes], Any], dict[str, Any]]] = {
     "/v1/responses": (parse_responses, {"input": [USER]}),
     "/v1/messages": (parse_messages, {"messages": [USER], "max_tokens": 5}),
     "/v1/messages/count_tokens": (parse_count_tokens, {"messages": [USER]}),
+    "/v1/embeddings": (parse_embedding, {"input": "hi"}),
+    "/v1/rerank": (parse_rerank, {"query": "hi", "documents": ["x"]}),
+    "/v1/score": (parse_score, {"text_1": "hi", "text_2": ["x"]}),
     "/tokenize": (parse_tokenize, {"prompt": "hi"}),
     "/detokenize": (parse_detokenize, {"tokens": [5]}),
 }

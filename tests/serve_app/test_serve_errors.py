@@ -82,5 +82,5 @@ def test_a_body_over_the_limit_is_413(http: httpx.Client, model: str) -> None:
 
 
 def test_unknown_paths_and_methods_answer_with_the_error_object_too(http: httpx.Client) -> None:
-    assert "/v1/embeddings" in error_of(http.post("/v1/embeddings", json={}), 404)["message"]
+    assert "/v1/images" in error_of(http.post("/v1/images", json={}), 404)["message"]
     error_of(http.get(CHAT), 405)
