@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anthropic
 import httpx
 import openai
 import pytest
+
+from tests.serve_app.support import wait_for
 
 QUESTION = "Hello! 🌊"
 # The client has no argument for the temperature any more.
@@ -217,3 +219,47 @@ def test_reasoning_is_an_item_of_its_own(client: openai.OpenAI, model: str) -> N
     assert [item.type for item in response.output] == ["reasoning", "message"]
     assert "85" in response.output_text
     assert response.usage and response.usage.output_tokens_details.reasoning_tokens > 0
+
+
+def test_embeddings_come_beside_chats(
+    url: str, client: openai.OpenAI, model: str, idle: Callable[[], bool]
+) -> None:
+    texts = [f"The sea is {number} metres deep." for number in range(40)]
+    plain = client.embeddings.create(model=model, input=texts, encoding_format="float")  # else base64
+
+    async def ask_together() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            chat = client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=24
+            )
+            embeddings = (client.embeddings.create(model=model, input=text) for text in texts)
+            return await asyncio.gather(chat, *embeddings)
+
+    chat, *alone = asyncio.run(ask_together())
+    assert chat.choices[0].message.content and chat.usage.completion_tokens <= 24
+    assert sum(one.usage.total_tokens for one in alone) == plain.usage.total_tokens
+    for one, other in zip(alone, plain.data, strict=True):
+        assert one.data[0].embedding == pytest.approx(other.embedding, abs=1e-5)
+    short = client.embeddings.create(model=model, input=texts[0], dimensions=8)
+    assert len(short.data[0].embedding) == 8
+    with pytest.raises(openai.BadRequestError) as error:
+        client.embeddings.create(model=model, input=texts[0], dimensions=10**6)
+    assert error.value.param == "dimensions"
+    wait_for(idle)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/rerank", {"query": "x", "documents": ["y"]}),
+        ("/v1/score", {"text_1": "x", "text_2": ["y"]}),
+    ],
+)
+def test_a_model_that_is_no_reranker_refuses_to_rank(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400
+    assert (
+        answer.json()["error"]["param"] == "model" and "Qwen3-Reranker" in answer.json()["error"]["message"]
+    )
