@@ -1,4 +1,4 @@
-"""One real Ray with Serve for all serve tests: the bundled model on two ranks, through HTTP."""
+"""One real Ray with Serve for all serve tests: the bundled model and an adapter on two ranks, through HTTP."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import pytest
 from ray import serve
 
 from qwen3_dist.engine.outputs import EngineStats
+from qwen3_dist.weights.source import bundled_path
 from serve_app.app import APP_NAME, REPLICA
 from serve_app.config import BUNDLED_NAME, ServiceConfig, read_service_config
 from serve_app.launch import running_service
+from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port
+
+ADAPTER = "sailor"
 
 
 @pytest.fixture(scope="session")
-def service_config() -> ServiceConfig:
-    return read_service_config({**SETTINGS, "port": free_port()})
+def service_config(tmp_path_factory: pytest.TempPathFactory) -> ServiceConfig:
+    adapter = write_adapter(tmp_path_factory.mktemp("adapter"), bundled_path(), ATTENTION)
+    return read_service_config({**SETTINGS, "lora": f"{ADAPTER}={adapter}", "port": free_port()})
 
 
 @pytest.fixture(scope="session")

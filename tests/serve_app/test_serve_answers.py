@@ -13,10 +13,14 @@ import pytest
 
 from qwen3_dist.llm import LLM
 from qwen3_dist.sampling_params import SamplingParams
+from tests.serve_app.conftest import ADAPTER
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell me about the sea. 海について 🌊"}]
 PROMPT = "def main():\n    "
-GREEDY = {"temperature": 0, "max_tokens": 24}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+GREEDILY = SamplingParams(**GREEDY)
+SILENT: dict[str, Any] = {"enable_thinking": False}
+CHAT: dict[str, Any] = {"messages": MESSAGES, "extra_body": SILENT}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,9 @@ def streamed_chat(client: openai.OpenAI, **request: Any) -> dict[int, tuple[str,
 def test_a_chat_streamed_equals_unstreamed_equals_offline(
     client: openai.OpenAI, model: str, offline: LLM
 ) -> None:
-    request = {"model": model, "messages": MESSAGES, **GREEDY}
+    request = {"model": model, **CHAT, **GREEDY}
     whole = client.chat.completions.create(**request)
-    expected = offline.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)[0]
+    expected = offline.chat(MESSAGES, GREEDILY, use_tqdm=False, **SILENT)[0]
     assert whole.choices[0].message.content == expected.text
     assert streamed_chat(client, **request) == {0: (expected.text, expected.finish_reason)}
     assert whole.usage is not None
@@ -91,7 +95,11 @@ def test_n_choices_are_told_apart_by_index_and_repeat_with_their_seed(
     client: openai.OpenAI, model: str, offline: LLM
 ) -> None:
     request: dict[str, Any] = {"model": model, "messages": MESSAGES, "n": 3, "seed": 11, "max_tokens": 12}
-    request |= {"temperature": 1, "top_p": 1, "extra_body": {"top_k": 0}}  # not the checkpoint's own
+    request |= {
+        "temperature": 1,
+        "top_p": 1,
+        "extra_body": {**SILENT, "top_k": 0},
+    }  # not the checkpoint's own
     whole = client.chat.completions.create(**request)
     texts = [choice.message.content for choice in whole.choices]
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
@@ -99,14 +107,14 @@ def test_n_choices_are_told_apart_by_index_and_repeat_with_their_seed(
     streamed = streamed_chat(client, **request)
     assert [streamed[index][0] for index in range(3)] == texts
     params = SamplingParams(n=3, seed=11, max_tokens=12, temperature=1)
-    assert [o.text for o in offline.chat(MESSAGES, params, use_tqdm=False)[0].outputs] == texts
+    assert [o.text for o in offline.chat(MESSAGES, params, use_tqdm=False, **SILENT)[0].outputs] == texts
 
 
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, model: str, offline: LLM) -> None:
-    text = offline.chat(MESSAGES, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)[0].text
+    text = offline.chat(MESSAGES, GREEDILY, use_tqdm=False, **SILENT)[0].text
     assert text is not None
     stop = text[len(text) // 2 :][:3]
-    request = {"model": model, "messages": MESSAGES, "stop": stop, **GREEDY}
+    request = {"model": model, **CHAT, "stop": stop, **GREEDY}
     shown = text[: text.index(stop)]
     assert streamed_chat(client, **request) == {0: (shown, "stop")}
     assert client.chat.completions.create(**request).choices[0].message.content == shown
@@ -123,8 +131,8 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: openai.OpenAI, mo
 
 def test_chat_logprobs_are_the_offline_ones(client: openai.OpenAI, model: str, offline: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
-    expected = offline.chat(MESSAGES, params, use_tqdm=False)[0].logprobs
-    request = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 6}
+    expected = offline.chat(MESSAGES, params, use_tqdm=False, **SILENT)[0].logprobs
+    request = {"model": model, **CHAT, "temperature": 0, "max_tokens": 6}
     answer = client.chat.completions.create(logprobs=True, top_logprobs=2, **request)
     content = answer.choices[0].logprobs.content  # type: ignore[union-attr]
     assert content is not None and expected is not None
@@ -172,7 +180,7 @@ def test_the_stream_is_events_that_end_with_done(http: httpx.Client, model: str)
 
 
 def test_models_and_health_are_listed(client: openai.OpenAI, http: httpx.Client, model: str) -> None:
-    assert [m.id for m in client.models.list()] == [model]
+    assert [m.id for m in client.models.list()] == [model, ADAPTER]
     assert client.models.retrieve(model).id == model
     assert http.get("/health").status_code == 200
 
