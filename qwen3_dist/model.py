@@ -128,7 +128,7 @@ class Qwen3Model(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear | Experts | VocabParallelHead):
                 module.pack()
-        if last and self.config.tie_word_embeddings:
+        if last and self.config.tie_word_embeddings and self.out_head.scale is None:
             self.tok_emb.weight = self.out_head.weight
         for block in self._blocks:
             block.att.fuse(block.norm1, kernels)

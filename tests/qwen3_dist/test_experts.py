@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,25 @@ def first_logprobs(path: Path, quantize: str, layout: str) -> dict[int, float]:
 
 
 def round_to_int8(path: Path) -> None:
-    """Replaces every matrix but the router's and the embedding's by what int8 makes of it."""
+    """Replaces every matrix but the router's and the embedding's by what int8 makes of it; a head tied to the
+    embedding becomes one of its own."""
     file = path / "model.safetensors"
     tensors = load_file(file)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     for name, tensor in tensors.items():
         if tensor.ndim > 1 and not name.endswith(("mlp.gate.weight", "embed_tokens.weight")):
             quantized, scale = as_int8(tensor)
             tensors[name] = quantized * scale[..., None]
     save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_a_model_with_int8_weights_is_the_model_of_the_rounded_weights(tmp_path: Path, moe: bool) -> None:
-    path = write_checkpoint(tmp_path, moe=moe)
+@pytest.mark.parametrize(("moe", "tied"), [(False, False), (True, False), (False, True)])
+def test_a_model_with_int8_weights_is_the_model_of_the_rounded_weights(
+    tmp_path: Path, moe: bool, tied: bool
+) -> None:
+    path = write_checkpoint(tmp_path, moe=moe, tie_word_embeddings=tied)
     got = first_logprobs(path, "int8", "tp=1")
     round_to_int8(path)
     assert got == pytest.approx(first_logprobs(path, "none", "tp=1"), abs=1e-3)
