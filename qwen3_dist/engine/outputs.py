@@ -8,11 +8,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one token, generated or of a prompt, and of the likeliest there (likeliest first)."""
+    """Log-probability of one token, generated or of a prompt, and of the likeliest there (likeliest first).
+
+    `rank`, of a prompt's tokens alone, is its place among all, 1 for the likeliest.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int | None = None
 
 
 PromptLogprobs = tuple[TokenLogprob | None, ...]

@@ -46,7 +46,7 @@ class Readings:
         self._vectors = _to_host(_pool(model, hidden, pooled)) if pooled else []
 
     def _score(self, model: Qwen3Model, hidden: Tensor, rows: list[int]) -> list[Tensor]:
-        """Log-probabilities of the targets [R], and values and ids of the likeliest [R, most]."""
+        """Log-probabilities and ranks of the targets [R], and values and ids of the likeliest [R, most]."""
         at = torch.tensor(rows, device=hidden.device)
         targets = [target for scores in self._scores for target in scores.targets]
         wanted = torch.tensor(targets, device=hidden.device)
@@ -58,7 +58,9 @@ class Readings:
                 logits = logits.float()
                 total = logits.logsumexp(dim=-1, keepdim=True)
                 values, ids = logits.topk(most, dim=-1)
-                parts.append(((logits.gather(1, chunk_wanted[:, None]) - total)[:, 0], values - total, ids))
+                asked = logits.gather(1, chunk_wanted[:, None])
+                ranks = 1 + (logits > asked).sum(dim=-1)
+                parts.append(((asked - total)[:, 0], ranks, values - total, ids))
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
     def on_host(self) -> tuple[Reading, ...]:
@@ -97,7 +99,7 @@ def _to_host(parts: Iterable[Tensor]) -> list[Tensor]:
 
 def _scored(scores: PromptScores, asked: Iterator[tuple[Any, ...]]) -> tuple[TokenLogprob, ...]:
     out = []
-    for target, (logprob, values, ids) in zip(scores.targets, asked, strict=False):
+    for target, (logprob, rank, values, ids) in zip(scores.targets, asked, strict=False):
         top = zip(ids[: scores.top], values[: scores.top], strict=True)
-        out.append(TokenLogprob(target, logprob, tuple(top)))
+        out.append(TokenLogprob(target, logprob, tuple(top), rank))
     return tuple(out)

@@ -71,7 +71,8 @@ class CompletionAnswer(OpenAIAnswer):
         return tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
 
     def _logprobs(self, index: int, tokens: Scored) -> Json:
-        """OpenAI's columns. Of several alternatives with one text (parts of a character) the likeliest stays."""
+        """OpenAI's columns, the token itself among the alternatives. Of several with one text (parts of a
+        character) the likeliest stays."""
         return {
             "tokens": [self.token_name(token_id) for token_id, _ in tokens],
             "token_logprobs": [p and logprob(p.logprob) for _, p in tokens],
@@ -80,7 +81,10 @@ class CompletionAnswer(OpenAIAnswer):
         }
 
     def _alternatives(self, scored: TokenLogprob) -> Json:
-        return {self.token_name(token_id): logprob(value) for token_id, value in reversed(scored.top)}
+        return {
+            self.token_name(token_id): logprob(value)
+            for token_id, value in ((scored.token_id, scored.logprob), *reversed(scored.top))
+        }
 
     def _offset(self, index: int, token_id: int) -> int:
         """Where the token's text begins in the choice's; moves past it. Special tokens have no text."""

@@ -84,10 +84,14 @@ class OpenAIAnswer(Answer):
         return [self._by_token_id(p) if p else None for p in delta.prompt_logprobs]
 
     def _by_token_id(self, scored: TokenLogprob) -> Json:
-        values = {scored.token_id: scored.logprob, **dict(scored.top)}
+        likeliest = ((token_id, value, rank) for rank, (token_id, value) in enumerate(scored.top, start=1))
         return {
-            str(token_id): {"logprob": logprob(value), "decoded_token": self.token_text(token_id)}
-            for token_id, value in values.items()
+            str(token_id): {
+                "logprob": logprob(value),
+                "rank": rank,
+                "decoded_token": self.token_text(token_id),
+            }
+            for token_id, value, rank in ((scored.token_id, scored.logprob, scored.rank), *likeliest)
         }
 
     @abstractmethod

@@ -50,7 +50,8 @@ def expected(path: Path, prompt: list[int], top: int) -> list[TokenLogprob | Non
     for row, target in zip(logprobs, prompt[1:], strict=False):
         values, ids = row.topk(top)
         likeliest = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        out.append(TokenLogprob(target, float(row[target]), likeliest))
+        rank = int((row > row[target]).sum()) + 1
+        out.append(TokenLogprob(target, float(row[target]), likeliest, rank))
     return out
 
 
@@ -61,6 +62,8 @@ def check(path: Path, prompt: list[int], got: list[TokenLogprob | None] | None, 
             assert ours is theirs
             continue
         assert ours.token_id == theirs.token_id
+        assert ours.rank is not None and theirs.rank is not None
+        assert abs(ours.rank - theirs.rank) <= 1  # logits may differ by less than two tokens' do
         assert math.isclose(ours.logprob, theirs.logprob, abs_tol=1e-4)
         assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
         for (_, mine), (_, other) in zip(ours.top, theirs.top, strict=True):

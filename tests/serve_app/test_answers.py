@@ -137,7 +137,7 @@ def test_an_echoed_prompt_has_log_probabilities_but_its_first_token(tokenizer: T
 
 
 def test_prompt_log_probabilities_come_by_token_id(tokenizer: Tokenizer) -> None:
-    scores = (None, TokenLogprob(7, -2.0, ((8, -0.5),)))
+    scores = (None, TokenLogprob(7, -2.0, ((8, -0.5),), rank=5))
     one = delta("!", "length", prompt_logprobs=scores)
     for answer in (
         CompletionAnswer(served(tokenizer), Shown(prompt_logprobs=True)).whole([one])["choices"][0],
@@ -145,4 +145,5 @@ def test_prompt_log_probabilities_come_by_token_id(tokenizer: Tokenizer) -> None
     ):
         first, second = answer["prompt_logprobs"]
         assert first is None
-        assert {token_id: p["logprob"] for token_id, p in second.items()} == {"7": -2.0, "8": -0.5}
+        shown = {token_id: (p["logprob"], p["rank"]) for token_id, p in second.items()}
+        assert shown == {"7": (-2.0, 5), "8": (-0.5, 1)}
