@@ -9,7 +9,8 @@ struct AttentionShape {
     float scale;
 };
 
-constexpr long FEW_ROWS = 8;  // up to so many rows, keys and values are used where they lie
+constexpr long TASK_ROWS = 96;  // of queries
+constexpr long FEW_ROWS = 8;    // up to so many rows, keys and values are used where they lie
 
 // sum[m] = sum[m] * shrink[m] + sum over j < n of by[m][j] * rows[j], for M rows of `sum`.
 template <int M, class T>
@@ -112,7 +113,7 @@ struct Attention {
         }
         P* laid = scratch<P>(LAID, CHUNK * width());
         lay_keys(chunk_of(task, keys, key, n), n, width(), laid);
-        block_product<P>(queries, width(), rows, laid, panels(n), width(), scores);
+        block_product<P>(queries, width(), rows, laid, panels(n), width(), scores, CHUNK, [](long, long, long, long) {});
     }
 
     Chunk<T, P> chunk_of(const Task& task, const T* cache, long key, long n) const {
@@ -175,7 +176,7 @@ struct Attention {
         float* added = scratch(ADDED, rows * BLOCK_COLS);
         for (long i = 0; i < dim; i += BLOCK_COLS) {
             long cols = std::min(BLOCK_COLS, dim - i);
-            block_product<P>(by, ldb, rows, laid + i * depth, panels(cols), depth, added);
+            block_product<P>(by, ldb, rows, laid + i * depth, panels(cols), depth, added, BLOCK_COLS, [](long, long, long, long) {});
             for (long r = 0; r < rows; r++)
                 for (long c = 0; c < cols; c++)
                     sums[r * dim + i + c] = sums[r * dim + i + c] * shrink[r] + added[r * BLOCK_COLS + c];
@@ -184,7 +185,7 @@ struct Attention {
 
     void run(int threads) const {
         std::vector<Task> tasks;
-        long step = std::max(1L, BLOCK_ROWS / per_group());
+        long step = std::max(1L, TASK_ROWS / per_group());
         for (long s = 0; s < shape.sequences; s++)
             for (long first = 0; first < starts[s + 1] - starts[s]; first += step)
                 for (long g = 0; g < shape.groups; g++)

@@ -46,58 +46,69 @@ struct Experts {
             for (long p = 0; p < total; p++)
                 put_row(x + pairs[p] / choices * dim, input + p * ldx, dim, dim_depth);
 #pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < up.size(); t++) gate_up(up[t], input, hidden);
+            for (size_t t = 0; t < up.size(); t++) parts(up[t], [&](const Task& task) { gate_up(task, input, hidden); });
 #pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < down.size(); t++) project(down[t], hidden, out);
+            for (size_t t = 0; t < down.size(); t++) parts(down[t], [&](const Task& task) { project(task, hidden, out); });
 #pragma omp for
             for (long r = 0; r < rows; r++) add_up(r, place.data() + r * choices, out);
         }
     }
 
-    // All rows of some panels one after the other, for which a cache keeps the weights.
+    // All panels for the same rows one after the other, which a cache keeps.
     static void add_tasks(std::vector<Task>& tasks, long expert, long first, long rows, long count) {
-        for (long panel = 0; panel < count; panel += BLOCK_PANELS)
-            for (long row = 0; row < rows; row += BLOCK_ROWS)
+        for (long row = 0; row < rows; row += BLOCK_ROWS)
+            for (long panel = 0; panel < count; panel += BLOCK_PANELS)
                 tasks.push_back({expert, first + row, std::min(BLOCK_ROWS, rows - row), panel,
                                  std::min(BLOCK_PANELS, count - panel)});
     }
 
-    // The task's part of a product of its expert, whose matrix has so many outputs.
+    // Calls f with a task for each few panels whose outputs are computed before they are used.
+    template <class F>
+    static void parts(Task task, F f) {
+        for (long end = task.panel + task.panels; task.panel < end; task.panel += task.panels) {
+            task.panels = std::min(panels_at_once(task.rows), end - task.panel);
+            f(task);
+        }
+    }
+
+    // The task's part of a product of its expert, whose matrix has so many outputs; rows are `task.panels` long. Calls
+    // done(row of sums, row of the task, first column, columns) for what is there.
+    template <class F>
     void product(const Task& task, const Input<W>* from, const W* w, const float* scales, long outputs, long depth,
-                 float* out) const {
-        long first = task.expert * panels(outputs) + task.panel, ldx = stride<W>(depth);
-        block_product<W>(from + task.pair * ldx, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, out);
-        long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, outputs - at);
-        if (scales) scale(out, task.rows, cols, scales + task.expert * outputs + at);
+                 float* sums, F done) const {
+        long first = task.expert * panels(outputs) + task.panel, ldx = stride<W>(depth), ldo = task.panels * PANEL;
+        auto finish = [&](long p, long count, long m, long rows) {
+            long at = (task.panel + p) * PANEL, cols = std::min(count * PANEL, outputs - at);
+            for (long i = m; i < m + rows; i++) {
+                float* row = sums + i * ldo + p * PANEL;
+                for (long j = 0; scales && j < cols; j++) row[j] *= scales[task.expert * outputs + at + j];
+                done(row, i, p * PANEL, count * PANEL);
+            }
+        };
+        block_product<W>(from + task.pair * ldx, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, sums,
+                         ldo, finish);
     }
 
     void gate_up(const Task& task, const Input<W>* input, Input<W>* hidden) const {
-        alignas(LINE) float gate[BLOCK_ROWS * BLOCK_COLS], value[BLOCK_ROWS * BLOCK_COLS];
-        product(task, input, fc1, scales1, inner, padded<W>(dim), gate);
-        product(task, input, fc2, scales2, inner, padded<W>(dim), value);
-        long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, padded<W>(inner) - at), ldx = stride<W>(inner);
-        for (long i = 0; i < task.rows; i++) {
-            float *g = gate + i * BLOCK_COLS, *u = value + i * BLOCK_COLS;
-            for (long j = 0; j < task.panels * PANEL; j += LANES)
-                store(g + j, rounded<T>(silu<T>(rounded<T>(load(g + j))) * rounded<T>(load(u + j))));
-            convert_row(g, hidden + (task.pair + i) * ldx + at, cols);
-        }
+        alignas(LINE) float gates[BLOCK_SUMS], values[BLOCK_SUMS];
+        long depth = padded<W>(inner), ldx = stride<W>(inner);
+        product(task, input, fc1, scales1, inner, padded<W>(dim), gates, [](float*, long, long, long) {});
+        product(task, input, fc2, scales2, inner, padded<W>(dim), values, [&](float* value, long i, long first, long cols) {
+            float* gate = gates + i * task.panels * PANEL + first;
+            for (long j = 0; j < cols; j += LANES)
+                store(value + j, rounded<T>(silu<T>(rounded<T>(load(gate + j))) * rounded<T>(load(value + j))));
+            long at = task.panel * PANEL + first;
+            convert_row(value, hidden + (task.pair + i) * ldx + at, std::min(cols, depth - at));
+        });
     }
 
     void project(const Task& task, const Input<W>* hidden, float* out) const {
-        alignas(LINE) float tile[BLOCK_ROWS * BLOCK_COLS];
-        product(task, hidden, fc3, scales3, dim, padded<W>(inner), tile);
-        long at = task.panel * PANEL, cols = std::min(task.panels * PANEL, dim - at);
-        for (long i = 0; i < task.rows; i++) {
-            float* row = tile + i * BLOCK_COLS;
-            for (long j = 0; j < task.panels * PANEL; j += LANES) store(row + j, rounded<T>(load(row + j)));
-            convert_row(row, out + (task.pair + i) * dim + at, cols);
-        }
-    }
-
-    static void scale(float* tile, long rows, long cols, const float* by) {
-        for (long i = 0; i < rows; i++)
-            for (long j = 0; j < cols; j++) tile[i * BLOCK_COLS + j] *= by[j];
+        alignas(LINE) float sums[BLOCK_SUMS];
+        product(task, hidden, fc3, scales3, dim, padded<W>(inner), sums, [&](float* sum, long i, long first, long cols) {
+            for (long j = 0; j < cols; j += LANES) store(sum + j, rounded<T>(load(sum + j)));
+            long at = task.panel * PANEL + first;
+            convert_row(sum, out + (task.pair + i) * dim + at, std::min(cols, dim - at));
+        });
     }
 
     void add_up(long row, const long* place, const float* out) const {

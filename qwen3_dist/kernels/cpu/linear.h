@@ -24,7 +24,8 @@ constexpr long PANEL = 2 * LANES;                    // outputs that a register 
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;      // rows that it holds
 constexpr long BLOCK_PANELS = 4;                     // panels of a task
 constexpr long BLOCK_COLS = BLOCK_PANELS * PANEL;
-constexpr long BLOCK_ROWS = 96;                      // rows of a task
+constexpr long BLOCK_ROWS = 256;                     // rows of a task
+constexpr long BLOCK_SUMS = BLOCK_ROWS * PANEL;      // outputs that are computed before they are used
 
 // How products with weights W take their inputs.
 template <class W>
@@ -107,41 +108,47 @@ inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const bf16* w[H]
 
 // out[m][n] = x[m] . w[n] for M rows and C panels.
 template <int M, int C, class W>
-inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out) {
+inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
     Vec acc[M][2 * C] = {};
     const W* halves[2 * C];
     for (int h = 0; h < 2 * C; h++) halves[h] = w + h / 2 * PANEL * depth + h % 2 * LANES * PAIR<W>;
     for (long k = 0; k < depth; k += PAIR<W>) multiply<M, 2 * C>(acc, x, ldx, halves, k);
     for (int m = 0; m < M; m++)
-        for (int h = 0; h < 2 * C; h++) store(out + m * BLOCK_COLS + h * LANES, acc[m][h]);
+        for (int h = 0; h < 2 * C; h++) store(out + m * ldo + h * LANES, acc[m][h]);
 }
 
 // As many panels side by side as leave registers for so few rows.
 template <class W, int M = TILE_ROWS>
-inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out) {
+inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out, long ldo) {
     if constexpr (M > 1)
-        if (rows < M) return tile_of<W, M - 1>(rows, x, ldx, w, count, depth, out);
+        if (rows < M) return tile_of<W, M - 1>(rows, x, ldx, w, count, depth, out, ldo);
     constexpr int C = M == 1 ? 4 : M <= TILE_ROWS / 2 ? 2 : 1;
     long p = 0;
-    for (; p + C <= count; p += C) tile<M, C>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL);
-    for (; p < count; p++) tile<M, 1>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL);
+    for (; p + C <= count; p += C) tile<M, C>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
+    for (; p < count; p++) tile<M, 1>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
 }
 
-// out[m][n] = x[m] . w[n] for some rows and at most BLOCK_PANELS panels, in tiles of about the same size:
-// a last one of a few rows would cost almost as much as a whole one.
-template <class W>
-inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out) {
+// out[m][n] = x[m] . w[n] for some rows and panels, in tiles of about the same size:
+// a last one of a few rows would cost almost as much as a whole one. Calls done(p, count, m, n) when the outputs of
+// `count` panels from p on are there for rows [m, m + n): what uses them then reads a cache and waits for no other rows.
+template <class W, class F>
+inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out,
+                          long ldo, F done) {
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<W, bf16>)
-        if (rows > 1 && has_matrix_unit()) return unit_block(x, ldx, rows, w, count, PANEL, depth, out, BLOCK_COLS);
+        if (rows > 1 && has_matrix_unit()) return unit_block(x, ldx, rows, w, count, PANEL, depth, out, ldo, done);
 #endif
     long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     for (long t = 0, m = 0; t < tiles; t++) {
         long some = (rows - m) / (tiles - t);
-        tile_of<W>(some, x + m * ldx, ldx, w, count, depth, out + m * BLOCK_COLS);
+        tile_of<W>(some, x + m * ldx, ldx, w, count, depth, out + m * ldo, ldo);
+        done(0L, count, m, some);
         m += some;
     }
 }
+
+// How many panels' outputs are computed before they are used: one's of many rows, for which the first cache has room.
+inline long panels_at_once(long rows) { return rows * BLOCK_COLS <= BLOCK_SUMS ? BLOCK_PANELS : 1; }
 
 // One row of inputs as products take it, filled up with zeros.
 template <class T, class I>
@@ -161,16 +168,24 @@ struct Product {
 
     // The outputs of `count` panels from panel p on for rows [m, m + rows) of x.
     void block(const Input<W>* x, long m, long rows, long depth, long p, long count) const {
-        alignas(LINE) float out[BLOCK_ROWS * BLOCK_COLS];
-        long ldx = stride<W>(depth);
-        block_product<W>(x + m * ldx, ldx, rows, w + p * PANEL * depth, count, depth, out);
-        long at = p * PANEL, cols = std::min(count * PANEL, n - at);
-        for (long i = 0; i < rows; i++) {
-            float* row = out + i * BLOCK_COLS;
-            for (long j = 0; scales && j < cols; j++) row[j] *= scales[at + j];
-            for (long j = 0; bias && j < cols; j++) row[j] = rounded<T>(row[j]) + widen(bias[at + j]);
-            convert_row(row, y + (m + i) * n + at, cols);
+        alignas(LINE) float out[BLOCK_SUMS];
+        long ldx = stride<W>(depth), step = panels_at_once(rows), ldo = step * PANEL;
+        for (long end = p + count; p < end; p += step) {
+            long some = std::min(step, end - p);
+            auto done = [&](long q, long panels, long first, long rows) {
+                for (long i = first; i < first + rows; i++)
+                    finish(out + i * ldo + q * PANEL, m + i, (p + q) * PANEL, panels * PANEL);
+            };
+            block_product<W>(x + m * ldx, ldx, rows, w + p * PANEL * depth, some, depth, out, ldo, done);
         }
+    }
+
+    // A row of sums becomes outputs from `at` on.
+    void finish(float* row, long m, long at, long cols) const {
+        cols = std::min(cols, n - at);
+        for (long j = 0; scales && j < cols; j++) row[j] *= scales[at + j];
+        for (long j = 0; bias && j < cols; j++) row[j] = rounded<T>(row[j]) + widen(bias[at + j]);
+        convert_row(row, y + m * n + at, cols);
     }
 };
 
@@ -184,9 +199,9 @@ void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, 
         long m, rows, panel, count;
     };
     std::vector<Task> tasks;
-    for (const auto& product : products)  // all rows one after the other, for which a cache keeps the weights
-        for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
-            for (long m = 0; m < m_end; m += BLOCK_ROWS)
+    for (long m = 0; m < m_end; m += BLOCK_ROWS)  // one after the other for the same rows, which a cache keeps
+        for (const auto& product : products)
+            for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
                 tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), p,
                                  std::min(BLOCK_PANELS, panels(product.n) - p)});
 #pragma omp parallel num_threads(threads)

@@ -2,6 +2,8 @@
 // inputs with the weights of 16 outputs. A packed panel holds two such tiles side by side.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 
 #ifdef __AMX_BF16__
@@ -11,6 +13,7 @@
 
 constexpr long TILE_INPUTS = 32;  // inputs of a product in the unit
 constexpr long UNIT_ROWS = 16;    // rows that a tile holds
+constexpr long UNIT_INPUTS = 256;  // inputs that many rows take at a time
 
 // Whether the kernel lets this process use the unit: its state is large, so Linux wants to be asked.
 inline bool has_matrix_unit() {
@@ -39,14 +42,25 @@ struct alignas(64) TileShapes {
     }
 };
 
+// Some inputs of a product: those of up to 32 rows with a panel, added to what `out` holds unless they are the first.
+// Meanwhile it asks for `ahead` lines of what comes next from memory, at each step.
 template <bool LOWER>
 inline void unit_product(const bf16* upper, const bf16* lower, long ldx, const bf16* panel, long width, long depth,
-                         float* out, float* lower_out, long ldo) {
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (LOWER) {
-        _tile_zero(2);
-        _tile_zero(3);
+                         bool first, float* out, float* lower_out, long ldo, const char* next, long ahead) {
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (LOWER) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, out, ldo * 4);
+        _tile_loadd(1, out + width / 2, ldo * 4);
+        if constexpr (LOWER) {
+            _tile_loadd(2, lower_out, ldo * 4);
+            _tile_loadd(3, lower_out + width / 2, ldo * 4);
+        }
     }
     for (long k = 0; k < depth; k += TILE_INPUTS) {
         const bf16* weights = panel + k * width;
@@ -55,6 +69,7 @@ inline void unit_product(const bf16* upper, const bf16* lower, long ldx, const b
         _tile_loadd(7, weights + width, width * 4);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
+        for (long line = 0; line < ahead; line++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
         if constexpr (LOWER) {
             _tile_loadd(5, lower + k, ldx * 2);
             _tile_dpbf16ps(2, 5, 6);
@@ -69,26 +84,44 @@ inline void unit_product(const bf16* upper, const bf16* lower, long ldx, const b
     }
 }
 
-// out[m][n] = x[m] . w[n] for some rows and `count` panels of `width` = 32 outputs; depth is a multiple of 32.
+// out[m][n] = x[m] . w[n] for some rows and `count` panels of `width` = 32 outputs; depth is a multiple of 32. Many
+// rows take so few inputs at a time that the first cache keeps a panel's weights for them. Calls done(p, 1, m, n) when
+// panel p's outputs for rows [m, m + n) are there.
+template <class F>
 inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long count, long width, long depth, float* out,
-                       long ldo) {
+                       long ldo, F done) {
     asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
-    long groups = (rows + 2 * UNIT_ROWS - 1) / (2 * UNIT_ROWS);
-    for (long g = 0, m = 0; g < groups; g++) {
-        long some = (rows - m) / (groups - g), upper = some > UNIT_ROWS ? (some + 1) / 2 : some;
-        TileShapes shapes(upper, some - upper);
-        shapes.load();
-        const bf16 *above = x + m * ldx, *below = above + upper * ldx;
-        for (long p = 0; p < count; p++) {
-            const bf16* panel = w + p * width * depth;
-            float *first = out + m * ldo + p * width, *second = first + upper * ldo;
-            if (some > upper)
-                unit_product<true>(above, below, ldx, panel, width, depth, first, second, ldo);
-            else
-                unit_product<false>(above, below, ldx, panel, width, depth, first, second, ldo);
+    constexpr long GROUP = 2 * UNIT_ROWS;
+    long groups = (rows + GROUP - 1) / GROUP, last = rows - (groups - 1) * GROUP;
+    long upper = last > UNIT_ROWS ? (last + 1) / 2 : last, step = groups > 1 ? UNIT_INPUTS : depth;
+    const TileShapes whole(UNIT_ROWS, UNIT_ROWS), rest(upper, last - upper);
+    bool even = groups == 1 || last == GROUP;
+    rest.load();
+    for (long p = 0; p < count; p++)
+        for (long k = 0; k < depth; k += step) {
+            long some = std::min(step, depth - k), lines = some * width * 2 / 64;
+            long ahead = groups > 1 ? (lines * TILE_INPUTS / some + groups - 1) / groups : 0;
+            const bf16* panel = w + p * width * depth + k * width;
+            const char* next = (const char*)(panel + some * width);
+            if (!even) whole.load();
+            for (long g = 0; g < groups; g++, next += ahead * some / TILE_INPUTS * 64) {
+                const bf16* above = x + g * GROUP * ldx + k;
+                float* sums = out + g * GROUP * ldo + p * width;
+                bool is_last = g == groups - 1;
+                long in_upper = is_last ? upper : UNIT_ROWS;
+                if (is_last && !even) rest.load();
+                const bf16* below = above + in_upper * ldx;
+                float* below_sums = sums + in_upper * ldo;
+                if (is_last && last == upper)
+                    unit_product<false>(above, below, ldx, panel, width, some, !k, sums, below_sums, ldo, next, ahead);
+                else
+                    unit_product<true>(above, below, ldx, panel, width, some, !k, sums, below_sums, ldo, next, ahead);
+                if (k + some == depth) {
+                    asm volatile("" ::: "memory");
+                    done(p, 1, g * GROUP, is_last ? last : GROUP);
+                }
+            }
         }
-        m += some;
-    }
     _tile_release();
 }
 #else
