@@ -14,6 +14,7 @@
 constexpr long TILE_INPUTS = 32;  // inputs of a product in the unit
 constexpr long UNIT_ROWS = 16;    // rows that a tile holds
 constexpr long UNIT_INPUTS = 256;  // inputs that many rows take at a time
+constexpr long UNIT_AHEAD = 128;   // inputs of few rows, from those whose weights are used to those asked for
 
 // Whether the kernel lets this process use the unit: its state is large, so Linux wants to be asked.
 inline bool has_matrix_unit() {
@@ -99,10 +100,9 @@ inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long c
     rest.load();
     for (long p = 0; p < count; p++)
         for (long k = 0; k < depth; k += step) {
-            long some = std::min(step, depth - k), lines = some * width * 2 / 64;
-            long ahead = groups > 1 ? (lines * TILE_INPUTS / some + groups - 1) / groups : 0;
+            long some = std::min(step, depth - k), ahead = (width * TILE_INPUTS * 2 / 64 + groups - 1) / groups;
             const bf16* panel = w + p * width * depth + k * width;
-            const char* next = (const char*)(panel + some * width);
+            const char* next = (const char*)(panel + (groups > 1 ? some : UNIT_AHEAD) * width);
             if (!even) whole.load();
             for (long g = 0; g < groups; g++, next += ahead * some / TILE_INPUTS * 64) {
                 const bf16* above = x + g * GROUP * ldx + k;
