@@ -9,29 +9,31 @@ struct AttentionShape {
     float scale;
 };
 
-constexpr long TASK_ROWS = 96;  // of queries
-constexpr long FEW_ROWS = 8;    // up to so many rows, keys and values are used where they lie
+constexpr long TASK_ROWS = 256;  // of queries
+constexpr long PART_ROWS = 32;   // of these, whose scores the first cache keeps; what none of them sees is left out
+constexpr long FEW_ROWS = 8;     // up to so many rows, keys and values are used where they lie
 
 // sum[m] = sum[m] * shrink[m] + sum over j < n of by[m][j] * rows[j], for M rows of `sum`.
 template <int M, class T>
-inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, const float* shrink, float* sum) {
+inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, const float* shrink, float* sum,
+                     long lds) {
     long i = 0;
     for (; i + 2 * LANES <= dim; i += 2 * LANES) {
         Vec low[M], high[M];
         for (int m = 0; m < M; m++) {
-            low[m] = load(sum + m * dim + i) * shrink[m];
-            high[m] = load(sum + m * dim + i + LANES) * shrink[m];
+            low[m] = load(sum + m * lds + i) * shrink[m];
+            high[m] = load(sum + m * lds + i + LANES) * shrink[m];
         }
         for (long j = 0; j < n; j++) {
             Vec left = load(rows + j * ld + i), right = load(rows + j * ld + i + LANES);
             for (int m = 0; m < M; m++) low[m] += left * by[m * CHUNK + j], high[m] += right * by[m * CHUNK + j];
         }
-        for (int m = 0; m < M; m++) store(sum + m * dim + i, low[m]), store(sum + m * dim + i + LANES, high[m]);
+        for (int m = 0; m < M; m++) store(sum + m * lds + i, low[m]), store(sum + m * lds + i + LANES, high[m]);
     }
     for (; i < dim; i++)
         for (int m = 0; m < M; m++) {
-            sum[m * dim + i] *= shrink[m];
-            for (long j = 0; j < n; j++) sum[m * dim + i] += widen(rows[j * ld + i]) * by[m * CHUNK + j];
+            sum[m * lds + i] *= shrink[m];
+            for (long j = 0; j < n; j++) sum[m * lds + i] += widen(rows[j * ld + i]) * by[m * CHUNK + j];
         }
 }
 
@@ -75,45 +77,67 @@ struct Attention {
         long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens ahead of this step
         long last = before + task.first + task.count - 1;
         P* queries = scratch<P>(QUERIES, rows * width());
-        float* sums = scratch(SUMS, rows * dim);
-        float* scores = scratch(SCORES, rows * (CHUNK + 3));
-        float *most = scores + rows * CHUNK, *mass = most + rows, *shrink = mass + rows;
+        float* sums = scratch(SUMS, rows * width());
+        float *most = scratch(SEEN, 3 * rows), *mass = most + rows, *shrink = mass + rows;
         for (long r = 0; r < rows; r++) {
             put_row(q + row_of(task, r), queries + r * width(), dim, width());
             most[r] = -INFINITY, mass[r] = 0;
         }
-        std::fill(sums, sums + rows * dim, 0.0f);
+        std::fill(sums, sums + rows * width(), 0.0f);
         for (long key = window ? std::max(0L, before + task.first - window + 1) : 0; key <= last; key += CHUNK) {
-            long n = std::min(CHUNK, last + 1 - key);
-            score(task, key, n, rows, queries, scores);
-            for (long r = 0; r < rows; r++) {
-                long position = before + task.first + r / per_group();
-                long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
-                long to = std::clamp(position + 1 - key, 0L, n);
-                shrink[r] = soften(scores + r * CHUNK, from, to, n, shape.scale, most[r], mass[r]);
+            long n = std::min(CHUNK, last + 1 - key), depth = rows > FEW_ROWS ? padded<P>(n) : n;
+            // Of the keys that rows [first, first + some) see, their scores become weights of `depth` values.
+            auto soften_rows = [&](long first, long some, float* scores, auto* weights, long ld) {
+                for (long r = first; r < first + some; r++) {
+                    long position = before + task.first + r / per_group();
+                    long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
+                    long to = std::clamp(position + 1 - key, 0L, n);
+                    shrink[r] = soften(scores + (r - first) * CHUNK, weights + (r - first) * ld, from, to, depth,
+                                       shape.scale, most[r], mass[r]);
+                }
+            };
+            if (rows <= FEW_ROWS) {
+                float* scores = scratch(SCORES, rows * CHUNK);
+                score_in_place(task, key, n, rows, queries, scores);
+                soften_rows(0, rows, scores, scores, CHUNK);
+                add_values_in_place(task, key, n, rows, scores, shrink, sums);
+                continue;
             }
-            add_values(task, key, n, rows, scores, shrink, sums);
+            P *laid = scratch<P>(LAID, CHUNK * width()), *laid_values = scratch<P>(LAID_VALUES, width() * depth);
+            lay_keys(chunk_of(task, keys, key, n), n, width(), laid);
+            lay_values(chunk_of(task, values, key, n), depth, width(), laid_values);
+            float* scores = scratch(SCORES, PART_ROWS * CHUNK);
+            long ldb = ::stride<P>(CHUNK);
+            P* weights = scratch<P>(WEIGHTS, PART_ROWS * ldb);
+            for (long first = 0; first < rows; first += PART_ROWS) {
+                long some = std::min(PART_ROWS, rows - first);
+                long seen = std::min(n, before + task.first + (first + some - 1) / per_group() + 1 - key);
+                if (seen <= 0) continue;
+                block_product<P>(queries + first * width(), width(), some, laid, panels(seen), width(), scores, CHUNK);
+                soften_rows(first, some, scores, weights, ldb);
+                for (long r = first; r < first + some; r++)
+                    if (shrink[r] != 1) scale_row(sums + r * width(), shrink[r], width());
+                block_product<P, true>(weights, ldb, some, laid_values, panels(dim), depth, sums + first * width(),
+                                       width());
+            }
         }
         for (long r = 0; r < rows; r++) {
-            float* sum = sums + r * dim;
-            for (long i = 0; i < dim; i++) sum[i] /= mass[r];
-            convert_row(sum, out + row_of(task, r), dim);
+            scale_row(sums + r * width(), 1 / mass[r], width());
+            convert_row(sums + r * width(), out + row_of(task, r), dim);
         }
     }
 
+    static void scale_row(float* row, float by, long n) {
+        for (long i = 0; i < n; i += LANES) store(row + i, load(row + i) * by);
+    }
+
     // scores[r][j] = queries[r] . keys[j] for n keys.
-    void score(const Task& task, long key, long n, long rows, const P* queries, float* scores) const {
-        if (rows <= FEW_ROWS) {
-            float* wide = scratch(ADDED, rows * width());
-            convert_row(queries, wide, rows * width());
-            runs(task, key, n, [&](long at, long from, long some) {
-                dots_all(wide, width(), rows, keys + from, stride(), some, shape.dim, scores + at, CHUNK);
-            });
-            return;
-        }
-        P* laid = scratch<P>(LAID, CHUNK * width());
-        lay_keys(chunk_of(task, keys, key, n), n, width(), laid);
-        block_product<P>(queries, width(), rows, laid, panels(n), width(), scores, CHUNK, [](long, long, long, long) {});
+    void score_in_place(const Task& task, long key, long n, long rows, const P* queries, float* scores) const {
+        float* wide = scratch(ADDED, rows * width());
+        convert_row(queries, wide, rows * width());
+        runs(task, key, n, [&](long at, long from, long some) {
+            dots_all(wide, width(), rows, keys + from, stride(), some, shape.dim, scores + at, CHUNK);
+        });
     }
 
     Chunk<T, P> chunk_of(const Task& task, const T* cache, long key, long n) const {
@@ -124,72 +148,54 @@ struct Attention {
         return chunk;
     }
 
-    // One query's scores of n keys, of which it sees [from, to), become weights in its running softmax. Returns
-    // what the weights of earlier keys shrink by.
-    static float soften(float* score, long from, long to, long n, float scale, float& most, float& mass) {
+    // One query's scores, of which it sees [from, to), become `depth` weights in its running softmax, whose place may
+    // be theirs. Returns what the weights of earlier keys shrink by.
+    template <class I>
+    static float soften(float* score, I* weights, long from, long to, long depth, float scale, float& most,
+                        float& mass) {
         if (from >= to) {
-            std::fill(score, score + n, 0.0f);
+            std::fill(weights, weights + depth, I{});
             return 1;
         }
-        long whole = (n + LANES - 1) / LANES * LANES;
+        long whole = (to + LANES - 1) / LANES * LANES;
         std::fill(score, score + from, -INFINITY);
         std::fill(score + to, score + whole, -INFINITY);
-        Vec highest = Vec{} + most, total = {};
+        Vec highest = load(score), total = {};
+        for (long j = LANES; j < whole; j += LANES) highest = larger(highest, load(score + j));
+        float peak = std::max(most, largest(highest) * scale);
         for (long j = 0; j < whole; j += LANES) {
-            store(score + j, load(score + j) * scale);
-            highest = larger(highest, load(score + j));
-        }
-        float peak = score[from];
-        for (int lane = 0; lane < LANES; lane++) peak = std::max(peak, highest[lane]);
-        for (long j = 0; j < whole; j += LANES) {
-            Vec weight = exp(load(score + j) - peak);  // of those it does not see, the least there is
+            Vec weight = exp(load(score + j) * scale - peak);  // of those it does not see, the least there is
             total += weight;
-            store(score + j, weight);
+            store(weights + j, weight);
         }
-        std::fill(score, score + from, 0.0f);
-        std::fill(score + to, score + whole, 0.0f);
-        float shrink = std::exp(most - peak);
+        std::fill(weights, weights + from, I{});
+        std::fill(weights + to, weights + std::max(whole, depth), I{});
+        float shrink = most == peak ? 1 : std::exp(most - peak);
         most = peak;
         mass = mass * shrink + sum(total);
         return shrink;
     }
 
     // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j].
-    void add_values(const Task& task, long key, long n, long rows, const float* weights, float* shrink,
-                    float* sums) const {
-        long dim = shape.dim;
-        if (rows <= FEW_ROWS) {
-            runs(task, key, n, [&](long at, long from, long some) {
-                for (long r = 0; r < rows; r += 2) {
-                    auto add = r + 1 < rows ? add_rows<2, T> : add_rows<1, T>;
-                    add(weights + r * CHUNK + at, values + from, stride(), some, dim, shrink + r, sums + r * dim);
-                }
-                std::fill(shrink, shrink + rows, 1.0f);  // done with the first run
-            });
-            return;
-        }
-        long depth = padded<P>(n), ldb = ::stride<P>(n);
-        P* by = scratch<P>(WEIGHTS, rows * ldb);
-        for (long r = 0; r < rows; r++) put_row(weights + r * CHUNK, by + r * ldb, n, depth);
-        P* laid = scratch<P>(LAID, width() * depth);
-        lay_values(chunk_of(task, values, key, n), depth, width(), laid);
-        float* added = scratch(ADDED, rows * BLOCK_COLS);
-        for (long i = 0; i < dim; i += BLOCK_COLS) {
-            long cols = std::min(BLOCK_COLS, dim - i);
-            block_product<P>(by, ldb, rows, laid + i * depth, panels(cols), depth, added, BLOCK_COLS, [](long, long, long, long) {});
-            for (long r = 0; r < rows; r++)
-                for (long c = 0; c < cols; c++)
-                    sums[r * dim + i + c] = sums[r * dim + i + c] * shrink[r] + added[r * BLOCK_COLS + c];
-        }
+    void add_values_in_place(const Task& task, long key, long n, long rows, const float* weights, float* shrink,
+                             float* sums) const {
+        runs(task, key, n, [&](long at, long from, long some) {
+            for (long r = 0; r < rows; r += 2) {
+                auto add = r + 1 < rows ? add_rows<2, T> : add_rows<1, T>;
+                add(weights + r * CHUNK + at, values + from, stride(), some, shape.dim, shrink + r,
+                    sums + r * width(), width());
+            }
+            std::fill(shrink, shrink + rows, 1.0f);  // done with the first run
+        });
     }
 
     void run(int threads) const {
         std::vector<Task> tasks;
         long step = std::max(1L, TASK_ROWS / per_group());
         for (long s = 0; s < shape.sequences; s++)
-            for (long first = 0; first < starts[s + 1] - starts[s]; first += step)
+            for (long end = starts[s + 1] - starts[s]; end > 0; end -= step)  // those with most keys first
                 for (long g = 0; g < shape.groups; g++)
-                    tasks.push_back({s, g, first, std::min(step, starts[s + 1] - starts[s] - first)});
+                    tasks.push_back({s, g, std::max(0L, end - step), std::min(step, end)});
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (size_t t = 0; t < tasks.size(); t++) run(tasks[t]);
     }

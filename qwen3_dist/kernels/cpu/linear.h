@@ -47,7 +47,7 @@ inline long stride(long depth) { return padded<W>(depth) + (std::is_same_v<Input
 inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 // Buffers that each thread keeps, since fresh memory costs as much as what happens in it.
-enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, BUFFERS };
+enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, BUFFERS };
 
 constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
 
@@ -106,10 +106,12 @@ inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const bf16* w[H]
 }
 #endif
 
-// out[m][n] = x[m] . w[n] for M rows and C panels.
-template <int M, int C, class W>
+// out[m][n] = x[m] . w[n] for M rows and C panels, or += if it ADDS.
+template <int M, int C, bool ADDS, class W>
 inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
     Vec acc[M][2 * C] = {};
+    for (int m = 0; ADDS && m < M; m++)
+        for (int h = 0; h < 2 * C; h++) acc[m][h] = load(out + m * ldo + h * LANES);
     const W* halves[2 * C];
     for (int h = 0; h < 2 * C; h++) halves[h] = w + h / 2 * PANEL * depth + h % 2 * LANES * PAIR<W>;
     for (long k = 0; k < depth; k += PAIR<W>) multiply<M, 2 * C>(acc, x, ldx, halves, k);
@@ -118,30 +120,32 @@ inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out
 }
 
 // As many panels side by side as leave registers for so few rows.
-template <class W, int M = TILE_ROWS>
+template <class W, bool ADDS, int M = TILE_ROWS>
 inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out, long ldo) {
     if constexpr (M > 1)
-        if (rows < M) return tile_of<W, M - 1>(rows, x, ldx, w, count, depth, out, ldo);
+        if (rows < M) return tile_of<W, ADDS, M - 1>(rows, x, ldx, w, count, depth, out, ldo);
     constexpr int C = M == 1 ? 4 : M <= TILE_ROWS / 2 ? 2 : 1;
     long p = 0;
-    for (; p + C <= count; p += C) tile<M, C>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
-    for (; p < count; p++) tile<M, 1>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
+    for (; p + C <= count; p += C) tile<M, C, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
+    for (; p < count; p++) tile<M, 1, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
 }
 
-// out[m][n] = x[m] . w[n] for some rows and panels, in tiles of about the same size:
+inline void ignore(long, long, long, long) {}
+
+// out[m][n] = x[m] . w[n], or += if it ADDS, for some rows and panels, in tiles of about the same size:
 // a last one of a few rows would cost almost as much as a whole one. Calls done(p, count, m, n) when the outputs of
 // `count` panels from p on are there for rows [m, m + n): what uses them then reads a cache and waits for no other rows.
-template <class W, class F>
+template <class W, bool ADDS = false, class F = decltype(ignore)>
 inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out,
-                          long ldo, F done) {
+                          long ldo, F done = ignore) {
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<W, bf16>)
-        if (rows > 1 && has_matrix_unit()) return unit_block(x, ldx, rows, w, count, PANEL, depth, out, ldo, done);
+        if (rows > 1 && has_matrix_unit()) return unit_block<ADDS>(x, ldx, rows, w, count, PANEL, depth, out, ldo, done);
 #endif
     long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     for (long t = 0, m = 0; t < tiles; t++) {
         long some = (rows - m) / (tiles - t);
-        tile_of<W>(some, x + m * ldx, ldx, w, count, depth, out + m * ldo, ldo);
+        tile_of<W, ADDS>(some, x + m * ldx, ldx, w, count, depth, out + m * ldo, ldo);
         done(0L, count, m, some);
         m += some;
     }

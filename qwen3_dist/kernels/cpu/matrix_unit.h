@@ -85,10 +85,10 @@ inline void unit_product(const bf16* upper, const bf16* lower, long ldx, const b
     }
 }
 
-// out[m][n] = x[m] . w[n] for some rows and `count` panels of `width` = 32 outputs; depth is a multiple of 32. Many
+// out[m][n] = x[m] . w[n], or += if it ADDS, for some rows and `count` panels of `width` = 32 outputs; depth is a multiple of 32. Many
 // rows take so few inputs at a time that the first cache keeps a panel's weights for them. Calls done(p, 1, m, n) when
 // panel p's outputs for rows [m, m + n) are there.
-template <class F>
+template <bool ADDS, class F>
 inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long count, long width, long depth, float* out,
                        long ldo, F done) {
     asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
@@ -96,11 +96,14 @@ inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long c
     long groups = (rows + GROUP - 1) / GROUP, last = rows - (groups - 1) * GROUP;
     long upper = last > UNIT_ROWS ? (last + 1) / 2 : last, step = groups > 1 ? UNIT_INPUTS : depth;
     const TileShapes whole(UNIT_ROWS, UNIT_ROWS), rest(upper, last - upper);
+    // Weights of so few inputs are in a cache already.
+    long ahead = depth > UNIT_INPUTS ? (width * TILE_INPUTS * 2 / 64 + groups - 1) / groups : 0;
     bool even = groups == 1 || last == GROUP;
     rest.load();
     for (long p = 0; p < count; p++)
         for (long k = 0; k < depth; k += step) {
-            long some = std::min(step, depth - k), ahead = (width * TILE_INPUTS * 2 / 64 + groups - 1) / groups;
+            bool first = !ADDS && !k;
+            long some = std::min(step, depth - k);
             const bf16* panel = w + p * width * depth + k * width;
             const char* next = (const char*)(panel + (groups > 1 ? some : UNIT_AHEAD) * width);
             if (!even) whole.load();
@@ -113,9 +116,9 @@ inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long c
                 const bf16* below = above + in_upper * ldx;
                 float* below_sums = sums + in_upper * ldo;
                 if (is_last && last == upper)
-                    unit_product<false>(above, below, ldx, panel, width, some, !k, sums, below_sums, ldo, next, ahead);
+                    unit_product<false>(above, below, ldx, panel, width, some, first, sums, below_sums, ldo, next, ahead);
                 else
-                    unit_product<true>(above, below, ldx, panel, width, some, !k, sums, below_sums, ldo, next, ahead);
+                    unit_product<true>(above, below, ldx, panel, width, some, first, sums, below_sums, ldo, next, ahead);
                 if (k + some == depth) {
                     asm volatile("" ::: "memory");
                     done(p, 1, g * GROUP, is_last ? last : GROUP);

@@ -99,6 +99,15 @@ inline float sum(Vec x) {
 }
 
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+template <int WIDTH = LANES>
+inline float largest(Vec x) {
+    if constexpr (WIDTH == 1)
+        return x[0];
+    else
+        return largest<WIDTH / 2>(larger(x, rotated<WIDTH / 2>(x, std::make_integer_sequence<int, LANES>())));
+}
+
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 
 // exp within 3e-7 of itself for -87 < x < 88, the smallest normal number below: 2^n by the exponent's bits, the rest
