@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -98,7 +98,19 @@ inline float sum(Vec x) {
         return sum<WIDTH / 2>(x + rotated<WIDTH / 2>(x, std::make_integer_sequence<int, LANES>()));
 }
 
+#ifdef __AVX512F__
+inline Vec larger(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec smaller(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+inline Vec nearest_whole(Vec x) { return (Vec)_mm512_roundscale_ps((__m512)x, 0); }
+inline Vec times_power_of_two(Vec x, Vec n) { return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n); }
+#else
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec nearest_whole(Vec x) {
+    return __builtin_convertvector(__builtin_convertvector(x + (x < 0 ? Vec{} - 0.5f : Vec{} + 0.5f), Integers), Vec);
+}
+inline Vec times_power_of_two(Vec x, Vec n) { return x * (Vec)((__builtin_convertvector(n, Integers) + 127) << 23); }
+#endif
 
 template <int WIDTH = LANES>
 inline float largest(Vec x) {
@@ -108,17 +120,13 @@ inline float largest(Vec x) {
         return largest<WIDTH / 2>(larger(x, rotated<WIDTH / 2>(x, std::make_integer_sequence<int, LANES>())));
 }
 
-inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-
 // exp within 3e-7 of itself for -87 < x < 88, the smallest normal number below: 2^n by the exponent's bits, the rest
 // by its Taylor polynomial over half an octave to each side.
 inline Vec exp(Vec x) {
     x = larger(x, Vec{} - 87.0f);
-    Vec octaves = x * 1.44269504f;
-    Integers n = __builtin_convertvector(octaves + (octaves < 0 ? Vec{} - 0.5f : Vec{} + 0.5f), Integers);
-    Vec r = x - __builtin_convertvector(n, Vec) * 0.693147181f;
+    Vec n = nearest_whole(x * 1.44269504f), r = x - n * 0.693147181f;
     Vec power = ((((((r / 5040 + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1) * r + 1;
-    return power * (Vec)((n + 127) << 23);
+    return times_power_of_two(power, n);
 }
 
 // x * sigmoid(x), each step rounded to T as torch rounds it.
