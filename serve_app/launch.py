@@ -64,6 +64,8 @@ def running_service(
                 serve.shutdown()
     finally:
         ray_cluster.shutdown()
+        # Serve would take the next Ray of this process for this one, since both name their job alike.
+        serve.context._set_global_client(None)
 
 
 def check_model(config: ServiceConfig) -> None:
