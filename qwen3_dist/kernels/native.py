@@ -20,6 +20,7 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
 _SIGNATURES = {
     "pack": "ppiii",
+    "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
     "attention_half": "pppppppppppiiiifi",
     "feed_forward_half": "pppifi",
@@ -30,7 +31,15 @@ _SIGNATURES = {
     "rotate": "ppppppppppiiiifi",
 }
 # Those that take int8 weights too.
-_PRODUCTS = ("pack", "linear", "experts", "attention_half", "feed_forward_half", "experts_half")
+_PRODUCTS = (
+    "pack",
+    "packed_rows",
+    "linear",
+    "experts",
+    "attention_half",
+    "feed_forward_half",
+    "experts_half",
+)
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
 
 
@@ -70,6 +79,13 @@ class Kernels:
         self.run(
             "pack" if weight.dtype != torch.int8 else "pack_int8", weight.contiguous(), out, outputs, inner
         )
+        return out
+
+    def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:
+        """Rows `ids` [T] int64 of the matrix [N, inner] that was packed -> [T, inner]."""
+        out = packed.new_empty(len(ids), inner)
+        name = "packed_rows" if packed.dtype != torch.int8 else "packed_rows_int8"
+        self.run(name, packed, ids, out, len(ids), inner)
         return out
 
     def linear(self, x: Tensor, *parts: Weights) -> list[Tensor]:
@@ -201,10 +217,9 @@ def pack(weight: Tensor) -> Tensor:
 
 def rows_of_packed(packed: Tensor, ids: Tensor, inner: int) -> Tensor:
     """Rows `ids` [T] of the matrix [N, inner] that was packed -> [T, inner]."""
-    pair = 2 if packed.dtype == torch.bfloat16 else 1
-    panels = packed.unflatten(2, (-1, pair))
-    width = panels.shape[2]
-    return panels[ids // width, :, ids % width].flatten(1)[:, :inner].contiguous()
+    kernels = kernels_for(packed)
+    assert kernels is not None  # it was they who packed it
+    return kernels.packed_rows(packed, ids.contiguous(), inner)
 
 
 def linears(x: Tensor, *parts: Weights) -> list[Tensor]:

@@ -6,6 +6,9 @@
 #define PACKING(W, NAME) \
 extern "C" void pack_##NAME(const W* w, W* out, long outputs, long inner, long threads) { \
     pack<W>(w, out, outputs, inner, int(threads)); \
+} \
+extern "C" void packed_rows_##NAME(const W* packed, const long* ids, W* out, long count, long inner, long threads) { \
+    packed_rows<W>(packed, ids, out, count, inner, int(threads)); \
 }
 
 #define PRODUCTS(T, W, NAME) \

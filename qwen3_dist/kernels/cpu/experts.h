@@ -9,7 +9,7 @@ struct Experts {
     const W *fc1, *fc2, *fc3;                  // E packed matrices each, [I, D], the same, [D, I]
     const float *scales1, *scales2, *scales3;  // of their outputs: [E, I], the same, [E, D]; null: 1
     const long* ids;                           // [R, K] expert of each choice, -1 for none
-    const float* weights;                      // [R, K]
+    const float* weights;                      // [R, K]; null: all rows chose the one expert there is, with weight 1
     T* y;                                      // [R, D]: sum over a row's choices of weight * expert(x)
     long* counts;                              // [E] to which the choices of each expert are added, or null
     long rows, choices, experts, dim, inner;
@@ -39,7 +39,7 @@ struct Experts {
         long dim_depth = padded<W>(dim), ldx = stride<W>(dim);
         Input<W>* input = scratch<Input<W>>(INPUTS, total * ldx);
         Input<W>* hidden = scratch<Input<W>>(HIDDEN, total * stride<W>(inner));
-        float* out = scratch(OUTPUTS, total * dim);
+        float* out = weights ? scratch(OUTPUTS, total * dim) : nullptr;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
@@ -50,7 +50,7 @@ struct Experts {
 #pragma omp for schedule(dynamic)
             for (size_t t = 0; t < down.size(); t++) parts(down[t], [&](const Task& task) { project(task, hidden, out); });
 #pragma omp for
-            for (long r = 0; r < rows; r++) add_up(r, place.data() + r * choices, out);
+            for (long r = 0; r < (weights ? rows : 0); r++) add_up(r, place.data() + r * choices, out);
         }
     }
 
@@ -105,9 +105,10 @@ struct Experts {
     void project(const Task& task, const Input<W>* hidden, float* out) const {
         alignas(LINE) float sums[BLOCK_SUMS];
         product(task, hidden, fc3, scales3, dim, padded<W>(inner), sums, [&](float* sum, long i, long first, long cols) {
+            long at = task.panel * PANEL + first, place = (task.pair + i) * dim + at, some = std::min(cols, dim - at);
+            if (!weights) return convert_row(sum, y + place, some);
             for (long j = 0; j < cols; j += LANES) store(sum + j, rounded<T>(load(sum + j)));
-            long at = task.panel * PANEL + first;
-            convert_row(sum, out + (task.pair + i) * dim + at, std::min(cols, dim - at));
+            convert_row(sum, out + place, some);
         });
     }
 

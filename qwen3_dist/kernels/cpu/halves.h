@@ -68,9 +68,8 @@ struct FeedForwardHalf {
         T* normed = scratch<T>(NORMED, rows * dim);
         norm<T>(x, norm_scale, normed, rows, dim, eps, threads);
         std::vector<long> ids(rows, 0);
-        std::vector<float> weights(rows, 1.0f);
-        Experts<T, W>{normed, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, nullptr, rows,
-                      1, 1, dim, inner}
+        Experts<T, W>{normed, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), nullptr, out, nullptr, rows, 1, 1,
+                      dim, inner}
             .run(threads);
     }
 };

@@ -72,6 +72,18 @@ void pack(const W* w, W* out, long outputs, long inner, int threads) {
             }
 }
 
+// out [count, inner] = rows `ids` of the matrix that was packed.
+template <class W>
+void packed_rows(const W* packed, const long* ids, W* out, long count, long inner, int threads) {
+    long depth = padded<W>(inner);
+#pragma omp parallel for num_threads(threads) if (count > 1)
+    for (long r = 0; r < count; r++) {
+        const W* from = packed + ids[r] / PANEL * PANEL * depth + ids[r] % PANEL * PAIR<W>;
+        for (long k = 0; k < inner; k++)
+            out[r * inner + k] = from[k / PAIR<W> * PAIR<W> * PANEL + k % PAIR<W>];
+    }
+}
+
 // acc[m][h] += the products of PAIR inputs x[m] with half a panel of weights each.
 template <int M, int H, class W>
 inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const W* w[H], long k) {
