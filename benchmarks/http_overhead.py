@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -87,27 +88,36 @@ def served_rate(settings: dict[str, Any], clients: int, output_len: int) -> floa
 def offline_rate(settings: dict[str, Any], clients: int, output_len: int) -> float:
     params = SamplingParams(max_tokens=output_len, temperature=0, ignore_eos=True)
     with LLM(use_tqdm=False, **settings) as llm:
-        llm.generate(prompts(clients), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
+        llm.generate(prompts(clients), replace(params, max_tokens=8), use_tqdm=False)
         rates = []
         for _ in range(TURNS):
             started = time.perf_counter()
-            llm.generate(prompts(clients), params)
+            llm.generate(prompts(clients), params, use_tqdm=False)
             rates.append(clients * output_len / (time.perf_counter() - started))
     return statistics.median(rates)
 
 
-def row(name: str, settings: dict[str, Any], clients: int, output_len: int) -> dict[str, Any]:
+def rows(
+    name: str, settings: dict[str, Any], clients: int, output_len: int, parts: list[int]
+) -> list[dict[str, Any]]:
+    """A row for each number of `parts` a second that the replica may send; 0 is any."""
     offline = offline_rate(settings, clients, output_len)
-    served = served_rate(settings, clients, output_len)
-    return {
-        "model": name,
-        "clients": clients,
-        "offline_tokens_per_s": round(offline),
-        "offline_step_ms": round(clients / offline * 1e3, 1),
-        "http_tokens_per_s": round(served),
-        "http_over_offline": round(served / offline, 2),
-        "overhead_us_per_token": round((1 / served - 1 / offline) * 1e6),
-    }
+    found = []
+    for most in parts:
+        served = served_rate({**settings, "stream_parts_per_s": most}, clients, output_len)
+        found.append(
+            {
+                "model": name,
+                "clients": clients,
+                "stream_parts_per_s": most,
+                "offline_tokens_per_s": round(offline),
+                "offline_step_ms": round(clients / offline * 1e3, 1),
+                "http_tokens_per_s": round(served),
+                "http_over_offline": round(served / offline, 2),
+                "overhead_us_per_token": round((1 / served - 1 / offline) * 1e6),
+            }
+        )
+    return found
 
 
 def main() -> None:
@@ -116,17 +126,19 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=128)
-    parser.add_argument("--layers", type=int, nargs="*", default=[4], help="depths of Qwen3-0.6B's shape")
+    parser.add_argument("--layers", type=int, nargs="*", default=[1], help="depths of Qwen3-0.6B's shape")
+    parser.add_argument("--parts", type=int, nargs="*", default=[0, 500, 200], help="stream_parts_per_s")
     args = parser.parse_args()
     common = {"num_blocks": 2048, "prefix_caching": False, "max_num_seqs": args.clients}
-    rows = [row("bundled", common, args.clients, args.output_len)]
+    how = (args.clients, args.output_len, args.parts)
+    found = rows("bundled", common, *how)
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as folder:
             shape = {**SHAPES["dense"], "num_hidden_layers": layers}
             (Path(folder) / "config.json").write_text(json.dumps(shape))
             settings = {**common, "model": folder, "load_format": "random"}
-            rows.append(row(f"Qwen3-0.6B cut to {layers} layers", settings, args.clients, args.output_len))
-    keep("http-overhead", rows)
+            found += rows(f"Qwen3-0.6B cut to {layers} layers", settings, *how)
+    keep("http-overhead", found)
 
 
 if __name__ == "__main__":

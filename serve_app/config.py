@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class ServiceConfig:
     request_timeout_s: float = setting(
         0.0, "longest time a request may take, then it is answered 408; 0: any"
     )
+    stream_parts_per_s: int | None = setting(
+        None,
+        "parts of answers that a replica sends per second; where its tokens are more, parts hold several; "
+        "0: never; null: 500 if ranks compute on the CPUs that send them, else 2500",
+    )
     api_key: str = dataclasses.field(
         default="",
         repr=False,  # settings are printed and logged
@@ -64,7 +70,7 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_s") and value < 0:
+            if field.name.endswith("_s") and value is not None and value < 0:
                 raise ConfigError(f"{field.name} must not be negative, not {value!r}")
         for name in (
             "max_replicas",
@@ -99,6 +105,12 @@ class ServiceConfig:
     def tool_call_form(self) -> ToolCallForm | None:
         """The form of tool calls that was set; None if the chat template is to tell it."""
         return None if self.tool_calls == "auto" else cast(ToolCallForm, self.tool_calls)
+
+    @property
+    def parts_per_s(self) -> float:
+        """Most parts of answers per second, as AsyncEngine takes it, once the device is decided."""
+        by_device = 500 if self.engine.device == "cpu" else 2500
+        return (by_device if self.stream_parts_per_s is None else self.stream_parts_per_s) or math.inf
 
     @property
     def served_name(self) -> str:

@@ -61,7 +61,7 @@ class EngineReplica:
     """One engine and the answering of requests with it. Construction loads the model."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        self._engine = AsyncEngine(config.engine)
+        self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s)
         logger.info("the engine is ready on %s", self._engine.backends)
         defaults = read_generation_defaults(self._engine.model_path)
         thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ class _Stream:
     """Where one request's deltas go: a queue on its caller's event loop."""
 
     loop: asyncio.AbstractEventLoop
+    held: list[TokenDelta] = field(default_factory=list)
+    due: float = 0.0  # when the next part may go out
     queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
     unfinished: int = 1
 
@@ -45,10 +49,17 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Construction blocks until the model is loaded on all ranks. Raises what `Engine` raises."""
+    """Construction blocks until the model is loaded on all ranks. Raises what `Engine` raises.
 
-    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+    It gives its callers at most about `parts_per_s` parts a second, all together, beside first and last ones.
+    Where they would be more, parts hold what several steps added.
+    """
+
+    def __init__(
+        self, config: EngineConfig, show_progress: bool = False, parts_per_s: float = math.inf
+    ) -> None:
         self._engine = Engine(config, show_progress)
+        self._parts_per_s = parts_per_s
         self.config = config
         self.backends = self._engine.backends
         self.model_path = self._engine.model_path
@@ -203,9 +214,14 @@ class AsyncEngine:
 
     def _deliver(self, outputs: Outputs) -> None:
         for request_id, deltas in outputs.items():
-            stream = self._streams.get(request_id)
-            if stream is not None:
-                self._send(stream, deltas)
+            if stream := self._streams.get(request_id):
+                stream.held += deltas
+        now = time.monotonic()
+        for stream in self._streams.values():
+            if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
+                self._send(stream, stream.held)
+                stream.held = []
+                stream.due = now + len(self._streams) / self._parts_per_s
 
     def _die(self, error: QwenDistError) -> None:
         self._death = error

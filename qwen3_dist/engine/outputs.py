@@ -44,6 +44,11 @@ class TokenDelta:
     error: str | None = None
     vector: array[float] | None = None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing of its choice comes after it."""
+        return self.finish_reason is not None or self.error is not None
+
     def first(self, count: int) -> TokenDelta:
         """The same with the first `count` tokens alone, the others being after a stop string."""
         if count == len(self.token_ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -148,6 +149,25 @@ def test_an_abandoned_request_frees_its_blocks(checkpoint: Path) -> None:
         engine.shutdown()
 
     asyncio.run(scenario())
+
+
+def test_parts_that_would_come_too_fast_hold_several_steps_and_nobody_waits_for_the_last(
+    checkpoint: Path,
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    async def parts(parts_per_s: float) -> list[list[int]]:
+        engine = AsyncEngine(EngineConfig(str(checkpoint)), parts_per_s=parts_per_s)
+        found = [
+            [token for delta in deltas for token in delta.token_ids]
+            async for deltas in engine.generate([1, 2, 3], params, "a")
+        ]
+        engine.shutdown()
+        return found
+
+    first, rest = asyncio.run(parts(1e-6))
+    assert (len(first), len(rest)) == (1, 11)
+    assert sum(asyncio.run(parts(math.inf)), []) == first + rest
 
 
 def test_a_checkpoint_that_ranks_cannot_load_is_reported_as_such(tmp_path: Path) -> None:
