@@ -30,23 +30,32 @@ struct Experts {
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long i = 0; i < rows * choices; i++)
             if (ids[i] >= 0) pairs[place[i] = next[ids[i]]++] = i;
+        // Of many rows each task gathers its own, which are then in its core's cache, for all panels.
+        bool own = total >= 4 * threads * BLOCK_ROWS;
         std::vector<Task> up, down;
         for (long e = 0; e < experts; e++)
             if (long rows = start[e + 1] - start[e]) {
-                add_tasks(up, e, start[e], rows, panels(inner));
-                add_tasks(down, e, start[e], rows, panels(dim));
+                add_tasks(up, e, start[e], rows, panels(inner), own ? panels(inner) : BLOCK_PANELS);
+                add_tasks(down, e, start[e], rows, panels(dim), BLOCK_PANELS);
             }
-        long dim_depth = padded<W>(dim), ldx = stride<W>(dim);
-        Input<W>* input = scratch<Input<W>>(INPUTS, total * ldx);
+        long ldx = stride<W>(dim);
+        Input<W>* input = own ? nullptr : scratch<Input<W>>(INPUTS, total * ldx);
         Input<W>* hidden = scratch<Input<W>>(HIDDEN, total * stride<W>(inner));
-        float* out = weights ? scratch(OUTPUTS, total * dim) : nullptr;
+        T* out = weights ? scratch<T>(OUTPUTS, total * dim) : nullptr;
+        auto gather = [&](long pair, long count, Input<W>* to) {
+            for (long p = pair; p < pair + count; p++, to += ldx)
+                put_row(x + pairs[p] / choices * dim, to, dim, padded<W>(dim));
+        };
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
-            for (long p = 0; p < total; p++)
-                put_row(x + pairs[p] / choices * dim, input + p * ldx, dim, dim_depth);
+            for (long p = 0; p < (own ? 0 : total); p++) gather(p, 1, input + p * ldx);
 #pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < up.size(); t++) parts(up[t], [&](const Task& task) { gate_up(task, input, hidden); });
+            for (size_t t = 0; t < up.size(); t++) {
+                Input<W>* rows = own ? scratch<Input<W>>(INPUTS, up[t].rows * ldx) : input + up[t].pair * ldx;
+                if (own) gather(up[t].pair, up[t].rows, rows);
+                parts(up[t], [&](const Task& task) { gate_up(task, rows, hidden); });
+            }
 #pragma omp for schedule(dynamic)
             for (size_t t = 0; t < down.size(); t++) parts(down[t], [&](const Task& task) { project(task, hidden, out); });
 #pragma omp for
@@ -55,11 +64,11 @@ struct Experts {
     }
 
     // All panels for the same rows one after the other, which a cache keeps.
-    static void add_tasks(std::vector<Task>& tasks, long expert, long first, long rows, long count) {
+    static void add_tasks(std::vector<Task>& tasks, long expert, long first, long rows, long count, long step) {
         for (long row = 0; row < rows; row += BLOCK_ROWS)
-            for (long panel = 0; panel < count; panel += BLOCK_PANELS)
+            for (long panel = 0; panel < count; panel += step)
                 tasks.push_back({expert, first + row, std::min(BLOCK_ROWS, rows - row), panel,
-                                 std::min(BLOCK_PANELS, count - panel)});
+                                 std::min(step, count - panel)});
     }
 
     // Calls f with a task for each few panels whose outputs are computed before they are used.
@@ -71,8 +80,8 @@ struct Experts {
         }
     }
 
-    // The task's part of a product of its expert, whose matrix has so many outputs; rows are `task.panels` long. Calls
-    // done(row of sums, row of the task, first column, columns) for what is there.
+    // The task's part of a product of its expert, whose matrix has so many outputs, with its rows, which begin at `from`;
+    // rows of sums are `task.panels` long. Calls done(row of sums, row of the task, first column, columns) for what is there.
     template <class F>
     void product(const Task& task, const Input<W>* from, const W* w, const float* scales, long outputs, long depth,
                  float* sums, F done) const {
@@ -85,7 +94,7 @@ struct Experts {
                 done(row, i, p * PANEL, count * PANEL);
             }
         };
-        block_product<W>(from + task.pair * ldx, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, sums,
+        block_product<W>(from, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, sums,
                          ldo, finish);
     }
 
@@ -102,22 +111,26 @@ struct Experts {
         });
     }
 
-    void project(const Task& task, const Input<W>* hidden, float* out) const {
+    void project(const Task& task, const Input<W>* hidden, T* out) const {
         alignas(LINE) float sums[BLOCK_SUMS];
-        product(task, hidden, fc3, scales3, dim, padded<W>(inner), sums, [&](float* sum, long i, long first, long cols) {
+        product(task, hidden + task.pair * stride<W>(inner), fc3, scales3, dim, padded<W>(inner), sums, [&](float* sum, long i, long first, long cols) {
             long at = task.panel * PANEL + first, place = (task.pair + i) * dim + at, some = std::min(cols, dim - at);
             if (!weights) return convert_row(sum, y + place, some);
-            for (long j = 0; j < cols; j += LANES) store(sum + j, rounded<T>(load(sum + j)));
             convert_row(sum, out + place, some);
         });
     }
 
-    void add_up(long row, const long* place, const float* out) const {
+    void add_up(long row, const long* place, const T* out) const {
         float* sum = scratch(ROW, dim);
         std::fill(sum, sum + dim, 0.0f);
         for (long c = 0; c < choices; c++)
-            if (place[c] >= 0)
-                for (long i = 0; i < dim; i++) sum[i] += weights[row * choices + c] * out[place[c] * dim + i];
+            if (place[c] >= 0) {
+                const T* from = out + place[c] * dim;
+                float weight = weights[row * choices + c];
+                long i = 0;
+                for (; i + LANES <= dim; i += LANES) store(sum + i, load(sum + i) + weight * load(from + i));
+                for (; i < dim; i++) sum[i] += weight * widen(from[i]);
+            }
         convert_row(sum, y + row * dim, dim);
     }
 };
