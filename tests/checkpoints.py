@@ -26,6 +26,15 @@ DENSE: dict[str, Any] = {
 }
 MOE = {"moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
 
+# Chunks of at most 16 tokens, and a cache that holds two of the longer sequences.
+TIGHT: dict[str, Any] = {
+    "block_size": 4,
+    "num_blocks": 24,
+    "max_num_batched_tokens": 16,
+    "max_num_seqs": 6,
+    "use_tqdm": False,
+}
+
 
 def write_checkpoint(
     path: Path, *, moe: bool, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any

@@ -2,45 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.reference import load_reference
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))
 PROMPTS = [[*SHARED, 60 + i, 3] for i in range(6)] + [SHARED[:9], [7, 8], list(range(100, 150))]
 LENGTH = 14
 GREEDY = SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=LENGTH, temperature=0.8, top_p=0.9, seed=5, ignore_eos=True)
-# Chunks of at most 16 tokens, and a cache that holds two of the longer sequences.
-TIGHT: dict[str, Any] = {
-    "block_size": 4,
-    "num_blocks": 24,
-    "max_num_batched_tokens": 16,
-    "max_num_seqs": 6,
-    "use_tqdm": False,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
-        "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
-    }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.mark.parametrize(

@@ -14,30 +14,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.engine import PROMPT_ONLY
 from qwen3_dist.errors import CheckpointError, RequestError
-from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.reference import load_reference
 from qwen3_dist.text.reranking import relevance_prompt
 from tests.adapters import merge, write_adapter
-from tests.checkpoints import write_checkpoint, write_reader
+from tests.checkpoints import write_reader
 
 SHARED = list(range(20, 46))
 PROMPTS = [[*SHARED, 60 + i, 3] for i in range(5)] + [[9], [7, 8], list(range(100, 133))]
 RAW = PoolingParams(normalize=False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
-        "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
-    }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.fixture(scope="module")

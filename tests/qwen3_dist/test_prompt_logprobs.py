@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,35 +11,13 @@ import torch
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine import readings
 from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.reference import load_reference
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))
 PROMPTS = [[*SHARED, 60 + i, 3] for i in range(5)] + [[9], [7, 8], list(range(100, 133))]
-# Chunks of at most 16 tokens, and a cache that holds two of the longer sequences.
-TIGHT: dict[str, Any] = {
-    "block_size": 4,
-    "num_blocks": 24,
-    "max_num_batched_tokens": 16,
-    "max_num_seqs": 6,
-    "use_tqdm": False,
-}
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
-        "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
-    }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def expected(path: Path, prompt: list[int], top: int) -> list[TokenLogprob | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from qwen3_dist.engine.plan import SampleSpec, SequenceStep
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import SamplingState
 from qwen3_dist.errors import RequestError
-from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.reference import load_reference
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import TIGHT, write_checkpoint
 
 LENGTH = 12
 # A repeating prompt, so that its tokens are likely ones.
@@ -42,19 +40,7 @@ ASKED: dict[str, dict[str, Any]] = {
         "stop_token_ids": (17, 33),
     },
 }
-TIGHT: dict[str, Any] = {
-    "block_size": 4,
-    "num_blocks": 24,
-    "max_num_batched_tokens": 16,
-    "max_num_seqs": 6,
-    "use_tqdm": False,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.fixture(scope="module")

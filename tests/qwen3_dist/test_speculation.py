@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,8 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.sampler import sample
 from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
-from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.speculation import Speculation
-from tests.checkpoints import write_checkpoint
+from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))
 PROMPTS = [[*SHARED, 60 + i, 3] for i in range(3)]
@@ -29,28 +27,7 @@ LENGTH = 31
 GREEDY = SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True)
 DRAWN = SamplingParams(max_tokens=LENGTH, temperature=0.3, top_p=0.9, seed=5, ignore_eos=True, logprobs=2)
 GUESSING = "ngram,k=5,min=1,max=3"
-# Chunks of at most 16 tokens, and a cache that holds two of the longer sequences.
-TIGHT: dict[str, Any] = {
-    "block_size": 4,
-    "num_blocks": 24,
-    "max_num_batched_tokens": 16,
-    "max_num_seqs": 6,
-    "use_tqdm": False,
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {
-        "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
-        "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
-    }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.fixture(scope="module")

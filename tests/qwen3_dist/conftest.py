@@ -1,0 +1,25 @@
+"""What tests of whole engines share: small checkpoints, and one process from which their ranks are forked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen3_dist.executor.processes import shared_nursery
+from tests.checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[None]:
+    with shared_nursery():
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
+        "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
+    }
