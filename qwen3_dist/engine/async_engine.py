@@ -38,13 +38,17 @@ class _Stream:
 
     async def take(self) -> list[TokenDelta]:
         """What has come since the last time, of several steps if the caller is slower than the engine: it then
-        has less to do for each. Raises EngineDeadError."""
+        has less to do for each. Raises EngineDeadError once all that came before the error was taken."""
         taken: list[TokenDelta] = []
         while not taken or not self.queue.empty():
-            deltas = await self.queue.get()
-            if isinstance(deltas, QwenDistError):
-                raise EngineDeadError(str(deltas))
-            taken += deltas
+            item = await self.queue.get()
+            if not isinstance(item, QwenDistError):
+                taken += item
+            elif taken:
+                self.queue.put_nowait(item)  # nothing follows it, so it is what the next call finds
+                break
+            else:
+                raise EngineDeadError(str(item))
         return taken
 
 
@@ -226,6 +230,8 @@ class AsyncEngine:
     def _die(self, error: QwenDistError) -> None:
         self._death = error
         for stream in self._streams.values():
+            if stream.held:
+                self._send(stream, stream.held)
             self._send(stream, error)
         self._engine.shutdown()
 

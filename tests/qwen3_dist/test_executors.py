@@ -170,6 +170,25 @@ def test_parts_that_would_come_too_fast_hold_several_steps_and_nobody_waits_for_
     assert sum(asyncio.run(parts(math.inf)), []) == first + rest
 
 
+@pytest.mark.parametrize("parts_per_s", [1e-6, math.inf])
+def test_all_tokens_that_were_computed_before_an_engine_died_come_ahead_of_the_error(
+    parts_per_s: float,
+) -> None:
+    engine = AsyncEngine(EngineConfig(device="cpu", num_blocks=256), parts_per_s=parts_per_s)
+    tokens: list[int] = []
+
+    async def outlive() -> None:
+        async for deltas in engine.generate([1, 2, 3], ENDLESS, "a"):
+            tokens.extend(token for delta in deltas for token in delta.token_ids)
+            while engine.stats().steps < 9:  # the event loop stands still: all that follows is taken at once
+                time.sleep(0.001)
+            engine.shutdown()
+
+    with pytest.raises(EngineDeadError, match="was shut down"):
+        asyncio.run(outlive())
+    assert len(tokens) == engine.stats().steps  # each step computed one
+
+
 def test_a_checkpoint_that_ranks_cannot_load_is_reported_as_such(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, moe=False)
     config = (path / "config.json").read_text()
