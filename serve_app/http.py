@@ -43,7 +43,7 @@ def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
     async def answer_error(
         request: Request, error: Exception, headers: Mapping[str, str] | None = None
     ) -> Response:
-        form = error_forms.get(request.url.path, error_object)
+        form = error_forms.get(route_path(request), error_object)
         status = error_status(error)
         return json_response(form(error), status, headers or _ERROR_HEADERS.get(HTTPStatus(status)))
 
@@ -58,9 +58,15 @@ def make_api(error_forms: Mapping[str, ErrorForm]) -> FastAPI:
     return api
 
 
+def route_path(request: Request) -> str:
+    """The request's path as routes have it: without the prefix that Serve may run the application under."""
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", ""))
+
+
 def check_key(request: Request, key: str) -> None:
     """Raises RequestError (401) unless the request to an API shows the `key`; the comparison takes the same time."""
-    if not key or not request.url.path.startswith("/v1/"):
+    if not key or not route_path(request).startswith("/v1/"):
         return
     headers = request.headers
     scheme, _, token = headers.get("authorization", "").partition(" ")
