@@ -1,4 +1,4 @@
-"""What the serve tests share: settings of their service, waiting, and finding processes that they started."""
+"""What the serve tests share: settings of their service, waiting, reading answers, finding processes they started."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 # Short delays, so that scaling and replacement happen while a test waits. fp32, so that batching
 # changes no greedy token.
@@ -79,3 +81,12 @@ def server_events(stream: bytes) -> list[dict[str, Any]]:
     data: list[dict[str, Any]] = [json.loads(value) for _, _, value in events]
     assert [name for name, _, _ in events] == [f"event: {value['type']}".encode() for value in data]
     return data
+
+
+def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
+    """OpenAI's error object in `answer`."""
+    assert answer.status_code == status, answer.text
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    return error

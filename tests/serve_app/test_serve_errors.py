@@ -8,16 +8,10 @@ import httpx
 import openai
 import pytest
 
+from tests.serve_app.support import error_of
+
 CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
-
-
-def error_of(answer: httpx.Response, status: int) -> dict[str, Any]:
-    assert answer.status_code == status, answer.text
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert "\n" not in error["message"]
-    return error
 
 
 @pytest.mark.parametrize("stream", [False, True])
