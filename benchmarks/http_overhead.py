@@ -1,9 +1,10 @@
 """Output tokens/s of streamed completions over HTTP at many clients, against the same engine without a server.
 
-    python -m benchmarks.http_overhead [--model DIR_OR_CONFIG] [--clients 32] [--output-len 128]
+    python -m benchmarks.http_overhead [--clients 32] [--output-len 128] [--haproxy]
 
 Server, engine and clients share this machine's cores. Besides the bundled model, whose steps take a millisecond or
-two, it runs random weights of Qwen3's proportions, cut to a depth at which a step of all clients takes about 20 ms.
+two, it runs random weights of Qwen3's proportions, cut so that a step of all clients takes about 20 ms: once where
+the rank computes on all cores, and once where it leaves one to the server, with and without HTTP.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -29,6 +31,16 @@ from serve_app.launch import running_service
 INPUT_LEN = 16
 TURNS = 3
 PORT = 8793
+HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  # read by Ray Serve's processes, which inherit it
+# A step of about 20 ms on two cores, and on one: name, what replaces Qwen3-0.6B's configuration, settings.
+TWENTY_MS = (
+    ("Qwen3-0.6B cut to 1 layer", {"num_hidden_layers": 1}, {}),
+    (
+        "Qwen3-0.6B cut to 1 layer and half its vocabulary",
+        {"num_hidden_layers": 1, "vocab_size": 75968},
+        {"threads_per_rank": max(1, (os.cpu_count() or 2) - 1)},
+    ),
+)
 
 
 def prompts(clients: int) -> list[list[int]]:
@@ -109,6 +121,8 @@ def rows(
             {
                 "model": name,
                 "clients": clients,
+                "threads": settings.get("threads_per_rank") or os.cpu_count(),
+                "proxy": "HAProxy" if os.environ.get(HAPROXY) == "1" else "Serve",
                 "stream_parts_per_s": most,
                 "offline_tokens_per_s": round(offline),
                 "offline_step_ms": round(clients / offline * 1e3, 1),
@@ -126,19 +140,18 @@ def main() -> None:
     )
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=128)
-    parser.add_argument("--layers", type=int, nargs="*", default=[1], help="depths of Qwen3-0.6B's shape")
-    parser.add_argument("--parts", type=int, nargs="*", default=[0, 500, 200], help="stream_parts_per_s")
+    parser.add_argument("--parts", type=int, nargs="*", default=[0, 500], help="stream_parts_per_s")
+    parser.add_argument("--haproxy", action="store_true", help="Serve's other proxy")
     args = parser.parse_args()
+    os.environ[HAPROXY] = str(int(args.haproxy))
     common = {"num_blocks": 2048, "prefix_caching": False, "max_num_seqs": args.clients}
     how = (args.clients, args.output_len, args.parts)
     found = rows("bundled", common, *how)
-    for layers in args.layers:
+    for name, cut, settings in TWENTY_MS:
         with tempfile.TemporaryDirectory() as folder:
-            shape = {**SHAPES["dense"], "num_hidden_layers": layers}
-            (Path(folder) / "config.json").write_text(json.dumps(shape))
-            settings = {**common, "model": folder, "load_format": "random"}
-            found += rows(f"Qwen3-0.6B cut to {layers} layers", settings, *how)
-    keep("http-overhead", found)
+            (Path(folder) / "config.json").write_text(json.dumps({**SHAPES["dense"], **cut}))
+            found += rows(name, {**common, **settings, "model": folder, "load_format": "random"}, *how)
+    keep("http-overhead-haproxy" if args.haproxy else "http-overhead", found)
 
 
 if __name__ == "__main__":

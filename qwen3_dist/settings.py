@@ -89,6 +89,10 @@ class EngineConfig:
     cpus_per_rank: float | None = setting(
         None, "CPUs reserved in Ray for each rank; by device and cluster if unset"
     )
+    threads_per_rank: int | None = setting(
+        None,
+        "threads a CPU rank computes with, fewer leave cores to the server; its share of the cores if unset",
+    )
     cuda_graphs: bool = setting(True, "on a GPU, launch decode steps as CUDA graphs captured at start")
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
@@ -110,6 +114,7 @@ class EngineConfig:
             "num_blocks",
             "kv_cache_gib",
             "cpus_per_rank",
+            "threads_per_rank",
             "max_num_seqs",
             "max_num_batched_tokens",
             "rebalance_experts_s",

@@ -51,7 +51,8 @@ def place(config: ServiceConfig) -> Placement:
             f"{config.min_replicas} replica(s) of {world} rank(s) at {_total(ranks, 'CPU') / world:g} CPUs each need "
             f"{needed:g} CPUs and the Ray cluster has {total:g}; lower cpus_per_rank, min_replicas or the layout"
         )
-    executor = engine.executor if engine.executor != "auto" else "in_process" if world == 1 else "ray"
+    # Not even a lone rank runs in the replica's process: answering requests would keep the GIL from its steps.
+    executor = engine.executor if engine.executor != "auto" else "processes" if world == 1 else "ray"
     if executor == "ray":
         bundles = [own, *ranks]
     else:

@@ -13,7 +13,7 @@ from qwen3_dist.engine.runner import ModelRunner, StepOutput
 from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import ConfigError, ResourceError
 from qwen3_dist.executor.base import Executor
-from qwen3_dist.executor.rank import cores, count_blocks, load_shard
+from qwen3_dist.executor.rank import count_blocks, load_shard, set_threads
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
@@ -27,7 +27,7 @@ class InProcessExecutor(Executor):
             raise ConfigError(f"executor in_process runs one rank and layout {config.layout} has more")
         device = torch.device(local_device(config.device))
         if device.type == "cpu":
-            torch.set_num_threads(cores())  # Ray hides all but one core from a worker's OpenMP
+            set_threads(config, ranks_on_host=1)
         model = load_shard(config, ParallelContext.single(), device, progress)
         self.device = device.type
         self.depth = 2 if config.overlap and device.type == "cuda" else 1

@@ -123,6 +123,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def set_threads(config: EngineConfig, ranks_on_host: int) -> None:
+    """Has this process compute with as many threads as the settings say, or with its share of the cores.
+
+    Said in any case: Ray hides all but one core from a worker's OpenMP.
+    """
+    share = max(1, cores() // ranks_on_host)
+    torch.set_num_threads(config.threads_per_rank or share)
+
+
 def load_shard(
     config: EngineConfig, parallel: ParallelContext, device: torch.device, progress: Progress | None
 ) -> Qwen3Model:
@@ -206,7 +215,7 @@ def _join(spec: RankSpec, channel: Channel) -> tuple[ParallelContext, int, torch
     if store is None:
         master_host, master_port = start.store_address
         store = dist.TCPStore(master_host, master_port, world, is_master=False, timeout=timeout)
-    torch.set_num_threads(max(1, cores() // start.ranks_on_host))
+    set_threads(spec.config, start.ranks_on_host)
     device = torch.device("cpu")
     if spec.device == "cuda":
         device = torch.device("cuda", start.local_rank % torch.cuda.device_count())
