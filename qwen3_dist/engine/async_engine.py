@@ -106,12 +106,15 @@ class AsyncEngine:
             self._streams[request_id] = stream
             self._engine.add_request(request_id, prompt_token_ids, params, priority, lora, setup, pooling)
 
-        self._post(add)
+        if not self._post(add):
+            self.check_health()
         try:
             while stream.unfinished:
                 deltas = await stream.take()
                 failed = next((delta.error for delta in deltas if delta.error is not None), None)
                 if failed is not None:
+                    if told := [delta for delta in deltas if delta.error is None]:
+                        yield told
                     raise RequestError(failed)
                 stream.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
@@ -168,11 +171,14 @@ class AsyncEngine:
         self._thread.join()
         self._engine.shutdown()
 
-    def _post(self, action: Callable[[], object]) -> None:
-        """Has the engine's thread do `action` between two steps."""
+    def _post(self, action: Callable[[], object]) -> bool:
+        """Has the engine's thread do `action` between two steps; False if the engine has died."""
         with self._wake:
+            if self._death is not None:
+                return False
             self._inbox.append(action)
             self._wake.notify()
+            return True
 
     async def _ask(self, question: Callable[[], T]) -> T:
         """What the engine's thread answers between two steps. A CheckpointError is an answer too."""
@@ -228,7 +234,12 @@ class AsyncEngine:
                 stream.due = now + len(self._streams) / self._parts_per_s
 
     def _die(self, error: QwenDistError) -> None:
-        self._death = error
+        with self._wake:
+            self._death = error
+            late = list(self._inbox)
+        for action in late:  # requests that nobody has told of any stream yet have one then
+            with contextlib.suppress(Exception):
+                action()
         for stream in self._streams.values():
             if stream.held:
                 self._send(stream, stream.held)

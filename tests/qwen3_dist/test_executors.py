@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +188,29 @@ def test_all_tokens_that_were_computed_before_an_engine_died_come_ahead_of_the_e
     with pytest.raises(EngineDeadError, match="was shut down"):
         asyncio.run(outlive())
     assert len(tokens) == engine.stats().steps  # each step computed one
+
+
+def test_a_request_that_comes_while_the_engine_dies_is_told() -> None:
+    engine = AsyncEngine(EngineConfig(device="cpu", num_blocks=256))
+    posted = threading.Event()
+
+    def die() -> None:
+        posted.wait()
+        raise EngineDeadError("a rank was lost")
+
+    async def ask() -> None:
+        asked = asyncio.ensure_future(anext(engine.generate([1, 2, 3], ENDLESS, "a")))
+        while not engine._inbox and not asked.done():
+            await asyncio.sleep(0)
+        posted.set()
+        await asyncio.wait_for(asked, 30)
+
+    engine._post(die)
+    while engine._inbox:
+        time.sleep(0.001)
+    with pytest.raises(EngineDeadError, match="a rank was lost"):
+        asyncio.run(ask())
+    engine.shutdown()
 
 
 def test_a_checkpoint_that_ranks_cannot_load_is_reported_as_such(tmp_path: Path) -> None:
