@@ -1,5 +1,7 @@
 // Attention over KV blocks where they lie, with a running softmax (arXiv 2205.14135): a task is the
 // queries of one KV group for some tokens of one sequence, and takes its keys a chunk at a time.
+// Where the queries are few, reading keys and values is what takes the time. A task then has several groups, so
+// that it reads in the order in which they lie: the CPU foresees no leaps.
 #pragma once
 
 #include "chunk.h"
@@ -11,7 +13,8 @@ struct AttentionShape {
 
 constexpr long TASK_ROWS = 256;  // of queries
 constexpr long PART_ROWS = 32;   // of these, whose scores the first cache keeps; what none of them sees is left out
-constexpr long FEW_ROWS = 8;     // up to so many rows, keys and values are used where they lie
+constexpr long FEW_ROWS = 8;     // up to so many rows of a group, keys and values are used where they lie
+constexpr long FEW_TASKS = 2;    // of few rows that each thread should find
 
 // sum[m] = sum[m] * shrink[m] + sum over j < n of by[m][j] * rows[j], for M rows of `sum`.
 template <int M, class T>
@@ -37,6 +40,15 @@ inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, 
         }
 }
 
+// The same for at most M rows, with each of which it reads `rows` once.
+template <int M, class T>
+inline void add_all(long count, const float* by, const T* rows, long ld, long n, long dim, const float* shrink,
+                    float* sum, long lds) {
+    if constexpr (M > 1)
+        if (count < M) return add_all<M - 1>(count, by, rows, ld, n, dim, shrink, sum, lds);
+    add_rows<M>(by, rows, ld, n, dim, shrink, sum, lds);
+}
+
 template <class T>
 struct Attention {
     using P = Input<T>;  // what products take
@@ -47,13 +59,14 @@ struct Attention {
     AttentionShape shape;
 
     struct Task {
-        long s, g, first, count;  // sequence, group, tokens
+        long s, g, groups, first, count;  // sequence, first group, groups, tokens
     };
 
     long per_group() const { return shape.heads / shape.groups; }
+    // Rows of a task are those of its first group, of each of its tokens in turn, then those of the next.
     long row_of(const Task& task, long r) const {
-        long token = starts[task.s] + task.first + r / per_group();
-        return (token * shape.heads + task.g * per_group() + r % per_group()) * shape.dim;
+        long rows = task.count * per_group(), token = starts[task.s] + task.first + r % rows / per_group();
+        return (token * shape.heads + (task.g + r / rows) * per_group() + r % per_group()) * shape.dim;
     }
     // Where the K or V of a token lies; those that follow in its block are `stride()` further on each.
     long place(const Task& task, long token) const {
@@ -73,7 +86,8 @@ struct Attention {
     }
 
     void run(const Task& task) const {
-        long dim = shape.dim, window = shape.window, rows = task.count * per_group();
+        long dim = shape.dim, window = shape.window, rows = task.count * per_group() * task.groups;
+        bool few = is_few(task.count);
         long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens ahead of this step
         long last = before + task.first + task.count - 1;
         P* queries = scratch<P>(QUERIES, rows * width());
@@ -85,22 +99,22 @@ struct Attention {
         }
         std::fill(sums, sums + rows * width(), 0.0f);
         for (long key = window ? std::max(0L, before + task.first - window + 1) : 0; key <= last; key += CHUNK) {
-            long n = std::min(CHUNK, last + 1 - key), depth = rows > FEW_ROWS ? padded<P>(n) : n;
+            long n = std::min(CHUNK, last + 1 - key), depth = few ? n : padded<P>(n);
             // Of the keys that rows [first, first + some) see, their scores become weights of `depth` values.
             auto soften_rows = [&](long first, long some, float* scores, auto* weights, long ld) {
                 for (long r = first; r < first + some; r++) {
-                    long position = before + task.first + r / per_group();
+                    long position = before + task.first + r % (task.count * per_group()) / per_group();
                     long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
                     long to = std::clamp(position + 1 - key, 0L, n);
                     shrink[r] = soften(scores + (r - first) * CHUNK, weights + (r - first) * ld, from, to, depth,
                                        shape.scale, most[r], mass[r]);
                 }
             };
-            if (rows <= FEW_ROWS) {
+            if (few) {
                 float* scores = scratch(SCORES, rows * CHUNK);
-                score_in_place(task, key, n, rows, queries, scores);
+                score_in_place(task, key, n, queries, scores);
                 soften_rows(0, rows, scores, scores, CHUNK);
-                add_values_in_place(task, key, n, rows, scores, shrink, sums);
+                add_values_in_place(task, key, n, scores, shrink, sums);
                 continue;
             }
             P *laid = scratch<P>(LAID, CHUNK * width()), *laid_values = scratch<P>(LAID_VALUES, width() * depth);
@@ -131,12 +145,48 @@ struct Attention {
         for (long i = 0; i < n; i += LANES) store(row + i, load(row + i) * by);
     }
 
-    // scores[r][j] = queries[r] . keys[j] for n keys.
-    void score_in_place(const Task& task, long key, long n, long rows, const P* queries, float* scores) const {
-        float* wide = scratch(ADDED, rows * width());
-        convert_row(queries, wide, rows * width());
+    bool is_few(long tokens) const { return tokens * per_group() <= FEW_ROWS; }
+
+    // Asks for what the cache has of a token and those that follow in its block, of the task's groups.
+    void fetch(const Task& task, const T* cache, long token) const {
+        const T* row = cache + place(task, token);
+        for (long j = token % shape.block_size; j < shape.block_size; j++, row += stride())
+            for (long i = 0; i < task.groups * shape.dim; i += LINE / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
+        asm volatile("");  // GCC 12 leaves out calls of a function that does nothing but prefetch
+    }
+
+    // Calls f as `runs` does, and asks for each run ahead of its turn.
+    template <class F>
+    void streamed_runs(const Task& task, long key, long n, const T* cache, F f) const {
         runs(task, key, n, [&](long at, long from, long some) {
-            dots_all(wide, width(), rows, keys + from, stride(), some, shape.dim, scores + at, CHUNK);
+            if (at + some < n) fetch(task, cache, key + at + some);
+            f(at, from, some);
+        });
+    }
+
+    // scores[r][j] = queries[r] . keys[j] for n keys, of few rows.
+    void score_in_place(const Task& task, long key, long n, const P* queries, float* scores) const {
+        long rows = task.count * per_group(), dim = shape.dim;
+#ifdef __AMX_BF16__
+        if constexpr (std::is_same_v<T, bf16>)
+            if (dim == UnitScores::DIM && (shape.block_size | key) % UNIT_ROWS == 0 && has_matrix_unit()) {
+                bf16* laid = scratch<bf16>(ADDED, task.groups * rows * dim);
+                UnitScores unit(rows);
+                for (long g = 0; g < task.groups; g++) unit.lay(queries + g * rows * width(), width(), laid + g * rows * dim);
+                return streamed_runs(task, key, n, keys, [&](long at, long from, long some) {
+                    for (long j = 0; j < some; j += UNIT_ROWS)
+                        for (long g = 0; g < task.groups; g++)
+                            unit.score(laid + g * rows * dim, keys + from + j * stride() + g * dim, stride(),
+                                       std::min(UNIT_ROWS, some - j), scores + g * rows * CHUNK + at + j, CHUNK);
+                });
+            }
+#endif
+        float* wide = scratch(ADDED, task.groups * rows * width());
+        convert_row(queries, wide, task.groups * rows * width());
+        streamed_runs(task, key, n, keys, [&](long at, long from, long some) {
+            for (long g = 0; g < task.groups; g++)
+                dots_all(wide + g * rows * width(), width(), rows, keys + from + g * dim, stride(), some, dim,
+                         scores + g * rows * CHUNK + at, CHUNK);
         });
     }
 
@@ -177,25 +227,27 @@ struct Attention {
     }
 
     // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j].
-    void add_values_in_place(const Task& task, long key, long n, long rows, const float* weights, float* shrink,
+    void add_values_in_place(const Task& task, long key, long n, const float* weights, float* shrink,
                              float* sums) const {
-        runs(task, key, n, [&](long at, long from, long some) {
-            for (long r = 0; r < rows; r += 2) {
-                auto add = r + 1 < rows ? add_rows<2, T> : add_rows<1, T>;
-                add(weights + r * CHUNK + at, values + from, stride(), some, shape.dim, shrink + r,
-                    sums + r * width(), width());
-            }
-            std::fill(shrink, shrink + rows, 1.0f);  // done with the first run
+        long rows = task.count * per_group();
+        streamed_runs(task, key, n, values, [&](long at, long from, long some) {
+            for (long g = 0; g < task.groups; g++)
+                add_all<FEW_ROWS>(rows, weights + g * rows * CHUNK + at, values + from + g * shape.dim, stride(), some,
+                                  shape.dim, shrink + g * rows, sums + g * rows * width(), width());
+            std::fill(shrink, shrink + task.groups * rows, 1.0f);  // done with the first run
         });
     }
 
     void run(int threads) const {
         std::vector<Task> tasks;
         long step = std::max(1L, TASK_ROWS / per_group());
+        long together = std::clamp(shape.sequences * shape.groups / (FEW_TASKS * threads), 1L, shape.groups);
         for (long s = 0; s < shape.sequences; s++)
-            for (long end = starts[s + 1] - starts[s]; end > 0; end -= step)  // those with most keys first
-                for (long g = 0; g < shape.groups; g++)
-                    tasks.push_back({s, g, std::max(0L, end - step), std::min(step, end)});
+            for (long end = starts[s + 1] - starts[s]; end > 0; end -= step) {  // those with most keys first
+                long count = std::min(step, end), groups = is_few(count) ? together : 1;
+                for (long g = 0; g < shape.groups; g += groups)
+                    tasks.push_back({s, g, std::min(groups, shape.groups - g), std::max(0L, end - step), count});
+            }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (size_t t = 0; t < tasks.size(); t++) run(tasks[t]);
     }

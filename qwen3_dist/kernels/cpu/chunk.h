@@ -61,8 +61,8 @@ inline void lay_keys(const Chunk<T, P>& chunk, long n, long width, P* laid) {
 inline void lay_values(const Chunk<bf16, bf16>& chunk, long depth, long width, bf16* laid) {
     for (long j = 0; j < depth; j += 2)
         for (long i = 0; i < width; i += LANES) {
-            Words even = __builtin_convertvector(*(const Halves*)(chunk.rows[j] + i), Words);
-            Words odd = __builtin_convertvector(*(const Halves*)(chunk.rows[j + 1] + i), Words);
+            Words even = widened(*(const Halves*)(chunk.rows[j] + i));
+            Words odd = widened(*(const Halves*)(chunk.rows[j + 1] + i));
             *(Words*)(laid + i / PANEL * PANEL * depth + j * PANEL + i % PANEL * 2) = even | (odd << 16);
         }
 }

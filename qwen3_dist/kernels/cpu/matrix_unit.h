@@ -127,6 +127,56 @@ inline void unit_block(const bf16* x, long ldx, long rows, const bf16* w, long c
         }
     _tile_release();
 }
+
+// Products of a few queries with keys where they lie in the cache: up to 16 keys are the rows of a tile, the queries the
+// columns of another. Tiles 0 and 1 are sums of even and odd steps, 2 and 3 keys, 4 to 7 queries. For as long as it
+// lives the unit is as it needs it.
+class UnitScores {
+public:
+    static constexpr long DIM = 4 * TILE_INPUTS;  // of a query
+
+    explicit UnitScores(long queries) : queries(queries) {
+        TileShapes shapes(UNIT_ROWS, UNIT_ROWS);
+        for (int t : {0, 1, 4, 5, 6, 7}) shapes.bytes[t] = uint16_t(queries * 4);
+        shapes.load();
+    }
+    ~UnitScores() { _tile_release(); }
+
+    // The queries as columns: laid [DIM / 2][queries][2].
+    void lay(const bf16* rows, long ld, bf16* laid) const {
+        for (long k = 0; k < DIM; k += 2)
+            for (long r = 0; r < queries; r++, laid += 2) memcpy(laid, rows + r * ld + k, 4);
+    }
+
+    // scores[r][j] = queries[r] . keys[j] for the first `some` of 16 keys.
+    void score(const bf16* laid, const bf16* keys, long ldk, long some, float* scores, long lds) const {
+        alignas(64) float even[UNIT_ROWS * UNIT_ROWS], odd[UNIT_ROWS * UNIT_ROWS];
+        asm volatile("" ::: "memory");
+        const long step = TILE_INPUTS * queries, ld = queries * 4;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_loadd(2, keys, ldk * 2);
+        _tile_loadd(4, laid, ld);
+        _tile_dpbf16ps(0, 2, 4);
+        _tile_loadd(3, keys + TILE_INPUTS, ldk * 2);
+        _tile_loadd(5, laid + step, ld);
+        _tile_dpbf16ps(1, 3, 5);
+        _tile_loadd(2, keys + 2 * TILE_INPUTS, ldk * 2);
+        _tile_loadd(6, laid + 2 * step, ld);
+        _tile_dpbf16ps(0, 2, 6);
+        _tile_loadd(3, keys + 3 * TILE_INPUTS, ldk * 2);
+        _tile_loadd(7, laid + 3 * step, ld);
+        _tile_dpbf16ps(1, 3, 7);
+        _tile_stored(0, even, ld);
+        _tile_stored(1, odd, ld);
+        asm volatile("" ::: "memory");
+        for (long r = 0; r < queries; r++)
+            for (long j = 0; j < some; j++) scores[r * lds + j] = even[j * queries + r] + odd[j * queries + r];
+    }
+
+private:
+    long queries;
+};
 #else
 constexpr long TILE_INPUTS = 2;
 inline bool has_matrix_unit() { return false; }

@@ -58,9 +58,17 @@ inline float rounded(float x) {
     return widen(out);
 }
 
+inline Words widened(Halves x) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);  // GCC 12 would make several instructions of it
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+
 inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec load(const bf16* p) {
-    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Words) << 16);
+    return (Vec)(widened(*reinterpret_cast<const Halves*>(p)) << 16);
 }
 inline Vec load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Integers), Vec);
@@ -82,7 +90,7 @@ inline Vec rounded(Vec x) {
     if constexpr (sizeof(T) == sizeof(float))
         return x;
     else
-        return (Vec)(__builtin_convertvector(narrowed(x), Words) << 16);
+        return (Vec)(widened(narrowed(x)) << 16);
 }
 
 template <int BY, int... L>
