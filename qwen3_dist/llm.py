@@ -26,14 +26,15 @@ Message = Mapping[str, Any]
 class LLM:
     """A model loaded on the ranks of `layout`, for generation without a server.
 
-    `settings` are the other fields of `EngineConfig`. Close it with `shutdown()`, or use it as a
-    context manager. Raises what `Engine` raises.
+    `settings` are the other fields of `EngineConfig`, of which performance_mode is throughput here.
+    Close it with `shutdown()`, or use it as a context manager. Raises what `Engine` raises.
     """
 
     def __init__(
         self, model: str = "", *, layout: str = "tp=1", use_tqdm: bool = True, **settings: Any
     ) -> None:
-        config = read_settings(EngineConfig, {"model": str(model), "layout": layout, **settings})
+        own = {"model": str(model), "layout": layout, "performance_mode": "throughput"}
+        config = read_settings(EngineConfig, own | settings)
         self._engine = Engine(config, show_progress=use_tqdm)
         self.config = config
         self.model_config = self._engine.model_config

@@ -25,6 +25,7 @@ QUANTIZATIONS = ("none", "int8")
 ALL_TO_ALL_FROM = 512  # tokens of a step from which moe_dispatch=auto is all_to_all
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
+PERFORMANCE_MODES = ("interactivity", "throughput")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 
 
@@ -76,7 +77,13 @@ class EngineConfig:
     gpu_memory_utilization: float = setting(0.9, "share of a GPU's memory the engine may fill")
     max_num_seqs: int | None = setting(None, "most sequences in one step; by device and memory if unset")
     max_num_batched_tokens: int | None = setting(
-        None, "most tokens in one step, longer prompts go in chunks; 1024 on CPU, 8192 on GPU if unset"
+        None, "most tokens in one step, longer prompts go in chunks; by device and performance_mode if unset"
+    )
+    performance_mode: str = setting(
+        "interactivity",
+        "what large steps are weighed against: interactivity, in which tokens and first ones wait for no long step "
+        "(1024 tokens on CPU, 8192 on GPU), or throughput (4096, 16384)",
+        PERFORMANCE_MODES,
     )
     prefix_caching: bool = setting(True, "keep finished prompts' KV blocks for prompts that begin alike")
     speculative: Speculation | None = setting(

@@ -51,11 +51,14 @@ class SchedulerLimits:
     def of(cls, config: EngineConfig, device: str, num_blocks: int) -> SchedulerLimits:
         """What `config` says; where it says nothing, what suits `device` and a cache of `num_blocks`.
 
-        A GPU wants large steps; on a CPU a step of many prompt tokens would hold up every decode for
-        seconds. Sequences are few enough to have TOKENS_PER_SEQ of the cache each. The free tokens are measured
-        on a CPU (Qwen3-0.6B's shape in bf16, a draw after each); those of a GPU are by its rates.
+        A GPU wants large steps; on a CPU a step of many prompt tokens holds up every decode for seconds,
+        which where nobody waits for single tokens is as well. Sequences are few enough to have
+        TOKENS_PER_SEQ of the cache each. The free tokens are measured on a CPU (Qwen3-0.6B's shape in
+        bf16, a draw after each); those of a GPU are by its rates.
         """
         seqs, tokens, free = (256, 8192, 128) if device == "cuda" else (64, 1024, 8)
+        if config.performance_mode == "throughput":
+            tokens = 16384 if device == "cuda" else 4096
         fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
         most = config.max_num_seqs or min(seqs, fitting)
         tokens = config.max_num_batched_tokens or tokens

@@ -131,12 +131,15 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize("block_size", [4, 16, 32])
 @pytest.mark.parametrize(
-    ("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 1, 128), (3, 1, 20), (128, 1, 8)]
+    ("heads", "groups", "dim"), [(4, 4, 16), (8, 2, 24), (8, 4, 128), (8, 1, 128), (3, 1, 20), (128, 1, 8)]
 )
-def test_attention(dtype: torch.dtype, heads: int, groups: int, dim: int, window: int | None) -> None:
-    batch = random_batch((1, 150, 17, 9, 50, 200), (1, 1, 1, 9, 23, 70), block_size=4)
-    cache = LayerCache(*torch.randn(2, 128, 4, groups, dim).to(dtype))
+def test_attention(
+    dtype: torch.dtype, heads: int, groups: int, dim: int, block_size: int, window: int | None
+) -> None:
+    batch = random_batch((1, 150, 17, 9, 50, 200), (1, 1, 1, 9, 23, 70), block_size)
+    cache = LayerCache(*torch.randn(2, 128, block_size, groups, dim).to(dtype))
     q = torch.randn(105, heads, dim).to(dtype)
     where = (batch.block_tables, batch.context_lens, batch.query_starts)
     wide = LayerCache(cache.keys.float(), cache.values.float())

@@ -18,8 +18,14 @@ struct Experts {
         long expert, pair, rows, panel, panels;
     };
 
-    // Pairs of a row and one of its choices, sorted by expert. Experts nobody chose cost nothing.
     void run(int threads) const {
+        run(threads, [&](long row, Input<W>* to) { put_row(x + row * dim, to, dim, padded<W>(dim)); });
+    }
+
+    // Pairs of a row and one of its choices, sorted by expert. Experts nobody chose cost nothing. lay(row, to) puts
+    // down a row of inputs.
+    template <class F>
+    void run(int threads, F lay) const {
         std::vector<long> start(experts + 1, 0), pairs, place(rows * choices, -1);
         for (long i = 0; i < rows * choices; i++)
             if (ids[i] >= 0) start[ids[i] + 1]++;
@@ -43,8 +49,7 @@ struct Experts {
         Input<W>* hidden = scratch<Input<W>>(HIDDEN, total * stride<W>(inner));
         T* out = weights ? scratch<T>(OUTPUTS, total * dim) : nullptr;
         auto gather = [&](long pair, long count, Input<W>* to) {
-            for (long p = pair; p < pair + count; p++, to += ldx)
-                put_row(x + pairs[p] / choices * dim, to, dim, padded<W>(dim));
+            for (long p = pair; p < pair + count; p++, to += ldx) lay(pairs[p] / choices, to);
         };
 #pragma omp parallel num_threads(threads)
         {

@@ -19,11 +19,10 @@ struct AttentionHalf {
              const long* tables, const long* context_lens, const long* starts, long tokens, long sequences,
              long block_size, long width, float eps, int threads) const {
         long q_size = heads * head_dim, kv_size = groups * head_dim;
-        T *normed = scratch<T>(NORMED, tokens * dim), *q = scratch<T>(Q, tokens * q_size),
-          *k = scratch<T>(K, tokens * kv_size), *v = scratch<T>(V, tokens * kv_size),
+        T *q = scratch<T>(Q, tokens * q_size), *k = scratch<T>(K, tokens * kv_size), *v = scratch<T>(V, tokens * kv_size),
           *attended = scratch<T>(ATTENDED, tokens * q_size);
-        norm<T>(x, norm_scale, normed, tokens, dim, eps, threads);
-        linear<T, W>(normed,
+        auto norm = [&](long m, Input<W>* to) { norm_input(x + m * dim, norm_scale, to, dim, padded<W>(dim), eps); };
+        linear_of<T, W>(norm,
                      {{weights[0], scales[0], biases[0], q_size, q},
                       {weights[1], scales[1], biases[1], kv_size, k},
                       {weights[2], scales[2], biases[2], kv_size, v}},
@@ -65,12 +64,11 @@ struct FeedForwardHalf {
     long dim, inner;
 
     void run(const T* x, T* out, long rows, float eps, int threads) const {
-        T* normed = scratch<T>(NORMED, rows * dim);
-        norm<T>(x, norm_scale, normed, rows, dim, eps, threads);
         std::vector<long> ids(rows, 0);
-        Experts<T, W>{normed, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), nullptr, out, nullptr, rows, 1, 1,
+        auto norm = [&](long m, Input<W>* to) { norm_input(x + m * dim, norm_scale, to, dim, padded<W>(dim), eps); };
+        Experts<T, W>{nullptr, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), nullptr, out, nullptr, rows, 1, 1,
                       dim, inner}
-            .run(threads);
+            .run(threads, norm);
     }
 };
 

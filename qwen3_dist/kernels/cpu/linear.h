@@ -205,9 +205,9 @@ struct Product {
     }
 };
 
-// Up to three products of the same x in one go.
-template <class T, class W>
-void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
+// Up to three products of the same inputs in one go: lay(m, to) puts down those of row m as `put_row` does.
+template <class T, class W, class F>
+void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
     long depth = padded<W>(inner), ldx = stride<W>(inner);
     Input<W>* input = scratch<Input<W>>(INPUTS, m_end * ldx);
     struct Task {
@@ -223,11 +223,17 @@ void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, 
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (long m = 0; m < m_end; m++) put_row(x + m * inner, input + m * ldx, inner, depth);
+        for (long m = 0; m < m_end; m++) lay(m, input + m * ldx);
 #pragma omp for schedule(dynamic)
         for (size_t t = 0; t < tasks.size(); t++) {
             auto [product, m, rows, panel, count] = tasks[t];
             product->block(input, m, rows, depth, panel, count);
         }
     }
+}
+
+template <class T, class W>
+void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
+    auto lay = [&](long m, Input<W>* to) { put_row(x + m * inner, to, inner, padded<W>(inner)); };
+    linear_of<T, W>(lay, products, m_end, inner, threads);
 }

@@ -28,6 +28,14 @@ void norm(const T* x, const T* scale, T* out, long rows, long dim, float eps, in
     }
 }
 
+// One row's norm as the inputs of a product.
+template <class T, class I>
+inline void norm_input(const T* x, const T* scale, I* to, long dim, long depth, float eps) {
+    float* wide = scratch(ROW, dim);
+    norm_row(x, scale, wide, dim, eps);
+    put_row(wide, to, dim, depth);
+}
+
 // q and k of each token: norm per head (unless the scale is null) and rotation by cos, sin [T, d]; k and v
 // go to their slots of the cache, q back to where it was.
 template <class T>
