@@ -42,7 +42,7 @@ def echo_rank(spec: RankSpec) -> None:
     channel.receive()
     channel.send(Loaded(1))
     channel.receive()
-    channel.send(Ready())
+    channel.send(Ready("echo"))
     while (plan := channel.receive()) is not None:
         if spec.rank == 0:
             channel.send(answer(plan))
