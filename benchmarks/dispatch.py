@@ -87,7 +87,7 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
     layout = Layout.parse(text)
     store = dist.FileStore(rendezvous, layout.world)
     plain = ParallelContext.connect(layout, rank, store, torch.device("cpu"))
-    counting = {name: Counting(getattr(plain, name)) for name in ("tp", "dp", "ep", "etp")}
+    counting: dict[str, Any] = {name: Counting(getattr(plain, name)) for name in ("tp", "dp", "ep", "etp")}
     parallel = replace(plain, **counting)
     config = ModelConfig.from_dict(SHAPES["moe"])
     torch.manual_seed(0)
@@ -97,9 +97,10 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
         parameter.normal_(0, 0.02)
     kernels = kernels_for(block.norm1.scale)
     if kernels is not None:
-        block.ff.gate.pack()
-        block.ff.experts.pack()
-        block.ff.fuse(block.norm2, kernels)
+        feed_forward: Any = block.ff
+        feed_forward.gate.pack()
+        feed_forward.experts.pack()
+        feed_forward.fuse(block.norm2, kernels)
     for tokens in TOKENS:
         groups = tuple(len(part) for part in even_ranges(tokens, layout.dp))
         x = torch.randn(groups[parallel.coords.group], config.emb_dim, dtype=torch.bfloat16)

@@ -33,7 +33,7 @@ TURNS = 3
 PORT = 8793
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  # read by Ray Serve's processes, which inherit it
 # A step of about 20 ms on two cores, and on one: name, what replaces Qwen3-0.6B's configuration, settings.
-TWENTY_MS = (
+TWENTY_MS: tuple[tuple[str, dict[str, int], dict[str, int]], ...] = (
     ("Qwen3-0.6B cut to 1 layer", {"num_hidden_layers": 1}, {}),
     (
         "Qwen3-0.6B cut to 1 layer and half its vocabulary",

@@ -83,9 +83,9 @@ def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 1
         host = ((queries,) * sequences, (context,) * sequences, decodes)
         batch = StepBatch(unused, unused, unused, tables, lens, starts, *host, False, unused)
 
-        def ours(q: Any = q, caches: Any = caches, where: Any = (tables, lens, starts)) -> None:
+        def ours(q: Any = q, caches: Any = caches, where: Any = (tables, lens, starts, None)) -> None:
             for keys, values in caches:
-                kernels.attention(q, keys, values, *where, None)
+                kernels.attention(q, keys, values, *where)
 
         def theirs(q: Any = q, caches: Any = caches, batch: StepBatch = batch) -> None:
             for keys, values in caches:

@@ -64,7 +64,7 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     """What the driver measured: `ready_s`, and seconds of each repeat by row; or why it failed."""
     if system.driver == "llama_cpp_batch" and not (model / "model.gguf").exists():
         subprocess.run([system.python, SYSTEMS / "write_gguf.py", model], check=True, capture_output=True)
-    command = [system.python, SYSTEMS / f"{system.driver}.py", model, work_file, *system.arguments]
+    command: list[Any] = [system.python, SYSTEMS / f"{system.driver}.py", model, work_file, *system.arguments]
     result: dict[str, Any] = {"rows": {}}
     with tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -77,7 +78,7 @@ def main(path: str) -> None:
             if theirs + name + ".weight" in tensors:
                 put(f"{ours}{short}.weight", tensors[f"{theirs}{name}.weight"])
         for name, short in EXPERTS.items():
-            parts = [tensors.get(f"{theirs}mlp.experts.{e}.{name}.weight") for e in range(experts)]
+            parts: list[Any] = [tensors.get(f"{theirs}mlp.experts.{e}.{name}.weight") for e in range(experts)]
             if parts:
                 put(f"{ours}{short}.weight", np.stack(parts))
     writer.write_header_to_file()
