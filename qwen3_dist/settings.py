@@ -52,7 +52,9 @@ class EngineConfig:
         "none", "int8: weights as 8-bit integers with a scale per output, on CPU ranks", QUANTIZATIONS
     )
     executor: str = setting(
-        "auto", "how ranks are started; auto is in_process for one rank, else ray", EXECUTORS
+        "auto",
+        "how ranks are started; auto is in_process for one rank (in a service: processes), else ray",
+        EXECUTORS,
     )
     moe_dispatch: str = setting(
         "auto", "how tokens reach experts on other ranks; auto is all_gather for small steps", DISPATCHERS
