@@ -56,6 +56,8 @@ class Experts(nn.Module):
 
     def replace(self, places: list[int], stacks: _Three) -> None:
         """Puts other experts' weights, `stacks` as they come from a checkpoint, in these places of its own."""
+        if not places:  # only other ranks have others now
+            return
         prepared = Experts(len(places), stacks[0].shape[2], self.columns)
         prepared.fc1, prepared.fc2, prepared.fc3 = map(frozen, stacks)
         if self.scales is not None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.layers.experts import grouped_experts, looped_experts
+from qwen3_dist.layers.experts import Experts, grouped_experts, looped_experts
 from qwen3_dist.layers.linear import as_int8
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
@@ -35,6 +35,35 @@ def test_grouped_experts_equal_the_loop(rows: int, here: float) -> None:
     ids[torch.rand(rows, choices) >= here] = -1
     expected = looped_experts(x, stacks, None, ids, weights)
     torch.testing.assert_close(grouped_experts(x, stacks, ids, weights), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("places", [[], [2], [0, 3]])
+def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], quantized: bool) -> None:
+    torch.manual_seed(0)
+    shapes = ((24, 32), (24, 32), (32, 24))
+
+    def packed(stacks: tuple[torch.Tensor, ...]) -> Experts:
+        experts = Experts(4, 32, 24).requires_grad_(False)
+        for parameter, stack in zip(experts.parameters(), stacks, strict=True):
+            parameter.copy_(stack)
+        if quantized:
+            experts.quantize()
+        experts.pack()
+        return experts
+
+    old = tuple(torch.randn(4, *shape) for shape in shapes)
+    new = tuple(torch.randn(len(places), *shape) for shape in shapes)
+    experts = packed(old)
+    experts.replace(places, (new[0], new[1], new[2]))
+    mixed = tuple(stack.clone() for stack in old)
+    for stack, arrived in zip(mixed, new, strict=True):
+        stack[places] = arrived
+    expected = packed(mixed)
+    for mine, theirs in zip(experts.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for scale, other in zip(experts.scales or (), expected.scales or (), strict=True):
+        assert torch.equal(scale, other)
 
 
 def test_int8_weights_are_within_half_a_step_of_what_they_stand_for() -> None:
