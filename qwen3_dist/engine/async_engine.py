@@ -217,10 +217,8 @@ class AsyncEngine:
         with self._wake:
             if not self._inbox and not self._engine.has_work and not self._stopping:
                 self._wake.wait(_IDLE_CHECK_S)
-            actions = list(self._inbox)
-            self._inbox.clear()
-        for action in actions:
-            action()
+        for _ in range(len(self._inbox)):  # one by one: what follows an action that fails is `_die`'s
+            self._inbox.popleft()()
 
     def _deliver(self, outputs: Outputs) -> None:
         for request_id, deltas in outputs.items():
@@ -236,10 +234,9 @@ class AsyncEngine:
     def _die(self, error: QwenDistError) -> None:
         with self._wake:
             self._death = error
-            late = list(self._inbox)
-        for action in late:  # requests that nobody has told of any stream yet have one then
+        while self._inbox:  # requests among them have a stream then, which is told
             with contextlib.suppress(Exception):
-                action()
+                self._inbox.popleft()()
         for stream in self._streams.values():
             if stream.held:
                 self._send(stream, stream.held)

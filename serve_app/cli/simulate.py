@@ -205,14 +205,13 @@ def _replica(args: argparse.Namespace, cost: CostModel) -> Any:
             f"the weights of layout {cost.layout} leave room for {max(0, capacity)} tokens of KV cache on a rank "
             f"of {cost.device.memory_bytes / 1e9:.0f} GB; take a layout of more ranks or fewer blocks"
         )
-    in_process = cost.cluster.shared_host and cost.layout.world == 1  # then there is nothing to overlap with
     return ReplicaConfig(
         num_blocks,
         SchedulerLimits.of(engine, device, num_blocks),
         engine.block_size,
         not args.no_prefix_caching,
         cost.layout.dp,
-        1 if args.no_overlap or in_process else 2,
+        1 if args.no_overlap else 2,
         cost.layout.world,
         min(cost.config.context_length, engine.max_model_len or cost.config.context_length),
     )

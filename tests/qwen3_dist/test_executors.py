@@ -192,22 +192,25 @@ def test_all_tokens_that_were_computed_before_an_engine_died_come_ahead_of_the_e
 
 def test_a_request_that_comes_while_the_engine_dies_is_told() -> None:
     engine = AsyncEngine(EngineConfig(device="cpu", num_blocks=256))
-    posted = threading.Event()
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        go.wait()
 
     def die() -> None:
-        posted.wait()
         raise EngineDeadError("a rank was lost")
 
     async def ask() -> None:
         asked = asyncio.ensure_future(anext(engine.generate([1, 2, 3], ENDLESS, "a")))
-        while not engine._inbox and not asked.done():
+        while len(engine._inbox) < 2:
             await asyncio.sleep(0)
-        posted.set()
+        go.set()
         await asyncio.wait_for(asked, 30)
 
-    engine._post(die)
-    while engine._inbox:
-        time.sleep(0.001)
+    engine._post(hold)
+    held.wait()
+    engine._post(die)  # and then, in the same breath, the request
     with pytest.raises(EngineDeadError, match="a rank was lost"):
         asyncio.run(ask())
     engine.shutdown()
