@@ -19,15 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.checkpoints import SHAPES, written
-from benchmarks.compare.limits import Machine, measure_machine, row_limit
+from benchmarks.compare.limits import measure_machine
 from benchmarks.compare.report import keep
 from benchmarks.compare.workload import ROWS, work
-from qwen3_dist.config import ModelConfig
 from qwen3_dist.machine import hardware, versions
 
 SYSTEMS = Path(__file__).parent / "systems"
@@ -93,21 +92,19 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     return result
 
 
-def compare(name: str, options: argparse.Namespace, machine: Machine) -> Iterator[dict[str, Any]]:
-    """One checkpoint through every system; what is known after each of them."""
+def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One checkpoint through every system: what each gave, and what the machine gave just before it."""
     folder = written(SHAPES[name], options.models / name)
-    config = ModelConfig.from_directory(folder)
-    rows = work(options.repeats, config.vocab_size, hardware()["cores"])
+    rows = work(options.repeats, SHAPES[name]["vocab_size"], hardware()["cores"])
     work_file = options.models / "work.json"
     work_file.write_text(json.dumps(rows))
-    limits = {str(row): row.rate(row_limit(config, row, machine)) for row in ROWS}
-    measured: list[dict[str, Any]] = []
-    for system in systems(options, moe=bool(config.num_experts)):
+    for system in systems(options, moe="num_experts" in SHAPES[name]):
         print(f"{name}: {system.name} ...", file=sys.stderr, flush=True)
+        machine = measure_machine()
         result = run(system, folder, work_file, options.timeout)
         rates = {str(r): r.rate(min(s)) for r in ROWS if (s := result["rows"].get(str(r)))}
-        measured.append({"system": system.name, "is_peer": system.is_peer, "rates": rates, **result})
-        yield {"model": name, "limits": limits, "systems": measured}
+        about = {"system": system.name, "is_peer": system.is_peer, "machine": asdict(machine)}
+        yield {**about, "rates": rates, **result}
 
 
 def main() -> None:
@@ -126,13 +123,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each row; the best counts")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds a system may take in all")
     options = parser.parse_args()
-    machine = measure_machine()
     about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
-    models: dict[str, dict[str, Any]] = {}
+    models: dict[str, list[dict[str, Any]]] = {}
     for name in options.shapes:
-        for measured in compare(name, options, machine):
-            models[name] = measured
-            keep(about, machine, list(models.values()))  # after each: an hour's run may be cut short
+        models[name] = []
+        for measured in compare(name, options):
+            models[name].append(measured)
+            keep(about, models)  # after each: an hour's run may be cut short
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 
 import torch
 
@@ -14,6 +16,7 @@ from cluster.memory import active_parameters, total_parameters
 from qwen3_dist.config import ModelConfig
 
 _BYTES = 2  # of a bf16 weight
+_READ_S = 1.0  # long beside what processes that leave a barrier together are apart
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,29 @@ def _step(config: ModelConfig, tokens: int, sampled: int, machine: Machine) -> f
 
 
 def _read_rate() -> float:
-    """Bytes per second that one process per core reads together."""
+    """Bytes per second that one process per core reads while all others read too."""
     cores = torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(cores) as pool:
-        return max(sum(pool.map(_read, range(cores), chunksize=1)) for _ in range(2))
+    together, rates = context.Barrier(cores), context.SimpleQueue()
+    readers = [context.Process(target=_read, args=(together, rates)) for _ in range(cores)]
+    for reader in readers:
+        reader.start()
+    total = sum(rates.get() for _ in readers)
+    for reader in readers:
+        reader.join()
+    return total
 
 
-def _read(_: int) -> float:
+def _read(together: Barrier, rates: SimpleQueue[float]) -> None:
     torch.set_num_threads(1)
     x = torch.ones(1 << 27, dtype=torch.float32)
     x.sum()
-    started = time.perf_counter()
-    for _ in range(8):
+    together.wait()
+    started, times = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < _READ_S or not times:
         x.sum()
-    return 8 * x.nbytes / (time.perf_counter() - started)
+        times += 1
+    rates.put(times * x.nbytes / taken)
 
 
 def _product_rate() -> float:

@@ -6,36 +6,58 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.compare.limits import Machine
+from benchmarks.compare.checkpoints import SHAPES
+from benchmarks.compare.limits import Machine, row_limit
 from benchmarks.compare.workload import ROWS
 from benchmarks.record import RESULTS
+from qwen3_dist.config import ModelConfig
 
 
-def keep(about: dict[str, Any], machine: Machine, models: list[dict[str, Any]]) -> None:
-    """Prints a table and writes it beside the JSON."""
-    text = table(machine, models)
+def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints a table of what each model's systems gave and writes it beside the JSON."""
+    machine = _at_its_best(models)
+    limits = {name: _limits(name, machine) for name in models}
+    text = table(machine, limits, models)
     print(text)
     name = f"compare-cpu-{about['date']}"
     (RESULTS / f"{name}.md").write_text(text + "\n")
-    record = {**about, "machine": asdict(machine), "models": models}
+    found = [{"model": name, "limits": limits[name], "systems": systems} for name, systems in models.items()]
+    record = {**about, "machine": asdict(machine), "models": found}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def table(machine: Machine, models: list[dict[str, Any]]) -> str:
+def _at_its_best(models: dict[str, list[dict[str, Any]]]) -> Machine:
+    """The highest rates that were measured: other programs may have had a share of the machine at times."""
+    measured = [Machine(**system["machine"]) for systems in models.values() for system in systems]
+    return Machine(
+        max(machine.read_bytes_per_s for machine in measured),
+        max(machine.flops_per_s for machine in measured),
+    )
+
+
+def _limits(model: str, machine: Machine) -> dict[str, float]:
+    """The highest rate of each row."""
+    config = ModelConfig.from_dict(SHAPES[model])
+    return {str(row): row.rate(row_limit(config, row, machine)) for row in ROWS}
+
+
+def table(
+    machine: Machine, limits: dict[str, dict[str, float]], models: dict[str, list[dict[str, Any]]]
+) -> str:
     """Rates by row, in brackets the share of the machine's limit, then our best over the best peer."""
     lines = [
         f"Reads {machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplies {machine.flops_per_s / 1e9:.0f} GFLOP/s."
         " Output tokens/s (prompt tokens/s where one token is made), and the share of the limit.",
     ]
-    for model in models:
+    for name, systems in models.items():
         columns = [str(row) for row in ROWS]
-        lines += ["", "| " + " | ".join([model["model"], *columns, "ready, s"]) + " |"]
+        lines += ["", "| " + " | ".join([name, *columns, "ready, s"]) + " |"]
         lines += ["|" + "---|" * (len(columns) + 2)]
-        for system in model["systems"]:
-            cells = [_cell(system["rates"].get(row), model["limits"][row]) for row in columns]
+        for system in systems:
+            cells = [_cell(system["rates"].get(row), limits[name][row]) for row in columns]
             ready = "failed" if "error" in system else str(system.get("ready_s", ""))
             lines.append("| " + " | ".join([system["system"], *cells, ready]) + " |")
-        ratios = [_ratio(model["systems"], row) for row in columns]
+        ratios = [_ratio(systems, row) for row in columns]
         lines.append("| " + " | ".join(["ours / best peer", *ratios, ""]) + " |")
     return "\n".join(lines)
 
