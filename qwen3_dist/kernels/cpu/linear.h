@@ -50,6 +50,7 @@ inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, BUFFERS };
 
 constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
+constexpr long AHEAD = 8192;  // bytes, from weights that are used to those asked for
 
 template <class T = float>
 inline T* scratch(Buffer which, size_t count) {
@@ -118,7 +119,8 @@ inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const bf16* w[H]
 }
 #endif
 
-// out[m][n] = x[m] . w[n] for M rows and C panels, or += if it ADDS.
+// out[m][n] = x[m] . w[n] for M rows and C panels, or += if it ADDS. Weights are asked for ahead of their turn: for
+// several rows the CPU would wait for memory first and multiply then.
 template <int M, int C, bool ADDS, class W>
 inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
     Vec acc[M][2 * C] = {};
@@ -126,7 +128,12 @@ inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out
         for (int h = 0; h < 2 * C; h++) acc[m][h] = load(out + m * ldo + h * LANES);
     const W* halves[2 * C];
     for (int h = 0; h < 2 * C; h++) halves[h] = w + h / 2 * PANEL * depth + h % 2 * LANES * PAIR<W>;
-    for (long k = 0; k < depth; k += PAIR<W>) multiply<M, 2 * C>(acc, x, ldx, halves, k);
+    for (long k = 0; k < depth; k += PAIR<W>) {
+        for (int c = 0; M > 1 && c < C; c++)
+            for (size_t at = 0; at < PANEL * PAIR<W> * sizeof(W); at += LINE)
+                __builtin_prefetch((const char*)(halves[2 * c] + k * PANEL) + AHEAD + at, 0, 2);
+        multiply<M, 2 * C>(acc, x, ldx, halves, k);
+    }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2 * C; h++) store(out + m * ldo + h * LANES, acc[m][h]);
 }
