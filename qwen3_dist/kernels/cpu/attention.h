@@ -5,6 +5,7 @@
 #pragma once
 
 #include "chunk.h"
+#include "few_rows.h"
 
 struct AttentionShape {
     long sequences, heads, groups, dim, block_size, table_width, window;  // window 0: none
@@ -15,39 +16,6 @@ constexpr long TASK_ROWS = 256;  // of queries
 constexpr long PART_ROWS = 32;   // of these, whose scores the first cache keeps; what none of them sees is left out
 constexpr long FEW_ROWS = 8;     // up to so many rows of a group, keys and values are used where they lie
 constexpr long FEW_TASKS = 2;    // of few rows that each thread should find
-
-// sum[m] = sum[m] * shrink[m] + sum over j < n of by[m][j] * rows[j], for M rows of `sum`.
-template <int M, class T>
-inline void add_rows(const float* by, const T* rows, long ld, long n, long dim, const float* shrink, float* sum,
-                     long lds) {
-    long i = 0;
-    for (; i + 2 * LANES <= dim; i += 2 * LANES) {
-        Vec low[M], high[M];
-        for (int m = 0; m < M; m++) {
-            low[m] = load(sum + m * lds + i) * shrink[m];
-            high[m] = load(sum + m * lds + i + LANES) * shrink[m];
-        }
-        for (long j = 0; j < n; j++) {
-            Vec left = load(rows + j * ld + i), right = load(rows + j * ld + i + LANES);
-            for (int m = 0; m < M; m++) low[m] += left * by[m * CHUNK + j], high[m] += right * by[m * CHUNK + j];
-        }
-        for (int m = 0; m < M; m++) store(sum + m * lds + i, low[m]), store(sum + m * lds + i + LANES, high[m]);
-    }
-    for (; i < dim; i++)
-        for (int m = 0; m < M; m++) {
-            sum[m * lds + i] *= shrink[m];
-            for (long j = 0; j < n; j++) sum[m * lds + i] += widen(rows[j * ld + i]) * by[m * CHUNK + j];
-        }
-}
-
-// The same for at most M rows, with each of which it reads `rows` once.
-template <int M, class T>
-inline void add_all(long count, const float* by, const T* rows, long ld, long n, long dim, const float* shrink,
-                    float* sum, long lds) {
-    if constexpr (M > 1)
-        if (count < M) return add_all<M - 1>(count, by, rows, ld, n, dim, shrink, sum, lds);
-    add_rows<M>(by, rows, ld, n, dim, shrink, sum, lds);
-}
 
 template <class T>
 struct Attention {
@@ -114,7 +82,8 @@ struct Attention {
                 float* scores = scratch(SCORES, rows * CHUNK);
                 score_in_place(task, key, n, queries, scores);
                 soften_rows(0, rows, scores, scores, CHUNK);
-                add_values_in_place(task, key, n, scores, shrink, sums);
+                const T* then = keys + place(task, std::min(key + CHUNK, last));
+                add_values_in_place(task, key, n, then, scores, shrink, sums);
                 continue;
             }
             P *laid = scratch<P>(LAID, CHUNK * width()), *laid_values = scratch<P>(LAID_VALUES, width() * depth);
@@ -147,46 +116,40 @@ struct Attention {
 
     bool is_few(long tokens) const { return tokens * per_group() <= FEW_ROWS; }
 
-    // Asks for what the cache has of a token and those that follow in its block, of the task's groups.
-    void fetch(const Task& task, const T* cache, long token) const {
-        const T* row = cache + place(task, token);
-        for (long j = token % shape.block_size; j < shape.block_size; j++, row += stride())
-            for (long i = 0; i < task.groups * shape.dim; i += LINE / sizeof(T)) __builtin_prefetch(row + i, 0, 2);
-        asm volatile("");  // GCC 12 leaves out calls of a function that does nothing but prefetch
-    }
-
-    // Calls f as `runs` does, and asks for each run ahead of its turn.
+    // Calls f(offset in the chunk, rows, tokens, ahead) for each run of the chunk's tokens that lie in one block: those
+    // of the next, or `then`, which is read after the last, lie `ahead` bytes from them.
     template <class F>
-    void streamed_runs(const Task& task, long key, long n, const T* cache, F f) const {
+    void streamed_runs(const Task& task, long key, long n, const T* cache, const T* then, F f) const {
         runs(task, key, n, [&](long at, long from, long some) {
-            if (at + some < n) fetch(task, cache, key + at + some);
-            f(at, from, some);
+            const T *rows = cache + from, *next = at + some < n ? cache + place(task, key + at + some) : then;
+            f(at, rows, some, (const char*)next - (const char*)rows);
         });
     }
 
     // scores[r][j] = queries[r] . keys[j] for n keys, of few rows.
     void score_in_place(const Task& task, long key, long n, const P* queries, float* scores) const {
         long rows = task.count * per_group(), dim = shape.dim;
+        const T* then = values + place(task, key);
 #ifdef __AMX_BF16__
         if constexpr (std::is_same_v<T, bf16>)
             if (dim == UnitScores::DIM && (shape.block_size | key) % UNIT_ROWS == 0 && has_matrix_unit()) {
                 bf16* laid = scratch<bf16>(ADDED, task.groups * rows * dim);
                 UnitScores unit(rows);
-                for (long g = 0; g < task.groups; g++) unit.lay(queries + g * rows * width(), width(), laid + g * rows * dim);
-                return streamed_runs(task, key, n, keys, [&](long at, long from, long some) {
+                for (long g = 0; g < task.groups; g++)
+                    unit.lay(queries + g * rows * width(), width(), laid + g * rows * dim);
+                return streamed_runs(task, key, n, keys, then, [&](long at, const T* from, long some, long ahead) {
+                    for (long j = 0; j < some; j++) ask(from + j * stride(), task.groups * dim, ahead);
                     for (long j = 0; j < some; j += UNIT_ROWS)
                         for (long g = 0; g < task.groups; g++)
-                            unit.score(laid + g * rows * dim, keys + from + j * stride() + g * dim, stride(),
+                            unit.score(laid + g * rows * dim, from + j * stride() + g * dim, stride(),
                                        std::min(UNIT_ROWS, some - j), scores + g * rows * CHUNK + at + j, CHUNK);
                 });
             }
 #endif
-        float* wide = scratch(ADDED, task.groups * rows * width());
-        convert_row(queries, wide, task.groups * rows * width());
-        streamed_runs(task, key, n, keys, [&](long at, long from, long some) {
+        streamed_runs(task, key, n, keys, then, [&](long at, const T* from, long some, long ahead) {
             for (long g = 0; g < task.groups; g++)
-                dots_all(wide + g * rows * width(), width(), rows, keys + from + g * dim, stride(), some, dim,
-                         scores + g * rows * CHUNK + at, CHUNK);
+                score_all(queries + g * rows * width(), width(), rows, from + g * dim, stride(), some, dim, ahead,
+                          scores + g * rows * CHUNK + at, CHUNK);
         });
     }
 
@@ -226,14 +189,14 @@ struct Attention {
         return shrink;
     }
 
-    // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j].
-    void add_values_in_place(const Task& task, long key, long n, const float* weights, float* shrink,
+    // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j]. What is read next is `then`.
+    void add_values_in_place(const Task& task, long key, long n, const T* then, const float* weights, float* shrink,
                              float* sums) const {
         long rows = task.count * per_group();
-        streamed_runs(task, key, n, values, [&](long at, long from, long some) {
+        streamed_runs(task, key, n, values, then, [&](long at, const T* from, long some, long ahead) {
             for (long g = 0; g < task.groups; g++)
-                add_all<FEW_ROWS>(rows, weights + g * rows * CHUNK + at, values + from + g * shape.dim, stride(), some,
-                                  shape.dim, shrink + g * rows, sums + g * rows * width(), width());
+                add_all<FEW_ROWS>(rows, weights + g * rows * CHUNK + at, CHUNK, from + g * shape.dim, stride(), some,
+                                  shape.dim, ahead, shrink + g * rows, sums + g * rows * width(), width());
             std::fill(shrink, shrink + task.groups * rows, 1.0f);  // done with the first run
         });
     }

@@ -29,13 +29,6 @@ struct Chunk {
     }
 };
 
-template <int S, int... L>
-inline void swap_lanes(Words& a, Words& b, std::integer_sequence<int, L...>) {
-    Words low = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
-    b = __builtin_shufflevector(a, b, (L & S ? LANES + L : L + S)...);
-    a = low;
-}
-
 template <int S = LANES / 2>
 inline void transpose(Words (&rows)[LANES]) {
     for (int i = 0; i < LANES; i++)

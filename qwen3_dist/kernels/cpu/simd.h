@@ -93,6 +93,25 @@ inline Vec rounded(Vec x) {
         return (Vec)(widened(narrowed(x)) << 16);
 }
 
+// Of every 2S lanes, the upper S of a change places with the lower S of b.
+template <int S, class V, int... L>
+inline void swap_lanes(V& a, V& b, std::integer_sequence<int, L...>) {
+    V low = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
+    b = __builtin_shufflevector(a, b, (L & S ? LANES + L : L + S)...);
+    a = low;
+}
+
+// The sum of each of LANES vectors, in their order.
+template <int S = LANES / 2>
+inline Vec sums(Vec (&x)[LANES]) {
+    for (int i = 0; i < S; i++) {
+        swap_lanes<S>(x[i], x[i + S], std::make_integer_sequence<int, LANES>());
+        x[i] += x[i + S];
+    }
+    if constexpr (S > 1) sums<S / 2>(x);
+    return x[0];
+}
+
 template <int BY, int... L>
 inline Vec rotated(Vec x, std::integer_sequence<int, L...>) {
     return __builtin_shufflevector(x, x, ((L + BY) % LANES)...);
@@ -150,46 +169,4 @@ inline void convert_row(const T* from, I* to, long n) {
         for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
         for (; i < n; i++) convert(from[i], to[i]);
     }
-}
-
-// out[m][n] = sum over k of a[m][k] * b[n][k], for M x N rows held in registers.
-template <int M, int N, class A, class B>
-inline void dots(const A* a, long lda, const B* b, long ldb, long k_end, float* out, long ldo) {
-    Vec acc[M][N] = {};
-    long k = 0;
-    for (; k + LANES <= k_end; k += LANES) {
-        Vec right[N];
-        for (int n = 0; n < N; n++) right[n] = load(b + n * ldb + k);
-        for (int m = 0; m < M; m++) {
-            Vec left = load(a + m * lda + k);
-            for (int n = 0; n < N; n++) acc[m][n] += left * right[n];
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++) {
-            float total = sum(acc[m][n]);
-            for (long i = k; i < k_end; i++) total += widen(a[m * lda + i]) * widen(b[n * ldb + i]);
-            out[m * ldo + n] = total;
-        }
-}
-
-constexpr int ROWS = 4;                         // rows of a in a register tile
-constexpr int COLS = LANES == 16 ? 6 : 3;       // rows of b in it
-
-template <int N, class A, class B>
-inline void dots_rows(const A* a, long lda, long m_end, const B* b, long ldb, long k_end, float* out, long ldo) {
-    long m = 0;
-    for (; m + ROWS <= m_end; m += ROWS) dots<ROWS, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
-    if (m_end - m == 3) dots<3, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
-    if (m_end - m == 2) dots<2, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
-    if (m_end - m == 1) dots<1, N>(a + m * lda, lda, b, ldb, k_end, out + m * ldo, ldo);
-}
-
-// The same for any number of rows of a and of b.
-template <class A, class B>
-inline void dots_all(const A* a, long lda, long m_end, const B* b, long ldb, long n_end, long k_end, float* out,
-                     long ldo) {
-    long n = 0;
-    for (; n + COLS <= n_end; n += COLS) dots_rows<COLS>(a, lda, m_end, b + n * ldb, ldb, k_end, out + n, ldo);
-    for (; n < n_end; n++) dots_rows<1>(a, lda, m_end, b + n * ldb, ldb, k_end, out + n, ldo);
 }
