@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels import Blocks, kernels_for
 from qwen3_dist.layers.attention import GroupedQueryAttention, make_norm
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.experts import Experts
@@ -30,6 +30,8 @@ from qwen3_dist.parallel.expert_placement import ExpertPlacement, Placements, ev
 
 class Qwen3Model(nn.Module):
     """This rank's shard of the whole model. Build it on the meta device and let the loader fill it."""
+
+    _fused: Blocks | None = None  # all of this rank's, once they are one call
 
     def __init__(
         self, config: ModelConfig, parallel: ParallelContext, placements: Placements | None = None
@@ -70,12 +72,27 @@ class Qwen3Model(nn.Module):
         if batch.padding is not None and self.parallel.dp.size > 1:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
         cos, sin = rope_tables(batch.positions, self.rope_frequencies, self.rope_mscale, x.dtype)
-        for block, layer_cache in zip(self.blocks, cache, strict=True):
-            x = block(x, cos, sin, layer_cache, batch)
+        if not self._in_one_call(x, cos, sin, cache, batch):
+            for block, layer_cache in zip(self.blocks, cache, strict=True):
+                x = block(x, cos, sin, layer_cache, batch)
         if not stage.is_last:
             stage.send(x)
             return None
         return x
+
+    def _in_one_call(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[LayerCache], batch: StepBatch
+    ) -> bool:
+        """x [T, D] becomes what the blocks make of it in one call of a kernel, where nothing keeps them from that."""
+        fused = self._fused
+        apart = self.moe_layers and (batch.all_to_all or self.parallel.dp.size > 1)
+        if fused is None or apart or batch.adapters is not None or batch.padding is not None:
+            return False
+        caches = [(layer.keys, layer.values) for layer in cache]
+        where = (batch.slots, batch.block_tables, batch.context_lens, batch.query_starts)
+        return self.parallel.tp.in_kernel(
+            lambda group, operation: fused.run(x, caches, (cos, sin), where, group, operation)
+        )
 
     def logits(self, x: Tensor) -> Tensor | None:
         """Rows of `hidden` [L, D] -> [L, vocab_size] on tp rank 0, None on others. All ranks of the stage call it."""
@@ -133,6 +150,10 @@ class Qwen3Model(nn.Module):
         for block in self._blocks:
             block.att.fuse(block.norm1, kernels)
             block.ff.fuse(block.norm2, kernels)
+        halves = [(b.att.fused, b.ff.fused, isinstance(b.ff, MoEFeedForward)) for b in self._blocks]
+        whole = [(att, ff, is_moe) for att, ff, is_moe in halves if att is not None and ff is not None]
+        if len(whole) == len(halves):
+            self._fused = Blocks(kernels, whole)
 
 
 class TransformerBlock(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ _SIGNATURES = {
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
     "attention_half": "pppppppppppiiiifi",
+    "blocks": "pippppppppiiiifpii",
     "feed_forward_half": "pppifi",
     "experts_half": "pppifi",
     "experts": "pppppppppppiiiiii",
@@ -39,6 +40,7 @@ _PRODUCTS = (
     "attention_half",
     "feed_forward_half",
     "experts_half",
+    "blocks",
 )
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
 
@@ -66,7 +68,7 @@ class Kernels:
             for ending in ("", "_int8") if name in _PRODUCTS else ("",):
                 function = getattr(loaded, f"{name}_{_DTYPES[dtype]}{ending}")
                 function.argtypes = [_KINDS[kind] for kind in kinds]
-                function.restype = None
+                function.restype = ctypes.c_long if name == "blocks" else None
                 self._functions[name + ending] = function
         self.panel: int = loaded.panel_outputs()
         self._depth_step: int = loaded.bf16_depth_step()
@@ -174,8 +176,8 @@ class Kernels:
         tensors = (q, k, v, keys, values, q_scale, k_scale, cos, sin, slots)
         self.run("rotate", *tensors, tokens, heads, groups, dim, eps)
 
-    def run(self, name: str, *values: Tensor | float | None) -> None:
-        """Calls function `name` with its arguments but the last, the number of threads."""
+    def run(self, name: str, *values: Tensor | float | None) -> Any:
+        """Calls function `name` with its arguments but the last, the number of threads; gives what it returns."""
         arguments: list[float | None] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -183,7 +185,7 @@ class Kernels:
                 arguments.append(value.data_ptr())
             else:
                 arguments.append(value)
-        self._functions[name](*arguments, torch.get_num_threads())
+        return self._functions[name](*arguments, torch.get_num_threads())
 
 
 @functools.cache

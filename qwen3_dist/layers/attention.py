@@ -24,7 +24,7 @@ def kv_groups_per_rank(n_kv_groups: int, tp: int) -> int:
 class GroupedQueryAttention(nn.Module):
     """This rank's heads. The output is a partial sum: adding it up over tp is the caller's part."""
 
-    _half: Half | None = None  # this and the norm before it, once they are one
+    fused: Half | None = None  # this and the norm before it, once they are one
 
     def __init__(self, config: ModelConfig, layer: int, tp: int) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class GroupedQueryAttention(nn.Module):
         self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
     ) -> Tensor:
         """norm(x) [T, D] -> [T, D], this rank's share of the sum."""
-        if self._half is not None and batch.adapters is None:
+        if self.fused is not None and batch.adapters is None:
             where = (batch.slots, batch.block_tables, batch.context_lens, batch.query_starts)
-            return self._half.attention(x, (cache.keys, cache.values), (cos, sin), where)
+            return self.fused.attention(x, (cache.keys, cache.values), (cos, sin), where)
         projected = products(norm(x), batch.adapters, self.W_query, self.W_key, self.W_value)
         q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in projected)
         q = self._rotate(q, k, v, cos, sin, cache, batch)
@@ -62,7 +62,7 @@ class GroupedQueryAttention(nn.Module):
         heads, groups = (size.out_features // self.head_dim for size in (self.W_query, self.W_key))
         sizes = (self.out_proj.out_features, heads, groups, self.head_dim, self.window or 0)
         is_int8 = parts[0].scale is not None
-        self._half = Half(kernels, *scales, *by_kind, *sizes, eps=norm.eps, is_int8=is_int8)
+        self.fused = Half(kernels, *scales, *by_kind, *sizes, eps=norm.eps, is_int8=is_int8)
 
     def _rotate(
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch

@@ -27,7 +27,7 @@ from qwen3_dist.parallel.expert_placement import ExpertPlacement
 class FeedForward(nn.Module):
     """`fc3(silu(fc1(x)) * fc2(x))` over this rank's hidden columns: a partial sum over tp."""
 
-    _half: Half | None = None  # this and the norm before it, once they are one
+    fused: Half | None = None  # this and the norm before it, once they are one
 
     def __init__(self, emb_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm, adapters: AdapterRows | None = None) -> Tensor:
         """norm(x) [T, D] -> [T, D]."""
-        if self._half is not None and adapters is None:
-            return self._half.feed_forward(x)
+        if self.fused is not None and adapters is None:
+            return self.fused.feed_forward(x)
         x = norm(x)
         return self.fc3(F.silu(self.fc1(x, adapters)) * self.fc2(x, adapters), adapters)
 
@@ -50,13 +50,13 @@ class FeedForward(nn.Module):
         weights = (*(part.weight for part in parts), *(part.scale for part in parts))
         sizes = (self.fc1.in_features, self.fc1.out_features)
         is_int8 = parts[0].scale is not None
-        self._half = Half(kernels, norm.scale, *weights, *sizes, eps=norm.eps, is_int8=is_int8)
+        self.fused = Half(kernels, norm.scale, *weights, *sizes, eps=norm.eps, is_int8=is_int8)
 
 
 class MoEFeedForward(nn.Module):
     """Routes each token to its top experts, wherever they are, and adds up their answers."""
 
-    _half: Half | None = None  # the form for few tokens and the norm before it, once they are one
+    fused: Half | None = None  # the form for few tokens and the norm before it, once they are one
 
     def __init__(self, config: ModelConfig, parallel: ParallelContext, placement: ExpertPlacement) -> None:
         super().__init__()
@@ -117,8 +117,8 @@ class MoEFeedForward(nn.Module):
 
     def _local(self, x: Tensor, norm: RMSNorm, padding: Tensor | None) -> Tensor:
         """What this rank's experts make of norm(x) [n, D]; rows of `padding` [n] go to none."""
-        if self._half is not None and padding is None:
-            return self._half.experts(x)
+        if self.fused is not None and padding is None:
+            return self.fused.experts(x)
         x = norm(x)
         expert_ids, weights = self.route(x)
         if padding is not None:
@@ -135,7 +135,7 @@ class MoEFeedForward(nn.Module):
         counts = (self.gate.out_features, len(experts.fc1), self.num_experts_per_tok, self.norm_topk_prob)
         sizes = (len(self.all_gather.here), *counts, self.gate.in_features, experts.columns)
         members = (norm.scale, self.gate.weight, *stacks, *scales, *tables, *sizes)
-        self._half = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
+        self.fused = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
 
     def dispatched(self, x: Tensor, num_real: int, batch: StepBatch) -> Tensor:
         """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D].

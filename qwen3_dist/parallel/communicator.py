@@ -68,6 +68,14 @@ class Communicator(ABC):
         received = self.all_to_all(x, send_counts, recv_counts)
         return lambda: received
 
+    def in_kernel(self, kernel: Callable[[int, int], int]) -> bool:
+        """Has `kernel` make all-reduces of the group by itself, if it can; says whether it could.
+
+        It is given the group's address (0 for a group of one) and the number of its last operation, and returns
+        the number of its own last one, or -1 if a rank was lost.
+        """
+        return False
+
     @abstractmethod
     def barrier(self) -> None:
         """Returns when every rank of the group has called it."""
@@ -101,6 +109,10 @@ class SingleCommunicator(Communicator):
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[int]]:
         return x, list(send_counts)
+
+    def in_kernel(self, kernel: Callable[[int, int], int]) -> bool:
+        kernel(0, 0)
+        return True
 
     def barrier(self) -> None:
         pass

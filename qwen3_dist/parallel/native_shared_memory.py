@@ -6,6 +6,7 @@ A small all-reduce in Python takes longer for its dozen calls than for waiting a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -95,6 +96,10 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         x = x.contiguous()
         self._finish(self._broadcast_rounds(self._group, self._operation, x.data_ptr(), x.nbytes))
         return x
+
+    def in_kernel(self, kernel: Callable[[int, int], int]) -> bool:
+        self._finish(kernel(self._group, self._operation))
+        return True
 
     def _gather(self, x: Tensor, out: Tensor | None, gives: bool) -> None:
         x = x.contiguous()

@@ -1,5 +1,4 @@
 // The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `native.py` declares the same signatures.
-#include "collectives.h"
 #include "halves.h"
 
 // clang-format off
@@ -22,9 +21,16 @@ void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const floa
 void attention_half_##NAME(const void* half, const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, \
                            const long* slots, const long* tables, const long* context_lens, const long* starts, \
                            long tokens, long sequences, long block_size, long width, double eps, long threads) { \
-    static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, slots, tables, context_lens, \
-                                                       starts, tokens, sequences, block_size, width, float(eps), \
-                                                       int(threads)); \
+    Step step{slots, tables, context_lens, starts, tokens, sequences, block_size, width}; \
+    static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, step, float(eps), int(threads)); \
+} \
+long blocks_##NAME(const void* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
+                   const long* slots, const long* tables, const long* context_lens, const long* starts, long tokens, \
+                   long sequences, long block_size, long width, double eps, const Group* group, long operation, \
+                   long threads) { \
+    Step step{slots, tables, context_lens, starts, tokens, sequences, block_size, width}; \
+    return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, float(eps), group, \
+                      operation, int(threads)); \
 } \
 void feed_forward_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \
     static_cast<const FeedForwardHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \

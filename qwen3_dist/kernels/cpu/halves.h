@@ -3,8 +3,15 @@
 #pragma once
 
 #include "attention.h"
+#include "collectives.h"
 #include "experts.h"
 #include "rows.h"
+
+// Where a step's tokens belong; lies in a batch as Python makes it.
+struct Step {
+    const long *slots, *tables, *context_lens, *starts;
+    long tokens, sequences, block_size, width;
+};
 
 // norm, the projections to q, k and v, rotation into the cache, attention, the projection back.
 template <class T, class W>
@@ -15,9 +22,9 @@ struct AttentionHalf {
     const T* biases[4];
     long dim, heads, groups, head_dim, window;
 
-    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const long* slots,
-             const long* tables, const long* context_lens, const long* starts, long tokens, long sequences,
-             long block_size, long width, float eps, int threads) const {
+    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const Step& step, float eps,
+             int threads) const {
+        auto [slots, tables, context_lens, starts, tokens, sequences, block_size, width] = step;
         long q_size = heads * head_dim, kv_size = groups * head_dim;
         T *q = scratch<T>(Q, tokens * q_size), *k = scratch<T>(K, tokens * kv_size), *v = scratch<T>(V, tokens * kv_size),
           *attended = scratch<T>(ATTENDED, tokens * q_size);
@@ -95,3 +102,36 @@ struct ExpertsHalf {
             .run(threads);
     }
 };
+
+template <class T, class W>
+struct Block {
+    const AttentionHalf<T, W>* attention;
+    const FeedForwardHalf<T, W>* dense;  // null in a mixture of experts
+    const ExpertsHalf<T, W>* experts;    // null in a dense block
+};
+
+// Blocks one after the other, each half with its residual: x [tokens, dim] becomes what the last makes of it. What the
+// halves of several ranks add up to is their group's, which is null for a rank alone; `operation` and what this returns
+// are as in `Group`.
+template <class T, class W>
+long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
+                const Step& step, float eps, const Group* group, long operation, int threads) {
+    long dim = count ? blocks->attention->dim : 0, rows = step.tokens;
+    T* part = scratch<T>(PARTIAL, rows * dim);
+    auto add = [&] {
+        if (group) return (operation = group->all_reduce(operation, part, x, x, rows * dim)) >= 0;
+#pragma omp parallel for num_threads(threads) if (rows > FEW_ROWS)
+        for (long r = 0; r < rows; r++) add_row(x + r * dim, part + r * dim, dim);
+        return true;
+    };
+    for (const auto* block = blocks; block < blocks + count; block++, caches += 2) {
+        block->attention->run(x, part, caches[0], caches[1], cos, sin, step, eps, threads);
+        if (!add()) return -1;
+        if (block->dense)
+            block->dense->run(x, part, rows, eps, threads);
+        else
+            block->experts->run(x, part, rows, eps, threads);
+        if (!add()) return -1;
+    }
+    return operation;
+}

@@ -28,6 +28,14 @@ void norm(const T* x, const T* scale, T* out, long rows, long dim, float eps, in
     }
 }
 
+// x += y, rounded to T.
+template <class T>
+inline void add_row(T* x, const T* y, long dim) {
+    long i = 0;
+    for (; i + LANES <= dim; i += LANES) store(x + i, load(x + i) + load(y + i));
+    for (; i < dim; i++) narrow(widen(x[i]) + widen(y[i]), x[i]);
+}
+
 // One row's norm as the inputs of a product.
 template <class T, class I>
 inline void norm_input(const T* x, const T* scale, I* to, long dim, long depth, float eps) {
