@@ -53,25 +53,30 @@ def _gpu_seconds(call: Callable[[], object]) -> float:
 
 
 def row_limit(config: ModelConfig, row: Row, machine: Machine) -> float:
-    """Least seconds of a row: each step reads the weights it needs once and makes their products.
+    """Least seconds of a row: each step reads the weights and the cache that it needs once and makes their products.
 
-    Attention and the KV cache are left out, so the true limit is somewhat longer. Of the experts of a
-    layer, b tokens need a share of 1 - (1 - K / E)^b, if each chooses K of E evenly.
+    Of the experts of a layer, b tokens need a share of 1 - (1 - K / E)^b, if each chooses K of E evenly.
     """
-    prefill = _step(config, row.num_prompts * row.input_len, row.num_prompts, machine)
-    return prefill + (row.output_len - 1) * _step(config, row.num_prompts, row.num_prompts, machine)
+    seconds = _step(config, row.num_prompts, row.input_len, 0, machine)
+    for made in range(1, row.output_len):
+        seconds += _step(config, row.num_prompts, 1, row.input_len + made - 1, machine)
+    return seconds
 
 
-def _step(config: ModelConfig, tokens: int, sampled: int, machine: Machine) -> float:
-    vocabulary = config.vocab_size * config.emb_dim
+def _step(config: ModelConfig, sequences: int, queries: int, before: int, machine: Machine) -> float:
+    """`queries` tokens of each sequence, which has so many `before` them."""
+    tokens, vocabulary = sequences * queries, config.vocab_size * config.emb_dim
     layers = active_parameters(config) - vocabulary * (1 if config.tie_word_embeddings else 2)
-    flops = 2 * (layers * tokens + vocabulary * sampled)
-    read = layers + vocabulary
+    pairs = sequences * queries * (before + (queries + 1) / 2)  # of a query and a key it sees
+    flops = 2 * (layers * tokens + vocabulary * sequences)
+    flops += 4 * pairs * config.n_layers * config.n_heads * config.head_dim
+    weights = layers + vocabulary
     if config.num_experts:
         share = config.num_experts_per_tok / config.num_experts
         experts = (total_parameters(config) - active_parameters(config)) / (1 - share)
-        read += experts * (1 - (1 - share) ** tokens - share)
-    return max(read * _BYTES / machine.read_bytes_per_s, flops / machine.flops_per_s)
+        weights += experts * (1 - (1 - share) ** tokens - share)
+    cached = 2 * sequences * before * config.n_layers * config.n_kv_groups * config.head_dim
+    return max((weights + cached) * _BYTES / machine.read_bytes_per_s, flops / machine.flops_per_s)
 
 
 def _read_rate() -> float:
