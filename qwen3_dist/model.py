@@ -85,7 +85,7 @@ class Qwen3Model(nn.Module):
     ) -> bool:
         """x [T, D] becomes what the blocks make of it in one call of a kernel, where nothing keeps them from that."""
         fused = self._fused
-        apart = self.moe_layers and (batch.all_to_all or self.parallel.dp.size > 1)
+        apart = self.config.num_experts and (batch.all_to_all or self.parallel.dp.size > 1)
         if fused is None or apart or batch.adapters is not None or batch.padding is not None:
             return False
         caches = [(layer.keys, layer.values) for layer in cache]

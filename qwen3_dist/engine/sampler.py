@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import SampleSpec
+from qwen3_dist.kernels import kernels_for
 
 _MASK = (1 << 64) - 1
 
@@ -128,11 +129,19 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     padding = -logits.shape[-1] % _WIDTH
     padded = F.pad(logits, (0, padding), value=-torch.inf) if padding else logits
     blocks = padded.unflatten(1, (-1, _WIDTH))
-    _, best = _ordered_topk(blocks.amax(dim=-1).float(), min(count, blocks.shape[1]))
+    _, best = _ordered_topk(_largest(padded), min(count, blocks.shape[1]))
     best = best.sort(dim=-1).values
     rows = torch.arange(len(logits), device=logits.device)[:, None]
     values, at = _ordered_topk(blocks[rows, best].float().flatten(1), count)
     return values, best.gather(1, at // _WIDTH) * _WIDTH + at % _WIDTH
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """The largest of each block of logits [L, V] -> fp32 [L, V / block]."""
+    kernels = kernels_for(logits)
+    if kernels is None:
+        return logits.unflatten(1, (-1, _WIDTH)).amax(dim=-1).float()
+    return kernels.largest(logits.contiguous(), _WIDTH)
 
 
 def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:

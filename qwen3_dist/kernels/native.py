@@ -29,6 +29,7 @@ _SIGNATURES = {
     "experts": "pppppppppppiiiiii",
     "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
+    "largest": "ppiiii",
     "rotate": "ppppppppppiiiifi",
 }
 # Those that take int8 weights too.
@@ -154,6 +155,13 @@ class Kernels:
         out = torch.empty_like(x)
         dim = x.shape[-1]
         self.run("norm", x, scale, out, x.numel() // dim, dim, eps)
+        return out
+
+    def largest(self, x: Tensor, width: int) -> Tensor:
+        """The largest of each `width` numbers of a row, x [T, N] -> fp32 [T, ceil(N / width)]."""
+        rows, columns = x.shape
+        out = x.new_empty(rows, -(-columns // width), dtype=torch.float32)
+        self.run("largest", x, out, rows, columns, width)
         return out
 
     def rotate(

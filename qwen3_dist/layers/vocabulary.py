@@ -60,7 +60,5 @@ class VocabParallelHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""
-        parts = self._tp.gather(linears(x, Weights(self.weight, self._rows_per_rank, self.scale))[0])
-        if parts is None:
-            return None
-        return parts.transpose(0, 1).flatten(1)[:, : self._vocab_size]
+        logits = self._tp.gather(linears(x, Weights(self.weight, self._rows_per_rank, self.scale))[0])
+        return None if logits is None else logits[:, : self._vocab_size]

@@ -45,7 +45,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def gather(self, x: Tensor) -> Tensor | None:
-        """[T, ...] of equal shape -> [n, T, ...] on rank 0 of the group, None elsewhere."""
+        """[T, C] of equal shape -> [T, n * C], side by side in rank order, on rank 0 of the group; None elsewhere."""
 
     @abstractmethod
     def broadcast(self, x: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class SingleCommunicator(Communicator):
         return x
 
     def gather(self, x: Tensor) -> Tensor | None:
-        return x.unsqueeze(0)
+        return x
 
     def broadcast(self, x: Tensor) -> Tensor:
         return x
@@ -150,7 +150,7 @@ class TorchCommunicator(Communicator):
     def gather(self, x: Tensor) -> Tensor | None:
         parts = list(x.new_empty(self.size, *x.shape)) if self.rank == 0 else None
         dist.gather(x.contiguous(), parts, group=self._group, group_dst=0)
-        return torch.stack(parts) if parts else None
+        return torch.cat(parts, dim=1) if parts else None
 
     def broadcast(self, x: Tensor) -> Tensor:
         x = x.contiguous()

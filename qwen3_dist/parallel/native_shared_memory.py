@@ -18,7 +18,7 @@ _SUMMED = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 # Pointers and integers of each function in `cpu.cpp`, after the group and its last operation.
 _SIGNATURES = {
     "exchange": "",
-    "gather": "ppii",
+    "gather": "ppiii",
     "broadcast": "pi",
     "all_reduce": "pppi",
     "reduce_scatter": "ppi",
@@ -84,12 +84,13 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        self._gather(x, out, gives=True)
+        self._gather(x, out, x.nbytes, gives=True)
         return out
 
     def gather(self, x: Tensor) -> Tensor | None:
-        out = x.new_empty(self.size, *x.shape) if self.rank == 0 else None
-        self._gather(x, out, gives=self.rank != 0)
+        rows, columns = x.shape
+        out = x.new_empty(rows, self.size * columns) if self.rank == 0 else None
+        self._gather(x, out, columns * x.itemsize, gives=self.rank != 0)
         return out
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -101,10 +102,11 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         self._finish(kernel(self._group, self._operation))
         return True
 
-    def _gather(self, x: Tensor, out: Tensor | None, gives: bool) -> None:
+    def _gather(self, x: Tensor, out: Tensor | None, row_bytes: int, gives: bool) -> None:
         x = x.contiguous()
         to = None if out is None else out.data_ptr()
-        self._finish(self._gather_rounds(self._group, self._operation, x.data_ptr(), to, x.nbytes, gives))
+        sizes = (x.nbytes, row_bytes, gives)
+        self._finish(self._gather_rounds(self._group, self._operation, x.data_ptr(), to, *sizes))
 
     def _exchange(self) -> None:
         self._finish(self._exchange_rounds(self._group, self._operation))

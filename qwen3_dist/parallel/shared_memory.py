@@ -210,7 +210,7 @@ class SharedMemoryCommunicator(Communicator):
             self._exchange()
             if out is not None:
                 out.view(self.size, -1)[:, lo:hi].copy_(everybody)
-        return out
+        return None if out is None else out.transpose(0, 1).flatten(1)
 
     def broadcast(self, x: Tensor) -> Tensor:
         x = x.contiguous()

@@ -92,6 +92,14 @@ def test_norm_and_feed_forward_in_one_call(dtype: torch.dtype, rows: int) -> Non
     assert close(half.feed_forward(x), hidden @ fc3.float().T)
 
 
+@pytest.mark.parametrize("columns", [1, 64, 150, 1000])
+def test_largest_of_blocks(dtype: torch.dtype, columns: int) -> None:
+    x = torch.randn(3, columns).to(dtype)
+    x[1] = -torch.inf
+    padded = F.pad(x, (0, -columns % 64), value=-torch.inf)
+    assert torch.equal(kernels(dtype).largest(x, 64), padded.unflatten(1, (-1, 64)).amax(dim=-1).float())
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5, 200])
 @pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33)])
 def test_linear_with_int8_weights(dtype: torch.dtype, rows: int, inner: int, outputs: int) -> None:

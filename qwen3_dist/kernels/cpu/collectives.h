@@ -5,6 +5,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
 #include <vector>
 
@@ -136,16 +137,21 @@ struct Group {
             });
     }
 
-    // out [size, bytes] = everybody's x [bytes]. Null where none is wanted.
-    long gather(long operation, const char* x, char* out, long total, bool gives) const {
+    // out [rows, size, row bytes] = everybody's x [rows, row bytes]. Null where none is wanted.
+    long gather(long operation, const char* x, char* out, long total, long row, bool gives) const {
         return rounds(
             operation, total, slot_bytes,
             [&](char* to, long lo, long n) {
                 if (gives) memcpy(to, x + lo, n);
             },
             [&](long at, long lo, long n) {
-                for (long peer = 0; out && peer < size; peer++)
-                    memcpy(out + peer * total + lo, peer == rank ? x + lo : slot(at, peer), n);
+                for (long peer = 0; out && peer < size; peer++) {
+                    const char* from = (peer == rank ? x + lo : slot(at, peer)) - lo;
+                    for (long i = lo, end; i < lo + n; i = end) {
+                        end = std::min(lo + n, (i / row + 1) * row);
+                        memcpy(out + (i / row * size + peer) * row + i % row, from + i, end - i);
+                    }
+                }
             });
     }
 

@@ -64,6 +64,9 @@ void rotate_##NAME(T* q, const T* k, const T* v, T* keys, T* values, const T* q_
     Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, slots, tokens, heads, groups, dim, float(eps)} \
         .run(int(threads)); \
 } \
+void largest_##NAME(const T* x, float* out, long rows, long columns, long width, long threads) { \
+    largest<T>(x, out, rows, columns, width, int(threads)); \
+} \
 }
 
 #define SUMS(T, NAME) \
@@ -78,8 +81,8 @@ long reduce_scatter_##NAME(const Group* group, long operation, const T* x, T* ou
 
 extern "C" {
 long exchange(const Group* group, long operation) { return group->exchange(operation + 1) ? operation + 1 : -1; }
-long gather(const Group* group, long operation, const char* x, char* out, long bytes, long gives) {
-    return group->gather(operation, x, out, bytes, gives);
+long gather(const Group* group, long operation, const char* x, char* out, long bytes, long row, long gives) {
+    return group->gather(operation, x, out, bytes, row, gives);
 }
 long broadcast(const Group* group, long operation, char* x, long bytes) {
     return group->broadcast(operation, x, bytes);

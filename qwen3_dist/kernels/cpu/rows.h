@@ -36,6 +36,22 @@ inline void add_row(T* x, const T* y, long dim) {
     for (; i < dim; i++) narrow(widen(x[i]) + widen(y[i]), x[i]);
 }
 
+// out [rows, ceil(columns / width)]: the largest of each `width` numbers of a row of x.
+template <class T>
+void largest(const T* x, float* out, long rows, long columns, long width, int threads) {
+    long blocks = (columns + width - 1) / width;
+#pragma omp parallel for num_threads(threads)
+    for (long b = 0; b < rows * blocks; b++) {
+        const T* row = x + b / blocks * columns;
+        long i = b % blocks * width, end = std::min(columns, i + width);
+        Vec most = Vec{} - INFINITY;
+        for (; i + LANES <= end; i += LANES) most = larger(most, load(row + i));
+        float highest = largest(most);
+        for (; i < end; i++) highest = std::max(highest, widen(row[i]));
+        out[b] = highest;
+    }
+}
+
 // One row's norm as the inputs of a product.
 template <class T, class I>
 inline void norm_input(const T* x, const T* scale, I* to, long dim, long depth, float eps) {
