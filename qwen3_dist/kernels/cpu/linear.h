@@ -51,6 +51,9 @@ enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEE
 
 constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
 constexpr long AHEAD = 8192;  // bytes, from weights that are used to those asked for
+// Rows that the CPU multiplies faster than memory gives weights, but not in one tile, take so few inputs at a time that
+// what is asked for during the first tile arrives during the others.
+constexpr long WAITING_ROWS = 20, WAITING_INPUTS = 128;
 
 template <class T = float>
 inline T* scratch(Buffer which, size_t count) {
@@ -120,9 +123,9 @@ inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const bf16* w[H]
 #endif
 
 // out[m][n] = x[m] . w[n] for M rows and C panels, or += if it ADDS. Weights are asked for ahead of their turn: for
-// several rows the CPU would wait for memory first and multiply then.
+// several rows the CPU would wait for memory first and multiply then. Not inlined, since what surrounds it takes registers.
 template <int M, int C, bool ADDS, class W>
-inline void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
+[[gnu::noinline]] void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
     Vec acc[M][2 * C] = {};
     for (int m = 0; ADDS && m < M; m++)
         for (int h = 0; h < 2 * C; h++) acc[m][h] = load(out + m * ldo + h * LANES);
@@ -162,12 +165,18 @@ inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, lo
         if (rows > 1 && has_matrix_unit()) return unit_block<ADDS>(x, ldx, rows, w, count, PANEL, depth, out, ldo, done);
 #endif
     long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    for (long t = 0, m = 0; t < tiles; t++) {
-        long some = (rows - m) / (tiles - t);
-        tile_of<W, ADDS>(some, x + m * ldx, ldx, w, count, depth, out + m * ldo, ldo);
-        done(0L, count, m, some);
-        m += some;
-    }
+    bool waits = MULTIPLIES_BF16 && std::is_same_v<W, bf16> && tiles > 1 && rows <= WAITING_ROWS;
+    long together = waits ? 1 : count, step = waits ? WAITING_INPUTS : depth;
+    for (long p = 0; p < count; p += together)
+        for (long k = 0; k < depth; k += step)
+            for (long t = 0, m = 0; t < tiles; t++) {
+                long some = (rows - m) / (tiles - t), inputs = std::min(step, depth - k);
+                auto product = ADDS || k ? tile_of<W, true> : tile_of<W, false>;
+                product(some, x + m * ldx + k, ldx, w + p * PANEL * depth + k * PANEL, together, inputs,
+                        out + m * ldo + p * PANEL, ldo);
+                if (k + step >= depth) done(p, together, m, some);
+                m += some;
+            }
 }
 
 // How many panels' outputs are computed before they are used: one's of many rows, for which the first cache has room.
