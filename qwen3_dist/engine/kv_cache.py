@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from qwen3_dist import host_memory
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.layers.attention import kv_groups_per_rank
 from qwen3_dist.layers.batch import LayerCache
@@ -23,11 +24,9 @@ def block_bytes(model: Qwen3Model, block_size: int) -> int:
 def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerCache]:
     """One zeroed `LayerCache` for each of the rank's layers."""
     shape = (num_blocks, *_block_shape(model, block_size))
-
-    def zeros() -> torch.Tensor:
-        return torch.zeros(shape, dtype=model.dtype, device=model.device)
-
-    return [LayerCache(zeros(), zeros()) for _ in model.blocks]
+    halves = [host_memory.zeros(shape, model.dtype, model.device) for _ in range(2 * len(model.blocks))]
+    host_memory.populate(halves)
+    return [LayerCache(keys, values) for keys, values in zip(halves[::2], halves[1::2], strict=True)]
 
 
 def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_host: int) -> int:

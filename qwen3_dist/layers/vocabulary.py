@@ -19,7 +19,8 @@ class VocabParallelEmbedding(nn.Embedding):
 
     def __init__(self, vocab_size: int, emb_dim: int, tp: Communicator) -> None:
         rows, per_rank = padded_range(vocab_size, tp.size, tp.rank)
-        super().__init__(per_rank, emb_dim)
+        # Drawing its first weights would import half of torch, even for a meta tensor.
+        super().__init__(per_rank, emb_dim, _weight=torch.empty(per_rank, emb_dim))
         self._tp = tp
         self._rows = rows
 

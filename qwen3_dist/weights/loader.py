@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.host_memory import zeros
 from qwen3_dist.layout import padded_range
 from qwen3_dist.model import Qwen3Model, build_on_meta
 from qwen3_dist.parallel.context import ParallelContext
@@ -104,8 +105,8 @@ def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False):
             if id(old) not in made:
-                zeros = torch.zeros(old.shape, dtype=old.dtype, device=device)
-                made[id(old)] = torch.nn.Parameter(zeros, requires_grad=False)
+                storage = zeros(old.shape, old.dtype, device)
+                made[id(old)] = torch.nn.Parameter(storage, requires_grad=False)
             setattr(module, name, made[id(old)])
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
