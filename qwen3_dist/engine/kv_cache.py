@@ -25,7 +25,6 @@ def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerC
     """One zeroed `LayerCache` for each of the rank's layers."""
     shape = (num_blocks, *_block_shape(model, block_size))
     halves = [host_memory.zeros(shape, model.dtype, model.device) for _ in range(2 * len(model.blocks))]
-    host_memory.populate(halves)
     return [LayerCache(keys, values) for keys, values in zip(halves[::2], halves[1::2], strict=True)]
 
 
@@ -34,7 +33,8 @@ def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_hos
 
     On a GPU: what is left of `gpu_memory_utilization` of the card, whoever uses the rest, over the ranks
     that share it; the last of these to load sees what the others took. On a CPU: an even part of 30 % of
-    what the host (or its cgroup) has free.
+    what the host (or its cgroup) has free, in which what other engines' caches may yet fill still counts: for more
+    than three of them on a host set `num_blocks`.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
