@@ -16,7 +16,7 @@ _LARGE = 1 << 20  # bytes from which a tensor has a mapping of its own
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`."""
+    """As `torch.zeros`."""
     size = prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _LARGE or sys.platform != "linux":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)

@@ -7,7 +7,9 @@
 #include "experts.h"
 #include "rows.h"
 
-// Where a step's tokens belong; lies in a batch as Python makes it.
+constexpr long QUICK_ROWS = 8;  // whose sums take less time than waking threads
+
+// Where a step's tokens belong: `Rotation` and `Attention` say what each member is.
 struct Step {
     const long *slots, *tables, *context_lens, *starts;
     long tokens, sequences, block_size, width;
@@ -120,7 +122,7 @@ long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, c
     T* part = scratch<T>(PARTIAL, rows * dim);
     auto add = [&] {
         if (group) return (operation = group->all_reduce(operation, part, x, x, rows * dim)) >= 0;
-#pragma omp parallel for num_threads(threads) if (rows > FEW_ROWS)
+#pragma omp parallel for num_threads(threads) if (rows > QUICK_ROWS)
         for (long r = 0; r < rows; r++) add_row(x + r * dim, part + r * dim, dim);
         return true;
     };
