@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from math import ceil, comb, sqrt
+from math import ceil, sqrt
 from statistics import NormalDist
 
 from cluster.collectives import groups_of
@@ -17,8 +17,7 @@ from cluster.hardware import Cluster, Device
 from cluster.memory import ITEM_BYTES, kv_bytes_per_token
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.layout import Layout
-from qwen3_dist.settings import ALL_TO_ALL_FROM
+from qwen3_dist.layout import Layout, chosen_share, prefers_all_to_all
 
 EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
 
@@ -83,7 +82,7 @@ class CostModel:
         if config.num_experts:
             self._missed = 1 - config.num_experts_per_tok / config.num_experts
             self._spread = _largest_of(layout.ep) * sqrt(self._missed)
-            self._sent_share = _chosen_share(
+            self._sent_share = chosen_share(
                 config.num_experts, config.num_experts_per_tok, sizes.experts_here
             )
 
@@ -232,7 +231,7 @@ class CostModel:
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
         layout, config = self.layout, self.config
-        if layout.stage_size > 1 and tokens * layout.dp >= ALL_TO_ALL_FROM:
+        if prefers_all_to_all(layout, config, tokens * layout.dp):
             own = tokens / layout.tp
             sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
             row = config.emb_dim * self._item
@@ -312,10 +311,3 @@ def _largest_of(ranks: int) -> float:
     largest more, which cancels.
     """
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0
-
-
-def _chosen_share(experts: int, chosen: int, here: int) -> float:
-    """Chance that one of a token's experts, chosen evenly, is among `here` of all."""
-    if experts - here < chosen:
-        return 1.0
-    return 1 - comb(experts - here, chosen) / comb(experts, chosen)

@@ -22,7 +22,6 @@ T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
 QUANTIZATIONS = ("none", "int8")
-ALL_TO_ALL_FROM = 512  # tokens of a step from which moe_dispatch=auto is all_to_all
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
 PERFORMANCE_MODES = ("interactivity", "throughput")
@@ -57,7 +56,9 @@ class EngineConfig:
         EXECUTORS,
     )
     moe_dispatch: str = setting(
-        "auto", "how tokens reach experts on other ranks; auto is all_gather for small steps", DISPATCHERS
+        "auto",
+        "how tokens reach experts on other ranks; auto is all_gather if the step is small or that is almost all ranks",
+        DISPATCHERS,
     )
     dispatch_dtype: str = setting(
         "auto", "what tokens travel as to experts by all-to-all; auto is the activations'", DISPATCH_DTYPES

@@ -24,16 +24,8 @@ from torch import Tensor
 
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
-from qwen3_dist.settings import ALL_TO_ALL_FROM
 
 FP8_BLOCK = 128  # numbers that share a scale
-
-
-def uses_all_to_all(setting: str, tokens: int, ranks: int) -> bool:
-    """Whether a step of so many tokens goes by all-to-all, under setting `moe_dispatch`."""
-    if setting == "auto":
-        return ranks > 1 and tokens >= ALL_TO_ALL_FROM
-    return setting == "all_to_all"
 
 
 @dataclass(frozen=True)

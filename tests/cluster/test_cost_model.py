@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from cluster.collectives import Group
-from cluster.cost_model import ALL_TO_ALL_FROM, CostModel, StepShape
+from cluster.cost_model import CostModel, StepShape
 from cluster.footprint import LayerSizes, stage_weights, stages
 from cluster.hardware import PRESETS
 from cluster.memory import kv_bytes_per_token, rank_parameters
 from cluster.official import find_config, official_configs
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
-from qwen3_dist.layout import Layout, valid_layouts
+from qwen3_dist.layout import ALL_TO_ALL_FROM, Layout, valid_layouts
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 ONE_DECODE = StepShape(1, 10, 0, 0, 1)
@@ -93,9 +93,6 @@ def test_dp_groups_share_the_experts_and_gather_their_tokens() -> None:
 
 
 def test_large_steps_go_by_all_to_all_to_the_ranks_that_host_a_tokens_experts() -> None:
-    from qwen3_dist.parallel import dispatch
-
-    assert ALL_TO_ALL_FROM == dispatch.ALL_TO_ALL_FROM
     model = CostModel(MOE, Layout(tp=2, ep=2), PLAIN)
     few = model.step_parts(StepShape(0, 0, ALL_TO_ALL_FROM - 1, 0, 1))
     many = model.step_parts(StepShape(0, 0, 600, 0, 1))

@@ -19,7 +19,6 @@ from qwen3_dist.parallel.dispatch import (
     DispatchOptions,
     from_fp8,
     to_fp8,
-    uses_all_to_all,
 )
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from tests.batches import random_batch
@@ -132,16 +131,6 @@ def check_all_gather(parallel: ParallelContext) -> None:
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=2", "tp=2"])
 def test_the_sum_of_what_ranks_make_of_all_tokens_is_the_weighted_sum_of_experts(layout: str) -> None:
     run_ranks(check_all_gather, layout)
-
-
-@pytest.mark.parametrize(
-    ("setting", "tokens", "ranks", "wanted"),
-    [("auto", 1, 4, False), ("auto", 8192, 4, True), ("auto", 8192, 1, False), ("all_to_all", 1, 4, True)],
-)
-def test_large_steps_go_by_all_to_all_unless_the_setting_decides(
-    setting: str, tokens: int, ranks: int, wanted: bool
-) -> None:
-    assert uses_all_to_all(setting, tokens, ranks) is wanted
 
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=4", "tp=4,ep=2", "tp=2", "tp=2,dp=2,ep=4"])

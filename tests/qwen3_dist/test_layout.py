@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qwen3_dist import Layout, ModelConfig
 from qwen3_dist.errors import ParallelLayoutError
-from qwen3_dist.layout import even_ranges, padded_range, valid_layouts
+from qwen3_dist.layout import even_ranges, padded_range, prefers_all_to_all, valid_layouts
 from qwen3_dist.parallel.context import _groups_of
 
 SHAPE = {"vocab_size": 99, "emb_dim": 64, "n_layers": 4, "n_kv_groups": 2, "head_dim": 16, "hidden_dim": 96}
@@ -97,3 +99,23 @@ def test_ranges_cover_everything_once() -> None:
         range(2, 2),
         range(2, 2),
     ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "wanted"),
+    [
+        ("tp=4,ep=4", 511, False),
+        ("tp=4,ep=4", 512, True),
+        ("tp=1", 8192, False),
+        ("tp=4", 8192, False),  # every rank has a part of each expert
+        ("tp=2,ep=2", 8192, False),  # 8 of 64 experts: hardly a token has them all on one of two ranks
+        ("dp=2,ep=2", 8192, True),
+        ("pp=2,tp=2,ep=2", 8192, False),
+    ],
+)
+def test_large_steps_go_by_all_to_all_unless_tokens_are_wanted_almost_everywhere(
+    layout: str, tokens: int, wanted: bool
+) -> None:
+    config = replace(MOE, num_experts=64, num_experts_per_tok=8)
+    assert prefers_all_to_all(Layout.parse(layout), config, tokens) is wanted
+    assert not prefers_all_to_all(Layout.parse(layout), DENSE, tokens)
