@@ -33,14 +33,14 @@ def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_hos
 
     On a GPU: what is left of `gpu_memory_utilization` of the card, whoever uses the rest, over the ranks
     that share it; the last of these to load sees what the others took. On a CPU: an even part of 30 % of
-    what the host (or its cgroup) has free, in which what other engines' caches may yet fill still counts: for more
-    than three of them on a host set `num_blocks`.
+    what the host (or its cgroup) has free and other engines' caches will not fill.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         ranks_on_card = -(-ranks_on_host // torch.cuda.device_count())
         return int((free - (1 - gpu_memory_utilization) * total) / ranks_on_card)
-    return int(_host_free_bytes() * _HOST_SHARE / ranks_on_host)
+    free_on_host = max(0, _host_free_bytes() - host_memory.promised_bytes())
+    return int(free_on_host * _HOST_SHARE / ranks_on_host)
 
 
 def blocks_that_fit(free: int, per_block: int, most_useful: int) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen3_dist import host_memory
+from qwen3_dist.engine import kv_cache
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -37,3 +40,49 @@ def test_pages_come_with_use_and_go_with_the_tensor() -> None:
     del x
     gc.collect()
     assert resident() - before < 64 * MIB
+
+
+def promised_to(process: int) -> int:
+    return host_memory.promised_to(Path(f"/proc/{process}"))
+
+
+def test_what_a_tensor_has_not_taken_yet_is_promised() -> None:
+    gc.collect()
+    before = promised_to(os.getpid())
+    x = host_memory.zeros((256 * MIB,), torch.uint8, CPU)
+    assert promised_to(os.getpid()) - before == pytest.approx(256 * MIB, abs=4 * MIB)
+    assert host_memory.promised_bytes() > 250 * MIB
+    x[: 128 * MIB] = 1
+    assert promised_to(os.getpid()) - before == pytest.approx(128 * MIB, abs=4 * MIB)
+    del x
+    gc.collect()
+    assert promised_to(os.getpid()) == before
+
+
+def test_a_cache_leaves_what_is_promised() -> None:
+    free = kv_cache.free_bytes(CPU, 0.9, 1)
+    x = host_memory.zeros((4096 * MIB,), torch.uint8, CPU)
+    assert free - kv_cache.free_bytes(CPU, 0.9, 1) > 0.2 * x.nbytes  # 0.3, less what others gave back
+
+
+OTHER_PROCESS = """
+import os, sys, torch
+from qwen3_dist import host_memory
+x = host_memory.zeros((256 << 20,), torch.uint8, torch.device("cpu"))
+x[: 64 << 20] = 1
+if child := os.fork():
+    print(child, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_another_process_may_take_is_promised_once_and_until_it_ends() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER_PROCESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdin is not None
+        forked = int(other.stdout.readline())
+        assert promised_to(other.pid) == pytest.approx(192 * MIB, abs=4 * MIB)
+        assert promised_to(forked) == 0
+        other.stdin.close()
+    assert promised_to(other.pid) == 0
