@@ -98,8 +98,8 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
     kernels = kernels_for(block.norm1.scale)
     if kernels is not None:
         feed_forward: Any = block.ff
-        feed_forward.gate.pack()
-        feed_forward.experts.pack()
+        feed_forward.gate.pack(kernels)
+        feed_forward.experts.pack(kernels)
         feed_forward.fuse(block.norm2, kernels)
     for tokens in TOKENS:
         groups = tuple(len(part) for part in even_ranges(tokens, layout.dp))

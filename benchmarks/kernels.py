@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.record import keep
-from qwen3_dist.kernels import Kernels, Weights, kernels_for, pack
+from qwen3_dist.kernels import Kernels, Weights, kernels_for
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.gathered_attention import gathered_attention
 
@@ -49,7 +49,7 @@ def products(dtype: torch.dtype) -> list[dict[str, Any]]:
     kernels, rows = found(dtype), []
     for outputs, inner in SHAPES:
         weights = [(torch.randn(outputs, inner) / inner**0.5).to(dtype) for _ in range(24)]
-        packed = [Weights(pack(weight), outputs) for weight in weights]
+        packed = [Weights(kernels.pack(weight), outputs) for weight in weights]
         words = [weight.view(torch.int64) for weight in weights]
         for count in ROWS:
             x = torch.randn(count, inner).to(dtype)

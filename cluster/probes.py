@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3_dist.kernels import Weights, linears, pack
+from qwen3_dist.kernels import Weights, kernels_for, linears
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.paged_attention import paged_attention
@@ -65,7 +65,8 @@ def read_rate(device: torch.device, sizes: Sizes) -> float:
 def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS) -> dict[int, float]:
     """Seconds per weight of bf16 products, by rows; the weights come from memory each time."""
     matrices = [_drawn(sizes.outputs, sizes.inner, device) for _ in range(sizes.matrices)]
-    packed = [Weights(pack(matrix), sizes.outputs) for matrix in matrices]
+    kernels = kernels_for(matrices[0])
+    packed = [Weights(kernels.pack(m) if kernels is not None else m, sizes.outputs) for m in matrices]
     del matrices
     found = {}
     for count in rows:
@@ -89,8 +90,9 @@ def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
     experts.requires_grad_(False)
     for stack in (experts.fc1, experts.fc2, experts.fc3):
         stack.normal_(0, 0.02)
-    if device.type == "cpu":
-        experts.pack()
+    kernels = kernels_for(experts.fc1)
+    if kernels is not None:
+        experts.pack(kernels)
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, _EXPERTS, generator=generator).topk(_CHOSEN).indices.to(device)
     weights = torch.full((tokens, _CHOSEN), 1 / _CHOSEN, device=device)

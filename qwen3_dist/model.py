@@ -144,7 +144,7 @@ class Qwen3Model(nn.Module):
         last = self.parallel.pipeline.is_last
         for module in self.modules():
             if isinstance(module, Linear | Experts | VocabParallelHead):
-                module.pack()
+                module.pack(kernels)
         if last and self.config.tie_word_embeddings and self.out_head.scale is None:
             self.tok_emb.weight = self.out_head.weight
         for block in self._blocks:

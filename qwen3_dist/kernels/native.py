@@ -20,6 +20,7 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
 _SIGNATURES = {
     "pack": "ppiii",
+    "padded": "i",
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
     "attention_half": "pppppppppppiiiifi",
@@ -35,7 +36,7 @@ _SIGNATURES = {
 # Those that take int8 weights too.
 _PRODUCTS = (
     "pack",
-    "packed_rows",
+    "padded",
     "linear",
     "experts",
     "attention_half",
@@ -43,6 +44,7 @@ _PRODUCTS = (
     "experts_half",
     "blocks",
 )
+_RETURNING = ("padded", "blocks")  # an integer
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
 
 
@@ -69,26 +71,24 @@ class Kernels:
             for ending in ("", "_int8") if name in _PRODUCTS else ("",):
                 function = getattr(loaded, f"{name}_{_DTYPES[dtype]}{ending}")
                 function.argtypes = [_KINDS[kind] for kind in kinds]
-                function.restype = ctypes.c_long if name == "blocks" else None
+                function.restype = ctypes.c_long if name in _RETURNING else None
                 self._functions[name + ending] = function
         self.panel: int = loaded.panel_outputs()
-        self._depth_step: int = loaded.bf16_depth_step()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[N, D] -> [N / panel, D / pair, panel * pair], filled up with zeros: see `cpu/linear.h`."""
-        pair, step = (2, self._depth_step) if weight.dtype == torch.bfloat16 else (1, 1)
-        outputs, inner = weight.shape
-        out = weight.new_empty(-(-outputs // self.panel), -(-inner // step) * step // pair, self.panel * pair)
-        self.run(
-            "pack" if weight.dtype != torch.int8 else "pack_int8", weight.contiguous(), out, outputs, inner
-        )
-        return out
+        """[..., N, D] as products read it, each matrix [N / panel, D, panel] filled up with zeros (`cpu/linear.h`)."""
+        ending = "_int8" if weight.dtype == torch.int8 else ""
+        outputs, inner = weight.shape[-2:]
+        sizes = (-(-outputs // self.panel), self._functions[f"padded{ending}"](inner), self.panel)
+        packed = weight.new_empty(*weight.shape[:-2], *sizes)
+        for matrix, place in zip(weight.reshape(-1, outputs, inner), packed.view(-1, *sizes), strict=True):
+            self.run(f"pack{ending}", matrix.contiguous(), place, outputs, inner)
+        return packed
 
     def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:
         """Rows `ids` [T] int64 of the matrix [N, inner] that was packed -> [T, inner]."""
         out = packed.new_empty(len(ids), inner)
-        name = "packed_rows" if packed.dtype != torch.int8 else "packed_rows_int8"
-        self.run(name, packed, ids, out, len(ids), inner)
+        self.run("packed_rows", packed, ids, out, len(ids), inner)
         return out
 
     def linear(self, x: Tensor, *parts: Weights) -> list[Tensor]:
@@ -198,7 +198,6 @@ class Kernels:
 
 @functools.cache
 def _kernels(dtype: torch.dtype) -> Kernels | None:
-    dtype = torch.float32 if dtype == torch.int8 else dtype  # whose kernels take int8 weights as all do
     path = library() if dtype in _DTYPES else None
     return Kernels(path, dtype) if path is not None else None
 
@@ -206,23 +205,6 @@ def _kernels(dtype: torch.dtype) -> Kernels | None:
 def kernels_for(x: Tensor) -> Kernels | None:
     """The kernels that can work on `x`; None on a GPU, for other dtypes, and where none were built."""
     return _kernels(x.dtype) if x.device.type == "cpu" else None
-
-
-def pack(weight: Tensor) -> Tensor:
-    """[..., N, D] as the kernels that will work on it read it; as it is where there are none.
-
-    A stack keeps its leading dimension before those of the packed matrices.
-    """
-    kernels = kernels_for(weight)
-    if kernels is None:
-        return weight
-    if weight.dim() == 2:
-        return kernels.pack(weight)
-    first = kernels.pack(weight[0])
-    out = first.new_empty(len(weight), *first.shape)
-    for place, matrix in zip(out, weight, strict=True):
-        place.copy_(kernels.pack(matrix))
-    return out
 
 
 def rows_of_packed(packed: Tensor, ids: Tensor, inner: int) -> Tensor:

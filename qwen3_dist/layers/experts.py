@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Weights, kernels_for, linears, pack
+from qwen3_dist.kernels import Kernels, Weights, linears
 from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 
@@ -21,6 +21,7 @@ class Experts(nn.Module):
     """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I]."""
 
     scales: _Three | None = None  # fp32 of int8 stacks: [e, I], the same, [e, D]
+    _packed_for: Kernels | None = None
 
     def __init__(self, num_experts: int, emb_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -35,9 +36,8 @@ class Experts(nn.Module):
         """Each row's weighted sum over those of its experts that are here -> [R, D]."""
         x, ids, weights = received.tokens, received.expert_ids, received.weights
         stacks = (self.fc1, self.fc2, self.fc3)
-        kernels = kernels_for(x)
-        if kernels is not None and self.fc1.dim() == 4:  # packed
-            return kernels.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
+        if self._packed_for is not None:
+            return self._packed_for.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
         self._count(ids)
         if self.scales is None and grouped_mm_works(x, self.fc1):
             return grouped_experts(x, stacks, ids, weights)
@@ -64,8 +64,8 @@ class Experts(nn.Module):
             prepared.quantize()
             for old, new in zip(self.scales, prepared.scales or (), strict=True):
                 old[places] = new
-        if self.fc1.dim() == 4:
-            prepared.pack()
+        if self._packed_for is not None:
+            prepared.pack(self._packed_for)
         for name in ("fc1", "fc2", "fc3"):
             getattr(self, name)[places] = getattr(prepared, name)
 
@@ -74,10 +74,11 @@ class Experts(nn.Module):
         (self.fc1, one), (self.fc2, two), (self.fc3, three) = map(as_int8, (self.fc1, self.fc2, self.fc3))
         self.scales = (one, two, three)
 
-    def pack(self) -> None:
+    def pack(self, kernels: Kernels) -> None:
         """Keeps the weights as the kernels read them from now on, each matrix [e, panels, inputs, outputs]."""
+        self._packed_for = kernels
         for name in ("fc1", "fc2", "fc3"):
-            setattr(self, name, frozen(pack(getattr(self, name))))
+            setattr(self, name, frozen(kernels.pack(getattr(self, name))))
 
 
 def grouped_mm_works(x: Tensor, fc1: Tensor) -> bool:

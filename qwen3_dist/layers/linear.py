@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Weights, linears, pack
+from qwen3_dist.kernels import Kernels, Weights, linears
 from qwen3_dist.layers.lora import AdapterRows, LowRank
 
 
@@ -27,9 +27,9 @@ class Linear(nn.Linear):
         """Keeps the weights as int8 from now on."""
         self.weight, self.scale = as_int8(self.weight)
 
-    def pack(self) -> None:
+    def pack(self, kernels: Kernels) -> None:
         """Keeps the weights as the kernels read them from now on."""
-        self.weight = frozen(pack(self.weight))
+        self.weight = frozen(kernels.pack(self.weight))
 
 
 def products(x: Tensor, adapters: AdapterRows | None, *layers: Linear) -> list[Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Weights, linears, pack, rows_of_packed
+from qwen3_dist.kernels import Kernels, Weights, linears, rows_of_packed
 from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.communicator import Communicator
@@ -55,9 +55,9 @@ class VocabParallelHead(nn.Module):
         """Keeps the weights as int8 from now on; those of an embedding tied to it stay as they are."""
         self.weight, self.scale = as_int8(self.weight)
 
-    def pack(self) -> None:
+    def pack(self, kernels: Kernels) -> None:
         """Keeps the weights as the kernels read them from now on."""
-        self.weight = frozen(pack(self.weight))
+        self.weight = frozen(kernels.pack(self.weight))
 
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.kernels import kernels_for
 from qwen3_dist.layers.experts import Experts, grouped_experts, looped_experts
 from qwen3_dist.layers.linear import as_int8
 from qwen3_dist.settings import EngineConfig
@@ -42,6 +43,7 @@ def test_grouped_experts_equal_the_loop(rows: int, here: float) -> None:
 def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], quantized: bool) -> None:
     torch.manual_seed(0)
     shapes = ((24, 32), (24, 32), (32, 24))
+    kernels = kernels_for(torch.empty(0))
 
     def packed(stacks: tuple[torch.Tensor, ...]) -> Experts:
         experts = Experts(4, 32, 24).requires_grad_(False)
@@ -49,7 +51,8 @@ def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], qu
             parameter.copy_(stack)
         if quantized:
             experts.quantize()
-        experts.pack()
+        if kernels is not None:
+            experts.pack(kernels)
         return experts
 
     old = tuple(torch.randn(4, *shape) for shape in shapes)

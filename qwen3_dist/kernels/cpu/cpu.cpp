@@ -3,11 +3,11 @@
 
 // clang-format off
 #define PACKING(W, NAME) \
-extern "C" void pack_##NAME(const W* w, W* out, long outputs, long inner, long threads) { \
+extern "C" { \
+void pack_##NAME(const W* w, W* out, long outputs, long inner, long threads) { \
     pack<W>(w, out, outputs, inner, int(threads)); \
 } \
-extern "C" void packed_rows_##NAME(const W* packed, const long* ids, W* out, long count, long inner, long threads) { \
-    packed_rows<W>(packed, ids, out, count, inner, int(threads)); \
+long padded_##NAME(long inner) { return padded<W>(inner); } \
 }
 
 #define PRODUCTS(T, W, NAME) \
@@ -49,6 +49,9 @@ void experts_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const 
 
 #define KERNELS(T, NAME) \
 extern "C" { \
+void packed_rows_##NAME(const T* packed, const long* ids, T* out, long count, long inner, long threads) { \
+    packed_rows<T>(packed, ids, out, count, inner, int(threads)); \
+} \
 void attention_##NAME(const T* q, const T* keys, const T* values, T* out, const long* tables, const long* context_lens, \
                       const long* starts, long sequences, long heads, long groups, long dim, long block_size, \
                       long width, long window, double scale, long threads) { \
@@ -94,14 +97,13 @@ SUMS(float, fp32)
 SUMS(fp16, fp16)
 #endif
 extern "C" long panel_outputs() { return PANEL; }
-extern "C" long bf16_depth_step() { return DEPTH_STEP<bf16>; }
 PACKING(bf16, bf16)
 PACKING(float, fp32)
-PACKING(int8_t, bf16_int8)
-PACKING(int8_t, fp32_int8)
+PACKING(Int8<bf16>, bf16_int8)
+PACKING(Int8<float>, fp32_int8)
 PRODUCTS(bf16, bf16, bf16)
 PRODUCTS(float, float, fp32)
-PRODUCTS(bf16, int8_t, bf16_int8)
-PRODUCTS(float, int8_t, fp32_int8)
+PRODUCTS(bf16, Int8<bf16>, bf16_int8)
+PRODUCTS(float, Int8<float>, fp32_int8)
 KERNELS(bf16, bf16)
 KERNELS(float, fp32)

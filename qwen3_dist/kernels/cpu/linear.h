@@ -1,8 +1,8 @@
 // Products with packed weights: panels of PANEL outputs, each with its inputs one after the other, so that a
 // product reads its weights in the order in which they lie.
 //
-//   fp32, int8  [outputs / PANEL][inputs][PANEL]
-//   bf16        [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output side by side in a word
+//   multiplied as fp32   [outputs / PANEL][inputs][PANEL]
+//   multiplied as bf16   [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output side by side in a word
 //
 // What is missing to whole panels, pairs and tiles of the matrix unit is zeros.
 #pragma once
@@ -12,13 +12,8 @@
 #include <vector>
 
 #include "matrix_unit.h"
+#include "narrow_weights.h"
 #include "simd.h"
-
-#ifdef __AVX512BF16__
-constexpr bool MULTIPLIES_BF16 = true;
-#else
-constexpr bool MULTIPLIES_BF16 = false;
-#endif
 
 constexpr long PANEL = 2 * LANES;                    // outputs that a register tile holds
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;      // rows that it holds
@@ -29,13 +24,17 @@ constexpr long BLOCK_SUMS = BLOCK_ROWS * PANEL;      // outputs that are compute
 
 // How products with weights W take their inputs.
 template <class W>
-using Input = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<W, bf16>, bf16, float>;
+using Input = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<Wide<W>, bf16>, bf16, float>;
+
+// Panels side by side for one row: the fewer streams the better for memory, the more the better for the CPU.
+template <class W>
+constexpr int ROW_PANELS = LANES == 16 && sizeof(W) > 1 ? 2 : 4;
 
 template <class W>
-constexpr long PAIR = std::is_same_v<W, bf16> ? 2 : 1;  // inputs side by side
+constexpr long PAIR = std::is_same_v<Wide<W>, bf16> ? 2 : 1;  // inputs side by side
 
 template <class W>
-constexpr long DEPTH_STEP = std::is_same_v<W, bf16> ? TILE_INPUTS : 1;
+constexpr long DEPTH_STEP = std::is_same_v<Wide<W>, bf16> ? TILE_INPUTS : 1;
 
 template <class W>
 inline long padded(long inner) { return (inner + DEPTH_STEP<W> - 1) / DEPTH_STEP<W> * DEPTH_STEP<W>; }
@@ -47,13 +46,17 @@ inline long stride(long depth) { return padded<W>(depth) + (std::is_same_v<Input
 inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 // Buffers that each thread keeps, since fresh memory costs as much as what happens in it.
-enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, BUFFERS };
+enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, BUFFERS };
 
 constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
 constexpr long AHEAD = 8192;  // bytes, from weights that are used to those asked for
+// Rows for which weights are asked for. Long vectors multiply fewer before memory gives the next, and then what the CPU
+// asks for by itself, which is more at a time, comes sooner.
+constexpr int ASKING_ROWS = LANES == 16 ? TILE_ROWS / 2 + 1 : 2;
 // Rows that the CPU multiplies faster than memory gives weights, but not in one tile, take so few inputs at a time that
 // what is asked for during the first tile arrives during the others.
 constexpr long WAITING_ROWS = 20, WAITING_INPUTS = 128;
+constexpr long WIDENED_AFTER = 3 * TILE_ROWS;  // rows to which narrow weights become wide in registers, for each tile anew
 
 template <class T = float>
 inline T* scratch(Buffer which, size_t count) {
@@ -97,22 +100,11 @@ inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const W* w[H], 
         for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
 }
 
-template <int M, int H>
-inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const bf16* w[H], long k) {
-    Vec right[H];
-    for (int h = 0; h < H; h++) right[h] = (Vec)(*(const Words*)(w[h] + k * PANEL) << 16);
-    for (int m = 0; m < M; m++)
-        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
-    for (int h = 0; h < H; h++) right[h] = (Vec)(*(const Words*)(w[h] + k * PANEL) & 0xffff0000u);
-    for (int m = 0; m < M; m++)
-        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k + 1];
-}
-
 #ifdef __AVX512BF16__
-template <int M, int H>
-inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const bf16* w[H], long k) {
+template <int M, int H, class W>
+inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const W* w[H], long k) {
     __m512bh right[H];
-    for (int h = 0; h < H; h++) right[h] = (__m512bh)_mm512_loadu_si512(w[h] + k * PANEL);
+    for (int h = 0; h < H; h++) right[h] = load_pairs(w[h] + k * PANEL);
     for (int m = 0; m < M; m++) {
         int pair;
         memcpy(&pair, x + m * ldx + k, 4);
@@ -132,7 +124,7 @@ template <int M, int C, bool ADDS, class W>
     const W* halves[2 * C];
     for (int h = 0; h < 2 * C; h++) halves[h] = w + h / 2 * PANEL * depth + h % 2 * LANES * PAIR<W>;
     for (long k = 0; k < depth; k += PAIR<W>) {
-        for (int c = 0; M > 1 && c < C; c++)
+        for (int c = 0; M >= ASKING_ROWS && c < C; c++)
             for (size_t at = 0; at < PANEL * PAIR<W> * sizeof(W); at += LINE)
                 __builtin_prefetch((const char*)(halves[2 * c] + k * PANEL) + AHEAD + at, 0, 2);
         multiply<M, 2 * C>(acc, x, ldx, halves, k);
@@ -146,7 +138,7 @@ template <class W, bool ADDS, int M = TILE_ROWS>
 inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out, long ldo) {
     if constexpr (M > 1)
         if (rows < M) return tile_of<W, ADDS, M - 1>(rows, x, ldx, w, count, depth, out, ldo);
-    constexpr int C = M == 1 ? 4 : M <= TILE_ROWS / 2 ? 2 : 1;
+    constexpr int C = M == 1 ? ROW_PANELS<W> : M <= TILE_ROWS / 2 ? 2 : 1;
     long p = 0;
     for (; p + C <= count; p += C) tile<M, C, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
     for (; p < count; p++) tile<M, 1, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
@@ -154,15 +146,33 @@ inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long cou
 
 inline void ignore(long, long, long, long) {}
 
+inline bool uses_matrix_unit(long rows) {
+#ifdef __AMX_BF16__
+    return rows > 1 && has_matrix_unit();
+#else
+    return false;
+#endif
+}
+
 // out[m][n] = x[m] . w[n], or += if it ADDS, for some rows and panels, in tiles of about the same size:
 // a last one of a few rows would cost almost as much as a whole one. Calls done(p, count, m, n) when the outputs of
 // `count` panels from p on are there for rows [m, m + n): what uses them then reads a cache and waits for no other rows.
 template <class W, bool ADDS = false, class F = decltype(ignore)>
 inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out,
                           long ldo, F done = ignore) {
+    if constexpr (IS_NARROW<W>)
+        if (rows > WIDENED_AFTER || (rows > TILE_ROWS && uses_matrix_unit(rows))) {
+            auto wide = scratch<Wide<W>>(WIDENED, PANEL * depth);
+            for (long p = 0; p < count; p++) {
+                widen_weights(w + p * PANEL * depth, wide, PANEL * depth);
+                block_product<Wide<W>, ADDS>(x, ldx, rows, wide, 1, depth, out + p * PANEL, ldo,
+                                             [&](long, long, long m, long some) { done(p, 1, m, some); });
+            }
+            return;
+        }
 #ifdef __AMX_BF16__
     if constexpr (std::is_same_v<W, bf16>)
-        if (rows > 1 && has_matrix_unit()) return unit_block<ADDS>(x, ldx, rows, w, count, PANEL, depth, out, ldo, done);
+        if (uses_matrix_unit(rows)) return unit_block<ADDS>(x, ldx, rows, w, count, PANEL, depth, out, ldo, done);
 #endif
     long tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     bool waits = MULTIPLIES_BF16 && std::is_same_v<W, bf16> && tiles > 1 && rows <= WAITING_ROWS;

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -58,11 +58,24 @@ inline float rounded(float x) {
     return widen(out);
 }
 
+// By name what GCC 12 would make several instructions of.
 inline Words widened(Halves x) {
-#ifdef __AVX512F__
-    return (Words)_mm512_cvtepu16_epi32((__m256i)x);  // GCC 12 would make several instructions of it
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (Words)_mm256_cvtepu16_epi32((__m128i)x);
 #else
     return __builtin_convertvector(x, Words);
+#endif
+}
+
+inline Integers widened(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Integers);
 #endif
 }
 
@@ -70,9 +83,7 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 inline Vec load(const bf16* p) {
     return (Vec)(widened(*reinterpret_cast<const Halves*>(p)) << 16);
 }
-inline Vec load(const int8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Integers), Vec);
-}
+inline Vec load(const int8_t* p) { return __builtin_convertvector(widened(p), Vec); }
 inline void store(float* p, Vec x) { *reinterpret_cast<Vec*>(p) = x; }
 inline Halves narrowed(Vec x) {
 #ifdef __AVX512BF16__
