@@ -76,14 +76,16 @@ class Kernels:
         self.panel: int = loaded.panel_outputs()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[..., N, D] as products read it, each matrix [N / panel, D, panel] filled up with zeros (`cpu/linear.h`)."""
+        """[N, D] or [E, N, D] as products read it: each matrix [N / panel, D, panel], zeros at its ends; see
+        `cpu/linear.h`."""
         ending = "_int8" if weight.dtype == torch.int8 else ""
         outputs, inner = weight.shape[-2:]
         sizes = (-(-outputs // self.panel), self._functions[f"padded{ending}"](inner), self.panel)
-        packed = weight.new_empty(*weight.shape[:-2], *sizes)
-        for matrix, place in zip(weight.reshape(-1, outputs, inner), packed.view(-1, *sizes), strict=True):
+        stack = weight if weight.dim() == 3 else weight[None]
+        packed = weight.new_empty(len(stack), *sizes)
+        for matrix, place in zip(stack, packed, strict=True):
             self.run(f"pack{ending}", matrix.contiguous(), place, outputs, inner)
-        return packed
+        return packed if weight.dim() == 3 else packed[0]
 
     def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:
         """Rows `ids` [T] int64 of the matrix [N, inner] that was packed -> [T, inner]."""
