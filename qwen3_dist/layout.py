@@ -120,17 +120,18 @@ class RankCoords:
     etp_rank: int
 
 
-def prefers_all_to_all(layout: Layout, config: ModelConfig, tokens: float) -> bool:
+def prefers_all_to_all(layout: Layout, config: ModelConfig, tokens: float, fp8: bool = False) -> bool:
     """Whether a step of `tokens`, of all dp groups together, reaches its experts sooner by all-to-all.
 
     By all-gather every rank has every token. All-to-all sends them where their experts are, which is less unless
-    that is almost everywhere, and without padding dp groups to the largest, but costs more for few.
+    that is almost everywhere and they travel as wide, and without padding dp groups to the largest, but costs more
+    for few.
     """
     if not config.num_experts or layout.stage_size == 1 or tokens < ALL_TO_ALL_FROM:
         return False
     here = -(-config.num_experts // layout.ep)
     sent = chosen_share(config.num_experts, config.num_experts_per_tok, here)
-    return layout.dp > 1 or sent < _SENT_TO_ALMOST_ALL
+    return layout.dp > 1 or fp8 or sent < _SENT_TO_ALMOST_ALL
 
 
 def chosen_share(experts: int, chosen: int, here: int) -> float:

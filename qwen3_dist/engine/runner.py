@@ -25,8 +25,8 @@ from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.feed_forward import MoEFeedForward
 from qwen3_dist.layers.lora import AdapterRows
-from qwen3_dist.layout import prefers_all_to_all
 from qwen3_dist.model import Qwen3Model
+from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import read_experts
@@ -43,7 +43,6 @@ class ModelRunner:
         self.block_size = config.block_size
         self._config = config
         self._arriving: Arriving | None = None
-        self._dispatch = config.moe_dispatch
         self._device = model.device
         self._parallel = model.parallel
         self._tp = model.parallel.tp
@@ -63,7 +62,9 @@ class ModelRunner:
         """
         computed = plan.in_single_tokens() if self._graphs is not None and plan.decodes_only else plan
         batch = make_batch(computed, self.block_size, self._device, self._last_sampled)
-        batch = replace(batch, all_to_all=self._by_all_to_all(sum(plan.group_tokens)))
+        layout, tokens = self._parallel.layout, sum(plan.group_tokens)
+        if uses_all_to_all(self._config, layout, self.model.config, tokens):
+            batch = replace(batch, all_to_all=True)
         readings = None
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
@@ -76,11 +77,6 @@ class ModelRunner:
             return None
         drawn = self._draw(plan, logits)
         return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn, readings)
-
-    def _by_all_to_all(self, tokens: int) -> bool:
-        if self._dispatch == "auto":
-            return prefers_all_to_all(self._parallel.layout, self.model.config, tokens)
-        return self._dispatch == "all_to_all"
 
     def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
         """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""

@@ -22,10 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import Layout, prefers_all_to_all
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.settings import EngineConfig
 
 FP8_BLOCK = 128  # numbers that share a scale
+
+
+def uses_all_to_all(settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int) -> bool:
+    """Whether a step of so many tokens, of all dp groups together, goes by all-to-all."""
+    if settings.moe_dispatch == "auto":
+        return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8")
+    return settings.moe_dispatch == "all_to_all"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layers.feed_forward import MoEFeedForward
+from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import (
     AllGatherDispatcher,
@@ -19,8 +20,10 @@ from qwen3_dist.parallel.dispatch import (
     DispatchOptions,
     from_fp8,
     to_fp8,
+    uses_all_to_all,
 )
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.settings import EngineConfig
 from tests.batches import random_batch
 from tests.checkpoints import DENSE, MOE
 from tests.ranks import run_ranks
@@ -131,6 +134,28 @@ def check_all_gather(parallel: ParallelContext) -> None:
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=2", "tp=2"])
 def test_the_sum_of_what_ranks_make_of_all_tokens_is_the_weighted_sum_of_experts(layout: str) -> None:
     run_ranks(check_all_gather, layout)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "tokens", "wanted"),
+    [
+        ({}, "tp=4,ep=4", 1, False),
+        ({}, "tp=4,ep=4", 8192, True),
+        ({}, "tp=2,ep=2", 8192, False),
+        ({"dispatch_dtype": "fp8"}, "tp=2,ep=2", 8192, True),  # which is less to send
+        ({"dispatch_dtype": "fp8"}, "tp=2,ep=2", 1, False),
+        ({"moe_dispatch": "all_to_all"}, "tp=2,ep=2", 1, True),
+        ({"moe_dispatch": "all_gather"}, "tp=4,ep=4", 8192, False),
+    ],
+)
+def test_large_steps_go_by_all_to_all_unless_the_setting_decides(
+    settings: dict[str, str], layout: str, tokens: int, wanted: bool
+) -> None:
+    shape = ModelConfig.from_dict(
+        {**DENSE, **MOE, "model_type": "qwen3_moe", "num_experts": 64, "num_experts_per_tok": 8}
+    )
+    chosen = EngineConfig(model="", **settings)  # type: ignore[arg-type]
+    assert uses_all_to_all(chosen, Layout.parse(layout), shape, tokens) is wanted
 
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=4", "tp=4,ep=2", "tp=2", "tp=2,dp=2,ep=4"])
