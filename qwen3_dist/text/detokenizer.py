@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.tokenizer import Tokenizer
 
+# What begins no character, though Python's decoder waits for a third byte, which it could let pass.
+_SURROGATES = frozenset(bytes((0xED, second)) for second in range(0xA0, 0xC0))
+
 
 class TextStream:
     """Turns token ids, as they come, into text that is safe to show.
@@ -69,6 +72,8 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._held + self._utf8.decode(data, final)
+        if self._utf8.getstate()[0][:2] in _SURROGATES:
+            text += self._utf8.decode(b"", True)
         matches = [
             (text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stop if stop in text
         ]

@@ -189,3 +189,12 @@ def test_special_tokens_are_shown_only_on_request() -> None:
         TextStream(BUNDLED_TOKENIZER, (), skip_special_tokens=False).push(ids)
         == "<think>a</think>b<|im_end|>"
     )
+
+
+@BOTH
+def test_half_a_surrogate_is_no_unfinished_character(tokenizer: Tokenizer) -> None:
+    by_bytes = {tokenizer.token_bytes(token_id): token_id for token_id in range(256)}
+    stream = TextStream(tokenizer, ())
+    assert stream.push([by_bytes[b"\xed"]]) == ""
+    assert stream.push([by_bytes[b"\xa0"]]) == "\ufffd\ufffd"
+    assert stream.push([by_bytes[b"a"]]) + stream.finish() == "a"
