@@ -56,13 +56,13 @@ class Qwen3Model(nn.Module):
         self.rope_frequencies, self.rope_mscale = rope_frequencies(config)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
-        """Logits [L, vocab_size] of `batch.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
+        """Logits [L, vocab_size] of `batch.read.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
         x = self.hidden(batch, cache)
-        return None if x is None else self.logits(x[batch.logits_rows])
+        return None if x is None else self.logits(x[batch.read.logits_rows])
 
     def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
-        """What the last block makes of the step's tokens [T, D], on the ranks of the last stage; None on others, and
-        where there are no tokens."""
+        """What the last block makes of those of the step's tokens that are read [R, D], on the ranks of the last stage;
+        None on others, and where there are no tokens."""
         tokens, stage = batch.token_ids.shape[0], self.parallel.pipeline
         if not tokens:
             self._take_part(batch)
@@ -72,26 +72,37 @@ class Qwen3Model(nn.Module):
         if batch.padding is not None and self.parallel.dp.size > 1:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
         cos, sin = rope_tables(batch.positions, self.rope_frequencies, self.rope_mscale, x.dtype)
-        if not self._in_one_call(x, cos, sin, cache, batch):
-            for block, layer_cache in zip(self.blocks, cache, strict=True):
-                x = block(x, cos, sin, layer_cache, batch)
+        batches = self._batches(batch)
+        if self._in_one_call(x, cos, sin, cache, batches[-1]):
+            x = x[: len(batches[-1].read.token_ids)]
+        else:
+            for block, layer_cache, part in zip(self._blocks, cache, batches, strict=True):
+                x = block(x, cos, sin, layer_cache, part)
         if not stage.is_last:
             stage.send(x)
             return None
         return x
 
+    def _batches(self, batch: StepBatch) -> list[StepBatch]:
+        """The step as each block of this stage takes it: the model's last one alone leaves out what is not read."""
+        if batch.ending is None:
+            return [batch] * len(self.blocks)
+        whole = replace(batch, ending=None)
+        return [*[whole] * (len(self.blocks) - 1), batch if self.parallel.pipeline.is_last else whole]
+
     def _in_one_call(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[LayerCache], batch: StepBatch
     ) -> bool:
-        """x [T, D] becomes what the blocks make of it in one call of a kernel, where nothing keeps them from that."""
+        """The first R rows of x [T, D] become what the blocks make of it in one call of a kernel, where nothing keeps
+        them from that."""
         fused = self._fused
         apart = self.config.num_experts and (batch.all_to_all or self.parallel.dp.size > 1)
         if fused is None or apart or batch.adapters is not None or batch.padding is not None:
             return False
         caches = [(layer.keys, layer.values) for layer in cache]
-        where = (batch.slots, batch.block_tables, batch.context_lens, batch.query_starts)
+        read = None if batch.ending is None else (batch.ending.rows, batch.ending.batch.where)
         return self.parallel.tp.in_kernel(
-            lambda group, operation: fused.run(x, caches, (cos, sin), where, group, operation)
+            lambda group, operation: fused.run(x, caches, (cos, sin), batch.where, read, group, operation)
         )
 
     def logits(self, x: Tensor) -> Tensor | None:
@@ -101,9 +112,8 @@ class Qwen3Model(nn.Module):
     def _take_part(self, batch: StepBatch) -> None:
         """What a dp group without tokens does: its ranks' share of the experts' work for the others."""
         x = self._like.new_empty(0, self.config.emb_dim)
-        for block in self._blocks:
-            if isinstance(block.ff, MoEFeedForward):
-                block.feed_forward(x, x, batch)
+        for block, part in zip(self._blocks, self._batches(batch), strict=True):
+            block.feed_forward(x, x, part.read)
 
     @property
     def moe_layers(self) -> dict[int, MoEFeedForward]:
@@ -176,10 +186,15 @@ class TransformerBlock(nn.Module):
             self.ff = FeedForward(config.emb_dim, columns)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        return self.feed_forward(x, self.att(x, self.norm1, cos, sin, cache, batch), batch)
+        """x [T, D] -> [R, D] of the tokens that are read."""
+        attended = self.att(x, self.norm1, cos, sin, cache, batch)
+        x = x if batch.ending is None else x[batch.ending.rows]
+        return self.feed_forward(x, attended, batch.read)
 
     def feed_forward(self, x: Tensor, attended: Tensor, batch: StepBatch) -> Tensor:
-        """The block's second half, from attention's partial sums on."""
+        """The block's second half, from attention's partial sums on. Without rows it is a share of others' experts."""
+        if not len(x) and isinstance(self.ff, FeedForward):
+            return x
         if isinstance(self.ff, MoEFeedForward) and batch.all_to_all:
             return self._route(x, attended, self.ff, batch)
         x = self._tp.add_all_reduced(x, attended)

@@ -64,12 +64,15 @@ def row_limit(config: ModelConfig, row: Row, machine: Machine) -> float:
 
 
 def _step(config: ModelConfig, sequences: int, queries: int, before: int, machine: Machine) -> float:
-    """`queries` tokens of each sequence, which has so many `before` them."""
+    """`queries` tokens of each sequence, which has so many `before` them. Of all but the last of them nothing is needed
+    from the last block but keys and values."""
     tokens, vocabulary = sequences * queries, config.vocab_size * config.emb_dim
     layers = active_parameters(config) - vocabulary * (1 if config.tie_word_embeddings else 2)
     pairs = sequences * queries * (before + (queries + 1) / 2)  # of a query and a key it sees
-    flops = 2 * (layers * tokens + vocabulary * sequences)
-    flops += 4 * pairs * config.n_layers * config.n_heads * config.head_dim
+    pairs_of_last = sequences * (before + queries)
+    beyond_cache = layers / config.n_layers - 2 * config.emb_dim * config.n_kv_groups * config.head_dim
+    flops = 2 * (layers * tokens - beyond_cache * (tokens - sequences) + vocabulary * sequences)
+    flops += 4 * (pairs * (config.n_layers - 1) + pairs_of_last) * config.n_heads * config.head_dim
     weights = layers + vocabulary
     if config.num_experts:
         share = config.num_experts_per_tok / config.num_experts

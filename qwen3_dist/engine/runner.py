@@ -22,7 +22,7 @@ from qwen3_dist.engine.sampler import SampledLogprobs
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import Sampled, SamplingState
 from qwen3_dist.errors import CheckpointError, QwenDistError
-from qwen3_dist.layers.batch import StepBatch
+from qwen3_dist.layers.batch import Ending, StepBatch
 from qwen3_dist.layers.feed_forward import MoEFeedForward
 from qwen3_dist.layers.lora import AdapterRows
 from qwen3_dist.model import Qwen3Model
@@ -61,22 +61,28 @@ class ModelRunner:
         The output is there on tp rank 0 of the last stage, unless its group was idle.
         """
         computed = plan.in_single_tokens() if self._graphs is not None and plan.decodes_only else plan
-        batch = make_batch(computed, self.block_size, self._device, self._last_sampled)
-        layout, tokens = self._parallel.layout, sum(plan.group_tokens)
-        if uses_all_to_all(self._config, layout, self.model.config, tokens):
-            batch = replace(batch, all_to_all=True)
+        batch = self._batch(computed)
+        if computed.group_read != computed.group_tokens:
+            batch = replace(batch, ending=Ending(rows_read(computed, self._device), self._batch(computed.as_read)))
         readings = None
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
         else:
             hidden = self.model.hidden(batch, self._cache)
-            logits = None if hidden is None else self.model.logits(hidden[batch.logits_rows])
+            logits = None if hidden is None else self.model.logits(hidden[batch.read.logits_rows])
             if hidden is not None and any(part.reading is not None for part in plan.sequences):
-                readings = Readings(self.model, hidden, plan.sequences)
+                readings = Readings(self.model, hidden, plan.as_read.sequences)
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
         drawn = self._draw(plan, logits)
         return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn, readings)
+
+    def _batch(self, plan: StepPlan) -> StepBatch:
+        batch = make_batch(plan, self.block_size, self._device, self._last_sampled)
+        tokens = sum(plan.group_tokens)
+        return replace(
+            batch, all_to_all=uses_all_to_all(self._config, self._parallel.layout, self.model.config, tokens)
+        )
 
     def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
         """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""
@@ -217,6 +223,17 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
         adapters=_adapter_rows(plan, device) if plan.adapted else None,
         decodes_only=plan.decodes_only and not plan.adapted,
     )
+
+
+def rows_read(plan: StepPlan, device: torch.device) -> Tensor:
+    """[R] int64: those of the plan's tokens that are read."""
+    ends = accumulate(len(sequence.token_ids) for sequence in plan.sequences)
+    rows = [
+        row
+        for sequence, end in zip(plan.sequences, ends, strict=True)
+        for row in range(end - sequence.num_read, end)
+    ]
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def _adapter_rows(plan: StepPlan, device: torch.device) -> AdapterRows | None:

@@ -77,11 +77,15 @@ class Blocks:
         caches: Sequence[tuple[Tensor, Tensor]],
         rope: tuple[Tensor, Tensor],
         where: Where,
+        read: tuple[Tensor, Where] | None,
         group: int,
         operation: int,
     ) -> int:
-        """x [T, D] becomes what the last block makes of it. `where` is as for a half; `group` the address of the
-        group that adds partial sums up, 0 for a rank alone, and `operation` the number of its last operation.
+        """The first R rows of x [T, D] become what the last block makes of those of its tokens that are read: all T,
+        or the rows [R] that `read` names, with `where` they belong if they were the whole step.
+
+        `where` is as for a half, `group` the address of the group that adds partial sums up, 0 for a rank alone, and `operation` the number
+        of its last operation.
 
         Returns the number after its own, or -1 if the group has lost a rank.
         """
@@ -89,7 +93,8 @@ class Blocks:
         words = (ctypes.c_long * len(addresses))(*addresses)
         blocks, held = ctypes.addressof(self._words), ctypes.addressof(words)
         sizes = _sizes(where, caches[0][0])
-        settings = (*sizes, self._eps, group, operation)
+        ending = (ctypes.c_long * 9)(*_ending(*read, caches[0][0])) if read is not None else None
+        settings = (*sizes, ctypes.addressof(ending) if ending else None, self._eps, group, operation)
         done: int = self._kernels.run(
             self._name, blocks, len(self._halves), x, held, *rope, *where, *settings
         )
@@ -100,3 +105,8 @@ def _sizes(where: Where, keys: Tensor) -> tuple[int, int, int, int]:
     """Tokens, sequences, block size, blocks of a table."""
     slots, tables, _, _ = where
     return (len(slots), tables.shape[0], keys.shape[1], tables.shape[1])
+
+
+def _ending(rows: Tensor, where: Where, keys: Tensor) -> tuple[int, ...]:
+    """The members of `Ending` in `cpu/halves.h`."""
+    return (rows.data_ptr(), *(tensor.data_ptr() for tensor in where), *_sizes(where, keys))

@@ -24,7 +24,7 @@ _SIGNATURES = {
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
     "attention_half": "pppppppppppiiiifi",
-    "blocks": "pippppppppiiiifpii",
+    "blocks": "pippppppppiiiipfpii",
     "feed_forward_half": "pppifi",
     "experts_half": "pppifi",
     "experts": "pppppppppppiiiiii",

@@ -38,6 +38,12 @@ class StepBatch:
     padding: Tensor | None = (
         None  # [T] bool, rows that only fill a graph's size; of all groups' rows in MoE layers
     )
+    ending: Ending | None = None  # None: all tokens are read
+
+    @property
+    def read(self) -> StepBatch:
+        """The step of those tokens that are read."""
+        return self if self.ending is None else self.ending.batch
 
     @property
     def largest_group(self) -> int:
@@ -56,10 +62,23 @@ class StepBatch:
         ]
         return torch.tensor(rows, device=self.token_ids.device)
 
+    @property
+    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What kernels of whole halves and blocks ask for."""
+        return self.slots, self.block_tables, self.context_lens, self.query_starts
+
     @cached_property
     def narrow(self) -> tuple[Tensor, Tensor, Tensor]:
         """block_tables, context_lens and query_starts as int32, made once a step."""
         return self.block_tables.int(), self.context_lens.int(), self.query_starts.int()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The tokens of a step that are read: the last block goes on with these once it has the keys and values of all."""
+
+    rows: Tensor  # [R] int64, ascending, of the step's T
+    batch: StepBatch  # of R tokens
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,9 @@ struct Attention {
                 soften_rows(first, some, scores, weights, ldb);
                 for (long r = first; r < first + some; r++)
                     if (shrink[r] != 1) scale_row(sums + r * width(), shrink[r], width());
-                block_product<P, true>(weights, ldb, some, laid_values, panels(dim), depth, sums + first * width(),
-                                       width());
+                for (long p = 0; p < panels(dim); p++)
+                    block_product<P, true>(weights, ldb, some, laid_values + p * PANEL * depth, 1, padded<P>(seen),
+                                           sums + first * width() + p * PANEL, width());
             }
         }
         for (long r = 0; r < rows; r++) {

@@ -159,11 +159,11 @@ inline float largest(Vec x) {
 }
 
 // exp within 3e-7 of itself for -87 < x < 88, the smallest normal number below: 2^n by the exponent's bits, the rest
-// by its Taylor polynomial over half an octave to each side.
+// by the polynomial whose greatest relative error over half an octave to each side is the least, 8e-8.
 inline Vec exp(Vec x) {
     x = larger(x, Vec{} - 87.0f);
     Vec n = nearest_whole(x * 1.44269504f), r = x - n * 0.693147181f;
-    Vec power = ((((((r / 5040 + 1.0f / 720) * r + 1.0f / 120) * r + 1.0f / 24) * r + 1.0f / 6) * r + 0.5f) * r + 1) * r + 1;
+    Vec power = ((((r * 0.00829765411f + 0.0419153832f) * r + 0.166675748f) * r + 0.499988948f) * r + 0.999999692f) * r + 1.00000007f;
     return times_power_of_two(power, n);
 }
 
