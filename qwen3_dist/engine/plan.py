@@ -117,10 +117,14 @@ class StepPlan(NamedTuple):
     @property
     def as_read(self) -> StepPlan:
         """The step of those tokens alone that are read."""
-        sequences = (each._replace(
-            token_ids=each.token_ids[-each.num_read :],
-            start=each.start + len(each.token_ids) - each.num_read,
-        ) for each in self.sequences if each.num_read)
+        sequences = (
+            each._replace(
+                token_ids=each.token_ids[-each.num_read :],
+                start=each.start + len(each.token_ids) - each.num_read,
+            )
+            for each in self.sequences
+            if each.num_read
+        )
         return self._replace(sequences=tuple(sequences), group_tokens=self.group_read)
 
     def in_single_tokens(self) -> StepPlan:

@@ -63,7 +63,9 @@ class ModelRunner:
         computed = plan.in_single_tokens() if self._graphs is not None and plan.decodes_only else plan
         batch = self._batch(computed)
         if computed.group_read != computed.group_tokens:
-            batch = replace(batch, ending=Ending(rows_read(computed, self._device), self._batch(computed.as_read)))
+            batch = replace(
+                batch, ending=Ending(rows_read(computed, self._device), self._batch(computed.as_read))
+            )
         readings = None
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)

@@ -147,9 +147,9 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
 def test_attention(
     dtype: torch.dtype, heads: int, groups: int, dim: int, block_size: int, window: int | None
 ) -> None:
-    batch = random_batch((1, 150, 17, 9, 50, 200), (1, 1, 1, 9, 23, 70), block_size)
-    cache = LayerCache(*torch.randn(2, 128, block_size, groups, dim).to(dtype))
-    q = torch.randn(105, heads, dim).to(dtype)
+    batch = random_batch((1, 150, 17, 9, 50, 330), (1, 1, 1, 9, 23, 190), block_size, num_blocks=256)
+    cache = LayerCache(*torch.randn(2, 256, block_size, groups, dim).to(dtype))
+    q = torch.randn(225, heads, dim).to(dtype)
     where = (batch.block_tables, batch.context_lens, batch.query_starts)
     wide = LayerCache(cache.keys.float(), cache.values.float())
     got = kernels(dtype).attention(q, cache.keys, cache.values, *where, window)

@@ -12,10 +12,11 @@ struct AttentionShape {
     float scale;
 };
 
-constexpr long TASK_ROWS = 256;  // of queries
+constexpr long TASK_ROWS = 512;  // of queries
 constexpr long PART_ROWS = 32;   // of these, whose scores the first cache keeps; what none of them sees is left out
 constexpr long FEW_ROWS = 8;     // up to so many rows of a group, keys and values are used where they lie
 constexpr long FEW_TASKS = 2;    // of few rows that each thread should find
+constexpr float LOWEST = -1e30f;  // below all scores; unlike infinity it may be taken from itself
 
 template <class T>
 struct Attention {
@@ -55,28 +56,28 @@ struct Attention {
 
     void run(const Task& task) const {
         long dim = shape.dim, window = shape.window, rows = task.count * per_group() * task.groups;
+        long whole = (rows + LANES - 1) / LANES * LANES;
         bool few = is_few(task.count);
         long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens ahead of this step
         long last = before + task.first + task.count - 1;
         P* queries = scratch<P>(QUERIES, rows * width());
         float* sums = scratch(SUMS, rows * width());
-        float *most = scratch(SEEN, 3 * rows), *mass = most + rows, *shrink = mass + rows;
+        float *most = scratch(SEEN, 3 * whole), *mass = most + whole, *shrink = mass + whole;
+        long* positions = scratch<long>(POSITIONS, rows);
         for (long r = 0; r < rows; r++) {
             put_row(q + row_of(task, r), queries + r * width(), dim, width());
-            most[r] = -INFINITY, mass[r] = 0;
+            positions[r] = before + task.first + r % (task.count * per_group()) / per_group();
         }
+        std::fill(most, most + whole, LOWEST);
+        std::fill(mass, mass + whole, 0.0f);
         std::fill(sums, sums + rows * width(), 0.0f);
         for (long key = window ? std::max(0L, before + task.first - window + 1) : 0; key <= last; key += CHUNK) {
             long n = std::min(CHUNK, last + 1 - key), depth = few ? n : padded<P>(n);
             // Of the keys that rows [first, first + some) see, their scores become weights of `depth` values.
             auto soften_rows = [&](long first, long some, float* scores, auto* weights, long ld) {
-                for (long r = first; r < first + some; r++) {
-                    long position = before + task.first + r % (task.count * per_group()) / per_group();
-                    long from = window ? std::clamp(position - window + 1 - key, 0L, n) : 0;
-                    long to = std::clamp(position + 1 - key, 0L, n);
-                    shrink[r] = soften(scores + (r - first) * CHUNK, weights + (r - first) * ld, from, to, depth,
-                                       shape.scale, most[r], mass[r]);
-                }
+                for (long r = first; r < first + some; r += LANES)
+                    soften(std::min<long>(LANES, first + some - r), positions + r, key, n, scores + (r - first) * CHUNK,
+                           weights + (r - first) * ld, ld, depth, most + r, mass + r, shrink + r);
             };
             if (few) {
                 float* scores = scratch(SCORES, rows * CHUNK);
@@ -162,32 +163,38 @@ struct Attention {
         return chunk;
     }
 
-    // One query's scores, of which it sees [from, to), become `depth` weights in its running softmax, whose place may
-    // be theirs. Returns what the weights of earlier keys shrink by.
+    // The scores of up to LANES queries with n keys from `key` on become `depth` weights each in the queries' running
+    // softmax, whose place may be theirs, and `shrink` what the weights of earlier keys shrink by. A query sees the keys
+    // up to its position.
     template <class I>
-    static float soften(float* score, I* weights, long from, long to, long depth, float scale, float& most,
-                        float& mass) {
-        if (from >= to) {
-            std::fill(weights, weights + depth, I{});
-            return 1;
+    void soften(long queries, const long* positions, long key, long n, float* scores, I* weights, long ld, long depth,
+                float* most, float* mass, float* shrink) const {
+        long from[LANES], to[LANES];
+        Vec highest[LANES], total[LANES] = {};
+        for (long r = 0; r < LANES; r++) {
+            highest[r] = Vec{} - INFINITY;
+            if (r >= queries) continue;
+            float* score = scores + r * CHUNK;
+            from[r] = shape.window ? std::clamp(positions[r] - shape.window + 1 - key, 0L, n) : 0;
+            to[r] = std::max(from[r], std::min(positions[r] + 1 - key, n));
+            std::fill(score, score + from[r], -INFINITY);
+            std::fill(score + to[r], score + (to[r] + LANES - 1) / LANES * LANES, -INFINITY);
+            for (long j = 0; j < to[r]; j += LANES) highest[r] = larger(highest[r], load(score + j));
         }
-        long whole = (to + LANES - 1) / LANES * LANES;
-        std::fill(score, score + from, -INFINITY);
-        std::fill(score + to, score + whole, -INFINITY);
-        Vec highest = load(score), total = {};
-        for (long j = LANES; j < whole; j += LANES) highest = larger(highest, load(score + j));
-        float peak = std::max(most, largest(highest) * scale);
-        for (long j = 0; j < whole; j += LANES) {
-            Vec weight = exp(load(score + j) * scale - peak);  // of those it does not see, the least there is
-            total += weight;
-            store(weights + j, weight);
+        Vec last = load(most), peak = larger(last, largest(highest) * shape.scale), by = exp(last - peak);
+        store(most, peak);
+        store(shrink, by);
+        for (long r = 0; r < queries; r++) {
+            long j = 0;
+            for (; j < to[r]; j += LANES) {  // those it does not see get the least weight there is, and then none
+                Vec weight = exp(load(scores + r * CHUNK + j) * shape.scale - peak[r]);
+                total[r] += weight;
+                store(weights + r * ld + j, weight);
+            }
+            std::fill(weights + r * ld, weights + r * ld + from[r], I{});
+            std::fill(weights + r * ld + to[r], weights + r * ld + std::max(j, depth), I{});
         }
-        std::fill(weights, weights + from, I{});
-        std::fill(weights + to, weights + std::max(whole, depth), I{});
-        float shrink = most == peak ? 1 : std::exp(most - peak);
-        most = peak;
-        mass = mass * shrink + sum(total);
-        return shrink;
+        store(mass, load(mass) * by + ::sums(total));
     }
 
     // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j]. What is read next is `then`.
@@ -207,11 +214,12 @@ struct Attention {
         long step = std::max(1L, TASK_ROWS / per_group());
         long together = std::clamp(shape.sequences * shape.groups / (FEW_TASKS * threads), 1L, shape.groups);
         for (long s = 0; s < shape.sequences; s++)
-            for (long end = starts[s + 1] - starts[s]; end > 0; end -= step) {  // those with most keys first
-                long count = std::min(step, end), groups = is_few(count) ? together : 1;
-                for (long g = 0; g < shape.groups; g += groups)
-                    tasks.push_back({s, g, std::min(groups, shape.groups - g), std::max(0L, end - step), count});
-            }
+            for (long g = 0; g < shape.groups; g++)  // those of one group together, whose keys a cache keeps
+                for (long end = starts[s + 1] - starts[s]; end > 0; end -= step) {  // those with most keys first
+                    long count = std::min(step, end), groups = is_few(count) ? together : 1;
+                    if (g % groups == 0)
+                        tasks.push_back({s, g, std::min(groups, shape.groups - g), std::max(0L, end - step), count});
+                }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (size_t t = 0; t < tasks.size(); t++) run(tasks[t]);
     }

@@ -46,7 +46,7 @@ inline long stride(long depth) { return padded<W>(depth) + (std::is_same_v<Input
 inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 // Buffers that each thread keeps, since fresh memory costs as much as what happens in it.
-enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, BUFFERS };
+enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, POSITIONS, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, BUFFERS };
 
 constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
 constexpr long AHEAD = 8192;  // bytes, from weights that are used to those asked for
