@@ -61,8 +61,8 @@ class Qwen3Model(nn.Module):
         return None if x is None else self.logits(x[batch.read.logits_rows])
 
     def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
-        """What the last block makes of those of the step's tokens that are read [R, D], on the ranks of the last stage;
-        None on others, and where there are no tokens."""
+        """What the last block makes of the step's tokens that are read [R, D], on the ranks of the last stage; None on
+        others, and where there are no tokens."""
         tokens, stage = batch.token_ids.shape[0], self.parallel.pipeline
         if not tokens:
             self._take_part(batch)

@@ -64,8 +64,8 @@ def row_limit(config: ModelConfig, row: Row, machine: Machine) -> float:
 
 
 def _step(config: ModelConfig, sequences: int, queries: int, before: int, machine: Machine) -> float:
-    """`queries` tokens of each sequence, which has so many `before` them. Of all but the last of them nothing is needed
-    from the last block but keys and values."""
+    """`queries` tokens of each sequence, which has so many `before` them. The last block owes all but the last of
+    them nothing but keys and values."""
     tokens, vocabulary = sequences * queries, config.vocab_size * config.emb_dim
     layers = active_parameters(config) - vocabulary * (1 if config.tie_word_embeddings else 2)
     pairs = sequences * queries * (before + (queries + 1) / 2)  # of a query and a key it sees

@@ -61,11 +61,7 @@ class ModelRunner:
         The output is there on tp rank 0 of the last stage, unless its group was idle.
         """
         computed = plan.in_single_tokens() if self._graphs is not None and plan.decodes_only else plan
-        batch = self._batch(computed)
-        if computed.group_read != computed.group_tokens:
-            batch = replace(
-                batch, ending=Ending(rows_read(computed, self._device), self._batch(computed.as_read))
-            )
+        batch = self._dispatched(make_batch(computed, self.block_size, self._device, self._last_sampled))
         readings = None
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
@@ -79,12 +75,15 @@ class ModelRunner:
         drawn = self._draw(plan, logits)
         return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn, readings)
 
-    def _batch(self, plan: StepPlan) -> StepBatch:
-        batch = make_batch(plan, self.block_size, self._device, self._last_sampled)
-        tokens = sum(plan.group_tokens)
-        return replace(
-            batch, all_to_all=uses_all_to_all(self._config, self._parallel.layout, self.model.config, tokens)
-        )
+    def _dispatched(self, batch: StepBatch) -> StepBatch:
+        """The batch with how its experts' rows travel."""
+        ending, tokens = batch.ending, sum(batch.group_tokens)
+        if ending is not None:
+            ending = replace(ending, batch=self._dispatched(ending.batch))
+        by_all_to_all = uses_all_to_all(self._config, self._parallel.layout, self.model.config, tokens)
+        if ending is None and not by_all_to_all:
+            return batch
+        return replace(batch, all_to_all=by_all_to_all, ending=ending)
 
     def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
         """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""
@@ -224,18 +223,22 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
         group_tokens=plan.group_tokens,
         adapters=_adapter_rows(plan, device) if plan.adapted else None,
         decodes_only=plan.decodes_only and not plan.adapted,
+        ending=_ending(plan, block_size, device, last_sampled),
     )
 
 
-def rows_read(plan: StepPlan, device: torch.device) -> Tensor:
-    """[R] int64: those of the plan's tokens that are read."""
+def _ending(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> Ending | None:
+    """What the last block goes on with; None if that is all there is."""
+    if plan.group_read in (plan.group_tokens, ()):
+        return None
     ends = accumulate(len(sequence.token_ids) for sequence in plan.sequences)
     rows = [
         row
         for sequence, end in zip(plan.sequences, ends, strict=True)
         for row in range(end - sequence.num_read, end)
     ]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    batch = make_batch(plan.as_read, block_size, device, last_sampled)
+    return Ending(torch.tensor(rows, dtype=torch.int64, device=device), batch)
 
 
 def _adapter_rows(plan: StepPlan, device: torch.device) -> AdapterRows | None:

@@ -81,11 +81,11 @@ class Blocks:
         group: int,
         operation: int,
     ) -> int:
-        """The first R rows of x [T, D] become what the last block makes of those of its tokens that are read: all T,
-        or the rows [R] that `read` names, with `where` they belong if they were the whole step.
+        """The first R rows of x [T, D] become what the last block makes of those that are read: all T, or the rows [R]
+        that `read` names, with where they belong as if they were the whole step.
 
-        `where` is as for a half, `group` the address of the group that adds partial sums up, 0 for a rank alone, and `operation` the number
-        of its last operation.
+        `where` is as for a half, `group` the address of the group that adds partial sums up, 0 for a rank alone, and
+        `operation` the number of its last operation.
 
         Returns the number after its own, or -1 if the group has lost a rank.
         """
