@@ -51,18 +51,19 @@ struct Experts {
         auto gather = [&](long pair, long count, Input<W>* to) {
             for (long p = pair; p < pair + count; p++, to += ldx) lay(pairs[p] / choices, to);
         };
+        Shared ups(up.size(), threads), downs(down.size(), threads);
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for
             for (long p = 0; p < (own ? 0 : total); p++) gather(p, 1, input + p * ldx);
-#pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < up.size(); t++) {
+            ups.run([&](long t) {
                 Input<W>* rows = own ? scratch<Input<W>>(INPUTS, up[t].rows * ldx) : input + up[t].pair * ldx;
                 if (own) gather(up[t].pair, up[t].rows, rows);
                 parts(up[t], [&](const Task& task) { gate_up(task, rows, hidden); });
-            }
-#pragma omp for schedule(dynamic)
-            for (size_t t = 0; t < down.size(); t++) parts(down[t], [&](const Task& task) { project(task, hidden, out); });
+            });
+#pragma omp barrier
+            downs.run([&](long t) { parts(down[t], [&](const Task& task) { project(task, hidden, out); }); });
+#pragma omp barrier
 #pragma omp for
             for (long r = 0; r < (weights ? rows : 0); r++) add_up(r, place.data() + r * choices, out);
         }

@@ -7,7 +7,10 @@
 // What is missing to whole panels, pairs and tiles of the matrix unit is zeros.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -25,10 +28,6 @@ constexpr long BLOCK_SUMS = BLOCK_ROWS * PANEL;      // outputs that are compute
 // How products with weights W take their inputs.
 template <class W>
 using Input = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<Wide<W>, bf16>, bf16, float>;
-
-// Panels side by side for one row: the fewer streams the better for memory, the more the better for the CPU.
-template <class W>
-constexpr int ROW_PANELS = LANES == 16 && sizeof(W) > 1 ? 2 : 4;
 
 template <class W>
 constexpr long PAIR = std::is_same_v<Wide<W>, bf16> ? 2 : 1;  // inputs side by side
@@ -50,9 +49,7 @@ enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEE
 
 constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
 constexpr long AHEAD = 8192;  // bytes, from weights that are used to those asked for
-// Rows for which weights are asked for. Long vectors multiply fewer before memory gives the next, and then what the CPU
-// asks for by itself, which is more at a time, comes sooner.
-constexpr int ASKING_ROWS = LANES == 16 ? TILE_ROWS / 2 + 1 : 2;
+constexpr int ASKING_ROWS = 3;  // for which weights are asked for; for fewer the CPU asks soon enough by itself
 // Rows that the CPU multiplies faster than memory gives weights, but not in one tile, take so few inputs at a time that
 // what is asked for during the first tile arrives during the others.
 constexpr long WAITING_ROWS = 20, WAITING_INPUTS = 128;
@@ -65,6 +62,31 @@ inline T* scratch(Buffer which, size_t count) {
     auto address = reinterpret_cast<uintptr_t>(buffers[which].data());
     return reinterpret_cast<T*>((address + LINE - 1) / LINE * LINE);
 }
+
+// Tasks that threads share: each does those of its own part in turn, since memory is quickest where what is read lies
+// in a row, and then those that others have not come to.
+class Shared {
+public:
+    Shared(long count, int threads) : count(count), next(threads) {
+        for (int t = 0; t < threads; t++) next[t] = begin(t);
+    }
+
+    // Does tasks until none is left, in each of the threads.
+    template <class F>
+    void run(F f) {
+        int threads = int(next.size()), me = omp_get_thread_num();
+        for (int i = 0; i < threads; i++) {
+            int whose = (me + i) % threads;
+            for (long task; (task = next[whose]++) < begin(whose + 1);) f(task);
+        }
+    }
+
+private:
+    long begin(int thread) const { return count * thread / long(next.size()); }
+
+    long count;
+    std::vector<std::atomic<long>> next;
+};
 
 template <class W>
 void pack(const W* w, W* out, long outputs, long inner, int threads) {
@@ -92,56 +114,51 @@ void packed_rows(const W* packed, const long* ids, W* out, long count, long inne
 }
 
 // acc[m][h] += the products of PAIR inputs x[m] with half a panel of weights each.
-template <int M, int H, class W>
-inline void multiply(Vec (&acc)[M][H], const float* x, long ldx, const W* w[H], long k) {
-    Vec right[H];
-    for (int h = 0; h < H; h++) right[h] = load(w[h] + k * PANEL);
-    for (int m = 0; m < M; m++)
-        for (int h = 0; h < H; h++) acc[m][h] += right[h] * x[m * ldx + k];
+template <int M, class W>
+inline void multiply(Vec (&acc)[M][2], const float* x, long ldx, const W* w, long k) {
+    Vec low = load(w + k * PANEL), high = load(w + k * PANEL + LANES);
+    for (int m = 0; m < M; m++) {
+        acc[m][0] += low * x[m * ldx + k];
+        acc[m][1] += high * x[m * ldx + k];
+    }
 }
 
 #ifdef __AVX512BF16__
-template <int M, int H, class W>
-inline void multiply(Vec (&acc)[M][H], const bf16* x, long ldx, const W* w[H], long k) {
-    __m512bh right[H];
-    for (int h = 0; h < H; h++) right[h] = load_pairs(w[h] + k * PANEL);
+template <int M, class W>
+inline void multiply(Vec (&acc)[M][2], const bf16* x, long ldx, const W* w, long k) {
+    __m512bh low = load_pairs(w + k * PANEL), high = load_pairs(w + k * PANEL + 2 * LANES);
     for (int m = 0; m < M; m++) {
         int pair;
         memcpy(&pair, x + m * ldx + k, 4);
-        for (int h = 0; h < H; h++)
-            acc[m][h] = (Vec)_mm512_dpbf16_ps((__m512)acc[m][h], (__m512bh)_mm512_set1_epi32(pair), right[h]);
+        auto input = (__m512bh)_mm512_set1_epi32(pair);
+        acc[m][0] = (Vec)_mm512_dpbf16_ps((__m512)acc[m][0], input, low);
+        acc[m][1] = (Vec)_mm512_dpbf16_ps((__m512)acc[m][1], input, high);
     }
 }
 #endif
 
-// out[m][n] = x[m] . w[n] for M rows and C panels, or += if it ADDS. Weights are asked for ahead of their turn: for
+// out[m][n] = x[m] . w[n] for M rows and a panel, or += if it ADDS. Weights are asked for ahead of their turn: for
 // several rows the CPU would wait for memory first and multiply then. Not inlined, since what surrounds it takes registers.
-template <int M, int C, bool ADDS, class W>
+template <int M, bool ADDS, class W>
 [[gnu::noinline]] void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
-    Vec acc[M][2 * C] = {};
+    Vec acc[M][2] = {};
     for (int m = 0; ADDS && m < M; m++)
-        for (int h = 0; h < 2 * C; h++) acc[m][h] = load(out + m * ldo + h * LANES);
-    const W* halves[2 * C];
-    for (int h = 0; h < 2 * C; h++) halves[h] = w + h / 2 * PANEL * depth + h % 2 * LANES * PAIR<W>;
+        for (int h = 0; h < 2; h++) acc[m][h] = load(out + m * ldo + h * LANES);
     for (long k = 0; k < depth; k += PAIR<W>) {
-        for (int c = 0; M >= ASKING_ROWS && c < C; c++)
-            for (size_t at = 0; at < PANEL * PAIR<W> * sizeof(W); at += LINE)
-                __builtin_prefetch((const char*)(halves[2 * c] + k * PANEL) + AHEAD + at, 0, 2);
-        multiply<M, 2 * C>(acc, x, ldx, halves, k);
+        for (size_t at = 0; M >= ASKING_ROWS && at < PANEL * PAIR<W> * sizeof(W); at += LINE)
+            __builtin_prefetch((const char*)(w + k * PANEL) + AHEAD + at, 0, 2);
+        multiply<M>(acc, x, ldx, w, k);
     }
     for (int m = 0; m < M; m++)
-        for (int h = 0; h < 2 * C; h++) store(out + m * ldo + h * LANES, acc[m][h]);
+        for (int h = 0; h < 2; h++) store(out + m * ldo + h * LANES, acc[m][h]);
 }
 
-// As many panels side by side as leave registers for so few rows.
+// The same for up to TILE_ROWS rows and `count` panels, one after the other: memory is quickest for what lies in a row.
 template <class W, bool ADDS, int M = TILE_ROWS>
 inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out, long ldo) {
     if constexpr (M > 1)
         if (rows < M) return tile_of<W, ADDS, M - 1>(rows, x, ldx, w, count, depth, out, ldo);
-    constexpr int C = M == 1 ? ROW_PANELS<W> : M <= TILE_ROWS / 2 ? 2 : 1;
-    long p = 0;
-    for (; p + C <= count; p += C) tile<M, C, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
-    for (; p < count; p++) tile<M, 1, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
+    for (long p = 0; p < count; p++) tile<M, ADDS>(x, ldx, w + p * PANEL * depth, depth, out + p * PANEL, ldo);
 }
 
 inline void ignore(long, long, long, long) {}
@@ -246,15 +263,15 @@ void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, lo
             for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
                 tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), p,
                                  std::min(BLOCK_PANELS, panels(product.n) - p)});
+    Shared shared(tasks.size(), threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (long m = 0; m < m_end; m++) lay(m, input + m * ldx);
-#pragma omp for schedule(dynamic)
-        for (size_t t = 0; t < tasks.size(); t++) {
+        shared.run([&](long t) {
             auto [product, m, rows, panel, count] = tasks[t];
             product->block(input, m, rows, depth, panel, count);
-        }
+        });
     }
 }
 
