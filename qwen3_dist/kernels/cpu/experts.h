@@ -110,10 +110,14 @@ struct Experts {
         product(task, input, fc1, scales1, inner, padded<W>(dim), gates, [](float*, long, long, long) {});
         product(task, input, fc2, scales2, inner, padded<W>(dim), values, [&](float* value, long i, long first, long cols) {
             float* gate = gates + i * task.panels * PANEL + first;
-            for (long j = 0; j < cols; j += LANES)
-                store(value + j, rounded<T>(silu<T>(rounded<T>(load(gate + j))) * rounded<T>(load(value + j))));
-            long at = task.panel * PANEL + first;
-            convert_row(value, hidden + (task.pair + i) * ldx + at, std::min(cols, depth - at));
+            long at = task.panel * PANEL + first, some = std::min(cols, depth - at), j = 0;
+            Input<W>* to = hidden + (task.pair + i) * ldx + at;
+            auto product = [&] { return silu<T>(rounded<T>(load(gate + j))) * rounded<T>(load(value + j)); };
+            for (; j + LANES <= some; j += LANES) store_rounded<T>(to + j, product());
+            if (j < some) {
+                store_rounded<T>(value + j, product());
+                convert_row(value + j, to + j, some - j);
+            }
         });
     }
 

@@ -104,6 +104,15 @@ inline Vec rounded(Vec x) {
         return (Vec)(widened(narrowed(x)) << 16);
 }
 
+// Rounds to T, then stores.
+template <class T, class I>
+inline void store_rounded(I* p, Vec x) {
+    if constexpr (std::is_same_v<T, I>)
+        store(p, x);
+    else
+        store(p, rounded<T>(x));
+}
+
 // Of every 2S lanes, the upper S of a change places with the lower S of b.
 template <int S, class V, int... L>
 inline void swap_lanes(V& a, V& b, std::integer_sequence<int, L...>) {
