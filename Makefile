@@ -20,11 +20,12 @@ serve: $(READY)  ## serve the bundled model on two CPU ranks and show a sample a
 demo: $(READY)  ## as serve, but end after the sample answer
 	$(BIN)/qwen3-dist serve --layout tp=2,ep=2 --sample --exit-after-sample
 
-bench: $(READY)  ## measure collectives, kernels, step overhead and time to the first token
+bench: $(READY)  ## measure collectives, kernels, step overhead, time to the first token, shares of the limits
 	$(BIN)/python -m benchmarks.collectives
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.first_token
+	$(BIN)/python -m benchmarks.shares
 
 bench-compare: $(READY)  ## this project against transformers and, with VLLM_PYTHON= and LLAMA_PYTHON=, its peers
 	$(BIN)/python -m benchmarks.compare $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \

@@ -93,6 +93,14 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     return result
 
 
+def read_through(folder: Path) -> None:
+    """So that every system finds the checkpoint in memory, which the first would else read from the disk."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            while opened.read(1 << 24):
+                pass
+
+
 def compare(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """One checkpoint through every system, in `--rounds` turns; after each run what all have given so far."""
     folder = written(SHAPES[name], options.models / name)
@@ -104,6 +112,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, A
         for system in systems(options, moe="num_experts" in SHAPES[name]):
             print(f"{name}: {system.name}, round {turn + 1} ...", file=sys.stderr, flush=True)
             machine = measure_machine()
+            read_through(folder)
             result = run(system, folder, work_file, options.timeout)
             kept = found.setdefault(
                 system.name, {"system": system.name, "is_peer": system.is_peer, "runs": []}

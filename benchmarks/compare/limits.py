@@ -28,7 +28,7 @@ class Machine:
 
 
 def measure_machine() -> Machine:
-    return Machine(_read_rate(), _product_rate())
+    return Machine(_read_rate(), product_rate())
 
 
 def measure_gpu() -> Machine:
@@ -108,7 +108,7 @@ def _read(together: Barrier, rates: SimpleQueue[float]) -> None:
     rates.put(times * x.nbytes / taken)
 
 
-def _product_rate() -> float:
+def product_rate() -> float:
     best = 0.0
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(1024, 3072).to(dtype) for _ in range(2))

@@ -37,7 +37,8 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 
     A row's candidates are ordered only as far as its own settings need, since a whole vocabulary takes long.
     """
-    tokens = _likeliest(logits, 1)[1][:, 0]
+    draws = all(spec.temperature > 0 for spec in specs)
+    tokens = _greedy(logits) if not draws else logits.new_empty(len(specs), dtype=torch.int64)
     rows_of: dict[_Draw, list[int]] = {}
     for row, spec in enumerate(specs):
         if spec.temperature > 0:
@@ -46,6 +47,14 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         at = torch.tensor(rows, device=logits.device)
         tokens[at] = draw(logits if len(rows) == len(specs) else logits[at], [specs[row] for row in rows])
     return tokens
+
+
+def _greedy(logits: Tensor) -> Tensor:
+    """The likeliest token id [L] of logits [L, V], of equals the first: the block, then the place in it."""
+    padded = _whole_blocks(logits)
+    block = _largest(padded).argmax(dim=-1)
+    rows = torch.arange(len(logits), device=logits.device)
+    return block * _WIDTH + padded.unflatten(1, (-1, _WIDTH))[rows, block].argmax(dim=-1)
 
 
 _Draw = Callable[[Tensor, Sequence[SampleSpec]], Tensor]  # from logits [L, V] of rows that draw
@@ -126,14 +135,18 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     All of them lie in the `count` blocks that have the largest maxima.
     """
     count = min(count, logits.shape[-1])
-    padding = -logits.shape[-1] % _WIDTH
-    padded = F.pad(logits, (0, padding), value=-torch.inf) if padding else logits
+    padded = _whole_blocks(logits)
     blocks = padded.unflatten(1, (-1, _WIDTH))
     _, best = _ordered_topk(_largest(padded), min(count, blocks.shape[1]))
     best = best.sort(dim=-1).values
     rows = torch.arange(len(logits), device=logits.device)[:, None]
     values, at = _ordered_topk(blocks[rows, best].float().flatten(1), count)
     return values, best.gather(1, at // _WIDTH) * _WIDTH + at % _WIDTH
+
+
+def _whole_blocks(logits: Tensor) -> Tensor:
+    padding = -logits.shape[-1] % _WIDTH
+    return F.pad(logits, (0, padding), value=-torch.inf) if padding else logits
 
 
 def _largest(logits: Tensor) -> Tensor:
