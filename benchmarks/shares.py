@@ -1,8 +1,8 @@
 """What share of the machine's limits one rank reaches: of the rate at which memory is read when it decodes one
 sequence, of torch's products when it takes four prompts.
 
-Each limit is measured by the same threads right before and after a row, since other users of a machine change them from
-minute to minute, and the higher counts.
+Each limit is measured by the same threads right before and after a row, since other users of a machine change
+them from minute to minute, and the higher counts.
 
 python -m benchmarks.shares [--models FOLDER]
 """
