@@ -37,8 +37,8 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 
     A row's candidates are ordered only as far as its own settings need, since a whole vocabulary takes long.
     """
-    draws = all(spec.temperature > 0 for spec in specs)
-    tokens = _greedy(logits) if not draws else logits.new_empty(len(specs), dtype=torch.int64)
+    some_greedy = any(spec.temperature == 0 for spec in specs)
+    tokens = _greedy(logits) if some_greedy else logits.new_empty(len(specs), dtype=torch.int64)
     rows_of: dict[_Draw, list[int]] = {}
     for row, spec in enumerate(specs):
         if spec.temperature > 0:
