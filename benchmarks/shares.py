@@ -30,6 +30,7 @@ REPEATS = 3  # of the reading, of which the best counts
 
 
 def limits(buffer: torch.Tensor) -> Machine:
+    """What this process's threads read of a buffer beyond all caches, and multiply."""
     reads = []
     for _ in range(REPEATS):
         started = time.perf_counter()

@@ -51,7 +51,7 @@ struct Experts {
         auto gather = [&](long pair, long count, Input<W>* to) {
             for (long p = pair; p < pair + count; p++, to += ldx) lay(pairs[p] / choices, to);
         };
-        Shared ups(up.size(), threads), downs(down.size(), threads);
+        SharedTasks ups(up.size(), threads), downs(down.size(), threads);
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp for

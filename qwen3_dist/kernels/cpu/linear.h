@@ -65,9 +65,9 @@ inline T* scratch(Buffer which, size_t count) {
 
 // Tasks that threads share: each does those of its own part in turn, since memory is quickest where what is read lies
 // in a row, and then those that others have not come to.
-class Shared {
+class SharedTasks {
 public:
-    Shared(long count, int threads) : count(count), next(threads) {
+    SharedTasks(long count, int threads) : count(count), next(threads) {
         for (int t = 0; t < threads; t++) next[t] = begin(t);
     }
 
@@ -263,7 +263,7 @@ void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, lo
             for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
                 tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), p,
                                  std::min(BLOCK_PANELS, panels(product.n) - p)});
-    Shared shared(tasks.size(), threads);
+    SharedTasks shared(tasks.size(), threads);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
