@@ -67,7 +67,7 @@ class Qwen3Model(nn.Module):
         if not tokens:
             self._take_part(batch)
             return None
-        x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self._like)
+        x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self.like)
         self.rope_frequencies = self.rope_frequencies.to(x.device)
         if batch.padding is not None and self.parallel.dp.size > 1:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
@@ -111,7 +111,7 @@ class Qwen3Model(nn.Module):
 
     def _take_part(self, batch: StepBatch) -> None:
         """What a dp group without tokens does: its ranks' share of the experts' work for the others."""
-        x = self._like.new_empty(0, self.config.emb_dim)
+        x = self.like.new_empty(0, self.config.emb_dim)
         for block, part in zip(self._blocks, self._batches(batch), strict=True):
             block.feed_forward(x, x, part.read)
 
@@ -125,17 +125,17 @@ class Qwen3Model(nn.Module):
         return (block for block in self.blocks if isinstance(block, TransformerBlock))
 
     @property
-    def _like(self) -> Tensor:
+    def like(self) -> Tensor:
         """[D], where and of what dtype this rank's activations are."""
         return self.blocks[0].norm1.scale  # type: ignore[union-attr, return-value]
 
     @property
     def device(self) -> torch.device:
-        return self._like.device
+        return self.like.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._like.dtype
+        return self.like.dtype
 
     def quantize(self) -> None:
         """Keeps all products' weights but the routers' as int8 from now on, one after the other."""
@@ -148,8 +148,10 @@ class Qwen3Model(nn.Module):
 
         Weights must stay where they are from then on.
         """
-        kernels = kernels_for(self._like)
+        kernels = kernels_for(self.like)
         if kernels is None:
+            if self.device.type == "cuda":
+                self.join()
             return
         last = self.parallel.pipeline.is_last
         for module in self.modules():
@@ -164,6 +166,13 @@ class Qwen3Model(nn.Module):
         whole = [(att, ff, is_moe) for att, ff, is_moe in halves if att is not None and ff is not None]
         if len(whole) == len(halves):
             self._fused = Blocks(kernels, whole)
+
+    def join(self) -> None:
+        """Makes the products that share an input one, as fits a GPU."""
+        for block in self._blocks:
+            block.att.join()
+            if isinstance(block.ff, FeedForward):
+                block.ff.join()
 
 
 class TransformerBlock(nn.Module):

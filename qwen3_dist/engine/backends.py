@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels import gpu_kernels_for, kernels_for
 from qwen3_dist.layers.batch import LayerCache
 from qwen3_dist.layers.experts import Experts, grouped_mm_works
 from qwen3_dist.layers.gpu_attention import gpu_attention
@@ -21,9 +21,13 @@ def chosen_backends(model: Qwen3Model, cache: LayerCache, graphs: bool) -> str:
     heads = config.n_heads // model.parallel.tp.size
     attention = gpu_attention(device, model.dtype, heads, groups, dim, block_size)
     chosen = [f"attention by {attention.__name__}"]
+    has_kernels = gpu_kernels_for(model.like) is not None
+    chosen.append("rows by Triton kernels" if has_kernels else "rows by torch alone")
     experts = next((module for module in model.modules() if isinstance(module, Experts)), None)
     if experts is not None:
-        grouped = grouped_mm_works(experts.fc1[0], experts.fc1)
-        chosen.append("experts by grouped_mm" if grouped else "experts one by one")
+        ways = ["Triton"] if has_kernels else []
+        if experts.scales is None and grouped_mm_works(model.like, experts.fc1):
+            ways.append("grouped_mm")
+        chosen.append(f"experts by {' and '.join(ways) or 'one product after the other'}")
     chosen.append(f"CUDA graphs {'on' if graphs else 'off'}")
     return f"{torch.cuda.get_device_name(device)}: {', '.join(chosen)}"

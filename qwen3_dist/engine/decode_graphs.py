@@ -26,8 +26,10 @@ class _Captured:
 
 
 def can_capture(model: Qwen3Model) -> bool:
-    """Whether this rank's steps are nothing but launches: on a GPU, no exchange over the host or with a stage."""
-    return model.device.type == "cuda" and not model.parallel.staged and model.parallel.layout.pp == 1
+    """Whether this rank's steps are nothing but launches: on a GPU, nothing over the host, no other stage."""
+    if model.device.type != "cuda" or model.parallel.staged or model.parallel.layout.pp > 1:
+        return False
+    return all(moe.experts.stays_on_device(model.like) for moe in model.moe_layers.values())
 
 
 class DecodeGraphs:

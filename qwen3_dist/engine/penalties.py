@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.transfer import on_device, rows_on_device
 
 _LEAST_REPETITION = 1e-6  # below it a division would overflow
 
@@ -34,7 +35,7 @@ class Penalties:
             self._lengths.append(0)
             self._reach(len(self._lengths), 0)
         place = self._free.pop()
-        ids = torch.tensor([*prompt, *output], dtype=torch.int64, device=self.device)
+        ids = on_device([*prompt, *output], torch.int64, self.device)
         self._lengths[place] = len(ids)
         self._reach(0, len(ids))
         self._history[place].zero_()
@@ -43,7 +44,7 @@ class Penalties:
         said = ids[len(prompt) :]
         self._counts[place].index_add_(0, said, torch.ones_like(said, dtype=torch.int32))
         self._prompted[place].zero_()
-        self._prompted[place, ids[: len(prompt)]] = True
+        self._prompted[place].index_fill_(0, ids[: len(prompt)], True)
         return place
 
     def close(self, place: int) -> None:
@@ -55,8 +56,8 @@ class Penalties:
             return
         lengths = [self._lengths[place] for place in places]
         self._reach(0, max(lengths) + 1)
-        at = torch.tensor(places, device=self.device)
-        self._history[at, torch.tensor(lengths, device=self.device)] = tokens
+        at, ends = rows_on_device((places, lengths), self.device)
+        self._history[at, ends] = tokens
         self._counts[at, tokens] += 1
         for place in places:
             self._lengths[place] += 1
@@ -65,8 +66,8 @@ class Penalties:
         self, logits: Tensor, rows: list[int], places: list[int], setups: Sequence[SamplingSetup]
     ) -> None:
         """Changes `rows` of logits [R, V]. Of a token twice in a history both change it to the same value."""
-        row = torch.tensor(rows, device=self.device)[:, None]
-        at = torch.tensor(places, device=self.device)
+        row, at = rows_on_device((rows, places), self.device)
+        row = row[:, None]
         ids = self._history[at, : max(self._lengths[place] for place in places)]
         counts = self._counts[at[:, None], ids]
         said = counts > 0
@@ -79,7 +80,7 @@ class Penalties:
         logits[row, ids] = values
 
     def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
+        return on_device(values, torch.float32, self.device)[:, None]
 
     def _reach(self, num_places: int, length: int) -> None:
         """Makes room for so many places and so long a history."""

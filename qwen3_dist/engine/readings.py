@@ -17,6 +17,7 @@ from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import PromptScores, Reading, SequenceStep
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.transfer import rows_on_device
 
 _ROWS = 128  # whose logits are held at once
 
@@ -47,9 +48,8 @@ class Readings:
 
     def _score(self, model: Qwen3Model, hidden: Tensor, rows: list[int]) -> list[Tensor]:
         """Log-probabilities and ranks of the targets [R], and values and ids of the likeliest [R, most]."""
-        at = torch.tensor(rows, device=hidden.device)
         targets = [target for scores in self._scores for target in scores.targets]
-        wanted = torch.tensor(targets, device=hidden.device)
+        at, wanted = rows_on_device((rows, targets), hidden.device)
         most = min(max(scores.top for scores in self._scores), model.config.vocab_size)
         parts = []
         for chunk, chunk_wanted in zip(at.split(_ROWS), wanted.split(_ROWS), strict=True):
@@ -77,13 +77,15 @@ class Readings:
 def _pool(model: Qwen3Model, hidden: Tensor, pooled: list[tuple[int, PoolingParams]]) -> list[Tensor]:
     """Of each of P rows its vector, or the logits asked for in its place, which tp rank 0 alone has."""
     asking = [row for row, params in pooled if params.logits_of]
-    logits = model.logits(hidden[asking]) if asking else hidden.new_empty(0)
+    wanted = [params.logits_of for _, params in pooled if params.logits_of]
+    asked, last, *named = rows_on_device((asking, [row for row, _ in pooled], *wanted), hidden.device)
+    logits = model.logits(hidden[asked]) if asking else hidden.new_empty(0)
     if logits is None:
         return []
-    following = iter(logits)
-    normed = model.final_norm(hidden[[row for row, _ in pooled]]).float()
+    answers = (row[ids].float() for row, ids in zip(logits, named, strict=True))
+    normed = model.final_norm(hidden[last]).float()
     return [
-        next(following)[list(params.logits_of)].float() if params.logits_of else _vector(state, params)
+        next(answers) if params.logits_of else _vector(state, params)
         for state, (_, params) in zip(normed, pooled, strict=True)
     ]
 

@@ -5,7 +5,6 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -29,6 +28,7 @@ from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.transfer import ToHost, on_device, rows_on_device
 from qwen3_dist.weights.loader import read_experts
 from qwen3_dist.weights.source import resolve_model
 
@@ -103,9 +103,9 @@ class ModelRunner:
             firsts = accumulate((1 + part.num_drafted for part in sampled[:-1]), initial=0)
             rows = [row for row, part in zip(firsts, sampled, strict=True) if not part.num_drafted]
             sampled = [part for part in sampled if not part.num_drafted]
-            tokens = tokens[torch.tensor(rows, dtype=torch.int64, device=self._device)]
+            tokens = tokens[on_device(rows, torch.int64, self._device)]
         slots = [part.slot for part in sampled]
-        self._last_sampled[torch.tensor(slots, dtype=torch.int64, device=self._device)] = tokens
+        self._last_sampled[on_device(slots, torch.int64, self._device)] = tokens
 
     def _new_matcher(self, setup: SamplingSetup) -> Matcher:
         """What follows the setup's grammar; built in a thread."""
@@ -165,28 +165,21 @@ class StepOutput:
     def __init__(self, step: int, logits: Tensor, sampled: Sampled, readings: Readings | None) -> None:
         self._step = step
         self._readings = readings
-        self._tokens = sampled.tokens.to("cpu", non_blocking=True)
         self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
         self._errors = tuple(sampled.errors.items())
-        self._done = torch.cuda.Event() if sampled.tokens.is_cuda else None
-        if self._done is not None:
-            self._done.record()
+        self._tokens = ToHost(sampled.tokens)
 
     def result(self) -> StepResult:
         """Waits for the device."""
-        if self._done is not None:
-            self._done.synchronize()
+        (tokens,) = self._tokens.arrived()  # and what was sent before them
         readings = self._readings.on_host() if self._readings is not None else ()
-        tokens = tuple(self._tokens.tolist())
-        return StepResult(self._step, tokens, self._logprobs.on_host(), self._errors, readings)
+        return StepResult(
+            self._step, tuple(tokens.tolist()), self._logprobs.on_host(), self._errors, readings
+        )
 
 
 def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> StepBatch:
     """The plan's tensors on `device`; tokens that it does not know come from `last_sampled`, by slot."""
-
-    def ints(values: Sequence[object]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -201,25 +194,30 @@ def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampl
             logits_rows.extend(range(len(token_ids) - 1 - sequence.num_drafted, len(token_ids)))
     query_lens = tuple(len(sequence.token_ids) for sequence in plan.sequences)
     context_lens = tuple(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
-    tables = [(*s.block_table, *[0] * (longest - len(s.block_table))) for s in plan.sequences]
+    tables = [
+        block for s in plan.sequences for block in (*s.block_table, *[0] * (longest - len(s.block_table)))
+    ]
     num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-    tokens = ints(token_ids)
-    if LAST_SAMPLED in token_ids[:num_decodes]:
-        slots_of = ints([s.slot for s in plan.sequences[:num_decodes]])
+    sampled_before = LAST_SAMPLED in token_ids[:num_decodes]
+    from_slots = [s.slot for s in plan.sequences[:num_decodes]] if sampled_before else []
+    starts = (0, *accumulate(query_lens))
+    parts = (token_ids, positions, slots, tables, context_lens, starts, logits_rows, from_slots)
+    tokens, places, written, blocks, contexts, begins, read_rows, last_of = rows_on_device(parts, device)
+    if sampled_before:
         known = tokens[:num_decodes]
-        tokens[:num_decodes] = torch.where(known == LAST_SAMPLED, last_sampled[slots_of], known)
+        tokens[:num_decodes] = torch.where(known == LAST_SAMPLED, last_sampled[last_of], known)
     return StepBatch(
         token_ids=tokens,
-        positions=ints(positions),
-        slots=ints(slots),
-        block_tables=ints(tables).view(len(tables), longest),
-        context_lens=ints(context_lens),
-        query_starts=ints((0, *accumulate(query_lens))),
+        positions=places,
+        slots=written,
+        block_tables=blocks.view(len(plan.sequences), longest),
+        context_lens=contexts,
+        query_starts=begins,
         query_lens=query_lens,
         host_context_lens=context_lens,
         num_decodes=num_decodes,
         all_to_all=False,
-        logits_rows=ints(logits_rows),
+        logits_rows=read_rows,
         group_tokens=plan.group_tokens,
         adapters=_adapter_rows(plan, device) if plan.adapted else None,
         decodes_only=plan.decodes_only and not plan.adapted,
@@ -238,7 +236,7 @@ def _ending(plan: StepPlan, block_size: int, device: torch.device, last_sampled:
         for row in range(end - sequence.num_read, end)
     ]
     batch = make_batch(plan.as_read, block_size, device, last_sampled)
-    return Ending(torch.tensor(rows, dtype=torch.int64, device=device), batch)
+    return Ending(on_device(rows, torch.int64, device), batch)
 
 
 def _adapter_rows(plan: StepPlan, device: torch.device) -> AdapterRows | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import SampleSpec
 from qwen3_dist.kernels import kernels_for
+from qwen3_dist.transfer import on_device
 
 _MASK = (1 << 64) - 1
 
@@ -44,7 +45,7 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         if spec.temperature > 0:
             rows_of.setdefault(_way_to_draw(spec, logits.shape[-1]), []).append(row)
     for draw, rows in rows_of.items():
-        at = torch.tensor(rows, device=logits.device)
+        at = on_device(rows, torch.int64, logits.device)
         tokens[at] = draw(logits if len(rows) == len(specs) else logits[at], [specs[row] for row in rows])
     return tokens
 
@@ -185,7 +186,7 @@ def _where(cumulative: Tensor, draws: Tensor) -> Tensor:
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return on_device(values, torch.float64, like.device)[:, None]
 
 
 class SampledLogprobs:
@@ -210,13 +211,13 @@ class SampledLogprobs:
         rows = [row for row, count in enumerate(self._counts) if count is not None]
         self._parts: list[Tensor] = []
         if rows:
-            at = torch.tensor(rows, device=logits.device)
+            at = on_device(rows, torch.int64, logits.device)
             logprobs = logits[at].float().log_softmax(dim=-1)
             most = min(max(count for count in self._counts if count is not None), logits.shape[-1])
             chosen = logprobs.gather(1, tokens[at, None])[:, 0]
             width = max(len(self._wanted[row]) for row in rows)
             ids = [(*self._wanted[row], *(0,) * (width - len(self._wanted[row]))) for row in rows]
-            named = torch.tensor(ids, dtype=torch.int64, device=logits.device).view(len(rows), width)
+            named = on_device(ids, torch.int64, logits.device).view(len(rows), width)
             parts = (tokens[at], chosen, *logprobs.topk(most, dim=-1), logprobs.gather(1, named))
             self._parts = [part.to("cpu", non_blocking=True) for part in parts]
 

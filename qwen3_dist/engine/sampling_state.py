@@ -19,6 +19,7 @@ from qwen3_dist.engine.plan import SampleSpec, SequenceStep
 from qwen3_dist.engine.sampler import sample
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.text_form import NewMatcher, TextForm
+from qwen3_dist.transfer import ToHost, on_device, rows_on_device
 
 
 class SamplingState:
@@ -46,18 +47,18 @@ class SamplingState:
             return Sampled(sample(logits, specs), specs)
         tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
         plain = [row for row in range(len(specs)) if row not in at]
-        if plain:
-            tokens[plain] = sample(logits[plain], [specs[row] for row in plain])
         rows, states = list(at), list(at.values())
+        penalised = [row for row, state in at.items() if state.place is not None]
+        plain_at, rows_at, penalised_at = rows_on_device((plain, rows, penalised), logits.device)
+        if plain:
+            tokens[plain_at] = sample(logits[plain_at], [specs[row] for row in plain])
         drawn = [specs[row] for row in rows]
-        chosen = self._widened(logits if len(rows) == len(specs) else logits[rows])
-        tokens[rows] = sample(self._adjusted(chosen, states, drawn), drawn)
+        chosen = self._widened(logits if len(rows) == len(specs) else logits[rows_at])
+        tokens[rows_at] = sample(self._adjusted(chosen, states, drawn), drawn)
+        self._penalties.add([s.place for s in states if s.place is not None], tokens[penalised_at])
+        arriving = ToHost(tokens) if any(state.reads for state in states) else None
         for row, state in at.items():
-            state.take(tokens[row])
-        self._penalties.add(
-            [s.place for s in states if s.place is not None],
-            tokens[[row for row, state in at.items() if state.place is not None]],
-        )
+            state.take(arriving, row)
         return Sampled(
             tokens,
             specs,
@@ -105,10 +106,12 @@ class SamplingState:
                 rows.append(index)
         if not rows:
             return
-        forbidden = ~_unpacked(torch.stack(masks).to(logits.device), self._vocab_size)
-        allowed = logits[rows].masked_fill(forbidden, -torch.inf)
+        packed = on_device(torch.stack(masks), torch.int32, logits.device)
+        forbidden = ~_unpacked(packed, self._vocab_size)
+        at = on_device(rows, torch.int64, logits.device)
+        allowed = logits[at].masked_fill(forbidden, -torch.inf)
         nothing = allowed.amax(dim=-1, keepdim=True) == -torch.inf
-        logits[rows] = torch.where(nothing & ~forbidden, 0.0, allowed)
+        logits[at] = torch.where(nothing & ~forbidden, 0.0, allowed)
 
 
 class Sampled:
@@ -142,23 +145,28 @@ class _Row:
         self._bad_words = [word for word in setup.bad_words if len(word) > 1]
         self._longest = max(map(len, self._bad_words), default=0)
         self._output = list(setup.output) if self._bad_words else []
-        self._unread: list[Tensor] = []
+        self._unread: list[tuple[ToHost, int]] = []
         forbidden = [word[0] for word in setup.bad_words if len(word) == 1]
-        self._forbidden = torch.tensor(forbidden, dtype=torch.int64, device=penalties.device)
-        self._ending = torch.tensor(setup.ending, dtype=torch.int64, device=penalties.device)
         bias = dict(setup.logit_bias)
-        self._biased = torch.tensor(list(bias), dtype=torch.int64, device=penalties.device)
-        self._bias = torch.tensor(list(bias.values()), device=penalties.device)
+        self._forbidden, self._ending, self._biased = rows_on_device(
+            (forbidden, setup.ending, list(bias)), penalties.device
+        )
+        self._bias = on_device(list(bias.values()), torch.float32, penalties.device)
 
     @property
     def error(self) -> str | None:
         return self.form.error if self.form is not None else None
 
-    def take(self, token: Tensor) -> None:
+    @property
+    def reads(self) -> bool:
+        """Whether the host must know the sequence's tokens."""
+        return bool(self._bad_words) or self.form is not None
+
+    def take(self, tokens: ToHost | None, row: int) -> None:
         """Takes a token that was drawn, without waiting for the device."""
         self._num_output += 1
-        if self._bad_words or self.form is not None:
-            self._unread.append(token)
+        if tokens is not None and self.reads:
+            self._unread.append((tokens, row))
 
     def bias(self, logits: Tensor) -> None:
         """Changes logits [V] by the bias and forbids what must not come now."""
@@ -166,16 +174,16 @@ class _Row:
         if len(self._biased):
             logits[self._biased] += self._bias
         if self._num_output < self.setup.min_tokens:
-            logits[self._ending] = -torch.inf
+            logits.index_fill_(0, self._ending, -torch.inf)
         if len(self._forbidden):
-            logits[self._forbidden] = -torch.inf
+            logits.index_fill_(0, self._forbidden, -torch.inf)
         for *before, last in self._bad_words:
             if self._output[len(self._output) - len(before) :] == before:
                 logits[last] = -torch.inf
 
     def _read(self) -> None:
-        for token in self._unread:
-            token_id = int(token)
+        for tokens, row in self._unread:
+            token_id = int(tokens.arrived()[0][row])
             if self.form is not None:
                 self.form.accept(token_id)
             if self._bad_words:
@@ -205,5 +213,5 @@ def _apply_min_p(logits: Tensor, min_p: list[float], specs: list[SampleSpec]) ->
         for least, spec in zip(min_p, specs, strict=True)
     ]
     if max(least_log) > -math.inf:
-        below = torch.tensor(least_log, dtype=torch.float32, device=logits.device)[:, None]
+        below = on_device(least_log, torch.float32, logits.device)[:, None]
         logits.masked_fill_(logits < logits.amax(dim=-1, keepdim=True) + below, -torch.inf)

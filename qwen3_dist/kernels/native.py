@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.kernels.build import library
+from qwen3_dist.kernels.gpu import gpu_kernels_for
 
+_FEW_ROWS = 64  # of a product with int8 weights on a GPU, for which widening them first would cost more
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
 _SIGNATURES = {
@@ -178,13 +180,14 @@ class Kernels:
         sin: Tensor,
         slots: Tensor,
         eps: float,
-    ) -> None:
+    ) -> Tensor:
         """Norms (by the `scales` of q and k) and rotates q [T, H, d] in place and k [T, G, d] into its `slots`
-        [T] of the cache; v [T, G, d] goes there too. cos and sin hold d numbers for each token."""
+        [T] of the cache; v [T, G, d] goes there too. cos and sin hold d numbers for each token. Returns q."""
         q_scale, k_scale = scales or (None, None)
         (tokens, heads, dim), groups = q.shape, k.shape[1]
         tensors = (q, k, v, keys, values, q_scale, k_scale, cos, sin, slots)
         self.run("rotate", *tensors, tokens, heads, groups, dim, eps)
+        return q
 
     def run(self, name: str, *values: Tensor | float | None) -> Any:
         """Calls function `name` with its arguments but the last, the number of threads; gives what it returns."""
@@ -227,5 +230,9 @@ def linears(x: Tensor, *parts: Weights) -> list[Tensor]:
 def _torch_linear(x: Tensor, part: Weights) -> Tensor:
     if part.scale is None:
         return F.linear(x, part.weight, part.bias)
-    product = F.linear(x, part.weight.to(x.dtype)) * part.scale
+    kernels = gpu_kernels_for(x) if len(x) <= _FEW_ROWS else None
+    if kernels is not None:
+        product = kernels.linear_int8(x.contiguous(), part.weight, part.scale)
+    else:
+        product = F.linear(x, part.weight.to(x.dtype)) * part.scale
     return (product if part.bias is None else product + part.bias).to(x.dtype)

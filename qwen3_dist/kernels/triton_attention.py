@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 _MOST_SPLITS = 16
-_KEYS = 64  # keys in a tile
+_KEY_BYTES = 128  # of one number of each key in a tile; more do not fit the smaller cards' memory on the chip
 
 
 @triton.jit
@@ -70,12 +70,29 @@ def _attend(  # type: ignore[no-untyped-def]
         v = tl.load(values + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         most = highest
-    result = sums / tl.where(mass > 0, mass, 1.0)[:, None]
+    mass = tl.where(mass > 0, mass, 1.0)
+    result = sums / mass[:, None]
     into = out + (split * tokens * H + row_at[:, None]) * D + dims[None, :]
     tl.store(into, result.to(out.dtype.element_ty), mask=real[:, None] & within)
     if SPLITS > 1:
-        weight = most + tl.log(tl.where(mass > 0, mass, 1.0))  # -inf where nothing was seen
-        tl.store(lse + split * tokens * H + row_at, weight, mask=real)
+        # -inf where nothing was seen
+        tl.store(lse + split * tokens * H + row_at, most + tl.log(mass), mask=real)
+
+
+@triton.jit
+def _weigh(parts, lse, out, rows, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the splits of a head's keys found, each by the share of its keys in the whole softmax."""
+    row = tl.program_id(0)
+    at = tl.arange(0, DIM)
+    most = tl.load(lse + row)
+    for split in range(1, SPLITS):
+        most = tl.maximum(most, tl.load(lse + split * rows + row))
+    total, sums = 0.0, tl.zeros([DIM], tl.float32)
+    for split in range(SPLITS):
+        weight = tl.exp(tl.load(lse + split * rows + row) - most)
+        total += weight
+        sums += weight * tl.load(parts + (split * rows + row) * D + at, mask=at < D, other=0.0)
+    tl.store(out + row * D + at, (sums / total).to(out.dtype.element_ty), mask=at < D)
 
 
 def attention(
@@ -98,16 +115,18 @@ def attention(
     per_group = heads // groups
     rows = max(16, min(64, triton.next_power_of_2(longest * per_group)))
     tiles = triton.cdiv(longest * per_group, rows)
-    out = q.new_empty(q.shape) if splits == 1 else q.new_zeros((splits, *q.shape), dtype=torch.float32)
-    lse = q.new_full((splits, total, heads), float("-inf"), dtype=torch.float32) if splits > 1 else out
+    out = torch.empty_like(q)
+    parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
+    lse = out if splits == 1 else q.new_empty((splits, total, heads), dtype=torch.float32)
     _attend[(len(context_lens), groups, tiles * splits)](
-        q, keys, values, out, lse, tables, context_lens, starts, dim**-0.5, window or 0, tables.shape[1], total,
-        heads, groups, dim, block_size, rows, _KEYS, triton.next_power_of_2(dim), splits,
+        q, keys, values, parts, lse, tables, context_lens, starts, dim**-0.5, window or 0, tables.shape[1], total,
+        heads, groups, dim, block_size, rows, _KEY_BYTES // q.element_size(), triton.next_power_of_2(dim), splits,
     )  # fmt: skip
-    if splits == 1:
-        return out
-    weights = lse.softmax(dim=0)[..., None]
-    return (out * weights).sum(dim=0).to(q.dtype)
+    if splits > 1:
+        _weigh[(total * heads,)](
+            parts, lse, out, total * heads, dim, triton.next_power_of_2(dim), splits, num_warps=1
+        )
+    return out
 
 
 def splits_for(sequences: int, groups: int, processors: int) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import Half, Kernels, kernels_for
+from qwen3_dist.kernels import Half, Kernels, row_kernels_for
 from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.linear import Linear, products
+from qwen3_dist.layers.linear import Linear, join, products
 from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layers.paged_attention import paged_attention, write_cache
 from qwen3_dist.layers.rope import apply_rope
@@ -54,6 +54,10 @@ class GroupedQueryAttention(nn.Module):
             return x[:0]
         return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1), batch.adapters)
 
+    def join(self) -> None:
+        """Makes the products of one input one."""
+        join(self.W_query, self.W_key, self.W_value)
+
     def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
         """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
         norms = (norm, self.q_norm, self.k_norm)
@@ -71,13 +75,12 @@ class GroupedQueryAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
     ) -> Tensor:
         """Norms and rotates q [T, H, d] and k [T, G, d], and stores k and v. Returns q, which may be changed."""
-        kernels = kernels_for(q) if self.q_norm is None or self.q_norm.is_plain else None
+        kernels = row_kernels_for(q) if self.q_norm is None or self.q_norm.is_plain else None
         norms = (self.q_norm, self.k_norm) if self.q_norm is not None and self.k_norm is not None else None
         if kernels is not None:
             scales = (norms[0].scale, norms[1].scale) if norms else None
             eps = norms[0].eps if norms else 0.0
-            kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, batch.slots, eps)
-            return q
+            return kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, batch.slots, eps)
         if norms:
             q, k = norms[0](q), norms[1](k)
         write_cache(cache, apply_rope(k, cos, sin), v, batch.slots)

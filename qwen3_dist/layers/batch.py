@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.layers.lora import AdapterRows
+from qwen3_dist.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class StepBatch:
         rows = [
             group * longest + row for group, tokens in enumerate(self.group_tokens) for row in range(tokens)
         ]
-        return torch.tensor(rows, device=self.token_ids.device)
+        return on_device(rows, torch.int64, self.token_ids.device)
 
     @property
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

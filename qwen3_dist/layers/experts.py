@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Kernels, Weights, linears
+from qwen3_dist.kernels import Kernels, Weights, gpu_kernels_for, linears
 from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 
 _Three = tuple[Tensor, Tensor, Tensor]
+_FEW_PAIRS = 64  # for each expert, up to which a GPU takes our kernel rather than torch's
 
 
 class Experts(nn.Module):
@@ -38,21 +39,31 @@ class Experts(nn.Module):
         stacks = (self.fc1, self.fc2, self.fc3)
         if self._packed_for is not None:
             return self._packed_for.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
-        self._count(ids)
-        if self.scales is None and grouped_mm_works(x, self.fc1):
-            return grouped_experts(x, stacks, ids, weights)
+        counts = self._count(ids)
+        kernels = gpu_kernels_for(x)
+        few = ids.numel() < _FEW_PAIRS * len(self.fc1)
+        if self.scales is None and grouped_mm_works(x, self.fc1) and not (few and kernels):
+            return grouped_experts(x, stacks, ids, weights, counts)
+        if kernels is not None:
+            return kernels.experts(x.contiguous(), stacks, self.scales, ids, weights, counts)
         return looped_experts(x, stacks, self.scales, ids, weights)
+
+    def stays_on_device(self, x: Tensor) -> bool:
+        """Whether a GPU computes rows like `x` without asking the host, as a CUDA graph needs."""
+        return gpu_kernels_for(x) is not None or (self.scales is None and grouped_mm_works(x, self.fc1))
 
     @property
     def counts(self) -> Tensor:
         """[e] int64, rows that each expert has computed so far."""
         return self._counts[1:]
 
-    def _count(self, ids: Tensor) -> None:
+    def _count(self, ids: Tensor) -> Tensor:
+        """`counted`, which is added to the counts so far."""
         if self._counts.device != ids.device:
             self._counts = self._counts.to(ids.device)
-        chosen = (ids + 1).flatten()
-        self._counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+        counts = counted(ids, len(self.fc1))
+        self._counts += counts
+        return counts
 
     def replace(self, places: list[int], stacks: _Three) -> None:
         """Puts other experts' weights, `stacks` as they come from a checkpoint, in these places of its own."""
@@ -81,32 +92,44 @@ class Experts(nn.Module):
             setattr(self, name, frozen(kernels.pack(getattr(self, name))))
 
 
+def counted(ids: Tensor, num_experts: int) -> Tensor:
+    """[1 + e] int64: how often `ids` has each place, from -1 on."""
+    chosen = (ids + 1).flatten()
+    return chosen.new_zeros(1 + num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of [T, I]."""
+    kernels = gpu_kernels_for(gate)
+    return F.silu(gate) * up if kernels is None else kernels.swiglu(gate, up)
+
+
 def grouped_mm_works(x: Tensor, fc1: Tensor) -> bool:
-    """Whether `grouped_mm` takes these: bf16 on a GPU of compute capability 8.0 or more, rows of whole 16 bytes."""
+    """Whether `grouped_mm` computes these on the device: bf16 on compute capability 9 (elsewhere torch 2.11 loops on
+    the host), rows of whole 16 bytes."""
     _, columns, dim = fc1.shape
     return (
         x.is_cuda
         and x.dtype == torch.bfloat16
         and hasattr(F, "grouped_mm")
         and columns % 8 == dim % 8 == 0
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(x.device)[0] == 9
     )
 
 
-def grouped_experts(x: Tensor, stacks: _Three, ids: Tensor, weights: Tensor) -> Tensor:
-    """Three grouped products over pairs sorted by expert; nothing waits for the host.
+def grouped_experts(x: Tensor, stacks: _Three, ids: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Three grouped products over pairs sorted by expert, of which each id from -1 on has `counts` [1 + e].
 
-    Pairs whose expert is elsewhere are sorted to the end, where the products leave them out.
+    Nothing waits for the host. Pairs whose expert is elsewhere are sorted to the end, where the products leave them
+    out.
     """
     fc1, fc2, fc3 = (stack.transpose(1, 2) for stack in stacks)
     (rows, choices), experts = ids.shape, fc1.shape[0]
     keys = torch.where(ids < 0, experts, ids).flatten()
     order = keys.argsort(stable=True)
-    counts = torch.zeros(experts + 1, dtype=torch.int32, device=x.device)
-    counts.scatter_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
-    ends = counts[:experts].cumsum(0, dtype=torch.int32)
+    ends = counts[1:].cumsum(0, dtype=torch.int32)
     pairs = x[order // choices]
-    hidden = F.silu(F.grouped_mm(pairs, fc1, offs=ends)) * F.grouped_mm(pairs, fc2, offs=ends)
+    hidden = swiglu(F.grouped_mm(pairs, fc1, offs=ends), F.grouped_mm(pairs, fc2, offs=ends))
     answers = F.grouped_mm(hidden, fc3, offs=ends)[order.argsort()].view(rows, choices, -1)
     answers = torch.where((ids >= 0)[..., None], answers.float() * weights[..., None], 0.0)
     return answers.sum(dim=1).to(x.dtype)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.kernels import Half, Kernels
 from qwen3_dist.layers.batch import StepBatch
-from qwen3_dist.layers.experts import Experts
-from qwen3_dist.layers.linear import Linear
+from qwen3_dist.layers.experts import Experts, swiglu
+from qwen3_dist.layers.linear import Linear, join, products
 from qwen3_dist.layers.lora import AdapterRows
 from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layout import padded_range
@@ -40,7 +40,11 @@ class FeedForward(nn.Module):
         if self.fused is not None and adapters is None:
             return self.fused.feed_forward(x)
         x = norm(x)
-        return self.fc3(F.silu(self.fc1(x, adapters)) * self.fc2(x, adapters), adapters)
+        return self.fc3(swiglu(*products(x, adapters, self.fc1, self.fc2)), adapters)
+
+    def join(self) -> None:
+        """Makes the products of one input one."""
+        join(self.fc1, self.fc2)
 
     def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
         """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""

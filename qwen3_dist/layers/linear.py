@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.kernels import Kernels, Weights, linears
@@ -14,6 +15,7 @@ class Linear(nn.Linear):
 
     scale: Tensor | None = None  # fp32 [out_features] of int8 weights
     low_rank: LowRank | None = None  # what adapters add, if there are some for it
+    joined: Tensor | None = None  # the weights of this and the layers that it was joined with
 
     def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         return products(x, adapters, self)[0]
@@ -34,12 +36,25 @@ class Linear(nn.Linear):
 
 def products(x: Tensor, adapters: AdapterRows | None, *layers: Linear) -> list[Tensor]:
     """What each of at most three layers makes of x [T, I], with the rows' adapters."""
-    outs = linears(x, *(layer.parts for layer in layers))
+    if len(layers) > 1 and layers[0].joined is not None:
+        outs = list(F.linear(x, layers[0].joined).split([layer.out_features for layer in layers], dim=1))
+    else:
+        outs = linears(x, *(layer.parts for layer in layers))
     if adapters is not None:
         for layer, out in zip(layers, outs, strict=True):
             if layer.low_rank is not None:
                 layer.low_rank.add(out, x, adapters)
     return outs
+
+
+def join(*layers: Linear) -> None:
+    """From now on `products` of these is one product, which a GPU launches once. Their weights lie side by side."""
+    if any(layer.bias is not None or layer.scale is not None for layer in layers):
+        return
+    whole = torch.cat([layer.weight for layer in layers])
+    for layer, part in zip(layers, whole.split([layer.out_features for layer in layers]), strict=True):
+        layer.weight = frozen(part)
+    layers[0].joined = whole
 
 
 def frozen(weight: Tensor) -> nn.Parameter:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3_dist.transfer import rows_on_device
+
 
 @dataclass(frozen=True)
 class AdapterRows:
@@ -25,11 +27,11 @@ class AdapterRows:
         present = sorted(set(numbers) - {0})
         if not present:
             return None
-        asked = torch.tensor(numbers, device=device)
-        foreign = asked[:, None, None] != torch.tensor(present, device=device)[:, None]
+        asked, there = rows_on_device((numbers, present), device)
+        foreign = asked[:, None, None] != there[:, None]
         if present[-1] - present[0] < len(present):
             return cls(slice(present[0] - 1, present[-1]), foreign)
-        return cls(torch.tensor(present, device=device) - 1, foreign)
+        return cls(there - 1, foreign)
 
 
 class LowRank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels import row_kernels_for
 
 
 class RMSNorm(nn.Module):
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
         return self.qwen3_compatible and self.shift is None
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = kernels_for(x) if self.is_plain else None
+        kernels = row_kernels_for(x) if self.is_plain else None
         if kernels is not None:
             return kernels.norm(x.contiguous(), self.scale, self.eps)
         wide = x.float() if self.qwen3_compatible else x

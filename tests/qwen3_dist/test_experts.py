@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.kernels import kernels_for
-from qwen3_dist.layers.experts import Experts, grouped_experts, looped_experts
+from qwen3_dist.layers.experts import Experts, counted, grouped_experts, looped_experts
 from qwen3_dist.layers.linear import as_int8
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
@@ -35,7 +35,8 @@ def test_grouped_experts_equal_the_loop(rows: int, here: float) -> None:
     ids = torch.randint(0, experts - 1, (rows, choices))  # the last expert is never chosen
     ids[torch.rand(rows, choices) >= here] = -1
     expected = looped_experts(x, stacks, None, ids, weights)
-    torch.testing.assert_close(grouped_experts(x, stacks, ids, weights), expected, atol=1e-5, rtol=1e-5)
+    got = grouped_experts(x, stacks, ids, weights, counted(ids, experts))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

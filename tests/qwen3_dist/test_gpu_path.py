@@ -14,7 +14,9 @@ from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.decode_graphs import DecodeGraphs
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.engine.runner import make_batch
-from qwen3_dist.layers import gpu_attention
+from qwen3_dist.kernels import native
+from qwen3_dist.kernels.gpu import GpuKernels
+from qwen3_dist.layers import attention, experts, gpu_attention, norm
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.gathered_attention import gathered_attention
 from qwen3_dist.model import Qwen3Model
@@ -127,6 +129,40 @@ def test_guesses_are_decodes_of_their_own_in_a_padded_step(model: Qwen3Model) ->
             assert graphs.takes(batch)
             logits.append(graphs.run(batch) if single else model(batch, cache))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_of_gpu_kernels_is_the_model_itself(
+    model: Qwen3Model, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a GPU runs but the products of torch, interpreted."""
+    if quantized:
+        model.quantize()
+    spec, table = SampleSpec(0.0, 1.0, 0, 0, 10, None), (8, 1, 3)
+    prompts = (
+        SequenceStep(0, 0, tuple(range(3, 12)), 0, table, spec),
+        SequenceStep(1, 1, (5, 7), 0, (4,), spec),
+    )
+    mixed = (SequenceStep(0, 0, (7,), 9, table, spec), SequenceStep(2, 2, (9, 3, 8), 0, (6,), spec))
+    batches = [
+        make_batch(StepPlan.for_groups(1, [parts])[0], 4, CPU, torch.empty(0)) for parts in (prompts, mixed)
+    ]
+
+    def run() -> list[Tensor | None]:
+        cache = kv_cache.allocate(model, 16, 4)
+        with torch.inference_mode():
+            return [model(batch, cache) for batch in batches]
+
+    expected = run()
+    kernels = GpuKernels()
+    for user in (norm, attention):
+        monkeypatch.setattr(user, "row_kernels_for", lambda _: kernels)
+    for other in (experts, native):
+        monkeypatch.setattr(other, "gpu_kernels_for", lambda _: kernels)
+    monkeypatch.setattr(attention, "paged_attention", gpu_attention.triton)
+    model.join()
+    for got, logits in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, logits, atol=2e-5, rtol=2e-5)
 
 
 def test_other_steps_are_not_taken(model: Qwen3Model) -> None:

@@ -14,11 +14,11 @@ from torch import Tensor
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.penalties import Penalties
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep
-from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import SamplingState
 from qwen3_dist.errors import RequestError
 from qwen3_dist.reference import load_reference
 from tests.checkpoints import TIGHT, write_checkpoint
+from tests.setups import setup
 
 LENGTH = 12
 # A repeating prompt, so that its tokens are likely ones.
@@ -126,26 +126,6 @@ def test_seeded_draws_are_those_without_neighbours(checkpoint: Path) -> None:
     with LLM(str(checkpoint), layout="tp=2,ep=2", executor="processes", **TIGHT) as llm:
         sharded = [output.token_ids for output in llm.generate(prompts, drawn)]
     assert alone == together == sharded
-
-
-def setup(**changes: Any) -> SamplingSetup:
-    plain: dict[str, Any] = {
-        "min_p": 0.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "logit_bias": (),
-        "min_tokens": 0,
-        "ending": (),
-        "eos_token_ids": (),
-        "bad_words": (),
-        "logprob_token_ids": (),
-        "thinking": None,
-        "reasoning": "none",
-        "thinking_token_budget": None,
-        "grammar": None,
-    }
-    return SamplingSetup(**{**plain, **changes})
 
 
 def sampled(logits: Tensor, position: int = 0, temperature: float = 0.0, **changes: Any) -> list[int]:

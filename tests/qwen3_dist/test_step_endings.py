@@ -46,7 +46,7 @@ def model(request: pytest.FixtureRequest, path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(native, "_kernels", lambda dtype: None)
     model = load_model(path, ModelConfig.from_directory(path), ParallelContext.single(), torch.float32, CPU)
     model.pack()
-    if request.param != "torch" and native.kernels_for(model._like) is None:
+    if request.param != "torch" and native.kernels_for(model.like) is None:
         pytest.skip("no C++ compiler is here")
     assert (model._fused is not None) == (request.param != "torch")
     if request.param == "halves":

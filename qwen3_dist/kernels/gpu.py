@@ -1,0 +1,38 @@
+"""Kernels for GPU ranks, in Triton; without it torch does the same, in many more launches."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+class GpuKernels:
+    """The Triton kernels as functions of tensors on one GPU. Raises where Triton is not installed."""
+
+    def __init__(self) -> None:
+        from qwen3_dist.kernels import triton_products, triton_rows
+
+        self.norm = triton_rows.norm
+        self.rotate = triton_rows.rotate
+        self.swiglu = triton_rows.swiglu
+        self.experts = triton_products.experts
+        self.linear_int8 = triton_products.linear_int8
+
+
+def gpu_kernels_for(x: Tensor) -> GpuKernels | None:
+    """The kernels that can work on `x`; None on a CPU, and where Triton cannot compile for this card and dtype."""
+    return _kernels(x.device, x.dtype) if x.is_cuda else None
+
+
+@functools.cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
+    x = torch.tensor([[3.0, -4.0]], device=device).to(dtype)
+    expected = torch.tensor([[0.8485, -1.1314]], device=device)
+    try:
+        kernels = GpuKernels()
+        error = (kernels.norm(x, torch.ones_like(x[0]), 0.0).float() - expected).abs().max().item()
+    except Exception:  # whatever it lacks here, torch does without
+        return None
+    return kernels if error < 1e-2 else None

@@ -1,0 +1,258 @@
+"""A GPU that computes nothing: what a rank asks of one, and where its host would have to wait for the answer.
+
+Tensors have shapes, dtypes and a device but no numbers (torch's FakeTensorMode), and Triton compiles each kernel for a
+real card, with the assembler that comes with it, and launches none. To be run by itself, since all of the process sees
+the card: `python -m tests.fake_gpu MODEL [--quantize int8] [--dtype float32] [--card 80]` prints what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+extern "C" void set_guard() { c10::impl::registerDeviceGuard(c10::DeviceType::CUDA, &guard); }
+"""
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operators on the device and keeps those for which a host would wait until it has done all before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.kernels: Counter[str] = Counter()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        if any(x.is_cuda for x in (*given, *made)):
+            name = str(func)
+            self.operators[name] += not func.is_view and "empty" not in name and not name.startswith("prim.")
+            # Single numbers of the host go along as arguments, but not where torch first makes tensors of them.
+            by_value = [] if "index_put" in name else [x for x in given if not x.dim() and not x.is_cuda]
+            devices = {x.device.type for x in (*given, *made) if all(x is not each for each in by_value)}
+            queued = kwargs.get("non_blocking") or (name.startswith("aten.copy_") and args[2:3] == (True,))
+            if len(devices) > 1 and not queued:
+                self.waits.append(f"{name} in {_caller()}")
+        return out
+
+
+def _caller() -> str:
+    """The innermost line of the library's."""
+    frames = [frame for frame in traceback.extract_stack() if "/qwen3_dist/" in frame.filename]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "a test"
+
+
+class _Driver:
+    """What Triton asks of a driver. Kernels are compiled for the card and counted."""
+
+    def __init__(self, card: int, kernels: Counter[str]) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        class Launcher:
+            def __init__(self, src: Any, metadata: Any) -> None:
+                self.name = metadata.name
+
+            def __call__(self, *args: Any) -> None:
+                kernels[self.name] += 1
+
+        self.launcher_cls = Launcher
+        self.get_current_target = lambda: GPUTarget("cuda", card, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+        self.utils = self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 101_376}  # of the smaller cards
+
+    def load_binary(self, *args: Any) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+
+def _set_guard() -> None:
+    """A build of torch without CUDA has no device guard for it, not even for tensors without numbers."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
+        source.write_text(_GUARD)
+        where = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+        options = ["-std=c++20", "-shared", "-fPIC"]
+        subprocess.run(["c++", *options, str(source), *where, "-lc10", "-o", str(built)], check=True)
+        ctypes.CDLL(str(built)).set_guard()
+
+
+@contextlib.contextmanager
+def fake_gpu(card: int) -> Iterator[Watch]:
+    """Makes `cuda` a card of compute capability `card`, e.g. 90, until it ends."""
+    from triton.runtime.driver import driver
+
+    if not torch.cuda.is_available():
+        _set_guard()
+    watch = Watch()
+    driver.set_active(_Driver(card, watch.kernels))  # type: ignore[no-untyped-call]
+
+    class Anything:
+        """A stream, an event, a graph, or a context of one."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: None
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    class Properties:
+        multi_processor_count = 108
+
+    fakes = dict.fromkeys(("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph"), Anything)
+    with contextlib.ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(patch.object(torch.cuda, name, fake))
+        capability = divmod(card, 10)
+        stack.enter_context(patch.object(torch.cuda, "get_device_capability", lambda *_: capability))
+        stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: Properties))
+        stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda *_: f"a card of sm_{card}"))
+        stack.enter_context(patch.object(torch.cuda, "device_count", lambda: 1))
+        stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda _: 256))
+        stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(watch)
+        yield watch
+
+
+def observe(model: str, card: int, quantize: str | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
+    from benchmarks.compare.checkpoints import SHAPES
+    from qwen3_dist.config import ModelConfig
+    from qwen3_dist.engine import backends
+    from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
+    from qwen3_dist.engine.runner import ModelRunner
+    from qwen3_dist.kernels import gpu
+    from qwen3_dist.layers import gpu_attention, paged_attention
+    from qwen3_dist.model import Qwen3Model
+    from qwen3_dist.parallel.context import ParallelContext
+    from qwen3_dist.pooling_params import PoolingParams
+    from qwen3_dist.settings import EngineConfig
+    from tests.setups import setup
+
+    config = ModelConfig.from_dict({**SHAPES[model], "num_hidden_layers": LAYERS})
+    greedy = SampleSpec(0.0, 1.0, 0, 0, 40, None)
+    drawn = [
+        greedy._replace(temperature=0.7, top_p=0.9, logprobs=3),
+        greedy._replace(temperature=1.0, top_k=20),
+    ]
+    penalised = setup(
+        repetition_penalty=1.2,
+        logit_bias=((5, 1.0),),
+        min_tokens=9,
+        bad_words=((7,),),
+        min_p=0.1,
+        prompt=(1, 2),
+    )
+    prompt = tuple(range(40))
+
+    def plan(*parts: SequenceStep) -> StepPlan:
+        return StepPlan.for_groups(1, [parts])[0]
+
+    def step(slot: int, tokens: tuple[int, ...], start: int, **more: Any) -> SequenceStep:
+        return SequenceStep(
+            slot, slot, tokens, start, (slot, 2 + slot, 4 + slot), **{"sample": greedy, **more}
+        )
+
+    prompts = plan(step(0, prompt, 0), step(1, prompt[:9], 0))
+    decodes = plan(*(step(slot, (-1,), 40) for slot in range(2)))
+    sampled = plan(*(step(slot, (-1,), 40, sample=spec) for slot, spec in enumerate(drawn)))
+    formed = plan(step(0, (-1,), 40, setup=penalised), step(1, (-1,), 40))
+    reading = plan(
+        step(0, prompt, 0, reading=PromptScores(0, (1,) * 39, 2)),
+        step(1, prompt, 0, sample=None, reading=PoolingParams()),
+    )
+    phases: dict[str, dict[str, Any]] = {}
+    with fake_gpu(card) as watch, contextlib.ExitStack() as stack:
+        # Both are found by what they compute, and here nothing is computed.
+        stack.enter_context(patch.object(gpu, "_kernels", lambda *_: gpu.GpuKernels()))
+        stack.enter_context(torch.no_grad())
+        for method in ("launch", "_make_graphs"):  # whose inference mode FakeTensorMode does not see through
+            stack.enter_context(patch.object(ModelRunner, method, getattr(ModelRunner, method).__wrapped__))
+        for user in (paged_attention, backends):
+            stack.enter_context(patch.object(user, "gpu_attention", lambda *_: gpu_attention.triton))
+
+        @contextlib.contextmanager
+        def phase(name: str) -> Iterator[None]:
+            watch.operators.clear(), watch.kernels.clear(), watch.waits.clear()
+            yield
+            operators = {key: count for key, count in watch.operators.items() if count}
+            phases[name] = {
+                "operators": operators,
+                "kernels": dict(watch.kernels),
+                "waits": list(watch.waits),
+            }
+
+        torch.set_default_dtype(dtype)
+        with torch.device("cuda"):
+            built = Qwen3Model(config, ParallelContext.single()).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        if quantize is not None:
+            built.quantize()
+        built.pack()
+        for graphs in (True, False):
+            settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=256)
+            with phase("start" if graphs else "start without graphs"):
+                runner = ModelRunner(built, 64, settings, max_num_seqs=4)
+            ending = "" if graphs else " without graphs"
+            for name, asked in {"prompts": prompts, "decodes": decodes, "sampled": sampled}.items():
+                with phase(name + ending):
+                    runner.launch(asked)
+        for name, asked in {"formed": formed, "reading": reading}.items():
+            with phase(name):
+                runner.launch(asked)
+    return phases
+
+
+LAYERS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", choices=("dense", "moe"))
+    parser.add_argument("--card", type=int, default=90)
+    parser.add_argument("--quantize")
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    phases = observe(options.model, options.card, options.quantize, getattr(torch, options.dtype))
+    json.dump(phases, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()

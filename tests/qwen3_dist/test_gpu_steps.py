@@ -1,0 +1,67 @@
+"""Whole steps of a rank on a card that computes nothing: they compile, they are few launches, and nothing waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_dist.kernels import build
+from tests.fake_gpu import LAYERS
+
+ROOT = Path(__file__).parent.parent.parent
+WAYS = {
+    "dense": ["dense"],
+    "dense-int8-ampere": ["dense", "--quantize", "int8", "--card", "80"],
+    "moe": ["moe"],
+    "moe-ampere": ["moe", "--card", "80"],  # where torch's grouped_mm is a loop on the host
+    "moe-int8": ["moe", "--quantize", "int8"],
+    "moe-fp32": ["moe", "--dtype", "float32"],
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def phases(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    if build.library() is None:
+        pytest.skip(
+            "no C++ compiler is here"
+        )  # torch without CUDA needs a few lines of it to have such a card
+    command = [sys.executable, "-m", "tests.fake_gpu", *WAYS[request.param]]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    assert isinstance(seen, dict)
+    return seen
+
+
+def test_no_step_makes_the_host_wait(phases: dict[str, dict[str, Any]]) -> None:
+    for name, phase in phases.items():
+        if name != "start":
+            assert not phase["waits"], name
+
+
+def test_constants_reach_the_card_once_and_before_graphs_are_captured(
+    phases: dict[str, dict[str, Any]],
+) -> None:
+    waits = Counter(phases["start"]["waits"])
+    assert all(count <= LAYERS for count in waits.values()), waits
+
+
+def test_decodes_are_one_graph(phases: dict[str, dict[str, Any]]) -> None:
+    assert phases["start"]["kernels"]
+    assert not phases["decodes"]["kernels"] and "aten.mm.default" not in phases["decodes"]["operators"]
+
+
+def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
+    """Those of plain torch are four to five times as many."""
+    phase = phases["decodes without graphs"]
+    launches = sum(phase["kernels"].values()) + sum(phase["operators"].values())
+    assert launches - sum(phases["decodes"]["operators"].values()) < 35 * LAYERS
+    assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])

@@ -1,0 +1,106 @@
+"""The kernels of GPU ranks against the plain layers, run by Triton's interpreter, so that no GPU is needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.kernels import triton_products, triton_rows
+from qwen3_dist.layers import norm
+from qwen3_dist.layers.experts import counted, looped_experts
+from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.layers.norm import RMSNorm
+from qwen3_dist.layers.rope import apply_rope
+
+DTYPES = [torch.float32, torch.bfloat16]
+OF_PRODUCTS = [torch.float32, torch.float16]  # the interpreter multiplies the bits of bf16
+
+
+@pytest.fixture(autouse=True)
+def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels are compared with is torch alone."""
+    monkeypatch.setattr(norm, "row_kernels_for", lambda _: None)
+    torch.manual_seed(0)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    """Equal up to the last bits; the interpreter cuts bf16 off where a card rounds, once a step."""
+    error = 1e-5 if got.dtype == torch.float32 else 2**-5
+    torch.testing.assert_close(got, expected, atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 96), (3, 2, 1024), (0, 64)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, plain = 3 * torch.randn(shape).to(dtype), RMSNorm(shape[-1], 1e-6).to(dtype)
+    plain.scale.data.normal_()
+    with torch.no_grad():
+        close(triton_rows.norm(x, plain.scale, 1e-6), plain(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 2, 16), (6, 1, 24)])
+def test_rotate(heads: int, groups: int, dim: int, normed: bool, dtype: torch.dtype) -> None:
+    tokens, sizes = 5, (heads * dim, groups * dim, groups * dim)
+    joined = torch.randn(tokens, sum(sizes)).to(dtype)  # as a product of all three leaves them
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in joined.split(sizes, dim=1))
+    angles = torch.randn(tokens, 1, dim // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    keys, values = torch.zeros(2, 8, 4, groups, dim).to(dtype)
+    slots = torch.tensor([31, 0, 5, 12, 7])
+    norms = [RMSNorm(dim, 1e-6).to(dtype) for _ in range(2)]
+    for each in norms:
+        each.scale.data.normal_()
+    with torch.no_grad():
+        scales = (norms[0].scale, norms[1].scale) if normed else None
+        got = triton_rows.rotate(q, k, v, keys, values, scales, cos, sin, slots, 1e-6)
+        turned = [apply_rope(part, cos, sin) for part in ((norms[0](q), norms[1](k)) if normed else (q, k))]
+    assert got.is_contiguous()
+    close(got, turned[0])
+    close(keys.flatten(0, 1)[slots], turned[1])
+    assert values.flatten(0, 1)[slots].equal(v)
+    assert keys.flatten(0, 1).any(dim=(1, 2)).sum() == tokens  # and nothing anywhere else
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype: torch.dtype) -> None:
+    gate, up = (3 * torch.randn(7, 2 * 1100).to(dtype)).chunk(2, dim=1)
+    close(triton_rows.swiglu(gate, up), F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", OF_PRODUCTS)
+@pytest.mark.parametrize(("rows", "num_experts"), [(1, 8), (9, 5), (200, 2), (6, 1)])
+def test_experts(rows: int, num_experts: int, dtype: torch.dtype, quantized: bool) -> None:
+    choices, dim, columns = min(3, num_experts), 48, 40
+    x = torch.randn(rows, dim).to(dtype)
+    stacks = [
+        torch.randn(num_experts, *size).to(dtype) / 7
+        for size in ((columns, dim), (columns, dim), (dim, columns))
+    ]
+    scales = None
+    if quantized:
+        pairs = [as_int8(stack) for stack in stacks]
+        stacks, scales = [weight for weight, _ in pairs], tuple(scale for _, scale in pairs)
+    ids = torch.rand(rows, num_experts).argsort(dim=1)[:, :choices]
+    ids = ids.masked_fill(torch.rand(rows, choices) < 0.3, -1)  # these are elsewhere
+    ids[-1] = -1
+    weights = torch.rand(rows, choices)
+    got = triton_products.experts(x, tuple(stacks), scales, ids, weights, counted(ids, num_experts))
+    close(got, looped_experts(x, tuple(stacks), scales, ids, weights))
+    assert not got[-1].any()
+
+
+@pytest.mark.parametrize("dtype", OF_PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_linear_int8(rows: int, dtype: torch.dtype) -> None:
+    weight, scale = as_int8(torch.randn(72, 200))
+    x = torch.randn(rows, 200).to(dtype)
+    expected = (x.float() @ (weight.float() * scale[:, None]).t()).to(dtype)
+    error = 1e-4 if dtype == torch.float32 else 2**-5
+    torch.testing.assert_close(
+        triton_products.linear_int8(x, weight, scale), expected, atol=error, rtol=error
+    )
