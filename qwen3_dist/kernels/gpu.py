@@ -17,6 +17,7 @@ class GpuKernels:
         self.norm = triton_rows.norm
         self.rotate = triton_rows.rotate
         self.swiglu = triton_rows.swiglu
+        self.route = triton_rows.route
         self.experts = triton_products.experts
         self.linear_int8 = triton_products.linear_int8
 

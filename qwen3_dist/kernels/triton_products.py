@@ -39,13 +39,13 @@ def _grouped(  # type: ignore[no-untyped-def]
         expert, first, count = 0, 0, total
     else:
         each = tl.arange(0, WIDE)
-        all_counts = tl.load(counts + 1 + each, mask=each < EXPERTS, other=0).to(tl.int32)
+        all_counts = tl.load(counts + 1 + each, mask=each < EXPERTS, other=0)
         tiles = (all_counts + ROWS - 1) // ROWS
         if tile >= tl.sum(tiles, 0):
             return
         expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
         before = each < expert
-        first = tl.load(counts).to(tl.int32) + tl.sum(tl.where(before, all_counts, 0), 0)
+        first = tl.load(counts) + tl.sum(tl.where(before, all_counts, 0), 0)
         count = tl.sum(tl.where(each == expert, all_counts, 0), 0)
         tile -= tl.sum(tl.where(before, tiles, 0), 0)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -93,18 +93,40 @@ def _summed(answers, ids, weights, out, D, K: tl.constexpr, COLUMNS: tl.constexp
     tl.store(out + row * D + at, sums.to(out.dtype.element_ty), mask=at < D)
 
 
+@triton.jit
+def _order(ids, counts, totals, order, P, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One id's part of a stable sort of all pairs by id, and how many they are."""
+    mine = tl.program_id(0) - 1
+    at = tl.arange(0, BLOCK)
+    smaller = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, P, BLOCK):
+        asked = tl.load(ids + begin + at, mask=begin + at < P, other=mine)
+        smaller += (asked < mine).to(tl.int32)
+    first = tl.sum(smaller, 0)
+    count = 0
+    for begin in range(0, P, BLOCK):
+        is_mine = (begin + at < P) & (tl.load(ids + begin + at, mask=begin + at < P, other=-2) == mine)
+        place = first + count + tl.cumsum(is_mine.to(tl.int32), 0) - 1
+        tl.store(order + place, (begin + at).to(tl.int64), mask=is_mine)
+        count += tl.sum(is_mine.to(tl.int32), 0)
+    tl.store(counts + mine + 1, count)
+    tl.store(totals + mine + 1, tl.load(totals + mine + 1) + count)
+
+
 def experts(
-    x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor, weights: Tensor, counts: Tensor
+    x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor, weights: Tensor, totals: Tensor
 ) -> Tensor:
     """Sum over a row's choices of weight * expert(x): contiguous x [R, D], stacks fc1 and fc2 [e, I, D] and fc3
     [e, D, I] of x's dtype or int8 with fp32 scales [e, I], the same, [e, D]; ids int64 and weights fp32 [R, K] ->
-    [R, D]. An id of -1 is no choice; `counts` [1 + e] int64 says how often each id is there, from -1 on."""
-    (rows, dim), choices, columns = x.shape, ids.shape[1], stacks[0].shape[1]
-    out = torch.empty_like(x)
-    if not ids.numel():
+    [R, D]. An id of -1 is no choice. How often each id is there, from -1 on, is added to `totals` [1 + e] int64."""
+    (rows, dim), choices, (num_experts, columns, _) = x.shape, ids.shape[1], stacks[0].shape
+    out, pairs = torch.empty_like(x), ids.numel()
+    if not pairs:
         return out.zero_()
-    order = ids.flatten().sort(stable=True).indices
-    hidden, answers = x.new_empty(ids.numel(), columns), x.new_empty(ids.numel(), dim)
+    order = ids.new_empty(pairs)
+    counts = ids.new_empty(1 + num_experts, dtype=torch.int32)
+    _order[(1 + num_experts,)](ids, counts, totals, order, pairs, min(1024, triton.next_power_of_2(pairs)))
+    hidden, answers = x.new_empty(pairs, columns), x.new_empty(pairs, dim)
     one, two, three = scales or (None, None, None)
     _launch(x, (stacks[0], stacks[1]), (one, two), order, counts, hidden, choices)
     _launch(hidden, (stacks[2], None), (three, None), order, counts, answers, choices)

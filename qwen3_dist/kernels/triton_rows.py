@@ -1,7 +1,7 @@
 """What a GPU does to the rows between products, in Triton: a kernel for what is a dozen in plain torch.
 
 All round as the plain layers do, at each step to the rows' dtype. Legend: T tokens or rows, D numbers of a row,
-H heads, G KV groups, d head_dim, I hidden columns.
+H heads, G KV groups, d head_dim, I hidden columns, E experts, K choices.
 """
 
 from __future__ import annotations
@@ -127,3 +127,38 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         blocks = triton.cdiv(columns, _COLUMNS)
         _swiglu[(rows, blocks)](gate, up, out, gate.stride(0), up.stride(0), columns, _COLUMNS)
     return out
+
+
+@triton.jit
+def _route(  # type: ignore[no-untyped-def]
+    logits, ids, weights, E: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, K_WIDE: tl.constexpr,
+    NORMED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at, k_at = tl.arange(0, WIDE), tl.arange(0, K_WIDE)
+    wide = tl.load(logits + row * E + at, mask=at < E, other=float("-inf")).to(tl.float32)
+    shares = tl.exp(wide - tl.max(wide, 0))
+    left = tl.where(at < E, shares / tl.sum(shares, 0), -1.0)
+    chosen, total = tl.zeros([K_WIDE], tl.float32), 0.0
+    for k in range(K):
+        best = tl.max(left, 0)
+        expert = tl.min(tl.where(left == best, at, WIDE), 0)
+        tl.store(ids + row * K + k, expert.to(tl.int64))
+        chosen = tl.where(k_at == k, best, chosen)
+        total += best
+        left = tl.where(at == expert, -1.0, left)
+    if NORMED:
+        chosen /= total
+    tl.store(weights + row * K + k_at, chosen.to(logits.dtype.element_ty).to(tl.float32), mask=k_at < K)
+
+
+def route(logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
+    """Ids int64 and weights fp32 [T, K] of the `choices` likeliest of contiguous logits [T, E], by a softmax in fp32;
+    `normed` makes a row's weights add up to 1. They are rounded to the logits' dtype."""
+    tokens, experts = logits.shape
+    ids = logits.new_empty(tokens, choices, dtype=torch.int64)
+    weights = logits.new_empty(tokens, choices, dtype=torch.float32)
+    if tokens:
+        sizes = (experts, triton.next_power_of_2(experts), choices, triton.next_power_of_2(choices))
+        _route[(tokens,)](logits, ids, weights, *sizes, normed, num_warps=1)
+    return ids, weights

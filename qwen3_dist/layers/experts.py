@@ -39,13 +39,18 @@ class Experts(nn.Module):
         stacks = (self.fc1, self.fc2, self.fc3)
         if self._packed_for is not None:
             return self._packed_for.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
-        counts = self._count(ids)
+        if self._counts.device != ids.device:
+            self._counts = self._counts.to(ids.device)
         kernels = gpu_kernels_for(x)
         few = ids.numel() < _FEW_PAIRS * len(self.fc1)
-        if self.scales is None and grouped_mm_works(x, self.fc1) and not (few and kernels):
+        grouped = self.scales is None and grouped_mm_works(x, self.fc1)
+        if kernels is not None and (few or not grouped):
+            ids, weights = ids.contiguous(), weights.contiguous()
+            return kernels.experts(x.contiguous(), stacks, self.scales, ids, weights, self._counts)
+        counts = counted(ids, len(self.fc1))
+        self._counts += counts
+        if grouped:
             return grouped_experts(x, stacks, ids, weights, counts)
-        if kernels is not None:
-            return kernels.experts(x.contiguous(), stacks, self.scales, ids, weights, counts)
         return looped_experts(x, stacks, self.scales, ids, weights)
 
     def stays_on_device(self, x: Tensor) -> bool:
@@ -56,14 +61,6 @@ class Experts(nn.Module):
     def counts(self) -> Tensor:
         """[e] int64, rows that each expert has computed so far."""
         return self._counts[1:]
-
-    def _count(self, ids: Tensor) -> Tensor:
-        """`counted`, which is added to the counts so far."""
-        if self._counts.device != ids.device:
-            self._counts = self._counts.to(ids.device)
-        counts = counted(ids, len(self.fc1))
-        self._counts += counts
-        return counts
 
     def replace(self, places: list[int], stacks: _Three) -> None:
         """Puts other experts' weights, `stacks` as they come from a checkpoint, in these places of its own."""

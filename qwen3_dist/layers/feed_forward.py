@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.kernels import Half, Kernels
+from qwen3_dist.kernels import Half, Kernels, gpu_kernels_for
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.experts import Experts, swiglu
 from qwen3_dist.layers.linear import Linear, join, products
@@ -164,7 +164,11 @@ class MoEFeedForward(nn.Module):
 
         The weights are fp32, rounded to x's dtype as the checkpoints were trained.
         """
-        probabilities = F.softmax(self.gate(x), dim=-1, dtype=torch.float32)
+        logits = self.gate(x)
+        kernels = gpu_kernels_for(logits)
+        if kernels is not None:
+            return kernels.route(logits, self.num_experts_per_tok, self.norm_topk_prob)
+        probabilities = F.softmax(logits, dim=-1, dtype=torch.float32)
         weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -16,7 +16,7 @@ from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.kernels import native
 from qwen3_dist.kernels.gpu import GpuKernels
-from qwen3_dist.layers import attention, experts, gpu_attention, norm
+from qwen3_dist.layers import attention, experts, feed_forward, gpu_attention, norm
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.gathered_attention import gathered_attention
 from qwen3_dist.model import Qwen3Model
@@ -157,7 +157,7 @@ def test_a_model_of_gpu_kernels_is_the_model_itself(
     kernels = GpuKernels()
     for user in (norm, attention):
         monkeypatch.setattr(user, "row_kernels_for", lambda _: kernels)
-    for other in (experts, native):
+    for other in (experts, feed_forward, native):
         monkeypatch.setattr(other, "gpu_kernels_for", lambda _: kernels)
     monkeypatch.setattr(attention, "paged_attention", gpu_attention.triton)
     model.join()

@@ -60,8 +60,8 @@ def test_decodes_are_one_graph(phases: dict[str, dict[str, Any]]) -> None:
 
 
 def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
-    """Those of plain torch are four to five times as many."""
+    """Those of plain torch are four times as many."""
     phase = phases["decodes without graphs"]
     launches = sum(phase["kernels"].values()) + sum(phase["operators"].values())
-    assert launches - sum(phases["decodes"]["operators"].values()) < 35 * LAYERS
+    assert launches - sum(phases["decodes"]["operators"].values()) < 20 * LAYERS
     assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])

@@ -71,6 +71,16 @@ def test_swiglu(dtype: torch.dtype) -> None:
     close(triton_rows.swiglu(gate, up), F.silu(gate) * up)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+def test_route(normed: bool, dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 12).to(dtype)
+    weights, expected = logits.float().softmax(dim=-1).topk(3, dim=-1)
+    ids, got = triton_rows.route(logits, 3, normed)
+    assert ids.equal(expected)
+    close(got.to(dtype), (weights / weights.sum(-1, keepdim=True) if normed else weights).to(dtype))
+
+
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", OF_PRODUCTS)
 @pytest.mark.parametrize(("rows", "num_experts"), [(1, 8), (9, 5), (200, 2), (6, 1)])
@@ -89,9 +99,11 @@ def test_experts(rows: int, num_experts: int, dtype: torch.dtype, quantized: boo
     ids = ids.masked_fill(torch.rand(rows, choices) < 0.3, -1)  # these are elsewhere
     ids[-1] = -1
     weights = torch.rand(rows, choices)
-    got = triton_products.experts(x, tuple(stacks), scales, ids, weights, counted(ids, num_experts))
+    totals = torch.full((1 + num_experts,), 7)
+    got = triton_products.experts(x, tuple(stacks), scales, ids, weights, totals)
     close(got, looped_experts(x, tuple(stacks), scales, ids, weights))
     assert not got[-1].any()
+    assert (totals - 7).equal(counted(ids, num_experts))
 
 
 @pytest.mark.parametrize("dtype", OF_PRODUCTS)
