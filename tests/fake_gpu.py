@@ -22,9 +22,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen3_dist.parallel.context import ParallelContext
 
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -151,7 +154,22 @@ def fake_gpu(card: int) -> Iterator[Watch]:
         yield watch
 
 
-def observe(model: str, card: int, quantize: str | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def _connected(layout: str) -> ParallelContext:
+    """Rank 0 of a layout whose other ranks are not there, and answer at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from qwen3_dist.layout import Layout
+
+    if layout == "tp=1":
+        return ParallelContext.single()
+    start = dist.init_process_group
+    with patch.object(dist, "init_process_group", lambda _, **options: start("fake", **options)):
+        return ParallelContext.connect(Layout.parse(layout), 0, FakeStore(), torch.device("cuda"))
+
+
+def observe(
+    model: str, card: int, quantize: str | None, dtype: torch.dtype, layout: str
+) -> dict[str, dict[str, Any]]:
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
     from qwen3_dist.config import ModelConfig
@@ -161,7 +179,6 @@ def observe(model: str, card: int, quantize: str | None, dtype: torch.dtype) -> 
     from qwen3_dist.kernels import gpu
     from qwen3_dist.layers import gpu_attention, paged_attention
     from qwen3_dist.model import Qwen3Model
-    from qwen3_dist.parallel.context import ParallelContext
     from qwen3_dist.pooling_params import PoolingParams
     from qwen3_dist.settings import EngineConfig
     from tests.setups import setup
@@ -221,7 +238,7 @@ def observe(model: str, card: int, quantize: str | None, dtype: torch.dtype) -> 
 
         torch.set_default_dtype(dtype)
         with torch.device("cuda"):
-            built = Qwen3Model(config, ParallelContext.single()).eval().requires_grad_(False)
+            built = Qwen3Model(config, _connected(layout)).eval().requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         if quantize is not None:
             built.quantize()
@@ -248,9 +265,10 @@ def main() -> None:
     parser.add_argument("model", choices=("dense", "moe"))
     parser.add_argument("--card", type=int, default=90)
     parser.add_argument("--quantize")
+    parser.add_argument("--layout", default="tp=1")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    phases = observe(options.model, options.card, options.quantize, getattr(torch, options.dtype))
+    phases = observe(options.model, options.card, options.quantize, getattr(torch, options.dtype), options.layout)
     json.dump(phases, sys.stdout, indent=1)
 
 

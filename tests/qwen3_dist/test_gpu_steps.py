@@ -23,6 +23,7 @@ WAYS = {
     "moe-ampere": ["moe", "--card", "80"],  # where torch's grouped_mm is a loop on the host
     "moe-int8": ["moe", "--quantize", "int8"],
     "moe-fp32": ["moe", "--dtype", "float32"],
+    "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
 }
 
 
