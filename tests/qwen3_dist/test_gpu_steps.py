@@ -64,5 +64,5 @@ def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
     """Those of plain torch are four times as many."""
     phase = phases["decodes without graphs"]
     launches = sum(phase["kernels"].values()) + sum(phase["operators"].values())
-    assert launches - sum(phases["decodes"]["operators"].values()) < 20 * LAYERS
+    assert launches - sum(phases["decodes"]["operators"].values()) < 25 * LAYERS
     assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])
