@@ -21,7 +21,7 @@ from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.layers.feed_forward import FeedForward, MoEFeedForward
 from qwen3_dist.layers.linear import Linear
-from qwen3_dist.layers.rope import rope_frequencies, rope_tables
+from qwen3_dist.layers.rope import RopeTables
 from qwen3_dist.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
@@ -52,8 +52,7 @@ class Qwen3Model(nn.Module):
             self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp)
             if tied:
                 self.out_head.weight = self.tok_emb.weight  # type: ignore[assignment]
-        # Held on the CPU while the model is on the meta device: no checkpoint carries it.
-        self.rope_frequencies, self.rope_mscale = rope_frequencies(config)
+        self._rope = RopeTables(config)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
         """Logits [L, vocab_size] of `batch.read.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
@@ -68,10 +67,9 @@ class Qwen3Model(nn.Module):
             self._take_part(batch)
             return None
         x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self.like)
-        self.rope_frequencies = self.rope_frequencies.to(x.device)
         if batch.padding is not None and self.parallel.dp.size > 1:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
-        cos, sin = rope_tables(batch.positions, self.rope_frequencies, self.rope_mscale, x.dtype)
+        cos, sin = self._rope.rows(batch.positions, max(batch.host_context_lens), x.dtype)
         batches = self._batches(batch)
         if self._in_one_call(x, cos, sin, cache, batches[-1]):
             x = x[: len(batches[-1].read.token_ids)]

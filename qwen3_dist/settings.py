@@ -47,9 +47,7 @@ class EngineConfig:
     layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
-    quantize: str = setting(
-        "none", "int8: weights as 8-bit integers with a scale per output, on CPU ranks", QUANTIZATIONS
-    )
+    quantize: str = setting("none", "int8: weights as 8-bit integers with a scale per output", QUANTIZATIONS)
     executor: str = setting(
         "auto",
         "how ranks are started; auto is in_process for one rank (in a service: processes), else ray",

@@ -23,6 +23,7 @@ from qwen3_dist import __version__
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.outputs import EngineStats
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.garbage import exempt_present_objects
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.answers.messages import message_error
 from serve_app.config import ServiceConfig
@@ -68,6 +69,7 @@ class EngineReplica:
         self._handler = RequestHandler(
             self._engine, config.served_name, defaults, thinking, config.tool_call_form
         )
+        exempt_present_objects()
 
     async def answer(self, request: AnyRequest) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
@@ -144,6 +146,7 @@ class Ingress:
         )
         self._created = int(time.time())
         self._max_model_len: int | None = None
+        exempt_present_objects()
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", CHAT_BODY, streams=True))
     async def chat_completions(self, request: Request) -> Response:

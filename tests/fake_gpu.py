@@ -268,7 +268,9 @@ def main() -> None:
     parser.add_argument("--layout", default="tp=1")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    phases = observe(options.model, options.card, options.quantize, getattr(torch, options.dtype), options.layout)
+    phases = observe(
+        options.model, options.card, options.quantize, getattr(torch, options.dtype), options.layout
+    )
     json.dump(phases, sys.stdout, indent=1)
 
 

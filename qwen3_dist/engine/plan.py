@@ -71,6 +71,8 @@ class SequenceStep(NamedTuple):
         """How to draw each of its tokens, in order."""
         if self.sample is None:
             return []
+        if not self.num_drafted:
+            return [self.sample]
         return [
             self.sample._replace(position=self.sample.position + ahead)
             for ahead in range(1 + self.num_drafted)

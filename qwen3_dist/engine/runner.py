@@ -93,8 +93,11 @@ class ModelRunner:
         if not sampled:
             return Sampled(self._last_sampled.new_empty(0), [])
         drawn = self._state.sample(logits, sampled) if logits is not None else None
-        blank = self._last_sampled.new_zeros(sum(1 + part.num_drafted for part in sampled))
-        self._keep_last(sampled, self._tp.broadcast(blank if drawn is None else drawn.tokens))
+        if drawn is not None:
+            tokens = drawn.tokens
+        else:
+            tokens = self._last_sampled.new_empty(sum(1 + part.num_drafted for part in sampled))
+        self._keep_last(sampled, self._tp.broadcast(tokens))
         return drawn
 
     def _keep_last(self, sampled: list[SequenceStep], tokens: Tensor) -> None:

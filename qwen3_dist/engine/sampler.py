@@ -51,7 +51,10 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
 
 
 def _greedy(logits: Tensor) -> Tensor:
-    """The likeliest token id [L] of logits [L, V], of equals the first: the block, then the place in it."""
+    """The likeliest token id [L] of logits [L, V], of equals the first."""
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return kernels.likeliest(logits)
     padded = _whole_blocks(logits)
     block = _largest(padded).argmax(dim=-1)
     rows = torch.arange(len(logits), device=logits.device)

@@ -196,7 +196,7 @@ def _rows_of(steps: Sequence[SequenceStep]) -> list[tuple[int, SequenceStep]]:
     rows, row = [], 0
     for step in steps:
         rows.append((row, step))
-        row += len(step.draws)
+        row += 1 + step.num_drafted
     return rows
 
 

@@ -33,8 +33,9 @@ from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.placements import initial_placements
 from qwen3_dist.engine.runner import ModelRunner
 from qwen3_dist.engine.scheduler import SchedulerLimits
-from qwen3_dist.errors import ConfigError, EngineDeadError, QwenDistError
+from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.executor.channel import Channel, connect
+from qwen3_dist.garbage import exempt_present_objects
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
@@ -139,8 +140,6 @@ def load_shard(
     path = resolve_model(config.model, config.revision)
     model_config = ModelConfig.from_directory(path)
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
-    if config.quantize != "none" and device.type != "cpu":
-        raise ConfigError(f"quantize={config.quantize} works on CPU ranks and this is a GPU; leave it out")
     placements = initial_placements(config, model_config)
     model = load_model(path, model_config, parallel, dtype, device, progress, random, placements)
     if config.quantize == "int8":
@@ -193,6 +192,7 @@ def _run(spec: RankSpec, channel: Channel) -> None:
             return
         limits = SchedulerLimits.of(spec.config, device.type, num_blocks)
         runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs)
+        exempt_present_objects()
         channel.send(Ready(runner.backends))
         while (message := channel.receive()) is not None:
             if isinstance(message, Call):

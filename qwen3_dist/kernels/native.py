@@ -33,6 +33,7 @@ _SIGNATURES = {
     "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
     "largest": "ppiiii",
+    "likeliest": "ppiiii",
     "rotate": "ppppppppppiiiifi",
 }
 # Those that take int8 weights too.
@@ -166,6 +167,15 @@ class Kernels:
         rows, columns = x.shape
         out = x.new_empty(rows, -(-columns // width), dtype=torch.float32)
         self.run("largest", x, out, rows, columns, width)
+        return out
+
+    def likeliest(self, x: Tensor) -> Tensor:
+        """Where the largest number of each row of x [T, N] lies, of equals the first -> int64 [T]. Rows themselves
+        are contiguous."""
+        rows, columns = x.shape
+        assert x.stride(1) == 1
+        out = x.new_empty(rows, dtype=torch.int64)
+        self.run("likeliest", x.data_ptr(), out, rows, columns, x.stride(0))
         return out
 
     def rotate(

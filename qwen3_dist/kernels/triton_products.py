@@ -34,6 +34,11 @@ def _grouped(  # type: ignore[no-untyped-def]
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, SHARE: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
+    """Some columns of a tile of one expert's pairs, which lie in `order`; their experts have `counts`.
+
+    GATED: silu(fc1) * fc2 of the rows of x that pairs came from (SHARE pairs of each), kept in the order of pairs.
+    Otherwise one matrix by what was kept so, put where the pairs came from. SHARE = 0: all `total` rows by one matrix.
+    """
     tile = tl.program_id(0)
     if EXPERTS == 1 and SHARE == 0:  # a product of all rows with one matrix
         expert, first, count = 0, 0, total

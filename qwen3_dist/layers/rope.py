@@ -48,6 +48,27 @@ def rope_tables(
     return (angles.cos() * mscale).to(dtype), (angles.sin() * mscale).to(dtype)
 
 
+class RopeTables:
+    """The rows of `rope_tables` of all positions up to the longest that was asked for, which steps then look up."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        # On the CPU also while a model is on the meta device: no checkpoint carries them.
+        self._frequencies, self._mscale = rope_frequencies(config)
+        self._cos = self._sin = torch.empty(0, device="cpu")
+
+    def rows(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, 1, d] for `positions` [T], which are less than `longest`."""
+        if len(self._cos) < longest or self._cos.device != positions.device:
+            length = max(_FIRST_POSITIONS, 1 << (longest - 1).bit_length())
+            everything = torch.arange(length, device=positions.device)
+            frequencies = self._frequencies.to(positions.device)
+            self._cos, self._sin = rope_tables(everything, frequencies, self._mscale, dtype)
+        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+
+
+_FIRST_POSITIONS = 4096  # for which tables are made at least
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x [T, H, d] by its tokens' angles."""
     first, second = x.chunk(2, dim=-1)

@@ -99,6 +99,16 @@ def test_largest_of_blocks(dtype: torch.dtype, columns: int) -> None:
     assert torch.equal(kernels(dtype).largest(x, 64), padded.unflatten(1, (-1, 64)).amax(dim=-1).float())
 
 
+@pytest.mark.parametrize("columns", [1, 150, 4097, 20000])
+def test_likeliest(dtype: torch.dtype, columns: int) -> None:
+    x = torch.randn(40, columns + 3).to(dtype)[:, :columns]  # as a padded vocabulary's logits lie
+    x[1] = -torch.inf
+    x[2] = x[2].max()
+    x[3, -1] = x[3].max() + 1
+    expected = [row.eq(row.max()).nonzero()[0].item() for row in x]
+    assert kernels(dtype).likeliest(x).tolist() == expected
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5, 13, 30, 37, 200])
 @pytest.mark.parametrize(("inner", "outputs"), [(64, 96), (50, 33), (300, 130)])
 def test_linear_with_int8_weights(dtype: torch.dtype, rows: int, inner: int, outputs: int) -> None:

@@ -71,6 +71,9 @@ void rotate_##NAME(T* q, const T* k, const T* v, T* keys, T* values, const T* q_
 void largest_##NAME(const T* x, float* out, long rows, long columns, long width, long threads) { \
     largest<T>(x, out, rows, columns, width, int(threads)); \
 } \
+void likeliest_##NAME(const T* x, long* out, long rows, long columns, long stride, long threads) { \
+    likeliest<T>(x, out, rows, columns, stride, int(threads)); \
+} \
 }
 
 #define SUMS(T, NAME) \

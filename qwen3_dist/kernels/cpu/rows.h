@@ -36,19 +36,47 @@ inline void add_row(T* x, const T* y, long dim) {
     for (; i < dim; i++) narrow(widen(x[i]) + widen(y[i]), x[i]);
 }
 
+template <class T>
+inline float largest(const T* x, long count) {
+    Vec most = Vec{} - INFINITY;
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) most = larger(most, load(x + i));
+    float highest = largest(most);
+    for (; i < count; i++) highest = std::max(highest, widen(x[i]));
+    return highest;
+}
+
 // out [rows, ceil(columns / width)]: the largest of each `width` numbers of a row of x.
 template <class T>
 void largest(const T* x, float* out, long rows, long columns, long width, int threads) {
     long blocks = (columns + width - 1) / width;
 #pragma omp parallel for num_threads(threads)
     for (long b = 0; b < rows * blocks; b++) {
-        const T* row = x + b / blocks * columns;
-        long i = b % blocks * width, end = std::min(columns, i + width);
-        Vec most = Vec{} - INFINITY;
-        for (; i + LANES <= end; i += LANES) most = larger(most, load(row + i));
-        float highest = largest(most);
-        for (; i < end; i++) highest = std::max(highest, widen(row[i]));
-        out[b] = highest;
+        long begin = b % blocks * width;
+        out[b] = largest(x + b / blocks * columns + begin, std::min(width, columns - begin));
+    }
+}
+
+// out [rows]: where the largest number of a row of x lies, of equals the first. Rows begin `stride` apart.
+template <class T>
+void likeliest(const T* x, long* out, long rows, long columns, long stride, int threads) {
+    constexpr long PART = 4096;
+    long parts = (columns + PART - 1) / PART;
+    std::vector<float> most(rows * parts);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long p = 0; p < rows * parts; p++) {
+            long begin = p % parts * PART;
+            most[p] = largest(x + p / parts * stride + begin, std::min(PART, columns - begin));
+        }
+#pragma omp for
+        for (long row = 0; row < rows; row++) {
+            const float* each = &most[row * parts];
+            long part = std::max_element(each, each + parts) - each, at = part * PART;
+            while (at + 1 < columns && widen(x[row * stride + at]) != each[part]) at++;
+            out[row] = at;
+        }
     }
 }
 
