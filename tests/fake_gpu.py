@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,8 @@ def _set_guard() -> None:
         source.write_text(_GUARD)
         where = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
         options = ["-std=c++20", "-shared", "-fPIC"]
-        subprocess.run(["c++", *options, str(source), *where, "-lc10", "-o", str(built)], check=True)
+        compiler = shutil.which("g++") or "clang++"
+        subprocess.run([compiler, *options, str(source), *where, "-lc10", "-o", str(built)], check=True)
         ctypes.CDLL(str(built)).set_guard()
 
 
