@@ -56,30 +56,34 @@ class Qwen3Model(nn.Module):
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
         """Logits [L, vocab_size] of `batch.read.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
-        x = self.hidden(batch, cache)
-        return None if x is None else self.logits(x[batch.read.logits_rows])
+        return self.hidden_and_logits(batch, cache)[1]
 
-    def hidden(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
+    def hidden_and_logits(
+        self, batch: StepBatch, cache: list[LayerCache]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """What the last block makes of the step's tokens that are read [R, D], on the ranks of the last stage; None on
-        others, and where there are no tokens."""
+        others, and where there are no tokens. And what `forward` returns."""
         tokens, stage = batch.token_ids.shape[0], self.parallel.pipeline
         if not tokens:
             self._take_part(batch)
-            return None
+            return None, None
         x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self.like)
         if batch.padding is not None and self.parallel.dp.size > 1:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
         cos, sin = self._rope.rows(batch.positions, max(batch.host_context_lens), x.dtype)
         batches = self._batches(batch)
-        if self._in_one_call(x, cos, sin, cache, batches[-1]):
+        in_one_call, own_logits = self._in_one_call(x, cos, sin, cache, batches[-1])
+        if in_one_call:
             x = x[: len(batches[-1].read.token_ids)]
         else:
             for block, layer_cache, part in zip(self._blocks, cache, batches, strict=True):
                 x = block(x, cos, sin, layer_cache, part)
         if not stage.is_last:
             stage.send(x)
-            return None
-        return x
+            return None, None
+        if own_logits is not None:
+            return x, self.out_head.gathered(own_logits)
+        return x, self.logits(x[batch.read.logits_rows])
 
     def _batches(self, batch: StepBatch) -> list[StepBatch]:
         """The step as each block of this stage takes it: the model's last one alone leaves out what is not read."""
@@ -90,21 +94,29 @@ class Qwen3Model(nn.Module):
 
     def _in_one_call(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[LayerCache], batch: StepBatch
-    ) -> bool:
+    ) -> tuple[bool, Tensor | None]:
         """The first R rows of x [T, D] become what the blocks make of it in one call of a kernel, where nothing keeps
-        them from that."""
+        them from that, and the head, where it is in the call too, makes this rank's logits [L, v] of them."""
         fused = self._fused
         apart = self.config.num_experts and (batch.all_to_all or self.parallel.dp.size > 1)
         if fused is None or apart or batch.adapters is not None or batch.padding is not None:
-            return False
+            return False, None
         caches = [(layer.keys, layer.values) for layer in cache]
         read = None if batch.ending is None else (batch.ending.rows, batch.ending.batch.where)
-        return self.parallel.tp.in_kernel(
-            lambda group, operation: fused.run(x, caches, (cos, sin), batch.where, read, group, operation)
+        own_logits = logits = None
+        if fused.head is not None:
+            own_logits = x.new_empty(len(batch.read.logits_rows), self.out_head.rows_per_rank)
+            logits = (batch.read.logits_rows, own_logits)
+        ran = self.parallel.tp.in_kernel(
+            lambda group, operation: fused.run(
+                x, caches, (cos, sin), batch.where, read, logits, group, operation
+            )
         )
+        return (True, own_logits) if ran else (False, None)
 
     def logits(self, x: Tensor) -> Tensor | None:
-        """Rows of `hidden` [L, D] -> [L, vocab_size] on tp rank 0, None on others. All ranks of the stage call it."""
+        """Rows [L, D] of the last block's -> [L, vocab_size] on tp rank 0, None on others. All ranks of the stage call
+        it."""
         return self.out_head(self.final_norm(x))
 
     def _take_part(self, batch: StepBatch) -> None:
@@ -163,7 +175,9 @@ class Qwen3Model(nn.Module):
         halves = [(b.att.fused, b.ff.fused, isinstance(b.ff, MoEFeedForward)) for b in self._blocks]
         whole = [(att, ff, is_moe) for att, ff, is_moe in halves if att is not None and ff is not None]
         if len(whole) == len(halves):
-            self._fused = Blocks(kernels, whole)
+            self._fused = Blocks(
+                kernels, whole, self.out_head.fused(self.final_norm, kernels) if last else None
+            )
 
     def join(self) -> None:
         """Makes the products that share an input one, as fits a GPU."""

@@ -66,8 +66,7 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
         else:
-            hidden = self.model.hidden(batch, self._cache)
-            logits = None if hidden is None else self.model.logits(hidden[batch.read.logits_rows])
+            hidden, logits = self.model.hidden_and_logits(batch, self._cache)
             if hidden is not None and any(part.reading is not None for part in plan.sequences):
                 readings = Readings(self.model, hidden, plan.as_read.sequences)
         if not plan.sequences or not self._parallel.pipeline.is_last:

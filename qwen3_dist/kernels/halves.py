@@ -58,9 +58,11 @@ class Half:
 
 class Blocks:
     """Blocks one after the other with their residuals: of each, the half with attention, the other, and whether that
-    is a mixture of experts."""
+    is a mixture of experts. Where the last is the model's, its `head` may follow."""
 
-    def __init__(self, kernels: Kernels, halves: Sequence[tuple[Half, Half, bool]]) -> None:
+    def __init__(
+        self, kernels: Kernels, halves: Sequence[tuple[Half, Half, bool]], head: Half | None = None
+    ) -> None:
         words: list[int] = []
         for attention, other, is_mixture in halves:
             words += (
@@ -69,6 +71,7 @@ class Blocks:
         self._words = (ctypes.c_long * len(words))(*words)
         self._halves = halves  # whose addresses these are
         self._kernels = kernels
+        self.head = head
         self._name, self._eps = f"blocks{halves[0][0].ending}", halves[0][0].eps
 
     def run(
@@ -78,11 +81,13 @@ class Blocks:
         rope: tuple[Tensor, Tensor],
         where: Where,
         read: tuple[Tensor, Where] | None,
+        logits: tuple[Tensor, Tensor] | None,
         group: int,
         operation: int,
     ) -> int:
         """The first R rows of x [T, D] become what the last block makes of those that are read: all T, or the rows [R]
-        that `read` names, with where they belong as if they were the whole step.
+        that `read` names, with where they belong as if they were the whole step. `logits` are some of these rows [L]
+        and what the head makes of them [L, outputs], which is written.
 
         `where` is as for a half, `group` the address of the group that adds partial sums up, 0 for a rank alone, and
         `operation` the number of its last operation.
@@ -94,7 +99,12 @@ class Blocks:
         blocks, held = ctypes.addressof(self._words), ctypes.addressof(words)
         sizes = _sizes(where, caches[0][0])
         ending = (ctypes.c_long * 9)(*_ending(*read, caches[0][0])) if read is not None else None
-        settings = (*sizes, ctypes.addressof(ending) if ending else None, self._eps, group, operation)
+        asked = None
+        if logits is not None and self.head is not None:
+            rows, out = logits
+            asked = (ctypes.c_long * 4)(self.head.address, rows.data_ptr(), len(rows), out.data_ptr())
+        more = (ctypes.addressof(each) if each else None for each in (ending, asked))
+        settings = (*sizes, *more, self._eps, group, operation)
         done: int = self._kernels.run(
             self._name, blocks, len(self._halves), x, held, *rope, *where, *settings
         )

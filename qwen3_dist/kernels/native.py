@@ -26,7 +26,7 @@ _SIGNATURES = {
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
     "attention_half": "pppppppppppiiiifi",
-    "blocks": "pippppppppiiiipfpii",
+    "blocks": "pippppppppiiiippfpii",
     "feed_forward_half": "pppifi",
     "experts_half": "pppifi",
     "experts": "pppppppppppiiiiii",

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.kernels import Kernels, Weights, linears, rows_of_packed
+from qwen3_dist.kernels import Half, Kernels, Weights, linears, rows_of_packed
 from qwen3_dist.layers.linear import as_int8, frozen
+from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.communicator import Communicator
 
@@ -49,7 +50,7 @@ class VocabParallelHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(per_rank, emb_dim))
         self._tp = tp
         self._vocab_size = vocab_size
-        self._rows_per_rank = per_rank
+        self.rows_per_rank = per_rank
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on; those of an embedding tied to it stay as they are."""
@@ -59,7 +60,18 @@ class VocabParallelHead(nn.Module):
         """Keeps the weights as the kernels read them from now on."""
         self.weight = frozen(kernels.pack(self.weight))
 
+    def fused(self, norm: RMSNorm, kernels: Kernels) -> Half | None:
+        """`norm` and this as a part of a kernel, if it knows their form. The weight is packed."""
+        if not norm.is_plain:
+            return None
+        members = (norm.scale, self.weight, self.scale, len(norm.scale), self.rows_per_rank)
+        return Half(kernels, *members, eps=norm.eps, is_int8=self.scale is not None)
+
     def forward(self, x: Tensor) -> Tensor | None:
         """[L, D] -> [L, V] on tp rank 0, None on the others."""
-        logits = self._tp.gather(linears(x, Weights(self.weight, self._rows_per_rank, self.scale))[0])
-        return None if logits is None else logits[:, : self._vocab_size]
+        return self.gathered(linears(x, Weights(self.weight, self.rows_per_rank, self.scale))[0])
+
+    def gathered(self, logits: Tensor) -> Tensor | None:
+        """This rank's part [L, v] of the logits -> as `forward`."""
+        whole = self._tp.gather(logits)
+        return None if whole is None else whole[:, : self._vocab_size]

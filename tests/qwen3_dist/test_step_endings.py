@@ -72,10 +72,13 @@ def test_what_is_read_is_what_it_would_be_if_all_were(
     assert batch.ending is not None and batch.ending.rows.tolist() == rows
     with torch.inference_mode():
         for cache in caches:
-            model.hidden(make_batch(plan_of(*FIRST), 4, CPU, UNKNOWN), cache)
-        whole = model.hidden(replace(batch, ending=None), caches[0])
-        read = model.hidden(batch, caches[1])
-    assert whole is not None and read is not None
+            model.hidden_and_logits(make_batch(plan_of(*FIRST), 4, CPU, UNKNOWN), cache)
+        whole, all_logits = model.hidden_and_logits(replace(batch, ending=None), caches[0])
+        read, logits = model.hidden_and_logits(batch, caches[1])
+        assert whole is not None and read is not None
+        expected = model.logits(whole[batch.logits_rows])
+    for got in (all_logits, logits):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(read, whole[rows], atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(caches[1], caches[0], strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
@@ -95,6 +98,6 @@ def test_what_nobody_reads_is_not_computed(tmp_path: Path) -> None:
     model = load_model(path, config, ParallelContext.single(), torch.float32, CPU)
     with torch.inference_mode():
         cache = kv_cache.allocate(model, 20, 4)
-        model.hidden(make_batch(plan_of(CHUNK, ENDED), 4, CPU, UNKNOWN), cache)
+        model.hidden_and_logits(make_batch(plan_of(CHUNK, ENDED), 4, CPU, UNKNOWN), cache)
     counts = [sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values()]
     assert counts == [9 * config.num_experts_per_tok] * 3 + [config.num_experts_per_tok]

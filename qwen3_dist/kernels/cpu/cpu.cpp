@@ -27,11 +27,11 @@ void attention_half_##NAME(const void* half, const T* x, T* out, T* keys, T* val
 } \
 long blocks_##NAME(const void* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
                    const long* slots, const long* tables, const long* context_lens, const long* starts, long tokens, \
-                   long sequences, long block_size, long width, const Ending* ending, double eps, \
-                   const Group* group, long operation, long threads) { \
+                   long sequences, long block_size, long width, const Ending* ending, \
+                   const Logits<T, W>* logits, double eps, const Group* group, long operation, long threads) { \
     Step step{slots, tables, context_lens, starts, tokens, sequences, block_size, width}; \
-    return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, ending, float(eps), \
-                      group, operation, int(threads)); \
+    return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, ending, logits, \
+                      float(eps), group, operation, int(threads)); \
 } \
 void feed_forward_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \
     static_cast<const FeedForwardHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \

@@ -120,6 +120,32 @@ struct ExpertsHalf {
     }
 };
 
+// The final norm and the product with this rank's rows of the vocabulary.
+template <class T, class W>
+struct Head {
+    const T* norm_scale;
+    const W* weight;
+    const float* scale;
+    long dim, outputs;
+};
+
+// What the head makes of some rows of what the last block leaves.
+template <class T, class W>
+struct Logits {
+    const Head<T, W>* head;
+    const long* rows;
+    long count;
+    T* out;  // [count, outputs]
+
+    void run(const T* x, float eps, int threads) const {
+        long dim = head->dim;
+        auto norm = [&](long m, Input<W>* to) {
+            norm_input(x + rows[m] * dim, head->norm_scale, to, dim, padded<W>(dim), eps);
+        };
+        linear_of<T, W>(norm, {{head->weight, head->scale, nullptr, head->outputs, out}}, count, dim, threads);
+    }
+};
+
 template <class T, class W>
 struct Block {
     const AttentionHalf<T, W>* attention;
@@ -129,10 +155,12 @@ struct Block {
 
 // Blocks one after the other, each half with its residual: x [tokens, dim] becomes what the last makes of it, its first
 // rows if `ending` is not null and says that no others are read. What the halves of several ranks add up to is their
-// group's, which is null for a rank alone; `operation` and what this returns are as in `Group`.
+// group's, which is null for a rank alone; `operation` and what this returns are as in `Group`. `logits` are computed at
+// the end, if it is not null.
 template <class T, class W>
 long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
-                const Step& step, const Ending* ending, float eps, const Group* group, long operation, int threads) {
+                const Step& step, const Ending* ending, const Logits<T, W>* logits, float eps, const Group* group,
+                long operation, int threads) {
     long dim = count ? blocks->attention->dim : 0, rows = step.tokens;
     T* part = scratch<T>(PARTIAL, rows * dim);
     auto add = [&] {
@@ -155,5 +183,6 @@ long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, c
             block->experts->run(x, part, rows, eps, threads);
         if (!add()) return -1;
     }
+    if (logits && logits->count) logits->run(x, eps, threads);
     return operation;
 }
