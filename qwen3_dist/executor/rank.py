@@ -145,6 +145,8 @@ def load_shard(
     if config.quantize == "int8":
         model.quantize()
     model.pack()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what weights left behind when they were laid out anew is the KV cache's
     load_adapters(config.lora, model)
     return model
 
