@@ -190,6 +190,7 @@ def observe(
     drawn = [
         greedy._replace(temperature=0.7, top_p=0.9, logprobs=3),
         greedy._replace(temperature=1.0, top_k=20),
+        greedy._replace(temperature=1.0),
     ]
     penalised = setup(
         repetition_penalty=1.2,

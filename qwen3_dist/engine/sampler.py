@@ -8,6 +8,7 @@ batch. Legend: L rows, V vocab_size, K kept logprobs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import SampleSpec
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels import gpu_kernels_for, kernels_for
 from qwen3_dist.transfer import on_device
 
 _MASK = (1 << 64) - 1
@@ -45,8 +46,10 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
         if spec.temperature > 0:
             rows_of.setdefault(_way_to_draw(spec, logits.shape[-1]), []).append(row)
     for draw, rows in rows_of.items():
+        if len(rows) == len(specs):
+            return draw(logits, _Settings.of(specs, logits))
         at = on_device(rows, torch.int64, logits.device)
-        tokens[at] = draw(logits if len(rows) == len(specs) else logits[at], [specs[row] for row in rows])
+        tokens[at] = draw(logits[at], _Settings.of([specs[row] for row in rows], logits))
     return tokens
 
 
@@ -55,13 +58,33 @@ def _greedy(logits: Tensor) -> Tensor:
     kernels = kernels_for(logits)
     if kernels is not None:
         return kernels.likeliest(logits)
+    if logits.is_cuda:
+        return logits.argmax(dim=-1)
     padded = _whole_blocks(logits)
     block = _largest(padded).argmax(dim=-1)
     rows = torch.arange(len(logits), device=logits.device)
     return block * _WIDTH + padded.unflatten(1, (-1, _WIDTH))[rows, block].argmax(dim=-1)
 
 
-_Draw = Callable[[Tensor, Sequence[SampleSpec]], Tensor]  # from logits [L, V] of rows that draw
+class _Settings(NamedTuple):
+    """What rows draw by: fp64 [4, L, 1], namely temperature, top-k, top-p and the row's uniform number."""
+
+    columns: Tensor
+    top_ks: list[int]  # V where all are kept
+
+    @classmethod
+    def of(cls, specs: Sequence[SampleSpec], logits: Tensor) -> _Settings:
+        top_ks = [spec.top_k if spec.top_k > 0 else logits.shape[-1] for spec in specs]
+        columns = (
+            [spec.temperature for spec in specs],
+            top_ks,
+            [spec.top_p for spec in specs],
+            [uniform(spec.seed, spec.position) for spec in specs],
+        )
+        return cls(on_device(columns, torch.float64, logits.device)[:, :, None], top_ks)
+
+
+_Draw = Callable[[Tensor, _Settings], Tensor]  # from logits [L, V] of rows that draw
 _MOST_SELECTED = 1024  # tokens up to which selecting the likeliest is faster than sorting all
 _WIDTH = 64  # logits in a block
 
@@ -73,64 +96,74 @@ def _way_to_draw(spec: SampleSpec, vocab_size: int) -> _Draw:
     return _draw_from_top_p if cuts else _draw_from_all
 
 
-def _draw_from_top_k(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    candidates, ids = _likeliest(logits, max(spec.top_k for spec in specs))
-    weights = _weights(candidates, candidates[:, :1], specs)
-    return ids.gather(1, _draw_from_ordered(weights, None, specs))[:, 0]
+def _draw_from_top_k(logits: Tensor, settings: _Settings) -> Tensor:
+    kernels, most = gpu_kernels_for(logits), min(max(settings.top_ks), logits.shape[-1])
+    if kernels is not None:
+        keys = kernels.ordering_keys(logits).topk(most, dim=-1).values
+        return kernels.draw_from_ordered(keys, logits.shape[-1], settings.columns)
+    candidates, ids = _likeliest(logits, most)
+    weights = _weights(candidates, candidates[:, :1], settings)
+    return ids.gather(1, _draw_from_ordered(weights, None, settings))[:, 0]
 
 
-def _draw_from_top_p(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
-    found = (
-        None if logits.is_cuda else _nucleus(logits, specs)
-    )  # a GPU would make the host wait for the answer
+def _draw_from_top_p(logits: Tensor, settings: _Settings) -> Tensor:
+    kernels = gpu_kernels_for(logits)
+    if kernels is not None:
+        keys = kernels.ordering_keys(logits).sort(dim=-1, descending=True).values
+        return kernels.draw_from_ordered(keys, logits.shape[-1], settings.columns)
+    # On a GPU the host would wait for the answer.
+    found = None if logits.is_cuda else _nucleus(logits, settings)
     if found is None:
         ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
-        found = _weights(ordered, ordered[:, :1], specs), ids, None
+        found = _weights(ordered, ordered[:, :1], settings), ids, None
     weights, ids, total = found
-    return ids.gather(1, _draw_from_ordered(weights, total, specs))[:, 0]
+    return ids.gather(1, _draw_from_ordered(weights, total, settings))[:, 0]
 
 
-def _nucleus(logits: Tensor, specs: Sequence[SampleSpec]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+def _nucleus(logits: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """Weights of the likeliest tokens, their ids and the weight of all, if in each row these are enough for top-p."""
-    if any(spec.top_k > 0 for spec in specs):
+    if min(settings.top_ks) < logits.shape[-1]:
         return None  # so large a top-k that it is not about the likeliest
     logits = logits.float()
     ordered, ids = _likeliest(logits, _MOST_SELECTED)
-    weights = _weights(ordered, ordered[:, :1], specs)
-    total = _weights(logits, ordered[:, :1], specs).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    weights = _weights(ordered, ordered[:, :1], settings)
+    total = _weights(logits, ordered[:, :1], settings).sum(dim=-1, keepdim=True, dtype=torch.float64)
     reached = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    enough = reached >= _column([spec.top_p for spec in specs], logits) * total
-    return (weights, ids, total) if bool(enough.all()) else None
+    _, _, top_p, _ = settings.columns
+    return (weights, ids, total) if bool((reached >= top_p * total).all()) else None
 
 
-def _draw_from_all(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _draw_from_all(logits: Tensor, settings: _Settings) -> Tensor:
     """In the vocabulary's own order: first the block, then the token in it."""
+    kernels = gpu_kernels_for(logits)
+    if kernels is not None:
+        return kernels.draw_from_all(logits, settings.columns)
     logits = logits.float()
-    blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), specs)
+    blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), settings)
     blocks = F.pad(blocks, (0, -blocks.shape[-1] % _WIDTH)).unflatten(1, (-1, _WIDTH))
     cumulative = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    draws = _draws(specs, cumulative)
+    draws = _draws(settings, cumulative)
     block = _where(cumulative, draws)
     before = F.pad(cumulative, (1, 0)).gather(1, block)
-    inside = blocks[torch.arange(len(specs), device=logits.device), block[:, 0]]
+    inside = blocks[torch.arange(len(logits), device=logits.device), block[:, 0]]
     token = _where(inside.cumsum(dim=-1, dtype=torch.float64), draws - before)
     return (block * _WIDTH + token)[:, 0]
 
 
-def _draw_from_ordered(weights: Tensor, total: Tensor | None, specs: Sequence[SampleSpec]) -> Tensor:
+def _draw_from_ordered(weights: Tensor, total: Tensor | None, settings: _Settings) -> Tensor:
     """The column [L, 1] drawn from weights [L, C], largest first, which are all but what top-p would cut off.
 
     top-p keeps the fewest tokens that reach p among those that top-k kept, renormalised. `total` [L, 1] is
     the weight of all tokens where that is more than these.
     """
+    _, top_k, top_p, _ = settings.columns
     ranks = torch.arange(weights.shape[-1], device=weights.device)
-    kept = ranks < _column([spec.top_k if spec.top_k > 0 else weights.shape[-1] for spec in specs], weights)
+    kept = ranks < top_k
     cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
-    reached = _column([spec.top_p for spec in specs], weights)
-    reached = reached * (cumulative[:, -1:] if total is None else total)
+    reached = top_p * (cumulative[:, -1:] if total is None else total)
     kept &= (cumulative - weights < reached) | (ranks == 0)
     cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
-    return _where(cumulative, _draws(specs, cumulative))
+    return _where(cumulative, _draws(settings, cumulative))
 
 
 def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -171,25 +204,20 @@ def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values.gather(1, at), at
 
 
-def _weights(logits: Tensor, largest: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _weights(logits: Tensor, largest: Tensor, settings: _Settings) -> Tensor:
     """exp(logit / temperature) up to a factor: the largest is 1, so that no temperature overflows or is 0."""
-    temperatures = _column([spec.temperature for spec in specs], logits).float()
-    temperatures = temperatures.clamp_min(torch.finfo(torch.float32).tiny)
+    temperatures = settings.columns[0].float().clamp_min(torch.finfo(torch.float32).tiny)
     return ((logits - largest) / temperatures).exp()
 
 
-def _draws(specs: Sequence[SampleSpec], cumulative: Tensor) -> Tensor:
-    return _column([uniform(spec.seed, spec.position) for spec in specs], cumulative) * cumulative[:, -1:]
+def _draws(settings: _Settings, cumulative: Tensor) -> Tensor:
+    return settings.columns[3] * cumulative[:, -1:]
 
 
 def _where(cumulative: Tensor, draws: Tensor) -> Tensor:
     """The column [L, 1] that holds each draw [L, 1]; the last that has any weight for one at the very end."""
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(cumulative, draws, right=True), last)
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return on_device(values, torch.float64, like.device)[:, None]
 
 
 class SampledLogprobs:

@@ -12,7 +12,7 @@ class GpuKernels:
     """The Triton kernels as functions of tensors on one GPU. Raises where Triton is not installed."""
 
     def __init__(self) -> None:
-        from qwen3_dist.kernels import triton_products, triton_rows
+        from qwen3_dist.kernels import triton_products, triton_rows, triton_sampling
 
         self.norm = triton_rows.norm
         self.rotate = triton_rows.rotate
@@ -20,6 +20,9 @@ class GpuKernels:
         self.route = triton_rows.route
         self.experts = triton_products.experts
         self.linear_int8 = triton_products.linear_int8
+        self.ordering_keys = triton_sampling.ordering_keys
+        self.draw_from_ordered = triton_sampling.draw_from_ordered
+        self.draw_from_all = triton_sampling.draw_from_all
 
 
 def gpu_kernels_for(x: Tensor) -> GpuKernels | None:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.kernels import triton_products, triton_rows
+from qwen3_dist.engine import sampler
+from qwen3_dist.engine.plan import SampleSpec
+from qwen3_dist.kernels import GpuKernels, triton_products, triton_rows
 from qwen3_dist.layers import norm
 from qwen3_dist.layers.experts import counted, looped_experts
 from qwen3_dist.layers.linear import as_int8
@@ -116,3 +118,43 @@ def test_linear_int8(rows: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         triton_products.linear_int8(x, weight, scale), expected, atol=error, rtol=error
     )
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"temperature": 1e-231},
+        {"top_k": 1},
+        {"top_k": 7, "top_p": 0.6},
+        {"top_k": 500, "top_p": 0.9},
+        {"top_k": 1500, "top_p": 0.8},
+        {"top_p": 0.95, "temperature": 0.6},
+        {"top_p": 0.999, "temperature": 4.0},
+        {"top_p": 1e-9},
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [50, 1024, 4100])
+def test_draws(monkeypatch: pytest.MonkeyPatch, limits: dict[str, float], vocab_size: int) -> None:
+    """They are those of plain torch, with many equal logits, too."""
+    logits = torch.randn(40, vocab_size).mul(8).round().div(2).to(torch.bfloat16)
+    specs = [
+        SampleSpec(
+            **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **limits}, seed=3, position=i, logprobs=None
+        )  # type: ignore[arg-type]
+        for i in range(len(logits))
+    ]
+    expected = sampler.sample(logits, specs)
+    monkeypatch.setattr(sampler, "gpu_kernels_for", lambda _: GpuKernels())
+    assert sampler.sample(logits, specs).equal(expected)
+
+
+def test_a_draw_at_the_very_end_gets_the_last_token_that_has_any_weight() -> None:
+    logits = torch.tensor([0.0, 1.0, 0.5, -torch.inf, -torch.inf]).repeat(3, 1)
+    settings = torch.tensor([[1.0] * 3, [5.0] * 3, [1.0] * 3, [0.0, 0.5, 1.0]], dtype=torch.float64)[
+        :, :, None
+    ]
+    kernels = GpuKernels()
+    assert kernels.draw_from_all(logits, settings).tolist() == [0, 1, 2]
+    keys = kernels.ordering_keys(logits).sort(dim=-1, descending=True).values
+    assert kernels.draw_from_ordered(keys, 5, settings).tolist() == [1, 1, 0]
