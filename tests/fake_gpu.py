@@ -251,7 +251,8 @@ def observe(
             with phase("start" if graphs else "start without graphs"):
                 runner = ModelRunner(built, 64, settings, max_num_seqs=4)
             ending = "" if graphs else " without graphs"
-            for name, asked in {"prompts": prompts, "decodes": decodes, "sampled": sampled}.items():
+            steps = {"prompts": prompts, "first decodes": decodes, "decodes": decodes, "sampled": sampled}
+            for name, asked in steps.items():
                 with phase(name + ending):
                     runner.launch(asked)
         for name, asked in {"formed": formed, "reading": reading}.items():

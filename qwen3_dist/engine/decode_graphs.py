@@ -18,11 +18,12 @@ from qwen3_dist.model import Qwen3Model
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
     batch: StepBatch
     logits: Tensor | None  # [S, V] on tp rank 0
     graph: torch.cuda.CUDAGraph | None
+    rows: int = 0  # of the last run; those beyond are padding
 
 
 def can_capture(model: Qwen3Model) -> bool:
@@ -60,22 +61,28 @@ class DecodeGraphs:
         n = len(batch.query_lens)
         captured = self._captured[min(size for size in self._captured if size >= batch.largest_group)]
         static = captured.batch
-        assert static.padding is not None
-        static.padding[:n], static.padding[n:] = False, True
-        static.token_ids[:n].copy_(batch.token_ids)
-        static.positions[:n].copy_(batch.positions)
-        static.slots[:n].copy_(batch.slots)
-        static.slots[n:] = self._spare * self._block_size
+        if n != captured.rows:
+            self._pad(static, n)
+            captured.rows = n
+        torch._foreach_copy_(
+            [static.token_ids[:n], static.positions[:n], static.slots[:n], static.context_lens[:n]],
+            [batch.token_ids, batch.positions, batch.slots, batch.context_lens],
+        )
         static.block_tables[:n, : batch.block_tables.shape[1]].copy_(batch.block_tables)
-        static.block_tables[n:, 0] = self._spare
-        static.context_lens[:n].copy_(batch.context_lens)
-        static.context_lens[n:] = 1
         if captured.graph is None:
             logits = self._model(static, self._cache)
         else:
             captured.graph.replay()
             logits = captured.logits
         return None if logits is None else logits[:n]
+
+    def _pad(self, static: StepBatch, n: int) -> None:
+        """Makes the rows from `n` on padding."""
+        assert static.padding is not None
+        static.padding[:n], static.padding[n:] = False, True
+        static.slots[n:] = self._spare * self._block_size
+        static.block_tables[n:, 0] = self._spare
+        static.context_lens[n:] = 1
 
     def _capture(self, size: int) -> _Captured:
         batch = self._empty(size)

@@ -42,6 +42,10 @@ def phases(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     return seen
 
 
+def launches(phase: dict[str, Any]) -> int:
+    return sum(phase["kernels"].values()) + sum(phase["operators"].values())
+
+
 def test_no_step_makes_the_host_wait(phases: dict[str, dict[str, Any]]) -> None:
     for name, phase in phases.items():
         if name != "start":
@@ -57,12 +61,19 @@ def test_constants_reach_the_card_once_and_before_graphs_are_captured(
 
 def test_decodes_are_one_graph(phases: dict[str, dict[str, Any]]) -> None:
     assert phases["start"]["kernels"]
-    assert not phases["decodes"]["kernels"] and "aten.mm.default" not in phases["decodes"]["operators"]
+    phase = phases["decodes"]
+    assert not phase["kernels"] and "aten.mm.default" not in phase["operators"]
+    assert launches(phase) < 15  # that hand it its inputs and take its tokens
+
+
+def test_a_draw_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
+    """Of three rows, each drawn in a way of its own, one with log-probabilities; plain torch takes 120."""
+    assert launches(phases["sampled"]) - launches(phases["decodes"]) < 45
+    assert phases["sampled"]["kernels"]["_draw"] == 3
 
 
 def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
     """Those of plain torch are four times as many."""
     phase = phases["decodes without graphs"]
-    launches = sum(phase["kernels"].values()) + sum(phase["operators"].values())
-    assert launches - sum(phases["decodes"]["operators"].values()) < 25 * LAYERS
+    assert launches(phase) - launches(phases["decodes"]) < 25 * LAYERS
     assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])
