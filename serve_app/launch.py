@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 from ray.util import placement_group_table
 
@@ -51,7 +52,7 @@ def running_service(
     try:
         app = bind(config)
         report(f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)")
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
+        _start_serve(config)
         try:
             target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
@@ -60,12 +61,23 @@ def running_service(
         finally:
             with contextlib.suppress(TimeoutError):  # requests still run: the end of Serve or Ray ends them
                 serve.delete(APP_NAME)
-            if not started_ray and not shared_serve:
-                serve.shutdown()
     finally:
+        if not started_ray and not shared_serve:
+            serve.shutdown()
         ray_cluster.shutdown()
         # Serve would take the next Ray of this process for this one, since both name their job alike.
         serve.context._set_global_client(None)
+
+
+def _start_serve(config: ServiceConfig) -> None:
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
+    except RayError as error:  # a proxy's
+        reason = str(error).strip().splitlines()[-1]
+        raise ResourceError(
+            f"Ray Serve cannot answer on {config.host}:{config.port} ({reason}); if it is taken, choose another "
+            "--host or --port"
+        ) from None
 
 
 def check_model(config: ServiceConfig) -> None:

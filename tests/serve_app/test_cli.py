@@ -118,6 +118,24 @@ def test_a_busy_port_is_refused_before_anything_starts() -> None:
         assert f"127.0.0.1:{port}" in refusal("serve", "--port", port)
 
 
+def test_a_port_that_is_taken_while_ray_starts_is_refused_in_one_sentence_too() -> None:
+    command = (
+        "from serve_app import cli, launch; launch.check_port = lambda _: None; raise SystemExit(cli.main())"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        taken.listen()
+        arguments = ("serve", "--port", str(taken.getsockname()[1]), *ENGINE)
+        mark = uuid.uuid4().hex
+        environment = {**os.environ, "QWEN3_DIST_TEST": mark}
+        result = subprocess.run(
+            [sys.executable, "-c", command, *arguments], capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 2, result.stderr
+        assert "choose another --host or --port" in result.stderr.strip().splitlines()[-1]
+        wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark}"))
+
+
 def test_a_damaged_checkpoint_names_its_damage_through_serve_and_leaves_nothing(tmp_path: Path) -> None:
     shutil.copytree(resolve_model(""), tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model.safetensors"
