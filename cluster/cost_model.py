@@ -12,12 +12,13 @@ from math import ceil, sqrt
 from statistics import NormalDist
 
 from cluster.collectives import groups_of
-from cluster.footprint import LayerSizes, Stage, activation_bytes, stage_weights, stages
+from cluster.footprint import LayerSizes, Stage, stage_weights, stages
 from cluster.hardware import Cluster, Device
 from cluster.memory import ITEM_BYTES, kv_bytes_per_token
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, chosen_share, prefers_all_to_all
+from qwen3_dist.step_memory import step_bytes
 
 EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
 
@@ -124,10 +125,7 @@ class CostModel:
 
     def activation_bytes(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
         """Most bytes of a step on one rank beside weights and cache."""
-        item = self._item
-        return activation_bytes(
-            self.config, self.layout, self.sizes, max_num_batched_tokens, max_num_seqs, item
-        )
+        return step_bytes(self.config, self.layout, max_num_batched_tokens, max_num_seqs, self._item)
 
     def kv_bytes_per_token(self) -> float:
         """Cache bytes of a token on a rank of the stage with most layers."""

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, even_ranges
 
-_LIVE_ROWS = 6  # copies of a step's hidden states alive at once: residual, norm, sums, what travels
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -85,19 +83,3 @@ def stage_weights(config: ModelConfig, layout: Layout, sizes: LayerSizes, stage:
     final_norm = config.emb_dim * (2 if config.rms_norm_shift else 1) if stage.last else 0
     layers = stage.layers * (sizes.attention + sizes.small) + stage.dense_layers * sizes.dense
     return layers + stage.moe_layers * experts + tables * vocabulary + final_norm
-
-
-def activation_bytes(
-    config: ModelConfig, layout: Layout, sizes: LayerSizes, tokens: int, samples: int, item_bytes: float
-) -> int:
-    """Most bytes that a step of `tokens` tokens and `samples` sampled ones holds besides weights and cache.
-
-    Hidden states, the widest layer's columns, tokens sent to and from experts, and fp32 logits on tp rank 0.
-    """
-    qkv = (sizes.heads + 2 * sizes.kv_groups) * config.head_dim
-    widest = max(qkv, 3 * sizes.dense_columns)
-    elements = tokens * (_LIVE_ROWS * config.emb_dim + widest)
-    if config.num_experts:
-        pairs = tokens * layout.dp * config.num_experts_per_tok / layout.ep
-        elements += int(pairs * (3 * sizes.expert_columns + 2 * config.emb_dim))
-    return int(elements * item_bytes) + samples * config.vocab_size * 4

@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -45,12 +47,35 @@ class Watch(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.waits: list[str] = []
+        self.bytes_held = self.peak_bytes = 0
+        self._held: set[int] = set()
+
+    def restart(self) -> None:
+        """Counts from here on, and the peak over what is held now."""
+        for each in (self.operators, self.kernels, self.waits):
+            each.clear()
+        self.peak_bytes = self.bytes_held
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self._held:
+            self._held.add(key)
+            self.bytes_held += size
+            self.peak_bytes = max(self.peak_bytes, self.bytes_held)
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._held.discard(key)
+        self.bytes_held -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        for x in made:
+            if x.is_cuda:
+                self._hold(x.untyped_storage())
         if any(x.is_cuda for x in (*given, *made)):
             name = str(func)
             self.operators[name] += not func.is_view and "empty" not in name and not name.startswith("prim.")
@@ -175,9 +200,10 @@ def observe(
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
     from qwen3_dist.config import ModelConfig
-    from qwen3_dist.engine import backends
+    from qwen3_dist.engine import backends, kv_cache
     from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
     from qwen3_dist.engine.runner import ModelRunner
+    from qwen3_dist.executor.rank import count_blocks
     from qwen3_dist.kernels import gpu
     from qwen3_dist.layers import gpu_attention, paged_attention
     from qwen3_dist.model import Qwen3Model
@@ -207,7 +233,11 @@ def observe(
 
     def step(slot: int, tokens: tuple[int, ...], start: int, **more: Any) -> SequenceStep:
         return SequenceStep(
-            slot, slot, tokens, start, (slot, 2 + slot, 4 + slot), **{"sample": greedy, **more}
+            slot,
+            slot,
+            tokens,
+            start,
+            **{"block_table": (slot, 2 + slot, 4 + slot), "sample": greedy, **more},
         )
 
     prompts = plan(step(0, prompt, 0), step(1, prompt[:9], 0))
@@ -217,6 +247,25 @@ def observe(
     reading = plan(
         step(0, prompt, 0, reading=PromptScores(0, (1,) * 39, 2)),
         step(1, prompt, 0, sample=None, reading=PoolingParams()),
+    )
+    largest = plan(
+        *(
+            step(
+                seq,
+                (-1,),
+                40,
+                setup=penalised,
+                sample=greedy._replace(temperature=1.0, top_p=0.9, logprobs=3),
+            )
+            for seq in range(DRAWS - 1)
+        ),
+        step(
+            DRAWS,
+            tuple(range(TOKENS - DRAWS + 1)),
+            0,
+            block_table=tuple(range(TOKENS)),
+            reading=PromptScores(0, (1,) * (TOKENS - DRAWS), 2),
+        ),
     )
     phases: dict[str, dict[str, Any]] = {}
     with fake_gpu(card) as watch, contextlib.ExitStack() as stack:
@@ -230,13 +279,15 @@ def observe(
 
         @contextlib.contextmanager
         def phase(name: str) -> Iterator[None]:
-            watch.operators.clear(), watch.kernels.clear(), watch.waits.clear()
+            watch.restart()
+            held = watch.bytes_held
             yield
             operators = {key: count for key, count in watch.operators.items() if count}
             phases[name] = {
                 "operators": operators,
                 "kernels": dict(watch.kernels),
                 "waits": list(watch.waits),
+                "bytes": watch.peak_bytes - held,
             }
 
         torch.set_default_dtype(dtype)
@@ -246,6 +297,11 @@ def observe(
         if quantize is not None:
             built.quantize()
         built.pack()
+        weights = watch.bytes_held
+        memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
+        with memory, patch.object(torch.cuda, "device_count", lambda: 1):
+            sizes = EngineConfig(model="", block_size=1, max_num_batched_tokens=TOKENS, max_num_seqs=DRAWS)
+            blocks = count_blocks(replace(sizes, quantize=quantize or "none"), built, ranks_on_host=1)
         for graphs in (True, False):
             settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=256)
             with phase("start" if graphs else "start without graphs"):
@@ -255,13 +311,17 @@ def observe(
             for name, asked in steps.items():
                 with phase(name + ending):
                     runner.launch(asked)
-        for name, asked in {"formed": formed, "reading": reading}.items():
+        for name, asked in {"formed": formed, "reading": reading, "largest": largest}.items():
             with phase(name):
                 runner.launch(asked)
+    cache = blocks * kv_cache.block_bytes(built, 1)
+    phases["start"] |= {"weights_bytes": weights, "cache_bytes": cache}
     return phases
 
 
 LAYERS = 2
+TOKENS, DRAWS = 8192, 64  # of the largest step
+CARD_BYTES = 4 << 30
 
 
 def main() -> None:

@@ -49,7 +49,8 @@ def blocks_that_fit(free: int, per_block: int, most_useful: int) -> int:
     if fitting < 1:
         raise ResourceError(
             f"only {max(free, 0) / 2**20:.0f} MiB are left for the KV cache and one block takes "
-            f"{per_block / 2**20:.1f} MiB; use more ranks, a smaller dtype or more memory"
+            f"{per_block / 2**20:.1f} MiB; use more ranks, a smaller dtype, on a GPU a smaller "
+            "max_num_batched_tokens, or more memory"
         )
     return min(fitting, most_useful)
 

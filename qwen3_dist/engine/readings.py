@@ -17,9 +17,8 @@ from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import PromptScores, Reading, SequenceStep
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.step_memory import SCORED_ROWS
 from qwen3_dist.transfer import rows_on_device
-
-_ROWS = 128  # whose logits are held at once
 
 
 class Readings:
@@ -52,7 +51,7 @@ class Readings:
         at, wanted = rows_on_device((rows, targets), hidden.device)
         most = min(max(scores.top for scores in self._scores), model.config.vocab_size)
         parts = []
-        for chunk, chunk_wanted in zip(at.split(_ROWS), wanted.split(_ROWS), strict=True):
+        for chunk, chunk_wanted in zip(at.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
             logits = model.logits(hidden[chunk])
             if logits is not None:
                 logits = logits.float()

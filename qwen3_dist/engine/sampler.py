@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import SampleSpec
-from qwen3_dist.kernels import gpu_kernels_for, kernels_for
+from qwen3_dist.kernels import GpuKernels, gpu_kernels_for, kernels_for
+from qwen3_dist.step_memory import SORTED_ROWS
 from qwen3_dist.transfer import on_device
 
 _MASK = (1 << 64) - 1
@@ -109,8 +110,8 @@ def _draw_from_top_k(logits: Tensor, settings: _Settings) -> Tensor:
 def _draw_from_top_p(logits: Tensor, settings: _Settings) -> Tensor:
     kernels = gpu_kernels_for(logits)
     if kernels is not None:
-        keys = kernels.ordering_keys(logits).sort(dim=-1, descending=True).values
-        return kernels.draw_from_ordered(keys, logits.shape[-1], settings.columns)
+        parts = zip(logits.split(SORTED_ROWS), settings.columns.split(SORTED_ROWS, dim=1), strict=True)
+        return torch.cat([_draw_from_sorted(kernels, part, columns) for part, columns in parts])
     # On a GPU the host would wait for the answer.
     found = None if logits.is_cuda else _nucleus(logits, settings)
     if found is None:
@@ -118,6 +119,11 @@ def _draw_from_top_p(logits: Tensor, settings: _Settings) -> Tensor:
         found = _weights(ordered, ordered[:, :1], settings), ids, None
     weights, ids, total = found
     return ids.gather(1, _draw_from_ordered(weights, total, settings))[:, 0]
+
+
+def _draw_from_sorted(kernels: GpuKernels, logits: Tensor, columns: Tensor) -> Tensor:
+    keys = kernels.ordering_keys(logits).sort(dim=-1, descending=True).values
+    return kernels.draw_from_ordered(keys, logits.shape[-1], columns.contiguous())
 
 
 def _nucleus(logits: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor | None] | None:

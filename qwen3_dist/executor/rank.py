@@ -40,6 +40,7 @@ from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.step_memory import step_bytes
 from qwen3_dist.weights.adapters import load_adapters
 from qwen3_dist.weights.loader import Progress, load_model
 from qwen3_dist.weights.source import resolve_model
@@ -162,9 +163,19 @@ def count_blocks(config: EngineConfig, model: Qwen3Model, ranks_on_host: int) ->
         free = kv_cache.free_bytes(device, config.gpu_memory_utilization, ranks_on_host)
     per_block = kv_cache.block_bytes(model, config.block_size)
     longest = min(config.max_model_len or model.config.context_length, model.config.context_length)
-    most_seqs = SchedulerLimits.of(config, device.type, num_blocks=free // per_block).max_num_seqs
-    most_useful = most_seqs * -(-longest // config.block_size)
+    limits = SchedulerLimits.of(config, device.type, num_blocks=free // per_block)
+    most_useful = limits.max_num_seqs * -(-longest // config.block_size)
+    if device.type == "cuda":  # of a CPU's memory caches take less than a third
+        free -= _step_bytes(config, model, limits)
     return kv_cache.blocks_that_fit(free, per_block, most_useful)
+
+
+def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits) -> int:
+    guesses = config.speculative.k if config.speculative is not None else 0
+    draws = limits.max_num_seqs * (1 + guesses)
+    tokens = max(limits.max_num_batched_tokens, draws)
+    widens, layout = config.quantize == "int8", model.parallel.layout
+    return step_bytes(model.config, layout, tokens, draws, model.dtype.itemsize, widens)
 
 
 def rank_main(spec: RankSpec) -> None:

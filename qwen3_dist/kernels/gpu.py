@@ -19,6 +19,7 @@ class GpuKernels:
         self.swiglu = triton_rows.swiglu
         self.route = triton_rows.route
         self.experts = triton_products.experts
+        self.summed = triton_products.summed
         self.linear_int8 = triton_products.linear_int8
         self.ordering_keys = triton_sampling.ordering_keys
         self.draw_from_ordered = triton_sampling.draw_from_ordered

@@ -244,5 +244,5 @@ def _torch_linear(x: Tensor, part: Weights) -> Tensor:
     if kernels is not None:
         product = kernels.linear_int8(x.contiguous(), part.weight, part.scale)
     else:
-        product = F.linear(x, part.weight.to(x.dtype)) * part.scale
-    return (product if part.bias is None else product + part.bias).to(x.dtype)
+        product = F.linear(x, part.weight.to(x.dtype)).mul_(part.scale)
+    return product if part.bias is None else product + part.bias

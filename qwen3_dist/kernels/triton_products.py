@@ -124,10 +124,10 @@ def experts(
     """Sum over a row's choices of weight * expert(x): contiguous x [R, D], stacks fc1 and fc2 [e, I, D] and fc3
     [e, D, I] of x's dtype or int8 with fp32 scales [e, I], the same, [e, D]; ids int64 and weights fp32 [R, K] ->
     [R, D]. An id of -1 is no choice. How often each id is there, from -1 on, is added to `totals` [1 + e] int64."""
-    (rows, dim), choices, (num_experts, columns, _) = x.shape, ids.shape[1], stacks[0].shape
-    out, pairs = torch.empty_like(x), ids.numel()
+    dim, choices, (num_experts, columns, _) = x.shape[1], ids.shape[1], stacks[0].shape
+    pairs = ids.numel()
     if not pairs:
-        return out.zero_()
+        return torch.zeros_like(x)
     order = ids.new_empty(pairs)
     counts = ids.new_empty(1 + num_experts, dtype=torch.int32)
     _order[(1 + num_experts,)](ids, counts, totals, order, pairs, min(1024, triton.next_power_of_2(pairs)))
@@ -135,7 +135,16 @@ def experts(
     one, two, three = scales or (None, None, None)
     _launch(x, (stacks[0], stacks[1]), (one, two), order, counts, hidden, choices)
     _launch(hidden, (stacks[2], None), (three, None), order, counts, answers, choices)
-    _summed[(rows, triton.cdiv(dim, 512))](answers, ids, weights, out, dim, choices, 512)
+    return summed(answers, ids, weights)
+
+
+def summed(answers: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The sum over a row's choices of weight * answer, contiguous answers [P, D] and ids and weights [R, K] ->
+    [R, D]. Answers of choices with an id of -1 are not read."""
+    (rows, choices), dim = ids.shape, answers.shape[1]
+    out = answers.new_empty(rows, dim)
+    if rows:
+        _summed[(rows, triton.cdiv(dim, 512))](answers, ids, weights, out, dim, choices, 512)
     return out
 
 

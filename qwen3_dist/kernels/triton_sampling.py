@@ -1,6 +1,6 @@
 """Draws of tokens on a GPU, in Triton: one kernel for what is thirty in plain torch.
 
-Legend: L rows, V vocab_size, C candidates of a row.
+Logits are fp32 or narrower, each row's side by side. Legend: L rows, V vocab_size, C candidates of a row.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _BLOCK = (
 
 
 @triton.jit
-def _order(logits, keys, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _order(logits, keys, stride, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logit = tl.load(logits + row * V + token, mask=token < V, other=0.0).to(tl.float32)
+    logit = tl.load(logits + row * stride + token, mask=token < V, other=0.0).to(tl.float32)
     bits = logit.to(tl.int32, bitcast=True)
     bits ^= (bits >> 31) & 0x7FFFFFFF  # integers in the order of the floats
     tl.store(keys + row * V + token, (bits.to(tl.int64) << 32) + (V - 1 - token), mask=token < V)
@@ -27,9 +27,9 @@ def _order(logits, keys, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def
 
 def ordering_keys(logits: Tensor) -> Tensor:
     """Integers int64 [L, V] that are larger for larger logits [L, V] and, of equal ones, for the first token."""
-    keys = torch.empty_like(logits, dtype=torch.int64)
     rows, vocab_size = logits.shape
-    _order[(rows, triton.cdiv(vocab_size, _BLOCK))](logits, keys, vocab_size, _BLOCK)
+    keys = logits.new_empty(rows, vocab_size, dtype=torch.int64)
+    _order[(rows, triton.cdiv(vocab_size, _BLOCK))](logits, keys, logits.stride(0), vocab_size, _BLOCK)
     return keys
 
 
@@ -53,14 +53,14 @@ def _weights(candidates, at, end, largest, temperature, ORDERED: tl.constexpr): 
 
 @triton.jit
 def _draw(  # type: ignore[no-untyped-def]
-    candidates, settings, out, C, V, ORDERED: tl.constexpr, BLOCK: tl.constexpr
+    candidates, settings, out, stride, C, V, ORDERED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Of one row: the weight of those that top-k keeps, the first of them that reach top-p, then the one drawn."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     temperature = tl.maximum(tl.load(settings + row).to(tl.float32), 1.1754944e-38)
     end = tl.minimum(tl.load(settings + rows + row), C).to(tl.int32)
     top_p, uniform = tl.load(settings + 2 * rows + row), tl.load(settings + 3 * rows + row)
-    source = candidates + row * C
+    source = candidates + row * stride
     each = tl.arange(0, BLOCK)
     largest = tl.max(_logits(source, each, end, ORDERED), 0)
     if not ORDERED:
@@ -115,5 +115,5 @@ def draw_from_all(logits: Tensor, settings: Tensor) -> Tensor:
 def _drawn(candidates: Tensor, vocab_size: int, settings: Tensor, ordered: bool) -> Tensor:
     rows, count = candidates.shape
     out = candidates.new_empty(rows, dtype=torch.int64)
-    _draw[(rows,)](candidates, settings, out, count, vocab_size, ordered, _BLOCK)
+    _draw[(rows,)](candidates, settings, out, candidates.stride(0), count, vocab_size, ordered, _BLOCK)
     return out

@@ -44,8 +44,8 @@ class Experts(nn.Module):
         kernels = gpu_kernels_for(x)
         few = ids.numel() < _FEW_PAIRS * len(self.fc1)
         grouped = self.scales is None and grouped_mm_works(x, self.fc1)
+        ids, weights = ids.contiguous(), weights.contiguous()
         if kernels is not None and (few or not grouped):
-            ids, weights = ids.contiguous(), weights.contiguous()
             return kernels.experts(x.contiguous(), stacks, self.scales, ids, weights, self._counts)
         counts = counted(ids, len(self.fc1))
         self._counts += counts
@@ -127,7 +127,11 @@ def grouped_experts(x: Tensor, stacks: _Three, ids: Tensor, weights: Tensor, cou
     ends = counts[1:].cumsum(0, dtype=torch.int32)
     pairs = x[order // choices]
     hidden = swiglu(F.grouped_mm(pairs, fc1, offs=ends), F.grouped_mm(pairs, fc2, offs=ends))
-    answers = F.grouped_mm(hidden, fc3, offs=ends)[order.argsort()].view(rows, choices, -1)
+    answers = F.grouped_mm(hidden, fc3, offs=ends)[order.argsort()]
+    kernels = gpu_kernels_for(x)
+    if kernels is not None:
+        return kernels.summed(answers, ids, weights)
+    answers = answers.view(rows, choices, -1)
     answers = torch.where((ids >= 0)[..., None], answers.float() * weights[..., None], 0.0)
     return answers.sum(dim=1).to(x.dtype)
 

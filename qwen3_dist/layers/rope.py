@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig, RopeScaling
+from qwen3_dist.transfer import on_device
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -61,7 +62,7 @@ class RopeTables:
         if len(self._cos) < longest or self._cos.device != positions.device:
             length = max(_FIRST_POSITIONS, 1 << (longest - 1).bit_length())
             everything = torch.arange(length, device=positions.device)
-            frequencies = self._frequencies.to(positions.device)
+            frequencies = on_device(self._frequencies, torch.float32, positions.device)
             self._cos, self._sin = rope_tables(everything, frequencies, self._mscale, dtype)
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qwen3_dist.kernels import build
-from tests.fake_gpu import LAYERS
+from tests.fake_gpu import CARD_BYTES, LAYERS
 
 ROOT = Path(__file__).parent.parent.parent
 WAYS = {
@@ -77,3 +77,10 @@ def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
     phase = phases["decodes without graphs"]
     assert launches(phase) - launches(phases["decodes"]) < 25 * LAYERS
     assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])
+
+
+def test_a_step_takes_no_more_memory_than_the_cache_leaves_it(phases: dict[str, dict[str, Any]]) -> None:
+    """And not so much less that what is left for it would be wasted."""
+    largest, start = phases["largest"]["bytes"], phases["start"]
+    left = int(0.9 * CARD_BYTES) - start["weights_bytes"] - start["cache_bytes"]
+    assert largest < left < 4 * largest

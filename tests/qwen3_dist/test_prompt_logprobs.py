@@ -102,7 +102,7 @@ def test_choices_share_one_scoring_of_their_prompt(checkpoints: dict[str, Path])
 def test_a_long_prompt_is_scored_a_few_rows_at_a_time(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readings, "_ROWS", 5)
+    monkeypatch.setattr(readings, "SCORED_ROWS", 5)
     with LLM(str(checkpoints["dense"]), use_tqdm=False) as llm:
         outputs = llm.generate(PROMPTS, SCORED, use_tqdm=False)
     for prompt, output in zip(PROMPTS, outputs, strict=True):

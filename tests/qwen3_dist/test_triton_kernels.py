@@ -137,7 +137,8 @@ def test_linear_int8(rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("vocab_size", [50, 1024, 4100])
 def test_draws(monkeypatch: pytest.MonkeyPatch, limits: dict[str, float], vocab_size: int) -> None:
     """They are those of plain torch, with many equal logits, too."""
-    logits = torch.randn(40, vocab_size).mul(8).round().div(2).to(torch.bfloat16)
+    wider = torch.randn(40, vocab_size + 3).mul(8).round().div(2).to(torch.bfloat16)
+    logits = wider[:, :vocab_size]  # as a group leaves them whose ranks' rows are more than the vocabulary
     specs = [
         SampleSpec(
             **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, **limits}, seed=3, position=i, logprobs=None

@@ -1,0 +1,52 @@
+"""What a step holds on a rank beside weights and cache, which a GPU must have left when its cache is made.
+
+An estimate from above in closed form, so that a planner has it too; `test_gpu_steps` compares it with what whole steps
+allocate. What CUDA graphs and communicators take comes out of what `gpu_memory_utilization` leaves.
+
+Legend: T tokens of a step, D emb_dim, H heads, G KV groups, d head_dim, I hidden columns, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import Layout, prefers_all_to_all
+
+SCORED_ROWS = 128  # of a prompt's logits that are held at once
+SORTED_ROWS = 32  # of logits that are sorted at once
+_LIVE_ROWS = 4  # of D for each token: the residual, what is normed, what is added, what travels
+_UNEVEN = 2  # times as many tokens as evenly spread experts would have
+# Bytes of each logit, beside those of the activations' dtype, which tp rank 0 holds twice:
+_DRAWN_BYTES = 20  # of a draw: fp32 copies to be changed and for log-probabilities, what is penalised
+_SORTED_BYTES = 42  # of a row that is sorted: keys, sorted, places, and as much for the sort itself
+_SCORED_BYTES = 12  # of a row that is scored: fp32, what is summed of it, comparisons
+
+
+def step_bytes(
+    config: ModelConfig, layout: Layout, tokens: int, draws: int, item_bytes: float, widens: bool = False
+) -> int:
+    """Most bytes on one rank for a step of `tokens` tokens and `draws` draws in each dp group; a number of an
+    activation takes `item_bytes`. `widens`: weights are int8, which many rows are multiplied with as activations are.
+    """
+    heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)
+    attention = (3 * heads + 2 * groups) * config.head_dim  # q, k, v; q rotated; what attention gives
+    hidden = 3 * -(-config.hidden_dim // layout.tp)
+    blocks = tokens * (_LIVE_ROWS * config.emb_dim + max(attention, hidden))
+    if config.num_experts:
+        columns = -(-config.moe_hidden_dim // layout.etp)
+        blocks += _pairs(config, layout, tokens) * 3 * (columns + config.emb_dim)
+    logits = draws * (2 * item_bytes + _DRAWN_BYTES)
+    logits += max(
+        min(draws, SORTED_ROWS) * _SORTED_BYTES, min(tokens, SCORED_ROWS) * (2 * item_bytes + _SCORED_BYTES)
+    )
+    # Logits come when of the blocks only their answers are left.
+    ending = 2 * tokens * config.emb_dim * item_bytes + logits * config.vocab_size
+    widest = max(config.vocab_size, 2 * config.hidden_dim) // layout.tp * config.emb_dim if widens else 0
+    return int(max(blocks * item_bytes, ending) + widest * item_bytes)
+
+
+def _pairs(config: ModelConfig, layout: Layout, tokens: int) -> int:
+    """Rows that a rank's experts take: by all-gather those of all tokens, of which it leaves most out."""
+    everywhere = tokens * layout.dp
+    if prefers_all_to_all(layout, config, everywhere):
+        everywhere = min(everywhere, _UNEVEN * -(-everywhere // layout.ep))
+    return everywhere * config.num_experts_per_tok
