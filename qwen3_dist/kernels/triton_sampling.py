@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = (
-    1024  # candidates that a program looks at together; a constant, so that sums do not depend on a batch
-)
+# Candidates that a program looks at together: a constant, so that a row's sums do not depend on its batch.
+_BLOCK = 1024
 
 
 @triton.jit
