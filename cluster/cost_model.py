@@ -125,7 +125,9 @@ class CostModel:
 
     def activation_bytes(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
         """Most bytes of a step on one rank beside weights and cache."""
-        return step_bytes(self.config, self.layout, max_num_batched_tokens, max_num_seqs, self._item)
+        config, layout = self.config, self.layout
+        by_all_to_all = prefers_all_to_all(layout, config, max_num_batched_tokens * layout.dp)
+        return step_bytes(config, layout, max_num_batched_tokens, max_num_seqs, self._item, by_all_to_all)
 
     def kv_bytes_per_token(self) -> float:
         """Cache bytes of a token on a rank of the stage with most layers."""

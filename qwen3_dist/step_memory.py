@@ -9,7 +9,7 @@ Legend: T tokens of a step, D emb_dim, H heads, G KV groups, d head_dim, I hidde
 from __future__ import annotations
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.layout import Layout, prefers_all_to_all
+from qwen3_dist.layout import Layout
 
 SCORED_ROWS = 128  # of a prompt's logits that are held at once
 SORTED_ROWS = 32  # of logits that are sorted at once
@@ -22,10 +22,17 @@ _SCORED_BYTES = 12  # of a row that is scored: fp32, what is summed of it, compa
 
 
 def step_bytes(
-    config: ModelConfig, layout: Layout, tokens: int, draws: int, item_bytes: float, widens: bool = False
+    config: ModelConfig,
+    layout: Layout,
+    tokens: int,
+    draws: int,
+    item_bytes: float,
+    all_to_all: bool,
+    widens: bool = False,
 ) -> int:
     """Most bytes on one rank for a step of `tokens` tokens and `draws` draws in each dp group; a number of an
-    activation takes `item_bytes`. `widens`: weights are int8, which many rows are multiplied with as activations are.
+    activation takes `item_bytes`. `all_to_all`: so tokens reach their experts. `widens`: weights are int8, which many
+    rows are multiplied with as activations are.
     """
     heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)
     attention = (3 * heads + 2 * groups) * config.head_dim  # q, k, v; q rotated; what attention gives
@@ -33,7 +40,7 @@ def step_bytes(
     blocks = tokens * (_LIVE_ROWS * config.emb_dim + max(attention, hidden))
     if config.num_experts:
         columns = -(-config.moe_hidden_dim // layout.etp)
-        blocks += _pairs(config, layout, tokens) * 3 * (columns + config.emb_dim)
+        blocks += _pairs(config, layout, tokens, all_to_all) * 3 * (columns + config.emb_dim)
     logits = draws * (2 * item_bytes + _DRAWN_BYTES)
     logits += max(
         min(draws, SORTED_ROWS) * _SORTED_BYTES, min(tokens, SCORED_ROWS) * (2 * item_bytes + _SCORED_BYTES)
@@ -44,9 +51,9 @@ def step_bytes(
     return int(max(blocks * item_bytes, ending) + widest * item_bytes)
 
 
-def _pairs(config: ModelConfig, layout: Layout, tokens: int) -> int:
+def _pairs(config: ModelConfig, layout: Layout, tokens: int, all_to_all: bool) -> int:
     """Rows that a rank's experts take: by all-gather those of all tokens, of which it leaves most out."""
     everywhere = tokens * layout.dp
-    if prefers_all_to_all(layout, config, everywhere):
+    if all_to_all:
         everywhere = min(everywhere, _UNEVEN * -(-everywhere // layout.ep))
     return everywhere * config.num_experts_per_tok

@@ -38,7 +38,7 @@ from qwen3_dist.executor.channel import Channel, connect
 from qwen3_dist.garbage import exempt_present_objects
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.dispatch import DispatchOptions
+from qwen3_dist.parallel.dispatch import DispatchOptions, uses_all_to_all
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.step_memory import step_bytes
 from qwen3_dist.weights.adapters import load_adapters
@@ -174,8 +174,9 @@ def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits
     guesses = config.speculative.k if config.speculative is not None else 0
     draws = limits.max_num_seqs * (1 + guesses)
     tokens = max(limits.max_num_batched_tokens, draws)
-    widens, layout = config.quantize == "int8", model.parallel.layout
-    return step_bytes(model.config, layout, tokens, draws, model.dtype.itemsize, widens)
+    layout, widens = model.parallel.layout, config.quantize == "int8"
+    by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp)
+    return step_bytes(model.config, layout, tokens, draws, model.dtype.itemsize, by_all_to_all, widens)
 
 
 def rank_main(spec: RankSpec) -> None:
