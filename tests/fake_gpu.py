@@ -181,8 +181,8 @@ def fake_gpu(card: int) -> Iterator[Watch]:
         yield watch
 
 
-def _connected(layout: str) -> ParallelContext:
-    """Rank 0 of a layout whose other ranks are not there, and answer at once."""
+def _connected(layout: str, stage: int) -> ParallelContext:
+    """The first rank of a layout's `stage`; the other ranks are not there, and answer at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from qwen3_dist.layout import Layout
@@ -191,11 +191,12 @@ def _connected(layout: str) -> ParallelContext:
         return ParallelContext.single()
     start = dist.init_process_group
     with patch.object(dist, "init_process_group", lambda _, **options: start("fake", **options)):
-        return ParallelContext.connect(Layout.parse(layout), 0, FakeStore(), torch.device("cuda"))
+        parsed = Layout.parse(layout)
+        return ParallelContext.connect(parsed, stage * parsed.stage_size, FakeStore(), torch.device("cuda"))
 
 
 def observe(
-    model: str, card: int, quantize: str | None, dtype: torch.dtype, layout: str
+    model: str, card: int, quantize: str | None, dtype: torch.dtype, layout: str, stage: int
 ) -> dict[str, dict[str, Any]]:
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
@@ -206,6 +207,7 @@ def observe(
     from qwen3_dist.executor.rank import count_blocks
     from qwen3_dist.kernels import gpu
     from qwen3_dist.layers import gpu_attention, paged_attention
+    from qwen3_dist.layout import Layout
     from qwen3_dist.model import Qwen3Model
     from qwen3_dist.pooling_params import PoolingParams
     from qwen3_dist.settings import EngineConfig
@@ -229,7 +231,8 @@ def observe(
     prompt = tuple(range(40))
 
     def plan(*parts: SequenceStep) -> StepPlan:
-        return StepPlan.for_groups(1, [parts])[0]
+        """In every dp group the same."""
+        return StepPlan.for_groups(1, [parts] * Layout.parse(layout).dp)[0]
 
     def step(slot: int, tokens: tuple[int, ...], start: int, **more: Any) -> SequenceStep:
         return SequenceStep(
@@ -292,7 +295,7 @@ def observe(
 
         torch.set_default_dtype(dtype)
         with torch.device("cuda"):
-            built = Qwen3Model(config, _connected(layout)).eval().requires_grad_(False)
+            built = Qwen3Model(config, _connected(layout, stage)).eval().requires_grad_(False)
         torch.set_default_dtype(torch.float32)
         if quantize is not None:
             built.quantize()
@@ -330,10 +333,16 @@ def main() -> None:
     parser.add_argument("--card", type=int, default=90)
     parser.add_argument("--quantize")
     parser.add_argument("--layout", default="tp=1")
+    parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     phases = observe(
-        options.model, options.card, options.quantize, getattr(torch, options.dtype), options.layout
+        options.model,
+        options.card,
+        options.quantize,
+        getattr(torch, options.dtype),
+        options.layout,
+        options.stage,
     )
     json.dump(phases, sys.stdout, indent=1)
 

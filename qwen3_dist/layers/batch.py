@@ -51,17 +51,21 @@ class StepBatch:
         """T of the dp group that has most."""
         return max(self.group_tokens, default=self.token_ids.shape[0])
 
+    def rows_of_groups(self, begin: int, end: int) -> Tensor | None:
+        """int64 rows of tokens `begin` to `end` of every dp group, where each group's are padded to end - begin; None
+        if none is padded. Made once a step."""
+        key, length = (begin, end), end - begin
+        if key not in self._rows_of_groups:
+            lengths = [min(max(tokens - begin, 0), length) for tokens in self.group_tokens]
+            rows = [group * length + row for group, tokens in enumerate(lengths) for row in range(tokens)]
+            padded = min(lengths) < length
+            device = self.token_ids.device
+            self._rows_of_groups[key] = on_device(rows, torch.int64, device) if padded else None
+        return self._rows_of_groups[key]
+
     @cached_property
-    def rows_of_groups(self) -> Tensor | None:
-        """[sum of T] int64: where all groups' tokens lie when each group's are padded to the longest's; None
-        if none is padded."""
-        longest = self.largest_group
-        if min(self.group_tokens) == longest:
-            return None
-        rows = [
-            group * longest + row for group, tokens in enumerate(self.group_tokens) for row in range(tokens)
-        ]
-        return on_device(rows, torch.int64, self.token_ids.device)
+    def _rows_of_groups(self) -> dict[tuple[int, int], Tensor | None]:
+        return {}
 
     @property
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

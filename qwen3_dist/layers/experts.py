@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qwen3_dist.kernels import Kernels, Weights, gpu_kernels_for, linears
 from qwen3_dist.layers.linear import as_int8, frozen
 from qwen3_dist.parallel.dispatch import DispatchedTokens
+from qwen3_dist.step_memory import rows_of_slice
 
 _Three = tuple[Tensor, Tensor, Tensor]
 _FEW_PAIRS = 64  # for each expert, up to which a GPU takes our kernel rather than torch's
@@ -34,19 +35,33 @@ class Experts(nn.Module):
         self._counts = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
 
     def forward(self, received: DispatchedTokens) -> Tensor:
-        """Each row's weighted sum over those of its experts that are here -> [R, D]."""
+        """Each row's weighted sum over those of its experts that are here -> [R, D].
+
+        Many rows go in slices, so that memory is bounded also where every row chose experts of this rank.
+        """
         x, ids, weights = received.tokens, received.expert_ids, received.weights
-        stacks = (self.fc1, self.fc2, self.fc3)
         if self._packed_for is not None:
+            stacks = (self.fc1, self.fc2, self.fc3)
             return self._packed_for.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
         if self._counts.device != ids.device:
             self._counts = self._counts.to(ids.device)
+        x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
+        rows = rows_of_slice(ids.shape[1])
+        if len(x) <= rows:
+            return self._sums(x, ids, weights)
+        out = torch.empty_like(x)
+        for mine, *part in zip(*(each.split(rows) for each in (out, x, ids, weights)), strict=True):
+            mine.copy_(self._sums(*part))
+        return out
+
+    def _sums(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """`forward` of contiguous rows whose pairs, of whatever experts, fit a step's memory."""
+        stacks = (self.fc1, self.fc2, self.fc3)
         kernels = gpu_kernels_for(x)
         few = ids.numel() < _FEW_PAIRS * len(self.fc1)
         grouped = self.scales is None and grouped_mm_works(x, self.fc1)
-        ids, weights = ids.contiguous(), weights.contiguous()
         if kernels is not None and (few or not grouped):
-            return kernels.experts(x.contiguous(), stacks, self.scales, ids, weights, self._counts)
+            return kernels.experts(x, stacks, self.scales, ids, weights, self._counts)
         counts = counted(ids, len(self.fc1))
         self._counts += counts
         if grouped:

@@ -22,6 +22,7 @@ from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.step_memory import rows_of_slice
 
 
 class FeedForward(nn.Module):
@@ -111,10 +112,27 @@ class MoEFeedForward(nn.Module):
         """
         if self._dp.size == 1:
             return self._local(x, norm, batch.padding)
-        longest, rows = batch.largest_group, batch.rows_of_groups
-        everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, longest - len(x))))
+        longest, groups = batch.largest_group, self._dp.size
+        if not longest:  # nothing is read in any group
+            return x
+        length = min(longest, rows_of_slice(self.num_experts_per_tok, groups))
+        parts = []
+        for begin in range(0, longest, length):  # all groups' tokens take dp times the memory of one's
+            end, padding = min(begin + length, longest), batch.padding
+            if padding is not None:
+                padding = padding.view(groups, longest)[:, begin:end].flatten()
+            rows = batch.rows_of_groups(begin, end)
+            parts.append(self._gathered(x[begin:end], norm, end - begin, rows, padding))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gathered(
+        self, x: Tensor, norm: RMSNorm, length: int, rows: Tensor | None, padding: Tensor | None
+    ) -> Tensor:
+        """`gathered` of some tokens of each dp group, at most `length`. `rows`, if not all groups have as many: where
+        tokens lie among all groups' [dp * length]."""
+        everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, length - len(x))))
         if rows is None:
-            return self._dp.reduce_scatter(self._local(everybody, norm, batch.padding))
+            return self._dp.reduce_scatter(self._local(everybody, norm, padding))
         out = torch.zeros_like(everybody)
         out[rows] = self._local(everybody[rows], norm, None)
         return self._dp.reduce_scatter(out)[: len(x)]

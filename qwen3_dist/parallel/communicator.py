@@ -22,6 +22,7 @@ class Communicator(ABC):
     """One rank's end of a group. Every rank of the group must make the same calls in the same order."""
 
     overlaps = False  # whether what `start_all_to_all` starts goes on while the rank computes
+    excludes_others = False  # whether no other group may be used before it has ended
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -127,6 +128,8 @@ class TorchCommunicator(Communicator):
         super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
         self._group = group
         self._device = device
+        # torch.distributed: "Using multiple process groups with the NCCL backend concurrently is not safe".
+        self.excludes_others = device.type == "cuda"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not x.numel():  # on every rank, then: an idle dp group's, which not every backend takes

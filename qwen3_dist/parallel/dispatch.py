@@ -123,8 +123,8 @@ class AllToAllDispatcher:
 
     @property
     def overlaps(self) -> bool:
-        """Whether what has been started goes on while this rank computes."""
-        return self._ep.overlaps
+        """Whether what has been started may go on while this rank computes, and starts another dispatch."""
+        return self._ep.overlaps and (self._etp.size == 1 or not self._ep.excludes_others)
 
     def dispatch(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor

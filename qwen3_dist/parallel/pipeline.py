@@ -14,8 +14,9 @@ _MOST_UNDERWAY = 4  # sends that may be under way before the oldest is waited fo
 class Pipeline:
     """A rank's place in its pipeline of `size` stages, and its neighbours' global ranks.
 
-    Sends return at once, so that a stage goes on with its next micro-batch while the one after it still
-    has the last. `host` says that tensors must go over the host.
+    Between CPUs a send returns at once, so that a stage goes on with its next micro-batch while the one after it
+    still has the last. On NCCL the stream waits until the next stage has taken the rows (the host does not), since no
+    other group may be used while a send is under way. `host` says that tensors must go over the host.
     """
 
     def __init__(
@@ -39,11 +40,14 @@ class Pipeline:
         return self.stage == self.size - 1
 
     def send(self, x: Tensor) -> None:
-        """Has the next stage's `receive` return `x`, which must not change from now on."""
+        """Has the next stage's `receive` return `x`. On a CPU it must not change from now on."""
         x = x.contiguous()
         x = x.cpu() if self._host else x
         work = dist.isend(x, self._after)
         assert work is not None
+        if x.is_cuda:
+            work.wait()
+            return
         self._underway.append((work, x))
         if len(self._underway) > _MOST_UNDERWAY:
             self._underway.popleft()[0].wait()

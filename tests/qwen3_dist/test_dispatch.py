@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwen3_dist import step_memory
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layers.feed_forward import MoEFeedForward
+from qwen3_dist.layers.norm import RMSNorm
 from qwen3_dist.layout import Layout
+from qwen3_dist.parallel.communicator import SingleCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import (
     AllGatherDispatcher,
@@ -218,3 +221,40 @@ def check_overlapping_layer(parallel: ParallelContext) -> None:
 
 def test_a_layer_that_overlaps_its_halves_gives_what_it_gives_in_one() -> None:
     run_ranks(check_overlapping_layer, "tp=2,ep=2", shared_memory=False)
+
+
+def check_slices(parallel: ParallelContext) -> None:
+    """Tokens of dp groups gathered a few at a time; the second group has none in the last slices."""
+    config = ModelConfig.from_dict({**DENSE, **MOE, "model_type": "qwen3_moe"})
+    torch.manual_seed(0)
+    layer = MoEFeedForward(config, parallel, ExpertPlacement.even(8, parallel.ep.size))
+    norm = RMSNorm(config.emb_dim, eps=1e-6)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False).normal_(0, 0.1)
+    of_groups = (9, 4)
+    x = torch.randn(of_groups[parallel.coords.group], config.emb_dim)
+    batch = replace(random_batch((9,), (9,), 4), token_ids=torch.arange(9), group_tokens=of_groups)
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        whole = layer.gathered(x, norm, batch)
+        patch.setattr(step_memory, "SLICE_PAIRS", 3 * 2 * config.num_experts_per_tok)
+        gathered = []
+        all_gather = parallel.dp.all_gather
+        patch.setattr(parallel.dp, "all_gather", lambda x: (gathered.append(len(x)), all_gather(x))[1])
+        sliced = layer.gathered(x, norm, batch)
+    assert gathered == [3, 3, 3]
+    torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_gathered_in_slices_give_the_same_sums() -> None:
+    run_ranks(check_slices, "dp=2,ep=2")
+
+
+@pytest.mark.parametrize(("etp", "nccl", "allowed"), [(1, True, True), (2, True, False), (2, False, True)])
+def test_halves_do_not_use_two_groups_of_nccl_at_once(etp: int, nccl: bool, allowed: bool) -> None:
+    class Group(SingleCommunicator):
+        overlaps = True
+        excludes_others = nccl
+
+    one, two = Group(), Group()
+    one.size, two.size = 2, etp
+    assert AllToAllDispatcher(one, two, ExpertPlacement.even(EXPERTS, 2)).overlaps is allowed

@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3_dist import LLM, SamplingParams
+from qwen3_dist import LLM, SamplingParams, step_memory
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.kernels import kernels_for
+from qwen3_dist.kernels.gpu import GpuKernels
+from qwen3_dist.layers import experts
 from qwen3_dist.layers.experts import Experts, counted, grouped_experts, looped_experts
 from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
 
@@ -37,6 +40,30 @@ def test_grouped_experts_equal_the_loop(rows: int, here: float) -> None:
     expected = looped_experts(x, stacks, None, ids, weights)
     got = grouped_experts(x, stacks, ids, weights, counted(ids, experts))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["looped", "grouped", "triton"])
+def test_slices_of_a_large_batch_give_the_same_sums(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = Experts(5, 32, 24).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter.normal_(0, 0.2)
+    if way == "grouped":
+        monkeypatch.setattr(experts, "grouped_mm_works", lambda *_: True)
+    if way == "triton":
+        monkeypatch.setattr(experts, "gpu_kernels_for", lambda _: GpuKernels())
+    ids = torch.randint(-1, 5, (11, 3))
+    ids[4:8] = torch.tensor([0, 1, 2])  # a whole slice wants the experts of this rank
+    received = DispatchedTokens(torch.randn(11, 32), ids, torch.rand(11, 3))
+    whole = layer(received)
+    counted_once = layer.counts.clone()
+    monkeypatch.setattr(step_memory, "SLICE_PAIRS", 12)
+    rows: list[int] = []
+    sums = layer._sums
+    monkeypatch.setattr(layer, "_sums", lambda x, *more: (rows.append(len(x)), sums(x, *more))[1])
+    torch.testing.assert_close(layer(received), whole, atol=1e-5, rtol=1e-5)
+    assert rows == [4, 4, 3]
+    assert torch.equal(layer.counts, 2 * counted_once)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
