@@ -34,7 +34,7 @@ bench-compare: $(READY)  ## this project against transformers and, with VLLM_PYT
 bench-cost-model: $(READY)  ## calibrate, run layouts, and compare with the cost model's predictions
 	$(BIN)/python -m benchmarks.cost_model
 
-gpu-check:  ## on a GPU: parity, graphs, rates; needs no .venv (GPU_PYTHON=, ARGS=)
+gpu-check:  ## on GPUs, before anything else: stages of checks, then a verdict; needs no .venv (GPU_PYTHON=, ARGS=)
 	PYTHONPATH=. $(or $(GPU_PYTHON),$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 eval-bundled: $(READY)  ## measure the bundled model on held-out examples

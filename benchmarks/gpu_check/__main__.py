@@ -1,0 +1,141 @@
+"""Shows in stages that this project works on the GPUs at hand, and how fast; ends with a verdict.
+
+    python -m benchmarks.gpu_check [--stages parity,rates,experts] [--device cpu]
+
+The whole run takes at most ten minutes on one card. `--device cpu` runs the same code on smaller rows.
+Exit code: 0 all passed, 1 something failed or was not reached, 2 an argument is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.gpu_check.report import PASSED, StageReport, exit_code, verdict
+from benchmarks.gpu_check.supervisor import Stage, run_stage
+
+RESULTS = Path(__file__).parent.parent / "results"
+_MACHINE = Stage(
+    "machine",
+    "benchmarks.gpu_check.machine",
+    cuda_s=60,
+    cpu_s=60,
+    advice="do what the line above says; nothing else was run.",
+)
+_OUR_FAULT = "send back the JSON; --stages {0} --only WORDS runs one check again."
+STAGES = (
+    Stage("parity", "benchmarks.gpu_check.parity", 190, 120, _OUR_FAULT.format("parity")),
+    Stage("rates", "benchmarks.gpu_check.rates", 170, 90, _OUR_FAULT.format("rates")),
+    Stage("experts", "benchmarks.gpu_check.experts", 60, 90, _OUR_FAULT.format("experts")),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"gpu_check: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit code."""
+    options = _parser().parse_args(argv)
+    if options.out is not None and not options.out.parent.is_dir():
+        _parser().error(f"--out {options.out} is in a directory that does not exist; make it first")
+    started = time.monotonic()
+    reports: list[StageReport] = []
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+
+        def run(stage: Stage) -> StageReport:
+            limit_s = stage.limit_s(options.device) * options.time_factor
+            print(f"{stage.name}: at most {limit_s:g} s", flush=True)
+            report = run_stage(
+                stage, options.device, Path(folder), options.layers, options.only, options.time_factor
+            )
+            print(f"{stage.name} {report.status}: {report.summary}", flush=True)
+            return report
+
+        machine = run_stage(_MACHINE, options.device, Path(folder))
+        if machine.status != PASSED:
+            print(verdict("this machine", [machine], "nothing was written"))
+            return 1
+        about = {"date": time.strftime("%Y-%m-%d"), "device": options.device, **machine.checks[0].figures}
+        card = _card(about)
+        out = options.out or RESULTS / f"gpu-check-{card.replace(' ', '-')}.json"
+        for stage in options.stages:
+            reports.append(run(stage))
+            _write(out, about, reports)
+    took = f"{time.monotonic() - started:.0f} s"
+    print(verdict(f"{card}, commit {about['versions']['commit']}, {took}", reports, _shown(out)))
+    return exit_code(reports)
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = (__doc__ or "").splitlines()
+    parser = _Parser(prog="gpu_check", description=lines[0], epilog=" ".join(lines[4:]))
+    names = ",".join(stage.name for stage in STAGES)
+    parser.add_argument(
+        "--stages", type=_stages, default=STAGES, metavar="NAMES", help=f"some of {names}; default: all"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--only", default="", metavar="WORDS", help="checks whose name has these words")
+    parser.add_argument(
+        "--time-factor", type=_positive(float), default=1.0, metavar="X", help="times each stage's limit"
+    )
+    parser.add_argument(
+        "--layers", type=_positive(int), default=24, metavar="N", help="layers of the 30B-A3B shape"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file; default: benchmarks/results/gpu-check-CARD.json"
+    )
+    return parser
+
+
+def _stages(names: str) -> tuple[Stage, ...]:
+    known = {stage.name: stage for stage in STAGES}
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in known]
+    if unknown or not wanted:
+        named = f"there is no stage {unknown[0]!r}" if unknown else "no stage is named"
+        raise argparse.ArgumentTypeError(f"{named}; the stages are {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(wanted))
+
+
+def _positive(kind: type) -> Any:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+        return value
+
+    return read
+
+
+def _card(about: dict[str, Any]) -> str:
+    return about["cards"][0]["name"] if about.get("cards") else "cpu"
+
+
+def _write(out: Path, about: dict[str, Any], reports: Sequence[StageReport]) -> None:
+    stages = [report.as_json() for report in reports]
+    whole = out.with_suffix(".part")  # a run that is ended while it writes leaves the last whole file
+    whole.write_text(json.dumps({**about, "stages": stages}, indent=1) + "\n")
+    whole.replace(out)
+
+
+def _shown(out: Path) -> str:
+    here = Path.cwd()
+    return str(out.relative_to(here) if out.is_absolute() and out.is_relative_to(here) else out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

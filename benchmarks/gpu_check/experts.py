@@ -1,0 +1,175 @@
+"""Experts on the device: each way of computing them by rows, moves of them, and prompts that choose few of them."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_check.check import Figures, PlannedCheck, Setting, require
+from benchmarks.gpu_check.models import (
+    compare_with_reference,
+    generate,
+    running,
+    small_checkpoint,
+    small_reference,
+)
+from benchmarks.gpu_check.parity import MOST_ERROR, parity
+from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.kernels import gpu_kernels_for
+from qwen3_dist.layers import experts as layer
+from qwen3_dist.layers.linear import as_int8
+
+_ROWS = (1, 8, 32, 256, 1024, 4096)
+_MOST_ERROR = {"int8": 0.03, "bf16": 0.01}  # relative, of the norm
+
+
+def checks(setting: Setting) -> Iterator[PlannedCheck]:
+    size = _Size(128, 8, 2048, 768) if setting.on_gpu else _Size(16, 4, 256, 96)  # of Qwen3-30B-A3B
+    rows = _ROWS if setting.on_gpu else _ROWS[:4]
+    times: dict[str, dict[int, float]] = {}
+    for number in rows:
+        yield PlannedCheck(f"ways of {number} rows", partial(_ways, setting, size, number, times))
+    yield PlannedCheck("where the ways' times cross", partial(_crossing, size, times))
+    with shared_nursery():
+        for quantize in ("none", "int8"):
+            yield PlannedCheck(f"a move of experts, {quantize}", partial(_move, setting, quantize), 10)
+        for layout, dispatch in (("tp=1", "auto"), ("tp=2,ep=2", "all_gather"), ("tp=2,ep=2", "all_to_all")):
+            named = f"a prompt of one token repeated, {layout}, {dispatch}"
+            yield PlannedCheck(named, partial(_one_token, setting, layout, dispatch), 10)
+
+
+class _Size:
+    """A layer's experts [columns, dim], and how many of them a token chooses."""
+
+    def __init__(self, experts: int, choices: int, dim: int, columns: int) -> None:
+        self.experts, self.choices, self.dim, self.columns = experts, choices, dim, columns
+
+
+@functools.cache
+def _stacks(setting: Setting, size: _Size) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(setting.device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=setting.device).bfloat16()
+
+    into = (size.experts, size.columns, size.dim)
+    fc1, fc2 = (drawn(*into) / size.dim**0.5 for _ in range(2))
+    return fc1, fc2, drawn(size.experts, size.dim, size.columns) / size.columns**0.5
+
+
+@functools.cache
+def _narrow(setting: Setting, size: _Size) -> tuple[Any, Any]:
+    (one, by_one), (two, by_two), (three, by_three) = map(as_int8, _stacks(setting, size))
+    return (one, two, three), (by_one, by_two, by_three)
+
+
+def _ways(setting: Setting, size: _Size, number: int, times: dict[str, dict[int, float]]) -> Figures:
+    """Microseconds of each way for `number` rows in bf16, medians; each is near one product at a time."""
+    generator = torch.Generator(setting.device).manual_seed(number)
+    stacks = _stacks(setting, size)
+    x = torch.randn(number, size.dim, generator=generator, device=setting.device).bfloat16()
+    weights = torch.rand(number, size.choices, generator=generator, device=setting.device)
+    likeliest = torch.rand(number, size.experts, generator=generator, device=setting.device).argsort(dim=1)
+    ids = likeliest[:, : size.choices].contiguous()
+    counts = layer.counted(ids, size.experts)
+    looped = partial(layer.looped_experts, x, stacks, None, ids, weights)
+    ways: dict[str, Callable[[], Tensor]] = {} if setting.on_gpu else {"one by one": looped}
+    kernels = gpu_kernels_for(x)
+    if kernels is not None:
+        narrow, scales = _narrow(setting, size)
+        routed = (ids, weights, counts.clone())
+        ways["triton"] = partial(kernels.experts, x, stacks, None, *routed)
+        ways["triton, int8"] = partial(kernels.experts, x, narrow, scales, *routed)
+    if layer.grouped_mm_works(x, stacks[0]):
+        ways["grouped_mm"] = partial(layer.grouped_experts, x, stacks, ids, weights, counts)
+    require(bool(ways), "no way computes these experts here without asking the host: is Triton installed?")
+    expected = looped().float()
+    figures: Figures = {}
+    for way, run in ways.items():
+        error = float((run().float() - expected).norm() / expected.norm())
+        most = _MOST_ERROR["int8" if "int8" in way else "bf16"]
+        require(error <= most, f"{way} is off by {error:.3g} of the norm, and {most:g} is the most allowed")
+        figures[f"{way}, us"] = microseconds(run, setting)
+        times.setdefault(way, {})[number] = figures[f"{way}, us"]
+    return figures
+
+
+def _crossing(size: _Size, times: dict[str, dict[int, float]]) -> Figures:
+    """From how many pairs for each expert on grouped_mm is faster, which `_FEW_PAIRS` should say."""
+    ours, torchs = times.get("triton", {}), times.get("grouped_mm", {})
+    faster = [rows for rows in ours if rows in torchs and torchs[rows] < ours[rows]]
+    figures: Figures = {"few_pairs_now": getattr(layer, "_FEW_PAIRS", "gone")}
+    if not torchs:
+        return {**figures, "measured": "grouped_mm does not run here"}
+    pairs = [rows * size.choices / size.experts for rows in sorted(faster)]
+    return {
+        **figures,
+        "measured": pairs[0] if pairs else f"more than {max(ours) * size.choices / size.experts:g}",
+    }
+
+
+def _move(setting: Setting, quantize: str) -> Figures:
+    """Experts move to where a lopsided load wants them, and no token changes."""
+    prompts = [[7] * 40, [7, 1, 150, 198, 0], list(range(100, 140))]
+    length = 24 if setting.on_gpu else 8
+    settings = {"dtype": "float32", "num_blocks": 128, "max_model_len": 1024, "quantize": quantize}
+    path = small_checkpoint("moe", setting)
+    with running(setting, path, "tp=2,ep=2", redundant_experts=2, **settings) as engine:
+        before = generate(engine, prompts, length)
+        started = time.perf_counter()
+        moved = engine.experts.rebalance_all()
+        seconds = time.perf_counter() - started
+        after = generate(engine, prompts, length)
+    require(bool(moved), "no layer's experts moved although the load was lopsided")
+    figures: Figures = {"layers_moved": len(moved), "seconds": round(seconds, 2)}
+    if quantize == "none":
+        reference = small_reference("moe", setting)
+        compared = compare_with_reference(reference, prompts, after, MOST_ERROR["float32"], greedy=True)
+        return {**figures, **compared}
+    changed = [
+        number for number, (a, b) in enumerate(zip(before, after, strict=True)) if a.token_ids != b.token_ids
+    ]
+    require(not changed, f"prompts {changed} have other tokens after the move")
+    return figures
+
+
+def _one_token(setting: Setting, layout: str, dispatch: str) -> Figures:
+    """All tokens of a step choose the same experts."""
+    tokens = 8192 if setting.on_gpu else 512
+    return parity(
+        setting,
+        "moe",
+        layout,
+        [[5] * tokens],
+        length=4,
+        dtype="float32",
+        moe_dispatch=dispatch,
+        max_model_len=tokens + 64,
+        num_blocks=tokens // 16 + 8,
+        max_num_batched_tokens=tokens,
+    )
+
+
+def microseconds(call: Callable[[], object], setting: Setting) -> float:
+    """The median of some calls, on a GPU by its own clock."""
+    times = []
+    for _ in range(23 if setting.on_gpu else 5):
+        if setting.on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(1e3 * start.elapsed_time(end))
+        else:
+            started = time.perf_counter()
+            call()
+            times.append(1e6 * (time.perf_counter() - started))
+    return round(statistics.median(times[2:]), 1)

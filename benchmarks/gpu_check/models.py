@@ -1,0 +1,173 @@
+"""The models that checks run: small random checkpoints with their reference, and Qwen3's shapes without weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.compare.checkpoints import SHAPES, written
+from benchmarks.gpu_check.check import CheckFailed, Figures, Setting
+from qwen3_dist.engine.engine import Engine
+from qwen3_dist.engine.outputs import TokenLogprob
+from qwen3_dist.layout import Layout
+from qwen3_dist.reference import ReferenceModel, load_reference
+from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.settings import EngineConfig, read_settings
+
+_SMALL = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 16384,
+}
+_SMALL_EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 96}
+KINDS = ("dense", "moe")
+A3B = {  # Qwen3-30B-A3B
+    **SHAPES["moe"],
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_hidden_layers": 48,
+}
+_TIE = 1e-3  # logits nearer than this may change places with the order of a sum in fp32
+
+
+@dataclass
+class Generated:
+    """What an engine made of a prompt, with the log-probability of each token."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached_tokens: int = 0
+
+
+def small_checkpoint(kind: str, setting: Setting) -> Path:
+    """A checkpoint of a small dense or MoE model, the same in every stage."""
+    shape = {**SHAPES[kind], **_SMALL, **(_SMALL_EXPERTS if kind == "moe" else {})}
+    return written(shape, setting.folder / kind)
+
+
+@functools.cache
+def small_reference(kind: str, setting: Setting) -> ReferenceModel:
+    """The unsharded reference of the small model, in fp32 on the CPU."""
+    return load_reference(small_checkpoint(kind, setting))
+
+
+def shape_only(name: str, shape: dict[str, Any], setting: Setting) -> Path:
+    """A folder with a config.json alone, for weights from a seed."""
+    folder = setting.folder / name
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape))
+    return folder
+
+
+@contextlib.contextmanager
+def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any) -> Iterator[Engine]:
+    """An engine of `model`; ranks of a larger layout are processes, which share a GPU where there are too few."""
+    world = Layout.parse(layout).world
+    own: dict[str, Any] = {
+        "model": str(model),
+        "layout": layout,
+        "device": setting.device,
+        "executor": "in_process" if world == 1 else "processes",
+        "step_timeout_s": 60.0,
+        "start_timeout_s": 90.0,
+    }
+    if setting.on_gpu and world > torch.cuda.device_count():
+        own["share_gpus"] = True
+    if not setting.on_gpu:
+        own["threads_per_rank"] = 1  # more would wait for each other where others use the cores
+    engine = Engine(read_settings(EngineConfig, own | settings))
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
+        del engine
+        gc.collect()
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
+
+
+def generate(
+    engine: Engine, prompts: Sequence[Sequence[int]], length: int, every: int = 0, **params: Any
+) -> list[Generated]:
+    """`length` greedy tokens of each prompt. With `every`, a prompt arrives so many steps after the one before it."""
+    sampling = SamplingParams(
+        **{"temperature": 0, "logprobs": 1, **params}, max_tokens=length, ignore_eos=True
+    )
+    made = [Generated() for _ in prompts]
+    waiting, steps = list(enumerate(prompts)), 0
+    while waiting or engine.has_work:
+        while waiting and (steps >= every * waiting[0][0] or not engine.has_work):
+            number, prompt = waiting.pop(0)
+            engine.add_request(str(number), list(prompt), sampling, setup=engine.prepare(sampling))
+        for request_id, deltas in engine.step().items():
+            for delta in deltas:
+                of = made[int(request_id)]
+                of.token_ids += delta.token_ids
+                of.logprobs += delta.logprobs
+                of.cached_tokens = max(of.cached_tokens, delta.num_cached_tokens)
+        steps += 1
+    engine.check_integrity()
+    return made
+
+
+def compare_with_reference(
+    reference: ReferenceModel,
+    prompts: Sequence[Sequence[int]],
+    made: Sequence[Generated],
+    most_error: float,
+    greedy: bool,
+) -> Figures:
+    """The tokens' log-probabilities are the reference's, off by at most `most_error` in the mean of a sequence; with
+    `greedy` every token is its likeliest one, ties aside. Raises CheckFailed."""
+    errors, largest, tied = [], 0.0, 0
+    for number, (prompt, of) in enumerate(zip(prompts, made, strict=True)):
+        logits = reference(torch.tensor([*prompt, *of.token_ids[:-1]]))[len(prompt) - 1 :]
+        chosen = torch.tensor(of.token_ids)[:, None]
+        expected = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+        off = (expected - torch.tensor([entry.logprob for entry in of.logprobs])).abs()
+        errors.append(float(off.mean()))
+        largest = max(largest, float(off.max()))
+        if not errors[-1] <= most_error:  # nor NaN
+            raise CheckFailed(
+                f"the log-probabilities of prompt {number} are off by {errors[-1]:.3g} in the mean, and "
+                f"{most_error:g} is the most allowed"
+            )
+        behind = logits.max(1).values - logits.gather(1, chosen)[:, 0]
+        tied += int((behind > 0).sum())
+        if greedy and behind.max() > _TIE:
+            at = int(behind.argmax())
+            raise CheckFailed(
+                f"token {at} of prompt {number} is {of.token_ids[at]}, and the reference's is "
+                f"{int(logits[at].argmax())}, whose logit is larger by {float(behind[at]):.3g}"
+            )
+    figures: Figures = {
+        "sequences": len(made),
+        "mean_error": _rounded(max(errors)),
+        "error": _rounded(largest),
+    }
+    return {**figures, "ties": tied} if greedy else figures
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def executor_of(engine: Engine) -> Any:
+    """The engine's executor, of which checks ask what no user does."""
+    return engine._executor

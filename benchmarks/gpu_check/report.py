@@ -1,0 +1,106 @@
+"""What came of each check and stage, and the verdict that a person reads at the end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PASSED, FAILED, SKIPPED, LEFT_OUT = "passed", "failed", "skipped", "left out"
+UNFINISHED = "unfinished"  # a stage none of whose checks failed, and which had no time for all of them
+_SHOWN = 6  # failed checks of a stage that the verdict names
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check. `outcome` is passed, failed, skipped or left out; `why` says why unless it passed."""
+
+    name: str
+    outcome: str
+    seconds: float = 0.0
+    why: str = ""
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def line(self) -> str:
+        """For example `passed    1.3 s  dense, tp=2: equal_sequences 4 of 4`."""
+        said = self.why or ", ".join(f"{key} {_short(value)}" for key, value in self.figures.items())
+        return f"  {self.outcome:8} {self.seconds:6.1f} s  {self.name}{': ' if said else ''}{said}"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage. `ended` says why it ended before its last check, `stacks` where it then was; `advice` what a failure
+    asks for."""
+
+    name: str
+    advice: str
+    seconds: float
+    limit_s: float
+    checks: tuple[Check, ...] = ()
+    ended: str = ""
+    stacks: str = ""
+
+    @property
+    def status(self) -> str:
+        outcomes = {check.outcome for check in self.checks}
+        if self.ended or FAILED in outcomes:
+            return FAILED
+        if LEFT_OUT in outcomes:
+            return UNFINISHED
+        return PASSED if PASSED in outcomes else SKIPPED
+
+    @property
+    def summary(self) -> str:
+        """For example `11 passed, 1 failed in 84 of 150 s`."""
+        counts = Counter(check.outcome for check in self.checks)
+        parts = [f"{counts[o]} {o}" for o in (PASSED, FAILED, SKIPPED, LEFT_OUT) if counts[o]]
+        return f"{', '.join(parts) or 'no check ran'} in {self.seconds:.0f} of {self.limit_s:.0f} s"
+
+    def as_json(self) -> dict[str, Any]:
+        said = {**asdict(self), "status": self.status}
+        return {key: value for key, value in said.items() if value not in ("", None)}
+
+
+def verdict(about: str, reports: Sequence[StageReport], written_to: str) -> str:
+    """Each stage's status and why, what to do about failures, and what to send back."""
+    lines = [f"VERDICT for {about}"]
+    for report in reports:
+        lines.append(f"{report.name:8} {report.status:10} {report.summary}")
+        lines += [f"    {line}" for line in _reasons(report)]
+        if report.status == FAILED:
+            lines.append(f"    what to do: {report.advice}")
+        if report.status == UNFINISHED:
+            lines.append(f"    what to do: run --stages {report.name} --time-factor 3")
+    failed = [report.name for report in reports if report.status == FAILED]
+    unfinished = [report.name for report in reports if report.status == UNFINISHED]
+    if failed:
+        lines.append(f"FAILED: {', '.join(failed)}. Send {written_to} with what was printed.")
+    elif unfinished:
+        lines.append(f"UNFINISHED: {', '.join(unfinished)}. All else passed; {written_to} holds the figures.")
+    else:
+        lines.append(f"PASSED. {written_to} holds the figures; keep it, it is what thresholds are set from.")
+    return "\n".join(lines)
+
+
+def exit_code(reports: Sequence[StageReport]) -> int:
+    """0 if every stage passed, or was skipped where it cannot run; else 1."""
+    return int(any(report.status in (FAILED, UNFINISHED) for report in reports))
+
+
+def _reasons(report: StageReport) -> list[str]:
+    failed = [f"{check.name}: {check.why}" for check in report.checks if check.outcome == FAILED]
+    reasons = [report.ended] if report.ended else []
+    reasons += failed[:_SHOWN]
+    if len(failed) > _SHOWN:
+        reasons.append(f"and {len(failed) - _SHOWN} more")
+    reasons += sorted({check.why for check in report.checks if check.outcome == SKIPPED})
+    left_out = [check.name for check in report.checks if check.outcome == LEFT_OUT]
+    return reasons + ([f"no time was left for: {'; '.join(left_out)}"] if left_out else [])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_short(each)}" for key, each in value.items()) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

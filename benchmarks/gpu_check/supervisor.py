@@ -1,0 +1,99 @@
+"""Runs a stage in a process of its own, which cannot outlive its deadline, whatever it hangs in."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check.report import FAILED, Check, StageReport
+
+_STACKS_BEFORE_S = 1.0  # a stage writes where its threads are so long before its deadline
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A module whose `checks(setting)` yields checks, the seconds it may take, and what to do when one fails."""
+
+    name: str
+    module: str
+    cuda_s: float
+    cpu_s: float
+    advice: str
+
+    def limit_s(self, device: str) -> float:
+        return self.cuda_s if device == "cuda" else self.cpu_s
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stage's process is told, as JSON. `only`: checks whose name has this text; all if empty."""
+
+    module: str
+    device: str
+    folder: str  # of checkpoints, which stages share
+    events: str  # file to which the stage writes a line as each check begins and ends
+    stacks: str  # file to which it writes where its threads are when it is about to be ended
+    limit_s: float
+    dump_s: float
+    layers: int
+    only: str = ""
+
+
+def run_stage(
+    stage: Stage, device: str, folder: Path, layers: int = 24, only: str = "", time_factor: float = 1.0
+) -> StageReport:
+    """Runs `stage` to its end or its deadline. No process of its group is left."""
+    limit_s = stage.limit_s(device) * time_factor
+    events, stacks = folder / f"{stage.name}.events", folder / f"{stage.name}.stacks"
+    events.write_text("")
+    dump_s = max(limit_s / 2, limit_s - _STACKS_BEFORE_S)
+    task = Task(stage.module, device, str(folder), str(events), str(stacks), limit_s, dump_s, layers, only)
+    started = time.monotonic()
+    command = [sys.executable, "-m", "benchmarks.gpu_check.stage", json.dumps(asdict(task))]
+    one_thread = {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}  # more would wait for each other
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **one_thread}
+    )
+    try:
+        code: int | None = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    checks, running = _read(events)
+    ended = "" if code == 0 else _ending(code, limit_s, running)
+    if running and code != 0:
+        checks.append(Check(running, FAILED, 0.0, "it did not end"))
+    where = stacks.read_text() if code is None and stacks.exists() else ""
+    seconds = round(time.monotonic() - started, 1)
+    return StageReport(stage.name, stage.advice, seconds, limit_s, tuple(checks), ended, where)
+
+
+def _ending(code: int | None, limit_s: float, running: str) -> str:
+    where = f" in {running!r}" if running else " between checks"
+    if code is None:
+        return f"ended from outside at its limit of {limit_s:g} s{where}"
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return f"its process ended {how}{where}"
+
+
+def _read(events: Path) -> tuple[list[Check], str]:
+    """The checks that have ended, and the name of the one that was running ("" for none)."""
+    checks: list[Check] = []
+    running = ""
+    for line in events.read_text().splitlines():
+        event: dict[str, Any] = json.loads(line)
+        running = event.get("begun", "")
+        if not running:
+            checks.append(Check(**event))
+    return checks, running

@@ -1,0 +1,160 @@
+"""`make gpu-check`: stages in processes of their own, what is written after each, and the verdict."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check.report import Check, StageReport, exit_code, verdict
+from benchmarks.gpu_check.supervisor import Stage, run_stage
+from tests.ranks import ROOT
+
+PLANTED = Stage("planted", "tests.planted_stage", 10, 10, "mend what was planted.")
+STAGES = {stage.name: stage for stage in gpu_check.STAGES}
+
+
+def outcomes(report: StageReport) -> dict[str, str]:
+    return {check.name: check.outcome for check in report.checks}
+
+
+def report(name: str, *checks: Check, ended: str = "") -> StageReport:
+    return StageReport(name, f"advice on {name}.", 3.0, 10.0, checks, ended)
+
+
+def test_a_check_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
+    stages = [run_stage(PLANTED, "cpu", tmp_path, only=words) for words in ("s", "no time")]
+    assert outcomes(stages[1]) == {"has no time": "left out"}
+    assert stages[1].status == "unfinished"
+    told = {check.name: check for check in stages[0].checks}
+    assert told["fails"].why == "2 tokens of 5 differ" and told["fails"].figures == {"tokens": 5}
+    assert told["raises"].why == "ZeroDivisionError: division by zero"
+    assert "1 / 0" in told["raises"].figures["traceback"]
+    assert (told["is skipped"].outcome, told["is skipped"].why) == ("skipped", "there is one card")
+
+
+def test_a_stage_that_hangs_is_ended_with_its_children_and_keeps_what_it_had(tmp_path: Path) -> None:
+    ended = run_stage(PLANTED, "cpu", tmp_path)
+    assert ended.status == "failed" and ended.ended.endswith("at its limit of 10 s in 'no end'")
+    assert outcomes(ended)["passes"] == "passed" and outcomes(ended)["no end"] == "failed"
+    assert "a fault" not in outcomes(ended)
+    assert "_hangs" in ended.stacks, "where the stage hung is not told"
+    status = Path(f"/proc/{ended.checks[0].figures['child']}/stat")
+    assert not status.exists() or ") Z " in status.read_text()
+
+
+def test_a_stage_whose_process_dies_names_the_check_and_the_signal(tmp_path: Path) -> None:
+    ended = run_stage(PLANTED, "cpu", tmp_path, only="a fault")
+    assert ended.ended == "its process ended by SIGSEGV in 'a fault'" and ended.status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"), [("parity", "dense, tp=2, float32"), ("experts", "a move of experts, none")]
+)
+def test_a_stage_runs_on_a_cpu(stage: str, words: str, tmp_path: Path) -> None:
+    done = run_stage(STAGES[stage], "cpu", tmp_path, only=words)
+    assert outcomes(done) == {words: "passed"} and not done.ended, done
+
+
+def test_each_stage_is_written_before_the_next_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before = tmp_path / "out.json", []
+    about = {"versions": {"commit": "abc"}}
+
+    def run(stage: Stage, *_: object) -> StageReport:
+        before.append(
+            [each["name"] for each in json.loads(out.read_text())["stages"]] if out.exists() else None
+        )
+        broken = stage.name == "parity"
+        return report(
+            stage.name, Check("one", "failed" if broken else "passed", 1.0, "no" if broken else "", about)
+        )
+
+    monkeypatch.setattr(gpu_check, "run_stage", run)
+    assert gpu_check.main(["--device", "cpu", "--stages", "parity,rates", "--out", str(out)]) == 1
+    assert before == [None, None, ["parity"]]  # the first is the machine
+    written = json.loads(out.read_text())
+    assert [each["status"] for each in written["stages"]] == ["failed", "passed"]
+    assert written["versions"] == {"commit": "abc"} and "date" in written
+    assert "FAILED: parity. Send" in capsys.readouterr().out
+
+
+def test_nothing_runs_on_a_machine_that_is_not_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = []
+
+    def run(stage: Stage, *_: object) -> StageReport:
+        ran.append(stage.name)
+        return report(stage.name, Check("machine", "failed", 1.0, "torch sees no GPU here"))
+
+    monkeypatch.setattr(gpu_check, "run_stage", run)
+    assert gpu_check.main(["--out", str(tmp_path / "out.json")]) == 1
+    assert ran == ["machine"] and not list(tmp_path.iterdir())
+    assert "torch sees no GPU here" in capsys.readouterr().out
+
+
+def test_the_verdict_says_what_failed_and_what_to_do() -> None:
+    passed = report("parity", Check("a", "passed", 1.0))
+    failed = report("rates", Check("b", "passed", 1.0), Check("c", "failed", 1.0, "no memory"))
+    hung = report("experts", Check("d", "failed", 0.0, "it did not end"), ended="ended at its limit in 'd'")
+    skipped = report("nccl", Check("all", "skipped", 0.0, "there is one card"))
+    unfinished = report("graphs", Check("e", "passed", 1.0), Check("f", "left out"))
+    said = verdict("a card", [passed, failed, hung, skipped], "out.json")
+    assert said.splitlines() == [
+        "VERDICT for a card",
+        "parity   passed     1 passed in 3 of 10 s",
+        "rates    failed     1 passed, 1 failed in 3 of 10 s",
+        "    c: no memory",
+        "    what to do: advice on rates.",
+        "experts  failed     1 failed in 3 of 10 s",
+        "    ended at its limit in 'd'",
+        "    d: it did not end",
+        "    what to do: advice on experts.",
+        "nccl     skipped    1 skipped in 3 of 10 s",
+        "    there is one card",
+        "FAILED: rates, experts. Send out.json with what was printed.",
+    ]
+    assert "UNFINISHED: graphs" in verdict("a card", [passed, unfinished], "out.json")
+    assert "no time was left for: f" in verdict("a card", [passed, unfinished], "out.json")
+    assert verdict("a card", [passed, skipped], "out.json").splitlines()[-1].startswith("PASSED. out.json")
+    assert [exit_code(each) for each in ([passed, skipped], [passed, unfinished], [failed])] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stages", "parity,speed"], "there is no stage 'speed'; the stages are parity, "),
+        (["--stages", ","], "no stage is named; the stages are"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--layers", "0"], "must be a number above 0, not '0'"),
+        (["--time-factor", "long"], "must be a number above 0, not 'long'"),
+        (["--out", "/nowhere/out.json"], "--out /nowhere/out.json is in a directory that does not exist"),
+        (["--quickly"], "unrecognized arguments: --quickly"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_one_sentence(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main(arguments)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and said in told and told.startswith("gpu_check: ") and told.count("\n") == 1
+
+
+def test_the_stages_import_with_what_the_library_needs_alone() -> None:
+    allowed = {"torch", "safetensors", "tokenizers", "jinja2", "markupsafe", "triton"}
+    blocked = sorted(
+        {"ray", "pydantic", "transformers", "numpy", "tqdm", "yaml"} & set(packages_distributions())
+    )
+    assert "ray" in blocked and not allowed & set(blocked)
+    modules = ", ".join(stage.module for stage in (*gpu_check.STAGES, gpu_check._MACHINE))
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
