@@ -174,11 +174,16 @@ def fake_gpu(card: int) -> Iterator[Watch]:
         stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: Properties))
         stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda *_: f"a card of sm_{card}"))
         stack.enter_context(patch.object(torch.cuda, "device_count", lambda: 1))
-        stack.enter_context(patch.object(FakeTensor, "data_ptr", lambda _: 256))
+        stack.enter_context(patch.object(FakeTensor, "data_ptr", _address))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(FakeTensorMode())
         stack.enter_context(watch)
         yield watch
+
+
+def _address(x: Tensor) -> int:
+    """As a card's allocator gives it: memory begins at a multiple of 512 bytes, and views of it where they begin."""
+    return (1 << 20) + x.storage_offset() * x.element_size()
 
 
 def _connected(layout: str, stage: int) -> ParallelContext:
@@ -206,7 +211,7 @@ def observe(
     from qwen3_dist.engine.runner import ModelRunner
     from qwen3_dist.executor.rank import count_blocks
     from qwen3_dist.kernels import gpu
-    from qwen3_dist.layers import gpu_attention, paged_attention
+    from qwen3_dist.layers import gpu_attention
     from qwen3_dist.layout import Layout
     from qwen3_dist.model import Qwen3Model
     from qwen3_dist.pooling_params import PoolingParams
@@ -277,8 +282,9 @@ def observe(
         stack.enter_context(torch.no_grad())
         for method in ("launch", "_make_graphs"):  # whose inference mode FakeTensorMode does not see through
             stack.enter_context(patch.object(ModelRunner, method, getattr(ModelRunner, method).__wrapped__))
-        for user in (paged_attention, backends):
-            stack.enter_context(patch.object(user, "gpu_attention", lambda *_: gpu_attention.triton))
+        chosen = gpu_attention.Chosen(gpu_attention.BACKENDS[-1], ())
+        for user in (gpu_attention, backends):
+            stack.enter_context(patch.object(user, "chosen_attention", lambda *_: chosen))
 
         @contextlib.contextmanager
         def phase(name: str) -> Iterator[None]:

@@ -7,7 +7,7 @@ import torch
 from qwen3_dist.kernels import gpu_kernels_for, kernels_for
 from qwen3_dist.layers.batch import LayerCache
 from qwen3_dist.layers.experts import Experts, grouped_mm_works
-from qwen3_dist.layers.gpu_attention import gpu_attention
+from qwen3_dist.layers.gpu_attention import chosen_attention
 from qwen3_dist.model import Qwen3Model
 
 
@@ -19,8 +19,9 @@ def chosen_backends(model: Qwen3Model, cache: LayerCache, graphs: bool) -> str:
         return f"CPU, {torch.get_num_threads()} threads a rank: {kernels}"
     _, block_size, groups, dim = cache.keys.shape
     heads = config.n_heads // model.parallel.tp.size
-    attention = gpu_attention(device, model.dtype, heads, groups, dim, block_size)
-    chosen = [f"attention by {attention.__name__}"]
+    attention = chosen_attention(device, model.dtype, heads, groups, dim, block_size)
+    unused = f" (not {'; not '.join(attention.reasons)})" if attention.reasons else ""
+    chosen = [f"attention by {attention.backend.name}{unused}"]
     has_kernels = gpu_kernels_for(model.like) is not None
     chosen.append("rows by Triton kernels" if has_kernels else "rows by torch alone")
     experts = next((module for module in model.modules() if isinstance(module, Experts)), None)

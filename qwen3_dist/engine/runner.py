@@ -21,6 +21,7 @@ from qwen3_dist.engine.sampler import SampledLogprobs
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import Sampled, SamplingState
 from qwen3_dist.errors import CheckpointError, QwenDistError
+from qwen3_dist.kernels.compiles import compiled_kernels
 from qwen3_dist.layers.batch import Ending, StepBatch
 from qwen3_dist.layers.feed_forward import MoEFeedForward
 from qwen3_dist.layers.lora import AdapterRows
@@ -116,6 +117,10 @@ class ModelRunner:
             path = resolve_model(self._config.model, self._config.revision)
             self._grammars = Grammars(path, self.model.config.vocab_size, setup.eos_token_ids)
         return self._grammars.matcher(setup.grammar)
+
+    def compiled_kernels(self) -> int:
+        """Variants of Triton kernels compiled in this rank's process so far."""
+        return compiled_kernels()
 
     def expert_counts(self) -> dict[int, dict[int, int]]:
         """Rows that this rank has computed for each expert so far, by layer."""

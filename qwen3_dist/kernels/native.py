@@ -243,6 +243,8 @@ def _torch_linear(x: Tensor, part: Weights) -> Tensor:
     kernels = gpu_kernels_for(x) if len(x) <= _FEW_ROWS else None
     if kernels is not None:
         product = kernels.linear_int8(x.contiguous(), part.weight, part.scale)
+    elif x.dtype == torch.float16:  # which sums of whole integers overflow
+        product = F.linear(x, part.weight.to(x.dtype).mul_(part.scale[:, None]))
     else:
         product = F.linear(x, part.weight.to(x.dtype)).mul_(part.scale)
     return product if part.bias is None else product + part.bias

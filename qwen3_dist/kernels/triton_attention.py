@@ -14,11 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MOST_SPLITS = 16
+from qwen3_dist.kernels import compiles
+
+compiles.count_compilations()
+
+_MOST_SPLITS = 16  # a power of 2
 _KEY_BYTES = 128  # of one number of each key in a tile; more do not fit the smaller cards' memory on the chip
 
 
-@triton.jit
+# Tables and lengths come in whatever rows the step has of them; only q, keys and values are worth an alignment.
+@triton.jit(
+    do_not_specialize=["window", "width", "tokens"],
+    do_not_specialize_on_alignment=["tables", "context_lens", "starts"],
+)
 def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, out, lse, tables, context_lens, starts,
     scale, window, width, tokens,
@@ -79,7 +87,7 @@ def _attend(  # type: ignore[no-untyped-def]
         tl.store(lse + split * tokens * H + row_at, most + tl.log(mass), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _weigh(parts, lse, out, rows, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the splits of a head's keys found, each by the share of its keys in the whole softmax."""
     row = tl.program_id(0)
@@ -130,5 +138,7 @@ def attention(
 
 
 def splits_for(sequences: int, groups: int, processors: int) -> int:
-    """Programs that share a lone query's keys, so that a GPU of so many multiprocessors is filled twice."""
-    return max(1, min(_MOST_SPLITS, 2 * processors // max(1, sequences * groups)))
+    """Programs that share a lone query's keys, so that a GPU of so many multiprocessors is filled twice. A power of 2,
+    since the kernel is compiled for each number."""
+    wanted = min(_MOST_SPLITS, 2 * processors // max(1, sequences * groups))
+    return 1 << max(0, wanted.bit_length() - 1)

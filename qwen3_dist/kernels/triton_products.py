@@ -15,6 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3_dist.kernels import compiles
+
+compiles.count_compilations()
+
 _Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -28,7 +32,7 @@ def _product(a, weights, expert, column, at, inside, N, D, NARROW: tl.constexpr)
     return tl.dot(a, w, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _grouped(  # type: ignore[no-untyped-def]
     x, weights, other, scale, other_scale, order, counts, out, total, N, D,
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, SHARE: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
@@ -85,7 +89,7 @@ def _grouped(  # type: ignore[no-untyped-def]
     tl.store(out + target[:, None] * N + column[None, :], result, mask=real[:, None] & (column < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["ids", "weights"])
 def _summed(answers, ids, weights, out, D, K: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -98,7 +102,7 @@ def _summed(answers, ids, weights, out, D, K: tl.constexpr, COLUMNS: tl.constexp
     tl.store(out + row * D + at, sums.to(out.dtype.element_ty), mask=at < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["ids"])
 def _order(ids, counts, totals, order, P, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One id's part of a stable sort of all pairs by id, and how many they are."""
     mine = tl.program_id(0) - 1
@@ -130,7 +134,7 @@ def experts(
         return torch.zeros_like(x)
     order = ids.new_empty(pairs)
     counts = ids.new_empty(1 + num_experts, dtype=torch.int32)
-    _order[(1 + num_experts,)](ids, counts, totals, order, pairs, min(1024, triton.next_power_of_2(pairs)))
+    _order[(1 + num_experts,)](ids, counts, totals, order, pairs, 1024)
     hidden, answers = x.new_empty(pairs, columns), x.new_empty(pairs, dim)
     one, two, three = scales or (None, None, None)
     _launch(x, (stacks[0], stacks[1]), (one, two), order, counts, hidden, choices)
@@ -167,10 +171,8 @@ def _launch(
 ) -> None:
     (weights, other), (scale, other_scale) = stacks, scales
     (num_experts, outputs, inner), pairs = weights.shape, len(out)
-    rows = 16 if pairs <= 32 * num_experts else 64
-    tiles = min(pairs, triton.cdiv(pairs, rows) + num_experts - 1)
-    columns = 64 if tiles * outputs >= 64 * _PROGRAMS else 32
-    grid = (tiles, triton.cdiv(outputs, columns))
+    rows, columns = _tile(pairs, num_experts, outputs)
+    grid = (min(pairs, triton.cdiv(pairs, rows) + num_experts - 1), triton.cdiv(outputs, columns))
     _grouped[grid](
         x, weights, other, scale, other_scale, order, counts, out, pairs, outputs, inner,
         num_experts, max(2, triton.next_power_of_2(num_experts)), share, other is not None, scale is not None,
@@ -180,3 +182,12 @@ def _launch(
 
 
 _PROGRAMS = 256  # that fill a card about twice
+
+
+def _tile(pairs: int, num_experts: int, outputs: int) -> tuple[int, int]:
+    """Rows and columns of a tile. By the next power of 2 of the pairs, so that steps of such sizes meet every variant
+    that a step of any size needs."""
+    most = triton.next_power_of_2(pairs)
+    rows = 16 if most <= 32 * num_experts else 64
+    tiles = min(most, triton.cdiv(most, rows) + num_experts - 1)
+    return rows, 64 if tiles * outputs >= 64 * _PROGRAMS else 32

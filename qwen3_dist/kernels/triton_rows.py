@@ -11,6 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3_dist.kernels import compiles
+
+compiles.count_compilations()
+
 _COLUMNS = 1024  # of a row that a program of `swiglu` takes
 
 
@@ -62,7 +66,7 @@ def _turned(  # type: ignore[no-untyped-def]
     tl.store(into + high, new_second.to(narrow), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotate(  # type: ignore[no-untyped-def]
     q, k, v, out, keys, values, q_scale, k_scale, cos, sin, slots, eps, q_stride, k_stride, v_stride,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,

@@ -10,6 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3_dist.kernels import compiles
+
+compiles.count_compilations()
+
 # Candidates that a program looks at together: a constant, so that a row's sums do not depend on its batch.
 _BLOCK = 1024
 
@@ -50,7 +54,8 @@ def _weights(candidates, at, end, largest, temperature, ORDERED: tl.constexpr): 
     return tl.exp((_logits(candidates, at, end, ORDERED) - largest) / temperature).to(tl.float64)
 
 
-@triton.jit
+# Candidates are as many as the step's largest top-k, and so is the distance of their rows.
+@triton.jit(do_not_specialize=["C", "stride"], do_not_specialize_on_alignment=["settings"])
 def _draw(  # type: ignore[no-untyped-def]
     candidates, settings, out, stride, C, V, ORDERED: tl.constexpr, BLOCK: tl.constexpr
 ):

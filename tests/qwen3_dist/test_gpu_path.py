@@ -19,6 +19,7 @@ from qwen3_dist.kernels.gpu import GpuKernels
 from qwen3_dist.layers import attention, experts, feed_forward, gpu_attention, norm
 from qwen3_dist.layers.batch import LayerCache, StepBatch
 from qwen3_dist.layers.gathered_attention import gathered_attention
+from qwen3_dist.layers.gpu_attention import Backend
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.weights.loader import load_model
@@ -53,15 +54,15 @@ def broken(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -
 
 
 def test_the_first_backend_that_is_right_here_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    for backends, expected in (
-        ((broken, wrong, gpu_attention.triton), gpu_attention.triton),
-        ((broken, wrong), gathered_attention),
-        (gpu_attention.BACKENDS, gpu_attention.triton),  # FlashAttention 3 needs a GPU
-    ):
+    bad, triton = (
+        (Backend("broken", broken), Backend("wrong", wrong)),
+        Backend("Triton", gpu_attention.triton),
+    )
+    for backends, expected in (((*bad, triton), gpu_attention.triton), (bad, gathered_attention)):
         monkeypatch.setattr(gpu_attention, "BACKENDS", backends)
-        gpu_attention.gpu_attention.cache_clear()
+        gpu_attention.chosen_attention.cache_clear()
         assert gpu_attention.gpu_attention(*SHAPES) is expected
-    gpu_attention.gpu_attention.cache_clear()
+    gpu_attention.chosen_attention.cache_clear()
 
 
 @pytest.fixture(params=[False, True], ids=["dense", "moe"])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.kernels import Half, Kernels, Weights, build, kernels_for, rows_of_packed
+from qwen3_dist.kernels import Half, Kernels, Weights, build, kernels_for, linears, rows_of_packed
 from qwen3_dist.layers.batch import LayerCache
 from qwen3_dist.layers.experts import looped_experts
 from qwen3_dist.layers.gathered_attention import gathered_attention
@@ -116,6 +116,14 @@ def test_linear_with_int8_weights(dtype: torch.dtype, rows: int, inner: int, out
     weight, scale = as_int8(torch.randn(outputs, inner))
     expected = x.float() @ (weight * scale[:, None]).T + bias.float()
     assert close(kernels(dtype).linear(x, packed(dtype, weight, scale, bias))[0], expected)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_int8_weights_do_not_overflow_fp16(rows: int) -> None:
+    """Whose largest number is 65504; whole integers of this row add up to 127 * 1024."""
+    weight, scale = as_int8(torch.full((8, 1024), 0.01))
+    (out,) = linears(torch.ones(rows, 1024, dtype=torch.float16), Weights(weight, 8, scale))
+    torch.testing.assert_close(out, torch.full((rows, 8), 10.24).half(), rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
