@@ -8,12 +8,9 @@ Names load on first use, so importing the package costs no torch.
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any
 
 __version__ = "0.1.0"
-# Read by torch when it first allocates: weights and caches in huge pages, which CPUs read faster.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 _HOMES = {
     "LLM": "qwen3_dist.llm",
     "SamplingParams": "qwen3_dist.sampling_params",

@@ -78,3 +78,11 @@ with LLM(num_blocks=64) as llm:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_importing_the_library_changes_no_environment_variable() -> None:
+    code = (
+        "import os; before = dict(os.environ); import sys, qwen3_dist, qwen3_dist.llm, serve_app, cluster; "
+    )
+    code += "sys.exit(dict(os.environ) != before)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

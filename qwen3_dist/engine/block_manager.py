@@ -29,16 +29,13 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
+        self.num_cached = 0
+        """Free blocks whose contents can still be found."""
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, cached ones included."""
         return len(self._free)
-
-    @property
-    def num_cached(self) -> int:
-        """Free blocks whose contents can still be found."""
-        return sum(self._hash_of[block] is not None for block in self._free)
 
     @property
     def capacity_tokens(self) -> int:
@@ -101,6 +98,8 @@ class BlockManager:
                 self._free[block] = None
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
+                else:
+                    self.num_cached += 1
         sequence.block_table = []
         sequence.num_registered = 0
         sequence.num_computed = 0
@@ -115,6 +114,7 @@ class BlockManager:
             assert (block in self._free) == (held[block] == 0), f"block {block} is both free and held"
         indexed = {block: digest for block, digest in enumerate(self._hash_of) if digest is not None}
         assert {digest: block for block, digest in indexed.items()} == self._block_of
+        assert self.num_cached == sum(block in indexed for block in self._free)
         for sequence in sequences:
             known = min(len(sequence.block_table), len(sequence.token_ids) // self.block_size)
             self._extend_hashes(sequence, known)
@@ -145,6 +145,7 @@ class BlockManager:
     def _hold(self, block: int) -> None:
         if self._holders[block] == 0:
             del self._free[block]
+            self.num_cached -= self._hash_of[block] is not None
         self._holders[block] += 1
 
     def _forget(self, block: int) -> None:
@@ -152,3 +153,4 @@ class BlockManager:
         if digest is not None:
             del self._block_of[digest]
             self._hash_of[block] = None
+            self.num_cached -= self._holders[block] == 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
@@ -21,6 +21,7 @@ from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.executor import Executor, make_executor
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.sampling_params import SamplingParams
@@ -57,26 +58,36 @@ class Engine:
         self.model_path = path
         self.model_config = ModelConfig.from_directory(path)
         config.layout.validate(self.model_config)
+        _check_context(config, self.model_config)
         open_adapters(config.lora, self.model_config)  # before ranks start, which do it again
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
-        with _loading_bar(show_progress) as progress:
-            self._executor: Executor = make_executor(config, progress)
-        self.backends = self._executor.backends
-        self.experts = ExpertBalance(self._executor, config, placements)
-        if show_progress:
-            print(self.backends, file=sys.stderr)
-        num_blocks = self._executor.num_blocks
-        try:
-            self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)
-        except BaseException:
-            self._executor.shutdown()
-            raise
         self._eos_token_ids = frozenset(
             self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
         )
-        limits = SchedulerLimits.of(config, self._executor.device, num_blocks)
+        self._in_flight: deque[list[StepPlan]] = deque()
+        self._requests: dict[str, _Request] = {}
+        self._next_seq_id = 0
+        self._num_steps = 0
+        with _loading_bar(show_progress) as progress:
+            self._executor: Executor = make_executor(config, progress)
+        try:
+            self._use_ranks(placements, show_progress)
+        except BaseException:
+            self._executor.shutdown()
+            raise
+
+    def _use_ranks(self, placements: Placements, show_progress: bool) -> None:
+        """Makes what depends on the ranks, which have started."""
+        config, executor = self.config, self._executor
+        self.backends = executor.backends
+        if show_progress:
+            print(self.backends, file=sys.stderr)
+        self.experts = ExpertBalance(executor, config, placements)
+        num_blocks = executor.num_blocks
+        self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)
+        limits = SchedulerLimits.of(config, executor.device, num_blocks)
         self._groups = [
             Scheduler(
                 BlockManager(num_blocks, config.block_size, config.prefix_caching),
@@ -85,10 +96,7 @@ class Engine:
             )
             for _ in range(config.layout.dp)
         ]
-        self._in_flight: deque[list[StepPlan]] = deque()
-        self._requests: dict[str, _Request] = {}
-        self._next_seq_id = 0
-        self._num_steps = 0
+        self._publish()
 
     @property
     def has_work(self) -> bool:
@@ -144,6 +152,7 @@ class Engine:
         for sequence in sequences:
             group.add(sequence)
         self._requests[request_id] = _Request(group, sequences)
+        self._publish()
 
     def check_prompt(
         self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
@@ -183,6 +192,7 @@ class Engine:
         for sequence in ended:
             request.group.finish(sequence, "abort")
             self._forget(sequence)
+        self._publish()
         return bool(ended)
 
     def step(self) -> Outputs:
@@ -197,6 +207,7 @@ class Engine:
             for group, plan, result in zip(self._groups, plans, self._executor.collect(), strict=True):
                 if result is not None:
                     self._add_deltas(outputs, group.update(plan, result))
+        self._publish()
         return outputs
 
     def _plan(self) -> list[StepPlan]:
@@ -217,21 +228,26 @@ class Engine:
         self._executor.check()
 
     def stats(self) -> EngineStats:
+        """The engine as its last step, `add_request` or `abort` left it; from any thread."""
+        return self._stats
+
+    def _publish(self) -> None:
+        """Makes the state of now what `stats` answers."""
         groups = self._groups
-        counts = sum((Counter(asdict(group.counts)) for group in groups), Counter())
-        return EngineStats(
+        counts = [group.counts for group in groups]
+        self._stats = EngineStats(
             num_running=sum(len(group.running) for group in groups),
             num_waiting=sum(len(group.waiting) for group in groups),
             free_blocks=sum(group.blocks.num_free for group in groups),
             cached_blocks=sum(group.blocks.num_cached for group in groups),
             total_blocks=sum(group.blocks.num_blocks for group in groups),
             steps=self._num_steps,
-            scheduled_sequences=counts["scheduled_sequences"],
-            preemptions=counts["preemptions"],
-            prompt_tokens=counts["prompt_tokens"],
-            cached_prompt_tokens=counts["cached_prompt_tokens"],
-            drafted_tokens=counts["drafted_tokens"],
-            accepted_tokens=counts["accepted_tokens"],
+            scheduled_sequences=sum(count.scheduled_sequences for count in counts),
+            preemptions=sum(count.preemptions for count in counts),
+            prompt_tokens=sum(count.prompt_tokens for count in counts),
+            cached_prompt_tokens=sum(count.cached_prompt_tokens for count in counts),
+            drafted_tokens=sum(count.drafted_tokens for count in counts),
+            accepted_tokens=sum(count.accepted_tokens for count in counts),
         )
 
     def check_integrity(self) -> None:
@@ -267,14 +283,17 @@ class Engine:
             del self._requests[sequence.request_id]
 
 
+def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
+    if config.max_model_len is not None and config.max_model_len > model_config.context_length:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} exceeds the model's context of {model_config.context_length}"
+        )
+
+
 def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tokens: int) -> int:
     wanted = config.max_model_len
     if wanted is None:
         return min(model_config.context_length, capacity_tokens)
-    if wanted > model_config.context_length:
-        raise ConfigError(
-            f"max_model_len={wanted} exceeds the model's context of {model_config.context_length}"
-        )
     if wanted > capacity_tokens:
         raise ConfigError(
             f"max_model_len={wanted} does not fit the KV cache of {capacity_tokens} tokens; lower it or give "

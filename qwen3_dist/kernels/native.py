@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3_dist.host_memory import zeros
 from qwen3_dist.kernels.build import library
 from qwen3_dist.kernels.gpu import gpu_kernels_for
 
@@ -85,7 +86,9 @@ class Kernels:
         outputs, inner = weight.shape[-2:]
         sizes = (-(-outputs // self.panel), self._functions[f"padded{ending}"](inner), self.panel)
         stack = weight if weight.dim() == 3 else weight[None]
-        packed = weight.new_empty(len(stack), *sizes)
+        packed = zeros(
+            (len(stack), *sizes), weight.dtype, weight.device
+        )  # in huge pages, which are read faster
         for matrix, place in zip(stack, packed, strict=True):
             self.run(f"pack{ending}", matrix.contiguous(), place, outputs, inner)
         return packed if weight.dim() == 3 else packed[0]
