@@ -1,6 +1,6 @@
 """Shows in stages that this project works on the GPUs at hand, and how fast; ends with a verdict.
 
-    python -m benchmarks.gpu_check [--stages parity,rates,experts] [--device cpu]
+    python -m benchmarks.gpu_check [--stages parity,graphs,rates,experts,faults,nccl] [--device cpu]
 
 The whole run takes at most ten minutes on one card. `--device cpu` runs the same code on smaller rows.
 Exit code: 0 all passed, 1 something failed or was not reached, 2 an argument is wrong.
@@ -31,8 +31,11 @@ _MACHINE = Stage(
 _OUR_FAULT = "send back the JSON; --stages {0} --only WORDS runs one check again."
 STAGES = (
     Stage("parity", "benchmarks.gpu_check.parity", 190, 120, _OUR_FAULT.format("parity")),
+    Stage("graphs", "benchmarks.gpu_check.graphs", 90, 90, _OUR_FAULT.format("graphs")),
     Stage("rates", "benchmarks.gpu_check.rates", 170, 90, _OUR_FAULT.format("rates")),
     Stage("experts", "benchmarks.gpu_check.experts", 60, 90, _OUR_FAULT.format("experts")),
+    Stage("faults", "benchmarks.gpu_check.faults", 80, 90, _OUR_FAULT.format("faults")),
+    Stage("nccl", "benchmarks.gpu_check.nccl", 300, 150, _OUR_FAULT.format("nccl")),
 )
 
 

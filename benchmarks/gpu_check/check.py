@@ -13,8 +13,8 @@ Figures = dict[str, Any]
 class CheckFailed(Exception):
     """What a check saw is wrong; the message says what it saw and what it expected."""
 
-    def __init__(self, message: str, **figures: Any) -> None:
-        super().__init__(message)
+    def __init__(self, why: str, /, **figures: Any) -> None:
+        super().__init__(why)
         self.figures = figures
 
 
@@ -44,7 +44,7 @@ class PlannedCheck:
     needs_s: float = 5.0
 
 
-def require(condition: bool, message: str, **figures: Any) -> None:
+def require(condition: bool, why: str, /, **figures: Any) -> None:
     """Raises CheckFailed unless `condition`."""
     if not condition:
-        raise CheckFailed(message, **figures)
+        raise CheckFailed(why, **figures)

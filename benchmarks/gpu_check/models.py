@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,14 @@ class Generated:
     cached_tokens: int = 0
 
 
+def small_shape(kind: str) -> dict[str, Any]:
+    """The config.json of the small dense or MoE model."""
+    return {**SHAPES[kind], **_SMALL, **(_SMALL_EXPERTS if kind == "moe" else {})}
+
+
 def small_checkpoint(kind: str, setting: Setting) -> Path:
-    """A checkpoint of a small dense or MoE model, the same in every stage."""
-    shape = {**SHAPES[kind], **_SMALL, **(_SMALL_EXPERTS if kind == "moe" else {})}
-    return written(shape, setting.folder / kind)
+    """A checkpoint of the small model, the same in every stage."""
+    return written(small_shape(kind), setting.folder / kind)
 
 
 @functools.cache
@@ -102,19 +107,32 @@ def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any
             torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class Request:
+    """A prompt that arrives `at` a step of the engine, counted from 0."""
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    at: int = 0
+
+
 def generate(
-    engine: Engine, prompts: Sequence[Sequence[int]], length: int, every: int = 0, **params: Any
+    engine: Engine, prompts: Sequence[Sequence[int]], length: int, every: int = 0
 ) -> list[Generated]:
     """`length` greedy tokens of each prompt. With `every`, a prompt arrives so many steps after the one before it."""
-    sampling = SamplingParams(
-        **{"temperature": 0, "logprobs": 1, **params}, max_tokens=length, ignore_eos=True
-    )
-    made = [Generated() for _ in prompts]
-    waiting, steps = list(enumerate(prompts)), 0
+    params = SamplingParams(temperature=0, logprobs=1, max_tokens=length, ignore_eos=True)
+    return serve(engine, [Request(prompt, params, every * n) for n, prompt in enumerate(prompts)])
+
+
+def serve(engine: Engine, requests: Sequence[Request]) -> list[Generated]:
+    """What the engine makes of requests, which are in order of arrival."""
+    made = [Generated() for _ in requests]
+    waiting, steps = deque(enumerate(requests)), 0
     while waiting or engine.has_work:
-        while waiting and (steps >= every * waiting[0][0] or not engine.has_work):
-            number, prompt = waiting.pop(0)
-            engine.add_request(str(number), list(prompt), sampling, setup=engine.prepare(sampling))
+        while waiting and (steps >= waiting[0][1].at or not engine.has_work):
+            number, request = waiting.popleft()
+            setup = engine.prepare(request.params)
+            engine.add_request(str(number), list(request.prompt), request.params, setup=setup)
         for request_id, deltas in engine.step().items():
             for delta in deltas:
                 of = made[int(request_id)]

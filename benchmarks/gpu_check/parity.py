@@ -52,7 +52,7 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
         yield _mixed(setting, "moe", "tp=2,ep=2")
         yield _long(setting, "dense", "tp=1", dtype="float32")
         yield _long(setting, "moe", "tp=1", dtype="bfloat16")
-        yield _long(setting, "moe", "tp=2,ep=2", dtype="float32", max_num_batched_tokens=1024)
+        yield _long(setting, "moe", "tp=2,ep=2", dtype="float32", max_num_batched_tokens=768)
 
 
 def parity(
@@ -116,7 +116,7 @@ def _prefixes(setting: Setting, kind: str) -> PlannedCheck:
 
 def _long(setting: Setting, kind: str, layout: str, **settings: Any) -> PlannedCheck:
     """A context of thousands of tokens, decoded beside a short one."""
-    tokens = 8192 if setting.on_gpu else 1536
+    tokens = 8192 if setting.on_gpu else 1024
     rng = random.Random(1)
     prompts = [[rng.randrange(1000) for _ in range(length)] for length in (tokens, 9)]
     return PlannedCheck(

@@ -31,8 +31,8 @@ class Check:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage. `ended` says why it ended before its last check, `stacks` where it then was; `advice` what a failure
-    asks for."""
+    """One stage. `ended` says why it ended before its last check; `advice` what a failure asks for. `stderr` is the
+    end of what a stage that failed wrote there; of one that hung, where its threads were."""
 
     name: str
     advice: str
@@ -40,7 +40,7 @@ class StageReport:
     limit_s: float
     checks: tuple[Check, ...] = ()
     ended: str = ""
-    stacks: str = ""
+    stderr: str = ""
 
     @property
     def status(self) -> str:

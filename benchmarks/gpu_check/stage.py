@@ -62,12 +62,11 @@ def _write(task: Task, event: dict[str, Any]) -> None:
 
 def main() -> None:
     task = Task(**json.loads(sys.argv[1]))
-    with open(task.stacks, "w") as stacks:
-        faulthandler.dump_traceback_later(task.dump_s, file=stacks)
-        for check in run_checks(task):
-            _write(task, asdict(check))
-            print(check.line, flush=True)
-        faulthandler.cancel_dump_traceback_later()
+    faulthandler.dump_traceback_later(task.dump_s)
+    for check in run_checks(task):
+        _write(task, asdict(check))
+        print(check.line, flush=True)
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_check.report import FAILED, Check, StageReport
 
 _STACKS_BEFORE_S = 1.0  # a stage writes where its threads are so long before its deadline
+_KEPT_OF_STDERR = 8000  # characters
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,8 @@ class Task:
     device: str
     folder: str  # of checkpoints, which stages share
     events: str  # file to which the stage writes a line as each check begins and ends
-    stacks: str  # file to which it writes where its threads are when it is about to be ended
     limit_s: float
-    dump_s: float
+    dump_s: float  # seconds after which it writes to stderr where its threads are: it is about to be ended
     layers: int
     only: str = ""
 
@@ -52,16 +52,21 @@ def run_stage(
 ) -> StageReport:
     """Runs `stage` to its end or its deadline. No process of its group is left."""
     limit_s = stage.limit_s(device) * time_factor
-    events, stacks = folder / f"{stage.name}.events", folder / f"{stage.name}.stacks"
+    events, stderr = folder / f"{stage.name}.events", folder / f"{stage.name}.stderr"
     events.write_text("")
     dump_s = max(limit_s / 2, limit_s - _STACKS_BEFORE_S)
-    task = Task(stage.module, device, str(folder), str(events), str(stacks), limit_s, dump_s, layers, only)
+    task = Task(stage.module, device, str(folder), str(events), limit_s, dump_s, layers, only)
     started = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu_check.stage", json.dumps(asdict(task))]
     one_thread = {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}  # more would wait for each other
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, **one_thread}
-    )
+    with stderr.open("w") as file:  # planted faults fill it with tracebacks
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, **one_thread},
+        )
     try:
         code: int | None = process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -74,9 +79,13 @@ def run_stage(
     ended = "" if code == 0 else _ending(code, limit_s, running)
     if running and code != 0:
         checks.append(Check(running, FAILED, 0.0, "it did not end"))
-    where = stacks.read_text() if code is None and stacks.exists() else ""
     seconds = round(time.monotonic() - started, 1)
-    return StageReport(stage.name, stage.advice, seconds, limit_s, tuple(checks), ended, where)
+    report = StageReport(stage.name, stage.advice, seconds, limit_s, tuple(checks), ended)
+    return replace(report, stderr=_end_of(stderr)) if report.status == FAILED else report
+
+
+def _end_of(file: Path) -> str:
+    return file.read_text(errors="replace")[-_KEPT_OF_STDERR:]
 
 
 def _ending(code: int | None, limit_s: float, running: str) -> str:

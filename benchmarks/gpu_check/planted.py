@@ -1,0 +1,50 @@
+"""Ranks with a planted fault. It strikes in a step once `TRIGGER` lies in the model's folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.executor.rank import RankSpec, rank_main
+
+TRIGGER = "fail-now"
+_MORE_THAN_ANY_CARD = 1 << 50  # bytes
+
+
+def runs_out_of_memory(spec: RankSpec) -> None:
+    """A rank; if its number is 1, its card cannot give what a step asks for."""
+    _with_fault(spec, _run_out_of_memory)
+
+
+def is_killed(spec: RankSpec) -> None:
+    """A rank; if its number is 1, the system kills it in a step."""
+    _with_fault(spec, _be_killed)
+
+
+def _with_fault(spec: RankSpec, strike: Callable[[str], None]) -> None:
+    if spec.rank == 1:
+        trigger, launch = Path(spec.config.model) / TRIGGER, ModelRunner.launch
+
+        def launch_or_fail(runner: ModelRunner, plan: Any) -> Any:
+            if trigger.exists():
+                strike(spec.device)
+            return launch(runner, plan)
+
+        ModelRunner.launch = launch_or_fail  # type: ignore[method-assign]  # in this forked process alone
+    rank_main(spec)
+
+
+def _run_out_of_memory(device: str) -> None:
+    if device == "cpu":  # whose memory is promised long before it is missing
+        raise torch.OutOfMemoryError("a CPU rank was told to run out of memory")
+    torch.empty(_MORE_THAN_ANY_CARD, dtype=torch.uint8, device=device)
+
+
+def _be_killed(device: str) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
