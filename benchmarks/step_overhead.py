@@ -17,7 +17,7 @@ import ray
 from benchmarks.record import keep, microseconds
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.executor.channel import connect
-from qwen3_dist.executor.rank import Hello, Loaded, RankSpec, Ready
+from qwen3_dist.executor.messages import Hello, Loaded, RankSpec, Ready
 from qwen3_dist.executor.rank_group import Launcher, RankGroupExecutor
 from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
@@ -38,7 +38,7 @@ def answer(plan: StepPlan) -> StepResult:
 def echo_rank(spec: RankSpec) -> None:
     """A rank without a model: rank 0 answers every plan at once."""
     channel = connect(spec.address, spec.secret)
-    channel.send(Hello(spec.rank, 0, channel.local_host, "host", 1))
+    channel.send(Hello(spec.rank, 0, channel.local_host, "host", "host", None, 1))
     channel.receive()
     channel.send(Loaded(1))
     channel.receive()

@@ -26,6 +26,7 @@ DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
 PERFORMANCE_MODES = ("interactivity", "throughput")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
+PLACEMENTS = ("own", "current")
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -52,6 +53,12 @@ class EngineConfig:
         "auto",
         "how ranks are started; auto is in_process for one rank (in a service: processes), else ray",
         EXECUTORS,
+    )
+    placement: str = setting(
+        "own",
+        "placement group of ranks in Ray; current: the bundles after the first of the group that the engine's process "
+        "is in, as a Serve replica's",
+        PLACEMENTS,
     )
     moe_dispatch: str = setting(
         "auto",
@@ -102,12 +109,23 @@ class EngineConfig:
         "threads a CPU rank computes with, fewer leave cores to the server; its share of the cores if unset",
     )
     cuda_graphs: bool = setting(True, "on a GPU, launch decode steps as CUDA graphs captured at start")
+    share_gpus: bool = setting(
+        False,
+        "let several ranks share a GPU where there are fewer: for checks, as collectives then go over the host",
+    )
+    rank_env: Mapping[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "environment variables of every rank, for example NCCL_SOCKET_IFNAME=eth0; may be repeated"
+        },
+    )
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
         object.__setattr__(self, "lora", Adapters.parse(self.lora))
+        object.__setattr__(self, "rank_env", _parse_environment(self.rank_env))
         if self.speculative is not None:
             object.__setattr__(self, "speculative", Speculation.parse(self.speculative))
         for name in (
@@ -137,6 +155,27 @@ class EngineConfig:
         )
         _require(self.redundant_experts >= 0, "redundant_experts", "0 or more", self.redundant_experts)
         _check_choices(self)
+
+
+def _parse_environment(given: Any) -> dict[str, str]:
+    """Variables by name, of a mapping, a text NAME=VALUE or a list of such texts. Raises ConfigError."""
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, Mapping):
+        if not isinstance(given, (list, tuple)) or not all(isinstance(item, str) for item in given):
+            raise ConfigError(f"rank_env must map names to values, not {given!r}")
+        pairs = [item.partition("=") for item in given]
+        if wrong := [name for name, equals, _ in pairs if not equals]:
+            raise ConfigError(f"rank_env must be NAME=VALUE, not {wrong[0]!r}")
+        given = {name: value for name, _, value in pairs}
+    for name, value in given.items():
+        if not isinstance(name, str) or not name or "=" in name or not isinstance(value, str):
+            raise ConfigError(f"rank_env must map names to texts, not {name!r} to {value!r}; quote numbers")
+        if name == "CUDA_VISIBLE_DEVICES":
+            raise ConfigError(
+                "rank_env must not set CUDA_VISIBLE_DEVICES, by which each rank is given its GPU"
+            )
+    return dict(given)
 
 
 def runs_in_process(config: EngineConfig) -> bool:
@@ -172,6 +211,8 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
         return _coerce(name, next(o for o in options if o is not type(None)), value)
     if kind in (Layout, Speculation, Adapters):
         return kind.parse(value)
+    if typing.get_origin(kind) is Mapping:
+        return _parse_environment(value)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
         return read_settings(kind, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -64,6 +64,7 @@ class EngineReplica:
     def __init__(self, config: ServiceConfig) -> None:
         self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s)
         logger.info("the engine is ready on %s", self._engine.backends)
+        logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
         thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
         self._handler = RequestHandler(
@@ -94,6 +95,23 @@ class EngineReplica:
     async def stats(self) -> EngineStats:
         """A reading of the engine's load."""
         return self._engine.stats()
+
+    async def ranks(self) -> dict[str, Any]:
+        """Where the engine's ranks run, on what, and how they talk to each other."""
+        return {
+            "layout": str(self._engine.config.layout),
+            "backends": self._engine.backends,
+            "collectives": self._engine.collectives,
+            "ranks": [
+                {
+                    "rank": rank.rank,
+                    "host": rank.host,
+                    "pid": rank.pid,
+                    "card": {"name": rank.card.name, "uuid": rank.card.uuid} if rank.card else None,
+                }
+                for rank in self._engine.ranks
+            ],
+        }
 
     async def expert_load(self) -> dict[str, Any]:
         """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
@@ -223,6 +241,11 @@ class Ingress:
         if any(result is None for result in results):
             return json_response({"status": "ok"})
         raise EngineDeadError("no replica is healthy")
+
+    @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
+    async def ranks(self) -> Response:
+        """Each replica's layout, backends, collectives, and the host, process and GPU of each rank."""
+        return json_response({"object": "list", "data": await self._ask_all("ranks")})
 
     @api.get("/v1/cluster/experts", **route("The load of each expert"))
     async def experts(self) -> Response:

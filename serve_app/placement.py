@@ -55,6 +55,7 @@ def place(config: ServiceConfig) -> Placement:
     executor = engine.executor if engine.executor != "auto" else "processes" if world == 1 else "ray"
     if executor == "ray":
         bundles = [own, *ranks]
+        engine = dataclasses.replace(engine, placement="current")
     else:
         bundles = [{name: round(own.get(name, 0) + _total(ranks, name), 2) for name in ranks[0]}]
     return Placement(dataclasses.replace(engine, device=device, executor=executor), bundles)

@@ -209,7 +209,7 @@ def observe(
     from qwen3_dist.engine import backends, kv_cache
     from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
     from qwen3_dist.engine.runner import ModelRunner
-    from qwen3_dist.executor.rank import count_blocks
+    from qwen3_dist.executor.shard import MemoryShare, count_blocks
     from qwen3_dist.kernels import gpu
     from qwen3_dist.layers import gpu_attention
     from qwen3_dist.layout import Layout
@@ -308,9 +308,9 @@ def observe(
         built.pack()
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
-        with memory, patch.object(torch.cuda, "device_count", lambda: 1):
+        with memory:
             sizes = EngineConfig(model="", block_size=1, max_num_batched_tokens=TOKENS, max_num_seqs=DRAWS)
-            blocks = count_blocks(replace(sizes, quantize=quantize or "none"), built, ranks_on_host=1)
+            blocks = count_blocks(replace(sizes, quantize=quantize or "none"), built, MemoryShare())
         for graphs in (True, False):
             settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=256)
             with phase("start" if graphs else "start without graphs"):

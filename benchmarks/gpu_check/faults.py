@@ -20,7 +20,7 @@ from benchmarks.gpu_check.check import CheckFailed, CheckSkipped, Figures, Plann
 from benchmarks.gpu_check.models import generate, running, shape_only, small_checkpoint, small_shape
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.errors import QwenDistError
-from qwen3_dist.executor import processes
+from qwen3_dist.executor.rank_group import Launcher
 from qwen3_dist.sampling_params import SamplingParams
 
 _ARRIVES_WITHIN_S = 15.0
@@ -48,7 +48,7 @@ def a_rank_fails(setting: Setting, layout: str, how: str) -> Figures:
     (path / planted.TRIGGER).unlink(missing_ok=True)
     before = _Left(setting)
     with (
-        mock.patch.object(processes, "rank_main", rank_main),
+        mock.patch.object(Launcher, "main", staticmethod(rank_main)),
         running(setting, path, layout, load_format="random", dtype="float32", num_blocks=64) as engine,
     ):
         generate(engine, [_PROMPT], 4)

@@ -65,7 +65,8 @@ class AsyncEngine:
         self._engine = Engine(config, show_progress)
         self._parts_per_s = parts_per_s
         self.config = config
-        self.backends = self._engine.backends
+        self.backends, self.collectives = self._engine.backends, self._engine.collectives
+        self.ranks = self._engine.ranks
         self.model_path = self._engine.model_path
         self.model_config = self._engine.model_config
         self.tokenizer = self._engine.tokenizer

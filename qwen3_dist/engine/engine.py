@@ -81,9 +81,9 @@ class Engine:
     def _use_ranks(self, placements: Placements, show_progress: bool) -> None:
         """Makes what depends on the ranks, which have started."""
         config, executor = self.config, self._executor
-        self.backends = executor.backends
+        self.backends, self.collectives, self.ranks = executor.backends, executor.collectives, executor.ranks
         if show_progress:
-            print(self.backends, file=sys.stderr)
+            print(f"{self.backends}; collectives: {self.collectives}", file=sys.stderr)
         self.experts = ExpertBalance(executor, config, placements)
         num_blocks = executor.num_blocks
         self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)

@@ -14,6 +14,7 @@ from qwen3_dist.layers.batch import LayerCache
 from qwen3_dist.model import Qwen3Model
 
 _HOST_SHARE = 0.3  # of the free host memory, over all ranks of the host
+_SHARE_OF_LEFT = 0.9  # of what other processes left free on a card: steps need some beside the cache
 
 
 def block_bytes(model: Qwen3Model, block_size: int) -> int:
@@ -28,19 +29,23 @@ def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerC
     return [LayerCache(keys, values) for keys, values in zip(halves[::2], halves[1::2], strict=True)]
 
 
-def free_bytes(device: torch.device, gpu_memory_utilization: float, ranks_on_host: int) -> int:
-    """Bytes a rank may give to its cache. Read it when the weights are loaded.
+def free_bytes(
+    device: torch.device, gpu_memory_utilization: float, ranks: int, free_at_start: int | None = None
+) -> int:
+    """Bytes a rank may give to its cache, where `ranks` share the memory. Read it when the weights are loaded.
 
-    On a GPU: what is left of `gpu_memory_utilization` of the card, whoever uses the rest, over the ranks
-    that share it; the last of these to load sees what the others took. On a CPU: an even part of 30 % of
-    what the host (or its cgroup) has free and other engines' caches will not fill.
+    On a GPU `ranks` are those on its card, and have `gpu_memory_utilization` of the card in all, or most of
+    `free_at_start` where another process left less than that (None: all was free); the last of them to load sees what
+    the others took. On a CPU they are those on its host: an even part of 30 % of what the host (or its cgroup) has
+    free and other engines' caches will not fill.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        ranks_on_card = -(-ranks_on_host // torch.cuda.device_count())
-        return int((free - (1 - gpu_memory_utilization) * total) / ranks_on_card)
+        at_start = total if free_at_start is None else free_at_start
+        most = max(gpu_memory_utilization, _SHARE_OF_LEFT) * at_start
+        return int((min(gpu_memory_utilization * total, most) - (at_start - free)) / ranks)
     free_on_host = max(0, _host_free_bytes() - host_memory.promised_bytes())
-    return int(free_on_host * _HOST_SHARE / ranks_on_host)
+    return int(free_on_host * _HOST_SHARE / ranks)
 
 
 def blocks_that_fit(free: int, per_block: int, most_useful: int) -> int:

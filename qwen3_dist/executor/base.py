@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
+from qwen3_dist.executor.cards import Card
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank runs: the name of its host, its process there, and its GPU (None on the CPU)."""
+
+    rank: int
+    host: str
+    pid: int
+    card: Card | None
 
 
 class Executor(ABC):
     """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each.
 
     A step is a plan for each dp group and has a result for each, None from those that had no sequences.
-    `device` is "cpu" or "cuda"; `backends` says in a line what runs the steps there.
+    `device` is "cpu" or "cuda"; `backends` says in a line what runs the steps there, `collectives` what carries the
+    ranks' collectives; `ranks` are in rank order.
 
     Steps run in the order they are submitted, and are collected in it. Up to `depth` may be in flight:
     more than one where ranks can run a step while the engine plans the next. Both calls raise
@@ -23,6 +36,8 @@ class Executor(ABC):
     num_blocks: int
     device: str
     backends: str
+    collectives: str
+    ranks: tuple[RankPlace, ...]
     depth: int
 
     @abstractmethod

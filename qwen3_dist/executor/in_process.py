@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.runner import ModelRunner, StepOutput
 from qwen3_dist.engine.scheduler import SchedulerLimits
-from qwen3_dist.errors import ConfigError, ResourceError
-from qwen3_dist.executor.base import Executor
-from qwen3_dist.executor.rank import count_blocks, load_shard, set_threads
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.executor import cards
+from qwen3_dist.executor.base import Executor, RankPlace
+from qwen3_dist.executor.shard import MemoryShare, count_blocks, load_shard, set_threads
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
@@ -25,17 +28,24 @@ class InProcessExecutor(Executor):
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         if config.layout.world != 1:
             raise ConfigError(f"executor in_process runs one rank and layout {config.layout} has more")
-        device = torch.device(local_device(config.device))
-        if device.type == "cpu":
+        os.environ.update(config.rank_env)
+        device, card, memory = torch.device("cpu"), None, MemoryShare()
+        if cards.local_device(config.device) == "cpu":
             set_threads(config, ranks_on_host=1)
+        else:
+            torch.cuda.empty_cache()  # what an engine before this one left is free
+            device, card = cards.take_card(torch.cuda.current_device())
+            memory = MemoryShare(1, *cards.use_of_cards([card], config).free_bytes)
         model = load_shard(config, ParallelContext.single(), device, progress)
         self.device = device.type
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
-        self.num_blocks = count_blocks(config, model, ranks_on_host=1)
+        self.num_blocks = count_blocks(config, model, memory)
         limits = SchedulerLimits.of(config, self.device, self.num_blocks)
         runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs)
         self._runner: ModelRunner | None = runner
         self.backends = runner.backends
+        self.collectives = model.parallel.collectives
+        self.ranks = (RankPlace(0, socket.gethostname(), os.getpid(), card),)
         self._launched: deque[StepOutput] = deque()
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
@@ -56,12 +66,3 @@ class InProcessExecutor(Executor):
 
     def shutdown(self) -> None:
         self._runner = None
-
-
-def local_device(device: str) -> str:
-    """ "cpu" or "cuda" for a rank of this host. Raises ResourceError for a GPU that is not there."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("device=cuda was asked for and torch sees no GPU here; use device=cpu")
-    return device

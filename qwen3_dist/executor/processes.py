@@ -11,12 +11,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
 
+import torch
+
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.in_process import local_device
-from qwen3_dist.executor.rank import RankSpec, rank_main
+from qwen3_dist.executor.cards import local_device
+from qwen3_dist.executor.messages import RankSpec
 from qwen3_dist.executor.rank_group import Launcher
 from qwen3_dist.settings import EngineConfig
 
@@ -76,14 +79,15 @@ class ProcessLauncher(Launcher):
     def __init__(self, config: EngineConfig) -> None:
         self.host = "127.0.0.1"
         self.device = local_device(config.device)
-        if self.device == "cuda":
-            _check_gpus(config.layout.world)
+        self._num_cards = _count_cards(config) if self.device == "cuda" else 0
         self._nursery: Nursery | None = None
         self._pids: list[int] = []
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._nursery = _shared or Nursery()
-        self._pids = self._nursery.launch(rank_main, specs)
+        if self._num_cards:
+            specs = [replace(spec, card=spec.rank % self._num_cards) for spec in specs]
+        self._pids = self._nursery.launch(self.main, specs)
 
     def exit_reason(self) -> str | None:
         assert self._nursery is not None
@@ -117,14 +121,15 @@ def shared_nursery() -> Iterator[None]:
         _shared = None
 
 
-def _check_gpus(world: int) -> None:
-    import torch
-
-    if torch.cuda.device_count() < world:
+def _count_cards(config: EngineConfig) -> int:
+    """GPUs of this host. Raises ResourceError if ranks are more and may not share them."""
+    world, cards = config.layout.world, torch.cuda.device_count()
+    if cards < world and not config.share_gpus:
         raise ResourceError(
-            f"{world} ranks need {world} GPUs and this host has {torch.cuda.device_count()}; "
-            "use a smaller layout or device=cpu"
+            f"{world} ranks need {world} GPUs and this host has {cards}; set share_gpus=true, use a smaller layout or "
+            "device=cpu"
         )
+    return cards
 
 
 class _Nurse:

@@ -14,15 +14,27 @@ import selectors
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NoReturn
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
-from qwen3_dist.executor.base import Executor
+from qwen3_dist.executor.base import Executor, RankPlace
+from qwen3_dist.executor.cards import use_of_cards
 from qwen3_dist.executor.channel import Channel, ChannelListener, pack
-from qwen3_dist.executor.rank import Answer, Call, Failed, Hello, Loaded, Loading, RankSpec, Ready, Start
+from qwen3_dist.executor.messages import (
+    Answer,
+    Call,
+    Failed,
+    Hello,
+    Loaded,
+    Loading,
+    RankSpec,
+    Ready,
+    Start,
+)
+from qwen3_dist.executor.rank import rank_main
 from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
@@ -39,6 +51,8 @@ class Launcher(ABC):
     """Address of the engine's host by which the ranks reach it."""
     device: str
     """Where the ranks run: "cpu" or "cuda"."""
+    main: Callable[[RankSpec], None] = staticmethod(rank_main)
+    """A module's function that each started process calls with its spec."""
 
     @abstractmethod
     def launch(self, specs: list[RankSpec]) -> None:
@@ -154,7 +168,9 @@ class RankGroupExecutor(Executor):
         self.num_blocks = min(loaded.num_blocks for loaded in fitting)
         for channel in self._channels.values():
             channel.send(self.num_blocks)
-        self.backends = self._await_all(Ready, None)[0].backends
+        ready = self._await_all(Ready, None)
+        self.backends = ready[0].backends
+        self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
 
     def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:
         hellos: list[Hello] = []
@@ -177,14 +193,16 @@ class RankGroupExecutor(Executor):
         return sorted(hellos, key=lambda hello: hello.rank)
 
     def _introduce(self, hellos: list[Hello]) -> None:
-        """Tells every rank where the rendezvous is and how many ranks share its host."""
+        """Tells every rank where the rendezvous is, who shares its host and card, and how collectives travel."""
+        self.ranks = tuple(RankPlace(hello.rank, hello.host_name, hello.pid, hello.card) for hello in hellos)
         on_host = Counter(hello.host_id for hello in hellos)
-        seen: Counter[str] = Counter()
+        use = use_of_cards([hello.card for hello in hellos], self._config)
+        self.collectives = use.collectives
         store_port = hellos[0].store_port
         assert store_port is not None
-        for hello in hellos:
-            start = Start((hellos[0].host, store_port), on_host[hello.host_id], seen[hello.host_id])
-            seen[hello.host_id] += 1
+        for hello, ranks_on_card, free in zip(hellos, use.ranks_on_card, use.free_bytes, strict=True):
+            at = (hellos[0].host, store_port)
+            start = Start(at, on_host[hello.host_id], ranks_on_card, free, use.over_host)
             self._channels[hello.rank].send(start)
 
     def _await_all(self, kind: type, progress: Progress | None) -> list[Any]:
@@ -268,6 +286,11 @@ class RankGroupExecutor(Executor):
                     self._channels[key.data].receive(timeout_s=1.0)
                 except (EOFError, TimeoutError):
                     self._selector.unregister(key.fileobj)
+
+
+def _joined_words(said: Iterable[str]) -> str:
+    """What ranks say of themselves, each thing once."""
+    return " and ".join(dict.fromkeys(said))
 
 
 class _Blame(IntEnum):

@@ -11,7 +11,10 @@ room for a tp group, each rank has a bundle of its own.
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -24,8 +27,10 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.rank import RankSpec, cores, rank_main
+from qwen3_dist.executor.messages import RankSpec
 from qwen3_dist.executor.rank_group import Launcher
+from qwen3_dist.executor.shard import cores
+from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
@@ -49,10 +54,11 @@ def choose_device(config: EngineConfig, replicas: int = 1) -> str:
     gpus = int(cluster_resources().get("GPU", 0))
     if config.device == "cpu" or (config.device == "auto" and gpus == 0):
         return "cpu"
-    if gpus < needed:
+    if gpus < needed and not (config.share_gpus and gpus):
         what = f"{replicas} replicas of {config.layout}" if replicas > 1 else f"layout {config.layout}"
+        share = ", set share_gpus=true" if gpus else ""
         raise ResourceError(
-            f"{what} needs {needed} GPUs and the Ray cluster has {gpus}; add GPUs, use a smaller layout "
+            f"{what} needs {needed} GPUs and the Ray cluster has {gpus}; add GPUs{share}, use a smaller layout "
             "or device=cpu"
         )
     return "cuda"
@@ -61,8 +67,9 @@ def choose_device(config: EngineConfig, replicas: int = 1) -> str:
 def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[dict[str, float]]:
     """The placement-group bundles of a replica's ranks, sized so that `replicas` engines fit the cluster.
 
-    A GPU rank takes one GPU. A CPU rank takes one CPU, or an even part of 80 % of the cluster's CPUs
-    where there are fewer than that (with one warning), so that any layout can be tried on a laptop.
+    A GPU rank takes one GPU, or with `share_gpus` an even part of one where there are fewer. A CPU rank takes one
+    CPU, or an even part of 80 % of the cluster's CPUs where there are fewer than that. Both with one warning, so that
+    any layout can be tried on a small machine.
     """
     layout = config.layout
     ranks = layout.world * replicas
@@ -76,13 +83,43 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
                 ranks,
                 total,
             )
-    rank = {"CPU": cpus} if device == "cpu" else {"CPU": cpus, "GPU": 1.0}
-    group = {name: round(amount * layout.tp, 2) for name, amount in rank.items()}
+    rank, group = {"CPU": cpus}, {"CPU": round(cpus * layout.tp, 2)}
+    if device == "cuda":
+        sharing = _ranks_on_card(config, replicas)
+        rank["GPU"], group["GPU"] = part_of_card(1, sharing), _gpus_of(layout.tp, sharing)
     if any(all(node.get(name, 0) >= amount for name, amount in group.items()) for node in _nodes()):
         return [dict(group) for _ in range(layout.world // layout.tp)]
     if layout.tp > 1:
         _log.warning("no node has %s for the %d ranks of a tp group, so it may cross nodes", group, layout.tp)
     return [dict(rank) for _ in range(layout.world)]
+
+
+def part_of_card(gpus: float, ranks: int) -> float:
+    """What each of `ranks` ranks takes of `gpus` GPUs between them; Ray counts in ten-thousandths, and gives more than
+    one GPU only whole."""
+    if gpus >= ranks:
+        return float(gpus // ranks)
+    sharing = ranks / gpus if gpus < 1 else -(-ranks // int(gpus))
+    return int(10_000 / sharing) / 10_000
+
+
+def _gpus_of(ranks: int, sharing: int) -> float:
+    """GPUs of a bundle of `ranks` ranks, `sharing` of them on each."""
+    return float(-(-ranks // sharing)) if ranks >= sharing else int(10_000 * ranks / sharing) / 10_000
+
+
+def _ranks_on_card(config: EngineConfig, replicas: int) -> int:
+    """The fewest ranks on each GPU with which `replicas` engines fit the cluster."""
+    ranks, tp = config.layout.world * replicas, config.layout.tp
+    gpus = int(cluster_resources().get("GPU", 0))
+    if not config.share_gpus or gpus >= ranks or not gpus:
+        return 1
+    for sharing in range(2, ranks + 1):
+        groups_fit = gpus // -(-tp // sharing) if tp >= sharing else gpus * (sharing // tp)
+        if groups_fit >= ranks // tp:
+            break
+    _log.warning("%d ranks share %d GPUs, %d on each: for checks, not for speed", ranks, gpus, sharing)
+    return sharing
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -92,15 +129,41 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def _current_group(layout: Layout) -> PlacementGroup:
+    """The placement group of this process. Raises ResourceError if its bundles are not those of a replica."""
+    current = ray.util.get_current_placement_group()
+    sizes = sorted({layout.world // layout.tp, layout.world})
+    if current is None or current.bundle_count - 1 not in sizes:
+        bundles = f"{current.bundle_count} bundles" if current is not None else "none"
+        raise ResourceError(
+            f"placement=current needs a placement group of 1 + {' or '.join(map(str, sizes))} bundles for layout "
+            f"{layout} and this process has {bundles}; use placement=own"
+        )
+    return current
+
+
 class RankActor:
     """The actor of one rank; `run` returns when the rank has ended."""
 
-    def run(self, spec: RankSpec) -> None:
-        rank_main(spec)
+    def run(self, main: Callable[[RankSpec], None], spec: RankSpec) -> None:
+        main(replace(spec, card=_given_card()) if spec.device == "cuda" else spec)
+
+
+def _given_card() -> int:
+    """The index of the GPU that Ray gave this actor, among those that the process sees.
+
+    That is 0 where Ray hides the others. It may be told not to (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES).
+    """
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    given = [str(name) for name in ray.get_gpu_ids()]
+    if len(visible) == 1 or not given:
+        return 0
+    return visible.index(given[0]) if given[0] in visible else int(given[0])
 
 
 class RayLauncher(Launcher):
-    """Places ranks in a group of its own, or in that of the Serve replica it runs in."""
+    """Places ranks in a placement group of its own, or in that of the Serve replica it runs in if `config.placement`
+    says so: any other group that this process may be in is not for the ranks."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -108,11 +171,9 @@ class RayLauncher(Launcher):
         self._actors: list[Any] = []
         self._runs: list[Any] = []
         self._own_group: PlacementGroup | None = None
-        current = ray.util.get_current_placement_group()
-        sizes = (config.layout.world, config.layout.world // config.layout.tp)
-        if current is not None and current.bundle_count - 1 in sizes:
-            self._group, self._first_bundle = current, 1
-            self.device = "cuda" if "GPU" in current.bundle_specs[1] else "cpu"
+        if config.placement == "current":
+            self._group, self._first_bundle = _current_group(config.layout), 1
+            self.device = "cuda" if "GPU" in self._group.bundle_specs[1] else "cpu"
         else:
             self.device = choose_device(config)
             bundles = rank_bundles(config, self.device)
@@ -125,14 +186,15 @@ class RayLauncher(Launcher):
         together = len(specs) // len(bundles)
         for spec in specs:
             bundle = bundles[spec.rank // together]
-            resources = {name: amount / together for name, amount in self._group.bundle_specs[bundle].items()}
+            reserved = self._group.bundle_specs[bundle]
             actor = (
                 ray.remote(RankActor)
                 .options(
                     max_restarts=0,
                     max_task_retries=0,
-                    num_cpus=resources.get("CPU", 0),
-                    num_gpus=resources.get("GPU", 0),
+                    num_cpus=reserved.get("CPU", 0) / together,
+                    num_gpus=part_of_card(reserved["GPU"], together) if self.device == "cuda" else 0,
+                    runtime_env={"env_vars": dict(self._config.rank_env)} if self._config.rank_env else None,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
                         placement_group=self._group, placement_group_bundle_index=bundle
                     ),
@@ -140,7 +202,7 @@ class RayLauncher(Launcher):
                 .remote()
             )
             self._actors.append(actor)
-            self._runs.append(actor.run.remote(spec))  # type: ignore[attr-defined]
+            self._runs.append(actor.run.remote(self.main, spec))  # type: ignore[attr-defined]
 
     def exit_reason(self) -> str | None:
         ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)

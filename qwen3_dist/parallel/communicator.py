@@ -21,6 +21,7 @@ from torch import Tensor
 class Communicator(ABC):
     """One rank's end of a group. Every rank of the group must make the same calls in the same order."""
 
+    kind = ""  # what carries it, in a word or two; a group of one needs nothing
     overlaps = False  # whether what `start_all_to_all` starts goes on while the rank computes
     excludes_others = False  # whether no other group may be used before it has ended
 
@@ -130,6 +131,7 @@ class TorchCommunicator(Communicator):
         self._device = device
         # torch.distributed: "Using multiple process groups with the NCCL backend concurrently is not safe".
         self.excludes_others = device.type == "cuda"
+        self.kind = "NCCL" if device.type == "cuda" else "gloo"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not x.numel():  # on every rank, then: an idle dp group's, which not every backend takes
@@ -193,6 +195,8 @@ class TorchCommunicator(Communicator):
 
 class StagedCommunicator(Communicator):
     """Collectives of tensors on `device` through a group of their hosts: for checks, not for speed."""
+
+    kind = "over the host"
 
     def __init__(self, host: Communicator, device: torch.device) -> None:
         super().__init__(host.rank, host.size)

@@ -83,6 +83,15 @@ class ParallelContext:
         pipeline = Pipeline(at.stage, layout.pp, rank - stage_size, rank + stage_size, host=staged)
         return cls(layout, at, tp, dp, ep, etp, pipeline, staged, dispatch)
 
+    @property
+    def collectives(self) -> str:
+        """What carries this rank's collectives, in a few words."""
+        groups = {self.tp, self.dp, self.ep, self.etp}
+        kinds = sorted({group.kind for group in groups} - {""})
+        if self.pipeline.size > 1 and not kinds:
+            kinds = ["over the host" if self.staged else "NCCL" if "nccl" in dist.get_backend() else "gloo"]
+        return " and ".join(kinds) or "none: one rank"
+
     def close(self) -> None:
         for communicator in {self.tp, self.dp, self.ep, self.etp}:
             communicator.close()
@@ -111,7 +120,7 @@ def _join(
 ) -> Communicator | None:
     if len(members) == 1:
         return SingleCommunicator() if rank in members else None
-    group = dist.new_group(list(members))
+    group = dist.new_group(list(members), timeout=timedelta(seconds=timeout_s))
     if rank not in members:
         return None
     if device.type == "cpu" and shared_memory:

@@ -158,6 +158,8 @@ class SharedMemoryCommunicator(Communicator):
     Raises PeerLostError when another rank's process ends, or stays away longer than `timeout_s`.
     """
 
+    kind = "shared memory"
+
     def __init__(
         self, rank: int, size: int, segment: Segment, watchers: dict[int, int], timeout_s: float
     ) -> None:

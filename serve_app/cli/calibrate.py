@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
     from cluster.calibrate import calibrate
     from cluster.hardware import as_dict
-    from qwen3_dist.executor.in_process import local_device
+    from qwen3_dist.executor.cards import local_device
 
     found = calibrate(local_device(args.device), _report)
     if args.out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qwen3_dist.adapters import Adapters
@@ -49,15 +49,17 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
     for field in dataclasses.fields(cls):
         if field.name in skip:
             continue
-        default = "unset" if field.default is None else str(field.default) or "empty"
+        repeated = kinds[field.name] is Adapters or typing.get_origin(kinds[field.name]) is Mapping
+        has_default = field.default is not dataclasses.MISSING
+        default = "unset" if field.default is None else str(field.default) if has_default else ""
         choices = field.metadata.get("choices")
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
-            action="append" if kinds[field.name] is Adapters else "store",
+            action="append" if repeated else "store",
             default=argparse.SUPPRESS,
             metavar="|".join(choices) if choices else _metavar(kinds[field.name]),
-            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+            help=f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%"),
         )
 
 
@@ -68,5 +70,7 @@ def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
 
 
 def _metavar(kind: Any) -> str:
+    if typing.get_origin(kind) is Mapping:
+        return "NAME=VALUE"
     kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
     return {int: "N", float: "X", str: "TEXT", Adapters: "NAME=PATH"}.get(kinds[0], kinds[0].__name__.upper())

@@ -83,8 +83,8 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
         for layout in layouts:
             layout.validate(config)
         return list(dict.fromkeys(layouts))
-    from qwen3_dist.executor.in_process import local_device
-    from qwen3_dist.executor.rank import cores
+    from qwen3_dist.executor.cards import local_device
+    from qwen3_dist.executor.shard import cores
 
     devices = cores()
     if local_device(device) == "cuda":
