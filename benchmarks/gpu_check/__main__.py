@@ -30,11 +30,11 @@ _MACHINE = Stage(
 )
 _OUR_FAULT = "send back the JSON; --stages {0} --only WORDS runs one check again."
 STAGES = (
-    Stage("parity", "benchmarks.gpu_check.parity", 190, 120, _OUR_FAULT.format("parity")),
-    Stage("graphs", "benchmarks.gpu_check.graphs", 90, 90, _OUR_FAULT.format("graphs")),
-    Stage("rates", "benchmarks.gpu_check.rates", 170, 90, _OUR_FAULT.format("rates")),
-    Stage("experts", "benchmarks.gpu_check.experts", 60, 90, _OUR_FAULT.format("experts")),
-    Stage("faults", "benchmarks.gpu_check.faults", 80, 90, _OUR_FAULT.format("faults")),
+    Stage("parity", "benchmarks.gpu_check.parity", 210, 150, _OUR_FAULT.format("parity")),
+    Stage("graphs", "benchmarks.gpu_check.graphs", 80, 90, _OUR_FAULT.format("graphs")),
+    Stage("rates", "benchmarks.gpu_check.rates", 160, 120, _OUR_FAULT.format("rates")),
+    Stage("experts", "benchmarks.gpu_check.experts", 70, 90, _OUR_FAULT.format("experts")),
+    Stage("faults", "benchmarks.gpu_check.faults", 70, 90, _OUR_FAULT.format("faults")),
     Stage("nccl", "benchmarks.gpu_check.nccl", 300, 150, _OUR_FAULT.format("nccl")),
 )
 

@@ -155,7 +155,7 @@ def compare_with_reference(
     `greedy` every token is its likeliest one, ties aside. Raises CheckFailed."""
     errors, largest, tied = [], 0.0, 0
     for number, (prompt, of) in enumerate(zip(prompts, made, strict=True)):
-        logits = reference(torch.tensor([*prompt, *of.token_ids[:-1]]))[len(prompt) - 1 :]
+        logits = _logits(reference, (*prompt, *of.token_ids[:-1]), len(of.token_ids))
         chosen = torch.tensor(of.token_ids)[:, None]
         expected = logits.log_softmax(-1).gather(1, chosen)[:, 0]
         off = (expected - torch.tensor([entry.logprob for entry in of.logprobs])).abs()
@@ -180,6 +180,12 @@ def compare_with_reference(
         "error": _rounded(largest),
     }
     return {**figures, "ties": tied} if greedy else figures
+
+
+@functools.lru_cache(maxsize=256)
+def _logits(reference: ReferenceModel, token_ids: tuple[int, ...], last: int) -> torch.Tensor:
+    """The reference's logits [last, V] after the last tokens. Layouts that agree ask for the same ones."""
+    return reference(torch.tensor(token_ids))[-last:].clone()
 
 
 def _rounded(value: float) -> float:

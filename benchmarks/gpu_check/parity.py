@@ -23,8 +23,8 @@ from qwen3_dist.executor.processes import shared_nursery
 
 PROMPTS = [list(range(3, 200)), [7, 1, 150, 198, 0], [42], list(range(100, 140))]
 LAYOUTS = {
-    "dense": ("tp=2", "tp=4", "pp=2"),
-    "moe": ("tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4", "dp=2,ep=2", "tp=2,pp=2,ep=2"),
+    "dense": ("tp=2", "pp=2"),
+    "moe": ("tp=2,ep=2", "dp=2,ep=2", "tp=4,ep=2", "tp=2,pp=2,ep=2"),
 }
 MOST_ERROR = {
     "float32": 1e-3,
@@ -47,12 +47,15 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
             for layout in LAYOUTS[kind]:
                 yield _parity(setting, kind, layout, dtype="float32")
         yield _parity(setting, "moe", "tp=2,ep=2", dtype="float32", moe_dispatch="all_to_all")
-        yield _parity(setting, "moe", "dp=2,ep=2", dtype="float32", moe_dispatch="all_to_all")
-        yield _parity(setting, "moe", "tp=2,ep=2", dtype="bfloat16")
-        yield _mixed(setting, "moe", "tp=2,ep=2")
-        yield _long(setting, "dense", "tp=1", dtype="float32")
-        yield _long(setting, "moe", "tp=1", dtype="bfloat16")
         yield _long(setting, "moe", "tp=2,ep=2", dtype="float32", max_num_batched_tokens=768)
+        yield _long(setting, "dense", "tp=1", dtype="float32")
+        yield _mixed(setting, "moe", "tp=2,ep=2")
+        # What comes last is left out first where kernels had to be compiled.
+        yield _parity(setting, "moe", "dp=2,ep=2", dtype="float32", moe_dispatch="all_to_all")
+        yield _long(setting, "moe", "tp=1", dtype="bfloat16")
+        yield _parity(setting, "moe", "tp=2,ep=2", dtype="bfloat16")
+        yield _parity(setting, "moe", "tp=4,ep=4", dtype="float32")
+        yield _parity(setting, "dense", "tp=4", dtype="float32")
 
 
 def parity(
@@ -65,7 +68,7 @@ def parity(
     **settings: Any,
 ) -> Figures:
     """One run of the small model against its reference. Raises CheckFailed."""
-    settings = {"num_blocks": 128, "max_model_len": 1024, **settings}
+    settings = {"num_blocks": 128, "max_model_len": 1024, "max_num_seqs": 32, **settings}
     path, reference = small_checkpoint(kind, setting), small_reference(kind, setting)
     with running(setting, path, layout, **settings) as engine:
         made = generate(engine, prompts, length, every)

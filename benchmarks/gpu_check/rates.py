@@ -38,12 +38,16 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
             for row in _ON_GPU if setting.on_gpu else _ON_CPU:
                 yield PlannedCheck(f"{name}, {row}", functools.partial(_rate, engine, row), engine.needs_s)
             yield PlannedCheck(f"{name}, mixed steps", functools.partial(_mixed, engine), engine.needs_s)
-    for name, shape in shapes.items():
-        yield PlannedCheck(f"{name}, transformers", functools.partial(_transformers, shape, setting), 15)
     if setting.on_gpu:
         name = "Qwen3-0.6B"
         with _OneEngine(setting, setting.folder / name, cuda_graphs=False) as engine:
-            yield PlannedCheck(f"{name}, without graphs, {_ON_GPU[1]}", lambda: _rate(engine, _ON_GPU[1]), 15)
+            yield PlannedCheck(f"{name}, without graphs, start", engine.started, engine.needs_s)
+            run = functools.partial(_rate, engine, _ON_GPU[1])
+            yield PlannedCheck(f"{name}, without graphs, {_ON_GPU[1]}", run, engine.needs_s)
+    for name, shape in shapes.items():
+        batches = (1,) if not setting.on_gpu or "num_experts" in shape else (1, 32)
+        run = functools.partial(_transformers, shape, batches, setting)
+        yield PlannedCheck(f"{name}, transformers", run, 25 if setting.on_gpu else 10)
 
 
 def _shapes(setting: Setting) -> dict[str, dict[str, Any]]:
@@ -204,7 +208,7 @@ def _timing(call: Any, into: list[float]) -> Any:
     return timed
 
 
-def _transformers(shape: dict[str, Any], setting: Setting) -> Figures:
+def _transformers(shape: dict[str, Any], batches: tuple[int, ...], setting: Setting) -> Figures:
     """Decoding by transformers' generate."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -217,7 +221,7 @@ def _transformers(shape: dict[str, Any], setting: Setting) -> Figures:
     length = 64 if setting.on_gpu else 4
     options = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": False, "pad_token_id": 0}
     figures: Figures = {}
-    for batch in (1, 32) if setting.on_gpu else (1,):
+    for batch in batches:
         ids = torch.randint(1000, shape["vocab_size"], (batch, 32), device=setting.device)
         with torch.inference_mode():
             model.generate(

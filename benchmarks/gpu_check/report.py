@@ -72,7 +72,9 @@ def verdict(about: str, reports: Sequence[StageReport], written_to: str) -> str:
         if report.status == FAILED:
             lines.append(f"    what to do: {report.advice}")
         if report.status == UNFINISHED:
-            lines.append(f"    what to do: run --stages {report.name} --time-factor 3")
+            lines.append(
+                f"    what to do: run --stages {report.name} again; compiled kernels are kept, so it gets further"
+            )
     failed = [report.name for report in reports if report.status == FAILED]
     unfinished = [report.name for report in reports if report.status == UNFINISHED]
     if failed:

@@ -9,10 +9,14 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import experts
+from benchmarks.gpu_check.check import CheckFailed, Setting
 from benchmarks.gpu_check.report import Check, StageReport, exit_code, verdict
 from benchmarks.gpu_check.supervisor import Stage, run_stage
+from qwen3_dist.kernels.gpu import GpuKernels
 from tests.ranks import ROOT
 
 PLANTED = Stage("planted", "tests.planted_stage", 10, 10, "mend what was planted.")
@@ -59,6 +63,24 @@ def test_a_stage_whose_process_dies_names_the_check_and_the_signal(tmp_path: Pat
 def test_a_stage_runs_on_a_cpu(stage: str, words: str, tmp_path: Path) -> None:
     done = run_stage(STAGES[stage], "cpu", tmp_path, only=words)
     assert outcomes(done) == {words: "passed"} and not done.ended, done
+
+
+def test_each_way_of_a_gpu_computes_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Triton's interpreter, which multiplies the bits of bf16."""
+    monkeypatch.setattr(experts, "gpu_kernels_for", lambda _: GpuKernels())
+    monkeypatch.setattr(experts, "microseconds", lambda run, setting: 7.0)
+    setting, size, times = Setting("cpu", tmp_path, 1), experts._Size(4, 2, 32, 16, torch.float16), {}
+    figures = experts._ways(setting, size, 3, times)
+    assert figures == {f"{way}, us": 7.0 for way in ("one by one", "triton", "triton, int8")}
+    assert experts._crossing(size, {"triton": {8: 1.0, 64: 3.0}, "grouped_mm": {8: 2.0, 64: 2.0}}) == {
+        "few_pairs_now": 64,
+        "measured": 32.0,
+    }
+    wrong = GpuKernels()
+    monkeypatch.setattr(wrong, "experts", lambda x, *_: 2 * x)
+    monkeypatch.setattr(experts, "gpu_kernels_for", lambda _: wrong)
+    with pytest.raises(CheckFailed, match="triton is off by"):
+        experts._ways(setting, size, 3, times)
 
 
 def test_each_stage_is_written_before_the_next_begins(
