@@ -138,8 +138,11 @@ def _set_guard() -> None:
 
 
 @contextlib.contextmanager
-def fake_gpu(card: int) -> Iterator[Watch]:
-    """Makes `cuda` a card of compute capability `card`, e.g. 90, until it ends."""
+def fake_gpu(card: int, watched: bool = True) -> Iterator[Watch]:
+    """Makes `cuda` a card of compute capability `card`, e.g. 90, until it ends.
+
+    Only kernels are counted unless it is `watched`, which takes time.
+    """
     from triton.runtime.driver import driver
 
     if not torch.cuda.is_available():
@@ -165,7 +168,9 @@ def fake_gpu(card: int) -> Iterator[Watch]:
     class Properties:
         multi_processor_count = 108
 
-    fakes = dict.fromkeys(("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph"), Anything)
+    fakes = dict.fromkeys(
+        ("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph", "synchronize"), Anything
+    )
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
             stack.enter_context(patch.object(torch.cuda, name, fake))
@@ -177,7 +182,8 @@ def fake_gpu(card: int) -> Iterator[Watch]:
         stack.enter_context(patch.object(FakeTensor, "data_ptr", _address))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(FakeTensorMode())
-        stack.enter_context(watch)
+        if watched:
+            stack.enter_context(watch)
         yield watch
 
 
@@ -186,7 +192,7 @@ def _address(x: Tensor) -> int:
     return (1 << 20) + x.storage_offset() * x.element_size()
 
 
-def _connected(layout: str, stage: int) -> ParallelContext:
+def connected(layout: str, stage: int) -> ParallelContext:
     """The first rank of a layout's `stage`; the other ranks are not there, and answer at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -206,16 +212,14 @@ def observe(
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
     from qwen3_dist.config import ModelConfig
-    from qwen3_dist.engine import backends, kv_cache
+    from qwen3_dist.engine import kv_cache
     from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
     from qwen3_dist.engine.runner import ModelRunner
     from qwen3_dist.executor.shard import MemoryShare, count_blocks
-    from qwen3_dist.kernels import gpu
-    from qwen3_dist.layers import gpu_attention
     from qwen3_dist.layout import Layout
-    from qwen3_dist.model import Qwen3Model
     from qwen3_dist.pooling_params import PoolingParams
     from qwen3_dist.settings import EngineConfig
+    from tests.fake_rank import built_model, without_numbers
     from tests.setups import setup
 
     config = ModelConfig.from_dict({**SHAPES[model], "num_hidden_layers": LAYERS})
@@ -277,14 +281,7 @@ def observe(
     )
     phases: dict[str, dict[str, Any]] = {}
     with fake_gpu(card) as watch, contextlib.ExitStack() as stack:
-        # Both are found by what they compute, and here nothing is computed.
-        stack.enter_context(patch.object(gpu, "_kernels", lambda *_: gpu.GpuKernels()))
-        stack.enter_context(torch.no_grad())
-        for method in ("launch", "_make_graphs"):  # whose inference mode FakeTensorMode does not see through
-            stack.enter_context(patch.object(ModelRunner, method, getattr(ModelRunner, method).__wrapped__))
-        chosen = gpu_attention.Chosen(gpu_attention.BACKENDS[-1], ())
-        for user in (gpu_attention, backends):
-            stack.enter_context(patch.object(user, "chosen_attention", lambda *_: chosen))
+        stack.enter_context(without_numbers())
 
         @contextlib.contextmanager
         def phase(name: str) -> Iterator[None]:
@@ -299,13 +296,7 @@ def observe(
                 "bytes": watch.peak_bytes - held,
             }
 
-        torch.set_default_dtype(dtype)
-        with torch.device("cuda"):
-            built = Qwen3Model(config, _connected(layout, stage)).eval().requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        if quantize is not None:
-            built.quantize()
-        built.pack()
+        built = built_model(config, dtype, connected(layout, stage), quantize)
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:

@@ -20,6 +20,7 @@ from qwen3_dist.engine.readings import Readings
 from qwen3_dist.engine.sampler import SampledLogprobs
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import Sampled, SamplingState
+from qwen3_dist.engine.warm_up import StepShapes, explained_failures, warm_up_experts
 from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.kernels.compiles import compiled_kernels
 from qwen3_dist.layers.batch import Ending, StepBatch
@@ -49,10 +50,13 @@ class ModelRunner:
         self._tp = model.parallel.tp
         self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
         graphs = config.cuda_graphs and can_capture(model)
-        self._cache = kv_cache.allocate(model, num_blocks + 1 if graphs else num_blocks, config.block_size)
+        spare = 1 if self._device.type == "cuda" else 0  # for rows and steps that are nobody's
+        self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
+        self._shapes = StepShapes.of(config, model, num_blocks, max_num_seqs)
         self._grammars: Grammars | None = None
         self._state = SamplingState(model.config.vocab_size, model.device, self._new_matcher)
-        self._graphs = self._make_graphs(config, num_blocks, max_num_seqs) if graphs else None
+        with explained_failures(model.device, self._shapes):
+            self._graphs = self._make_graphs() if graphs else None
         self.backends = chosen_backends(model, self._cache[0], graphs)
 
     @torch.inference_mode()
@@ -118,6 +122,30 @@ class ModelRunner:
             self._grammars = Grammars(path, self.model.config.vocab_size, setup.eos_token_ids)
         return self._grammars.matcher(setup.grammar)
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """On a GPU, runs a step of every kind, so that later ones compile nothing and fit the card's memory.
+
+        Every rank of a layout must call it before its first plan. It leaves nothing behind. Raises ResourceError.
+        """
+        if self._device.type == "cuda":
+            with explained_failures(self._device, self._shapes):
+                self._run_every_kind_of_step()
+                torch.cuda.synchronize(self._device)
+
+    def _run_every_kind_of_step(self) -> None:
+        moe_layers = [*self.model.moe_layers.values()]
+        for plans in self._shapes.steps():
+            output = self.launch(plans[self._parallel.coords.group])
+            if output is not None:
+                output.result()
+        for moe in moe_layers[:1]:  # all are of one shape
+            warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.like)
+        for moe in moe_layers:
+            moe.experts.counts.zero_()
+        self._last_sampled.zero_()
+        self._state = SamplingState(self.model.config.vocab_size, self._device, self._new_matcher)
+
     def compiled_kernels(self) -> int:
         """Variants of Triton kernels compiled in this rank's process so far."""
         return compiled_kernels()
@@ -153,12 +181,8 @@ class ModelRunner:
             moe.move(placement, places, stacks)
 
     @torch.inference_mode()
-    def _make_graphs(self, config: EngineConfig, num_blocks: int, max_num_seqs: int) -> DecodeGraphs:
-        longest = min(
-            config.max_model_len or num_blocks * config.block_size, self.model.config.context_length
-        )
-        guesses = config.speculative.k if config.speculative is not None else 0
-        return DecodeGraphs(self.model, self._cache, max_num_seqs * (1 + guesses), longest)
+    def _make_graphs(self) -> DecodeGraphs:
+        return DecodeGraphs(self.model, self._cache, self._shapes.max_draws, self._shapes.max_model_len)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""

@@ -42,6 +42,7 @@ class InProcessExecutor(Executor):
         self.num_blocks = count_blocks(config, model, memory)
         limits = SchedulerLimits.of(config, self.device, self.num_blocks)
         runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs)
+        runner.warm_up()
         self._runner: ModelRunner | None = runner
         self.backends = runner.backends
         self.collectives = model.parallel.collectives

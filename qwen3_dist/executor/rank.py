@@ -46,6 +46,7 @@ def _run(spec: RankSpec, channel: Channel) -> None:
             return
         limits = SchedulerLimits.of(spec.config, joined.device.type, num_blocks)
         runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs)
+        runner.warm_up()
         exempt_present_objects()
         channel.send(Ready(runner.backends, joined.parallel.collectives))
         while (message := channel.receive()) is not None:

@@ -1,0 +1,39 @@
+"""Triton compiles nothing while a rank serves: over a thousand random steps on a card that computes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3_dist.kernels import build
+
+ROOT = Path(__file__).parent.parent.parent
+STEPS = 260  # of each
+WAYS = {
+    "dense-guesses": ["dense", "--guesses", "3"],
+    "moe": ["moe"],
+    "moe-int8-ampere": ["moe", "--quantize", "int8", "--card", "80"],
+    "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
+}
+MOST_VARIANTS = 40  # each takes about a second at a card's first start
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_step_compiles_a_kernel_after_warm_up(way: str) -> None:
+    if build.library() is None:
+        pytest.skip(
+            "no C++ compiler is here"
+        )  # torch without CUDA needs a few lines of it to have such a card
+    command = [sys.executable, "-m", "tests.fake_serving", *WAYS[way], "--steps", str(STEPS)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout)
+    assert {"_attend", "_norm", "_draw"} <= set(seen["ready"])
+    assert sum(seen["ready"].values()) <= MOST_VARIANTS, seen["ready"]
+    assert not seen["late"]
