@@ -124,7 +124,7 @@ class Traffic:
 
 
 def serve(
-    model: str, card: int, quantize: str | None, layout: str, guesses: int, steps: int
+    model: str, card: int, quantize: str | None, layout: str, dispatch: str, guesses: int, steps: int
 ) -> dict[str, Any]:
     """Variants of each kernel when the rank is ready, and how many more each later step compiled."""
     from benchmarks.compare.checkpoints import SHAPES
@@ -142,6 +142,7 @@ def serve(
             block_size=BLOCK_SIZE,
             max_model_len=MAX_LEN,
             max_num_batched_tokens=MAX_TOKENS,
+            moe_dispatch=dispatch,
             speculative=Speculation.parse(f"ngram,k={guesses}") if guesses else None,
         )
         began = time.process_time()
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--card", type=int, default=90)
     parser.add_argument("--quantize")
     parser.add_argument("--layout", default="tp=1")
+    parser.add_argument("--dispatch", default="auto")
     parser.add_argument("--guesses", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()

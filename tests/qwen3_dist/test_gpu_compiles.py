@@ -13,12 +13,13 @@ import pytest
 from qwen3_dist.kernels import build
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS = 260  # of each
+STEPS = 210  # of each
 WAYS = {
     "dense-guesses": ["dense", "--guesses", "3"],
     "moe": ["moe"],
     "moe-int8-ampere": ["moe", "--quantize", "int8", "--card", "80"],
     "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
+    "moe-dp": ["moe", "--layout", "dp=2,ep=2", "--dispatch", "all_gather"],
 }
 MOST_VARIANTS = 40  # each takes about a second at a card's first start
 
