@@ -72,12 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = {"date": time.strftime("%Y-%m-%d"), "device": options.device, **machine.checks[0].figures}
         card = _card(about)
         out = options.out or RESULTS / f"gpu-check-{card.replace(' ', '-')}.json"
-        for stage in options.stages:
-            reports.append(run(stage))
-            _write(out, about, reports)
+        try:
+            for stage in options.stages:
+                reports.append(run(stage))
+                _write(out, about, reports)
+        except KeyboardInterrupt:
+            print(f"ended by Ctrl-C after {len(reports)} of {len(options.stages)} stages")
     took = f"{time.monotonic() - started:.0f} s"
     print(verdict(f"{card}, commit {about['versions']['commit']}, {took}", reports, _shown(out)))
-    return exit_code(reports)
+    return exit_code(reports) or int(len(reports) < len(options.stages))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -117,7 +117,7 @@ def _full_card(setting: Setting) -> Figures:
     if not setting.on_gpu:
         raise CheckSkipped("there is no card")
     free, total = torch.cuda.mem_get_info()
-    held = torch.empty(max(0, free - (600 << 20)), dtype=torch.uint8, device="cuda")
+    held = torch.empty(max(0, free - (4 << 30)), dtype=torch.uint8, device="cuda")
     try:
         return _refused(setting, {"executor": "processes", "num_blocks": None}, "memory")
     finally:

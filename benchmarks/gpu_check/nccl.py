@@ -25,7 +25,7 @@ import torch
 from benchmarks.gpu_check.check import CheckSkipped, Figures, PlannedCheck, Setting, require
 from benchmarks.gpu_check.faults import a_rank_fails
 from benchmarks.gpu_check.graphs import as_without_graphs
-from benchmarks.gpu_check.models import A3B, executor_of, running, shape_only, small_checkpoint, small_shape
+from benchmarks.gpu_check.models import A3B, running, shape_only, small_checkpoint, small_shape
 from benchmarks.gpu_check.on_ranks import compare_collectives
 from benchmarks.gpu_check.parity import parity
 from qwen3_dist.benchmark import Workload, measure
@@ -69,10 +69,13 @@ def _world(setting: Setting) -> int:
 
 def _told(setting: Setting, world: int) -> Figures:
     with running(setting, small_checkpoint("dense", setting), f"tp={world}", num_blocks=64) as engine:
-        told = getattr(executor_of(engine), "collectives", None)
-    require(told is not None, "the executor does not tell what its collectives go over")
-    require(not setting.on_gpu or str(told).startswith("NCCL"), f"collectives go {told}, not by NCCL")
+        told = engine.collectives
+    _require_nccl(setting, told)
     return {"collectives": told}
+
+
+def _require_nccl(setting: Setting, told: str) -> None:
+    require(not setting.on_gpu or told.startswith("NCCL"), f"each rank has a card, and collectives go {told}")
 
 
 def _parity(setting: Setting, kind: str, layout: str) -> Figures:
@@ -131,6 +134,8 @@ def _service(setting: Setting, world: int) -> Figures:
         asked = {"model": told["model"], "prompt": "Hello", "max_tokens": 8, "temperature": 0}
         answer = _asked(f"{told['url']}/completions", asked)
         answered = time.monotonic()
+        [replica] = _asked(f"{told['url']}/cluster/ranks")["data"]
+        _require_nccl(setting, replica["collectives"])
         process.send_signal(signal.SIGTERM)
         code = process.wait(20)
         require(code == 0, f"the service ended with code {code}")
@@ -139,6 +144,7 @@ def _service(setting: Setting, world: int) -> Figures:
             "answered_s": round(answered - ready, 2),
             "ended_s": round(time.monotonic() - answered, 1),
             "tokens": answer["usage"]["completion_tokens"],
+            "collectives": replica["collectives"],
         }
     finally:
         too_late.cancel()
@@ -155,7 +161,8 @@ def _free_port() -> int:
             return port
 
 
-def _asked(url: str, body: dict[str, Any]) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+def _asked(url: str, body: dict[str, Any] | None = None) -> Any:
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.gpu_check.report import FAILED, Check, StageReport
 
 _STACKS_BEFORE_S = 1.0  # a stage writes where its threads are so long before its deadline
+_ENDS_WITHIN_S = 10.0
 _KEPT_OF_STDERR = 8000  # characters
 
 
@@ -75,6 +76,7 @@ def run_stage(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        _await_end(process.pid)
     checks, running = _read(events)
     ended = "" if code == 0 else _ending(code, limit_s, running)
     if running and code != 0:
@@ -82,6 +84,24 @@ def run_stage(
     seconds = round(time.monotonic() - started, 1)
     report = StageReport(stage.name, stage.advice, seconds, limit_s, tuple(checks), ended)
     return replace(report, stderr=_end_of(stderr)) if report.status == FAILED else report
+
+
+def _await_end(group: int) -> None:
+    """Waits some seconds until no process of the group is left: until then they hold the card's memory."""
+    deadline = time.monotonic() + _ENDS_WITHIN_S
+    while _is_left(group) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _is_left(group: int) -> bool:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it has just ended
+        if int(of_group) == group and state not in "ZX":
+            return True
+    return False
 
 
 def _end_of(file: Path) -> str:
