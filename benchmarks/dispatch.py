@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import keep
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine.inputs import StepInputs
 from qwen3_dist.engine.plan import StepPlan
-from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.kernels import kernels_for
 from qwen3_dist.layout import Layout, even_ranges
 from qwen3_dist.model import TransformerBlock
@@ -104,7 +104,7 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
     for tokens in TOKENS:
         groups = tuple(len(part) for part in even_ranges(tokens, layout.dp))
         x = torch.randn(groups[parallel.coords.group], config.emb_dim, dtype=torch.bfloat16)
-        empty = make_batch(StepPlan(1, (), groups, False), 16, x.device, torch.empty(0))
+        empty = StepInputs(1, 1, 16, x.device).batch(StepPlan(1, (), groups, False))
         for way in ("all_gather", "all_to_all") if layout.ep > 1 else ("all_gather",):
             batch = replace(empty, token_ids=torch.empty(len(x)), all_to_all=way == "all_to_all")
 

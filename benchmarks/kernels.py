@@ -79,15 +79,18 @@ def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 1
     for (sequences, context), queries in itertools.product(CONTEXTS, (1, 64)):
         width = context // block_size
         caches = [torch.randn(2, sequences * width, block_size, groups, dim).to(dtype) for _ in range(4)]
-        tables = torch.randperm(sequences * width).view(sequences, width)
+        tables = torch.randperm(sequences * width).view(sequences, width).int()
+        of_tables = torch.arange(sequences)
         starts = torch.arange(sequences + 1) * queries
         lens = torch.full((sequences,), context)
         q, unused = torch.randn(sequences * queries, heads, dim).to(dtype), torch.empty(0)
         decodes = sequences if queries == 1 else 0
         host = ((queries,) * sequences, (context,) * sequences, decodes)
-        batch = StepBatch(unused, unused, unused, tables, lens, starts, *host, False, unused)
+        batch = StepBatch(unused, unused, unused, tables, of_tables, lens, starts, *host, False, unused)
 
-        def ours(q: Any = q, caches: Any = caches, where: Any = (tables, lens, starts, None)) -> None:
+        def ours(
+            q: Any = q, caches: Any = caches, where: Any = (tables, of_tables, lens, starts, None)
+        ) -> None:
             for keys, values in caches:
                 kernels.attention(q, keys, values, *where)
 

@@ -6,6 +6,8 @@ from itertools import accumulate
 
 import torch
 
+from qwen3_dist.engine.inputs import StepInputs
+from qwen3_dist.engine.plan import StepPlan
 from qwen3_dist.layers.batch import StepBatch
 
 
@@ -23,7 +25,8 @@ def random_batch(
         token_ids=unused,
         positions=unused,
         slots=unused,
-        block_tables=tables,
+        block_tables=tables.int(),
+        table_rows=torch.arange(len(context_lens)),
         context_lens=torch.tensor(context_lens),
         query_starts=torch.tensor([0, *accumulate(query_lens)]),
         query_lens=query_lens,
@@ -32,3 +35,8 @@ def random_batch(
         all_to_all=False,
         logits_rows=unused,
     )
+
+
+def batch_of(plan: StepPlan, block_size: int = 4, in_single_tokens: bool = False) -> StepBatch:
+    """The tensors on the CPU of a plan whose sequences bring all of their blocks along."""
+    return StepInputs(8, 64, block_size, torch.device("cpu")).batch(plan, in_single_tokens)

@@ -249,7 +249,7 @@ def observe(
             slot,
             tokens,
             start,
-            **{"block_table": (slot, 2 + slot, 4 + slot), "sample": greedy, **more},
+            **{"new_blocks": (slot, 2 + slot, 4 + slot), "sample": greedy, **more},
         )
 
     prompts = plan(step(0, prompt, 0), step(1, prompt[:9], 0))
@@ -275,7 +275,7 @@ def observe(
             DRAWS,
             tuple(range(TOKENS - DRAWS + 1)),
             0,
-            block_table=tuple(range(TOKENS)),
+            new_blocks=tuple(range(TOKENS)),
             reading=PromptScores(0, (1,) * (TOKENS - DRAWS), 2),
         ),
     )

@@ -106,7 +106,7 @@ class Traffic:
             slot=slot,
             token_ids=tokens,
             start=start,
-            block_table=tuple(range(first, first + blocks)),
+            new_blocks=tuple(range(first, first + blocks)),
             sample=spec,
             setup=made,
         )

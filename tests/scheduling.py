@@ -22,8 +22,9 @@ def make_scheduler(
     caching: bool = True,
     stages: int = 1,
     speculation: Speculation | None = None,
+    may_repeat: bool = False,
 ) -> Scheduler:
-    limits = SchedulerLimits(seqs, tokens, stages, speculation, free_tokens=100)
+    limits = SchedulerLimits(seqs, tokens, stages, speculation, 100, may_repeat)
     return Scheduler(BlockManager(blocks, block_size, caching), limits, frozenset({EOS}))
 
 

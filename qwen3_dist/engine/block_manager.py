@@ -29,13 +29,14 @@ class BlockManager:
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
+        self._resting: dict[int, int] = {}  # held by nobody, to be freed when this step is settled
         self.num_cached = 0
         """Free blocks whose contents can still be found."""
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds, cached ones included."""
-        return len(self._free)
+        return len(self._free) + len(self._resting)
 
     @property
     def capacity_tokens(self) -> int:
@@ -47,7 +48,7 @@ class BlockManager:
         False, changing nothing, unless the rest would fit too and leave `keep_free` blocks.
         """
         cached = self._find_prefix(sequence)
-        revived = sum(self._holders[block] == 0 for block in cached)
+        revived = sum(block in self._free for block in cached)
         fresh = -(-len(sequence.token_ids) // self.block_size) - len(cached)
         if revived + fresh + keep_free > len(self._free):
             return False
@@ -90,19 +91,31 @@ class BlockManager:
                 self._hash_of[block] = digest
         sequence.num_registered = full
 
-    def release(self, sequence: Sequence) -> None:
-        """Takes back all blocks of `sequence`. The end of a prefix is forgotten before its beginning."""
+    def release(self, sequence: Sequence, rest_until: int = 0) -> None:
+        """Takes back all blocks of `sequence`. The end of a prefix is forgotten before its beginning.
+
+        With `rest_until` nobody may write to them before that step is settled: until then it might be run again.
+        """
         for block in reversed(sequence.block_table):
             self._holders[block] -= 1
-            if self._holders[block] == 0:
-                self._free[block] = None
-                if self._hash_of[block] is None:
-                    self._free.move_to_end(block, last=False)
-                else:
-                    self.num_cached += 1
+            if self._holders[block]:
+                continue
+            self.num_cached += self._hash_of[block] is not None
+            if rest_until:
+                self._resting[block] = rest_until
+            else:
+                self._set_free(block)
         sequence.block_table = []
+        sequence.num_sent_blocks = 0
         sequence.num_registered = 0
         sequence.num_computed = 0
+
+    def settle(self, step: int) -> None:
+        """Frees the blocks that were to rest until `step`, or an earlier one."""
+        if self._resting:
+            for block in [block for block, until in self._resting.items() if until <= step]:
+                del self._resting[block]
+                self._set_free(block)
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Asserts that each block is free or held by exactly the `sequences` that list it, and that every
@@ -111,10 +124,11 @@ class BlockManager:
         held = Counter(block for sequence in sequences for block in sequence.block_table)
         for block in range(self.num_blocks):
             assert self._holders[block] == held[block], f"block {block} is leaked or shared wrongly"
-            assert (block in self._free) == (held[block] == 0), f"block {block} is both free and held"
+            unheld = (block in self._free) + (block in self._resting)
+            assert unheld == (held[block] == 0), f"block {block} is both free and held"
         indexed = {block: digest for block, digest in enumerate(self._hash_of) if digest is not None}
         assert {digest: block for block, digest in indexed.items()} == self._block_of
-        assert self.num_cached == sum(block in indexed for block in self._free)
+        assert self.num_cached == sum(held[block] == 0 for block in indexed)
         for sequence in sequences:
             known = min(len(sequence.block_table), len(sequence.token_ids) // self.block_size)
             self._extend_hashes(sequence, known)
@@ -144,9 +158,15 @@ class BlockManager:
 
     def _hold(self, block: int) -> None:
         if self._holders[block] == 0:
-            del self._free[block]
+            if self._resting.pop(block, None) is None:
+                del self._free[block]
             self.num_cached -= self._hash_of[block] is not None
         self._holders[block] += 1
+
+    def _set_free(self, block: int) -> None:
+        self._free[block] = None
+        if self._hash_of[block] is None:
+            self._free.move_to_end(block, last=False)
 
     def _forget(self, block: int) -> None:
         digest = self._hash_of[block]

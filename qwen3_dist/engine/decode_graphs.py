@@ -2,7 +2,7 @@
 
 A step of n decodes, or of decodes and guesses with n tokens in all, runs as the next larger size that was captured;
 the rows beyond n write to a block that no sequence owns, go to no expert, and their logits are dropped. With several
-dp groups all run the size of the largest. Legend: S sequences of a size, B columns of the block table.
+dp groups all run the size of the largest. Block tables stay where they are. Legend: S sequences of a size.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ def can_capture(model: Qwen3Model) -> bool:
 class DecodeGraphs:
     """The graphs of one rank. Every rank of a layout must construct it, and run it, at the same time."""
 
-    def __init__(self, model: Qwen3Model, cache: list[LayerCache], max_rows: int, max_model_len: int) -> None:
-        """`max_rows` are the most tokens of a step. The last block of `cache` must be nobody's.
+    def __init__(self, model: Qwen3Model, cache: list[LayerCache], max_rows: int, tables: Tensor) -> None:
+        """`max_rows` are the most tokens of a step. `tables` are the block tables of `StepInputs`, whose last row
+        is nobody's, as is the last block of `cache`.
 
         Without a GPU, `run` runs the padded step itself.
         """
         self._model, self._cache = model, cache
         num_blocks, self._block_size = cache[0].keys.shape[:2]
-        self._width = -(-max_model_len // self._block_size)
+        self._tables = tables
         self._spare = num_blocks - 1
         self._device = cache[0].keys.device
         largest = min(max_rows, _SIZES[-1])
@@ -65,10 +66,9 @@ class DecodeGraphs:
             self._pad(static, n)
             captured.rows = n
         torch._foreach_copy_(
-            [static.token_ids[:n], static.positions[:n], static.slots[:n], static.context_lens[:n]],
-            [batch.token_ids, batch.positions, batch.slots, batch.context_lens],
+            [each[:n] for each in _inputs_of(static)],
+            _inputs_of(batch),
         )
-        static.block_tables[:n, : batch.block_tables.shape[1]].copy_(batch.block_tables)
         if captured.graph is None:
             logits = self._model(static, self._cache)
         else:
@@ -81,7 +81,7 @@ class DecodeGraphs:
         assert static.padding is not None
         static.padding[:n], static.padding[n:] = False, True
         static.slots[n:] = self._spare * self._block_size
-        static.block_tables[n:, 0] = self._spare
+        static.table_rows[n:] = len(self._tables) - 1
         static.context_lens[n:] = 1
 
     def _capture(self, size: int) -> _Captured:
@@ -111,11 +111,12 @@ class DecodeGraphs:
             token_ids=full(0, size),
             positions=full(0, size),
             slots=full(self._spare * self._block_size, size),
-            block_tables=full(self._spare, size, self._width),
+            block_tables=self._tables,
+            table_rows=full(len(self._tables) - 1, size),
             context_lens=full(1, size),
             query_starts=rows,
             query_lens=(1,) * size,
-            host_context_lens=(self._width * self._block_size,) * size,
+            host_context_lens=(self._tables.shape[1] * self._block_size,) * size,
             num_decodes=size,
             all_to_all=False,
             logits_rows=rows[:size],
@@ -123,3 +124,8 @@ class DecodeGraphs:
             decodes_only=True,
             padding=torch.ones(size, dtype=torch.bool, device=self._device),
         )
+
+
+def _inputs_of(batch: StepBatch) -> list[Tensor]:
+    """What differs from one run of a graph to the next, beside the tables."""
+    return [batch.token_ids, batch.positions, batch.slots, batch.table_rows, batch.context_lens]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.expert_balance import ExpertBalance
+from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.make_setup import make_setup
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import initial_placements
@@ -66,7 +66,6 @@ class Engine:
         self._eos_token_ids = frozenset(
             self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
         )
-        self._in_flight: deque[list[StepPlan]] = deque()
         self._requests: dict[str, _Request] = {}
         self._next_seq_id = 0
         self._num_steps = 0
@@ -84,10 +83,11 @@ class Engine:
         self.backends, self.collectives, self.ranks = executor.backends, executor.collectives, executor.ranks
         if show_progress:
             print(f"{self.backends}; collectives: {self.collectives}", file=sys.stderr)
+        self._in_flight = StepsInFlight(executor, self._renew)
         self.experts = ExpertBalance(executor, config, placements)
         num_blocks = executor.num_blocks
         self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)
-        limits = SchedulerLimits.of(config, executor.device, num_blocks)
+        limits = SchedulerLimits.of(config, executor.device, num_blocks, executor.may_repeat)
         self._groups = [
             Scheduler(
                 BlockManager(num_blocks, config.block_size, config.prefix_caching),
@@ -199,12 +199,10 @@ class Engine:
         """Takes in the tokens of the oldest step in flight, once the ranks have the next ones to run."""
         self.experts.tick()
         while len(self._in_flight) < self._executor.depth and (plans := self._plan()):
-            self._executor.submit(plans)
-            self._in_flight.append(plans)
+            self._in_flight.submit(plans)
         outputs: Outputs = {}
         if self._in_flight:
-            plans = self._in_flight.popleft()
-            for group, plan, result in zip(self._groups, plans, self._executor.collect(), strict=True):
+            for group, (plan, result) in zip(self._groups, self._in_flight.collect(), strict=True):
                 if result is not None:
                     self._add_deltas(outputs, group.update(plan, result))
         self._publish()
@@ -222,6 +220,9 @@ class Engine:
             return []
         self._num_steps += 1
         return StepPlan.for_groups(self._num_steps, [plan.sequences if plan else () for plan in planned])
+
+    def _renew(self, group: int, plan: StepPlan, renewed: set[int]) -> StepPlan:
+        return self._groups[group].renew(plan, renewed)
 
     def check_health(self) -> None:
         """Raises EngineDeadError if a rank has been lost."""
@@ -242,6 +243,7 @@ class Engine:
             cached_blocks=sum(group.blocks.num_cached for group in groups),
             total_blocks=sum(group.blocks.num_blocks for group in groups),
             steps=self._num_steps,
+            repeated_steps=self._in_flight.num_repeated,
             scheduled_sequences=sum(count.scheduled_sequences for count in counts),
             preemptions=sum(count.preemptions for count in counts),
             prompt_tokens=sum(count.prompt_tokens for count in counts),

@@ -116,6 +116,7 @@ class EngineStats:
     cached_prompt_tokens: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    repeated_steps: int = 0  # since an exchange of experts' tokens had too little room
 
     @property
     def mean_batch(self) -> float:

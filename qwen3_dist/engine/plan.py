@@ -1,89 +1,28 @@
 """What the scheduler tells the ranks to do in one step, and what they answer. Plain data: no torch.
 
-A plan says everything a rank needs but one thing: where a step is planned before the one before it has
-answered, the token to compute is the one sampled there, which the ranks have kept. Named tuples, since
-one is pickled every step and they pickle several times faster than dataclasses.
+A plan carries what is new. Ranks keep two things of each running sequence, by its slot: the blocks that hold its keys
+and values, and the token last sampled for it, which is the one to compute where a step is planned before the step
+before it has answered.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.engine.sampling_setup import SamplingSetup
-from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.engine.plan_columns import SequenceColumns
+from qwen3_dist.engine.sequence_step import LAST_SAMPLED, PromptScores, Reading, SampleSpec, SequenceStep
 
-LAST_SAMPLED = -1  # in place of a token id: the token last sampled for the sequence's slot
-
-
-class SampleSpec(NamedTuple):
-    """How to draw one token. `position` is the index it will have in its sequence.
-
-    Tokens drawn after guesses in the same step have the positions that follow.
-    """
-
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    position: int
-    logprobs: int | None
-
-
-class PromptScores(NamedTuple):
-    """Log-probabilities that a step is to give of a prompt: in each of its rows from `first` on that of the token
-    that follows (`targets`), and the `top` likeliest."""
-
-    first: int
-    targets: tuple[int, ...]
-    top: int
-
-
-Reading: TypeAlias = "tuple[TokenLogprob, ...] | array[float]"  # of each target, or a vector in fp32
-
-
-class SequenceStep(NamedTuple):
-    """One sequence's part of a step: compute `token_ids`, the first of them at position `start`.
-
-    `block_table` covers the sequence up to the last of them. `sample` is None while a prompt is only
-    partly computed, and where nothing is to be generated. `slot` is the sequence's place among the running
-    ones, its own while it runs. `adapter` is the one that its tokens are computed with, counted from 1; 0 is none.
-    The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
-    `setup` comes with the first step after each admission of a sequence that is not plain.
-    `reading` is what else is wanted of a prompt: its log-probabilities, or what follows from its last token.
-    """
-
-    seq_id: int
-    slot: int
-    token_ids: tuple[int, ...]
-    start: int
-    block_table: tuple[int, ...]
-    sample: SampleSpec | None
-    num_drafted: int = 0
-    adapter: int = 0
-    setup: SamplingSetup | None = None
-    reading: PromptScores | PoolingParams | None = None
-
-    @property
-    def draws(self) -> list[SampleSpec]:
-        """How to draw each of its tokens, in order."""
-        if self.sample is None:
-            return []
-        if not self.num_drafted:
-            return [self.sample]
-        return [
-            self.sample._replace(position=self.sample.position + ahead)
-            for ahead in range(1 + self.num_drafted)
-        ]
-
-    @property
-    def num_read(self) -> int:
-        """Of how many of its tokens, the last ones, anything reads what the model makes of them."""
-        if isinstance(self.reading, PromptScores):
-            return len(self.token_ids)
-        return 1 + self.num_drafted if self.sample is not None or self.reading is not None else 0
+__all__ = [
+    "LAST_SAMPLED",
+    "PromptScores",
+    "Reading",
+    "SampleSpec",
+    "SequenceStep",
+    "StepPlan",
+    "StepResult",
+]
 
 
 class StepPlan(NamedTuple):
@@ -93,7 +32,8 @@ class StepPlan(NamedTuple):
     group in this step, by which ranks of all groups size and choose the exchanges that they share, and
     `group_read` those of them that are read;
     `decodes_only` says that after every token of every group one is drawn: there are decodes alone, and guesses;
-    `adapted` that some sequence of some group has an adapter.
+    `adapted` that some sequence of some group has an adapter; `exact` that tokens must reach their experts by a way
+    that has no capacity, since one that has was too small for this step.
     """
 
     step: int
@@ -102,6 +42,11 @@ class StepPlan(NamedTuple):
     decodes_only: bool
     adapted: bool = False
     group_read: tuple[int, ...] = ()
+    exact: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        step, sequences, *others = self
+        return _from_columns, (step, SequenceColumns.of(sequences), *others)
 
     @classmethod
     def for_groups(cls, step: int, parts: Sequence[tuple[SequenceStep, ...]]) -> list[StepPlan]:
@@ -132,6 +77,8 @@ class StepPlan(NamedTuple):
     def in_single_tokens(self) -> StepPlan:
         """A step of decodes alone with every guess as a decode of its own, which finds the ones before it in
         their common blocks."""
+        if not any(sequence.num_drafted for sequence in self.sequences):
+            return self
         singles = tuple(
             sequence._replace(token_ids=(token_id,), start=sequence.start + ahead, sample=spec, num_drafted=0)
             for sequence in self.sequences
@@ -149,7 +96,8 @@ class StepResult(NamedTuple):
 
     Of a sequence's tokens the first is its next one, and another one counts while the guess in front of it
     equals the one before. `errors` say of a row why its sequence cannot go on. `readings` are those of every
-    sequence that has a `reading`, in the plan's order.
+    sequence that has a `reading`, in the plan's order. `overflowed`: more tokens went to an expert than its exchange
+    had room for, so that the result is void and the step must be run again, `exact`.
     """
 
     step: int
@@ -157,3 +105,8 @@ class StepResult(NamedTuple):
     logprobs: tuple[TokenLogprob | None, ...]
     errors: tuple[tuple[int, str], ...] = ()
     readings: tuple[Reading, ...] = ()
+    overflowed: bool = False
+
+
+def _from_columns(step: int, columns: SequenceColumns, *others: Any) -> StepPlan:
+    return StepPlan(step, columns.sequences(), *others)

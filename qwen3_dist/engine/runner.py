@@ -6,7 +6,6 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,7 +14,8 @@ from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.engine.grammar_matcher import Grammars, Matcher
-from qwen3_dist.engine.plan import LAST_SAMPLED, SequenceStep, StepPlan, StepResult
+from qwen3_dist.engine.inputs import StepInputs
+from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.readings import Readings
 from qwen3_dist.engine.sampler import SampledLogprobs
 from qwen3_dist.engine.sampling_setup import SamplingSetup
@@ -23,14 +23,13 @@ from qwen3_dist.engine.sampling_state import Sampled, SamplingState
 from qwen3_dist.engine.warm_up import StepShapes, explained_failures, warm_up_experts
 from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.kernels.compiles import compiled_kernels
-from qwen3_dist.layers.batch import Ending, StepBatch
+from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.feed_forward import MoEFeedForward
-from qwen3_dist.layers.lora import AdapterRows
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.transfer import ToHost, on_device, rows_on_device
+from qwen3_dist.transfer import ToHost
 from qwen3_dist.weights.loader import read_experts
 from qwen3_dist.weights.source import resolve_model
 
@@ -38,21 +37,21 @@ Arriving = tuple[MoEFeedForward, ExpertPlacement, list[int], tuple[Tensor, Tenso
 
 
 class ModelRunner:
-    """One rank's model with its KV cache, and the token last sampled for each of `max_num_seqs` slots."""
+    """One rank's model with its KV cache, and what it keeps of the sequences in `max_num_seqs` slots."""
 
     def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int) -> None:
         self.model = model
-        self.block_size = config.block_size
         self._config = config
         self._arriving: Arriving | None = None
         self._device = model.device
         self._parallel = model.parallel
         self._tp = model.parallel.tp
-        self._last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
         graphs = config.cuda_graphs and can_capture(model)
         spare = 1 if self._device.type == "cuda" else 0  # for rows and steps that are nobody's
         self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
         self._shapes = StepShapes.of(config, model, num_blocks, max_num_seqs)
+        max_blocks = -(-self._shapes.max_model_len // config.block_size)
+        self._inputs = StepInputs(max_num_seqs, max_blocks, config.block_size, model.device, num_blocks)
         self._grammars: Grammars | None = None
         self._state = SamplingState(model.config.vocab_size, model.device, self._new_matcher)
         with explained_failures(model.device, self._shapes):
@@ -65,8 +64,8 @@ class ModelRunner:
 
         The output is there on tp rank 0 of the last stage, unless its group was idle.
         """
-        computed = plan.in_single_tokens() if self._graphs is not None and plan.decodes_only else plan
-        batch = self._dispatched(make_batch(computed, self.block_size, self._device, self._last_sampled))
+        in_single_tokens = self._graphs is not None and plan.decodes_only
+        batch = self._dispatched(self._inputs.batch(plan, in_single_tokens), plan.exact)
         readings = None
         if self._graphs is not None and self._graphs.takes(batch):
             logits = self._graphs.run(batch)
@@ -79,12 +78,14 @@ class ModelRunner:
         drawn = self._draw(plan, logits)
         return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn, readings)
 
-    def _dispatched(self, batch: StepBatch) -> StepBatch:
-        """The batch with how its experts' rows travel."""
+    def _dispatched(self, batch: StepBatch, exact: bool) -> StepBatch:
+        """The batch with how its experts' rows travel; `exact` asks for the way without a capacity."""
         ending, tokens = batch.ending, sum(batch.group_tokens)
         if ending is not None:
-            ending = replace(ending, batch=self._dispatched(ending.batch))
-        by_all_to_all = uses_all_to_all(self._config, self._parallel.layout, self.model.config, tokens)
+            ending = replace(ending, batch=self._dispatched(ending.batch, exact))
+        by_all_to_all = not exact and uses_all_to_all(
+            self._config, self._parallel.layout, self.model.config, tokens
+        )
         if ending is None and not by_all_to_all:
             return batch
         return replace(batch, all_to_all=by_all_to_all, ending=ending)
@@ -95,24 +96,14 @@ class ModelRunner:
             self._state.admit(plan.sequences)
         sampled = [part for part in plan.sequences if part.sample is not None]
         if not sampled:
-            return Sampled(self._last_sampled.new_empty(0), [])
+            return Sampled(self._inputs.last_sampled.new_empty(0), [])
         drawn = self._state.sample(logits, sampled) if logits is not None else None
         if drawn is not None:
             tokens = drawn.tokens
         else:
-            tokens = self._last_sampled.new_empty(sum(1 + part.num_drafted for part in sampled))
-        self._keep_last(sampled, self._tp.broadcast(tokens))
+            tokens = self._inputs.last_sampled.new_empty(sum(1 + part.num_drafted for part in sampled))
+        self._inputs.keep_sampled(sampled, self._tp.broadcast(tokens))
         return drawn
-
-    def _keep_last(self, sampled: list[SequenceStep], tokens: Tensor) -> None:
-        """Keeps what sequences without guesses got; one with guesses is planned again when that is known."""
-        if any(part.num_drafted for part in sampled):
-            firsts = accumulate((1 + part.num_drafted for part in sampled[:-1]), initial=0)
-            rows = [row for row, part in zip(firsts, sampled, strict=True) if not part.num_drafted]
-            sampled = [part for part in sampled if not part.num_drafted]
-            tokens = tokens[on_device(rows, torch.int64, self._device)]
-        slots = [part.slot for part in sampled]
-        self._last_sampled[on_device(slots, torch.int64, self._device)] = tokens
 
     def _new_matcher(self, setup: SamplingSetup) -> Matcher:
         """What follows the setup's grammar; built in a thread."""
@@ -143,7 +134,7 @@ class ModelRunner:
             warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.like)
         for moe in moe_layers:
             moe.experts.counts.zero_()
-        self._last_sampled.zero_()
+        self._inputs.last_sampled.zero_()
         self._state = SamplingState(self.model.config.vocab_size, self._device, self._new_matcher)
 
     def compiled_kernels(self) -> int:
@@ -182,7 +173,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _make_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(self.model, self._cache, self._shapes.max_draws, self._shapes.max_model_len)
+        return DecodeGraphs(self.model, self._cache, self._shapes.max_draws, self._inputs.tables)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""
@@ -207,68 +198,3 @@ class StepOutput:
         return StepResult(
             self._step, tuple(tokens.tolist()), self._logprobs.on_host(), self._errors, readings
         )
-
-
-def make_batch(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> StepBatch:
-    """The plan's tensors on `device`; tokens that it does not know come from `last_sampled`, by slot."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    logits_rows: list[int] = []
-    longest = max((len(sequence.block_table) for sequence in plan.sequences), default=0)
-    for sequence in plan.sequences:
-        token_ids.extend(sequence.token_ids)
-        for position in range(sequence.start, sequence.start + len(sequence.token_ids)):
-            positions.append(position)
-            slots.append(sequence.block_table[position // block_size] * block_size + position % block_size)
-        if sequence.sample is not None:
-            logits_rows.extend(range(len(token_ids) - 1 - sequence.num_drafted, len(token_ids)))
-    query_lens = tuple(len(sequence.token_ids) for sequence in plan.sequences)
-    context_lens = tuple(sequence.start + len(sequence.token_ids) for sequence in plan.sequences)
-    tables = [
-        block for s in plan.sequences for block in (*s.block_table, *[0] * (longest - len(s.block_table)))
-    ]
-    num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-    sampled_before = LAST_SAMPLED in token_ids[:num_decodes]
-    from_slots = [s.slot for s in plan.sequences[:num_decodes]] if sampled_before else []
-    starts = (0, *accumulate(query_lens))
-    parts = (token_ids, positions, slots, tables, context_lens, starts, logits_rows, from_slots)
-    tokens, places, written, blocks, contexts, begins, read_rows, last_of = rows_on_device(parts, device)
-    if sampled_before:
-        known = tokens[:num_decodes]
-        tokens[:num_decodes] = torch.where(known == LAST_SAMPLED, last_sampled[last_of], known)
-    return StepBatch(
-        token_ids=tokens,
-        positions=places,
-        slots=written,
-        block_tables=blocks.view(len(plan.sequences), longest),
-        context_lens=contexts,
-        query_starts=begins,
-        query_lens=query_lens,
-        host_context_lens=context_lens,
-        num_decodes=num_decodes,
-        all_to_all=False,
-        logits_rows=read_rows,
-        group_tokens=plan.group_tokens,
-        adapters=_adapter_rows(plan, device) if plan.adapted else None,
-        decodes_only=plan.decodes_only and not plan.adapted,
-        ending=_ending(plan, block_size, device, last_sampled),
-    )
-
-
-def _ending(plan: StepPlan, block_size: int, device: torch.device, last_sampled: Tensor) -> Ending | None:
-    """What the last block goes on with; None if that is all there is."""
-    if plan.group_read in (plan.group_tokens, ()):
-        return None
-    ends = accumulate(len(sequence.token_ids) for sequence in plan.sequences)
-    rows = [
-        row
-        for sequence, end in zip(plan.sequences, ends, strict=True)
-        for row in range(end - sequence.num_read, end)
-    ]
-    batch = make_batch(plan.as_read, block_size, device, last_sampled)
-    return Ending(on_device(rows, torch.int64, device), batch)
-
-
-def _adapter_rows(plan: StepPlan, device: torch.device) -> AdapterRows | None:
-    return AdapterRows.of([part.adapter for part in plan.sequences for _ in part.token_ids], device)

@@ -28,6 +28,7 @@ from qwen3_dist.engine.drafts import Drafter
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.engine.sequence_step import SomeBlocks
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.speculation import Speculation
 
@@ -46,9 +47,12 @@ class SchedulerLimits:
     stages: int = 1
     speculation: Speculation | None = None
     free_tokens: int = 8  # whose computing takes as long as reading the weights for a step
+    may_repeat: bool = False  # whether a step may turn out void, so that it and those after it are run again
 
     @classmethod
-    def of(cls, config: EngineConfig, device: str, num_blocks: int) -> SchedulerLimits:
+    def of(
+        cls, config: EngineConfig, device: str, num_blocks: int, may_repeat: bool = False
+    ) -> SchedulerLimits:
         """What `config` says; where it says nothing, what suits `device` and a cache of `num_blocks`.
 
         A GPU wants large steps; on a CPU a step of many prompt tokens holds up every decode for seconds,
@@ -62,7 +66,7 @@ class SchedulerLimits:
         fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
         most = config.max_num_seqs or min(seqs, fitting)
         tokens = config.max_num_batched_tokens or tokens
-        return cls(most, tokens, config.layout.pp, config.speculative, free)
+        return cls(most, tokens, config.layout.pp, config.speculative, free, may_repeat)
 
 
 @dataclass
@@ -98,6 +102,8 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._by_id: dict[int, Sequence] = {}
         self._slots = list(range(limits.max_num_seqs))  # free ones; a heap, so that low ones are used
+        self._answered = 0  # steps whose results were taken in
+        self._lacks_blocks = False  # whether a running sequence waits for blocks that rest
 
     @property
     def has_work(self) -> bool:
@@ -142,12 +148,12 @@ class Scheduler:
         """The next step, with its blocks reserved; None when there is nothing to do before an answer."""
         preemptions = self.counts.preemptions
         steps = [self._step(*chunk) for chunk in self._chunks_of_running().items()]
-        if self.counts.preemptions == preemptions:
+        if self.counts.preemptions == preemptions and not self._lacks_blocks:
             budget = self._limits.max_num_batched_tokens - sum(len(step.token_ids) for step in steps)
             steps += self._admit(budget)
         self._add_drafts(steps)
         if not steps:
-            answers_due = any(s.num_pending for s in (*self.running, *self.waiting))
+            answers_due = self._answered < self.counts.steps
             assert answers_due or not self.has_work, "a sequence that fits alone can always be scheduled"
             return None
         self.counts.steps += 1
@@ -157,6 +163,8 @@ class Scheduler:
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Advance]:
         """Takes a step's tokens in; returns what each sequence got, finished ones taken out."""
+        self._answered += 1
+        self.blocks.settle(self._answered)
         advanced = []
         errors, readings = dict(result.errors), iter(result.readings)
         row = 0
@@ -184,6 +192,28 @@ class Scheduler:
                 self.finish(sequence, sequence.finish_reason)
         return advanced
 
+    def renew(self, plan: StepPlan, renewed: set[int]) -> StepPlan:
+        """A planned step, to be run again, with what became known since it was planned.
+
+        The first repeated step of a sequence, whose id is not in `renewed` yet, says all that ranks may have lost or
+        that went wrong: its blocks, whose slot another sequence may have since, the token that the step before
+        sampled, and the setup of its sampling state.
+        """
+        sequences = []
+        for step in plan.sequences:
+            if step.seq_id not in renewed:
+                renewed.add(step.seq_id)
+                assert step.blocks is not None
+                table, count = step.blocks
+                step = step._replace(first_block=0, new_blocks=tuple(table[:count]))
+                sequence = self._by_id.get(step.seq_id)  # None if it ended: nobody reads its result
+                if sequence is not None:
+                    known = sequence.token_ids[step.start : step.start + len(step.token_ids)]
+                    tokens = (*known, *step.token_ids[len(known) :])
+                    step = step._replace(token_ids=tokens, setup=sequence.current_setup)
+            sequences.append(step)
+        return plan._replace(sequences=tuple(sequences))
+
     def _keep(self, sequence: Sequence, step: SequenceStep, sampled: tuple[int, ...]) -> tuple[int, ...]:
         """Appends the tokens that count: up to the first that was not guessed, or that ends the sequence."""
         guesses = step.token_ids[len(step.token_ids) - step.num_drafted :]
@@ -201,6 +231,7 @@ class Scheduler:
     def _chunks_of_running(self) -> dict[Sequence, int]:
         """Tokens of each running sequence in this step, their blocks reserved."""
         chunks: dict[Sequence, int] = {}
+        self._lacks_blocks = False
         budget = self._limits.max_num_batched_tokens
         ahead = self._limits.stages == 1  # not in a pipeline, whose steps must not wait for each other
         free = [s for s in self.running if not s.num_pending or (ahead and not s.num_drafted)]
@@ -212,6 +243,9 @@ class Scheduler:
                 if self.blocks.reserve(sequence, num_new):
                     chunks[sequence] = num_new
                     budget -= num_new
+                    break
+                if self._rest_until:  # so would the blocks of a preempted sequence
+                    self._lacks_blocks = True
                     break
                 budget += chunks.pop(self._preempt_last(), 0)
         return chunks
@@ -233,8 +267,9 @@ class Scheduler:
                 rows += len(drafts)
                 steps[index] = step._replace(
                     token_ids=(*step.token_ids, *drafts),
-                    block_table=tuple(sequence.block_table),
+                    new_blocks=(*step.new_blocks, *sequence.take_new_blocks()[1]),
                     num_drafted=len(drafts),
+                    blocks=SomeBlocks(sequence.block_table, len(sequence.block_table)),
                 )
 
     def _worth(self, rows: int) -> float:
@@ -276,6 +311,11 @@ class Scheduler:
             self.counts.prompt_tokens += sequence.prompt_len
             self.counts.cached_prompt_tokens += sequence.num_cached
 
+    @property
+    def _rest_until(self) -> int:
+        """The step before whose answer no freed block may be written to, since it may be run again; 0 if none is."""
+        return self.counts.steps if self._limits.may_repeat and self._answered < self.counts.steps else 0
+
     def _preempt_last(self) -> Sequence:
         victim = self.running[-1]
         self._stop(victim)
@@ -285,7 +325,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.blocks.release(sequence)
+        self.blocks.release(sequence, self._rest_until)
         heapq.heappush(self._slots, sequence.slot)
         sequence.slot = -1
         sequence.is_set_up = False
@@ -306,7 +346,7 @@ class Scheduler:
         reading = sequence.next_reading(start, end)
         sequence.num_computed = end
         self.blocks.register(sequence)
-        table = tuple(sequence.block_table)
+        first_block, new_blocks = sequence.take_new_blocks()
         setup = None if sequence.is_set_up else sequence.current_setup
         sequence.is_set_up = True
         return SequenceStep(
@@ -314,11 +354,13 @@ class Scheduler:
             sequence.slot,
             tuple(tokens),
             start,
-            table,
+            new_blocks,
             sample,
+            first_block,
             adapter=sequence.adapter,
             setup=setup,
             reading=reading,
+            blocks=SomeBlocks(sequence.block_table, len(sequence.block_table)),
         )
 
 

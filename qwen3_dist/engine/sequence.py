@@ -47,6 +47,7 @@ class Sequence:
     drafter: Drafter | None = None  # if the sequence is to be guessed ahead
     num_cached: int | None = None  # prompt tokens found in the prefix cache, once admitted
     block_table: list[int] = field(default_factory=list)
+    num_sent_blocks: int = 0  # leading blocks of the table that ranks know of
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens
     num_registered: int = 0  # leading blocks that are in the prefix cache's index
     finish_reason: str | None = None
@@ -99,6 +100,12 @@ class Sequence:
     def num_findable(self) -> int:
         """Leading tokens whose KV, if it is there already, spares computing them."""
         return self.num_scored if self.num_scored < self.prompt_len else len(self.token_ids)
+
+    def take_new_blocks(self) -> tuple[int, tuple[int, ...]]:
+        """How many of its blocks the ranks know of already, and the others, which they are told of now."""
+        known = self.num_sent_blocks
+        self.num_sent_blocks = len(self.block_table)
+        return known, tuple(self.block_table[known:])
 
     def next_reading(self, start: int, end: int) -> PromptScores | PoolingParams | None:
         """What a step that computes the tokens from `start` to `end` must read of the prompt; asked once each."""

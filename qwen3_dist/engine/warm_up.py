@@ -161,7 +161,7 @@ class StepShapes:
             slot=slot,
             token_ids=tokens,
             start=start,
-            block_table=(self.spare_block,) * blocks,
+            new_blocks=(self.spare_block,) * blocks,
             sample=_GREEDY,
             num_drafted=num_drafted,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen3_dist.kernels.native import Kernels
 
-Where = tuple[Tensor, Tensor, Tensor, Tensor]
+Where = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Half:
@@ -38,7 +38,7 @@ class Half:
     ) -> Tensor:
         """norm, q, k, v, rotation, attention and the projection back, for x [T, D] -> [T, D].
 
-        `where` is slots, tables, context_lens and starts, as `Kernels.rotate` and `attention` have them.
+        `where` is slots, tables, table_rows, context_lens and starts, as `Kernels.rotate` and `attention` have them.
         """
         return self._call("attention_half", x, *cache, *rope, *where, *_sizes(where, cache[0]))
 
@@ -98,7 +98,7 @@ class Blocks:
         words = (ctypes.c_long * len(addresses))(*addresses)
         blocks, held = ctypes.addressof(self._words), ctypes.addressof(words)
         sizes = _sizes(where, caches[0][0])
-        ending = (ctypes.c_long * 9)(*_ending(*read, caches[0][0])) if read is not None else None
+        ending = (ctypes.c_long * 10)(*_ending(*read, caches[0][0])) if read is not None else None
         asked = None
         if logits is not None and self.head is not None:
             rows, out = logits
@@ -113,8 +113,8 @@ class Blocks:
 
 def _sizes(where: Where, keys: Tensor) -> tuple[int, int, int, int]:
     """Tokens, sequences, block size, blocks of a table."""
-    slots, tables, _, _ = where
-    return (len(slots), tables.shape[0], keys.shape[1], tables.shape[1])
+    slots, tables, _, context_lens, _ = where
+    return (len(slots), len(context_lens), keys.shape[1], tables.shape[1])
 
 
 def _ending(rows: Tensor, where: Where, keys: Tensor) -> tuple[int, ...]:

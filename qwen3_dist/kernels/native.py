@@ -26,12 +26,12 @@ _SIGNATURES = {
     "padded": "i",
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
-    "attention_half": "pppppppppppiiiifi",
-    "blocks": "pippppppppiiiippfpii",
+    "attention_half": "ppppppppppppiiiifi",
+    "blocks": "pipppppppppiiiippfpii",
     "feed_forward_half": "pppifi",
     "experts_half": "pppifi",
     "experts": "pppppppppppiiiiii",
-    "attention": "pppppppiiiiiiifi",
+    "attention": "ppppppppiiiiiiifi",
     "norm": "pppiifi",
     "largest": "ppiiii",
     "likeliest": "ppiiii",
@@ -142,20 +142,23 @@ class Kernels:
         keys: Tensor,
         values: Tensor,
         tables: Tensor,
+        table_rows: Tensor,
         context_lens: Tensor,
         starts: Tensor,
         window: int | None,
     ) -> Tensor:
         """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
 
-        Sequence s has rows `starts[s]` to `starts[s + 1]` of q, `context_lens[s]` tokens with these, and
-        its blocks in `tables[s]`; all int64.
+        Sequence s has rows `starts[s]` to `starts[s + 1]` of q, `context_lens[s]` tokens with these, and its blocks
+        in row `table_rows[s]` of `tables` int32 [rows, B]; the others are int64.
         """
         out = torch.empty_like(q)
         _, heads, dim = q.shape
         _, block_size, groups, _ = keys.shape
-        sizes = (tables.shape[0], heads, groups, dim, block_size, tables.shape[1], window or 0)
-        self.run("attention", q, keys, values, out, tables, context_lens, starts, *sizes, dim**-0.5)
+        sizes = (len(context_lens), heads, groups, dim, block_size, tables.shape[1], window or 0)
+        self.run(
+            "attention", q, keys, values, out, tables, table_rows, context_lens, starts, *sizes, dim**-0.5
+        )
         return out
 
     def norm(self, x: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -28,7 +28,7 @@ _KEY_BYTES = 128  # of one number of each key in a tile; more do not fit the sma
     do_not_specialize_on_alignment=["tables", "context_lens", "starts"],
 )
 def _attend(  # type: ignore[no-untyped-def]
-    q, keys, values, out, lse, tables, context_lens, starts,
+    q, keys, values, out, lse, tables, table_rows, context_lens, starts,
     scale, window, width, tokens,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
@@ -39,6 +39,7 @@ def _attend(  # type: ignore[no-untyped-def]
     first = tl.load(starts + s)
     count = tl.load(starts + s + 1) - first
     length = tl.load(context_lens + s)
+    table = tables + tl.load(table_rows + s) * width
     if tile * ROWS >= count * R:
         return
     before = length - count
@@ -62,8 +63,8 @@ def _attend(  # type: ignore[no-untyped-def]
     for key in range(low, high, KEYS):
         at = key + tl.arange(0, KEYS)
         here = at < high
-        block = tl.load(tables + s * width + at // BLOCK_SIZE, mask=here, other=0)
-        slot = (block * BLOCK_SIZE + at % BLOCK_SIZE) * G + g
+        block = tl.load(table + at // BLOCK_SIZE, mask=here, other=0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE) * G + g
         there = here[:, None] & within
         k = tl.load(keys + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
@@ -108,6 +109,7 @@ def attention(
     keys: Tensor,
     values: Tensor,
     tables: Tensor,
+    table_rows: Tensor,
     context_lens: Tensor,
     starts: Tensor,
     window: int | None,
@@ -116,8 +118,8 @@ def attention(
 ) -> Tensor:
     """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
 
-    Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`, `context_lens[s]` tokens
-    with these, and its blocks in `tables[s]` [B]; all int64. All tensors are contiguous.
+    Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`, `context_lens[s]` tokens with these,
+    and its blocks in row `table_rows[s]` of `tables` int32 [rows, B]; the others are int64. All are contiguous.
     """
     (total, heads, dim), (_, block_size, groups, _) = q.shape, keys.shape
     per_group = heads // groups
@@ -127,7 +129,8 @@ def attention(
     parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
     lse = out if splits == 1 else q.new_empty((splits, total, heads), dtype=torch.float32)
     _attend[(len(context_lens), groups, tiles * splits)](
-        q, keys, values, parts, lse, tables, context_lens, starts, dim**-0.5, window or 0, tables.shape[1], total,
+        q, keys, values, parts, lse, tables, table_rows, context_lens, starts,
+        dim**-0.5, window or 0, tables.shape[1], total,
         heads, groups, dim, block_size, rows, _KEY_BYTES // q.element_size(), triton.next_power_of_2(dim), splits,
     )  # fmt: skip
     if splits > 1:

@@ -1,6 +1,7 @@
 """The tensors of one step: every sequence's new tokens side by side, with where their KV goes.
 
-Legend: T = tokens of this step over all sequences, S = sequences, B = blocks of the longest one.
+Legend: T = tokens of this step over all sequences, S = sequences, B = blocks of the
+longest one that may come.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class StepBatch:
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64, each token's place in its sequence
     slots: Tensor  # [T] int64, block * block_size + offset: where each token's K and V are written
-    block_tables: Tensor  # [S, B] int64, padded with 0
+    block_tables: Tensor  # [rows, B] int32, the blocks of all running sequences
+    table_rows: Tensor  # [S] int64, each sequence's row of block_tables
     context_lens: Tensor  # [S] int64, tokens of each sequence after this step
     query_starts: Tensor  # [S + 1] int64, the row where each sequence's tokens begin, and T
     query_lens: tuple[int, ...]  # [S] new tokens of each sequence
@@ -68,14 +70,14 @@ class StepBatch:
         return {}
 
     @property
-    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What kernels of whole halves and blocks ask for."""
-        return self.slots, self.block_tables, self.context_lens, self.query_starts
+        return self.slots, self.block_tables, self.table_rows, self.context_lens, self.query_starts
 
     @cached_property
     def narrow(self) -> tuple[Tensor, Tensor, Tensor]:
-        """block_tables, context_lens and query_starts as int32, made once a step."""
-        return self.block_tables.int(), self.context_lens.int(), self.query_starts.int()
+        """Each sequence's own table [S, B], context_lens and query_starts as int32, made once a step."""
+        return self.block_tables[self.table_rows], self.context_lens.int(), self.query_starts.int()
 
 
 @dataclass(frozen=True)

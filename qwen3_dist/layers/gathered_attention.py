@@ -32,7 +32,7 @@ def _decode(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) 
     """One query per sequence: q [S, H, d] over keys gathered and padded to the longest [S, L, G, d]."""
     n, block_size = q.shape[0], cache.keys.shape[1]
     longest = max(batch.host_context_lens[:n])
-    tables = batch.block_tables[:n, : -(-longest // block_size)]
+    tables = batch.block_tables[batch.table_rows[:n], : -(-longest // block_size)]
     k = cache.keys[tables].flatten(1, 2).transpose(1, 2)
     v = cache.values[tables].flatten(1, 2).transpose(1, 2)
     key_positions = torch.arange(k.shape[2], device=q.device)
@@ -47,7 +47,7 @@ def _decode(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) 
 def _prefill(q: Tensor, cache: LayerCache, batch: StepBatch, index: int, window: int | None) -> Tensor:
     """A chunk of one sequence: q [T, H, d], its last query being the sequence's last token."""
     length, context, block_size = q.shape[0], batch.host_context_lens[index], cache.keys.shape[1]
-    table = batch.block_tables[index, : -(-context // block_size)]
+    table = batch.block_tables[batch.table_rows[index], : -(-context // block_size)]
     k = cache.keys[table].flatten(0, 1)[:context].transpose(0, 1)
     v = cache.values[table].flatten(0, 1)[:context].transpose(0, 1)
     key_positions = torch.arange(context, device=q.device)

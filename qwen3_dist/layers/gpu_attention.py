@@ -86,14 +86,16 @@ def triton(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -
     from qwen3_dist.kernels.triton_attention import attention, splits_for
 
     n, keys, values = batch.num_decodes, cache.keys, cache.values
-    tables, lens, starts = batch.block_tables, batch.context_lens, batch.query_starts
+    tables, rows, lens, starts = batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts
     parts = []
     if n:
         splits = splits_for(n, keys.shape[2], _processors(q.device))
-        parts.append(attention(q[:n], keys, values, tables[:n], lens[:n], starts[: n + 1], window, 1, splits))
+        where = (tables, rows[:n], lens[:n], starts[: n + 1])
+        parts.append(attention(q[:n], keys, values, *where, window, 1, splits))
     if n < len(batch.query_lens):
         longest = max(batch.query_lens[n:])
-        parts.append(attention(q[n:], keys, values, tables[n:], lens[n:], starts[n:] - n, window, longest))
+        where = (tables, rows[n:], lens[n:], starts[n:] - n)
+        parts.append(attention(q[n:], keys, values, *where, window, longest))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -127,7 +129,8 @@ def chosen_attention(
         token_ids=nothing,
         positions=nothing,
         slots=nothing,
-        block_tables=blocks,
+        block_tables=blocks.int(),
+        table_rows=torch.arange(len(query_lens), device=device),
         context_lens=torch.tensor(context_lens, device=device),
         query_starts=torch.tensor((0, 1, 2, 7), device=device),
         query_lens=query_lens,

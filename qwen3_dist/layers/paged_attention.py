@@ -26,7 +26,7 @@ def paged_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: int 
     """
     kernels = kernels_for(q)
     if kernels is not None:
-        where = (batch.block_tables, batch.context_lens, batch.query_starts)
+        where = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
         return kernels.attention(q, cache.keys, cache.values, *where, window)
     if q.is_cuda:
         _, block_size, groups, dim = cache.keys.shape

@@ -16,12 +16,12 @@ from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.adapters import Adapters
 from qwen3_dist.engine.outputs import RequestOutput
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
 from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.layers.lora import AdapterRows, LowRank
 from qwen3_dist.settings import EngineConfig, read_settings
 from tests.adapters import ATTENTION, EVERYTHING, merge, write_adapter
+from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint
 
 PROMPTS = [list(range(3, 40)), [7, 1, 150, 198, 0], [42], list(range(100, 120))]
@@ -149,7 +149,7 @@ def test_no_graph_holds_a_step_in_which_some_group_has_an_adapter() -> None:
     plain = SequenceStep(0, 0, (7,), 0, (0,), spec)
     for adapter in (0, 1):
         plans = StepPlan.for_groups(1, [(plain,), (plain._replace(adapter=adapter),)])
-        batches = [make_batch(plan, 4, torch.device("cpu"), torch.zeros(1)) for plan in plans]
+        batches = [batch_of(plan) for plan in plans]
         assert [batch.decodes_only for batch in batches] == [not adapter] * 2
         assert [batch.adapters is not None for batch in batches] == [False, bool(adapter)]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.decode_graphs import DecodeGraphs
+from qwen3_dist.engine.inputs import StepInputs
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.kernels import native
 from qwen3_dist.kernels.gpu import GpuKernels
 from qwen3_dist.layers import attention, experts, feed_forward, gpu_attention, norm
@@ -24,7 +24,7 @@ from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.weights.loader import load_model
 from qwen3_dist.weights.source import bundled_path
-from tests.batches import random_batch
+from tests.batches import batch_of, random_batch
 from tests.checkpoints import write_checkpoint
 from tests.ranks import run_ranks
 
@@ -71,14 +71,24 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Qwen3Model:
     return load_model(path, ModelConfig.from_directory(path), ParallelContext.single(), torch.float32, CPU)
 
 
-def decodes(n: int) -> StepBatch:
-    """Sequences of 9 tokens and more, whose next token is to be computed."""
+def empty_tables() -> Tensor:
+    """Tables of 8 sequences of up to 64 tokens, and of padding, whose block is the last of 129."""
+    tables = torch.zeros(9, 16, dtype=torch.int32)
+    tables[8] = 128
+    return tables
+
+
+def decodes(n: int, tables: Tensor | None = None) -> StepBatch:
+    """Sequences of 9 tokens and more, whose next token is to be computed; their blocks are put in `tables`."""
     lengths = tuple(range(9, 9 + n))
     batch = random_batch(lengths, (1,) * n, block_size=4)
     positions = batch.context_lens - 1
-    blocks = batch.block_tables.gather(1, positions[:, None] // 4)[:, 0]
+    blocks = batch.block_tables.gather(1, positions[:, None] // 4)[:, 0].long()
+    tables = empty_tables() if tables is None else tables
+    tables[:n, : batch.block_tables.shape[1]] = batch.block_tables
     return replace(
         batch,
+        block_tables=tables,
         token_ids=torch.arange(3, 3 + n),
         positions=positions,
         slots=blocks * 4 + positions % 4,
@@ -97,10 +107,11 @@ def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> N
             layer.values.normal_()
         return cache
 
-    cache, padded_cache = fresh_cache(), fresh_cache()
-    graphs = DecodeGraphs(model, padded_cache, max_rows=6, max_model_len=64)
+    cache, padded_cache, tables = fresh_cache(), fresh_cache(), empty_tables()
+    graphs = DecodeGraphs(model, padded_cache, 6, tables)
     torch.manual_seed(2)
-    for batch in map(decodes, (6, n, 5, 6)):  # what a step leaves behind must not show in the next
+    for size in (6, n, 5, 6):  # what a step leaves behind must not show in the next
+        batch = decodes(size, tables)
         assert graphs.takes(batch)
         with torch.inference_mode():
             expected, got = model(batch, cache), graphs.run(batch)
@@ -124,9 +135,10 @@ def test_guesses_are_decodes_of_their_own_in_a_padded_step(model: Qwen3Model) ->
         logits = []
         for single in (False, True):
             cache = kv_cache.allocate(model, 129, 4)
-            graphs = DecodeGraphs(model, cache, max_rows=8, max_model_len=64)
-            model(make_batch(first, 4, CPU, torch.empty(0)), cache)
-            batch = make_batch(plan.in_single_tokens() if single else plan, 4, CPU, torch.empty(0))
+            inputs = StepInputs(2, 16, 4, CPU, spare_block=128)
+            graphs = DecodeGraphs(model, cache, 8, inputs.tables)
+            model(inputs.batch(first), cache)
+            batch = inputs.batch(plan, in_single_tokens=single)
             assert graphs.takes(batch)
             logits.append(graphs.run(batch) if single else model(batch, cache))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
@@ -145,9 +157,7 @@ def test_a_model_of_gpu_kernels_is_the_model_itself(
         SequenceStep(1, 1, (5, 7), 0, (4,), spec),
     )
     mixed = (SequenceStep(0, 0, (7,), 9, table, spec), SequenceStep(2, 2, (9, 3, 8), 0, (6,), spec))
-    batches = [
-        make_batch(StepPlan.for_groups(1, [parts])[0], 4, CPU, torch.empty(0)) for parts in (prompts, mixed)
-    ]
+    batches = [batch_of(StepPlan.for_groups(1, [parts])[0]) for parts in (prompts, mixed)]
 
     def run() -> list[Tensor | None]:
         cache = kv_cache.allocate(model, 16, 4)
@@ -168,7 +178,7 @@ def test_a_model_of_gpu_kernels_is_the_model_itself(
 
 def test_other_steps_are_not_taken(model: Qwen3Model) -> None:
     cache = kv_cache.allocate(model, 129, 4)
-    graphs = DecodeGraphs(model, cache, max_rows=4, max_model_len=64)
+    graphs = DecodeGraphs(model, cache, 4, empty_tables())
     step = decodes(3)
     assert graphs.takes(step)
     assert not graphs.takes(decodes(5))  # more than were captured
@@ -189,11 +199,12 @@ def check_graphs_of_two_groups(parallel: ParallelContext) -> None:
         layer.keys.normal_()
         layer.values.normal_()
     torch.manual_seed(2)
-    step = replace(decodes(3), group_tokens=(3, 0))
-    idle = make_batch(StepPlan(1, (), (3, 0), True), 4, CPU, torch.empty(0))
+    tables = empty_tables()
+    step = replace(decodes(3, tables), group_tokens=(3, 0))
+    idle = batch_of(StepPlan(1, (), (3, 0), True))
     with torch.inference_mode():
         expected = alone(replace(step, group_tokens=()), cache)
-        graphs = DecodeGraphs(model, cache, max_rows=4, max_model_len=64)
+        graphs = DecodeGraphs(model, cache, 4, tables)
         batch = step if parallel.coords.group == 0 else idle
         assert graphs.takes(batch)
         before = sum(sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values())

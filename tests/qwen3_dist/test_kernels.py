@@ -168,7 +168,7 @@ def test_attention(
     batch = random_batch((1, 150, 17, 9, 50, 330), (1, 1, 1, 9, 23, 190), block_size, num_blocks=256)
     cache = LayerCache(*torch.randn(2, 256, block_size, groups, dim).to(dtype))
     q = torch.randn(225, heads, dim).to(dtype)
-    where = (batch.block_tables, batch.context_lens, batch.query_starts)
+    where = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
     wide = LayerCache(cache.keys.float(), cache.values.float())
     got = kernels(dtype).attention(q, cache.keys, cache.values, *where, window)
     assert close(got, gathered_attention(q.float(), wide, batch, window))

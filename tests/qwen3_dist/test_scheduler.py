@@ -209,7 +209,7 @@ def test_choices_of_one_prompt_share_its_blocks_in_their_first_step() -> None:
         scheduler.add(make_sequence(seq_id, range(14), max_tokens=2))
     plan = planned(scheduler)
     assert shape(plan) == [(0, 0, 14, True), (1, 12, 2, True), (2, 12, 2, True)]
-    assert len({part.block_table[:3] for part in plan.sequences}) == 1
+    assert len({part.new_blocks[:3] for part in plan.sequences}) == 1
     scheduler.blocks.check_integrity(scheduler.running)
 
 

@@ -38,17 +38,22 @@ class FakeRanks:
     def __init__(self) -> None:
         self._memory: dict[tuple[int, int], int] = {}
         self._last: dict[int, int] = {}
+        self._blocks: dict[int, list[int]] = {}  # by slot
 
     def run(self, plan: StepPlan) -> StepResult:
         for part in plan.sequences:
+            blocks = self._blocks.setdefault(part.slot, [])
+            assert part.first_block <= len(blocks)  # no rank has a gap
+            if part.new_blocks:
+                blocks[part.first_block :] = part.new_blocks
             tokens = [self._last[part.slot] if t == LAST_SAMPLED else t for t in part.token_ids]
             for position, token in enumerate(tokens, start=part.start):
-                self._memory[part.block_table[position // BLOCK], position % BLOCK] = token
+                self._memory[blocks[position // BLOCK], position % BLOCK] = token
         sampled = []
         readings: list[Reading] = []
         for part in plan.sequences:
             end = part.start + len(part.token_ids)
-            read = self.read(part.block_table, end)
+            read = self.read(self._blocks[part.slot], end)
             if isinstance(part.reading, PromptScores):
                 ends = enumerate(part.reading.targets, start=part.start + part.reading.first + 1)
                 readings.append(tuple(TokenLogprob(target, checksum(read[:n]), ()) for n, target in ends))
@@ -59,6 +64,13 @@ class FakeRanks:
                 sampled += [next_token(read[: spec.position]) for spec in part.draws]
                 self._last[part.slot] = -2 if part.num_drafted else sampled[-1]
         return StepResult(plan.step, tuple(sampled), (None,) * len(sampled), readings=tuple(readings))
+
+    def spoil(self, plan: StepPlan) -> None:
+        """Makes all that a step left behind wrong."""
+        for part in plan.sequences:
+            for position in range(part.start, part.start + len(part.token_ids)):
+                self._memory[self._blocks[part.slot][position // BLOCK], position % BLOCK] = -3
+            self._last[part.slot] = 6
 
     def read(self, block_table: Items[int], length: int) -> list[int]:
         """What lies in the first `length` places of a sequence."""
@@ -118,6 +130,7 @@ def check_readings(sequence: Sequence) -> None:
     ahead=st.integers(1, 3),
     caching=st.booleans(),
     stages=st.integers(1, 3),
+    may_repeat=st.booleans(),
     speculation=st.none()
     | st.builds(Speculation, k=st.integers(1, 6), min=st.just(1), max=st.integers(1, 3)),
 )
@@ -129,10 +142,11 @@ def test_no_history_changes_a_token_or_loses_a_block(
     ahead: int,
     caching: bool,
     stages: int,
+    may_repeat: bool,
     speculation: Speculation | None,
 ) -> None:
     """Adds, steps planned up to `ahead` of their answers, preemptions, finishes and aborts in any order."""
-    scheduler = make_scheduler(blocks, BLOCK, seqs, tokens, caching, stages, speculation)
+    scheduler = make_scheduler(blocks, BLOCK, seqs, tokens, caching, stages, speculation, may_repeat)
     ranks = FakeRanks()
     added: list[Sequence] = []
     in_flight: deque[tuple[StepPlan, StepResult]] = deque()

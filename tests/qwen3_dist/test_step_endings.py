@@ -11,12 +11,12 @@ import torch
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.engine.runner import make_batch
 from qwen3_dist.kernels import native
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.weights.loader import load_model
+from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint
 
 CPU, UNKNOWN = torch.device("cpu"), torch.zeros(8, dtype=torch.int64)
@@ -68,11 +68,11 @@ def test_what_is_read_is_what_it_would_be_if_all_were(
     model: Qwen3Model, sequences: tuple[SequenceStep, ...], rows: list[int]
 ) -> None:
     caches = [kv_cache.allocate(model, 20, 4) for _ in range(2)]
-    batch = make_batch(plan_of(*sequences), 4, CPU, UNKNOWN)
+    batch = batch_of(plan_of(*sequences))
     assert batch.ending is not None and batch.ending.rows.tolist() == rows
     with torch.inference_mode():
         for cache in caches:
-            model.hidden_and_logits(make_batch(plan_of(*FIRST), 4, CPU, UNKNOWN), cache)
+            model.hidden_and_logits(batch_of(plan_of(*FIRST)), cache)
         whole, all_logits = model.hidden_and_logits(replace(batch, ending=None), caches[0])
         read, logits = model.hidden_and_logits(batch, caches[1])
         assert whole is not None and read is not None
@@ -89,7 +89,7 @@ def test_what_is_read_is_what_it_would_be_if_all_were(
 
 def test_a_step_that_is_read_whole_has_no_ending() -> None:
     for sequences in ((DECODE,), (DECODE, GUESSED), (DECODE, SCORED)):
-        assert make_batch(plan_of(*sequences), 4, CPU, UNKNOWN).ending is None
+        assert batch_of(plan_of(*sequences)).ending is None
 
 
 def test_what_nobody_reads_is_not_computed(tmp_path: Path) -> None:
@@ -98,6 +98,6 @@ def test_what_nobody_reads_is_not_computed(tmp_path: Path) -> None:
     model = load_model(path, config, ParallelContext.single(), torch.float32, CPU)
     with torch.inference_mode():
         cache = kv_cache.allocate(model, 20, 4)
-        model.hidden_and_logits(make_batch(plan_of(CHUNK, ENDED), 4, CPU, UNKNOWN), cache)
+        model.hidden_and_logits(batch_of(plan_of(CHUNK, ENDED)), cache)
     counts = [sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values()]
     assert counts == [9 * config.num_experts_per_tok] * 3 + [config.num_experts_per_tok]

@@ -44,7 +44,7 @@ def test_warm_up_steps_keep_to_the_limits_and_write_to_the_spare_block_alone() -
             for part in plan.sequences:
                 end = part.start + len(part.token_ids)
                 assert end <= SHAPES.max_model_len
-                assert part.block_table == (SHAPES.spare_block,) * -(-end // SHAPES.block_size)
+                assert part.new_blocks == (SHAPES.spare_block,) * -(-end // SHAPES.block_size)
 
 
 def test_the_first_warm_up_step_is_the_largest_there_can_be() -> None:

@@ -24,7 +24,8 @@ struct Attention {
 
     const T *q, *keys, *values;  // q [T, H, d]; keys, values [blocks, block_size, G, d]
     T* out;                      // [T, H, d]
-    const long *tables, *context_lens, *starts;  // [S, table_width], [S], [S + 1] first row of each sequence
+    const int* tables;  // [rows, table_width], the blocks of all running sequences
+    const long *table_rows, *context_lens, *starts;  // [S] a sequence's row of tables, [S], [S + 1] its first row of q
     AttentionShape shape;
 
     struct Task {
@@ -39,7 +40,7 @@ struct Attention {
     }
     // Where the K or V of a token lies; those that follow in its block are `stride()` further on each.
     long place(const Task& task, long token) const {
-        long block = tables[task.s * shape.table_width + token / shape.block_size];
+        long block = tables[table_rows[task.s] * shape.table_width + token / shape.block_size];
         return ((block * shape.block_size + token % shape.block_size) * shape.groups + task.g) * shape.dim;
     }
     long stride() const { return shape.groups * shape.dim; }

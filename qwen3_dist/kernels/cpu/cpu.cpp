@@ -19,17 +19,17 @@ void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const floa
                      {w3, scales3, bias3, n3, y + m * (n1 + n2)}}, m, k, int(threads)); \
 } \
 void attention_half_##NAME(const void* half, const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, \
-                           const long* slots, const long* tables, const long* context_lens, const long* starts, \
-                           long tokens, long sequences, long block_size, long width, double eps, long threads) { \
-    Step step{slots, tables, context_lens, starts, tokens, sequences, block_size, width}; \
+                           const long* slots, const int* tables, const long* table_rows, const long* context_lens, \
+                           const long* starts, long tokens, long sequences, long block_size, long width, double eps, long threads) { \
+    Step step{slots, tables, table_rows, context_lens, starts, tokens, sequences, block_size, width}; \
     static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, step, nullptr, float(eps), \
                                                                 int(threads)); \
 } \
 long blocks_##NAME(const void* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
-                   const long* slots, const long* tables, const long* context_lens, const long* starts, long tokens, \
-                   long sequences, long block_size, long width, const Ending* ending, \
+                   const long* slots, const int* tables, const long* table_rows, const long* context_lens, \
+                   const long* starts, long tokens, long sequences, long block_size, long width, const Ending* ending, \
                    const Logits<T, W>* logits, double eps, const Group* group, long operation, long threads) { \
-    Step step{slots, tables, context_lens, starts, tokens, sequences, block_size, width}; \
+    Step step{slots, tables, table_rows, context_lens, starts, tokens, sequences, block_size, width}; \
     return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, ending, logits, \
                       float(eps), group, operation, int(threads)); \
 } \
@@ -53,11 +53,11 @@ extern "C" { \
 void packed_rows_##NAME(const T* packed, const long* ids, T* out, long count, long inner, long threads) { \
     packed_rows<T>(packed, ids, out, count, inner, int(threads)); \
 } \
-void attention_##NAME(const T* q, const T* keys, const T* values, T* out, const long* tables, const long* context_lens, \
-                      const long* starts, long sequences, long heads, long groups, long dim, long block_size, \
+void attention_##NAME(const T* q, const T* keys, const T* values, T* out, const int* tables, const long* table_rows, \
+                      const long* context_lens, const long* starts, long sequences, long heads, long groups, long dim, long block_size, \
                       long width, long window, double scale, long threads) { \
     AttentionShape shape{sequences, heads, groups, dim, block_size, width, window, float(scale)}; \
-    Attention<T>{q, keys, values, out, tables, context_lens, starts, shape}.run(int(threads)); \
+    Attention<T>{q, keys, values, out, tables, table_rows, context_lens, starts, shape}.run(int(threads)); \
 } \
 void norm_##NAME(const T* x, const T* scale, T* out, long rows, long dim, double eps, long threads) { \
     norm<T>(x, scale, out, rows, dim, float(eps), int(threads)); \

@@ -11,7 +11,9 @@ constexpr long QUICK_ROWS = 8;  // whose sums take less time than waking threads
 
 // Where a step's tokens belong: `Rotation` and `Attention` say what each member is.
 struct Step {
-    const long *slots, *tables, *context_lens, *starts;
+    const long* slots;
+    const int* tables;
+    const long *table_rows, *context_lens, *starts;
     long tokens, sequences, block_size, width;
 };
 
@@ -56,7 +58,9 @@ struct AttentionHalf {
         const Step& read = ending ? ending->step : step;
         AttentionShape shape{read.sequences, heads, groups, head_dim, read.block_size, read.width, window,
                              1 / std::sqrt(float(head_dim))};
-        Attention<T>{q, keys, values, attended, read.tables, read.context_lens, read.starts, shape}.run(threads);
+        Attention<T>{q, keys, values, attended, read.tables, read.table_rows, read.context_lens,
+                     read.starts, shape}
+            .run(threads);
         linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, read.tokens, q_size, threads);
     }
 };
