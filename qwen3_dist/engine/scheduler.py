@@ -204,8 +204,8 @@ class Scheduler:
             if step.seq_id not in renewed:
                 renewed.add(step.seq_id)
                 assert step.blocks is not None
-                table, count = step.blocks
-                step = step._replace(first_block=0, new_blocks=tuple(table[:count]))
+                table, length = step.blocks
+                step = step._replace(first_block=0, new_blocks=tuple(table[:length]))
                 sequence = self._by_id.get(step.seq_id)  # None if it ended: nobody reads its result
                 if sequence is not None:
                     known = sequence.token_ids[step.start : step.start + len(step.token_ids)]

@@ -39,10 +39,10 @@ Reading: TypeAlias = "tuple[TokenLogprob, ...] | array[float]"  # of each target
 
 
 class SomeBlocks(NamedTuple):
-    """The first `count` blocks of a sequence's table, which only grows at its end."""
+    """The first `length` blocks of a sequence's table, which only grows at its end."""
 
     table: list[int]
-    count: int
+    length: int
 
 
 class SequenceStep(NamedTuple):

@@ -1,0 +1,118 @@
+"""What a step costs its hosts beside the model: the plan's way to a rank, and the batch that the rank makes of it.
+
+    python -m benchmarks.step_host [--json] [--keep]
+
+Plans are those of a real scheduler, decoding, with the ranks' batches on the CPU. One object a row:
+`plan_us` pickling the plan and unpickling it on one rank, `build_us` making the batch, `plan_bytes` what one rank is
+sent; medians. With `tp=2` two ranks unpickle and build at once, each in a process of its own, and the row gives the
+slower one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+
+from benchmarks.record import keep
+from qwen3_dist.engine.block_manager import BlockManager
+from qwen3_dist.engine.inputs import StepInputs
+from qwen3_dist.engine.plan import StepPlan, StepResult
+from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
+from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.sampling_params import SamplingParams
+
+_BLOCK_SIZE = 16
+_STEPS = 60
+_LAYOUTS = {"tp=1": 1, "tp=2": 2}
+_SEQUENCES = (1, 64, 256)
+_CONTEXTS = (100, 8192, 32768)
+
+
+def decoding_plans(sequences: int, context: int) -> list[StepPlan]:
+    """The plans of `sequences` prompts of `context` tokens, then of `_STEPS` steps that decode them."""
+    blocks = sequences * (context // _BLOCK_SIZE + _STEPS)
+    limits = SchedulerLimits(sequences, sequences * context)
+    scheduler = Scheduler(BlockManager(blocks, _BLOCK_SIZE, prefix_caching=False), limits, frozenset())
+    params = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
+    for number in range(sequences):
+        length = context + number % _BLOCK_SIZE  # so that each step needs some blocks
+        scheduler.add(Sequence(number, str(number), 0, [7] * length, params, number, max_tokens=10**6))
+    plans = []
+    while len(plans) == 0 or not plans[-1].decodes_only or len(plans) <= _STEPS:
+        plan = scheduler.schedule()
+        assert plan is not None
+        plans.append(plan)
+        sampled = sum(step.sample is not None for step in plan.sequences)
+        scheduler.update(plan, StepResult(plan.step, (7,) * sampled, (None,) * sampled))
+    return plans
+
+
+def rank_seconds(packed: list[bytes], sequences: int, context: int) -> tuple[list[float], list[float]]:
+    """Seconds for which a rank unpickles each plan, and makes its batch."""
+    torch.set_num_threads(1)
+    width = -(-(context + _BLOCK_SIZE + _STEPS) // _BLOCK_SIZE) + 1
+    inputs = StepInputs(sequences, width, _BLOCK_SIZE, torch.device("cpu"))
+    unpickling, building = [], []
+    for data in packed:
+        began = time.perf_counter()
+        plan = pickle.loads(data)
+        loaded = time.perf_counter()
+        inputs.batch(plan)
+        unpickling.append(loaded - began)
+        building.append(time.perf_counter() - loaded)
+    return unpickling, building
+
+
+def measure(layout: str, sequences: int, context: int, ranks: Iterable[Any]) -> dict[str, Any]:
+    """One row: medians over the steps that decode, of the slowest rank."""
+    plans = decoding_plans(sequences, context)
+    pickling, packed = [], []
+    for plan in plans:
+        began = time.perf_counter()
+        packed.append(pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL))
+        pickling.append(time.perf_counter() - began)
+    answers = [rank.submit(rank_seconds, packed, sequences, context) for rank in ranks]
+    unpickling, building = zip(*(answer.result() for answer in answers), strict=True)
+    return {
+        "layout": layout,
+        "sequences": sequences,
+        "context": context,
+        "plan_us": _microseconds(pickling) + max(map(_microseconds, unpickling)),
+        "build_us": max(map(_microseconds, building)),
+        "plan_bytes": int(statistics.median(map(len, packed[-_STEPS:]))),
+    }
+
+
+def _microseconds(seconds: list[float]) -> int:
+    return round(1e6 * statistics.median(seconds[-_STEPS:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row and nothing else")
+    parser.add_argument("--keep", action="store_true", help="write the rows to benchmarks/results/")
+    options = parser.parse_args()
+    rows = []
+    pools = [ProcessPoolExecutor(max_workers=1) for _ in range(max(_LAYOUTS.values()))]
+    for layout, world in _LAYOUTS.items():
+        for sequences in _SEQUENCES:
+            for context in _CONTEXTS:
+                rows.append(measure(layout, sequences, context, pools[:world]))
+                if options.json or not options.keep:
+                    print(json.dumps(rows[-1]), flush=True)
+    for pool in pools:
+        pool.shutdown()
+    if options.keep:
+        keep("step-host-cpu", rows)
+
+
+if __name__ == "__main__":
+    main()
