@@ -45,7 +45,7 @@ def decoding_plans(sequences: int, context: int) -> list[StepPlan]:
     for number in range(sequences):
         length = context + number % _BLOCK_SIZE  # so that each step needs some blocks
         scheduler.add(Sequence(number, str(number), 0, [7] * length, params, number, max_tokens=10**6))
-    plans = []
+    plans: list[StepPlan] = []
     while len(plans) == 0 or not plans[-1].decodes_only or len(plans) <= _STEPS:
         plan = scheduler.schedule()
         assert plan is not None

@@ -272,10 +272,10 @@ def observe(
             for seq in range(DRAWS - 1)
         ),
         step(
-            DRAWS,
+            DRAWS - 1,
             tuple(range(TOKENS - DRAWS + 1)),
             0,
-            new_blocks=tuple(range(TOKENS)),
+            new_blocks=tuple(range(TOKENS // 16)),
             reading=PromptScores(0, (1,) * (TOKENS - DRAWS), 2),
         ),
     )
@@ -303,9 +303,9 @@ def observe(
             sizes = EngineConfig(model="", block_size=1, max_num_batched_tokens=TOKENS, max_num_seqs=DRAWS)
             blocks = count_blocks(replace(sizes, quantize=quantize or "none"), built, MemoryShare())
         for graphs in (True, False):
-            settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=256)
+            settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=TOKENS)
             with phase("start" if graphs else "start without graphs"):
-                runner = ModelRunner(built, 64, settings, max_num_seqs=4)
+                runner = ModelRunner(built, 64, settings, DRAWS if not graphs else 4)
             ending = "" if graphs else " without graphs"
             steps = {"prompts": prompts, "first decodes": decodes, "decodes": decodes, "sampled": sampled}
             for name, asked in steps.items():
