@@ -25,7 +25,7 @@ _KEY_BYTES = 128  # of one number of each key in a tile; more do not fit the sma
 # Tables and lengths come in whatever rows the step has of them; only q, keys and values are worth an alignment.
 @triton.jit(
     do_not_specialize=["window", "width", "tokens"],
-    do_not_specialize_on_alignment=["tables", "context_lens", "starts"],
+    do_not_specialize_on_alignment=["tables", "table_rows", "context_lens", "starts"],
 )
 def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, out, lse, tables, table_rows, context_lens, starts,

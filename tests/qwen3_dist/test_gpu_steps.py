@@ -75,7 +75,7 @@ def test_a_draw_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
 def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
     """Those of plain torch are four times as many."""
     phase = phases["decodes without graphs"]
-    assert launches(phase) - launches(phases["decodes"]) < 25 * LAYERS
+    assert launches(phase) - launches(phases["decodes"]) < 26 * LAYERS
     assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])
 
 
