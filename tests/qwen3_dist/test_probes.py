@@ -68,13 +68,25 @@ def test_triton_that_does_not_compile_is_logged_once_with_the_reason(
     assert "bfloat16" in record.getMessage() and "Failed to find C compiler" in record.getMessage()
 
 
-def test_triton_that_computes_something_else_is_logged_with_the_error(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_kernels_that_are_all_right_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(gpu._kernels(CPU, torch.float32), gpu.GpuKernels)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["norm", "rotate", "swiglu", "experts", "linear_int8", "draw_from_all", "draw_from_ordered"],
+)
+def test_a_kernel_that_computes_something_else_is_logged_with_its_name_and_error(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    off = types.SimpleNamespace(norm=lambda x, scale, eps: torch.tensor([[0.8485, -1.0314]]))
-    monkeypatch.setattr(gpu, "GpuKernels", lambda: off)
+    kernels = gpu.GpuKernels()
+    right = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *arguments: right(*arguments) + 2)
+    monkeypatch.setattr(gpu, "GpuKernels", lambda: kernels)
     assert gpu._kernels(CPU, torch.float32) is None
-    assert "off by 0.1 " in caplog.text
+    (record,) = caplog.records
+    assert f"{name}: its answer is off by 2 " in record.getMessage()
 
 
 @pytest.fixture
