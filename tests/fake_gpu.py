@@ -305,7 +305,7 @@ def observe(
         for graphs in (True, False):
             settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=TOKENS)
             with phase("start" if graphs else "start without graphs"):
-                runner = ModelRunner(built, 64, settings, DRAWS if not graphs else 4)
+                runner = ModelRunner(built, 64, settings, DRAWS if not graphs else 4, path=Path())
             ending = "" if graphs else " without graphs"
             steps = {"prompts": prompts, "first decodes": decodes, "decodes": decodes, "sampled": sampled}
             for name, asked in steps.items():

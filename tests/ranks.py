@@ -29,13 +29,21 @@ ROOT = Path(__file__).parent.parent
 
 
 class _ByName:
-    """A check on its way to other processes, which know its module by its place below the repository."""
+    """A function on its way to other processes, which know its module by its place below the repository."""
 
-    def __init__(self, check: Callable[[ParallelContext], None]) -> None:
-        self._place = Path(inspect.getfile(check)).relative_to(ROOT).with_suffix("").parts, check.__name__
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._place = (
+            Path(inspect.getfile(function)).relative_to(ROOT).with_suffix("").parts,
+            function.__name__,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _find, self._place
+
+
+def by_name(function: Callable[..., None]) -> Any:
+    """A module's function, to be pickled to ranks."""
+    return _ByName(function)
 
 
 def _find(module: tuple[str, ...], name: str) -> Any:

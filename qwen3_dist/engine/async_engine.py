@@ -24,6 +24,7 @@ from qwen3_dist.settings import EngineConfig
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.5  # a rank that dies while nobody asks is noticed this soon
+_BUSY_CHECK_S = 0.005  # how soon a move of experts goes on while nobody asks
 
 
 @dataclass(eq=False)
@@ -150,11 +151,11 @@ class AsyncEngine:
 
     async def expert_load(self) -> ExpertLoad:
         """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
-        return await self._ask(self._engine.experts.load)
+        return await self._ask(lambda answer: answer(self._engine.experts.load()))
 
     async def rebalance_experts(self) -> list[int]:
-        """Moves experts to where the load since the last time wants them; the layers that changed."""
-        return await self._ask(self._engine.experts.rebalance_all)
+        """Moves experts to where the load since the last time wants them; the layers that changed. Steps go on."""
+        return await self._ask(self._engine.experts.begin)
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine cannot serve requests any more."""
@@ -181,23 +182,29 @@ class AsyncEngine:
             self._wake.notify()
             return True
 
-    async def _ask(self, question: Callable[[], T]) -> T:
-        """What the engine's thread answers between two steps. A CheckpointError is an answer too."""
+    async def _ask(self, question: Callable[[Callable[[T | CheckpointError], None]], None]) -> T:
+        """What the engine's thread answers to `question`, at once or after some steps. Raises CheckpointError if that
+        is the answer."""
         self.check_health()
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
+        answer: asyncio.Future[T | CheckpointError] = loop.create_future()
 
-        def ask() -> None:
-            try:
-                loop.call_soon_threadsafe(answer.set_result, question())
-            except CheckpointError as error:
-                loop.call_soon_threadsafe(answer.set_exception, error)
+        def tell(value: T | CheckpointError) -> None:
+            if not answer.done():  # nobody waits for it any more
+                answer.set_result(value)
 
-        self._post(ask)
+        def reply(value: T | CheckpointError) -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's event loop is closed
+                loop.call_soon_threadsafe(tell, value)
+
+        self._post(lambda: question(reply))
         while not answer.done():
             self.check_health()
             await asyncio.wait([answer], timeout=_IDLE_CHECK_S)
-        return answer.result()
+        value = answer.result()
+        if isinstance(value, CheckpointError):
+            raise value
+        return value
 
     def _run(self) -> None:
         try:
@@ -205,6 +212,8 @@ class AsyncEngine:
                 self._do_inbox()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
+                elif self._engine.experts.is_busy:
+                    self._engine.experts.tick()
                 else:
                     self._engine.check_health()
             self._die(EngineDeadError("the engine was shut down"))
@@ -217,7 +226,7 @@ class AsyncEngine:
     def _do_inbox(self) -> None:
         with self._wake:
             if not self._inbox and not self._engine.has_work and not self._stopping:
-                self._wake.wait(_IDLE_CHECK_S)
+                self._wake.wait(_BUSY_CHECK_S if self._engine.experts.is_busy else _IDLE_CHECK_S)
         for _ in range(len(self._inbox)):  # one by one: what follows an action that fails is `_die`'s
             self._inbox.popleft()()
 

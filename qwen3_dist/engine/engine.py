@@ -6,7 +6,8 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
@@ -31,7 +32,7 @@ from qwen3_dist.text.sidecars import read_eos_token_ids
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.loader import Progress
-from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.weights.source import commit_of, resolve_model
 
 PROMPT_ONLY = SamplingParams(max_tokens=0)
 Outputs = dict[str, list[TokenDelta]]  # by request id, what one step added
@@ -70,7 +71,7 @@ class Engine:
         self._next_seq_id = 0
         self._num_steps = 0
         with _loading_bar(show_progress) as progress:
-            self._executor: Executor = make_executor(config, progress)
+            self._executor: Executor = make_executor(_pinned(config, path), placements, progress)
         try:
             self._use_ranks(placements, show_progress)
         except BaseException:
@@ -283,6 +284,12 @@ class Engine:
         request.sequences.remove(sequence)
         if not request.sequences:
             del self._requests[sequence.request_id]
+
+
+def _pinned(config: EngineConfig, path: Path) -> EngineConfig:
+    """What ranks are told, so that those of all hosts load the files that are at `path` here."""
+    commit = commit_of(config.model, path)
+    return config if commit is None else replace(config, revision=commit)
 
 
 def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:

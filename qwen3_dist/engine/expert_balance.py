@@ -1,13 +1,17 @@
 """Moves experts among the ranks as their load asks: hot experts get copies, ranks equal work.
 
-Ranks count the rows of each expert that they host. A layer is moved in one call between two steps: the ranks
-read the experts that come to them, then all route by the new placement.
+Ranks count the rows of each expert that they host. A layer is moved so: every rank reads the experts that come to it,
+in a thread, while steps go on; once all ranks have theirs, all of them switch between the same two steps. If one rank
+cannot read, all drop what they read and the layer stays as it is. The rank's side is `expert_moves.py`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.errors import CheckpointError
@@ -17,6 +21,30 @@ from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
 _WORTH_MOVING = 0.95  # a placement with more than this of the imbalance there is is left alone
+_POLL_S = 0.01  # between two questions to the ranks whether they have read
+
+Done = Callable[
+    [list[int] | CheckpointError], None
+]  # told the layers that changed, or why it could not go on
+
+
+@dataclass
+class _Rebalance:
+    """One look at all layers: those still to judge by `load`, and those that changed."""
+
+    done: Done
+    load: ExpertLoad
+    to_judge: list[int]
+    changed: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A layer whose experts the ranks read."""
+
+    layer: int
+    placement: ExpertPlacement
+    deadline: float
 
 
 class ExpertBalance:
@@ -29,29 +57,48 @@ class ExpertBalance:
         self._before: dict[int, tuple[int, ...]] = {}  # each layer's tokens when it was last judged
         self._period_s = config.rebalance_experts_s if placements else None
         self._next_s = time.monotonic() + (self._period_s or 0)
-        self._judged: ExpertLoad | None = None
-        self._to_judge: list[int] = []
+        self._rebalances: deque[_Rebalance] = deque()
+        self._move: _Move | None = None
+        self._next_poll_s = 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether experts are being moved, so that `tick` has something to do also while no step runs."""
+        return bool(self._rebalances)
 
     def tick(self) -> None:
-        """What `rebalance_experts_s` asks for now: at most one layer's move, so that no step waits for more."""
-        if self._period_s is None or (not self._to_judge and time.monotonic() < self._next_s):
-            return
-        if not self._to_judge:
-            self._next_s = time.monotonic() + self._period_s
-            self._judged, self._to_judge = self.load(), sorted(self._placements)
-        assert self._judged is not None
-        try:
-            self._rebalance(self._to_judge.pop(), self._judged)
-        except CheckpointError as error:
-            _log.warning("%s; they stay where they are", error)
+        """Goes on with moves, and begins those that `rebalance_experts_s` asks for. Waits for no reading."""
+        if not self._rebalances:
+            if self._period_s is not None and time.monotonic() >= self._next_s:
+                self._next_s = time.monotonic() + self._period_s
+                self.begin(_log_failure)
+        elif self._move is None:
+            self._judge_next(self._rebalances[0])
+        elif time.monotonic() >= self._next_poll_s:
+            self._next_poll_s = time.monotonic() + _POLL_S
+            self._go_on(self._move, self._rebalances[0])
+
+    def begin(self, done: Done) -> None:
+        """Has `tick` move every layer's experts to where the load since the last time wants them.
+
+        `done` gets the layers that changed, or a CheckpointError for one that cannot be read, which stays as it is.
+        """
+        self._rebalances.append(_Rebalance(done, self.load(), sorted(self._placements)))
 
     def rebalance_all(self) -> list[int]:
-        """Moves every layer's experts to where the load since the last time wants them; the layers that changed.
+        """`begin` and as many ticks as it takes, with no step in between; the layers that changed.
 
-        Raises CheckpointError for a layer that cannot be read, which stays as it is.
+        Raises CheckpointError for a layer that cannot be read.
         """
-        load = self.load()
-        return [layer for layer in sorted(self._placements) if self._rebalance(layer, load)]
+        answers: list[list[int] | CheckpointError] = []
+        self.begin(answers.append)
+        while not answers:
+            self.tick()
+            time.sleep(0.0 if self._move is None else _POLL_S / 10)
+        [answer] = answers
+        if isinstance(answer, CheckpointError):
+            raise answer
+        return answer
 
     def load(self) -> ExpertLoad:
         """Tokens since the start."""
@@ -64,21 +111,53 @@ class ExpertBalance:
                     totals[layer][expert] += count
         return ExpertLoad({layer: tuple(tokens) for layer, tokens in totals.items()}, dict(self._placements))
 
-    def _rebalance(self, layer: int, load: ExpertLoad) -> bool:
-        """Moves a layer's experts if what came since its last time makes it worth it."""
+    def _judge_next(self, rebalance: _Rebalance) -> None:
+        """Begins the move of the next layer if that is worth it, or ends the rebalance after the last."""
+        if not rebalance.to_judge:
+            self._rebalances.popleft().done(rebalance.changed)
+            return
+        layer = rebalance.to_judge.pop(0)
+        placement = self._better_placement(layer, rebalance.load)
+        if placement is not None:
+            self._executor.call("prepare_experts", layer, placement)
+            self._move = _Move(layer, placement, time.monotonic() + self._config.start_timeout_s)
+            self._next_poll_s = time.monotonic() + _POLL_S
+
+    def _better_placement(self, layer: int, load: ExpertLoad) -> ExpertPlacement | None:
+        """Where what came since the layer's last time wants its experts; None if that is not worth a move."""
         old, tokens = self._placements[layer], load.tokens[layer]
         before = self._before.get(layer, (0,) * len(tokens))
         recent = [now - then for now, then in zip(tokens, before, strict=True)]
         self._before[layer] = tokens
         if not sum(recent):
-            return False
+            return None
         new = ExpertPlacement.balanced(recent, self._config.layout.ep, self._config.redundant_experts)
         new = new.keeping_places_of(old)
         if new == old or new.imbalance(recent) > _WORTH_MOVING * old.imbalance(recent):
-            return False
-        for error in self._executor.call("prepare_experts", layer, new):
-            if error is not None:
-                raise error
-        self._executor.call("move_experts")
-        self._placements[layer] = new
-        return True
+            return None
+        return new
+
+    def _go_on(self, move: _Move, rebalance: _Rebalance) -> None:
+        """Has the ranks switch if all have read, or drop what they read if one cannot."""
+        answers = self._executor.call("experts_arrived")
+        failed = next((answer for answer in answers if isinstance(answer, CheckpointError)), None)
+        if failed is None and not all(answers) and time.monotonic() > move.deadline:
+            late = [rank for rank, arrived in enumerate(answers) if not arrived]
+            failed = CheckpointError(
+                f"the experts of layer {move.layer} were not moved: ranks {late} did not read theirs within "
+                f"{self._config.start_timeout_s:g} s"
+            )
+        if failed is not None:
+            self._move = None
+            self._executor.call("drop_experts")
+            self._rebalances.popleft().done(failed)
+        elif all(answers):
+            self._move = None
+            self._executor.call("move_experts")
+            self._placements[move.layer] = move.placement
+            rebalance.changed.append(move.layer)
+
+
+def _log_failure(answer: list[int] | CheckpointError) -> None:
+    if isinstance(answer, CheckpointError):
+        _log.warning("%s; they stay where they are", answer)

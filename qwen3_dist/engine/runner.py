@@ -6,6 +6,7 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from qwen3_dist.engine import kv_cache
 from qwen3_dist.engine.backends import chosen_backends
 from qwen3_dist.engine.decode_graphs import DecodeGraphs, can_capture
+from qwen3_dist.engine.expert_moves import ExpertMoves
 from qwen3_dist.engine.grammar_matcher import Grammars, Matcher
 from qwen3_dist.engine.inputs import StepInputs
 from qwen3_dist.engine.plan import StepPlan, StepResult
@@ -21,28 +23,27 @@ from qwen3_dist.engine.sampler import SampledLogprobs
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.sampling_state import Sampled, SamplingState
 from qwen3_dist.engine.warm_up import StepShapes, explained_failures, warm_up_experts
-from qwen3_dist.errors import CheckpointError, QwenDistError
+from qwen3_dist.errors import CheckpointError
 from qwen3_dist.kernels.compiles import compiled_kernels
 from qwen3_dist.layers.batch import StepBatch
-from qwen3_dist.layers.feed_forward import MoEFeedForward
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.transfer import ToHost
-from qwen3_dist.weights.loader import read_experts
-from qwen3_dist.weights.source import resolve_model
-
-Arriving = tuple[MoEFeedForward, ExpertPlacement, list[int], tuple[Tensor, Tensor, Tensor]]
 
 
 class ModelRunner:
     """One rank's model with its KV cache, and what it keeps of the sequences in `max_num_seqs` slots."""
 
-    def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int) -> None:
+    def __init__(
+        self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int, path: Path
+    ) -> None:
+        """`path` is the directory that the model was loaded from."""
         self.model = model
         self._config = config
-        self._arriving: Arriving | None = None
+        self._path = path
+        self._moves = ExpertMoves(model, path, config.load_format == "random")
         self._device = model.device
         self._parallel = model.parallel
         self._tp = model.parallel.tp
@@ -109,8 +110,7 @@ class ModelRunner:
         """What follows the setup's grammar; built in a thread."""
         assert setup.grammar is not None
         if self._grammars is None:
-            path = resolve_model(self._config.model, self._config.revision)
-            self._grammars = Grammars(path, self.model.config.vocab_size, setup.eos_token_ids)
+            self._grammars = Grammars(self._path, self.model.config.vocab_size, setup.eos_token_ids)
         return self._grammars.matcher(setup.grammar)
 
     @torch.inference_mode()
@@ -145,31 +145,24 @@ class ModelRunner:
         """Rows that this rank has computed for each expert so far, by layer."""
         return {layer: moe.rows_by_expert() for layer, moe in self.model.moe_layers.items()}
 
-    def prepare_experts(self, layer: int, placement: ExpertPlacement) -> QwenDistError | None:
-        """Reads what `move_experts` will need to follow `placement`; says why if it cannot."""
-        self._arriving = None
-        moe = self.model.moe_layers.get(layer)
-        if moe is None:
-            return None
-        rank = self._parallel.ep.rank
-        there = zip(moe.placement.hosted[rank], placement.hosted[rank], strict=True)
-        places = [place for place, (old, new) in enumerate(there) if old != new]
-        experts = [placement.hosted[rank][place] for place in places]
-        try:
-            path = resolve_model(self._config.model, self._config.revision)
-            stacks = read_experts(path, self.model, layer, experts, self._config.load_format == "random")
-        except (QwenDistError, OSError) as error:
-            return CheckpointError(f"the experts of layer {layer} could not be moved: {error}")
-        self._arriving = (moe, placement, places, stacks)
-        return None
+    def prepare_experts(self, layer: int, placement: ExpertPlacement) -> None:
+        """Begins to read what `move_experts` will need to follow `placement`, while steps go on."""
+        self._moves.start(layer, placement)
 
-    @torch.inference_mode()
+    def experts_arrived(self) -> bool | CheckpointError:
+        """Whether `move_experts` has all that it needs; why if it will never have."""
+        try:
+            return self._moves.arrived
+        except CheckpointError as error:
+            return error
+
     def move_experts(self) -> None:
-        """Puts the experts read last in their places and routes by their placement from the next step on."""
-        if self._arriving is not None:
-            moe, placement, places, stacks = self._arriving
-            self._arriving = None
-            moe.move(placement, places, stacks)
+        """Puts the experts that have arrived in their places and routes by their placement from the next step on."""
+        self._moves.finish()
+
+    def drop_experts(self) -> None:
+        """Leaves the experts where they are."""
+        self._moves.drop()
 
     @torch.inference_mode()
     def _make_graphs(self) -> DecodeGraphs:

@@ -6,12 +6,14 @@ import importlib.util
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.executor.base import Executor
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.settings import EngineConfig, runs_in_process
 from qwen3_dist.weights.loader import Progress
 
 
-def make_executor(config: EngineConfig, progress: Progress | None = None) -> Executor:
-    """Loads the model on the ranks of `config.layout` and returns when they are ready.
+def make_executor(config: EngineConfig, placements: Placements, progress: Progress | None = None) -> Executor:
+    """Loads the model on the ranks of `config.layout`, its experts where `placements` says, and returns when they are
+    ready.
 
     `progress(done_bytes, total_bytes)` is called while weights load. Raises CheckpointError,
     ResourceError, ParallelLayoutError or EngineDeadError, leaving nothing behind.
@@ -19,19 +21,19 @@ def make_executor(config: EngineConfig, progress: Progress | None = None) -> Exe
     if runs_in_process(config):
         from qwen3_dist.executor.in_process import InProcessExecutor
 
-        return InProcessExecutor(config, progress)
+        return InProcessExecutor(config, placements, progress)
     from qwen3_dist.executor.rank_group import RankGroupExecutor
 
     has_ray = importlib.util.find_spec("ray") is not None
     if config.executor == "processes" or (config.executor == "auto" and not has_ray):
         from qwen3_dist.executor.processes import ProcessLauncher
 
-        return RankGroupExecutor(config, ProcessLauncher(config), progress)
+        return RankGroupExecutor(config, ProcessLauncher(config), placements, progress)
     if not has_ray:
         raise ConfigError("executor ray needs the ray package; install it or use executor=processes")
     from qwen3_dist.executor.ray_ranks import RayLauncher
 
-    return RankGroupExecutor(config, RayLauncher(config), progress)
+    return RankGroupExecutor(config, RayLauncher(config), placements, progress)
 
 
 __all__ = ["Executor", "make_executor"]

@@ -18,14 +18,18 @@ from qwen3_dist.executor import cards
 from qwen3_dist.executor.base import Executor, RankPlace
 from qwen3_dist.executor.shard import MemoryShare, count_blocks, load_shard, set_threads
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
+from qwen3_dist.weights.source import resolve_model
 
 
 class InProcessExecutor(Executor):
     """Loads the whole model here; a step is a function call."""
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, placements: Placements, progress: Progress | None = None
+    ) -> None:
         if config.layout.world != 1:
             raise ConfigError(f"executor in_process runs one rank and layout {config.layout} has more")
         os.environ.update(config.rank_env)
@@ -36,12 +40,13 @@ class InProcessExecutor(Executor):
             torch.cuda.empty_cache()  # what an engine before this one left is free
             device, card = cards.take_card(torch.cuda.current_device())
             memory = MemoryShare(1, *cards.use_of_cards([card], config).free_bytes)
-        model = load_shard(config, ParallelContext.single(), device, progress)
+        path = resolve_model(config.model, config.revision)
+        model = load_shard(config, path, placements, ParallelContext.single(), device, progress)
         self.device = device.type
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
         self.num_blocks = count_blocks(config, model, memory)
         limits = SchedulerLimits.of(config, self.device, self.num_blocks)
-        runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs)
+        runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs, path)
         runner.warm_up()
         self._runner: ModelRunner | None = runner
         self.backends = runner.backends

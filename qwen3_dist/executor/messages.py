@@ -21,6 +21,7 @@ from typing import Any
 
 from qwen3_dist.errors import QwenDistError
 from qwen3_dist.executor.cards import Card
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.settings import EngineConfig
 
 
@@ -31,6 +32,7 @@ class RankSpec:
 
     rank: int
     config: EngineConfig
+    placements: Placements
     device: str
     address: tuple[str, int]
     secret: bytes

@@ -15,6 +15,7 @@ from qwen3_dist.executor.rendezvous import join
 from qwen3_dist.executor.shard import count_blocks, load_shard
 from qwen3_dist.garbage import exempt_present_objects
 from qwen3_dist.weights.loader import Progress
+from qwen3_dist.weights.source import resolve_model
 
 _PROGRESS_PERIOD_S = 0.1
 
@@ -39,13 +40,15 @@ def rank_main(spec: RankSpec) -> None:
 def _run(spec: RankSpec, channel: Channel) -> None:
     joined = join(spec, channel)
     try:
-        model = load_shard(spec.config, joined.parallel, joined.device, _report_to(channel))
+        path = resolve_model(spec.config.model, spec.config.revision)
+        report = _report_to(channel)
+        model = load_shard(spec.config, path, spec.placements, joined.parallel, joined.device, report)
         channel.send(Loaded(count_blocks(spec.config, model, joined.memory)))
         num_blocks = channel.receive()
         if num_blocks is None:
             return
         limits = SchedulerLimits.of(spec.config, joined.device.type, num_blocks)
-        runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs)
+        runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs, path)
         runner.warm_up()
         exempt_present_objects()
         channel.send(Ready(runner.backends, joined.parallel.collectives))

@@ -35,6 +35,7 @@ from qwen3_dist.executor.messages import (
     Start,
 )
 from qwen3_dist.executor.rank import rank_main
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
@@ -70,8 +71,16 @@ class Launcher(ABC):
 class RankGroupExecutor(Executor):
     """Drives the ranks that `launcher` starts. Construction returns when all are ready for plans."""
 
-    def __init__(self, config: EngineConfig, launcher: Launcher, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        launcher: Launcher,
+        placements: Placements | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Without `placements` experts lie evenly."""
         self._config = config
+        self._placements = placements or {}
         self._launcher = launcher
         self._deadline = time.monotonic() + config.start_timeout_s
         self._selector = selectors.DefaultSelector()
@@ -156,7 +165,9 @@ class RankGroupExecutor(Executor):
         try:
             self._launcher.launch(
                 [
-                    RankSpec(rank, self._config, self._launcher.device, listener.address, secret)
+                    RankSpec(
+                        rank, self._config, self._placements, self._launcher.device, listener.address, secret
+                    )
                     for rank in range(world)
                 ]
             )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
-from qwen3_dist.engine.placements import initial_placements
 from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.step_memory import step_bytes
 from qwen3_dist.weights.adapters import load_adapters
 from qwen3_dist.weights.loader import Progress, load_model
-from qwen3_dist.weights.source import resolve_model
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,16 @@ def set_threads(config: EngineConfig, ranks_on_host: int) -> None:
 
 
 def load_shard(
-    config: EngineConfig, parallel: ParallelContext, device: torch.device, progress: Progress | None
+    config: EngineConfig,
+    path: Path,
+    placements: Placements,
+    parallel: ParallelContext,
+    device: torch.device,
+    progress: Progress | None,
 ) -> Qwen3Model:
-    """Finds the checkpoint on this host and loads this rank's part of it."""
-    path = resolve_model(config.model, config.revision)
+    """Loads this rank's part of the checkpoint at `path`, its experts where `placements` says."""
     model_config = ModelConfig.from_directory(path)
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
-    placements = initial_placements(config, model_config)
     model = load_model(path, model_config, parallel, dtype, device, progress, random, placements)
     if config.quantize == "int8":
         model.quantize()

@@ -43,8 +43,7 @@ class Experts(nn.Module):
         if self._packed_for is not None:
             stacks = (self.fc1, self.fc2, self.fc3)
             return self._packed_for.experts(x, stacks, self.columns, self.scales, ids, weights, self.counts)
-        if self._counts.device != ids.device:
-            self._counts = self._counts.to(ids.device)
+        self.count_on(ids.device)
         x, ids, weights = x.contiguous(), ids.contiguous(), weights.contiguous()
         rows = rows_of_slice(ids.shape[1])
         if len(x) <= rows:
@@ -72,25 +71,34 @@ class Experts(nn.Module):
         """Whether a GPU computes rows like `x` without asking the host, as a CUDA graph needs."""
         return gpu_kernels_for(x) is not None or (self.scales is None and grouped_mm_works(x, self.fc1))
 
+    def count_on(self, device: torch.device) -> None:
+        """Keeps `counts` there from now on."""
+        if self._counts.device != device:
+            self._counts = self._counts.to(device)
+
     @property
     def counts(self) -> Tensor:
         """[e] int64, rows that each expert has computed so far."""
         return self._counts[1:]
 
-    def replace(self, places: list[int], stacks: _Three) -> None:
-        """Puts other experts' weights, `stacks` as they come from a checkpoint, in these places of its own."""
-        if not places:  # only other ranks have others now
-            return
-        prepared = Experts(len(places), stacks[0].shape[2], self.columns)
-        prepared.fc1, prepared.fc2, prepared.fc3 = map(frozen, stacks)
+    def as_kept(self, stacks: _Three) -> list[Tensor]:
+        """`stacks`, fc1 and fc2 [n, I, D] and fc3 [n, D, I] as a checkpoint has them, in the form in which these are
+        kept: packed, or int8 with the three scales after them. Changes nothing here."""
+        kept, scales = list(stacks), []
         if self.scales is not None:
-            prepared.quantize()
-            for old, new in zip(self.scales, prepared.scales or (), strict=True):
-                old[places] = new
+            kept, scales = map(list, zip(*map(as_int8, stacks), strict=True))
         if self._packed_for is not None:
-            prepared.pack(self._packed_for)
-        for name in ("fc1", "fc2", "fc3"):
-            getattr(self, name)[places] = getattr(prepared, name)
+            kept = [self._packed_for.pack(stack) for stack in kept]
+        return kept + scales
+
+    def replace(self, places: Tensor, kept: list[Tensor]) -> None:
+        """Puts other experts' weights, as `as_kept` made them, in these places [n]; they have computed no rows yet.
+
+        Copies alone, of tensors on the weights' device, for which a GPU's host does not wait.
+        """
+        for old, new in zip((self.fc1, self.fc2, self.fc3, *(self.scales or ())), kept, strict=True):
+            old.index_copy_(0, places, new)
+        self.counts.index_fill_(0, places, 0)
 
     def quantize(self) -> None:
         """Keeps the weights as int8 from now on."""

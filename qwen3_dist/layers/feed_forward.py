@@ -6,6 +6,7 @@ Legend: T tokens of the dp group's step, N tokens this rank owns, K experts per 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.step_memory import rows_of_slice
+from qwen3_dist.transfer import on_device
 
 
 class FeedForward(nn.Module):
@@ -58,6 +60,20 @@ class FeedForward(nn.Module):
         self.fused = Half(kernels, norm.scale, *weights, *sizes, eps=norm.eps, is_int8=is_int8)
 
 
+@dataclass(frozen=True)
+class PreparedMove:
+    """A placement of experts, with the weights that come to this rank for it, on their device."""
+
+    placement: ExpertPlacement
+    places: Tensor  # [n] int64, where they go in the rank's stack
+    leaving: Tensor  # [n] int64, the experts that are there
+    kept: list[Tensor]  # in the form in which the rank keeps its experts
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.places, self.leaving, *self.kept]
+
+
 class MoEFeedForward(nn.Module):
     """Routes each token to its top experts, wherever they are, and adds up their answers."""
 
@@ -67,7 +83,8 @@ class MoEFeedForward(nn.Module):
         super().__init__()
         self.placement = placement
         self._ep_rank = parallel.ep.rank
-        self._rows_of_former: Counter[int] = Counter()  # of experts that have left this rank
+        # [E] int64, rows of experts from before they left this rank; never on meta.
+        self._former_rows = torch.zeros(config.num_experts, dtype=torch.int64, device="cpu")
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
@@ -88,22 +105,40 @@ class MoEFeedForward(nn.Module):
 
     def rows_by_expert(self) -> dict[int, int]:
         """Rows that this rank has computed for each expert that it hosts or has hosted."""
-        rows = Counter(self._rows_of_former)
+        rows = Counter({expert: count for expert, count in enumerate(self._former_rows.tolist()) if count})
         rows.update(dict(zip(self._hosted, self.experts.counts.tolist(), strict=True)))
         return rows
 
-    def move(
-        self, placement: ExpertPlacement, places: list[int], stacks: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        """Routes by another placement from now on, whose experts in `places` of this rank's stack are `stacks`,
-        whole-precision fc1 and fc2 [n, I, D] and fc3 [n, D, I]."""
-        for place in places:
-            self._rows_of_former[self._hosted[place]] += int(self.experts.counts[place])
-            self.experts.counts[place] = 0
-        self.experts.replace(places, stacks)
-        self.placement = placement
-        self.all_to_all.place(placement)
-        self.all_gather.place(placement)
+    def arrivals(self, placement: ExpertPlacement) -> dict[int, int]:
+        """The experts that this rank needs to follow `placement`, by their places in its stack."""
+        there = zip(self._hosted, placement.hosted[self._ep_rank], strict=True)
+        return {place: new for place, (old, new) in enumerate(there) if old != new}
+
+    def prepare_move(self, placement: ExpertPlacement, stacks: tuple[Tensor, Tensor, Tensor]) -> PreparedMove:
+        """What `move` needs: `stacks`, on the weights' device, are the `arrivals` as a checkpoint has them, fc1 and
+        fc2 [n, I, D] and fc3 [n, D, I]. Changes nothing here, so it may run beside a step."""
+        places = list(self.arrivals(placement))
+        leaving = [self._hosted[place] for place in places]
+        device = stacks[0].device
+        return PreparedMove(
+            placement,
+            on_device(places, torch.int64, device),
+            on_device(leaving, torch.int64, device),
+            self.experts.as_kept(stacks) if places else [],
+        )
+
+    def move(self, prepared: PreparedMove) -> None:
+        """Routes by another placement from now on. A GPU's host does not wait for it."""
+        if prepared.kept:
+            places = prepared.places
+            self.experts.count_on(places.device)
+            if self._former_rows.device != places.device:
+                self._former_rows = on_device(self._former_rows, torch.int64, places.device)
+            self._former_rows.index_add_(0, prepared.leaving, self.experts.counts[places])
+            self.experts.replace(places, prepared.kept)
+        self.placement = prepared.placement
+        self.all_to_all.place(prepared.placement)
+        self.all_gather.place(prepared.placement)
 
     def gathered(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
         """The form for few: norm(x) [T, D], the same on every tp rank -> a partial sum over tp.

@@ -27,6 +27,7 @@ from qwen3_dist.layout import Layout, prefers_all_to_all
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.transfer import on_device
 
 FP8_BLOCK = 128  # numbers that share a scale
 
@@ -83,7 +84,7 @@ class _Table:
 
     def replace(self, rows: list[list[int]]) -> None:
         """Other constants of the same shape, in the same place."""
-        self.values[:, :-1] = torch.tensor(rows, device=self.values.device)
+        self.values[:, :-1] = on_device(rows, torch.int64, self.values.device)
 
 
 class AllGatherDispatcher:

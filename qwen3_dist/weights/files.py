@@ -30,7 +30,7 @@ class CheckpointFiles:
 
     def __init__(self, path: str | Path) -> None:
         self._where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-        for file, promised in _shard_files(Path(path)).items():
+        for file, promised in shard_files(Path(path)).items():
             header = _read_header(file)
             absent = sorted(promised - header.keys())
             if absent:
@@ -93,8 +93,11 @@ class CheckpointFiles:
         return self._open[1].get_slice(name.removeprefix(_PREFIX) if self.is_headless else name)
 
 
-def _shard_files(path: Path) -> dict[Path, set[str]]:
-    """The checkpoint's files, each with the tensors that an index says it holds."""
+def shard_files(path: Path) -> dict[Path, set[str]]:
+    """The checkpoint's files, each with the tensors that an index says it holds.
+
+    Raises CheckpointError if one is missing.
+    """
     index = path / "model.safetensors.index.json"
     if not index.exists():
         files = {file: set[str]() for file in sorted(path.glob("*.safetensors"))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -64,22 +65,46 @@ def load_model(
     return model
 
 
-def read_experts(
-    path: Path, model: Qwen3Model, layer: int, experts: Sequence[int], random: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's columns of some experts of a layer: fc1 and fc2 [n, I, D] and fc3 [n, D, I], on the CPU."""
-    config, parallel = model.config, model.parallel
-    files = None if random else CheckpointFiles(path)
-    plan = WeightPlan(config, parallel.layout, files.names() if files else set())
-    _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
-    wide, tall = (len(experts), columns, config.emb_dim), (len(experts), config.emb_dim, columns)
-    stacks = {
-        name: torch.zeros(shape, dtype=model.dtype)
-        for name, shape in (("fc1", wide), ("fc2", wide), ("fc3", tall))
-    }
-    for piece in plan.expert_pieces(layer, experts, parallel.coords):
-        _read(files, piece, stacks, lambda elements: None)
-    return stacks["fc1"], stacks["fc2"], stacks["fc3"]
+class ExpertReader:
+    """Reads this rank's columns of single experts of the checkpoint at `path` that `model` was loaded from.
+
+    Headers are read once, with the first expert.
+    """
+
+    def __init__(self, path: Path, model: Qwen3Model, random: bool) -> None:
+        self._path = path
+        self._model = model
+        self._random = random
+
+    @cached_property
+    def _files(self) -> CheckpointFiles | None:
+        return None if self._random else CheckpointFiles(self._path)
+
+    @cached_property
+    def _plan(self) -> WeightPlan:
+        names = self._files.names() if self._files else set()
+        return WeightPlan(self._model.config, self._model.parallel.layout, names)
+
+    def read(
+        self, layer: int, experts: Sequence[int], progress: Callable[[int], None] = lambda elements: None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """fc1 and fc2 [n, I, D] and fc3 [n, D, I] of `experts` of a layer, on the CPU.
+
+        Random ones are made on the model's device, where they are those that the model was loaded with.
+        `progress` is told how many elements have come. Raises CheckpointError or OSError.
+        """
+        config, parallel = self._model.config, self._model.parallel
+        _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
+        device = self._model.device if self._random else "cpu"
+        wide, tall = (len(experts), columns, config.emb_dim), (len(experts), config.emb_dim, columns)
+        stacks = {
+            name: torch.zeros(shape, dtype=self._model.dtype, device=device)
+            for name, shape in (("fc1", wide), ("fc2", wide), ("fc3", tall))
+        }
+        if experts:
+            for piece in self._plan.expert_pieces(layer, experts, parallel.coords):
+                _read(self._files, piece, stacks, progress)
+        return stacks["fc1"], stacks["fc2"], stacks["fc3"]
 
 
 def _read(

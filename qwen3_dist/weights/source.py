@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights.files import shard_files
 
+_COMMIT = re.compile("[0-9a-f]{40}")
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -18,6 +20,7 @@ def bundled_path() -> Path:
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """The directory of `model`: "" is the bundled one, then a directory, then a hub id at `revision`.
 
+    A commit that the local hub cache holds whole is taken from there, without asking the hub.
     Raises CheckpointError, in one sentence, if there is none.
     """
     if not model:
@@ -29,7 +32,33 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{model} is neither a checkpoint directory nor a hub id such as Qwen/Qwen3-0.6B"
         )
-    return _from_hub(model, revision)
+    return snapshot_of(model, revision) or _from_hub(model, revision)
+
+
+def commit_of(model: str, path: Path) -> str | None:
+    """The commit of the hub id `model` that was found at `path`; None for a model that is no hub id.
+
+    With it as revision, `resolve_model` finds the same files on every host.
+    """
+    if not model or Path(model).expanduser().is_dir():
+        return None
+    return path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else None
+
+
+def snapshot_of(model: str, revision: str | None) -> Path | None:
+    """A commit's directory in the local hub cache; None if some of its files are not there, or for a branch, which the
+    hub may have moved on."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if revision is None or not _COMMIT.fullmatch(revision):
+        return None
+    try:
+        path = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        shard_files(path)
+    except (LocalEntryNotFoundError, CheckpointError):
+        return None
+    return path if (path / "config.json").exists() else None
 
 
 def _from_hub(model: str, revision: str | None) -> Path:

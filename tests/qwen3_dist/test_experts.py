@@ -86,7 +86,9 @@ def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], qu
     old = tuple(torch.randn(4, *shape) for shape in shapes)
     new = tuple(torch.randn(len(places), *shape) for shape in shapes)
     experts = packed(old)
-    experts.replace(places, (new[0], new[1], new[2]))
+    experts.counts.copy_(torch.arange(4))
+    experts.replace(torch.tensor(places, dtype=torch.int64), experts.as_kept((new[0], new[1], new[2])))
+    assert experts.counts.tolist() == [0 if place in places else place for place in range(4)]
     mixed = tuple(stack.clone() for stack in old)
     for stack, arrived in zip(mixed, new, strict=True):
         stack[places] = arrived

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights import files as files_module
+from qwen3_dist.weights import source
 from qwen3_dist.weights.files import CheckpointFiles
-from qwen3_dist.weights.source import bundled_path, resolve_model
+from qwen3_dist.weights.source import bundled_path, commit_of, resolve_model
 from tests.checkpoints import write_checkpoint
 
 
@@ -139,3 +140,27 @@ def test_a_hub_id_is_taken_from_the_local_cache_at_its_revision(
     for model, revision in (("org/name", "v2"), ("org/other", None)):
         with pytest.raises(CheckpointError, match="not in the local hub cache"):
             resolve_model(model, revision)
+
+
+@pytest.mark.parametrize("lost", [None, "config.json", "model.safetensors"])
+def test_a_commit_that_the_cache_has_whole_is_taken_without_asking_the_hub(
+    lost: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "a" * 40
+    snapshot = write_checkpoint(tmp_path / "models--org--name" / "snapshots" / commit, moe=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    asked: list[str] = []
+
+    def ask(model: str, revision: str | None) -> Path:
+        asked.append(f"{model} at {revision}")
+        return snapshot
+
+    monkeypatch.setattr(source, "_from_hub", ask)
+    if lost is not None:
+        (snapshot / lost).unlink()
+    assert resolve_model("org/name", commit).samefile(snapshot)
+    assert asked == ([] if lost is None else [f"org/name at {commit}"])
+    resolve_model("org/name", "main")
+    assert asked[-1] == "org/name at main"  # a branch moves on
+    assert commit_of("org/name", snapshot) == commit
+    assert commit_of(str(snapshot), snapshot) is None and commit_of("", bundled_path()) is None

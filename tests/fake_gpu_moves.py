@@ -1,0 +1,75 @@
+"""A move of experts on a GPU that computes nothing: `python -m tests.fake_gpu_moves [--quantize int8]` prints where
+its host waits, as JSON, by what was done: `read` in a thread, or `move` between two steps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.compare.checkpoints import SHAPES
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine.expert_moves import Reading
+from qwen3_dist.kernels import gpu
+from qwen3_dist.model import Qwen3Model
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from tests.fake_gpu import fake_gpu
+
+
+class Reader:
+    """Gives zeros in place of a checkpoint's experts, on the CPU as they come from its files."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._wide = (config.moe_hidden_dim, config.emb_dim)
+
+    def read(
+        self, layer: int, experts: Sequence[int], progress: Callable[[int], None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        one, two = (torch.zeros(len(experts), *self._wide, dtype=torch.bfloat16) for _ in range(2))
+        return one, two, torch.zeros(len(experts), *self._wide[::-1], dtype=torch.bfloat16)
+
+
+def observe(quantize: bool) -> dict[str, list[str]]:
+    config = ModelConfig.from_dict({**SHAPES["moe"], "num_hidden_layers": 1})
+    with fake_gpu(90) as watch, torch.no_grad():
+        gpu._kernels = lambda *_: gpu.GpuKernels()
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda"):
+            model = Qwen3Model(config, ParallelContext.single()).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+        if quantize:
+            model.quantize()
+        model.pack()
+        moe = model.moe_layers[0]
+        [hosted] = moe.placement.hosted
+        placement = ExpertPlacement(((*hosted[1::-1], *hosted[2:]),))  # the first two change places
+        watch.restart()
+        reading = Reading(Reader(config), moe, 0, placement, model.device, None, None)
+        prepared = reading.prepare()
+        waits = {"read": list(watch.waits)}
+        assert all(tensor.is_cuda for tensor in prepared.tensors)
+        for tables in (moe.all_gather._here, moe.all_to_all._owner, moe.all_to_all._place):
+            tables.values = tables.values.to("cuda")  # as after a step
+        moe.experts.count_on(model.device)
+        watch.restart()
+        moe.move(prepared)
+        waits["move"] = list(watch.waits)
+        assert moe.placement == placement and watch.operators["aten.index_copy_.default"] == len(
+            prepared.kept
+        )
+    return waits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quantize")
+    json.dump(observe(parser.parse_args().quantize == "int8"), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
