@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine
-from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta, TokenLogprob
+from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta
 from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.errors import RequestError
@@ -15,7 +15,7 @@ from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import Bar, progress_bar
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
-from qwen3_dist.text.detokenizer import TextStream
+from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
 from qwen3_dist.text.tokenizer import Tokenizer, read_generation_defaults
 
@@ -193,34 +193,6 @@ class LLM:
                     self._engine.abort(str(number))
 
 
-class _Choice:
-    """One choice while it grows."""
-
-    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish_reason: str | None = None
-        self.stream = TextStream(tokenizer, params.stop, params.skip_special_tokens) if tokenizer else None
-
-    def take(self, delta: TokenDelta) -> bool:
-        """Adds a delta; True if a stop string ends the choice although the engine would go on.
-
-        Raises RequestError if it could not be given the form that was asked for.
-        """
-        if delta.error is not None:
-            raise RequestError(delta.error)
-        if self.stream is not None:
-            self.stream.push(delta.token_ids)
-            delta = delta.first(self.stream.num_taken - len(self.token_ids))
-            if delta.finish_reason is not None:
-                self.stream.finish()
-        self.token_ids.extend(delta.token_ids)
-        self.logprobs.extend(delta.logprobs)
-        stopped = self.stream is not None and self.stream.stopped
-        self.finish_reason = "stop" if stopped else delta.finish_reason
-        return stopped and delta.finish_reason is None
-
-
 class _Job:
     """One request of a batch and its choices."""
 
@@ -238,37 +210,50 @@ class _Job:
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.lora = lora
-        self._choices = [_Choice(tokenizer, params) for _ in range(params.n)]
+        self._choices = [Choice(index, params, tokenizer, Reading()) for index in range(params.n)]
+        self._deltas: list[list[ChoiceDelta]] = [[] for _ in self._choices]
+        self._has_text = tokenizer is not None
         self._reported = False
-        self._num_cached_tokens = 0
-        self._prompt_logprobs: list[TokenLogprob | None] | None = None
 
     def take(self, deltas: Iterable[TokenDelta]) -> list[int]:
-        """Adds what a step gave; returns the choices that a stop string has ended."""
+        """Adds what a step gave; returns the choices that end although the engine would go on.
+
+        Raises RequestError if one could not be given the form that was asked for.
+        """
         stopped = []
         for delta in deltas:
-            self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
-            if delta.prompt_logprobs is not None:
-                self._prompt_logprobs = list(delta.prompt_logprobs)
-            if self._choices[delta.index].take(delta):
+            if delta.error is not None:
+                raise RequestError(delta.error)
+            choice = self._choices[delta.index]
+            self._deltas[delta.index].append(choice.advance(delta))
+            if choice.done and delta.finish_reason is None:
                 stopped.append(delta.index)
         return stopped
 
     def just_finished(self) -> bool:
         """True once: the first time that all choices are finished."""
-        done = not self._reported and all(choice.finish_reason is not None for choice in self._choices)
+        done = not self._reported and all(choice.done for choice in self._choices)
         self._reported |= done
         return done
 
     def output(self) -> RequestOutput:
+        choices = [join(deltas) for deltas in self._deltas]
         outputs = []
-        for index, choice in enumerate(self._choices):
+        for choice in choices:
             assert choice.finish_reason is not None
-            text = choice.stream.text if choice.stream is not None else None
-            logprobs = choice.logprobs or (None if self.params.logprobs is None else [])
-            outputs.append(CompletionOutput(index, choice.token_ids, text, choice.finish_reason, logprobs))
+            text = choice.text if self._has_text else None
+            logprobs = list(choice.logprobs) or (None if self.params.logprobs is None else [])
+            output = CompletionOutput(
+                choice.index, list(choice.token_ids), text, choice.finish_reason, logprobs
+            )
+            outputs.append(output)
+        prompt_logprobs = choices[0].prompt_logprobs
         return RequestOutput(
-            self.prompt, self.prompt_token_ids, outputs, self._num_cached_tokens, self._prompt_logprobs
+            self.prompt,
+            self.prompt_token_ids,
+            outputs,
+            max(choice.num_cached_tokens for choice in choices),
+            None if prompt_logprobs is None else list(prompt_logprobs),
         )
 
 

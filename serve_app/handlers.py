@@ -19,9 +19,9 @@ from typing import Any
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.tool_calls import ToolCallForm
 from serve_app.answers.base import Answer, Served
-from serve_app.choices import Choice, ChoiceDelta, Reading, join
 from serve_app.pooling import pool
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qwen3_dist.text.choice import ChoiceDelta
 from qwen3_dist.text.tokenizer import Tokenizer
-from serve_app.choices import ChoiceDelta
 from serve_app.protocol.errors import error_object, to_json
 from serve_app.protocol.prompts import Prompt
 

@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Answer, Served
-from serve_app.choices import ChoiceDelta
 
 
 @dataclass(frozen=True)

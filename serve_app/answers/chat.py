@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qwen3_dist.engine.outputs import TokenLogprob
+from qwen3_dist.text.choice import ChoiceDelta
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.answers.base import Json, Served
 from serve_app.answers.openai import OpenAIAnswer, Shown, logprob
-from serve_app.choices import ChoiceDelta
 
 
 class ChatAnswer(OpenAIAnswer):

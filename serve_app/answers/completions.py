@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from qwen3_dist.engine.outputs import TokenLogprob
+from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Json, Served
 from serve_app.answers.openai import OpenAIAnswer, Shown, logprob
-from serve_app.choices import ChoiceDelta
 from serve_app.protocol.prompts import Prompt
 
 Scored = list[tuple[int, TokenLogprob | None]]  # tokens with their log-probabilities

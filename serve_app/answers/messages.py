@@ -8,9 +8,9 @@ from typing import Any
 
 import pydantic_core
 
+from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Json, Served, event
 from serve_app.answers.blocks import Block, BlockAnswer
-from serve_app.choices import ChoiceDelta
 from serve_app.protocol.errors import error_message, error_status
 
 _ERROR_TYPES = {

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen3_dist.engine.outputs import TokenLogprob
+from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import DONE, Answer, Json, Served, event
-from serve_app.choices import ChoiceDelta
 
 
 def logprob(value: float) -> float:

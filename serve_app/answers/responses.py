@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Json, Served, event
 from serve_app.answers.blocks import Block, BlockAnswer
-from serve_app.choices import ChoiceDelta
 from serve_app.protocol.errors import error_object
 
 

@@ -10,12 +10,12 @@ from qwen3_dist.engine.grammar import compile_grammar
 from qwen3_dist.engine.tool_grammar import tool_call_grammar
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS, StructuredOutputs
+from qwen3_dist.text.choice import Reading
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.tool_calls import ToolCallForm, ToolCalls, tool_call_form
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.chat import ChatAnswer
-from serve_app.choices import Reading
 from serve_app.protocol.conversation import (
     MESSAGES,
     TOOL_CHOICE,

@@ -9,9 +9,9 @@ from typing import Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.choice import Reading
 from serve_app.answers.base import Answer, Served, error_events
 from serve_app.answers.openai import Shown
-from serve_app.choices import Reading
 from serve_app.protocol.errors import error_object
 from serve_app.protocol.kinds import BOOL, TEXT, Field, Json, Record, integer, short
 from serve_app.protocol.prompts import Prompt, Texts

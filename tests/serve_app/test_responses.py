@@ -16,10 +16,10 @@ from pydantic import TypeAdapter
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.answers.base import Served
 from serve_app.answers.responses import ResponseAnswer, response_error_event
-from serve_app.choices import ChoiceDelta, join
 from serve_app.handlers import RequestHandler
 from serve_app.protocol.prompts import Prompt
 from serve_app.protocol.responses import ResponsesRequest, parse_responses

@@ -1,4 +1,4 @@
-"""One generated choice as the client sees it: token deltas of the engine in, safe text deltas out."""
+"""One generated choice as its reader sees it, offline or a client: token deltas of the engine in, safe text out."""
 
 from __future__ import annotations
 

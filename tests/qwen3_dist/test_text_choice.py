@@ -6,10 +6,10 @@ import pytest
 
 from qwen3_dist.engine.outputs import TokenDelta
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
-from serve_app.choices import Choice, ChoiceDelta, Reading, join
 
 WORDS = "<think>a b c</think>the sea and the wind"
 
