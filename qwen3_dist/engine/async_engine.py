@@ -16,6 +16,7 @@ from typing import TypeVar
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import ExpertLoad
+from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.sampling_params import SamplingParams
@@ -63,7 +64,7 @@ class AsyncEngine:
     def __init__(
         self, config: EngineConfig, show_progress: bool = False, parts_per_s: float = math.inf
     ) -> None:
-        self._engine = Engine(config, show_progress)
+        self._engine = Engine(config, show_progress, grammars_ahead=True)
         self._parts_per_s = parts_per_s
         self.config = config
         self.backends, self.collectives = self._engine.backends, self._engine.collectives
@@ -102,6 +103,8 @@ class AsyncEngine:
         self.config.lora.number(lora)
         prepare = self._engine.prepare
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
+        if setup is not None:
+            await self._await_grammar(setup)
         stream = _Stream(asyncio.get_running_loop(), unfinished=params.n)
 
         def add() -> None:
@@ -124,6 +127,17 @@ class AsyncEngine:
             if stream.unfinished:
                 self._post(lambda: self._engine.abort(request_id))
             self._post(lambda: self._streams.pop(request_id, None))
+
+    async def _await_grammar(self, setup: SamplingSetup) -> None:
+        """Waits until ranks have built the setup's grammar, while they run the steps of others."""
+
+        def build(answer: Callable[[bool | CheckpointError], None]) -> None:
+            answer(self._engine.build(setup))
+
+        pause_s = _BUSY_CHECK_S
+        while not self._engine.has_built(setup) and not await self._ask(build):
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _IDLE_CHECK_S)
 
     async def pool(
         self,

@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.expert_balance import ExpertBalance
+from qwen3_dist.engine.grammar import KEPT_GRAMMARS
 from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.make_setup import make_setup
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
@@ -49,11 +50,14 @@ class _Request:
 class Engine:
     """A loaded model that turns requests into tokens, a step at a time.
 
+    With `grammars_ahead` ranks build at start what all grammars need, for which steps would wait later.
     Raises CheckpointError, ParallelLayoutError, ConfigError or ResourceError, leaving nothing behind,
     if `config` cannot be run here.
     """
 
-    def __init__(self, config: EngineConfig, show_progress: bool = False) -> None:
+    def __init__(
+        self, config: EngineConfig, show_progress: bool = False, grammars_ahead: bool = False
+    ) -> None:
         path = resolve_model(config.model, config.revision)
         self.config = config
         self.model_path = path
@@ -70,10 +74,13 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._next_seq_id = 0
         self._num_steps = 0
+        self._built_grammars: dict[str, None] = {}  # on all ranks that need them; the oldest first
         with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(_pinned(config, path), placements, progress)
         try:
             self._use_ranks(placements, show_progress)
+            if grammars_ahead:
+                self._executor.call("prepare_grammars", tuple(self._eos_token_ids))
         except BaseException:
             self._executor.shutdown()
             raise
@@ -109,6 +116,20 @@ class Engine:
         Takes up to seconds where a form of the text is met for the first time. Raises RequestError.
         """
         return make_setup(params, self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
+
+    def has_built(self, setup: SamplingSetup | None) -> bool:
+        """Whether ranks have the setup's grammar, if it has one, so that no step waits for it; from any thread."""
+        return setup is None or setup.grammar is None or setup.grammar in self._built_grammars
+
+    def build(self, setup: SamplingSetup) -> bool:
+        """Has ranks build the setup's grammar beside the steps; whether they have it. Ask until they have."""
+        assert setup.grammar is not None
+        built = all(self._executor.call("build_grammar", setup.grammar, setup.eos_token_ids))
+        if built:
+            self._built_grammars[setup.grammar] = None
+            if len(self._built_grammars) > KEPT_GRAMMARS // 2:  # so that ranks surely have these
+                del self._built_grammars[next(iter(self._built_grammars))]
+        return built
 
     def add_request(
         self,

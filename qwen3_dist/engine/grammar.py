@@ -18,6 +18,7 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
 MOST_BYTES = 128 << 10  # of one schema, expression, grammar or list of choices
+KEPT_GRAMMARS = 64  # that a rank keeps built, at their start, where they are small
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 _TRIAL_TIMEOUT_S = 30  # it has two seconds of CPU, but maybe has to wait for them
 

@@ -5,7 +5,10 @@ Legend: V the model's vocab_size, which may be padded past the tokenizer's.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,20 +16,22 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from qwen3_dist.engine.grammar import KEPT_GRAMMARS
 from qwen3_dist.engine.grammar_trial import parser_limits
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+_log = logging.getLogger(__name__)
 _SECONDS_PER_TOKEN = 0.005  # of CPU that a sequence's grammar may take on average,
 _SECONDS_AHEAD = 0.2  # and how far it may be ahead of that
 
 
 class Grammars:
-    """Makes matchers over the vocabulary of the checkpoint at `path`.
+    """Makes matchers over the vocabulary of the checkpoint at `path`, and keeps the grammars built last.
 
-    The tokenizer's trie takes half a second to build for 151k tokens, so that and everything else
-    happens in a thread: neither constructor nor `matcher` waits.
+    A grammar takes milliseconds to build and is built in a thread. The tokenizer's trie, which all need, takes half a
+    second for 151k tokens, in which no other Python runs: `prepare` it before there are steps that would wait.
     """
 
     def __init__(self, path: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -35,14 +40,26 @@ class Grammars:
         self._eos_token_ids = list(eos_token_ids)
         self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
         self._tokenizer: Any = None
+        self._built: OrderedDict[str, Future[LLMatcher]] = OrderedDict()  # each at its start; or being built
 
     def prepare(self) -> None:
-        """Builds the trie ahead of the first matcher. It holds the interpreter, so best while a model loads."""
-        self._builder.submit(self._build_tokenizer)
+        """Builds the trie now, if there is a tokenizer and the library. What fails is told again by each matcher."""
+        if self._file.exists() and importlib.util.find_spec("llguidance") is not None:
+            problem = self._builder.submit(self._build_tokenizer).exception()
+            if problem is not None:
+                _log.warning("structured_outputs will fail: %s", problem)
+
+    def build(self, grammar: str) -> Future[LLMatcher]:
+        """`grammar`, which `compile_grammar` made, at its start; built in a thread if it is none of the last ones."""
+        building = self._built.pop(grammar, None) or self._builder.submit(self._build, grammar)
+        self._built[grammar] = building
+        if len(self._built) > KEPT_GRAMMARS:
+            self._built.popitem(last=False)
+        return building
 
     def matcher(self, grammar: str) -> Matcher:
-        """Follows `grammar`, which `compile_grammar` made, from its start."""
-        return Matcher(self._builder.submit(self._build, grammar), self._eos_token_ids)
+        """Follows `grammar` from its start."""
+        return Matcher(self.build(grammar), self._eos_token_ids)
 
     def _build_tokenizer(self) -> None:
         from llguidance import LLTokenizer
@@ -62,12 +79,13 @@ class Grammars:
 class Matcher:
     """One sequence's place in its grammar. No method raises: what went wrong is in `error`.
 
-    After an error, as at the grammar's end, EOS alone is allowed. The first call waits until the matcher is
+    After an error, as at the grammar's end, EOS alone is allowed. The first call waits until the grammar is
     built. A grammar that takes too long to follow is an error as well, since all sequences of a step wait.
     """
 
     def __init__(self, building: Future[LLMatcher], eos_token_ids: Sequence[int]) -> None:
         self._building = building
+        self._matcher: LLMatcher | None = None
         self._eos_token_ids = eos_token_ids
         self._ahead_s = 0.0
         self.error: str | None = None
@@ -99,7 +117,7 @@ class Matcher:
         if self.error is not None:
             return None
         try:
-            matcher = self._building.result()
+            matcher = self._matcher = self._matcher or self._building.result().deep_copy()
             done = do(matcher)
             if matcher.is_error():
                 self.error = str(matcher.get_error()).partition("\n")[0]

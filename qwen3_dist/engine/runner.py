@@ -107,11 +107,28 @@ class ModelRunner:
         return drawn
 
     def _new_matcher(self, setup: SamplingSetup) -> Matcher:
-        """What follows the setup's grammar; built in a thread."""
+        """What follows the setup's grammar."""
         assert setup.grammar is not None
+        return self._grammars_for(setup.eos_token_ids).matcher(setup.grammar)
+
+    def _grammars_for(self, eos_token_ids: tuple[int, ...]) -> Grammars:
         if self._grammars is None:
-            self._grammars = Grammars(self._path, self.model.config.vocab_size, setup.eos_token_ids)
-        return self._grammars.matcher(setup.grammar)
+            self._grammars = Grammars(self._path, self.model.config.vocab_size, eos_token_ids)
+        return self._grammars
+
+    @property
+    def _draws(self) -> bool:
+        """Whether this rank follows grammars, since it samples."""
+        return self._tp.rank == 0 and self._parallel.pipeline.is_last
+
+    def prepare_grammars(self, eos_token_ids: tuple[int, ...]) -> None:
+        """Builds what all grammars need, which holds up steps for up to a second."""
+        if self._draws:
+            self._grammars_for(eos_token_ids).prepare()
+
+    def build_grammar(self, grammar: str, eos_token_ids: tuple[int, ...]) -> bool:
+        """Whether the grammar is built, so that no step waits for it; if not, a thread builds it from now on."""
+        return not self._draws or self._grammars_for(eos_token_ids).build(grammar).done()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
