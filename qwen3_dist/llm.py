@@ -138,8 +138,7 @@ class LLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams, lora: str | None) -> _Job:
         token_ids = self._token_ids(prompt)
-        self._engine.check_prompt(token_ids, params)
-        self.config.lora.number(lora)
+        self._engine.check(token_ids, params, lora)
         setup = self._engine.prepare(params)
         text = prompt if isinstance(prompt, str) else None
         return _Job(text, token_ids, params, self._engine.tokenizer, lora, setup)
@@ -169,8 +168,7 @@ class LLM:
     ) -> list[list[float]]:
         engine = self._engine
         for prompt, lora in zip(prompts, adapters, strict=True):
-            engine.check_prompt(prompt, PROMPT_ONLY, pooling)
-            self.config.lora.number(lora)
+            engine.check(prompt, PROMPT_ONLY, lora, pooling)
         for number, (prompt, lora) in enumerate(zip(prompts, adapters, strict=True)):
             engine.add_request(str(number), prompt, PROMPT_ONLY, lora=lora, pooling=pooling)
         vectors: dict[int, list[float]] = {}

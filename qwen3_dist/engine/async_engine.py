@@ -99,8 +99,7 @@ class AsyncEngine:
         within a step.
         """
         self.check_health()
-        self._engine.check_prompt(prompt_token_ids, params, pooling)
-        self.config.lora.number(lora)
+        self._engine.check(prompt_token_ids, params, lora, pooling)
         prepare = self._engine.prepare
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
         if setup is not None:

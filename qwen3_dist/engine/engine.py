@@ -146,7 +146,7 @@ class Engine:
 
         Raises RequestError, changing nothing, for a prompt that cannot be run.
         """
-        room = self.check_prompt(prompt_token_ids, params, pooling)
+        room = self.check(prompt_token_ids, params, lora, pooling)
         adapter = self.config.lora.number(lora)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -176,11 +176,16 @@ class Engine:
         self._requests[request_id] = _Request(group, sequences)
         self._publish()
 
-    def check_prompt(
-        self, prompt_token_ids: list[int], params: SamplingParams, pooling: PoolingParams | None = None
+    def check(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        lora: str | None = None,
+        pooling: PoolingParams | None = None,
     ) -> int:
-        """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long, or if its
-        vector is to be longer than the model's."""
+        """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long, if its vector is
+        to be longer than the model's, or if there is no adapter `lora`."""
+        self.config.lora.number(lora)
         longest = self.model_config.emb_dim
         if pooling is not None and (pooling.dimensions or 1) > longest:
             raise RequestError(
