@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from itertools import cycle, product
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from qwen3_dist.engine.plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.scheduler import SchedulerLimits
-from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.errors import ResourceError
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.dispatch import DispatchedTokens
@@ -198,19 +197,19 @@ def warm_up_experts(experts: Experts, choices: int, like: Tensor) -> None:
 
 @contextlib.contextmanager
 def explained_failures(device: torch.device, shapes: StepShapes) -> Iterator[None]:
-    """Failures of steps before a rank is ready, as one sentence that says what to change."""
+    """Too little memory and kernels that fail, before a rank is ready, as one sentence that says what to change."""
     try:
         yield
-    except (QwenDistError, dist.DistError):  # another rank failed, and says why
-        raise
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"a step of {shapes.max_tokens} tokens and {shapes.max_num_seqs} sequences does not fit beside the KV "
             "cache; lower gpu_memory_utilization, max_num_batched_tokens or max_num_seqs, or use more ranks"
         ) from error
     except Exception as error:
+        if not (type(error).__module__.startswith("triton") or "Triton Error" in str(error)):
+            raise  # another rank's failure, for example, which comes as a broken connection
         reason = " ".join(str(error).split())[:500]
         raise ResourceError(
-            f"{torch.cuda.get_device_name(device)} cannot run this model's steps as they are: "
-            f"{type(error).__name__}: {reason}; try another dtype or quantize, or another card"
+            f"{torch.cuda.get_device_name(device)} does not run a Triton kernel in the shapes of this model: "
+            f"{type(error).__name__}: {reason}; try another dtype, quantize or layout, or another card"
         ) from error

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from triton.runtime.errors import OutOfResources
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan
@@ -141,19 +142,22 @@ def test_a_step_that_does_not_fit_says_what_to_lower() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_kernel_that_fails_on_a_ranks_own_shapes_is_named_with_the_card(
+def test_a_kernel_that_fails_on_a_ranks_own_shapes_is_told_with_the_card(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a small card")
     with (
         pytest.raises(
-            ResourceError, match="a small card cannot run .*: RuntimeError: out of resource: shared memory"
+            ResourceError, match="a small card does not run a Triton kernel .*: out of resource: shared"
         ),
         explained_failures(torch.device("cuda"), SHAPES),
     ):
-        raise RuntimeError("out of resource:\nshared memory")
+        raise OutOfResources(120_000, 101_376, "shared memory")
 
 
-def test_errors_that_already_say_what_to_change_stay_as_they_are() -> None:
-    with pytest.raises(ConfigError, match="as it is"), explained_failures(torch.device("cuda"), SHAPES):
-        raise ConfigError("as it is")
+@pytest.mark.parametrize(
+    "error", [ConfigError("as it is"), RuntimeError("connection reset by peer, as it is")]
+)
+def test_other_errors_stay_as_they_are(error: Exception) -> None:
+    with pytest.raises(type(error), match="as it is"), explained_failures(torch.device("cuda"), SHAPES):
+        raise error
