@@ -91,6 +91,9 @@ def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any
         "executor": "in_process" if world == 1 else "processes",
         "step_timeout_s": 60.0,
         "start_timeout_s": 90.0,
+        # A GPU rank runs steps of all sizes before it is ready, and compiles what they need.
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 512,
     }
     if setting.on_gpu and world > torch.cuda.device_count():
         own["share_gpus"] = True

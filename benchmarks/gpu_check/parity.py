@@ -67,7 +67,7 @@ def parity(
     **settings: Any,
 ) -> Figures:
     """One run of the small model against its reference. Raises CheckFailed."""
-    settings = {"num_blocks": 128, "max_model_len": 1024, "max_num_seqs": 32, **settings}
+    settings = {"num_blocks": 128, "max_model_len": 1024, **settings}
     path, reference = small_checkpoint(kind, setting), small_reference(kind, setting)
     with running(setting, path, layout, **settings) as engine:
         made = generate(engine, prompts, length, every)
@@ -131,7 +131,7 @@ def _long(setting: Setting, kind: str, layout: str, **settings: Any) -> PlannedC
             length=8,
             max_model_len=tokens + 64,
             num_blocks=tokens // 16 + 32,
-            **settings,
+            **{"max_num_batched_tokens": tokens, **settings},
         ),
         15,
     )

@@ -120,7 +120,7 @@ class _OneEngine:
         if self._engine is None:
             on_gpu = self.setting.on_gpu
             limits: dict[str, Any] = {"max_model_len": 8448 if on_gpu else 1024}
-            limits["max_num_seqs"] = 256 if on_gpu else 4
+            limits |= {"max_num_seqs": 256 if on_gpu else 4, "max_num_batched_tokens": None}
             own = {"load_format": "random", "prefix_caching": False, **limits, **self._settings}
             try:
                 self._engine = self._open.enter_context(running(self.setting, self._model, **own))
