@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def serve(
             speculative=Speculation.parse(f"ngram,k={guesses}") if guesses else None,
         )
         began = time.process_time()
-        runner = ModelRunner(rank, BLOCKS, settings, MAX_SEQS)
+        runner = ModelRunner(rank, BLOCKS, settings, MAX_SEQS, path=Path())
         runner.warm_up()
         ready = dict(compiles.compiled)
         print(f"ready after {time.process_time() - began:.1f} s", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_sizes_are_the_powers_of_2_and_the_largest(largest: int, sizes: list[int
 
 def runner_of(model: Qwen3Model) -> ModelRunner:
     config = EngineConfig(model="", block_size=4, max_model_len=16, max_num_batched_tokens=24)
-    runner = ModelRunner(model, BLOCKS, config, SEQS)
+    runner = ModelRunner(model, BLOCKS, config, SEQS, path=Path())
     runner._shapes = replace(runner._shapes, spare_block=BLOCKS - 1)  # a CPU rank has none beyond its own
     return runner
 
