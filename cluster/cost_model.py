@@ -17,7 +17,8 @@ from cluster.hardware import Cluster, Device
 from cluster.memory import ITEM_BYTES, kv_bytes_per_token
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.layout import Layout, chosen_share, prefers_all_to_all
+from qwen3_dist.expert_exchange import capacity, chosen_share, prefers_all_to_all
+from qwen3_dist.layout import Layout
 from qwen3_dist.step_memory import step_bytes
 
 EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
@@ -72,6 +73,7 @@ class CostModel:
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
         self._weight_bytes = weight_bytes or item
+        self._device_kind = "cpu" if cluster.shared_host else "cuda"
         self._products = products_of(device, self._weight_bytes)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
         self._attention_s = 1 / (device.flops_per_s * device.attention_efficiency)  # per operation
@@ -126,7 +128,8 @@ class CostModel:
     def activation_bytes(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
         """Most bytes of a step on one rank beside weights and cache."""
         config, layout = self.config, self.layout
-        by_all_to_all = prefers_all_to_all(layout, config, max_num_batched_tokens * layout.dp)
+        tokens = max_num_batched_tokens * layout.dp
+        by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self._device_kind)
         return step_bytes(config, layout, max_num_batched_tokens, max_num_seqs, self._item, by_all_to_all)
 
     def kv_bytes_per_token(self) -> float:
@@ -231,9 +234,11 @@ class CostModel:
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
         layout, config = self.layout, self.config
-        if prefers_all_to_all(layout, config, tokens * layout.dp):
+        if prefers_all_to_all(layout, config, tokens * layout.dp, device=self._device_kind):
             own = tokens / layout.tp
             sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
+            if self._device_kind == "cuda":  # which sends all slots, empty ones too
+                sent = layout.ep * capacity(layout, config, ceil(own) * layout.etp)
             row = config.emb_dim * self._item
             routing = 8 * config.num_experts_per_tok  # id and weight, fp32
             dispatch = self._ep.all_to_all(sent * (row + routing)) + self._ep.all_to_all(sent * row)

@@ -10,14 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from math import comb
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ParallelLayoutError
 
 _AXES = ("tp", "dp", "pp", "ep")
-ALL_TO_ALL_FROM = 512  # tokens of a step
-_SENT_TO_ALMOST_ALL = 0.95  # share of ranks; 8 of 64 experts evenly chosen lie on 99.6% of 2 ranks, 91% of 4
 
 
 @dataclass(frozen=True)
@@ -118,27 +115,6 @@ class RankCoords:
     tp_rank: int
     ep_rank: int
     etp_rank: int
-
-
-def prefers_all_to_all(layout: Layout, config: ModelConfig, tokens: float, fp8: bool = False) -> bool:
-    """Whether a step of `tokens`, of all dp groups together, reaches its experts sooner by all-to-all.
-
-    By all-gather every rank has every token. All-to-all sends them where their experts are, which is less unless
-    that is almost everywhere and they travel as wide, and without padding dp groups to the largest, but costs more
-    for few.
-    """
-    if not config.num_experts or layout.stage_size == 1 or tokens < ALL_TO_ALL_FROM:
-        return False
-    here = -(-config.num_experts // layout.ep)
-    sent = chosen_share(config.num_experts, config.num_experts_per_tok, here)
-    return layout.dp > 1 or fp8 or sent < _SENT_TO_ALMOST_ALL
-
-
-def chosen_share(experts: int, chosen: int, here: int) -> float:
-    """Chance that one of a token's `chosen` experts, each as likely, is among `here` of all."""
-    if experts - here < chosen:
-        return 1.0
-    return 1 - comb(experts - here, chosen) / comb(experts, chosen)
 
 
 def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:

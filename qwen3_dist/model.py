@@ -26,6 +26,7 @@ from qwen3_dist.layers.vocabulary import VocabParallelEmbedding, VocabParallelHe
 from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.expert_placement import ExpertPlacement, Placements, even_placements
+from qwen3_dist.parallel.send_plan import OverflowFlag
 
 
 class Qwen3Model(nn.Module):
@@ -40,12 +41,14 @@ class Qwen3Model(nn.Module):
         self.config = config
         self.parallel = parallel
         placements = placements or even_placements(config, parallel.ep.size)
+        self._overflow = OverflowFlag()
         stage, tied = parallel.pipeline, config.tie_word_embeddings
         if stage.is_first or (stage.is_last and tied):
             self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp)
         layers = parallel.layout.layers_of(stage.stage, config.n_layers)
         self.blocks = nn.ModuleList(
-            TransformerBlock(config, layer, parallel, placements.get(layer)) for layer in layers
+            TransformerBlock(config, layer, parallel, placements.get(layer), self._overflow)
+            for layer in layers
         )
         if stage.is_last:
             self.final_norm = make_norm(config, config.emb_dim)
@@ -67,8 +70,20 @@ class Qwen3Model(nn.Module):
         if not tokens:
             self._take_part(batch)
             return None, None
-        x = self.tok_emb(batch.token_ids) if stage.is_first else stage.receive(tokens, self.like)
-        if batch.padding is not None and self.parallel.dp.size > 1:
+        x, logits = self.stage(batch, cache, None if stage.is_first else stage.receive(tokens, self.like))
+        if not stage.is_last:
+            stage.send(x)
+            return None, None
+        return x, logits
+
+    def stage(
+        self, batch: StepBatch, cache: list[LayerCache], arrived: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What this stage makes of the step's tokens, of the last stage those that are read [R, D], and what `forward`
+        returns. `arrived` [T, D] is what the stage before sent, None on the first."""
+        stage = self.parallel.pipeline
+        x = self.tok_emb(batch.token_ids) if arrived is None else arrived
+        if batch.padding is not None and self.parallel.dp.size > 1 and not batch.all_to_all:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
         cos, sin = self._rope.rows(batch.positions, max(batch.host_context_lens), x.dtype)
         batches = self._batches(batch)
@@ -79,8 +94,7 @@ class Qwen3Model(nn.Module):
             for block, layer_cache, part in zip(self._blocks, cache, batches, strict=True):
                 x = block(x, cos, sin, layer_cache, part)
         if not stage.is_last:
-            stage.send(x)
-            return None, None
+            return x, None
         if own_logits is not None:
             return x, self.out_head.gathered(own_logits)
         return x, self.logits(x[batch.read.logits_rows])
@@ -118,6 +132,11 @@ class Qwen3Model(nn.Module):
         """Rows [L, D] of the last block's -> [L, vocab_size] on tp rank 0, None on others. All ranks of the stage call
         it."""
         return self.out_head(self.final_norm(x))
+
+    def take_overflow(self) -> Tensor:
+        """[1] fp32, more than 0 if some exchange of experts' rows since the last call did not fit its capacity on some
+        rank of this stage, so that what steps made is void. All ranks of the stage call it."""
+        return self._overflow.take(self.parallel.tp, self.parallel.dp)
 
     def _take_part(self, batch: StepBatch) -> None:
         """What a dp group without tokens does: its ranks' share of the experts' work for the others."""
@@ -191,7 +210,12 @@ class TransformerBlock(nn.Module):
     """Attention and feed-forward with their residuals; x [T, D] is the same on every tp rank."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, parallel: ParallelContext, placement: ExpertPlacement | None
+        self,
+        config: ModelConfig,
+        layer: int,
+        parallel: ParallelContext,
+        placement: ExpertPlacement | None,
+        overflow: OverflowFlag | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -201,7 +225,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = make_norm(config, config.emb_dim)
         self.ff: FeedForward | MoEFeedForward
         if placement is not None:
-            self.ff = MoEFeedForward(config, parallel, placement)
+            self.ff = MoEFeedForward(config, parallel, placement, overflow)
         else:
             _, columns = padded_range(config.hidden_dim, parallel.tp.size, parallel.tp.rank)
             self.ff = FeedForward(config.emb_dim, columns)
@@ -230,7 +254,7 @@ class TransformerBlock(nn.Module):
         padding = chunk * self._tp.size - total
         own = F.pad(x[rows.start : rows.stop], (0, 0, 0, chunk - len(rows)))
         own = own + self._tp.reduce_scatter(F.pad(attended, (0, 0, 0, padding)))
-        own = own + moe.dispatched(self.norm2(own), len(rows), batch)
+        own = own + moe.dispatched(self.norm2(own), rows, batch)
         return self._tp.all_gather(own)[:total]
 
 

@@ -9,6 +9,7 @@ Legend: T tokens of a step, D emb_dim, H heads, G KV groups, d head_dim, I hidde
 from __future__ import annotations
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.expert_exchange import capacity
 from qwen3_dist.layout import Layout
 
 SCORED_ROWS = 128  # of a prompt's logits that are held at once
@@ -66,8 +67,11 @@ def rows_of_slice(choices: int, groups: int = 1) -> int:
 def _expert_rows(config: ModelConfig, layout: Layout, tokens: int, all_to_all: bool) -> tuple[int, int]:
     """Most rows that a rank's experts take at once, however tokens choose, and how many copies of them there are
     beside those of the rank's own tokens."""
-    if all_to_all:  # packed, as they arrive, apart, summed, and back
-        return -(-tokens // layout.tp) * layout.stage_size, 5
+    if (
+        all_to_all
+    ):  # packed twice, as they arrive, apart, summed, and back; an `exact` step's fit in their place
+        own = -(-tokens // layout.tp) * layout.etp
+        return layout.ep * capacity(layout, config, own), 6
     if layout.dp == 1:
         return tokens, 1
     # Of all groups, normed, without padding, summed, and in their places again.

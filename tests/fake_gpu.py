@@ -207,7 +207,13 @@ def connected(layout: str, stage: int) -> ParallelContext:
 
 
 def observe(
-    model: str, card: int, quantize: str | None, dtype: torch.dtype, layout: str, stage: int
+    model: str,
+    card: int,
+    quantize: str | None,
+    dtype: torch.dtype,
+    layout: str,
+    stage: int,
+    dispatch: str,
 ) -> dict[str, dict[str, Any]]:
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
@@ -301,9 +307,11 @@ def observe(
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
             sizes = EngineConfig(model="", block_size=1, max_num_batched_tokens=TOKENS, max_num_seqs=DRAWS)
-            blocks = count_blocks(replace(sizes, quantize=quantize or "none"), built, MemoryShare())
+            sizes = replace(sizes, quantize=quantize or "none", moe_dispatch=dispatch)
+            blocks = count_blocks(sizes, built, MemoryShare())
         for graphs in (True, False):
             settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=TOKENS)
+            settings = replace(settings, moe_dispatch=dispatch)
             with phase("start" if graphs else "start without graphs"):
                 runner = ModelRunner(built, 64, settings, DRAWS if not graphs else 4, path=Path())
             ending = "" if graphs else " without graphs"
@@ -315,7 +323,8 @@ def observe(
             with phase(name):
                 runner.launch(asked)
     cache = blocks * kv_cache.block_bytes(built, 1)
-    phases["start"] |= {"weights_bytes": weights, "cache_bytes": cache}
+    drawn_here = built.parallel.pipeline.is_last
+    phases["start"] |= {"weights_bytes": weights, "cache_bytes": cache, "draws": len(drawn) * drawn_here}
     return phases
 
 
@@ -331,6 +340,7 @@ def main() -> None:
     parser.add_argument("--quantize")
     parser.add_argument("--layout", default="tp=1")
     parser.add_argument("--stage", type=int, default=0)
+    parser.add_argument("--dispatch", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     phases = observe(
@@ -340,6 +350,7 @@ def main() -> None:
         getattr(torch, options.dtype),
         options.layout,
         options.stage,
+        options.dispatch,
     )
     json.dump(phases, sys.stdout, indent=1)
 

@@ -68,28 +68,42 @@ class ModelRunner:
         in_single_tokens = self._graphs is not None and plan.decodes_only
         batch = self._dispatched(self._inputs.batch(plan, in_single_tokens), plan.exact)
         readings = None
-        if self._graphs is not None and self._graphs.takes(batch):
+        if self._graphs is not None and self._graphs.takes(batch, plan.exact):
             logits = self._graphs.run(batch)
         else:
             hidden, logits = self.model.hidden_and_logits(batch, self._cache)
             if hidden is not None and any(part.reading is not None for part in plan.sequences):
                 readings = Readings(self.model, hidden, plan.as_read.sequences)
+        overflow = self.model.take_overflow() if self._may_overflow(batch, plan.exact) else None
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
         drawn = self._draw(plan, logits)
-        return None if logits is None or drawn is None else StepOutput(plan.step, logits, drawn, readings)
+        if logits is None or drawn is None:
+            return None
+        return StepOutput(plan.step, logits, drawn, readings, overflow)
+
+    def _may_overflow(self, batch: StepBatch, exact: bool) -> bool:
+        """Whether experts' rows of the step may not have fitted; the same on all ranks of a stage."""
+        if exact or not self._parallel.dispatch.by_capacity or self._parallel.layout.pp > 1:
+            return False
+        if self._graphs is not None and self._graphs.takes(batch, exact):
+            return self._graphs.goes_all_to_all(batch)
+        return batch.all_to_all or batch.read.all_to_all
 
     def _dispatched(self, batch: StepBatch, exact: bool) -> StepBatch:
         """The batch with how its experts' rows travel; `exact` asks for the way without a capacity."""
         ending, tokens = batch.ending, sum(batch.group_tokens)
         if ending is not None:
             ending = replace(ending, batch=self._dispatched(ending.batch, exact))
-        by_all_to_all = not exact and uses_all_to_all(
-            self._config, self._parallel.layout, self.model.config, tokens
-        )
+        by_all_to_all = not exact and self._by_all_to_all(tokens)
         if ending is None and not by_all_to_all:
             return batch
         return replace(batch, all_to_all=by_all_to_all, ending=ending)
+
+    def _by_all_to_all(self, tokens: int) -> bool:
+        """Whether experts' rows go by all-to-all in a step of so many tokens, of all dp groups together."""
+        model, layout = self.model.config, self._parallel.layout
+        return uses_all_to_all(self._config, layout, model, tokens, self._device.type)
 
     def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
         """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""
@@ -183,7 +197,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _make_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(self.model, self._cache, self._shapes.max_draws, self._inputs.tables)
+        rows, tables = self._shapes.max_draws, self._inputs.tables
+        return DecodeGraphs(self.model, self._cache, rows, tables, self._by_all_to_all)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""
@@ -194,17 +209,26 @@ class ModelRunner:
 class StepOutput:
     """A launched step's tokens and readings, on their way to the host."""
 
-    def __init__(self, step: int, logits: Tensor, sampled: Sampled, readings: Readings | None) -> None:
+    def __init__(
+        self,
+        step: int,
+        logits: Tensor,
+        sampled: Sampled,
+        readings: Readings | None,
+        overflow: Tensor | None = None,
+    ) -> None:
+        """`overflow` [1] is more than 0 if the step is void."""
         self._step = step
         self._readings = readings
         self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
         self._errors = tuple(sampled.errors.items())
-        self._tokens = ToHost(sampled.tokens)
+        self._tokens = ToHost(sampled.tokens, *([] if overflow is None else [overflow]))
 
     def result(self) -> StepResult:
         """Waits for the device."""
-        (tokens,) = self._tokens.arrived()  # and what was sent before them
+        tokens, *overflow = self._tokens.arrived()  # and what was sent before them
         readings = self._readings.on_host() if self._readings is not None else ()
+        overflowed = any(flag.item() > 0 for flag in overflow)
         return StepResult(
-            self._step, tuple(tokens.tolist()), self._logprobs.on_host(), self._errors, readings
+            self._step, tuple(tokens.tolist()), self._logprobs.on_host(), self._errors, readings, overflowed
         )

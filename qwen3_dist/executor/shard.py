@@ -92,5 +92,5 @@ def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits
     draws = limits.max_num_seqs * (1 + guesses)
     tokens = max(limits.max_num_batched_tokens, draws)
     layout, widens = model.parallel.layout, config.quantize == "int8"
-    by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp)
+    by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp, model.device.type)
     return step_bytes(model.config, layout, tokens, draws, model.dtype.itemsize, by_all_to_all, widens)

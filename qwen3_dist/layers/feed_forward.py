@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.expert_exchange import capacity
 from qwen3_dist.kernels import Half, Kernels, gpu_kernels_for
 from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layers.experts import Experts, swiglu
@@ -23,6 +25,7 @@ from qwen3_dist.layout import padded_range
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.parallel.send_plan import OverflowFlag
 from qwen3_dist.step_memory import rows_of_slice
 from qwen3_dist.transfer import on_device
 
@@ -79,7 +82,14 @@ class MoEFeedForward(nn.Module):
 
     fused: Half | None = None  # the form for few tokens and the norm before it, once they are one
 
-    def __init__(self, config: ModelConfig, parallel: ParallelContext, placement: ExpertPlacement) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelContext,
+        placement: ExpertPlacement,
+        overflow: OverflowFlag | None = None,
+    ) -> None:
+        """`overflow` learns where rows did not fit the capacity of an exchange."""
         super().__init__()
         self.placement = placement
         self._ep_rank = parallel.ep.rank
@@ -88,7 +98,10 @@ class MoEFeedForward(nn.Module):
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
-        self.all_to_all = AllToAllDispatcher(parallel.ep, parallel.etp, placement, parallel.dispatch.fp8)
+        fits = partial(capacity, parallel.layout, config) if parallel.dispatch.by_capacity else None
+        self.all_to_all = AllToAllDispatcher(
+            parallel.ep, parallel.etp, placement, parallel.dispatch.fp8, fits, overflow
+        )
         self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
         self._dp = parallel.dp
         self._tp_size = parallel.tp.size
@@ -194,8 +207,8 @@ class MoEFeedForward(nn.Module):
         members = (norm.scale, self.gate.weight, *stacks, *scales, *tables, *sizes)
         self.fused = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
 
-    def dispatched(self, x: Tensor, num_real: int, batch: StepBatch) -> Tensor:
-        """The form for many: x [N, D] of this rank's own tokens, padding from row `num_real` on -> [N, D].
+    def dispatched(self, x: Tensor, own_rows: range, batch: StepBatch) -> Tensor:
+        """The form for many: x [N, D] of this rank's tokens, `own_rows` of the group's and padding after -> [N, D].
 
         Where that gains, in two halves: one's rows travel while the other's experts compute.
         """
@@ -203,13 +216,19 @@ class MoEFeedForward(nn.Module):
         if self._levels:
             x = F.pad(x, (0, 0, 0, level - own))
         expert_ids, weights = self.route(x)
-        expert_ids[num_real:] = -1
+        expert_ids[len(own_rows) :] = -1
+        if batch.padding is not None:
+            padding = batch.padding[own_rows.start : own_rows.stop, None]
+            expert_ids[: len(own_rows)].masked_fill_(padding, -1)
         halves = 2 if self.all_to_all.overlaps and level >= self._overlap_from else 1
-        parts = zip(*(each.tensor_split(halves) for each in (x, expert_ids, weights)), strict=True)
-        sums = []
-        for arriving in [self.all_to_all.start_dispatch(*part) for part in parts]:
-            received, handle = arriving()
-            sums.append(self.all_to_all.start_combine(self.experts(received), handle))
+        parts = zip(
+            x.tensor_split(halves), expert_ids.tensor_split(halves), weights.tensor_split(halves), strict=True
+        )
+        sums, most_rows = [], -(-level // halves)
+        started = [self.all_to_all.start_dispatch(*part, most_rows) for part in parts]
+        for arriving in started:
+            received, plan = arriving()
+            sums.append(self.all_to_all.start_combine(self.experts(received), plan))
         return torch.cat([finish() for finish in sums])[:own]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

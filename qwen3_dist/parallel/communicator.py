@@ -70,6 +70,12 @@ class Communicator(ABC):
         received = self.all_to_all(x, send_counts, recv_counts)
         return lambda: received
 
+    def start_even_all_to_all(self, x: Tensor) -> Callable[[], Tensor]:
+        """Sends x [n * C, ...], the same number of rows to each rank -> [n * C, ...], in rank order. In two halves."""
+        counts = [x.shape[0] // self.size] * self.size
+        arriving = self.start_all_to_all(x, counts, counts)
+        return lambda: arriving()[0]
+
     def in_kernel(self, kernel: Callable[[int, int], int]) -> bool:
         """Has `kernel` make all-reduces of the group by itself, if it can; says whether it could.
 

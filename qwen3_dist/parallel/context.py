@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -80,6 +80,8 @@ class ParallelContext:
                 mine[members] = StagedCommunicator(communicator, device) if wrapped else communicator
         tp, dp, ep, etp = (mine[members] for members in _groups_of(layout, rank))
         at, stage_size = layout.coords(rank), layout.stage_size
+        if dispatch.by_capacity is None:
+            dispatch = replace(dispatch, by_capacity=device.type == "cuda")
         pipeline = Pipeline(at.stage, layout.pp, rank - stage_size, rank + stage_size, host=staged)
         return cls(layout, at, tp, dp, ep, etp, pipeline, staged, dispatch)
 

@@ -7,10 +7,11 @@ ranks got is added up by one reduction. Nothing waits for the host. All-to-all, 
         ── all-to-all ──▶ experts (this rank's columns): weighted sum per received row ──▶
         all-to-all back ── sum per token ── reduce-scatter over etp
 
+How many rows go where is counted, or a fixed capacity (`send_plan.py`).
 The etp ranks hold other columns of the same experts, so all of them need the token and their partial
 results add up; where etp is 1 both etp steps vanish. A token whose experts share a rank travels once.
 
-Legend: T tokens of the step, N tokens of this rank, K experts per token, M rows sent, R rows received, D emb_dim.
+Legend: T tokens of the step, N tokens of this rank, K experts per token, R rows received, D emb_dim.
 """
 
 from __future__ import annotations
@@ -23,28 +24,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.layout import Layout, prefers_all_to_all
+from qwen3_dist.expert_exchange import prefers_all_to_all
+from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.parallel.send_plan import CountedRows, OverflowFlag, SendPlan, SlottedRows
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.transfer import on_device
 
 FP8_BLOCK = 128  # numbers that share a scale
 
 
-def uses_all_to_all(settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int) -> bool:
-    """Whether a step of so many tokens, of all dp groups together, goes by all-to-all."""
+def uses_all_to_all(
+    settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int, device: str
+) -> bool:
+    """Whether a step of so many tokens, of all dp groups together, goes by all-to-all on a "cpu" or "cuda"."""
     if settings.moe_dispatch == "auto":
-        return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8")
+        return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8", device)
     return settings.moe_dispatch == "all_to_all"
 
 
 @dataclass(frozen=True)
 class DispatchOptions:
-    """How all-to-all works: with rows as fp8, and from how many tokens of a rank on in two overlapping halves."""
+    """How all-to-all works: with rows as fp8, from how many tokens of a rank on in two overlapping halves, and whether
+    each rank sends as many rows as fit a capacity, which a GPU does without its host, or counts them."""
 
     fp8: bool = False
     overlap_from: int = 1024
+    by_capacity: bool | None = None  # None: on GPUs
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,6 @@ class DispatchedTokens:
     tokens: Tensor  # [R, D]
     expert_ids: Tensor  # [R, K] int64, place of each row's experts in this rank's stack; -1: elsewhere
     weights: Tensor  # [R, K] fp32 routing weights
-
-
-@dataclass(frozen=True)
-class DispatchHandle:
-    """What `combine` needs to undo one `dispatch`; made once, used once, never changed."""
-
-    sent_rows: Tensor | None  # [M] which (gathered) token each sent row is a copy of; None: nothing was sent
-    send_counts: list[int]  # rows sent to each ep rank
-    recv_counts: list[int]  # rows received from each ep rank
-    num_tokens: int  # tokens after the etp all-gather
 
 
 class _Table:
@@ -76,7 +73,7 @@ class _Table:
     def __getitem__(self, expert_ids: Tensor) -> Tensor:
         """The value of each id [N, K], -1 where the id is -1."""
         if self.values.device != expert_ids.device:
-            self.values = self.values.to(expert_ids.device)
+            self.values = on_device(self.values, self.values.dtype, expert_ids.device)
         if len(self.values) == 1:
             return self.values[0][expert_ids]
         rows = torch.arange(len(expert_ids), device=expert_ids.device) % len(self.values)
@@ -111,10 +108,19 @@ class AllToAllDispatcher:
     """Each rank sends every other only the tokens it needs. Holds no state of any step."""
 
     def __init__(
-        self, ep: Communicator, etp: Communicator, placement: ExpertPlacement, fp8: bool = False
+        self,
+        ep: Communicator,
+        etp: Communicator,
+        placement: ExpertPlacement,
+        fp8: bool = False,
+        capacity: Callable[[int], int] | None = None,
+        overflow: OverflowFlag | None = None,
     ) -> None:
+        """`capacity` says how many of a rank's rows, given the most of any, have room to each ep rank, and `overflow`
+        learns where they had not; without it rows are counted."""
         self._ep = ep
         self._etp = etp
+        self._capacity, self._overflow = capacity, overflow or OverflowFlag()
         self._owner, self._place = _Table(placement.owners), _Table(placement.places)
         self._fp8 = fp8
 
@@ -128,64 +134,61 @@ class AllToAllDispatcher:
         return self._ep.overlaps and (self._etp.size == 1 or not self._ep.excludes_others)
 
     def dispatch(
-        self, x: Tensor, expert_ids: Tensor, weights: Tensor
-    ) -> tuple[DispatchedTokens, DispatchHandle]:
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, most_rows: int | None = None
+    ) -> tuple[DispatchedTokens, SendPlan | None]:
         """Sends x [N, D] to the experts [N, K] of its rows; an id of -1 goes nowhere.
 
-        N must be equal on the ranks of one etp group, and may be 0 or differ on others. Rows travel with
-        their routing, in one exchange.
+        N must be equal on the ranks of one etp group, and may be 0 or differ on others. `most_rows`, if the dispatcher
+        has a capacity, is the largest N of all ranks. Rows travel with their routing, in one exchange.
         """
-        return self.start_dispatch(x, expert_ids, weights)()
+        return self.start_dispatch(x, expert_ids, weights, most_rows)()
 
-    def combine(self, expert_out: Tensor, handle: DispatchHandle) -> Tensor:
+    def combine(self, expert_out: Tensor, plan: SendPlan | None) -> Tensor:
         """Brings the received rows' sums [R, D] home and adds them up -> [N, D]. Sums are taken in fp32."""
-        return self.start_combine(expert_out, handle)()
+        return self.start_combine(expert_out, plan)()
 
     def start_dispatch(
-        self, x: Tensor, expert_ids: Tensor, weights: Tensor
-    ) -> Callable[[], tuple[DispatchedTokens, DispatchHandle]]:
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, most_rows: int | None = None
+    ) -> Callable[[], tuple[DispatchedTokens, SendPlan | None]]:
         """`dispatch` in two halves: what this returns waits for the rows."""
         x, expert_ids, weights = self._gather_columns(x, expert_ids, weights)
         owners, places = self._owner[expert_ids], self._place[expert_ids]
         if self._ep.size == 1:
-            everything = DispatchedTokens(x, places, weights), DispatchHandle(None, [], [], x.shape[0])
+            everything = DispatchedTokens(x, places, weights), None
             return lambda: everything
-        ranks = torch.arange(self._ep.size, device=x.device)
-        wanted = (owners[None] == ranks[:, None, None]).any(dim=-1)  # [ep, N]
-        destinations, sent_rows = wanted.nonzero(as_tuple=True)
-        send_counts = wanted.sum(dim=1).tolist()
-        elsewhere = owners[sent_rows] != destinations[:, None]
-        local_ids = places[sent_rows].masked_fill(elsewhere, -1)
-        rows = list(to_fp8(x[sent_rows])) if self._fp8 else [x[sent_rows]]
-        parts = [*rows, local_ids.int(), weights[sent_rows]]
-        arriving = self._ep.start_all_to_all(torch.cat([_bytes(p) for p in parts], dim=1), send_counts)
+        parts = [*(to_fp8(x) if self._fp8 else [x]), weights]
+        rows = torch.cat([_bytes(part) for part in parts], dim=1)
+        plan: SendPlan
+        if self._capacity is None:
+            plan = CountedRows(owners, self._ep.size)
+        else:
+            assert most_rows is not None
+            capacity = self._capacity(most_rows * self._etp.size)
+            plan = SlottedRows(owners, self._ep.size, capacity, self._overflow)
+            # An empty slot is a copy of one more row, which goes to no expert.
+            rows = F.pad(rows, (0, 0, 0, 1))
+            owners, places = (F.pad(part, (0, 0, 0, 1), value=-1) for part in (owners, places))
+        sent = plan.sent_rows
+        local_ids = places[sent].masked_fill(owners[sent] != plan.destinations[:, None], -1).int()
+        arriving = plan.start(self._ep, torch.cat([rows[sent], _bytes(local_ids)], dim=1))
+        parts.append(local_ids)
 
-        def finish() -> tuple[DispatchedTokens, DispatchHandle]:
-            received, recv_counts = arriving()
-            pieces = received.split([_row_bytes(part) for part in parts], dim=1)
-            *rows, local_ids, weights = (
+        def finish() -> tuple[DispatchedTokens, SendPlan | None]:
+            pieces = arriving().split([_row_bytes(part) for part in parts], dim=1)
+            *rows, weights, local_ids = (
                 piece.contiguous().view(part.dtype) for piece, part in zip(pieces, parts, strict=True)
             )
             tokens = from_fp8(rows[0], rows[1], x.dtype) if self._fp8 else rows[0]
-            handle = DispatchHandle(sent_rows, send_counts, recv_counts, x.shape[0])
-            return DispatchedTokens(tokens, local_ids.long(), weights), handle
+            return DispatchedTokens(tokens, local_ids.long(), weights), plan
 
         return finish
 
-    def start_combine(self, expert_out: Tensor, handle: DispatchHandle) -> Callable[[], Tensor]:
+    def start_combine(self, expert_out: Tensor, plan: SendPlan | None) -> Callable[[], Tensor]:
         """`combine` in two halves: what this returns waits for the sums."""
-        if handle.sent_rows is None:
+        if plan is None:
             return lambda: self._etp.reduce_scatter(expert_out)
-        sent_rows = handle.sent_rows
-        returning = self._ep.start_all_to_all(expert_out, handle.recv_counts, handle.send_counts)
-
-        def finish() -> Tensor:
-            returned, _ = returning()
-            out = expert_out.new_zeros(handle.num_tokens, expert_out.shape[1], dtype=torch.float32)
-            out.index_add_(0, sent_rows, returned.float())
-            return self._etp.reduce_scatter(out.to(expert_out.dtype))
-
-        return finish
+        returning = plan.start_back(self._ep, expert_out)
+        return lambda: self._etp.reduce_scatter(returning())
 
     def _gather_columns(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor

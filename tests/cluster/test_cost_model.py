@@ -18,7 +18,8 @@ from cluster.memory import kv_bytes_per_token, rank_parameters
 from cluster.official import find_config, official_configs
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
-from qwen3_dist.layout import ALL_TO_ALL_FROM, Layout, valid_layouts
+from qwen3_dist.expert_exchange import CPU_ALL_TO_ALL_FROM, capacity, prefers_all_to_all
+from qwen3_dist.layout import Layout, valid_layouts
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 ONE_DECODE = StepShape(1, 10, 0, 0, 1)
@@ -93,13 +94,25 @@ def test_dp_groups_share_the_experts_and_gather_their_tokens() -> None:
 
 
 def test_large_steps_go_by_all_to_all_to_the_ranks_that_host_a_tokens_experts() -> None:
-    model = CostModel(MOE, Layout(tp=2, ep=2), PLAIN)
-    few = model.step_parts(StepShape(0, 0, ALL_TO_ALL_FROM - 1, 0, 1))
+    host = replace(PLAIN, shared_host=True, num_devices=PLAIN.devices_per_node)
+    model = CostModel(MOE, Layout(tp=2, ep=2), host)
+    few = model.step_parts(StepShape(0, 0, CPU_ALL_TO_ALL_FROM - 1, 0, 1))
     many = model.step_parts(StepShape(0, 0, 600, 0, 1))
     assert "dispatch" not in few and "dispatch" in many
     # 300 tokens a rank x 2 ranks x (1 - C(2,2) / C(4,2)) = 500 rows, half of them to the other rank:
     # 216 bytes there (with ids and weights), 200 back, 1 µs each way; two layers.
     assert many["dispatch"] == pytest.approx(2 * (1 + 54.0 + 1 + 50.0) * 1e-6)
+
+
+def test_gpus_send_all_slots_of_an_exchange() -> None:
+    moe = replace(MOE, num_experts=128, num_experts_per_tok=8, emb_dim=4096)
+    layout, of_group = Layout(dp=16, ep=16), 4096
+    model = CostModel(moe, layout, replace(PLAIN, num_devices=16, devices_per_node=16))
+    assert prefers_all_to_all(layout, moe, 16 * of_group, device="cuda")
+    found = model.step_parts(StepShape(0, 0, of_group, 0, 1))["dispatch"]
+    # To each of 15 other ranks, there (with ids and weights) and back, 1 µs each way; two layers.
+    slots = capacity(layout, moe, of_group)
+    assert found == pytest.approx(2 * (2e-6 + 15 * slots * (2 * 4096 * 2 + 8 * 8) / 1e9))
 
 
 def test_the_busiest_rank_waits_for_nobody() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from qwen3_dist.parallel.dispatch import (
     uses_all_to_all,
 )
 from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.parallel.send_plan import OverflowFlag
 from qwen3_dist.settings import EngineConfig
 from tests.batches import random_batch
 from tests.checkpoints import DENSE, MOE
@@ -93,18 +96,19 @@ def placements(ep: int) -> list[ExpertPlacement]:
 def check_dispatch(parallel: ParallelContext) -> None:
     rank = parallel.coords.rank
     routings: list[Routing] = [scattered, crowded, padding_only]
-    for placement in placements(parallel.ep.size):
+    for placement, by_capacity in product(placements(parallel.ep.size), (False, True)):
         hosted = placement.hosted[parallel.ep.rank]
-        dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement)
+        dispatcher = dispatcher_of(parallel, placement, all_fit if by_capacity else None)
         for routing in routings:
             for rows in (1, 5):
                 x, (ids, weights) = tokens_of(rank, rows), routing(rank, rows)
-                received, handle = dispatcher.dispatch(x, ids, weights)
+                received, handle = dispatcher.dispatch(x, ids, weights, most_rows=5)
                 # Each etp rank computes a share of the columns; together the shares make the expert.
                 combined = dispatcher.combine(answers(received, hosted) / parallel.etp.size, handle)
                 assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
                 if (
                     routing is crowded
+                    and not by_capacity
                     and parallel.ep.size > 1
                     and placement == placements(parallel.ep.size)[0]
                 ):
@@ -113,15 +117,77 @@ def check_dispatch(parallel: ParallelContext) -> None:
                     assert len(received.tokens) == (everybodys if set(hosted) & {0, 1, 2} else 0)
 
 
+def all_fit(rows: int) -> int:
+    return rows
+
+
+def dispatcher_of(
+    parallel: ParallelContext, placement: ExpertPlacement, capacity: Callable[[int], int] | None, **more: Any
+) -> AllToAllDispatcher:
+    return AllToAllDispatcher(parallel.ep, parallel.etp, placement, capacity=capacity, **more)
+
+
 def check_fp8(parallel: ParallelContext) -> None:
     placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
-    dispatcher = AllToAllDispatcher(parallel.ep, parallel.etp, placement, fp8=True)
-    x, (ids, weights) = tokens_of(parallel.coords.rank, 5), scattered(parallel.coords.rank, 5)
-    received, handle = dispatcher.dispatch(x, ids, weights)
+    for capacity in (None, all_fit):
+        dispatcher = dispatcher_of(parallel, placement, capacity, fp8=True)
+        x, (ids, weights) = tokens_of(parallel.coords.rank, 5), scattered(parallel.coords.rank, 5)
+        received, handle = dispatcher.dispatch(x, ids, weights, most_rows=5)
+        combined = dispatcher.combine(answers(received, placement.hosted[parallel.ep.rank]), handle)
+        rounded = from_fp8(*to_fp8(x), x.dtype)
+        assert torch.allclose(combined, expected(rounded, ids, weights), atol=1e-5)
+        assert not torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
+
+
+def check_overflow(parallel: ParallelContext) -> None:
+    """Rank 0 alone has more rows for one rank than fit: every rank learns of it, once."""
+    placement, flag = ExpertPlacement.even(EXPERTS, parallel.ep.size), OverflowFlag()
+    rank, groups = parallel.coords.rank, (parallel.tp, parallel.dp)
+    two_fit = dispatcher_of(parallel, placement, lambda rows: 2 * parallel.etp.size, overflow=flag)
+
+    def combined(routing: Routing) -> tuple[Tensor, Tensor]:
+        x, (ids, weights) = tokens_of(rank, 6), routing(rank, 6)
+        if rank:
+            ids[2:] = -1
+        received, handle = two_fit.dispatch(x, ids, weights, most_rows=6)
+        mine = answers(received, placement.hosted[parallel.ep.rank]) / parallel.etp.size
+        return two_fit.combine(mine, handle), expected(x, ids, weights)
+
+    combined(crowded)
+    assert flag.take(*groups).item() > 0
+    assert flag.take(*groups).item() == 0
+
+    def few(rank: int, rows: int) -> tuple[Tensor, Tensor]:
+        ids, weights = scattered(rank, rows)
+        ids[2:] = -1
+        return ids, weights
+
+    got, wanted = combined(few)
+    assert flag.take(*groups).item() == 0
+    assert torch.allclose(got, wanted, atol=1e-5)
+    if parallel.etp.size == 1:  # ranks that fit theirs have right sums even then
+        got, wanted = combined(crowded)
+        flag.take(*groups)
+        assert torch.allclose(got, wanted, atol=1e-5) is (rank > 0)
+
+
+@pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=2,dp=2,ep=4", "tp=4,ep=2", "dp=2,ep=2"])
+def test_rows_beyond_the_capacity_are_flagged_on_every_rank(layout: str) -> None:
+    run_ranks(check_overflow, layout)
+
+
+def test_a_token_of_nan_stays_alone_in_an_exchange_by_capacity() -> None:
+    run_ranks(check_nan, "tp=2,ep=2")
+
+
+def check_nan(parallel: ParallelContext) -> None:
+    placement = ExpertPlacement.even(EXPERTS, parallel.ep.size)
+    dispatcher = dispatcher_of(parallel, placement, all_fit)
+    x, (ids, weights) = tokens_of(parallel.coords.rank, 5), crowded(parallel.coords.rank, 5)
+    x[0] = torch.nan
+    received, handle = dispatcher.dispatch(x, ids, weights, most_rows=5)
     combined = dispatcher.combine(answers(received, placement.hosted[parallel.ep.rank]), handle)
-    rounded = from_fp8(*to_fp8(x), x.dtype)
-    assert torch.allclose(combined, expected(rounded, ids, weights), atol=1e-5)
-    assert not torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
+    assert combined[0].isnan().all() and not combined[1:].isnan().any()
 
 
 def check_all_gather(parallel: ParallelContext) -> None:
@@ -158,7 +224,7 @@ def test_large_steps_go_by_all_to_all_unless_the_setting_decides(
         {**DENSE, **MOE, "model_type": "qwen3_moe", "num_experts": 64, "num_experts_per_tok": 8}
     )
     chosen = EngineConfig(model="", **settings)  # type: ignore[arg-type]
-    assert uses_all_to_all(chosen, Layout.parse(layout), shape, tokens) is wanted
+    assert uses_all_to_all(chosen, Layout.parse(layout), shape, tokens, "cpu") is wanted
 
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=2", "tp=4,ep=4", "tp=4,ep=2", "tp=2", "tp=2,dp=2,ep=4"])
@@ -215,7 +281,7 @@ def check_overlapping_layer(parallel: ParallelContext) -> None:
     batch = replace(random_batch((9,), (9,), 4), token_ids=torch.arange(18), group_tokens=(18,))
     x = torch.randn(9, config.emb_dim, generator=torch.Generator().manual_seed(parallel.ep.rank))
     with torch.inference_mode():
-        halves, whole = (layer.dispatched(x, 9, batch) for layer in layers)
+        halves, whole = (layer.dispatched(x, range(9), batch) for layer in layers)
     torch.testing.assert_close(halves, whole, atol=1e-5, rtol=1e-5)
 
 

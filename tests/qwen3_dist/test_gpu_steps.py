@@ -24,6 +24,12 @@ WAYS = {
     "moe-int8": ["moe", "--quantize", "int8"],
     "moe-fp32": ["moe", "--dtype", "float32"],
     "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
+    "moe-tp8": ["moe", "--layout", "tp=8"],
+    "moe-wide": ["moe", "--layout", "dp=8,ep=8"],
+    "moe-wide-all-to-all": ["moe", "--layout", "dp=8,ep=8", "--dispatch", "all_to_all"],
+    "moe-mixed-all-to-all": ["moe", "--layout", "tp=4,dp=2,ep=4", "--dispatch", "all_to_all"],  # etp=2
+    "moe-first-stage": ["moe", "--layout", "pp=2"],
+    "moe-last-stage": ["moe", "--layout", "pp=2", "--stage", "1"],
 }
 
 
@@ -39,6 +45,8 @@ def phases(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout)
     assert isinstance(seen, dict)
+    by_all_to_all = "aten.scatter_.src" in seen["decodes without graphs"]["operators"]  # of rows into slots
+    assert by_all_to_all is ("all-to-all" in request.param)
     return seen
 
 
@@ -69,13 +77,14 @@ def test_decodes_are_one_graph(phases: dict[str, dict[str, Any]]) -> None:
 def test_a_draw_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
     """Of three rows, each drawn in a way of its own, one with log-probabilities; plain torch takes 100 for two."""
     assert launches(phases["sampled"]) - launches(phases["decodes"]) < 45
-    assert phases["sampled"]["kernels"]["_draw"] == 3
+    assert phases["sampled"]["kernels"].get("_draw", 0) == phases["start"]["draws"]
 
 
 def test_a_block_is_few_launches(phases: dict[str, dict[str, Any]]) -> None:
-    """Those of plain torch are four times as many."""
+    """Those of plain torch are four times as many. All-to-all takes fifty more to find slots, pack and unpack rows."""
     phase = phases["decodes without graphs"]
-    assert launches(phase) - launches(phases["decodes"]) < 26 * LAYERS
+    most = 90 if "aten.scatter_.src" in phase["operators"] else 26
+    assert launches(phase) - launches(phases["decodes"]) < most * LAYERS
     assert {"_norm", "_rotate", "_attend"} <= set(phase["kernels"])
 
 

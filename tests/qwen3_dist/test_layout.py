@@ -8,7 +8,8 @@ import pytest
 
 from qwen3_dist import Layout, ModelConfig
 from qwen3_dist.errors import ParallelLayoutError
-from qwen3_dist.layout import even_ranges, padded_range, prefers_all_to_all, valid_layouts
+from qwen3_dist.expert_exchange import bytes_saved, capacity, prefers_all_to_all
+from qwen3_dist.layout import even_ranges, padded_range, valid_layouts
 from qwen3_dist.parallel.context import _groups_of
 
 SHAPE = {"vocab_size": 99, "emb_dim": 64, "n_layers": 4, "n_kv_groups": 2, "head_dim": 16, "hidden_dim": 96}
@@ -119,3 +120,34 @@ def test_large_steps_go_by_all_to_all_unless_tokens_are_wanted_almost_everywhere
     config = replace(MOE, num_experts=64, num_experts_per_tok=8)
     assert prefers_all_to_all(Layout.parse(layout), config, tokens) is wanted
     assert not prefers_all_to_all(Layout.parse(layout), DENSE, tokens)
+
+
+QWEN3_235B = replace(MOE, emb_dim=4096, num_experts=128, num_experts_per_tok=8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "wanted"),
+    [
+        ("tp=8,ep=8", 8192, False),  # 91% of the rows would go to every rank
+        ("dp=8,ep=8", 8 * 256, False),  # decodes: too few
+        ("dp=8,ep=8", 8 * 16384, True),
+        ("dp=64,ep=64", 64 * 16, False),
+        ("dp=64,ep=64", 64 * 128, True),  # decodes, in a graph
+        ("tp=4", 8192, False),
+        ("tp=1", 8192, False),
+    ],
+)
+def test_gpus_take_all_to_all_where_fewer_bytes_make_up_for_its_launches(
+    layout: str, tokens: int, wanted: bool
+) -> None:
+    parsed = Layout.parse(layout)
+    assert prefers_all_to_all(parsed, QWEN3_235B, tokens, device="cuda") is wanted
+    if parsed.ep > 1:  # half as many bytes there
+        assert bytes_saved(parsed, QWEN3_235B, tokens, fp8=True) > bytes_saved(parsed, QWEN3_235B, tokens)
+
+
+def test_all_rows_have_room_where_an_overflow_could_not_be_told() -> None:
+    assert capacity(Layout(dp=64, ep=64, pp=2), QWEN3_235B, 1000) == 1000
+    assert 250 < capacity(Layout(dp=64, ep=64), QWEN3_235B, 1000) < 320  # 8 of 128, and 2 of a rank's, twice
+    for rows in (0, 1, 2, 3, 17):
+        assert capacity(Layout(dp=64, ep=64), QWEN3_235B, rows) <= rows

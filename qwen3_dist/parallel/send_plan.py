@@ -1,0 +1,134 @@
+"""Which rows all-to-all sends where: as many as are wanted, or in a fixed number of slots.
+
+Counts are exact, but the host must read them before it can send: right for CPUs. With slots every rank sends every
+other `capacity` rows, empty ones included, so that nothing waits for the host and a CUDA graph can hold it; rows
+beyond are left out, and a flag on the device says so.
+
+Legend: N rows of this rank, K experts of a row, n ep ranks, C capacity, M rows sent, R rows received, D emb_dim.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.parallel.communicator import Communicator
+from qwen3_dist.transfer import on_device
+
+
+class OverflowFlag:
+    """Whether an exchange of the step has left rows out; shared by a rank's MoE layers."""
+
+    def __init__(self) -> None:
+        # [1] fp32, which every communicator adds up; on the device where it was last used, never on meta.
+        self._left_out = torch.zeros(1, device="cpu")
+
+    def add(self, left_out: Tensor) -> None:
+        """Takes note of one exchange's flag, a bool on the device."""
+        if self._left_out.device != left_out.device:
+            self._left_out = on_device(self._left_out, self._left_out.dtype, left_out.device)
+        self._left_out += left_out
+
+    def take(self, *groups: Communicator) -> Tensor:
+        """[1] fp32, more than 0 if any rank of the `groups` left rows out since the last call. All of them call it."""
+        total = self._left_out.clone()
+        self._left_out.zero_()
+        for group in groups:
+            total = group.all_reduce(total)
+        return total
+
+
+class SendPlan(ABC):
+    """One dispatch's rows to other ranks and back; made once, used once."""
+
+    sent_rows: Tensor  # [M] int64, the row that each sent one is a copy of; N: an empty slot
+    destinations: Tensor  # [M] int64, the ep rank to which it goes
+
+    @abstractmethod
+    def start(self, ep: Communicator, rows: Tensor) -> Callable[[], Tensor]:
+        """Sends rows [M, bytes]; what this returns waits for those received [R, bytes]."""
+
+    @abstractmethod
+    def start_back(self, ep: Communicator, sums: Tensor) -> Callable[[], Tensor]:
+        """Returns the received rows' sums [R, D]; what this returns waits for the sum of each row's [N, D]."""
+
+
+class CountedRows(SendPlan):
+    """As many rows as are wanted."""
+
+    def __init__(self, owners: Tensor, size: int) -> None:
+        """owners [N, K]: the ep rank, of `size`, that each row goes to for each of its experts; -1: none."""
+        self._num_rows = len(owners)
+        wanted = wanted_by(owners, size)
+        self.destinations, self.sent_rows = wanted.nonzero(as_tuple=True)
+        self._send_counts: list[int] = wanted.sum(dim=1).tolist()
+        self._recv_counts: list[int] = []
+
+    def start(self, ep: Communicator, rows: Tensor) -> Callable[[], Tensor]:
+        arriving = ep.start_all_to_all(rows, self._send_counts)
+
+        def finish() -> Tensor:
+            received, self._recv_counts = arriving()
+            return received
+
+        return finish
+
+    def start_back(self, ep: Communicator, sums: Tensor) -> Callable[[], Tensor]:
+        returning = ep.start_all_to_all(sums, self._recv_counts, self._send_counts)
+
+        def finish() -> Tensor:
+            returned, _ = returning()
+            out = sums.new_zeros(self._num_rows, sums.shape[1], dtype=torch.float32)
+            return out.index_add_(0, self.sent_rows, returned.float()).to(sums.dtype)
+
+        return finish
+
+
+class SlottedRows(SendPlan):
+    """`capacity` rows to every rank, the first that want it."""
+
+    def __init__(self, owners: Tensor, size: int, capacity: int, overflow: OverflowFlag) -> None:
+        """owners [N, K] as for `CountedRows`. `capacity` must be equal on all ranks."""
+        num_rows, device = len(owners), owners.device
+        wanted = wanted_by(owners, size)
+        places = wanted.cumsum(dim=1) - 1  # [n, N] of each row among those for a rank
+        if capacity < num_rows:
+            overflow.add((wanted & (places >= capacity)).any())
+        ranks, nowhere = torch.arange(size, device=device), size * capacity
+        slots = (ranks[:, None] * capacity + places).masked_fill(~wanted | (places >= capacity), nowhere)
+        rows = torch.arange(num_rows, device=device).repeat(size)
+        filled = torch.full((nowhere + 1,), num_rows, device=device).scatter_(0, slots.flatten(), rows)
+        self.sent_rows = filled[:-1]
+        self.destinations = ranks.repeat_interleave(capacity, output_size=nowhere)
+        # A row's sum is over the ranks that it went to: the slot of each of its choices, once a rank. What does not
+        # count is read where the first choice's sum lies, lest another row's NaN be multiplied by 0.
+        self._slots = slots.t().gather(1, owners.clamp(min=0))
+        counts = (self._slots < nowhere) & (owners >= 0) & ~repeats(owners)
+        self._slots = torch.where(counts, self._slots, self._slots[:, :1].clamp(max=nowhere - 1))
+        self._counts = counts
+
+    def start(self, ep: Communicator, rows: Tensor) -> Callable[[], Tensor]:
+        return ep.start_even_all_to_all(rows)
+
+    def start_back(self, ep: Communicator, sums: Tensor) -> Callable[[], Tensor]:
+        returning = ep.start_even_all_to_all(sums)
+        # embedding_bag adds rows up in fp32, in one order.
+        return lambda: F.embedding_bag(
+            self._slots, returning(), mode="sum", per_sample_weights=self._counts.to(sums.dtype)
+        )
+
+
+def wanted_by(owners: Tensor, size: int) -> Tensor:
+    """[n, N] bool: which rows each ep rank gets."""
+    ranks = torch.arange(size, device=owners.device)
+    return (owners[None] == ranks[:, None, None]).any(dim=-1)
+
+
+def repeats(owners: Tensor) -> Tensor:
+    """[N, K] bool: whether an earlier choice of the row has the owner too."""
+    same: Tensor = owners[:, :, None] == owners[:, None, :]
+    return same.tril(diagonal=-1).any(dim=-1)
