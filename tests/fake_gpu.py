@@ -192,7 +192,7 @@ def _address(x: Tensor) -> int:
     return (1 << 20) + x.storage_offset() * x.element_size()
 
 
-def connected(layout: str, stage: int) -> ParallelContext:
+def connected(layout: str, stage: int = 0) -> ParallelContext:
     """The first rank of a layout's `stage`; the other ranks are not there, and answer at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -207,13 +207,7 @@ def connected(layout: str, stage: int) -> ParallelContext:
 
 
 def observe(
-    model: str,
-    card: int,
-    quantize: str | None,
-    dtype: torch.dtype,
-    layout: str,
-    stage: int,
-    dispatch: str,
+    model: str, card: int, quantize: str | None, dtype: str, layout: str, stage: int, dispatch: str
 ) -> dict[str, dict[str, Any]]:
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
@@ -302,7 +296,7 @@ def observe(
                 "bytes": watch.peak_bytes - held,
             }
 
-        built = built_model(config, dtype, connected(layout, stage), quantize)
+        built = built_model(config, getattr(torch, dtype), connected(layout, stage), quantize)
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
@@ -343,15 +337,7 @@ def main() -> None:
     parser.add_argument("--dispatch", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    phases = observe(
-        options.model,
-        options.card,
-        options.quantize,
-        getattr(torch, options.dtype),
-        options.layout,
-        options.stage,
-        options.dispatch,
-    )
+    phases = observe(**vars(options))
     json.dump(phases, sys.stdout, indent=1)
 
 

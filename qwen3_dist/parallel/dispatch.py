@@ -202,6 +202,8 @@ class AllToAllDispatcher:
 
 def _bytes(x: Tensor) -> Tensor:
     """[M, n] -> [M, bytes of a row]."""
+    if not len(x):  # whose strides torch does not view so
+        return x.new_empty(0, _row_bytes(x), dtype=torch.uint8)
     return x.contiguous().view(torch.uint8)
 
 
@@ -218,7 +220,7 @@ def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     blocks = -(-dim // FP8_BLOCK)
     runs = F.pad(x.float(), (0, blocks * FP8_BLOCK - dim)).view(rows, blocks, FP8_BLOCK)
     scales = runs.abs().amax(dim=-1).clamp_(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-    numbers = (runs / scales[..., None]).view(rows, -1)[:, :dim].to(torch.float8_e4m3fn)
+    numbers = (runs / scales[..., None]).flatten(1)[:, :dim].to(torch.float8_e4m3fn)
     return numbers, scales
 
 

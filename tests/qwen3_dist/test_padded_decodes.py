@@ -48,7 +48,7 @@ def make_runner(parallel: ParallelContext, **settings: str) -> ModelRunner:
     path = bundled_path()
     model = load_model(path, ModelConfig.from_directory(path), parallel, torch.float32, CPU)
     config = EngineConfig(model=str(path), max_model_len=64, **settings)  # type: ignore[arg-type]
-    return ModelRunner(model, 32, config, max_num_seqs=4)
+    return ModelRunner(model, 32, config, max_num_seqs=4, path=path)
 
 
 def alone(group: int) -> list[StepResult | None]:
