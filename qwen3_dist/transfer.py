@@ -35,6 +35,10 @@ class ToHost:
         if self._sent is not None:
             self._sent.record()
 
+    def ready(self) -> bool:
+        """Whether `arrived` would not wait."""
+        return self._sent is None or self._sent.query()
+
     def arrived(self) -> list[Tensor]:
         if self._sent is not None:
             self._sent.synchronize()

@@ -200,6 +200,10 @@ class ModelRunner:
         rows, tables = self._shapes.max_draws, self._inputs.tables
         return DecodeGraphs(self.model, self._cache, rows, tables, self._by_all_to_all)
 
+    def close(self) -> None:
+        """Drops the CUDA graphs: NCCL does not give up a communicator that a graph has captured."""
+        self._graphs = None
+
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""
         output = self.launch(plan)
@@ -223,6 +227,10 @@ class StepOutput:
         self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
         self._errors = tuple(sampled.errors.items())
         self._tokens = ToHost(sampled.tokens, *([] if overflow is None else [overflow]))
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._tokens.ready()
 
     def result(self) -> StepResult:
         """Waits for the device."""

@@ -8,11 +8,14 @@ before anything it says is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import pickle
+import select
 import socket
 import struct
 import time
+from collections import deque
 from typing import Any
 
 _HEADER = struct.Struct("!Q")
@@ -26,6 +29,7 @@ class Channel:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._socket = sock
+        self._unsent: deque[memoryview] = deque()
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -43,6 +47,48 @@ class Channel:
             self._socket.sendall(packed)
         except OSError as error:
             raise EOFError(f"the peer closed the connection ({error})") from None
+
+    def post(self, packed: bytes) -> bool:
+        """Sends what the socket takes without waiting, and keeps the rest for `flush`; whether all was sent."""
+        self._unsent.append(memoryview(packed))
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Sends more of what was posted, without waiting; whether nothing is left."""
+        while self._unsent:
+            try:
+                sent = self._socket.send(self._unsent[0], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                self._unsent.clear()
+                raise EOFError(f"the peer closed the connection ({error})") from None
+            self._unsent[0] = self._unsent[0][sent:]
+            if not self._unsent[0]:
+                self._unsent.popleft()
+        return True
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    def readable(self) -> bool:
+        """Whether a message, or the end of the connection, has begun to arrive."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def wait_until_closed(self, timeout_s: float) -> None:
+        """Throws away what the peer still sends until it closes the connection, at most for `timeout_s`.
+
+        A socket that is closed with unread data loses what was sent last.
+        """
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(OSError):
+            while (left := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv(1 << 16):
+                    return
 
     def receive(self, timeout_s: float | None = None) -> Any:
         """The next message. A message once begun is waited for as long as one not begun."""
@@ -87,6 +133,9 @@ class ChannelListener:
         self._secret = secret
         self._socket = socket.create_server((host, 0), family=_family(host))
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def accept(self, timeout_s: float) -> Channel | None:
         """The next peer that knows the secret, or None if none called in time."""

@@ -19,12 +19,25 @@ import torch
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.executor.cards import local_device
+from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.rank_group import Launcher
 from qwen3_dist.settings import EngineConfig
 
 _ANSWER_S = 120.0  # a fresh interpreter imports torch from a cold disk
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MOST_WORDS = 1 << 12  # bytes; a pipe takes them at once
+_NURSERY = """
+import sys
+from multiprocessing.connection import Connection
+
+pipe = Connection(int(sys.argv[1]))
+try:
+    from qwen3_dist.executor.processes import serve_nursery
+except BaseException as error:
+    pipe.send((False, f"{type(error).__name__}: {error}"))
+    raise
+serve_nursery(pipe)
+"""
 
 T = TypeVar("T")
 _shared: Nursery | None = None
@@ -40,7 +53,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
-        command = [sys.executable, "-m", "qwen3_dist.executor.processes", str(theirs.fileno())]
+        command = [sys.executable, "-c", _NURSERY, str(theirs.fileno())]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
         self._asking = threading.Lock()
@@ -48,6 +61,10 @@ class Nursery:
     def launch(self, function: Callable[[T], None], arguments: list[T]) -> list[int]:
         """Forks a process for each argument, which calls a module's function with it; their ids."""
         return self._ask("launch", [(function, argument) for argument in arguments])
+
+    def last_words(self, pids: list[int]) -> list[str]:
+        """The exception that ended each process, in a line; "" if none did."""
+        return self._ask("last_words", pids)
 
     def exit_codes(self, pids: list[int]) -> list[int | None]:
         """How each process ended: its exit code, a signal's number negated, None while it runs."""
@@ -65,12 +82,14 @@ class Nursery:
     def _ask(self, what: str, about: list[Any]) -> Any:
         try:
             with self._asking:
-                self._pipe.send((what, about))
-                if self._pipe.poll(_ANSWER_S):
-                    return self._pipe.recv()
+                with contextlib.suppress(BrokenPipeError):  # its last word may still be there
+                    self._pipe.send((what, about))
+                answered, answer = self._pipe.recv() if self._pipe.poll(_ANSWER_S) else (False, "it hangs")
         except (EOFError, OSError):
-            pass
-        raise ResourceError("the process that starts ranks has ended or hangs")
+            answered, answer = False, "it has ended"
+        if not answered:
+            raise ResourceError(f"the process that starts ranks cannot: {answer}")
+        return answer
 
 
 class ProcessLauncher(Launcher):
@@ -93,10 +112,13 @@ class ProcessLauncher(Launcher):
         assert self._nursery is not None
         try:
             codes = self._nursery.exit_codes(self._pids)
+            words = self._nursery.last_words(self._pids)
         except ResourceError as error:
             return str(error)
-        ended = [f"process of rank {rank} ended with code {code}" for rank, code in enumerate(codes) if code]
-        return ended[0] if ended else None
+        for rank, (code, word) in enumerate(zip(codes, words, strict=True)):
+            if code:
+                return f"rank {rank}: {word or f'its process ended with code {code}'}"
+        return None
 
     def stop(self) -> None:
         nursery, self._nursery = self._nursery, None
@@ -137,52 +159,85 @@ class _Nurse:
 
     def __init__(self) -> None:
         self._codes: dict[int, int | None] = {}
+        self._pipes: dict[int, int] = {}  # into which each process that runs will say what ends it
+        self._words: dict[int, str] = {}
 
     def serve(self, pipe: Connection) -> None:
         """Answers `Nursery` until its owner is gone."""
         while True:
-            what, about = pipe.recv()
-            pipe.send(getattr(self, what)(about))
+            try:
+                what, about = pipe.recv()
+                answer = True, getattr(self, what)(about)
+            except EOFError:
+                return
+            except Exception as error:  # noqa: BLE001 - as of a module that cannot be imported here
+                answer = False, _in_a_line(error)
+            pipe.send(answer)
 
     def launch(self, calls: list[tuple[Callable[[Any], None], Any]]) -> list[int]:
-        pids = [_fork(*call) for call in calls]
-        self._codes.update(dict.fromkeys(pids))
-        return pids
+        children = dict(_fork(*call) for call in calls)
+        self._codes.update(dict.fromkeys(children))
+        self._pipes.update(children)
+        return list(children)
+
+    def last_words(self, pids: list[int]) -> list[str]:
+        return [self._words.get(pid, "") for pid in pids]
 
     def exit_codes(self, pids: list[int]) -> list[int | None]:
         for pid in pids:
             if self._codes[pid] is None:
                 ended, status = os.waitpid(pid, os.WNOHANG)
-                self._codes[pid] = os.waitstatus_to_exitcode(status) if ended else None
+                if ended:
+                    self._bury(pid, status)
         return [self._codes[pid] for pid in pids]
 
     def end(self, pids: list[int]) -> None:
         for pid in pids:
-            if self._codes.pop(pid) is None:
+            if self._codes[pid] is None:
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                self._bury(pid, os.waitpid(pid, 0)[1])
+            del self._codes[pid]
+            self._words.pop(pid, None)
+
+    def _bury(self, pid: int, status: int) -> None:
+        """Keeps how a process ended."""
+        self._codes[pid] = os.waitstatus_to_exitcode(status)
+        pipe = self._pipes.pop(pid)
+        with contextlib.suppress(BlockingIOError):  # a process of its own may hold the other end
+            self._words[pid] = os.read(pipe, _MOST_WORDS).decode(errors="replace")
+        os.close(pipe)
 
 
-def _fork(function: Callable[[Any], None], argument: Any) -> int:
+def _fork(function: Callable[[Any], None], argument: Any) -> tuple[int, int]:
+    """The id of a process that calls `function`, and where it leaves its last words."""
     nurse = os.getpid()
+    words, leave = os.pipe()
     pid = os.fork()
     if pid:
-        return pid
+        os.close(leave)
+        os.set_blocking(words, False)
+        return pid, words
     code = 1
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == nurse:
             function(argument)
             code = 0
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        os.write(leave, _in_a_line(error).encode()[:_MOST_WORDS])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-if __name__ == "__main__":
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def serve_nursery(pipe: Connection) -> None:
+    """The life of a nursery's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
-    with contextlib.suppress(EOFError, OSError):
-        _Nurse().serve(Connection(int(sys.argv[1])))
+    with contextlib.suppress(OSError):
+        _Nurse().serve(pipe)

@@ -12,10 +12,8 @@ import logging
 import secrets
 import selectors
 import time
-from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import IntEnum
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
@@ -23,6 +21,8 @@ from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.executor.base import Executor, RankPlace
 from qwen3_dist.executor.cards import use_of_cards
 from qwen3_dist.executor.channel import Channel, ChannelListener, pack
+from qwen3_dist.executor.connections import RankConnections, RankLostError, names
+from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import (
     Answer,
     Call,
@@ -34,38 +34,13 @@ from qwen3_dist.executor.messages import (
     Ready,
     Start,
 )
-from qwen3_dist.executor.rank import rank_main
 from qwen3_dist.parallel.expert_placement import Placements
-from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
 
 _log = logging.getLogger(__name__)
-_ROOT_CAUSE_WAIT_S = 1.0  # how long the other ranks may take to say what really happened
 _STOP_WAIT_S = 3.0
-
-
-class Launcher(ABC):
-    """Starts one process per `RankSpec` and can end them all."""
-
-    host: str
-    """Address of the engine's host by which the ranks reach it."""
-    device: str
-    """Where the ranks run: "cpu" or "cuda"."""
-    main: Callable[[RankSpec], None] = staticmethod(rank_main)
-    """A module's function that each started process calls with its spec."""
-
-    @abstractmethod
-    def launch(self, specs: list[RankSpec]) -> None:
-        """Starts every rank. Raises ResourceError if they have no room."""
-
-    @abstractmethod
-    def exit_reason(self) -> str | None:
-        """Why a rank's process has ended, if one has, as far as the launcher can tell."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """Ends every process and frees its place. May be called more than once."""
+_HELLO_S = 30.0  # from a rank's first byte to the end of its first message
 
 
 class RankGroupExecutor(Executor):
@@ -83,8 +58,7 @@ class RankGroupExecutor(Executor):
         self._placements = placements or {}
         self._launcher = launcher
         self._deadline = time.monotonic() + config.start_timeout_s
-        self._selector = selectors.DefaultSelector()
-        self._channels: dict[int, Channel] = {}
+        self._ranks = RankConnections(launcher.exit_reason)
         self._submitted: deque[Sequence[StepPlan]] = deque()
         self._results: list[deque[StepResult]] = [deque() for _ in range(config.layout.dp)]
         self._death: QwenDistError | None = None
@@ -99,9 +73,8 @@ class RankGroupExecutor(Executor):
     def submit(self, plans: Sequence[StepPlan]) -> None:
         self._raise_if_dead()
         packed = [pack(plan) for plan in plans]
-        with self._losing_ranks():
-            for rank, channel in self._channels.items():
-                channel.send_packed(packed[self._config.layout.coords(rank).group])
+        for rank in self._ranks.ranks:
+            self._ranks.post(rank, packed[self._config.layout.coords(rank).group])
         self._submitted.append(plans)
 
     def collect(self) -> list[StepResult | None]:
@@ -109,9 +82,18 @@ class RankGroupExecutor(Executor):
         plans = self._submitted.popleft()
         deadline = time.monotonic() + self._config.step_timeout_s
         answering = [bool(plan.sequences) for plan in plans]
+
+        def awaited() -> str:
+            layout = self._config.layout
+            first = (
+                layout.pp - 1
+            ) * layout.stage_size  # of the last stage, whose first rank of each group answers
+            groups = [g for g in range(layout.dp) if answering[g] and not self._results[g]]
+            return self._late([first + group * layout.tp for group in groups], f"answer step {plans[0].step}")
+
         with self._losing_ranks():
             while not all(map(bool, itertools.compress(self._results, answering))):
-                self._keep_result(*self._next_message(deadline))
+                self._keep_result(*self._ranks.next_message(deadline, awaited))
         results = [
             arrived.popleft() if answers else None
             for arrived, answers in zip(self._results, answering, strict=True)
@@ -123,40 +105,41 @@ class RankGroupExecutor(Executor):
         self._raise_if_dead()
         deadline = time.monotonic() + self._config.step_timeout_s
         answers: dict[int, Any] = {}
+
+        def awaited() -> str:
+            return self._late(self._ranks.ranks - answers.keys(), f"answer {method}")
+
+        self._ranks.post_all(Call(method, arguments))
         with self._losing_ranks():
-            for channel in self._channels.values():
-                channel.send(Call(method, arguments))
-            while len(answers) < len(self._channels):
-                rank, message = self._next_message(deadline)
+            while len(answers) < len(self._ranks.ranks):
+                rank, message = self._ranks.next_message(deadline, awaited)
                 if isinstance(message, Answer):
                     answers[rank] = message.value
                 else:
                     self._keep_result(rank, message)  # of a step that was submitted before
         return [answers[rank] for rank in sorted(answers)]
 
-    def _keep_result(self, rank: int, message: Any) -> None:
-        assert isinstance(message, StepResult), message
-        self._results[self._config.layout.coords(rank).group].append(message)
-
     def check(self) -> None:
         self._raise_if_dead()
-        with self._losing_ranks():
-            if self._selector.select(0):
-                rank, message = self._next_message(time.monotonic() + 1.0)
-                raise AssertionError(f"rank {rank} sent {message!r} unasked")
+        if not self._ranks.is_silent():
+            with self._losing_ranks():
+                rank, message = self._ranks.next_message(time.monotonic() + 1.0, lambda: "")
+            raise AssertionError(f"rank {rank} sent {message!r} unasked")
 
     def shutdown(self) -> None:
         if self._death is None:
             self._death = EngineDeadError("the engine was shut down")
-            for channel in self._channels.values():
-                with contextlib.suppress(EOFError):
-                    channel.send(None)
-            self._await_ends(time.monotonic() + _STOP_WAIT_S)
+            self._ranks.post_all(None)
+            self._ranks.await_ends(_STOP_WAIT_S)
         self._launcher.stop()
-        for channel in self._channels.values():
-            channel.close()
-        self._channels = {}
-        self._selector.close()
+        self._ranks.close()
+
+    def _keep_result(self, rank: int, message: Any) -> None:
+        assert isinstance(message, StepResult), message
+        self._results[self._config.layout.coords(rank).group].append(message)
+
+    def _late(self, ranks: Iterable[int], what: str) -> str:
+        return f"{names(list(ranks))} did not {what} within {self._config.step_timeout_s:g} s"
 
     def _start(self, progress: Progress | None) -> None:
         secret = secrets.token_bytes(32)
@@ -175,33 +158,38 @@ class RankGroupExecutor(Executor):
         finally:
             listener.close()
         self._introduce(hellos)
-        fitting = self._await_all(Loaded, progress)
+        fitting = self._await_all(Loaded, "load its part of the model", progress)
         self.num_blocks = min(loaded.num_blocks for loaded in fitting)
-        for channel in self._channels.values():
-            channel.send(self.num_blocks)
-        ready = self._await_all(Ready, None)
+        self._ranks.post_all(self.num_blocks)
+        ready = self._await_all(Ready, "become ready", None)
         self.backends = ready[0].backends
         self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
 
     def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:
-        hellos: list[Hello] = []
-        while len(hellos) < world:
-            channel = listener.accept(timeout_s=0.2)
-            if channel is not None:
-                hello = channel.receive(timeout_s=30.0)
-                self._channels[hello.rank] = channel
-                self._selector.register(channel, selectors.EVENT_READ, hello.rank)
-                hellos.append(hello)
-                continue
-            reason = self._launcher.exit_reason()
-            if reason:
-                raise EngineDeadError(f"a rank ended before it was ready: {reason}")
-            if time.monotonic() > self._deadline:
-                missing = sorted(set(range(world)) - set(self._channels))
-                raise ResourceError(
-                    f"ranks {missing} did not start within {self._config.start_timeout_s:g} s"
-                )
-        return sorted(hellos, key=lambda hello: hello.rank)
+        """What each rank says first, in rank order. Raises the error of a rank that fails instead."""
+        hellos: dict[int, Hello] = {}
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(listener, selectors.EVENT_READ)
+            while len(hellos) < world:
+                for key, _ in waiting.select(timeout=0.2):
+                    if key.fileobj is listener:
+                        if channel := listener.accept(timeout_s=0.2):
+                            waiting.register(channel, selectors.EVENT_READ, channel)
+                        continue
+                    waiting.unregister(key.fileobj)
+                    if hello := _first_words(key.data):
+                        hellos[hello.rank] = hello
+                        self._ranks.add(hello.rank, key.data)
+                self.check()
+                self._check_start(set(range(world)) - set(hellos))
+        return [hellos[rank] for rank in range(world)]
+
+    def _check_start(self, missing: set[int]) -> None:
+        """Raises EngineDeadError or ResourceError if `missing` ranks cannot be hoped for any more."""
+        if missing and (reason := self._launcher.exit_reason()):
+            raise EngineDeadError(f"a rank ended before it was ready: {reason}")
+        if missing and time.monotonic() > self._deadline:
+            raise ResourceError(f"{names(missing)} did not start within {self._config.start_timeout_s:g} s")
 
     def _introduce(self, hellos: list[Hello]) -> None:
         """Tells every rank where the rendezvous is, who shares its host and card, and how collectives travel."""
@@ -214,18 +202,23 @@ class RankGroupExecutor(Executor):
         for hello, ranks_on_card, free in zip(hellos, use.ranks_on_card, use.free_bytes, strict=True):
             at = (hellos[0].host, store_port)
             start = Start(at, on_host[hello.host_id], ranks_on_card, free, use.over_host)
-            self._channels[hello.rank].send(start)
+            self._ranks.post(hello.rank, pack(start))
 
-    def _await_all(self, kind: type, progress: Progress | None) -> list[Any]:
+    def _await_all(self, kind: type, what: str, progress: Progress | None) -> list[Any]:
         """Waits until every rank has said a `kind`, passing on how far loading has come."""
         loading: dict[int, Loading] = {}
         said: dict[int, Any] = {}
+
+        def awaited() -> str:
+            missing = names(self._ranks.ranks - said.keys())
+            return f"{missing} did not {what} within start_timeout_s={self._config.start_timeout_s:g}"
+
         with self._losing_ranks():
-            while len(said) < len(self._channels):
-                rank, message = self._next_message(self._deadline)
+            while len(said) < len(self._ranks.ranks):
+                rank, message = self._ranks.next_message(self._deadline, awaited)
                 if isinstance(message, Loading):
                     loading[rank] = message
-                    if progress and len(loading) == len(self._channels):
+                    if progress and len(loading) == len(self._ranks.ranks):
                         progress(
                             sum(m.done_bytes for m in loading.values()),
                             sum(m.total_bytes for m in loading.values()),
@@ -233,50 +226,16 @@ class RankGroupExecutor(Executor):
                 else:
                     assert isinstance(message, kind), message
                     said[rank] = message
-        return list(said.values())
-
-    def _next_message(self, deadline: float) -> tuple[int, Any]:
-        """The next message of any rank. Raises _LossError when one has failed, ended or gone silent."""
-        events = self._selector.select(max(0.0, deadline - time.monotonic()))
-        if not events:
-            raise _LossError(EngineDeadError("the ranks did not answer in time"), _Blame.UNKNOWN)
-        rank = events[0][0].data
-        channel = self._channels[rank]
-        try:
-            message = channel.receive(timeout_s=30.0)
-        except (EOFError, TimeoutError):
-            self._selector.unregister(channel)
-            reason = self._launcher.exit_reason() or "its process ended"
-            raise _LossError(EngineDeadError(f"rank {rank} died: {reason}"), _Blame.OWN) from None
-        if isinstance(message, Failed):
-            self._selector.unregister(channel)
-            _log.error("rank %d failed:\n%s", rank, message.details)
-            raise _LossError(message.error, _blame(message.error))
-        return rank, message
+        return [said[rank] for rank in sorted(said)]
 
     @contextlib.contextmanager
     def _losing_ranks(self) -> Iterator[None]:
         """Turns the loss of a rank into the end of the group, told by its root cause."""
         try:
-            yield
-        except EOFError as error:
-            self._die(self._root_cause(_LossError(EngineDeadError(f"a rank died: {error}"), _Blame.UNKNOWN)))
-        except _LossError as loss:
-            self._die(self._root_cause(loss))
-
-    def _root_cause(self, first: _LossError) -> QwenDistError:
-        """When one rank fails the others fail for want of it: hears them out to find the one to blame."""
-        losses, deadline = [first], time.monotonic() + _ROOT_CAUSE_WAIT_S
-        while (
-            all(loss.blame is not _Blame.OWN for loss in losses)
-            and self._selector.get_map()
-            and time.monotonic() < deadline
-        ):
-            try:
-                self._next_message(deadline)
-            except _LossError as loss:
-                losses.append(loss)
-        return min(losses, key=lambda loss: loss.blame).error
+            with self._ranks.told_by_cause():
+                yield
+        except RankLostError as loss:
+            self._die(loss.error)
 
     def _die(self, error: QwenDistError) -> NoReturn:
         """Ends the whole group: a step that lost a rank cannot be repeated on the others."""
@@ -289,42 +248,22 @@ class RankGroupExecutor(Executor):
         if self._death is not None:
             raise EngineDeadError(str(self._death))
 
-    def _await_ends(self, deadline: float) -> None:
-        """Waits until every rank has closed its channel, or the deadline."""
-        while self._selector.get_map() and time.monotonic() < deadline:
-            for key, _ in self._selector.select(max(0.0, deadline - time.monotonic())):
-                try:
-                    self._channels[key.data].receive(timeout_s=1.0)
-                except (EOFError, TimeoutError):
-                    self._selector.unregister(key.fileobj)
+
+def _first_words(channel: Channel) -> Hello | None:
+    """A rank's first message; None if it ends without one. Raises the error of a rank that has failed."""
+    try:
+        message = channel.receive(_HELLO_S)
+    except (EOFError, TimeoutError):
+        channel.close()  # why, its launcher tells
+        return None
+    if isinstance(message, Failed):
+        channel.close()
+        _log.error("rank %d failed:\n%s", message.rank, message.details)
+        raise message.error
+    assert isinstance(message, Hello), message
+    return message
 
 
 def _joined_words(said: Iterable[str]) -> str:
     """What ranks say of themselves, each thing once."""
     return " and ".join(dict.fromkeys(said))
-
-
-class _Blame(IntEnum):
-    """How sure it is that a lost rank is the cause rather than a victim, surest first."""
-
-    OWN = 0
-    PROBABLE = 1
-    VICTIM = 2
-    UNKNOWN = 3
-
-
-def _blame(error: QwenDistError) -> _Blame:
-    if isinstance(error, PeerLostError):
-        return _Blame.VICTIM
-    if isinstance(error, EngineDeadError):
-        return _Blame.PROBABLE  # any exception; the collectives' own look like this when a peer dies
-    return _Blame.OWN
-
-
-class _LossError(Exception):
-    """A rank is lost: with what error, and how much that error explains."""
-
-    def __init__(self, error: QwenDistError, blame: _Blame) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.blame = blame

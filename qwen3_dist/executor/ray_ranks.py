@@ -27,8 +27,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen3_dist.errors import ResourceError
+from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.rank_group import Launcher
 from qwen3_dist.executor.shard import cores
 from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
@@ -122,6 +122,14 @@ def _ranks_on_card(config: EngineConfig, replicas: int) -> int:
     return sharing
 
 
+def _cause(error: ray.exceptions.RayError) -> str:
+    """What went wrong in an actor, in a line: the last of what Ray tells."""
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        return f"{type(error.cause).__name__}: {error.cause}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def _nodes() -> list[dict[str, float]]:
     """What each node has in all; without a cluster, this machine's cores."""
     if not ray.is_initialized():
@@ -205,12 +213,13 @@ class RayLauncher(Launcher):
             self._runs.append(actor.run.remote(self.main, spec))  # type: ignore[attr-defined]
 
     def exit_reason(self) -> str | None:
-        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0)
-        for run in ended:
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0) if self._runs else ([], [])
+        for rank, run in enumerate(self._runs):
             try:
-                ray.get(run)
+                if run in ended:
+                    ray.get(run)
             except ray.exceptions.RayError as error:
-                return str(error).strip().splitlines()[0]
+                return f"rank {rank}: {_cause(error)}"
         return None
 
     def stop(self) -> None:

@@ -86,7 +86,9 @@ def connect_shared_memory(
         for descriptor in watchers or {}:
             os.close(descriptor)
         return None
-    return kind(rank, size, segment, watchers, timeout_s)
+    communicator = kind(rank, size, segment, watchers, timeout_s)
+    communicator.world_ranks = dist.get_process_group_ranks(group)
+    return communicator
 
 
 def _open_pidfds(pids: Sequence[int], rank: int) -> dict[int, int] | None:
@@ -164,6 +166,7 @@ class SharedMemoryCommunicator(Communicator):
         self, rank: int, size: int, segment: Segment, watchers: dict[int, int], timeout_s: float
     ) -> None:
         super().__init__(rank, size)
+        self.world_ranks: Sequence[int] = range(size)  # what errors call the group's ranks
         self._segment = segment
         self._watchers = watchers
         self._poll = select.poll()
@@ -318,7 +321,8 @@ class SharedMemoryCommunicator(Communicator):
                     rank for rank in ended if flags[rank * step] < operation
                 ]  # others ended after their part
                 if lost:
-                    raise PeerLostError(f"the process of rank {lost[0]} of the group ended")
+                    raise PeerLostError(f"the process of rank {self.world_ranks[lost[0]]} ended")
                 next_check = now + _LIVENESS_PERIOD_S
             if now > deadline:
-                raise PeerLostError(f"rank {peer} of the group did not answer within {self._timeout_s:g} s")
+                late, me = self.world_ranks[peer], self.world_ranks[self.rank]
+                raise PeerLostError(f"rank {late} did not answer rank {me} within {self._timeout_s:g} s")

@@ -14,8 +14,9 @@ from qwen3_dist.engine import kv_cache
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.executor import cards
 from qwen3_dist.executor.cards import Card, local_device, use_of_cards
+from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
-from qwen3_dist.executor.rank_group import Launcher, RankGroupExecutor
+from qwen3_dist.executor.rank_group import RankGroupExecutor
 from qwen3_dist.executor.ray_ranks import part_of_card
 from tests.stand_in_cards import rank_on_stand_in
 

@@ -1,0 +1,48 @@
+"""Functions for `Launcher.main`: ranks with a planted fault."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.executor.messages import RankSpec
+from qwen3_dist.executor.rank import rank_main
+
+
+def rank_1_runs_out_of_memory(spec: RankSpec) -> None:
+    """In its second step, while rank 0 waits for it; to leave the process groups would take for ever."""
+    if spec.rank == 1:
+        steps, launch = [], ModelRunner.launch
+
+        def fails(runner: ModelRunner, plan: Any) -> Any:
+            steps.append(plan)
+            if len(steps) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has ...")
+            return launch(runner, plan)
+
+        ModelRunner.launch = fails  # type: ignore[method-assign]
+        dist.destroy_process_group = lambda: time.sleep(1000)
+    rank_main(spec)
+
+
+def rank_1_fails_before_it_says_anything(spec: RankSpec) -> None:
+    if spec.rank == 1:
+        raise OSError("No route to host\nthat engine")
+    rank_main(spec)
+
+
+def rank_0_cannot_meet_others(spec: RankSpec) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise RuntimeError("The server socket has failed to listen")
+
+    dist.TCPStore = refuses  # type: ignore[misc]
+    rank_main(spec)
+
+
+def ranks_whose_groups_are_never_left(spec: RankSpec) -> None:
+    dist.destroy_process_group = lambda: time.sleep(1000)
+    rank_main(spec)

@@ -1,0 +1,160 @@
+"""Ranks that fail, stop or never come: what the engine tells, of real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3_dist import LLM, EngineConfig, Layout, SamplingParams
+from qwen3_dist.errors import EngineDeadError, ResourceError
+from qwen3_dist.executor.launcher import Launcher
+from qwen3_dist.executor.messages import RankSpec
+from qwen3_dist.executor.processes import Nursery, ProcessLauncher, shared_nursery
+from qwen3_dist.executor.rank_group import RankGroupExecutor
+from tests import failing_ranks
+from tests.ranks import end_nursery
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[None]:
+    end_nursery()
+    with shared_nursery():
+        yield
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RankSpec], None]], None]:
+    """Has ranks run another function in place of `rank_main`."""
+    return lambda main: monkeypatch.setattr(Launcher, "main", staticmethod(main))
+
+
+def config(checkpoint: Path, **settings: Any) -> EngineConfig:
+    return EngineConfig(str(checkpoint), layout=Layout(tp=2), executor="processes", num_blocks=64, **settings)
+
+
+def start(settings: EngineConfig) -> RankGroupExecutor:
+    return RankGroupExecutor(settings, ProcessLauncher(settings))
+
+
+def test_a_rank_that_runs_out_of_memory_says_so_while_others_wait_for_it(
+    nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None]
+) -> None:
+    failing(failing_ranks.rank_1_runs_out_of_memory)
+    with (
+        LLM(
+            str(checkpoints["dense"]), layout="tp=2", executor="processes", use_tqdm=False, num_blocks=64
+        ) as llm,
+        pytest.raises(ResourceError) as caught,
+    ):
+        llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
+    assert str(caught.value) == (
+        "rank 1 ran out of memory while running step 2 (CUDA out of memory. Tried to allocate 2 GiB); lower "
+        "max_num_batched_tokens, max_num_seqs or gpu_memory_utilization, or use more ranks"
+    )
+
+
+@pytest.mark.parametrize(
+    ("main", "sentence"),
+    [
+        (failing_ranks.rank_1_fails_before_it_says_anything, "rank 1: OSError: No route to host that engine"),
+        (
+            failing_ranks.rank_0_cannot_meet_others,
+            "rank 0 failed while starting: RuntimeError: The server socket has failed to listen",
+        ),
+    ],
+)
+def test_a_failure_before_the_first_message_is_told_with_its_rank_and_cause(
+    nursery: None,
+    checkpoints: dict[str, Path],
+    failing: Callable[..., None],
+    main: Callable[[RankSpec], None],
+    sentence: str,
+) -> None:
+    failing(main)
+    with pytest.raises(EngineDeadError, match=sentence):
+        start(config(checkpoints["dense"]))
+
+
+def test_a_resource_that_a_rank_lacks_is_told_with_its_rank_and_host(
+    nursery: None, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    told = f"rank [01] on {socket.gethostname()}: the rank's process sees no GPU: .* built without CUDA"
+    with pytest.raises(ResourceError, match=told):
+        start(config(checkpoints["dense"], device="cuda"))
+
+
+def test_a_module_that_ranks_cannot_import_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "qwen3_dist").mkdir()
+    (tmp_path / "qwen3_dist" / "__init__.py").write_text("import a_library_that_is_not_there\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    nursery = Nursery()
+    with pytest.raises(ResourceError, match="cannot: ModuleNotFoundError: .*'a_library_that_is_not_there'"):
+        nursery.launch(print, [""])
+    nursery.close()
+
+
+def test_the_engine_does_not_wait_for_a_rank_that_stopped_reading(
+    nursery: None, checkpoints: dict[str, Path]
+) -> None:
+    executor = start(config(checkpoints["dense"], step_timeout_s=2.0))
+    stopped = executor.ranks[1].pid
+    os.kill(stopped, signal.SIGSTOP)
+    more_than_a_socket_holds = bytes(64 << 20)
+    with pytest.raises(EngineDeadError) as caught:
+        executor.call("__eq__", more_than_a_socket_holds)
+    assert str(caught.value) == (
+        "rank 1 did not answer __eq__ within 2 s; rank 1 stopped reading what the engine sends"
+    )
+
+
+def test_what_does_not_fit_a_socket_arrives_when_it_is_read(
+    nursery: None, checkpoints: dict[str, Path]
+) -> None:
+    executor = start(config(checkpoints["dense"]))
+    slow = executor.ranks[1].pid
+    os.kill(slow, signal.SIGSTOP)
+    goes_on = threading.Timer(0.5, os.kill, (slow, signal.SIGCONT))
+    goes_on.start()
+    assert executor.call("__eq__", bytes(64 << 20)) == [NotImplemented] * 2
+    assert executor.call("__eq__", 1) == [NotImplemented] * 2
+    executor.shutdown()
+
+
+def test_a_step_that_is_not_answered_names_step_and_ranks(
+    nursery: None, checkpoints: dict[str, Path]
+) -> None:
+    with LLM(
+        str(checkpoints["dense"]),
+        layout="tp=2",
+        executor="processes",
+        use_tqdm=False,
+        num_blocks=64,
+        step_timeout_s=2.0,
+    ) as llm:
+        os.kill(llm._engine.ranks[1].pid, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match="rank 1 did not answer rank 0 within 2 s"):
+            llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
+
+
+def test_ranks_whose_groups_cannot_be_left_end_all_the_same(
+    nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None]
+) -> None:
+    failing(failing_ranks.ranks_whose_groups_are_never_left)
+    executor = start(config(checkpoints["dense"]))
+    executor.shutdown()
+    for rank in executor.ranks:
+        with pytest.raises(ProcessLookupError):
+            os.kill(rank.pid, 0)
