@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 import signal
@@ -57,7 +58,10 @@ def running_service(
             target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
             serve.run_many([target], wait_for_applications_running=False)
             _wait_until_running(config, report)
-            yield _wait_until_answering(config)
+            url = _wait_until_answering(config)
+            for line in _described_ranks(url, config.api_key):
+                report(line)
+            yield url
         finally:
             with contextlib.suppress(TimeoutError):  # requests still run: the end of Serve or Ray ends them
                 serve.delete(APP_NAME)
@@ -166,3 +170,13 @@ def _wait_until_answering(config: ServiceConfig) -> str:
                     "use the host and port it was started with"
                 ) from None
         time.sleep(_POLL_S)
+
+
+def _described_ranks(url: str, api_key: str) -> list[str]:
+    """What runs the ranks of the replicas and how they talk to each other, a line for each kind of replica."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    request = urllib.request.Request(f"{url}/v1/cluster/ranks", headers=headers)
+    with urllib.request.urlopen(request, timeout=_ANSWER_TIMEOUT_S) as answer:
+        replicas = json.load(answer)["data"]
+    lines = [f"{replica['backends']}; collectives: {replica['collectives']}" for replica in replicas]
+    return list(dict.fromkeys(lines))

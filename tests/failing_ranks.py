@@ -1,7 +1,8 @@
-"""Functions for `Launcher.main`: ranks with a planted fault."""
+"""Functions for `Launcher.main`: ranks with a planted fault, or that tell what they were given."""
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -35,6 +36,12 @@ def rank_1_fails_before_it_says_anything(spec: RankSpec) -> None:
     rank_main(spec)
 
 
+def rank_1_ends_before_it_says_anything(spec: RankSpec) -> None:
+    if spec.rank == 1:
+        os._exit(7)
+    rank_main(spec)
+
+
 def rank_0_cannot_meet_others(spec: RankSpec) -> None:
     def refuses(*_: Any, **__: Any) -> None:
         raise RuntimeError("The server socket has failed to listen")
@@ -45,4 +52,23 @@ def rank_0_cannot_meet_others(spec: RankSpec) -> None:
 
 def ranks_whose_groups_are_never_left(spec: RankSpec) -> None:
     dist.destroy_process_group = lambda: time.sleep(1000)
+    rank_main(spec)
+
+
+def tells_its_environment(spec: RankSpec) -> None:
+    """A rank whose runner answers `joined_with`: what was set when the process groups were made."""
+    seen: list[Any] = []
+    timeouts: list[Any] = []
+    start, new_group = dist.init_process_group, dist.new_group
+
+    def starts(*arguments: Any, **options: Any) -> None:
+        seen.extend((os.environ.get("NCCL_IB_HCA"), os.environ.get("GLOO_SOCKET_IFNAME")))
+        start(*arguments, **options)
+
+    def makes_group(*arguments: Any, **options: Any) -> Any:
+        timeouts.append(options.get("timeout"))
+        return new_group(*arguments, **options)
+
+    dist.init_process_group, dist.new_group = starts, makes_group
+    ModelRunner.joined_with = lambda _: (*seen, timeouts)  # type: ignore[attr-defined]
     rank_main(spec)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from qwen3_dist.engine.scheduler import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.executor import cards
 from qwen3_dist.executor.base import Executor, RankPlace
+from qwen3_dist.executor.rank import told
 from qwen3_dist.executor.shard import MemoryShare, count_blocks, load_shard, set_threads
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.expert_placement import Placements
@@ -40,14 +42,15 @@ class InProcessExecutor(Executor):
             torch.cuda.empty_cache()  # what an engine before this one left is free
             device, card = cards.take_card(torch.cuda.current_device())
             memory = MemoryShare(1, *cards.use_of_cards([card], config).free_bytes)
-        path = resolve_model(config.model, config.revision)
-        model = load_shard(config, path, placements, ParallelContext.single(), device, progress)
         self.device = device.type
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
-        self.num_blocks = count_blocks(config, model, memory)
-        limits = SchedulerLimits.of(config, self.device, self.num_blocks)
-        runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs, path)
-        runner.warm_up()
+        with _memory_told("loading the model"):
+            path = resolve_model(config.model, config.revision)
+            model = load_shard(config, path, placements, ParallelContext.single(), device, progress)
+            self.num_blocks = count_blocks(config, model, memory)
+            limits = SchedulerLimits.of(config, self.device, self.num_blocks)
+            runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs, path)
+            runner.warm_up()
         self._runner: ModelRunner | None = runner
         self.backends = runner.backends
         self.collectives = model.parallel.collectives
@@ -57,12 +60,14 @@ class InProcessExecutor(Executor):
     def submit(self, plans: Sequence[StepPlan]) -> None:
         """On a GPU this returns while the step runs; on a CPU it has run."""
         assert self._runner is not None, "the executor was shut down"
-        output = self._runner.launch(plans[0])
+        with _memory_told("running a step"):
+            output = self._runner.launch(plans[0])
         assert output is not None
         self._launched.append(output)
 
     def collect(self) -> list[StepResult | None]:
-        return [self._launched.popleft().result()]
+        with _memory_told("running a step"):
+            return [self._launched.popleft().result()]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         return [getattr(self._runner, method)(*arguments)]
@@ -72,3 +77,12 @@ class InProcessExecutor(Executor):
 
     def shutdown(self) -> None:
         self._runner = None
+
+
+@contextlib.contextmanager
+def _memory_told(doing: str) -> Iterator[None]:
+    """Makes a ResourceError of memory that runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise told(error, 0, doing) from error

@@ -125,7 +125,7 @@ def _ranks_on_card(config: EngineConfig, replicas: int) -> int:
 def _cause(error: ray.exceptions.RayError) -> str:
     """What went wrong in an actor, in a line: the last of what Ray tells."""
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
-        return f"{type(error.cause).__name__}: {error.cause}"
+        return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

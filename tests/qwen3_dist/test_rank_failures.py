@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from qwen3_dist import LLM, EngineConfig, Layout, SamplingParams
+from qwen3_dist.engine.runner import ModelRunner
 from qwen3_dist.errors import EngineDeadError, ResourceError
 from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import RankSpec
@@ -158,3 +159,15 @@ def test_ranks_whose_groups_cannot_be_left_end_all_the_same(
     for rank in executor.ranks:
         with pytest.raises(ProcessLookupError):
             os.kill(rank.pid, 0)
+
+
+def test_memory_that_runs_out_in_the_engines_own_process_is_told_alike(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with LLM(str(checkpoints["dense"]), device="cpu", use_tqdm=False, num_blocks=64) as llm:
+        monkeypatch.setattr(ModelRunner, "launch", launch)
+        with pytest.raises(ResourceError, match="rank 0 ran out of memory while running a step .*; lower"):
+            llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)

@@ -164,6 +164,7 @@ def test_serve_shows_a_greeting_a_worked_sum_and_a_tool_call_and_leaves_nothing_
     result = qwen3_dist(*arguments, env=mark)
     assert result.returncode == 0, result.stderr
     ready, greeting, worked_sum, call, repeat = map(json.loads, result.stdout.splitlines())
+    assert "collectives: shared memory" in result.stderr
     assert ready["event"] == "ready" and ready["url"] == f"http://127.0.0.1:{port}/v1"
     assert {event["event"] for event in (greeting, worked_sum, call)} == {"sample"}
     assert greeting["answer"].startswith("Hello")

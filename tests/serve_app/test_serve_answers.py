@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from qwen3_dist.llm import LLM
 from qwen3_dist.sampling_params import SamplingParams
 from tests.serve_app.conftest import ADAPTER
+from tests.serve_app.support import SETTINGS
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Tell me about the sea. 海について 🌊"}]
 PROMPT = "def main():\n    "
@@ -187,6 +190,18 @@ def test_models_and_health_are_listed(client: openai.OpenAI, http: httpx.Client,
 
 def test_nothing_is_left_in_the_engine_after_its_answers(idle: Callable[[], bool]) -> None:
     assert idle()
+
+
+def test_each_replica_tells_where_its_ranks_run_and_how_they_talk(http: httpx.Client) -> None:
+    answer = http.get("/v1/cluster/ranks")
+    assert answer.status_code == 200
+    for replica in answer.json()["data"]:
+        assert replica["layout"] == SETTINGS["layout"]
+        assert replica["backends"].startswith("CPU") and replica["collectives"] == "shared memory"
+        assert [rank["rank"] for rank in replica["ranks"]] == [0, 1]
+        for rank in replica["ranks"]:
+            assert rank["card"] is None and rank["host"] == socket.gethostname()
+            os.kill(rank["pid"], 0)  # that it runs here
 
 
 def test_the_experts_load_can_be_read_and_rebalanced(

@@ -1,0 +1,96 @@
+"""What ranks are given: environment variables, and how hosts and process groups are set up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from qwen3_dist import EngineConfig, Layout
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.executor import rendezvous
+from qwen3_dist.executor.launcher import Launcher
+from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
+from qwen3_dist.executor.rank_group import RankGroupExecutor
+from serve_app.cli import build_parser
+from serve_app.config import read_service_config
+from tests import failing_ranks
+from tests.ranks import end_nursery
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[None]:
+    end_nursery()
+    with shared_nursery():
+        yield
+
+
+def test_ranks_have_the_environment_they_are_given_when_they_join(
+    nursery: None, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Launcher, "main", staticmethod(failing_ranks.tells_its_environment))
+    config = EngineConfig(
+        str(checkpoints["dense"]),
+        layout=Layout(tp=2),
+        executor="processes",
+        num_blocks=64,
+        step_timeout_s=77.0,
+        rank_env={"NCCL_IB_HCA": "mlx5_0", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    executor = RankGroupExecutor(config, ProcessLauncher(config))
+    assert executor.call("joined_with") == [("mlx5_0", "lo", [timedelta(seconds=77)])] * 2
+    executor.shutdown()
+    assert "NCCL_IB_HCA" not in os.environ
+
+
+def test_gloo_listens_where_the_engine_reaches_the_rank_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    rendezvous._use_interface_of("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    rendezvous._use_interface_of("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+
+
+@pytest.mark.parametrize("what", ["hostname", "boot", "shared memory"])
+def test_hosts_of_one_name_are_told_apart(what: str) -> None:
+    here, stat = rendezvous.host_id(), os.stat
+    other = {
+        "hostname": mock.patch("socket.gethostname", lambda: "elsewhere"),
+        "boot": mock.patch.object(Path, "read_text", lambda _: "another boot"),
+        "shared memory": mock.patch(
+            "os.stat", lambda path, **more: stat("/proc" if path == "/dev/shm" else path, **more)
+        ),
+    }
+    with other[what]:
+        assert rendezvous.host_id() != here
+    assert rendezvous.host_id() == here
+
+
+def test_the_environment_of_ranks_can_be_given_as_a_mapping_and_on_the_command_line() -> None:
+    wanted = {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5_0=1"}
+    assert read_service_config({"rank_env": wanted}).engine.rank_env == wanted
+    words = ["serve", "--rank-env", "NCCL_DEBUG=INFO", "--rank-env", "NCCL_IB_HCA=mlx5_0=1"]
+    given = build_parser().parse_args(words).rank_env
+    assert read_service_config({"rank_env": given}).engine.rank_env == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("NCCL_DEBUG", "rank_env must be NAME=VALUE, not 'NCCL_DEBUG'"),
+        ({"NCCL_DEBUG": 1}, "quote numbers"),
+        ({"": "x"}, "must map names to texts"),
+        (7, "must map names to values"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "must not set CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_an_environment_that_cannot_be_given_is_refused(given: object, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        read_service_config({"rank_env": given})
