@@ -324,5 +324,5 @@ class SharedMemoryCommunicator(Communicator):
                     raise PeerLostError(f"the process of rank {self.world_ranks[lost[0]]} ended")
                 next_check = now + _LIVENESS_PERIOD_S
             if now > deadline:
-                late, me = self.world_ranks[peer], self.world_ranks[self.rank]
-                raise PeerLostError(f"rank {late} did not answer rank {me} within {self._timeout_s:g} s")
+                late = self.world_ranks[peer]
+                raise PeerLostError(f"rank {late} did not answer within {self._timeout_s:g} s")
