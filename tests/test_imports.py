@@ -15,9 +15,8 @@ NEEDED = ("torch", "safetensors", "jinja2")  # and tokenizers, of whose requirem
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {"qwen3_dist": {"cluster", "serve_app"}, "cluster": {"serve_app"}, "serve_app": set()}
 TORCH_FREE = ["errors", "config", "layout", "sampling_params", "settings", "speculation", "adapters"]
-TORCH_FREE += [
-    f"engine.{name}" for name in ("plan", "outputs", "sequence", "block_manager", "drafts", "scheduler")
-]
+TORCH_FREE += [f"engine.{name}" for name in ("plan", "outputs", "sequence", "block_manager", "drafts")]
+TORCH_FREE += ["engine.scheduler", "engine.scheduler_limits"]
 
 
 def imported(file: Path) -> set[str]:

@@ -29,7 +29,7 @@ from cluster.simulation.report import Limits, summarize
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.engine import Engine
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
 

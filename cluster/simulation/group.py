@@ -17,7 +17,8 @@ from cluster.simulation.arrivals import Request
 from cluster.simulation.step_times import shape_of
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
-from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
+from qwen3_dist.engine.scheduler import Scheduler
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.sampling_params import SamplingParams
 

@@ -19,7 +19,8 @@ from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import initial_placements
 from qwen3_dist.engine.plan import StepPlan
 from qwen3_dist.engine.sampling_setup import SamplingSetup
-from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerLimits
+from qwen3_dist.engine.scheduler import Advance, Scheduler
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.executor import Executor, make_executor

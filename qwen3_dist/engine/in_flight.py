@@ -13,9 +13,7 @@ from collections.abc import Callable, Sequence
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.executor.base import Executor
 
-_EXACT_STEPS = (
-    32  # after one that overflowed: what made it overflow, a prompt of like tokens, has steps to come
-)
+_EXACT_STEPS = 32  # after an overflow: what caused it, a long prompt of like tokens, has steps to come
 
 Renew = Callable[[int, StepPlan, set[int]], StepPlan]
 

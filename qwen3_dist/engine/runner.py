@@ -82,9 +82,16 @@ class ModelRunner:
             return None
         return StepOutput(plan.step, logits, drawn, readings, overflow)
 
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a step's result may be void, since experts' rows have a capacity here. Under pp it holds all."""
+        layout, dispatch = self._parallel.layout, self._parallel.dispatch
+        has_experts = bool(self.model.config.num_experts) and layout.stage_size > 1
+        return has_experts and bool(dispatch.by_capacity) and layout.pp == 1
+
     def _may_overflow(self, batch: StepBatch, exact: bool) -> bool:
         """Whether experts' rows of the step may not have fitted; the same on all ranks of a stage."""
-        if exact or not self._parallel.dispatch.by_capacity or self._parallel.layout.pp > 1:
+        if exact or not self.may_repeat:
             return False
         if self._graphs is not None and self._graphs.takes(batch, exact):
             return self._graphs.goes_all_to_all(batch)

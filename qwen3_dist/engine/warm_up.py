@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwen3_dist.engine.plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.engine.sampling_setup import SamplingSetup
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.layers.experts import Experts
 from qwen3_dist.model import Qwen3Model

@@ -33,9 +33,7 @@ class Executor(ABC):
     EngineDeadError if a rank is lost; then all are.
     """
 
-    may_repeat = (
-        False  # whether a result may be void (`StepResult.overflowed`), so that the step is run again
-    )
+    may_repeat = False  # whether a result may be void (`overflowed`), so that the step is run again
     num_blocks: int
     device: str
     backends: str

@@ -13,7 +13,7 @@ import torch
 
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.runner import ModelRunner, StepOutput
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.executor import cards
 from qwen3_dist.executor.base import Executor, RankPlace

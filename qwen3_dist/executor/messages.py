@@ -79,10 +79,11 @@ class Loaded:
 @dataclass(frozen=True)
 class Ready:
     """The cache is allocated; plans may come. `backends` and `collectives` say in a line what runs steps and what
-    carries collectives."""
+    carries collectives; `may_repeat` whether a step's result may be void."""
 
     backends: str
     collectives: str = ""
+    may_repeat: bool = False
 
 
 @dataclass(frozen=True)

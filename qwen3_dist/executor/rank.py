@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from qwen3_dist.engine.runner import ModelRunner
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.executor.channel import Channel, connect
 from qwen3_dist.executor.messages import Failed, Loaded, Loading, RankSpec, Ready
@@ -81,7 +81,7 @@ def _serve(spec: RankSpec, channel: Channel, joined: Joined, doing: Doing) -> No
     runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs, path)
     runner.warm_up()
     exempt_present_objects()
-    channel.send(Ready(runner.backends, joined.parallel.collectives))
+    channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat))
     run_steps(channel, runner, joined.device.type == "cuda", doing)
     runner.close()  # on a clean end, before the process groups are left
 

@@ -163,6 +163,7 @@ class RankGroupExecutor(Executor):
         self._ranks.post_all(self.num_blocks)
         ready = self._await_all(Ready, "become ready", None)
         self.backends = ready[0].backends
+        self.may_repeat = any(rank.may_repeat for rank in ready)
         self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
 
     def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:

@@ -10,7 +10,7 @@ import torch
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine import kv_cache
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.model import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import uses_all_to_all

@@ -187,7 +187,7 @@ def _room(cost: CostModel) -> int:
 
 def _replica(args: argparse.Namespace, cost: CostModel) -> Any:
     from cluster.simulation.replica import ReplicaConfig
-    from qwen3_dist.engine.scheduler import SchedulerLimits
+    from qwen3_dist.engine.scheduler_limits import SchedulerLimits
     from qwen3_dist.settings import EngineConfig
 
     given = {

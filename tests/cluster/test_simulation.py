@@ -21,7 +21,7 @@ from cluster.simulation.replica import Replica, ReplicaConfig
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 
 

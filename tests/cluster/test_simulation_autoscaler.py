@@ -16,7 +16,7 @@ from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
 from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoad
 from cluster.simulation.replica import ReplicaConfig
 from cluster.simulation.service import Outcome, ReplicaCount, ServiceSimulation, simulate
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 
 

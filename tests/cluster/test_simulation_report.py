@@ -18,7 +18,7 @@ from cluster.simulation.replica import ReplicaConfig
 from cluster.simulation.report import Limits, percentiles, plot_replicas, summarize, weighted_percentiles
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from cluster.simulation.step_times import StepTimes
-from qwen3_dist.engine.scheduler import SchedulerLimits
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 

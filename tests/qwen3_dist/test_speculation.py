@@ -15,7 +15,8 @@ from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.outputs import RequestOutput
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.sampler import sample
-from qwen3_dist.engine.scheduler import Scheduler, SchedulerLimits
+from qwen3_dist.engine.scheduler import Scheduler
+from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.speculation import Speculation
 from tests.checkpoints import TIGHT
