@@ -16,9 +16,15 @@ from qwen3_dist.errors import CheckpointError
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
 from tests.qwen3_dist.test_executors import wait_until_gone
+from tests.ranks import end_nursery
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 RANKS = "qwen3_dist.executor.processes"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_processes_of_other_tests() -> None:
+    end_nursery()
 
 
 @pytest.fixture
