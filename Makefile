@@ -53,8 +53,9 @@ test: check  ## everything CI runs
 	$(BIN)/pytest -q tests/test_imports.py tests/cluster tests/qwen3_dist
 	$(BIN)/pytest -q tests/serve_app
 
-soak: $(READY)  ## thousands of random requests with aborts (many minutes)
+soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak
+	$(BIN)/pytest -q -m slow tests/qwen3_dist
 
 .PHONY: help install serve demo bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak
 .DEFAULT_GOAL := help

@@ -24,7 +24,12 @@ WAYS = {
 MOST_VARIANTS = 40  # each takes about a second at a card's first start
 
 
-@pytest.mark.parametrize("way", WAYS)
+EVERY_TIME = ("dense-guesses", "moe-sharded")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=() if way in EVERY_TIME else pytest.mark.slow) for way in WAYS]
+)
 def test_no_step_compiles_a_kernel_after_warm_up(way: str) -> None:
     if build.library() is None:
         pytest.skip(

@@ -33,7 +33,13 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=WAYS)
+SLOW = ("moe-tp8", "moe-wide", "moe-mixed-all-to-all", "moe-first-stage")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(way, marks=pytest.mark.slow if way in SLOW else ()) for way in WAYS],
+)
 def phases(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     if build.library() is None:
         pytest.skip(
