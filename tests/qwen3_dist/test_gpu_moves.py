@@ -13,7 +13,7 @@ from qwen3_dist.kernels import build
 from tests.ranks import ROOT
 
 
-@pytest.mark.parametrize("options", [[], ["--quantize", "int8"]])
+@pytest.mark.parametrize("options", [[], pytest.param(["--quantize", "int8"], marks=pytest.mark.slow)])
 def test_experts_that_arrive_on_a_card_make_no_step_wait(options: list[str]) -> None:
     if build.library() is None:
         pytest.skip("no C++ compiler is here")  # of which torch without CUDA needs a few lines

@@ -33,7 +33,14 @@ WAYS = {
 }
 
 
-SLOW = ("moe-tp8", "moe-wide", "moe-mixed-all-to-all", "moe-first-stage")
+SLOW = (
+    "moe-int8",
+    "moe-fp32",
+    "moe-tp8",
+    "moe-wide",
+    "moe-mixed-all-to-all",
+    "moe-first-stage",
+)
 
 
 @pytest.fixture(
