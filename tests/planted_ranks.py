@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from qwen3_dist.engine.grammar_matcher import Grammars
+from qwen3_dist.executor import rendezvous
 from qwen3_dist.executor.messages import RankSpec
 from qwen3_dist.executor.rank import rank_main
+from qwen3_dist.layers import feed_forward
 from qwen3_dist.layers.feed_forward import MoEFeedForward
+from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.weights import source
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.loader import ExpertReader
@@ -92,4 +96,11 @@ def rank_that_builds_when_told(spec: RankSpec) -> None:
         return build(self, grammar)
 
     Grammars._build = waiting  # type: ignore[method-assign, assignment]
+    rank_main(spec)
+
+
+def rank_with_room_for_few_rows(spec: RankSpec) -> None:
+    """Experts' rows travel in slots, as on a GPU, with room for a third of them: most steps overflow."""
+    rendezvous.DispatchOptions = partial(DispatchOptions, by_capacity=True)  # type: ignore[attr-defined, misc]
+    feed_forward.capacity = lambda layout, config, rows: -(-rows // 3)  # type: ignore[attr-defined]
     rank_main(spec)

@@ -23,9 +23,8 @@ _log = logging.getLogger(__name__)
 _WORTH_MOVING = 0.95  # a placement with more than this of the imbalance there is is left alone
 _POLL_S = 0.01  # between two questions to the ranks whether they have read
 
-Done = Callable[
-    [list[int] | CheckpointError], None
-]  # told the layers that changed, or why it could not go on
+Outcome = list[int] | CheckpointError  # the layers that changed, or why it could not go on
+Done = Callable[[Outcome], None]
 
 
 @dataclass
@@ -90,7 +89,7 @@ class ExpertBalance:
 
         Raises CheckpointError for a layer that cannot be read.
         """
-        answers: list[list[int] | CheckpointError] = []
+        answers: list[Outcome] = []
         self.begin(answers.append)
         while not answers:
             self.tick()
@@ -158,6 +157,6 @@ class ExpertBalance:
             rebalance.changed.append(move.layer)
 
 
-def _log_failure(answer: list[int] | CheckpointError) -> None:
+def _log_failure(answer: Outcome) -> None:
     if isinstance(answer, CheckpointError):
         _log.warning("%s; they stay where they are", answer)

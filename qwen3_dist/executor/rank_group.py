@@ -85,11 +85,12 @@ class RankGroupExecutor(Executor):
 
         def awaited() -> str:
             layout = self._config.layout
-            first = (
-                layout.pp - 1
-            ) * layout.stage_size  # of the last stage, whose first rank of each group answers
-            groups = [g for g in range(layout.dp) if answering[g] and not self._results[g]]
-            return self._late([first + group * layout.tp for group in groups], f"answer step {plans[0].step}")
+            last_stage = range(layout.world - layout.stage_size, layout.world)
+            answerers = last_stage[:: layout.tp]  # tp rank 0 of each dp group
+            late = [
+                rank for group, rank in enumerate(answerers) if answering[group] and not self._results[group]
+            ]
+            return self._late(late, f"answer step {plans[0].step}")
 
         with self._losing_ranks():
             while not all(map(bool, itertools.compress(self._results, answering))):

@@ -86,9 +86,8 @@ class Kernels:
         outputs, inner = weight.shape[-2:]
         sizes = (-(-outputs // self.panel), self._functions[f"padded{ending}"](inner), self.panel)
         stack = weight if weight.dim() == 3 else weight[None]
-        packed = zeros(
-            (len(stack), *sizes), weight.dtype, weight.device
-        )  # in huge pages, which are read faster
+        shape = (len(stack), *sizes)
+        packed = zeros(shape, weight.dtype, weight.device)  # in huge pages, which are read faster
         for matrix, place in zip(stack, packed, strict=True):
             self.run(f"pack{ending}", matrix.contiguous(), place, outputs, inner)
         return packed if weight.dim() == 3 else packed[0]

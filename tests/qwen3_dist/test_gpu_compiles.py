@@ -32,9 +32,7 @@ EVERY_TIME = ("moe-sharded",)
 )
 def test_no_step_compiles_a_kernel_after_warm_up(way: str) -> None:
     if build.library() is None:
-        pytest.skip(
-            "no C++ compiler is here"
-        )  # torch without CUDA needs a few lines of it to have such a card
+        pytest.skip("no C++ compiler is here, with which torch without CUDA is made to have a card")
     command = [sys.executable, "-m", "tests.fake_serving", *WAYS[way], "--steps", str(STEPS)]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

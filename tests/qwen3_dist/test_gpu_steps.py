@@ -49,9 +49,7 @@ SLOW = (
 )
 def phases(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     if build.library() is None:
-        pytest.skip(
-            "no C++ compiler is here"
-        )  # torch without CUDA needs a few lines of it to have such a card
+        pytest.skip("no C++ compiler is here, with which torch without CUDA is made to have a card")
     command = [sys.executable, "-m", "tests.fake_gpu", *WAYS[request.param]]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
