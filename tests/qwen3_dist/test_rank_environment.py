@@ -50,7 +50,8 @@ def test_ranks_have_the_environment_they_are_given_when_they_join(
 def test_gloo_listens_where_the_engine_reaches_the_rank_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set here ends with this test
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     rendezvous._use_interface_of("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")

@@ -23,7 +23,7 @@ from tests.ranks import ROOT
 REPO_ID, REVISION = "someone/tiny", "0" * 40
 NODE = """
 mount -t tmpfs none /dev/shm && mount -t tmpfs none "$1/scratch" || exit 1
-export HF_HOME="$1/hub" HF_HUB_OFFLINE=1 RAY_TMPDIR="$1/scratch"
+export HF_HOME="$1/hub" HF_HUB_OFFLINE=1 RAY_TMPDIR="$1/scratch" RAY_AUTH_MODE=disabled
 shift
 exec "$@"
 """
