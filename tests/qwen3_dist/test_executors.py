@@ -291,7 +291,9 @@ cluster.shutdown()
 @pytest.mark.parametrize(
     ("cpus_of_a_node", "layouts"),
     [
-        (1, {"tp=2,ep=2": 2, "dp=2,ep=2": 2, "pp=2": 2}),  # no node has room for a tp group of two
+        pytest.param(  # no node has room for a tp group of two; `test_two_hosts` has the same layouts
+            1, {"tp=2,ep=2": 2, "dp=2,ep=2": 2, "pp=2": 2}, marks=pytest.mark.slow
+        ),
         (2, {"tp=2,dp=2,ep=4": 2, "tp=2,pp=2,ep=2": 2}),  # a bundle for each tp group, on one node
     ],
 )
