@@ -7,6 +7,7 @@ Compared in the same run with a call to a Ray actor and back, carrying the same 
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -24,11 +25,12 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
 
 
-def decode_plan(sequences: int, context: int = 512, block_size: int = 16) -> StepPlan:
-    """One decode step of `sequences` sequences that are `context` tokens long."""
-    spec = SampleSpec(0.6, 0.95, 20, 1, context, None)
-    table = tuple(range(context // block_size))
-    steps = (SequenceStep(i, i, (7,), context - 1, table, spec) for i in range(sequences))
+def decode_plan(sequences: int, context: int = 512) -> StepPlan:
+    """One decode step of `sequences` sequences that are `context` tokens long, none of which needs a new block."""
+    steps = (
+        SequenceStep(i, i, (7,), context - 1, (), SampleSpec(0.6, 0.95, 20, i, context, None))
+        for i in range(sequences)
+    )
     return StepPlan.for_groups(1, [tuple(steps)])[0]
 
 
@@ -79,6 +81,7 @@ class EchoActor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     executor = RankGroupExecutor(EngineConfig(layout=Layout(tp=2)), EchoLauncher())
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     actor: Any = ray.remote(EchoActor).remote()

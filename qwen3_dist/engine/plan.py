@@ -24,6 +24,8 @@ __all__ = [
     "StepResult",
 ]
 
+_FEW_SEQUENCES = 8  # that pickle faster as they are than in columns
+
 
 class StepPlan(NamedTuple):
     """One step of one dp group; sequences with a single token come first.
@@ -46,6 +48,8 @@ class StepPlan(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         step, sequences, *others = self
+        if len(sequences) <= _FEW_SEQUENCES:
+            return StepPlan, (step, tuple(each._replace(blocks=None) for each in sequences), *others)
         return _from_columns, (step, SequenceColumns.of(sequences), *others)
 
     @classmethod

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 from array import array
 
+import pytest
 import torch
 
 from qwen3_dist.engine.inputs import StepInputs
 from qwen3_dist.engine.plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.engine.plan_columns import SequenceColumns
 from qwen3_dist.pooling_params import PoolingParams
 from tests.scheduling import make_scheduler, make_sequence
 from tests.setups import setup
@@ -22,7 +24,7 @@ def plan_of(*sequences: SequenceStep) -> StepPlan:
 
 
 def test_a_plan_travels_whole() -> None:
-    plans = [
+    few = [
         plan_of(),
         plan_of(SequenceStep(2**40, 0, (LAST_SAMPLED,), 9, (), DRAW, 1)),
         plan_of(
@@ -33,22 +35,26 @@ def test_a_plan_travels_whole() -> None:
             SequenceStep(5, 4, (1, 2, 3, 4), 4, (6,), None, 1, reading=PromptScores(1, (3, 4), 2)),
         ),
     ]
-    for plan in plans:
+    many = [plan_of(*plan.sequences * 10) for plan in few]
+    for plan in few + many:
         assert pickle.loads(pickle.dumps(plan)) == plan
         assert pickle.loads(pickle.dumps(plan._replace(exact=True))).exact
 
 
-def test_a_step_costs_no_more_bytes_for_more_context() -> None:
+@pytest.mark.parametrize("sequences", [4, 20], ids=lambda count: f"{count}_sequences")
+def test_a_step_costs_no_more_bytes_for_more_context(sequences: int) -> None:
     def decodes(context: int) -> bytes:
-        scheduler = make_scheduler(blocks=3 * context, block_size=16, seqs=4, tokens=4 * context)
-        for number in range(4):
+        room = sequences * context
+        scheduler = make_scheduler(blocks=room, block_size=16, seqs=sequences, tokens=room)
+        for number in range(sequences):
             scheduler.add(make_sequence(number, [number] * context, max_tokens=50))
         assert scheduler.schedule() is not None  # the prompts
         plan = scheduler.schedule()
         assert plan is not None and plan.decodes_only
         return pickle.dumps(plan)
 
-    assert len(decodes(4096)) <= len(decodes(64)) + 16
+    wider = 4 * sequences  # a position takes more bytes
+    assert len(decodes(4096)) <= len(decodes(64)) + wider
 
 
 def test_ranks_find_the_blocks_that_earlier_plans_named() -> None:
@@ -81,6 +87,6 @@ def test_a_repeated_step_finds_its_blocks_although_another_sequence_has_its_slot
 
 def test_columns_hold_what_fits_them() -> None:
     """Token ids, positions and blocks are 32 bits wide, ids of sequences and seeds 64."""
-    plan = plan_of(SequenceStep(2**62, 0, (2**31 - 1,), 2**31 - 1, (2**31 - 1,), DRAW, 2**27))
-    assert pickle.loads(pickle.dumps(plan)) == plan
+    sequence = SequenceStep(2**62, 0, (2**31 - 1,), 2**31 - 1, (2**31 - 1,), DRAW, 2**27)
+    assert SequenceColumns.of([sequence]).sequences() == (sequence,)
     assert array("i").itemsize == 4 and array("q").itemsize == 8
