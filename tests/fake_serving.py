@@ -155,7 +155,7 @@ def serve(
         traffic = Traffic(0, settings.layout.dp, guesses, config.vocab_size)
         late = []
         for step in range(steps):
-            runner.launch(traffic.plan(step))
+            runner.launch(traffic.plan(step)._replace(exact=runner.may_repeat and step % 3 == 0))
             if runner.compiled_kernels() > before:
                 before = runner.compiled_kernels()
                 more = {name: n - ready.get(name, 0) for name, n in compiles.compiled.items()}

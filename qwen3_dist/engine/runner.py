@@ -6,6 +6,7 @@ Legend as in `layers/batch.py`: T tokens of the step, S sequences, L rows whose 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -164,7 +165,8 @@ class ModelRunner:
 
     def _run_every_kind_of_step(self) -> None:
         moe_layers = [*self.model.moe_layers.values()]
-        for plans in self._shapes.steps():
+        repeated = self._shapes.repeated() if self.may_repeat else ()
+        for plans in chain(self._shapes.steps(), repeated):
             output = self.launch(plans[self._parallel.coords.group])
             if output is not None:
                 output.result()

@@ -112,6 +112,14 @@ class StepShapes:
             busy = tuple(self._prompts(size, slots=range(self.max_num_seqs)))
             yield StepPlan.for_groups(0, [busy, *[()] * (self.dp - 1)])
 
+    def repeated(self) -> Iterator[list[StepPlan]]:
+        """Steps that are run again after an overflow: their experts' rows travel as no first try's of the size do."""
+        sizes = powers_of_2(self.max_tokens)
+        prompts = (self._prompts(size, slots=range(self.max_num_seqs)) for size in sizes)
+        decodes = map(self._decodes, powers_of_2(self.max_num_seqs))
+        for parts in (self.largest(), *prompts, *decodes):
+            yield [plan._replace(exact=True) for plan in self._everywhere(parts)]
+
     def largest(self) -> list[SequenceStep]:
         """A step of the most tokens and the most draws, each of which asks for what takes most memory."""
         long = -(-self.max_tokens // self.max_model_len)  # prompts that fill a step alone

@@ -20,6 +20,7 @@ WAYS = {
     "moe-int8-ampere": ["moe", "--quantize", "int8", "--card", "80"],
     "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
     "moe-dp": ["moe", "--layout", "dp=2,ep=2", "--dispatch", "all_gather"],
+    "moe-repeats": ["moe", "--layout", "dp=2,ep=2", "--dispatch", "all_to_all"],
 }
 MOST_VARIANTS = 40  # each takes about a second at a card's first start
 

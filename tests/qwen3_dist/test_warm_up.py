@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,11 +50,21 @@ def test_warm_up_steps_keep_to_the_limits_and_write_to_the_spare_block_alone() -
                 assert part.new_blocks == (SHAPES.spare_block,) * -(-end // SHAPES.block_size)
 
 
-def test_the_first_warm_up_step_is_the_largest_there_can_be() -> None:
-    first = next(SHAPES.steps())[0]
+@pytest.mark.parametrize("steps", [SHAPES.steps(), SHAPES.repeated()], ids=["first_try", "repeated"])
+def test_the_first_warm_up_step_is_the_largest_there_can_be(steps: Iterator[list[StepPlan]]) -> None:
+    first = next(steps)[0]
     assert first.num_tokens == SHAPES.max_tokens
     assert len(first.sequences) == SHAPES.max_num_seqs
     assert all(part.sample is not None and part.sample.logprobs for part in first.sequences)
+
+
+def test_repeated_steps_have_all_the_sizes_there_are_and_no_capacity() -> None:
+    plans = [plan for plan, _ in SHAPES.repeated()]
+    assert all(plan.exact for plan in plans)
+    assert {plan.num_tokens for plan in plans if not plan.decodes_only} >= set(
+        powers_of_2(SHAPES.max_tokens)
+    ) - {1}
+    assert {plan.num_tokens for plan in plans if plan.decodes_only} == set(powers_of_2(SHAPES.max_num_seqs))
 
 
 def test_warm_up_meets_prompts_mixes_decodes_guesses_readings_and_idle_groups() -> None:
