@@ -2,7 +2,12 @@
 
 import os
 import signal
+import uuid
 from pathlib import Path
+
+from tests.processes import RUN
+
+os.environ[RUN] = uuid.uuid4().hex
 
 if not Path("/dev/nvidia0").exists():  # Triton's kernels are interpreted without a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

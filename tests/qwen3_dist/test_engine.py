@@ -15,7 +15,7 @@ from qwen3_dist.engine.engine import Engine
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
-from tests.qwen3_dist.test_executors import wait_until_gone
+from tests.processes import wait_until_gone
 from tests.ranks import end_nursery
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)

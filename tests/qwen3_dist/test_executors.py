@@ -29,6 +29,7 @@ from qwen3_dist.errors import (
 from qwen3_dist.executor.ray_ranks import choose_device, rank_bundles
 from qwen3_dist.reference import load_reference
 from tests.checkpoints import write_checkpoint
+from tests.processes import processes_running, wait_until_gone
 from tests.ranks import ROOT, end_nursery
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -50,27 +51,6 @@ def local_ray() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-def processes_running(words: str) -> list[int]:
-    """Ids of this user's processes whose command line holds `words`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if words in command:
-                found.append(int(entry.name))
-    return sorted(found)
-
-
-def wait_until_gone(words: str) -> None:
-    deadline = time.monotonic() + 10
-    while processes_running(words):
-        assert time.monotonic() < deadline, f"{words} still runs"
-        time.sleep(0.1)
 
 
 def placed_groups() -> list[str]:

@@ -1,4 +1,4 @@
-"""What the serve tests share: settings of their service, waiting, reading answers, finding processes they started."""
+"""What the serve tests share: settings of their service, waiting, and reading answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import random
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,35 +47,6 @@ def wait_for(what: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain"
         time.sleep(0.05)
     return value
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that `pid` started, and those that they started."""
-    children = [
-        int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in _read(file).split()
-    ]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
-
-
-def command(pid: int) -> str:
-    """The process's title, "" once it is gone."""
-    return _read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ")
-
-
-def with_environment(entry: str) -> list[int]:
-    """Processes that inherited the environment entry `NAME=value`."""
-    return [
-        int(file.parent.name)
-        for file in Path("/proc").glob("[0-9]*/environ")
-        if entry in _read(file).split("\0")
-    ]
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 def server_events(stream: bytes) -> list[dict[str, Any]]:

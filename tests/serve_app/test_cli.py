@@ -20,7 +20,8 @@ import pytest
 from qwen3_dist.llm import LLM
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.weights.source import resolve_model
-from tests.serve_app.support import free_port, wait_for, with_environment
+from tests.processes import with_environment
+from tests.serve_app.support import free_port, wait_for
 
 ENGINE = ("--device", "cpu", "--dtype", "float32", "--num-blocks", "256")
 SENTENCE_TIMEOUT_S = 120

@@ -15,7 +15,8 @@ from ray import serve
 
 from qwen3_dist.engine.outputs import EngineStats
 from serve_app.app import build_app
-from tests.serve_app.support import SETTINGS, command, descendants, wait_for
+from tests.processes import processes_running
+from tests.serve_app.support import SETTINGS, wait_for
 
 LONG = 4000  # tokens; an abandoned request that ran on would take as many steps
 
@@ -26,7 +27,7 @@ def long_request(model: str, **fields: Any) -> dict[str, Any]:
 
 
 def rank_processes() -> list[int]:
-    return [pid for pid in descendants(os.getpid()) if command(pid).startswith("ray::RankActor")]
+    return processes_running("ray::RankActor")
 
 
 def total_steps(stats: list[EngineStats]) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve_app.support import free_port, wait_for, with_environment
+from tests.processes import with_environment
+from tests.serve_app.support import free_port, wait_for
 
 CONFIG = """
 http_options: {{host: 127.0.0.1, port: {port}}}
