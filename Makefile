@@ -49,15 +49,15 @@ check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-# They start no ranks and no Ray, so they run while the serve tests wait for theirs.
-KERNEL_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py \
-	gpu_steps.py gpu_compiles.py gpu_moves.py)
+# They wait for Ray most of the time, so all others run meanwhile.
+RAY_TESTS := tests/cluster/test_ray_cluster.py \
+	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 
 test: check  ## everything CI runs
-	$(BIN)/pytest -q tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(KERNEL_TESTS))
-	nice $(BIN)/pytest -q $(KERNEL_TESTS) > .venv/kernel-tests.log 2>&1 & kernels=$$!; \
-	$(BIN)/pytest -q tests/serve_app; served=$$?; \
-	wait $$kernels; computed=$$?; cat .venv/kernel-tests.log; exit $$((served + computed))
+	nice $(BIN)/pytest -q tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(RAY_TESTS)) \
+		> .venv/tests.log 2>&1 & others=$$!; \
+	$(BIN)/pytest -q $(RAY_TESTS); ray=$$?; $(BIN)/pytest -q tests/serve_app; serve=$$?; \
+	wait $$others; rest=$$?; cat .venv/tests.log; exit $$((ray + serve + rest))
 
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak
