@@ -45,6 +45,10 @@ class Walker:
 
     def walk(self, grammar: str, seed: int, wander: int = 40, most: int = 600) -> str:
         """A text of `grammar`: `wander` steps at random, then whatever leads to its end, up to EOS."""
+        return self.tokenizer.decode(self.walk_ids(grammar, seed, wander, most), skip_special_tokens=False)
+
+    def walk_ids(self, grammar: str, seed: int, wander: int = 40, most: int = 600) -> list[int]:
+        """The tokens of such a text."""
         choose, matcher, ids = random.Random(seed), self.grammars.matcher(grammar), []
         for step in range(most):
             allowed = self.allowed(matcher)
@@ -52,7 +56,7 @@ class Walker:
             ends = [token for token in (*self.eos, *self._endings) if token in found]
             token = ends[0] if ends and step >= wander else int(choose.choice(allowed))
             if token in self.eos:
-                return self.tokenizer.decode(ids, skip_special_tokens=False)
+                return ids
             ids.append(token)
             matcher.accept(token)
         raise AssertionError(f"no end after {most} tokens: {self.tokenizer.decode(ids[-50:])!r}")

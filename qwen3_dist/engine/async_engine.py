@@ -17,7 +17,7 @@ from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.engine.sampling_setup import SamplingSetup
-from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
@@ -130,11 +130,14 @@ class AsyncEngine:
     async def _await_grammar(self, setup: SamplingSetup) -> None:
         """Waits until ranks have built the setup's grammar, while they run the steps of others."""
 
-        def build(answer: Callable[[bool | CheckpointError], None]) -> None:
-            answer(self._engine.build(setup))
+        def build(answer: Callable[[bool | QwenDistError], None]) -> None:
+            try:
+                answer(self._engine.grammars.build(setup))
+            except RequestError as error:
+                answer(error)
 
         pause_s = _BUSY_CHECK_S
-        while not self._engine.has_built(setup) and not await self._ask(build):
+        while not self._engine.grammars.has(setup) and not await self._ask(build):
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _IDLE_CHECK_S)
 
@@ -195,18 +198,18 @@ class AsyncEngine:
             self._wake.notify()
             return True
 
-    async def _ask(self, question: Callable[[Callable[[T | CheckpointError], None]], None]) -> T:
-        """What the engine's thread answers to `question`, at once or after some steps. Raises CheckpointError if that
-        is the answer."""
+    async def _ask(self, question: Callable[[Callable[[T | QwenDistError], None]], None]) -> T:
+        """What the engine's thread answers to `question`, at once or after some steps. Raises an answer that is an
+        error."""
         self.check_health()
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T | CheckpointError] = loop.create_future()
+        answer: asyncio.Future[T | QwenDistError] = loop.create_future()
 
-        def tell(value: T | CheckpointError) -> None:
+        def tell(value: T | QwenDistError) -> None:
             if not answer.done():  # nobody waits for it any more
                 answer.set_result(value)
 
-        def reply(value: T | CheckpointError) -> None:
+        def reply(value: T | QwenDistError) -> None:
             with contextlib.suppress(RuntimeError):  # the caller's event loop is closed
                 loop.call_soon_threadsafe(tell, value)
 
@@ -215,7 +218,7 @@ class AsyncEngine:
             self.check_health()
             await asyncio.wait([answer], timeout=_IDLE_CHECK_S)
         value = answer.result()
-        if isinstance(value, CheckpointError):
+        if isinstance(value, QwenDistError):
             raise value
         return value
 

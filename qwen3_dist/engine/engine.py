@@ -11,8 +11,8 @@ from pathlib import Path
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
+from qwen3_dist.engine.built_grammars import BuiltGrammars
 from qwen3_dist.engine.expert_balance import ExpertBalance
-from qwen3_dist.engine.grammar import KEPT_GRAMMARS
 from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.make_setup import make_setup
 from qwen3_dist.engine.outputs import EngineStats, TokenDelta
@@ -75,7 +75,6 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._next_seq_id = 0
         self._num_steps = 0
-        self._built_grammars: dict[str, None] = {}  # on all ranks that need them; the oldest first
         with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(_pinned(config, path), placements, progress)
         try:
@@ -94,6 +93,7 @@ class Engine:
             print(f"{self.backends}; collectives: {self.collectives}", file=sys.stderr)
         self._in_flight = StepsInFlight(executor, self._renew)
         self.experts = ExpertBalance(executor, config, placements)
+        self.grammars = BuiltGrammars(executor)
         num_blocks = executor.num_blocks
         self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)
         limits = SchedulerLimits.of(config, executor.device, num_blocks, executor.may_repeat)
@@ -117,20 +117,6 @@ class Engine:
         Takes up to seconds where a form of the text is met for the first time. Raises RequestError.
         """
         return make_setup(params, self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
-
-    def has_built(self, setup: SamplingSetup | None) -> bool:
-        """Whether ranks have the setup's grammar, if it has one, so that no step waits for it; from any thread."""
-        return setup is None or setup.grammar is None or setup.grammar in self._built_grammars
-
-    def build(self, setup: SamplingSetup) -> bool:
-        """Has ranks build the setup's grammar beside the steps; whether they have it. Ask until they have."""
-        assert setup.grammar is not None
-        built = all(self._executor.call("build_grammar", setup.grammar, setup.eos_token_ids))
-        if built:
-            self._built_grammars[setup.grammar] = None
-            if len(self._built_grammars) > KEPT_GRAMMARS // 2:  # so that ranks surely have these
-                del self._built_grammars[next(iter(self._built_grammars))]
-        return built
 
     def add_request(
         self,

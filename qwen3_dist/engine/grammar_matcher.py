@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from qwen3_dist.engine.grammar import KEPT_GRAMMARS
+from qwen3_dist.engine.grammar_tokenizer import grammar_tokenizer
 from qwen3_dist.engine.grammar_trial import parser_limits
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ _SECONDS_AHEAD = 0.2  # and how far it may be ahead of that
 class Grammars:
     """Makes matchers over the vocabulary of the checkpoint at `path`, and keeps the grammars built last.
 
-    A grammar takes milliseconds to build and is built in a thread. The tokenizer's trie, which all need, takes half a
+    A grammar takes milliseconds to build and is built in a thread. The tokenizer's trie, which all need, takes a
     second for 151k tokens, in which no other Python runs: `prepare` it before there are steps that would wait.
     """
 
@@ -57,6 +58,11 @@ class Grammars:
             self._built.popitem(last=False)
         return building
 
+    def problem(self, grammar: str) -> str | None:
+        """Why `grammar` cannot be followed, "" if it can; None while it is built."""
+        building = self.build(grammar)
+        return Matcher(building, self._eos_token_ids).problem() if building.done() else None
+
     def matcher(self, grammar: str) -> Matcher:
         """Follows `grammar` from its start."""
         return Matcher(self.build(grammar), self._eos_token_ids)
@@ -66,14 +72,16 @@ class Grammars:
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                str(self._file), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+                grammar_tokenizer(self._file), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
             )
 
     def _build(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
         self._build_tokenizer()
-        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
+        matcher.compute_bitmask()  # so that what goes wrong at once is known before a sequence begins
+        return matcher
 
 
 class Matcher:
@@ -107,6 +115,11 @@ class Matcher:
     def accept(self, token_id: int) -> None:
         """Steps over the token that was chosen."""
         self._call(lambda matcher: matcher.consume_token(token_id))
+
+    def problem(self) -> str:
+        """Why the grammar cannot be followed from where it stands, "" if it can."""
+        self._call(lambda matcher: None)
+        return self.error or ""
 
     @property
     def is_finished(self) -> bool:

@@ -61,8 +61,8 @@ def _thinking(tokenizer: Tokenizer | None) -> Thinking | None:
     opens, closes = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
     if opens is None or closes is None:
         return None
-    breaks = {token_id for text in ("\n", "\n\n") for token_id in tokenizer.encode(text)}
-    return Thinking(opens, closes, tuple(sorted(breaks)))
+    spelled = ((tokenizer.encode("\n" * count), count) for count in (1, 2))
+    return Thinking(opens, closes, tuple((ids[0], count) for ids, count in spelled if len(ids) == 1))
 
 
 def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:

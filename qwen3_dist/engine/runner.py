@@ -148,9 +148,9 @@ class ModelRunner:
         if self._draws:
             self._grammars_for(eos_token_ids).prepare()
 
-    def build_grammar(self, grammar: str, eos_token_ids: tuple[int, ...]) -> bool:
-        """Whether the grammar is built, so that no step waits for it; if not, a thread builds it from now on."""
-        return not self._draws or self._grammars_for(eos_token_ids).build(grammar).done()
+    def build_grammar(self, grammar: str, eos_token_ids: tuple[int, ...]) -> str | None:
+        """Why the grammar cannot be followed, "" if it can and no step waits for it; None while a thread builds it."""
+        return self._grammars_for(eos_token_ids).problem(grammar) if self._draws else ""
 
     @torch.inference_mode()
     def warm_up(self) -> None:

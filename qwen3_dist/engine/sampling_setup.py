@@ -9,11 +9,14 @@ from typing import NamedTuple
 
 
 class Thinking(NamedTuple):
-    """The tokens around a model's thinking; `breaks` are those of line breaks, which may follow its end."""
+    """The tokens around a model's thinking.
+
+    `breaks` are tokens of line breaks alone, each with their number: the template puts two after `closes`.
+    """
 
     opens: int
     closes: int
-    breaks: tuple[int, ...]
+    breaks: tuple[tuple[int, int], ...]
 
 
 class SamplingSetup(NamedTuple):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwen3_dist.engine.grammar_matcher import Matcher
 
 NewMatcher = Callable[[SamplingSetup], "Matcher"]
+_BREAKS = 2  # line breaks that may stand between thoughts and the form, as the template writes them
 
 
 class TextForm:
@@ -28,7 +29,7 @@ class TextForm:
         self._matcher = matcher
         self._may_think = setup.reasoning == "optional"
         self._thinks = setup.reasoning == "open"
-        self._has_just_thought = False
+        self._breaks_left = 0  # line breaks that may still come ahead of the form
         self._num_thought = 0
         self._unread = setup.output
 
@@ -63,8 +64,8 @@ class TextForm:
         self._matcher.fill_mask(row)
         if thinking is not None and self._may_think:
             _allow(row, [thinking.opens])
-        elif thinking is not None and self._has_just_thought:
-            _allow(row, thinking.breaks)
+        elif thinking is not None:
+            _allow(row, (token for token, count in thinking.breaks if count <= self._breaks_left))
         return row
 
     def _catch_up(self) -> None:
@@ -78,16 +79,18 @@ class TextForm:
         if self._thinks:
             assert thinking is not None
             self._thinks = token_id != thinking.closes
-            self._has_just_thought = not self._thinks
+            self._breaks_left = 0 if self._thinks else _BREAKS
             self._num_thought += 1
             return
         if thinking is not None and self._may_think and token_id == thinking.opens:
             self._thinks, self._may_think = True, False
             return
         self._may_think = False
-        if thinking is not None and self._has_just_thought and token_id in thinking.breaks:
+        breaks = dict(thinking.breaks).get(token_id, 0) if thinking is not None else 0
+        if 0 < breaks <= self._breaks_left:
+            self._breaks_left -= breaks
             return
-        self._has_just_thought = False
+        self._breaks_left = 0
         if self._matcher is not None:
             self._matcher.accept(token_id)
 

@@ -37,8 +37,8 @@ class ChoiceDelta:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the text of a choice is read: where thinking stands at its start (as SamplingParams has it), a parser
-    of its own for each choice, and what its tool calls mean for its end.
+    """How the text of a choice is read: where thinking stands at its start (as SamplingParams has it), what makes a
+    parser for each choice from where thinking stands there, and what its tool calls mean for its end.
 
     `form` is what calls make of the form that the text must have; None leaves it to the request's parameters.
     `calls_end_it`: finishing with a tool call is the finish reason "tool_calls", not "stop". Of more than
@@ -47,7 +47,7 @@ class Reading:
 
     reasoning: str = "none"
     form: StructuredOutputs | None = None
-    new_parser: Callable[[], OutputParser] | None = None
+    new_parser: Callable[[str], OutputParser] | None = None
     calls_end_it: bool = True
     most_calls: int | None = None
 
@@ -67,6 +67,7 @@ class Choice:
         self._reading = reading
         self._num_calls = 0
         self._stop_token_ids = params.stop_token_ids
+        self._has_form = params.structured_outputs is not None
         self._text: TextStream | None = None
         self._parser: OutputParser | None = None
         self._thinking: _Thinking | None = None
@@ -78,12 +79,13 @@ class Choice:
                 params.include_stop_str_in_output,
                 params.min_tokens,
             )
-            self._parser = reading.new_parser() if reading.new_parser else None
             self._thinking = _Thinking(tokenizer, params.reasoning) if params.reasoning != "none" else None
 
     def advance(self, delta: TokenDelta) -> ChoiceDelta:
         """Takes a step's tokens; a stop string that they complete ends the choice before it."""
         assert not self.done
+        if self._parser is None and self._text and self._reading.new_parser and delta.token_ids:
+            self._parser = self._reading.new_parser(self._reasoning(delta))
         text, reason, stopped_by = "", delta.finish_reason, self._stop_token(delta)
         if self._text:
             taken = self._text.num_taken
@@ -114,6 +116,12 @@ class Choice:
             delta.prompt_logprobs,
         )
 
+    def _reasoning(self, first: TokenDelta) -> str:
+        """Where thinking stands at the start. A form that begins with the text <think>, and not with that token, is
+        no thought."""
+        thinks = self._thinking is None or not self._has_form or self._thinking.opens in first.token_ids[:1]
+        return self._reading.reasoning if thinks or self._reading.reasoning == "open" else "none"
+
     def _parse(self, text: str, final: bool) -> Parsed:
         if self._parser is None:
             return Parsed(text)
@@ -138,7 +146,7 @@ class _Thinking:
 
     def __init__(self, tokenizer: Tokenizer, reasoning: str) -> None:
         self._tokenizer = tokenizer
-        self._opens, self._closes = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
+        self.opens, self._closes = tokenizer.token_id("<think>"), tokenizer.token_id("</think>")
         self._inside = reasoning == "open"
         self._over = False
 
@@ -152,7 +160,7 @@ class _Thinking:
                 self._over = True
             elif self._inside:
                 counted += 1
-            elif token_id == self._opens:
+            elif token_id == self.opens:
                 self._inside = True
             else:
                 self._over = bool(self._tokenizer.token_bytes(token_id).strip())

@@ -24,6 +24,12 @@ def _bytes_of_alphabet() -> dict[str, int]:
 
 
 _BYTES = _bytes_of_alphabet()
+_ALPHABET = {byte: char for char, byte in _BYTES.items()}
+
+
+def spelled_in_bytes(data: bytes) -> str:
+    """How the vocabulary of a byte-level tokenizer writes a token of the bytes `data`."""
+    return "".join(_ALPHABET[byte] for byte in data)
 
 
 class Tokenizer:

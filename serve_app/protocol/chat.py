@@ -94,8 +94,8 @@ class ChatRequest(GenerationRequest):
         state = reasoning_state(prompt.text, source, self.variables(texts))
         form = (texts.tool_calls or tool_call_form(source)) if self.tools else None
 
-        def new_parser() -> AnswerParser:
-            return AnswerParser(Reasoning(state), ToolCalls(form, self.tools) if form else None)
+        def new_parser(reasoning: str) -> AnswerParser:
+            return AnswerParser(Reasoning(reasoning), ToolCalls(form, self.tools) if form else None)
 
         return Reading(
             state,

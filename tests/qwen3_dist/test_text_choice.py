@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen3_dist.engine.outputs import TokenDelta
-from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
@@ -17,7 +17,8 @@ WORDS = "<think>a b c</think>the sea and the wind"
 class Shouts:
     """Takes each exclamation mark for a whole tool call, and holds back full stops."""
 
-    def __init__(self) -> None:
+    def __init__(self, reasoning: str) -> None:
+        self.reasoning = reasoning
         self._held = ""
         self._calls = 0
 
@@ -53,6 +54,30 @@ def run(
         if choice.done:
             break
     return shown
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>b", "a"])
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("has_form", [False, True])
+@pytest.mark.parametrize("reasoning", ["none", "optional", "open"])
+def test_a_form_that_begins_with_the_text_of_a_mark_has_not_thought(
+    tokenizer: Tokenizer, text: str, as_text: bool, has_form: bool, reasoning: str
+) -> None:
+    made: list[Shouts] = []
+
+    def new_parser(reasoning: str) -> Shouts:
+        made.append(Shouts(reasoning))
+        return made[-1]
+
+    form = StructuredOutputs(regex=".*") if has_form else None
+    params = SamplingParams(reasoning=reasoning, structured_outputs=form)
+    token_ids = [id for char in text for id in tokenizer.encode(char)] if as_text else tokenizer.encode(text)
+    Choice(0, params, tokenizer, Reading(reasoning, new_parser=new_parser)).advance(
+        TokenDelta(0, tuple(token_ids))
+    )
+    thinks = text.startswith("<think>") and not as_text
+    expected = "none" if reasoning == "optional" and has_form and not thinks else reasoning
+    assert [parser.reasoning for parser in made] == [expected]
 
 
 def test_what_a_parser_holds_back_comes_at_the_end(tokenizer: Tokenizer) -> None:

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.grammar_matcher import Grammars
-from qwen3_dist.engine.sampling_setup import SamplingSetup, Thinking
+from qwen3_dist.engine.make_setup import make_setup
 from qwen3_dist.engine.text_form import TextForm
 from qwen3_dist.errors import RequestError
 from qwen3_dist.executor.processes import shared_nursery
@@ -145,30 +145,96 @@ def think(token: str) -> int:
     return token_id
 
 
-def test_line_breaks_after_thinking_are_no_part_of_the_form() -> None:
-    path = resolve_model("")
-    tokenizer = Tokenizer.from_directory(path)
-    assert tokenizer is not None
-    eos = tokenizer.eos_token_ids
-    (newlines,) = tokenizer.encode("\n\n")
-    thinking = Thinking(think("<think>"), think("</think>"), (newlines,))
-    vocab_size = tokenizer.vocab_size
-    setup = SamplingSetup(
-        0, 0, 0, 1, (), 0, eos, eos, (), (), thinking, "open", None, 'start: "a"', (), (5, thinking.closes)
-    )
-    grammars = Grammars(path, vocab_size, eos)
-    form = TextForm.of(setup, lambda setup: grammars.matcher(setup.grammar or ""))
-    assert form is not None
-    (letter,) = tokenizer.encode("a")
-    assert allowed(form, vocab_size) == {letter, newlines}
-    form.accept(newlines)
-    assert allowed(form, vocab_size) == {letter, newlines}
+@pytest.fixture(scope="module")
+def after_thoughts() -> AfterThoughts:
+    return AfterThoughts()
+
+
+class AfterThoughts:
+    """Forms of sequences of the bundled model that are thinking, and the tokens of their line breaks."""
+
+    def __init__(self) -> None:
+        path = resolve_model("")
+        tokenizer = Tokenizer.from_directory(path)
+        assert tokenizer is not None
+        self.tokenizer = tokenizer
+        self.eos = tokenizer.eos_token_ids
+        self.closes = think("</think>")
+        (self.one,), (self.two,) = tokenizer.encode("\n"), tokenizer.encode("\n\n")
+        self._grammars = Grammars(path, tokenizer.vocab_size, self.eos)
+
+    def form(self, grammar: str, *output: int, budget: int | None = None) -> TextForm:
+        """The form of a sequence that was admitted, after a preemption, with `output`."""
+        outputs = StructuredOutputs(grammar=grammar)
+        params = SamplingParams(
+            reasoning="open", thinking_token_budget=budget, structured_outputs=outputs, max_tokens=None
+        )
+        setup = make_setup(params, self.tokenizer, self.eos, self.tokenizer.vocab_size)
+        assert setup is not None
+        form = TextForm.of(
+            setup._replace(output=output), lambda setup: self._grammars.matcher(setup.grammar or "")
+        )
+        assert form is not None
+        return form
+
+    def allowed(self, form: TextForm) -> set[int]:
+        mask = form.mask(self.tokenizer.vocab_size)
+        assert mask is not None
+        bits = (mask[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
+        return set(bits.flatten().nonzero()[:, 0].tolist())
+
+
+LETTER = 'start: "a"'
+
+
+@pytest.mark.parametrize("breaks", ["", "2", "1", "11"])
+@pytest.mark.parametrize("preempted", [False, True])
+def test_one_break_may_stand_between_thoughts_and_the_form(
+    after_thoughts: AfterThoughts, breaks: str, preempted: bool
+) -> None:
+    said = [
+        5,
+        after_thoughts.closes,
+        *({"1": after_thoughts.one, "2": after_thoughts.two}[b] for b in breaks),
+    ]
+    form = after_thoughts.form(LETTER, *said if preempted else ())
+    for token_id in () if preempted else said:
+        form.accept(token_id)
+    (letter,) = after_thoughts.tokenizer.encode("a")
+    more = {"": {after_thoughts.one, after_thoughts.two}, "1": {after_thoughts.one}}.get(breaks, set())
+    assert after_thoughts.allowed(form) == {letter} | more
     form.accept(letter)
-    assert allowed(form, vocab_size) == set(eos)
+    assert after_thoughts.allowed(form) == set(after_thoughts.eos)
+    assert form.error is None
 
 
-def allowed(form: TextForm, vocab_size: int) -> set[int]:
-    mask = form.mask(vocab_size)
-    assert mask is not None
-    bits = (mask[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
-    return set(bits.flatten().nonzero()[:, 0].tolist())
+def test_one_break_may_follow_thoughts_whose_budget_is_used_up(after_thoughts: AfterThoughts) -> None:
+    form = after_thoughts.form(LETTER, budget=1)
+    form.accept(5)
+    assert after_thoughts.allowed(form) == {after_thoughts.closes}
+    form.accept(after_thoughts.closes)
+    form.accept(after_thoughts.two)
+    assert after_thoughts.allowed(form) == set(after_thoughts.tokenizer.encode("a"))
+
+
+def test_line_breaks_of_the_form_itself_follow_the_break(after_thoughts: AfterThoughts) -> None:
+    form = after_thoughts.form(r"start: /\n\na/", 5, after_thoughts.closes, after_thoughts.two)
+    assert after_thoughts.allowed(form) == {after_thoughts.two}
+    form.accept(after_thoughts.two)
+    assert after_thoughts.allowed(form) == set(after_thoughts.tokenizer.encode("a"))
+
+
+def test_a_form_after_thoughts_is_not_put_off_by_a_model_that_likes_line_breaks(llm: LLM) -> None:
+    likes = {token: 100.0 for token in (*tokens_of("\n"), *tokens_of("\n\n"))}
+    asked = {"max_tokens": 60, "temperature": 0, "reasoning": "optional", "thinking_token_budget": 4}
+    params = SamplingParams(
+        **asked, logit_bias=likes, structured_outputs=StructuredOutputs(choice=("yes", "no"))
+    )
+    rest = (llm.chat(ASK, params)[0].text or "").partition("</think>")[2]
+    assert rest in ("\n\nyes", "\n\nno")
+
+
+def tokens_of(text: str) -> list[int]:
+    tokenizer = Tokenizer.from_directory(resolve_model(""))
+    assert tokenizer is not None
+    return tokenizer.encode(text)
