@@ -1,5 +1,9 @@
 """Errors a user can act on. Each message is one sentence that says what to change."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class QwenDistError(Exception):
     """Base of every error this project raises on purpose."""
@@ -20,16 +24,55 @@ class CheckpointError(QwenDistError):
 class RequestError(QwenDistError, ValueError):
     """A request the engine refuses; `param` names the offending field.
 
-    `status` is the HTTP status a server should answer with (400 unless said).
+    `status` is the HTTP status a server should answer with (400 unless said), `code` OpenAI's word for the error
+    where programs tell it by that.
     """
 
-    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.param = param
         self.status = status
+        self.code = code
 
-    def __reduce__(self) -> tuple[type, tuple[str, str | None, int]]:
-        return type(self), (str(self), self.param, self.status)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.param, self.status, self.code)
+
+    def blaming(self, param: str, message: str) -> RequestError:
+        """This error with the words of an API that calls the offending field `param`."""
+        return RequestError(message, param, self.status, self.code)
+
+
+class ContextLengthError(RequestError):
+    """A prompt, or a prompt and the output that was asked for, for which the context has no room.
+
+    `prompt_tokens` is the length of the prompt, or at least that long where `at_least` is true, `output_tokens`
+    what was asked to follow it (0 where the prompt alone is too long), and `max_model_len` what the context holds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        param: str,
+        prompt_tokens: int,
+        max_model_len: int,
+        output_tokens: int = 0,
+        at_least: bool = False,
+    ) -> None:
+        super().__init__(message, param, code="context_length_exceeded")
+        self.prompt_tokens = prompt_tokens
+        self.max_model_len = max_model_len
+        self.output_tokens = output_tokens
+        self.at_least = at_least
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        lengths = (self.prompt_tokens, self.max_model_len, self.output_tokens, self.at_least)
+        return type(self), (str(self), self.param, *lengths)
+
+    def blaming(self, param: str, message: str) -> RequestError:
+        lengths = (self.prompt_tokens, self.max_model_len, self.output_tokens, self.at_least)
+        return ContextLengthError(message, param, *lengths)
 
 
 class ResourceError(QwenDistError):

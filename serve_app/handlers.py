@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.errors import QwenDistError, RequestError
+from qwen3_dist.errors import ContextLengthError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.tool_calls import ToolCallForm
@@ -148,10 +148,13 @@ class RequestHandler:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
         most = self._engine.max_model_len
         if num_prompt_tokens < most < num_prompt_tokens + max_tokens:
-            raise RequestError(
+            raise ContextLengthError(
                 f"max_tokens={max_tokens} and the {num_prompt_tokens} tokens of the prompt are more than the "
                 f"context of {most} tokens; lower max_tokens or shorten the prompt",
-                param="max_tokens",
+                "max_tokens",
+                num_prompt_tokens,
+                most,
+                max_tokens,
             )
 
     async def _steps(self, job: _Job) -> Steps:

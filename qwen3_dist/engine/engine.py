@@ -22,7 +22,7 @@ from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.engine.scheduler import Advance, Scheduler
 from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
-from qwen3_dist.errors import ConfigError, RequestError
+from qwen3_dist.errors import ConfigError, ContextLengthError, RequestError
 from qwen3_dist.executor import Executor, make_executor
 from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.pooling_params import PoolingParams
@@ -184,10 +184,13 @@ class Engine:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         generates = params.max_tokens != 0
         if len(prompt_token_ids) + generates > self.max_model_len:
-            raise RequestError(
+            raise ContextLengthError(
                 f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}"
                 f"{', the output included' if generates else ''}; shorten the prompt",
-                param="prompt",
+                "prompt",
+                len(prompt_token_ids),
+                self.max_model_len,
+                output_tokens=int(len(prompt_token_ids) == self.max_model_len),
             )
         vocab_size = self.model_config.vocab_size
         foreign = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)

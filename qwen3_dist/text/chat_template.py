@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from qwen3_dist.errors import CheckpointError, RequestError
+from qwen3_dist.text import history
 from qwen3_dist.text.sidecars import read_json_object, read_special_tokens
 
 _END = "<|end of the final message|> "  # ends in a space, which shows whether a template strips
@@ -39,6 +40,7 @@ class ChatTemplate:
         environment = _environment()
         self._special_tokens = dict(special_tokens)
         self._sources = dict(templates)
+        self._coped: dict[tuple[str, int], bool] = {}
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
         except jinja2.TemplateError as error:
@@ -71,12 +73,15 @@ class ChatTemplate:
         """The prompt for `messages` (OpenAI's form); `kwargs` such as `enable_thinking` reach the template.
 
         With `continue_final_message` the prompt ends where the last message's text does. A missing content is
-        the empty string, and a list of text parts is their text. Raises
-        RequestError (param "messages") where the template refuses the conversation or fails on it.
+        the empty string, and a list of text parts is their text. Where the template does not show a second or a late
+        system message, all are one at the front; where it wants the arguments of calls as objects, others become the
+        value of one. Raises RequestError (param "messages") where the template refuses the conversation or fails on
+        it.
         """
         if not messages:
             raise RequestError("messages must hold at least one message", param="messages")
-        plain = [_plain_message(message) for message in messages]
+        name = self._name(bool(tools))
+        plain = self._taken(name, [_plain_message(message) for message in messages])
         if continue_final_message:
             plain[-1]["content"] += _END
         variables = {
@@ -88,12 +93,32 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            rendered = self._templates[self._name(bool(tools))].render(variables)
+            rendered = self._templates[name].render(variables)
         except Exception as error:  # noqa: BLE001 - untrusted code may raise anything
             raise RequestError(
                 f"the model's chat template cannot render these messages: {error}", param="messages"
             ) from None
         return _cut_at_end(rendered) if continue_final_message else rendered
+
+    def _taken(self, name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`messages` as template `name` takes them."""
+        if history.has_late_system(messages) and not self._copes(name, history.SYSTEM_PROBE):
+            messages = history.gather_system(messages)
+        if history.has_other_arguments(messages) and not self._copes(name, history.ARGUMENTS_PROBE):
+            messages = [history.object_arguments(message) for message in messages]
+        return messages
+
+    def _copes(self, name: str, probe: list[dict[str, Any]]) -> bool:
+        """Whether template `name` shows every mark in `probe`."""
+        key = (name, id(probe))
+        if key not in self._coped:
+            variables = {**self._special_tokens, "messages": probe, "tools": None, "documents": None}
+            try:
+                shown = self._templates[name].render(variables)
+            except Exception:  # noqa: BLE001 - untrusted code may raise anything
+                shown = ""
+            self._coped[key] = shown.count(history.MARK) >= str(probe).count(history.MARK)
+        return self._coped[key]
 
 
 def _cut_at_end(rendered: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pydantic_core
 
+from qwen3_dist.errors import ContextLengthError
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Json, Served, event
 from serve_app.answers.blocks import Block, BlockAnswer
@@ -28,8 +29,18 @@ def message_error(error: Exception) -> Json:
     """Anthropic's error object."""
     status = error_status(error)
     kind = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
-    named = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": error_message(error)}
+    message = _too_long(error) if isinstance(error, ContextLengthError) else error_message(error)
+    named = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": message}
     return {"type": "error", "error": named}
+
+
+def _too_long(error: ContextLengthError) -> str:
+    """Anthropic's words, which its clients look for to shorten a conversation by themselves."""
+    least = "at least " if error.at_least else ""
+    return (
+        f"prompt is too long: {least}{error.prompt_tokens} tokens > "
+        f"{error.max_model_len - error.output_tokens} maximum"
+    )
 
 
 def message_error_event(error: Exception) -> bytes:

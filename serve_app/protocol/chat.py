@@ -22,7 +22,7 @@ from serve_app.protocol.conversation import (
     TOOLS,
     plain_content,
     template_message,
-    template_tool,
+    template_tools,
 )
 from serve_app.protocol.generation import GENERATION, GenerationRequest, read_generation
 from serve_app.protocol.kinds import BOOL, OBJECT, Field, Json, ListOf, Plain, Record, integer, one_of
@@ -63,11 +63,13 @@ CHAT_BODY = Record(
 class ChatRequest(GenerationRequest):
     """A body of /v1/chat/completions.
 
-    `tool_choice` is "none" where there are no tools, and a function's name where the client names one.
+    `tool_choice` is "none" where there are no tools, and "required" where the client names one (`named_tool`).
+    `custom_tools` are the names of those whose input is plain text.
     """
 
     messages: list[Json] = field(default_factory=list)
     tools: list[Json] = field(default_factory=list)
+    custom_tools: frozenset[str] = frozenset()
     tool_choice: str = "none"
     named_tool: str | None = None
     parallel_tool_calls: bool = True
@@ -142,7 +144,7 @@ class ChatRequest(GenerationRequest):
     def answer(self, served: Served) -> Answer:
         last = self.messages[-1]
         echoed = plain_content(last) if self.shown.echo and last["role"] == "assistant" else ""
-        return ChatAnswer(served, self.shown, echoed)
+        return ChatAnswer(served, self.shown, echoed, self.custom_tools)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -165,6 +167,7 @@ def _read(given: Json) -> Json:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     read = read_generation(given, limit, ("top_logprobs", top if wanted else None))
     read["sampling"].setdefault("max_tokens", None)
+    read["names"]["prompt"] = "messages"
     read["shown"] = replace(
         read["shown"], reasoning=given.get("include_reasoning", True), echo=given.get("echo", False)
     )
@@ -184,12 +187,17 @@ def _read(given: Json) -> Json:
 
 def _tools(given: Json) -> Json:
     """The tools that may be called, and how; ones that must not be called are not shown to the model."""
-    tools = [template_tool(tool) for tool in given.get("tools", [])]
+    offered = given.get("tools", [])
+    tools = template_tools(offered)
     choice: Any = given.get("tool_choice", "auto" if tools else "none")
-    named = None if isinstance(choice, str) else choice["function"]["name"]
+    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+        allowed = [_tool_name(tool) for tool in choice["allowed_tools"]["tools"]]
+        tools = [tool for tool in tools if _tool_name(tool) in allowed]
+        choice = choice["allowed_tools"]["mode"]
+    named = None if isinstance(choice, str) else _tool_name(choice)
     if not tools and (named or choice == "required"):
         raise RequestError("tool_choice needs tools to choose from", param="tool_choice")
-    names = [tool["function"]["name"] for tool in tools]
+    names = [_tool_name(tool) for tool in tools]
     if named and named not in names:
         raise RequestError(
             f"tool_choice names {named!r}, which is none of the tools: {', '.join(names)}",
@@ -199,8 +207,15 @@ def _tools(given: Json) -> Json:
         "tools": [] if choice == "none" else tools,
         "tool_choice": "required" if named else choice,
         "named_tool": named,
+        "custom_tools": frozenset(_tool_name(tool) for tool in offered if tool.get("type") == "custom"),
         "parallel_tool_calls": given.get("parallel_tool_calls", True),
     }
+
+
+def _tool_name(tool: Json) -> Any:
+    """What a tool, or a choice of one, is called."""
+    named = tool.get("function") or tool.get("custom")
+    return named.get("name") if isinstance(named, dict) else None
 
 
 def _template_kwargs(given: Json) -> Json:

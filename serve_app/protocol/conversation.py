@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import pydantic_core
 
+from serve_app.protocol.custom_tools import CUSTOM_CALL, CUSTOM_FORMAT, as_arguments, as_function
 from serve_app.protocol.kinds import (
+    ANYTHING,
     BOOL,
     OBJECT,
     TEXT,
@@ -21,37 +24,43 @@ from serve_app.protocol.kinds import (
     one_of,
 )
 
+# Roles of other clients, by what templates call them.
+_ROLES = {"developer": "system", "function": "tool"}
 _NO_FILES = "is not supported: the model reads text alone"
 _FILES = ("image_url", "input_audio", "audio_url", "video_url", "file")
-_PART = Tagged(
-    "a content part",
-    "type",
-    {
-        "text": Record("a text part", {"text": Field(TEXT, required=True)}),
-        "refusal": Record("a refusal part", {"refusal": Field(TEXT, required=True)}),
-    },
-    dict.fromkeys(_FILES, _NO_FILES),
-)
+_TEXT_PART = Record("a text part", {"text": Field(TEXT, required=True)})
+_PARTS = {
+    "text": _TEXT_PART,
+    "input_text": _TEXT_PART,
+    "output_text": _TEXT_PART,
+    "refusal": Record("a refusal part", {"refusal": Field(TEXT, required=True)}),
+}
+_PART = Tagged("a content part", "type", _PARTS, dict.fromkeys(_FILES, _NO_FILES))
 _CONTENT = Either("a string or a list of text parts", (TEXT, ListOf(_PART, "a list of text parts")))
+_RESULT_PART = Tagged("a content part", "type", _PARTS, {}, others=True)
+_RESULT = Either("a string or a list of parts", (TEXT, ListOf(_RESULT_PART, "a list of parts")))
 _NAME_PATTERN = r"[a-zA-Z0-9_.-]{1,128}"
 NAME = Plain(
     "a name of up to 128 letters, digits, dots, dashes and underscores",
     {"type": "string", "pattern": f"^{_NAME_PATTERN}$"},
     lambda value: re.fullmatch(_NAME_PATTERN, value) is not None,
 )
-_FUNCTION = one_of("function")
 _CALLED = Record(
     "an object with name and arguments",
-    {
-        "name": Field(TEXT, required=True),
-        "arguments": Field(Either("JSON text", (TEXT, OBJECT)), "JSON text.", required=True),
-    },
+    {"name": Field(TEXT, required=True), "arguments": Field(ANYTHING, "JSON text; absent, there are none.")},
 )
-_CALL = Record(
+_CALL = Tagged(
     "an object with id, type and function",
-    {"id": Field(TEXT), "type": Field(_FUNCTION), "function": Field(_CALLED, required=True)},
+    "type",
+    {
+        "function": Record("", {"id": Field(TEXT), "function": Field(_CALLED, required=True)}),
+        "custom": Record("", {"id": Field(TEXT), "custom": Field(CUSTOM_CALL, required=True)}),
+    },
+    {},
+    untagged="function",
 )
 _SAID = {"content": Field(_CONTENT, required=True), "name": Field(TEXT)}
+_RETURNED = {"content": Field(_RESULT, "What is no text becomes a word for it."), "name": Field(TEXT)}
 _MESSAGE = Tagged(
     "an object with role and content",
     "role",
@@ -63,56 +72,91 @@ _MESSAGE = Tagged(
             "a message",
             {
                 "content": Field(_CONTENT),
+                "refusal": Field(TEXT, "What it said in place of an answer."),
                 "name": Field(TEXT),
                 "reasoning_content": Field(TEXT, "What it thought before."),
                 "reasoning": Field(TEXT, "The same under another name."),
                 "tool_calls": Field(ListOf(_CALL, "a list of tool calls")),
+                "function_call": Field(_CALLED, "A call, as older clients have it."),
             },
         ),
-        "tool": Record("a message", {**_SAID, "tool_call_id": Field(TEXT)}),
+        "tool": Record("a message", {**_RETURNED, "tool_call_id": Field(TEXT)}),
+        "function": Record("the result of a function_call", _RETURNED),
     },
-    {"function": "is not supported; use the role tool"},
+    {},
 )
 MESSAGES = ListOf(_MESSAGE, "a list of at least one message", least=1)
-_TOOL = Record(
-    "an object with type and function",
+_FUNCTION_TOOL = Record(
+    "an object with name and parameters",
     {
-        "type": Field(_FUNCTION),
-        "function": Field(
-            Record(
-                "an object with name and parameters",
-                {
-                    "name": Field(NAME, required=True),
-                    "description": Field(TEXT),
-                    "parameters": Field(OBJECT, "JSON schema of the arguments."),
-                    "strict": Field(BOOL),
-                },
-            ),
-            required=True,
-        ),
+        "name": Field(NAME, required=True),
+        "description": Field(TEXT),
+        "parameters": Field(OBJECT, "JSON schema of the arguments."),
+        "strict": Field(BOOL),
     },
 )
-TOOLS = ListOf(_TOOL, "a list of tools")
-_NAMED = Record(
+_CUSTOM_TOOL = Record(
+    "an object with name",
+    {"name": Field(NAME, required=True), "description": Field(TEXT), "format": CUSTOM_FORMAT},
+)
+_TOOL = Tagged(
     "an object with type and function",
+    "type",
     {
-        "type": Field(_FUNCTION, required=True),
-        "function": Field(Record("an object with name", {"name": Field(TEXT, required=True)}), required=True),
+        "function": Record("", {"function": Field(_FUNCTION_TOOL, required=True)}),
+        "custom": Record("", {"custom": Field(_CUSTOM_TOOL, required=True)}),
+    },
+    {},
+    untagged="function",
+    others=True,
+)
+TOOLS = ListOf(_TOOL, "a list of tools")
+_NAMED = Field(Record("an object with name", {"name": Field(TEXT, required=True)}), required=True)
+_ALLOWED = Record(
+    "an object with mode and tools",
+    {
+        "mode": Field(one_of("auto", "required"), required=True),
+        "tools": Field(ListOf(OBJECT, "a list of tools"), "Those of the tools that count.", required=True),
     },
 )
 TOOL_CHOICE = Either(
-    'one of "none", "auto", "required", or an object that names a function',
-    (one_of("none", "auto", "required"), _NAMED),
+    'one of "none", "auto", "required", or an object that names a tool',
+    (
+        one_of("none", "auto", "required"),
+        Tagged(
+            "an object with type",
+            "type",
+            {
+                "function": Record("", {"function": _NAMED}),
+                "custom": Record("", {"custom": _NAMED}),
+                "allowed_tools": Record("", {"allowed_tools": Field(_ALLOWED, required=True)}),
+            },
+            {},
+        ),
+    ),
 )
 
 
 def template_message(message: Json) -> Json:
     """`message` in the words that Qwen3's templates know; arguments of calls as objects, where they are."""
-    if message["role"] == "developer":
-        return {**message, "role": "system"}
-    if not message.get("tool_calls"):
+    message = {**message, "role": _ROLES.get(message["role"], message["role"])}
+    if isinstance(message.get("content"), list):
+        message["content"] = [_text_part(part) for part in message["content"]]
+    if message["role"] == "tool":
+        return {"content": "", **message}
+    if message["role"] != "assistant":
         return message
-    return {**message, "tool_calls": [_template_call(call) for call in message["tool_calls"]]}
+    if refused := message.pop("refusal", None):
+        message["content"] = message.get("content") or refused
+    calls = message.get("tool_calls", [])
+    if called := message.pop("function_call", None):
+        calls = [*calls, {"function": called}]
+    return {**message, "tool_calls": [_template_call(call) for call in calls]} if calls else message
+
+
+def stand_in(kind: str) -> str:
+    """The text in place of something of a tool's result that is no text."""
+    return f"[{kind} left out: the model reads text alone]"
 
 
 def plain_content(message: Json) -> str:
@@ -121,21 +165,44 @@ def plain_content(message: Json) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def template_tool(tool: Json) -> Json:
-    return {"type": "function", **tool}
+def template_tools(tools: list[Json]) -> list[Json]:
+    """Those of `tools` that a client runs, as functions; tools that OpenAI or others host are left out."""
+    functions = []
+    for tool in tools:
+        kind = tool.get("type", "function")
+        if kind == "custom":
+            functions.append({"type": "function", "function": as_function(tool["custom"])})
+        elif kind == "function":
+            functions.append({"type": "function", **tool})
+    return functions
+
+
+def _text_part(part: Json) -> Json:
+    kind = part["type"]
+    text = part.get("refusal" if kind == "refusal" else "text")
+    return {"type": "text", "text": text if isinstance(text, str) else stand_in(kind)}
 
 
 def _template_call(call: Json) -> Json:
-    function = {**call["function"], "arguments": _object(call["function"]["arguments"])}
+    if custom := call.get("custom"):
+        call = {
+            "id": call.get("id"),
+            "function": {**custom, "arguments": as_arguments(custom.get("input", ""))},
+        }
+        call["function"].pop("input", None)
+    function = {**call["function"], "arguments": _arguments(call["function"].get("arguments"))}
     return {**call, "type": "function", "function": function}
 
 
-def _object(arguments: Any) -> Any:
-    """JSON text of an object as that object; anything else as it is. No arguments may be no text."""
-    if not isinstance(arguments, str):
-        return arguments
+def _arguments(given: Any) -> Json | str:
+    """A call's arguments: the object that they are, in JSON or not; {} for blank or null; else their text."""
+    if given is None or isinstance(given, dict):
+        return given or {}
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
     try:
-        value = pydantic_core.from_json(arguments or "{}", allow_inf_nan=False)
+        value = pydantic_core.from_json(text, allow_inf_nan=False) if text.strip() else None
     except ValueError:
-        return arguments
-    return value if isinstance(value, dict) else arguments
+        return text
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else text

@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic_core
 
-from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.errors import ContextLengthError, EngineDeadError, QwenDistError, RequestError
 
 # What client libraries tell apart by more than the status, by it and the field.
 _CODES: dict[tuple[int, str | None], str] = {
@@ -36,14 +36,34 @@ def error_message(error: Exception) -> str:
 
 def error_object(error: Exception) -> dict[str, Any]:
     """OpenAI's error object."""
-    return error_form(error_message(error), error_status(error), getattr(error, "param", None))
+    message = _context_message(error) if isinstance(error, ContextLengthError) else error_message(error)
+    code = error.code if isinstance(error, RequestError) else None
+    return error_form(message, error_status(error), getattr(error, "param", None), code)
 
 
-def error_form(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object for `message` and HTTP `status`."""
+def error_form(
+    message: str, status: int, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's error object for `message` and HTTP `status`; without a `code`, the one that these two mean."""
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    code = _CODES.get((status, param))
+    code = code or _CODES.get((status, param))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _context_message(error: ContextLengthError) -> str:
+    """OpenAI's sentence, which clients look for to shorten a conversation by themselves."""
+    holds = f"This model's maximum context length is {error.max_model_len} tokens."
+    least, length = "at least " if error.at_least else "", error.prompt_tokens
+    if error.output_tokens > 1:
+        return (
+            f"{holds} However, you requested {length + error.output_tokens} tokens ({length} in the prompt, "
+            f"{error.output_tokens} in the completion). Please reduce {error.param} or the length of the prompt."
+        )
+    needs = " and the answer needs at least one more" if error.output_tokens else ""
+    return (
+        f"{holds} However, your {error.param} resulted in {least}{length} tokens{needs}. "
+        f"Please reduce the length of the {error.param}."
+    )
 
 
 def to_json(value: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def _shown(given: Json, logprobs: bool) -> Shown:
 
 def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     param = error.param or ""
-    field = param.partition(".")[0]
+    field = re.split(r"[.\[]", param, maxsplit=1)[0]
     if names.get(field, field) == field:
         return error
-    return RequestError(str(error).replace(param, names[field], 1), names[field], error.status)
+    return error.blaming(names[field], str(error).replace(param, names[field], 1))

@@ -81,6 +81,25 @@ class Plain(Kind):
 
 
 @dataclass(frozen=True)
+class Anything(Kind):
+    """Any JSON value but null."""
+
+    words: str = "any JSON value"
+
+    @property
+    def schema(self) -> Json:
+        return {"not": {"type": "null"}}
+
+    def takes(self, value: Any) -> bool:
+        return value is not None
+
+    def read(self, value: Any, where: str) -> Any:
+        if value is None:
+            raise self.refuse(value, where)
+        return value
+
+
+@dataclass(frozen=True)
 class ListOf(Kind):
     """A list of `least` to `most` items of one kind."""
 
@@ -164,7 +183,8 @@ class Record(Kind):
 class Tagged(Kind):
     """An object whose field `tag` says which of several records it is; `refused` ones are known but not built.
 
-    Without a tag it is the `untagged` record, if there is one.
+    Without a tag it is the `untagged` record, if there is one. One with any other tag is kept as it is where
+    `others` is true.
     """
 
     words: str
@@ -172,11 +192,16 @@ class Tagged(Kind):
     records: Mapping[str, Record]
     refused: Mapping[str, str]
     untagged: str | None = None
+    others: bool = False
     type = "object"
 
     @property
     def schema(self) -> Json:
-        return {"type": self.type, "oneOf": [self._tagged(name) for name in self.records]}
+        forms = [self._tagged(name) for name in self.records]
+        if self.others:
+            tag = {"type": "string", "not": {"enum": [*self.records, *self.refused]}}
+            forms.append({"type": "object", "properties": {self.tag: tag}, "required": [self.tag]})
+        return {"type": self.type, "oneOf": forms}
 
     def _tagged(self, name: str) -> Json:
         schema, tag = self.records[name].schema, {"type": "string", "const": name}
@@ -192,6 +217,8 @@ class Tagged(Kind):
         name = self.untagged if name is None else name
         if isinstance(name, str) and name in self.refused:
             raise RequestError(f"{path}={short(name)} {self.refused[name]}", param=path)
+        if self.others and isinstance(name, str) and name not in self.records:
+            return _given(value)
         if not isinstance(name, str) or name not in self.records:
             raise RequestError(
                 f"{path} must be one of {', '.join(self.records)}, not {short(name)}", param=path
@@ -221,6 +248,7 @@ class Either(Kind):
         return chosen[0].read(value, where)
 
 
+ANYTHING = Anything()
 TEXT = Plain("a string", {"type": "string"})
 FILLED_TEXT = Plain("a non-empty string", {"type": "string", "minLength": 1}, bool)
 BOOL = Plain("true or false", {"type": "boolean"})
@@ -257,6 +285,8 @@ def _given(fields: Mapping[str, Any]) -> Json:
 
 
 def _or_null(schema: Json) -> Json:
+    if "type" not in schema and "anyOf" not in schema:
+        return {}  # any value, null as well
     if "anyOf" in schema:
         return {"anyOf": [*schema["anyOf"], {"type": "null"}]}
     if "enum" in schema or "oneOf" in schema:

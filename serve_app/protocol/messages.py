@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.messages import MessageAnswer, message_error, message_error_event
@@ -18,78 +18,37 @@ from serve_app.protocol.kinds import (
     FILLED_TEXT,
     OBJECT,
     TEXT,
-    Either,
     Field,
     Json,
     ListOf,
-    Plain,
     Record,
     Tagged,
     integer,
     number,
-    one_of,
 )
+from serve_app.protocol.messages_history import MESSAGE, TEXTS, chat_conversation
+from serve_app.protocol.messages_tools import client_tools
 from serve_app.protocol.prompts import Texts
 from serve_app.protocol.sampling import SAMPLING, STOP_STRINGS
 from serve_app.protocol.tokens import TextRequest
 
-# Claude Code's first system block; it changes with every request, and would spoil the prefix cache.
-_BILLING = "x-anthropic-billing-header"
-_TEXT_BLOCK = Record("a text block", {"text": Field(TEXT, required=True)})
-_NO_FILES = "is not supported: the model reads text alone"
-_REFUSED_BLOCKS = {kind: _NO_FILES for kind in ("image", "document", "search_result", "container_upload")}
-
-
-def _text_or_blocks(records: dict[str, Record], words: str) -> Either:
-    block = Tagged("a content block", "type", records, _REFUSED_BLOCKS)
-    return Either(f"a string or a list of {words}", (TEXT, ListOf(block, f"a list of {words}")))
-
-
-_TEXTS = _text_or_blocks({"text": _TEXT_BLOCK}, "text blocks")
-_CONTENT = _text_or_blocks(
-    {
-        "text": _TEXT_BLOCK,
-        "thinking": Record("", {"thinking": Field(TEXT, required=True), "signature": Field(TEXT)}),
-        "redacted_thinking": Record("", {}),
-        "tool_use": Record(
-            "",
-            {
-                "id": Field(TEXT, required=True),
-                "name": Field(FILLED_TEXT, required=True),
-                "input": Field(OBJECT, required=True),
-            },
-        ),
-        "tool_result": Record(
-            "",
-            {
-                "tool_use_id": Field(TEXT, required=True),
-                "content": Field(_TEXTS),
-                "is_error": Field(BOOL),
-            },
-        ),
-    },
-    "content blocks",
-)
-_MESSAGE = Record(
-    "an object with role and content",
-    {
-        "role": Field(one_of("user", "assistant", "system"), required=True),
-        "content": Field(_CONTENT, required=True),
-    },
-)
-_CUSTOM = Plain(
-    '"custom": tools that Anthropic runs or defines are not built',
-    {"type": "string", "const": "custom"},
-    "custom".__eq__,
-)
-_TOOL = Record(
+_TOOL = Tagged(
     "an object with name and input_schema",
+    "type",
     {
-        "type": Field(_CUSTOM),
-        "name": Field(NAME, required=True),
-        "description": Field(TEXT),
-        "input_schema": Field(OBJECT, "JSON schema of the tool's input", required=True),
+        "custom": Record(
+            "",
+            {
+                "name": Field(NAME, required=True),
+                "description": Field(TEXT),
+                "input_schema": Field(OBJECT, "JSON schema of the tool's input.", required=True),
+                "strict": Field(BOOL, "Calls follow the schema."),
+            },
+        )
     },
+    {},
+    untagged="custom",
+    others=True,
 )
 _ONE_AT_A_TIME = {"disable_parallel_tool_use": Field(BOOL, "at most one tool is called")}
 _TOOL_CHOICE = Tagged(
@@ -119,11 +78,11 @@ _FORMAT = Tagged(
 _PROMPT = {
     "model": GENERATION["model"],
     "messages": Field(
-        ListOf(_MESSAGE, "a list of at least one message", least=1),
+        ListOf(MESSAGE, "a list of at least one message", least=1),
         "The conversation; if the assistant has the last word, the answer goes on from there.",
         required=True,
     ),
-    "system": Field(_TEXTS, "Instructions ahead of the conversation."),
+    "system": Field(TEXTS, "Instructions ahead of the conversation."),
     "tools": Field(ListOf(_TOOL, "a list of tools"), "What the model may call."),
     "tool_choice": Field(_TOOL_CHOICE, "Whether and what the model must call."),
     "thinking": Field(_THINKING, "Whether the model thinks first; it does not unless asked."),
@@ -210,83 +169,40 @@ def _request(chat: Json, max_tokens: int) -> MessagesRequest:
 
 def _chat(given: Json) -> Json:
     """The chat body with the same prompt."""
-    messages = [m for message in given["messages"] for m in _chat_messages(message)]
-    if system := _system(given.get("system", "")):
-        messages.insert(0, {"role": "system", "content": system})
+    messages = chat_conversation(given.get("system", ""), given["messages"])
     chat: Json = {"model": given.get("model"), "messages": messages}
     if thinking := given.get("thinking"):
         chat["enable_thinking"] = thinking["type"] != "disabled"
         chat["thinking_token_budget"] = thinking.get("budget_tokens")
     if messages and messages[-1]["role"] == "assistant":
         chat |= {"continue_final_message": True, "add_generation_prompt": False}
-    chat["tools"] = [_chat_tool(tool) for tool in given.get("tools", [])]
-    return chat | _chat_tool_choice(given["tool_choice"]) if "tool_choice" in given else chat
+    chat["tools"] = _chat_tools(given.get("tools", []))
+    return chat | _chat_tool_choice(given) if "tool_choice" in given else chat
 
 
-def _chat_messages(message: Json) -> list[Json]:
-    """The chat messages that `message` stands for: each tool's result is one of its own."""
-    if isinstance(message["content"], str):
-        return [message]
-    if message["role"] == "assistant":
-        return [_assistant_message(message["content"])]
-    messages: list[Json] = []
-    for block in message["content"]:
-        if block["type"] == "tool_result":
-            messages.append(_tool_message(block))
-        elif block["type"] == "text":
-            if not messages or messages[-1]["role"] != message["role"]:
-                messages.append({"role": message["role"], "content": []})
-            messages[-1]["content"].append(_text_part(block))
-    return messages
-
-
-def _assistant_message(blocks: list[Json]) -> Json:
-    thinking = [block["thinking"] for block in blocks if block["type"] == "thinking"]
-    calls = [_chat_call(block) for block in blocks if block["type"] == "tool_use"]
-    return {
-        "role": "assistant",
-        "content": "".join(block["text"] for block in blocks if block["type"] == "text"),
-        **({"reasoning_content": "\n".join(thinking)} if thinking else {}),
-        **({"tool_calls": calls} if calls else {}),
-    }
-
-
-def _chat_call(block: Json) -> Json:
-    arguments = json.dumps(block["input"], ensure_ascii=False)
-    return {
-        "id": block["id"],
-        "type": "function",
-        "function": {"name": block["name"], "arguments": arguments},
-    }
-
-
-def _tool_message(block: Json) -> Json:
-    text = _joined(block.get("content", ""), "\n")
-    text = f"Error: {text}" if block.get("is_error") else text
-    return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": text}
-
-
-def _system(system: str | list[Json]) -> str:
-    if not isinstance(system, str):
-        system = [block for block in system if not block["text"].startswith(_BILLING)]
-    return _joined(system, "\n\n")
-
-
-def _joined(content: str | list[Json], separator: str) -> str:
-    return content if isinstance(content, str) else separator.join(block["text"] for block in content)
-
-
-def _text_part(block: Json) -> Json:
-    return {"type": "text", "text": block["text"]}
+def _chat_tools(tools: list[Json]) -> list[Json]:
+    """Those of `tools` that a client runs; what Anthropic runs is left out."""
+    clients = [tool for tool in tools if tool.get("type", "custom") == "custom"]
+    return [_chat_tool(tool) for tool in clients] + client_tools(tools)
 
 
 def _chat_tool(tool: Json) -> Json:
     function = {"name": tool["name"], "description": tool.get("description", "")}
-    return {"type": "function", "function": {**function, "parameters": tool["input_schema"]}}
+    strict = {"strict": tool["strict"]} if "strict" in tool else {}
+    return {"type": "function", "function": {**function, "parameters": tool["input_schema"], **strict}}
 
 
-def _chat_tool_choice(choice: Json) -> Json:
+def _chat_tool_choice(given: Json) -> Json:
+    choice = given["tool_choice"]
+    name = choice.get("name")
+    if name in [tool.get("name") for tool in given.get("tools", [])] and name not in [
+        tool["function"]["name"] for tool in _chat_tools(given["tools"])
+    ]:
+        raise RequestError(
+            f"tool_choice.name={name} is a tool that Anthropic runs; this service has none, so leave it out",
+            param="tool_choice.name",
+        )
     kinds: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
-    named = {"type": "function", "function": {"name": choice.get("name")}}
+    named = {"type": "function", "function": {"name": name}}
     parallel = not choice.get("disable_parallel_tool_use", False)
     return {"tool_choice": kinds.get(choice["type"], named), "parallel_tool_calls": parallel}

@@ -68,7 +68,7 @@ class PoolingRequest(ABC):
         if error.param != "prompt":
             return error
         place = self.place(index)
-        return RequestError(str(error).replace("the prompt", place), place, error.status)
+        return error.blaming(place, str(error).replace("the prompt", place))
 
     def error_body(self, error: Exception) -> dict[str, Any]:
         """What says that this request failed."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_dist.errors import RequestError
+from qwen3_dist.errors import ContextLengthError, RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.text.tool_calls import ToolCallForm
@@ -45,11 +45,14 @@ class Texts:
         """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer; send the prompt as token ids", param=name)
-        most = self.max_model_len * self.tokenizer.longest_token * _COMPOSED
-        if len(text) > most:
-            raise RequestError(
+        longest = self.tokenizer.longest_token * _COMPOSED
+        if len(text) > self.max_model_len * longest:
+            raise ContextLengthError(
                 f"the {name} has {len(text)} characters, which cannot fit the context of "
                 f"{self.max_model_len} tokens; shorten it",
-                param=name,
+                name,
+                -(-len(text) // longest),
+                self.max_model_len,
+                at_least=True,
             )
         return Prompt(self.tokenizer.encode(text, add_special_tokens), text)

@@ -184,6 +184,7 @@ def parse_responses(body: bytes) -> ResponsesRequest:
     names = {
         "max_tokens": "max_output_tokens",
         "messages": "input",
+        "prompt": "input",
         "structured_outputs": "text.format",
     }
     return ResponsesRequest(**{**fields, "names": names}, asked=_asked(given))

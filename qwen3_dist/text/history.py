@@ -1,0 +1,73 @@
+"""Conversations put so that a strict chat template takes them: one system message, arguments that are objects.
+
+Templates differ in what they take. `SYSTEM_PROBE` and `ARGUMENTS_PROBE` are conversations that show which kind one is:
+a template that copes shows every `MARK` of the probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Message = dict[str, Any]
+MARK = "a3f9c1e7"
+SYSTEM_PROBE: list[Message] = [
+    {"role": "system", "content": MARK},
+    {"role": "system", "content": MARK},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+    {"role": "system", "content": MARK},
+    {"role": "user", "content": "q"},
+]
+ARGUMENTS_PROBE: list[Message] = [
+    {"role": "user", "content": "q"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": MARK}}],
+    },
+    {"role": "tool", "tool_call_id": "c", "content": "r"},
+]
+
+
+def has_late_system(messages: list[Message]) -> bool:
+    """Whether a system message is not the first of `messages`."""
+    return any(message.get("role") == "system" for message in messages[1:])
+
+
+def gather_system(messages: list[Message]) -> list[Message]:
+    """`messages` with the text of all system messages in one at the front."""
+    texts = [message["content"] for message in messages if message.get("role") == "system"]
+    others = [message for message in messages if message.get("role") != "system"]
+    return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
+
+
+def has_other_arguments(messages: list[Message]) -> bool:
+    """Whether a tool call in `messages` has arguments that are no object."""
+    return any(
+        not isinstance(_function(call).get("arguments", {}), Mapping)
+        for message in messages
+        for call in message.get("tool_calls") or []
+    )
+
+
+def object_arguments(message: Message) -> Message:
+    """`message` with arguments of calls that are no object as the only value of one."""
+    if not message.get("tool_calls"):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = _function(call)
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, Mapping):
+        return call
+    wrapped = {**function, "arguments": {"arguments": arguments}}
+    return {**call, "function": wrapped} if "function" in call else wrapped
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The name and arguments of a call, which some histories have without a wrapper."""
+    function: Mapping[str, Any] = call.get("function") or call
+    return function
