@@ -7,13 +7,13 @@ Field names are the reference architecture's (`emb_dim`, `n_kv_groups`, ...). Hu
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qwen3_dist.errors import CheckpointError, ConfigError
+from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_TYPES = ("qwen3", "qwen3_moe")
@@ -34,8 +34,6 @@ _HF_KEYS = {
     "num_experts_per_tok": "num_experts_per_tok",
     "torch_dtype": "dtype",
     "dtype": "dtype",
-    "rope_theta": "rope_base",
-    "rope_scaling": "rope_scaling",
     "norm_topk_prob": "norm_topk_prob",
     "mlp_only_layers": "mlp_only_layers",
     "decoder_sparse_step": "decoder_sparse_step",
@@ -73,24 +71,15 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """YaRN parameters (arXiv 2309.00071), as `rope_scaling` / `rope_parameters` give them.
-
-    `attention_factor` multiplies cos and sin; None means `0.1 * ln(factor) + 1`.
-    """
-
-    factor: float
-    original_context_length: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-
-    @property
-    def mscale(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+_HF_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+# What else changes a model's numbers: the values that Qwen3 has, and what to do about others.
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "Qwen3 uses 'silu'"),
+    "is_causal": ((True, None), "tokens see those before them alone"),
+    "use_bidirectional_attention": ((False, None), "tokens see those before them alone"),
+    "dual_chunk_attention_config": ((None, {}), "use the config.json without it, or YaRN"),
+}
+_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3Model", "Qwen3MoeModel")
 
 
 @dataclass(frozen=True)
@@ -129,6 +118,7 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        self._check_numerics()
         if self.n_heads % self.n_kv_groups:
             raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_groups={self.n_kv_groups}")
         if self.head_dim % 2:
@@ -142,6 +132,21 @@ class ModelConfig:
             )
         if self.num_experts and self.moe_hidden_dim < 1 and any(map(self.is_moe_layer, range(self.n_layers))):
             raise ConfigError("moe_hidden_dim must be positive when there are experts")
+
+    def _check_numerics(self) -> None:
+        for name in ("qk_norm", "norm_topk_prob", "tie_word_embeddings", "attention_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("rms_norm_eps", "rope_base"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise ConfigError(f"{name} must be a positive number, not {value!r}")
+        if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in self.mlp_only_layers):
+            raise ConfigError(f"mlp_only_layers must be a list of layers, not {list(self.mlp_only_layers)!r}")
+        if self.sliding_window is not None and not (
+            isinstance(self.sliding_window, int) and self.sliding_window > 0
+        ):
+            raise ConfigError(f"sliding_window must be a positive integer, not {self.sliding_window!r}")
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` routes to experts (the rule of transformers' Qwen3-MoE)."""
@@ -185,7 +190,12 @@ class ModelConfig:
         if values.get("head_dim") is None:
             values["head_dim"] = values["emb_dim"] // values["n_heads"]
         values["dtype"] = str(values.get("dtype") or "bfloat16").removeprefix("torch.")
-        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+        dense = values.get("mlp_only_layers")
+        values["mlp_only_layers"] = (
+            tuple(dense) if isinstance(dense, list | tuple) else (dense,) if dense else ()
+        )
+        if values["rope_scaling"] is not None:
+            values["context_length"] = values["rope_scaling"].context_length
         if not values.get("num_experts"):
             values.update(num_experts=0, num_experts_per_tok=0, moe_hidden_dim=0)
         return cls(**{name: value for name, value in values.items() if value is not None})
@@ -198,23 +208,36 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             f"model_type {model_type!r} is not supported; this service runs "
             f"{' and '.join(MODEL_TYPES)} checkpoints"
         )
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        )
+    architectures = raw.get("architectures")
+    if architectures and not set(_ARCHITECTURES) & set(architectures):
         raise CheckpointError(
-            f"quantisation {method!r} is not supported yet; use the bf16, fp16 or fp32 checkpoint"
+            f"architecture {architectures[0]!r} is not supported; this service runs "
+            f"{', '.join(_ARCHITECTURES)}"
         )
-    activation = raw.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise CheckpointError(f"hidden_act {activation!r} is not supported; Qwen3 uses 'silu'")
+    for name in ("quantization_config", "compression_config"):
+        if quantization := raw.get(name):
+            is_object = isinstance(quantization, dict)
+            method = quantization.get("quant_method", "unknown") if is_object else quantization
+            raise CheckpointError(
+                f"quantisation {method!r} is not supported yet; use the bf16, fp16 or fp32 checkpoint"
+            )
+    for name, (allowed, advice) in _ONLY.items():
+        if raw.get(name, allowed[0]) not in allowed:
+            raise CheckpointError(f"{name} {raw[name]!r} is not supported; {advice}")
+    experts = {raw[name] for name in ("num_experts", "num_local_experts") if raw.get(name) is not None}
+    if len(experts) > 1:
+        raise ConfigError(
+            f"num_experts and num_local_experts disagree: {raw['num_experts']} and "
+            f"{raw['num_local_experts']}; keep one of them in config.json"
+        )
 
 
 def _reference_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     names = {field.name for field in fields(ModelConfig)}
     values = {name: value for name, value in raw.items() if name in names}
-    values["rope_scaling"] = _rope_scaling(raw.get("rope_scaling"), raw.get("context_length"))
+    values["rope_base"], values["rope_scaling"] = read_rope(
+        raw, raw.get("rope_base"), raw.get("context_length")
+    )
     values.setdefault("norm_topk_prob", True)  # the reference renormalises: top-k, then softmax
     values.setdefault("tie_word_embeddings", False)
     return values
@@ -222,20 +245,17 @@ def _reference_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _huggingface_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     moe = raw["model_type"] == "qwen3_moe"
+    raw = {name: value for name, value in raw.items() if value is not None or name in _HF_MAY_BE_NULL}
     if moe and "num_experts" not in raw and "num_local_experts" not in raw:
         raw = {**raw, "num_experts": 128}
     raw = {**_HF_DEFAULTS[raw["model_type"]], **raw}
     values = {ours: raw[theirs] for theirs, ours in _HF_KEYS.items() if theirs in raw}
-    rope = raw.get("rope_parameters") or {}
-    values["rope_base"] = rope.get("rope_theta", raw.get("rope_theta", 10_000.0))
-    values["rope_scaling"] = _rope_scaling(
-        rope or raw.get("rope_scaling"), raw.get("max_position_embeddings")
-    )
+    base, values["rope_scaling"] = read_rope(raw, raw.get("rope_theta"), raw["max_position_embeddings"])
+    values["rope_base"] = DEFAULT_BASE if base is None else base
     if values.get("n_kv_groups") is None:
         values["n_kv_groups"] = values["n_heads"]
-    if raw.get("use_sliding_window") and raw.get("sliding_window"):
-        values["sliding_layers"] = _sliding_layers(raw, moe)
-    else:
+    values["sliding_layers"] = _sliding_layers(raw, moe)
+    if not values["sliding_layers"]:
         values["sliding_window"] = None
     if not moe:
         values["num_experts"] = 0
@@ -244,27 +264,24 @@ def _huggingface_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sliding_layers(raw: Mapping[str, Any], moe: bool) -> tuple[int, ...]:
     """Which layers use the window: all in Qwen3-MoE, those of `layer_types` in dense Qwen3."""
-    n_layers = raw["num_hidden_layers"]
-    if moe:
-        return tuple(range(n_layers))
-    if raw.get("layer_types"):
-        return tuple(i for i, kind in enumerate(raw["layer_types"]) if kind == "sliding_attention")
-    return tuple(range(raw["max_window_layers"], n_layers))
-
-
-def _rope_scaling(raw: Mapping[str, Any] | None, context_length: int | None) -> RopeScaling | None:
-    kind = (raw or {}).get("rope_type", (raw or {}).get("type", "default"))
-    if not raw or kind == "default":
-        return None
-    if kind != "yarn":
-        raise CheckpointError(f"rope type {kind!r} is not supported; Qwen3 uses 'default' or 'yarn'")
-    original = raw.get("original_max_position_embeddings") or context_length
-    if not original or not raw.get("factor"):
-        raise ConfigError("rope_scaling of type yarn needs factor and original_max_position_embeddings")
-    return RopeScaling(
-        factor=float(raw["factor"]),
-        original_context_length=int(original),
-        beta_fast=float(raw.get("beta_fast") or 32.0),
-        beta_slow=float(raw.get("beta_slow") or 1.0),
-        attention_factor=raw.get("attention_factor"),
-    )
+    n_layers, full = raw["num_hidden_layers"], 0 if moe else raw["max_window_layers"]
+    if not isinstance(n_layers, int) or not isinstance(full, int):
+        raise ConfigError(
+            f"num_hidden_layers and max_window_layers must be integers, not {n_layers!r} and {full!r}"
+        )
+    layers = tuple(range(n_layers))
+    slides = bool(raw.get("use_sliding_window") and raw.get("sliding_window"))
+    usual = layers[full:] if slides else ()
+    kinds = raw.get("layer_types")
+    if not kinds:
+        return usual
+    if not set(kinds) <= {"full_attention", "sliding_attention"} or len(kinds) != len(layers):
+        raise CheckpointError(
+            f"layer_types must name full_attention or sliding_attention for each of {len(layers)} layers"
+        )
+    named = tuple(layer for layer in layers if kinds[layer] == "sliding_attention")
+    if named != usual and (moe or not slides):
+        raise CheckpointError(
+            "layer_types disagree with use_sliding_window about the layers that slide; correct config.json"
+        )
+    return named

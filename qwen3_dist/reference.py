@@ -155,9 +155,11 @@ def rotation(config: ModelConfig, tokens: int) -> tuple[Tensor, Tensor]:
             def turns_at(rotations: float, length: int = yarn.original_context_length) -> float:
                 return d * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
-            low = max(math.floor(turns_at(yarn.beta_fast)), 0)
-            high = min(math.ceil(turns_at(yarn.beta_slow)), d - 1)
-            ramp = min(max((i - low) / max(high - low, 0.001), 0.0), 1.0)
+            low, high = turns_at(yarn.beta_fast), turns_at(yarn.beta_slow)
+            if yarn.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, d - 1)
+            ramp = min(max((i - low) / (high - low or 0.001), 0.0), 1.0)
             theta = theta / yarn.factor * ramp + theta * (1 - ramp)
         frequencies.append(theta)
     angles = torch.arange(tokens).float()[:, None] * torch.tensor(frequencies * 2)

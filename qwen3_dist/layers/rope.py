@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from qwen3_dist.config import ModelConfig, RopeScaling
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.rope_scaling import RopeScaling
 from qwen3_dist.transfer import on_device
 
 
@@ -32,9 +33,11 @@ def _yarn(frequencies: Tensor, base: float, head_dim: int, scaling: RopeScaling)
         length = scaling.original_context_length / (rotations * 2 * math.pi)
         return head_dim * math.log(length) / (2 * math.log(base))
 
-    low = max(math.floor(dimension_turning(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension_turning(scaling.beta_slow)), head_dim - 1)
-    width = max(high - low, 0.001)
+    first, last = dimension_turning(scaling.beta_fast), dimension_turning(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, head_dim - 1)
+    width = high - low or 0.001
     dimensions = torch.arange(head_dim // 2, dtype=torch.float32, device=frequencies.device)
     stretched = ((dimensions - low) / width).clamp(0, 1)
     return frequencies / scaling.factor * stretched + frequencies * (1 - stretched)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.memory import inspect_model
 from qwen3_dist import LLM, ModelConfig, SamplingParams
 from qwen3_dist.errors import CheckpointError, ConfigError
+from qwen3_dist.layout import Layout
 from qwen3_dist.reference import load_reference
 from tests.checkpoints import write_checkpoint
 
@@ -73,6 +75,13 @@ def test_moe_layers_follow_the_rule() -> None:
     assert not any(ModelConfig.from_dict({"model_type": "qwen3"}).is_moe_layer(i) for i in range(32))
 
 
+def test_null_is_what_transformers_assumes() -> None:
+    nulls = dict.fromkeys(("rms_norm_eps", "max_position_embeddings", "mlp_only_layers", "norm_topk_prob"))
+    absent = without(OLD, *nulls)
+    assert ModelConfig.from_dict({**OLD, **nulls}) == ModelConfig.from_dict(absent)
+    assert ModelConfig.from_dict(absent).context_length == 32768
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
@@ -80,7 +89,23 @@ def test_moe_layers_follow_the_rule() -> None:
         ({"model_type": None}, CheckpointError, "model_type None is not supported"),
         ({"quantization_config": {"quant_method": "fp8"}}, CheckpointError, "quantisation 'fp8'"),
         ({"hidden_act": "gelu"}, CheckpointError, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, CheckpointError, "rope type 'linear'"),
+        ({"compression_config": {"quant_method": "x"}}, CheckpointError, "quantisation 'x'"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, CheckpointError, "architecture 'Qwen3ForSeq"),
+        ({"is_causal": False}, CheckpointError, "is_causal False is not supported"),
+        ({"use_bidirectional_attention": True}, CheckpointError, "use_bidirectional_attention True"),
+        ({"dual_chunk_attention_config": {"chunk_size": 8}}, CheckpointError, "dual_chunk_attention_config"),
+        ({"num_local_experts": 64}, ConfigError, "num_experts and num_local_experts disagree: 128 and 64"),
+        ({"layer_types": ["sliding_attention"] * 48}, CheckpointError, "layer_types disagree with use_sl"),
+        ({"layer_types": ["full_attention"] * 4}, CheckpointError, "for each of 48 layers"),
+        ({"layer_types": ["linear_attention"] * 48}, CheckpointError, "layer_types must name"),
+        ({"use_sliding_window": True, "sliding_window": -1}, ConfigError, "sliding_window must be a pos"),
+        ({"tie_word_embeddings": "false"}, ConfigError, "tie_word_embeddings must be true or false"),
+        ({"norm_topk_prob": 1}, ConfigError, "norm_topk_prob must be true or false"),
+        ({"attention_bias": "no"}, ConfigError, "attention_bias must be true or false"),
+        ({"rms_norm_eps": "1e-6"}, ConfigError, "rms_norm_eps must be a positive number"),
+        ({"mlp_only_layers": ["3"]}, ConfigError, "mlp_only_layers must be a list of layers"),
+        ({"decoder_sparse_step": 0}, ConfigError, "decoder_sparse_step must be a positive integer"),
+        ({"num_hidden_layers": "48"}, ConfigError, "num_hidden_layers and max_window_layers must be"),
         ({"num_key_value_heads": 5}, ConfigError, "n_heads=32 is not a multiple of n_kv_groups=5"),
         ({"num_hidden_layers": 0}, ConfigError, "n_layers must be a positive integer, not 0"),
         ({"num_experts_per_tok": 200}, ConfigError, "num_experts_per_tok=200 must lie between 1 and"),
@@ -117,6 +142,14 @@ YARN = {
         (True, {"rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}}),
         (False, {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
         (False, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        (
+            False,
+            {
+                "use_sliding_window": True,
+                "sliding_window": 9,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+        ),
         (True, {"use_sliding_window": True, "sliding_window": 9}),
     ],
 )
@@ -143,3 +176,13 @@ def test_both_spellings_of_yarn_give_one_config(tmp_path: Path) -> None:
     old = without(config, "rope_parameters", rope_theta=1e6, rope_scaling=scaling)
     assert ModelConfig.from_dict(old) == ModelConfig.from_dict(config)
     assert ModelConfig.from_dict(old).rope_scaling is not None
+
+
+def test_an_engine_offers_the_context_that_yarn_reaches(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, moe=False, rope_parameters=YARN, max_position_embeddings=80)
+    with pytest.raises(ConfigError, match="max_model_len=257 exceeds the model's context of 256"):
+        LLM(str(path), max_model_len=257, use_tqdm=False)
+    with LLM(str(path), max_model_len=256, num_blocks=32, use_tqdm=False) as llm:
+        params = SamplingParams(max_tokens=6, ignore_eos=True)
+        assert len(llm.generate([1] * 250, params, use_tqdm=False)[0].token_ids) == 6
+    assert inspect_model(path, Layout(), 1)["sizes"]["context_length"] == 256
