@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.weights.files import shard_files
 
 
 class RMSNorm(nn.Module):
@@ -203,9 +204,10 @@ def load_reference(path: str | Path, dtype: torch.dtype = torch.float32) -> Refe
     config = ModelConfig.from_directory(path)
     model = ReferenceModel(config).to(dtype).eval()
     state: dict[str, Tensor] = {}
-    for file in sorted(Path(path).glob("*.safetensors")):
+    for file, wanted in shard_files(Path(path)).items():
         for name, tensor in load_file(file).items():
-            state.update(_rename(name, tensor))
+            if wanted is None or name in wanted:
+                state.update(_rename(name, tensor))
     if config.tie_word_embeddings:
         state["out_head.weight"] = state["tok_emb.weight"]
     model.load_state_dict(state)

@@ -7,8 +7,10 @@ B is, where it is cut by inputs A is: so `WeightPlan` says of adapters too which
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
     "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None, {}),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
@@ -100,7 +104,7 @@ class Adapter:
             where = resolve_model(path)
             config = read_json_object(where / _CONFIG)
             rank, scale = _rank_and_scale(config)
-            files = CheckpointFiles(where)
+            files = CheckpointFiles(where, _weights_of(where))
             return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
@@ -118,6 +122,14 @@ class Adapter:
         out = torch.empty(b[0, to_outputs].shape[0], self.rank)
         self.files.read(f"{pair}.lora_B.weight", (outputs, whole), out)
         b[: self.rank, to_outputs] = out.mul_(self.scale).t().to(b)
+
+
+def _weights_of(path: Path) -> dict[Path, set[str] | None]:
+    """PEFT's one file of weights; others beside it, such as a merged model's, are not the adapter's."""
+    file = path / "adapter_model.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no {file.name}, which is PEFT's file of weights; save it so")
+    return {file: None}
 
 
 def _products(pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -160,6 +172,8 @@ def _checked_pairs(
                 f"{name} has shape {list(files.shape(name))} where model and {_CONFIG} make it {list(expected[name])}"
             )
         files.dtype(name)
+    if not files.names():
+        raise CheckpointError("adapter_model.safetensors holds no tensor; train or fetch the adapter again")
     pairs = frozenset(name.rpartition(".lora_")[0] for name in files.names())
     missing = {f"{pair}.lora_{ab}.weight" for pair in pairs | _targets(config, shapes) for ab in "AB"}
     missing -= files.names()
@@ -169,11 +183,21 @@ def _checked_pairs(
 
 
 def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """The weights that the adapter says it changes, where it says so by plain names for all layers."""
+    """The weights that the adapter says it changes, where it says so for all layers."""
     modules = config.get("target_modules")
-    if not isinstance(modules, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+    if config.get("layers_to_transform") or config.get("exclude_modules") or not modules:
         return set()
+    if modules == "all-linear":
+        return set(shapes)
+    if isinstance(modules, str):  # a regular expression of whole names
+        try:
+            targets = {pair for pair in shapes if re.fullmatch(modules, pair.removeprefix(_PREFIX))}
+        except re.error as error:
+            raise CheckpointError(f"{_CONFIG} has target_modules={modules!r}: {error}") from None
+        modules = [] if targets else [modules]
+    else:
+        targets = {pair for pair in shapes for module in modules if f".{pair}".endswith(f".{module}")}
     for module in modules:
         if not any(f".{pair}".endswith(f".{module}") for pair in shapes):
             raise CheckpointError(f"{_CONFIG} targets {module!r}, which adapters may not change here")
-    return {pair for pair in shapes for module in modules if f".{pair}".endswith(f".{module}")}
+    return targets

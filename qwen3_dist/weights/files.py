@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from qwen3_dist.errors import CheckpointError
 
+_SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
+_OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
 _CHUNK_BYTES = 64 << 20
 _REOPEN_BYTES = 128 << 20  # mapped pages that were read count as resident until the file is closed
 # What names lack, and so begin with, in a checkpoint of the transformer without its head.
@@ -25,18 +28,24 @@ class CheckpointFiles:
     """The tensors of one checkpoint directory, by the names that they have in a model with a head; one that was
     saved without (Qwen3-Embedding) `is_headless`.
 
-    Raises CheckpointError, naming the file, for one that is missing, truncated or no safetensors.
+    `files` are the files to read, those of `shard_files` if not given. Raises CheckpointError, naming the file, for
+    one that is missing, truncated or no safetensors, and for a tensor that two files hold.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, files: Mapping[Path, set[str] | None] | None = None) -> None:
         self._where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
-        for file, promised in shard_files(Path(path)).items():
+        for file, named in (shard_files(Path(path)) if files is None else files).items():
             header = _read_header(file)
-            absent = sorted(promised - header.keys())
+            absent = sorted((named or set()) - header.keys())
             if absent:
                 raise CheckpointError(f"{file} lacks {absent[0]} although the index names it; fetch it again")
-            for name, entry in header.items():
-                self._where[name] = (file, tuple(entry["shape"]), entry["dtype"])
+            for name in header if named is None else named:
+                if name in self._where:
+                    raise CheckpointError(
+                        f"{self._where[name][0]} and {file.name} both hold {name}, and no index says which is right; "
+                        "remove the file that is not the model's"
+                    )
+                self._where[name] = (file, tuple(header[name]["shape"]), header[name]["dtype"])
         self.is_headless = any(name.startswith(_HEADLESS) for name in self._where)
         if self.is_headless:
             self._where = {f"{_PREFIX}{name}": where for name, where in self._where.items()}
@@ -93,29 +102,55 @@ class CheckpointFiles:
         return self._open[1].get_slice(name.removeprefix(_PREFIX) if self.is_headless else name)
 
 
-def shard_files(path: Path) -> dict[Path, set[str]]:
-    """The checkpoint's files, each with the tensors that an index says it holds.
+def shard_files(path: Path) -> dict[Path, set[str] | None]:
+    """The files of the checkpoint at `path`, each with the tensors to read from it; None is all.
 
-    Raises CheckpointError if one is missing.
+    Those are what the index names. Without an index they are model.safetensors alone, else numbered shards, else all
+    files but those of adapters and of other formats. Raises CheckpointError if one is missing.
     """
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        files = {file: set[str]() for file in sorted(path.glob("*.safetensors"))}
-        if not files:
-            raise CheckpointError(
-                f"{path} holds no *.safetensors file; convert or fetch the weights in that format"
-            )
-        return files
+    if (index := path / "model.safetensors.index.json").exists():
+        return _indexed(index)
+    if (whole := path / "model.safetensors").exists():
+        return {whole: None}
+    names = sorted(file.name for file in path.glob("*.safetensors"))
+    shards = _numbered(path, names) or [name for name in names if not name.startswith(_OF_OTHERS)]
+    if not shards:
+        raise CheckpointError(
+            f"{path} holds no *.safetensors file of a model; convert or fetch the weights in that format"
+        )
+    return {path / name: None for name in shards}
+
+
+def _indexed(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str]] = {}
     try:
         for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-            shards.setdefault(path / shard, set()).add(name)
+            if Path(shard).is_absolute() or ".." in Path(shard).parts:
+                raise ValueError
+            shards.setdefault(index.parent / shard, set()).add(name)
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index} is no weight index; fetch it again") from None
     for file in shards:
         if not file.exists():
             raise CheckpointError(f"{file} is missing although the index names it; fetch it again")
-    return shards
+    return dict(shards)
+
+
+def _numbered(path: Path, names: list[str]) -> list[str]:
+    """The shards 1 to N of one checkpoint among `names`; [] if none is numbered."""
+    found = [match for match in map(_SHARD.fullmatch, names) if match]
+    if not found:
+        return []
+    of = {(match["stem"], match["total"]) for match in found}
+    if len(of) > 1:
+        raise CheckpointError(
+            f"{path} holds shards of several checkpoints, {found[0][0]} and {found[-1][0]}, and no index; keep one's"
+        )
+    [(stem, total)] = of
+    wanted = [f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+    if missing := [name for name in wanted if name not in names]:
+        raise CheckpointError(f"{path / missing[0]} is missing; fetch it again")
+    return wanted
 
 
 def _read_header(file: Path) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.adapters import Adapters
+from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.outputs import RequestOutput
 from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
 from qwen3_dist.executor.processes import shared_nursery
 from qwen3_dist.layers.lora import AdapterRows, LowRank
 from qwen3_dist.settings import EngineConfig, read_settings
+from qwen3_dist.weights.adapters import Adapter
 from tests.adapters import ATTENTION, EVERYTHING, merge, write_adapter
 from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint
@@ -247,6 +250,10 @@ LAYER = "base_model.model.model.layers.0"
             {"target_modules": ["q_proj", "k_proj"]},
             "lacks base_model.model.model.layers.0.self_attn.k_proj.lora_A",
         ),
+        ({"target_modules": "all-linear"}, "lacks base_model.model.model.layers.0.mlp.down_proj.lora_A"),
+        ({"target_modules": r".*\.(q|v)_proj"}, "lacks .*layers.0.self_attn.v_proj.lora_A"),
+        ({"target_modules": r".*\.lm_head"}, "targets .*lm_head"),
+        ({"target_modules": "("}, r"target_modules='\('"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(
@@ -291,12 +298,32 @@ def test_a_tensor_that_is_amiss_is_named(
     refused(base, tmp_path, sentence)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"], None])
+def test_an_adapter_without_a_tensor_is_refused(
+    families: dict[str, Family], tmp_path: Path, targets: Any
+) -> None:
+    base = families["dense"].base
+    write_adapter(tmp_path, base, (), target_modules=targets)
+    refused(base, tmp_path, "holds no tensor")
+
+
+def test_weights_beside_an_adapters_file_are_not_the_adapters(
+    families: dict[str, Family], tmp_path: Path
+) -> None:
+    family = families["dense"]
+    shutil.copytree(family.lora["narrow"], tmp_path, dirs_exist_ok=True)
+    shutil.copy(family.base / "model.safetensors", tmp_path)
+    [(name, path)] = Adapters.parse(f"mine={tmp_path}").pairs
+    config = ModelConfig.from_directory(family.base)
+    assert Adapter.open(name, path, config).pairs == Adapter.open("n", family.lora["narrow"], config).pairs
+
+
 def test_a_directory_that_holds_no_adapter_is_refused(families: dict[str, Family], tmp_path: Path) -> None:
     base = families["dense"].base
     refused(base, tmp_path / "nowhere", "neither a checkpoint directory nor a hub id")
     refused(base, tmp_path, "has no adapter_config.json")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-    refused(base, tmp_path, "holds no .*safetensors file")
+    refused(base, tmp_path, "holds no adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{")
     refused(base, tmp_path, "cannot be read as JSON")
 

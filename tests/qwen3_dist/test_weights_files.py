@@ -49,6 +49,29 @@ def break_the_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
 
 
+def name_a_file_outside(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "x.safetensors").rename(folder / "model-00001-of-00003.safetensors")
+    (folder / "y.safetensors").rename(folder / "model-00003-of-00003.safetensors")
+
+
+def mix_two_checkpoints(folder: Path) -> None:
+    (folder / "x.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "y.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def hold_a_tensor_twice(folder: Path) -> None:
+    save_file({"a": torch.zeros(70, 6)}, folder / "z.safetensors")
+
+
+def keep_only_an_adapter(folder: Path) -> None:
+    (folder / "x.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "y.safetensors").unlink()
+
+
 def keep_only_pickles(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
@@ -62,6 +85,11 @@ def keep_only_pickles(folder: Path) -> None:
         (name_an_absent_shard, r"z\.safetensors is missing although the index names it"),
         (name_an_absent_tensor, r"x\.safetensors lacks z although the index names it"),
         (break_the_index, r"index\.json is no weight index"),
+        (name_a_file_outside, r"index\.json is no weight index"),
+        (lose_a_shard, r"model-00002-of-00003\.safetensors is missing"),
+        (mix_two_checkpoints, "holds shards of several checkpoints"),
+        (hold_a_tensor_twice, r"x\.safetensors and z\.safetensors both hold a, and no index"),
+        (keep_only_an_adapter, r"holds no \*\.safetensors file"),
         (keep_only_pickles, r"holds no \*\.safetensors file"),
     ],
 )
@@ -69,6 +97,42 @@ def test_damage_is_named_with_its_file(folder: Path, damage: Callable[[Path], No
     damage(folder)
     with pytest.raises(CheckpointError, match=sentence):
         CheckpointFiles(folder)
+
+
+def first_of(folder: Path, name: str = "a") -> float:
+    out = torch.empty(1)
+    CheckpointFiles(folder).read(name, (slice(0, 1),), out)
+    return float(out)
+
+
+@pytest.mark.parametrize("stray", ["model-00002-of-00002", "zz", "adapter_model", "consolidated", "a"])
+def test_a_tensor_is_read_from_the_file_that_the_index_names(tmp_path: Path, stray: str) -> None:
+    """A stale copy in another shard or a file that the index does not know is not read."""
+    ours, index = "model-00001-of-00002.safetensors", {"a": "model-00001-of-00002.safetensors"}
+    save_file({"a": torch.ones(1)}, tmp_path / ours)
+    save_file({"a": torch.zeros(1), "b": torch.ones(1)}, tmp_path / f"{stray}.safetensors")
+    if stray == "model-00002-of-00002":
+        index["b"] = f"{stray}.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert first_of(tmp_path) == 1
+    assert CheckpointFiles(tmp_path).names() == index.keys()
+
+
+@pytest.mark.parametrize("stray", ["zz", "adapter_model", "consolidated", "model-00001-of-00002", "a"])
+def test_without_an_index_model_safetensors_is_all_there_is(tmp_path: Path, stray: str) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(1), "b": torch.ones(1)}, tmp_path / f"{stray}.safetensors")
+    assert first_of(tmp_path) == 1
+    assert CheckpointFiles(tmp_path).names() == {"a"}
+
+
+@pytest.mark.parametrize("stray", ["zz", "adapter_model", "consolidated", "training_args"])
+def test_shards_without_an_index_are_read_alone(tmp_path: Path, stray: str) -> None:
+    for number, name in enumerate("ab", 1):
+        save_file({name: torch.ones(1)}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / f"{stray}.safetensors")
+    assert first_of(tmp_path) == first_of(tmp_path, "b") == 1
+    assert CheckpointFiles(tmp_path).names() == {"a", "b"}
 
 
 def test_a_tensor_that_is_no_float_is_refused(folder: Path) -> None:
