@@ -10,8 +10,9 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from serve_app.config import ServiceConfig, read_service_config
-from serve_app.deployments import EngineReplica, Ingress
+from serve_app.deployments import Ingress
 from serve_app.placement import place
+from serve_app.replica import EngineReplica
 
 APP_NAME = "qwen3_dist"
 INGRESS, REPLICA = "Ingress", "EngineReplica"
@@ -20,12 +21,14 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 # run, Serve goes on replacing lost ones whatever this is.
 _CONSTRUCTOR_TRIES = 1
 _INGRESS_ONGOING_REQUESTS = 10_000
-# Neither deployment ever blocks its event loop, so one loop does what Serve has three for (its own, the router's and
-# the code's): an item that crosses fewer threads costs less.
-_ONE_LOOP = {
+# Serve has no other place for these. Neither deployment ever blocks its event loop, so one loop does what Serve has
+# three for (its own, the router's and the code's): an item that crosses fewer threads costs less.
+_SERVE_SETTINGS = {
     "env_vars": {
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # Requests and answers between them may be as large as gRPC can count; by default it refuses more than 4 MiB.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     }
 }
 
@@ -42,9 +45,9 @@ def bind(config: ServiceConfig) -> serve.Application:
     replicas = serve.deployment(
         name=REPLICA,
         max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
+        max_queued_requests=-1,  # the ingress counts sequences
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
-        ray_actor_options={**placement.actor_options, "runtime_env": _ONE_LOOP},
+        ray_actor_options={**placement.actor_options, "runtime_env": _SERVE_SETTINGS},
         placement_group_bundles=placement.bundles,
         placement_group_strategy="PACK",
         autoscaling_config=AutoscalingConfig(
@@ -64,7 +67,7 @@ def bind(config: ServiceConfig) -> serve.Application:
     ingress = serve.deployment(
         name=INGRESS,
         max_ongoing_requests=_INGRESS_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_LOOP},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _SERVE_SETTINGS},
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         health_check_period_s=config.health_check_period_s,
         health_check_timeout_s=config.health_check_timeout_s,

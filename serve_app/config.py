@@ -32,7 +32,9 @@ class ServiceConfig:
     min_replicas: int = setting(1, "engines that always run")
     max_replicas: int = setting(1, "most engines that load may start")
     target_ongoing_requests: float = setting(16.0, "requests in flight per replica that scaling aims for")
-    max_ongoing_requests: int = setting(256, "requests a replica holds at once; more wait at the ingress")
+    max_ongoing_requests: int = setting(
+        256, "requests a replica holds at once, each choice of each prompt counted; more wait at the ingress"
+    )
     upscale_delay_s: float = setting(10.0, "seconds of high load before a replica is added")
     downscale_delay_s: float = setting(300.0, "seconds of low load before a replica is removed")
     metrics_interval_s: float = setting(2.0, "seconds between two reports of a replica's load")
@@ -44,9 +46,17 @@ class ServiceConfig:
     health_check_timeout_s: float = setting(30.0, "longest wait for one health check")
     placement_timeout_s: float = setting(120.0, "longest wait for the cluster to make room for a replica")
     max_request_mib: float = setting(16.0, "largest HTTP request body in MiB")
-    max_queued_requests: int = setting(1000, "requests that may wait at the ingress; more are answered 429")
+    max_queued_requests: int = setting(
+        1000, "requests that may wait at the ingress, counted likewise; more are answered 429"
+    )
     request_timeout_s: float = setting(
         0.0, "longest time a request may take, then it is answered 408; 0: any"
+    )
+    body_timeout_s: float = setting(
+        60.0, "longest time a request's body may take to come, then it is answered 408; 0: any"
+    )
+    write_timeout_s: float = setting(
+        30.0, "longest time a client may leave an answer unread, then its request ends; 0: any"
     )
     stream_parts_per_s: int | None = setting(
         None,
@@ -57,6 +67,14 @@ class ServiceConfig:
         default="",
         repr=False,  # settings are printed and logged
         metadata={"help": "key that clients must send; empty: none is asked for", "choices": None},
+    )
+    admin_key: str = dataclasses.field(
+        default="",
+        repr=False,
+        metadata={
+            "help": "key for what changes the service; empty: nobody may if there is an api_key, else all may",
+            "choices": None,
+        },
     )
     enable_thinking: bool | None = setting(
         None, "whether models that can think do where a request does not say; null: as their template has it"

@@ -1,39 +1,42 @@
-"""The two Serve deployments: an ingress that speaks HTTP, and replicas that each own one engine.
+"""The ingress: the Serve deployment that speaks HTTP and has requests answered by replicas.
 
-A request crosses between them once, as a parsed request; its answer comes back as a first item that
-holds the HTTP status and then one item of finished bytes per engine step.
+A request crosses to a replica once, as a parsed request; its answer comes back as a first item that holds the HTTP
+status and then one item of finished bytes per engine step.
 """
 
 # No postponed annotations here: FastAPI reads those of the ingress's routes as the values they are.
 import asyncio
-import contextlib
-import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
 from ray import serve
-from ray.serve.exceptions import BackPressureError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from qwen3_dist import __version__
-from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.engine.outputs import EngineStats
-from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.garbage import exempt_present_objects
-from qwen3_dist.text.tokenizer import read_generation_defaults
+from serve_app.admission import Admission
 from serve_app.answers.messages import message_error
 from serve_app.config import ServiceConfig
-from serve_app.handlers import RequestHandler
-from serve_app.http import ErrorForm, EventStream, json_response, make_api, read_body
+from serve_app.dispatch import Dispatcher
+from serve_app.http import (
+    ErrorForm,
+    check_admin_key,
+    check_key,
+    json_response,
+    make_api,
+    read_body,
+    request_id,
+    route_path,
+)
 from serve_app.openapi import ANTHROPIC_ERROR, route
 from serve_app.protocol.chat import CHAT_BODY, parse_chat
 from serve_app.protocol.completions import COMPLETION_BODY, parse_completion
 from serve_app.protocol.embeddings import EMBEDDING_BODY, parse_embedding
-from serve_app.protocol.errors import error_status, to_json
 from serve_app.protocol.generation import GenerationRequest
 from serve_app.protocol.messages import (
     COUNT_TOKENS_BODY,
@@ -41,99 +44,20 @@ from serve_app.protocol.messages import (
     parse_count_tokens,
     parse_messages,
 )
-from serve_app.protocol.pooling import PoolingRequest
 from serve_app.protocol.relevance import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
 from serve_app.protocol.responses import RESPONSES_BODY, parse_responses
 from serve_app.protocol.tokens import (
     DETOKENIZE_BODY,
     TOKENIZE_BODY,
-    TextRequest,
     parse_detokenize,
     parse_tokenize,
 )
+from serve_app.replica import AnyRequest
+from serve_app.replica_health import ReplicaHealth
+from serve_app.sending import PIECE, EventStream, LargeResponse
 
-logger = logging.getLogger("ray.serve")
-HEALTH_TIMEOUT_S = 5.0
-AnyRequest = GenerationRequest | PoolingRequest | TextRequest
 _LARGE_BODY = 2**16  # bytes that are not read on the event loop
-
-
-class EngineReplica:
-    """One engine and the answering of requests with it. Construction loads the model."""
-
-    def __init__(self, config: ServiceConfig) -> None:
-        self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s)
-        logger.info("the engine is ready on %s", self._engine.backends)
-        logger.info("its collectives: %s", self._engine.collectives)
-        defaults = read_generation_defaults(self._engine.model_path)
-        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
-        self._handler = RequestHandler(
-            self._engine, config.served_name, defaults, thinking, config.tool_call_form
-        )
-        exempt_present_objects()
-
-    async def answer(self, request: AnyRequest) -> AsyncGenerator[Any, None]:
-        """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
-
-        An error that the client can be told about is answered, not raised: Serve would log a
-        traceback for each.
-        """
-        try:
-            if not (isinstance(request, GenerationRequest) and request.stream):
-                yield HTTPStatus.OK, await self._handler.respond(request)
-                return
-            stream = self._handler.stream(request)
-            first = await anext(stream)
-        except QwenDistError as error:
-            yield error_status(error), to_json(request.error_body(error))
-            return
-        async with aclosing(stream):
-            yield HTTPStatus.OK, first
-            async for item in stream:
-                yield item
-
-    async def stats(self) -> EngineStats:
-        """A reading of the engine's load."""
-        return self._engine.stats()
-
-    async def ranks(self) -> dict[str, Any]:
-        """Where the engine's ranks run, on what, and how they talk to each other."""
-        return {
-            "layout": str(self._engine.config.layout),
-            "backends": self._engine.backends,
-            "collectives": self._engine.collectives,
-            "ranks": [
-                {
-                    "rank": rank.rank,
-                    "host": rank.host,
-                    "pid": rank.pid,
-                    "card": {"name": rank.card.name, "uuid": rank.card.uuid} if rank.card else None,
-                }
-                for rank in self._engine.ranks
-            ],
-        }
-
-    async def expert_load(self) -> dict[str, Any]:
-        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
-        return (await self._engine.expert_load()).to_json()
-
-    async def rebalance_experts(self) -> list[int]:
-        """Moves experts to where the load since the last time wants them; the layers that changed."""
-        return await self._engine.rebalance_experts()
-
-    async def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together."""
-        return self._engine.max_model_len
-
-    async def check_health(self) -> None:
-        """Raises EngineDeadError once a rank is lost; Serve then replaces this replica."""
-        self._engine.check_health()
-
-    def __del__(self) -> None:
-        engine = self.__dict__.get("_engine")  # absent if construction failed
-        if engine:
-            engine.shutdown()
-
+_REBALANCE = "/v1/cluster/experts/rebalance"
 
 # What errors look like by path, where that is not OpenAI's object.
 ERROR_FORMS: dict[str, ErrorForm] = {
@@ -150,21 +74,41 @@ class Ingress:
     def __init__(self, config: ServiceConfig, replicas: DeploymentHandle) -> None:
         self._model = config.served_name
         self._adapters = config.engine.lora.names
-        self.api_key = config.api_key
+        self._config = config
         self._max_bytes = int(config.max_request_mib * 2**20)
-        self._timeout_s = config.request_timeout_s
         self._replicas = replicas
         # Values travel by gRPC, which costs a third of what a stream of Ray's objects does.
-        self._answers = replicas.options(
+        answers = replicas.options(
             method_name="answer",
             stream=True,
             _by_reference=False,
             request_serialization="pickle",
             response_serialization="pickle",
         )
+        self._health = ReplicaHealth(
+            lambda: replicas.broadcast("check_health").results_async(return_exceptions=True),
+            config.health_check_period_s,
+            2 * config.health_check_timeout_s,
+        )
+        self._dispatcher = Dispatcher(answers.remote, config.request_timeout_s, self._health.doubt)
+        self._admission = Admission(self._most_in_flight, config.max_ongoing_requests)
         self._created = int(time.time())
         self._max_model_len: int | None = None
         exempt_present_objects()
+
+    def let_in(self, request: Request) -> None:
+        """Raises RequestError for a request without the key it needs (401, 403), or without room for it (429)."""
+        path = route_path(request)
+        if path == _REBALANCE:
+            check_admin_key(request, self._config.admin_key, self._config.api_key)
+            return
+        check_key(request, self._config.api_key)
+        if request.method == "POST":
+            self._admission.check()
+
+    def _most_in_flight(self) -> int:
+        replicas = max(self._health.num_healthy, self._config.min_replicas)
+        return replicas * self._config.max_ongoing_requests + self._config.max_queued_requests
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", CHAT_BODY, streams=True))
     async def chat_completions(self, request: Request) -> Response:
@@ -231,14 +175,8 @@ class Ingress:
 
     @api.get("/health", **route("Whether requests can be answered"))
     async def health(self) -> Response:
-        """200 if some replica's engine is well, else 503."""
-        try:
-            # Asks every replica past its queue, so that a full one counts as well.
-            checks = self._replicas.broadcast("check_health").results_async(return_exceptions=True)
-            results = await asyncio.wait_for(checks, HEALTH_TIMEOUT_S)
-        except Exception as error:  # noqa: BLE001 - whatever keeps the replicas from answering
-            results = [error]
-        if any(result is None for result in results):
+        """200 if some replica's engine was well when last asked, else 503; nobody is waited for."""
+        if self._health.num_healthy:
             return json_response({"status": "ok"})
         raise EngineDeadError("no replica is healthy")
 
@@ -252,7 +190,7 @@ class Ingress:
         """Each replica's expert load."""
         return json_response({"object": "list", "data": await self._ask_all("expert_load")})
 
-    @api.post("/v1/cluster/experts/rebalance", **route("Moves experts to where the load wants them"))
+    @api.post(_REBALANCE, **route("Moves experts to where the load wants them"))
     async def rebalance_experts(self) -> Response:
         """Has each replica move its experts to where their load wants them; the layers each changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
@@ -265,51 +203,25 @@ class Ingress:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
     async def _generate(self, asked: Request, parse: Callable[[bytes], AnyRequest]) -> Response:
-        body = await read_body(asked, self._max_bytes)
-        request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
-        self._check_model(request.model)
-        items = self._answer(request)
-        try:
-            status, first = await anext(items)
-        except BaseException:
+        with ExitStack() as held:
+            admitted = held.enter_context(self._admission.admit())
+            body = await read_body(asked, self._max_bytes, self._config.body_timeout_s)
+            request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
+            self._check_model(request.model)
+            admitted.count(request.num_sequences)
+            items = self._dispatcher.answer(request, request_id(asked))
+            try:
+                status, first = await anext(items)
+            except BaseException:
+                await items.aclose()
+                raise
+            patience_s = self._config.write_timeout_s
+            if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
+                return EventStream(first, items, request.error_events, patience_s, held.pop_all())
             await items.aclose()
-            raise
-        if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
-            return EventStream(first, items, request.error_events)
-        await items.aclose()
+        if len(first) > PIECE:
+            return LargeResponse(first, status, patience_s)
         return json_response(first, status)
-
-    async def _answer(self, request: AnyRequest) -> AsyncGenerator[Any, None]:
-        """A replica's items. Leaving early cancels the request there.
-
-        Raises EngineDeadError if the replica is lost, RequestError if too many wait (429) or time is up (408).
-        """
-        response = self._answers.remote(request)
-        assert isinstance(response, DeploymentResponseGenerator)
-        now = asyncio.get_running_loop().time()
-        deadline = now + self._timeout_s if self._timeout_s else None
-        try:
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    item = await anext(response, None)
-                if item is None:
-                    return
-                yield item
-        except TimeoutError:
-            raise RequestError(
-                f"the request took longer than {self._timeout_s:g} seconds; ask for fewer tokens",
-                status=HTTPStatus.REQUEST_TIMEOUT,
-            ) from None
-        except BackPressureError:
-            raise RequestError(
-                "too many requests wait already; send it again later", status=HTTPStatus.TOO_MANY_REQUESTS
-            ) from None
-        except Exception as error:
-            logger.exception("a replica failed on a request")
-            raise EngineDeadError("the replica that ran this request was lost; send it again") from error
-        finally:
-            with contextlib.suppress(Exception):  # it raises again what the request failed with
-                response.cancel()
 
     def _check_model(self, name: str) -> None:
         if name not in ("", self._model, *self._adapters):

@@ -22,6 +22,7 @@ from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.tool_calls import ToolCallForm
 from serve_app.answers.base import Answer, Served
+from serve_app.failures import failure
 from serve_app.pooling import pool
 from serve_app.protocol.errors import to_json
 from serve_app.protocol.generation import GenerationRequest
@@ -70,12 +71,13 @@ class RequestHandler:
         )
 
     async def respond(self, request: GenerationRequest | PoolingRequest | TextRequest) -> bytes:
-        """The whole answer as JSON. Raises RequestError or EngineDeadError."""
+        """The whole answer as JSON, which may take seconds to build, so a thread does. Raises RequestError or
+        EngineDeadError."""
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._texts))
         if isinstance(request, PoolingRequest):
             pooled = await pool(self._engine, self._texts, request, *self._named(request.model))
-            return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))  # megabytes of numbers
+            return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request)
         shown: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
@@ -83,13 +85,15 @@ class RequestHandler:
                 for delta in step:
                     job.answer.count(delta)
                     shown[delta.index].append(delta)
-        return to_json(job.answer.whole([join(shown[index]) for index in sorted(shown)]))
+        return await asyncio.to_thread(
+            lambda: to_json(job.answer.whole([join(shown[index]) for index in sorted(shown)]))
+        )
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[bytes, None]:
+    async def stream(self, request: GenerationRequest, request_id: str = "") -> AsyncGenerator[bytes, None]:
         """Server-sent events, one item a step.
 
         An error before the first item is raised; a later one becomes an event, since the HTTP status
-        has gone out by then.
+        has gone out by then. A later bug is logged under `request_id`.
         """
         job = await self._prepare(request)
         begun = False
@@ -106,9 +110,8 @@ class RequestHandler:
         except Exception as error:
             if not begun:
                 raise
-            if not isinstance(error, QwenDistError):
-                logger.exception("a stream broke off")
-            yield job.answer.fail(error)
+            told = error if isinstance(error, QwenDistError) else failure(error, logger, request_id)
+            yield job.answer.fail(told)
             return
         yield job.answer.end()
 

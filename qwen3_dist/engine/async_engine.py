@@ -18,6 +18,7 @@ from qwen3_dist.engine.outputs import EngineStats, TokenDelta
 from qwen3_dist.engine.placements import ExpertLoad
 from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
@@ -58,13 +59,19 @@ class AsyncEngine:
     """Construction blocks until the model is loaded on all ranks. Raises what `Engine` raises.
 
     It gives its callers at most about `parts_per_s` parts a second, all together, beside first and last ones.
-    Where they would be more, parts hold what several steps added.
+    Where they would be more, parts hold what several steps added. `on_death` is called, on the engine's thread, when
+    the engine has died, after its requests were told and its ranks ended; a shutdown is no death.
     """
 
     def __init__(
-        self, config: EngineConfig, show_progress: bool = False, parts_per_s: float = math.inf
+        self,
+        config: EngineConfig,
+        show_progress: bool = False,
+        parts_per_s: float = math.inf,
+        on_death: Callable[[], None] | None = None,
     ) -> None:
         self._engine = Engine(config, show_progress, grammars_ahead=True)
+        self._on_death = on_death
         self._parts_per_s = parts_per_s
         self.config = config
         self.backends, self.collectives = self._engine.backends, self._engine.collectives
@@ -237,7 +244,14 @@ class AsyncEngine:
             self._die(error)
         except Exception as error:
             _log.exception("the engine failed")
-            self._die(EngineDeadError(f"the engine failed: {type(error).__name__}: {error}"))
+            place = log_file(_log) or "standard error"
+            self._die(
+                EngineDeadError(
+                    f"the engine failed: {type(error).__name__}: {error}; {place} has the traceback"
+                )
+            )
+        if self._on_death is not None and not self._stopping:
+            self._on_death()
 
     def _do_inbox(self) -> None:
         with self._wake:

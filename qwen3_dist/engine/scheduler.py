@@ -5,8 +5,8 @@ prompts, with as large a chunk as the budget leaves; then waiting sequences are 
 prompt finds room. A running sequence that finds no free block preempts the last in line, which gives its
 blocks back and is computed again later (its output so far included).
 
-The line is by priority and arrival, and nobody waits for ever: a priority of p stands in line as though
-it had arrived p * AGING_STEPS steps later than it did, so whoever waits overtakes all later arrivals.
+The line is by priority and arrival, and nobody waits for ever: a priority moves a sequence in line by `places` steps
+of arrival, fewer than MOST_PLACES however large it is, so whoever waits overtakes all later arrivals.
 
 Steps may be planned before the ones before them have answered (`num_pending` of a sequence). Where the model
 is a pipeline of stages, these steps are its micro-batches: each takes its part of the decoding sequences,
@@ -31,7 +31,8 @@ from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.sequence_step import SomeBlocks
 
-AGING_STEPS = 256
+MOST_PLACES = 1024
+_HALF_PRIORITY = 3  # moves a sequence by half of MOST_PLACES
 _MOST_FREE = 8  # times the free tokens in a step with guesses, which would have to be all but certain
 _KEPT_FREE = 100  # one block in so many is left for the running ones when a new one is admitted
 
@@ -331,5 +332,10 @@ class Scheduler:
         )
 
 
-def _place_in_line(sequence: Sequence) -> tuple[int, int]:
-    return sequence.arrival + sequence.priority * AGING_STEPS, sequence.seq_id
+def places(priority: int) -> float:
+    """Steps of later arrival that `priority` counts as: 256 for 1, 512 for 3, fewer than MOST_PLACES for any."""
+    return MOST_PLACES * priority / (abs(priority) + _HALF_PRIORITY)
+
+
+def _place_in_line(sequence: Sequence) -> tuple[float, int]:
+    return sequence.arrival + places(sequence.priority), sequence.seq_id

@@ -42,6 +42,10 @@ class CompletionRequest(GenerationRequest):
 
     wanted: list[str | list[int]] = field(default_factory=list)
 
+    @property
+    def num_prompts(self) -> int:
+        return len(self.wanted)
+
     def prompts(self, texts: Texts) -> list[Prompt]:
         return [
             texts.prompt(prompt, "prompt") if isinstance(prompt, str) else Prompt(prompt)

@@ -41,6 +41,10 @@ class EmbeddingRequest(PoolingRequest):
     as_base64: bool
     add_special_tokens: bool
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.inputs)
+
     def pooling(self, texts: Texts) -> PoolingParams:
         return self.params
 

@@ -73,6 +73,15 @@ class GenerationRequest(ABC):
     def prompts(self, texts: Texts) -> list[Prompt]:
         """Each prompt. Raises RequestError where the checkpoint lacks what that takes, or for too long a text."""
 
+    @property
+    def num_sequences(self) -> int:
+        """Choices of all prompts."""
+        return self.sampling.get("n", 1) * self.num_prompts
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
     @abstractmethod
     def answer(self, served: Served) -> Answer:
         """The form in which this request is answered."""

@@ -47,6 +47,11 @@ class PoolingRequest(ABC):
     priority: int
     stream = False
 
+    @property
+    @abstractmethod
+    def num_sequences(self) -> int:
+        """How many prompts there are."""
+
     @abstractmethod
     def pooling(self, texts: Texts) -> PoolingParams:
         """What to read of each prompt. Raises RequestError where the checkpoint lacks what that takes."""

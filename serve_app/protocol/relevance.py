@@ -60,6 +60,10 @@ class RelevanceRequest(PoolingRequest):
     documents: list[str]
     instruction: str | None
 
+    @property
+    def num_sequences(self) -> int:
+        return len(self.documents)
+
     def pooling(self, texts: Texts) -> PoolingParams:
         if texts.tokenizer is None:
             raise RequestError("this model has no tokenizer, so it cannot rank texts", param="model")

@@ -44,6 +44,7 @@ class TextRequest(ABC):
 
     model: str
     stream = False
+    num_sequences = 1  # its share of what a service holds
 
     @abstractmethod
     def respond(self, texts: Texts) -> Json:

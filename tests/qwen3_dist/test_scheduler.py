@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qwen3_dist.engine.plan import LAST_SAMPLED, StepPlan, StepResult
-from qwen3_dist.engine.scheduler import AGING_STEPS, Scheduler
+from qwen3_dist.engine.scheduler import MOST_PLACES, Scheduler, places
 from tests.scheduling import EOS, make_scheduler, make_sequence
 
 
@@ -128,16 +128,25 @@ def test_a_lower_priority_value_goes_first_and_a_preempted_sequence_keeps_its_pl
     assert [plan.sequences[0].seq_id for plan in run(scheduler)] == [2, 0, 3, 1]
 
 
-def test_no_priority_waits_for_ever() -> None:
+@pytest.mark.parametrize(
+    ("priority", "others", "waits"),
+    [(2, 0, 410), (0, -1, 256), (0, -(2**31), 1024), (100, 0, 995), (2**31 - 1, -(2**31), 2048)],
+)
+def test_no_priority_waits_for_ever(priority: int, others: int, waits: int) -> None:
     scheduler = make_scheduler(seqs=1)
-    scheduler.add(make_sequence(0, 3, max_tokens=1, priority=2))
-    for seq_id in range(1, 4 * AGING_STEPS):
-        scheduler.add(make_sequence(seq_id, 3, max_tokens=1, priority=0))
+    scheduler.add(make_sequence(0, 3, max_tokens=1, priority=priority))
+    for seq_id in range(1, 4 * MOST_PLACES):
+        scheduler.add(make_sequence(seq_id, 3, max_tokens=1, priority=others))
         plan = planned(scheduler)
         scheduler.update(plan, answer(plan))
         if plan.sequences[0].seq_id == 0:
             break
-    assert seq_id == 2 * AGING_STEPS + 1
+    assert seq_id == waits + 1
+
+
+def test_each_priority_goes_before_the_next_higher_one() -> None:
+    in_order = [-(2**31), -1000, -100, -11, -10, -2, -1, 0, 1, 2, 10, 11, 100, 1000, 2**31 - 1]
+    assert [places(priority) for priority in in_order] == sorted({places(p) for p in in_order})
 
 
 def test_eos_and_stop_tokens_end_a_sequence_unless_eos_is_ignored() -> None:

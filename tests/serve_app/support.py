@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "look_back_period_s": 1,
     "health_check_period_s": 0.5,
     "graceful_shutdown_timeout_s": 5,
-    "max_request_mib": 1,
+    "max_request_mib": 6,
 }
 
 

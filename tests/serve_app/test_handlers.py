@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import resolve_model
 from serve_app.answers.base import DONE
+from serve_app.answers.completions import CompletionAnswer
 from serve_app.handlers import RequestHandler
 from serve_app.protocol.chat import parse_chat
 from serve_app.protocol.completions import CompletionRequest, parse_completion
@@ -106,6 +108,21 @@ def test_one_item_crosses_per_step_however_many_choices_there_are(engine: AsyncE
     items = asyncio.run(collect(handler(engine).stream(request)))
     assert items[-1].endswith(DONE)
     assert len(items) <= engine.stats().steps - before + 1
+
+
+def test_a_whole_answer_is_built_off_the_event_loop(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    whole = CompletionAnswer.whole
+
+    def build(answer: CompletionAnswer, choices: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return whole(answer, choices)
+
+    monkeypatch.setattr(CompletionAnswer, "whole", build)
+    assert respond(engine, max_tokens=3, logprobs=20, echo=True)["choices"]
+    assert threads and threads[0] != threading.current_thread().name
 
 
 @pytest.mark.parametrize("prompt", [[5, 6], [[5, 6], [7, 8], "the sea"]])

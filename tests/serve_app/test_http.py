@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -10,9 +11,10 @@ import pytest
 from fastapi import Request, Response
 
 from qwen3_dist.errors import RequestError
+from serve_app.admission import OverloadedError
 from serve_app.answers.messages import message_error
 from serve_app.config import ServiceConfig, read_service_config
-from serve_app.http import check_key, make_api, read_body
+from serve_app.http import check_admin_key, check_key, error_headers, make_api, read_body
 
 
 def request(path: str = "/v1/completions", body: bytes = b"", prefix: str = "", **headers: str) -> Request:
@@ -46,10 +48,71 @@ def test_a_missing_or_wrong_key_is_401(headers: dict[str, str], prefix: str) -> 
     assert "key" in str(refused.value)
 
 
-def test_no_key_is_asked_for_where_none_is_set_nor_outside_the_apis() -> None:
+def test_no_key_is_asked_for_where_none_is_set_nor_for_health_and_version() -> None:
     check_key(request(), "")
-    check_key(request("/health"), "key")
-    check_key(request("/health", prefix="/second"), "key")
+    for path in ("/health", "/version"):
+        check_key(request(path), "key")
+        check_key(request(path, prefix="/second"), "key")
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/docs", "/openapi.json", "/health/x", "/x"])
+def test_all_other_paths_ask_for_the_key(path: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        check_key(request(path), "key")
+    assert refused.value.status == 401
+    check_key(request(path, x_api_key="key"), "key")
+
+
+@pytest.mark.parametrize(
+    ("admin_key", "api_key", "shown", "status"),
+    [("", "", "", 200), ("", "key", "key", 403), ("admin", "key", "key", 401), ("admin", "", "", 401)],
+)
+def test_what_changes_the_service_needs_the_admin_key_once_any_key_is_set(
+    admin_key: str, api_key: str, shown: str, status: int
+) -> None:
+    asked = request("/v1/cluster/experts/rebalance", x_api_key=shown)
+    if status == 200:
+        check_admin_key(asked, admin_key, api_key)
+        return
+    with pytest.raises(RequestError) as refused:
+        check_admin_key(asked, admin_key, api_key)
+    assert refused.value.status == status
+    if admin_key:
+        check_admin_key(request(x_api_key=admin_key), admin_key, api_key)
+
+
+def test_a_refused_request_is_answered_before_its_body_is_read_in_the_form_of_its_api() -> None:
+    def gate(_: Request) -> None:
+        raise OverloadedError(64, retry_after_s=7)
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body was read")
+
+    async def ask(path: str) -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await make_api({"/v1/messages": message_error}, gate)({**request(path).scope}, receive, send)
+        return sent
+
+    for path, kind in (("/v1/completions", "invalid_request_error"), ("/v1/messages", "rate_limit_error")):
+        start, body = asyncio.run(ask(path))
+        assert start["status"] == 429 and (b"retry-after", b"7") in start["headers"]
+        assert json.loads(body["body"])["error"]["type"] == kind
+
+
+def test_a_body_that_takes_too_long_is_408_and_its_connection_is_closed() -> None:
+    async def dribble() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    asked = Request(request().scope, dribble)
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(read_body(asked, 10**6, timeout_s=0.05))
+    assert refused.value.status == 408
+    assert error_headers(refused.value) == {"x-should-retry": "false", "connection": "close"}
 
 
 def test_the_key_is_not_printed_with_the_settings() -> None:
@@ -83,10 +146,10 @@ def test_an_unforeseen_error_has_the_form_of_its_api(path: str, kind: str, prefi
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(api, raise_app_exceptions=False, root_path=prefix)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(prefix + path)
+            return await client.post(prefix + path, headers={"x-request-id": "id-of-it"})
 
-    api = make_api({"/v1/messages": message_error})
+    api = make_api({"/v1/messages": message_error}, gate=lambda _: None)
     api.add_route(path, fail, methods=["POST"])
     answer = asyncio.run(ask())
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, kind)
-    assert "secret" not in answer.text
+    assert "secret" not in answer.text and "id-of-it" in answer.json()["error"]["message"]

@@ -71,8 +71,18 @@ def test_a_token_id_outside_the_vocabulary_is_400(http: httpx.Client, model: str
 
 
 def test_a_body_over_the_limit_is_413(http: httpx.Client, model: str) -> None:
-    body = {"model": model, "prompt": "x" * (2 * 2**20)}
+    body = {"model": model, "prompt": "x" * (7 * 2**20)}
     assert "larger than" in error_of(http.post("/v1/completions", json=body), 413)["message"]
+
+
+def test_requests_and_answers_may_be_larger_than_grpc_takes_by_default(
+    http: httpx.Client, model: str
+) -> None:
+    error = error_of(http.post("/v1/completions", json={"model": model, "prompt": "x" * (5 * 2**20)}), 400)
+    assert error["param"] == "prompt"
+    answer = http.post("/v1/embeddings", json={"model": model, "input": [[5]] * 2048})
+    assert answer.status_code == 200 and len(answer.content) > 4 * 2**20
+    assert len(answer.json()["data"]) == 2048
 
 
 def test_unknown_paths_and_methods_answer_with_the_error_object_too(http: httpx.Client) -> None:

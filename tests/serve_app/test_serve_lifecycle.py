@@ -102,7 +102,7 @@ def test_load_adds_a_replica_and_idleness_removes_it(
     wait_for(lambda: len(rank_processes()) == 2)
 
 
-def test_the_death_of_a_rank_ends_its_requests_clearly_and_the_replica_is_replaced(
+def test_the_death_of_a_rank_ends_streams_clearly_and_other_requests_are_answered_by_the_next_replica(
     url: str, client: openai.OpenAI, model: str
 ) -> None:
     def ask() -> str:
@@ -129,12 +129,11 @@ def test_the_death_of_a_rank_ends_its_requests_clearly_and_the_replica_is_replac
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
         *_, error, done = lines
-    unary.join()
-    assert not healthy()
+    wait_for(lambda: not healthy())
     assert "rank" in error and '"error"' in error and done == "data: [DONE]"
-    assert waiting[0].status_code == 503
-    # Serve may take the sick replica away before it has said which rank it lost.
-    assert any(word in waiting[0].json()["error"]["message"] for word in ("rank", "replica"))
+    unary.join()
+    assert waiting[0].status_code == 200, waiting[0].text
+    assert waiting[0].json()["usage"]["completion_tokens"] == LONG
     wait_for(healthy, timeout_s=120)
     assert ask() == expected
     assert not set(ranks) & set(rank_processes())

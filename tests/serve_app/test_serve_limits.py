@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ def limited(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
         "max_queued_requests": 1,
         "max_num_seqs": 1,
         "request_timeout_s": TIMEOUT_S,
+        "body_timeout_s": 1,
         "api_key": KEY,
     }
     serve.run(build_app(settings), name=NAME, route_prefix=f"/{NAME}")
@@ -84,8 +86,25 @@ def test_the_key_may_be_shown_as_openais_clients_do_or_as_anthropics_do(
     assert stranger.post(MESSAGES, json=MESSAGE, headers=headers).json()["type"] == "message"
 
 
-def test_health_is_told_without_a_key(stranger: httpx.Client) -> None:
-    assert stranger.get("/health").status_code == 200
+def test_only_health_and_version_are_told_without_a_key(stranger: httpx.Client) -> None:
+    for path in ("/health", "/version"):
+        assert stranger.get(path).status_code == 200
+    for path in ("/docs", "/openapi.json", "/nothing"):
+        error_of(stranger.get(path), 401)
+    error_of(stranger.post("/tokenize", json={"prompt": "hi"}), 401)
+    assert stranger.get("/docs", headers=BEARER).status_code == 200
+
+
+def test_a_body_that_dribbles_is_408_and_its_connection_is_closed(limited: str) -> None:
+    def dribble() -> Iterator[bytes]:
+        while True:
+            time.sleep(0.1)
+            yield b" "
+
+    headers = {**BEARER, "content-type": "application/json"}
+    answer = httpx.post(limited + COMPLETIONS, content=dribble(), headers=headers, timeout=60)
+    assert "took longer than 1 seconds to come" in error_of(answer, 408)["message"]
+    assert answer.headers["connection"] == "close"
 
 
 def test_a_request_whose_time_is_up_is_408_and_makes_room_for_the_next(friend: httpx.Client) -> None:

@@ -1,0 +1,120 @@
+"""Sends requests to replicas: again where a replica was lost, and not beyond a request's time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import grpc
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from serve_app.failures import failure
+
+T = TypeVar("T")
+logger = logging.getLogger("ray.serve")
+# Before each further try. A replica whose engine died is gone before the last ones.
+PAUSES_S = (0.1, 0.3, 1.0, 2.0)
+_LOST = "the replica that ran this request was lost; send it again"
+_LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+class Dispatcher:
+    """Gets requests answered by `send`, which gives a request and its id to a replica and returns its items: a pair of
+    HTTP status and body, then the parts of a stream.
+
+    A request takes at most `timeout_s` seconds, all tries together; 0: as long as it likes. `on_loss` is told of
+    each loss.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Any, str], Any],
+        timeout_s: float = 0.0,
+        on_loss: Callable[[], None] = lambda: None,
+        pauses_s: tuple[float, ...] = PAUSES_S,
+    ) -> None:
+        self._send = send
+        self._timeout_s = timeout_s
+        self._on_loss = on_loss
+        self._pauses_s = pauses_s
+
+    async def answer(self, request: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        """A replica's items. Leaving early cancels the request there.
+
+        A request whose replica is lost before its first item is sent again. Raises EngineDeadError if its replica is
+        lost later, or too many are; RequestError if its time is up (408), or for a bug (500), which is logged under
+        `request_id`.
+        """
+        now = asyncio.get_running_loop().time()
+        deadline = now + self._timeout_s if self._timeout_s else None
+        for pause_s in (*self._pauses_s, None):
+            begun = False
+            try:
+                async with contextlib.aclosing(self._try(request, request_id, deadline)) as items:
+                    async for item in items:
+                        begun = True
+                        yield item
+                return
+            except EngineDeadError:
+                self._on_loss()
+                if begun or pause_s is None:
+                    raise
+            await self._in_time(asyncio.sleep(pause_s), deadline)
+
+    async def _try(self, request: Any, request_id: str, deadline: float | None) -> AsyncGenerator[Any, None]:
+        """The items of one replica. Raises EngineDeadError if it is lost, or answers that its engine died."""
+        items = self._send(request, request_id)
+        begun = False
+        try:
+            while (item := await self._in_time(_next(items), deadline)) is not None:
+                if not begun and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
+                    raise EngineDeadError(_LOST)
+                begun = True
+                yield item
+        except QwenDistError:
+            raise
+        except Exception as error:
+            if not is_loss(error):
+                raise failure(error, logger, request_id) from None
+            logger.warning("request %s lost its replica: %s", request_id, error)
+            raise EngineDeadError(_LOST) from None
+        finally:
+            with contextlib.suppress(Exception):  # it raises again what the request failed with
+                items.cancel()
+
+    async def _in_time(self, work: Awaitable[T], deadline: float | None) -> T:
+        """What `work` gives. Raises RequestError (408) if it is not there by the `deadline` of the event loop."""
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise RequestError(
+                f"the request took longer than {self._timeout_s:g} seconds; ask for fewer tokens",
+                status=HTTPStatus.REQUEST_TIMEOUT,
+            ) from None
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether a request failed since its replica is gone, not because of the request."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.code() in _LOST_CODES
+    return isinstance(error, RayActorError | DeploymentUnavailableError)
+
+
+async def _next(items: AsyncIterator[Any]) -> Any:
+    """The next item, None after the last. Raises EngineDeadError if the replica, not the client, cancelled."""
+    try:
+        return await anext(items, None)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise EngineDeadError(_LOST) from None

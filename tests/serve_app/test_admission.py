@@ -1,0 +1,80 @@
+"""Who is let in: sequences are counted, not requests."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from serve_app.admission import Admission, OverloadedError
+from serve_app.protocol.chat import parse_chat
+from serve_app.protocol.completions import parse_completion
+from serve_app.protocol.embeddings import parse_embedding
+from serve_app.protocol.messages import parse_messages
+from serve_app.protocol.relevance import parse_rerank, parse_score
+from serve_app.protocol.tokens import parse_tokenize
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("parse", "body", "sequences"),
+    [
+        (parse_chat, {"messages": USER}, 1),
+        (parse_chat, {"messages": USER, "n": 8}, 8),
+        (parse_completion, {"prompt": "hi"}, 1),
+        (parse_completion, {"prompt": [5, 6, 7]}, 1),
+        (parse_completion, {"prompt": ["a", "b", "c"], "n": 2}, 6),
+        (parse_embedding, {"input": ["a"] * 2048}, 2048),
+        (parse_rerank, {"query": "q", "documents": ["a", "b"]}, 2),
+        (parse_score, {"text_1": "q", "text_2": ["a", "b", "c"]}, 3),
+        (parse_messages, {"messages": USER, "max_tokens": 5}, 1),
+        (parse_tokenize, {"prompt": "hi"}, 1),
+    ],
+)
+def test_each_choice_of_each_prompt_is_a_sequence(parse: Any, body: dict[str, Any], sequences: int) -> None:
+    assert parse(json.dumps(body).encode()).num_sequences == sequences
+
+
+def test_sequences_beyond_the_limit_are_refused_until_others_end() -> None:
+    admission = Admission(lambda: 16, most_of_one=100)
+    with admission.admit() as first, admission.admit() as second:
+        first.count(8)
+        second.count(8)
+        with pytest.raises(OverloadedError) as refused:
+            admission.check()
+        assert refused.value.status == 429 and refused.value.retry_after_s >= 1
+    admission.check()
+    assert admission.in_flight == 0
+
+
+def test_a_request_whose_body_was_read_while_others_took_the_room_is_refused() -> None:
+    admission = Admission(lambda: 4, most_of_one=4)
+    with admission.admit() as late:
+        with admission.admit() as large:
+            large.count(4)
+            with pytest.raises(OverloadedError):
+                late.count(1)
+        late.count(1)
+
+
+def test_a_request_larger_than_the_limit_is_admitted_where_there_is_room_and_counts_no_more_than_one_may() -> (
+    None
+):
+    admission = Admission(lambda: 10, most_of_one=4)
+    with admission.admit() as large:
+        large.count(2048)
+        assert admission.in_flight == 4
+        admission.check()
+    assert admission.in_flight == 0
+
+
+def test_clients_are_told_to_come_again_when_those_in_flight_have_probably_ended() -> None:
+    admission = Admission(lambda: 1, most_of_one=1)
+    with admission.admit(), pytest.raises(OverloadedError) as refused:
+        admission.check()  # nothing has ended yet, so nothing is known
+    assert refused.value.retry_after_s == 1
+    with admission.admit(), pytest.raises(OverloadedError) as refused:
+        admission.check()
+    assert 1 <= refused.value.retry_after_s <= 30

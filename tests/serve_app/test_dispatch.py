@@ -1,0 +1,165 @@
+"""Sending requests to replicas, which fail in every way that Serve shows, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import grpc
+import pytest
+from grpc.aio import AioRpcError, Metadata
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from serve_app.dispatch import Dispatcher
+
+WHOLE = [(200, b"head"), b"part"]
+DEAD = (503, b"the engine died")
+LOSSES: list[Any] = [
+    ActorUnavailableError("gone", b"0123456789abcdef"),
+    ActorDiedError(),
+    AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata()),
+    asyncio.CancelledError(),
+    DEAD,
+]
+
+
+class Answer:
+    """Items of a replica; those that are exceptions are raised."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = iter(items)
+        self.cancelled = False
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Any:
+        await asyncio.sleep(0)
+        item = next(self._items, StopAsyncIteration())
+        if isinstance(item, BaseException):
+            raise item
+        if callable(item):
+            await item()
+        return item
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Replicas:
+    """Each request gets the next of `answers`."""
+
+    def __init__(self, *answers: Iterable[Any]) -> None:
+        self.answers = [Answer(items) for items in answers]
+        self.asked: list[str] = []
+        self.losses = 0
+
+    def send(self, request: Any, request_id: str) -> Answer:
+        self.asked.append(request_id)
+        return self.answers[len(self.asked) - 1]
+
+    def lose(self) -> None:
+        self.losses += 1
+
+    def got(self, timeout_s: float = 0.0, pauses_s: tuple[float, ...] = (0.0, 0.0)) -> list[Any]:
+        dispatcher = Dispatcher(self.send, timeout_s, self.lose, pauses_s)
+
+        async def collect() -> list[Any]:
+            return [item async for item in dispatcher.answer("request", "id")]
+
+        return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_request_that_has_shown_nothing_is_sent_again_when_its_replica_is_lost(loss: Any) -> None:
+    replicas = Replicas([loss], [loss], WHOLE)
+    assert replicas.got() == WHOLE
+    assert (replicas.asked, replicas.losses) == (["id"] * 3, 2)
+    assert all(answer.cancelled for answer in replicas.answers)
+
+
+@pytest.mark.parametrize("loss", LOSSES[:-1])
+def test_a_stream_that_has_begun_is_not_sent_again(loss: Any) -> None:
+    replicas = Replicas([*WHOLE, loss], WHOLE)
+    with pytest.raises(EngineDeadError, match="the replica that ran this request was lost; send it again"):
+        replicas.got()
+    assert len(replicas.asked) == 1
+
+
+def test_tries_are_bounded() -> None:
+    replicas = Replicas(*[[loss] for loss in LOSSES])
+    with pytest.raises(EngineDeadError):
+        replicas.got()
+    assert len(replicas.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        TypeError("secret"),
+        TimeoutError("secret"),
+        RuntimeError("secret"),
+        AioRpcError(grpc.StatusCode.RESOURCE_EXHAUSTED, Metadata(), Metadata(), "secret"),
+        AioRpcError(grpc.StatusCode.INTERNAL, Metadata(), Metadata(), "secret"),
+    ],
+)
+@pytest.mark.parametrize("before", [[], WHOLE])
+def test_a_bug_is_500_with_the_requests_id_and_its_traceback_is_logged(
+    bug: Exception, before: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    replicas = Replicas([*before, bug], WHOLE)
+    with caplog.at_level(logging.ERROR, logger="ray.serve"), pytest.raises(RequestError) as told:
+        replicas.got()
+    assert told.value.status == 500 and "request id" in str(told.value)
+    assert "secret" not in str(told.value) and "lost" not in str(told.value)
+    assert len(replicas.asked) == 1
+
+
+def test_a_request_that_a_replica_refused_is_not_sent_again() -> None:
+    for status in (400, 429, 500):
+        replicas = Replicas([(status, b"refused")], WHOLE)
+        assert replicas.got() == [(status, b"refused")]
+        assert len(replicas.asked) == 1
+
+
+def test_all_tries_together_take_no_longer_than_a_request_may() -> None:
+    replicas = Replicas([DEAD], [DEAD], [DEAD])
+    with pytest.raises(RequestError) as told:
+        replicas.got(timeout_s=0.05, pauses_s=(60.0,))
+    assert told.value.status == 408 and len(replicas.asked) == 1
+
+
+def test_a_deployment_that_is_not_there_is_a_loss() -> None:
+    from ray.serve._private.common import DeploymentID
+
+    gone = DeploymentUnavailableError(DeploymentID("replica"))
+    with pytest.raises(EngineDeadError):
+        Replicas([gone], [gone], [gone]).got()
+
+
+@pytest.mark.parametrize("items", [[DEAD], [lambda: asyncio.sleep(60)]])
+def test_a_client_that_leaves_ends_the_tries(items: list[Callable[[], Any] | Any]) -> None:
+    replicas = Replicas(items, WHOLE)
+
+    async def leave() -> None:
+        answer = Dispatcher(replicas.send, pauses_s=(60.0,)).answer("request", "id")
+        waiting = asyncio.ensure_future(anext(answer))
+        while not replicas.asked:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(leave())
+    assert len(replicas.asked) == 1 and replicas.answers[0].cancelled
+
+
+def test_errors_of_ours_pass_as_they_are() -> None:
+    refusal: QwenDistError = RequestError("no", param="prompt")
+    with pytest.raises(RequestError) as told:
+        Replicas([refusal]).got()
+    assert told.value is refusal

@@ -1,0 +1,136 @@
+"""A replica on which something breaks: what it answers, what it logs, when it leaves. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import logging.handlers
+import os
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.settings import EngineConfig
+from serve_app.handlers import RequestHandler
+from serve_app.protocol.chat import parse_chat
+from serve_app.protocol.completions import parse_completion
+from serve_app.protocol.messages import parse_messages
+from serve_app.replica import EngineReplica, log_library_to_serve
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+def serve_log(tmp_path: Path) -> Iterator[Path]:
+    """The file that Serve's logger writes to, through a buffer as Serve does."""
+    file = tmp_path / "replica_of_test.log"
+    target = logging.FileHandler(file)
+    handler = logging.handlers.MemoryHandler(100, flushLevel=logging.ERROR, target=target)
+    logging.getLogger("ray.serve").addHandler(handler)
+    yield file
+    logging.getLogger("ray.serve").removeHandler(handler)
+    target.close()
+
+
+class Broken:
+    """A handler with a bug."""
+
+    async def respond(self, request: Any) -> bytes:
+        raise TypeError("secret")
+
+    async def stream(self, request: Any, request_id: str) -> AsyncGenerator[bytes, None]:
+        raise TypeError("secret")
+        yield b""
+
+
+def replica_with(handler: Any) -> EngineReplica:
+    replica = EngineReplica.__new__(EngineReplica)
+    replica._handler = handler
+    replica._num_answering = 0
+    return replica
+
+
+def answered(replica: EngineReplica, request: Any) -> list[Any]:
+    async def collect() -> list[Any]:
+        return [item async for item in replica.answer(request, "request-7")]
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("parse", "kind"), [(parse_chat, "server_error"), (parse_messages, "api_error")])
+def test_a_bug_is_500_in_the_apis_form_with_the_requests_id_and_the_logs_name(
+    serve_log: Path, parse: Any, kind: str, stream: bool
+) -> None:
+    request = parse(json.dumps({"messages": USER, "max_tokens": 5, "stream": stream}).encode())
+    [(status, body)] = answered(replica_with(Broken()), request)
+    error = json.loads(body)["error"]
+    assert (status, error["type"]) == (500, kind)
+    assert "request-7" in error["message"] and serve_log.name in error["message"]
+    assert "secret" not in error["message"]
+    logged = serve_log.read_text()
+    assert "request-7" in logged and "Traceback" in logged and "TypeError: secret" in logged
+
+
+@pytest.fixture
+def engine() -> Iterator[AsyncEngine]:
+    died = threading.Event()
+    engine = AsyncEngine(
+        EngineConfig(device="cpu", dtype="float32", num_blocks=256), on_death=lambda: died.set()
+    )
+    engine.died = died  # type: ignore[attr-defined]
+    yield engine
+    engine.shutdown()
+
+
+def broken_step() -> Any:
+    raise TypeError("a step went wrong")
+
+
+def test_an_engine_that_fails_says_where_its_traceback_is_and_that_it_died(
+    engine: AsyncEngine, serve_log: Path
+) -> None:
+    library = logging.getLogger("qwen3_dist")
+    handlers = list(library.handlers)
+    log_library_to_serve()
+    replica = replica_with(RequestHandler(engine, "m", {}))
+    engine._engine.step = broken_step  # type: ignore[method-assign]
+    try:
+        [(status, body)] = answered(replica, parse_completion(b'{"prompt": [5], "max_tokens": 5}'))
+    finally:
+        library.handlers, library.propagate = handlers, True
+    assert status == 503 and str(serve_log) in json.loads(body)["error"]["message"]
+    assert "TypeError: a step went wrong" in serve_log.read_text()
+    assert engine.died.wait(60)  # type: ignore[attr-defined]
+    with pytest.raises(EngineDeadError):
+        engine.check_health()
+
+
+def test_a_shutdown_is_no_death(engine: AsyncEngine) -> None:
+    engine.shutdown()
+    assert not engine.died.is_set()  # type: ignore[attr-defined]
+
+
+def test_a_replica_leaves_once_it_has_answered_those_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = replica_with(Broken())
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    request = parse_chat(json.dumps({"messages": USER}).encode())
+
+    async def answer_late() -> None:
+        answer = replica.answer(request, "id")
+        await anext(answer)
+        leaving = threading.Thread(target=replica._leave)
+        leaving.start()
+        assert not left
+        await answer.aclose()
+        await asyncio.to_thread(leaving.join)
+
+    asyncio.run(answer_late())
+    assert left == [1]

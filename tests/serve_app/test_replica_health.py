@@ -1,0 +1,71 @@
+"""What is remembered of the replicas' health."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from qwen3_dist.errors import EngineDeadError
+from serve_app.replica_health import ReplicaHealth
+
+Answers = list[BaseException | None]
+
+
+def healthy_after(*rounds: Answers | Exception, patience_s: float = 60.0) -> list[int]:
+    """The number of healthy replicas after each round of answers."""
+
+    async def collect() -> list[int]:
+        given = iter([[], *rounds])
+
+        async def ask() -> Answers:
+            answers = next(given)
+            if isinstance(answers, Exception):
+                raise answers
+            return answers
+
+        health = ReplicaHealth(ask, 3600.0, patience_s)
+        health.stop()  # asked below instead
+        await health.refresh()
+        numbers = []
+        for _ in rounds:
+            await health.refresh()
+            numbers.append(health.num_healthy)
+        return numbers
+
+    return asyncio.run(collect())
+
+
+def test_replicas_that_answer_are_healthy_until_their_engine_or_actor_is_dead() -> None:
+    assert healthy_after([None, None], [None, EngineDeadError("dead")], [ActorDiedError()], []) == [
+        2,
+        1,
+        0,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("late", [TimeoutError(), [TimeoutError()], RuntimeError("the controller is away")])
+def test_replicas_that_are_too_busy_to_answer_keep_the_health_they_had(late: Any) -> None:
+    assert healthy_after([None], late, late, [None]) == [1, 1, 1, 1]
+    assert healthy_after([None], late, patience_s=0.0) == [1, 0]
+
+
+def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
+    answers: Answers = [None]
+
+    async def ask() -> Answers:
+        return answers
+
+    async def lose() -> None:
+        health = ReplicaHealth(ask, 3600.0, 60.0)
+        while health.num_healthy != 1:
+            await asyncio.sleep(0)
+        answers[:] = [EngineDeadError("dead")]
+        health.doubt()
+        while health.num_healthy:
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(lose(), 60))
