@@ -16,6 +16,7 @@ from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import DTYPES
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
+from qwen3_dist.rank_env import parse_rank_env
 from qwen3_dist.speculation import Speculation
 
 T = TypeVar("T")
@@ -116,7 +117,8 @@ class EngineConfig:
     rank_env: Mapping[str, str] = field(
         default_factory=dict,
         metadata={
-            "help": "environment variables of every rank, for example NCCL_SOCKET_IFNAME=eth0; may be repeated"
+            "help": "environment variables that every rank sets before it joins its group, for example "
+            "NCCL_SOCKET_IFNAME=eth0; may be repeated"
         },
     )
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
@@ -125,7 +127,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
         object.__setattr__(self, "lora", Adapters.parse(self.lora))
-        object.__setattr__(self, "rank_env", _parse_environment(self.rank_env))
+        object.__setattr__(self, "rank_env", parse_rank_env(self.rank_env))
         if self.speculative is not None:
             object.__setattr__(self, "speculative", Speculation.parse(self.speculative))
         for name in (
@@ -155,27 +157,8 @@ class EngineConfig:
         )
         _require(self.redundant_experts >= 0, "redundant_experts", "0 or more", self.redundant_experts)
         _check_choices(self)
-
-
-def _parse_environment(given: Any) -> dict[str, str]:
-    """Variables by name, of a mapping, a text NAME=VALUE or a list of such texts. Raises ConfigError."""
-    if isinstance(given, str):
-        given = [given]
-    if not isinstance(given, Mapping):
-        if not isinstance(given, (list, tuple)) or not all(isinstance(item, str) for item in given):
-            raise ConfigError(f"rank_env must map names to values, not {given!r}")
-        pairs = [item.partition("=") for item in given]
-        if wrong := [name for name, equals, _ in pairs if not equals]:
-            raise ConfigError(f"rank_env must be NAME=VALUE, not {wrong[0]!r}")
-        given = {name: value for name, _, value in pairs}
-    for name, value in given.items():
-        if not isinstance(name, str) or not name or "=" in name or not isinstance(value, str):
-            raise ConfigError(f"rank_env must map names to texts, not {name!r} to {value!r}; quote numbers")
-        if name == "CUDA_VISIBLE_DEVICES":
-            raise ConfigError(
-                "rank_env must not set CUDA_VISIBLE_DEVICES, by which each rank is given its GPU"
-            )
-    return dict(given)
+        if self.placement == "current" and self.executor in ("processes", "in_process"):
+            raise ConfigError(f"placement=current needs executor=ray, not {self.executor}")
 
 
 def runs_in_process(config: EngineConfig) -> bool:
@@ -212,7 +195,7 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
     if kind in (Layout, Speculation, Adapters):
         return kind.parse(value)
     if typing.get_origin(kind) is Mapping:
-        return _parse_environment(value)
+        return parse_rank_env(value)
     if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
         return read_settings(kind, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -9,6 +9,7 @@ Exit code: 0 all passed, 1 something failed or was not reached, 2 an argument is
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any, NoReturn
 from benchmarks.gpu_check.report import PASSED, StageReport, exit_code, verdict
 from benchmarks.gpu_check.supervisor import Stage, run_stage
 
+_NEEDED = ("torch", "safetensors", "tokenizers", "jinja2")
 RESULTS = Path(__file__).parent.parent / "results"
 _MACHINE = Stage(
     "machine",
@@ -52,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     if options.out is not None and not options.out.parent.is_dir():
         _parser().error(f"--out {options.out} is in a directory that does not exist; make it first")
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        _parser().error(
+            f"{sys.executable} has no {' and no '.join(missing)}; install what is missing, or name another python: "
+            "make gpu-check GPU_PYTHON=python3.12"
+        )
     started = time.monotonic()
     reports: list[StageReport] = []
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
@@ -67,19 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         machine = run_stage(_MACHINE, options.device, Path(folder))
         if machine.status != PASSED:
-            print(verdict("this machine", [machine], "nothing was written"))
+            print(verdict("this machine", [machine]))
             return 1
         about = {"date": time.strftime("%Y-%m-%d"), "device": options.device, **machine.checks[0].figures}
         card = _card(about)
-        out = options.out or RESULTS / f"gpu-check-{card.replace(' ', '-')}.json"
+        part = "" if options.stages == STAGES and not options.only else "-part"  # leaves the whole run's file
+        out = options.out or RESULTS / f"gpu-check-{card.replace(' ', '-')}{part}.json"
         try:
             for stage in options.stages:
                 reports.append(run(stage))
                 _write(out, about, reports)
         except KeyboardInterrupt:
             print(f"ended by Ctrl-C after {len(reports)} of {len(options.stages)} stages")
+    if options.only and not any(report.checks for report in reports):
+        _parser().error(f"no check's name has {options.only!r}; a run without --only prints the names")
     took = f"{time.monotonic() - started:.0f} s"
-    print(verdict(f"{card}, commit {about['versions']['commit']}, {took}", reports, _shown(out)))
+    about_run = f"{card}, commit {about['versions']['commit']}, {took}"
+    print(verdict(about_run, reports, _shown(out), on_gpu=options.device == "cuda"))
     return exit_code(reports) or int(len(reports) < len(options.stages))
 
 
@@ -99,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         "--layers", type=_positive(int), default=24, metavar="N", help="layers of the 30B-A3B shape"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON file; default: benchmarks/results/gpu-check-CARD.json"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file; default: benchmarks/results/gpu-check-CARD.json, for some checks gpu-check-CARD-part.json",
     )
     return parser
 

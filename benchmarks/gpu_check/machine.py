@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.check import CheckFailed, Figures, PlannedCheck, Setting
+from qwen3_dist.executor.cards import why_no_gpu
 from qwen3_dist.machine import hardware, versions
 
-_NEEDED = ("safetensors", "jinja2", "tokenizers")
 _USED = ("triton", "ray", "transformers", "pydantic_core", "flash_attn_interface")
 
 
@@ -21,13 +21,8 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
 
 
 def _machine(setting: Setting) -> Figures:
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CheckFailed(f"this python lacks {', '.join(missing)}; install them or set GPU_PYTHON")
-    if setting.on_gpu and not torch.cuda.is_available():
-        cuda = torch.version.cuda
-        why = f"torch was built for CUDA {cuda}" if cuda else "torch was built without CUDA"
-        raise CheckFailed(f"torch sees no GPU here ({why}); mend the driver, or run with --device cpu")
+    if setting.on_gpu and (why := why_no_gpu()):
+        raise CheckFailed(f"torch sees no GPU: {why}, or run with --device cpu")
     about: Figures = {
         "hardware": hardware(),
         "versions": versions(),

@@ -148,7 +148,8 @@ def _rate(one: _OneEngine, row: Row) -> Figures:
     kept = {key: figures[key] for key in ("ttft_ms", "itl_ms") if figures[key] is not None}
     seconds = row.num_prompts * row.output_len / figures["output_tokens_per_s"]
     share = row_limit(engine.model_config, row, _machine(one.setting)) / seconds
-    rate = {"tokens_per_s": round(row.rate(seconds), 1), "of_limit": round(share, 3)}
+    what = "tokens_per_s" if row.output_len > 1 else "prompt_tokens_per_s"
+    rate = {what: round(row.rate(seconds), 1), "of_limit": round(share, 3)}
     return {**rate, **kept, **spent.medians(), "preemptions": figures["preemptions"]}
 
 

@@ -63,8 +63,8 @@ class StageReport:
         return {key: value for key, value in said.items() if value not in ("", None)}
 
 
-def verdict(about: str, reports: Sequence[StageReport], written_to: str) -> str:
-    """Each stage's status and why, what to do about failures, and what to send back."""
+def verdict(about: str, reports: Sequence[StageReport], written_to: str = "", on_gpu: bool = True) -> str:
+    """Each stage's status and why, what to do about failures, and what to send back: the file `written_to`, if any."""
     lines = [f"VERDICT for {about}"]
     for report in reports:
         lines.append(f"{report.name:8} {report.status:10} {report.summary}")
@@ -78,9 +78,12 @@ def verdict(about: str, reports: Sequence[StageReport], written_to: str) -> str:
     failed = [report.name for report in reports if report.status == FAILED]
     unfinished = [report.name for report in reports if report.status == UNFINISHED]
     if failed:
-        lines.append(f"FAILED: {', '.join(failed)}. Send {written_to} with what was printed.")
+        sent = f" Send {written_to} with what was printed." if written_to else ""
+        lines.append(f"FAILED: {', '.join(failed)}.{sent}")
     elif unfinished:
         lines.append(f"UNFINISHED: {', '.join(unfinished)}. All else passed; {written_to} holds the figures.")
+    elif not on_gpu:
+        lines.append(f"PASSED on the CPU, which shows nothing of GPUs. {written_to} holds the figures.")
     else:
         lines.append(f"PASSED. {written_to} holds the figures; keep it, it is what thresholds are set from.")
     return "\n".join(lines)

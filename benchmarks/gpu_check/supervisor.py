@@ -79,6 +79,8 @@ def run_stage(
         _await_end(process.pid)
     checks, running = _read(events)
     ended = "" if code == 0 else _ending(code, limit_s, running)
+    if ended and code is not None and (last := _end_of(stderr).strip().rpartition("\n")[2]):
+        ended += f": {last}"
     if running and code != 0:
         checks.append(Check(running, FAILED, 0.0, "it did not end"))
     seconds = round(time.monotonic() - started, 1)

@@ -16,7 +16,8 @@ def chosen_backends(model: Qwen3Model, cache: LayerCache, graphs: bool) -> str:
     device, config = model.device, model.config
     if device.type == "cpu":
         kernels = "C++ kernels" if kernels_for(cache.keys) else "torch alone (no C++ compiler)"
-        return f"CPU, {torch.get_num_threads()} threads a rank: {kernels}"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''} a rank: {kernels}"
     _, block_size, groups, dim = cache.keys.shape
     heads = config.n_heads // model.parallel.tp.size
     attention = chosen_attention(device, model.dtype, heads, groups, dim, block_size)

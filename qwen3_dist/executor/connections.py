@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import selectors
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -15,7 +14,6 @@ from qwen3_dist.executor.channel import Channel, pack
 from qwen3_dist.executor.messages import Failed
 from qwen3_dist.parallel.shared_memory import PeerLostError
 
-_log = logging.getLogger(__name__)
 _ROOT_CAUSE_WAIT_S = 1.0  # how long the other ranks may take to say what really happened
 _MESSAGE_S = 30.0  # for the rest of a message that has begun
 
@@ -120,7 +118,7 @@ class RankConnections:
             raise RankLostError(EngineDeadError(f"rank {rank} died: {reason}"), Blame.OWN) from None
         if isinstance(message, Failed):
             self._selector.unregister(channel)
-            _log.error("rank %d failed:\n%s", rank, message.details)
+            message.log_details()
             raise RankLostError(message.error, _blame(message.error))
         return message
 

@@ -16,6 +16,7 @@ A rank that fails sends Failed in place of anything else.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from qwen3_dist.errors import QwenDistError
 from qwen3_dist.executor.cards import Card
 from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.settings import EngineConfig
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a rank says before it ends; `error` is what went wrong on it."""
+    """What a rank says before it ends; `error` is what went wrong on it, `details` the traceback of one that no
+    change of settings mends."""
 
     rank: int
     error: QwenDistError
     details: str
+
+    def log_details(self) -> None:
+        if self.details:
+            _log.error("rank %d failed:\n%s", self.rank, self.details)

@@ -117,7 +117,8 @@ class ProcessLauncher(Launcher):
             return str(error)
         for rank, (code, word) in enumerate(zip(codes, words, strict=True)):
             if code:
-                return f"rank {rank}: {word or f'its process ended with code {code}'}"
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+                return f"rank {rank}: {word or f'its process ended {how}'}"
         return None
 
     def stop(self) -> None:

@@ -44,7 +44,8 @@ def rank_main(spec: RankSpec) -> None:
         _end_process(0)  # the engine is gone, so nobody needs this rank
     except Exception as error:
         with contextlib.suppress(EOFError):
-            channel.send(Failed(spec.rank, told(error, spec.rank, doing.what), traceback.format_exc()))
+            details = "" if isinstance(error, QwenDistError) else traceback.format_exc()
+            channel.send(Failed(spec.rank, told(error, spec.rank, doing.what), details))
             channel.wait_until_closed(_HEARD_WITHIN_S)
         _end_process(1)
     joined.parallel.close()

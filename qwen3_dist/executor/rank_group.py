@@ -260,7 +260,7 @@ def _first_words(channel: Channel) -> Hello | None:
         return None
     if isinstance(message, Failed):
         channel.close()
-        _log.error("rank %d failed:\n%s", message.rank, message.details)
+        message.log_details()
         raise message.error
     assert isinstance(message, Hello), message
     return message

@@ -98,13 +98,21 @@ def _connect(
 def _use_interface_of(host: str) -> None:
     """Has gloo listen where the other hosts can reach it, rather than where the hostname points.
 
-    An interface that the user chose stays.
+    An interface that the user chose stays. Raises ResourceError if this host has none of that name.
     """
-    for _, name in socket.if_nameindex():
+    present = [name for _, name in socket.if_nameindex()]
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        if missing := [name for name in chosen.split(",") if name not in present]:
+            raise ResourceError(
+                f"GLOO_SOCKET_IFNAME names {missing[0]!r} and the interfaces of {socket.gethostname()} are "
+                f"{', '.join(present)}; name one of them, or unset it"
+            )
+        return
+    for name in present:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             request = struct.pack("256s", name.encode()[:15])
             with contextlib.suppress(OSError):
                 answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
                 if socket.inet_ntoa(answer[20:24]) == host:
-                    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
                     return

@@ -149,6 +149,38 @@ def test_the_verdict_says_what_failed_and_what_to_do() -> None:
     assert [exit_code(each) for each in ([passed, skipped], [passed, unfinished], [failed])] == [0, 1, 1]
 
 
+def test_a_python_without_torch_is_named_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(SystemExit) as ended:
+        gpu_check.main([])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        f"gpu_check: {sys.executable} has no torch; install what is missing"
+    )
+
+
+@pytest.mark.parametrize("words", ["one", "nonsense"])
+def test_some_checks_alone_leave_the_results_of_all_and_words_that_no_check_has_are_refused(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(stage: Stage, *_: object) -> StageReport:
+        checks = [Check("one", "passed", 1.0, "", {"versions": {"commit": "abc"}})]
+        return report(stage.name, *(checks if words == "one" or stage.name == "machine" else []))
+
+    monkeypatch.setattr(gpu_check, "run_stage", run)
+    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    if words == "one":
+        assert gpu_check.main(["--device", "cpu", "--only", words]) == 0
+        assert [file.name for file in tmp_path.iterdir()] == ["gpu-check-cpu-part.json"]
+        assert "PASSED on the CPU, which shows nothing of GPUs" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            gpu_check.main(["--device", "cpu", "--only", words])
+        assert "no check's name has 'nonsense'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

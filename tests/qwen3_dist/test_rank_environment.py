@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from qwen3_dist import EngineConfig, Layout
-from qwen3_dist.errors import ConfigError
+from qwen3_dist.errors import ConfigError, ResourceError
 from qwen3_dist.executor import rendezvous
 from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
@@ -54,9 +54,21 @@ def test_gloo_listens_where_the_engine_reaches_the_rank_unless_the_user_says_oth
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     rendezvous._use_interface_of("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    names = ["lo", "eth7"]
+    monkeypatch.setattr("socket.if_nameindex", lambda: list(enumerate(names)))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
     rendezvous._use_interface_of("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    names.remove("eth7")
+    with pytest.raises(
+        ResourceError, match=r"GLOO_SOCKET_IFNAME names 'eth7' and the interfaces of .* are lo; "
+    ):
+        rendezvous._use_interface_of("127.0.0.1")
+
+
+def test_the_group_of_a_replica_is_for_ranks_in_ray_alone() -> None:
+    with pytest.raises(ConfigError, match="placement=current needs executor=ray, not processes"):
+        EngineConfig(placement="current", executor="processes")
 
 
 @pytest.mark.parametrize("what", ["hostname", "boot", "shared memory"])
@@ -86,10 +98,19 @@ def test_the_environment_of_ranks_can_be_given_as_a_mapping_and_on_the_command_l
     ("given", "sentence"),
     [
         ("NCCL_DEBUG", "rank_env must be NAME=VALUE, not 'NCCL_DEBUG'"),
-        ({"NCCL_DEBUG": 1}, "quote numbers"),
-        ({"": "x"}, "must map names to texts"),
+        (["A=1", "A=2"], "rank_env sets A twice"),
+        ({"NCCL_DEBUG": 1}, "must give NCCL_DEBUG a text, not 1; quote numbers"),
+        ({"": "x"}, "letters, digits and _, not ''"),
+        ({"A B": "x"}, "letters, digits and _, not 'A B'"),
+        ({"A=B": "x"}, "letters, digits and _, not 'A=B'"),
+        ({"A\0": "x"}, "letters, digits and _"),
+        ({"A": "x\0y"}, "gives A a value with a NUL character"),
         (7, "must map names to values"),
         ({"CUDA_VISIBLE_DEVICES": "0"}, "must not set CUDA_VISIBLE_DEVICES"),
+        ({"MASTER_ADDR": "x"}, "must not set MASTER_ADDR, which the layout and the engine decide"),
+        ({"OMP_NUM_THREADS": "4"}, "must not set OMP_NUM_THREADS, which threads_per_rank decides"),
+        ({"PATH": "/x"}, "must not set PATH"),
+        ({"LD_PRELOAD": "x.so"}, "must not set LD_PRELOAD, which a process reads only as it starts"),
     ],
 )
 def test_an_environment_that_cannot_be_given_is_refused(given: object, sentence: str) -> None:
