@@ -6,19 +6,25 @@ A grammar is text in llguidance's own form, so it travels to the ranks as it is.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from qwen3_dist.engine.json_schema import fitted, subschemas
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
 MOST_BYTES = 128 << 10  # of one schema, expression, grammar or list of choices
 KEPT_GRAMMARS = 64  # that a rank keeps built, at their start, where they are small
+_TOO_COMPLEX = "it is too complex"
+_MOST_PARTS = 500  # of a schema, among which the one to blame is looked for
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 _TRIAL_TIMEOUT_S = 30  # it has two seconds of CPU, but maybe has to wait for them
 
@@ -42,6 +48,51 @@ def compile_grammar(outputs: StructuredOutputs) -> str:
     return grammar
 
 
+class SchemaFault(NamedTuple):
+    """What the library cannot follow of a schema: the number of the schema, the place in it, and why."""
+
+    number: int
+    place: str
+    problem: str
+
+    @property
+    def sentence(self) -> str:
+        at = f" at {self.place}" if self.place else ""
+        lacking = re.fullmatch(r"Unimplemented keys: \[(.*)\]", self.problem)
+        if lacking is None:
+            return f"{self.problem}{at}"
+        keywords = "keywords {} are" if "," in lacking[1] else "keyword {} is"
+        return f"the {keywords.format(lacking[1] + at)} not supported; leave it out"
+
+
+def schema_fault(schemas: Sequence[Any]) -> SchemaFault | None:
+    """The first of `schemas` that the library cannot follow, and where; None if it follows each.
+
+    Takes as long as `compile_grammar` does, or twice that.
+    """
+    for index, problem in enumerate(_problems(schemas)):
+        if problem:
+            return SchemaFault(index, _place(schemas[index], problem), _one_sentence(problem))
+    return None
+
+
+def _place(schema: Any, problem: str) -> str:
+    """Where in `schema` the innermost schemas lie that have the problem; the first of them."""
+    parts = dict(itertools.islice(subschemas(schema), _MOST_PARTS))
+    shared = {key: schema[key] for key in ("$defs", "definitions") if parts and key in schema}
+    options = {"x-guidance": schema["x-guidance"]} if parts and "x-guidance" in schema else {}
+    problems = _problems([{**shared, **part, **options} for part in parts.values()])
+    faulty = [path for path, found in zip(parts, problems, strict=False) if found == problem]
+    inner = (path for path in faulty if not any(other[: len(path)] == path != other for other in faulty))
+    return ".".join(next(inner, ()))
+
+
+def _problems(schemas: Sequence[Any]) -> list[str]:
+    """What is wrong with each, "" for nothing; no more than were tried, if they take too long."""
+    answer = _ask_trial("schemas", json.dumps(schemas))
+    return list(answer.get("problems", ()))
+
+
 def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
     """Which field is set, and its value as UTF-8 text; JSON for what is not text."""
     if outputs.json_object:
@@ -57,6 +108,8 @@ def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
             return kind, value.encode()
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
+        if kind == "json":
+            value = {} if value is True else fitted(value)
         return kind, json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except RecursionError:
         raise _refused(kind, "it is too deeply nested") from None
@@ -65,30 +118,39 @@ def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
 
 
 def _try_out(kind: str, source: bytes) -> tuple[str, str]:
-    """The grammar, or what is wrong with it."""
+    """The grammar, or a sentence that says what is wrong with it."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "structured_outputs need the package llguidance; install it beside qwen3_dist",
             param="structured_outputs",
         )
-    task = json.dumps({"kind": "json" if kind == "json_object" else kind, "source": source.decode()})
-    command = [sys.executable, "-P", str(_TRIAL)]
+    answer = _ask_trial("json" if kind == "json_object" else kind, source.decode())
+    problem = answer.get("problem", "")
+    fault = (
+        schema_fault([json.loads(source)]) if kind == "json" and problem not in ("", _TOO_COMPLEX) else None
+    )
+    return answer.get("grammar", ""), fault.sentence if fault else _one_sentence(problem)
+
+
+def _ask_trial(kind: str, source: str) -> dict[str, Any]:
+    """What the process says that tries grammars out."""
+    task, command = json.dumps({"kind": kind, "source": source}), [sys.executable, "-P", str(_TRIAL)]
     with _trials:
         try:
             done = subprocess.run(
                 command, input=task, text=True, capture_output=True, timeout=_TRIAL_TIMEOUT_S
             )
         except subprocess.TimeoutExpired:
-            return "", "it is too complex"
+            return {"problem": _TOO_COMPLEX}
     if done.returncode != 0 or not done.stdout:
-        return "", "it is too complex"
-    answer = json.loads(done.stdout)
-    return answer.get("grammar", ""), answer.get("problem", "")
+        return {"problem": _TOO_COMPLEX}
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
 
 
 def _refused(kind: str, problem: str) -> RequestError:
     return RequestError(
-        f"structured_outputs.{kind} cannot be used: {_one_sentence(problem)}",
+        f"structured_outputs.{kind} cannot be used: {problem}",
         param=f"structured_outputs.{kind}",
     )
 

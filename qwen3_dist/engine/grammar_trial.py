@@ -2,7 +2,7 @@
 
 Hostile grammars make the library take minutes, gigabytes or overflow its stack. Here that ends nothing but
 this process. It is run as a file, imports nothing but the library, reads {"kind", "source"} from stdin and
-writes {"grammar"} or {"problem"} to stdout.
+writes {"grammar"} or {"problem"} to stdout; of the kind "schemas", a list of them, {"problems"} of each.
 """
 
 from __future__ import annotations
@@ -86,13 +86,21 @@ def _follow(grammar: str) -> str:
     return matcher.get_error() if matcher.is_error() else ""
 
 
-def _try_out(task: dict[str, str]) -> dict[str, str]:
+def _try_out(task: dict[str, str]) -> dict[str, Any]:
+    if task["kind"] == "schemas":
+        return {"problems": [_problem(json.dumps(schema)) for schema in json.loads(task["source"])]}
     try:
         grammar = _grammar(task["kind"], task["source"])
         problem = _follow(grammar)
     except Exception as error:  # noqa: BLE001 - the converters raise whatever they stumble on
         problem = str(error)
     return {"problem": problem} if problem else {"grammar": grammar}
+
+
+def _problem(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.validate_grammar(_grammar("json", schema), limits=parser_limits())
 
 
 def main() -> None:

@@ -10,12 +10,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3_dist.engine.grammar import compile_grammar, schema_fault
 from qwen3_dist.engine.grammar_trial import WHITESPACE
+from qwen3_dist.engine.json_schema import at_its_root, fitted, loosened
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
 Json = Mapping[str, Any]
-_ANY_OBJECT: Json = {"type": "object"}
+_NO_PARAMETERS: Json = {"type": "object", "properties": {}, "additionalProperties": False}
 _XML_END = "\n</parameter>\n"
 _ANY_TEXT = r"/(?s:.*)\n<\/parameter>\n/"  # and the lines that end it
 _TEXT_WITHOUT_CALLS = r"/(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
@@ -31,30 +33,65 @@ def tool_call_grammar(
 ) -> StructuredOutputs:
     """The form of an answer that calls some of `tools` (OpenAI's objects), or the one that is `named`.
 
-    Without `parallel` there is exactly one call. The arguments follow the tool's schema, any object where it
-    has none; in the xml form texts are held to `enum` and `const` alone. The answer may be JSON of the schema
-    `otherwise` in place of calls, where that is given; with `text` any text may stand ahead of calls or alone.
+    There is exactly one call of a named tool, and without `parallel`. The arguments follow the tool's schema, as far
+    as the grammar library can where the tool is not `strict`; in the xml form texts are held to `enum` and `const`
+    alone. A tool without parameters takes none. The answer may be JSON of the schema `otherwise` in place of calls,
+    where that is given; with `text` any text may stand ahead of calls or alone.
     Raises RequestError (param "tools") for a schema that is none.
     """
     functions = [tool["function"] for tool in tools if named in (None, tool["function"]["name"])]
     bodies = " | ".join(f"f{i}" for i in range(len(functions)))
     rules = [
         "start: calls",
-        'calls: call ("\\n" call)*' if parallel else "calls: call",
+        'calls: call ("\\n" call)*' if parallel and named is None else "calls: call",
         f'call: <tool_call> "\\n" ({bodies}) "\\n" </tool_call>',
     ]
     if text:
         rules[0] = f"start: TEXT? calls?\nTEXT: {_TEXT_WITHOUT_CALLS}"
     elif otherwise is not None:
         rules[0] = (
-            f"start: calls | otherwise\notherwise: %json {_spaced(otherwise, whitespace_pattern=WHITESPACE)}"
+            f"start: calls | otherwise\notherwise: %json {_spaced(fitted(otherwise), whitespace_pattern=WHITESPACE)}"
         )
     for index, function in enumerate(functions):
-        parameters = function.get("parameters") or _ANY_OBJECT
-        if not isinstance(parameters, Mapping):
-            raise _no_schema(function["name"], "parameters must be an object")
-        rules += _RULES[form](f"f{index}", function["name"], parameters)
+        rules += _RULES[form](f"f{index}", function["name"], _parameters(function))
     return StructuredOutputs(grammar="\n".join(rules))
+
+
+def compile_tool_calls(tools: Sequence[Json], **options: Any) -> StructuredOutputs:
+    """`tool_call_grammar`, tried out as `compile_grammar` does. Raises RequestError that names the tool to blame."""
+    form = tool_call_grammar(tools, **options)
+    try:
+        compile_grammar(form)
+    except RequestError as error:
+        functions = [tool["function"] for tool in tools]
+        fault = schema_fault([_parameters(function) for function in functions])
+        if fault is None:
+            problem = str(error).partition(": ")[2]
+            raise RequestError(f"tools cannot be used: {problem}", param="tools") from None
+        function = functions[fault.number]
+        advice = ", or make the tool not strict" if function.get("strict") else ""
+        raise _unusable(function, f"in its parameters, {fault.sentence}{advice}") from None
+    return form
+
+
+def _parameters(function: Json) -> Json:
+    """The schema that the arguments follow: an object's, without what adds nothing or is not insisted on."""
+    parameters = function.get("parameters")
+    if parameters is None:
+        return _NO_PARAMETERS
+    if not isinstance(parameters, Mapping):
+        raise _unusable(function, "its parameters must be a JSON schema, which is an object")
+    kinds = parameters.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        raise _unusable(function, f"the type of its parameters must be object, not {json.dumps(kinds)}")
+    try:
+        named = {
+            key: value for key, value in parameters.items() if key != "x-guidance"
+        }  # the library's options
+        fit: Json = fitted({**named, "type": "object"})
+        return fit if function.get("strict") else loosened(fit)
+    except RecursionError:
+        raise _unusable(function, "its parameters are too deeply nested") from None
 
 
 def _json_rules(rule: str, name: str, parameters: Json) -> list[str]:
@@ -64,9 +101,10 @@ def _json_rules(rule: str, name: str, parameters: Json) -> list[str]:
 
 def _xml_rules(rule: str, name: str, parameters: Json) -> list[str]:
     """Parameters come in the schema's order, those that are not required may be missing."""
+    parameters = at_its_root(parameters)
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list):
-        raise _no_schema(name, "properties must be an object and required a list")
+        raise _unusable({"name": name}, "properties must be an object and required a list")
     rules, parts = [], []
     for index, (key, schema) in enumerate(properties.items()):
         part = f"{rule}_{index}"
@@ -86,7 +124,8 @@ def _xml_value(rule: str, schema: Any, parameters: Json) -> list[str]:
         return [f"{rule}: ({' | '.join(map(_literal, texts))}) {_literal(_XML_END)}"]
     if _may_be_text(schema):
         return [f"{rule}[lazy]: {_ANY_TEXT}"]
-    definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    shared = ("$defs", "definitions", "x-guidance")
+    definitions = {key: parameters[key] for key in shared if key in parameters}
     return [
         f"{rule}: {rule}_json {_literal(_XML_END)}",
         f"{rule}_json: %json {_schema({**definitions, **schema})}",
@@ -118,12 +157,12 @@ def _schema(schema: Json) -> str:
 
 
 def _spaced(schema: Json, **spacing: Any) -> str:
-    return json.dumps({**schema, "x-guidance": spacing})
+    return json.dumps({**schema, "x-guidance": {**schema.get("x-guidance", {}), **spacing}})
 
 
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _no_schema(name: str, problem: str) -> RequestError:
-    return RequestError(f"the parameters of tool {name!r} are no JSON schema: {problem}", param="tools")
+def _unusable(function: Json, problem: str) -> RequestError:
+    return RequestError(f"tool {function['name']!r} cannot be used: {problem}", param="tools")

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from qwen3_dist.engine.grammar import compile_grammar
-from qwen3_dist.engine.tool_grammar import tool_call_grammar
+from qwen3_dist.engine.tool_grammar import compile_tool_calls
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS, StructuredOutputs
 from qwen3_dist.text.choice import Reading
@@ -104,7 +104,7 @@ class ChatRequest(GenerationRequest):
             self._form(form),
             new_parser,
             calls_end_it=self.named_tool is None,
-            most_calls=None if self.parallel_tool_calls else 1,
+            most_calls=None if self.parallel_tool_calls and self.named_tool is None else 1,
         )
 
     def _form(self, calls: ToolCallForm | None) -> StructuredOutputs | None:
@@ -124,22 +124,19 @@ class ChatRequest(GenerationRequest):
             return None
         if asked is not None:
             compile_grammar(asked)
-        grammar = partial(tool_call_grammar, self.tools, self.named_tool, self.parallel_tool_calls, calls)
+        form = partial(
+            compile_tool_calls,
+            self.tools,
+            named=self.named_tool,
+            parallel=self.parallel_tool_calls,
+            form=calls,
+        )
         if self.tool_choice == "required":
-            form = grammar()
-        elif asked is not None:
-            if (schema := asked.schema) is None:
-                return None
-            form = grammar(otherwise=schema)
-        elif any(tool["function"].get("strict") for tool in self.tools):
-            form = grammar(text=True)
-        else:
-            return None
-        try:
-            compile_grammar(form)
-        except RequestError as error:
-            raise RequestError(str(error).replace(str(error.param), "tools", 1), param="tools") from None
-        return form
+            return form()
+        if asked is not None:
+            return None if asked.schema is None else form(otherwise=asked.schema)
+        strict = any(tool["function"].get("strict") for tool in self.tools)
+        return form(text=True) if strict else None
 
     def answer(self, served: Served) -> Answer:
         last = self.messages[-1]

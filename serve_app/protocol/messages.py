@@ -42,7 +42,7 @@ _TOOL = Tagged(
                 "name": Field(NAME, required=True),
                 "description": Field(TEXT),
                 "input_schema": Field(OBJECT, "JSON schema of the tool's input.", required=True),
-                "strict": Field(BOOL, "Calls follow the schema."),
+                "strict": Field(BOOL, "Calls follow the schema, which is refused where that cannot be held."),
             },
         )
     },
@@ -150,7 +150,8 @@ def parse_messages(body: bytes) -> MessagesRequest:
     chat |= {name: given[name] for name in same if name in given}
     chat["stop"] = given.get("stop_sequences")
     if form := given.get("output_config", {}).get("format"):
-        chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": form["schema"]}}
+        asked = {"schema": form["schema"], "strict": True}
+        chat["response_format"] = {"type": "json_schema", "json_schema": asked}
     return _request(chat, given["max_tokens"])
 
 

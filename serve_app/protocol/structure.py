@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen3_dist.engine.json_schema import loosened
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 from serve_app.protocol.kinds import (
@@ -27,7 +28,9 @@ _JSON_SCHEMA = Record(
         "name": Field(TEXT),
         "description": Field(TEXT),
         "schema": Field(OBJECT, "JSON schema of the answer.", required=True),
-        "strict": Field(BOOL, "The schema holds either way."),
+        "strict": Field(
+            BOOL, "Refuses a schema that cannot be held in full; else what cannot be held is left out."
+        ),
     },
 )
 _FORMAT = Tagged(
@@ -35,7 +38,7 @@ _FORMAT = Tagged(
     "type",
     {
         "text": Record("an object", {}),
-        "json_object": Record("an object", {}),
+        "json_object": Record("an object", {"schema": Field(OBJECT, "JSON schema of the object.")}),
         "json_schema": Record("an object", {"json_schema": Field(_JSON_SCHEMA, required=True)}),
     },
     {},
@@ -80,9 +83,17 @@ def _form(name: str, value: Any) -> Json | None:
     """Arguments of StructuredOutputs; None where `value` asks for nothing."""
     if value is None or name != "response_format":
         return {_OLDER[name][0]: value} if name in _OLDER and value is not None else value
-    forms: dict[str, Json | None] = {
-        "text": None,
-        "json_object": {"json_object": True},
-        "json_schema": {"json": value.get("json_schema", {}).get("schema")},
-    }
-    return forms[value["type"]]
+    if value["type"] == "json_schema":
+        asked = value["json_schema"]
+        return {"json": asked["schema"] if asked.get("strict") else _loosened(asked["schema"])}
+    if value["type"] == "json_object":
+        schema = value.get("schema")
+        return {"json_object": True} if schema is None else {"json": _loosened({"type": "object", **schema})}
+    return None
+
+
+def _loosened(schema: Json) -> Json:
+    try:
+        return dict(loosened(schema))
+    except RecursionError:
+        raise RequestError("response_format is too deeply nested", param="response_format") from None
