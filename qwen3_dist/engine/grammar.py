@@ -49,20 +49,20 @@ def compile_grammar(outputs: StructuredOutputs) -> str:
 
 
 class SchemaFault(NamedTuple):
-    """What the library cannot follow of a schema: the number of the schema, the place in it, and why."""
+    """What the library cannot follow of a schema: the number of the schema, the place in it, and why.
+
+    `is_lacking` tells what the library has not from what is no schema.
+    """
 
     number: int
     place: str
     problem: str
+    is_lacking: bool
 
     @property
     def sentence(self) -> str:
         at = f" at {self.place}" if self.place else ""
-        lacking = re.fullmatch(r"Unimplemented keys: \[(.*)\]", self.problem)
-        if lacking is None:
-            return f"{self.problem}{at}"
-        keywords = "keywords {} are" if "," in lacking[1] else "keyword {} is"
-        return f"the {keywords.format(lacking[1] + at)} not supported; leave it out"
+        return f"{self.problem}{at}{'; leave it out' if self.is_lacking else ''}"
 
 
 def schema_fault(schemas: Sequence[Any]) -> SchemaFault | None:
@@ -70,9 +70,9 @@ def schema_fault(schemas: Sequence[Any]) -> SchemaFault | None:
 
     Takes as long as `compile_grammar` does, or twice that.
     """
-    for index, problem in enumerate(_problems(schemas)):
+    for number, problem in enumerate(_problems(schemas)):
         if problem:
-            return SchemaFault(index, _place(schemas[index], problem), _one_sentence(problem))
+            return SchemaFault(number, _place(schemas[number], problem), *_schema_problem(problem))
     return None
 
 
@@ -89,8 +89,27 @@ def _place(schema: Any, problem: str) -> str:
 
 def _problems(schemas: Sequence[Any]) -> list[str]:
     """What is wrong with each, "" for nothing; no more than were tried, if they take too long."""
-    answer = _ask_trial("schemas", json.dumps(schemas))
-    return list(answer.get("problems", ()))
+    source = json.dumps(schemas)
+    found = _tried.get(("schemas", source.encode()))
+    if found is None:
+        found = json.dumps(_ask_trial("schemas", source).get("problems", ())), ""
+        _tried.put(("schemas", source.encode()), found)
+    return list(json.loads(found[0]))
+
+
+def _schema_problem(problem: str) -> tuple[str, bool]:
+    """What is wrong with a schema in our words, and whether it is that the library lacks something."""
+    lacking = re.fullmatch(r"Unimplemented keys: \[(.*)\]", problem)
+    if lacking is not None:
+        return f"the keyword{'s' if ',' in lacking[1] else ''} {lacking[1]} cannot be held", True
+    if problem.startswith("oneOf constraints"):
+        return "oneOf of alternatives that overlap cannot be held", True
+    if problem.startswith("Resource '"):
+        return f"$ref {problem.split(chr(39))[1]!r} leads out of the schema", False
+    lacks = any(
+        word in problem for word in ("not supported", "only supported", "Unknown format", "not disjoint")
+    )
+    return _one_sentence(problem), lacks
 
 
 def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:

@@ -60,13 +60,13 @@ def subschemas(schema: Any, path: Path = ()) -> Iterator[tuple[Path, Json]]:
 
 
 def fitted(schema: Any) -> Any:
-    """`schema` without what adds nothing for a generator: annotations, and keywords that allow every value."""
+    """`schema` without what adds nothing for a generator: annotations, nulls, and keywords that allow every value."""
     return _mapped(schema, _without_idle)
 
 
 def loosened(schema: Json) -> Json:
     """`schema` for a caller who does not insist on it: what the library cannot follow is left out, deep in it too."""
-    return {**_mapped(schema, _without_hard_patterns), "x-guidance": {"lenient": True}}
+    return {**_mapped(schema, _without_hard_parts), "x-guidance": {"lenient": True}}
 
 
 def at_its_root(schema: Json) -> Json:
@@ -107,7 +107,8 @@ def _without_idle(schema: dict[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in schema.items()
-        if key not in _ANNOTATIONS and not (key in _IDLE and _IDLE[key](value, schema))
+        if not (key in _ANNOTATIONS or (value is None and key != "const"))
+        and not (key in _IDLE and _IDLE[key](value, schema))
     }
     for old, new in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
         if (
@@ -135,6 +136,7 @@ def _every_string(value: Any, schema: Json) -> bool:
 
 # Keywords that may allow everything: whether they do, by their value and the schema around them.
 _IDLE: dict[str, Callable[[Any, Json], bool]] = {
+    "$schema": lambda value, schema: "json-schema.org/" not in str(value),
     "propertyNames": _every_string,
     "uniqueItems": lambda value, schema: value is False or schema.get("maxItems", 2) in (0, 1),
     "not": lambda value, schema: value is False,
@@ -152,8 +154,10 @@ _IDLE: dict[str, Callable[[Any, Json], bool]] = {
 }
 
 
-def _without_hard_patterns(schema: dict[str, Any]) -> dict[str, Any]:
+def _without_hard_parts(schema: dict[str, Any]) -> dict[str, Any]:
     pattern, named = schema.get("pattern"), schema.get("patternProperties")
+    if not str(schema.get("$ref", "#")).startswith("#"):
+        del schema["$ref"]
     if isinstance(pattern, str) and _BEYOND_AUTOMATA.search(pattern):
         del schema["pattern"]
     if isinstance(named, Mapping) and (len(named) > 1 or any(map(_BEYOND_AUTOMATA.search, named))):

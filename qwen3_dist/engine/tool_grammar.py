@@ -60,18 +60,25 @@ def tool_call_grammar(
 def compile_tool_calls(tools: Sequence[Json], **options: Any) -> StructuredOutputs:
     """`tool_call_grammar`, tried out as `compile_grammar` does. Raises RequestError that names the tool to blame."""
     form = tool_call_grammar(tools, **options)
+    functions = [tool["function"] for tool in tools]
     try:
         compile_grammar(form)
     except RequestError as error:
-        functions = [tool["function"] for tool in tools]
-        fault = schema_fault([_parameters(function) for function in functions])
-        if fault is None:
-            problem = str(error).partition(": ")[2]
-            raise RequestError(f"tools cannot be used: {problem}", param="tools") from None
-        function = functions[fault.number]
-        advice = ", or make the tool not strict" if function.get("strict") else ""
-        raise _unusable(function, f"in its parameters, {fault.sentence}{advice}") from None
+        _blame_one_of(functions)
+        problem = str(error).partition(": ")[2]
+        raise RequestError(f"tools cannot be used: {problem}", param="tools") from None
+    if options.get("form") == "xml":  # whose grammar has not all that a schema says
+        _blame_one_of([function for function in functions if function.get("strict")])
     return form
+
+
+def _blame_one_of(functions: Sequence[Json]) -> None:
+    """Raises RequestError for the first function whose schema the grammar library cannot follow."""
+    fault = schema_fault([_parameters(function) for function in functions])
+    if fault is not None:
+        function = functions[fault.number]
+        advice = ", or make the tool not strict" if fault.is_lacking and function.get("strict") else ""
+        raise _unusable(function, f"of its parameters, {fault.sentence}{advice}") from None
 
 
 def _parameters(function: Json) -> Json:
@@ -165,4 +172,4 @@ def _literal(text: str) -> str:
 
 
 def _unusable(function: Json, problem: str) -> RequestError:
-    return RequestError(f"tool {function['name']!r} cannot be used: {problem}", param="tools")
+    return RequestError(f"tools cannot be used because of {function['name']!r}: {problem}", param="tools")

@@ -11,7 +11,6 @@ from jsonschema import Draft202012Validator
 
 from qwen3_dist.engine.grammar import compile_grammar
 from qwen3_dist.engine.tool_grammar import tool_call_grammar
-from qwen3_dist.errors import RequestError
 from tests.walks import DIRECTORIES, walker_of
 
 WEATHER: dict[str, Any] = {
@@ -43,8 +42,10 @@ def test_walks_are_calls_whose_arguments_follow_the_schema(directory: Path) -> N
         for text in walker_of(directory).walk(grammar, seed).split("</tool_call>")[:-1]:
             call = json.loads(text.strip().removeprefix("<tool_call>"))
             assert list(call) == ["name", "arguments"]
-            schema = WEATHER if call["name"] == "get_weather" else {"type": "object"}
-            Draft202012Validator(schema).validate(call["arguments"])
+            if call["name"] == "now":
+                assert call["arguments"] == {}
+            else:
+                Draft202012Validator(WEATHER).validate(call["arguments"])
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES)
@@ -56,10 +57,12 @@ def test_walks_are_calls_whose_arguments_follow_the_schema(directory: Path) -> N
         (None, False, NOW, True),
         (None, False, f"{PARIS}\n{NOW}", False),
         ("get_weather", True, PARIS, True),
+        ("get_weather", True, f"{PARIS}\n{PARIS}", False),
         ("get_weather", True, NOW, False),
         ("now", True, NOW, True),
         (None, True, "It is sunny.", False),
         (None, True, PARIS.replace("3", '"3"'), False),
+        ("now", True, NOW.replace("{}", '{"a": 1}'), False),
     ],
 )
 def test_json_calls(directory: Path, named: str | None, parallel: bool, text: str, allowed: bool) -> None:
@@ -86,12 +89,6 @@ def test_json_calls(directory: Path, named: str | None, parallel: bool, text: st
 def test_xml_calls(directory: Path, text: str, allowed: bool) -> None:
     grammar = compile_grammar(tool_call_grammar(TOOLS, form="xml"))
     assert walker_of(directory).admits(grammar, text) == allowed
-
-
-def test_a_tool_whose_schema_is_beyond_the_library_is_refused() -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "sausage"}}}
-    with pytest.raises(RequestError, match="sausage"):
-        compile_grammar(tool_call_grammar([tool]))
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES)
@@ -121,16 +118,6 @@ def test_a_name_beyond_ascii_is_written_as_it_is(directory: Path) -> None:
     grammar = compile_grammar(tool_call_grammar([{"type": "function", "function": {"name": "hé"}}]))
     text = '<tool_call>\n{"name": "hé", "arguments": {}}\n</tool_call>'
     assert walker_of(directory).admits(grammar, text)
-
-
-@pytest.mark.parametrize("form", ["json", "xml"])
-@pytest.mark.parametrize(
-    "parameters", [True, [1], {"properties": []}, {"required": 3}, {"properties": {"a": {"type": 7}}}]
-)
-def test_parameters_that_are_no_schema_are_refused(parameters: Any, form: str) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    with pytest.raises(RequestError):
-        compile_grammar(tool_call_grammar([tool], form=form))
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES)

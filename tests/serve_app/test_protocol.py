@@ -16,6 +16,7 @@ from serve_app.protocol.errors import error_object
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
 SCHEMA = {"type": "object", "properties": {"port": {"type": "string"}}}
+LOOSE = {**SCHEMA, "x-guidance": {"lenient": True}}
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": SCHEMA}}
 
 
@@ -115,9 +116,14 @@ def test_every_sampling_field_reaches_the_sampling_parameters() -> None:
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}}},
             StructuredOutputs(json=SCHEMA),
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}},
+            StructuredOutputs(json=LOOSE),
+        ),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, StructuredOutputs(json=LOOSE)),
         ({"structured_outputs": {"json": SCHEMA}}, StructuredOutputs(json=SCHEMA)),
         ({"structured_outputs": {"regex": "a+", "new": 1}}, StructuredOutputs(regex="a+")),
         ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b"))),

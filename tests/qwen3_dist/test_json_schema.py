@@ -1,0 +1,127 @@
+"""Schemas as people send them: what adds nothing is ignored, what cannot be held is left out or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwen3_dist.engine.json_schema import at_its_root, fitted, loosened, subschemas
+
+TEXT: dict[str, Any] = {"type": "string"}
+IDLE: list[dict[str, Any]] = [
+    {"propertyNames": TEXT},
+    {"propertyNames": {"type": ["string", "null"], "description": "a key"}},
+    {"propertyNames": True},
+    {"propertyNames": {}},
+    {"uniqueItems": False},
+    {"uniqueItems": True, "maxItems": 1},
+    {"not": False},
+    {"contains": TEXT, "minContains": 0},
+    {"minContains": 2},
+    {"maxContains": 2},
+    {"if": TEXT},
+    {"then": TEXT},
+    {"else": TEXT},
+    {"dependentRequired": {}},
+    {"dependentSchemas": {}},
+    {"unevaluatedProperties": True},
+    {"unevaluatedItems": {}},
+    {"title": "A", "description": "b", "default": 1, "examples": [2], "deprecated": True, "$comment": "c"},
+    {"required": None, "minLength": None},
+    {"$schema": "https://example.com/of-our-own"},
+]
+LACKING: list[dict[str, Any]] = [
+    {"propertyNames": {"pattern": "^a"}},
+    {"propertyNames": {"type": "integer"}},
+    {"uniqueItems": True},
+    {"not": TEXT},
+    {"contains": TEXT},
+    {"if": TEXT, "then": {"minLength": 2}},
+    {"dependentRequired": {"a": ["b"]}},
+    {"allOf": [{}], "unevaluatedProperties": False},
+]
+
+
+@pytest.mark.parametrize("idle", IDLE)
+def test_what_adds_nothing_is_left_out(idle: dict[str, Any]) -> None:
+    kept = {"maxItems": 1} if "maxItems" in idle else {}
+    assert fitted(idle) == kept
+    assert fitted({"properties": {"a": {"items": [idle]}}}) == {"properties": {"a": {"items": [kept]}}}
+
+
+@pytest.mark.parametrize("lacking", LACKING)
+def test_what_says_something_is_kept(lacking: dict[str, Any]) -> None:
+    assert fitted(lacking) == lacking
+
+
+@pytest.mark.parametrize("keyword", sorted({key for schema in (*IDLE, *LACKING) for key in schema}))
+def test_a_property_or_value_called_like_a_keyword_stays(keyword: str) -> None:
+    schema = {
+        "properties": {keyword: {"enum": [{keyword: False}]}},
+        "required": [keyword],
+        "const": {keyword: False, "a": None},
+        "$defs": {keyword: TEXT},
+    }
+    assert fitted(schema) == schema
+    assert loosened(schema) == {**schema, "x-guidance": {"lenient": True}}
+
+
+def test_properties_that_nothing_else_evaluates_are_additional_ones() -> None:
+    assert fitted({"properties": {"a": TEXT}, "unevaluatedProperties": False}) == {
+        "properties": {"a": TEXT},
+        "additionalProperties": False,
+    }
+    assert fitted({"additionalProperties": TEXT, "unevaluatedProperties": False}) == {
+        "additionalProperties": TEXT
+    }
+    assert fitted({"prefixItems": [TEXT], "unevaluatedItems": False}) == {
+        "prefixItems": [TEXT],
+        "items": False,
+    }
+
+
+@pytest.mark.parametrize("pattern", ["^(?!a)b", "(?=a)", "(?<=a)b", "(?<!a)b", r"(a)\1", r"(?<n>a)\k<n>"])
+def test_patterns_beyond_automata_are_loosened(pattern: str) -> None:
+    schema = {"properties": {"a": {"type": "string", "pattern": pattern, "maxLength": 3}}}
+    assert loosened(schema)["properties"] == {"a": {"type": "string", "maxLength": 3}}
+    named = {"patternProperties": {pattern: TEXT}, "additionalProperties": False}
+    assert loosened(named) == {"x-guidance": {"lenient": True}}
+
+
+def test_other_patterns_are_not() -> None:
+    schema = {
+        "pattern": r"^(?:a|(?P<n>b))\d\.$",
+        "patternProperties": {"^a": TEXT},
+        "additionalProperties": False,
+    }
+    assert loosened(schema) == {**schema, "x-guidance": {"lenient": True}}
+
+
+def test_a_reference_out_of_the_schema_is_loosened() -> None:
+    here, there = {"$ref": "#/$defs/a"}, {"$ref": "https://example.com/a.json", "type": "string"}
+    assert loosened({"properties": {"a": here, "b": there}})["properties"] == {"a": here, "b": TEXT}
+
+
+def test_a_reference_at_the_root_is_followed() -> None:
+    arguments = {"properties": {"a": TEXT}}
+    schema = {"$defs": {"a/b": {"$ref": "#/$defs/c"}, "c": arguments}, "$ref": "#/$defs/a~1b"}
+    assert at_its_root(schema)["properties"] == arguments["properties"]
+    ring = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
+    assert at_its_root(ring)["$ref"] == "#/$defs/a"
+    assert at_its_root({"$ref": "#/nowhere"}) == {"$ref": "#/nowhere"}
+
+
+def test_a_walk_finds_schemas_and_not_their_values() -> None:
+    schema = {
+        "anyOf": [{"items": {"not": TEXT}}],
+        "properties": {"enum": {"enum": [TEXT]}},
+        "additionalProperties": True,
+    }
+    assert [".".join(path) for path, _ in subschemas(schema)] == [
+        "",
+        "anyOf.0",
+        "anyOf.0.items",
+        "anyOf.0.items.not",
+        "properties.enum",
+    ]

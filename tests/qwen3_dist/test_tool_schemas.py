@@ -1,0 +1,129 @@
+"""Tools' schemas where calls are held to them: what is refused names the tool and the place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from qwen3_dist.engine.grammar import compile_grammar
+from qwen3_dist.engine.tool_grammar import compile_tool_calls
+from qwen3_dist.errors import RequestError
+from tests.walks import BUNDLED, walker_of
+
+TEXT: dict[str, Any] = {"type": "string"}
+FORMS = pytest.mark.parametrize("form", ["json", "xml"])
+# Schemas of one property `a`, and the place of what the library lacks.
+LACKING: list[tuple[dict[str, Any], str]] = [
+    ({"type": "array", "items": TEXT, "uniqueItems": True}, "uniqueItems"),
+    ({"type": "object", "propertyNames": {"pattern": "^x"}}, "propertyNames"),
+    ({"type": "array", "contains": TEXT}, "contains"),
+    ({"type": "object", "properties": {"b": {"not": {"const": 1}}}}, "not"),
+    ({"type": "object", "if": {"required": ["x"]}, "then": {"required": ["y"]}}, "then"),
+    ({"type": "string", "format": "uri-reference"}, "format"),
+    ({"type": "string", "pattern": "^(?!x)"}, "look-around"),
+    (
+        {"type": "object", "properties": {"x": {}, "y": {}, "z": {}}, "minProperties": 2},
+        "minProperties|maxProperties",
+    ),
+    ({"oneOf": [TEXT, {"type": "string", "maxLength": 3}]}, "oneOf"),
+    ({"type": "object", "dependentRequired": {"x": ["y"]}}, "dependentRequired"),
+]
+
+
+def tool(name: str, parameters: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+def with_property(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+
+
+@FORMS
+def test_what_cannot_be_held_is_left_out_of_tools_that_are_not_strict(form: str) -> None:
+    tools = [tool(f"f{i}", with_property(schema)) for i, (schema, _) in enumerate(LACKING)]
+    grammar = compile_grammar(compile_tool_calls(tools, form=form))
+    assert walker_of(BUNDLED).walk(grammar, 0).startswith("<tool_call>")
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword", "form"), [*((*case, "json") for case in LACKING), (*LACKING[5], "xml")]
+)
+def test_what_cannot_be_held_is_refused_of_a_strict_tool_by_name_and_place(
+    schema: dict[str, Any], keyword: str, form: str
+) -> None:
+    tools = [tool("other", None), tool("mine", with_property(schema), strict=True)]
+    with pytest.raises(RequestError, match=r"^tools .* 'mine': .* at properties\.a") as refused:
+        compile_tool_calls(tools, form=form)
+    assert refused.value.param == "tools"
+    assert str(refused.value).endswith("leave it out, or make the tool not strict")
+
+
+def test_a_place_deep_in_a_schema_is_named() -> None:
+    schema = with_property({"anyOf": [TEXT, {"type": "array", "items": {"not": {}}}]})
+    with pytest.raises(RequestError, match=r'"not" cannot be held at properties\.a\.anyOf\.1\.items;'):
+        compile_tool_calls([tool("f", schema, strict=True)])
+
+
+@FORMS
+@pytest.mark.parametrize(
+    "parameters",
+    [True, [1], "{}", {"type": "sausage"}, {"properties": {"a": {"type": "sausage"}}}, {"required": 3}],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_no_schema_is_refused(parameters: Any, strict: bool, form: str) -> None:
+    with pytest.raises(RequestError, match="^tools cannot be used because of 'f': ") as refused:
+        compile_tool_calls([tool("f", parameters, strict=strict)], form=form)
+    assert refused.value.param == "tools" and "\n" not in str(refused.value)
+
+
+@FORMS
+@pytest.mark.parametrize("parameters", [None, "absent"])
+def test_a_tool_without_parameters_takes_none(parameters: Any, form: str) -> None:
+    offered = tool("ping", None)
+    if parameters == "absent":
+        del offered["function"]["parameters"]
+    grammar = compile_grammar(compile_tool_calls([offered], form=form))
+    call = '{"name": "ping", "arguments": {}}' if form == "json" else "<function=ping>\n</function>"
+    for seed in range(5):
+        said = walker_of(BUNDLED).walk(grammar, seed)
+        assert set(said.split("\n")) == {"<tool_call>", "</tool_call>", *call.split("\n")}
+
+
+@FORMS
+def test_a_named_tool_is_called_once(form: str) -> None:
+    grammar = compile_grammar(compile_tool_calls([tool("a", {}), tool("b", None)], named="b", form=form))
+    for seed in range(5):
+        assert walker_of(BUNDLED).walk(grammar, seed).count("<tool_call>") == 1
+
+
+def test_claude_codes_tasks_can_be_required() -> None:
+    metadata = {"type": "object", "propertyNames": TEXT, "additionalProperties": {}}
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "properties": {"subject": {"description": "A title", **TEXT}, "metadata": metadata},
+        "required": ["subject", "metadata"],
+        "additionalProperties": False,
+    }
+    grammar = compile_grammar(
+        compile_tool_calls([tool("TaskCreate", schema, strict=True)], named="TaskCreate")
+    )
+    text = '<tool_call>\n{"name": "TaskCreate", "arguments": {"subject": "x", "metadata": {"k": [1]}}}\n</tool_call>'
+    assert walker_of(BUNDLED).admits(grammar, text)
+    assert not walker_of(BUNDLED).admits(grammar, text.replace('{"k": [1]}', "3"))
+
+
+def test_arguments_that_a_reference_defines_are_held_in_xml() -> None:
+    schema = {"$defs": {"args": with_property({"type": "integer"})}, "$ref": "#/$defs/args"}
+    grammar = compile_grammar(compile_tool_calls([tool("f", schema)], form="xml"))
+    text = "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>\n</tool_call>"
+    assert walker_of(BUNDLED).admits(grammar, text.format(3))
+    assert not walker_of(BUNDLED).admits(grammar, text.format("x"))
+
+
+def test_annotations_do_not_fill_the_grammar() -> None:
+    long = {"description": "x" * 200_000, **TEXT}
+    form = compile_tool_calls([tool("f", with_property(long), strict=True)])
+    assert form.grammar is not None and len(json.dumps(form.grammar)) < 1000
