@@ -63,6 +63,12 @@ class ServiceConfig:
         "parts of answers that a replica sends per second; where its tokens are more, parts hold several; "
         "0: never; null: 500 if ranks compute on the CPUs that send them, else 2500",
     )
+    stored_responses_mib: float = setting(
+        256.0, "memory in MiB for responses that later requests may refer to; 0: none are stored"
+    )
+    stored_responses_s: float = setting(
+        86400.0, "seconds for which a response that is not referred to stays stored"
+    )
     api_key: str = dataclasses.field(
         default="",
         repr=False,  # settings are printed and logged
@@ -88,7 +94,7 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith("_s") and value is not None and value < 0:
+            if field.name.endswith(("_s", "_mib")) and value is not None and value < 0:
                 raise ConfigError(f"{field.name} must not be negative, not {value!r}")
         for name in (
             "max_replicas",

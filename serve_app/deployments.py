@@ -7,7 +7,7 @@ status and then one item of finished bytes per engine step.
 # No postponed annotations here: FastAPI reads those of the ingress's routes as the values they are.
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
@@ -17,22 +17,26 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from qwen3_dist import __version__
-from qwen3_dist.errors import EngineDeadError, RequestError
+from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.garbage import exempt_present_objects
 from serve_app.admission import Admission
 from serve_app.answers.messages import message_error
+from serve_app.answers.models import Models
 from serve_app.config import ServiceConfig
 from serve_app.dispatch import Dispatcher
 from serve_app.http import (
+    ANTHROPIC,
     ErrorForm,
     check_admin_key,
     check_key,
+    is_anthropic,
     json_response,
     make_api,
     read_body,
     request_id,
     route_path,
 )
+from serve_app.kept_response import KeptResponse
 from serve_app.openapi import ANTHROPIC_ERROR, route
 from serve_app.protocol.chat import CHAT_BODY, parse_chat
 from serve_app.protocol.completions import COMPLETION_BODY, parse_completion
@@ -45,7 +49,7 @@ from serve_app.protocol.messages import (
     parse_messages,
 )
 from serve_app.protocol.relevance import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
-from serve_app.protocol.responses import RESPONSES_BODY, parse_responses
+from serve_app.protocol.responses import RESPONSES_BODY
 from serve_app.protocol.tokens import (
     DETOKENIZE_BODY,
     TOKENIZE_BODY,
@@ -54,8 +58,11 @@ from serve_app.protocol.tokens import (
 )
 from serve_app.replica import AnyRequest
 from serve_app.replica_health import ReplicaHealth
+from serve_app.response_store import ResponseStore
 from serve_app.sending import PIECE, EventStream, LargeResponse
 
+Items = AsyncGenerator[Any, None]  # a pair of the HTTP status and bytes, then bytes
+Heard = Callable[[Items], Items]
 _LARGE_BODY = 2**16  # bytes that are not read on the event loop
 _REBALANCE = "/v1/cluster/experts/rebalance"
 
@@ -63,6 +70,7 @@ _REBALANCE = "/v1/cluster/experts/rebalance"
 ERROR_FORMS: dict[str, ErrorForm] = {
     "/v1/messages": message_error,
     "/v1/messages/count_tokens": message_error,
+    ANTHROPIC: message_error,  # where Anthropic's clients ask for anything else
 }
 api = make_api(ERROR_FORMS)
 
@@ -72,8 +80,7 @@ class Ingress:
     """The HTTP endpoint: checks requests, passes them to a replica, streams what comes back."""
 
     def __init__(self, config: ServiceConfig, replicas: DeploymentHandle) -> None:
-        self._model = config.served_name
-        self._adapters = config.engine.lora.names
+        self._models = Models((config.served_name, *config.engine.lora.names), int(time.time()))
         self._config = config
         self._max_bytes = int(config.max_request_mib * 2**20)
         self._replicas = replicas
@@ -92,7 +99,7 @@ class Ingress:
         )
         self._dispatcher = Dispatcher(answers.remote, config.request_timeout_s, self._health.doubt)
         self._admission = Admission(self._most_in_flight, config.max_ongoing_requests)
-        self._created = int(time.time())
+        self._stored = ResponseStore(int(config.stored_responses_mib * 2**20), config.stored_responses_s)
         self._max_model_len: int | None = None
         exempt_present_objects()
 
@@ -118,11 +125,19 @@ class Ingress:
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion)
 
-    @api.post(
-        "/v1/responses", **route("OpenAI: responses, none of them stored", RESPONSES_BODY, streams=True)
-    )
+    @api.post("/v1/responses", **route("OpenAI: responses", RESPONSES_BODY, streams=True))
     async def responses(self, request: Request) -> Response:
-        return await self._generate(request, parse_responses)
+        kept = KeptResponse(self._stored)
+        return await self._generate(request, kept.parse, kept.heard)
+
+    @api.get("/v1/responses/{response_id}", **route("OpenAI: a stored response"))
+    async def response(self, response_id: str) -> Response:
+        return json_response(self._stored.response(response_id))
+
+    @api.delete("/v1/responses/{response_id}", **route("OpenAI: forgets a stored response"))
+    async def delete_response(self, response_id: str) -> Response:
+        self._stored.delete(response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @api.post(
         "/v1/messages", **route("Anthropic: messages", MESSAGES_BODY, streams=True, error=ANTHROPIC_ERROR)
@@ -163,15 +178,20 @@ class Ingress:
     async def version(self) -> Response:
         return json_response({"version": __version__})
 
-    @api.get("/v1/models", **route("OpenAI: the models that are served"))
-    async def models(self) -> Response:
-        names = (self._model, *self._adapters)
-        return json_response({"object": "list", "data": [await self._model_object(name) for name in names]})
+    @api.get("/v1/models", **route("OpenAI, Anthropic: the models that are served"))
+    @api.get("/v1/models/", include_in_schema=False)
+    async def models(self, request: Request) -> Response:
+        """In Anthropic's form where its header asks for that."""
+        longest = await self._longest()
+        if is_anthropic(request):
+            return json_response(self._models.anthropic_list(longest, request.query_params))
+        return json_response(self._models.openai_list(longest))
 
-    @api.get("/v1/models/{name:path}", **route("OpenAI: one model"))
-    async def model(self, name: str) -> Response:
-        self._check_model(name)
-        return json_response(await self._model_object(name))
+    @api.get("/v1/models/{name:path}", **route("OpenAI, Anthropic: one model"))
+    async def model(self, name: str, request: Request) -> Response:
+        self._models.check(name)
+        form = self._models.anthropic_model if is_anthropic(request) else self._models.openai_model
+        return json_response(form(name, await self._longest()))
 
     @api.get("/health", **route("Whether requests can be answered"))
     async def health(self) -> Response:
@@ -202,14 +222,17 @@ class Ingress:
         except Exception as error:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
-    async def _generate(self, asked: Request, parse: Callable[[bytes], AnyRequest]) -> Response:
+    async def _generate(
+        self, asked: Request, parse: Callable[[bytes], AnyRequest], heard: Heard = lambda items: items
+    ) -> Response:
         with ExitStack() as held:
             admitted = held.enter_context(self._admission.admit())
             body = await read_body(asked, self._max_bytes, self._config.body_timeout_s)
             request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
-            self._check_model(request.model)
+            if request.model:
+                self._models.check(request.model)
             admitted.count(request.num_sequences)
-            items = self._dispatcher.answer(request, request_id(asked))
+            items = heard(self._dispatcher.answer(request, request_id(asked)))
             try:
                 status, first = await anext(items)
             except BaseException:
@@ -223,25 +246,8 @@ class Ingress:
             return LargeResponse(first, status, patience_s)
         return json_response(first, status)
 
-    def _check_model(self, name: str) -> None:
-        if name not in ("", self._model, *self._adapters):
-            served = ", ".join(map(repr, (self._model, *self._adapters)))
-            raise RequestError(
-                f"model {name!r} is not served here; {served} {'are' if self._adapters else 'is'}",
-                param="model",
-                status=HTTPStatus.NOT_FOUND,
-            )
-
-    async def _model_object(self, name: str) -> dict[str, Any]:
-        """OpenAI's model object, with the model that an adapter is for, and vLLM's context length as a replica says
-        it, once."""
+    async def _longest(self) -> int | None:
+        """Most tokens of prompt and answer together, as a replica says it, once."""
         if self._max_model_len is None:
             self._max_model_len = next(iter(await self._ask_all("max_model_len")), None)
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "qwen3_dist",
-            "parent": None if name == self._model else self._model,
-            "max_model_len": self._max_model_len,
-        }
+        return self._max_model_len

@@ -27,6 +27,7 @@ logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
 _KEYLESS = ("/health", "/version")
 _ID_LENGTH = 128  # of a request's id that its client chose
+ANTHROPIC = "anthropic-version"  # the header that all of Anthropic's clients send
 ErrorForm = Callable[[Exception], Mapping[str, Any]]
 Gate = Callable[[Request], None]
 
@@ -59,11 +60,14 @@ def ask_deployment(request: Request) -> None:
 
 
 def make_api(error_forms: Mapping[str, ErrorForm], gate: Gate = ask_deployment) -> Api:
-    """An application without routes. Errors take the form their path has in `error_forms`, else OpenAI's."""
+    """An application without routes. Errors take the form their path has in `error_forms`, or the header ANTHROPIC if
+    the request has it, else OpenAI's.
+    """
     api = Api(title="qwen3_dist", description="OpenAI-compatible inference for Qwen3.")
 
     def refuse(request: Request, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-        form = error_forms.get(route_path(request), error_object)
+        otherwise = error_forms.get(ANTHROPIC, error_object) if is_anthropic(request) else error_object
+        form = error_forms.get(route_path(request), otherwise)
         return json_response(form(error), error_status(error), headers or error_headers(error))
 
     async def answer_error(request: Request, error: Exception) -> Response:
@@ -95,6 +99,11 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
 def request_id(request: Request) -> str:
     """The id that the client gave, or Serve's proxy, which tells it to the client: its x-request-id."""
     return request.headers.get("x-request-id", "")[:_ID_LENGTH]
+
+
+def is_anthropic(request: Request) -> bool:
+    """Whether a client of Anthropic's API asks."""
+    return ANTHROPIC in request.headers
 
 
 def route_path(request: Request) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Json, Served, event
 from serve_app.answers.blocks import Block, BlockAnswer
+from serve_app.protocol.custom_tools import CustomInput
 from serve_app.protocol.errors import error_object
+from serve_app.protocol.responses_tools import Called
 
 
 def response_error_event(error: Exception, sequence_number: int = 0) -> bytes:
@@ -20,11 +22,15 @@ def response_error_event(error: Exception, sequence_number: int = 0) -> bytes:
 
 
 class ResponseAnswer(BlockAnswer):
-    """`response` and its events. `asked` are the request's fields that OpenAI repeats in the answer."""
+    """`response` and its events. `asked` are the request's fields that OpenAI repeats in the answer, `called` what
+    calls are named by the name that the model knows a tool by.
+    """
 
-    def __init__(self, served: Served, asked: Json) -> None:
+    def __init__(self, served: Served, asked: Json, called: Mapping[str, Called]) -> None:
         super().__init__(served)
         self._asked = asked
+        self._called = called
+        self._input: CustomInput | None = None  # of the open call, if its tool is a custom one
         self._created = int(time.time())
         self._output: list[Json] = []
         self._num_events = 0
@@ -41,7 +47,8 @@ class ResponseAnswer(BlockAnswer):
         return closed + self._event(f"response.{status}", response=self._response(status))
 
     def fail(self, error: Exception) -> bytes:
-        failed = {"code": "server_error", "message": error_object(error)["error"]["message"]}
+        named = error_object(error)["error"]
+        failed = {"code": named["code"] or "server_error", "message": named["message"]}
         event = response_error_event(error, self._num_events)
         self._num_events += 1
         return event + self._event("response.failed", response=self._response("failed", failed))
@@ -58,8 +65,7 @@ class ResponseAnswer(BlockAnswer):
         elif kind == "text":
             item = {"type": "message", "id": f"msg_{self.unique}_{number}", "role": "assistant"}
         else:
-            item = {"type": "function_call", "id": f"fc_{self.unique}_{number}", "arguments": ""}
-            item |= {"call_id": block.call_id, "name": block.name}
+            item = self._call_item(block)
         item["status"] = "in_progress"
         if kind == "tool_call":
             self._output.append(item)
@@ -74,6 +80,8 @@ class ResponseAnswer(BlockAnswer):
 
     def extend_block(self, block: Block, text: str) -> bytes:
         item = self._output[-1]
+        if self._input:
+            return self._extend_input(self._input.push(text))
         if block.kind == "tool_call":
             item["arguments"] += text
             return self._event("response.function_call_arguments.delta", **self._place(), delta=text)
@@ -85,6 +93,11 @@ class ResponseAnswer(BlockAnswer):
     def close_block(self, block: Block) -> bytes:
         item = self._output[-1]
         item["status"] = "completed" if self._status() == "completed" else "incomplete"
+        if self._input:
+            rest = self._extend_input(self._input.finish())
+            self._input = None
+            done = self._event("response.custom_tool_call_input.done", **self._place(), input=item["input"])
+            return rest + done + self._item_event("done")
         if block.kind == "tool_call":
             arguments = item["arguments"]
             done = self._event(
@@ -100,6 +113,22 @@ class ResponseAnswer(BlockAnswer):
         else:
             done = self._part_event("response.output_text.done", text=part["text"], logprobs=[])
         return done + self._part_event("response.content_part.done", part=part) + self._item_event("done")
+
+    def _call_item(self, block: Block) -> Json:
+        called = self._called.get(block.name or "", Called(block.name or ""))
+        self._input = CustomInput() if called.custom else None
+        place = f"{self.unique}_{len(self._output)}"
+        item: Json = {"type": "function_call", "id": f"fc_{place}", "arguments": ""}
+        if called.custom:
+            item = {"type": "custom_tool_call", "id": f"ctc_{place}", "input": ""}
+        space = {"namespace": called.namespace} if called.namespace else {}
+        return {**item, "call_id": block.call_id, "name": called.name, **space}
+
+    def _extend_input(self, text: str) -> bytes:
+        self._output[-1]["input"] += text
+        return (
+            self._event("response.custom_tool_call_input.delta", **self._place(), delta=text) if text else b""
+        )
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number = self._num_events

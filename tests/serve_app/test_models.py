@@ -1,0 +1,59 @@
+"""The list of models, in the form that the client's API has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from anthropic.types import ModelInfo
+from openai.types import Model
+
+from qwen3_dist.errors import RequestError
+from serve_app.answers.models import Models
+
+MODELS = Models(("base", "one", "two"), 1_700_000_000)
+
+
+def ids(**query: str) -> tuple[list[str], bool]:
+    page = MODELS.anthropic_list(4096, query)
+    names = [model["id"] for model in page["data"]]
+    assert (page["first_id"], page["last_id"]) == ((names[0], names[-1]) if names else (None, None))
+    return names, page["has_more"]
+
+
+def test_openais_clients_see_its_objects_and_the_model_of_an_adapter() -> None:
+    listed = MODELS.openai_list(4096)
+    assert listed["object"] == "list"
+    models = [Model.model_validate(model) for model in listed["data"]]
+    assert [(model.id, model.object, model.created) for model in models] == [
+        (name, "model", 1_700_000_000) for name in MODELS.names
+    ]
+    assert [model["parent"] for model in listed["data"]] == [None, "base", "base"]
+
+
+def test_anthropics_clients_see_its_objects() -> None:
+    (first, *_) = MODELS.anthropic_list(4096, {})["data"]
+    model = ModelInfo.model_validate(first)
+    assert (model.type, model.display_name, model.max_input_tokens) == ("model", "base", 4096)
+    assert first["created_at"] == "2023-11-14T22:13:20Z"
+
+
+def test_anthropics_list_comes_in_pages() -> None:
+    assert ids() == (["base", "one", "two"], False)
+    assert ids(limit="2") == (["base", "one"], True)
+    assert ids(limit="2", after_id="one") == (["two"], False)
+    assert ids(before_id="two", limit="1") == (["one"], True)
+    assert ids(after_id="two") == ([], False)
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "x", "-1"])
+def test_a_page_of_no_size_is_refused(limit: str) -> None:
+    with pytest.raises(RequestError, match="from 1 to 1000"):
+        ids(limit=limit)
+
+
+@pytest.mark.parametrize("name", ["", "three"])
+def test_no_other_model_is_served(name: Any) -> None:
+    with pytest.raises(RequestError, match="'base', 'one', 'two' are") as refused:
+        MODELS.check(name)
+    assert (refused.value.status, refused.value.param) == (404, "model")

@@ -1,0 +1,176 @@
+"""Stored responses: later requests go on from them and refer to their items, until they are dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from qwen3_dist.errors import RequestError
+from qwen3_dist.text.choice import ChoiceDelta, join
+from serve_app.answers.base import Served
+from serve_app.kept_response import KeptResponse
+from serve_app.protocol.errors import error_object, to_json
+from serve_app.protocol.prompts import Prompt
+from serve_app.protocol.responses import read_responses
+from serve_app.response_store import ResponseStore
+
+SAID = [
+    ChoiceDelta(0, "", (1,), (), None, reasoning="Hm."),
+    ChoiceDelta(0, "Hi!", (1,), (), None),
+    ChoiceDelta(0, "", (2,), (), "stop"),
+]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def asked(kept: ResponseStore, stream: bool = False, **body: Any) -> dict[str, Any]:
+    """The response to `body`, which says SAID whatever is asked."""
+    exchange = KeptResponse(kept)
+    request = exchange.parse(json.dumps({"model": "m", "stream": stream, **body}).encode())
+    form = request.answer(Served("m", None, [Prompt([1])]))
+
+    async def items() -> AsyncGenerator[Any, None]:
+        if not stream:
+            yield 200, to_json(form.whole([join(SAID)]))
+            return
+        yield 200, form.begin()
+        for delta in SAID:
+            yield form.delta(delta)
+        yield form.end()
+
+    async def collect() -> bytes:
+        return b"".join(
+            [part[1] if isinstance(part, tuple) else part async for part in exchange.heard(items())]
+        )
+
+    told = asyncio.run(collect())
+    last = told.rpartition(b"data: ")[2] if stream else told
+    response: dict[str, Any] = json.loads(last)
+    return response["response"] if stream else response
+
+
+def messages(store: ResponseStore, **body: Any) -> list[dict[str, Any]]:
+    return read_responses(json.dumps({"model": "m", **body}).encode(), store).request.messages
+
+
+def refusal(store: ResponseStore, **body: Any) -> dict[str, Any]:
+    with pytest.raises(RequestError) as error:
+        messages(store, **body)
+    assert error.value.status == 404
+    told: dict[str, Any] = error_object(error.value)["error"]
+    return told
+
+
+def store(most_bytes: int = 2**20, clock: Clock | None = None) -> ResponseStore:
+    return ResponseStore(most_bytes, 100, clock or Clock())
+
+
+HELLO = {"role": "user", "content": "Hello"}
+ANSWER = {"role": "assistant", "content": "Hi!", "reasoning_content": "Hm."}
+MORE = {"role": "user", "content": "More"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_goes_on_from_a_stored_response(stream: bool) -> None:
+    kept = store()
+    first = asked(kept, stream, input="Hello", instructions="Be brief.")
+    assert first["store"] is True
+    second = asked(kept, stream, input=[MORE], previous_response_id=first["id"])
+    assert second["previous_response_id"] == first["id"]
+    turns = messages(kept, input="Go", previous_response_id=second["id"])
+    assert turns == [HELLO, ANSWER, MORE, ANSWER, {"role": "user", "content": "Go"}]
+    assert messages(kept, previous_response_id=first["id"]) == [HELLO, ANSWER]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_items_of_a_stored_response_may_be_referred_to(stream: bool) -> None:
+    kept = store()
+    output = asked(kept, stream, input="Hello")["output"]
+    references = [{"type": "item_reference", "id": item["id"]} for item in output]
+    second = asked(kept, stream, input=[HELLO, *references, MORE])
+    assert messages(kept, input=[HELLO, *references, MORE]) == [HELLO, ANSWER, MORE]
+    assert messages(kept, previous_response_id=second["id"]) == [HELLO, ANSWER, MORE, ANSWER]
+
+
+def test_a_response_can_be_read_again_and_deleted() -> None:
+    kept = store()
+    first = asked(kept, input="Hello")
+    assert json.loads(kept.response(first["id"])) == first
+    kept.delete(first["id"])
+    for again in (kept.response, kept.delete):
+        with pytest.raises(RequestError, match="not found") as missing:
+            again(first["id"])
+        assert missing.value.status == 404
+
+
+def test_what_is_not_stored_is_refused_in_openais_words() -> None:
+    kept = store()
+    hidden = asked(kept, input="Hello", store=False)
+    assert hidden["store"] is False
+    error = refusal(kept, input="Go", previous_response_id=hidden["id"])
+    assert error["message"] == f"Previous response with id '{hidden['id']}' not found."
+    assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
+    item_id = hidden["output"][0]["id"]
+    error = refusal(kept, input=[{"type": "item_reference", "id": item_id}])
+    assert error["message"].startswith(f"Item with id '{item_id}' not found. Items are not persisted")
+    assert error["param"] == "input"
+    kept_id = asked(kept, input="Hello")["id"]
+    assert refusal(kept, input=[{"type": "item_reference", "id": kept_id.replace("resp_", "msg_") + "_9"}])
+
+
+def test_a_service_that_stores_nothing_says_so() -> None:
+    nothing = store(most_bytes=0)
+    first = asked(nothing, input="Hello")
+    assert first["store"] is False
+    assert refusal(nothing, input="Go", previous_response_id=first["id"])
+
+
+def test_what_was_not_used_for_longest_goes_first() -> None:
+    size = len(json.dumps(asked(store(), input="Hello"))) + 2000
+    kept = store(most_bytes=3 * size)
+    first, second, third = (asked(kept, input="Hello")["id"] for _ in range(3))
+    messages(kept, input="Go", previous_response_id=first)
+    asked(kept, input="Hello")
+    assert refusal(kept, input="Go", previous_response_id=second)
+    assert messages(kept, previous_response_id=first) and messages(kept, previous_response_id=third)
+
+
+def test_a_response_is_stored_for_a_time_after_its_last_use() -> None:
+    clock = Clock()
+    kept = store(clock=clock)
+    first = asked(kept, input="Hello")["id"]
+    clock.now = 90
+    assert messages(kept, previous_response_id=first)
+    clock.now = 180
+    assert messages(kept, previous_response_id=first)
+    clock.now = 281
+    assert refusal(kept, input="Go", previous_response_id=first)
+
+
+def test_a_response_larger_than_the_store_is_not_kept() -> None:
+    kept = store(most_bytes=1500)
+    assert refusal(kept, input="Go", previous_response_id=asked(kept, input="Hello")["id"])
+    assert kept.keeps
+
+
+def test_an_answer_that_failed_is_not_kept() -> None:
+    kept = store()
+    exchange = KeptResponse(kept)
+    exchange.parse(b'{"model": "m", "input": "Hello"}')
+
+    async def items() -> AsyncGenerator[Any, None]:
+        yield 400, b'{"error": {}}'
+
+    async def collect() -> list[Any]:
+        return [item async for item in exchange.heard(items())]
+
+    assert asyncio.run(collect()) == [(400, b'{"error": {}}')]
