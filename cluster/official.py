@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.weights.source import bundled_path
+from qwen3_dist.weights.source import bundled_path, local_path
 
 
 @cache
@@ -28,7 +28,7 @@ def find_config(model: str) -> tuple[str, ModelConfig]:
     """
     if model in ("", "bundled"):
         return "bundled", ModelConfig.from_directory(bundled_path())
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.is_dir():
         return str(path), ModelConfig.from_directory(path)
     if path.is_file():

@@ -46,11 +46,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         lora: str | Sequence[str | None] | None = None,
+        add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
         """Completes one prompt or many, each a text or a list of token ids; results keep their order.
 
         Without `params` the sampling that the checkpoint's generation_config.json recommends is used. `lora` is
-        the name of an adapter for all prompts, or one for each.
+        the name of an adapter for all prompts, or one for each. Texts get what the checkpoint's tokenizer puts
+        around one unless `add_special_tokens` is False.
         Raises RequestError, having generated nothing, if any prompt is refused.
         """
         batch = _as_batch(prompts)
@@ -58,7 +60,8 @@ class LLM:
             params = SamplingParams(**read_generation_defaults(self._engine.model_path))
         given = _for_each(batch, params, "sampling params")
         adapters = _for_each(batch, lora, "adapters")
-        jobs = [self._prepare(*job) for job in zip(batch, given, adapters, strict=True)]
+        token_ids = [self._token_ids(prompt, add_special_tokens) for prompt in batch]
+        jobs = [self._prepare(*job) for job in zip(batch, token_ids, given, adapters, strict=True)]
         return self._run(jobs, use_tqdm)
 
     def chat(
@@ -76,7 +79,7 @@ class LLM:
             raise RequestError("this checkpoint has no chat template; use generate()")
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [template.render(list(each), tools=tools, **template_kwargs) for each in conversations]
-        return self.generate(prompts, params, use_tqdm, lora)
+        return self.generate(prompts, params, use_tqdm, lora, add_special_tokens=False)
 
     def embed(
         self,
@@ -136,14 +139,15 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, lora: str | None) -> _Job:
-        token_ids = self._token_ids(prompt)
+    def _prepare(
+        self, prompt: Prompt, token_ids: list[int], params: SamplingParams, lora: str | None
+    ) -> _Job:
         self._engine.check(token_ids, params, lora)
         setup = self._engine.prepare(params)
         text = prompt if isinstance(prompt, str) else None
         return _Job(text, token_ids, params, self._engine.tokenizer, lora, setup)
 
-    def _token_ids(self, prompt: Prompt, add_special_tokens: bool = False) -> list[int]:
+    def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
         if self._engine.tokenizer is None:

@@ -69,8 +69,9 @@ class Engine:
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
+        eos = self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
         self._eos_token_ids = frozenset(
-            self.tokenizer.eos_token_ids if self.tokenizer else read_eos_token_ids(path)
+            token_id for token_id in eos if token_id < self.model_config.vocab_size
         )
         self._requests: dict[str, _Request] = {}
         self._next_seq_id = 0

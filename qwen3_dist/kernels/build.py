@@ -1,13 +1,15 @@
-"""Compiles the CPU kernels for this machine, once, into the user's cache."""
+"""Compiles the CPU kernels for this machine, once, into the user's cache or, without one, a temporary folder."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -31,9 +33,12 @@ def library() -> Path | None:
         _log.warning("no C++ compiler is here, so CPU ranks use torch alone, which is slower; install g++")
         return None
     try:
-        folder = _cache()
-        folder.mkdir(parents=True, exist_ok=True)
-        built = folder / f"kernels-{_fingerprint(compiler)}.so"
+        name = f"kernels-{_fingerprint(compiler)}.so"
+        cache = _user_cache()
+        if cache is not None and (cache / name).exists():  # maybe where nothing can be written
+            return cache / name
+        folder = cache if cache is not None and _is_writable(cache) else _private_folder()
+        built = folder / name
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not built.exists():
@@ -64,8 +69,31 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_dist"
+def _user_cache() -> Path | None:
+    """The folder in the user's cache; None for a user without a home, as a container's may be."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_dist"
+    except RuntimeError:
+        return None
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _private_folder() -> Path:
+    """This user's temporary folder, the same one for all of its processes; nobody else may put a library there."""
+    folder = Path(tempfile.gettempdir()) / f"qwen3_dist-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="qwen3_dist-"))
 
 
 def _fingerprint(compiler: str) -> str:

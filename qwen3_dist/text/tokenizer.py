@@ -51,8 +51,8 @@ class Tokenizer:
     def from_directory(cls, path: str | Path) -> Tokenizer | None:
         """Reads `path/tokenizer.json`; None where there is none.
 
-        EOS ids come from generation_config.json, else tokenizer_config.json's `eos_token`, else
-        config.json. Raises CheckpointError if a file is unreadable or the tokenizer not byte-level.
+        EOS ids are those of generation_config.json, tokenizer_config.json's `eos_token` and config.json
+        together. Raises CheckpointError if a file is unreadable or the tokenizer not byte-level.
         """
         file = Path(path) / "tokenizer.json"
         if not file.exists():

@@ -17,6 +17,16 @@ def bundled_path() -> Path:
     return Path(__file__).parent.parent / "bundled"
 
 
+def local_path(model: str) -> Path:
+    """The path that `model` would be, ~ being the user's home. Raises CheckpointError for a user without one."""
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:
+        raise CheckpointError(
+            f"{model} cannot be found: this user has no home; give the whole path"
+        ) from None
+
+
 def resolve_model(model: str, revision: str | None = None) -> Path:
     """The directory of `model`: "" is the bundled one, then a directory, then a hub id at `revision`.
 
@@ -25,7 +35,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     """
     if not model:
         return bundled_path()
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
@@ -40,7 +50,7 @@ def commit_of(model: str, path: Path) -> str | None:
 
     With it as revision, `resolve_model` finds the same files on every host.
     """
-    if not model or Path(model).expanduser().is_dir():
+    if not model or local_path(model).is_dir():
         return None
     return path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else None
 

@@ -87,12 +87,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _params(args: argparse.Namespace, defaults: dict[str, Any]) -> SamplingParams:
     asked = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed", "logprobs")}
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        stop=tuple(args.stop or ()),
-        ignore_eos=args.ignore_eos,
-        **{**defaults, **{name: value for name, value in asked.items() if value is not None}},
-    )
+    given = {name: value for name, value in asked.items() if value is not None}
+    given |= {"max_tokens": args.max_tokens, "stop": tuple(args.stop or ()), "ignore_eos": args.ignore_eos}
+    return SamplingParams(**defaults | given)
 
 
 def _generate(args: argparse.Namespace, engine: EngineConfig, params: SamplingParams) -> list[RequestOutput]:

@@ -98,9 +98,9 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
 def _runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
     """The directory that engines load, and whether its weights are to be random: where there are none."""
     from cluster.official import official_configs
-    from qwen3_dist.weights.source import resolve_model
+    from qwen3_dist.weights.source import local_path, resolve_model
 
-    path = Path(model).expanduser()
+    path = local_path(model)
     if name == "bundled" or (path.is_dir() and any(path.glob("*.safetensors"))):
         yield resolve_model("" if name == "bundled" else model), False
         return

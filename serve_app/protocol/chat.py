@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from qwen3_dist.engine.grammar import compile_grammar
 from qwen3_dist.engine.tool_grammar import compile_tool_calls
 from qwen3_dist.errors import RequestError
-from qwen3_dist.sampling_params import MAX_LOGPROBS, StructuredOutputs
+from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputs
 from qwen3_dist.text.choice import Reading
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
@@ -53,6 +54,10 @@ CHAT_BODY = Record(
         "add_generation_prompt": Field(BOOL, "Whether the assistant's next message is begun."),
         "continue_final_message": Field(BOOL, "Goes on with the last message instead."),
         "echo": Field(BOOL, "Shows the last message ahead of the answer, if it is the assistant's."),
+        "add_special_tokens": Field(
+            BOOL,
+            "Whether the prompt gets what the tokenizer puts around a text beside what the template has.",
+        ),
         "documents": Field(ListOf(OBJECT, "a list of objects"), "For the chat template."),
         "chat_template_kwargs": Field(_VARIABLES, "Variables for the chat template."),
     },
@@ -75,6 +80,10 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool = True
     continued: bool = False
     template_kwargs: Json = field(default_factory=dict)
+    add_special_tokens: bool = False
+
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        return super().params({"max_tokens": None, **defaults})
 
     def prompts(self, texts: Texts) -> list[Prompt]:
         if texts.tokenizer is None or texts.template is None:
@@ -83,7 +92,7 @@ class ChatRequest(GenerationRequest):
                 f"this model has no {lacks}, so it cannot chat; use /v1/completions", param="messages"
             )
         rendered = texts.template.render(self.messages, self.tools or None, **self.variables(texts))
-        return [texts.prompt(rendered, "messages")]
+        return [texts.prompt(rendered, "messages", self.add_special_tokens)]
 
     def variables(self, texts: Texts) -> Json:
         """What the template is told beside messages and tools."""
@@ -163,7 +172,6 @@ def _read(given: Json) -> Json:
     if top and not wanted:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     read = read_generation(given, limit, ("top_logprobs", top if wanted else None))
-    read["sampling"].setdefault("max_tokens", None)
     read["names"]["prompt"] = "messages"
     read["shown"] = replace(
         read["shown"], reasoning=given.get("include_reasoning", True), echo=given.get("echo", False)
@@ -179,6 +187,7 @@ def _read(given: Json) -> Json:
         **tools,
         "messages": [template_message(message) for message in given["messages"]],
         "template_kwargs": _template_kwargs(given),
+        "add_special_tokens": given.get("add_special_tokens", False),
     }
 
 

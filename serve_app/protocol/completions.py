@@ -31,6 +31,9 @@ COMPLETION_BODY = Record(
         "logprobs": Field(
             integer(0, MAX_LOGPROBS), "Log-probabilities of each token and of so many alternatives."
         ),
+        "add_special_tokens": Field(
+            BOOL, "Whether a text gets what the tokenizer puts around one; it does unless this is false."
+        ),
         "echo": Field(BOOL, "Shows the prompt ahead of the answer."),
     },
 )
@@ -41,6 +44,7 @@ class CompletionRequest(GenerationRequest):
     """A body of /v1/completions; each prompt is text or token ids."""
 
     wanted: list[str | list[int]] = field(default_factory=list)
+    add_special_tokens: bool = True
 
     @property
     def num_prompts(self) -> int:
@@ -48,7 +52,9 @@ class CompletionRequest(GenerationRequest):
 
     def prompts(self, texts: Texts) -> list[Prompt]:
         return [
-            texts.prompt(prompt, "prompt") if isinstance(prompt, str) else Prompt(prompt)
+            texts.prompt(prompt, "prompt", self.add_special_tokens)
+            if isinstance(prompt, str)
+            else Prompt(prompt)
             for prompt in self.wanted
         ]
 
@@ -56,7 +62,8 @@ class CompletionRequest(GenerationRequest):
         return CompletionAnswer(served, self.shown)
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        return super().params({"max_tokens": COMPLETION_MAX_TOKENS, **defaults})
+        most = min(COMPLETION_MAX_TOKENS, defaults.get("max_tokens", COMPLETION_MAX_TOKENS))
+        return super().params({**defaults, "max_tokens": most})
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -74,7 +81,7 @@ def parse_completion(body: bytes) -> CompletionRequest:
         _read_echo(given, read)
     elif given.get("max_tokens") == 0:
         raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
-    return CompletionRequest(**read, wanted=prompts)
+    return CompletionRequest(**read, wanted=prompts, add_special_tokens=given.get("add_special_tokens", True))
 
 
 def as_prompts(given: Any) -> list[str | list[int]]:

@@ -163,7 +163,7 @@ def parse_count_tokens(body: bytes) -> CountTokensRequest:
 
 def _request(chat: Json, max_tokens: int) -> MessagesRequest:
     fields = chat_fields(chat)
-    del fields["sampling"]["max_tokens"]
+    fields["sampling"].pop("max_tokens", None)
     names = {**fields["names"], "stop": "stop_sequences", "structured_outputs": "output_config.format"}
     return MessagesRequest(**{**fields, "names": names}, max_tokens=max_tokens)
 

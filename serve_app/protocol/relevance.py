@@ -15,6 +15,10 @@ from serve_app.protocol.prompts import Prompt, Texts
 _ASKING: dict[str, Field] = {
     **POOLING,
     "instruction": Field(TEXT, "What documents are looked for; absent, those that answer a web search."),
+    "add_special_tokens": Field(
+        BOOL,
+        "Whether prompts get what the tokenizer puts around a text beside what Qwen3-Reranker's form has.",
+    ),
 }
 _DOCUMENT = Either(
     "a string or an object with a text",
@@ -59,6 +63,7 @@ class RelevanceRequest(PoolingRequest):
     queries: list[str]
     documents: list[str]
     instruction: str | None
+    add_special_tokens: bool
 
     @property
     def num_sequences(self) -> int:
@@ -72,7 +77,11 @@ class RelevanceRequest(PoolingRequest):
     def prompts(self, texts: Texts) -> list[Prompt]:
         pairs = enumerate(zip(self.queries, self.documents, strict=True))
         return [
-            texts.prompt(relevance_prompt(query, document, self.instruction), self.place(index))
+            texts.prompt(
+                relevance_prompt(query, document, self.instruction),
+                self.place(index),
+                self.add_special_tokens,
+            )
             for index, (query, document) in pairs
         ]
 
@@ -126,6 +135,7 @@ def parse_rerank(body: bytes) -> RerankRequest:
         queries=[given["query"]] * len(documents),
         documents=documents,
         instruction=given.get("instruction"),
+        add_special_tokens=given.get("add_special_tokens", False),
         top_n=given.get("top_n", 0),
         with_documents=given.get("return_documents", True),
     )
@@ -147,5 +157,6 @@ def parse_score(body: bytes) -> ScoreRequest:
         queries=queries * (len(documents) // len(queries)),
         documents=documents,
         instruction=given.get("instruction"),
+        add_special_tokens=given.get("add_special_tokens", False),
         is_list=documents is second,
     )

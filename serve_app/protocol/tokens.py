@@ -19,6 +19,7 @@ from serve_app.protocol.prompts import Prompt, Texts
 _TOKENS = ListOf(integer(0, 2**31 - 1), "a list of token ids")
 _MODEL = Field(TEXT, "The served model's name; absent, it is the model.")
 _OF_CHAT = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_SAID_OF_CHAT = (*_OF_CHAT, "add_special_tokens")
 TOKENIZE_BODY = Record(
     "an object",
     {
@@ -28,7 +29,8 @@ TOKENIZE_BODY = Record(
         **{name: CHAT_BODY.fields[name] for name in _OF_CHAT},
         "add_special_tokens": Field(
             BOOL,
-            "Whether a text gets what the tokenizer puts around it, as one to embed does unless this is false.",
+            "Whether a text gets what the tokenizer puts around one; a prompt does unless this is false, as one of "
+            "/v1/completions, and messages only if this is true, as those of /v1/chat/completions.",
         ),
         "return_token_strs": Field(BOOL, "Gives each token's text as well."),
     },
@@ -116,4 +118,4 @@ def parse_detokenize(body: bytes) -> DetokenizeRequest:
 
 
 def _conversation(given: Json) -> ChatRequest:
-    return ChatRequest(**chat_fields({name: given.get(name) for name in ("messages", *_OF_CHAT)}))
+    return ChatRequest(**chat_fields({name: given.get(name) for name in ("messages", *_SAID_OF_CHAT)}))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,3 +230,62 @@ def test_without_a_working_compiler_torch_serves_and_one_line_says_so(
         assert len(caplog.records) == 1 and "torch alone" in caplog.text
     finally:
         build.library.cache_clear()
+
+
+@pytest.fixture
+def fast_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A compiler that makes empty libraries, no home, and the folder for temporary files."""
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/true")
+    monkeypatch.setattr(build, "_build", lambda compiler, built: built.touch())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "tmp").mkdir()
+    build.library.cache_clear()
+    yield tmp_path / "tmp"
+    build.library.cache_clear()
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_user_without_a_home_builds_into_a_private_folder(
+    fast_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", no_home)
+    built = build.library()
+    assert built is not None and built.parent == fast_build / f"qwen3_dist-{os.getuid()}"
+    assert built.parent.stat().st_mode & 0o777 == 0o700
+    build.library.cache_clear()
+    assert build.library() == built
+
+
+def test_a_cache_that_cannot_be_made_is_replaced_by_a_private_folder(
+    fast_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fast_build / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fast_build / "file"))
+    built = build.library()
+    assert built is not None and built.parent == fast_build / f"qwen3_dist-{os.getuid()}"
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(
+    fast_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", no_home)
+    open_to_all = fast_build / f"qwen3_dist-{os.getuid()}"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    built = build.library()
+    assert built is not None and built.parent != open_to_all
+
+
+def test_kernels_in_a_cache_that_cannot_be_written_are_used(
+    fast_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fast_build))
+    built = build.library()
+    assert built is not None and built.parent == fast_build / "qwen3_dist"
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_is_writable", lambda folder: False)
+    assert build.library() == built

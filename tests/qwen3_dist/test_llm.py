@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.engine.outputs import CompletionOutput
 from qwen3_dist.errors import RequestError
 from qwen3_dist.weights.source import bundled_path
 
@@ -105,6 +107,24 @@ def test_preemption_changes_no_token() -> None:
         assert tight._engine.stats().preemptions > 0
         tight._engine.check_integrity()
     assert [output.token_ids for output in outputs] == expected
+
+
+def test_every_end_that_a_file_states_ends_a_generation(tmp_path: Path) -> None:
+    shutil.copytree(bundled_path(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4070, 999999]}')
+    greedy = SamplingParams(temperature=0, max_tokens=60)
+    with LLM(str(tmp_path), use_tqdm=False, num_blocks=512, dtype="float32") as llm:
+        ends = {4070, llm._engine.tokenizer.token_id("<|im_end|>")}  # type: ignore[union-attr]
+
+        def chat(params: SamplingParams) -> CompletionOutput:
+            hello = [{"role": "user", "content": "Hello!"}]
+            return llm.chat(hello, params, use_tqdm=False, enable_thinking=False)[0].outputs[0]
+
+        short = chat(greedy)
+        assert short.finish_reason == "stop" and set(short.token_ids) & ends == {short.token_ids[-1]}
+        longer = chat(replace(greedy, min_tokens=len(short.token_ids) + 5))
+        assert not ends & set(longer.token_ids[: len(short.token_ids) + 5])
+        assert chat(replace(greedy, ignore_eos=True)).finish_reason == "length"
 
 
 def test_without_params_the_checkpoint_recommends_them(tmp_path: Path) -> None:

@@ -96,27 +96,23 @@ def test_the_bundled_tokenizer_gives_every_text_back_in_nfc(text: str) -> None:
     )
 
 
+GENERATION, TOKENIZER, CONFIG = "generation_config.json", "tokenizer_config.json", "config.json"
+END = {TOKENIZER: {"eos_token": "<|im_end|>"}}
 EOS_CASES: list[tuple[dict[str, Any], tuple[int, ...]]] = [
-    (
-        {
-            "generation_config.json": {"eos_token_id": [7, 8]},
-            "tokenizer_config.json": {"eos_token": "<|im_end|>"},
-        },
-        (7, 8),
-    ),
-    ({"generation_config.json": {"eos_token_id": 7}, "config.json": {"eos_token_id": 9}}, (7,)),
-    ({"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "config.json": {"eos_token_id": 9}}, (4072,)),
-    (
-        {"tokenizer_config.json": {"eos_token": {"content": "<|im_end|>"}}, "generation_config.json": {}},
-        (4072,),
-    ),
-    ({"tokenizer_config.json": {"eos_token": None}, "config.json": {"eos_token_id": 9}}, (9,)),
+    ({GENERATION: {"eos_token_id": 4070}, **END, CONFIG: {"eos_token_id": 4072}}, (4070, 4072)),
+    ({GENERATION: {"eos_token_id": [7, 8]}, **END, CONFIG: {"eos_token_id": 9}}, (7, 8, 4072, 9)),
+    ({GENERATION: {"eos_token_id": [8, 7]}, CONFIG: {"eos_token_id": [7, 9]}}, (8, 7, 9)),
+    ({GENERATION: {"eos_token_id": 7}, CONFIG: {"eos_token_id": 9}}, (7, 9)),
+    ({**END, CONFIG: {"eos_token_id": 9}}, (4072, 9)),
+    ({TOKENIZER: {"eos_token": {"content": "<|im_end|>"}}, GENERATION: {"eos_token_id": []}}, (4072,)),
+    ({TOKENIZER: {"eos_token": None}, CONFIG: {"eos_token_id": 9}}, (9,)),
+    ({GENERATION: {"eos_token_id": 7}}, (7,)),
     ({}, ()),
 ]
 
 
 @pytest.mark.parametrize(("files", "expected"), EOS_CASES)
-def test_eos_ids_come_from_the_first_file_that_names_them(
+def test_eos_ids_are_those_of_all_files_that_state_some(
     tmp_path: Path, files: dict[str, Any], expected: tuple[int, ...]
 ) -> None:
     shutil.copy(BUNDLED / "tokenizer.json", tmp_path)
@@ -136,6 +132,8 @@ def test_a_directory_without_tokenizer_json_has_no_tokenizer(tmp_path: Path) -> 
         ("tokenizer.json", "{}", "not a usable tokenizer"),
         ("generation_config.json", "[1]", "JSON object"),
         ("generation_config.json", '{"eos_token_id": "<|im_end|>"}', "eos_token_id"),
+        ("config.json", '{"eos_token_id": true}', "eos_token_id"),
+        ("config.json", '{"eos_token_id": [1, -1]}', "eos_token_id"),
     ],
 )
 def test_a_damaged_file_is_a_checkpoint_error(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -158,12 +156,34 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path: Path) -> None:
          {"temperature": 0.6, "top_p": 0.95, "top_k": 20}),
         ({"do_sample": True, "temperature": 0.7, "top_k": None}, {"temperature": 0.7}),
         ({"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.05}, {"min_p": 0.1, "repetition_penalty": 1.05}),
-        ({"do_sample": False, "temperature": 0.6}, {}),
-        ({"temperature": 0.6}, {}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.6}),
+        ({"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.3},
+         {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.3}),
+        ({"do_sample": False, "max_new_tokens": 2048, "eos_token_id": 1}, {"max_tokens": 2048}),
+        ({"do_sample": False}, {}),
     ],
 )  # fmt: skip
-def test_sampling_defaults_are_read_only_where_the_checkpoint_samples(
+def test_sampling_defaults_are_what_the_file_states(
     tmp_path: Path, generation_config: dict[str, Any], expected: dict[str, Any]
 ) -> None:
+    """As in vLLM, which does not read do_sample."""
     (tmp_path / "generation_config.json").write_text(json.dumps(generation_config), encoding="utf-8")
     assert read_generation_defaults(tmp_path) == expected
+
+
+def test_a_recommendation_that_no_request_may_ask_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"top_p": 1.5}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="recommends what no request may ask: top_p must be"):
+        read_generation_defaults(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [({"no_repeat_ngram_size": 3}, True), ({"num_beams": 1, "stop_strings": None, "bos_token_id": 5}, False)],
+)
+def test_a_recommendation_that_is_not_applied_is_logged(
+    tmp_path: Path, stated: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(stated), encoding="utf-8")
+    assert read_generation_defaults(tmp_path) == {}
+    assert ("no_repeat_ngram_size=3, which is not applied" in caplog.text) is said

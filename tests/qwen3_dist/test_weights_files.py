@@ -189,6 +189,15 @@ def test_a_model_is_the_bundled_one_a_directory_or_a_hub_id(tmp_path: Path) -> N
             resolve_model(neither)
 
 
+def test_a_home_that_is_not_there_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(CheckpointError, match="this user has no home; give the whole path"):
+        resolve_model("~/model")
+
+
 def test_a_hub_id_is_taken_from_the_local_cache_at_its_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
