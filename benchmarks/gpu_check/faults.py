@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -84,6 +85,10 @@ class _Left:
 
     def __init__(self, setting: Setting) -> None:
         self._on_gpu = setting.on_gpu
+        if self._on_gpu:
+            torch.zeros(8, 8, device="cuda").mm(
+                torch.zeros(8, 8, device="cuda")
+            )  # this process's own context stays
         self._processes = descendants(os.getpid())
         self._free = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
 
@@ -92,6 +97,9 @@ class _Left:
         deadline = time.monotonic() + _ENDS_WITHIN_S
         while True:
             left = descendants(os.getpid()) - self._processes
+            if self._on_gpu:
+                gc.collect()
+                torch.cuda.empty_cache()
             missing = self._free - torch.cuda.mem_get_info()[0] if self._on_gpu else 0
             if not left and missing <= _KEPT_BYTES:
                 return {"left": "nothing"}
