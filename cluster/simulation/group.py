@@ -51,7 +51,7 @@ def make_sequence(seq_id: int, request: Request, block_size: int, longest: int) 
     hashes = [*range(prefix, prefix + shared), *range(own + shared, own + total)]
     return SimulatedSequence(
         seq_id,
-        "",
+        str(seq_id),
         0,
         [_TOKEN] * request.input_len,
         _GREEDY,

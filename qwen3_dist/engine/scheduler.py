@@ -5,8 +5,8 @@ prompts, with as large a chunk as the budget leaves; then waiting sequences are 
 prompt finds room. A running sequence that finds no free block preempts the last in line, which gives its
 blocks back and is computed again later (its output so far included).
 
-The line is by priority and arrival, and nobody waits for ever: a priority moves a sequence in line by `places` steps
-of arrival, fewer than MOST_PLACES however large it is, so whoever waits overtakes all later arrivals.
+The line is by priority and arrival, and nobody waits for ever: a priority moves a sequence by `places` steps of
+arrival, fewer than MOST_PLACES, so whoever waits overtakes all later arrivals. `slot_shares` says whose turn it is.
 
 Steps may be planned before the ones before them have answered (`num_pending` of a sequence). Where the model
 is a pipeline of stages, these steps are its micro-batches: each takes its part of the decoding sequences,
@@ -25,14 +25,14 @@ from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
+from qwen3_dist.engine.line import place_in_line
 from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.sequence_step import SomeBlocks
+from qwen3_dist.engine.slot_shares import SlotShares
 
-MOST_PLACES = 1024
-_HALF_PRIORITY = 3  # moves a sequence by half of MOST_PLACES
 _MOST_FREE = 8  # times the free tokens in a step with guesses, which would have to be all but certain
 _KEPT_FREE = 100  # one block in so many is left for the running ones when a new one is admitted
 
@@ -70,6 +70,7 @@ class Scheduler:
         self._eos_token_ids = eos_token_ids
         self._by_id: dict[int, Sequence] = {}
         self._slots = list(range(limits.max_num_seqs))  # free ones; a heap, so that low ones are used
+        self._shares = SlotShares()
         self._answered = 0  # steps whose results were taken in
         self._lacks_blocks = False  # whether a running sequence waits for blocks that rest
 
@@ -88,7 +89,7 @@ class Scheduler:
         if self._limits.speculation is not None and sequence.params.is_plain and sequence.max_tokens:
             sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
-        insort(self.waiting, sequence, key=_place_in_line)
+        insort(self.waiting, sequence, key=place_in_line)
         self._by_id[sequence.seq_id] = sequence
 
     @property
@@ -114,6 +115,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, with its blocks reserved; None when there is nothing to do before an answer."""
+        self._share_slots()
         preemptions = self.counts.preemptions
         steps = [self._step(*chunk) for chunk in self._chunks_of_running().items()]
         if self.counts.preemptions == preemptions and not self._lacks_blocks:
@@ -215,7 +217,7 @@ class Scheduler:
                 if self._rest_until:  # so would the blocks of a preempted sequence
                     self._lacks_blocks = True
                     break
-                budget += chunks.pop(self._preempt_last(), 0)
+                budget += chunks.pop(self._preempt(self.running[-1]), 0)
         return chunks
 
     def _add_drafts(self, steps: list[SequenceStep]) -> None:
@@ -259,12 +261,13 @@ class Scheduler:
     def _admit(self, budget: int) -> list[SequenceStep]:
         steps: list[SequenceStep] = []
         while self.waiting and budget > 0 and self._slots:
-            sequence = self.waiting[0]
+            sequence = self.waiting[place := self._shares.next(self.waiting)]
             keep_free = self.blocks.num_blocks // _KEPT_FREE if self.running else 0
             if sequence.num_pending or not self.blocks.admit(sequence, keep_free):
                 break
-            insort(self.running, self.waiting.pop(0), key=_place_in_line)
+            insort(self.running, self.waiting.pop(place), key=place_in_line)
             sequence.slot = heapq.heappop(self._slots)
+            self._shares.take(sequence)
             self._count_prompt(sequence)
             num_new = min(sequence.num_uncomputed, budget)
             reserved = self.blocks.reserve(sequence, num_new)
@@ -284,10 +287,15 @@ class Scheduler:
         """The step before whose answer no freed block may be written to, since it may be run again; 0 if none is."""
         return self.counts.steps if self._limits.may_repeat and self._answered < self.counts.steps else 0
 
-    def _preempt_last(self) -> Sequence:
-        victim = self.running[-1]
+    def _share_slots(self) -> None:
+        """Preempts a sequence of a request with several slots, if there is no other slot for one with none."""
+        may_share = self.waiting and not self._slots and not self._rest_until
+        if may_share and (victim := self._shares.owed(self.waiting, self.running)):
+            self._preempt(victim)
+
+    def _preempt(self, victim: Sequence) -> Sequence:
         self._stop(victim)
-        insort(self.waiting, victim, key=_place_in_line)
+        insort(self.waiting, victim, key=place_in_line)
         self.counts.preemptions += 1
         return victim
 
@@ -295,6 +303,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence, self._rest_until)
         heapq.heappush(self._slots, sequence.slot)
+        self._shares.give_back(sequence)
         sequence.slot = -1
         sequence.is_set_up = False
 
@@ -330,12 +339,3 @@ class Scheduler:
             reading=reading,
             blocks=SomeBlocks(sequence.block_table, len(sequence.block_table)),
         )
-
-
-def places(priority: int) -> float:
-    """Steps of later arrival that `priority` counts as: 256 for 1, 512 for 3, fewer than MOST_PLACES for any."""
-    return MOST_PLACES * priority / (abs(priority) + _HALF_PRIORITY)
-
-
-def _place_in_line(sequence: Sequence) -> tuple[float, int]:
-    return sequence.arrival + places(sequence.priority), sequence.seq_id

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qwen3_dist.engine.line import MOST_PLACES, places
 from qwen3_dist.engine.plan import LAST_SAMPLED, StepPlan, StepResult
-from qwen3_dist.engine.scheduler import MOST_PLACES, Scheduler, places
+from qwen3_dist.engine.scheduler import Scheduler
+from qwen3_dist.engine.sequence import Sequence
 from tests.scheduling import EOS, make_scheduler, make_sequence
 
 
@@ -147,6 +149,44 @@ def test_no_priority_waits_for_ever(priority: int, others: int, waits: int) -> N
 def test_each_priority_goes_before_the_next_higher_one() -> None:
     in_order = [-(2**31), -1000, -100, -11, -10, -2, -1, 0, 1, 2, 10, 11, 100, 1000, 2**31 - 1]
     assert [places(priority) for priority in in_order] == sorted({places(p) for p in in_order})
+
+
+def choices(request: str, seq_ids: range, max_tokens: int = 50) -> list[Sequence]:
+    made = [make_sequence(seq_id, 3, max_tokens) for seq_id in seq_ids]
+    for sequence in made:
+        sequence.request_id = request
+    return made
+
+
+def test_requests_of_several_choices_give_slots_to_those_that_have_none() -> None:
+    scheduler = make_scheduler(seqs=4)
+    for sequence in (*choices("a", range(4)), *choices("b", range(10, 14))):
+        scheduler.add(sequence)
+    scheduler.update(plan := planned(scheduler), answer(plan))
+    assert {"a", "b"} == {sequence.request_id for sequence in scheduler.running}
+    for seq_id in (20, 21):
+        scheduler.add(make_sequence(seq_id, 3, max_tokens=2))
+    for _ in range(4):
+        scheduler.update(plan := planned(scheduler), answer(plan))
+    assert all(sequence.seq_id < 20 for sequence in (*scheduler.running, *scheduler.waiting))
+    run(scheduler)  # and whoever gave a slot is answered in full
+    assert scheduler.blocks.num_free == scheduler.blocks.num_blocks
+
+
+def test_a_request_keeps_its_slots_where_nobody_waits_with_none() -> None:
+    scheduler = make_scheduler(seqs=4)
+    for sequence in choices("a", range(8)):
+        scheduler.add(sequence)
+    run(scheduler)
+    assert scheduler.counts.preemptions == 0
+
+
+def test_requests_of_one_choice_are_never_preempted_for_their_slots() -> None:
+    scheduler = make_scheduler(seqs=2)
+    for seq_id in range(8):
+        scheduler.add(make_sequence(seq_id, 3, max_tokens=5))
+    run(scheduler)
+    assert scheduler.counts.preemptions == 0
 
 
 def test_eos_and_stop_tokens_end_a_sequence_unless_eos_is_ignored() -> None:
