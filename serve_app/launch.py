@@ -22,7 +22,9 @@ from ray.util import placement_group_table
 from cluster import ray_cluster
 from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine.engine import check_context
 from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.source import resolve_model
 from serve_app.app import APP_NAME, QUIET, bind
@@ -85,10 +87,14 @@ def _start_serve(config: ServiceConfig) -> None:
 
 
 def check_model(config: ServiceConfig) -> None:
-    """Raises CheckpointError or ParallelLayoutError if the model is missing, or layout or adapters do not fit it."""
+    """Raises CheckpointError, ConfigError or ParallelLayoutError if the model is missing, or if context, layout or
+    adapters do not fit it or its files cannot be read."""
     path = resolve_model(config.engine.model, config.engine.revision)
     model_config = ModelConfig.from_directory(path)
     config.engine.layout.validate(model_config)
+    check_context(config.engine, model_config)
+    read_generation_defaults(path)
+    read_eos_token_ids(path)
     open_adapters(config.engine.lora, model_config)
 
 

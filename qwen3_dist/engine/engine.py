@@ -64,7 +64,7 @@ class Engine:
         self.model_path = path
         self.model_config = ModelConfig.from_directory(path)
         config.layout.validate(self.model_config)
-        _check_context(config, self.model_config)
+        check_context(config, self.model_config)
         open_adapters(config.lora, self.model_config)  # before ranks start, which do it again
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
@@ -309,7 +309,8 @@ def _pinned(config: EngineConfig, path: Path) -> EngineConfig:
     return config if commit is None else replace(config, revision=commit)
 
 
-def _check_context(config: EngineConfig, model_config: ModelConfig) -> None:
+def check_context(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Raises ConfigError if `config` asks for a longer context than the model has."""
     if config.max_model_len is not None and config.max_model_len > model_config.context_length:
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the model's context of {model_config.context_length}"

@@ -10,12 +10,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import add_settings, given_settings
 from serve_app.config import read_service_config
+
+if TYPE_CHECKING:
+    from qwen3_dist.benchmark import Workload
 
 HELP = "measure throughput (all prompts at once) or latency (one batch after the other)"
 
@@ -66,21 +69,30 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
+def _check_length(workload: Workload, context: int) -> None:
+    if workload.input_len + workload.output_len > context:
+        raise ConfigError(
+            f"{workload.input_len} + {workload.output_len} tokens exceed the context of {context}; "
+            "lower --input-len or --output-len"
+        )
+
+
 def _measure(args: argparse.Namespace, config: EngineConfig) -> dict[str, object]:
     from qwen3_dist.benchmark import Workload, measure, warm_up
-    from qwen3_dist.engine.engine import Engine
+    from qwen3_dist.config import ModelConfig
+    from qwen3_dist.engine.engine import Engine, check_context
+    from qwen3_dist.weights.source import resolve_model
 
     batch_size = args.batch_size if args.kind == "latency" else None
     workload = Workload(args.num_prompts, args.input_len, args.output_len, batch_size, args.seed)
+    model_config = ModelConfig.from_directory(resolve_model(config.model, config.revision))
+    check_context(config, model_config)
+    _check_length(workload, config.max_model_len or model_config.context_length)
     started = time.perf_counter()
     engine = Engine(config, show_progress=sys.stderr.isatty())
     try:
         start_s = time.perf_counter() - started
-        if workload.input_len + workload.output_len > engine.max_model_len:
-            raise ConfigError(
-                f"{workload.input_len} + {workload.output_len} tokens exceed the context of "
-                f"{engine.max_model_len}; lower --input-len or --output-len"
-            )
+        _check_length(workload, engine.max_model_len)
         warm_up(engine)
         figures = measure(engine, workload)
     finally:
