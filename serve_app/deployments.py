@@ -37,6 +37,7 @@ from serve_app.http import (
     route_path,
 )
 from serve_app.kept_response import KeptResponse
+from serve_app.late_stream import COMMENT, HEADERS_AFTER_S, LateStream
 from serve_app.openapi import ANTHROPIC_ERROR, route
 from serve_app.protocol.chat import CHAT_BODY, parse_chat
 from serve_app.protocol.completions import COMPLETION_BODY, parse_completion
@@ -232,12 +233,14 @@ class Ingress:
             if request.model:
                 self._models.check(request.model)
             admitted.count(request.num_sequences)
-            items = heard(self._dispatcher.answer(request, request_id(asked)))
+            items = LateStream(heard(self._dispatcher.answer(request, request_id(asked))))
+            streams = isinstance(request, GenerationRequest) and request.stream
             try:
-                status, first = await anext(items)
+                opening = await items.first(HEADERS_AFTER_S if streams else None)
             except BaseException:
                 await items.aclose()
                 raise
+            status, first = opening or (HTTPStatus.OK, COMMENT)
             patience_s = self._config.write_timeout_s
             if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
                 return EventStream(first, items, request.error_events, patience_s, held.pop_all())

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
+from serve_app.late_stream import LateStream
 
 MOST_UNSENT = 2**16  # bytes that wait for a client to read before more are asked of a replica
 PIECE = 2**20  # bytes of a body that are sent at once, less than gRPC takes by default
@@ -57,7 +58,7 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         first: bytes,
-        items: AsyncGenerator[bytes, None],
+        items: AsyncGenerator[bytes, None] | LateStream,
         error_events: Callable[[Exception], bytes],
         timeout_s: float = 0.0,
         admitted: AbstractContextManager[Any] | None = None,
