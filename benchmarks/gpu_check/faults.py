@@ -86,9 +86,7 @@ class _Left:
     def __init__(self, setting: Setting) -> None:
         self._on_gpu = setting.on_gpu
         if self._on_gpu:
-            torch.zeros(8, 8, device="cuda").mm(
-                torch.zeros(8, 8, device="cuda")
-            )  # this process's own context stays
+            torch.zeros(1, device="cuda")  # this process's own context stays
         self._processes = descendants(os.getpid())
         self._free = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
 
@@ -148,19 +146,26 @@ def _bad_settings(setting: Setting) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _refused(setting: Setting, settings: dict[str, Any], said: str) -> Figures:
-    """The engine does not start, and says why in one sentence."""
+    """The engine does not start, and says why in one sentence.
+
+    It is tried twice: what the first try leaves may be CUDA's modules, which a process keeps.
+    """
+    _why_it_does_not_start(setting, settings)
     before, started = _Left(setting), time.monotonic()
-    layout, model = settings.pop("layout", "tp=1"), settings.pop("model", small_checkpoint("dense", setting))
-    try:
-        with running(setting, Path(model), layout, **{"num_blocks": 64, **settings}):
-            pass
-    except QwenDistError as error:
-        message = str(error)
-    else:
-        raise CheckFailed("the engine started")
+    message = _why_it_does_not_start(setting, settings)
     figures: Figures = {"message": message, "told_s": round(time.monotonic() - started, 1)}
     require(said in message and "\n" not in message, f"not one sentence about {said!r}: {message}", **figures)
     return {**figures, **before.nothing_is_left()}
+
+
+def _why_it_does_not_start(setting: Setting, settings: dict[str, Any]) -> str:
+    own = {"num_blocks": 64, "model": small_checkpoint("dense", setting), "layout": "tp=1", **settings}
+    try:
+        with running(setting, Path(own.pop("model")), own.pop("layout"), **own):
+            pass
+    except QwenDistError as error:
+        return str(error)
+    raise CheckFailed("the engine started")
 
 
 def _no_visible_card(setting: Setting) -> Figures:

@@ -16,7 +16,9 @@ from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.step_memory import rows_of_slice
 
 _Three = tuple[Tensor, Tensor, Tensor]
-_FEW_PAIRS = 64  # for each expert, up to which a GPU takes our kernel rather than torch's
+# Pairs for each expert up to which a GPU takes our kernel rather than torch's. On an H200 ours was still faster at 256
+# (`benchmarks/results/gpu-check-NVIDIA-H200.json`); what torch does with more was not measured.
+_FEW_PAIRS = 256
 
 
 class Experts(nn.Module):

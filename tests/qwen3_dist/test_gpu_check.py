@@ -73,7 +73,7 @@ def test_each_way_of_a_gpu_computes_experts(tmp_path: Path, monkeypatch: pytest.
     figures = experts._ways(setting, size, 3, times)
     assert figures == {f"{way}, us": 7.0 for way in ("one by one", "triton", "triton, int8")}
     assert experts._crossing(size, {"triton": {8: 1.0, 64: 3.0}, "grouped_mm": {8: 2.0, 64: 2.0}}) == {
-        "few_pairs_now": 64,
+        "few_pairs_now": 256,
         "measured": 32.0,
     }
     wrong = GpuKernels()
