@@ -95,7 +95,7 @@ class Choice:
                 text += self._text.finish()
             if self._text.stopped:
                 reason, stopped_by = "stop", self._text.stopped_by
-        parsed = self._parse(text, final=reason is not None)
+        parsed = self._parse(text, reason)
         calls = self._shown_calls(parsed.tool_calls)
         if len(calls) < len(parsed.tool_calls):
             reason = reason or "stop"
@@ -122,11 +122,11 @@ class Choice:
         thinks = self._thinking is None or not self._has_form or self._thinking.opens in first.token_ids[:1]
         return self._reading.reasoning if thinks or self._reading.reasoning == "open" else "none"
 
-    def _parse(self, text: str, final: bool) -> Parsed:
+    def _parse(self, text: str, reason: str | None) -> Parsed:
         if self._parser is None:
             return Parsed(text)
         parsed = self._parser.push(text)
-        return parsed + self._parser.finish() if final else parsed
+        return parsed + self._parser.finish(cut=reason == "length") if reason else parsed
 
     def _shown_calls(self, parts: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
         """Those of calls that the client wants."""

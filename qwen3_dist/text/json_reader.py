@@ -6,16 +6,18 @@ import re
 from enum import Enum, auto
 
 SPACE = " \t\n\r"
-_WORD = frozenset("+-.0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_WORD = frozenset("+-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _WORDS = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _BEGUN_ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{0,4})')
 _CLOSERS = {"{": "}", "[": "]"}
+MAY_END = "}]" + SPACE  # at the end of a string: if its quote is missing they are not part of it
 
 
-class _Next(Enum):
+class Next(Enum):
     """What may come next outside of strings and words."""
 
     VALUE = auto()
+    ITEM = auto()
     ITEM_OR_END = auto()
     KEY_OR_END = auto()
     KEY = auto()
@@ -23,42 +25,48 @@ class _Next(Enum):
     COMMA_OR_END = auto()
 
 
-class JsonReader:
-    """Reads one value. Whatever was shown of it becomes valid JSON with `closing` appended.
+VALUES = (Next.VALUE, Next.ITEM, Next.ITEM_OR_END)
+KEYS = (Next.KEY, Next.KEY_OR_END)
+_ENDS = (Next.COMMA_OR_END, Next.KEY_OR_END, Next.ITEM_OR_END)
 
-    What it shows are the characters it read, except that strings may hold control characters and backslashes
-    that begin no escape: models write both, and they are shown as the escapes that they should have been.
-    `done` once the value is complete, `failed` once it cannot be JSON.
+
+class JsonReader:
+    """Reads one value. What it showed, with `held` appended once the value is `done`, is valid JSON.
+
+    It shows the characters that it read, except that strings may hold control characters and backslashes that
+    begin no escape: models write both, and they are shown as the escapes that they should have been. Quotes,
+    brackets, keys and commas are held until more of a string's text or a whole word follows them, so what was
+    shown stays true where JSON ends and a LenientReader reads the text again. `failed` once it cannot be JSON.
     """
+
+    quotes = '"'
 
     def __init__(self) -> None:
         self.done = False
         self.failed = False
-        self._next = _Next.VALUE
+        self.held = ""
+        self.shown_end = 0  # where, in the text that was read last, that which was shown last ends
+        self._text = ""  # as `read` has it, and where it stands
+        self._at = 0
+        self._next = Next.VALUE
         self._closers: list[str] = []
         self._word = ""
-        self._in_string = False
+        self._quote = ""  # of the string under way
         self._is_key = False
         self._escape = ""
-        self._held = ""  # read, but a key or a comma that needs a value after it
         self._shown: list[str] = []
 
     def read(self, text: str, start: int) -> tuple[int, str]:
         """Reads from `start` on. Returns where the first character lies that is not the value's, and what to show."""
         self._shown.clear()
-        at = start
-        while at < len(text) and not (self.done or self.failed):
-            at += self._takes(text[at])
-        return at, "".join(self._shown)
-
-    def closing(self) -> str:
-        """What completes that which was shown of a list or an object."""
-        quote = '"' if self._in_string and not self._is_key else ""
-        return quote + "".join(reversed(self._closers))
+        self._text, self._at = text, start
+        while self._at < len(text) and not (self.done or self.failed):
+            self._at += self._takes(text[self._at])
+        return self._at, "".join(self._shown)
 
     def _takes(self, char: str) -> bool:
         """Reads `char`, if it is the value's."""
-        if self._in_string:
+        if self._quote:
             self._read_in_string(char)
         elif self._word and char not in _WORD:
             self._end_word()
@@ -66,85 +74,110 @@ class JsonReader:
         elif self._word:
             self._word += char
         elif char in SPACE:
-            self._held += char
+            self.held += char
         else:
             self._read_token(char)
         return not self.failed
 
     def _read_token(self, char: str) -> None:
-        begins_value = self._next in (_Next.VALUE, _Next.ITEM_OR_END)
-        if char == '"' and (begins_value or self._next in (_Next.KEY, _Next.KEY_OR_END)):
-            self._in_string, self._is_key = True, not begins_value
-            self._show_unless_key(char)
+        begins_value = self._next in VALUES
+        if char in self.quotes and (begins_value or self._next in KEYS):
+            self._quote, self._is_key = char, not begins_value
+            self.held += '"'
         elif begins_value and char in _CLOSERS:
             self._closers.append(_CLOSERS[char])
-            self._next = _Next.KEY_OR_END if char == "{" else _Next.ITEM_OR_END
-            self._show(char)
+            self._next = Next.KEY_OR_END if char == "{" else Next.ITEM_OR_END
+            self.held += char
         elif begins_value and char in _WORD:
             self._word = char
-        elif self._may_close(char):
-            self._closers.pop()
-            self._show(char)
-            self._end_value()
-        elif char == "," and self._next is _Next.COMMA_OR_END:
-            self._next = _Next.KEY if self._closers[-1] == "}" else _Next.VALUE
-            self._held += char
-        elif char == ":" and self._next is _Next.COLON:
-            self._next = _Next.VALUE
-            self._held += char
+        elif self._closers and char == self._closers[-1] and self._next in _ENDS:
+            self._close()
+        elif char == "," and self._next is Next.COMMA_OR_END:
+            self._next = Next.KEY if self._closers[-1] == "}" else Next.ITEM
+            self.held += char
+        elif char == ":" and self._next is Next.COLON:
+            self._next = Next.VALUE
+            self.held += char
         else:
-            self.failed = True
+            self._read_odd(char)
 
-    def _may_close(self, char: str) -> bool:
-        ends = (_Next.COMMA_OR_END, _Next.KEY_OR_END, _Next.ITEM_OR_END)
-        return bool(self._closers) and char == self._closers[-1] and self._next in ends
+    def _read_odd(self, char: str) -> None:
+        """Reads what JSON does not have there."""
+        self.failed = True
+
+    def _close(self) -> None:
+        self.held += self._closers.pop()
+        self._end_value()
 
     def _read_in_string(self, char: str) -> None:
         if self._escape:
             self._read_in_escape(char)
         elif char == "\\":
             self._escape = char
-        elif char == '"':
-            self._in_string = False
-            self._show_unless_key(char)
+        elif char == self._quote and self._ends_string():
+            self._quote = ""
+            self.held += '"'
             if self._is_key:
-                self._next = _Next.COLON
+                self._next = Next.COLON
             else:
                 self._end_value()
+        elif char == '"':
+            self._take_text('\\"')
+        elif char in MAY_END:
+            self.held += in_string(char)
         else:
-            self._show_unless_key(char if char >= " " else f"\\u{ord(char):04x}")
+            self._take_text(in_string(char))
+
+    def _ends_string(self) -> bool:
+        """Whether the quote at hand ends its string."""
+        return True
 
     def _read_in_escape(self, char: str) -> None:
         begun = self._escape + char
-        if not _BEGUN_ESCAPE.fullmatch(begun):
+        if self._quote == char == "'":
             self._escape = ""
-            self._show_unless_key("\\\\")
+            self._take_text(char)
+        elif not _BEGUN_ESCAPE.fullmatch(begun):
+            self._escape = ""
+            self._take_text("\\\\")
             for plain in begun[1:]:
                 self._read_in_string(plain)
         elif begun[1] != "u" or len(begun) == len("\\u0000"):
             self._escape = ""
-            self._show_unless_key(begun)
+            self._take_text(begun)
         else:
             self._escape = begun
 
     def _end_word(self) -> None:
-        if not _WORDS.fullmatch(self._word):
+        written = self._json_of(self._word)
+        self._word = ""
+        if written is None:
             self.failed = True
             return
-        self._show(self._word)
-        self._word = ""
+        self._show(written)
         self._end_value()
 
+    def _json_of(self, word: str) -> str | None:
+        """JSON of a word outside of strings; None if it means nothing."""
+        return word if _WORDS.fullmatch(word) else None
+
     def _end_value(self) -> None:
-        self._next = _Next.COMMA_OR_END
+        self._next = Next.COMMA_OR_END
         self.done = not self._closers
 
-    def _show_unless_key(self, text: str) -> None:
+    def _take_text(self, text: str) -> None:
+        """Takes a piece of a string; a key waits for its value."""
         if self._is_key:
-            self._held += text
+            self.held += text
         else:
             self._show(text)
 
     def _show(self, text: str) -> None:
-        self._shown.append(self._held + text)
-        self._held = ""
+        self._shown.append(self.held + text)
+        self.held = ""
+        self.shown_end = self._at + bool(self._quote)
+
+
+def in_string(char: str) -> str:
+    """`char` as JSON's strings have it, if it is no quote."""
+    return char if char >= " " else f"\\u{ord(char):04x}"

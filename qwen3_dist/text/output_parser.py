@@ -2,26 +2,81 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
+from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed
 from qwen3_dist.text.reasoning import Reasoning
 from qwen3_dist.text.tool_calls import ToolCalls
+from qwen3_dist.text.tool_calls_xml import FUNCTION
+
+_BEGUN = re.compile(r"<tool_call>\s*(?:<[a-z]*)?\Z")
 
 
 class AnswerParser:
-    """The OutputParser of Qwen3's answers. Without `tool_calls`, what looks like a call is content."""
+    """The OutputParser of Qwen3's answers. Without `tool_calls`, what looks like a call is content.
+
+    Calls in thoughts that end are drafts, and stay thoughts. In thoughts that never end, though the answer does, they
+    are calls. Thoughts from the first such call on are held until that is known.
+    """
 
     def __init__(self, reasoning: Reasoning, tool_calls: ToolCalls | None) -> None:
         self._reasoning = reasoning
         self._tool_calls = tool_calls
+        self._drafts = _Drafts(tool_calls.openings if tool_calls is not None else ())
 
     def push(self, text: str) -> Parsed:
         return self._told_apart(self._reasoning.push(text))
 
-    def finish(self) -> Parsed:
+    def finish(self, cut: bool = False) -> Parsed:
         rest = self._told_apart(self._reasoning.finish())
-        return rest + self._tool_calls.finish() if self._tool_calls is not None else rest
+        draft = self._drafts.release()
+        if self._tool_calls is None:
+            return rest
+        if cut:
+            return rest + Parsed(reasoning=draft) + self._tool_calls.finish(cut)
+        if not self._reasoning.is_thinking:
+            return rest + self._tool_calls.finish()
+        called = self._tool_calls.push(draft) + self._tool_calls.finish()
+        return rest + Parsed(reasoning=called.content.rstrip("\n"), tool_calls=called.tool_calls)
 
     def _told_apart(self, parsed: Parsed) -> Parsed:
         if self._tool_calls is None:
             return parsed
-        return Parsed(reasoning=parsed.reasoning) + self._tool_calls.push(parsed.content)
+        thought = self._drafts.push(parsed.reasoning)
+        if not self._reasoning.is_thinking:
+            thought += self._drafts.release()
+        return Parsed(reasoning=thought) + self._tool_calls.push(parsed.content)
+
+
+class _Drafts:
+    """Passes thoughts on up to the first call in them, and holds the rest."""
+
+    def __init__(self, openings: Sequence[str]) -> None:
+        self._openings = openings
+        bare = f"|{FUNCTION}" if FUNCTION in openings else ""
+        # The outer tag alone is often no more than mentioned.
+        self._call = re.compile(rf"<tool_call>\s*(?:[\[{{]|{FUNCTION}){bare}")
+        self._held = ""
+        self._is_call = False
+
+    def push(self, text: str) -> str:
+        """What of the thoughts so far is no call."""
+        self._held += text
+        if self._is_call:
+            return ""
+        call = self._call.search(self._held)
+        self._is_call = call is not None
+        if found := call or _BEGUN.search(self._held):
+            certain = found.start()
+        else:
+            certain = len(self._held) - begun_mark(self._held, self._openings)
+        shown = self._held[:certain].rstrip("\n")
+        self._held = self._held[len(shown) :]
+        return shown
+
+    def release(self) -> str:
+        """What was held."""
+        held, self._held = self._held, ""
+        return held

@@ -10,7 +10,8 @@ from typing import Protocol
 class ToolCallDelta:
     """A part of the answer's tool call number `index`.
 
-    The first part of a call has its `id` and `name`; the `arguments` of all its parts, joined, are valid JSON.
+    The first part of a call has its `id` and `name`. The `arguments` of all its parts, joined, are JSON of an object,
+    unless the token limit cut them off or the model wrote what cannot be mended.
     """
 
     index: int
@@ -44,5 +45,5 @@ class OutputParser(Protocol):
     def push(self, text: str) -> Parsed:
         """What `text` adds for certain; the rest is held back."""
 
-    def finish(self) -> Parsed:
-        """What was held back, once no more text comes."""
+    def finish(self, cut: bool = False) -> Parsed:
+        """What was held back, once no more text comes; `cut` if that is because of the token limit."""

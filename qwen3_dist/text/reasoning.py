@@ -30,7 +30,8 @@ class Reasoning:
     """Reads text that begins in `state`: "none", "optional" or "open".
 
     A model thinks once, and first. Newlines at either end of its thoughts and ahead of what it says then are
-    dropped, as its template drops them. How the text is split changes nothing of what the parts, joined, are.
+    dropped, as its template drops them, and so is a <think> that it repeats. How the text is split changes nothing of
+    what the parts, joined, are.
     """
 
     def __init__(self, state: str) -> None:
@@ -40,6 +41,11 @@ class Reasoning:
             "open": self._read_first_thought,
         }[state]
         self._unread = ""
+
+    @property
+    def is_thinking(self) -> bool:
+        """Whether thoughts have begun and not ended."""
+        return self._step in (self._read_first_thought, self._read_thought)
 
     def push(self, text: str) -> Parsed:
         """What `text` adds for certain."""
@@ -54,11 +60,9 @@ class Reasoning:
     def finish(self) -> Parsed:
         """What was held back, once no more text comes."""
         unread, self._unread = self._unread, ""
-        if self._step == self._read_thought:
+        if self.is_thinking:
             return Parsed(reasoning=unread.rstrip("\n"))
-        return (
-            Parsed() if self._step in (self._read_first_thought, self._read_first_content) else Parsed(unread)
-        )
+        return Parsed() if self._step == self._read_first_content else Parsed(unread)
 
     # Each step shows what it reads, and leaves unread what is the next one's or is not certain yet.
 
@@ -72,8 +76,9 @@ class Reasoning:
         return Parsed()
 
     def _read_first_thought(self) -> Parsed:
-        self._unread = self._unread.lstrip("\n")
-        if self._unread:
+        while self._unread.startswith(("\n", _OPENS)):
+            self._unread = self._unread.lstrip("\n").removeprefix(_OPENS)
+        if not _OPENS.startswith(self._unread):
             self._step = self._read_thought
         return Parsed()
 

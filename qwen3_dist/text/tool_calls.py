@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from qwen3_dist.text.lenient_xml import xml_block
 from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
-from qwen3_dist.text.tool_calls_json import JsonCall
-from qwen3_dist.text.tool_calls_xml import FUNCTION, XmlCall
+from qwen3_dist.text.tool_call_block import Block
+from qwen3_dist.text.tool_calls_json import JsonCall, json_block
+from qwen3_dist.text.tool_calls_xml import FUNCTION, FUNCTION_END, PARAMETER_END, XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
 ToolCallForm = Literal["json", "xml"]
 _OPENS, _CLOSES = "<tool_call>", "</tool_call>"
+_CLOSING_TAGS = (_CLOSES, FUNCTION_END, PARAMETER_END)
+# Any of them after a call, though its `>` may be missing.
+_CLOSING = re.compile(r"\s*<[ \t]*/[ \t]*(?:tool_call|function|parameter)(?:[ \t]*>|[ \t]*(?=[\n<]))")
+_BEGUN_AT_THE_END = tuple(f"\n{tag}" for tag in _CLOSING_TAGS) + _CLOSING_TAGS
+_MOST_ENDS = 8  # closing tags of one block that may be part of a value
 
 
 def tool_call_form(template_source: str) -> ToolCallForm | None:
@@ -31,9 +39,11 @@ def new_call_id() -> str:
 class ToolCalls:
     """Reads text with calls in it. How it is split changes nothing of what the parts, joined, are.
 
-    A call is shown from when its name is complete. One that is malformed or cut off before that is content as it
-    stands. One that is so later ends there: what was shown of its arguments is closed so that it is valid JSON, and
-    what follows is content. White space before and between calls, and at the end after one, is not content.
+    A call is shown with all its arguments, or its block is content as it stands. Calls in the template's own form are
+    shown while they come, from the first value on. Where a block leaves that form it is read again once its end is
+    known, and what can be meant in one way only is mended. If that is impossible after a part of the arguments was
+    shown, the rest of them follows as it was written, so that the client sees that they are no JSON. So does a call
+    that the token limit cuts off. White space before and between calls, and at the end after one, is not content.
     """
 
     def __init__(
@@ -41,18 +51,24 @@ class ToolCalls:
         form: ToolCallForm,
         tools: Sequence[Mapping[str, Any]],
         new_id: Callable[[], str] = new_call_id,
+        only_calls: bool = False,
     ) -> None:
-        """`tools` in OpenAI's form."""
+        """`tools` in OpenAI's form. `only_calls`: all text is calls, so that one cut off early is no content."""
         self._schemas = ToolSchemas(tools)
         self._new_id = new_id
         self._form = form
+        self._only_calls = only_calls
         # Qwen3-Coder sometimes leaves the outer tag out.
-        self._openings = (_OPENS, FUNCTION) if form == "xml" else (_OPENS,)
+        self.openings = (_OPENS, FUNCTION) if form == "xml" else (_OPENS,)
         self._step = self._read_content
         self._unread = ""
-        self._call: JsonCall | XmlCall | None = None
-        self._raw = ""  # of the call under way
+        self._opening = ""  # of the block under way
+        self._call: JsonCall | XmlCall = JsonCall()
+        self._taken: list[str] = []  # what the call under way took of its block
+        self._arguments: list[str] = []  # shown of it
         self._begun = False  # whether something of it was shown
+        self._ends: list[tuple[int, int]] = []  # where the block may end, and the text goes on
+        self._num_searched = 0  # characters of the block, for its end
         self._num_calls = 0
         self._after_call = False
         self._space = ""  # it is content if content follows, or at the end if no call came before
@@ -61,22 +77,25 @@ class ToolCalls:
     def push(self, text: str) -> Parsed:
         """What `text` adds for certain."""
         self._unread += text
-        while self._step():
-            pass
+        self._read_on()
         return self._take_shown()
 
-    def finish(self) -> Parsed:
-        """What was held back, once no more text comes."""
-        if self._call is not None:
-            if self._call.name:
-                self._unread = ""
-            self._end_call(self._call)
-        if not (self._step == self._read_closing and _CLOSES.startswith(self._unread.strip())):
+    def finish(self, cut: bool = False) -> Parsed:
+        """What was held back, once no more text comes; `cut` if that is because of the token limit."""
+        self._read_on()
+        while self._step in (self._read_call, self._read_block):
+            self._finish_block(cut)
+            self._read_on()
+        if self._step != self._read_closing or not _begins_closing(self._unread.strip()):
             self._show(self._unread)
         if not self._after_call:
             self._shown += Parsed(self._space)
         self._unread = self._space = ""
         return self._take_shown()
+
+    def _read_on(self) -> None:
+        while self._step():
+            pass
 
     def _take_shown(self) -> Parsed:
         shown, self._shown = self._shown, Parsed()
@@ -85,63 +104,155 @@ class ToolCalls:
     # Each step reads on and says whether the next one may have something to read.
 
     def _read_content(self) -> bool:
-        found = [(self._unread.find(tag), tag) for tag in self._openings if tag in self._unread]
-        at, opening = min(found, default=(len(self._unread) - begun_mark(self._unread, self._openings), ""))
+        found = [(self._unread.find(tag), tag) for tag in self.openings if tag in self._unread]
+        at, opening = min(found, default=(len(self._unread) - begun_mark(self._unread, self.openings), ""))
         self._show(self._unread[:at])
         self._unread = self._unread[at:]
         if not opening:
             return False
-        wrapped = opening == _OPENS
-        self._call = JsonCall() if self._form == "json" else XmlCall(self._schemas, known_only=not wrapped)
-        self._raw = ""
-        self._begun = False
-        self._take_raw(len(opening) if wrapped else 0)
+        # A function without the outer tag is a call if there is one of that name.
+        self._opening = opening if opening == _OPENS else ""
+        self._unread = self._unread.removeprefix(self._opening)
+        self._call = JsonCall() if self._form == "json" else XmlCall(self._schemas, not self._opening)
+        self._taken, self._arguments = [], []
+        self._ends, self._num_searched = [], 0
         self._step = self._read_call
         return True
 
     def _read_call(self) -> bool:
+        """Reads a call in the template's own form, and shows it as far as it is certain."""
         call = self._call
-        assert call is not None
-        self._take_raw(call.read(self._unread))
-        if call.name:
-            self._show_call(call.name, call.take_arguments())
-        if not (call.done or call.failed):
+        mark = re.search(f"{_OPENS}|{_CLOSES}", self._unread)
+        if not call.done:
+            certain = (
+                mark.start() if mark else len(self._unread) - begun_mark(self._unread, (_OPENS, _CLOSES))
+            )
+            taken = call.read(self._unread[:certain])
+            self._taken.append(self._unread[:taken])
+            self._unread = self._unread[taken:]
+            if call.name and (arguments := call.take_arguments()):
+                self._show_call(call.name, arguments)
+        rest = self._unread.lstrip()
+        if call.done and (isinstance(call, XmlCall) or rest.startswith(_CLOSES)):
+            self._end_call()
+        elif not self._opening and call.name is None and (call.failed or mark):
+            self._show("".join(self._taken))
+            self._step = self._read_content
+        elif call.failed or mark or (call.done and not _CLOSES.startswith(rest)):
+            self._unread = "".join(self._taken) + self._unread
+            self._step = self._read_block
+        else:
             return False
-        self._end_call(call)
-        self._step = self._read_closing if call.done else self._read_content
         return True
 
+    def _read_block(self) -> bool:
+        """Reads a block in another form, at the first tag that can be its end."""
+        marks = (_OPENS, _CLOSES) if self._opening else (_OPENS, _CLOSES, FUNCTION_END)
+        for mark in re.compile("|".join(marks)).finditer(self._unread, self._num_searched):
+            end = mark.end() if mark[0] == FUNCTION_END else mark.start()
+            block = self._block(self._unread[:end])
+            self._ends.append((end, mark.start() if mark[0] == _OPENS else mark.end()))
+            is_first = len(self._ends) == 1
+            if not block.is_cut and (block.calls or is_first):
+                self._end_block(block, *self._ends[-1])
+                return True
+            if not block.is_cut or len(self._ends) == _MOST_ENDS:
+                self._end_block(self._block(self._unread[: self._ends[0][0]]), *self._ends[0])
+                return True
+            self._num_searched = mark.end()
+        self._num_searched = max(self._num_searched, len(self._unread) - len(_CLOSES))
+        return False
+
     def _read_closing(self) -> bool:
-        rest = self._unread.lstrip()
-        if _CLOSES.startswith(rest) and rest != _CLOSES:
+        if closing := _CLOSING.match(self._unread):
+            self._unread = self._unread[closing.end() :]
+            return True
+        if _begins_closing(self._unread.lstrip()):
             return False
-        self._unread = rest.removeprefix(_CLOSES)
         self._step = self._read_content
         return True
 
-    def _take_raw(self, length: int) -> None:
-        self._raw += self._unread[:length]
-        self._unread = self._unread[length:]
-
-    def _end_call(self, call: JsonCall | XmlCall) -> None:
-        if call.name:
-            self._show_call(call.name, call.closing())
-            self._num_calls += 1
-            self._after_call = True
+    def _finish_block(self, cut: bool) -> None:
+        """Ends the block under way, after which no more text comes, at the end or at the first tag that can be it."""
+        call = self._call
+        if self._step == self._read_call:
+            if isinstance(call, JsonCall) and (call.done or (cut and call.is_all_but_closed)):
+                self._end_call()
+                self._unread = ""
+                return
+            self._unread = "".join(self._taken) + self._unread
+        text = self._unread[: len(self._unread) - begun_mark(self._unread, _BEGUN_AT_THE_END)]
+        block = self._block(text)
+        is_whole = bool(block.calls) and not block.is_cut and (block.is_closed or not cut)
+        if self._ends and not is_whole:
+            self._end_block(self._block(self._unread[: self._ends[0][0]]), *self._ends[0])
+        elif is_whole or not cut:
+            self._end_block(block, len(text), len(self._unread))
         else:
-            self._show(self._raw)
-        self._call = None
+            self._cut_block()
+
+    def _cut_block(self) -> None:
+        """Ends a block that the token limit cuts off: what was shown of it stays as it is."""
+        if self._begun:
+            self._leave_call()
+        else:
+            self._show("" if self._only_calls else self._opening + self._unread)
+            self._step = self._read_content
+        self._unread = ""
+
+    def _block(self, text: str) -> Block:
+        """What `text` says, in either form. In the other than the template's only tools that there are are called."""
+        if text.lstrip().startswith("<"):
+            known_only = self._form == "json" or not self._opening
+            return xml_block(text, self._schemas, self._schemas.names if known_only else None)
+        block = json_block(text)
+        known = self._form == "json" or all(call.name in self._schemas.names for call in block.calls)
+        return block if known else Block(rest=text)
+
+    def _end_call(self) -> None:
+        """Ends a call in the template's own form, up to its closing tags."""
+        assert self._call.name is not None
+        self._show_call(self._call.name, self._call.take_rest())
+        self._leave_call()
+
+    def _end_block(self, block: Block, end: int, resume: int) -> None:
+        """Shows the block up to `end` of the unread text, of which what follows `resume` is the next."""
+        text, until, after = self._unread[:end], self._unread[:resume], self._unread[resume:]
+        calls = list(block.calls)
+        if self._begun:
+            shown = "".join(self._arguments)
+            assert self._call.name is not None
+            if calls and calls[0].arguments.startswith(shown):
+                self._show_call(self._call.name, calls.pop(0).arguments[len(shown) :])
+            else:
+                calls, block = [], Block()
+                if isinstance(self._call, JsonCall):
+                    self._show_call(self._call.name, text[self._call.num_shown :].rstrip())
+            self._leave_call()
+        elif not calls:
+            self._show(self._opening + until)
+            self._unread = after
+            self._step = self._read_content
+            return
+        for call in calls:
+            self._show_call(call.name, call.arguments)
+            self._leave_call()
+        self._unread = block.rest.rstrip() + after
+
+    def _leave_call(self) -> None:
+        self._begun, self._arguments = False, []
+        self._num_calls += 1
+        self._after_call = True
+        self._step = self._read_closing
 
     def _show_call(self, name: str, arguments: str) -> None:
-        """A part of the call under way; its first part names it."""
+        """Shows a part of the call under way; its first part names it."""
         if not self._begun:
             self._begun = True
-            part = ToolCallDelta(self._num_calls, self._new_id(), name, arguments)
-        elif arguments:
-            part = ToolCallDelta(self._num_calls, arguments=arguments)
-        else:
-            return
-        self._shown += Parsed(tool_calls=(part,))
+            self._shown += Parsed(tool_calls=(ToolCallDelta(self._num_calls, self._new_id(), name),))
+        if arguments:
+            self._arguments.append(arguments)
+            self._shown += Parsed(tool_calls=(ToolCallDelta(self._num_calls, arguments=arguments),))
 
     def _show(self, text: str) -> None:
         """Shows content; white space at its end waits for what follows it."""
@@ -153,3 +264,8 @@ class ToolCalls:
             self._space = ""
             self._after_call = False
         self._space += text[len(body) :]
+
+
+def _begins_closing(text: str) -> bool:
+    compact = text.replace(" ", "").replace("\t", "")
+    return any(tag.startswith(compact) for tag in _CLOSING_TAGS)

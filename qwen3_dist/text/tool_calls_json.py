@@ -1,33 +1,46 @@
-"""A tool call in Qwen3's JSON form: `{"name": ..., "arguments": {...}}` between the tags."""
+"""Tool calls in Qwen3's JSON form: `{"name": ..., "arguments": {...}}` between the tags."""
 
 from __future__ import annotations
 
 import json
 
 from qwen3_dist.text.json_reader import SPACE, JsonReader
+from qwen3_dist.text.lenient_json import lenient_json
+from qwen3_dist.text.tool_call_block import Block, WrittenCall
 
 # What may follow what, outside of the members' keys and values.
 _FOLLOWERS = {"": "{", "{": '"}', "key": ":", "value": ",}", ",": '"'}
+_ARGUMENTS = ("arguments", "parameters")
+_TAG = "tool_call>"
+_LABELS = ("name", "id", "type", "index")  # what stands beside arguments; anything else may be some
 
 
 class JsonCall:
-    """Reads one call. `name` is known with its closing quote; `take_arguments` gives what came of the arguments.
+    """Reads one call that is strict JSON. `name` is known with its closing quote; `take_arguments` gives what came.
 
-    Their order is free. Arguments may be an object, JSON text of one, null, or absent, and other members are
-    ignored. `failed` once it cannot be a call: no JSON, no name, or arguments of another kind.
+    The members' order is free. Arguments may be an object, JSON text of one, null, or absent, and other members are
+    ignored where there are arguments. `failed` once it is no such call. What `take_arguments` gave is valid JSON
+    with `take_rest` after it, once the arguments have ended (`has_arguments`). `num_shown` characters of the call
+    are what it gave, and what was ahead of that.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.done = False
         self.failed = False
+        self.has_arguments = False
+        self._tail = ""
+        self.num_shown = 0
+        self._num_read = 0
         self._last = ""  # the last punctuation, "key" or "value"
         self._key = ""
         self._reader: JsonReader | None = None
         self._value = ""  # of what is being read
         self._arguments = ""  # not taken yet
         self._streamed: JsonReader | None = None
-        self._has_arguments = False
+        self._is_early = False  # whether they come as they are read
+        self.others: list[str] = []  # members that may be arguments
+        self._function = ""  # the member that OpenAI's clients have around name and arguments
 
     def read(self, text: str) -> int:
         """Reads as far as the call goes. Returns where the first character lies that is not its own."""
@@ -47,42 +60,53 @@ class JsonCall:
                 self._last = text[at]
                 at += 1
                 if self._last == "}":
-                    self.done, self.failed = self.name is not None, self.name is None
+                    self._end()
+        self._num_read += at
         return at
 
+    @property
+    def is_all_but_closed(self) -> bool:
+        """Whether name and arguments are whole."""
+        return bool(self.name) and self.has_arguments and not self.failed
+
     def take_arguments(self) -> str:
-        """What came of the arguments since the last time."""
+        """What came of the arguments since the last time, if they come before the end of the call."""
+        if not self._is_early:
+            return ""
         taken, self._arguments = self._arguments, ""
         return taken
 
-    def closing(self) -> str:
-        """What makes valid JSON of all that was taken."""
-        if not self._has_arguments:
-            return "{}"
-        return self._streamed.closing() if self._streamed is not None else ""
+    def take_rest(self) -> str:
+        """What was not yet taken of arguments that have ended."""
+        return self._arguments + self._tail
 
     def _begin_value(self, first: str) -> None:
         self._reader = JsonReader()
         if self._key == "name":
             self.failed = first != '"'
-        elif self._key == "arguments" and not self._has_arguments:
+        elif self._is_arguments():
             self.failed = first not in '{"n'
             if first == "{":
-                self._streamed, self._has_arguments = self._reader, True
+                self._streamed, self._is_early = self._reader, self.name is not None
+
+    def _is_arguments(self) -> bool:
+        return self._key in _ARGUMENTS and not self.has_arguments
 
     def _read_value(self, reader: JsonReader, text: str, start: int) -> int:
         at, shown = reader.read(text, start)
         if reader is self._streamed:
             self._arguments += shown
+            if shown:
+                self.num_shown = self._num_read + reader.shown_end
         else:
             self._value += shown
         self.failed = reader.failed
         if reader.done:
-            self._end_value()
+            self._end_value(reader)
         return at
 
-    def _end_value(self) -> None:
-        value, self._value, self._reader = self._value, "", None
+    def _end_value(self, reader: JsonReader) -> None:
+        value, self._value, self._reader = self._value + reader.held, "", None
         if self._last != ":":
             self._last, self._key = "key", json.loads(value)
             return
@@ -90,17 +114,82 @@ class JsonCall:
         if self._key == "name" and self.name is None:
             self.name = _text(value)
             self.failed = not self.name
-        elif self._key == "arguments" and not self._has_arguments and value not in ("null", '""'):
-            self._take_text(_text(value))
+        elif reader is self._streamed:
+            self._tail, self.has_arguments = reader.held, True
+        elif self._is_arguments():
+            if value not in ("null", '""'):
+                self._take_text(_text(value))
+        elif self._key not in _LABELS:
+            self.others.append(f"{json.dumps(self._key)}: {value}")
+            self._function = value if self._key == "function" else self._function
 
     def _take_text(self, text: str | None) -> None:
         """Takes `text` as the arguments if it is an object."""
-        reader = JsonReader()
         stripped = (text or "").strip()
-        end, shown = reader.read(stripped, 0)
-        self.failed = not (stripped.startswith("{") and reader.done and end == len(stripped))
-        if not self.failed:
-            self._arguments, self._has_arguments = shown, True
+        read = lenient_json(stripped)
+        is_whole = stripped[:1] == "{" and not read.is_cut and read.end == len(stripped)
+        if is_whole and read.written:
+            self._tail, self.has_arguments = read.written, True
+        else:
+            self.failed = True
+
+    def _end(self) -> None:
+        if not self.has_arguments and not self.others:
+            self._tail, self.has_arguments = "{}", True
+        if self.name is None:
+            self._take_function()
+        has_none = not self.num_shown and "".join((self._arguments + self._tail).split()) == "{}"
+        self.done = self.name is not None and self.has_arguments and not (has_none and self.others)
+        self.failed = not self.done
+
+    def _take_function(self) -> None:
+        inner = JsonCall()
+        if self._function.startswith("{"):
+            inner.read(self._function)
+        if inner.done:
+            self.name, self.has_arguments, self.others = inner.name, True, []
+            self._arguments, self._tail = inner.take_rest(), ""
+
+
+def json_block(text: str) -> Block:
+    """Reads `text` as calls: an object, several of them, or a list, as far as they can be meant in one way only.
+
+    A string that holds tags of calls ends at its first quote, lest it take in the calls after it.
+    """
+    mends_quotes = _TAG not in text
+    calls: list[WrittenCall] = []
+    at = _skipped(text, 0, "[")
+    is_closed, is_cut = True, False
+    while text[at : at + 1] == "{" and not is_cut:
+        read = lenient_json(text, at, mends_quotes)
+        is_closed, is_cut = read.is_closed, read.is_cut
+        end = _skipped(text, read.end, "}],;")
+        call = _written_call(read.written, "}" in text[read.end : end])
+        if call is None or not (is_closed or any(f'"{key}"' in (read.written or "") for key in _ARGUMENTS)):
+            break
+        calls.append(call)
+        at = end
+    if text[at : at + 1] == '"':  # what some needless bracket left outside
+        return Block()
+    return Block(tuple(calls), text[at:], is_cut, is_closed)
+
+
+def _skipped(text: str, at: int, needless: str) -> int:
+    while at < len(text) and text[at] in SPACE + needless:
+        at += 1
+    return at
+
+
+def _written_call(written: str | None, closed_early: bool) -> WrittenCall | None:
+    """The call that is JSON `written`. If it was closed too early, what stands after its arguments is some of them."""
+    call = JsonCall()
+    call.read(written or "")
+    if not (call.done and call.name):
+        return None
+    arguments = call.take_rest()
+    if closed_early and call.others:
+        arguments = f"{arguments.rstrip()[:-1]}, {', '.join(call.others)}}}"
+    return WrittenCall(call.name, arguments)
 
 
 def _text(value: str) -> str | None:

@@ -1,4 +1,4 @@
-"""A tool call in Qwen3-Coder's XML form: `<function=NAME>`, a `<parameter=KEY>` for each argument, `</function>`."""
+"""Tool calls in Qwen3-Coder's XML form: `<function=NAME>`, a `<parameter=KEY>` for each argument, `</function>`."""
 
 from __future__ import annotations
 
@@ -9,33 +9,21 @@ from collections.abc import Callable
 from qwen3_dist.text.tool_schemas import ToolSchemas, typed_json
 
 FUNCTION = "<function="
-_PARAMETER, _END, _OUTER_END = "<parameter=", "</function>", "</tool_call>"
+FUNCTION_END = "</function>"
+PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 _MOST_NAME = 256  # characters; what is longer is no name
 _NULLS = ("null", "None")  # as JSON and as Python write it, which the models' template does
-
-
-def _beginning_of(tag: str) -> str:
-    """A pattern of what may become `tag`."""
-    pattern = ""
-    for char in reversed(tag):
-        pattern = f"(?:{re.escape(char)}{pattern})?"
-    return pattern
-
-
-_AFTER_VALUE = (_PARAMETER, _END, _OUTER_END)
-# A value may hold its own end tag: the one that counts is followed by another tag.
-_VALUE_END = re.compile(rf"\n?</parameter>(?=\s*(?:{'|'.join(_AFTER_VALUE)}))")
-_MAY_BE_VALUE_END = re.compile(
-    rf"(?:\n?</parameter>\s*(?:{'|'.join(map(_beginning_of, _AFTER_VALUE))})"
-    rf"|\n{_beginning_of('</parameter>')}|<{_beginning_of('/parameter>')})\Z"
-)
+# As models may misspell them too. The line break before a tag is the tag's.
+_TAG = re.compile(r"<[ \t]*(?:(?:parameter|function)[ \t]*=|/[ \t]*(?:parameter|function)[ \t]*[>\n<])")
+_BEGUN_TAG = re.compile(r"\n?(?:<[ \t]*/?[ \t]*[a-z]{0,9}[ \t]*)?\Z")
 
 
 class XmlCall:
-    """Reads one call from `<function=` on. `name` is known with its `>`; `take_arguments` gives JSON of what came.
+    """Reads one call from `<function=` on, as the template teaches it: every tag is closed, and values hold none.
 
-    Values take the types that the tool's schema gives them; those that are text alone come as they are
-    generated, without one newline at either end. `failed` once it cannot be a call.
+    `name` is known with its `>`; `take_arguments` gives JSON of what came of the arguments. Values take the types
+    that the tool's schema gives them; those that are text alone come as they are generated, without one newline at
+    either end. `failed` once it is no such call.
     """
 
     def __init__(self, schemas: ToolSchemas, known_only: bool) -> None:
@@ -46,12 +34,10 @@ class XmlCall:
         self._schemas = schemas
         self._known_only = known_only
         self._step: Callable[[str], int] = self._read_function
-        self._types: frozenset[str] | None = None
-        self._prefix = ""  # what comes ahead of the value under way
+        self._key = ""
         self._value = ""  # of which nothing was shown
         self._in_text = False
-        self._arguments = ""  # not taken yet
-        self._num_arguments = 0
+        self._written = Arguments(schemas)
 
     def read(self, text: str) -> int:
         """Reads as far as is certain. Returns where what is not yet read, or not of the call, begins."""
@@ -65,14 +51,11 @@ class XmlCall:
 
     def take_arguments(self) -> str:
         """What came of the arguments since the last time."""
-        taken, self._arguments = self._arguments, ""
-        return taken
+        return self._written.take()
 
-    def closing(self) -> str:
-        """What makes valid JSON of all that was taken."""
-        if self.done:
-            return ""
-        return ('"' if self._in_text else "") + ("}" if self._num_arguments else "{}")
+    def take_rest(self) -> str:
+        """What was not yet taken of a call that has ended."""
+        return self._written.take()
 
     def _read_function(self, text: str) -> int:
         taken = self._tag(text, FUNCTION)
@@ -82,28 +65,25 @@ class XmlCall:
 
     def _read_name(self, text: str) -> int:
         taken, name = self._name(text)
-        if name and self._known_only and name not in self._schemas.names:
+        if name and not (name in self._schemas.names if self._known_only else is_name(name)):
             self.failed = True
         elif name:
-            self.name = name
+            self.name = self._written.name = name
             self._step = self._read_member
         return taken
 
     def _read_member(self, text: str) -> int:
-        taken = self._tag(text, *_AFTER_VALUE)
-        if text[:taken].endswith(_PARAMETER):
+        taken = self._tag(text, PARAMETER, FUNCTION_END)
+        if text[:taken].endswith(PARAMETER):
             self._step = self._read_key
         elif taken:
-            self._arguments += self.closing()
+            self._written.end()
             self.done = True
-        return 0 if text[:taken].endswith(_OUTER_END) else taken
+        return taken
 
     def _read_key(self, text: str) -> int:
-        taken, key = self._name(text)
-        if key:
-            assert self.name is not None
-            self._types = self._schemas.types(self.name, key)
-            self._prefix = (", " if self._num_arguments else "{") + json.dumps(key, ensure_ascii=False) + ": "
+        taken, self._key = self._name(text)
+        if taken:
             self._step = self._read_first_newline
         return taken
 
@@ -113,40 +93,44 @@ class XmlCall:
         return 1 if text.startswith("\n") else self._read_value(text)
 
     def _read_value(self, text: str) -> int:
-        if end := _VALUE_END.search(text):
-            self._take(text[: end.start()])
+        tag = _TAG.search(text)
+        begun = tag or _BEGUN_TAG.search(text)
+        assert begun is not None
+        end = begun.start() - (tag is not None and text[: begun.start()].endswith("\n"))
+        if end or tag is None:
+            self._take(text[:end])
+            return end
+        rest = text[tag.end() :].lstrip()
+        if tag[0] == PARAMETER_END and rest.startswith((PARAMETER, FUNCTION_END)):
             self._end_value()
             self._step = self._read_member
-            return end.end()
-        begun = _MAY_BE_VALUE_END.search(text)
-        taken = begun.start() if begun else len(text)
-        self._take(text[:taken])
-        return taken
+            return tag.end()
+        may_end = any(next_tag.startswith(rest) for next_tag in (PARAMETER, FUNCTION_END))
+        self.failed = tag[0] != PARAMETER_END or not may_end
+        return 0
 
     def _take(self, text: str) -> None:
         """Takes a piece of the value; shows it where it can only be text."""
         if not text:
             return
         if self._in_text:
-            self._arguments += _escaped(text)
+            self._written.extend_text(text)
             return
         self._value += text
-        if self._types == {"string"} or (self._types == {"string", "null"} and not self._may_be_null()):
-            self._arguments += f'{self._prefix}"{_escaped(self._value)}'
-            self._num_arguments += 1
+        types = self._written.types(self._key)
+        if types == {"string"} or (types == {"string", "null"} and not self._may_be_null()):
+            self._written.begin_text(self._key, self._value)
             self._in_text, self._value = True, ""
 
     def _may_be_null(self) -> bool:
-        return any(null.startswith(self._value) for null in _NULLS)
+        return any(null.startswith(self._value.strip()) for null in _NULLS)
 
     def _end_value(self) -> None:
         if self._in_text:
-            self._arguments += '"'
-            self._in_text = False
-            return
-        self._arguments += self._prefix + typed_json(self._value, self._types)
-        self._num_arguments += 1
-        self._value = ""
+            self._written.end_text()
+        else:
+            self._written.add(self._key, self._value)
+        self._in_text, self._value = False, ""
 
     def _tag(self, text: str, *tags: str) -> int:
         """Length of the one of `tags` that `text` begins with, white space included; 0 if it may yet come."""
@@ -164,6 +148,50 @@ class XmlCall:
             return end + 1, text[:end].strip()
         self.failed = end >= 0 or len(text) >= _MOST_NAME
         return 0, ""
+
+
+class Arguments:
+    """JSON of a call's arguments as they come; `name` is the tool's."""
+
+    def __init__(self, schemas: ToolSchemas, name: str = "") -> None:
+        self.name = name
+        self._schemas = schemas
+        self._num = 0
+        self._json = ""  # not taken yet
+
+    def take(self) -> str:
+        taken, self._json = self._json, ""
+        return taken
+
+    def types(self, key: str) -> frozenset[str] | None:
+        return self._schemas.types(self.name, key)
+
+    def add(self, key: str, value: str) -> None:
+        """Adds an argument as JSON of its type."""
+        self._begin(key)
+        self._json += typed_json(value, self.types(key))
+
+    def begin_text(self, key: str, text: str) -> None:
+        self._begin(key)
+        self._json += '"' + _escaped(text)
+
+    def extend_text(self, text: str) -> None:
+        self._json += _escaped(text)
+
+    def end_text(self) -> None:
+        self._json += '"'
+
+    def end(self) -> None:
+        self._json += "}" if self._num else "{}"
+
+    def _begin(self, key: str) -> None:
+        self._json += (", " if self._num else "{") + json.dumps(key, ensure_ascii=False) + ": "
+        self._num += 1
+
+
+def is_name(text: str) -> bool:
+    """Whether a tool may have that name."""
+    return bool(text) and not any(char.isspace() or char in "<>{}=\"'" for char in text)
 
 
 def _escaped(text: str) -> str:

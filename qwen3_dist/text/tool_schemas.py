@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qwen3_dist.text.lenient_json import lenient_json
+
 _MOST_DEPTH = 8  # of references and alternatives; beyond, a value may be anything
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-_WORDS = {"True": "true", "False": "false", "None": "null"}
+_WORDS = {"True": "true", "False": "false", "None": "null", "Null": "null"}
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_MOST_DIGITS = 4000  # that Python converts
 
 
 class ToolSchemas:
@@ -30,13 +35,50 @@ class ToolSchemas:
 
 def typed_json(text: str, types: frozenset[str] | None) -> str:
     """JSON of the value that `text` stands for: of one of `types` if it can be, else text, which has no quotes."""
-    stripped = text.strip()
-    literal = _WORDS.get(stripped, stripped)
+    return _typed(text.strip(), types) or json.dumps(text, ensure_ascii=False)
+
+
+def _typed(literal: str, types: frozenset[str] | None) -> str | None:
+    fitting = _fitting(_WORDS.get(literal, literal), types)
+    if fitting is None and types is not None:
+        fitting = _container(literal, types) if "string" in types else _meant(literal, types)
+    return fitting
+
+
+def _fitting(literal: str, types: frozenset[str] | None) -> str | None:
+    """`literal` if it is JSON of one of `types` and no text. Null stands for no value of any type but text."""
     kind = _kind(literal)
-    if kind == "number" and types is not None and "number" not in types and float(literal).is_integer():
-        kind, literal = "integer", str(int(float(literal)))
-    fits = types is None or kind in types or (kind == "integer" and "number" in types)
-    return literal if kind not in (None, "string") and fits else json.dumps(text, ensure_ascii=False)
+    if kind in (None, "string"):
+        return None
+    if types is None or kind in types:
+        return literal
+    if kind == "number" and "integer" in types and float(literal).is_integer():
+        return str(int(float(literal)))
+    fits = (kind == "integer" and "number" in types) or (kind == "null" and "string" not in types)
+    return literal if fits else None
+
+
+def _meant(literal: str, types: frozenset[str]) -> str | None:
+    """JSON of a value that cannot be text, as Python or a careless hand writes it."""
+    if len(literal) > 1 and literal[0] in "\"'" and literal[-1] == literal[0]:
+        return _typed(literal[1:-1].replace(f"\\{literal[0]}", literal[0]).strip(), types)
+    if _NUMBER.fullmatch(literal):
+        number = float(literal)
+        if number.is_integer() and types.isdisjoint(("integer", "number")):
+            return {0: "false", 1: "true"}.get(int(number)) if "boolean" in types else None
+        digits = literal.lstrip("+")
+        whole = str(int(digits)) if digits.lstrip("-").isdecimal() and len(digits) < _MOST_DIGITS else None
+        return _fitting(whole or repr(number), types)
+    return _fitting(_WORDS.get(literal.capitalize(), ""), types) or _container(literal, types)
+
+
+def _container(literal: str, types: frozenset[str]) -> str | None:
+    """JSON of a list or an object that is written as in Python, or not quite as JSON."""
+    if {"{": "object", "[": "array"}.get(literal[:1]) not in types:
+        return None
+    read = lenient_json(literal)
+    is_whole = not read.is_cut and not literal[read.end :].strip("}],; \n")
+    return read.written if is_whole else None
 
 
 def _kind(literal: str) -> str | None:

@@ -150,9 +150,10 @@ def _event(data: Json) -> bytes:
 
 
 def _arguments(text: str) -> Json:
-    """A call's arguments; of those that the token limit cut off, the whole part."""
+    """A call's arguments; of those that the token limit cut off, the whole part. Anthropic's name for what is no JSON
+    keeps the rest from being lost."""
     try:
-        value = pydantic_core.from_json(text, allow_partial=True)
+        value = pydantic_core.from_json(text or "{}", allow_partial=True)
     except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}

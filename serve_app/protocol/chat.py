@@ -106,7 +106,9 @@ class ChatRequest(GenerationRequest):
         form = (texts.tool_calls or tool_call_form(source)) if self.tools else None
 
         def new_parser(reasoning: str) -> AnswerParser:
-            return AnswerParser(Reasoning(reasoning), ToolCalls(form, self.tools) if form else None)
+            required = self.tool_choice == "required"
+            calls = ToolCalls(form, self.tools, only_calls=required) if form else None
+            return AnswerParser(Reasoning(reasoning), calls)
 
         return Reading(
             state,

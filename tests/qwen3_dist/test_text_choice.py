@@ -30,7 +30,7 @@ class Shouts:
         self._held += "." * text.count(".")
         return Parsed(text.replace("!", "").replace(".", ""), tool_calls=tuple(calls))
 
-    def finish(self) -> Parsed:
+    def finish(self, cut: bool = False) -> Parsed:
         return Parsed(self._held)
 
 

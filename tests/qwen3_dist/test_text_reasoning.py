@@ -33,6 +33,10 @@ STATES = ("none", "optional", "open")
         ("open", "\nwhy, cut off\n", "why, cut off", ""),
         ("open", "why</thin", "why</thin", ""),
         ("open", "</think>\n\n so \n", "", " so \n"),
+        ("open", "<think>\nwhy\n</think>\n\nso", "why", "so"),
+        ("open", "\n<think>\n<think>why", "why", ""),
+        ("open", "\n<thi", "<thi", ""),
+        ("open", "why <think> so", "why <think> so", ""),
         ("none", "\n<think>\nwhy\n</think>\n\nso\n", "", "\n<think>\nwhy\n</think>\n\nso\n"),
     ],
 )
@@ -61,7 +65,7 @@ def test_any_text_comes_out_however_it_is_split(state: str, text: str, sizes: li
     assert parsed(Reasoning(state), pieces_of(text, sizes)) == whole
     if state == "none" or (state == "optional" and not text.lstrip().startswith("<think>")):
         assert whole == Parsed(text)
-    elif state == "open" and "</think>" not in text:
+    elif state == "open" and "</think>" not in text and not text.lstrip("\n").startswith("<think>"):
         assert whole == Parsed(reasoning=text.strip("\n"))
 
 

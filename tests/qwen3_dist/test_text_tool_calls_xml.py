@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen3_dist.text.parsed import Parsed
 from qwen3_dist.text.tool_calls import ToolCalls
-from tests.qwen3_dist.test_text_tool_calls import JSON_VALUES, NASTY, reader
+from tests.qwen3_dist.test_text_tool_calls import JSON_VALUES, NASTY, cut_off, reader
 from tests.splits import however_cut, parsed, pieces_of
 
 PROPERTIES: dict[str, Any] = {
@@ -22,6 +22,7 @@ PROPERTIES: dict[str, Any] = {
     "flag": {"type": "boolean"},
     "thing": {"type": "object"},
     "items": {"type": "array"},
+    "either_thing": {"anyOf": [{"type": "object"}, {"type": "string"}]},
     "nothing": {"type": "null"},
     "either": {"type": ["integer", "string"]},
     "colour": {"enum": ["red", "1"]},
@@ -70,14 +71,29 @@ def arguments_of(text: str) -> Any:
         ("count", " 5 ", 5),
         ("count", "5.0", 5),
         ("count", "5.5", "5.5"),
+        ("count", '"5"', 5),
+        ("count", "+07", 7),
+        ("count", "null", None),
+        ("count", "None", None),
         ("count", "five", "five"),
         ("share", "1", 1),
         ("share", "1e-3", 0.001),
         ("share", "NaN", "NaN"),
         ("flag", "true", True),
         ("flag", "False", False),
+        ("flag", "TRUE", True),
+        ("flag", "1", True),
+        ("flag", "'false'", False),
+        ("flag", "yes", "yes"),
         ("thing", '{\n"a": [1, "\\n"]\n}', {"a": [1, "\n"]}),
         ("thing", "{oops", "{oops"),
+        ("thing", "{'a': (1)}", "{'a': (1)}"),
+        ("thing", "{'a': [True, None]}", {"a": [True, None]}),
+        ("thing", '{"a": 1}}', {"a": 1}),
+        ("thing", "\"{'a': 1}\"", {"a": 1}),
+        ("either_thing", "{'a': True}", {"a": True}),
+        ("either_thing", "True", "True"),
+        ("items", "['a', 1,]", ["a", 1]),
         ("items", "[]", []),
         ("nothing", "null", None),
         ("either", "5", 5),
@@ -169,20 +185,23 @@ def test_a_malformed_call_comes_back_as_content(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "arguments", "content"),
+    ("text", "shown"),
     [
-        ("<function=f>\n<parameter=text>\nab\n</par", {"text": "ab"}, ""),
-        ("<function=f>\n<parameter=text>\n", {}, ""),
-        ("<function=f>\n<parameter=text>\na\n</parameter>\n<parameter=count>\n1", {"text": "a"}, ""),
-        ("<function=f>\n<param", {}, ""),
-        ("<function=f>\noops</function>", {}, "oops</function>"),
-        ("<function=f>\n<parameter=text>a</parameter></tool_call> b", {"text": "a"}, "b"),
+        ("<parameter=text>\nab\n</par", '{"text": "ab'),
+        ("<parameter=text>\na\n</parameter>\n<parameter=count>\n1", '{"text": "a"'),
+        ("<parameter=text>\na\n</parameter>\n<param", '{"text": "a'),
     ],
 )
-def test_a_call_that_breaks_off_after_its_name_is_closed(text: str, arguments: Any, content: str) -> None:
-    found = however_cut(coder, "<tool_call>\n" + text)
-    assert [(c.name, json.loads(c.arguments)) for c in found.tool_calls] == [("f", arguments)]
-    assert found.content == content
+def test_a_call_that_the_limit_cuts_off_is_left_as_it_was_shown(text: str, shown: str) -> None:
+    found = however_cut(cut_off(coder), "<tool_call>\n<function=f>\n" + text)
+    assert [(c.name, c.arguments) for c in found.tool_calls] == [("f", shown)]
+    assert found.content == ""
+
+
+@pytest.mark.parametrize("text", ["", "<param", "<parameter=text>\n", "<parameter=count>\n1"])
+def test_a_call_that_is_cut_off_before_its_first_value_is_content(text: str) -> None:
+    text = "<tool_call>\n<function=f>\n" + text
+    assert however_cut(cut_off(coder), text) == Parsed(text)
 
 
 def test_a_tool_without_a_usable_schema_takes_text() -> None:

@@ -188,6 +188,7 @@ CALLS = [
     ("", "", (ToolCallDelta(0, arguments='is"}'), ToolCallDelta(1, "call_b", "now", "{}"))),
 ]
 CUT = [("", "", (ToolCallDelta(0, "call_a", "get_weather", '{"days": 3, "city": "Par'),))]
+BROKEN = [("", "", (ToolCallDelta(0, "call_a", "get_weather", "{oops}"),))]
 
 
 def deltas(said: list[Any], **last: Any) -> list[ChoiceDelta]:
@@ -256,15 +257,14 @@ def test_the_streamed_message_is_the_whole_one(said: list[ChoiceDelta], stop_rea
 
 
 def test_thinking_text_and_calls_are_blocks_in_their_order() -> None:
-    assert blocks(whole(deltas(THINKS))) == [
-        {"type": "thinking", "thinking": "It is 85."},
-        text("The sum is 85."),
-    ]
+    thought = {"type": "thinking", "thinking": "It is 85."}
+    assert blocks(whole(deltas(THINKS))) == [thought, text("The sum is 85.")]
     assert blocks(whole(deltas(CALLS))) == [
         text("I look."),
         {"type": "tool_use", "name": "get_weather", "input": {"city": "Paris"}},
         {"type": "tool_use", "name": "now", "input": {}},
     ]
+    assert blocks(whole(deltas(BROKEN)))[0]["input"] == {"INVALID_JSON": "{oops}"}
     assert blocks(whole(deltas(CUT))) == [{"type": "tool_use", "name": "get_weather", "input": {"days": 3}}]
 
 
