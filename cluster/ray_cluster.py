@@ -8,36 +8,89 @@ import socket
 
 import ray
 
+from cluster.ray_guard import RayGuard
 from qwen3_dist.errors import ResourceError
 
 _ANSWER_WAIT_S = 5.0
-# How Serve's proxy talks to deployments: by gRPC a streamed token costs it less than half. Serve has no other
-# setting for it; processes of a cluster inherit it from whoever starts them.
-_PROXY_BY_GRPC = "RAY_SERVE_PROXY_USE_GRPC"
+_START_TRIES = 2
+# Ray has no other setting for these; the processes of a cluster inherit them from whoever starts them.
+_ENVIRONMENT = {
+    # Serve's proxy talks to deployments by gRPC: a streamed token costs it less than half.
+    "RAY_SERVE_PROXY_USE_GRPC": "1",
+    # Ray runs its workers at nice 15, where any other busy program of the host starves ranks and HTTP.
+    "RAY_worker_niceness": "0",
+}
+_guard: RayGuard | None = None
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> bool:
     """Joins the Ray cluster at `address` ("auto", or host:port), or starts a local one for None.
 
-    Returns whether it was started here. Raises ResourceError if nobody answers at `address`.
+    A local one ends with this process, also where this process is killed. Returns whether it was started here. Raises
+    ResourceError if nobody answers at `address`, if the cluster wants another token, or if Ray does not start.
     """
     if ray.is_initialized():
         return False
     if address is None:
-        os.environ.setdefault(_PROXY_BY_GRPC, "1")
-        ray.init(num_cpus=num_cpus, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        _start(num_cpus)
         return True
     _require_answer(address)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        ray.shutdown()
+        if _is_about_tokens(error):
+            raise ResourceError(
+                f"the Ray cluster at {address} wants an authentication token that this process does not show; set "
+                "RAY_AUTH_MODE=token here and put the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN, or "
+                "start both with RAY_AUTH_MODE=disabled"
+            ) from None
         raise ResourceError(f"no Ray cluster can be joined at {address!r}: {error}") from None
     return False
 
 
 def shutdown() -> None:
     """Leaves the cluster; one started here ends with all its processes."""
+    global _guard
     ray.shutdown()
+    if _guard is not None:
+        _guard.end_all()
+        _guard = None
+
+
+def _start(num_cpus: int | None) -> None:
+    """Starts a local Ray, once more if its processes do not come up in time. Raises ResourceError."""
+    global _guard
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for tries_left in reversed(range(_START_TRIES)):
+        _guard = RayGuard()
+        try:
+            with _guard.marking():
+                ray.init(
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
+            return
+        except Exception as error:  # noqa: BLE001 - Ray raises bare Exceptions here
+            shutdown()
+            if tries_left == 0:
+                reason = str(error).strip().partition("\n")[0]
+                raise ResourceError(
+                    f"Ray did not start on this machine in {_START_TRIES} tries ({reason}); end other programs, or "
+                    "start Ray by `ray start --head` and join it by --ray-address"
+                ) from None
+
+
+def _is_about_tokens(error: BaseException | None) -> bool:
+    """Whether the error, or what caused it, is a refused token."""
+    while error is not None:
+        if isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _require_answer(address: str) -> None:

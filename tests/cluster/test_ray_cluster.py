@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster import ray_cluster
 from qwen3_dist.errors import ResourceError
@@ -80,3 +81,66 @@ def test_auto_without_a_running_cluster_is_refused(tmp_path: Path) -> None:
         timeout=120,
     )
     assert "ResourceError: no Ray cluster can be joined at 'auto'" in ended.stderr
+
+
+class FakeRay:
+    """Stands in for `ray` in `ray_cluster`: its starts fail as many times as it is told."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, failures: list[Exception]) -> None:
+        self.failures = failures
+        self.starts = self.shutdowns = 0
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **_: object) -> None:
+        self.starts += 1
+        if self.failures:
+            raise self.failures.pop(0)
+
+    def shutdown(self) -> None:
+        self.shutdowns += 1
+
+
+TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed"
+
+
+def test_a_ray_that_does_not_come_up_in_time_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay([Exception(TIMED_OUT)])
+    monkeypatch.setattr(ray_cluster, "ray", fake)
+    assert ray_cluster.connect(None)
+    assert (fake.starts, fake.shutdowns) == (2, 1)
+    ray_cluster.shutdown()
+
+
+def test_a_ray_that_never_comes_up_is_told_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRay([Exception(f"{TIMED_OUT}\nmore lines")] * 2)
+    monkeypatch.setattr(ray_cluster, "ray", fake)
+    with pytest.raises(ResourceError, match="timed out during startup.*ray start --head") as told:
+        ray_cluster.connect(None)
+    assert "\n" not in str(told.value)
+    assert (fake.starts, fake.shutdowns) == (2, 2)
+
+
+def refused_for_its_token() -> ConnectionError:
+    """What `ray.init` raises when the cluster was started on a host where a token lies."""
+    error = ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:6399")
+    error.__cause__ = RuntimeError(
+        "Failed to connect to GCS. Last connection error: RPC error: InvalidAuthToken: ..."
+    )
+    return error
+
+
+@pytest.mark.parametrize(
+    "error", [refused_for_its_token(), ray.exceptions.AuthenticationError("no token was found")]
+)
+def test_a_cluster_with_another_token_is_refused_with_the_variable_that_mends_it(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(ray_cluster, "ray", FakeRay([error]))
+    monkeypatch.setattr(ray_cluster, "_require_answer", lambda _: None)
+    with pytest.raises(ResourceError, match="RAY_AUTH_MODE=token") as told:
+        ray_cluster.connect("127.0.0.1:6399")
+    assert "\n" not in str(told.value)
