@@ -89,8 +89,8 @@ def served_rate(settings: dict[str, Any], clients: int, output_len: int) -> floa
     context = multiprocessing.get_context("spawn")
     rates = context.Queue()
     config = read_service_config({**settings, "port": PORT, "model_name": "m"})
-    with running_service(config) as url:
-        client = context.Process(target=client_process, args=(url, "m", clients, output_len, rates))
+    with running_service(config) as service:
+        client = context.Process(target=client_process, args=(service.url, "m", clients, output_len, rates))
         client.start()
         found = [rates.get(timeout=600) for _ in range(TURNS)]
         client.join()

@@ -14,13 +14,14 @@ from serve_app.deployments import Ingress
 from serve_app.placement import place
 from serve_app.replica import EngineReplica
 
-APP_NAME = "qwen3_dist"
 INGRESS, REPLICA = "Ingress", "EngineReplica"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 # A model that fails to load fails the next time too: say so after the first try. Once a replica has
 # run, Serve goes on replacing lost ones whatever this is.
 _CONSTRUCTOR_TRIES = 1
 _INGRESS_ONGOING_REQUESTS = 10_000
+# Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
+_INGRESS_OUTLIVES_S = 10.0
 # Serve has no other place for these. Neither deployment ever blocks its event loop, so one loop does what Serve has
 # three for (its own, the router's and the code's): an item that crosses fewer threads costs less.
 _SERVE_SETTINGS = {
@@ -68,7 +69,7 @@ def bind(config: ServiceConfig) -> serve.Application:
         name=INGRESS,
         max_ongoing_requests=_INGRESS_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0, "runtime_env": _SERVE_SETTINGS},
-        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
+        graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
         health_check_period_s=config.health_check_period_s,
         health_check_timeout_s=config.health_check_timeout_s,
         logging_config=QUIET,

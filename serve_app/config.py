@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from qwen3_dist.settings import EngineConfig, read_settings, setting
 from qwen3_dist.text.tool_calls import ToolCallForm
 
 BUNDLED_NAME = "qwen3-bundled"
+APP_NAME = "qwen3_dist"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class ServiceConfig:
 
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     model_name: str = setting("", "name clients ask for; empty means the hub id or the directory's name")
+    name: str = setting(APP_NAME, "name of the Serve application; each service of a Ray cluster has another")
+    route_prefix: str = setting("/", "path below which the service answers, beside others of its Ray cluster")
     host: str = setting("127.0.0.1", "address the HTTP server listens on; 0.0.0.0 for every interface")
     port: int = setting(8000, "port the HTTP server listens on")
     min_replicas: int = setting(1, "engines that always run")
@@ -109,6 +113,10 @@ class ServiceConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)!r}")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ConfigError(f"name must be letters, digits, '_', '-' and '.', not {self.name!r}")
+        if not re.fullmatch(r"/|(/[\w.~-]+)+", self.route_prefix):
+            raise ConfigError(f"route_prefix must be a path such as / or /small, not {self.route_prefix!r}")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port must lie between 1 and 65535, not {self.port}")
         if not 1 <= self.min_replicas <= self.max_replicas:

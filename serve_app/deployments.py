@@ -24,6 +24,7 @@ from serve_app.answers.messages import message_error
 from serve_app.answers.models import Models
 from serve_app.config import ServiceConfig
 from serve_app.dispatch import Dispatcher
+from serve_app.draining import Draining
 from serve_app.http import (
     ANTHROPIC,
     ErrorForm,
@@ -101,11 +102,14 @@ class Ingress:
         self._dispatcher = Dispatcher(answers.remote, config.request_timeout_s, self._health.doubt)
         self._admission = Admission(self._most_in_flight, config.max_ongoing_requests)
         self._stored = ResponseStore(int(config.stored_responses_mib * 2**20), config.stored_responses_s)
+        self._draining = Draining()
         self._max_model_len: int | None = None
         exempt_present_objects()
 
     def let_in(self, request: Request) -> None:
-        """Raises RequestError for a request without the key it needs (401, 403), or without room for it (429)."""
+        """Raises RequestError for a request without the key it needs (401, 403), or without room for it (429), or to a
+        service that is shutting down (503)."""
+        self._draining.check()
         path = route_path(request)
         if path == _REBALANCE:
             check_admin_key(request, self._config.admin_key, self._config.api_key)
@@ -216,6 +220,11 @@ class Ingress:
         """Has each replica move its experts to where their load wants them; the layers each changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
 
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new requests and ends running ones in `timeout_s` seconds; the number of sequences that run."""
+        self._draining.begin(timeout_s)
+        return self._admission.in_flight
+
     async def _ask_all(self, method: str) -> list[Any]:
         """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""
         try:
@@ -233,7 +242,8 @@ class Ingress:
             if request.model:
                 self._models.check(request.model)
             admitted.count(request.num_sequences)
-            items = LateStream(heard(self._dispatcher.answer(request, request_id(asked))))
+            answer = self._draining.watch(self._dispatcher.answer(request, request_id(asked)))
+            items = LateStream(heard(answer))
             streams = isinstance(request, GenerationRequest) and request.stream
             try:
                 opening = await items.first(HEADERS_AFTER_S if streams else None)

@@ -12,12 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
-from ray.util import placement_group_table
 
 from cluster import ray_cluster
 from qwen3_dist import errors
@@ -26,23 +28,63 @@ from qwen3_dist.engine.engine import check_context
 from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.adapters import open_adapters
-from qwen3_dist.weights.source import resolve_model
-from serve_app.app import APP_NAME, QUIET, bind
+from qwen3_dist.weights.source import resolve_config
+from serve_app.app import INGRESS, QUIET, REPLICA, bind
 from serve_app.config import ServiceConfig
+from serve_app.serve_instance import (
+    RunningApplication,
+    find_application,
+    is_running,
+    require_place,
+    require_same,
+    running_serve,
+    unplaced_bundles,
+)
+from serve_app.shutdown import delete, drain
 
 _POLL_S = 0.2
 _REPORT_S = 5.0
 _ANSWER_TIMEOUT_S = 40.0
+_WATCH_S = 1.0
+_SERVE_LOST_S = 60.0  # its controller is restarted within seconds
+
+
+class RunningService:
+    """A service that answers at `url`."""
+
+    def __init__(self, url: str, application: RunningApplication) -> None:
+        self.url = url
+        self._application = application
+
+    def watch(self) -> NoReturn:
+        """Returns never. Raises ResourceError once the service's application is gone or was replaced."""
+        seen = time.monotonic()
+        while True:
+            time.sleep(_WATCH_S)
+            try:
+                require_same(self._application)
+                seen = time.monotonic()
+            except (RayError, RayServeException, TimeoutError):  # Serve's controller may be on its way back
+                if time.monotonic() - seen > _SERVE_LOST_S:
+                    raise ResourceError(
+                        f"Ray Serve has not answered for {_SERVE_LOST_S:g} s, so this service is lost; look at the "
+                        "cluster and start it again"
+                    ) from None
 
 
 @contextlib.contextmanager
 def running_service(
-    config: ServiceConfig, ray_address: str | None = None, report: Callable[[str], None] = lambda line: None
-) -> Iterator[str]:
-    """A context in which `config` is served; yields its base URL once it answers.
+    config: ServiceConfig,
+    ray_address: str | None = None,
+    report: Callable[[str], None] = lambda line: None,
+    hurry: Callable[[], bool] = lambda: False,
+) -> Iterator[RunningService]:
+    """A context in which `config` is served; it begins once the service answers.
 
-    Starts a local Ray, or joins the one at `ray_address`. `report` is told how far it is. Raises a
-    QwenDistError with the root cause if the service cannot start, and leaves nothing behind.
+    Starts a local Ray, or joins the one at `ray_address`. `report` is told how far it is. At the end new requests are
+    refused, and running ones have `graceful_shutdown_timeout_s` seconds to end, or until `hurry` says so. Raises a
+    QwenDistError with the root cause if the service cannot start, and leaves nothing behind. Never touches other
+    applications of a cluster it joined, nor their Serve.
     """
     check_model(config)
     if ray_address is None:
@@ -51,28 +93,59 @@ def running_service(
     on_sigterm = signal.getsignal(signal.SIGTERM)
     started_ray = ray_cluster.connect(ray_address)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would abort this process
-    shared_serve = bool(serve.status().proxies)
     try:
-        app = bind(config)
-        report(f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)")
-        _start_serve(config)
+        shared = running_serve()
+        if shared is not None:
+            require_place(config, shared)
         try:
-            target = serve.RunTarget(app, name=APP_NAME, route_prefix="/")
-            serve.run_many([target], wait_for_applications_running=False)
-            _wait_until_running(config, report)
-            url = _wait_until_answering(config)
-            for line in _described_ranks(url, config.api_key):
-                report(line)
-            yield url
+            app = bind(config)
+            report(
+                f"deploying {config.served_name} as {config.engine.layout}, {config.min_replicas} replica(s)"
+            )
+            if shared is None:
+                _start_serve(config)
+            with _deployed(app, config, started_ray, report, hurry) as service:
+                yield service
         finally:
-            with contextlib.suppress(TimeoutError):  # requests still run: the end of Serve or Ray ends them
-                serve.delete(APP_NAME)
+            if shared is None and not started_ray:
+                serve.shutdown()
     finally:
-        if not started_ray and not shared_serve:
-            serve.shutdown()
         ray_cluster.shutdown()
         # Serve would take the next Ray of this process for this one, since both name their job alike.
         serve.context._set_global_client(None)
+
+
+@contextlib.contextmanager
+def _deployed(
+    app: serve.Application,
+    config: ServiceConfig,
+    own_ray: bool,
+    report: Callable[[str], None],
+    hurry: Callable[[], bool],
+) -> Iterator[RunningService]:
+    """A context in which the application is deployed and answers. At its end no request runs and, but in a Ray of our
+    own, which ends next, the application is gone."""
+    target = serve.RunTarget(app, name=config.name, route_prefix=config.route_prefix)
+    application: RunningApplication | None = None
+    ingress: DeploymentHandle | None = None
+    try:
+        serve.run_many([target], wait_for_applications_running=False)
+        application = find_application(config.name)
+        _wait_until_running(config, report)
+        url = _wait_until_answering(config)
+        for line in _described_ranks(url, config.api_key):
+            report(line)
+        ingress = serve.get_deployment_handle(INGRESS, config.name)
+        yield RunningService(url, application)
+    finally:
+        if application is None:  # it was deployed, if at all, a moment ago, when its name was free
+            with contextlib.suppress(ResourceError):
+                application = find_application(config.name)
+        if application is not None and is_running(application):
+            if ingress is not None:
+                drain(ingress, config.graceful_shutdown_timeout_s, report, hurry)
+            if not own_ray:
+                delete(application, hurry)
 
 
 def _start_serve(config: ServiceConfig) -> None:
@@ -89,7 +162,7 @@ def _start_serve(config: ServiceConfig) -> None:
 def check_model(config: ServiceConfig) -> None:
     """Raises CheckpointError, ConfigError or ParallelLayoutError if the model is missing, or if context, layout or
     adapters do not fit it or its files cannot be read."""
-    path = resolve_model(config.engine.model, config.engine.revision)
+    path = resolve_config(config.engine.model, config.engine.revision)
     model_config = ModelConfig.from_directory(path)
     config.engine.layout.validate(model_config)
     check_context(config.engine, model_config)
@@ -124,7 +197,9 @@ def _wait_until_running(config: ServiceConfig, report: Callable[[str], None]) ->
     started = reported = time.monotonic()
     last_placed = started
     while True:
-        app = serve.status().applications[APP_NAME]
+        app = serve.status().applications.get(config.name)
+        if app is None:
+            raise ResourceError(f"application {config.name!r} was deleted while it started; start it again")
         if app.status == ApplicationStatus.RUNNING:
             return
         deployments = app.deployments
@@ -132,7 +207,7 @@ def _wait_until_running(config: ServiceConfig, report: Callable[[str], None]) ->
             messages = [app.message, *(deployment.message for deployment in deployments.values())]
             raise root_cause("\n".join(messages))
         now = time.monotonic()
-        unplaced = _unplaced_bundles()
+        unplaced = unplaced_bundles(config.name, REPLICA)
         if not unplaced:
             last_placed = now
         elif now - last_placed > config.placement_timeout_s:
@@ -147,14 +222,6 @@ def _wait_until_running(config: ServiceConfig, report: Callable[[str], None]) ->
         time.sleep(_POLL_S)
 
 
-def _unplaced_bundles() -> str:
-    """The bundles of a placement group that waits for resources, as text; "" if none does."""
-    for group in placement_group_table().values():
-        if group["state"] == "PENDING":
-            return ", ".join(str(bundle) for bundle in group["bundles"].values())
-    return ""
-
-
 def _free() -> str:
     free = ray.available_resources()
     return ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
@@ -163,7 +230,7 @@ def _free() -> str:
 def _wait_until_answering(config: ServiceConfig) -> str:
     """The service's base URL, once its /health says 200."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    url = f"http://{host}:{config.port}"
+    url = f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
     deadline = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:
@@ -172,8 +239,7 @@ def _wait_until_answering(config: ServiceConfig) -> str:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             if time.monotonic() > deadline:
                 raise ResourceError(
-                    f"the service runs but {url} does not answer; if Ray Serve already ran in this cluster, "
-                    "use the host and port it was started with"
+                    f"the service runs but {url} does not answer; Ray Serve's log on the head node says why"
                 ) from None
         time.sleep(_POLL_S)
 

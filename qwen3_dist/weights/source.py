@@ -9,6 +9,7 @@ from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.files import shard_files
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_CONFIGS = ["config.json", "generation_config.json"]
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -33,6 +34,18 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     A commit that the local hub cache holds whole is taken from there, without asking the hub.
     Raises CheckpointError, in one sentence, if there is none.
     """
+    return _resolve(model, revision, _FILES)
+
+
+def resolve_config(model: str, revision: str | None = None) -> Path:
+    """The directory of `model` as `resolve_model` finds it, of a hub id with its configs alone.
+
+    Raises CheckpointError, in one sentence, if there is none.
+    """
+    return _resolve(model, revision, _CONFIGS)
+
+
+def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
     if not model:
         return bundled_path()
     path = local_path(model)
@@ -42,7 +55,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
         raise CheckpointError(
             f"{model} is neither a checkpoint directory nor a hub id such as Qwen/Qwen3-0.6B"
         )
-    return snapshot_of(model, revision) or _from_hub(model, revision)
+    return snapshot_of(model, revision) or _from_hub(model, revision, files)
 
 
 def commit_of(model: str, path: Path) -> str | None:
@@ -71,12 +84,12 @@ def snapshot_of(model: str, revision: str | None) -> Path | None:
     return path if (path / "config.json").exists() else None
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files))
     except RepositoryNotFoundError:
         raise CheckpointError(f"the hub has no model {model!r}, or it needs a login; check the id") from None
     except RevisionNotFoundError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import types
 from typing import TextIO
 
 from qwen3_dist.settings import EngineConfig
@@ -32,20 +34,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "engine of each replica", EngineConfig, skip=("model",))
 
 
+class EndSignals:
+    """SIGINT and SIGTERM: the first ends the service with time for its requests, the second at once, the third also
+    what cannot be ended in order."""
+
+    def __init__(self) -> None:
+        self._ending = self._hurry = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts background jobs of scripts
+                signal.signal(number, self._handle)
+
+    def hurry(self) -> bool:
+        """Whether the service is to end at once."""
+        return self._hurry
+
+    def begin_end(self) -> None:
+        """Says that the service ends by itself; the next signal is the second."""
+        self._ending = True
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._hurry:
+            os._exit(1)
+        if self._ending:
+            self._hurry = True
+            return
+        self._ending = True
+        raise KeyboardInterrupt
+
+
 def run(args: argparse.Namespace, out: TextIO) -> int:
     config = read_service_config(given_settings(args, ServiceConfig, EngineConfig))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals = EndSignals()
     from serve_app.cli.sample import show_sample
     from serve_app.launch import running_service
 
     try:
-        with running_service(config, args.ray_address, _report) as url:
-            _announce(out, args.json, url, config.served_name)
-            if args.sample or args.exit_after_sample:
-                show_sample(out, args.json, url, config.served_name, config.api_key)
-            if not args.exit_after_sample:
-                _report("ready; Ctrl-C ends it")
-                signal.pause()
+        with running_service(config, args.ray_address, _report, signals.hurry) as service:
+            try:
+                _announce(out, args.json, service.url, config.served_name)
+                if args.sample or args.exit_after_sample:
+                    show_sample(out, args.json, service.url, config.served_name, config.api_key)
+                if not args.exit_after_sample:
+                    _report("ready; Ctrl-C ends it")
+                    service.watch()
+            finally:
+                signals.begin_end()
     except KeyboardInterrupt:
         _report("stopped")
     return 0

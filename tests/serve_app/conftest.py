@@ -12,8 +12,8 @@ from ray import serve
 
 from qwen3_dist.engine.outputs import EngineStats
 from qwen3_dist.weights.source import bundled_path
-from serve_app.app import APP_NAME, REPLICA
-from serve_app.config import BUNDLED_NAME, ServiceConfig, read_service_config
+from serve_app.app import REPLICA
+from serve_app.config import APP_NAME, BUNDLED_NAME, ServiceConfig, read_service_config
 from serve_app.launch import running_service
 from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port
@@ -29,8 +29,8 @@ def service_config(tmp_path_factory: pytest.TempPathFactory) -> ServiceConfig:
 
 @pytest.fixture(scope="session")
 def url(service_config: ServiceConfig) -> Iterator[str]:
-    with running_service(service_config) as address:
-        yield address
+    with running_service(service_config) as service:
+        yield service.url
 
 
 @pytest.fixture

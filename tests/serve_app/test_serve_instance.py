@@ -1,0 +1,157 @@
+"""A service beside others of a Ray cluster: where it has no place, and when it has lost its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from ray.exceptions import RayError
+
+from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
+from serve_app import launch, serve_instance
+from serve_app.cli.serve import EndSignals
+from serve_app.config import ServiceConfig
+from serve_app.launch import RunningService
+from serve_app.serve_instance import (
+    RunningApplication,
+    ServeInstance,
+    is_running,
+    require_place,
+    unplaced_bundles,
+)
+
+FIRST = RunningApplication("qwen3_dist", "/", 100.0)
+
+
+def instance(*applications: RunningApplication) -> ServeInstance:
+    return ServeInstance("127.0.0.1", 8000, {found.name: found for found in applications})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "'qwen3_dist'; choose another --name"),
+        ({"route_prefix": "/second"}, "'qwen3_dist'; choose another --name"),
+        ({"name": "second"}, "already answers below /; choose another --route-prefix"),
+        ({"name": "second", "route_prefix": "/second", "port": 8001}, "--host 127.0.0.1 --port 8000"),
+        ({"name": "second", "route_prefix": "/second", "host": "0.0.0.0"}, "--host 127.0.0.1 --port 8000"),
+    ],
+)
+def test_a_second_service_that_would_touch_the_first_is_refused(
+    settings: dict[str, object], words: str
+) -> None:
+    with pytest.raises(QwenDistError, match=words) as refused:
+        require_place(ServiceConfig(**settings), instance(FIRST))  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value)
+
+
+def test_a_second_service_with_a_name_and_a_prefix_of_its_own_has_a_place() -> None:
+    require_place(ServiceConfig(name="second", route_prefix="/second", host="localhost"), instance(FIRST))
+    require_place(ServiceConfig(), instance())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("name", ""),
+        ("name", "a#b"),
+        ("route_prefix", "small"),
+        ("route_prefix", "/small/"),
+        ("route_prefix", ""),
+    ],
+)
+def test_a_name_or_prefix_that_serve_could_not_use_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        ServiceConfig(**{name: value})  # type: ignore[arg-type]
+
+
+def group(name: str, state: str = "PENDING") -> dict[str, object]:
+    return {"name": name, "state": state, "bundles": {0: {"CPU": 1000.0}}}
+
+
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        ([group("")], ""),
+        ([group("SERVE_REPLICA::other#EngineReplica#x1")], ""),
+        ([group("SERVE_REPLICA::mine#Other#x1")], ""),
+        ([group("SERVE_REPLICA::mine#EngineReplica#x1", "CREATED")], ""),
+        ([group("somebody's"), group("SERVE_REPLICA::mine#EngineReplica#x1")], "{'CPU': 1000.0}"),
+    ],
+)
+def test_only_a_placement_group_of_our_own_deployment_waits_for_room(
+    monkeypatch: pytest.MonkeyPatch, groups: list[dict[str, object]], found: str
+) -> None:
+    monkeypatch.setattr(serve_instance, "placement_group_table", lambda: dict(enumerate(groups)))
+    assert unplaced_bundles("mine", "EngineReplica") == found
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        (None, "is gone from Ray Serve"),
+        (instance(), "is gone from Ray Serve"),
+        (instance(RunningApplication("qwen3_dist", "/", 200.0)), "was replaced by another deployment"),
+    ],
+)
+def test_a_service_whose_application_is_gone_or_replaced_ends_with_an_error_and_deletes_nothing(
+    monkeypatch: pytest.MonkeyPatch, later: ServeInstance | None, words: str
+) -> None:
+    states = [instance(FIRST), RayError("the controller restarts"), instance(FIRST), later]
+
+    def running_serve() -> ServeInstance | None:
+        state = states.pop(0) if len(states) > 1 else states[0]
+        if isinstance(state, RayError):
+            raise state
+        return state
+
+    monkeypatch.setattr(serve_instance, "running_serve", running_serve)
+    monkeypatch.setattr(launch, "_WATCH_S", 0.0)
+    with pytest.raises(ResourceError, match=words):
+        RunningService("http://127.0.0.1:8000", FIRST).watch()
+    assert states == [later]
+    assert not is_running(FIRST)
+
+
+def test_a_serve_that_never_answers_again_is_told_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def running_serve() -> None:
+        raise RayError("no controller")
+
+    monkeypatch.setattr(serve_instance, "running_serve", running_serve)
+    monkeypatch.setattr(launch, "_WATCH_S", 0.0)
+    monkeypatch.setattr(launch, "_SERVE_LOST_S", 0.0)
+    with pytest.raises(ResourceError, match="has not answered"):
+        RunningService("http://127.0.0.1:8000", FIRST).watch()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Gives back the handlers of signals that a test changes."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_the_first_signal_ends_in_order_the_second_hurries_and_the_third_ends_the_process(
+    handlers: None, monkeypatch: pytest.MonkeyPatch, numbers: tuple[signal.Signals, signal.Signals]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    signals = EndSignals()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(numbers[0])
+    assert not signals.hurry()
+    signal.raise_signal(numbers[1])
+    assert signals.hurry() and not codes
+    signal.raise_signal(numbers[0])
+    assert codes == [1]
+
+
+def test_a_background_job_of_a_script_goes_on_ignoring_ctrl_c(handlers: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    EndSignals()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
