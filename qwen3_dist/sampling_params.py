@@ -12,6 +12,7 @@ from qwen3_dist.errors import RequestError
 
 MAX_LOGPROBS = 20
 REASONING = ("none", "optional", "open")
+_MOST_INT = 2**31 - 1
 _MOST_STRINGS, _MOST_TOKENS = 16, 1024  # stop strings; stop tokens, biased tokens, bad words
 
 
@@ -144,13 +145,18 @@ class SamplingParams:
         return not (any(asked) or any(listed) or formed)
 
     def _normalise(self) -> None:
-        """Lists to tuples, a lone stop string to a tuple of it, a bias by token id to pairs."""
+        """Lists to tuples, a lone stop string to a tuple of it, a bias by token id to pairs, numbers larger than any
+        count of tokens to the largest."""
         set_ = object.__setattr__
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             set_(self, name, (value,) if isinstance(value, str) else _as_tuple(value))
         for name in ("stop_token_ids", "logprob_token_ids"):
             set_(self, name, _as_tuple(getattr(self, name)))
+        for name in ("top_k", "min_tokens", "thinking_token_budget"):  # ranks keep them in 32 bits
+            value = getattr(self, name)
+            if _is_int(value, _MOST_INT):
+                set_(self, name, _MOST_INT)
         bias = self.logit_bias
         if isinstance(bias, Mapping):
             bias = tuple((_as_int(token), value) for token, value in bias.items())
@@ -175,8 +181,7 @@ def _is_int(value: object, low: int, high: float = math.inf) -> bool:
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return is_number and low <= value <= high  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 def _are_texts(value: object, most: int) -> bool:

@@ -31,9 +31,11 @@ class ToHost:
 
     def __init__(self, *parts: Tensor) -> None:
         self._parts = [part.to("cpu", non_blocking=True) for part in parts]  # into pinned memory
-        self._sent = torch.cuda.Event() if any(part.is_cuda for part in parts) else None
-        if self._sent is not None:
-            self._sent.record()
+        on_gpu = next((part.device for part in parts if part.is_cuda), None)
+        self._sent = None
+        if on_gpu is not None:
+            self._sent = torch.cuda.Event()
+            self._sent.record(torch.cuda.current_stream(on_gpu))
 
     def ready(self) -> bool:
         """Whether `arrived` would not wait."""

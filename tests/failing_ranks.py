@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from qwen3_dist.engine.runner import ModelRunner
+from qwen3_dist.executor import rank
 from qwen3_dist.executor.messages import RankSpec
 from qwen3_dist.executor.rank import rank_main
+from qwen3_dist.parallel.context import ParallelContext
 
 
 def rank_1_runs_out_of_memory(spec: RankSpec) -> None:
@@ -71,4 +75,39 @@ def tells_its_environment(spec: RankSpec) -> None:
 
     dist.init_process_group, dist.new_group = starts, makes_group
     ModelRunner.joined_with = lambda _: (*seen, timeouts)  # type: ignore[attr-defined]
+    rank_main(spec)
+
+
+def notes_its_end(spec: RankSpec) -> None:
+    """A rank that writes beside the checkpoint in which order it drops its graphs and leaves its groups."""
+    note = Path(spec.config.model) / f"end-{spec.rank}"
+    drop_graphs, leave = ModelRunner.close, ParallelContext.close
+
+    def drops_graphs(runner: ModelRunner) -> None:
+        note.write_text("graphs ")
+        drop_graphs(runner)
+
+    def leaves(parallel: ParallelContext) -> None:
+        with note.open("a") as file:
+            file.write("groups")
+        leave(parallel)
+
+    ModelRunner.close, ParallelContext.close = drops_graphs, leaves  # type: ignore[method-assign]
+    rank_main(spec)
+
+
+def rank_1_ends_as_it_loads(spec: RankSpec) -> None:
+    """By an EOFError of its own, such as a cut file gives."""
+
+    def cut(*_: Any) -> None:
+        raise EOFError("the file ends early")
+
+    if spec.rank == 1:
+        rank.load_shard = cut  # type: ignore[assignment]
+    rank_main(spec)
+
+
+def ranks_over_gloo(spec: RankSpec) -> None:
+    """As ranks of several hosts are."""
+    ParallelContext.connect = partial(ParallelContext.connect, shared_memory=False)  # type: ignore[method-assign]
     rank_main(spec)

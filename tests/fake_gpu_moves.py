@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -49,7 +50,7 @@ def observe(quantize: bool) -> dict[str, list[str]]:
         [hosted] = moe.placement.hosted
         placement = ExpertPlacement(((*hosted[1::-1], *hosted[2:]),))  # the first two change places
         watch.restart()
-        reading = Reading(Reader(config), moe, 0, placement, model.device, None, None)
+        reading = Reading(Reader(config), moe, 0, placement, model.device, None, threading.Event())
         prepared = reading.prepare()
         waits = {"read": list(watch.waits)}
         assert all(tensor.is_cuda for tensor in prepared.tensors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
     yield PlannedCheck("has no time", dict, 3600)
     yield PlannedCheck("no end", _hangs, 0)
     yield PlannedCheck("a fault", lambda: os.kill(os.getpid(), signal.SIGSEGV) or {}, 0)
+    yield PlannedCheck("an early end", lambda: sys.exit(0), 0)
     child.kill()
 
 

@@ -66,6 +66,7 @@ def main() -> None:
     for check in run_checks(task):
         _write(task, asdict(check))
         print(check.line, flush=True)
+    _write(task, {"finished": True})
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -77,11 +77,11 @@ def run_stage(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         _await_end(process.pid)
-    checks, running = _read(events)
-    ended = "" if code == 0 else _ending(code, limit_s, running)
+    checks, running, finished = _read(events)
+    ended = "" if finished else _ending(code, limit_s, running)
     if ended and code is not None and (last := _end_of(stderr).strip().rpartition("\n")[2]):
         ended += f": {last}"
-    if running and code != 0:
+    if running:
         checks.append(Check(running, FAILED, 0.0, "it did not end"))
     seconds = round(time.monotonic() - started, 1)
     report = StageReport(stage.name, stage.advice, seconds, limit_s, tuple(checks), ended)
@@ -118,13 +118,15 @@ def _ending(code: int | None, limit_s: float, running: str) -> str:
     return f"its process ended {how}{where}"
 
 
-def _read(events: Path) -> tuple[list[Check], str]:
-    """The checks that have ended, and the name of the one that was running ("" for none)."""
+def _read(events: Path) -> tuple[list[Check], str, bool]:
+    """The checks that have ended, the name of the one that was running ("" for none), and whether all are done."""
     checks: list[Check] = []
     running = ""
     for line in events.read_text().splitlines():
         event: dict[str, Any] = json.loads(line)
+        if "finished" in event:
+            return checks, "", True
         running = event.get("begun", "")
         if not running:
             checks.append(Check(**event))
-    return checks, running
+    return checks, running, False

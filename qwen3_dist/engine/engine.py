@@ -148,7 +148,7 @@ class Engine:
                 index,
                 tokens,
                 params,
-                seed + index,
+                (seed + index + 2**63) % 2**64 - 2**63,  # 64 bits, with a sign
                 max_tokens,
                 priority,
             )

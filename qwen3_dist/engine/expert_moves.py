@@ -31,7 +31,8 @@ class ExpertMoves:
         self._reader = ExpertReader(path, model, random)
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self._reading: Reading | None = None
-        self._last: Reading | None = None  # which may go on for a moment after it was dropped
+        self._last_ended = threading.Event()  # a reading may go on for a moment after it was dropped
+        self._last_ended.set()
 
     def start(self, layer: int, placement: ExpertPlacement) -> None:
         """Begins to read what this rank needs to follow `placement`, in place of what was read before."""
@@ -39,8 +40,8 @@ class ExpertMoves:
         moe = self._model.moe_layers.get(layer)
         if moe is not None:  # it is of this rank's stage
             device, stream = self._model.device, self._stream
-            self._reading = Reading(self._reader, moe, layer, placement, device, stream, self._last)
-            self._last = self._reading
+            self._reading = Reading(self._reader, moe, layer, placement, device, stream, self._last_ended)
+            self._last_ended = self._reading.ended
             self._reading.start()
 
     @property
@@ -93,13 +94,14 @@ class Reading(threading.Thread):
         placement: ExpertPlacement,
         device: torch.device,
         stream: torch.cuda.Stream | None,
-        after: threading.Thread | None,
+        after: threading.Event,
     ) -> None:
         super().__init__(name=f"experts of layer {layer}", daemon=True)
         self.moe = moe
         self.prepared: PreparedMove | None = None
         self.error: CheckpointError | None = None
         self.unwanted = threading.Event()
+        self.ended = threading.Event()
         self._reader = reader
         self._layer = layer
         self._placement = placement
@@ -108,9 +110,7 @@ class Reading(threading.Thread):
         self._after = after
 
     def run(self) -> None:
-        if self._after is not None:
-            self._after.join()
-            self._after = None
+        self._after.wait()
         try:
             with _beside_steps(self._stream), torch.inference_mode():
                 prepared = self.prepare()
@@ -119,6 +119,8 @@ class Reading(threading.Thread):
             pass
         except Exception as error:  # noqa: BLE001 - whatever it is, experts stay where they are and steps go on
             self.error = CheckpointError(f"the experts of layer {self._layer} could not be moved: {error}")
+        finally:
+            self.ended.set()
 
     def prepare(self) -> PreparedMove:
         """Reads now, in the caller's thread."""

@@ -22,8 +22,12 @@ _HEADER = struct.Struct("!Q")
 _SECRET_BYTES = 32
 
 
+class ChannelClosedError(EOFError):
+    """The peer is gone."""
+
+
 class Channel:
-    """One end of a connection. Raises EOFError when the peer is gone, TimeoutError when it is silent."""
+    """One end of a connection. Raises ChannelClosedError when the peer is gone, TimeoutError when it is silent."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -46,7 +50,7 @@ class Channel:
         try:
             self._socket.sendall(packed)
         except OSError as error:
-            raise EOFError(f"the peer closed the connection ({error})") from None
+            raise ChannelClosedError(f"the peer closed the connection ({error})") from None
 
     def post(self, packed: bytes) -> bool:
         """Sends what the socket takes without waiting, and keeps the rest for `flush`; whether all was sent."""
@@ -62,7 +66,7 @@ class Channel:
                 return False
             except OSError as error:
                 self._unsent.clear()
-                raise EOFError(f"the peer closed the connection ({error})") from None
+                raise ChannelClosedError(f"the peer closed the connection ({error})") from None
             self._unsent[0] = self._unsent[0][sent:]
             if not self._unsent[0]:
                 self._unsent.popleft()
@@ -112,9 +116,9 @@ class Channel:
             except TimeoutError:
                 raise TimeoutError("the peer did not answer in time") from None
             except OSError as error:
-                raise EOFError(f"the connection broke ({error})") from None
+                raise ChannelClosedError(f"the connection broke ({error})") from None
             if count == 0:
-                raise EOFError("the peer closed the connection")
+                raise ChannelClosedError("the peer closed the connection")
             at += count
         return data
 

@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Any
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError
-from qwen3_dist.executor.channel import Channel, pack
+from qwen3_dist.executor.channel import Channel, ChannelClosedError, pack
 from qwen3_dist.executor.messages import Failed
 from qwen3_dist.parallel.shared_memory import PeerLostError
 
@@ -38,7 +38,7 @@ class RankConnections:
     def post(self, rank: int, packed: bytes) -> None:
         """Sends a packed message. That a rank has gone is found when its messages are read, the last of which says
         why."""
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(ChannelClosedError):
             if not self._channels[rank].post(packed):
                 self._watch(rank, selectors.EVENT_READ | selectors.EVENT_WRITE)
 
@@ -83,7 +83,7 @@ class RankConnections:
                 if mask & selectors.EVENT_READ:
                     try:
                         self._channels[rank].receive(timeout_s=1.0)
-                    except (EOFError, TimeoutError):
+                    except (ChannelClosedError, TimeoutError):
                         self._selector.unregister(self._channels[rank])
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class RankConnections:
         events = [(key.data, mask) for key, mask in self._selector.select(timeout_s)]
         for rank, mask in events:
             if mask & selectors.EVENT_WRITE:
-                with contextlib.suppress(EOFError):
+                with contextlib.suppress(ChannelClosedError):
                     if not self._channels[rank].flush():
                         continue
                 self._watch(rank, selectors.EVENT_READ)
@@ -112,15 +112,23 @@ class RankConnections:
         channel = self._channels[rank]
         try:
             message = channel.receive(timeout_s=_MESSAGE_S)
-        except (EOFError, TimeoutError):
+        except (ChannelClosedError, TimeoutError):
             self._selector.unregister(channel)
-            reason = self._exit_reason() or "its process ended"
-            raise RankLostError(EngineDeadError(f"rank {rank} died: {reason}"), Blame.OWN) from None
+            reason = self._await_exit_reason() or "its process ended"
+            how = reason.removeprefix(f"rank {rank}: ")
+            raise RankLostError(EngineDeadError(f"rank {rank} died: {how}"), Blame.OWN) from None
         if isinstance(message, Failed):
             self._selector.unregister(channel)
             message.log_details()
             raise RankLostError(message.error, _blame(message.error))
         return message
+
+    def _await_exit_reason(self) -> str | None:
+        """Why a rank's process has ended, which the system may know a moment after its connection has broken."""
+        deadline = time.monotonic() + _ROOT_CAUSE_WAIT_S
+        while not (reason := self._exit_reason()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return reason
 
     def _root_cause(self, first: RankLostError) -> RankLostError:
         """When one rank fails the others fail for want of it: hears them out to find the one to blame."""
@@ -134,7 +142,12 @@ class RankConnections:
                 self.next_message(deadline, lambda: "")
             except RankLostError as loss:
                 losses.append(loss)
-        return min(losses, key=lambda loss: loss.blame)
+        cause = min(losses, key=lambda loss: loss.blame)
+        silent = [key.data for key in self._selector.get_map().values()]
+        if cause.blame is Blame.PROBABLE and "timed out" in str(cause).lower() and silent:
+            found = f"{names(silent)} kept the others waiting: {cause}"
+            return RankLostError(EngineDeadError(found), Blame.PROBABLE)
+        return cause
 
 
 def names(ranks: Collection[int]) -> str:

@@ -27,7 +27,7 @@ from qwen3_dist.weights.source import resolve_model
 
 
 class InProcessExecutor(Executor):
-    """Loads the whole model here; a step is a function call."""
+    """Loads the whole model here; a step is a function call, in whatever thread and beside whatever other card."""
 
     def __init__(
         self, config: EngineConfig, placements: Placements, progress: Progress | None = None
@@ -43,6 +43,7 @@ class InProcessExecutor(Executor):
             device, card = cards.take_card(torch.cuda.current_device())
             memory = MemoryShare(1, *cards.use_of_cards([card], config).free_bytes)
         self.device = device.type
+        self._card = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
         with _memory_told("loading the model"):
             path = resolve_model(config.model, config.revision)
@@ -60,17 +61,18 @@ class InProcessExecutor(Executor):
     def submit(self, plans: Sequence[StepPlan]) -> None:
         """On a GPU this returns while the step runs; on a CPU it has run."""
         assert self._runner is not None, "the executor was shut down"
-        with _memory_told("running a step"):
+        with self._card, _memory_told("running a step"):
             output = self._runner.launch(plans[0])
         assert output is not None
         self._launched.append(output)
 
     def collect(self) -> list[StepResult | None]:
-        with _memory_told("running a step"):
+        with self._card, _memory_told("running a step"):
             return [self._launched.popleft().result()]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        return [getattr(self._runner, method)(*arguments)]
+        with self._card:
+            return [getattr(self._runner, method)(*arguments)]
 
     def check(self) -> None:
         pass

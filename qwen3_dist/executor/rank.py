@@ -15,7 +15,7 @@ import torch
 from qwen3_dist.engine.runner import ModelRunner
 from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
-from qwen3_dist.executor.channel import Channel, connect
+from qwen3_dist.executor.channel import Channel, ChannelClosedError, connect
 from qwen3_dist.executor.messages import Failed, Loaded, Loading, RankSpec, Ready
 from qwen3_dist.executor.rendezvous import Joined, join
 from qwen3_dist.executor.shard import count_blocks, load_shard
@@ -40,10 +40,10 @@ def rank_main(spec: RankSpec) -> None:
     try:
         joined = join(spec, channel)
         _serve(spec, channel, joined, doing)
-    except EOFError:
+    except ChannelClosedError:
         _end_process(0)  # the engine is gone, so nobody needs this rank
     except Exception as error:
-        with contextlib.suppress(EOFError):
+        with contextlib.suppress(ChannelClosedError):
             details = "" if isinstance(error, QwenDistError) else traceback.format_exc()
             channel.send(Failed(spec.rank, told(error, spec.rank, doing.what), details))
             channel.wait_until_closed(_HEARD_WITHIN_S)

@@ -20,7 +20,7 @@ from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.executor.base import Executor, RankPlace
 from qwen3_dist.executor.cards import use_of_cards
-from qwen3_dist.executor.channel import Channel, ChannelListener, pack
+from qwen3_dist.executor.channel import Channel, ChannelClosedError, ChannelListener, pack
 from qwen3_dist.executor.connections import RankConnections, RankLostError, names
 from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import (
@@ -255,7 +255,7 @@ def _first_words(channel: Channel) -> Hello | None:
     """A rank's first message; None if it ends without one. Raises the error of a rank that has failed."""
     try:
         message = channel.receive(_HELLO_S)
-    except (EOFError, TimeoutError):
+    except (ChannelClosedError, TimeoutError):
         channel.close()  # why, its launcher tells
         return None
     if isinstance(message, Failed):

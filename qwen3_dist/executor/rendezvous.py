@@ -23,6 +23,7 @@ from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.settings import EngineConfig
 
+_NCCL_MARGIN_S = 30.0
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
@@ -89,7 +90,8 @@ def _connect(
         rank,
         store,
         device,
-        timeout_s=config.step_timeout_s,
+        # NCCL's watchdog ends a rank that waits, so the engine, which names ranks, must lose patience first.
+        timeout_s=config.step_timeout_s + (0 if device.type == "cpu" or over_host else _NCCL_MARGIN_S),
         staged=over_host,
         dispatch=DispatchOptions(config.dispatch_dtype == "fp8", config.overlap_dispatch_from),
     )

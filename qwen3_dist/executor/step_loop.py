@@ -31,7 +31,7 @@ def run_steps(channel: Channel, runner: ModelRunner, overlaps: bool, doing: Doin
     """Runs plans and calls until the engine sends None. The engine bounds how many plans are under way.
 
     With `overlaps` a launch returns while its step runs, so a plan that has come is launched before any result is
-    waited for. Without, a launched step has run. Raises EOFError if the engine is gone.
+    waited for. Without, a launched step has run. Raises ChannelClosedError if the engine is gone.
     """
     launched: deque[StepOutput] = deque()
     while True:

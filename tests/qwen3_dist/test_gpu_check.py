@@ -57,6 +57,11 @@ def test_a_stage_whose_process_dies_names_the_check_and_the_signal(tmp_path: Pat
     assert ended.ended == "its process ended by SIGSEGV in 'a fault'" and ended.status == "failed"
 
 
+def test_a_stage_whose_process_ends_early_has_failed_although_its_code_is_0(tmp_path: Path) -> None:
+    ended = run_stage(PLANTED, "cpu", tmp_path, only="an early end")
+    assert ended.ended == "its process ended with code 0 in 'an early end'" and ended.status == "failed"
+
+
 @pytest.mark.parametrize(
     ("stage", "words"), [("parity", "moe, tp=2,ep=2, bfloat16"), ("faults", "a rank runs out of memory")]
 )

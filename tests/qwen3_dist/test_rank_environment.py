@@ -13,6 +13,7 @@ import pytest
 from qwen3_dist import EngineConfig, Layout
 from qwen3_dist.errors import ConfigError, ResourceError
 from qwen3_dist.executor import rendezvous
+from qwen3_dist.executor.in_process import InProcessExecutor
 from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
 from qwen3_dist.executor.rank_group import RankGroupExecutor
@@ -45,6 +46,15 @@ def test_ranks_have_the_environment_they_are_given_when_they_join(
     assert executor.call("joined_with") == [("mlx5_0", "lo", [timedelta(seconds=77)])] * 2
     executor.shutdown()
     assert "NCCL_IB_HCA" not in os.environ
+
+
+def test_a_rank_in_the_engines_process_sets_them_there(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEEN_BY_RANKS", "")  # so that what is set here ends with this test
+    config = EngineConfig(str(checkpoints["dense"]), rank_env={"SEEN_BY_RANKS": "yes"}, num_blocks=8)
+    InProcessExecutor(config, {}).shutdown()
+    assert os.environ["SEEN_BY_RANKS"] == "yes"
 
 
 def test_gloo_listens_where_the_engine_reaches_the_rank_unless_the_user_says_otherwise(

@@ -150,6 +150,46 @@ def test_a_step_that_is_not_answered_names_step_and_ranks(
             llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
 
 
+def test_a_rank_that_stops_is_named_over_gloo_too(
+    nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None]
+) -> None:
+    failing(failing_ranks.ranks_over_gloo)
+    path = str(checkpoints["dense"])
+    options = {"executor": "processes", "use_tqdm": False, "num_blocks": 64, "step_timeout_s": 2.0}
+    with LLM(path, layout="tp=2", **options) as llm:
+        os.kill(llm._engine.ranks[1].pid, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match=r"rank 1 kept the others waiting: rank 0 .* [Tt]imed out"):
+            llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)
+
+
+def test_a_rank_that_cannot_read_to_the_end_says_so(
+    nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None]
+) -> None:
+    """Its EOFError is not taken for the engine's end."""
+    failing(failing_ranks.rank_1_ends_as_it_loads)
+    with pytest.raises(EngineDeadError, match="rank 1 failed while loading weights: EOFError: the file ends"):
+        start(config(checkpoints["dense"]))
+
+
+def test_a_rank_that_is_killed_is_named_once_with_the_signal(
+    nursery: None, checkpoints: dict[str, Path]
+) -> None:
+    executor = start(config(checkpoints["dense"]))
+    os.kill(executor.ranks[1].pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError) as caught:
+        executor.call("compiled_kernels")
+    assert str(caught.value) == "rank 1 died: its process ended by SIGKILL"
+
+
+def test_graphs_are_dropped_before_the_groups_are_left(
+    nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None]
+) -> None:
+    """NCCL does not give up a communicator that a graph has captured."""
+    failing(failing_ranks.notes_its_end)
+    start(config(checkpoints["dense"])).shutdown()
+    assert [(checkpoints["dense"] / f"end-{rank}").read_text() for rank in (0, 1)] == ["graphs groups"] * 2
+
+
 def test_ranks_whose_groups_cannot_be_left_end_all_the_same(
     nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None]
 ) -> None:
