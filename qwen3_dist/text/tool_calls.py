@@ -19,7 +19,10 @@ ToolCallForm = Literal["json", "xml"]
 _OPENS, _CLOSES = "<tool_call>", "</tool_call>"
 _CLOSING_TAGS = (_CLOSES, FUNCTION_END, PARAMETER_END)
 # Any of them after a call, though its `>` may be missing.
-_CLOSING = re.compile(r"\s*<[ \t]*/[ \t]*(?:tool_call|function|parameter)(?:[ \t]*>|[ \t]*(?=[\n<]))")
+_CLOSING = re.compile(
+    r"<[ \t]{0,4}/[ \t]{0,4}(?:tool_call|function|parameter)(?:[ \t]{0,4}>|[ \t]{0,4}(?=[\n<]))"
+)
+_MOST_CLOSING = 40  # characters of it
 _BEGUN_AT_THE_END = tuple(f"\n{tag}" for tag in _CLOSING_TAGS) + _CLOSING_TAGS
 _MOST_ENDS = 8  # closing tags of one block that may be part of a value
 
@@ -164,10 +167,11 @@ class ToolCalls:
         return False
 
     def _read_closing(self) -> bool:
+        self._unread = self._unread.lstrip()
         if closing := _CLOSING.match(self._unread):
             self._unread = self._unread[closing.end() :]
             return True
-        if _begins_closing(self._unread.lstrip()):
+        if _begins_closing(self._unread):
             return False
         self._step = self._read_content
         return True
@@ -267,5 +271,7 @@ class ToolCalls:
 
 
 def _begins_closing(text: str) -> bool:
+    if len(text) > _MOST_CLOSING:
+        return False
     compact = text.replace(" ", "").replace("\t", "")
     return any(tag.startswith(compact) for tag in _CLOSING_TAGS)
