@@ -9,6 +9,7 @@ from typing import Any
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.answers.base import Json, Served, event
 from serve_app.answers.blocks import Block, BlockAnswer
+from serve_app.answers.text_logprobs import TextLogprobs
 from serve_app.protocol.custom_tools import CustomInput
 from serve_app.protocol.errors import error_object
 from serve_app.protocol.responses_tools import Called
@@ -23,16 +24,20 @@ def response_error_event(error: Exception, sequence_number: int = 0) -> bytes:
 
 class ResponseAnswer(BlockAnswer):
     """`response` and its events. `asked` are the request's fields that OpenAI repeats in the answer, `called` what
-    calls are named by the name that the model knows a tool by.
+    calls are named by the name that the model knows a tool by. `logprobs` shows those of the text.
     """
 
-    def __init__(self, served: Served, asked: Json, called: Mapping[str, Called]) -> None:
+    def __init__(
+        self, served: Served, asked: Json, called: Mapping[str, Called], logprobs: bool = False
+    ) -> None:
         super().__init__(served)
         self._asked = asked
         self._called = called
         self._input: CustomInput | None = None  # of the open call, if its tool is a custom one
         self._created = int(time.time())
         self._output: list[Json] = []
+        self._scores = TextLogprobs(served.tokenizer) if logprobs and served.tokenizer else None
+        self._shown_scores: list[Json] = []  # of the delta that is being shown
         self._num_events = 0
 
     def begin(self) -> bytes:
@@ -53,8 +58,20 @@ class ResponseAnswer(BlockAnswer):
         self._num_events += 1
         return event + self._event("response.failed", response=self._response("failed", failed))
 
+    def count(self, delta: ChoiceDelta) -> None:
+        super().count(delta)
+        if self._scores:
+            self._scores.push(delta)
+
+    def delta(self, delta: ChoiceDelta) -> bytes:
+        if self._scores:
+            self._shown_scores += self._scores.take()
+        return super().delta(delta)
+
     def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
-        self.delta(choices[0])
+        if self._scores:
+            self._shown_scores = self._scores.take_all()
+        super().delta(choices[0])
         self.close()
         return self._response(self._status())
 
@@ -88,7 +105,9 @@ class ResponseAnswer(BlockAnswer):
         item["content"][0]["text"] += text
         if block.kind == "reasoning":
             return self._part_event("response.reasoning_text.delta", delta=text)
-        return self._part_event("response.output_text.delta", delta=text, logprobs=[])
+        scores, self._shown_scores = self._shown_scores, []
+        item["content"][0]["logprobs"] += scores
+        return self._part_event("response.output_text.delta", delta=text, logprobs=scores)
 
     def close_block(self, block: Block) -> bytes:
         item = self._output[-1]
@@ -111,7 +130,7 @@ class ResponseAnswer(BlockAnswer):
         if block.kind == "reasoning":
             done = self._part_event("response.reasoning_text.done", text=part["text"])
         else:
-            done = self._part_event("response.output_text.done", text=part["text"], logprobs=[])
+            done = self._part_event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
         return done + self._part_event("response.content_part.done", part=part) + self._item_event("done")
 
     def _call_item(self, block: Block) -> Json:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_dist.errors import RequestError
+from qwen3_dist.sampling_params import MAX_LOGPROBS
 from serve_app.answers.base import Answer, Served
 from serve_app.answers.responses import ResponseAnswer, response_error_event
 from serve_app.protocol.chat import CHAT_BODY, ChatRequest, chat_fields
@@ -19,7 +20,6 @@ from serve_app.protocol.kinds import (
     Field,
     Json,
     ListOf,
-    Plain,
     Record,
     Tagged,
     integer,
@@ -57,11 +57,6 @@ _FORMAT = Tagged(
 )
 _INPUT = Either("a string or a list of items", (TEXT, ListOf(ITEM, "a list of items")))
 _LOGPROBS = "message.output_text.logprobs"
-_INCLUDED = Plain(
-    "a string other than log-probabilities, which /v1/chat/completions gives",
-    {"type": "string", "not": {"const": _LOGPROBS}},
-    lambda value: value != _LOGPROBS,
-)
 RESPONSES_BODY = Record(
     "an object",
     {
@@ -83,19 +78,23 @@ RESPONSES_BODY = Record(
         "metadata": Field(OBJECT, "Comes back in the answer."),
         "user": Field(TEXT, "Comes back in the answer."),
         "truncation": Field(one_of("auto", "disabled"), "Input that is too long is refused either way."),
-        "include": Field(ListOf(_INCLUDED, "a list of strings"), "Ignored."),
+        "include": Field(
+            ListOf(TEXT, "a list of strings"), f"{_LOGPROBS} gives log-probabilities; others are ignored."
+        ),
+        "top_logprobs": Field(integer(0, MAX_LOGPROBS), "And those of so many alternatives."),
         "store": Field(
             BOOL, "Whether later requests may refer to the response; they may unless this is false."
         ),
     },
 )
-_REPEATED = ("instructions", "max_output_tokens", "temperature", "top_p", "metadata", "user", "reasoning")
+_REPEATED = (
+    "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "metadata", "user", "reasoning",
+)  # fmt: skip
 _EMPTY = {"role": "user", "content": ""}  # what no input at all says
 _ELSEWHERE = "is not supported: OpenAI has it in its own store; send it as input"
 _NOT_BUILT = {
     "conversation": _ELSEWHERE,
     "prompt": _ELSEWHERE,
-    "top_logprobs": "is not supported here: /v1/chat/completions gives log-probabilities",
     "background": "is not supported: a response ends with its connection; leave it out",
 }
 
@@ -108,7 +107,7 @@ class ResponsesRequest(ChatRequest):
     called: dict[str, Called] = field(default_factory=dict)
 
     def answer(self, served: Served) -> Answer:
-        return ResponseAnswer(served, self.asked, self.called)
+        return ResponseAnswer(served, self.asked, self.called, self.shown.logprobs)
 
     def error_events(self, error: Exception) -> bytes:
         return response_error_event(error)
@@ -171,6 +170,8 @@ def _chat(given: Json, history: list[Json], tools: list[Json]) -> Json:
     chat = {name: given[name] for name in same if name in given}
     chat["max_tokens"] = given.get("max_output_tokens")
     chat["messages"] = chat_conversation(given.get("instructions"), history)
+    if _LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
+        chat |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
     chat["reasoning_effort"] = given.get("reasoning", {}).get("effort")
     if form := given.get("text", {}).get("format"):
         named = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
