@@ -47,15 +47,19 @@ def has_other_arguments(messages: list[Message]) -> bool:
     return any(
         not isinstance(_function(call).get("arguments", {}), Mapping)
         for message in messages
-        for call in message.get("tool_calls") or []
+        for call in _calls(message)
     )
 
 
 def object_arguments(message: Message) -> Message:
     """`message` with arguments of calls that are no object as the only value of one."""
-    if not message.get("tool_calls"):
-        return message
-    return {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
+    calls = _calls(message)
+    return {**message, "tool_calls": [_with_object(call) for call in calls]} if calls else message
+
+
+def _calls(message: Message) -> list[Mapping[str, Any]]:
+    """The calls of an assistant's message; others may have anything under that name."""
+    return (message.get("tool_calls") or []) if message.get("role") == "assistant" else []
 
 
 def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:

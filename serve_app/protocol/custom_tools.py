@@ -9,8 +9,16 @@ import pydantic_core
 from serve_app.protocol.kinds import FILLED_TEXT, TEXT, Field, Json, Record
 
 _INPUT = "input"
+_GRAMMAR = {"syntax": Field(TEXT), "definition": Field(TEXT)}
 CUSTOM_FORMAT = Field(
-    Record("an object with type", {"type": Field(FILLED_TEXT, required=True)}),
+    Record(
+        "an object with type",
+        {
+            "type": Field(FILLED_TEXT, required=True),
+            **_GRAMMAR,
+            "grammar": Field(Record("an object with syntax and definition", _GRAMMAR)),
+        },
+    ),
     "Told to the model with the description; nothing enforces it.",
 )
 CUSTOM_CALL = Record(

@@ -147,17 +147,20 @@ def _turn(turns: list[Json], *taken: str) -> Json:
 
 def _call(item: Json, kind: str) -> Json | None:
     """Chat's call for an item that is one."""
+    space = None
     if kind in _DEFINED:
         name, field = _DEFINED[kind]
         given = item.get(field)
         arguments: Any = {field: given} if isinstance(given, str) else given
     elif kind == "custom_tool_call":
-        name, arguments = item["name"], as_arguments(item.get("input", ""))
-    elif kind in ("function_call", "mcp_call"):
+        name, space, arguments = item["name"], item.get("namespace"), as_arguments(item.get("input", ""))
+    elif kind == "function_call":
+        name, space, arguments = item["name"], item.get("namespace"), item.get("arguments")
+    elif kind == "mcp_call":
         name, arguments = item["name"], item.get("arguments")
     else:
         return None
-    function = {"name": flat_name(name, item.get("namespace")), "arguments": arguments}
+    function = {"name": flat_name(name, space), "arguments": arguments}
     return {"id": item.get("call_id") or item.get("id"), "type": "function", "function": function}
 
 
