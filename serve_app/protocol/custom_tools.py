@@ -9,14 +9,14 @@ import pydantic_core
 from serve_app.protocol.kinds import FILLED_TEXT, TEXT, Field, Json, Record
 
 _INPUT = "input"
-_GRAMMAR = {"syntax": Field(TEXT), "definition": Field(TEXT)}
+_GRAMMAR = {"syntax": Field(TEXT, "lark or regex."), "definition": Field(TEXT, "The grammar.")}
 CUSTOM_FORMAT = Field(
     Record(
         "an object with type",
         {
-            "type": Field(FILLED_TEXT, required=True),
+            "type": Field(FILLED_TEXT, required=True, ignored="there is a grammar or there is none."),
             **_GRAMMAR,
-            "grammar": Field(Record("an object with syntax and definition", _GRAMMAR)),
+            "grammar": Field(Record("an object with syntax and definition", _GRAMMAR), "As chat has it."),
         },
     ),
     "Told to the model with the description; nothing enforces it.",

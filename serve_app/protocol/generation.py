@@ -34,7 +34,7 @@ GENERATION: dict[str, Field] = {
     **STRUCTURE,
     "best_of": Field(integer(1), "As many as n."),
     "priority": Field(integer(-(2**31), 2**31 - 1), "A lower one goes first."),
-    "user": Field(TEXT, "Ignored."),
+    "user": Field(TEXT, ignored="nobody here looks for abuse by single users."),
     "return_token_ids": Field(BOOL, "Gives token ids beside the text."),
     "return_tokens_as_token_ids": Field(BOOL, "Names the tokens of log-probabilities token_id:N."),
 }

@@ -126,16 +126,22 @@ class ListOf(Kind):
 
 @dataclass(frozen=True)
 class Field:
-    """A field of an object: its kind, what it does, and whether it must be there."""
+    """A field of an object: its kind, what it does, and whether it must be there.
+
+    `ignored` says why it is right that nothing reads the field.
+    """
 
     kind: Kind
     help: str = ""
     required: bool = False
+    ignored: str = ""
 
     @property
     def schema(self) -> Json:
         schema = self.kind.schema if self.required else _or_null(self.kind.schema)
-        return {**schema, "description": self.help} if self.help else schema
+        told = [self.help, f"Ignored: {self.ignored}" if self.ignored else ""]
+        description = " ".join(filter(None, told))
+        return {**schema, "description": description} if description else schema
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,13 @@ _TOOL_CHOICE = Tagged(
     {
         "auto": Record("", _ONE_AT_A_TIME),
         "any": Record("", _ONE_AT_A_TIME),
-        "tool": Record("", {"name": Field(FILLED_TEXT, required=True), **_ONE_AT_A_TIME}),
+        "tool": Record(
+            "",
+            {
+                "name": Field(FILLED_TEXT, required=True),
+                "disable_parallel_tool_use": Field(BOOL, ignored="a named tool is called once in any case."),
+            },
+        ),
         "none": Record("", {}),
     },
     {},
@@ -101,7 +107,7 @@ MESSAGES_BODY = Record(
         "output_config": Field(
             Record("an object", {"format": Field(_FORMAT)}), "The form that the answer's text must have."
         ),
-        "metadata": Field(OBJECT, "Ignored."),
+        "metadata": Field(OBJECT, ignored="nobody here looks for abuse by single users."),
     },
 )
 

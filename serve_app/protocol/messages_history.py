@@ -47,6 +47,7 @@ _SOURCE = Tagged(
     },
     dict.fromkeys(("base64", "url", "file"), _NO_FILES),
 )
+_UNSIGNED = "thoughts are not signed here."
 _CALL = {
     "id": Field(TEXT, required=True),
     "name": Field(FILLED_TEXT, required=True),
@@ -54,13 +55,17 @@ _CALL = {
 }
 _BLOCKS = {
     "text": _TEXT_BLOCK,
-    "thinking": Record("", {"thinking": Field(TEXT, required=True), "signature": Field(TEXT)}),
+    "thinking": Record(
+        "", {"thinking": Field(TEXT, required=True), "signature": Field(TEXT, ignored=_UNSIGNED)}
+    ),
     "redacted_thinking": Record("", {}),
     "tool_use": Record("", _CALL),
 }
 _USER = _text_or_blocks(
     {
-        **_BLOCKS,
+        "text": _TEXT_BLOCK,
+        # What only an assistant says tells nothing here.
+        **dict.fromkeys(("thinking", "redacted_thinking", "tool_use"), Record("", {})),
         "document": Record("", {"title": Field(TEXT), "source": Field(_SOURCE, required=True)}),
         "search_result": Record("", {"title": Field(TEXT), "source": Field(TEXT), "content": Field(TEXTS)}),
         "tool_result": Record(

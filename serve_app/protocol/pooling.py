@@ -82,7 +82,8 @@ class PoolingRequest(ABC):
 
 def read_pooling(given: Json) -> Json:
     """Constructor arguments of a PoolingRequest. Raises RequestError."""
-    for name in ("truncate_prompt_tokens", "max_tokens_per_doc"):
-        if name in given:
-            raise RequestError(f"{name} is not supported; shorten the texts", param=name)
+    if "truncate_prompt_tokens" in given:
+        raise RequestError(
+            "truncate_prompt_tokens is not supported; shorten the texts", param="truncate_prompt_tokens"
+        )
     return {"model": given.get("model", ""), "priority": given.get("priority", 0)}

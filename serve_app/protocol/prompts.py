@@ -56,3 +56,13 @@ class Texts:
                 at_least=True,
             )
         return Prompt(self.tokenizer.encode(text, add_special_tokens), text)
+
+    def cut(self, text: str, most_tokens: int) -> str:
+        """The beginning of `text` that has so many tokens; 0 cuts nothing. A character is not cut in two."""
+        if not most_tokens or self.tokenizer is None:
+            return text
+        text = text[: most_tokens * self.tokenizer.longest_token * _COMPOSED]
+        token_ids = self.tokenizer.encode(text)
+        if len(token_ids) <= most_tokens:
+            return text
+        return self.tokenizer.decode(token_ids[:most_tokens], skip_special_tokens=False).rstrip("\ufffd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
@@ -36,6 +36,9 @@ RERANK_BODY = Record(
         **_ASKING,
         "query": Field(TEXT, "What is looked for.", required=True),
         "documents": Field(_DOCUMENTS, "What is looked through.", required=True),
+        "max_tokens_per_doc": Field(
+            integer(0), "Cuts each document behind so many tokens; 0 cuts none. Results show them whole."
+        ),
         "top_n": Field(integer(0), "Most results, the best ones; 0 is all."),
         "return_documents": Field(
             BOOL, "Whether results have their documents; they do unless this is false."
@@ -64,6 +67,7 @@ class RelevanceRequest(PoolingRequest):
     documents: list[str]
     instruction: str | None
     add_special_tokens: bool
+    most_tokens: int = field(default=0, kw_only=True)  # of a document; 0 is all
 
     @property
     def num_sequences(self) -> int:
@@ -78,7 +82,7 @@ class RelevanceRequest(PoolingRequest):
         pairs = enumerate(zip(self.queries, self.documents, strict=True))
         return [
             texts.prompt(
-                relevance_prompt(query, document, self.instruction),
+                relevance_prompt(query, texts.cut(document, self.most_tokens), self.instruction),
                 self.place(index),
                 self.add_special_tokens,
             )
@@ -136,6 +140,7 @@ def parse_rerank(body: bytes) -> RerankRequest:
         documents=documents,
         instruction=given.get("instruction"),
         add_special_tokens=given.get("add_special_tokens", False),
+        most_tokens=given.get("max_tokens_per_doc", 0),
         top_n=given.get("top_n", 0),
         with_documents=given.get("return_documents", True),
     )

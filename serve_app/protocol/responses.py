@@ -35,6 +35,7 @@ from serve_app.protocol.responses_tools import (
     chat_tools,
 )
 from serve_app.protocol.sampling import SAMPLING
+from serve_app.protocol.structure import NOT_SHOWN
 from serve_app.response_store import NOTHING_KEPT, ResponseStore
 
 _FORMAT = Tagged(
@@ -46,10 +47,10 @@ _FORMAT = Tagged(
         "json_schema": Record(
             "",
             {
-                "name": Field(FILLED_TEXT, required=True),
+                "name": Field(FILLED_TEXT, required=True, ignored=NOT_SHOWN),
                 "schema": Field(OBJECT, required=True),
                 "strict": Field(BOOL),
-                "description": Field(TEXT),
+                "description": Field(TEXT, ignored=NOT_SHOWN),
             },
         ),
     },
@@ -77,7 +78,9 @@ RESPONSES_BODY = Record(
         ),
         "metadata": Field(OBJECT, "Comes back in the answer."),
         "user": Field(TEXT, "Comes back in the answer."),
-        "truncation": Field(one_of("auto", "disabled"), "Input that is too long is refused either way."),
+        "truncation": Field(
+            one_of("auto", "disabled"), ignored="input that is too long is refused either way."
+        ),
         "include": Field(
             ListOf(TEXT, "a list of strings"), f"{_LOGPROBS} gives log-probabilities; others are ignored."
         ),

@@ -48,7 +48,7 @@ _NAMESPACE = Record(
     "",
     {
         "name": Field(FILLED_TEXT, required=True),
-        "description": Field(TEXT),
+        "description": Field(TEXT, ignored="the tools in it have descriptions of their own."),
         "tools": Field(_IN_NAMESPACE, required=True),
     },
 )

@@ -73,6 +73,6 @@ SAMPLING: dict[str, Field] = {
     "bad_words": Field(_WORDS, "Texts that are never generated."),
     "prompt_logprobs": Field(integer(0, MAX_LOGPROBS), "Log-probabilities of the prompt's tokens."),
     "skip_special_tokens": Field(BOOL, "Leaves special tokens out of the text."),
-    "spaces_between_special_tokens": Field(BOOL, "Accepted; byte-level tokenizers put no spaces there."),
+    "spaces_between_special_tokens": Field(BOOL, ignored="byte-level tokenizers put no spaces there."),
     "thinking_token_budget": Field(integer(0), "Ends thinking after so many tokens."),
 }

@@ -20,13 +20,14 @@ from serve_app.protocol.kinds import (
     Tagged,
 )
 
+NOT_SHOWN = "the form is not shown to the model, as in vLLM; say in the prompt what it should know."
 _SCHEMA = Either("a JSON schema", (OBJECT, TEXT, BOOL))
 _CHOICES = ListOf(FILLED_TEXT, "a list of at least one non-empty string", least=1)
 _JSON_SCHEMA = Record(
     "an object with name and schema",
     {
-        "name": Field(TEXT),
-        "description": Field(TEXT),
+        "name": Field(TEXT, ignored=NOT_SHOWN),
+        "description": Field(TEXT, ignored=NOT_SHOWN),
         "schema": Field(OBJECT, "JSON schema of the answer.", required=True),
         "strict": Field(
             BOOL, "Refuses a schema that cannot be held in full; else what cannot be held is left out."

@@ -182,7 +182,7 @@ def test_texts_are_scored_one_to_one_one_to_many_and_in_pairs(engine: AsyncEngin
         (parse_embedding, {"input": "x", "dimensions": 193}, "dimensions"),
         (parse_embedding, {"input": "x", "encoding_format": "int8"}, "encoding_format"),
         (parse_embedding, {"input": "x", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
-        (parse_rerank, {"query": "x", "documents": ["y"], "max_tokens_per_doc": 5}, "max_tokens_per_doc"),
+        (parse_rerank, {"query": "x", "documents": ["y"], "max_tokens_per_doc": -1}, "max_tokens_per_doc"),
         (parse_rerank, {"query": "x"}, "documents"),
         (parse_rerank, {"documents": ["x"]}, "query"),
         (parse_rerank, {"query": "x", "documents": []}, "documents"),
