@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from ray import serve
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
@@ -77,13 +78,22 @@ def make_api(error_forms: Mapping[str, ErrorForm], gate: Gate = ask_deployment) 
     async def answer_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         refused = f"{request.method} {request.url.path}: {error.detail}"
-        return refuse(request, RequestError(refused, status=error.status_code), error.headers)
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers = {"allow": ", ".join(_methods(request))}
+        return refuse(request, RequestError(refused, status=error.status_code), headers)
 
     api.gate, api.refuse = gate, refuse
     api.exception_handler(QwenDistError)(answer_error)
     api.exception_handler(Exception)(answer_error)  # which is raised again, for Serve's log
     api.exception_handler(HTTPException)(answer_http_error)
     return api
+
+
+def _methods(request: Request) -> list[str]:
+    """The methods of all routes of the request's path; Starlette names those of the first alone."""
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 def error_headers(error: Exception) -> Mapping[str, str] | None:

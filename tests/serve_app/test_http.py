@@ -153,3 +153,19 @@ def test_an_unforeseen_error_has_the_form_of_its_api(path: str, kind: str, prefi
     answer = asyncio.run(ask())
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, kind)
     assert "secret" not in answer.text and "id-of-it" in answer.json()["error"]["message"]
+
+
+def test_a_method_that_a_path_has_not_is_405_and_told_all_that_it_has() -> None:
+    async def answer() -> Response:
+        return Response()
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.put("/v1/thing/1")
+
+    api = make_api({}, gate=lambda _: None)
+    api.get("/v1/thing/{name}")(answer)
+    api.delete("/v1/thing/{name}")(answer)
+    told = asyncio.run(ask())
+    assert (told.status_code, told.headers["allow"]) == (405, "DELETE, GET")

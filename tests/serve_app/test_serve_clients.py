@@ -119,8 +119,8 @@ def test_a_response_is_answered_by_every_way_of_asking(url: str, client: openai.
     assert set(asyncio.run(ask_together())) == {whole.output_text}
 
 
-def test_a_response_that_is_stored_nowhere_cannot_be_gone_on_with(client: openai.OpenAI, model: str) -> None:
-    with pytest.raises(openai.BadRequestError, match="stored") as error:
+def test_a_response_that_is_not_stored_cannot_be_gone_on_with(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError, match="Previous response with id 'resp_1' not found") as error:
         client.responses.create(model=model, previous_response_id="resp_1", **RESPONSE)
     assert error.value.param == "previous_response_id"
 
