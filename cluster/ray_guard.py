@@ -2,7 +2,8 @@
 
 Ray's raylet dies with the process that started it, but its agents then wait up to a minute for the cluster that is
 gone. The guard is a process of its own that imports nothing but the standard library. It waits for the end of a pipe
-that its owner holds, which comes also by SIGKILL, and then kills all processes that carry a mark in their environment.
+that its owner holds, which comes also by SIGKILL, and then kills all processes that carry a mark in their environment,
+and all that it saw below those before: a process that gives itself a title, as Ray's agents do, loses its environment.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _MARK = "QWEN3_DIST_RAY"
 _WITHIN_S = 10.0
 _POLL_S = 0.05
+_Process = tuple[int, str]  # id and start time
 
 
 class RayGuard:
@@ -41,11 +43,16 @@ class RayGuard:
             yield
         finally:
             del os.environ[_MARK]
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(b"look\n")
+                self._process.stdin.flush()
 
     def end_all(self) -> None:
         """Kills what still runs and waits for its end."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(_WITHIN_S + 1)
         except subprocess.TimeoutExpired:
@@ -53,27 +60,52 @@ class RayGuard:
             self._process.wait()
 
 
-def kill_marked(entry: str) -> None:
-    """Kills processes whose environment holds `entry`, NAME=value, until there are none; gives up after 10 s."""
+def guard(entry: str, looks: Iterable[bytes]) -> None:
+    """Remembers, at each of `looks`, the processes whose environment holds `entry` and those below them, and after the
+    last one kills all of these until there are none; gives up after 10 s."""
+    seen: set[_Process] = set()
+    for _ in looks:
+        seen = _marked(entry)
     deadline = time.monotonic() + _WITHIN_S
-    while (pids := _marked(entry)) and time.monotonic() < deadline:
-        for pid in pids:
+    while (found := _marked(entry) | {each for each in seen if _started(each[0]) == each[1]}) and (
+        time.monotonic() < deadline
+    ):
+        seen |= found
+        for pid, _start in found:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_S)
 
 
-def _marked(entry: str) -> list[int]:
-    wanted, found = entry.encode(), []
-    for file in Path("/proc").glob("[0-9]*/environ"):
+def _marked(entry: str) -> set[_Process]:
+    """Processes whose environment holds `entry`, and those that they started."""
+    wanted = entry.encode()
+    pids, parents = set(), {}
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is somebody else's
-            if wanted in file.read_bytes().split(b"\0"):
-                found.append(int(file.parent.name))
-    return found
+            parents[int(folder.name)] = int(_fields(int(folder.name))[1])
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                pids.add(int(folder.name))
+    while below := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids |= below
+    return {(pid, started) for pid in pids if (started := _started(pid))}
+
+
+def _started(pid: int) -> str:
+    """When a process started, which tells it from a later one of its id; "" once it has ended."""
+    try:
+        fields = _fields(pid)
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def _fields(pid: int) -> list[str]:
+    """What /proc says of a process after its name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.stdin.buffer.read()
-    kill_marked(sys.argv[1])
+    guard(sys.argv[1], sys.stdin.buffer)

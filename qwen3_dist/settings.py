@@ -109,6 +109,11 @@ class EngineConfig:
         None,
         "threads a CPU rank computes with, fewer leave cores to the server; its share of the cores if unset",
     )
+    ranks_per_host: int | None = setting(
+        None,
+        "most CPU ranks that compute on a host, other engines' included, each with its share of the cores; by the "
+        "most replicas in a service, else this engine's alone if unset",
+    )
     cuda_graphs: bool = setting(True, "on a GPU, launch decode steps as CUDA graphs captured at start")
     share_gpus: bool = setting(
         False,
@@ -143,6 +148,7 @@ class EngineConfig:
             "kv_cache_gib",
             "cpus_per_rank",
             "threads_per_rank",
+            "ranks_per_host",
             "max_num_seqs",
             "max_num_batched_tokens",
             "rebalance_experts_s",

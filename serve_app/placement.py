@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.ray_ranks import choose_device, cluster_resources, rank_bundles
+from qwen3_dist.executor.ray_ranks import choose_device, cluster_resources, rank_bundles, ranks_per_host
 from qwen3_dist.settings import EngineConfig
 from serve_app.config import ServiceConfig
 
@@ -58,6 +58,9 @@ def place(config: ServiceConfig) -> Placement:
         engine = dataclasses.replace(engine, placement="current")
     else:
         bundles = [{name: round(own.get(name, 0) + _total(ranks, name), 2) for name in ranks[0]}]
+    if engine.ranks_per_host is None and device == "cpu":
+        most = ranks_per_host(world * config.max_replicas, _total(ranks, "CPU") / world)
+        engine = dataclasses.replace(engine, ranks_per_host=most)
     return Placement(dataclasses.replace(engine, device=device, executor=executor), bundles)
 
 

@@ -60,7 +60,8 @@ def ranks_whose_groups_are_never_left(spec: RankSpec) -> None:
 
 
 def tells_its_environment(spec: RankSpec) -> None:
-    """A rank whose runner answers `joined_with`: what was set when the process groups were made."""
+    """A rank whose runner answers `joined_with`: what was set when the process groups were made, and of OpenMP, which
+    reads it earlier, when the rank's process began."""
     seen: list[Any] = []
     timeouts: list[Any] = []
     start, new_group = dist.init_process_group, dist.new_group
@@ -74,7 +75,8 @@ def tells_its_environment(spec: RankSpec) -> None:
         return new_group(*arguments, **options)
 
     dist.init_process_group, dist.new_group = starts, makes_group
-    ModelRunner.joined_with = lambda _: (*seen, timeouts)  # type: ignore[attr-defined]
+    began = dict(entry.partition("=")[::2] for entry in Path("/proc/self/environ").read_text().split("\0"))
+    ModelRunner.joined_with = lambda _: (*seen, began.get("GOMP_SPINCOUNT"), timeouts)  # type: ignore[attr-defined]
     rank_main(spec)
 
 

@@ -21,6 +21,7 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.executor.cards import local_device
 from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import RankSpec
+from qwen3_dist.rank_env import openmp_environment
 from qwen3_dist.settings import EngineConfig
 
 _ANSWER_S = 120.0  # a fresh interpreter imports torch from a cold disk
@@ -54,7 +55,12 @@ class Nursery:
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-c", _NURSERY, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **openmp_environment()},
+        )
         theirs.close()
         self._asking = threading.Lock()
 

@@ -31,6 +31,7 @@ from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.messages import RankSpec
 from qwen3_dist.executor.shard import cores
 from qwen3_dist.layout import Layout
+from qwen3_dist.rank_env import openmp_environment
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
@@ -92,6 +93,12 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
     if layout.tp > 1:
         _log.warning("no node has %s for the %d ranks of a tp group, so it may cross nodes", group, layout.tp)
     return [dict(rank) for _ in range(layout.world)]
+
+
+def ranks_per_host(ranks: int, cpus: float) -> int:
+    """The most of `ranks` CPU ranks, each reserving `cpus` CPUs, that Ray may place on one node of the cluster."""
+    largest = max((node.get("CPU", 0.0) for node in _nodes()), default=0.0)
+    return max(1, min(ranks, int(largest / cpus + 1e-6)))
 
 
 def part_of_card(gpus: float, ranks: int) -> float:
@@ -192,6 +199,7 @@ class RayLauncher(Launcher):
         self._wait_for_place()
         bundles = self._bundles_by_node()
         together = len(specs) // len(bundles)
+        variables = {**(openmp_environment() if self.device == "cpu" else {}), **self._config.rank_env}
         for spec in specs:
             bundle = bundles[spec.rank // together]
             reserved = self._group.bundle_specs[bundle]
@@ -202,7 +210,7 @@ class RayLauncher(Launcher):
                     max_task_retries=0,
                     num_cpus=reserved.get("CPU", 0) / together,
                     num_gpus=part_of_card(reserved["GPU"], together) if self.device == "cuda" else 0,
-                    runtime_env={"env_vars": dict(self._config.rank_env)} if self._config.rank_env else None,
+                    runtime_env={"env_vars": variables} if variables else None,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(
                         placement_group=self._group, placement_group_bundle_index=bundle
                     ),

@@ -40,11 +40,12 @@ def cores() -> int:
 
 
 def set_threads(config: EngineConfig, ranks_on_host: int) -> None:
-    """Has this process compute with as many threads as the settings say, or with its share of the cores.
+    """Has this process compute with as many threads as the settings say, or with its share of the cores among the
+    ranks that the host may hold: `ranks_on_host` of its engine, and other engines' by `ranks_per_host`.
 
     Said in any case: Ray hides all but one core from a worker's OpenMP.
     """
-    share = max(1, cores() // ranks_on_host)
+    share = max(1, cores() // max(ranks_on_host, config.ranks_per_host or 1))
     torch.set_num_threads(config.threads_per_rank or share)
 
 

@@ -16,8 +16,10 @@ from tests.serve_app.support import wait_for
 
 # Starts a process, which starts another and leaves it to itself, and says their ids.
 PARENT = """
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+import os, subprocess, sys
+bare = {name: value for name, value in os.environ.items() if "RAY" not in name}  # as a title takes it away
+command = [sys.executable, "-c", "import time; time.sleep(600)"]
+child = subprocess.Popen(command, start_new_session=True, env=bare)
 print(child.pid, flush=True)
 child.wait()
 """
@@ -27,8 +29,10 @@ from cluster.ray_guard import RayGuard
 guard = RayGuard()
 with guard.marking():
     parent = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+    child = parent.stdout.readline().strip()
 unmarked = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-print(parent.pid, parent.stdout.readline().strip(), unmarked.pid, flush=True)
+time.sleep(1)  # the guard looks
+print(parent.pid, child, unmarked.pid, flush=True)
 time.sleep(600)
 """
 

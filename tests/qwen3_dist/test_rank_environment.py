@@ -12,11 +12,13 @@ import pytest
 
 from qwen3_dist import EngineConfig, Layout
 from qwen3_dist.errors import ConfigError, ResourceError
-from qwen3_dist.executor import rendezvous
+from qwen3_dist.executor import ray_ranks, rendezvous, shard
 from qwen3_dist.executor.in_process import InProcessExecutor
 from qwen3_dist.executor.launcher import Launcher
 from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
 from qwen3_dist.executor.rank_group import RankGroupExecutor
+from qwen3_dist.rank_env import openmp_environment
+from serve_app import placement
 from serve_app.cli import build_parser
 from serve_app.config import read_service_config
 from tests import failing_ranks
@@ -43,7 +45,7 @@ def test_ranks_have_the_environment_they_are_given_when_they_join(
         rank_env={"NCCL_IB_HCA": "mlx5_0", "GLOO_SOCKET_IFNAME": "lo"},
     )
     executor = RankGroupExecutor(config, ProcessLauncher(config))
-    assert executor.call("joined_with") == [("mlx5_0", "lo", [timedelta(seconds=77)])] * 2
+    assert executor.call("joined_with") == [("mlx5_0", "lo", "1000", [timedelta(seconds=77)])] * 2
     executor.shutdown()
     assert "NCCL_IB_HCA" not in os.environ
 
@@ -126,3 +128,54 @@ def test_the_environment_of_ranks_can_be_given_as_a_mapping_and_on_the_command_l
 def test_an_environment_that_cannot_be_given_is_refused(given: object, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_service_config({"rank_env": given})
+
+
+def test_threads_of_cpu_ranks_wait_asleep_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert openmp_environment() == {"GOMP_SPINCOUNT": "1000"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert openmp_environment() == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks_on_host", "threads"),
+    [
+        ({}, 1, 8),
+        ({}, 2, 4),
+        ({"ranks_per_host": 4}, 2, 2),
+        ({"ranks_per_host": 1}, 4, 2),
+        ({"ranks_per_host": 20}, 1, 1),
+        ({"ranks_per_host": 4, "threads_per_rank": 3}, 2, 3),
+    ],
+)
+def test_a_rank_computes_with_its_share_of_the_cores_among_all_that_the_host_may_hold(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, int], ranks_on_host: int, threads: int
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(shard, "cores", lambda: 8)
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    shard.set_threads(EngineConfig(**settings), ranks_on_host)  # type: ignore[arg-type]
+    assert given == [threads]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cpus", "most"), [(2, 1.0, 2), (100, 1.0, 16), (100, 2.0, 8), (3, 0.5, 3), (1, 32.0, 1)]
+)
+def test_a_host_may_hold_as_many_ranks_as_its_cpus_have_room_for(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, cpus: float, most: int
+) -> None:
+    monkeypatch.setattr(ray_ranks, "_nodes", lambda: [{"CPU": 4.0}, {"CPU": 16.0}, {}])
+    assert ray_ranks.ranks_per_host(ranks, cpus) == most
+
+
+@pytest.mark.parametrize(("replicas", "layout", "most"), [(1, "tp=1", 1), (2, "tp=1", 2), (2, "tp=2", 4)])
+def test_replicas_of_a_service_share_the_cores_of_their_host(
+    monkeypatch: pytest.MonkeyPatch, replicas: int, layout: str, most: int
+) -> None:
+    monkeypatch.setattr(ray_ranks, "_nodes", lambda: [{"CPU": 64.0}])
+    monkeypatch.setattr(placement, "cluster_resources", lambda: {"CPU": 64.0})
+    settings = {"max_replicas": replicas, "layout": layout, "device": "cpu", "cpus_per_rank": 1}
+    assert placement.place(read_service_config(settings)).engine.ranks_per_host == most
