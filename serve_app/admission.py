@@ -15,7 +15,11 @@ _MOST_RETRY_S = 30
 
 
 class OverloadedError(RequestError):
-    """A request for which there is no room (429); it may come again after `retry_after_s` seconds."""
+    """A request for which there is no room (429); it may come again after `retry_after_s` seconds.
+
+    For `holds_ms` milliseconds others may be refused unasked: by then a tenth of those in flight have probably ended,
+    and enough wait.
+    """
 
     def __init__(self, limit: int, retry_after_s: int) -> None:
         super().__init__(
@@ -23,6 +27,7 @@ class OverloadedError(RequestError):
             status=HTTPStatus.TOO_MANY_REQUESTS,
         )
         self.retry_after_s = retry_after_s
+        self.holds_ms = 100 * retry_after_s
 
 
 class Admission:

@@ -20,8 +20,10 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
+from serve_app.admission import OverloadedError
 from serve_app.failures import failed
 from serve_app.protocol.errors import error_object, error_status, to_json
+from serve_app.proxy import HOLDS_HEADER
 from serve_app.sending import watch_sending
 
 logger = logging.getLogger("ray.serve")
@@ -99,8 +101,10 @@ def _methods(request: Request) -> list[str]:
 def error_headers(error: Exception) -> Mapping[str, str] | None:
     """What clients are told of `error` beside its body: above all whether and when to try again."""
     status = error_status(error)
+    if isinstance(error, OverloadedError):
+        return {"retry-after": str(error.retry_after_s), HOLDS_HEADER: str(error.holds_ms)}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        return {"retry-after": str(getattr(error, "retry_after_s", 1))}
+        return {"retry-after": "1"}
     if status == HTTPStatus.REQUEST_TIMEOUT:  # which clients would send again by themselves
         return {"x-should-retry": "false", "connection": "close"}
     return {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None

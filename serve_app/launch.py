@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -29,6 +30,7 @@ from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.source import resolve_config
+from serve_app import proxy
 from serve_app.app import INGRESS, QUIET, REPLICA, bind
 from serve_app.config import ServiceConfig
 from serve_app.serve_instance import (
@@ -90,6 +92,7 @@ def running_service(
     if ray_address is None:
         check_port(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    os.environ.setdefault(proxy.SETTING, proxy.IMPORT_PATH)  # inherited by a Ray that is started here
     on_sigterm = signal.getsignal(signal.SIGTERM)
     started_ray = ray_cluster.connect(ray_address)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would abort this process
