@@ -63,5 +63,14 @@ soak: $(READY)  ## thousands of random requests with aborts, and every layout on
 	$(BIN)/pytest -q -s tests/soak
 	$(BIN)/pytest -q -m slow tests/qwen3_dist
 
-.PHONY: help install serve demo bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak
+CLIENTS := .venv/clients
+
+clients: $(READY)  ## install real clients (npm and pip) and run a tool loop of each against the service (slow)
+	mkdir -p $(CLIENTS) && cp tests/clients/package.json $(CLIENTS)
+	npm install --prefix $(CLIENTS) --no-audit --no-fund
+	test -x $(CLIENTS)/litellm/bin/python || $(PYTHON) -m venv $(CLIENTS)/litellm
+	$(CLIENTS)/litellm/bin/pip install --quiet litellm==1.110.2
+	$(BIN)/pytest -q -m slow tests/clients
+
+.PHONY: help install serve demo bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak clients
 .DEFAULT_GOAL := help

@@ -24,13 +24,18 @@ _ERROR_TYPES = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
 
+# By this code Anthropic's clients know that a conversation is to be sent whole.
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+
 
 def message_error(error: Exception) -> Json:
     """Anthropic's error object."""
     status = error_status(error)
     kind = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     message = _too_long(error) if isinstance(error, ContextLengthError) else error_message(error)
-    named = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": message}
+    named: Json = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": message}
+    if getattr(error, "code", None) == THREAD_UNSUPPORTED:
+        named["details"] = {"error_code": THREAD_UNSUPPORTED}
     return {"type": "error", "error": named}
 
 

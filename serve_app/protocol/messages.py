@@ -9,7 +9,7 @@ from typing import Any
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from serve_app.answers.base import Answer, Served
-from serve_app.answers.messages import MessageAnswer, message_error, message_error_event
+from serve_app.answers.messages import THREAD_UNSUPPORTED, MessageAnswer, message_error, message_error_event
 from serve_app.protocol.chat import ChatRequest, chat_fields
 from serve_app.protocol.conversation import NAME
 from serve_app.protocol.generation import GENERATION
@@ -167,6 +167,17 @@ def parse_count_tokens(body: bytes) -> CountTokensRequest:
     return CountTokensRequest(message.model, message)
 
 
+def _refuse_thread(given: Json) -> None:
+    """Raises RequestError where the body leaves out what the server would have kept: without that the conversation is
+    another one. Anthropic's clients know the code, and send all of it."""
+    if given.get("thread"):
+        raise RequestError(
+            "thread is not supported: conversations are not kept here; leave it out and send all messages",
+            param="thread",
+            code=THREAD_UNSUPPORTED,
+        )
+
+
 def _request(chat: Json, max_tokens: int) -> MessagesRequest:
     fields = chat_fields(chat)
     fields["sampling"].pop("max_tokens", None)
@@ -176,6 +187,7 @@ def _request(chat: Json, max_tokens: int) -> MessagesRequest:
 
 def _chat(given: Json) -> Json:
     """The chat body with the same prompt."""
+    _refuse_thread(given)
     messages = chat_conversation(given.get("system", ""), given["messages"])
     chat: Json = {"model": given.get("model"), "messages": messages}
     if thinking := given.get("thinking"):

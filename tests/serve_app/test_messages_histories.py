@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qwen3_dist.errors import RequestError
-from serve_app.protocol.messages import MessagesRequest, parse_messages
+from serve_app.answers.messages import message_error
+from serve_app.protocol.messages import MessagesRequest, parse_count_tokens, parse_messages
 
 HELLO = {"role": "user", "content": "Hello!"}
 BILLING = "x-anthropic-billing-header: cc_version=2.1.197.abc; cc_entrypoint=cli; cch=fa690;"
@@ -145,3 +146,15 @@ def test_a_choice_of_a_tool_that_anthropic_runs_is_refused(tools: list[Any]) -> 
     with pytest.raises(RequestError, match="web_search is a tool that Anthropic runs") as refused:
         parsed(tools=tools, tool_choice={"type": "tool", "name": "web_search"})
     assert refused.value.param == "tool_choice.name"
+
+
+@pytest.mark.parametrize("thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}])
+def test_a_thread_is_refused_by_the_code_after_which_clients_send_whole_histories(thread: Any) -> None:
+    body = {"model": "m", "max_tokens": 5, "messages": [HELLO], "thread": thread}
+    for parse in (parse_messages, parse_count_tokens):
+        with pytest.raises(RequestError, match="send all messages") as error:
+            parse(json.dumps(body).encode())
+        told = message_error(error.value)["error"]
+        assert told["type"] == "invalid_request_error"
+        assert told["details"] == {"error_code": "thread_unsupported_request"}
+    assert parse_messages(json.dumps({**body, "thread": None}).encode()).messages == [HELLO]
