@@ -94,8 +94,12 @@ def make_api(error_forms: Mapping[str, ErrorForm], gate: Gate = ask_deployment) 
 
 def _methods(request: Request) -> list[str]:
     """The methods of all routes of the request's path; Starlette names those of the first alone."""
-    matching = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if takes(method)]
 
 
 def error_headers(error: Exception) -> Mapping[str, str] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
 
 from qwen3_dist.errors import RequestError
 from serve_app.admission import OverloadedError
@@ -164,8 +164,9 @@ def test_a_method_that_a_path_has_not_is_405_and_told_all_that_it_has() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.put("/v1/thing/1")
 
-    api = make_api({}, gate=lambda _: None)
-    api.get("/v1/thing/{name}")(answer)
+    api, routes = make_api({}, gate=lambda _: None), APIRouter()
+    routes.get("/v1/thing/{name}")(answer)
     api.delete("/v1/thing/{name}")(answer)
+    api.include_router(routes)  # as Serve does with those of a deployment's class
     told = asyncio.run(ask())
     assert (told.status_code, told.headers["allow"]) == (405, "DELETE, GET")
