@@ -1,8 +1,8 @@
 """A replica whose model says what the conversation's script wants, so that real clients go through a whole tool loop.
 
 The bundled model is too small to use an agent's tools. Its script is in the user's text: `CALL {"name": ...,
-"arguments": ...}` makes it write that call; the tool's result makes it say what the result holds. A grammar forces the
-text, so prompt, engine, parsing and answer are those of every other request.
+"arguments": ...}` makes it write that call; once the conversation has that call and its result, it says what the
+result holds. A grammar forces the text, so prompt, engine, parsing and answer are those of every other request.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def answer_to(messages: list[dict[str, Any]], tools: list[str]) -> str:
     found = next((found for text in asked if (found := CALL.search(text))), None)
     if found is None:
         return PLAIN
-    results = json.dumps([message["content"] for message in messages if message["role"] == "tool"])
-    if secret := SECRET.search(results):
-        return f"The file says {secret.group()}."
     call = found.group(1).replace('\\"', '"').removesuffix('"')  # opencode quotes its command line
-    return f"<tool_call>\n{call}\n</tool_call>" if json.loads(call)["name"] in tools else PLAIN
+    name = json.loads(call)["name"]
+    called = {c["function"]["name"] for message in messages for c in message.get("tool_calls") or []}
+    results = json.dumps([message["content"] for message in messages if message["role"] == "tool"])
+    if name in called and (secret := SECRET.search(results)):
+        return f"The file says {secret.group()}."
+    return f"<tool_call>\n{call}\n</tool_call>" if name in tools else PLAIN
 
 
 def _plain(content: Any) -> str:
