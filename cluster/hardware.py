@@ -176,12 +176,17 @@ PRESETS: dict[str, Cluster] = {
 
 
 def parse_gpus(text: str) -> Cluster:
-    """`8xH100` -> that many devices of a preset, on nodes of 8. Raises ConfigError."""
-    match = re.fullmatch(r"(\d+)\s*[xX*]\s*(\w+)", text.strip())
+    """`16xH100` is that many devices of a preset, on nodes of 8; `4x4xH100` is 4 nodes of 4. Raises ConfigError."""
+    match = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?(\d+)\s*[xX*]\s*([a-zA-Z]\w*)", text.strip())
     if not match:
-        raise ConfigError(f"{text!r} is no number of GPUs; write it as 8xH100")
-    preset = _find_preset(match[2])
-    return replace(preset, num_devices=int(match[1]))
+        raise ConfigError(
+            f"{text!r} is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"
+        )
+    preset = _find_preset(match[3])
+    if match[1] is None:
+        return replace(preset, num_devices=int(match[2]))
+    nodes, per_node = int(match[1]), int(match[2])
+    return replace(preset, num_devices=nodes * per_node, devices_per_node=per_node)
 
 
 def read_cluster(path: str | Path) -> Cluster:

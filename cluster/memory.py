@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, valid_layouts
 from qwen3_dist.weights.plan import Piece, WeightPlan
-from qwen3_dist.weights.source import bundled_path
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -39,20 +37,35 @@ def kv_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, item_byte
     return 2 * len(layers) * groups * config.head_dim * item_bytes
 
 
-def inspect_model(path: Path, layout: Layout, world: int) -> dict[str, Any]:
-    """The report of `qwen3-dist inspect`. Raises ParallelLayoutError if `layout` does not fit."""
-    config = ModelConfig.from_directory(path)
+# Sizes by their names in a checkpoint's config.json, and what ModelConfig calls them.
+_SIZES = {
+    "num_hidden_layers": "n_layers",
+    "hidden_size": "emb_dim",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_groups",
+    "head_dim": "head_dim",
+    "intermediate_size": "hidden_dim",
+    "vocab_size": "vocab_size",
+}
+_MOE_SIZES = {
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_hidden_dim",
+}
+
+
+def inspect_model(name: str, config: ModelConfig, layout: Layout, world: int) -> dict[str, Any]:
+    """The report of `qwen3-dist inspect` on the model `name`. Raises ParallelLayoutError if `layout` does not fit."""
     layout.validate(config)
     item_bytes = ITEM_BYTES[config.dtype]
-    sizes = ("n_layers", "emb_dim", "n_heads", "n_kv_groups", "head_dim", "hidden_dim", "vocab_size")
-    moe = ("num_experts", "num_experts_per_tok", "moe_hidden_dim") if config.num_experts else ()
+    names = {**_SIZES, **(_MOE_SIZES if config.num_experts else {}), "context_length": "context_length"}
     ranks = range(layout.world)
     kv = [kv_bytes_per_token(config, layout, rank, item_bytes) for rank in ranks]
     one_group = [rank for rank in ranks if layout.coords(rank).group == 0]
     return {
-        "model": "bundled" if path == bundled_path() else str(path),
+        "model": name,
         "dtype": config.dtype,
-        "sizes": {name: getattr(config, name) for name in (*sizes, *moe, "context_length")},
+        "sizes": {known: getattr(config, field) for known, field in names.items()},
         "parameters": total_parameters(config),
         "active_parameters_per_token": active_parameters(config),
         "layout": str(layout),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.weights.source import bundled_path, local_path
+from qwen3_dist.weights.source import canonical_name, local_path, resolve_config
 
 
 @cache
@@ -20,29 +19,32 @@ def official_configs() -> dict[str, dict[str, Any]]:
     return table
 
 
-def find_config(model: str) -> tuple[str, ModelConfig]:
-    """The name to show and the config of `model`.
+def find_config(model: str, revision: str | None = None) -> tuple[str, ModelConfig]:
+    """The name to show and the config of `model`, for which a plan needs no weights.
 
-    That is "" or `bundled`, a directory, a `config.json`, an official name such as Qwen3-235B-A22B, or
-    another hub id, of which the config alone is downloaded. Raises CheckpointError if it is none of them.
+    Takes every name that `resolve_model` takes, and the path of a config in JSON. Of an official name the config is
+    known here; of another hub id it alone is downloaded, at `revision`. Raises CheckpointError if it is none of them.
     """
-    if model in ("", "bundled"):
-        return "bundled", ModelConfig.from_directory(bundled_path())
     path = local_path(model)
-    if path.is_dir():
-        return str(path), ModelConfig.from_directory(path)
-    if path.is_file():
-        return str(path), _from_file(path)
-    short = model.removeprefix("Qwen/").lower()
-    for name, raw in official_configs().items():
-        if name.lower() == short:
-            return name, ModelConfig.from_dict(raw)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith("."):
-        return model, _from_file(_from_hub(model))
-    raise CheckpointError(
-        f"{model} is no directory, config.json or hub id, and the official sizes are "
-        f"{', '.join(official_configs())}"
-    )
+    if model and path.is_file():
+        return model, _from_file(path)
+    name = canonical_name(model)
+    official = None if revision or local_path(name).is_dir() else _official(name)
+    if official is not None:
+        return official, ModelConfig.from_dict(official_configs()[official])
+    try:
+        directory = resolve_config(name, revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; sizes that need no download are {', '.join(official_configs())}"
+        ) from None
+    return name or "bundled", ModelConfig.from_directory(directory)
+
+
+def _official(name: str) -> str | None:
+    """The name in `official_configs` of the hub id `name`, whatever its letters' case."""
+    short = name.lower().removeprefix("qwen/")
+    return next((each for each in official_configs() if each.lower() == short), None)
 
 
 def _from_file(file: Path) -> ModelConfig:
@@ -53,18 +55,3 @@ def _from_file(file: Path) -> ModelConfig:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
     return ModelConfig.from_dict(raw)
-
-
-def _from_hub(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(hf_hub_download(model, "config.json"))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"the hub has no model {model!r}, or it needs a login; check the id") from None
-    except (EntryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{model!r} is no directory here, not in the local hub cache, and the hub does not give its "
-            f"config.json ({type(error).__name__}); give the path of a config.json"
-        ) from None

@@ -16,6 +16,8 @@ from qwen3_dist.progress import Bar, progress_bar
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
 from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
+from qwen3_dist.text.output_parser import AnswerParser
+from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
 from qwen3_dist.text.tokenizer import Tokenizer, read_generation_defaults
 
@@ -80,6 +82,36 @@ class LLM:
         conversations: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [template.render(list(each), tools=tools, **template_kwargs) for each in conversations]
         return self.generate(prompts, params, use_tqdm, lora, add_special_tokens=False)
+
+    def stream_chat(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, **template_kwargs: Any
+    ) -> Iterator[ChoiceDelta]:
+        """Answers one conversation through the checkpoint's chat template, a delta for each step.
+
+        Thoughts are the deltas' `reasoning`, the rest is their `text`. Leaving the iterator ends the generation.
+        Raises RequestError if the conversation is refused.
+        """
+        engine = self._engine
+        template, tokenizer = engine.chat_template, engine.tokenizer
+        if template is None or tokenizer is None:
+            raise RequestError("this checkpoint has no chat template or no tokenizer, so it cannot chat")
+        if params is None:
+            params = SamplingParams(**read_generation_defaults(engine.model_path))
+        prompt = template.render(list(messages), **template_kwargs)  # type: ignore[arg-type]
+        state = reasoning_state(prompt, template.source(), template_kwargs)
+        token_ids = self._token_ids(prompt, add_special_tokens=False)
+        setup = self._prepare(prompt, token_ids, params, None).setup
+        reading = Reading(state, new_parser=lambda begins: AnswerParser(Reasoning(begins), None))
+        choice = Choice(0, params, tokenizer, reading)
+        engine.add_request("0", token_ids, params, setup=setup)
+        try:
+            while not choice.done:
+                for delta in engine.step().get("0", ()):
+                    if delta.error is not None:
+                        raise RequestError(delta.error)
+                    yield choice.advance(delta)
+        finally:
+            engine.abort("0")
 
     def embed(
         self,

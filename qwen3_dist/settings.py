@@ -163,6 +163,10 @@ class EngineConfig:
         )
         _require(self.redundant_experts >= 0, "redundant_experts", "0 or more", self.redundant_experts)
         _check_choices(self)
+        if self.executor == "in_process" and self.layout.world > 1:
+            raise ConfigError(
+                f"executor in_process runs one rank and layout {self.layout} has more; use executor=processes"
+            )
         if self.placement == "current" and self.executor in ("processes", "in_process"):
             raise ConfigError(f"placement=current needs executor=ray, not {self.executor}")
 

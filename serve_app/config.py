@@ -18,6 +18,7 @@ from typing import Any, cast
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig, read_settings, setting
 from qwen3_dist.text.tool_calls import ToolCallForm
+from qwen3_dist.weights.source import canonical_name
 
 BUNDLED_NAME = "qwen3-bundled"
 APP_NAME = "qwen3_dist"
@@ -147,7 +148,7 @@ class ServiceConfig:
     @property
     def served_name(self) -> str:
         """The name clients ask for."""
-        model = self.engine.model
+        model = canonical_name(self.engine.model)
         if self.model_name or not model:
             return self.model_name or BUNDLED_NAME
         return Path(model).resolve().name if Path(model).is_dir() else model

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
 from serve_app.admission import OverloadedError
+from serve_app.docs_page import add_docs
 from serve_app.failures import failed
 from serve_app.protocol.errors import error_object, error_status, to_json
 from serve_app.proxy import HOLDS_HEADER
@@ -66,7 +67,13 @@ def make_api(error_forms: Mapping[str, ErrorForm], gate: Gate = ask_deployment) 
     """An application without routes. Errors take the form their path has in `error_forms`, or the header ANTHROPIC if
     the request has it, else OpenAI's.
     """
-    api = Api(title="qwen3_dist", description="OpenAI-compatible inference for Qwen3.")
+    api = Api(
+        title="qwen3_dist",
+        description="OpenAI-compatible inference for Qwen3.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    add_docs(api)
 
     def refuse(request: Request, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
         otherwise = error_forms.get(ANTHROPIC, error_object) if is_anthropic(request) else error_object

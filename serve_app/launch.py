@@ -27,6 +27,7 @@ from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.engine import check_context
 from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.executor.cards import local_device
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.source import resolve_config
@@ -90,6 +91,7 @@ def running_service(
     """
     check_model(config)
     if ray_address is None:
+        local_device(config.engine.device)  # the local Ray has no other GPUs
         check_port(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     os.environ.setdefault(proxy.SETTING, proxy.IMPORT_PATH)  # inherited by a Ray that is started here

@@ -23,7 +23,7 @@ from qwen3_dist.engine.scheduler import Advance, Scheduler
 from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, ContextLengthError, RequestError
-from qwen3_dist.executor import Executor, make_executor
+from qwen3_dist.executor import Executor, make_executor, require_device
 from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
@@ -59,6 +59,7 @@ class Engine:
     def __init__(
         self, config: EngineConfig, show_progress: bool = False, grammars_ahead: bool = False
     ) -> None:
+        require_device(config)
         path = resolve_model(config.model, config.revision)
         self.config = config
         self.model_path = path

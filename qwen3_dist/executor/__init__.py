@@ -6,9 +6,16 @@ import importlib.util
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.executor.base import Executor
+from qwen3_dist.executor.cards import local_device
 from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.settings import EngineConfig, runs_in_process
 from qwen3_dist.weights.loader import Progress
+
+
+def require_device(config: EngineConfig) -> None:
+    """Raises ResourceError if ranks are to run on GPUs of this host and torch sees none here."""
+    if config.device == "cuda" and (runs_in_process(config) or not _in_ray(config)):
+        local_device(config.device)
 
 
 def make_executor(config: EngineConfig, placements: Placements, progress: Progress | None = None) -> Executor:
@@ -24,16 +31,24 @@ def make_executor(config: EngineConfig, placements: Placements, progress: Progre
         return InProcessExecutor(config, placements, progress)
     from qwen3_dist.executor.rank_group import RankGroupExecutor
 
-    has_ray = importlib.util.find_spec("ray") is not None
-    if config.executor == "processes" or (config.executor == "auto" and not has_ray):
+    if not _in_ray(config):
         from qwen3_dist.executor.processes import ProcessLauncher
 
         return RankGroupExecutor(config, ProcessLauncher(config), placements, progress)
-    if not has_ray:
+    if not _has_ray():
         raise ConfigError("executor ray needs the ray package; install it or use executor=processes")
     from qwen3_dist.executor.ray_ranks import RayLauncher
 
     return RankGroupExecutor(config, RayLauncher(config), placements, progress)
 
 
-__all__ = ["Executor", "make_executor"]
+def _in_ray(config: EngineConfig) -> bool:
+    """Whether several ranks are Ray's actors rather than processes of this host."""
+    return config.executor == "ray" or (config.executor == "auto" and _has_ray())
+
+
+def _has_ray() -> bool:
+    return importlib.util.find_spec("ray") is not None
+
+
+__all__ = ["Executor", "make_executor", "require_device"]

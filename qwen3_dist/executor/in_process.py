@@ -14,7 +14,6 @@ import torch
 from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.runner import ModelRunner, StepOutput
 from qwen3_dist.engine.scheduler_limits import SchedulerLimits
-from qwen3_dist.errors import ConfigError
 from qwen3_dist.executor import cards
 from qwen3_dist.executor.base import Executor, RankPlace
 from qwen3_dist.executor.rank import told
@@ -32,8 +31,6 @@ class InProcessExecutor(Executor):
     def __init__(
         self, config: EngineConfig, placements: Placements, progress: Progress | None = None
     ) -> None:
-        if config.layout.world != 1:
-            raise ConfigError(f"executor in_process runs one rank and layout {config.layout} has more")
         os.environ.update(config.rank_env)
         device, card, memory = torch.device("cpu"), None, MemoryShare()
         if cards.local_device(config.device) == "cpu":

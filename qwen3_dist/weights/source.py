@@ -9,6 +9,8 @@ from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.files import shard_files
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+_OFFICIAL_NAME = re.compile(r"qwen3-[\w.-]+", re.IGNORECASE)
 _CONFIGS = ["config.json", "generation_config.json"]
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -28,8 +30,33 @@ def local_path(model: str) -> Path:
         ) from None
 
 
+def canonical_name(model: str) -> str:
+    """`model` as a directory or a hub id; "" is the bundled model.
+
+    `bundled` is "", DIR/config.json is DIR, and an official name such as Qwen3-8B is Qwen/Qwen3-8B unless a directory
+    is called so. Anything else stays as it is. Raises CheckpointError for ~ of a user without a home.
+    """
+    if model in ("", "bundled"):
+        return ""
+    path = local_path(model)
+    if path.name == "config.json" and path.is_file():
+        return str(path.parent)
+    if _OFFICIAL_NAME.fullmatch(model) and not path.exists():
+        return f"Qwen/{model}"
+    return model
+
+
+def may_be_model(text: str) -> bool:
+    """Whether `text` has the form of a model's name: a path, `bundled`, an official name or a hub id."""
+    if not text or any(char.isspace() for char in text):
+        return False
+    looks_local = text.startswith(("/", "./", "../", "~")) or Path(text).exists()
+    names = _OFFICIAL_NAME.fullmatch(text) or _HUB_ID.fullmatch(text)
+    return text == "bundled" or looks_local or names is not None
+
+
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The directory of `model`: "" is the bundled one, then a directory, then a hub id at `revision`.
+    """The directory of `model`, which is named as `canonical_name` reads it, a hub id at `revision`.
 
     A commit that the local hub cache holds whole is taken from there, without asking the hub.
     Raises CheckpointError, in one sentence, if there is none.
@@ -46,14 +73,18 @@ def resolve_config(model: str, revision: str | None = None) -> Path:
 
 
 def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
+    given, model = model, canonical_name(model)
     if not model:
         return bundled_path()
     path = local_path(model)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+    if path.is_file():
+        raise CheckpointError(f"{given} is a file; give the directory that holds config.json and the weights")
+    if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"{model} is neither a checkpoint directory nor a hub id such as Qwen/Qwen3-0.6B"
+            f"{given} is neither a directory that exists nor bundled, an official name such as Qwen3-0.6B or a hub id "
+            "such as Qwen/Qwen3-0.6B"
         )
     return snapshot_of(model, revision) or _from_hub(model, revision, files)
 
@@ -63,7 +94,8 @@ def commit_of(model: str, path: Path) -> str | None:
 
     With it as revision, `resolve_model` finds the same files on every host.
     """
-    if not model or local_path(model).is_dir():
+    name = canonical_name(model)
+    if not name or local_path(name).is_dir():
         return None
     return path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else None
 

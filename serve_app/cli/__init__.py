@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
+from qwen3_dist import __version__
 from qwen3_dist.errors import QwenDistError
-from serve_app.cli import bench, calibrate, generate, inspect, plan, serve, simulate, sweep
-from serve_app.cli.options import Parser
+from serve_app.cli import bench, calibrate, chat, generate, inspect, plan, serve, simulate, sweep
+from serve_app.cli.parser import Parser, VerbParser, did_you_mean
 
 USAGE_ERROR = 2
 _VERBS = {
     "serve": serve,
     "generate": generate,
+    "chat": chat,
     "inspect": inspect,
     "bench": bench,
     "plan": plan,
@@ -28,7 +31,11 @@ _VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line. Returns the exit code: 0, or 2 with one sentence on stderr."""
-    args = build_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if given and given[0] not in (*_VERBS, "-h", "--help", "--version"):
+        parser.error(_no_verb(given[0]))
+    args = parser.parse_args(given)
     run: Callable[[argparse.Namespace, TextIO], int] = args.run
     out = sys.stdout
     try:
@@ -45,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = Parser(prog="qwen3-dist", description="Distributed inference for Qwen3 checkpoints.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"qwen3-dist {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=VerbParser)
     for name, module in _VERBS.items():
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
         verb.add_argument(
@@ -54,3 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser
+
+
+def _no_verb(word: str) -> str:
+    verbs = ", ".join(_VERBS)
+    if word.startswith("-"):
+        return f"{word} stands before the verb; begin with one of {verbs}"
+    near = did_you_mean(difflib.get_close_matches(word, _VERBS, 1))
+    return f"there is no verb {word!r}{near or f'; there are {verbs}'}"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig
-from serve_app.cli.options import add_settings, given_settings
+from serve_app.cli.options import MODEL, add_settings, given_settings
+from serve_app.cli.readable import report_lines
 from serve_app.config import read_service_config
 
 if TYPE_CHECKING:
@@ -25,9 +26,7 @@ HELP = "measure throughput (all prompts at once) or latency (one batch after the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", choices=("throughput", "latency"), help="all prompts at once, or in turn")
-    parser.add_argument(
-        "model", nargs="?", default="", help="checkpoint directory or hub id; omitted: the bundled model"
-    )
+    parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
         "--random-weights",
         metavar="CONFIG.json",
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print(json.dumps(result), file=out)
     else:
-        for name, value in result.items():
-            print(f"{name:<22}{_shown(value)}", file=out)
+        print("\n".join(report_lines(result)), file=out)
     return 0
 
 
@@ -111,12 +109,6 @@ def _config_alone(path: str, folder: Path) -> str:
         raise ConfigError(f"--random-weights needs a config.json, and {path} is none")
     shutil.copy(file, folder / "config.json")
     return str(folder)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _positive(text: str) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
-from serve_app.cli.options import add_settings, given_settings
+from serve_app.cli.options import MODEL, add_settings, given_settings
 from serve_app.config import read_service_config
 
 if TYPE_CHECKING:
@@ -23,11 +23,16 @@ _MAX_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
-        "model", nargs="?", default="", help="checkpoint directory or hub id; omitted: the bundled model"
+        "text", nargs="?", help='a prompt; one alone that is no model\'s name, as "Hello there", is one too'
     )
     parser.add_argument(
-        "--prompt", dest="prompts", action="append", metavar="TEXT", help="a prompt; may be repeated"
+        "--prompt",
+        dest="prompts",
+        action="append",
+        metavar="TEXT",
+        help="a prompt; may be repeated; without any, standard input is one",
     )
     parser.add_argument(
         "--prompt-ids",
@@ -71,9 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    args.model, args.prompts = _model_and_prompts(args, sys.stdin)
     engine = read_service_config(given_settings(args, EngineConfig)).engine
-    if not args.prompts:
-        raise ConfigError("nothing to generate from; give --prompt or --prompt-ids")
     if args.chat and any(not isinstance(prompt, str) for prompt in args.prompts):
         raise ConfigError("--chat takes text; give --prompt instead of --prompt-ids")
     from qwen3_dist.text.tokenizer import read_generation_defaults
@@ -83,6 +87,28 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     for output in _generate(args, engine, params):
         _print(output, args.json, out)
     return 0
+
+
+def _model_and_prompts(args: argparse.Namespace, stdin: TextIO | None) -> tuple[str, list[str | list[int]]]:
+    """The model's name, and the prompts: those of options, an argument, or else all of `stdin` as one.
+
+    Raises ConfigError if there is no prompt.
+    """
+    from qwen3_dist.weights.source import may_be_model
+
+    model, prompts = args.model, list(args.prompts or ())
+    if args.text is not None:
+        prompts.insert(0, args.text)
+    if not prompts and model and not may_be_model(model):
+        model, prompts = "", [model]
+    if not prompts and stdin is not None and not stdin.isatty():
+        text = stdin.read().removesuffix("\n")
+        prompts = [text] if text else []
+    if not prompts:
+        raise ConfigError(
+            "nothing to generate from; give a text, --prompt or --prompt-ids, or write to standard input"
+        )
+    return model, prompts
 
 
 def _params(args: argparse.Namespace, defaults: dict[str, Any]) -> SamplingParams:

@@ -6,20 +6,20 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.adapters import Adapters
+from serve_app.cli.parser import Switch
 from serve_app.config import setting_types
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that refuses a command line in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+MODEL = "directory, hub id or official name (Qwen3-8B); bundled, or omitted: the bundled model"
+MODEL_OR_CONFIG = (
+    "directory, config.json, hub id or official name (Qwen3-8B); bundled, or omitted: the bundled model"
+)
 
 
 def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +28,14 @@ def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         default="",
-        help="directory, config.json, official name (Qwen3-235B-A22B) or hub id; omitted: the bundled model",
+        help=MODEL_OR_CONFIG,
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpus", metavar="8xH100", help="number and kind of GPUs, on nodes of 8")
+    where.add_argument(
+        "--gpus",
+        metavar="16xH100|2x8xH100",
+        help="number and kind of GPUs, on nodes of 8, or nodes x GPUs of each x kind",
+    )
     where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
 
 
@@ -49,16 +53,17 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
     for field in dataclasses.fields(cls):
         if field.name in skip:
             continue
-        repeated = kinds[field.name] is Adapters or typing.get_origin(kinds[field.name]) is Mapping
+        kind = kinds[field.name]
+        repeated = kind is Adapters or typing.get_origin(kind) is Mapping
         has_default = field.default is not dataclasses.MISSING
         default = "unset" if field.default is None else str(field.default) if has_default else ""
         choices = field.metadata.get("choices")
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
-            action="append" if repeated else "store",
+            action="append" if repeated else Switch if _is_bool(kind) else "store",
             default=argparse.SUPPRESS,
-            metavar="|".join(choices) if choices else _metavar(kinds[field.name]),
+            metavar="|".join(choices) if choices else _metavar(kind),
             help=f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%"),
         )
 
@@ -69,8 +74,14 @@ def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
+def _is_bool(kind: Any) -> bool:
+    return bool in (kind, *typing.get_args(kind))
+
+
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Mapping:
         return "NAME=VALUE"
     kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
-    return {int: "N", float: "X", str: "TEXT", Adapters: "NAME=PATH"}.get(kinds[0], kinds[0].__name__.upper())
+    return {int: "N", float: "X", str: "TEXT", bool: "true|false", Adapters: "NAME=PATH"}.get(
+        kinds[0], kinds[0].__name__.upper()
+    )

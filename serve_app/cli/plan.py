@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 HELP = "compare all layouts of a model on a cluster: memory, TTFT, ITL and throughput as predicted"
 NOTHING_FITS = 2
+_LEGEND = (
+    "*          best: the most tokens/s/GPU of the layouts that hold --ttft-ms and --itl-ms",
+    "replicas   engines with this layout that fill the cluster and share the load",
+    "weights, KV, activations   memory of the fullest rank, the KV cache as this load fills it",
+    "max batch  sequences of this load that the KV cache of one replica holds",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("concurrency", "requests in flight in the whole cluster"),
     ):
         parser.add_argument(f"--{name}", type=int, required=True, metavar="N", help=what)
-    parser.add_argument("--ttft-ms", type=float, metavar="X", help="longest mean time to the first token")
-    parser.add_argument("--itl-ms", type=float, metavar="X", help="longest mean time between two tokens")
+    parser.add_argument(
+        "--ttft-ms", type=float, metavar="X", help="upper limit of the mean time to first token"
+    )
+    parser.add_argument(
+        "--itl-ms", type=float, metavar="X", help="upper limit of the mean inter-token latency"
+    )
     parser.add_argument(
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="most tokens of a step (default: 8192, on a shared host 1024)",
+        help="most tokens of a step (default: 8192; 1024 where ranks share the cores of one host)",
     )
     parser.add_argument(
         "--expert-imbalance",
         type=float,
         metavar="X",
         help="load of the busiest expert rank over the mean (default: 1.2)",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list layouts that do not fit too, as --json always does"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="chart of throughput over user speed")
 
@@ -67,7 +81,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print("\n".join(json.dumps(one.as_json()) for one in planned), file=out)
     else:
-        print("\n".join(_table(planned, request)), file=out)
+        print("\n".join(_report(args, planned, request, cluster)), file=out)
     if not planned[0].fits:
         print(f"qwen3-dist: no layout of {name} fits; {_way_out(planned, cluster)}", file=sys.stderr)
         return NOTHING_FITS
@@ -95,15 +109,42 @@ def _way_out(planned: list[PlannedLayout], cluster: Cluster) -> str:
     )
 
 
+def _report(
+    args: argparse.Namespace, planned: list[PlannedLayout], request: PlanRequest, cluster: Cluster
+) -> list[str]:
+    """The table, what its columns and marks mean, and how to serve the best layout."""
+    shown = planned if args.all else [one for one in planned if one.fits]
+    legend = _LEGEND if planned[0].holds(request) else _LEGEND[1:]
+    lines = [*_table(shown, request), "", *legend] if shown else []
+    if shown and len(shown) < len(planned):
+        lines.append(f"{len(planned) - len(shown)} layouts that do not fit are left out; --all lists them.")
+    best = planned[0]
+    if best.fits:
+        joins = cluster.num_devices > cluster.devices_per_node
+        lines += ["", "To serve the best layout:", f"  {_serve_line(args, best, joins)}"]
+        if joins:
+            lines.append("  after `ray start` on every node, with the model's files at the same path on each")
+    return lines
+
+
+def _serve_line(args: argparse.Namespace, best: PlannedLayout, joins: bool) -> str:
+    words = ["qwen3-dist", "serve", args.model or "bundled", "--layout", str(best.layout)]
+    if best.replicas > 1:
+        words += ["--min-replicas", str(best.replicas), "--max-replicas", str(best.replicas)]
+    if args.max_num_batched_tokens is not None:
+        words += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
+    return shlex.join([*words, "--ray-address", "auto"] if joins else words)
+
+
 def _table(planned: list[PlannedLayout], request: PlanRequest) -> list[str]:
-    """The best is marked with *; what breaks a limit or does not fit says so in its last column."""
+    """A row for each layout: the best is marked with *, and the last column says what is against it."""
     header = ("", "layout", "ranks", "replicas", "weights", "KV", "activations", "max batch")
     rows: list[tuple[str, ...]] = [(*header, "TTFT ms", "ITL ms", "tokens/s", "tokens/s/GPU", "")]
     for place, one in enumerate(planned):
         sizes = [f"{value / 1e9:.2f} GB" for value in one.bytes_per_rank.values()] or ["-"] * 3
         speeds = (one.ttft_ms, one.itl_ms, one.tokens_per_s, one.tokens_per_s_per_gpu)
         best = place == 0 and one.holds(request)
-        note = one.reason or ("" if one.holds(request) else "breaks a limit")
+        note = one.reason or _broken_limits(one, request)
         rows.append(
             (
                 "*" if best else "",
@@ -124,3 +165,10 @@ def _table(planned: list[PlannedLayout], request: PlanRequest) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def _broken_limits(one: PlannedLayout, request: PlanRequest) -> str:
+    limits = (("TTFT", one.ttft_ms, request.ttft_ms), ("ITL", one.itl_ms, request.itl_ms))
+    return ", ".join(
+        f"{name} over {limit:g} ms" for name, value, limit in limits if limit and value and value > limit
+    )

@@ -11,16 +11,14 @@ import types
 from typing import TextIO
 
 from qwen3_dist.settings import EngineConfig
-from serve_app.cli.options import add_settings, given_settings
+from serve_app.cli.options import MODEL, add_settings, given_settings
 from serve_app.config import ServiceConfig, read_service_config
 
 HELP = "serve a model over an OpenAI-compatible HTTP endpoint until Ctrl-C"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", default="", help="checkpoint directory or hub id; omitted: the bundled model"
-    )
+    parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
         "--ray-address", help="address of a Ray cluster to join, or 'auto'; omitted: start a local one"
     )
@@ -86,9 +84,17 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _announce(out: TextIO, as_json: bool, url: str, model: str) -> None:
     if as_json:
-        print(json.dumps({"event": "ready", "url": f"{url}/v1", "model": model}), file=out, flush=True)
+        print(
+            json.dumps({"event": "ready", "url": f"{url}/v1", "model": model, "docs": f"{url}/docs"}),
+            file=out,
+            flush=True,
+        )
     else:
-        print(f"{model} is ready at {url}/v1 (OpenAI-compatible)", file=out, flush=True)
+        print(
+            f"{model} is ready at {url}/v1 (OpenAI-compatible; {url}/docs lists what it answers)",
+            file=out,
+            flush=True,
+        )
 
 
 def _report(line: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
 from serve_app.cli.options import add_model_and_cluster, given_cluster
+from serve_app.cli.readable import report_lines
 from serve_app.config import ServiceConfig
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print(json.dumps(report), file=out)
     else:
-        print("\n".join(f"{key:<24}{_shown(value)}" for key, value in report.items()), file=out)
+        print("\n".join(report_lines(_without_course(report))), file=out)
     if args.plot:
         plot_replicas(args.plot, f"{name} with {layout} on {report['cluster']}", outcome)
     return 0
@@ -253,10 +254,10 @@ def _with_progress(requests: Iterable[Request], args: argparse.Namespace) -> Ite
             yield request
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items() if key != "over_time")
-    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
+def _without_course(report: dict[str, Any]) -> dict[str, Any]:
+    """`report` without how the replicas went over time, which a chart shows."""
+    replicas = {name: value for name, value in report["replicas"].items() if name != "over_time"}
+    return {**report, "replicas": replicas}
 
 
 def _rates(text: str) -> tuple[float, ...]:

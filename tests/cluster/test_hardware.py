@@ -54,10 +54,16 @@ def test_gpus_are_a_number_and_a_preset() -> None:
     assert parse_gpus("1xb200").device.memory_bytes == 180 * 10**9
 
 
+def test_gpus_may_be_given_by_nodes() -> None:
+    assert parse_gpus("2x8xH200") == parse_gpus("16xH200")
+    small = parse_gpus("3x4xA100")
+    assert (small.num_devices, small.devices_per_node) == (12, 4)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("H100", "'H100' is no number of GPUs; write it as 8xH100"),
+        ("H100", "'H100' is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"),
         ("8xT4", "no preset is called 'T4'; there are A100, H100, H200, B200, or give --cluster FILE.yaml"),
         ("0xH100", "num_devices must be at least 1, not 0"),
         ("12xH100", "num_devices=12 does not fill nodes of 8; 8 or 16 do"),

@@ -101,7 +101,9 @@ def test_a_pipeline_stage_holds_its_layers_alone(moe: ModelConfig) -> None:
 
 
 def test_the_report_names_the_layouts_of_a_world(tmp_path: Path) -> None:
-    report = inspect_model(write_checkpoint(tmp_path, moe=True), Layout(tp=2, ep=2), 2)
+    report = inspect_model(
+        "m", ModelConfig.from_directory(write_checkpoint(tmp_path, moe=True)), Layout(tp=2, ep=2), 2
+    )
     assert report["valid_layouts"] == ["tp=2", "tp=2,ep=2", "dp=2", "dp=2,ep=2", "pp=2"]
     assert len(report["bytes_per_rank"]) == 2
     assert report["dtype"] == "float32"

@@ -14,7 +14,7 @@ from cluster.official import find_config, official_configs
 from cluster.planner import PlanRequest, candidates, check_limits, pareto_frontier, plan
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
-from serve_app.cli import main
+from serve_app.cli import build_parser, main
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 KEYS = [
@@ -116,15 +116,33 @@ def test_every_official_size_can_be_planned(name: str) -> None:
 def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
     limits = ("--ttft-ms", "60", "--itl-ms", "9")
     assert main(["plan", "Qwen3-8B", "--gpus", "8xH100", *LOAD, *limits]) == 0
-    header, *lines = capsys.readouterr().out.splitlines()
+    table, legend, serving = capsys.readouterr().out.split("\n\n")
+    header, *lines = table.splitlines()
     assert header.split()[:3] == ["layout", "ranks", "replicas"]
     assert [line.startswith("*") for line in lines] == [True] + [False] * (len(lines) - 1)
-    breaking = [line.endswith("breaks a limit") for line in lines if "GB" in line]
+    breaking = [line.endswith(" ms") for line in lines if "GB" in line]
     assert breaking == sorted(breaking) and True in breaking
     request = replace(REQUEST, ttft_ms=60, itl_ms=9)
     best, *others = plan(find_config("Qwen3-8B")[1], parse_gpus("8xH100"), request)
     held = [one.tokens_per_s_per_gpu or 0 for one in others if one.holds(request)]
     assert best.holds(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
+
+
+def test_the_table_explains_its_marks_and_ends_with_the_best_layouts_serve_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "Qwen3-235B-A22B", "--gpus", "2x8xH200", *LOAD, "--itl-ms", "40"]
+    assert main(arguments) == 0
+    table, legend, serving = capsys.readouterr().out.split("\n\n")
+    best = table.splitlines()[1].split()[1]
+    assert "exceed" not in table and "--all lists them" in legend
+    assert all(word in legend for word in ("*", "replicas", "max batch"))
+    command = serving.splitlines()[1].strip()
+    assert command.startswith(f"qwen3-dist serve Qwen3-235B-A22B --layout {best} ")
+    assert build_parser().parse_args(command.split()[1:]).ray_address == "auto"
+    assert main([*arguments, "--all"]) == 0
+    everything = capsys.readouterr().out
+    assert "exceed" in everything and "--all" not in everything
 
 
 def test_an_impossible_limit_is_named_with_the_nearest_that_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +169,7 @@ def test_limits_that_no_layout_holds_together_say_which_breaks() -> None:
 def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["plan", "Qwen3-235B-A22B", "--gpus", "2xH100", *LOAD]) == 2
+    assert main(["plan", "Qwen3-235B-A22B", "--gpus", "2xH100", *LOAD, "--all"]) == 2
     shown = capsys.readouterr()
     assert "exceed the 72.0 GB of a rank" in shown.out and "*" not in shown.out
     (sentence,) = shown.err.splitlines()
@@ -162,10 +180,10 @@ def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("Qwen3-8B", *LOAD), "one of the arguments --gpus --cluster is required"),
+        (("Qwen3-8B", *LOAD), "the following arguments are required: --gpus or --cluster"),
         (("Qwen3-8B", "--gpus", "8xT4", *LOAD), "no preset is called 'T4'"),
         (("Qwen3-8B", "--cluster", "none.yaml", *LOAD), "none.yaml cannot be read"),
-        (("Qwen3-9B", "--gpus", "8xH100", *LOAD), "the official sizes are Qwen3-0.6B"),
+        (("Qwen3-9B", "--gpus", "8xH100", *LOAD), "sizes that need no download are Qwen3-0.6B"),
         (("Qwen3-8B", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency"),
         (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--input-len", "0"), "input_len must be positive, not 0"),
         (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--itl-ms", "-1"), "itl_ms must be positive, not -1"),

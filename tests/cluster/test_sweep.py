@@ -153,7 +153,7 @@ def test_a_workload_without_points_is_refused(workload: Path) -> None:
         (("bundled", "--layouts", "tp=x"), "has 'tp=x' where tp=N"),
         (("bundled", "--layouts", ";"), "--layouts names none; write tp=1;tp=2 or all"),
         (("bundled", "--layouts", "tp=3"), "is not divisible by tp=3"),
-        (("Qwen3-9B", "--layouts", "all"), "the official sizes are"),
+        (("Qwen3-9B", "--layouts", "all"), "sizes that need no download are Qwen3-0.6B"),
         (("bundled", "--layouts", "all", "--hardware", "none.yaml"), "none.yaml cannot be read"),
         (("bundled", "--layouts", "all", "--workload", "none.yaml"), "none.yaml cannot be read"),
         (("bundled", "--layouts", "tp=1", "--out", "/dev/null/out"), "--out /dev/null/out cannot be used"),

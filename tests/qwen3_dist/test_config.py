@@ -185,4 +185,4 @@ def test_an_engine_offers_the_context_that_yarn_reaches(tmp_path: Path) -> None:
     with LLM(str(path), max_model_len=256, num_blocks=32, use_tqdm=False) as llm:
         params = SamplingParams(max_tokens=6, ignore_eos=True)
         assert len(llm.generate([1] * 250, params, use_tqdm=False)[0].token_ids) == 6
-    assert inspect_model(path, Layout(), 1)["sizes"]["context_length"] == 256
+    assert inspect_model("m", ModelConfig.from_directory(path), Layout(), 1)["sizes"]["context_length"] == 256

@@ -1,0 +1,103 @@
+"""A parser of command lines that takes vLLM's options too and refuses, in one sentence, what it does not know."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from serve_app.cli import vllm_names
+
+_SWITCH_VALUES = ("true", "false", "null")
+
+
+class Switch(argparse.Action):
+    """A setting that is on or off: `--name` is true, `--no-name` false, and `--name false` works too.
+
+    The value stays text.
+    """
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses a command line in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class VerbParser(Parser):
+    """A verb's parser. It knows no abbreviations, which would read `--model` as `--model-name`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ArgumentParser's, but nothing is unknown: the rest would be told of in the name of another parser."""
+        given = list(sys.argv[1:] if args is None else args)
+        known = self._option_string_actions
+        try:
+            given = vllm_names.as_ours(given, known, self._note)
+        except vllm_names.Refused as refused:
+            self.error(str(refused))
+        given = self._with_switch_values(given)
+        self._check_required(given)
+        parsed, rest = super().parse_known_args(given, namespace)
+        if rest:
+            self.error(self._unknown(rest[0]))
+        return parsed, rest
+
+    def _note(self, sentence: str) -> None:
+        print(f"{self.prog}: {sentence}", file=sys.stderr)
+
+    def _with_switch_values(self, args: Sequence[str]) -> list[str]:
+        given: list[str] = []
+        for place, token in enumerate(args):
+            if token == "--":
+                return [*given, *args[place:]]
+            following = args[place + 1].lower() if place + 1 < len(args) else ""
+            if self._is_switch(token) and following not in _SWITCH_VALUES:
+                given.append(f"{token}=true")
+            elif token not in self._option_string_actions and self._is_switch(
+                token.replace("--no-", "--", 1)
+            ):
+                given.append(f"{token.replace('--no-', '--', 1)}=false")
+            else:
+                given.append(token)
+        return given
+
+    def _is_switch(self, token: str) -> bool:
+        return isinstance(self._option_string_actions.get(token), Switch)
+
+    def _check_required(self, args: Iterable[str]) -> None:
+        """Names all that is required, alternatives too, which ArgumentParser checks last and by themselves."""
+        names = {token.partition("=")[0] for token in args}
+        groups = [group for group in self._mutually_exclusive_groups if group.required]
+        if not groups or names & {"-h", "--help"}:
+            return
+        single = [[action] for action in self._actions if action.required and action.option_strings]
+        missing = [
+            " or ".join(action.option_strings[-1] for action in actions)
+            for actions in [*single, *(group._group_actions for group in groups)]
+            if not any(names.intersection(action.option_strings) for action in actions)
+        ]
+        if missing:
+            self.error(f"the following arguments are required: {', '.join(missing)}")
+
+    def _unknown(self, token: str) -> str:
+        name = token.partition("=")[0]
+        if not name.startswith("-"):
+            return f"unexpected argument {token!r}"
+        if advice := vllm_names.advice(name):
+            return f"there is no option {name}; {advice}"
+        near = difflib.get_close_matches(name, [*self._option_string_actions, *vllm_names.names()], 1)
+        return f"there is no option {name}{did_you_mean(near)}"
+
+
+def did_you_mean(near: Sequence[str]) -> str:
+    """The end of a refusal that names what was probably meant, if anything."""
+    return f", did you mean {near[0]}?" if near else ""
