@@ -189,8 +189,8 @@ class Record(Kind):
 class Tagged(Kind):
     """An object whose field `tag` says which of several records it is; `refused` ones are known but not built.
 
-    Without a tag it is the `untagged` record, if there is one. One with any other tag is kept as it is where
-    `others` is true.
+    Without a tag it is the `untagged` record, if there is one; or the `bare` one, where it has fields that `bare`
+    requires and none that `untagged` does. One with any other tag is kept as it is where `others` is true.
     """
 
     words: str
@@ -199,11 +199,16 @@ class Tagged(Kind):
     refused: Mapping[str, str]
     untagged: str | None = None
     others: bool = False
+    bare: str | None = None
     type = "object"
 
     @property
     def schema(self) -> Json:
         forms = [self._tagged(name) for name in self.records]
+        if self.bare is not None:
+            bare, absent = self.records[self.bare].schema, {"type": "null"}
+            others = dict.fromkeys((self.tag, *self._required(self.untagged)), absent)
+            forms.append({**bare, "properties": {**bare["properties"], **others}})
         if self.others:
             tag = {"type": "string", "not": {"enum": [*self.records, *self.refused]}}
             forms.append({"type": "object", "properties": {self.tag: tag}, "required": [self.tag]})
@@ -220,6 +225,9 @@ class Tagged(Kind):
         if not self.takes(value):
             raise self.refuse(value, where)
         name, path = value.get(self.tag), f"{where}.{self.tag}"
+        if name is None and self._is_bare(value):
+            assert self.bare is not None
+            return {**self.records[self.bare].read(value, where), self.tag: self.bare}
         name = self.untagged if name is None else name
         if isinstance(name, str) and name in self.refused:
             raise RequestError(f"{path}={short(name)} {self.refused[name]}", param=path)
@@ -230,6 +238,15 @@ class Tagged(Kind):
                 f"{path} must be one of {', '.join(self.records)}, not {short(name)}", param=path
             )
         return self.records[name].read(value, where)
+
+    def _is_bare(self, value: Json) -> bool:
+        given = _given(value).keys()
+        return bool(given & self._required(self.bare)) and not given & self._required(self.untagged)
+
+    def _required(self, name: str | None) -> set[str]:
+        """The fields that the record `name` requires."""
+        fields = {} if name is None else self.records[name].fields
+        return {field for field, kind in fields.items() if kind.required}
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ ITEM = Tagged(
     },
     {},
     untagged="message",
+    bare="item_reference",
 )
 
 

@@ -34,6 +34,7 @@ SHAPE = Tagged(
     {"image": "is not supported: send text"},
 )
 ITEM = Tagged("an item", "type", {"dot": POINT, "text": SHAPE.records["text"]}, {}, untagged="dot")
+ITEM_OR_TEXT = Tagged("an item", "type", ITEM.records, {}, untagged="dot", bare="text")
 KINDS: dict[str, Kind] = {
     "text": TEXT,
     "filled text": FILLED_TEXT,
@@ -50,6 +51,7 @@ KINDS: dict[str, Kind] = {
     "points": ListOf(POINT, "points"),
     "shape": SHAPE,
     "item": ITEM,
+    "item or text": ITEM_OR_TEXT,
     "text or ids": Either("text or token ids", (TEXT, TOKEN_IDS)),
     "lists of either": Either("one list or another", (TOKEN_IDS, ListOf(TEXT, "texts", least=1))),
     "optional word": Record("", {"word": Field(one_of("a", "b")), "either": Field(Either("", (TEXT, BOOL)))}),
@@ -59,8 +61,9 @@ VALUES: list[Any] = [
     "", "auto", "b", True, False, 0, 1, 3, -2, 4, 0.5, -0.1, 2.5, 10**30, 1e9 + 0.5, [], [1], [0, 1, 2], [1, 2, 3, 4],
     [-1], ["a"], ["a", 1], [1.5], [True], [{}], [{"x": 1}], [{"x": 1}, {"y": 1}], {}, {"x": 1}, {"x": 1, "y": None},
     {"x": "1"}, {"x": 1, "z": []}, {"type": "dot", "x": 1}, {"type": "dot"}, {"type": "text", "text": "a"},
-    {"type": "image"}, {"type": 5}, {"type": None}, {"type": None, "x": 1}, {"type": []},
-    {"word": "a"}, {"word": "c"}, {"word": None},
+    {"type": "image"}, {"type": 5}, {"type": None}, {"type": None, "x": 1}, {"type": []}, {"text": "a"},
+    {"text": "a", "x": None, "type": None}, {"text": "a", "x": 1}, {"text": "a", "x": "1"}, {"text": 1},
+    {"text": None}, {"word": "a"}, {"word": "c"}, {"word": None},
     {"either": None}, {"either": 1}, {"either": True}, {"shape": None, "count": None}, {"shape": {"type": "dot"}},
     {"shape": {"type": "dot", "x": 2}, "count": 3}, {"count": True},
 ]  # fmt: skip

@@ -101,6 +101,30 @@ def test_items_of_a_stored_response_may_be_referred_to(stream: bool) -> None:
     assert messages(kept, previous_response_id=second["id"]) == [HELLO, ANSWER, MORE, ANSWER]
 
 
+@pytest.mark.parametrize("untyped", [{}, {"type": None}, {"type": None, "role": None, "content": None}])
+def test_an_item_reference_needs_no_type(untyped: dict[str, Any]) -> None:
+    kept = store()
+    references = [{**untyped, "id": item["id"]} for item in asked(kept, input="Hello")["output"]]
+    second = asked(kept, input=[HELLO, *references, MORE])
+    assert messages(kept, previous_response_id=second["id"]) == [HELLO, ANSWER, MORE, ANSWER]
+    assert refusal(kept, input=[{**untyped, "id": "msg_1"}])["message"].startswith("Item with id 'msg_1'")
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [
+        ({"id": "msg_1", "role": "user"}, "input[0].content"),
+        ({"id": "msg_1", "content": "x"}, "input[0].role"),
+        ({"id": ""}, "input[0].id"),
+        ({}, "input[0].role"),
+    ],
+)
+def test_an_untyped_item_that_is_no_reference_is_a_message(item: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        messages(store(), input=[item])
+    assert refused.value.param == param
+
+
 def test_a_response_can_be_read_again_and_deleted() -> None:
     kept = store()
     first = asked(kept, input="Hello")
