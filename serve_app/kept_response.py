@@ -40,7 +40,7 @@ class KeptResponse:
                 if read and read.kept and status == HTTPStatus.OK:
                     response = _last_response(part) if read.request.stream else part
                     if response is not None:
-                        self._store.keep(response, read.items, read.previous)
+                        self._store.keep(response, read.items, read.previous, read.history)
                 yield item
 
 

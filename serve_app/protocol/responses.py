@@ -118,11 +118,13 @@ class ResponsesRequest(ChatRequest):
 
 @dataclass(frozen=True)
 class ResponsesRead:
-    """A request, its own input `items`, which follow those of the response `previous`, and whether it is `kept`."""
+    """A request, its own input `items`, which follow the response `previous`, whose conversation is `history`, and
+    whether the answer is `kept`."""
 
     request: ResponsesRequest
     items: list[Json]
     previous: str | None
+    history: list[Json]
     kept: bool
 
 
@@ -140,10 +142,11 @@ def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> Response
     previous = given.get("previous_response_id")
     if "input" not in given and previous is None:
         raise RequestError(f"input is required: {_INPUT.words}", param="input")
-    items = _items(given)
-    history = store.resolved([*store.conversation(previous), *items])
-    tools = _tools(given, history)
-    fields = chat_fields(_chat(given, history or [_EMPTY], tools))
+    history = store.conversation(previous)
+    items = store.resolved(_items(given))
+    conversation = [*history, *items]
+    tools = _tools(given, conversation)
+    fields = chat_fields(_chat(given, conversation or [_EMPTY], tools))
     names = {
         "max_tokens": "max_output_tokens",
         "messages": "input",
@@ -154,7 +157,7 @@ def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> Response
     request = ResponsesRequest(
         **{**fields, "names": names}, asked=_asked(given, kept), called=called_tools(tools)
     )
-    return ResponsesRead(request, items, previous, kept)
+    return ResponsesRead(request, items, previous, history, kept)
 
 
 def _items(given: Json) -> list[Json]:

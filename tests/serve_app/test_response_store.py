@@ -136,6 +136,66 @@ def test_a_response_can_be_read_again_and_deleted() -> None:
         assert missing.value.status == 404
 
 
+def test_a_deleted_response_stays_for_those_that_follow_it_alone() -> None:
+    kept = store()
+    first = asked(kept, input="Hello")
+    second = asked(kept, input=[MORE], previous_response_id=first["id"])
+    third = asked(kept, input=[MORE], previous_response_id=second["id"])
+    for gone in (first, second):
+        kept.delete(gone["id"])
+        with pytest.raises(RequestError, match=gone["id"]):
+            kept.response(gone["id"])
+        told = refusal(kept, input="Go", previous_response_id=gone["id"])["message"]
+        assert told == f"Previous response with id '{gone['id']}' not found."
+        assert refusal(kept, input=[{"id": gone["output"][0]["id"]}])
+    assert messages(kept, previous_response_id=third["id"]) == [HELLO, ANSWER, MORE, ANSWER, MORE, ANSWER]
+    kept.delete(third["id"])
+    assert kept.num_bytes == 0
+
+
+def test_a_response_that_refers_to_items_has_them_after_their_response_is_gone() -> None:
+    kept = store()
+    first = asked(kept, input="Hello")
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    second = asked(kept, input=[HELLO, *references, MORE])
+    kept.delete(first["id"])
+    assert messages(kept, previous_response_id=second["id"]) == [HELLO, ANSWER, MORE, ANSWER]
+
+
+def test_a_response_is_whole_where_what_it_follows_was_deleted_while_it_was_made() -> None:
+    kept = store()
+    first = asked(kept, input="Hello")
+    exchange = KeptResponse(kept)
+    body = {"model": "m", "input": [MORE], "previous_response_id": first["id"]}
+    request = exchange.parse(json.dumps(body).encode())
+    second = request.answer(Served("m", None, [Prompt([1])])).whole([join(SAID)])
+    kept.delete(first["id"])
+
+    async def listen() -> None:
+        async def items() -> AsyncGenerator[Any, None]:
+            yield 200, to_json(second)
+
+        [_ async for _ in exchange.heard(items())]
+
+    asyncio.run(listen())
+    assert messages(kept, previous_response_id=second["id"]) == [HELLO, ANSWER, MORE, ANSWER]
+
+
+def test_what_a_response_follows_is_not_dropped_before_it() -> None:
+    clock = Clock()
+    size = len(json.dumps(asked(store(), input="Hello"))) + 2000
+    kept = store(most_bytes=3 * size, clock=clock)
+    first = asked(kept, input="Hello")["id"]
+    second = asked(kept, input=[MORE], previous_response_id=first)["id"]
+    for now in (80, 160, 240):
+        clock.now = now
+        kept.response(second)
+        asked(kept, input="Hello")
+    assert messages(kept, previous_response_id=second) == [HELLO, ANSWER, MORE, ANSWER]
+    clock.now = 341
+    assert refusal(kept, previous_response_id=second) and refusal(kept, previous_response_id=first)
+
+
 def test_what_is_not_stored_is_refused_in_openais_words() -> None:
     kept = store()
     hidden = asked(kept, input="Hello", store=False)
