@@ -49,15 +49,18 @@ check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-# They wait for Ray most of the time, so all others run meanwhile.
+# Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels; and all others.
+KERNEL_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py \
+	gpu_steps.py gpu_compiles.py gpu_moves.py)
 RAY_TESTS := tests/cluster/test_ray_cluster.py \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 
 test: check  ## everything CI runs
-	nice $(BIN)/pytest -q tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(RAY_TESTS)) \
+	nice $(BIN)/pytest -q tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(RAY_TESTS) $(KERNEL_TESTS)) \
 		> .venv/tests.log 2>&1 & others=$$!; \
 	$(BIN)/pytest -q $(RAY_TESTS); ray=$$?; $(BIN)/pytest -q tests/serve_app; serve=$$?; \
-	wait $$others; rest=$$?; cat .venv/tests.log; exit $$((ray + serve + rest))
+	$(BIN)/pytest -q $(KERNEL_TESTS); kernels=$$?; \
+	wait $$others; rest=$$?; cat .venv/tests.log; exit $$((ray + serve + kernels + rest))
 
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak
