@@ -11,7 +11,7 @@ from qwen3_dist.text.lenient_xml import xml_block
 from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.tool_call_block import Block
-from qwen3_dist.text.tool_calls_json import JsonCall, json_block
+from qwen3_dist.text.tool_calls_json import JsonCall, ends_in_string, json_block
 from qwen3_dist.text.tool_calls_xml import FUNCTION, FUNCTION_END, PARAMETER_END, XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
@@ -24,7 +24,7 @@ _CLOSING = re.compile(
 )
 _MOST_CLOSING = 40  # characters of it
 _BEGUN_AT_THE_END = tuple(f"\n{tag}" for tag in _CLOSING_TAGS) + _CLOSING_TAGS
-_MOST_ENDS = 8  # closing tags of one block that may be part of a value
+_MOST_ENDS = 8  # tags of one block at which it is tried as a whole
 
 
 def tool_call_form(template_source: str) -> ToolCallForm | None:
@@ -72,6 +72,8 @@ class ToolCalls:
         self._begun = False  # whether something of it was shown
         self._ends: list[tuple[int, int]] = []  # where the block may end, and the text goes on
         self._num_searched = 0  # characters of the block, for its end
+        self._num_inner = 0  # tags of the block that are text of its strings
+        self._depth = 0  # calls that are open in such text
         self._num_calls = 0
         self._after_call = False
         self._space = ""  # it is content if content follows, or at the end if no call came before
@@ -119,6 +121,7 @@ class ToolCalls:
         self._call = JsonCall() if self._form == "json" else XmlCall(self._schemas, not self._opening)
         self._taken, self._arguments = [], []
         self._ends, self._num_searched = [], 0
+        self._num_inner = self._depth = 0
         self._step = self._read_call
         return True
 
@@ -153,7 +156,13 @@ class ToolCalls:
         marks = (_OPENS, _CLOSES) if self._opening else (_OPENS, _CLOSES, FUNCTION_END)
         for mark in re.compile("|".join(marks)).finditer(self._unread, self._num_searched):
             end = mark.end() if mark[0] == FUNCTION_END else mark.start()
+            is_inner = self._is_inner(mark)
+            self._num_searched = mark.end()
+            if is_inner and not 1 < self._num_inner <= _MOST_ENDS:
+                continue
             block = self._block(self._unread[:end])
+            if is_inner and (block.is_cut or not block.calls):
+                continue
             self._ends.append((end, mark.start() if mark[0] == _OPENS else mark.end()))
             is_first = len(self._ends) == 1
             if not block.is_cut and (block.calls or is_first):
@@ -162,9 +171,22 @@ class ToolCalls:
             if not block.is_cut or len(self._ends) == _MOST_ENDS:
                 self._end_block(self._block(self._unread[: self._ends[0][0]]), *self._ends[0])
                 return True
-            self._num_searched = mark.end()
         self._num_searched = max(self._num_searched, len(self._unread) - len(_CLOSES))
         return False
+
+    def _is_inner(self, tag: re.Match[str]) -> bool:
+        """Whether `tag` of the block is text of a string that holds calls. None of them is the model's.
+
+        Quotes in such text may not be escaped, so only the calls' own tags tell where it ends.
+        """
+        is_opening = tag[0] == _OPENS
+        if self._ends or not (is_opening or self._depth):
+            return False
+        if is_opening and not self._num_inner and not ends_in_string(self._unread[: tag.start()]):
+            return False
+        self._num_inner += 1
+        self._depth += 1 if is_opening else -1
+        return True
 
     def _read_closing(self) -> bool:
         self._unread = self._unread.lstrip()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 from qwen3_dist.text.json_reader import SPACE, JsonReader
-from qwen3_dist.text.lenient_json import lenient_json
+from qwen3_dist.text.lenient_json import LenientReader, lenient_json
 from qwen3_dist.text.tool_call_block import Block, WrittenCall
 
 # What may follow what, outside of the members' keys and values.
 _FOLLOWERS = {"": "{", "{": '"}', "key": ":", "value": ",}", ",": '"'}
 _ARGUMENTS = ("arguments", "parameters")
 _TAG = "tool_call>"
+_ESCAPED = re.compile(r"\\.", re.DOTALL)
 _LABELS = ("name", "id", "type", "index")  # what stands beside arguments; anything else may be some
 
 
@@ -172,6 +174,27 @@ def json_block(text: str) -> Block:
     if text[at : at + 1] == '"':  # what some needless bracket left outside
         return Block()
     return Block(tuple(calls), text[at:], is_cut, is_closed)
+
+
+def ends_in_string(text: str) -> bool:
+    """Whether a tag that follows `text`, the begin of a block in JSON, is text of a string there.
+
+    Where `text` can be no JSON, the tag is none of a string only after a bracket with as many quotes as pairs have.
+    """
+    if text.endswith(('"', "'")):
+        text += "<"  # a quote right before the tag is text as well
+    at = _skipped(text, 0, "[")
+    while text[at : at + 1] == "{":
+        reader = LenientReader()
+        at, _ = reader.read(text, at)
+        if reader.failed:
+            is_even = _ESCAPED.sub("", text).count('"') % 2 == 0
+            return not (is_even and text.rstrip().endswith(("}", "]")))
+        reader.finish()
+        if reader.cut_string:
+            return True
+        at = _skipped(text, at, "}],;")
+    return False
 
 
 def _skipped(text: str, at: int, needless: str) -> int:
