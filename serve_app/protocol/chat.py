@@ -22,7 +22,7 @@ from serve_app.protocol.conversation import (
     TOOL_CHOICE,
     TOOLS,
     plain_content,
-    template_message,
+    template_messages,
     template_tools,
 )
 from serve_app.protocol.generation import GENERATION, GenerationRequest, read_generation
@@ -187,7 +187,7 @@ def _read(given: Json) -> Json:
     return {
         **read,
         **tools,
-        "messages": [template_message(message) for message in given["messages"]],
+        "messages": template_messages(given["messages"]),
         "template_kwargs": _template_kwargs(given),
         "add_special_tokens": given.get("add_special_tokens", False),
     }

@@ -26,6 +26,11 @@ from serve_app.protocol.kinds import (
 
 # Roles of other clients, by what templates call them.
 _ROLES = {"developer": "system", "function": "tool"}
+# Claude Code puts this line into the system prompt. It changes with every request and would spoil the prefix cache.
+_BILLING = re.compile(
+    r"^[ \t]*x-anthropic-billing-header:(?:(?:[ \t]*[\w.-]+=[^;\s]*(?:;|(?=\s|$)))+|[^\n]*)[ \t]*(?:\r?\n|$)?",
+    re.MULTILINE,
+)
 _NO_FILES = "is not supported: the model reads text alone"
 _FILES = ("image_url", "input_audio", "audio_url", "video_url", "file")
 _TEXT_PART = Record("a text part", {"text": Field(TEXT, required=True)})
@@ -137,11 +142,30 @@ TOOL_CHOICE = Either(
 )
 
 
+def template_messages(messages: list[Json]) -> list[Json]:
+    """`messages` as `template_message` puts them; system messages of which nothing is left are left out."""
+    turns = [template_message(message) for message in messages]
+    kept = [
+        turn
+        for turn, message in zip(turns, messages, strict=True)
+        if turn["role"] != "system" or turn.get("content") or not message.get("content")
+    ]
+    return kept or turns
+
+
+def without_billing(text: str) -> str:
+    """A system text without the line that Claude Code puts into it."""
+    kept = _BILLING.sub("", text)
+    return text if kept == text else kept.strip("\r\n")
+
+
 def template_message(message: Json) -> Json:
     """`message` in the words that Qwen3's templates know; arguments of calls as objects, where they are."""
     message = {**message, "role": _ROLES.get(message["role"], message["role"])}
     if isinstance(message.get("content"), list):
         message["content"] = [_text_part(part) for part in message["content"]]
+    if message["role"] == "system":
+        return {**message, "content": _instructions(message["content"])}
     if message["role"] == "tool":
         return {"content": "", **message}
     if message["role"] != "assistant":
@@ -175,6 +199,14 @@ def template_tools(tools: list[Json]) -> list[Json]:
         elif kind == "function":
             functions.append({"type": "function", **tool})
     return functions
+
+
+def _instructions(content: str | list[Json]) -> str | list[Json]:
+    """The content of a system message without billing lines, or parts that were nothing else."""
+    if isinstance(content, str):
+        return without_billing(content)
+    parts = [{**part, "text": without_billing(part["text"])} for part in content]
+    return [part for part, given in zip(parts, content, strict=True) if part["text"] or not given["text"]]
 
 
 def _text_part(part: Json) -> Json:

@@ -25,6 +25,7 @@ from serve_app.protocol.kinds import (
     Tagged,
     integer,
     number,
+    short,
 )
 from serve_app.protocol.messages_history import MESSAGE, TEXTS, chat_conversation
 from serve_app.protocol.messages_tools import client_tools
@@ -189,6 +190,12 @@ def _chat(given: Json) -> Json:
     """The chat body with the same prompt."""
     _refuse_thread(given)
     messages = chat_conversation(given.get("system", ""), given["messages"])
+    if not messages:
+        raise RequestError(
+            "messages[0].content must have something that the model reads, such as a text block, not "
+            f"{short(given['messages'][0]['content'])}",
+            param="messages[0].content",
+        )
     chat: Json = {"model": given.get("model"), "messages": messages}
     if thinking := given.get("thinking"):
         chat["enable_thinking"] = thinking["type"] != "disabled"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from serve_app.protocol.conversation import stand_in
+from serve_app.protocol.conversation import stand_in, without_billing
 from serve_app.protocol.kinds import (
     ANYTHING,
     BOOL,
@@ -19,11 +18,6 @@ from serve_app.protocol.kinds import (
     Tagged,
 )
 
-# Claude Code puts this line into the system prompt. It changes with every request and would spoil the prefix cache.
-_BILLING = re.compile(
-    r"^[ \t]*x-anthropic-billing-header:(?:(?:[ \t]*[\w.-]+=[^;\s]*(?:;|(?=\s|$)))+|[^\n]*)[ \t]*(?:\r?\n|$)?",
-    re.MULTILINE,
-)
 _NO_FILES = "is not supported: the model reads text alone"
 _REFUSED_BLOCKS = dict.fromkeys(("image", "container_upload"), _NO_FILES)
 _TEXT_BLOCK = Record("a text block", {"text": Field(TEXT, required=True)})
@@ -184,12 +178,7 @@ def _tool_turn(block: Json) -> Json:
 
 def _system(system: str | list[Json]) -> str:
     texts = [system] if isinstance(system, str) else [block["text"] for block in system]
-    return "\n\n".join(filter(None, map(_without_billing, texts)))
-
-
-def _without_billing(text: str) -> str:
-    kept = _BILLING.sub("", text)
-    return text if kept == text else kept.strip("\r\n")
+    return "\n\n".join(filter(None, map(without_billing, texts)))
 
 
 def _shown(value: Any) -> str:

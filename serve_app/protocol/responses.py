@@ -93,7 +93,7 @@ RESPONSES_BODY = Record(
 _REPEATED = (
     "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "metadata", "user", "reasoning",
 )  # fmt: skip
-_EMPTY = {"role": "user", "content": ""}  # what no input at all says
+_EMPTY = {"role": "user", "content": ""}  # what no input says, nor items that a model cannot read
 _ELSEWHERE = "is not supported: OpenAI has it in its own store; send it as input"
 _NOT_BUILT = {
     "conversation": _ELSEWHERE,
@@ -175,7 +175,7 @@ def _chat(given: Json, history: list[Json], tools: list[Json]) -> Json:
     same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
     chat = {name: given[name] for name in same if name in given}
     chat["max_tokens"] = given.get("max_output_tokens")
-    chat["messages"] = chat_conversation(given.get("instructions"), history)
+    chat["messages"] = chat_conversation(given.get("instructions"), history) or [_EMPTY]
     if _LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
         chat |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
     chat["reasoning_effort"] = given.get("reasoning", {}).get("effort")

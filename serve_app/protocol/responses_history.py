@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.protocol.conversation import stand_in
+from serve_app.protocol.conversation import stand_in, without_billing
 from serve_app.protocol.custom_tools import as_arguments
 from serve_app.protocol.kinds import (
     ANYTHING,
@@ -113,7 +113,7 @@ def chat_conversation(instructions: str | None, items: list[Json]) -> list[Json]
     texts = [instructions]
     while turns and turns[0]["role"] in ("system", "developer"):
         texts.append(turns.pop(0)["content"])
-    leading = "\n\n".join(filter(None, texts))
+    leading = "\n\n".join(filter(None, (without_billing(text) for text in texts if text)))
     return [{"role": "system", "content": leading}, *turns] if leading else turns
 
 

@@ -166,3 +166,21 @@ def test_the_input_of_a_custom_call_is_the_same_however_it_is_split(arguments: s
         given = CustomInput()
         parts = [given.push(arguments[at : at + size]) for at in range(0, len(arguments), size)]
         assert "".join(parts) + given.finish() == shown
+
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1.197.abc; cc_entrypoint=cli; cch=fa690;"
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_claude_codes_billing_line_is_taken_out_of_system_messages(role: str) -> None:
+    brief = {"role": "system", "content": "Be brief."}
+    assert conversation({"role": role, "content": f"{BILLING}\nBe brief."}, USER) == [brief, USER]
+    assert conversation({"role": role, "content": BILLING}, USER) == [USER]
+    assert conversation({"role": role, "content": [text(BILLING)]}, USER) == [USER]
+    assert conversation(USER, {"role": role, "content": [text(BILLING), text("Be brief.")]}) == [
+        USER,
+        {"role": "system", "content": [text("Be brief.")]},
+    ]
+    assert conversation({"role": role, "content": ""}, USER) == [{"role": "system", "content": ""}, USER]
+    said = {"role": "user", "content": f"{BILLING}\nBe brief."}
+    assert conversation(said) == [said]

@@ -49,6 +49,18 @@ def test_the_billing_line_is_taken_out_of_the_text_around_it(system: str, expect
     assert conversation({"role": "system", "content": system}, HELLO) == [*leading, HELLO]
 
 
+@pytest.mark.parametrize(
+    "content", [[], [{"type": "thinking", "thinking": "Hm."}], [{"type": "redacted_thinking", "data": "x"}]]
+)
+def test_a_conversation_that_says_nothing_is_refused_by_what_is_empty(content: list[Any]) -> None:
+    for system in ("", BILLING):
+        with pytest.raises(
+            RequestError, match=r"^messages\[0\]\.content must have something that"
+        ) as refused:
+            conversation({"role": "user", "content": content}, system=system)
+        assert refused.value.param == "messages[0].content"
+
+
 def test_system_texts_ahead_of_the_conversation_are_one_and_later_ones_stay() -> None:
     turns = conversation(
         {"role": "system", "content": "B"},

@@ -208,3 +208,21 @@ def test_the_answer_repeats_tools_as_they_were_given() -> None:
     form = parsed(tools=[SEARCH, AGENTS]).answer(Served("m", None, [Prompt([1])]))
     response = Response.model_validate(form.whole([ChoiceDelta(0, "", (2,), (), "stop")]))
     assert [tool.type for tool in response.tools] == ["web_search", "namespace"]
+
+
+BILLING = "x-anthropic-billing-header: cc_version=2.1.197.abc; cc_entrypoint=cli; cch=fa690;"
+
+
+def test_claude_codes_billing_line_is_taken_out_of_instructions_and_system_messages() -> None:
+    brief = {"role": "system", "content": "Be brief."}
+    assert conversation(USER, instructions=f"{BILLING}\nBe brief.") == [brief, USER]
+    assert conversation({"role": "developer", "content": f"{BILLING}\nBe brief."}, USER) == [brief, USER]
+    assert conversation(USER, {"role": "system", "content": f"{BILLING}\nBe brief."}) == [USER, brief]
+    assert conversation({"role": "system", "content": BILLING}, USER, instructions=BILLING) == [USER]
+
+
+@pytest.mark.parametrize(
+    "item", [{"type": "compaction"}, {"type": "reasoning"}, {"role": "system", "content": BILLING}]
+)
+def test_items_that_a_model_cannot_read_are_as_no_input(item: dict[str, Any]) -> None:
+    assert conversation(item) == conversation() == [{"role": "user", "content": ""}]
