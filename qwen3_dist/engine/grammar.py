@@ -13,11 +13,17 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwen3_dist.engine.json_schema import fitted, subschemas
+from qwen3_dist.engine.json_schema import (
+    NAMES_MAY_REPEAT,
+    fitted,
+    has_names_that_may_repeat,
+    subschemas,
+    without_options,
+)
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
@@ -90,15 +96,18 @@ def _place(schema: Any, problem: str) -> str:
 def _problems(schemas: Sequence[Any]) -> list[str]:
     """What is wrong with each, "" for nothing; no more than were tried, if they take too long."""
     source = json.dumps(schemas)
+    repeat = [NAMES_MAY_REPEAT if has_names_that_may_repeat(schema) else "" for schema in schemas]
     found = _tried.get(("schemas", source.encode()))
     if found is None:
         found = json.dumps(_ask_trial("schemas", source).get("problems", ())), ""
         _tried.put(("schemas", source.encode()), found)
-    return list(json.loads(found[0]))
+    return [problem or ours for problem, ours in zip(json.loads(found[0]), repeat, strict=False)]
 
 
 def _schema_problem(problem: str) -> tuple[str, bool]:
     """What is wrong with a schema in our words, and whether it is that the library lacks something."""
+    if problem == NAMES_MAY_REPEAT:
+        return problem, True
     lacking = re.fullmatch(r"Unimplemented keys: \[(.*)\]", problem)
     if lacking is not None:
         return f"the keyword{'s' if ',' in lacking[1] else ''} {lacking[1]} cannot be held", True
@@ -127,6 +136,7 @@ def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
             return kind, value.encode()
         if kind == "json" and isinstance(value, str):
             value = json.loads(value)
+            value = without_options(value) if isinstance(value, Mapping) else value
         if kind == "json":
             value = {} if value is True else fitted(value)
         return kind, json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -145,9 +155,10 @@ def _try_out(kind: str, source: bytes) -> tuple[str, str]:
         )
     answer = _ask_trial("json" if kind == "json_object" else kind, source.decode())
     problem = answer.get("problem", "")
-    fault = (
-        schema_fault([json.loads(source)]) if kind == "json" and problem not in ("", _TOO_COMPLEX) else None
-    )
+    fault = None
+    if kind == "json" and problem != _TOO_COMPLEX:
+        schema = json.loads(source)
+        fault = schema_fault([schema]) if problem or has_names_that_may_repeat(schema) else None
     return answer.get("grammar", ""), fault.sentence if fault else _one_sentence(problem)
 
 

@@ -5,6 +5,7 @@ A schema is walked where schemas stand, so that a property called `not` or an `e
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -34,6 +35,7 @@ _NAMED = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperti
 _ANNOTATIONS = frozenset(
     {
         "$comment",
+        "$schema",  # without it the library knows the keywords of all drafts
         "default",
         "deprecated",
         "description",
@@ -42,11 +44,17 @@ _ANNOTATIONS = frozenset(
         "readOnly",
         "title",
         "writeOnly",
+        "x-guidance",  # the library's options, which are not for clients
     }
 )
 _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "dependentSchemas", "if", "not", "oneOf"})
 _BEYOND_AUTOMATA = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")  # look-around and references to groups
 _EVERYTHING: tuple[Any, ...] = (True, {})
+_LENIENT: Json = {"lenient": True}
+_NUMBERS = 2**53  # below it, whole numbers are exact as floats
+NAMES_MAY_REPEAT = (
+    "minProperties cannot be held where more than one name is open, since such names may repeat"
+)
 
 
 def subschemas(schema: Any, path: Path = ()) -> Iterator[tuple[Path, Json]]:
@@ -60,13 +68,32 @@ def subschemas(schema: Any, path: Path = ()) -> Iterator[tuple[Path, Json]]:
 
 
 def fitted(schema: Any) -> Any:
-    """`schema` without what adds nothing for a generator: annotations, nulls, and keywords that allow every value."""
-    return _mapped(schema, _without_idle)
+    """`schema` without what adds nothing for a generator: annotations, nulls, and keywords that allow every value.
+
+    Old drafts' keywords become those of today. What `loosened` made stays loosened.
+    """
+    fit = _mapped(schema, _without_idle)
+    is_loosened = isinstance(schema, Mapping) and schema.get("x-guidance") == _LENIENT
+    return {**fit, "x-guidance": _LENIENT} if is_loosened else fit
 
 
 def loosened(schema: Json) -> Json:
     """`schema` for a caller who does not insist on it: what the library cannot follow is left out, deep in it too."""
-    return {**_mapped(schema, _without_hard_parts), "x-guidance": {"lenient": True}}
+    return {**_mapped(schema, _without_hard_parts), "x-guidance": _LENIENT}
+
+
+def without_options(schema: Json) -> dict[str, Any]:
+    """`schema` without options of the grammar library: as it is before `loosened`."""
+    return {key: value for key, value in schema.items() if key != "x-guidance"}
+
+
+def has_names_that_may_repeat(schema: Any) -> bool:
+    """Whether `minProperties` somewhere in `schema` counts names that the library may let repeat.
+
+    Names in `properties` come once. Those of `additionalProperties` and `patternProperties` may repeat, but the
+    first of them differs from the required ones.
+    """
+    return any(_least_names(inner) > _sure_names(inner) for _, inner in subschemas(schema))
 
 
 def at_its_root(schema: Json) -> Json:
@@ -118,7 +145,58 @@ def _without_idle(schema: dict[str, Any]) -> dict[str, Any]:
         ):
             value = kept.pop(old)  # nothing else evaluates what these keywords do not
             kept.setdefault(new, value)
+    _anchor(kept)
+    _exclude(kept, "exclusiveMinimum", "minimum", upwards=True)
+    _exclude(kept, "exclusiveMaximum", "maximum", upwards=False)
     return kept
+
+
+def _anchor(schema: dict[str, Any]) -> None:
+    """Names the schema as drafts since 2019-09 do."""
+    for key in ("id", "$id"):
+        if str(schema.get(key, "")).startswith("#"):
+            schema.setdefault("$anchor", schema.pop(key)[1:])
+
+
+def _exclude(schema: dict[str, Any], exclusive: str, inclusive: str, upwards: bool) -> None:
+    """Makes the library hold the bound `exclusive`, which draft 4 gives as a boolean beside `inclusive`.
+
+    The library allows a whole number that is excluded, where the other bound is less than 1 from it. There the bound
+    moves by a millionth of the distance or less.
+    """
+    if isinstance(schema.get(exclusive), bool):
+        is_excluded = schema.pop(exclusive)
+        if is_excluded and inclusive in schema:
+            schema[exclusive] = schema.pop(inclusive)
+    bound: Any = schema.get(exclusive)
+    others = [
+        schema.get(key)
+        for key in (("maximum", "exclusiveMaximum") if upwards else ("minimum", "exclusiveMinimum"))
+    ]
+    distances = [abs(other - bound) for other in others if _is_number(other) and _is_number(bound)]
+    if distances and 0 < min(distances) < 1 and bound == int(bound):
+        step = 10.0 ** (math.floor(math.log10(min(distances))) - 6)
+        away = math.inf if upwards else -math.inf
+        moved = bound + math.copysign(step, away)
+        schema[exclusive] = moved if moved != bound else math.nextafter(bound, away)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBERS
+
+
+def _least_names(schema: Json) -> int:
+    least, kinds = schema.get("minProperties"), schema.get("type", "object")
+    is_object = "object" in (kinds if isinstance(kinds, list) else [kinds])
+    return least if isinstance(least, int) and is_object else 0
+
+
+def _sure_names(schema: Json) -> float:
+    """How many names differ for sure, if the library lets an object have as many."""
+    required = schema.get("required")
+    if schema.get("additionalProperties") is False and not schema.get("patternProperties"):
+        return math.inf
+    return 1 + len(set(map(str, required)) if isinstance(required, list) else ())
 
 
 def _every_string(value: Any, schema: Json) -> bool:
@@ -136,7 +214,6 @@ def _every_string(value: Any, schema: Json) -> bool:
 
 # Keywords that may allow everything: whether they do, by their value and the schema around them.
 _IDLE: dict[str, Callable[[Any, Json], bool]] = {
-    "$schema": lambda value, schema: "json-schema.org/" not in str(value),
     "propertyNames": _every_string,
     "uniqueItems": lambda value, schema: value is False or schema.get("maxItems", 2) in (0, 1),
     "not": lambda value, schema: value is False,
@@ -163,6 +240,8 @@ def _without_hard_parts(schema: dict[str, Any]) -> dict[str, Any]:
     if isinstance(named, Mapping) and (len(named) > 1 or any(map(_BEYOND_AUTOMATA.search, named))):
         del schema["patternProperties"]  # those that overlap are beyond the library as well
         schema.pop("additionalProperties", None)
+    if _least_names(schema) > _sure_names(schema):
+        del schema["minProperties"]
     return schema
 
 

@@ -12,7 +12,13 @@ from typing import Any
 
 from qwen3_dist.engine.grammar import compile_grammar, schema_fault
 from qwen3_dist.engine.grammar_trial import WHITESPACE
-from qwen3_dist.engine.json_schema import at_its_root, fitted, loosened
+from qwen3_dist.engine.json_schema import (
+    at_its_root,
+    fitted,
+    has_names_that_may_repeat,
+    loosened,
+    without_options,
+)
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 
@@ -67,8 +73,10 @@ def compile_tool_calls(tools: Sequence[Json], **options: Any) -> StructuredOutpu
         _blame_one_of(functions)
         problem = str(error).partition(": ")[2]
         raise RequestError(f"tools cannot be used: {problem}", param="tools") from None
-    if options.get("form") == "xml":  # whose grammar has not all that a schema says
-        _blame_one_of([function for function in functions if function.get("strict")])
+    strict = [function for function in functions if function.get("strict")]
+    # The grammar of the xml form has not all that a schema says, and none tells that names may repeat.
+    if options.get("form") == "xml" or any(has_names_that_may_repeat(_parameters(each)) for each in strict):
+        _blame_one_of(strict)
     return form
 
 
@@ -92,10 +100,7 @@ def _parameters(function: Json) -> Json:
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         raise _unusable(function, f"the type of its parameters must be object, not {json.dumps(kinds)}")
     try:
-        named = {
-            key: value for key, value in parameters.items() if key != "x-guidance"
-        }  # the library's options
-        fit: Json = fitted({**named, "type": "object"})
+        fit: Json = fitted({**without_options(parameters), "type": "object"})
         return fit if function.get("strict") else loosened(fit)
     except RecursionError:
         raise _unusable(function, "its parameters are too deeply nested") from None

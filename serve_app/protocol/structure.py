@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3_dist.engine.json_schema import loosened
+from qwen3_dist.engine.json_schema import loosened, without_options
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 from serve_app.protocol.kinds import (
@@ -75,6 +75,8 @@ def structured_outputs(given: Json) -> tuple[str, StructuredOutputs] | None:
         raise RequestError(f"{second} and {first} both give a form; leave one out", param=second)
     for name, form in asked.items():
         known = {field: form[field] for field in _STRUCTURED.fields if field in form}
+        if name != "response_format" and isinstance(known.get("json"), dict):
+            known["json"] = without_options(known["json"])
         choice = {"choice": tuple(form["choice"])} if "choice" in form else {}
         return name, StructuredOutputs(**{**known, **choice})
     return None
@@ -86,7 +88,8 @@ def _form(name: str, value: Any) -> Json | None:
         return {_OLDER[name][0]: value} if name in _OLDER and value is not None else value
     if value["type"] == "json_schema":
         asked = value["json_schema"]
-        return {"json": asked["schema"] if asked.get("strict") else _loosened(asked["schema"])}
+        schema = asked["schema"]
+        return {"json": without_options(schema) if asked.get("strict") else _loosened(schema)}
     if value["type"] == "json_object":
         schema = value.get("schema")
         return {"json_object": True} if schema is None else {"json": _loosened({"type": "object", **schema})}

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.engine.json_schema import at_its_root, fitted, loosened, subschemas
+from qwen3_dist.engine.json_schema import (
+    at_its_root,
+    fitted,
+    has_names_that_may_repeat,
+    loosened,
+    subschemas,
+    without_options,
+)
 
 TEXT: dict[str, Any] = {"type": "string"}
 IDLE: list[dict[str, Any]] = [
@@ -30,6 +37,9 @@ IDLE: list[dict[str, Any]] = [
     {"title": "A", "description": "b", "default": 1, "examples": [2], "deprecated": True, "$comment": "c"},
     {"required": None, "minLength": None},
     {"$schema": "https://example.com/of-our-own"},
+    {"$schema": "http://json-schema.org/draft-04/schema#"},
+    {"x-guidance": {"item_separator": "; "}},
+    {"exclusiveMinimum": False, "exclusiveMaximum": False},
 ]
 LACKING: list[dict[str, Any]] = [
     {"propertyNames": {"pattern": "^a"}},
@@ -65,6 +75,34 @@ def test_a_property_or_value_called_like_a_keyword_stays(keyword: str) -> None:
     }
     assert fitted(schema) == schema
     assert loosened(schema) == {**schema, "x-guidance": {"lenient": True}}
+
+
+def test_only_what_was_loosened_keeps_an_option_of_the_library() -> None:
+    options = {"x-guidance": {"lenient": True, "item_separator": "; "}}
+    schema = {"properties": {"x-guidance": TEXT, "a": {**TEXT, **options}}, **options}
+    plain = {"properties": {"x-guidance": TEXT, "a": TEXT}}
+    assert fitted(schema) == plain
+    assert fitted(loosened(schema)) == {**plain, "x-guidance": {"lenient": True}}
+    assert without_options(schema).keys() == {"properties"}
+
+
+def test_what_old_drafts_name_otherwise_has_the_name_of_today() -> None:
+    assert fitted({"minimum": 3, "exclusiveMinimum": True, "id": "#a"}) == {
+        "exclusiveMinimum": 3,
+        "$anchor": "a",
+    }
+
+
+def test_names_may_repeat_where_more_than_one_is_open() -> None:
+    names = {"required": ["a", "b"], "properties": {"a": TEXT, "b": TEXT}}
+    assert not has_names_that_may_repeat({"minProperties": 1})
+    assert not has_names_that_may_repeat({**names, "minProperties": 3})
+    assert not has_names_that_may_repeat({"additionalProperties": False, "minProperties": 2})
+    for schema in ({"minProperties": 2}, {**names, "minProperties": 4}):
+        assert has_names_that_may_repeat({"items": schema})
+        assert "minProperties" not in loosened(schema)
+    named = {"patternProperties": {"^a": TEXT}, "additionalProperties": False}
+    assert has_names_that_may_repeat({**named, "minProperties": 2})
 
 
 def test_properties_that_nothing_else_evaluates_are_additional_ones() -> None:

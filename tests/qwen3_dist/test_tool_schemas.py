@@ -10,6 +10,7 @@ import pytest
 from qwen3_dist.engine.grammar import compile_grammar
 from qwen3_dist.engine.tool_grammar import compile_tool_calls
 from qwen3_dist.errors import RequestError
+from qwen3_dist.sampling_params import StructuredOutputs
 from tests.walks import BUNDLED, walker_of
 
 TEXT: dict[str, Any] = {"type": "string"}
@@ -27,6 +28,8 @@ LACKING: list[tuple[dict[str, Any], str]] = [
         {"type": "object", "properties": {"x": {}, "y": {}, "z": {}}, "minProperties": 2},
         "minProperties|maxProperties",
     ),
+    ({"type": "object", "additionalProperties": TEXT, "minProperties": 2}, "minProperties"),
+    ({"type": "object", "patternProperties": {"^x": TEXT}, "minProperties": 2}, "minProperties"),
     ({"oneOf": [TEXT, {"type": "string", "maxLength": 3}]}, "oneOf"),
     ({"type": "object", "dependentRequired": {"x": ["y"]}}, "dependentRequired"),
 ]
@@ -58,6 +61,64 @@ def test_what_cannot_be_held_is_refused_of_a_strict_tool_by_name_and_place(
         compile_tool_calls(tools, form=form)
     assert refused.value.param == "tools"
     assert str(refused.value).endswith("leave it out, or make the tool not strict")
+
+
+def test_names_of_a_form_that_may_repeat_are_refused_by_place() -> None:
+    schema = with_property({"type": "object", "additionalProperties": TEXT, "minProperties": 2})
+    with pytest.raises(RequestError, match=r"minProperties cannot .* at properties\.a; leave it out$"):
+        compile_grammar(StructuredOutputs(json=schema))
+
+
+@pytest.mark.parametrize(
+    ("schema", "held", "excluded"),
+    [
+        ({"exclusiveMinimum": 1, "exclusiveMaximum": 1.5}, ["1.25", "1.001"], ["1", "1.0", "1.5"]),
+        ({"exclusiveMinimum": 0, "maximum": 0.5}, ["0.001", "0.5"], ["0", "0.0", "-0"]),
+        ({"exclusiveMinimum": 10.0, "exclusiveMaximum": 10.5}, ["10.001"], ["10", "10.00"]),
+        ({"minimum": -0.5, "exclusiveMaximum": 0}, ["-0.5", "-0.001"], ["0", "-0", "-0.0"]),
+        ({"exclusiveMinimum": -10.5, "exclusiveMaximum": -10}, ["-10.001"], ["-10", "-10.0"]),
+        ({"minimum": 1, "exclusiveMinimum": True, "maximum": 1.5}, ["1.001", "1.5"], ["1", "1.0"]),
+        ({"exclusiveMinimum": 2**40, "maximum": 2**40 + 0.5}, [f"{2**40}.25"], [str(2**40)]),
+        ({"exclusiveMinimum": 0, "maximum": 1}, ["0.000000001", "1"], ["0"]),
+    ],
+)
+def test_bounds_that_are_excluded_are_held(
+    schema: dict[str, Any], held: list[str], excluded: list[str]
+) -> None:
+    grammar = compile_grammar(StructuredOutputs(json={"type": "number", **schema}))
+    walker = walker_of(BUNDLED)
+    assert {text: walker.admits(grammar, text) for text in (*held, *excluded)} == {
+        **dict.fromkeys(held, True),
+        **dict.fromkeys(excluded, False),
+    }
+
+
+@pytest.mark.parametrize("draft", ["draft-03", "draft-04", "draft-06", "draft-07"])
+def test_keywords_hold_whatever_draft_a_schema_names(draft: str) -> None:
+    named = {"$schema": f"http://json-schema.org/{draft}/schema#"}
+    schema = {**named, "properties": {"a": {**named, "const": "x"}}, "required": ["a"]}
+    grammar = compile_grammar(compile_tool_calls([tool("f", schema, strict=True)]))
+    call = '<tool_call>\n{{"name": "f", "arguments": {{"a": "{}"}}}}\n</tool_call>'
+    assert walker_of(BUNDLED).admits(grammar, call.format("x"))
+    assert not walker_of(BUNDLED).admits(grammar, call.format("y"))
+
+
+@FORMS
+def test_a_client_gives_the_library_no_options(form: str) -> None:
+    options = {"x-guidance": {"item_separator": "; ", "lenient": True}}
+    numbers = {"type": "array", "items": {"type": "integer"}, **options}
+    tools = [tool("f", {**with_property(numbers), **options}, strict=True)]
+    grammar = compile_grammar(compile_tool_calls(tools, form=form))
+    call = (
+        "<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>"
+        if form == "xml"
+        else '{{"name": "f", "arguments": {{"a": {}}}}}'
+    )
+    for value, allowed in (("[1, 2]", True), ("[1; 2]", False)):
+        text = f"<tool_call>\n{call.format(value)}\n</tool_call>"
+        assert walker_of(BUNDLED).admits(grammar, text) == allowed
+    with pytest.raises(RequestError, match='"not" cannot be held'):
+        compile_grammar(StructuredOutputs(json=json.dumps({"not": {}, "x-guidance": {"lenient": True}})))
 
 
 def test_a_place_deep_in_a_schema_is_named() -> None:

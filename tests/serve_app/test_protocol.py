@@ -116,7 +116,7 @@ def test_every_sampling_field_reaches_the_sampling_parameters() -> None:
         ({"response_format": {"type": "text"}}, None),
         ({"response_format": {"type": "json_object"}}, StructuredOutputs(json_object=True)),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": LOOSE, "strict": True}}},
             StructuredOutputs(json=SCHEMA),
         ),
         (
@@ -125,6 +125,8 @@ def test_every_sampling_field_reaches_the_sampling_parameters() -> None:
         ),
         ({"response_format": {"type": "json_object", "schema": SCHEMA}}, StructuredOutputs(json=LOOSE)),
         ({"structured_outputs": {"json": SCHEMA}}, StructuredOutputs(json=SCHEMA)),
+        ({"structured_outputs": {"json": LOOSE}}, StructuredOutputs(json=SCHEMA)),
+        ({"guided_json": LOOSE}, StructuredOutputs(json=SCHEMA)),
         ({"structured_outputs": {"regex": "a+", "new": 1}}, StructuredOutputs(regex="a+")),
         ({"structured_outputs": {"choice": ["a", "b"]}}, StructuredOutputs(choice=("a", "b"))),
         ({"guided_json": SCHEMA}, StructuredOutputs(json=SCHEMA)),
