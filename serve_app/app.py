@@ -54,7 +54,7 @@ def bind(config: ServiceConfig) -> serve.Application:
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
-            target_ongoing_requests=config.target_ongoing_requests,
+            target_ongoing_requests=config.scaling_target,
             upscale_delay_s=config.upscale_delay_s,
             downscale_delay_s=config.downscale_delay_s,
             metrics_interval_s=config.metrics_interval_s,

@@ -22,6 +22,7 @@ from qwen3_dist.weights.source import canonical_name
 
 BUNDLED_NAME = "qwen3-bundled"
 APP_NAME = "qwen3_dist"
+_TARGET = 16.0  # requests in flight per replica, where nothing is said
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class ServiceConfig:
     port: int = setting(8000, "port the HTTP server listens on")
     min_replicas: int = setting(1, "engines that always run")
     max_replicas: int = setting(1, "most engines that load may start")
-    target_ongoing_requests: float = setting(16.0, "requests in flight per replica that scaling aims for")
+    target_ongoing_requests: float | None = setting(
+        None,
+        "requests in flight per replica that scaling aims for; null: 16, or max_ongoing_requests if that is less",
+    )
     max_ongoing_requests: int = setting(
         256, "requests a replica holds at once, each choice of each prompt counted; more wait at the ingress"
     )
@@ -112,8 +116,9 @@ class ServiceConfig:
             "health_check_period_s",
             "health_check_timeout_s",
         ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, not {value!r}")
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ConfigError(f"name must be letters, digits, '_', '-' and '.', not {self.name!r}")
         if not re.fullmatch(r"/|(/[\w.~-]+)+", self.route_prefix):
@@ -128,11 +133,17 @@ class ServiceConfig:
             raise ConfigError(
                 f"lora names {self.served_name}, which the model itself is called; choose another name"
             )
-        if self.target_ongoing_requests > self.max_ongoing_requests:
+        target = self.target_ongoing_requests or 0
+        if target > self.max_ongoing_requests and self.max_replicas > self.min_replicas:
             raise ConfigError(
-                f"target_ongoing_requests={self.target_ongoing_requests:g} is more than "
+                f"target_ongoing_requests={target:g} is more than "
                 f"max_ongoing_requests={self.max_ongoing_requests}, so load could never add a replica"
             )
+
+    @property
+    def scaling_target(self) -> float:
+        """Requests in flight per replica that scaling aims for."""
+        return min(self.target_ongoing_requests or _TARGET, self.max_ongoing_requests)
 
     @property
     def tool_call_form(self) -> ToolCallForm | None:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from cluster.simulation.service import ServiceSimulation
 
 HELP = "simulate a service: arrivals, replicas, scheduling and autoscaling, with modelled step times"
-_SERVICE = {field.name: field.default for field in dataclasses.fields(ServiceConfig)}
+_SERVICE = {field.name: field.default for field in dataclasses.fields(ServiceConfig)} | {
+    "target_ongoing_requests": ServiceConfig().scaling_target
+}
 _POISSON = ("rate", "duration", "input_len", "output_len")
 
 

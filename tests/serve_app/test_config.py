@@ -35,7 +35,11 @@ def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
         ({"min_replicas": 3, "max_replicas": 2}, "min_replicas=3 must lie between 1 and max_replicas=2"),
         ({"port": 70000}, "port must lie between 1 and 65535"),
         ({"downscale_delay_s": -1}, "downscale_delay_s must not be negative"),
-        ({"target_ongoing_requests": 9, "max_ongoing_requests": 8}, "load could never add a replica"),
+        (
+            {"target_ongoing_requests": 9, "max_ongoing_requests": 8, "max_replicas": 2},
+            "load could never add a replica",
+        ),
+        ({"target_ongoing_requests": 0}, "target_ongoing_requests must be positive, not 0"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"engine": "tp=2"}, "engine must be a mapping"),
     ],
@@ -43,6 +47,16 @@ def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
 def test_a_bad_setting_is_named(args: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_service_config(args)
+
+
+def test_scaling_aims_for_no_more_requests_than_a_replica_holds() -> None:
+    def target(**args: object) -> float:
+        return read_service_config(args).scaling_target
+
+    assert target() == target(max_replicas=2) == 16
+    assert target(max_ongoing_requests=8) == target(max_ongoing_requests=8, max_replicas=2) == 8
+    assert target(target_ongoing_requests=4, max_ongoing_requests=8, max_replicas=2) == 4
+    assert target(target_ongoing_requests=16, max_ongoing_requests=8) == 8  # no replica could be added
 
 
 def test_a_bad_layout_is_refused_before_anything_starts() -> None:
