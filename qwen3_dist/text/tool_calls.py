@@ -73,7 +73,7 @@ class ToolCalls:
         self._ends: list[tuple[int, int]] = []  # where the block may end, and the text goes on
         self._num_searched = 0  # characters of the block, for its end
         self._num_inner = 0  # tags of the block that are text of its strings
-        self._depth = 0  # calls that are open in such text
+        self._depth = 0  # calls that are open inside of the block
         self._num_calls = 0
         self._after_call = False
         self._space = ""  # it is content if content follows, or at the end if no call came before
@@ -156,10 +156,13 @@ class ToolCalls:
         marks = (_OPENS, _CLOSES) if self._opening else (_OPENS, _CLOSES, FUNCTION_END)
         for mark in re.compile("|".join(marks)).finditer(self._unread, self._num_searched):
             end = mark.end() if mark[0] == FUNCTION_END else mark.start()
-            is_inner = self._is_inner(mark)
+            is_within = self._is_within(mark[0])
+            is_inner = is_within and self._is_in_string(mark)
             self._num_searched = mark.end()
             if is_inner and not 1 < self._num_inner <= _MOST_ENDS:
                 continue
+            if is_within and len(self._ends) == _MOST_ENDS - 1:
+                continue  # the last try is at the end of the calls in the value
             block = self._block(self._unread[:end])
             if is_inner and (block.is_cut or not block.calls):
                 continue
@@ -174,18 +177,19 @@ class ToolCalls:
         self._num_searched = max(self._num_searched, len(self._unread) - len(_CLOSES))
         return False
 
-    def _is_inner(self, tag: re.Match[str]) -> bool:
-        """Whether `tag` of the block is text of a string that holds calls. None of them is the model's.
+    def _is_within(self, tag: str) -> bool:
+        """Whether `tag`, the block's next one, opens or closes a call inside of the block."""
+        self._depth += {_OPENS: 1, _CLOSES: -1}.get(tag, 0)
+        return bool(self._opening) and (self._depth > 0 or (tag == _CLOSES and self._depth == 0))
+
+    def _is_in_string(self, tag: re.Match[str]) -> bool:
+        """Whether `tag` of a call inside of the block is text of a JSON string. No call there is the model's.
 
         Quotes in such text may not be escaped, so only the calls' own tags tell where it ends.
         """
-        is_opening = tag[0] == _OPENS
-        if self._ends or not (is_opening or self._depth):
-            return False
-        if is_opening and not self._num_inner and not ends_in_string(self._unread[: tag.start()]):
+        if self._ends or not (self._num_inner or ends_in_string(self._unread[: tag.start()])):
             return False
         self._num_inner += 1
-        self._depth += 1 if is_opening else -1
         return True
 
     def _read_closing(self) -> bool:

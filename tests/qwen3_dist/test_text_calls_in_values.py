@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.qwen3_dist.test_text_near_miss_calls import TOOLS, Calls, answer
+from tests.qwen3_dist.test_text_near_miss_calls import TOOLS, Calls, answer, xml
 from tests.qwen3_dist.test_text_tool_calls import call, reader, tagged
 from tests.splits import however_cut, parsed
 
@@ -41,6 +41,15 @@ def test_a_string_may_hold_any_number_of_calls_in_json() -> None:
     arguments = {"a": "\n".join([RAW] * 12), "b": "<tool_call> alone"}
     found = parsed(reader("json", TOOLS), [f"{call('f', arguments)}\n{call('g', {'b': 'second'})}"])
     assert [json.loads(c.arguments) for c in found.tool_calls] == [arguments, {"b": "second"}]
+
+
+@pytest.mark.parametrize("inner", [RAW, xml("g", a="rm")])
+def test_a_value_may_hold_any_number_of_calls_in_xml(inner: str) -> None:
+    value = "\n".join(["Examples:", *[inner] * 12, "Done"])
+    text = f"{xml('f', a=value, b='y')}\n{xml('g', b='second')}"
+    found = parsed(reader("xml", TOOLS), text)
+    assert found == parsed(reader("xml", TOOLS), [text])
+    assert [json.loads(c.arguments) for c in found.tool_calls] == [{"a": value, "b": "y"}, {"b": "second"}]
 
 
 @pytest.mark.parametrize(
