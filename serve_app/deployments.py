@@ -194,6 +194,7 @@ class Ingress:
 
     @api.get("/v1/models/{name:path}", **route("OpenAI, Anthropic: one model"))
     async def model(self, name: str, request: Request) -> Response:
+        name = name.removesuffix("/")
         self._models.check(name)
         form = self._models.anthropic_model if is_anthropic(request) else self._models.openai_model
         return json_response(form(name, await self._longest()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -49,19 +49,22 @@ class Models:
         limit = query.get("limit", "20")
         if not (limit.isdecimal() and 1 <= int(limit) <= _MOST):
             raise RequestError(f"limit must be an integer from 1 to {_MOST}, not {limit!r}", param="limit")
-        names: Sequence[str] = self.names
-        if (after := query.get("after_id")) in names:
-            names = names[names.index(str(after)) + 1 :]
-        before = query.get("before_id")
-        if before in names:
-            names = names[: names.index(str(before))]
-        shown = names[-int(limit) :] if before else names[: int(limit)]
+        after, before = (self._place(query, name) for name in ("after_id", "before_id"))
+        names = self.names[0 if after is None else after + 1 : before]
+        shown = names[-int(limit) :] if before is not None else names[: int(limit)]
         return {
             "data": [self.anthropic_model(name, max_model_len) for name in shown],
             "has_more": len(shown) < len(names),
             "first_id": shown[0] if shown else None,
             "last_id": shown[-1] if shown else None,
         }
+
+    def _place(self, query: Mapping[str, str], name: str) -> int | None:
+        """The index of the model that the field `name` of `query` names. Raises RequestError if none is called so."""
+        model = query.get(name)
+        if model is not None and model not in self.names:
+            raise RequestError(f"{name} must be the id of a model that is listed, not {model!r}", param=name)
+        return None if model is None else self.names.index(model)
 
     def anthropic_model(self, name: str, max_model_len: int | None) -> Json:
         return {

@@ -40,10 +40,23 @@ _PARTS = {
     "output_text": _TEXT_PART,
     "refusal": Record("a refusal part", {"refusal": Field(TEXT, required=True)}),
 }
-_PART = Tagged("a content part", "type", _PARTS, dict.fromkeys(_FILES, _NO_FILES))
-_CONTENT = Either("a string or a list of text parts", (TEXT, ListOf(_PART, "a list of text parts")))
-_RESULT_PART = Tagged("a content part", "type", _PARTS, {}, others=True)
-_RESULT = Either("a string or a list of parts", (TEXT, ListOf(_RESULT_PART, "a list of parts")))
+_THOUGHTS = {
+    "thinking": Record("", {"thinking": Field(TEXT, required=True)}),
+    "reasoning": Record("", {"text": Field(TEXT, required=True)}),
+}
+
+
+def _text_or(part: Tagged, words: str) -> Either:
+    """Content: a string, or a list of parts and strings."""
+    return Either(f"a string or {words}", (TEXT, ListOf(Either(part.words, (TEXT, part)), words)))
+
+
+_REFUSED = dict.fromkeys(_FILES, _NO_FILES)
+_CONTENT = _text_or(Tagged("a content part", "type", _PARTS, _REFUSED), "a list of text parts")
+_SAID_BEFORE = _text_or(
+    Tagged("a content part", "type", {**_PARTS, **_THOUGHTS}, _REFUSED), "a list of text parts"
+)
+_RESULT = _text_or(Tagged("a content part", "type", _PARTS, {}, others=True), "a list of parts")
 _NAME_PATTERN = r"[a-zA-Z0-9_.-]{1,128}"
 NAME = Plain(
     "a name of up to 128 letters, digits, dots, dashes and underscores",
@@ -76,7 +89,7 @@ _MESSAGE = Tagged(
         "assistant": Record(
             "a message",
             {
-                "content": Field(_CONTENT),
+                "content": Field(_SAID_BEFORE),
                 "refusal": Field(TEXT, "What it said in place of an answer."),
                 "name": Field(TEXT),
                 "reasoning_content": Field(TEXT, "What it thought before."),
@@ -163,7 +176,11 @@ def template_message(message: Json) -> Json:
     """`message` in the words that Qwen3's templates know; arguments of calls as objects, where they are."""
     message = {**message, "role": _ROLES.get(message["role"], message["role"])}
     if isinstance(message.get("content"), list):
-        message["content"] = [_text_part(part) for part in message["content"]]
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in message["content"]]
+        if message["role"] == "assistant":
+            message |= _thoughts(message, parts)
+            parts = [part for part in parts if part["type"] not in _THOUGHTS]
+        message["content"] = [_text_part(part) for part in parts] or ""
     if message["role"] == "system":
         return {**message, "content": _instructions(message["content"])}
     if message["role"] == "tool":
@@ -199,6 +216,14 @@ def template_tools(tools: list[Json]) -> list[Json]:
         elif kind == "function":
             functions.append({"type": "function", **tool})
     return functions
+
+
+def _thoughts(message: Json, parts: list[Json]) -> Json:
+    """The thoughts among the `parts` of an assistant's content, unless `message` has them beside it."""
+    thoughts = [part.get("thinking") or part.get("text", "") for part in parts if part["type"] in _THOUGHTS]
+    if not thoughts or message.get("reasoning_content") or message.get("reasoning"):
+        return {}
+    return {"reasoning_content": "\n".join(thoughts)}
 
 
 def _instructions(content: str | list[Json]) -> str | list[Json]:

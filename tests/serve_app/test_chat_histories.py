@@ -76,6 +76,28 @@ def test_refusals_and_parts_of_responses_are_text() -> None:
     assert message["content"] == [text("No."), text("Yes.")]
 
 
+@pytest.mark.parametrize(
+    "part", [{"type": "thinking", "thinking": "Hm.", "signature": ""}, {"type": "reasoning", "text": "Hm."}]
+)
+def test_thoughts_among_the_parts_of_an_answer_are_its_reasoning(part: dict[str, Any]) -> None:
+    said = {"role": "assistant", "content": [part, text("Yes.")]}
+    (message,) = conversation(said)
+    assert message == {"role": "assistant", "content": [text("Yes.")], "reasoning_content": "Hm."}
+    (message,) = conversation({**said, "reasoning_content": "Well."})
+    assert message == {"role": "assistant", "content": [text("Yes.")], "reasoning_content": "Well."}
+    (message,) = conversation({"role": "assistant", "content": [part]})
+    assert message == {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+    with pytest.raises(RequestError) as refused:
+        conversation({"role": "user", "content": [part]})
+    assert refused.value.param == "messages[0].content[0].type"
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_strings_among_parts_are_text(role: str) -> None:
+    (message,) = conversation({"role": role, "content": ["a", text("b")]})
+    assert message["content"] == [text("a"), text("b")]
+
+
 def test_the_older_function_call_is_a_tool_call() -> None:
     turns = conversation(
         USER,

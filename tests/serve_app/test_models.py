@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from anthropic.types import ModelInfo
+from fastapi import Request
 from openai.types import Model
 
 from qwen3_dist.errors import RequestError
 from serve_app.answers.models import Models
+from serve_app.deployments import Ingress
 
 MODELS = Models(("base", "one", "two"), 1_700_000_000)
 
@@ -50,6 +55,31 @@ def test_anthropics_list_comes_in_pages() -> None:
 def test_a_page_of_no_size_is_refused(limit: str) -> None:
     with pytest.raises(RequestError, match="from 1 to 1000"):
         ids(limit=limit)
+
+
+@pytest.mark.parametrize("path", ["one", "one/"])
+def test_a_models_path_may_end_with_a_slash(path: str) -> None:
+    async def longest() -> int:
+        return 4096
+
+    ingress: Any = SimpleNamespace(_models=MODELS, _longest=longest)
+    answer = asyncio.run(Ingress.model(ingress, path, Request({"type": "http", "headers": []})))
+    assert json.loads(bytes(answer.body))["id"] == "one"
+
+
+@pytest.mark.parametrize("where", ["after_id", "before_id"])
+def test_a_page_beside_a_model_that_is_not_listed_is_refused(where: str) -> None:
+    with pytest.raises(
+        RequestError, match="must be the id of a model that is listed, not 'three'"
+    ) as refused:
+        ids(**{where: "three"})
+    assert refused.value.param == where
+
+
+def test_a_page_lies_between_two_models() -> None:
+    assert ids(after_id="base", before_id="two") == (["one"], False)
+    assert ids(after_id="two", before_id="one") == ([], False)
+    assert ids(before_id="base") == ([], False)
 
 
 @pytest.mark.parametrize("name", ["", "three"])
