@@ -21,6 +21,8 @@ from qwen3_dist.engine.json_schema import (
 )
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.text.tool_calls_xml import FUNCTION, FUNCTION_END, PARAMETER, XmlCall
+from qwen3_dist.text.tool_schemas import ToolSchemas
 
 Json = Mapping[str, Any]
 _NO_PARAMETERS: Json = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -59,7 +61,7 @@ def tool_call_grammar(
             f"start: calls | otherwise\notherwise: %json {_spaced(fitted(otherwise), whitespace_pattern=WHITESPACE)}"
         )
     for index, function in enumerate(functions):
-        rules += _RULES[form](f"f{index}", function["name"], _parameters(function))
+        rules += _RULES[form](f"f{index}", function, _parameters(function))
     return StructuredOutputs(grammar="\n".join(rules))
 
 
@@ -106,33 +108,42 @@ def _parameters(function: Json) -> Json:
         raise _unusable(function, "its parameters are too deeply nested") from None
 
 
-def _json_rules(rule: str, name: str, parameters: Json) -> list[str]:
-    begins = _literal(f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
+def _json_rules(rule: str, function: Json, parameters: Json) -> list[str]:
+    begins = _literal(f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": ')
     return [f'{rule}: {begins} {rule}_arguments "}}"', f"{rule}_arguments: %json {_schema(parameters)}"]
 
 
-def _xml_rules(rule: str, name: str, parameters: Json) -> list[str]:
-    """Parameters come in the schema's order, those that are not required may be missing."""
+def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
+    """Parameters come in the schema's order, those that are not required may be missing.
+
+    An optional parameter of a tool that is not strict is left out if readers of the form would mistake its name.
+    """
+    name = function["name"]
     parameters = at_its_root(parameters)
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list):
-        raise _unusable({"name": name}, "properties must be an object and required a list")
+        raise _unusable(function, "properties must be an object and required a list")
+    schemas = ToolSchemas([{"name": name, "parameters": parameters}])
     rules, parts = [], []
     for index, (key, schema) in enumerate(properties.items()):
+        values = _choices(schema)
+        texts = [text for value in values if _as_read(schemas, key, text := _xml_text(value)) == [value]]
+        if (values and not texts) or not _as_read(schemas, key, ""):
+            if key in required or function.get("strict"):
+                raise _unusable(
+                    function, f"the XML form of calls cannot hold its parameter {key!r}; rename it"
+                )
+            continue
         part = f"{rule}_{index}"
         parts.append(part if key in required else f"{part}?")
         rules.append(f"{part}: {_literal(f'<parameter={key}>{chr(10)}')} {part}_value")
-        rules += _xml_value(f"{part}_value", schema, parameters)
+        rules += _xml_value(f"{part}_value", texts, schema, parameters)
     return [f'{rule}: {_literal(f"<function={name}>{chr(10)}")} {" ".join(parts)} "</function>"', *rules]
 
 
-def _xml_value(rule: str, schema: Any, parameters: Json) -> list[str]:
-    """A value and the lines that end it: text as it is, everything else as JSON."""
-    values = _choices(schema)
-    if values:
-        texts = (
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values
-        )
+def _xml_value(rule: str, texts: Sequence[str], schema: Any, parameters: Json) -> list[str]:
+    """One of `texts`, or else a value of `schema` (text as it is, the rest as JSON), and the lines that end it."""
+    if texts:
         return [f"{rule}: ({' | '.join(map(_literal, texts))}) {_literal(_XML_END)}"]
     if _may_be_text(schema):
         return [f"{rule}[lazy]: {_ANY_TEXT}"]
@@ -142,6 +153,19 @@ def _xml_value(rule: str, schema: Any, parameters: Json) -> list[str]:
         f"{rule}: {rule}_json {_literal(_XML_END)}",
         f"{rule}_json: %json {_schema({**definitions, **schema})}",
     ]
+
+
+def _xml_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
+    """The value that is read where `text` is written for parameter `key` of the tool of `schemas`; [] if none is."""
+    (name,) = schemas.names
+    call = XmlCall(schemas, known_only=True)
+    call.read(f"{FUNCTION}{name}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}")
+    arguments = json.loads(call.take_arguments()) if call.done else {}
+    return [arguments[key]] if arguments.keys() == {key} else []
 
 
 _RULES = {"json": _json_rules, "xml": _xml_rules}

@@ -106,17 +106,30 @@ def _types(schema: Any, root: Any, depth: int) -> frozenset[str] | None:
     if "type" in schema:
         named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         nullable = ["null"] if schema.get("nullable") is True else []
-        return frozenset(str(name) for name in [*named, *nullable])
+        return _of_choices(frozenset(str(name) for name in [*named, *nullable]), schema)
     if "$ref" in schema:
         return _types(_referenced(str(schema["$ref"]), root), root, depth + 1)
-    for key in ("enum", "const"):
-        if key in schema:
-            values = schema[key] if key == "enum" and isinstance(schema[key], list) else [schema[key]]
-            return frozenset("null" if value is None else _KINDS.get(type(value), "") for value in values)
+    if "enum" in schema or "const" in schema:
+        return _kinds_of_choices(schema)
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(key), list):
             return _together([_types(option, root, depth + 1) for option in schema[key]], key == "allOf")
     return None
+
+
+def _kinds_of_choices(schema: dict[str, Any]) -> frozenset[str]:
+    values = schema.get("enum", [schema.get("const")])
+    values = values if isinstance(values, list) else [values]
+    return frozenset("null" if value is None else _KINDS.get(type(value), "") for value in values)
+
+
+def _of_choices(types: frozenset[str], schema: dict[str, Any]) -> frozenset[str]:
+    """Those of `types` that values of the schema's enum or const have, and null; all if none has one."""
+    if not ("enum" in schema or "const" in schema):
+        return types
+    kinds = _kinds_of_choices(schema)
+    wider = kinds | ({"integer", "number"} if kinds & {"integer", "number"} else set())
+    return types & (wider | {"null"}) if types & wider else types
 
 
 def _together(options: list[frozenset[str] | None], all_hold: bool) -> frozenset[str] | None:

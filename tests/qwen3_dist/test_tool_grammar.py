@@ -11,7 +11,8 @@ from jsonschema import Draft202012Validator
 
 from qwen3_dist.engine.grammar import compile_grammar
 from qwen3_dist.engine.tool_grammar import tool_call_grammar
-from tests.walks import DIRECTORIES, walker_of
+from qwen3_dist.errors import RequestError
+from tests.walks import BUNDLED, DIRECTORIES, walker_of
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -102,6 +103,11 @@ def test_xml_calls(directory: Path, text: str, allowed: bool) -> None:
         ({"const": 'a "b"'}, 'a "b"', True),
         ({"const": 'a "b"'}, "b", False),
         ({"type": ["string", "integer"]}, "anything", True),
+        ({"type": ["string", "integer"], "enum": ["5", "auto"]}, "5", True),  # read as text
+        ({"type": ["string", "integer"], "enum": ["5", 3]}, "3", True),
+        ({"type": ["string", "integer"], "enum": ["5", 3]}, "5", False),  # would be read as a number
+        ({"type": "string", "enum": ["red", None]}, "red", True),
+        ({"type": "string", "enum": ["a", "</parameter>\n</function>"]}, "a", True),
     ],
 )
 def test_xml_values_are_held_to_enum_and_const(
@@ -111,6 +117,20 @@ def test_xml_values_are_held_to_enum_and_const(
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": parameters}}
     grammar = compile_grammar(tool_call_grammar([tool], form="xml"))
     assert walker_of(directory).admits(grammar, CALL.format(PARAMETER.format("city", value))) == allowed
+
+
+@pytest.mark.parametrize("key", ["a>b", "a<b", "a\nb", " a ", "", "<think>", "</parameter>", "a" * 256])
+def test_a_name_that_xml_cannot_hold_is_refused_or_left_out_where_it_may(key: str) -> None:
+    parameters: dict[str, Any] = {"type": "object", "properties": {key: {"type": "string"}}}
+    function = {"name": "now", "parameters": parameters}
+    for insisting in ({"strict": True}, {"parameters": {**parameters, "required": [key]}}):
+        tool = {"type": "function", "function": {**function, **insisting}}
+        assert tool_call_grammar([tool], form="json")
+        with pytest.raises(RequestError, match="'now': the XML form of calls cannot hold") as refused:
+            tool_call_grammar([tool], form="xml")
+        assert refused.value.param == "tools" and repr(key) in str(refused.value)
+    grammar = compile_grammar(tool_call_grammar([{"type": "function", "function": function}], form="xml"))
+    assert walker_of(BUNDLED).admits(grammar, NOW_IN_XML)
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES)
