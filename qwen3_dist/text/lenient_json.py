@@ -23,7 +23,8 @@ class LenientReader(JsonReader):
 
     It takes Python's literals and quotes, keys without quotes, missing and needless commas, pairs of quotes inside of
     strings, and missing, needless or mixed up closing brackets. NaN and infinities become strings. `cut_string`
-    says that the text ended inside a string. Its text must be given whole, to one `read`, and ended by `finish`.
+    says that the text ended inside a string, `is_mixed` that a bracket closed others than its own as well. Its text
+    must be given whole, to one `read`, and ended by `finish`.
     """
 
     quotes = "\"'"
@@ -31,6 +32,7 @@ class LenientReader(JsonReader):
     def __init__(self, mends_quotes: bool = True) -> None:
         super().__init__()
         self.cut_string = False
+        self.is_mixed = False
         self._mends_quotes = mends_quotes
         self._num_inner = 0  # quotes that are text, in the string under way
 
@@ -79,6 +81,7 @@ class LenientReader(JsonReader):
         """Closes what `char` may close, and all that is open inside; one that closes nothing is needless."""
         if char in self._closers:
             self._drop_comma()
+            self.is_mixed = self.is_mixed or self._closers[-1] != char
             while self._closers[-1] != char:
                 self._close()
             self._close()
@@ -118,13 +121,15 @@ class LenientReader(JsonReader):
 class LenientJson:
     """A value in a text: where it ends, and its JSON, None if it has none.
 
-    `is_closed` is false where the text ended before the value did, `is_cut` is true where it ended in a string.
+    `is_closed` is false where the text ended before the value did, `is_cut` is true where it ended in a string,
+    `is_mixed` where a bracket closed others than its own as well.
     """
 
     end: int
     written: str | None
     is_closed: bool
     is_cut: bool
+    is_mixed: bool
 
 
 def lenient_json(text: str, start: int = 0, mends_quotes: bool = True) -> LenientJson:
@@ -134,4 +139,4 @@ def lenient_json(text: str, start: int = 0, mends_quotes: bool = True) -> Lenien
     is_closed = reader.done
     shown += reader.finish()
     written = None if reader.failed else shown + reader.held
-    return LenientJson(end, written, is_closed, reader.cut_string)
+    return LenientJson(end, written, is_closed, reader.cut_string, reader.is_mixed)

@@ -22,7 +22,7 @@ _TAG = re.compile(
 _BEGINS = re.compile(rf"\s*{_FUNCTION}")
 # The `>` after a name may be missing; then its first word is the name.
 _NAMED = re.compile(r"[^\S\n]*(?:([^<>\n]*)>|([^\s<>:=]*)[:=]?)")
-_MOST_TAGS = 500  # of one value; with more it is not asked whether they are balanced
+_MOST_TAGS = 20_000  # looked at for the ends of a block's values; what needs more is no call
 _ENDS_VALUE = re.compile(rf"\s*(?:{_PARAMETER}|{_FUNCTION_END}|{_FUNCTION}|\Z)")
 _WRAPS = ("<tool_call>", "</tool_call>")
 
@@ -34,10 +34,13 @@ def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = No
     as balanced as a call's. Where there is no such end it ends at the first tag that could be one.
     """
     calls: list[WrittenCall] = []
-    at = 0
+    at = num_tags = 0
     is_closed, is_cut = True, False
     while begun := _BEGINS.match(text, at):
-        function = _Function(text, begun.end(), schemas)
+        function = _Function(text, begun.end(), schemas, _MOST_TAGS - num_tags)
+        num_tags += function.num_tags
+        if num_tags >= _MOST_TAGS:
+            return Block()
         if function.arguments is None or not (names is None or function.name in names):
             break
         calls.append(WrittenCall(function.name, function.arguments))
@@ -49,10 +52,12 @@ def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = No
 class _Function:
     """A call whose name begins at `start` of `text`. `arguments` is None if it is none."""
 
-    def __init__(self, text: str, start: int, schemas: ToolSchemas) -> None:
+    def __init__(self, text: str, start: int, schemas: ToolSchemas, most_tags: int) -> None:
         self.arguments: str | None = None
         self.is_closed = True
         self.is_cut = False
+        self.num_tags = 0  # looked at for the ends of values
+        self._most_tags = most_tags
         self._text = text
         self.name, self.end = self._named(start)
         if is_name(self.name):
@@ -89,7 +94,8 @@ class _Function:
     def _value(self, start: int) -> str:
         """The value that begins at `start`; `end` lies after it, and after its own end tag."""
         depth, first = 0, len(self._text)
-        for tag in islice(_TAG.finditer(self._text, start), _MOST_TAGS):
+        for tag in islice(_TAG.finditer(self._text, start), self._most_tags - self.num_tags):
+            self.num_tags += 1
             first = min(first, tag.start())
             if tag.lastgroup == "parameter":
                 depth += 1

@@ -6,7 +6,7 @@ import json
 import re
 
 from qwen3_dist.text.json_reader import SPACE, JsonReader
-from qwen3_dist.text.lenient_json import LenientReader, lenient_json
+from qwen3_dist.text.lenient_json import LenientJson, LenientReader, lenient_json
 from qwen3_dist.text.tool_call_block import Block, WrittenCall
 
 # What may follow what, outside of the members' keys and values.
@@ -114,7 +114,7 @@ class JsonCall:
             return
         self._last = "value"
         if self._key == "name" and self.name is None:
-            self.name = _text(value)
+            self.name = (_text(value) or "").strip() or None
             self.failed = not self.name
         elif reader is self._streamed:
             self._tail, self.has_arguments = reader.held, True
@@ -166,7 +166,7 @@ def json_block(text: str) -> Block:
         read = lenient_json(text, at, mends_quotes)
         is_closed, is_cut = read.is_closed, read.is_cut
         end = _skipped(text, read.end, "}],;")
-        call = _written_call(read.written, "}" in text[read.end : end])
+        call = _written_call(read, "}" in text[read.end : end])
         if call is None or not (is_closed or any(f'"{key}"' in (read.written or "") for key in _ARGUMENTS)):
             break
         calls.append(call)
@@ -203,11 +203,14 @@ def _skipped(text: str, at: int, needless: str) -> int:
     return at
 
 
-def _written_call(written: str | None, closed_early: bool) -> WrittenCall | None:
-    """The call that is JSON `written`. If it was closed too early, what stands after its arguments is some of them."""
+def _written_call(read: LenientJson, closed_early: bool) -> WrittenCall | None:
+    """The call that is JSON `read`. If it was closed too early, what stands after its arguments is some of them.
+
+    It is no call if a mixed up bracket leaves open whether they are.
+    """
     call = JsonCall()
-    call.read(written or "")
-    if not (call.done and call.name):
+    call.read(read.written or "")
+    if not (call.done and call.name) or (read.is_mixed and call.others and not closed_early):
         return None
     arguments = call.take_rest()
     if closed_early and call.others:

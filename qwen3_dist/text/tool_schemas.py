@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from qwen3_dist.text.lenient_json import lenient_json
@@ -53,7 +54,8 @@ def _fitting(literal: str, types: frozenset[str] | None) -> str | None:
     if types is None or kind in types:
         return literal
     if kind == "number" and "integer" in types and float(literal).is_integer():
-        return str(int(float(literal)))
+        exact = Decimal(literal)
+        return str(int(exact)) if exact == exact.to_integral_value() else None
     fits = (kind == "integer" and "number" in types) or (kind == "null" and "string" not in types)
     return literal if fits else None
 

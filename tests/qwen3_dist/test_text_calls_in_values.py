@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from qwen3_dist.text.parsed import Parsed
 from tests.qwen3_dist.test_text_near_miss_calls import TOOLS, Calls, answer, xml
 from tests.qwen3_dist.test_text_tool_calls import call, reader, tagged
 from tests.splits import however_cut, parsed
@@ -66,3 +67,18 @@ def test_a_value_may_hold_any_number_of_calls_in_xml(inner: str) -> None:
 def test_a_call_without_its_closing_tag_takes_in_no_call_after_it(body: str, calls: Calls) -> None:
     after = call("g", {"b": "second"})
     assert answer("json", f"<tool_call>\n{body}\n{after}") == ("", [*calls, ("g", {"b": "second"})])
+
+
+def test_an_xml_value_may_hold_thousands_of_tags() -> None:
+    value = "</parameter> x\n" * 2000
+    found = parsed(reader("xml", TOOLS), [xml("f", a=value, b="y")])
+    assert [json.loads(c.arguments) for c in found.tool_calls] == [{"a": value, "b": "y"}]
+
+
+def test_a_block_with_too_many_tags_to_look_at_is_content() -> None:
+    text = tagged("<function=f>\n" + "<parameter=a>\n" * 30_000 + "</function>")
+    assert parsed(reader("xml", TOOLS), [text]) == Parsed(text)
+
+
+def test_an_integer_is_read_exactly_though_it_is_written_with_a_point() -> None:
+    assert answer("xml", xml("f", n="9007199254740993.0")) == ("", [("f", {"n": 9007199254740993})])

@@ -64,6 +64,8 @@ def xml(name: str, **values: str) -> str:
         ('{"name":"f","arguments":{"o":{"k":[1,{"c":2}', {"o": {"k": [1, {"c": 2}]}}),
         ('{"name":"f","arguments":{"o":[1,{"c":2}}}', {"o": [1, {"c": 2}]}),
         ('{"name":"f","arguments":{"o":{"x":1}},"b":"y"}}', {"o": {"x": 1}, "b": "y"}),
+        ('{"name":"f","arguments":{"o":["x"},"a":"y"}}', {"o": ["x"], "a": "y"}),
+        ('{"name":" f ","arguments":{"a":"x"}}', {"a": "x"}),
         ('{"name":"f","arguments":{"a":"x",}}', {"a": "x"}),
         ('{"name":"f","arguments":{"a":"x",,"o":[1,],},}', {"a": "x", "o": [1]}),
         ('{"name":"f","arguments":{"a":"x" "b":"y"}}', {"a": "x", "b": "y"}),
@@ -122,6 +124,7 @@ def test_what_may_mean_anything_is_content_and_no_call_after_it_is_lost(body: st
     [
         ('{"name":"f","arguments":{"a":"x", oops}}', '{"a":"x", oops}}'),
         ('{"name":"f","arguments":{"a":"x","b":"y, "n":1}}', '{"a":"x","b":"y, "n":1}}'),
+        ('{"name":"f","arguments":{"o":["x"},"a":"y"}', '{"o":["x"},"a":"y"}'),
         ('{"name":"f","arguments":{"a":"x","n":tru', '{"a":"x","n":tru'),
     ],
 )
