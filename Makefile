@@ -49,9 +49,9 @@ check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-# Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels; and all others.
+# Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels and parity; and all others.
 KERNEL_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py \
-	gpu_steps.py gpu_compiles.py gpu_moves.py)
+	gpu_steps.py gpu_compiles.py gpu_moves.py gpu_check.py model_parity.py)
 RAY_TESTS := tests/cluster/test_ray_cluster.py \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 
@@ -65,6 +65,7 @@ test: check  ## everything CI runs
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak
 	$(BIN)/pytest -q -m slow tests/qwen3_dist
+	$(BIN)/pytest -q -m slow tests/serve_app
 
 CLIENTS := .venv/clients
 

@@ -115,7 +115,7 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
     if isinstance(error, OverloadedError):
         return {"retry-after": str(error.retry_after_s), HOLDS_HEADER: str(error.holds_ms)}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        return {"retry-after": "1"}
+        return {"retry-after": str(getattr(error, "retry_after_s", 1))}
     if status == HTTPStatus.REQUEST_TIMEOUT:  # which clients would send again by themselves
         return {"x-should-retry": "false", "connection": "close"}
     return {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None

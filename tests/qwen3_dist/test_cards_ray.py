@@ -75,7 +75,7 @@ def test_ranks_that_ray_gives_a_card_each_talk_directly_and_fill_it(checkpoint: 
             assert llm._engine._executor.num_blocks == whole  # no rank shares its card
 
 
-@pytest.mark.parametrize("hidden", [True, False])
+@pytest.mark.parametrize("hidden", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_two_engines_on_a_node_take_different_cards(checkpoint: Path, hidden: bool) -> None:
     with ray_with(num_gpus=4), contextlib.ExitStack() as stack:
         rank_env = {} if hidden else UNHIDDEN

@@ -180,7 +180,7 @@ def test_serve_shows_a_greeting_a_worked_sum_and_a_tool_call_and_leaves_nothing_
         assert caller.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_ends_serve_cleanly(ending: signal.Signals) -> None:
     port, mark = free_port(), uuid.uuid4().hex
     command = [sys.executable, "-m", "serve_app", "serve", "--port", str(port), *ENGINE]

@@ -169,10 +169,12 @@ def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event() -> None:
 
 
 def test_a_checkpoint_without_a_tokenizer_answers_with_token_ids(wordless: AsyncEngine) -> None:
-    choice = respond(wordless, max_tokens=5, logprobs=1)["choices"][0]
+    choice = respond(wordless, max_tokens=5, ignore_eos=True, logprobs=1)["choices"][0]
     assert choice["text"] == "" and len(choice["token_ids"]) == 5
     assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
-    items = asyncio.run(collect(handler(wordless).stream(completion(max_tokens=5, stream=True))))
+    items = asyncio.run(
+        collect(handler(wordless).stream(completion(max_tokens=5, ignore_eos=True, stream=True)))
+    )
     chunks = [json.loads(item.removeprefix(b"data: ")) for item in items[:-1]]
     assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
 

@@ -42,7 +42,9 @@ def built(file: Path, port: int) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("make", "model"), [(written, "from-yaml"), (built, "qwen3-bundled")])
+@pytest.mark.parametrize(
+    ("make", "model"), [(written, "from-yaml"), pytest.param(built, "qwen3-bundled", marks=pytest.mark.slow)]
+)
 def test_a_yaml_file_deploys_the_service(
     tmp_path: Path, make: Callable[[Path, int], Path], model: str
 ) -> None:
