@@ -172,10 +172,9 @@ def test_a_checkpoint_without_a_tokenizer_answers_with_token_ids(wordless: Async
     choice = respond(wordless, max_tokens=5, ignore_eos=True, logprobs=1)["choices"][0]
     assert choice["text"] == "" and len(choice["token_ids"]) == 5
     assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
-    items = asyncio.run(
-        collect(handler(wordless).stream(completion(max_tokens=5, ignore_eos=True, stream=True)))
-    )
-    chunks = [json.loads(item.removeprefix(b"data: ")) for item in items[:-1]]
+    asked = completion(max_tokens=5, ignore_eos=True, stream=True)
+    events = b"".join(asyncio.run(collect(handler(wordless).stream(asked)))).split(b"\n\n")
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events if event.startswith(b"data: {")]
     assert [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]] == choice["token_ids"]
 
 
