@@ -150,7 +150,7 @@ def test_an_adapter_changes_the_vector_as_merging_it_does(
     close([adapted], states(merged, [SHARED]))
 
 
-def test_a_text_is_embedded_with_what_the_tokenizer_puts_after_it_and_generated_from_without(
+def test_a_text_is_embedded_and_generated_from_with_what_the_tokenizer_puts_after_it(
     reader: LLM,
 ) -> None:
     tokenizer = reader._engine.tokenizer
@@ -159,7 +159,7 @@ def test_a_text_is_embedded_with_what_the_tokenizer_puts_after_it_and_generated_
     assert tokenizer.encode("the sea", add_special_tokens=True) == [*tokenizer.encode("the sea"), end]
     assert reader.embed("the sea") == reader.embed([*tokenizer.encode("the sea"), end])
     [output] = reader.generate("the sea", SamplingParams(max_tokens=1))
-    assert output.prompt_token_ids == tokenizer.encode("the sea")
+    assert output.prompt_token_ids == [*tokenizer.encode("the sea"), end]
 
 
 def test_relevance_is_the_chance_of_yes_against_no(reader: LLM) -> None:

@@ -185,7 +185,7 @@ def test_a_model_is_the_bundled_one_a_directory_or_a_hub_id(tmp_path: Path) -> N
     assert resolve_model("") == bundled_path()
     assert resolve_model(str(tmp_path)) == tmp_path
     for neither in (str(tmp_path / "nothing"), "./org/name", "no-slash", str(Path(__file__))):
-        with pytest.raises(CheckpointError, match="is neither a checkpoint directory nor a hub id"):
+        with pytest.raises(CheckpointError, match="is neither a directory that exists nor bundled"):
             resolve_model(neither)
 
 
@@ -224,7 +224,7 @@ def test_a_commit_that_the_cache_has_whole_is_taken_without_asking_the_hub(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     asked: list[str] = []
 
-    def ask(model: str, revision: str | None) -> Path:
+    def ask(model: str, revision: str | None, files: object) -> Path:
         asked.append(f"{model} at {revision}")
         return snapshot
 
