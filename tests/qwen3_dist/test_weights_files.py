@@ -185,7 +185,10 @@ def test_a_model_is_the_bundled_one_a_directory_or_a_hub_id(tmp_path: Path) -> N
     assert resolve_model("") == bundled_path()
     assert resolve_model(str(tmp_path)) == tmp_path
     for neither in (str(tmp_path / "nothing"), "./org/name", "no-slash", str(Path(__file__))):
-        with pytest.raises(CheckpointError, match="is neither a directory that exists nor bundled"):
+        with pytest.raises(
+            CheckpointError,
+            match="is neither a directory that exists nor bundled|is a file; give the directory",
+        ):
             resolve_model(neither)
 
 
