@@ -32,6 +32,7 @@ class RayGuard:
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__, f"{_MARK}={self._mark}"],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             start_new_session=True,  # what ends its owner's process group must not end it first
         )
 
@@ -43,10 +44,11 @@ class RayGuard:
             yield
         finally:
             del os.environ[_MARK]
-            assert self._process.stdin is not None
+            assert self._process.stdin is not None and self._process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(b"look\n")
                 self._process.stdin.flush()
+                self._process.stdout.readline()  # once it has looked; nothing, if it was killed
 
     def end_all(self) -> None:
         """Kills what still runs and waits for its end."""
@@ -61,11 +63,12 @@ class RayGuard:
 
 
 def guard(entry: str, looks: Iterable[bytes]) -> None:
-    """Remembers, at each of `looks`, the processes whose environment holds `entry` and those below them, and after the
-    last one kills all of these until there are none; gives up after 10 s."""
+    """Remembers, at each of `looks`, the processes whose environment holds `entry` and those below them, says so, and
+    after the last one kills all of these until there are none; gives up after 10 s."""
     seen: set[_Process] = set()
     for _ in looks:
         seen = _marked(entry)
+        print("looked", flush=True)
     deadline = time.monotonic() + _WITHIN_S
     while (found := _marked(entry) | {each for each in seen if _started(each[0]) == each[1]}) and (
         time.monotonic() < deadline

@@ -130,7 +130,7 @@ _TOOL = Tagged(
 )
 TOOLS = ListOf(_TOOL, "a list of tools")
 _NAMED = Field(Record("an object with name", {"name": Field(TEXT, required=True)}), required=True)
-_ALLOWED = Record(
+ALLOWED_TOOLS = Record(
     "an object with mode and tools",
     {
         "mode": Field(one_of("auto", "required"), required=True),
@@ -147,7 +147,7 @@ TOOL_CHOICE = Either(
             {
                 "function": Record("", {"function": _NAMED}),
                 "custom": Record("", {"custom": _NAMED}),
-                "allowed_tools": Record("", {"allowed_tools": Field(_ALLOWED, required=True)}),
+                "allowed_tools": Record("", {"allowed_tools": Field(ALLOWED_TOOLS, required=True)}),
             },
             {},
         ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.errors import RequestError
-from serve_app.protocol.conversation import NAME
+from serve_app.protocol.conversation import ALLOWED_TOOLS, NAME
 from serve_app.protocol.custom_tools import CUSTOM_FORMAT, as_function
 from serve_app.protocol.kinds import (
     BOOL,
@@ -54,13 +54,6 @@ _NAMESPACE = Record(
 )
 TOOL = Tagged("a tool", "type", {**_CLIENTS, "namespace": _NAMESPACE}, {}, others=True)
 _NAMED = Record("", {"name": Field(FILLED_TEXT, required=True), "namespace": Field(TEXT)})
-_ALLOWED = Record(
-    "",
-    {
-        "mode": Field(one_of("auto", "required"), required=True),
-        "tools": Field(ListOf(OBJECT, "a list of tools"), "Those of the tools that count.", required=True),
-    },
-)
 TOOL_CHOICE = Either(
     'one of "none", "auto", "required", or an object with type',
     (
@@ -68,7 +61,7 @@ TOOL_CHOICE = Either(
         Tagged(
             "an object with type",
             "type",
-            {"function": _NAMED, "custom": _NAMED, "allowed_tools": _ALLOWED},
+            {"function": _NAMED, "custom": _NAMED, "allowed_tools": ALLOWED_TOOLS},
             {},
             others=True,
         ),

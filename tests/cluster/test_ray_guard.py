@@ -31,7 +31,6 @@ with guard.marking():
     parent = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
     child = parent.stdout.readline().strip()
 unmarked = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-time.sleep(1)  # the guard looks
 print(parent.pid, child, unmarked.pid, flush=True)
 time.sleep(600)
 """
