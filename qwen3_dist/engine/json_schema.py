@@ -51,6 +51,12 @@ _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "dependentSchemas", "if", "not"
 _BEYOND_AUTOMATA = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")  # look-around and references to groups
 _EVERYTHING: tuple[Any, ...] = (True, {})
 _LENIENT: Json = {"lenient": True}
+_HOLD_TOGETHER = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
+_OPPOSITE = {
+    "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
+    "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
+}
+_BOUNDS = tuple(key for keys in _OPPOSITE.values() for key in keys)
 _NUMBERS = 2**53  # below it, whole numbers are exact as floats
 NAMES_MAY_REPEAT = (
     "minProperties cannot be held where more than one name is open, since such names may repeat"
@@ -72,7 +78,8 @@ def fitted(schema: Any) -> Any:
 
     Old drafts' keywords become those of today. What `loosened` made stays loosened.
     """
-    fit = _mapped(schema, _without_idle)
+    shared = _shared_bounds(schema)
+    fit = _mapped(schema, lambda part: _without_idle(part, shared))
     is_loosened = isinstance(schema, Mapping) and schema.get("x-guidance") == _LENIENT
     return {**fit, "x-guidance": _LENIENT} if is_loosened else fit
 
@@ -130,7 +137,15 @@ def _mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
     return changed
 
 
-def _without_idle(schema: dict[str, Any]) -> dict[str, Any]:
+def _shared_bounds(schema: Any) -> set[tuple[str, Any]]:
+    """All bounds of numbers in `schema`, as (keyword, bound), if any two of its schemas may hold for one number."""
+    parts = [part for _, part in subschemas(schema)]
+    if not any(part.keys() & _HOLD_TOGETHER for part in parts):
+        return set()
+    return {(key, part[key]) for part in parts for key in _BOUNDS if _is_number(part.get(key))}
+
+
+def _without_idle(schema: dict[str, Any], shared: set[tuple[str, Any]]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in schema.items()
@@ -146,8 +161,8 @@ def _without_idle(schema: dict[str, Any]) -> dict[str, Any]:
             value = kept.pop(old)  # nothing else evaluates what these keywords do not
             kept.setdefault(new, value)
     _anchor(kept)
-    _exclude(kept, "exclusiveMinimum", "minimum", upwards=True)
-    _exclude(kept, "exclusiveMaximum", "maximum", upwards=False)
+    _exclude(kept, "exclusiveMinimum", "minimum", shared)
+    _exclude(kept, "exclusiveMaximum", "maximum", shared)
     return kept
 
 
@@ -158,27 +173,26 @@ def _anchor(schema: dict[str, Any]) -> None:
             schema.setdefault("$anchor", schema.pop(key)[1:])
 
 
-def _exclude(schema: dict[str, Any], exclusive: str, inclusive: str, upwards: bool) -> None:
+def _exclude(schema: dict[str, Any], exclusive: str, inclusive: str, shared: set[tuple[str, Any]]) -> None:
     """Makes the library hold the bound `exclusive`, which draft 4 gives as a boolean beside `inclusive`.
 
-    The library allows a whole number that is excluded, where the other bound is less than 1 from it. There the bound
-    moves by a millionth of the distance or less.
+    The library allows a whole number that is excluded, where the other bound is less than 1 from it: that of the
+    schema, or one of `shared`. There the bound moves by a millionth of the distance or less.
     """
     if isinstance(schema.get(exclusive), bool):
         is_excluded = schema.pop(exclusive)
         if is_excluded and inclusive in schema:
             schema[exclusive] = schema.pop(inclusive)
     bound: Any = schema.get(exclusive)
-    others = [
-        schema.get(key)
-        for key in (("maximum", "exclusiveMaximum") if upwards else ("minimum", "exclusiveMinimum"))
-    ]
-    distances = [abs(other - bound) for other in others if _is_number(other) and _is_number(bound)]
-    if distances and 0 < min(distances) < 1 and bound == int(bound):
-        step = 10.0 ** (math.floor(math.log10(min(distances))) - 6)
-        away = math.inf if upwards else -math.inf
-        moved = bound + math.copysign(step, away)
-        schema[exclusive] = moved if moved != bound else math.nextafter(bound, away)
+    if not _is_number(bound) or bound != int(bound):
+        return
+    sign = 1 if exclusive == "exclusiveMinimum" else -1
+    others = [other for key, other in (*schema.items(), *shared) if key in _OPPOSITE[exclusive]]
+    distances = [sign * (other - bound) for other in others if _is_number(other)]
+    nearest = min((distance for distance in distances if distance > 0), default=1)
+    if nearest < 1:
+        moved = bound + sign * 10.0 ** (math.floor(math.log10(nearest)) - 6)
+        schema[exclusive] = moved if moved != bound else math.nextafter(bound, sign * math.inf)
 
 
 def _is_number(value: Any) -> bool:

@@ -93,6 +93,18 @@ def test_what_old_drafts_name_otherwise_has_the_name_of_today() -> None:
     }
 
 
+def test_an_excluded_bound_moves_off_bounds_that_hold_with_it_alone() -> None:
+    def bound_beside(*others: dict[str, Any]) -> Any:
+        items = [{"properties": {"a": {"items": part}}} for part in ({"exclusiveMinimum": 1}, *others)]
+        return fitted({"allOf": items})["allOf"][0]["properties"]["a"]["items"]["exclusiveMinimum"]
+
+    assert 1 < bound_beside({"maximum": 1}, {"maximum": 9}, {"exclusiveMaximum": 1.5}) < 1.000001
+    for idle in ({"maximum": 2}, {"minimum": 1.5}, {"maximum": 0.5}, {"maximum": {}}, {"const": 1.5}):
+        assert bound_beside(idle) == 1
+    apart = {"properties": {"a": {"exclusiveMinimum": 1}, "b": {"maximum": 1.5}}}
+    assert fitted(apart) == apart
+
+
 def test_names_may_repeat_where_more_than_one_is_open() -> None:
     names = {"required": ["a", "b"], "properties": {"a": TEXT, "b": TEXT}}
     assert not has_names_that_may_repeat({"minProperties": 1})

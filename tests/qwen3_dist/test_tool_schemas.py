@@ -80,6 +80,9 @@ def test_names_of_a_form_that_may_repeat_are_refused_by_place() -> None:
         ({"minimum": 1, "exclusiveMinimum": True, "maximum": 1.5}, ["1.001", "1.5"], ["1", "1.0"]),
         ({"exclusiveMinimum": 2**40, "maximum": 2**40 + 0.5}, [f"{2**40}.25"], [str(2**40)]),
         ({"exclusiveMinimum": 0, "maximum": 1}, ["0.000000001", "1"], ["0"]),
+        ({"exclusiveMinimum": 1, "allOf": [{"exclusiveMaximum": 1.5}]}, ["1.001"], ["1", "1.0", "1.5"]),
+        ({"anyOf": [{"exclusiveMaximum": 0}], "allOf": [{"minimum": -0.5}]}, ["-0.5"], ["0", "-0"]),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"exclusiveMinimum": 1}}, "maximum": 1.5}, ["1.5"], ["1"]),
     ],
 )
 def test_bounds_that_are_excluded_are_held(
