@@ -27,7 +27,7 @@ from serve_app.protocol.kinds import (
     number,
     short,
 )
-from serve_app.protocol.messages_history import MESSAGE, TEXTS, chat_conversation
+from serve_app.protocol.messages_history import MESSAGE, TEXTS, chat_conversation, silent_user
 from serve_app.protocol.messages_tools import client_tools
 from serve_app.protocol.prompts import Texts
 from serve_app.protocol.sampling import SAMPLING, STOP_STRINGS
@@ -190,11 +190,12 @@ def _chat(given: Json) -> Json:
     """The chat body with the same prompt."""
     _refuse_thread(given)
     messages = chat_conversation(given.get("system", ""), given["messages"])
-    if not messages:
+    silent = silent_user(given["messages"]) if messages else 0
+    if silent is not None:
         raise RequestError(
-            "messages[0].content must have something that the model reads, such as a text block, not "
-            f"{short(given['messages'][0]['content'])}",
-            param="messages[0].content",
+            f"messages[{silent}].content must have something that the model reads, such as a text block, not "
+            f"{short(given['messages'][silent]['content'])}",
+            param=f"messages[{silent}].content",
         )
     chat: Json = {"model": given.get("model"), "messages": messages}
     if thinking := given.get("thinking"):

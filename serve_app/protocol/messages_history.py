@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.protocol.conversation import stand_in, without_billing
+from serve_app.protocol.conversation import plain_content, stand_in, without_billing
 from serve_app.protocol.kinds import (
     ANYTHING,
     BOOL,
@@ -114,6 +114,17 @@ def chat_conversation(system: str | list[Json], messages: list[Json]) -> list[Js
     chat = [turn for message in messages[first:] for turn in _turns(message)]
     leading = "\n\n".join(filter(None, texts))
     return [{"role": "system", "content": leading}, *chat] if leading else chat
+
+
+def silent_user(messages: list[Json]) -> int | None:
+    """The index of the first user message that gives a model nothing to read; None if there is none."""
+    silent = (i for i, message in enumerate(messages) if message["role"] == "user" and not _is_said(message))
+    return next(silent, None)
+
+
+def _is_said(message: Json) -> bool:
+    turns = _turns(message)
+    return any(turn["role"] == "tool" or plain_content(turn) for turn in turns)
 
 
 def _turns(message: Json) -> list[Json]:

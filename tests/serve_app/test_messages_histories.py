@@ -61,6 +61,35 @@ def test_a_conversation_that_says_nothing_is_refused_by_what_is_empty(content: l
         assert refused.value.param == "messages[0].content"
 
 
+SAID = {"role": "assistant", "content": "Hi."}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", [], [text("")], [{"type": "thinking", "thinking": "Hm."}, text("")], [{"type": "redacted_thinking"}]],
+)
+@pytest.mark.parametrize("others", [[SAID, HELLO], [SAID], []])
+def test_a_users_turn_that_says_nothing_is_refused_by_its_place(content: Any, others: list[Any]) -> None:
+    messages = [HELLO, SAID, {"role": "user", "content": content}, *others]
+    body = {"model": "m", "max_tokens": 16, "messages": messages, "system": "Be brief."}
+    for parse in (parse_messages, parse_count_tokens):
+        with pytest.raises(RequestError, match=r"^messages\[2\]\.content must have something") as refused:
+            parse(json.dumps(body).encode())
+        assert refused.value.param == "messages[2].content"
+
+
+@pytest.mark.parametrize("content", [" ", [text(""), text("a")], [{"type": "tool_result", "tool_use_id": "t"}]])
+def test_white_space_and_a_result_without_content_are_a_users_turn(content: Any) -> None:
+    said = conversation(HELLO, SAID, {"role": "user", "content": content}, SAID, HELLO)
+    assert [turn["role"] for turn in said][1::2] == ["assistant", "assistant"] and len(said) == 5
+
+
+@pytest.mark.parametrize("content", ["", [], [{"type": "thinking", "thinking": "Hm."}]])
+def test_an_assistant_that_said_nothing_keeps_its_turn(content: Any) -> None:
+    said = conversation(HELLO, {"role": "assistant", "content": content}, HELLO)
+    assert [turn["role"] for turn in said] == ["user", "assistant", "user"]
+
+
 def test_system_texts_ahead_of_the_conversation_are_one_and_later_ones_stay() -> None:
     turns = conversation(
         {"role": "system", "content": "B"},
