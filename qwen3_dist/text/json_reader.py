@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from enum import Enum, auto
 
+from qwen3_dist.text.json_escapes import Escapes
+
 SPACE = " \t\n\r"
 _WORD = frozenset("+-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _WORDS = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -54,6 +56,7 @@ class JsonReader:
         self._quote = ""  # of the string under way
         self._is_key = False
         self._escape = ""
+        self._escapes = Escapes()
         self._shown: list[str] = []
 
     def read(self, text: str, start: int) -> tuple[int, str]:
@@ -82,7 +85,7 @@ class JsonReader:
     def _read_token(self, char: str) -> None:
         begins_value = self._next in VALUES
         if char in self.quotes and (begins_value or self._next in KEYS):
-            self._quote, self._is_key = char, not begins_value
+            self._quote, self._is_key, self._escapes = char, not begins_value, Escapes()
             self.held += '"'
         elif begins_value and char in _CLOSERS:
             self._closers.append(_CLOSERS[char])
@@ -112,10 +115,13 @@ class JsonReader:
     def _read_in_string(self, char: str) -> None:
         if self._escape:
             self._read_in_escape(char)
-        elif char == "\\":
+            return
+        self._escapes.see(char)
+        if char == "\\":
             self._escape = char
         elif char == self._quote and self._ends_string():
             self._quote = ""
+            self._settle_escapes()
             self.held += '"'
             if self._is_key:
                 self._next = Next.COLON
@@ -139,14 +145,28 @@ class JsonReader:
             self._take_text(char)
         elif not _BEGUN_ESCAPE.fullmatch(begun):
             self._escape = ""
+            self._escapes.add_stray()
+            self.held = self._escapes.release() + self.held
             self._take_text("\\\\")
             for plain in begun[1:]:
                 self._read_in_string(plain)
         elif begun[1] != "u" or len(begun) == len("\\u0000"):
             self._escape = ""
-            self._take_text(begun)
+            self._take_escape(begun)
         else:
             self._escape = begun
+
+    def _take_escape(self, escape: str) -> None:
+        if self._escapes.add(escape[1]):
+            self._escapes.hold(self.held, escape)
+            self.held = ""
+        else:
+            self._take_text(escape)
+
+    def _settle_escapes(self) -> None:
+        """Decides what the escapes of the string under way mean, which ends here."""
+        self.held = self._escapes.release() + self.held
+        self.failed = self.failed or self._escapes.is_unclear
 
     def _end_word(self) -> None:
         written = self._json_of(self._word)
@@ -167,7 +187,10 @@ class JsonReader:
 
     def _take_text(self, text: str) -> None:
         """Takes a piece of a string; a key waits for its value."""
-        if self._is_key:
+        if self._escapes.is_holding:
+            self._escapes.hold_text(self.held + text)
+            self.held = ""
+        elif self._is_key:
             self.held += text
         else:
             self._show(text)

@@ -16,6 +16,11 @@ _ENDS_KEY = re.compile(r"\s*:")
 # A quote that something else follows is part of the text, whose author forgot to escape it.
 _ENDS_MEMBER = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:\Z|[\"'}\],]|[\w-]+\s*:)|[\"'][^\"'\n]*[\"']\s*:)")
 _ENDS_ITEM = re.compile(r"\s*(?:\Z|[},\]])")
+# In a list a comma may be missing between strings, unless they look like the code around and between quotes.
+_BEFORE_STRING = re.compile(r"\s*[\"']")
+_BEFORE_NEXT_ITEM = re.compile(
+    r"(?<![\s(\[{=,:+])[\"']\s+(?P<quote>[\"'])[^\s\"'()\[\]{}=,:+][^\"'\n]*(?P=quote)(?:\s*(?:\Z|[},\]])|\s+[\"'])"
+)
 
 
 class LenientReader(JsonReader):
@@ -57,7 +62,10 @@ class LenientReader(JsonReader):
         """Ends a string without an end quote, if just the brackets that are open are closed after it."""
         tail = self._text[len(self._text.rstrip(MAY_END)) :]
         are_all = "".join(tail.split()) == "".join(reversed(self._closers))
-        self.failed = self._is_key or self._num_inner > 0 or bool(self._escape) or not are_all
+        # In `"C:\"}` that quote may be the end.
+        has_quote = self._text[: len(self._text) - len(tail)].endswith('\\"')
+        self.failed = self._is_key or self._num_inner > 0 or bool(self._escape) or has_quote or not are_all
+        self._settle_escapes()
         if not self.failed:
             self.held = self.held[: len(self.held) - len("".join(map(in_string, tail)))] + '"'
             self._quote = ""
@@ -106,7 +114,12 @@ class LenientReader(JsonReader):
         return _LITERALS.get(word.lower()) or super()._json_of(word)
 
     def _ends_string(self) -> bool:
-        end = _ENDS_MEMBER if self._closers and self._closers[-1] == "}" else _ENDS_ITEM
+        in_list = self._closers[-1:] == ["]"]
+        end = _ENDS_ITEM if in_list else _ENDS_MEMBER
+        if in_list and self._num_inner % 2 == 0 and _BEFORE_STRING.match(self._text, self._at + 1):
+            self.failed = not _BEFORE_NEXT_ITEM.match(self._text, self._at)
+            self._num_inner = 0
+            return True
         if self._is_key or not self._mends_quotes or end.match(self._text, self._at + 1):
             self.failed = self._num_inner % 2 == 1
             self._num_inner = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -116,14 +117,18 @@ class ToolCalls:
         if not opening:
             return False
         # A function without the outer tag is a call if there is one of that name.
-        self._opening = opening if opening == _OPENS else ""
-        self._unread = self._unread.removeprefix(self._opening)
+        opening = opening if opening == _OPENS else ""
+        self._unread = self._unread.removeprefix(opening)
+        self._begin_block(opening)
+        return True
+
+    def _begin_block(self, opening: str) -> None:
+        self._opening = opening
         self._call = JsonCall() if self._form == "json" else XmlCall(self._schemas, not self._opening)
         self._taken, self._arguments = [], []
         self._ends, self._num_searched = [], 0
         self._num_inner = self._depth = 0
         self._step = self._read_call
-        return True
 
     def _read_call(self) -> bool:
         """Reads a call in the template's own form, and shows it as far as it is certain."""
@@ -141,6 +146,10 @@ class ToolCalls:
         rest = self._unread.lstrip()
         if call.done and (isinstance(call, XmlCall) or rest.startswith(_CLOSES)):
             self._end_call()
+        elif self._opening and rest.startswith(_OPENS) and not "".join(self._taken).strip():
+            # A doubled tag opens one block.
+            opening, _, self._unread = self._unread.partition(_OPENS)
+            self._begin_block("".join((self._opening, *self._taken, opening, _OPENS)))
         elif not self._opening and call.name is None and (call.failed or mark):
             self._show("".join(self._taken))
             self._step = self._read_content
@@ -257,7 +266,8 @@ class ToolCalls:
             else:
                 calls, block = [], Block()
                 if isinstance(self._call, JsonCall):
-                    self._show_call(self._call.name, text[self._call.num_shown :].rstrip())
+                    rest = text[self._call.num_shown :].rstrip()
+                    self._show_call(self._call.name, rest[:-1] if _is_json(shown + rest) else rest)
             self._leave_call()
         elif not calls:
             self._show(self._opening + until)
@@ -294,6 +304,15 @@ class ToolCalls:
             self._space = ""
             self._after_call = False
         self._space += text[len(body) :]
+
+
+def _is_json(text: str) -> bool:
+    """Whether a client could take `text` for the arguments of a call."""
+    try:
+        json.loads(text, parse_int=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _begins_closing(text: str) -> bool:

@@ -13,6 +13,7 @@ from qwen3_dist.text.tool_call_block import Block, WrittenCall
 _FOLLOWERS = {"": "{", "{": '"}', "key": ":", "value": ",}", ",": '"'}
 _ARGUMENTS = ("arguments", "parameters")
 _TAG = "tool_call>"
+_JSON = "{[\"':"  # what prose after a call does not begin with
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
 _LABELS = ("name", "id", "type", "index")  # what stands beside arguments; anything else may be some
 
@@ -156,11 +157,13 @@ class JsonCall:
 def json_block(text: str) -> Block:
     """Reads `text` as calls: an object, several of them, or a list, as far as they can be meant in one way only.
 
-    A string that holds tags of calls ends at its first quote, lest it take in the calls after it.
+    A string that holds tags of calls ends at its first quote, lest it take in the calls after it. Prose after the
+    last call is content, but where more JSON follows it that is no call, none of the block is.
     """
     mends_quotes = _TAG not in text
     calls: list[WrittenCall] = []
     at = _skipped(text, 0, "[")
+    in_list = "[" in text[:at]
     is_closed, is_cut = True, False
     while text[at : at + 1] == "{" and not is_cut:
         read = lenient_json(text, at, mends_quotes)
@@ -170,8 +173,9 @@ def json_block(text: str) -> Block:
         if call is None or not (is_closed or any(f'"{key}"' in (read.written or "") for key in _ARGUMENTS)):
             break
         calls.append(call)
+        in_list = in_list and "]" not in text[read.end : end]
         at = end
-    if text[at : at + 1] == '"':  # what some needless bracket left outside
+    if calls and not is_cut and at < len(text) and (in_list or text[at] in _JSON):
         return Block()
     return Block(tuple(calls), text[at:], is_cut, is_closed)
 

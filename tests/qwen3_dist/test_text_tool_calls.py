@@ -170,8 +170,8 @@ def test_a_malformed_call_comes_back_as_content(text: str) -> None:
 
 
 def test_a_call_after_a_malformed_one_is_a_call() -> None:
-    found = however_cut(reader, f"<tool_call>\n{call('f', {})}")
-    assert (found.content, [c.name for c in found.tool_calls]) == ("<tool_call>", ["f"])
+    found = however_cut(reader, f"<tool_call>\nhm\n{call('f', {})}")
+    assert (found.content, [c.name for c in found.tool_calls]) == ("<tool_call>\nhm", ["f"])
 
 
 @pytest.mark.parametrize(
