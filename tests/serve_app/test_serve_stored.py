@@ -29,7 +29,9 @@ def test_a_response_is_stored_for_requests_to_come(client: openai.OpenAI, model:
     assert third.usage.input_tokens >= first.usage.input_tokens
     client.responses.delete(first.id)
     with pytest.raises(openai.NotFoundError, match="Previous response with id"):
-        client.responses.create(input="x", previous_response_id=second.id, **options)  # type: ignore[call-overload]
+        client.responses.create(input="x", previous_response_id=first.id, **options)  # type: ignore[call-overload]
+    follower = client.responses.create(input="x", previous_response_id=second.id, **options)  # type: ignore[call-overload]
+    assert follower.usage.input_tokens > second.usage.input_tokens + second.usage.output_tokens
 
 
 def test_models_are_listed_as_each_client_expects(

@@ -1,0 +1,180 @@
+"""What a service does for more clients than it has room for: goodput, how soon it refuses, whether `/health` answers.
+
+    python -m benchmarks.overload [--running 64] [--waiting 64] [--loads 1 10 1] [--seconds 20] [--output-len 100]
+
+The bundled model on one replica. A load of 10 is ten times as many clients as sequences may run. Each client streams
+one completion after the other; refused with 429, it waits as long as Retry-After says. Clients and service share this
+machine's cores, so part of what is lost at a high load is the clients'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlparse
+
+from benchmarks.record import keep
+from serve_app.config import read_service_config
+from serve_app.launch import running_service
+
+PORT = 8794
+_PROBE_EVERY_S = 0.25
+_GIVE_UP_S = 60.0
+
+
+@dataclass
+class Seen:
+    """What the clients of one load saw; times in seconds."""
+
+    finished: int = 0
+    failed: list[str] = field(default_factory=list)
+    refused_after: list[float] = field(default_factory=list)
+    first_part_after: list[float] = field(default_factory=list)
+    health_after: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Load:
+    """`clients` that send one request after the other for `seconds`."""
+
+    clients: int
+    seconds: float
+    output_len: int
+
+
+async def exchange(url: str, request: bytes, on_body: Callable[[], None]) -> tuple[bytes, bytes]:
+    """Sends one request; calls `on_body` when the first byte after the head came. Returns head and body."""
+    place = urlparse(url)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    try:
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.read(1)
+        on_body()
+        return head, body + await reader.read()
+    finally:
+        writer.close()
+
+
+def retry_after_s(head: bytes) -> float:
+    lines = head.decode().lower().split("\r\n")
+    return next(float(line.partition(":")[2]) for line in lines if line.startswith("retry-after:"))
+
+
+async def client(url: str, request: bytes, until: float, seen: Seen) -> None:
+    """One client's requests until the time `until` of the monotonic clock."""
+    while time.monotonic() < until:
+        started, first = time.monotonic(), [0.0]
+
+        def on_body(started: float = started, first: list[float] = first) -> None:
+            first[0] = time.monotonic() - started
+
+        try:
+            head, body = await asyncio.wait_for(exchange(url, request, on_body), _GIVE_UP_S)
+        except (OSError, EOFError, TimeoutError) as error:
+            seen.failed.append(repr(error))
+            continue
+        if head.startswith(b"HTTP/1.1 429"):
+            seen.refused_after.append(first[0])
+            await asyncio.sleep(retry_after_s(head))
+        elif head.startswith(b"HTTP/1.1 200") and b"[DONE]" in body:
+            seen.first_part_after.append(first[0])
+            seen.finished += time.monotonic() < until
+        else:
+            seen.failed.append((head + body)[:200].decode(errors="replace"))
+
+
+async def probe(url: str, until: float, seen: Seen) -> None:
+    """Asks `/health` again and again until the time `until`."""
+    request = f"GET /health HTTP/1.1\r\nHost: {urlparse(url).netloc}\r\nConnection: close\r\n\r\n".encode()
+    while time.monotonic() < until:
+        started = time.monotonic()
+        try:
+            head, _ = await asyncio.wait_for(exchange(url, request, lambda: None), _GIVE_UP_S)
+            seen.health_after.append(time.monotonic() - started)
+            if not head.startswith(b"HTTP/1.1 200"):
+                seen.failed.append(f"/health: {head[:100]!r}")
+        except (OSError, EOFError, TimeoutError) as error:
+            seen.failed.append(f"/health: {error!r}")
+        await asyncio.sleep(_PROBE_EVERY_S)
+
+
+async def run(url: str, load: Load) -> Seen:
+    body = {"model": "m", "prompt": "Hello", "max_tokens": load.output_len, "temperature": 0}
+    payload = json.dumps({**body, "ignore_eos": True, "stream": True}).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {urlparse(url).netloc}\r\nContent-Type: application/json\r\n"
+    )
+    request = f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
+    seen, until = Seen(), time.monotonic() + load.seconds
+    await asyncio.gather(
+        probe(url, until, seen), *(client(url, request, until, seen) for _ in range(load.clients))
+    )
+    return seen
+
+
+def client_process(url: str, loads: list[Load], found: Any) -> None:
+    """Warms the service up, then puts what is seen at each load into the queue `found`."""
+    asyncio.run(run(url, Load(8, 3.0, 8)))
+    for load in loads:
+        found.put(asyncio.run(run(url, load)))
+        time.sleep(2.0)
+
+
+def quantiles_ms(samples: list[float]) -> str:
+    """p50 / p99 / largest of samples in seconds, as text in milliseconds."""
+    if not samples:
+        return "-"
+    cuts = statistics.quantiles(samples, n=100) if len(samples) > 1 else samples * 99
+    return " / ".join(f"{1e3 * value:.0f}" for value in (statistics.median(samples), cuts[98], max(samples)))
+
+
+def row(load: Load, seen: Seen, first: Seen) -> dict[str, Any]:
+    return {
+        "clients": load.clients,
+        "finished_per_s": round(seen.finished / load.seconds, 1),
+        "goodput_over_first": round(seen.finished / max(first.finished, 1), 2),
+        "refused": len(seen.refused_after),
+        "failed": len(seen.failed),
+        "refused_after_ms": quantiles_ms(seen.refused_after),
+        "first_part_ms": quantiles_ms(seen.first_part_after),
+        "health_ms": quantiles_ms(seen.health_after),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--running", type=int, default=64, help="sequences that run at once")
+    parser.add_argument("--waiting", type=int, default=64, help="sequences that may wait beside them")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=[1, 10, 1], help="clients as multiples of --running"
+    )
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--output-len", type=int, default=100)
+    args = parser.parse_args()
+    loads = [Load(round(args.running * load), args.seconds, args.output_len) for load in args.loads]
+    settings = {"max_ongoing_requests": args.running, "max_queued_requests": args.waiting}
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    with running_service(read_service_config({**settings, "port": PORT, "model_name": "m"})) as service:
+        process = context.Process(target=client_process, args=(service.url, loads, found))
+        process.start()
+        seen = [found.get(timeout=10 * args.seconds + 300) for _ in loads]
+        process.join()
+    for each in seen:
+        for reason in sorted(set(each.failed))[:5]:
+            print(f"failed: {reason}")
+    keep("overload", [row(load, each, seen[0]) for load, each in zip(loads, seen, strict=True)])
+
+
+if __name__ == "__main__":
+    main()
