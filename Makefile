@@ -56,10 +56,10 @@ RAY_TESTS := tests/cluster/test_ray_cluster.py \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 
 test: check  ## everything CI runs
-	nice $(BIN)/pytest -q tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(RAY_TESTS) $(KERNEL_TESTS)) \
+	nice $(BIN)/pytest -q --durations 12 tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(RAY_TESTS) $(KERNEL_TESTS)) \
 		> .venv/tests.log 2>&1 & others=$$!; \
-	$(BIN)/pytest -q $(RAY_TESTS); ray=$$?; $(BIN)/pytest -q tests/serve_app; serve=$$?; \
-	$(BIN)/pytest -q $(KERNEL_TESTS); kernels=$$?; \
+	$(BIN)/pytest -q --durations 12 $(RAY_TESTS); ray=$$?; $(BIN)/pytest -q --durations 12 tests/serve_app; serve=$$?; \
+	$(BIN)/pytest -q --durations 12 $(KERNEL_TESTS); kernels=$$?; \
 	wait $$others; rest=$$?; cat .venv/tests.log; exit $$((ray + serve + kernels + rest))
 
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)

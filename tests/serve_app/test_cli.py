@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -21,30 +21,8 @@ from qwen3_dist.llm import LLM
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.weights.source import resolve_model
 from tests.processes import with_environment
+from tests.serve_app.command_line import ENGINE, TIMEOUT_S, printed, qwen3_dist, refusal
 from tests.serve_app.support import free_port, wait_for
-
-ENGINE = ("--device", "cpu", "--dtype", "float32", "--num-blocks", "256")
-SENTENCE_TIMEOUT_S = 120
-
-
-def qwen3_dist(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "serve_app", *arguments],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=SENTENCE_TIMEOUT_S,
-        env={**os.environ, **(env or {})},
-    )
-
-
-def refusal(*arguments: str) -> str:
-    """The one sentence that a command line is refused with."""
-    result = qwen3_dist(*arguments)
-    assert result.returncode == 2, result.stderr
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    return result.stderr.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2,ep=2"])
@@ -68,21 +46,22 @@ def test_generate_prints_one_json_object_per_prompt_and_nothing_else(layout: str
         )
 
 
-def test_generate_shows_people_the_text_alone() -> None:
-    result = qwen3_dist("generate", "--prompt", "hi", "--chat", "--max-tokens", "4", "--seed", "1", *ENGINE)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() and "token_ids" not in result.stdout
+def test_generate_shows_people_the_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(
+        capsys, "generate", "--prompt", "hi", "--chat", "--max-tokens", "4", "--seed", "1", *ENGINE
+    )
+    assert text.strip() and "token_ids" not in text
 
 
-def test_a_checkpoint_without_a_tokenizer_generates_from_token_ids(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_generates_from_token_ids(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(resolve_model("") / name, tmp_path)
-    result = qwen3_dist(
-        "generate", str(tmp_path), "--prompt-ids", "5,6", "--max-tokens", "3", "--json", *ENGINE
-    )
-    row = json.loads(result.stdout)
+    arguments = ("generate", str(tmp_path), "--prompt-ids", "5,6", "--max-tokens", "3", "--json", *ENGINE)
+    row = json.loads(printed(capsys, *arguments))
     assert row["text"] is None and len(row["token_ids"]) == 3 and row["logprobs"] is None
-    assert "token ids" in refusal("generate", str(tmp_path), "--prompt", "hi", *ENGINE)
+    assert "token ids" in refusal(capsys, "generate", str(tmp_path), "--prompt", "hi", *ENGINE)
 
 
 @pytest.mark.parametrize(
@@ -105,21 +84,36 @@ def test_a_checkpoint_without_a_tokenizer_generates_from_token_ids(tmp_path: Pat
         (["serve", "--min-replicas", "2"], "max_replicas=1"),
         (["serve", "--device", "tpu"], "device must be one of"),
         (["serve", "--foo"], "--foo"),
-        (["serve", "--ray-address", "127.0.0.1:1"], "127.0.0.1:1"),
-        (["serve", "--layout", "tp=2", "--cpus-per-rank", "1000"], "1000 CPUs each"),
         (["dance"], "dance"),
     ],
 )
-def test_a_bad_command_line_is_refused_in_one_sentence(arguments: list[str], words: str) -> None:
-    assert words in refusal(*arguments)
+def test_a_bad_command_line_is_refused_in_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert words in refusal(capsys, *arguments)
 
 
-def test_a_busy_port_is_refused_before_anything_starts() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ray-address", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["--layout", "tp=2", "--cpus-per-rank", "1000"], "1000 CPUs each"),
+    ],
+)
+def test_what_ray_refuses_is_told_in_one_sentence(arguments: list[str], words: str) -> None:
+    result = qwen3_dist("serve", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr
+    assert words in result.stderr.strip().splitlines()[-1]
+
+
+def test_a_busy_port_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port}" in refusal("serve", "--port", port)
+        assert f"127.0.0.1:{port}" in refusal(capsys, "serve", "--port", port)
 
 
 def test_a_port_that_is_taken_while_ray_starts_is_refused_in_one_sentence_too() -> None:
@@ -153,49 +147,54 @@ def test_a_damaged_checkpoint_names_its_damage_through_serve_and_leaves_nothing(
     wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}"))
 
 
-def test_serve_shows_a_greeting_a_worked_sum_and_a_tool_call_and_leaves_nothing_behind() -> None:
-    port, mark = free_port(), {"QWEN3_DIST_TEST": uuid.uuid4().hex}
-    arguments = (
-        "serve",
-        "--layout",
-        "tp=2,ep=2",
-        "--port",
-        str(port),
-        "--exit-after-sample",
-        "--json",
-        *ENGINE,
+@pytest.mark.parametrize(
+    "ending",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
+def test_serve_shows_a_sample_and_leaves_nothing_when_it_ends(ending: signal.Signals | None) -> None:
+    port, mark = free_port(), uuid.uuid4().hex
+    sample = "--sample" if ending else "--exit-after-sample"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "serve_app",
+            "serve",
+            "--layout",
+            "tp=2,ep=2",
+            "--port",
+            str(port),
+            sample,
+            "--json",
+        ]
+        + [*ENGINE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "QWEN3_DIST_TEST": mark},
     )
-    result = qwen3_dist(*arguments, env=mark)
-    assert result.returncode == 0, result.stderr
-    ready, greeting, worked_sum, call, repeat = map(json.loads, result.stdout.splitlines())
-    assert "collectives: shared memory" in result.stderr
+    try:
+        assert process.stdout is not None
+        ready, *samples, repeat = (json.loads(process.stdout.readline()) for _ in range(5))
+        if ending:
+            assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
+            process.send_signal(ending)
+        _, complaint = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, complaint
+    assert "Traceback" not in complaint and "collectives: shared memory" in complaint
     assert ready["event"] == "ready" and ready["url"] == f"http://127.0.0.1:{port}/v1"
-    assert {event["event"] for event in (greeting, worked_sum, call)} == {"sample"}
+    assert [event["event"] for event in samples] == ["sample"] * 3
+    greeting, worked_sum, call = samples
     assert greeting["answer"].startswith("Hello")
     assert worked_sum["thought"].startswith("47 + 38") and worked_sum["answer"] == "47 + 38 = 85"
     assert call["tool_call"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
     assert repeat["event"] == "repeat" and f":{port}/v1/chat" in repeat["curl"]
-    wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}"))
+    wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark}"))
     with socket.socket() as caller:  # closed connections may linger on the port, a listener may not
         assert caller.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
-
-
-@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_ends_serve_cleanly(ending: signal.Signals) -> None:
-    port, mark = free_port(), uuid.uuid4().hex
-    command = [sys.executable, "-m", "serve_app", "serve", "--port", str(port), *ENGINE]
-    environment: dict[str, Any] = {**os.environ, "QWEN3_DIST_TEST": mark}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        assert "is ready" in process.stdout.readline()
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=30).status_code == 200
-        process.send_signal(ending)
-        _, complaint = process.communicate(timeout=SENTENCE_TIMEOUT_S)
-    finally:
-        process.kill()
-    assert process.returncode == 0, complaint
-    assert "Traceback" not in complaint
-    wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark}"))

@@ -18,6 +18,7 @@ from serve_app.cli import build_parser, generate, main
 from serve_app.cli.options import given_settings
 from serve_app.config import ServiceConfig, read_service_config
 from serve_app.http import make_api
+from tests.serve_app.command_line import refusal
 
 
 def parsed(*arguments: str) -> argparse.Namespace:
@@ -26,18 +27,6 @@ def parsed(*arguments: str) -> argparse.Namespace:
 
 def served(*arguments: str) -> ServiceConfig:
     return read_service_config(given_settings(parsed("serve", *arguments), ServiceConfig, EngineConfig))
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one sentence that a command line is refused with."""
-    try:
-        code: object = main(arguments)
-    except SystemExit as exit:
-        code = exit.code
-    shown = capsys.readouterr()
-    assert (code, shown.out) == (2, "")
-    (line,) = shown.err.splitlines()
-    return line
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,29 +8,15 @@ from typing import Any
 
 import pytest
 
-from serve_app.cli import main
+from tests.serve_app.command_line import printed, refusal
 
 SMALL = ("simulate", "Qwen3-8B", "--gpus", "8xH100", "--layout", "tp=2")
 LOAD = ("--rate", "4", "--duration", "20", "--input-len", "300:0.5", "--output-len", "40")
 
 
 def simulated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main([*arguments, "--json"]) == 0
-    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    report: dict[str, Any] = json.loads(printed(capsys, *arguments, "--json"))
     return report
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one sentence that a command line is refused with."""
-    try:
-        code: object = main(arguments)
-    except SystemExit as exit:
-        code = exit.code
-    printed = capsys.readouterr()
-    assert code == 2
-    assert printed.out == ""
-    (line,) = printed.err.strip().splitlines()
-    return line
 
 
 def test_a_simulation_reports_latencies_replicas_and_gpu_hours(capsys: pytest.CaptureFixture[str]) -> None:
