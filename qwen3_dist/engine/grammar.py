@@ -21,6 +21,7 @@ from qwen3_dist.engine.json_schema import (
     NAMES_MAY_REPEAT,
     fitted,
     has_names_that_may_repeat,
+    names_that_may_repeat,
     subschemas,
     without_options,
 )
@@ -84,6 +85,8 @@ def schema_fault(schemas: Sequence[Any]) -> SchemaFault | None:
 
 def _place(schema: Any, problem: str) -> str:
     """Where in `schema` the innermost schemas lie that have the problem; the first of them."""
+    if problem == NAMES_MAY_REPEAT:
+        return ".".join(next(names_that_may_repeat(schema), ()))
     parts = dict(itertools.islice(subschemas(schema), _MOST_PARTS))
     shared = {key: schema[key] for key in ("$defs", "definitions") if parts and key in schema}
     options = {"x-guidance": schema["x-guidance"]} if parts and "x-guidance" in schema else {}

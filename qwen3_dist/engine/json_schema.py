@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from qwen3_dist.text.schema_parts import referenced
+
 Json = Mapping[str, Any]
 Path = tuple[str, ...]
 
@@ -51,6 +53,8 @@ _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "dependentSchemas", "if", "not"
 _BEYOND_AUTOMATA = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")  # look-around and references to groups
 _EVERYTHING: tuple[Any, ...] = (True, {})
 _LENIENT: Json = {"lenient": True}
+_DEFINED = re.compile(r"#/(?:\$defs|definitions)/")
+_MOST_MOVED = 64  # parts of a schema; each may be as large as the whole
 _HOLD_TOGETHER = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 _OPPOSITE = {
     "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
@@ -78,6 +82,7 @@ def fitted(schema: Any) -> Any:
 
     Old drafts' keywords become those of today. What `loosened` made stays loosened.
     """
+    schema = _gathered(schema)
     shared = _shared_bounds(schema)
     fit = _mapped(schema, lambda part: _without_idle(part, shared))
     is_loosened = isinstance(schema, Mapping) and schema.get("x-guidance") == _LENIENT
@@ -86,7 +91,7 @@ def fitted(schema: Any) -> Any:
 
 def loosened(schema: Json) -> Json:
     """`schema` for a caller who does not insist on it: what the library cannot follow is left out, deep in it too."""
-    return {**_mapped(schema, _without_hard_parts), "x-guidance": _LENIENT}
+    return {**_mapped(_gathered(schema), _without_hard_parts), "x-guidance": _LENIENT}
 
 
 def without_options(schema: Json) -> dict[str, Any]:
@@ -100,17 +105,12 @@ def has_names_that_may_repeat(schema: Any) -> bool:
     Names in `properties` come once. Those of `additionalProperties` and `patternProperties` may repeat, but the
     first of them differs from the required ones.
     """
-    return any(_least_names(inner) > _sure_names(inner) for _, inner in subschemas(schema))
+    return next(names_that_may_repeat(schema), None) is not None
 
 
-def at_its_root(schema: Json) -> Json:
-    """`schema` with what a `$ref` at its root refers to in place of it; one that leads nowhere stays."""
-    for _ in range(8):
-        target = _referenced(str(schema.get("$ref", "")), schema)
-        if not isinstance(target, Mapping):
-            break
-        schema = {**{key: value for key, value in schema.items() if key != "$ref"}, **target}
-    return schema
+def names_that_may_repeat(schema: Any) -> Iterator[Path]:
+    """Where the schemas of such names lie in `schema`."""
+    return (path for path, inner in subschemas(schema) if _least_names(inner) > _sure_names(inner))
 
 
 def _inner(key: str, value: Any) -> list[tuple[Path, Any]]:
@@ -135,6 +135,38 @@ def _mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
         elif key in _ONE:
             changed[key] = _mapped(value, change)
     return changed
+
+
+def _gathered(schema: Any) -> Any:
+    """`schema` with what references in it name elsewhere under `$defs`: there it is walked, and parts may share it."""
+    defined = schema.get("$defs") if isinstance(schema, Mapping) else None
+    names: dict[str, str] = {}
+    moved: dict[str, Any] = dict(defined) if isinstance(defined, Mapping) else {}
+    pending = [schema]
+    while pending:
+        for _, part in subschemas(pending.pop()):
+            reference = str(part.get("$ref"))
+            target: Any = referenced(reference, schema)
+            if reference in names or not isinstance(target, Mapping | bool) or _DEFINED.match(reference):
+                continue
+            if len(names) == _MOST_MOVED:
+                return schema
+            name = f"{len(moved)}{re.sub('[^A-Za-z0-9_]', '.', reference[1:])}"
+            while name in moved:
+                name += "."
+            names[reference] = name
+            moved[name] = target if target is not schema else _without(schema, "$defs", "definitions", "$id")
+            pending.append(moved[name])
+    return _mapped({**schema, "$defs": moved}, lambda part: _renamed(part, names)) if names else schema
+
+
+def _renamed(schema: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    name = names.get(str(schema.get("$ref")))
+    return schema if name is None else {**schema, "$ref": f"#/$defs/{name}"}
+
+
+def _without(schema: Any, *keys: str) -> Json:
+    return {key: value for key, value in schema.items() if key not in keys}
 
 
 def _shared_bounds(schema: Any) -> set[tuple[str, Any]]:
@@ -257,13 +289,3 @@ def _without_hard_parts(schema: dict[str, Any]) -> dict[str, Any]:
     if _least_names(schema) > _sure_names(schema):
         del schema["minProperties"]
     return schema
-
-
-def _referenced(reference: str, root: Any) -> Any:
-    """The part of `root` that a reference such as `#/$defs/a` names; None if there is none."""
-    if not reference.startswith("#/"):
-        return None
-    for name in reference[2:].split("/"):
-        name = name.replace("~1", "/").replace("~0", "~")
-        root = root.get(name) if isinstance(root, Mapping) else None
-    return root

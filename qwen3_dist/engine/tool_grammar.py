@@ -13,7 +13,6 @@ from typing import Any
 from qwen3_dist.engine.grammar import compile_grammar, schema_fault
 from qwen3_dist.engine.grammar_trial import WHITESPACE
 from qwen3_dist.engine.json_schema import (
-    at_its_root,
     fitted,
     has_names_that_may_repeat,
     loosened,
@@ -21,6 +20,7 @@ from qwen3_dist.engine.json_schema import (
 )
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.text.schema_parts import alternatives
 from qwen3_dist.text.tool_calls_xml import FUNCTION, FUNCTION_END, PARAMETER, XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
@@ -119,14 +119,20 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
     An optional parameter of a tool that is not strict is left out if readers of the form would mistake its name.
     """
     name = function["name"]
-    parameters = at_its_root(parameters)
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
     if not isinstance(properties, Mapping) or not isinstance(required, list):
         raise _unusable(function, "properties must be an object and required a list")
+    if function.get("strict") and alternatives(parameters):
+        raise _unusable(
+            function,
+            "the XML form of calls cannot hold anyOf or oneOf at the root of its parameters; "
+            "leave it out, or make the tool not strict",
+        )
     schemas = ToolSchemas([{"name": name, "parameters": parameters}])
+    required = schemas.arguments(name).required
     rules, parts = [], []
-    for index, (key, schema) in enumerate(properties.items()):
-        values = _choices(schema)
+    for index, (key, schema) in enumerate(schemas.arguments(name).properties.items()):
+        values = schemas.choices(name, key)
         texts = [text for value in values if _as_read(schemas, key, text := _xml_text(value)) == [value]]
         if (values and not texts) or not _as_read(schemas, key, ""):
             if key in required or function.get("strict"):
@@ -137,15 +143,16 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
         part = f"{rule}_{index}"
         parts.append(part if key in required else f"{part}?")
         rules.append(f"{part}: {_literal(f'<parameter={key}>{chr(10)}')} {part}_value")
-        rules += _xml_value(f"{part}_value", texts, schema, parameters)
+        is_text = "string" in (schemas.types(name, key) or {"string"})
+        rules += _xml_value(f"{part}_value", texts, is_text, schema, parameters)
     return [f'{rule}: {_literal(f"<function={name}>{chr(10)}")} {" ".join(parts)} "</function>"', *rules]
 
 
-def _xml_value(rule: str, texts: Sequence[str], schema: Any, parameters: Json) -> list[str]:
+def _xml_value(rule: str, texts: Sequence[str], is_text: bool, schema: Any, parameters: Json) -> list[str]:
     """One of `texts`, or else a value of `schema` (text as it is, the rest as JSON), and the lines that end it."""
     if texts:
         return [f"{rule}: ({' | '.join(map(_literal, texts))}) {_literal(_XML_END)}"]
-    if _may_be_text(schema):
+    if is_text:
         return [f"{rule}[lazy]: {_ANY_TEXT}"]
     shared = ("$defs", "definitions", "x-guidance")
     definitions = {key: parameters[key] for key in shared if key in parameters}
@@ -169,22 +176,6 @@ def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
 
 
 _RULES = {"json": _json_rules, "xml": _xml_rules}
-
-
-def _choices(schema: Any) -> list[Any]:
-    if not isinstance(schema, Mapping):
-        return []
-    values = schema.get("enum")
-    return values if isinstance(values, list) else [schema["const"]] if "const" in schema else []
-
-
-def _may_be_text(schema: Any) -> bool:
-    if not isinstance(schema, Mapping):
-        return True
-    kinds = schema.get("type")
-    if kinds is None:
-        return not any(key in schema for key in ("$ref", "anyOf", "oneOf", "allOf"))
-    return "string" in (kinds if isinstance(kinds, list) else [kinds])
 
 
 def _schema(schema: Json) -> str:

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from qwen3_dist.text.lenient_json import lenient_json
+from qwen3_dist.text.schema_parts import ObjectSchema, choices, referenced
 
 _MOST_DEPTH = 8  # of references and alternatives; beyond, a value may be anything
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
@@ -24,14 +25,27 @@ class ToolSchemas:
         functions = [tool.get("function", tool) for tool in tools]
         self._schemas = {function["name"]: function.get("parameters") for function in functions}
         self.names = frozenset(self._schemas)
+        self._arguments: dict[str, ObjectSchema] = {}
+        self._types: dict[tuple[str, str], frozenset[str] | None] = {}
 
     def types(self, name: str, key: str) -> frozenset[str] | None:
         """JSON types that parameter `key` of tool `name` may have; None: any. An unknown parameter is text."""
-        schema = self._schemas.get(name)
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        if not isinstance(properties, dict) or key not in properties:
-            return frozenset({"string"})
-        return _types(properties[key], schema, 0)
+        if (name, key) not in self._types:
+            properties = self.arguments(name).properties
+            known = key in properties
+            found = _types(properties[key], self._schemas[name], 0, {}) if known else frozenset({"string"})
+            self._types[name, key] = found
+        return self._types[name, key]
+
+    def choices(self, name: str, key: str) -> list[Any]:
+        """The values that parameter `key` of tool `name` may have; [] for others than a few."""
+        return choices(self.arguments(name).properties.get(key), self._schemas.get(name))
+
+    def arguments(self, name: str) -> ObjectSchema:
+        """What the schema of tool `name` says of its arguments."""
+        if name not in self._arguments:
+            self._arguments[name] = ObjectSchema(self._schemas.get(name))
+        return self._arguments[name]
 
 
 def typed_json(text: str, types: frozenset[str] | None) -> str:
@@ -65,12 +79,13 @@ def _meant(literal: str, types: frozenset[str]) -> str | None:
     if len(literal) > 1 and literal[0] in "\"'" and literal[-1] == literal[0]:
         return _typed(literal[1:-1].replace(f"\\{literal[0]}", literal[0]).strip(), types)
     if _NUMBER.fullmatch(literal):
-        number = float(literal)
-        if number.is_integer() and types.isdisjoint(("integer", "number")):
-            return {0: "false", 1: "true"}.get(int(number)) if "boolean" in types else None
-        digits = literal.lstrip("+")
-        whole = str(int(digits)) if digits.lstrip("-").isdecimal() and len(digits) < _MOST_DIGITS else None
-        return _fitting(whole or repr(number), types)
+        exact = Decimal(literal)
+        if exact.adjusted() >= _MOST_DIGITS:
+            return None
+        is_whole = exact == exact.to_integral_value()
+        if is_whole and types.isdisjoint(("integer", "number")):
+            return {0: "false", 1: "true"}.get(int(exact)) if "boolean" in types else None
+        return _fitting(str(int(exact) if is_whole else exact), types)
     return _fitting(_WORDS.get(literal.capitalize(), ""), types) or _container(literal, types)
 
 
@@ -101,21 +116,33 @@ def _number_of_digits(digits: str) -> int:
     return len(digits)
 
 
-def _types(schema: Any, root: Any, depth: int) -> frozenset[str] | None:
+def _types(
+    schema: Any, root: Any, depth: int, visited: dict[int, frozenset[str] | None]
+) -> frozenset[str] | None:
     """Types that `schema`, a part of `root`, allows; None: any."""
     if not isinstance(schema, dict) or depth > _MOST_DEPTH:
         return None
+    if id(schema) not in visited:
+        visited[id(schema)] = None  # for references that lead back here
+        visited[id(schema)] = _types_of(schema, root, depth, visited)
+    return visited[id(schema)]
+
+
+def _types_of(
+    schema: dict[str, Any], root: Any, depth: int, visited: dict[int, frozenset[str] | None]
+) -> frozenset[str] | None:
     if "type" in schema:
         named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         nullable = ["null"] if schema.get("nullable") is True else []
         return _of_choices(frozenset(str(name) for name in [*named, *nullable]), schema)
     if "$ref" in schema:
-        return _types(_referenced(str(schema["$ref"]), root), root, depth + 1)
+        return _types(referenced(schema["$ref"], root), root, depth + 1, visited)
     if "enum" in schema or "const" in schema:
         return _kinds_of_choices(schema)
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(key), list):
-            return _together([_types(option, root, depth + 1) for option in schema[key]], key == "allOf")
+            options = [_types(option, root, depth + 1, visited) for option in schema[key]]
+            return _together(options, key == "allOf")
     return None
 
 
@@ -139,13 +166,3 @@ def _together(options: list[frozenset[str] | None], all_hold: bool) -> frozenset
     if all_hold:
         return frozenset.intersection(*known) if known else None
     return frozenset().union(*known) if len(known) == len(options) else None
-
-
-def _referenced(reference: str, root: Any) -> Any:
-    """The part of `root` that `#/a/b` names; None if there is none."""
-    if not reference.startswith("#"):
-        return None
-    part = root
-    for name in reference[1:].strip("/").split("/"):
-        part = part.get(name) if isinstance(part, dict) else None
-    return part

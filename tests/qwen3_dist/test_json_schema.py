@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from qwen3_dist.engine.json_schema import (
-    at_its_root,
     fitted,
     has_names_that_may_repeat,
     loosened,
@@ -153,13 +152,33 @@ def test_a_reference_out_of_the_schema_is_loosened() -> None:
     assert loosened({"properties": {"a": here, "b": there}})["properties"] == {"a": here, "b": TEXT}
 
 
-def test_a_reference_at_the_root_is_followed() -> None:
-    arguments = {"properties": {"a": TEXT}}
-    schema = {"$defs": {"a/b": {"$ref": "#/$defs/c"}, "c": arguments}, "$ref": "#/$defs/a~1b"}
-    assert at_its_root(schema)["properties"] == arguments["properties"]
-    ring = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
-    assert at_its_root(ring)["$ref"] == "#/$defs/a"
-    assert at_its_root({"$ref": "#/nowhere"}) == {"$ref": "#/nowhere"}
+@pytest.mark.parametrize("place", ["components/schemas/P", "properties/b~1c/items", "x%20y/0"])
+def test_what_references_name_outside_of_definitions_is_read_like_them(place: str) -> None:
+    part = {"minProperties": 2, "title": "P", "properties": {"n": {"$ref": f"#/{place}"}}}
+    schema = {
+        "properties": {"a": {"$ref": f"#/{place}"}, "b/c": {"items": part}},
+        "components": {"schemas": {"P": part}},
+        "x y": [part],
+    }
+    fit = fitted(schema)
+    reference = fit["properties"]["a"]["$ref"]
+    assert fit["$defs"] == {
+        reference.rpartition("/")[2]: {"minProperties": 2, "properties": {"n": {"$ref": reference}}}
+    }
+    assert has_names_that_may_repeat(fit) and not has_names_that_may_repeat(loosened(schema))
+
+
+def test_a_reference_to_the_whole_leads_to_a_copy_that_parts_can_share() -> None:
+    schema = {"properties": {"a": {"$ref": "#"}}, "$defs": {"b": TEXT}}
+    fit = fitted(schema)
+    reference = fit["properties"]["a"]["$ref"]
+    assert fit["$defs"] == {
+        "b": TEXT,
+        reference.rpartition("/")[2]: {"properties": {"a": {"$ref": reference}}},
+    }
+    assert fitted(fit) == fit
+    for other in ("#/$defs/b", "#/nowhere", "https://example.com/a.json", "#b", {}, None):
+        assert fitted({**schema, "properties": {"a": {"$ref": other}}})["$defs"] == {"b": TEXT}
 
 
 def test_a_walk_finds_schemas_and_not_their_values() -> None:

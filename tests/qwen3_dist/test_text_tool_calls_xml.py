@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qwen3_dist.text.parsed import Parsed
 from qwen3_dist.text.tool_calls import ToolCalls
+from qwen3_dist.text.tool_schemas import ToolSchemas
 from tests.qwen3_dist.test_text_tool_calls import JSON_VALUES, NASTY, cut_off, reader
 from tests.splits import however_cut, parsed, pieces_of
 
@@ -74,6 +75,9 @@ def arguments_of(text: str) -> Any:
         ("count", "5.5", "5.5"),
         ("count", '"5"', 5),
         ("count", "+07", 7),
+        ("count", "+9007199254740993.0", 9007199254740993),
+        ("count", "9007199254740993.", 9007199254740993),
+        ("count", "9007199254740993.5", "9007199254740993.5"),
         ("count", "null", None),
         ("count", "None", None),
         ("count", "five", "five"),
@@ -117,6 +121,32 @@ def arguments_of(text: str) -> Any:
 def test_values_have_the_types_of_the_schema(key: str, text: str, value: Any) -> None:
     found = arguments_of(call("f", **{key: text}))
     assert found == {key: value} and type(found[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"$ref": "#/$defs/o", "$defs": {"o": PARAMETERS}},
+        {"$ref": "#/x~1y/0", "x/y": [PARAMETERS]},
+        {"allOf": [{"$ref": "#/$defs/o"}], "$defs": {"o": {"$ref": "#/$defs/p"}, "p": PARAMETERS}},
+        {"anyOf": [PARAMETERS, {"properties": {"other": {}}}], "properties": {"other": {"type": "string"}}},
+        {"oneOf": [PARAMETERS, {"properties": {"count": {"type": "boolean"}}}]},
+        {"allOf": [{"$ref": "#"}, PARAMETERS]},
+    ],
+)
+def test_values_have_the_types_of_schemas_that_stand_elsewhere(parameters: Any) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    found = however_cut(lambda: reader("xml", [tool]), call("f", count="5", text="5", other="5", flag="1"))
+    assert json.loads(found.tool_calls[0].arguments) == {"count": 5, "text": "5", "other": "5", "flag": True}
+
+
+def test_schemas_that_refer_to_each_other_often_are_read_at_once() -> None:
+    refs = [{"$ref": f"#/$defs/{i}"} for i in range(60)]
+    deep = {str(i): {"anyOf": refs, "allOf": refs} for i in range(60)}
+    parameters = {"$defs": deep, "allOf": refs, "properties": {"a": {"allOf": refs}, "b": {"anyOf": refs}}}
+    schemas = ToolSchemas([{"name": "f", "parameters": parameters}])
+    assert schemas.types("f", "a") is None and schemas.types("f", "b") is None
+    assert schemas.choices("f", "b") == [] and schemas.arguments("f").required == frozenset()
 
 
 @settings(max_examples=200, deadline=None)

@@ -30,6 +30,7 @@ LACKING: list[tuple[dict[str, Any], str]] = [
     ),
     ({"type": "object", "additionalProperties": TEXT, "minProperties": 2}, "minProperties"),
     ({"type": "object", "patternProperties": {"^x": TEXT}, "minProperties": 2}, "minProperties"),
+    ({"allOf": [{"type": "object", "minProperties": 2}, {"additionalProperties": TEXT}]}, "minProperties"),
     ({"oneOf": [TEXT, {"type": "string", "maxLength": 3}]}, "oneOf"),
     ({"type": "object", "dependentRequired": {"x": ["y"]}}, "dependentRequired"),
 ]
@@ -179,12 +180,42 @@ def test_claude_codes_tasks_can_be_required() -> None:
     assert not walker_of(BUNDLED).admits(grammar, text.replace('{"k": [1]}', "3"))
 
 
-def test_arguments_that_a_reference_defines_are_held_in_xml() -> None:
-    schema = {"$defs": {"args": with_property({"type": "integer"})}, "$ref": "#/$defs/args"}
+INTEGER: dict[str, Any] = {"type": "integer"}
+WHOLE = with_property(INTEGER)
+
+
+@pytest.mark.parametrize(
+    ("schema", "held", "refused"),
+    [
+        ({"$ref": "#/$defs/o", "$defs": {"o": WHOLE}}, ["3"], ["x"]),
+        ({"$ref": "#/x/o", "x": {"o": WHOLE}}, ["3"], ["x"]),
+        ({"allOf": [{"$ref": "#/$defs/o"}, {"properties": {"b": TEXT}}], "$defs": {"o": WHOLE}}, ["3"], ["x"]),
+        ({"oneOf": [WHOLE, with_property({"type": "boolean"})]}, ["3", "true"], ["x"]),
+        ({"required": ["a"], "properties": {"b": INTEGER, "a": {"$ref": "#/properties/b"}}}, ["3"], ["x"]),
+        ({"required": ["a"], "properties": {"a": {"anyOf": [{"$ref": "#"}, INTEGER]}}}, ['{"a": 3}'], ["{}", "x"]),
+        (with_property({"anyOf": [TEXT, {"type": "null"}]}), ["x", "null"], []),
+        (with_property({"allOf": [TEXT, {"enum": ["x", "y"]}]}), ["x"], ["z", '"x"']),
+        (with_property({"anyOf": [{"enum": ["x"]}, {"type": "null"}]}), ["x", "null"], ["z"]),
+        ({"$defs": {"e": {"enum": ["x", 3]}}, **with_property({"$ref": "#/$defs/e"})}, ["x", "3"], ["z"]),
+    ],
+)  # fmt: skip
+def test_the_xml_form_holds_parameters_that_stand_elsewhere(
+    schema: dict[str, Any], held: list[str], refused: list[str]
+) -> None:
     grammar = compile_grammar(compile_tool_calls([tool("f", schema)], form="xml"))
     text = "<tool_call>\n<function=f>\n<parameter=a>\n{}\n</parameter>\n</function>\n</tool_call>"
-    assert walker_of(BUNDLED).admits(grammar, text.format(3))
-    assert not walker_of(BUNDLED).admits(grammar, text.format("x"))
+    assert all(walker_of(BUNDLED).admits(grammar, text.format(value)) for value in held)
+    assert not any(walker_of(BUNDLED).admits(grammar, text.format(value)) for value in refused)
+
+
+@pytest.mark.parametrize("keyword", ["anyOf", "oneOf"])
+def test_alternatives_at_the_root_are_refused_of_a_strict_tool_in_xml(keyword: str) -> None:
+    schema = {"properties": {"a": TEXT, "b": TEXT}, keyword: [{"required": ["a"]}, {"required": ["b"]}]}
+    with pytest.raises(
+        RequestError, match=r"'f': the XML form .* anyOf or oneOf .* make the tool not strict$"
+    ):
+        compile_tool_calls([tool("f", schema, strict=True)], form="xml")
+    compile_tool_calls([tool("f", schema)], form="xml")
 
 
 def test_annotations_do_not_fill_the_grammar() -> None:

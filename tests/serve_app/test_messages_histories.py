@@ -66,7 +66,13 @@ SAID = {"role": "assistant", "content": "Hi."}
 
 @pytest.mark.parametrize(
     "content",
-    ["", [], [text("")], [{"type": "thinking", "thinking": "Hm."}, text("")], [{"type": "redacted_thinking"}]],
+    [
+        "",
+        [],
+        [text("")],
+        [{"type": "thinking", "thinking": "Hm."}, text("")],
+        [{"type": "redacted_thinking"}],
+    ],
 )
 @pytest.mark.parametrize("others", [[SAID, HELLO], [SAID], []])
 def test_a_users_turn_that_says_nothing_is_refused_by_its_place(content: Any, others: list[Any]) -> None:
@@ -78,7 +84,9 @@ def test_a_users_turn_that_says_nothing_is_refused_by_its_place(content: Any, ot
         assert refused.value.param == "messages[2].content"
 
 
-@pytest.mark.parametrize("content", [" ", [text(""), text("a")], [{"type": "tool_result", "tool_use_id": "t"}]])
+@pytest.mark.parametrize(
+    "content", [" ", [text(""), text("a")], [{"type": "tool_result", "tool_use_id": "t"}]]
+)
 def test_white_space_and_a_result_without_content_are_a_users_turn(content: Any) -> None:
     said = conversation(HELLO, SAID, {"role": "user", "content": content}, SAID, HELLO)
     assert [turn["role"] for turn in said][1::2] == ["assistant", "assistant"] and len(said) == 5
