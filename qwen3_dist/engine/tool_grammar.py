@@ -21,7 +21,8 @@ from qwen3_dist.engine.json_schema import (
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.text.schema_parts import alternatives
-from qwen3_dist.text.tool_calls_xml import FUNCTION, FUNCTION_END, PARAMETER, XmlCall
+from qwen3_dist.text.tool_call_tags import FUNCTION, FUNCTION_END, PARAMETER
+from qwen3_dist.text.tool_calls_xml import XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
 Json = Mapping[str, Any]
@@ -169,9 +170,9 @@ def _xml_text(value: Any) -> str:
 def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
     """The value that is read where `text` is written for parameter `key` of the tool of `schemas`; [] if none is."""
     (name,) = schemas.names
-    call = XmlCall(schemas, known_only=True)
+    call = XmlCall(schemas, is_bare=True)
     call.read(f"{FUNCTION}{name}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}")
-    arguments = json.loads(call.take_arguments()) if call.done else {}
+    arguments = json.loads(call.take_arguments() + call.take_rest()) if call.done else {}
     return [arguments[key]] if arguments.keys() == {key} else []
 
 

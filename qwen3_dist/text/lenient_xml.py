@@ -22,8 +22,14 @@ _TAG = re.compile(
 _BEGINS = re.compile(rf"\s*{_FUNCTION}")
 # The `>` after a name may be missing; then its first word is the name.
 _NAMED = re.compile(r"[^\S\n]*(?:([^<>\n]*)>|([^\s<>:=]*)[:=]?)")
+_NEEDLESS = re.compile(rf"(?:\s*{_FUNCTION_END})*")
 _MOST_TAGS = 20_000  # looked at for the ends of a block's values; what needs more is no call
-_ENDS_VALUE = re.compile(rf"\s*(?:{_PARAMETER}|{_FUNCTION_END}|{_FUNCTION}|\Z)")
+_ENDS_FUNCTION = re.compile(rf"\s*(?:{_FUNCTION_END}\s*)*(?:{_FUNCTION}|</?tool_call>|\Z)")
+_ENDS_VALUE = re.compile(
+    rf"\s*(?:(?P<parameter>{_PARAMETER})|{_FUNCTION_END}(?={_ENDS_FUNCTION.pattern})|{_FUNCTION}|\Z)"
+)
+_ENDS_LINE = re.compile(r"[ \t]*(?:\n|\Z)")
+_MOST_INDENT = 80
 _WRAPS = ("<tool_call>", "</tool_call>")
 
 
@@ -31,7 +37,9 @@ def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = No
     """Reads `text` as calls of functions; only those of `names` make calls, where they are given.
 
     A value ends at the `</parameter>` after which another tag of the call comes. It may hold tags itself, if they are
-    as balanced as a call's. Where there is no such end it ends at the first tag that could be one.
+    as balanced as a call's or stand where they can be no tag of the call. Where there is no such end it ends at the
+    first tag that could be one, best on a line of its own. Text after the last call is prose, or none of the block is
+    a call.
     """
     calls: list[WrittenCall] = []
     at = num_tags = 0
@@ -41,12 +49,24 @@ def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = No
         num_tags += function.num_tags
         if num_tags >= _MOST_TAGS:
             return Block()
+        is_cut = is_cut or function.is_cut
         if function.arguments is None or not (names is None or function.name in names):
             break
         calls.append(WrittenCall(function.name, function.arguments))
-        at = function.end
-        is_closed, is_cut = is_closed and function.is_closed, is_cut or function.is_cut
-    return Block(tuple(calls), text[at:].lstrip() if calls else text[at:], is_cut, is_closed)
+        needless = _NEEDLESS.match(text, function.end)
+        assert needless is not None
+        at = needless.end()
+        is_closed = is_closed and function.is_closed
+    rest = text[at:]
+    if calls and not is_prose(rest):
+        return Block(rest=text, is_cut=True)
+    return Block(tuple(calls), rest.lstrip() if calls else rest, is_cut, is_closed)
+
+
+def is_prose(rest: str) -> bool:
+    """Whether `rest`, after a call in its block, is no more of the block's calls or of a value in them."""
+    has_tags = _TAG.search(rest) or any(wrap in rest for wrap in _WRAPS)
+    return not rest or (rest[0].isspace() and not has_tags)
 
 
 class _Function:
@@ -59,6 +79,8 @@ class _Function:
         self.num_tags = 0  # looked at for the ends of values
         self._most_tags = most_tags
         self._text = text
+        self._schemas = schemas
+        self._keys: set[str] = set()
         self.name, self.end = self._named(start)
         if is_name(self.name):
             self._read_body(Arguments(schemas, self.name))
@@ -73,14 +95,16 @@ class _Function:
     def _read_body(self, arguments: Arguments) -> None:
         tag = _TAG.search(self._text, self.end)
         first = self._text[self.end : tag.start() if tag else len(self._text)].strip()
-        if first and tag and tag.lastgroup == "parameter":
+        if tag and tag.lastgroup == ("parameter" if first else "parameter_end"):
             return
         while tag and tag.lastgroup in ("parameter", "parameter_end"):
             self.end = tag.end()
             if tag.lastgroup == "parameter":
                 key, start = self._named(tag.end())
-                if not key:
+                self.is_cut = key in self._keys
+                if not key or self.is_cut:
                     return
+                self._keys.add(key)
                 arguments.add(key, self._value(start))
             tag = _TAG.search(self._text, self.end)
         self.is_closed = self.is_closed and tag is not None
@@ -93,21 +117,52 @@ class _Function:
 
     def _value(self, start: int) -> str:
         """The value that begins at `start`; `end` lies after it, and after its own end tag."""
-        depth, first = 0, len(self._text)
+        depth, first, first_placed = 0, None, None
+        is_inline = self._text[start : start + 1] != "\n"
         for tag in islice(_TAG.finditer(self._text, start), self._most_tags - self.num_tags):
             self.num_tags += 1
-            first = min(first, tag.start())
-            if tag.lastgroup == "parameter":
+            is_parameter = tag.lastgroup == "parameter"
+            if tag.lastgroup is None or (
+                is_parameter and not self._may_be_parameter(tag.end(), is_placed=False)
+            ):
+                continue
+            first = first or tag
+            if not first_placed and (is_inline or _is_first_on_line(self._text, tag.start())):
+                first_placed = tag if self._may_end_value(tag) else None
+            if is_parameter:
                 depth += 1
             elif tag.lastgroup == "parameter_end" and depth:
                 depth -= 1
-            elif tag.lastgroup == "parameter_end" and _ENDS_VALUE.match(self._text, tag.end()):
+            elif tag.lastgroup == "parameter_end" and self._is_end(tag):
                 self.end = tag.end()
                 return _trimmed(self._text[start : tag.start()])
-        self.end = first
-        value = self._text[start:first]
-        self.is_cut = self.is_cut or first == len(self._text) or any(wrap in value for wrap in _WRAPS)
+        end = first_placed or first
+        self.end = end.start() if end else len(self._text)
+        value = self._text[start : self.end]
+        self.is_cut = self.is_cut or end is None or any(wrap in value for wrap in _WRAPS)
         return _trimmed(value)
+
+    def _is_end(self, tag: re.Match[str]) -> bool:
+        """Whether what follows `tag`, a `</parameter>`, shows that it ends a value."""
+        after = _ENDS_VALUE.match(self._text, tag.end())
+        if after is None or after["parameter"] is None:
+            return after is not None
+        return self._may_be_parameter(after.end(), "\n" in self._text[tag.end() : after.start("parameter")])
+
+    def _may_end_value(self, tag: re.Match[str]) -> bool:
+        """Whether `tag` may end a value whose `</parameter>` may be missing."""
+        if tag.lastgroup == "parameter_end":
+            return self._is_end(tag) or _ENDS_LINE.match(self._text, tag.end()) is not None
+        if tag.lastgroup == "parameter":
+            return self._named(tag.end())[0] not in self._keys
+        return _ENDS_FUNCTION.match(self._text, tag.end()) is not None
+
+    def _may_be_parameter(self, start: int, is_placed: bool) -> bool:
+        return self._schemas.may_have(self.name, self._named(start)[0], is_placed)
+
+
+def _is_first_on_line(text: str, at: int) -> bool:
+    return text[max(0, at - _MOST_INDENT) : at].rstrip(" \t").endswith("\n")
 
 
 def _trimmed(value: str) -> str:

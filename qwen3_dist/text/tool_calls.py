@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from qwen3_dist.text import tool_call_tags as tags
 from qwen3_dist.text.lenient_xml import xml_block
 from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.tool_call_block import Block
-from qwen3_dist.text.tool_calls_json import JsonCall, ends_in_string, json_block
-from qwen3_dist.text.tool_calls_xml import FUNCTION, FUNCTION_END, PARAMETER_END, XmlCall
+from qwen3_dist.text.tool_call_tags import CLOSES, FUNCTION, OPENS
+from qwen3_dist.text.tool_calls_json import JsonCall, ends_in_string, is_json, json_block
+from qwen3_dist.text.tool_calls_xml import XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
 ToolCallForm = Literal["json", "xml"]
-_OPENS, _CLOSES = "<tool_call>", "</tool_call>"
-_CLOSING_TAGS = (_CLOSES, FUNCTION_END, PARAMETER_END)
-# Any of them after a call, though its `>` may be missing.
-_CLOSING = re.compile(
-    r"<[ \t]{0,4}/[ \t]{0,4}(?:tool_call|function|parameter)(?:[ \t]{0,4}>|[ \t]{0,4}(?=[\n<]))"
-)
-_MOST_CLOSING = 40  # characters of it
-_BEGUN_AT_THE_END = tuple(f"\n{tag}" for tag in _CLOSING_TAGS) + _CLOSING_TAGS
 _MOST_ENDS = 8  # tags of one block at which it is tried as a whole
 
 
@@ -32,7 +25,7 @@ def tool_call_form(template_source: str) -> ToolCallForm | None:
     """The form that a chat template teaches: "json" as Qwen3's, "xml" as Qwen3-Coder's; None if it has none."""
     if FUNCTION in template_source:
         return "xml"
-    return "json" if _OPENS in template_source else None
+    return "json" if OPENS in template_source else None
 
 
 def new_call_id() -> str:
@@ -63,7 +56,7 @@ class ToolCalls:
         self._form = form
         self._only_calls = only_calls
         # Qwen3-Coder sometimes leaves the outer tag out.
-        self.openings = (_OPENS, FUNCTION) if form == "xml" else (_OPENS,)
+        self.openings = (OPENS, FUNCTION) if form == "xml" else (OPENS,)
         self._step = self._read_content
         self._unread = ""
         self._opening = ""  # of the block under way
@@ -71,6 +64,7 @@ class ToolCalls:
         self._taken: list[str] = []  # what the call under way took of its block
         self._arguments: list[str] = []  # shown of it
         self._begun = False  # whether something of it was shown
+        self._is_read: tuple[Block | None, int, int] = (None, 0, 0)  # it ends there, unless it goes on
         self._ends: list[tuple[int, int]] = []  # where the block may end, and the text goes on
         self._num_searched = 0  # characters of the block, for its end
         self._num_inner = 0  # tags of the block that are text of its strings
@@ -89,10 +83,10 @@ class ToolCalls:
     def finish(self, cut: bool = False) -> Parsed:
         """What was held back, once no more text comes; `cut` if that is because of the token limit."""
         self._read_on()
-        while self._step in (self._read_call, self._read_block):
+        while self._step in (self._read_call, self._read_block, self._read_after_xml):
             self._finish_block(cut)
             self._read_on()
-        if self._step != self._read_closing or not _begins_closing(self._unread.strip()):
+        if self._step != self._read_closing or not tags.begins_closing(self._unread.strip()):
             self._show(self._unread)
         if not self._after_call:
             self._shown += Parsed(self._space)
@@ -117,7 +111,7 @@ class ToolCalls:
         if not opening:
             return False
         # A function without the outer tag is a call if there is one of that name.
-        opening = opening if opening == _OPENS else ""
+        opening = opening if opening == OPENS else ""
         self._unread = self._unread.removeprefix(opening)
         self._begin_block(opening)
         return True
@@ -133,27 +127,30 @@ class ToolCalls:
     def _read_call(self) -> bool:
         """Reads a call in the template's own form, and shows it as far as it is certain."""
         call = self._call
-        mark = re.search(f"{_OPENS}|{_CLOSES}", self._unread)
+        is_xml = isinstance(call, XmlCall)
+        mark = None if is_xml else re.search(f"{OPENS}|{CLOSES}", self._unread)
         if not call.done:
-            certain = (
-                mark.start() if mark else len(self._unread) - begun_mark(self._unread, (_OPENS, _CLOSES))
-            )
+            certain = mark.start() if mark else len(self._unread) - begun_mark(self._unread, (OPENS, CLOSES))
             taken = call.read(self._unread[:certain])
             self._taken.append(self._unread[:taken])
             self._unread = self._unread[taken:]
             if call.name and (arguments := call.take_arguments()):
                 self._show_call(call.name, arguments)
         rest = self._unread.lstrip()
-        if call.done and (isinstance(call, XmlCall) or rest.startswith(_CLOSES)):
-            self._end_call()
-        elif self._opening and rest.startswith(_OPENS) and not "".join(self._taken).strip():
+        closing = CLOSES if self._opening else ""
+        if call.done and rest.startswith(closing):
+            if is_xml:
+                self._await_end(None, 0, len(self._unread) - len(rest) + len(closing))
+            else:
+                self._end_call()
+        elif self._opening and rest.startswith(OPENS) and not "".join(self._taken).strip():
             # A doubled tag opens one block.
-            opening, _, self._unread = self._unread.partition(_OPENS)
-            self._begin_block("".join((self._opening, *self._taken, opening, _OPENS)))
+            opening, _, self._unread = self._unread.partition(OPENS)
+            self._begin_block("".join((self._opening, *self._taken, opening, OPENS)))
         elif not self._opening and call.name is None and (call.failed or mark):
             self._show("".join(self._taken))
             self._step = self._read_content
-        elif call.failed or mark or (call.done and not _CLOSES.startswith(rest)):
+        elif call.failed or mark or (call.done and not CLOSES.startswith(rest)):
             self._unread = "".join(self._taken) + self._unread
             self._step = self._read_block
         else:
@@ -162,9 +159,9 @@ class ToolCalls:
 
     def _read_block(self) -> bool:
         """Reads a block in another form, at the first tag that can be its end."""
-        marks = (_OPENS, _CLOSES) if self._opening else (_OPENS, _CLOSES, FUNCTION_END)
+        marks = (OPENS, CLOSES) if self._opening else (OPENS, CLOSES, tags.FUNCTION_END)
         for mark in re.compile("|".join(marks)).finditer(self._unread, self._num_searched):
-            end = mark.end() if mark[0] == FUNCTION_END else mark.start()
+            end = mark.end() if mark[0] == tags.FUNCTION_END else mark.start()
             is_within = self._is_within(mark[0])
             is_inner = is_within and self._is_in_string(mark)
             self._num_searched = mark.end()
@@ -175,21 +172,23 @@ class ToolCalls:
             block = self._block(self._unread[:end])
             if is_inner and (block.is_cut or not block.calls):
                 continue
-            self._ends.append((end, mark.start() if mark[0] == _OPENS else mark.end()))
-            is_first = len(self._ends) == 1
-            if not block.is_cut and (block.calls or is_first):
-                self._end_block(block, *self._ends[-1])
+            self._ends.append((end, mark.start() if mark[0] == OPENS else mark.end()))
+            if not block.is_cut and (block.calls or len(self._ends) == 1):
+                if block.calls and self._is_xml():
+                    self._await_end(block, *self._ends.pop())
+                else:
+                    self._end_block(block, *self._ends[-1])
                 return True
             if not block.is_cut or len(self._ends) == _MOST_ENDS:
-                self._end_block(self._block(self._unread[: self._ends[0][0]]), *self._ends[0])
+                self._end_at_first(mark.end())
                 return True
-        self._num_searched = max(self._num_searched, len(self._unread) - len(_CLOSES))
+        self._num_searched = max(self._num_searched, len(self._unread) - len(CLOSES))
         return False
 
     def _is_within(self, tag: str) -> bool:
         """Whether `tag`, the block's next one, opens or closes a call inside of the block."""
-        self._depth += {_OPENS: 1, _CLOSES: -1}.get(tag, 0)
-        return bool(self._opening) and (self._depth > 0 or (tag == _CLOSES and self._depth == 0))
+        self._depth += {OPENS: 1, CLOSES: -1}.get(tag, 0)
+        return bool(self._opening) and (self._depth > 0 or (tag == CLOSES and self._depth == 0))
 
     def _is_in_string(self, tag: re.Match[str]) -> bool:
         """Whether `tag` of a call inside of the block is text of a JSON string. No call there is the model's.
@@ -201,30 +200,71 @@ class ToolCalls:
         self._num_inner += 1
         return True
 
+    def _await_end(self, block: Block | None, end: int, resume: int) -> None:
+        """Waits for what follows a call in XML: `block` up to `end`, or the call under way; `resume` is after it."""
+        self._is_read = (block, end, resume)
+        self._num_searched = resume
+        self._step = self._read_after_xml
+
+    def _read_after_xml(self) -> bool:
+        after = tags.AFTER_XML.search(self._unread, self._num_searched)
+        if after is None:
+            self._num_searched = max(self._num_searched, len(self._unread) - tags.MOST_AFTER_XML)
+        elif after["inside"] is None:
+            self._end_read()
+        else:
+            block, _, resume = self._is_read
+            self._num_searched = resume + len(OPENS) * self._unread.startswith(OPENS, resume)
+            self._step = self._read_block
+            if block is None:
+                taken = "".join(self._taken)
+                self._unread, self._depth = taken + self._unread, -1
+                self._num_searched += len(taken)
+        return after is not None
+
+    def _end_read(self) -> None:
+        block, end, resume = self._is_read
+        if block is None:
+            self._end_call()
+        else:
+            self._end_block(block, end, resume)
+
     def _read_closing(self) -> bool:
         self._unread = self._unread.lstrip()
-        if closing := _CLOSING.match(self._unread):
+        if closing := tags.CLOSING.match(self._unread):
             self._unread = self._unread[closing.end() :]
             return True
-        if _begins_closing(self._unread):
+        if tags.begins_closing(self._unread):
             return False
         self._step = self._read_content
         return True
 
+    def _end_at_first(self, until: int) -> None:
+        """Ends the block at the first tag that can be its end, unless it goes on there `until` the next call."""
+        end, resume = self._ends[0]
+        goes_on = tags.rest_of_xml(self._unread, resume, until) if self._is_xml() else None
+        if goes_on is None:
+            self._end_block(self._block(self._unread[:end]), end, resume)
+        else:
+            self._end_block(Block(), goes_on, goes_on)
+
     def _finish_block(self, cut: bool) -> None:
         """Ends the block under way, after which no more text comes, at the end or at the first tag that can be it."""
         call = self._call
+        if self._step == self._read_after_xml:
+            self._end_read()
+            return
         if self._step == self._read_call:
             if isinstance(call, JsonCall) and (call.done or (cut and call.is_all_but_closed)):
                 self._end_call()
                 self._unread = ""
                 return
             self._unread = "".join(self._taken) + self._unread
-        text = self._unread[: len(self._unread) - begun_mark(self._unread, _BEGUN_AT_THE_END)]
+        text = self._unread[: len(self._unread) - begun_mark(self._unread, tags.CLOSING_AT_THE_END)]
         block = self._block(text)
         is_whole = bool(block.calls) and not block.is_cut and (block.is_closed or not cut)
         if self._ends and not is_whole:
-            self._end_block(self._block(self._unread[: self._ends[0][0]]), *self._ends[0])
+            self._end_at_first(len(self._unread))
         elif is_whole or not cut:
             self._end_block(block, len(text), len(self._unread))
         else:
@@ -241,12 +281,16 @@ class ToolCalls:
 
     def _block(self, text: str) -> Block:
         """What `text` says, in either form. In the other than the template's only tools that there are are called."""
-        if text.lstrip().startswith("<"):
+        if self._is_xml():
             known_only = self._form == "json" or not self._opening
             return xml_block(text, self._schemas, self._schemas.names if known_only else None)
         block = json_block(text)
         known = self._form == "json" or all(call.name in self._schemas.names for call in block.calls)
         return block if known else Block(rest=text)
+
+    def _is_xml(self) -> bool:
+        """Whether the block under way is in XML."""
+        return self._unread.lstrip().startswith("<")
 
     def _end_call(self) -> None:
         """Ends a call in the template's own form, up to its closing tags."""
@@ -267,7 +311,7 @@ class ToolCalls:
                 calls, block = [], Block()
                 if isinstance(self._call, JsonCall):
                     rest = text[self._call.num_shown :].rstrip()
-                    self._show_call(self._call.name, rest[:-1] if _is_json(shown + rest) else rest)
+                    self._show_call(self._call.name, rest[:-1] if is_json(shown + rest) else rest)
             self._leave_call()
         elif not calls:
             self._show(self._opening + until)
@@ -304,19 +348,3 @@ class ToolCalls:
             self._space = ""
             self._after_call = False
         self._space += text[len(body) :]
-
-
-def _is_json(text: str) -> bool:
-    """Whether a client could take `text` for the arguments of a call."""
-    try:
-        json.loads(text, parse_int=len)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _begins_closing(text: str) -> bool:
-    if len(text) > _MOST_CLOSING:
-        return False
-    compact = text.replace(" ", "").replace("\t", "")
-    return any(tag.startswith(compact) for tag in _CLOSING_TAGS)

@@ -222,6 +222,15 @@ def _written_call(read: LenientJson, closed_early: bool) -> WrittenCall | None:
     return WrittenCall(call.name, arguments)
 
 
+def is_json(text: str) -> bool:
+    """Whether a client could take `text` for the arguments of a call."""
+    try:
+        json.loads(text, parse_int=len)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _text(value: str) -> str | None:
     """The text that the JSON string `value` is; None if it has no UTF-8 form."""
     text: str = json.loads(value)

@@ -6,38 +6,41 @@ import json
 import re
 from collections.abc import Callable
 
+from qwen3_dist.text.tool_call_tags import CLOSES, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END
 from qwen3_dist.text.tool_schemas import ToolSchemas, typed_json
 
-FUNCTION = "<function="
-FUNCTION_END = "</function>"
-PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 _MOST_NAME = 256  # characters; what is longer is no name
 _NULLS = ("null", "None")  # as JSON and as Python write it, which the models' template does
 # As models may misspell them too. The line break before a tag is the tag's.
-_TAG = re.compile(r"<[ \t]*(?:(?:parameter|function)[ \t]*=|/[ \t]*(?:parameter|function)[ \t]*[>\n<])")
-_BEGUN_TAG = re.compile(r"\n?(?:<[ \t]*/?[ \t]*[a-z]{0,9}[ \t]*)?\Z")
+_TAG = re.compile(
+    r"<[ \t]*(?:(?:parameter|function)[ \t]*=|/[ \t]*(?:parameter|function)[ \t]*[>\n<])|</?tool_call>"
+)
+_BEGUN_TAG = re.compile(r"\n?(?:<[ \t]*/?[ \t]*[a-z_]{0,9}[ \t]*)?\Z")
 
 
 class XmlCall:
-    """Reads one call from `<function=` on, as the template teaches it: every tag is closed, and values hold none.
+    """Reads one call from `<function=` on, as the template teaches it: every tag is closed, and values hold none
+    that could be a tag of the call.
 
     `name` is known with its `>`; `take_arguments` gives JSON of what came of the arguments. Values take the types
     that the tool's schema gives them; those that are text alone come as they are generated, without one newline at
     either end. `failed` once it is no such call.
     """
 
-    def __init__(self, schemas: ToolSchemas, known_only: bool) -> None:
-        """`known_only`: a name that is none of the tools' makes no call."""
+    def __init__(self, schemas: ToolSchemas, is_bare: bool) -> None:
+        """`is_bare`: no `<tool_call>` stands around it. Then a name that is none of the tools' makes no call."""
         self.name: str | None = None
         self.done = False
         self.failed = False
         self._schemas = schemas
-        self._known_only = known_only
+        self._is_bare = is_bare
         self._step: Callable[[str], int] = self._read_function
         self._key = ""
+        self._keys: set[str] = set()
         self._value = ""  # of which nothing was shown
         self._in_text = False
         self._written = Arguments(schemas)
+        self._early = ""  # of the arguments, what is certain before it is known whether the call ends
 
     def read(self, text: str) -> int:
         """Reads as far as is certain. Returns where what is not yet read, or not of the call, begins."""
@@ -50,8 +53,9 @@ class XmlCall:
         return at
 
     def take_arguments(self) -> str:
-        """What came of the arguments since the last time."""
-        return self._written.take()
+        """What came of the arguments since the last time, but for the last value's end."""
+        early, self._early = self._early, ""
+        return early if self.done else early + self._written.take()
 
     def take_rest(self) -> str:
         """What was not yet taken of a call that has ended."""
@@ -65,7 +69,7 @@ class XmlCall:
 
     def _read_name(self, text: str) -> int:
         taken, name = self._name(text)
-        if name and not (name in self._schemas.names if self._known_only else is_name(name)):
+        if name and not (name in self._schemas.names if self._is_bare else is_name(name)):
             self.failed = True
         elif name:
             self.name = self._written.name = name
@@ -83,7 +87,9 @@ class XmlCall:
 
     def _read_key(self, text: str) -> int:
         taken, self._key = self._name(text)
+        self.failed = self.failed or self._key in self._keys
         if taken:
+            self._keys.add(self._key)
             self._step = self._read_first_newline
         return taken
 
@@ -100,14 +106,34 @@ class XmlCall:
         if end or tag is None:
             self._take(text[:end])
             return end
-        rest = text[tag.end() :].lstrip()
-        if tag[0] == PARAMETER_END and rest.startswith((PARAMETER, FUNCTION_END)):
+        ends = tag[0] == PARAMETER_END and self._may_follow(text[tag.end() :])
+        if ends:
+            self._early += self._written.take()
             self._end_value()
             self._step = self._read_member
             return tag.end()
-        may_end = any(next_tag.startswith(rest) for next_tag in (PARAMETER, FUNCTION_END))
-        self.failed = tag[0] != PARAMETER_END or not may_end
+        self.failed = ends is False
         return 0
+
+    def _may_follow(self, text: str) -> bool | None:
+        """Whether `text` after `</parameter>` shows that the tag ends a value; None if it may yet."""
+        rest = text.lstrip()
+        if rest.startswith(PARAMETER):
+            length, key = _name(rest[len(PARAMETER) :])
+            is_placed = "\n" in text[: len(text) - len(rest)]
+            if length == 0:
+                return None
+            return (
+                length > 0
+                and key not in self._keys
+                and self._schemas.may_have(self.name or "", key, is_placed)
+            )
+        end = "" if self._is_bare else CLOSES
+        after = rest.removeprefix(FUNCTION_END)
+        if len(after) == len(rest):
+            return None if any(tag.startswith(rest) for tag in (PARAMETER, FUNCTION_END)) else False
+        after = after.lstrip()
+        return True if after.startswith(end) else (None if end.startswith(after) else False)
 
     def _take(self, text: str) -> None:
         """Takes a piece of the value; shows it where it can only be text."""
@@ -143,11 +169,9 @@ class XmlCall:
 
     def _name(self, text: str) -> tuple[int, str]:
         """Length and text of the name that `>` ends; 0 if it may yet come."""
-        end = next((i for i, char in enumerate(text[:_MOST_NAME]) if char in "<>\n"), -1)
-        if end >= 0 and text[end] == ">" and text[:end].strip():
-            return end + 1, text[:end].strip()
-        self.failed = end >= 0 or len(text) >= _MOST_NAME
-        return 0, ""
+        length, name = _name(text)
+        self.failed = length < 0
+        return max(length, 0), name
 
 
 class Arguments:
@@ -187,6 +211,14 @@ class Arguments:
     def _begin(self, key: str) -> None:
         self._json += (", " if self._num else "{") + json.dumps(key, ensure_ascii=False) + ": "
         self._num += 1
+
+
+def _name(text: str) -> tuple[int, str]:
+    """Length and text of the name that `>` ends; 0 if it may yet come, -1 if there is none."""
+    end = next((i for i, char in enumerate(text[:_MOST_NAME]) if char in "<>\n"), -1)
+    if end >= 0 and text[end] == ">" and text[:end].strip():
+        return end + 1, text[:end].strip()
+    return (-1 if end >= 0 or len(text) >= _MOST_NAME else 0), ""
 
 
 def is_name(text: str) -> bool:

@@ -15,6 +15,7 @@ _MOST_DEPTH = 8  # of references and alternatives; beyond, a value may be anythi
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _WORDS = {"True": "true", "False": "false", "None": "null", "Null": "null"}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_KEY = re.compile(r"[\w@.:/-]+(?: [\w@.:/-]+)*")
 _MOST_DIGITS = 4000  # that Python converts
 
 
@@ -27,6 +28,15 @@ class ToolSchemas:
         self.names = frozenset(self._schemas)
         self._arguments: dict[str, ObjectSchema] = {}
         self._types: dict[tuple[str, str], frozenset[str] | None] = {}
+
+    def may_have(self, name: str, key: str, is_placed: bool) -> bool:
+        """Whether `key` after `<parameter=` can be a parameter of tool `name`, and is no code that has the tag in it.
+
+        `is_placed`: the tag stands where the template has it, so that an unknown key is the model's mistake.
+        """
+        properties = self.arguments(name).properties
+        may_be_unknown = is_placed or not properties
+        return key in properties or (may_be_unknown and _KEY.fullmatch(key) is not None)
 
     def types(self, name: str, key: str) -> frozenset[str] | None:
         """JSON types that parameter `key` of tool `name` may have; None: any. An unknown parameter is text."""
