@@ -177,7 +177,7 @@ PRESETS: dict[str, Cluster] = {
 
 def parse_gpus(text: str) -> Cluster:
     """`16xH100` is that many devices of a preset, on nodes of 8; `4x4xH100` is 4 nodes of 4. Raises ConfigError."""
-    match = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?(\d+)\s*[xX*]\s*([a-zA-Z]\w*)", text.strip())
+    match = re.fullmatch(r"(?:0*([1-9]\d*)\s*[xX*]\s*)?0*([1-9]\d*)\s*[xX*]\s*([a-zA-Z]\w*)", text.strip())
     if not match:
         raise ConfigError(
             f"{text!r} is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"

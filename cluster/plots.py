@@ -98,5 +98,7 @@ def _points(planned: Sequence[PlannedLayout]) -> tuple[list[float], list[float]]
 def _save(figure: Any, file: Path) -> None:
     try:
         figure.savefig(file, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be written: {error}; give the path of a .png file") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); choose another path") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be written ({error}); give the path of a .png file") from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig
-from serve_app.cli.options import MODEL, add_settings, given_settings
+from serve_app.cli.options import MODEL, add_settings, given_settings, positive
 from serve_app.cli.readable import report_lines
 from serve_app.config import read_service_config
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("batch-size", 1, "prompts at a time (latency)"),
     ):
         parser.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
         )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="of the prompts (default: %(default)s)"
@@ -109,9 +109,3 @@ def _config_alone(path: str, folder: Path) -> str:
         raise ConfigError(f"--random-weights needs a config.json, and {path} is none")
     shutil.copy(file, folder / "config.json")
     return str(folder)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)

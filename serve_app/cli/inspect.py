@@ -7,7 +7,7 @@ import json
 from typing import TextIO
 
 from qwen3_dist.layout import Layout
-from serve_app.cli.options import MODEL_OR_CONFIG
+from serve_app.cli.options import MODEL_OR_CONFIG, positive
 from serve_app.cli.readable import report_lines
 
 HELP = "show a model's sizes, memory per rank and the layouts that fit it"
@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub id")
     parser.add_argument("--layout", metavar="LAYOUT", default="", help="layout to cost (default: tp=1)")
     parser.add_argument(
-        "--world", type=int, metavar="N", help="ranks whose valid layouts are listed (default: the layout's)"
+        "--world",
+        type=positive,
+        metavar="N",
+        help="ranks whose valid layouts are listed (default: the layout's)",
     )
 
 

@@ -39,6 +39,13 @@ def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
 
 
+def positive(text: str) -> int:
+    """Raises argparse.ArgumentTypeError for what is no whole number of at least 1."""
+    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
 def given_cluster(args: argparse.Namespace) -> Cluster:
     """Raises ConfigError for what cannot be read."""
     from cluster.hardware import parse_gpus, read_cluster

@@ -65,7 +65,10 @@ def test_gpus_may_be_given_by_nodes() -> None:
     [
         ("H100", "'H100' is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"),
         ("8xT4", "no preset is called 'T4'; there are A100, H100, H200, B200, or give --cluster FILE.yaml"),
-        ("0xH100", "num_devices must be at least 1, not 0"),
+        (
+            "0xH100",
+            "'0xH100' is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs",
+        ),
         ("12xH100", "num_devices=12 does not fill nodes of 8; 8 or 16 do"),
     ],
 )

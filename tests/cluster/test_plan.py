@@ -192,7 +192,10 @@ def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
             "lower --input-len or --output-len",
         ),
         (("Qwen3-30B-A3B", "--gpus", "8xH100", *LOAD, "--expert-imbalance", "0.5"), "must be at least 1"),
-        (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--plot", "/no/such/p.png"), "p.png cannot be written"),
+        (
+            ("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--plot", "/no/such/p.png"),
+            "p.png cannot be written (No such file or directory); choose another",
+        ),
     ],
 )
 def test_bad_input_is_refused(
