@@ -5,9 +5,11 @@ import signal
 import uuid
 from pathlib import Path
 
+from qwen3_dist.rank_env import openmp_environment
 from tests.processes import RUN
 
 os.environ[RUN] = uuid.uuid4().hex
+os.environ.update(openmp_environment())  # engines in the tests' process wait as ranks do
 
 if not Path("/dev/nvidia0").exists():  # Triton's kernels are interpreted without a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
