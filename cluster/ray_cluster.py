@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from typing import Any
 
 import ray
+from ray._private import services
 
 from cluster.ray_guard import RayGuard
 from qwen3_dist.errors import ResourceError
@@ -66,7 +70,7 @@ def _start(num_cpus: int | None) -> None:
     for tries_left in reversed(range(_START_TRIES)):
         _guard = RayGuard()
         try:
-            with _guard.marking():
+            with _guard.marking(), _process_groups():
                 ray.init(
                     num_cpus=num_cpus,
                     include_dashboard=False,
@@ -82,6 +86,26 @@ def _start(num_cpus: int | None) -> None:
                     f"Ray did not start on this machine in {_START_TRIES} tries ({reason}); end other programs, or "
                     "start Ray by `ray start --head` and join it by --ray-address"
                 ) from None
+
+
+@contextlib.contextmanager
+def _process_groups() -> Iterator[None]:
+    """A context in which each process of Ray that is started is a group of its own.
+
+    A signal to this process's group, as `timeout` and terminals send it, then reaches this process alone, which ends
+    its requests first; Ray would be gone before.
+    """
+
+    class Popen(services.ConsolePopen):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options, process_group=0)
+
+    original = services.ConsolePopen
+    services.ConsolePopen = Popen  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original  # type: ignore[misc]
 
 
 def _is_about_tokens(error: BaseException | None) -> bool:

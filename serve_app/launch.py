@@ -43,7 +43,7 @@ from serve_app.serve_instance import (
     running_serve,
     unplaced_bundles,
 )
-from serve_app.shutdown import delete, drain
+from serve_app.shutdown import delete, drain, end_unused_serve
 
 _POLL_S = 0.2
 _REPORT_S = 5.0
@@ -87,7 +87,7 @@ def running_service(
     Starts a local Ray, or joins the one at `ray_address`. `report` is told how far it is. At the end new requests are
     refused, and running ones have `graceful_shutdown_timeout_s` seconds to end, or until `hurry` says so. Raises a
     QwenDistError with the root cause if the service cannot start, and leaves nothing behind. Never touches other
-    applications of a cluster it joined, nor their Serve.
+    applications of a cluster it joined, nor their Serve: one that it started stays while they run.
     """
     check_model(config)
     if ray_address is None:
@@ -113,7 +113,7 @@ def running_service(
                 yield service
         finally:
             if shared is None and not started_ray:
-                serve.shutdown()
+                end_unused_serve()
     finally:
         ray_cluster.shutdown()
         # Serve would take the next Ray of this process for this one, since both name their job alike.

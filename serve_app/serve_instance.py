@@ -82,7 +82,7 @@ def require_place(config: ServiceConfig, instance: ServeInstance) -> None:
     if config.name in instance.applications:
         raise ResourceError(
             f"this Ray cluster already serves an application named {config.name!r}; choose another --name and "
-            "--route-prefix, or end that one first"
+            "--route-prefix, or end that one first, by ray.serve.delete() if its `serve` was killed"
         )
     for other in instance.applications.values():
         if other.route_prefix == config.route_prefix:

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from serve_app.serve_instance import RunningApplication, is_running
 
@@ -56,6 +59,16 @@ def delete(application: RunningApplication, hurry: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _DELETE_S
     while is_running(application) and not hurry() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
+
+
+def end_unused_serve() -> None:
+    """Ends the cluster's Serve, unless other applications run in it: those that joined it need it."""
+    try:
+        applications = serve.status().applications.values()
+    except (RayError, RayServeException, TimeoutError):
+        return  # no controller answers, so none could end it
+    if all(application.status == ApplicationStatus.DELETING for application in applications):
+        serve.shutdown()
 
 
 def _ask_to_drain(ingress: DeploymentHandle, timeout_s: float) -> int | None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from ray import serve
 from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus
 
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app import launch, serve_instance
@@ -21,6 +24,7 @@ from serve_app.serve_instance import (
     require_place,
     unplaced_bundles,
 )
+from serve_app.shutdown import end_unused_serve
 
 FIRST = RunningApplication("qwen3_dist", "/", 100.0)
 
@@ -113,6 +117,21 @@ def test_a_service_whose_application_is_gone_or_replaced_ends_with_an_error_and_
         RunningService("http://127.0.0.1:8000", FIRST).watch()
     assert states == [later]
     assert not is_running(FIRST)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "ends"),
+    [((), True), (("DELETING",), True), (("DELETING", "RUNNING"), False), (("DEPLOYING",), False)],
+)
+def test_serve_ends_with_the_service_that_started_it_unless_others_run_in_it(
+    monkeypatch: pytest.MonkeyPatch, statuses: tuple[str, ...], ends: bool
+) -> None:
+    found = {status: SimpleNamespace(status=ApplicationStatus(status)) for status in statuses}
+    ended: list[bool] = []
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=found))
+    monkeypatch.setattr(serve, "shutdown", lambda: ended.append(True))
+    end_unused_serve()
+    assert ended == [True] * ends
 
 
 def test_a_serve_that_never_answers_again_is_told_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
