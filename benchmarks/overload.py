@@ -1,6 +1,6 @@
 """What a service does for more clients than it has room for: goodput, how soon it refuses, whether `/health` answers.
 
-    python -m benchmarks.overload [--running 64] [--waiting 64] [--loads 1 10 1] [--seconds 20] [--output-len 100]
+    python -m benchmarks.overload [--running 64] [--waiting 64] [--loads 1 10 1] [--seconds 20] [--arrive 5]
 
 The bundled model on one replica. A load of 10 is ten times as many clients as sequences may run. Each client streams
 one completion after the other; refused with 429, it waits as long as Retry-After says. Clients and service share this
@@ -42,10 +42,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Load:
-    """`clients` that send one request after the other for `seconds`."""
+    """`clients`, who come one by one within `arrive_s`, each sending one request after the other until `seconds`."""
 
     clients: int
     seconds: float
+    arrive_s: float
     output_len: int
 
 
@@ -114,15 +115,19 @@ async def run(url: str, load: Load) -> Seen:
     )
     request = f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
     seen, until = Seen(), time.monotonic() + load.seconds
-    await asyncio.gather(
-        probe(url, until, seen), *(client(url, request, until, seen) for _ in range(load.clients))
-    )
+
+    async def arrive(after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        await client(url, request, until, seen)
+
+    arrivals = [load.arrive_s * at / load.clients for at in range(load.clients)]
+    await asyncio.gather(probe(url, until, seen), *map(arrive, arrivals))
     return seen
 
 
 def client_process(url: str, loads: list[Load], found: Any) -> None:
     """Warms the service up, then puts what is seen at each load into the queue `found`."""
-    asyncio.run(run(url, Load(8, 3.0, 8)))
+    asyncio.run(run(url, Load(8, 3.0, 0.0, 8)))
     for load in loads:
         found.put(asyncio.run(run(url, load)))
         time.sleep(2.0)
@@ -132,7 +137,7 @@ def quantiles_ms(samples: list[float]) -> str:
     """p50 / p99 / largest of samples in seconds, as text in milliseconds."""
     if not samples:
         return "-"
-    cuts = statistics.quantiles(samples, n=100) if len(samples) > 1 else samples * 99
+    cuts = statistics.quantiles(samples, n=100, method="inclusive") if len(samples) > 1 else samples * 99
     return " / ".join(f"{1e3 * value:.0f}" for value in (statistics.median(samples), cuts[98], max(samples)))
 
 
@@ -159,9 +164,14 @@ def main() -> None:
         "--loads", type=float, nargs="+", default=[1, 10, 1], help="clients as multiples of --running"
     )
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument(
+        "--arrive", type=float, default=5.0, help="seconds within which a load's clients come"
+    )
     parser.add_argument("--output-len", type=int, default=100)
     args = parser.parse_args()
-    loads = [Load(round(args.running * load), args.seconds, args.output_len) for load in args.loads]
+    loads = [
+        Load(round(args.running * load), args.seconds, args.arrive, args.output_len) for load in args.loads
+    ]
     settings = {"max_ongoing_requests": args.running, "max_queued_requests": args.waiting}
     context = multiprocessing.get_context("spawn")
     found = context.Queue()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -12,6 +13,11 @@ from qwen3_dist.errors import RequestError
 
 _WINDOW_S = 10.0  # over which ended sequences are counted
 _MOST_RETRY_S = 30
+
+
+def spread(seconds: int) -> int:
+    """A whole number around `seconds`, at least 1: clients refused together should not all come back together."""
+    return random.randint(max(1, seconds // 2), seconds + seconds // 2)
 
 
 class OverloadedError(RequestError):
@@ -61,13 +67,13 @@ class Admission:
         self._ended += num_sequences
 
     def _retry_after_s(self) -> int:
-        """In how many seconds, at the rate of late, those that are in flight will have ended."""
+        """About the seconds in which, at the rate of late, those that are in flight will have ended."""
         now = time.monotonic()
         elapsed = now - self._ended_since
         rate = self._ended / elapsed if elapsed > 0 else 0.0
         if elapsed > _WINDOW_S:
             self._ended, self._ended_since = self._ended / 2, now - elapsed / 2
-        return min(_MOST_RETRY_S, math.ceil(self.in_flight / rate)) if rate else 1
+        return min(_MOST_RETRY_S, spread(math.ceil(self.in_flight / rate))) if rate else 1
 
 
 class Admitted:

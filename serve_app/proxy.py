@@ -13,12 +13,15 @@ from http import HTTPStatus
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.admission import spread
+
 # Serve's setting for a function that returns middlewares of its proxies, and ours for it.
 SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 IMPORT_PATH = "serve_app.proxy.middlewares"
 HOLDS_HEADER = "x-refusal-holds-ms"  # of a refusal; it does not reach clients
 _MOST_PATHS = 64
 _OF_ONE_REQUEST = b"x-request-id"
+_RETRY_AFTER = b"retry-after"
 
 
 def middlewares() -> list[Middleware]:
@@ -50,7 +53,7 @@ class RepeatedRefusals:
             await self._app(scope, receive, self._remembering(scope["path"], send))
             return
         for message in refusal.messages:
-            await send(dict(message))
+            await send(_spread(message))
 
     def _remembering(self, path: str, send: Send) -> Send:
         """`send` for the answer to a request to `path`, which is remembered if it is a refusal that holds."""
@@ -74,3 +77,12 @@ class RepeatedRefusals:
             await send(message)
 
         return watch
+
+
+def _spread(message: Message) -> Message:
+    """A refusal's message as another client is sent it, who is to come back at another time."""
+    headers = [
+        (name, b"%d" % spread(int(value)) if name.lower() == _RETRY_AFTER else value)
+        for name, value in message.get("headers", ())
+    ]
+    return {**message, "headers": headers} if headers else dict(message)

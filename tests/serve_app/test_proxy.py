@@ -53,7 +53,8 @@ def test_a_refusal_that_holds_is_repeated_for_its_path_alone_and_nobody_is_asked
     first, again, other = answers(service, "/v1/completions", "/v1/completions", "/v1/messages")
     assert service.asked == 2
     assert first == (429, {b"retry-after": b"7", b"x-request-id": b"1"}, b"no room")
-    assert again == (429, {b"retry-after": b"7"}, b"no room")
+    status, headers, body = again
+    assert (status, headers.keys(), body) == (429, {b"retry-after"}, b"no room")
     assert other[1][b"x-request-id"] == b"2"
 
 
@@ -70,6 +71,11 @@ def test_a_refusal_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(429, holds_ms=100)
     answers(service, "/v1/completions", "/v1/completions")
     assert service.asked == 2
+
+
+def test_those_refused_together_are_sent_back_at_different_times() -> None:
+    found = answers(Service(429, holds_ms=3_600_000), *["/v1/completions"] * 200)
+    assert {int(headers[b"retry-after"]) for _, headers, _ in found} == set(range(3, 11))  # around 7
 
 
 def test_gets_are_never_refused() -> None:
