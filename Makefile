@@ -49,15 +49,16 @@ check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-# Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels and parity; and all others.
+# Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels and parity; and
+# `check` with all others.
 KERNEL_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py \
 	gpu_steps.py gpu_compiles.py gpu_moves.py gpu_check.py model_parity.py)
 RAY_TESTS := tests/cluster/test_ray_cluster.py \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 
-test: check  ## everything CI runs
-	nice $(BIN)/pytest -q --durations 12 tests/cluster tests/qwen3_dist $(addprefix --ignore=,$(RAY_TESTS) $(KERNEL_TESTS)) \
-		> .venv/tests.log 2>&1 & others=$$!; \
+test: $(READY)  ## everything CI runs
+	{ $(MAKE) check && nice $(BIN)/pytest -q --durations 12 tests/cluster tests/qwen3_dist \
+		$(addprefix --ignore=,$(RAY_TESTS) $(KERNEL_TESTS)); } > .venv/tests.log 2>&1 & others=$$!; \
 	$(BIN)/pytest -q --durations 12 $(RAY_TESTS); ray=$$?; $(BIN)/pytest -q --durations 12 tests/serve_app; serve=$$?; \
 	$(BIN)/pytest -q --durations 12 $(KERNEL_TESTS); kernels=$$?; \
 	wait $$others; rest=$$?; cat .venv/tests.log; exit $$((ray + serve + kernels + rest))

@@ -21,8 +21,8 @@ from qwen3_dist.engine.json_schema import (
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.text.schema_parts import alternatives
-from qwen3_dist.text.tool_call_tags import FUNCTION, FUNCTION_END, PARAMETER
-from qwen3_dist.text.tool_calls_xml import XmlCall
+from qwen3_dist.text.tool_call_tags import CLOSES, FUNCTION, FUNCTION_END, OPENS, PARAMETER
+from qwen3_dist.text.tool_calls import ToolCalls
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
 Json = Mapping[str, Any]
@@ -129,13 +129,14 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
             "the XML form of calls cannot hold anyOf or oneOf at the root of its parameters; "
             "leave it out, or make the tool not strict",
         )
-    schemas = ToolSchemas([{"name": name, "parameters": parameters}])
+    tool = {"name": name, "parameters": parameters}
+    schemas = ToolSchemas([tool])
     required = schemas.arguments(name).required
     rules, parts = [], []
     for index, (key, schema) in enumerate(schemas.arguments(name).properties.items()):
         values = schemas.choices(name, key)
-        texts = [text for value in values if _as_read(schemas, key, text := _xml_text(value)) == [value]]
-        if (values and not texts) or not _as_read(schemas, key, ""):
+        texts = [text for value in values if _as_read(tool, key, text := _xml_text(value)) == [value]]
+        if (values and not texts) or not _as_read(tool, key, ""):
             if key in required or function.get("strict"):
                 raise _unusable(
                     function, f"the XML form of calls cannot hold its parameter {key!r}; rename it"
@@ -167,13 +168,16 @@ def _xml_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
-    """The value that is read where `text` is written for parameter `key` of the tool of `schemas`; [] if none is."""
-    (name,) = schemas.names
-    call = XmlCall(schemas, is_bare=True)
-    call.read(f"{FUNCTION}{name}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}")
-    arguments = json.loads(call.take_arguments() + call.take_rest()) if call.done else {}
-    return [arguments[key]] if arguments.keys() == {key} else []
+def _as_read(tool: Json, key: str, text: str) -> list[Any]:
+    """The value that is read where `text` is written for parameter `key` of `tool`; [] if none is."""
+    reader = ToolCalls("xml", [tool], only_calls=True)
+    written = f"{FUNCTION}{tool['name']}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}"
+    read = reader.push(f"{OPENS}\n{written}\n{CLOSES}") + reader.finish()
+    try:
+        arguments = json.loads("".join(call.arguments for call in read.tool_calls))
+    except json.JSONDecodeError:  # none, several, or one that is not closed
+        return []
+    return [arguments[key]] if arguments.keys() == {key} and not read.content else []
 
 
 _RULES = {"json": _json_rules, "xml": _xml_rules}

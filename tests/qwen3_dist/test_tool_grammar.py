@@ -119,7 +119,7 @@ def test_xml_values_are_held_to_enum_and_const(
     assert walker_of(directory).admits(grammar, CALL.format(PARAMETER.format("city", value))) == allowed
 
 
-@pytest.mark.parametrize("key", ["a>b", "a<b", "a\nb", " a ", "", "<think>", "</parameter>", "a" * 256])
+@pytest.mark.parametrize("key", ["a>b", "a<b", "a\nb", " a ", "", "<think>", "</parameter>"])
 def test_a_name_that_xml_cannot_hold_is_refused_or_left_out_where_it_may(key: str) -> None:
     parameters: dict[str, Any] = {"type": "object", "properties": {key: {"type": "string"}}}
     function = {"name": "now", "parameters": parameters}
