@@ -129,8 +129,7 @@ def client_process(url: str, loads: list[Load], found: Any) -> None:
     """Warms the service up, then puts what is seen at each load into the queue `found`."""
     asyncio.run(run(url, Load(8, 3.0, 0.0, 8)))
     for load in loads:
-        found.put(asyncio.run(run(url, load)))
-        time.sleep(2.0)
+        found.put(asyncio.run(run(url, load)))  # once all of its requests have ended
 
 
 def quantiles_ms(samples: list[float]) -> str:

@@ -54,7 +54,8 @@ _BEYOND_AUTOMATA = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")  # look-around and ref
 _EVERYTHING: tuple[Any, ...] = (True, {})
 _LENIENT: Json = {"lenient": True}
 _DEFINED = re.compile(r"#/(?:\$defs|definitions)/")
-_MOST_MOVED = 64  # parts of a schema; each may be as large as the whole
+_MOST_MOVED = 64  # parts of a schema
+_MOST_WALKED = 10_000  # schemas in it and in what is moved, since a part may be as large as the whole
 _HOLD_TOGETHER = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 _OPPOSITE = {
     "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
@@ -142,9 +143,12 @@ def _gathered(schema: Any) -> Any:
     defined = schema.get("$defs") if isinstance(schema, Mapping) else None
     names: dict[str, str] = {}
     moved: dict[str, Any] = dict(defined) if isinstance(defined, Mapping) else {}
-    pending = [schema]
+    pending, num_walked = [schema], 0
     while pending:
         for _, part in subschemas(pending.pop()):
+            num_walked += 1
+            if names and num_walked > _MOST_WALKED:
+                return schema
             reference = str(part.get("$ref"))
             target: Any = referenced(reference, schema)
             if reference in names or not isinstance(target, Mapping | bool) or _DEFINED.match(reference):

@@ -129,14 +129,13 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
             "the XML form of calls cannot hold anyOf or oneOf at the root of its parameters; "
             "leave it out, or make the tool not strict",
         )
-    tool = {"name": name, "parameters": parameters}
-    schemas = ToolSchemas([tool])
+    schemas = ToolSchemas([{"name": name, "parameters": parameters}])
     required = schemas.arguments(name).required
     rules, parts = [], []
     for index, (key, schema) in enumerate(schemas.arguments(name).properties.items()):
         values = schemas.choices(name, key)
-        texts = [text for value in values if _as_read(tool, key, text := _xml_text(value)) == [value]]
-        if (values and not texts) or not _as_read(tool, key, ""):
+        texts = [text for value in values if _as_read(schemas, key, text := _xml_text(value)) == [value]]
+        if (values and not texts) or not _as_read(schemas, key, ""):
             if key in required or function.get("strict"):
                 raise _unusable(
                     function, f"the XML form of calls cannot hold its parameter {key!r}; rename it"
@@ -168,10 +167,11 @@ def _xml_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _as_read(tool: Json, key: str, text: str) -> list[Any]:
-    """The value that is read where `text` is written for parameter `key` of `tool`; [] if none is."""
-    reader = ToolCalls("xml", [tool], only_calls=True)
-    written = f"{FUNCTION}{tool['name']}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}"
+def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
+    """The value that is read where `text` is written for parameter `key` of the tool of `schemas`; [] if none is."""
+    (name,) = schemas.names
+    reader = ToolCalls("xml", schemas, only_calls=True)
+    written = f"{FUNCTION}{name}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}"
     read = reader.push(f"{OPENS}\n{written}\n{CLOSES}") + reader.finish()
     try:
         arguments = json.loads("".join(call.arguments for call in read.tool_calls))

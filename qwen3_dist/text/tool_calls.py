@@ -46,12 +46,12 @@ class ToolCalls:
     def __init__(
         self,
         form: ToolCallForm,
-        tools: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | ToolSchemas,
         new_id: Callable[[], str] = new_call_id,
         only_calls: bool = False,
     ) -> None:
         """`tools` in OpenAI's form. `only_calls`: all text is calls, so that one cut off early is no content."""
-        self._schemas = ToolSchemas(tools)
+        self._schemas = tools if isinstance(tools, ToolSchemas) else ToolSchemas(tools)
         self._new_id = new_id
         self._form = form
         self._only_calls = only_calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -194,3 +195,17 @@ def test_a_walk_finds_schemas_and_not_their_values() -> None:
         "anyOf.0.items.not",
         "properties.enum",
     ]
+
+
+def test_references_into_parts_that_hold_each_other_do_not_multiply_a_large_schema() -> None:
+    inner: dict[str, Any] = {
+        "type": "object",
+        "properties": {f"p{i}": {"type": "string"} for i in range(4000)},
+    }
+    place, references = "#", {}
+    for depth in range(40):
+        inner = {"type": "object", "properties": {"a": inner}}
+        place += "/properties/a"
+        references[f"r{depth}"] = {"$ref": place}
+    schema = {"type": "object", "properties": {**inner["properties"], **references}}
+    assert len(json.dumps(fitted(schema))) < 2 * len(json.dumps(schema))
