@@ -70,8 +70,8 @@ import os, sys, torch
 from qwen3_dist import host_memory
 x = host_memory.zeros((256 << 20,), torch.uint8, torch.device("cpu"))
 x[: 64 << 20] = 1
-if child := os.fork():
-    print(child, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)  # only now has it run what a fork runs first
 sys.stdin.read()
 """
 
