@@ -172,6 +172,7 @@ def main() -> None:
         Load(round(args.running * load), args.seconds, args.arrive, args.output_len) for load in args.loads
     ]
     settings = {"max_ongoing_requests": args.running, "max_queued_requests": args.waiting}
+    settings["max_num_seqs"] = args.running
     context = multiprocessing.get_context("spawn")
     found = context.Queue()
     with running_service(read_service_config({**settings, "port": PORT, "model_name": "m"})) as service:

@@ -11,6 +11,9 @@ from types import TracebackType
 
 from qwen3_dist.errors import RequestError
 
+# Headers of ours for Serve's proxies, of any answer and of a refusal: see `proxy`.
+LIMIT_HEADER = "x-most-in-flight"
+HOLDS_HEADER = "x-refusal-holds-ms"
 _WINDOW_S = 10.0  # over which ended sequences are counted
 _MOST_RETRY_S = 30
 
@@ -32,6 +35,7 @@ class OverloadedError(RequestError):
             f"{limit} sequences are in flight or wait already; send the request again in {retry_after_s} s",
             status=HTTPStatus.TOO_MANY_REQUESTS,
         )
+        self.limit = limit
         self.retry_after_s = retry_after_s
         self.holds_ms = 100 * retry_after_s
 

@@ -20,6 +20,7 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 # run, Serve goes on replacing lost ones whatever this is.
 _CONSTRUCTOR_TRIES = 1
 _INGRESS_ONGOING_REQUESTS = 10_000
+_CONTROL_CALLS = 100  # at once: of health, ranks, experts; a replica full of requests answers them too
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
 # Serve has no other place for these. Neither deployment ever blocks its event loop, so one loop does what Serve has
@@ -45,8 +46,10 @@ def bind(config: ServiceConfig) -> serve.Application:
     config = dataclasses.replace(config, engine=placement.engine, model_name=config.served_name)
     replicas = serve.deployment(
         name=REPLICA,
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=-1,  # the ingress counts sequences
+        # The ingress refuses what is too much; what it lets through waits in engines. Beyond this number it would wait
+        # in Serve's router, which looks for room twice a second: engines idled while hundreds waited.
+        max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _CONTROL_CALLS,
+        max_queued_requests=-1,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
         ray_actor_options={**placement.actor_options, "runtime_env": _SERVE_SETTINGS},
         placement_group_bundles=placement.bundles,

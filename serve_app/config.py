@@ -42,7 +42,7 @@ class ServiceConfig:
         "requests in flight per replica that scaling aims for; null: 16, or max_ongoing_requests if that is less",
     )
     max_ongoing_requests: int = setting(
-        256, "requests a replica holds at once, each choice of each prompt counted; more wait at the ingress"
+        256, "requests in flight that each replica adds to the limit, each choice of each prompt counted"
     )
     upscale_delay_s: float = setting(10.0, "seconds of high load before a replica is added")
     downscale_delay_s: float = setting(300.0, "seconds of low load before a replica is removed")
@@ -56,7 +56,7 @@ class ServiceConfig:
     placement_timeout_s: float = setting(120.0, "longest wait for the cluster to make room for a replica")
     max_request_mib: float = setting(16.0, "largest HTTP request body in MiB")
     max_queued_requests: int = setting(
-        1000, "requests that may wait at the ingress, counted likewise; more are answered 429"
+        1000, "requests in flight beyond those, counted likewise; more are answered 429"
     )
     request_timeout_s: float = setting(
         0.0, "longest time a request may take, then it is answered 408; 0: any"

@@ -19,15 +19,12 @@ from ray.serve.handle import DeploymentHandle
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.garbage import exempt_present_objects
-from serve_app.admission import Admission
-from serve_app.answers.messages import message_error
+from serve_app.admission import LIMIT_HEADER, Admission
 from serve_app.answers.models import Models
 from serve_app.config import ServiceConfig
 from serve_app.dispatch import Dispatcher
 from serve_app.draining import Draining
 from serve_app.http import (
-    ANTHROPIC,
-    ErrorForm,
     check_admin_key,
     check_key,
     is_anthropic,
@@ -68,13 +65,7 @@ Heard = Callable[[Items], Items]
 _LARGE_BODY = 2**16  # bytes that are not read on the event loop
 _REBALANCE = "/v1/cluster/experts/rebalance"
 
-# What errors look like by path, where that is not OpenAI's object.
-ERROR_FORMS: dict[str, ErrorForm] = {
-    "/v1/messages": message_error,
-    "/v1/messages/count_tokens": message_error,
-    ANTHROPIC: message_error,  # where Anthropic's clients ask for anything else
-}
-api = make_api(ERROR_FORMS)
+api = make_api()
 
 
 @serve.ingress(api)
@@ -254,11 +245,18 @@ class Ingress:
             status, first = opening or (HTTPStatus.OK, COMMENT)
             patience_s = self._config.write_timeout_s
             if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
-                return EventStream(first, items, request.error_events, patience_s, held.pop_all())
+                return self._limited(
+                    EventStream(first, items, request.error_events, patience_s, held.pop_all())
+                )
             await items.aclose()
         if len(first) > PIECE:
-            return LargeResponse(first, status, patience_s)
-        return json_response(first, status)
+            return self._limited(LargeResponse(first, status, patience_s))
+        return self._limited(json_response(first, status))
+
+    def _limited(self, response: Response) -> Response:
+        """An answer that tells Serve's proxies how many requests may be in flight."""
+        response.headers[LIMIT_HEADER] = str(self._most_in_flight())
+        return response
 
     async def _longest(self) -> int | None:
         """Most tokens of prompt and answer together, as a replica says it, once."""

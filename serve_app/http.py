@@ -20,19 +20,17 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
-from serve_app.admission import OverloadedError
+from serve_app.admission import HOLDS_HEADER, LIMIT_HEADER, OverloadedError
 from serve_app.docs_page import add_docs
+from serve_app.error_forms import ANTHROPIC, error_form
 from serve_app.failures import failed
-from serve_app.protocol.errors import error_object, error_status, to_json
-from serve_app.proxy import HOLDS_HEADER
+from serve_app.protocol.errors import error_status, to_json
 from serve_app.sending import watch_sending
 
 logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
 _KEYLESS = ("/health", "/version")
 _ID_LENGTH = 128  # of a request's id that its client chose
-ANTHROPIC = "anthropic-version"  # the header that all of Anthropic's clients send
-ErrorForm = Callable[[Exception], Mapping[str, Any]]
 Gate = Callable[[Request], None]
 
 
@@ -63,10 +61,8 @@ def ask_deployment(request: Request) -> None:
     deployment.let_in(request)
 
 
-def make_api(error_forms: Mapping[str, ErrorForm], gate: Gate = ask_deployment) -> Api:
-    """An application without routes. Errors take the form their path has in `error_forms`, or the header ANTHROPIC if
-    the request has it, else OpenAI's.
-    """
+def make_api(gate: Gate = ask_deployment) -> Api:
+    """An application without routes. Errors take the form of the request's API."""
     api = Api(
         title="qwen3_dist",
         description="OpenAI-compatible inference for Qwen3.",
@@ -76,8 +72,7 @@ def make_api(error_forms: Mapping[str, ErrorForm], gate: Gate = ask_deployment) 
     add_docs(api)
 
     def refuse(request: Request, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-        otherwise = error_forms.get(ANTHROPIC, error_object) if is_anthropic(request) else error_object
-        form = error_forms.get(route_path(request), otherwise)
+        form = error_form(request.scope["path"], is_anthropic(request))
         return json_response(form(error), error_status(error), headers or error_headers(error))
 
     async def answer_error(request: Request, error: Exception) -> Response:
@@ -113,7 +108,8 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
     """What clients are told of `error` beside its body: above all whether and when to try again."""
     status = error_status(error)
     if isinstance(error, OverloadedError):
-        return {"retry-after": str(error.retry_after_s), HOLDS_HEADER: str(error.holds_ms)}
+        told = {"retry-after": error.retry_after_s, HOLDS_HEADER: error.holds_ms, LIMIT_HEADER: error.limit}
+        return {name: str(value) for name, value in told.items()}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return {"retry-after": str(getattr(error, "retry_after_s", 1))}
     if status == HTTPStatus.REQUEST_TIMEOUT:  # which clients would send again by themselves

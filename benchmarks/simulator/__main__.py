@@ -123,7 +123,7 @@ def simulated(cost: FittedCost, config: EngineConfig, requests: list[Request]) -
     assert config.num_blocks is not None
     limits = SchedulerLimits.of(config, "cpu", config.num_blocks)
     replica = ReplicaConfig(config.num_blocks, limits, config.block_size, depth=1)
-    return simulate(ServiceSimulation(replica, max_ongoing_requests=1 << 30), cost, requests)
+    return simulate(ServiceSimulation(replica), cost, requests)
 
 
 def compared(share: float, rate: float, real: RealRun, outcome: Outcome, cost: FittedCost) -> dict[str, Any]:

@@ -105,11 +105,6 @@ class Replica:
         elif not self._durations:
             self.proceed(now_s)
 
-    def accept(self, request: Request) -> None:
-        """Takes a request between `finish_step` and `proceed`."""
-        self.ongoing += 1
-        self._inbox.append(request)
-
     def finish_step(self, now_s: float) -> int:
         """Ends the step that `next_event_s` names; returns how many requests finished."""
         if self._stretch is not None:

@@ -58,7 +58,6 @@ def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
         "replicas": _replicas(outcome),
         "prefix_hits": {"tokens": cached, "share": round(cached / prompt, 4) if prompt else 0.0},
         "preemptions": outcome.counts.preemptions,
-        "most_waiting_at_ingress": outcome.most_waiting,
         "simulation": {
             "devices": _most_devices(outcome),
             "steps": outcome.steps,

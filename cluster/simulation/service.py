@@ -1,7 +1,6 @@
 """The service: requests come, are routed to replicas, and replicas come and go with the load.
 
-Routing is Ray Serve's: of two replicas chosen at random the one with fewer ongoing requests; where both are
-full the request waits at the ingress, and the first in line goes to the first replica with room.
+Routing is Ray Serve's: of two replicas chosen at random the one with fewer ongoing requests, whose engine it waits in.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import heapq
 import random
 import time
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -34,15 +32,12 @@ class ServiceSimulation:
     replica: ReplicaConfig
     autoscaling: AutoscalingConfig = field(default_factory=AutoscalingConfig)
     start_up_s: float = 60.0
-    max_ongoing_requests: int = 256
     max_devices: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.start_up_s >= 0:
             raise ConfigError(f"start_up_s must not be negative, not {self.start_up_s:g}")
-        if self.max_ongoing_requests < 1:
-            raise ConfigError(f"max_ongoing_requests must be at least 1, not {self.max_ongoing_requests}")
         most = self.autoscaling.max_replicas * self.replica.num_devices
         if self.max_devices is not None and most > self.max_devices:
             raise ConfigError(
@@ -76,7 +71,6 @@ class Outcome:
     counts: SchedulerCounts  # of all schedulers together
     end_s: float = 0.0  # when the last request finished
     refused: int = 0  # requests whose prompt fills the cache or the context
-    most_waiting: int = 0  # at the ingress
     steps: int = 0  # of replicas, those skipped over included
     events: int = 0  # arrivals, stretches of steps, readings of the load, changes of replicas
     wall_s: float = 0.0
@@ -110,8 +104,7 @@ class _Service:
         self._replicas: dict[int, Replica] = {}  # all that hold devices
         self._running: list[Replica] = []
         self._starting: list[Replica] = []
-        self._waiting: deque[Request] = deque()
-        self._ongoing = 0  # requests in replicas and at the ingress
+        self._ongoing = 0  # requests in replicas
         self._next_index = 0
         config = simulation.autoscaling
         self._autoscaler = Autoscaler(config)
@@ -155,35 +148,24 @@ class _Service:
             self._outcome.refused += 1
             return
         self._change_ongoing(1, request.arrival_s)
-        replica = None if self._waiting else self._route()
-        if replica is None:
-            self._waiting.append(request)
-            self._outcome.most_waiting = max(self._outcome.most_waiting, len(self._waiting))
-            return
+        replica = self._route()
         replica.submit(request, request.arrival_s)
         self._await_step(replica)
 
-    def _route(self) -> Replica | None:
-        """Power of two choices; None if both are full."""
+    def _route(self) -> Replica:
+        """Power of two choices."""
         running = self._running
-        if not running:
-            return None
-        chosen = running[0]
-        if len(running) > 1:
-            first = self._rng.randrange(len(running))
-            second = self._rng.randrange(len(running) - 1)
-            other = running[second + (second >= first)]
-            chosen = min(running[first], other, key=lambda replica: replica.ongoing)
-        return chosen if chosen.ongoing < self._simulation.max_ongoing_requests else None
+        if len(running) == 1:
+            return running[0]
+        first = self._rng.randrange(len(running))
+        second = self._rng.randrange(len(running) - 1)
+        other = running[second + (second >= first)]
+        return min(running[first], other, key=lambda replica: replica.ongoing)
 
     def _step(self, replica: Replica, now_s: float) -> None:
         finished = replica.finish_step(now_s)
         if finished:
             self._change_ongoing(-finished, now_s)
-            while self._waiting and replica.ongoing < self._simulation.max_ongoing_requests:
-                if replica not in self._running:
-                    break  # it drains
-                replica.accept(self._waiting.popleft())
         replica.proceed(now_s)
         self._await_step(replica)
         if replica.next_event_s is None and replica not in self._running:
@@ -196,9 +178,6 @@ class _Service:
             return  # stopped while it started
         self._starting.remove(replica)
         self._running.append(replica)
-        while self._waiting and replica.ongoing < self._simulation.max_ongoing_requests:
-            replica.submit(self._waiting.popleft(), now_s)
-        self._await_step(replica)
         self._note_replicas(now_s)
 
     def _rescale(self, now_s: float) -> None:

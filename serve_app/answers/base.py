@@ -3,7 +3,7 @@
 A new API is three things. A module in `protocol` with a subclass of GenerationRequest (mostly of ChatRequest,
 whose fields `chat_fields` reads from a body translated to chat's words) and a function from body to it.
 A subclass of Answer here, which the request's `answer` returns. A route in `deployments.Ingress`, and in
-`ERROR_FORMS` there what its errors look like, where that is not OpenAI's object.
+`error_forms` what its errors look like, where that is not OpenAI's object.
 """
 
 from __future__ import annotations

@@ -72,7 +72,6 @@ def _add_replicas(group: Any) -> None:
     )
     for name, kind, what in (
         ("target-ongoing-requests", float, "requests in flight per replica that scaling aims for"),
-        ("max-ongoing-requests", int, "requests a replica holds at once; more wait at the ingress"),
         ("upscale-delay-s", float, "seconds of high load before a replica is added"),
         ("downscale-delay-s", float, "seconds of low load before a replica is removed"),
         ("metrics-interval-s", float, "seconds between two readings of the load"),
@@ -165,7 +164,6 @@ def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
         _replica(args, cost),
         scaling,
         args.start_up_s,
-        args.max_ongoing_requests,
         room * cost.layout.world,
         args.seed,
     )

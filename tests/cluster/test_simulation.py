@@ -176,13 +176,6 @@ def test_output_ends_where_the_context_does() -> None:
     assert list(outcome.recorder.output_lens) == [10]
 
 
-def test_requests_wait_at_the_ingress_while_replicas_are_full() -> None:
-    simulation = replace(service(), max_ongoing_requests=1)
-    outcome = simulate(simulation, Linear(), [Request(0.0, 50, 1), Request(0.5, 50, 1), Request(0.6, 50, 1)])
-    assert outcome.most_waiting == 2
-    assert times(outcome) == approx((0.0, 1.5, 1.5), (0.5, 3.0, 3.0), (0.6, 4.5, 4.5))
-
-
 def test_of_two_replicas_the_one_with_fewer_requests_is_chosen() -> None:
     requests = [Request(0.1 * i, 50, 1) for i in range(4)]
     outcome = simulate(service(replicas=2), Linear(), requests)

@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 
 from qwen3_dist.errors import RequestError
 from serve_app.admission import OverloadedError
-from serve_app.answers.messages import message_error
 from serve_app.config import ServiceConfig, read_service_config
 from serve_app.http import check_admin_key, check_key, error_headers, make_api, read_body
 
@@ -94,7 +93,7 @@ def test_a_refused_request_is_answered_before_its_body_is_read_in_the_form_of_it
         async def send(message: Any) -> None:
             sent.append(message)
 
-        await make_api({"/v1/messages": message_error}, gate)({**request(path).scope}, receive, send)
+        await make_api(gate)({**request(path).scope}, receive, send)
         return sent
 
     for path, kind in (("/v1/completions", "invalid_request_error"), ("/v1/messages", "rate_limit_error")):
@@ -148,7 +147,7 @@ def test_an_unforeseen_error_has_the_form_of_its_api(path: str, kind: str, prefi
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post(prefix + path, headers={"x-request-id": "id-of-it"})
 
-    api = make_api({"/v1/messages": message_error}, gate=lambda _: None)
+    api = make_api(gate=lambda _: None)
     api.add_route(path, fail, methods=["POST"])
     answer = asyncio.run(ask())
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, kind)
@@ -164,7 +163,7 @@ def test_a_method_that_a_path_has_not_is_405_and_told_all_that_it_has() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.put("/v1/thing/1")
 
-    api, routes = make_api({}, gate=lambda _: None), APIRouter()
+    api, routes = make_api(gate=lambda _: None), APIRouter()
     routes.get("/v1/thing/{name}")(answer)
     api.delete("/v1/thing/{name}")(answer)
     api.include_router(routes)  # as Serve does with those of a deployment's class

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from ray import serve
 
-from serve_app.app import build_app
+from serve_app.app import REPLICA, build_app
 from tests.checkpoints import write_reader
 from tests.serve_app.support import SETTINGS, error_of, wait_for
 
@@ -141,6 +141,27 @@ def test_more_requests_than_may_wait_are_429_and_those_that_wait_are_answered(li
         if answer.status_code == 429:
             assert error_of(answer, 429)["code"] == "rate_limit_exceeded"
             assert int(answer.headers["retry-after"]) > 0
+
+
+def test_what_waits_waits_in_the_engine(limited: str) -> None:
+    """Serve's router would look for room twice a second, and engines would idle."""
+
+    async def crowd() -> None:
+        replicas = serve.get_deployment_handle(REPLICA, NAME)
+        await replicas.stats.remote()  # a handle's first call takes longer than a request may
+        async with httpx.AsyncClient(base_url=limited, timeout=60, headers=BEARER) as client:
+            async with client.stream("POST", COMPLETIONS, json={**ENDLESS, "stream": True}) as running:
+                lines = running.aiter_lines()
+                assert (await anext(lines)).startswith("data:")
+                waiting = asyncio.create_task(client.post(COMPLETIONS, json={**ENDLESS, "n": 1}))
+                in_engine = 0
+                while in_engine <= ENDLESS["n"] and not waiting.done():
+                    (stats,) = await replicas.broadcast("stats").results_async()
+                    in_engine = stats.num_running + stats.num_waiting
+                assert in_engine == ENDLESS["n"] + 1
+                waiting.cancel()
+
+    asyncio.run(crowd())
 
 
 def test_documents_are_ranked_and_scored(friend: httpx.Client) -> None:
