@@ -9,7 +9,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m qwen3_dist.kernels
+	$(BIN)/python -m qwen3_dist.ops.cpu
 	touch $(READY)
 
 install: $(READY)  ## create .venv with the pinned versions

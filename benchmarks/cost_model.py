@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import RESULTS, machine
-from cluster.burst import BurstPoint
-from cluster.calibrate import calibrate
+from cluster.calibration.calibrate import calibrate
 from cluster.hardware import Cluster, as_dict, read_cluster
-from cluster.sweep import SweepFolder, SweepWorkload, run_sweep
-from cluster.sweep_report import Row, make_rows, order_agreement
+from cluster.planning.burst import BurstPoint
+from cluster.sweep.report import Row, make_rows, order_agreement
+from cluster.sweep.run import SweepFolder, SweepWorkload, run_sweep
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 

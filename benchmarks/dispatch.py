@@ -25,14 +25,14 @@ from torch import Tensor
 from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import keep
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.inputs import StepInputs
-from qwen3_dist.engine.plan import StepPlan
-from qwen3_dist.kernels import kernels_for
+from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout, even_ranges
-from qwen3_dist.model import TransformerBlock
+from qwen3_dist.model.transformer import TransformerBlock
+from qwen3_dist.ops.kernels import kernels_for
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.protocol.step_plan import StepPlan
+from qwen3_dist.worker.inputs import StepInputs
 
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 

@@ -18,12 +18,12 @@ import torch
 
 from benchmarks.record import keep
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.engine.grammar import compile_grammar
-from qwen3_dist.engine.grammar_matcher import Grammars
-from qwen3_dist.engine.tool_grammar import tool_call_grammar
 from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.structured.grammar import compile_grammar
+from qwen3_dist.structured.tool_grammar import tool_call_grammar
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 
 PERSON: dict[str, Any] = {
     "type": "object",

@@ -25,8 +25,8 @@ from urllib.parse import urlparse
 from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import keep
 from qwen3_dist import LLM, SamplingParams
-from serve_app.config import read_service_config
-from serve_app.launch import running_service
+from serve_app.launch.service import running_service
+from serve_app.settings import read_service_config
 
 INPUT_LEN = 16
 TURNS = 3

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.record import keep
-from qwen3_dist.kernels import Kernels, Weights, kernels_for
-from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.gathered_attention import gathered_attention
-from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.model.linear import as_int8
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.kernels import Kernels, Weights, kernels_for
+from qwen3_dist.ops.torch_attention import gathered_attention
 
 SHAPES = [(6144, 1024), (1024, 3072)]
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 64, 256)

@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 from benchmarks.record import keep
-from serve_app.config import read_service_config
-from serve_app.launch import running_service
+from serve_app.launch.service import running_service
+from serve_app.settings import read_service_config
 
 PORT = 8794
 _PROBE_EVERY_S = 0.25

@@ -11,10 +11,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, replace
 
-from cluster.cost_model import CostModel, StepShape
 from cluster.hardware import PRESETS, Cluster
-from cluster.official import find_config
-from cluster.planner import PlanRequest, cycle_times
+from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.official import find_config
+from cluster.planning.planner import PlanRequest, cycle_times
 from qwen3_dist.layout import Layout
 
 # 96 GB, 4.0 TB/s, 148 TFLOP/s of dense bf16, NVLink as H100: NVIDIA's export variant of it.

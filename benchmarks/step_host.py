@@ -23,12 +23,12 @@ import torch
 
 from benchmarks.record import keep
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.inputs import StepInputs
-from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Scheduler
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.sampling_params import SamplingParams
+from qwen3_dist.worker.inputs import StepInputs
 
 _BLOCK_SIZE = 16
 _STEPS = 60

@@ -16,12 +16,12 @@ from typing import Any
 import ray
 
 from benchmarks.record import keep, microseconds
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
-from qwen3_dist.executor.channel import connect
-from qwen3_dist.executor.launcher import Launcher
-from qwen3_dist.executor.messages import Hello, Loaded, RankSpec, Ready
-from qwen3_dist.executor.rank_group import RankGroupExecutor
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.rank_group import RankGroupExecutor
 from qwen3_dist.layout import Layout
+from qwen3_dist.protocol.channel import connect
+from qwen3_dist.protocol.messages import Hello, Loaded, RankSpec, Ready
+from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 
 

@@ -17,7 +17,7 @@ _HOMES = {
     "ModelConfig": "qwen3_dist.config",
     "Layout": "qwen3_dist.layout",
     "EngineConfig": "qwen3_dist.settings",
-    "RequestOutput": "qwen3_dist.engine.outputs",
+    "RequestOutput": "qwen3_dist.protocol.outputs",
 }
 __all__ = ["LLM", "EngineConfig", "Layout", "ModelConfig", "RequestOutput", "SamplingParams", "__version__"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3_dist.engine.engine import Engine
-from qwen3_dist.engine.outputs import EngineStats
 from qwen3_dist.machine import hardware, peak_memory_mib, versions
+from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.sampling_params import SamplingParams
 
 

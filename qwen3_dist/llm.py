@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine
-from qwen3_dist.engine.outputs import CompletionOutput, RequestOutput, TokenDelta
-from qwen3_dist.engine.placements import ExpertLoad
-from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import Bar, progress_bar
+from qwen3_dist.protocol.outputs import CompletionOutput, RequestOutput, TokenDelta
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
 from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join

@@ -9,10 +9,10 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
-from serve_app.config import ServiceConfig, read_service_config
-from serve_app.deployments import Ingress
+from serve_app.ingress.deployment import Ingress
 from serve_app.placement import place
-from serve_app.replica import EngineReplica
+from serve_app.replica.deployment import EngineReplica
+from serve_app.settings import ServiceConfig, read_service_config
 
 INGRESS, REPLICA = "Ingress", "EngineReplica"
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)

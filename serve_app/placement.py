@@ -11,9 +11,9 @@ import math
 from dataclasses import dataclass
 
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.ray_ranks import choose_device, cluster_resources, rank_bundles, ranks_per_host
+from qwen3_dist.launch.ray_ranks import choose_device, cluster_resources, rank_bundles, ranks_per_host
 from qwen3_dist.settings import EngineConfig
-from serve_app.config import ServiceConfig
+from serve_app.settings import ServiceConfig
 
 # All engines together reserve at most this share of the CPUs; `rank_bundles` leaves room for it.
 _ENGINE_SHARE = 0.1

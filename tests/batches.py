@@ -6,9 +6,9 @@ from itertools import accumulate
 
 import torch
 
-from qwen3_dist.engine.inputs import StepInputs
-from qwen3_dist.engine.plan import StepPlan
-from qwen3_dist.layers.batch import StepBatch
+from qwen3_dist.ops.batch import StepBatch
+from qwen3_dist.protocol.step_plan import StepPlan
+from qwen3_dist.worker.inputs import StepInputs
 
 
 def random_batch(

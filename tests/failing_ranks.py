@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen3_dist.engine.runner import ModelRunner
-from qwen3_dist.executor import rank
-from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.rank import rank_main
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.protocol.messages import RankSpec
+from qwen3_dist.worker import rank
+from qwen3_dist.worker.rank import rank_main
+from qwen3_dist.worker.runner import ModelRunner
 
 
 def rank_1_runs_out_of_memory(spec: RankSpec) -> None:

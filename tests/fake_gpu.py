@@ -212,13 +212,13 @@ def observe(
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
     from qwen3_dist.config import ModelConfig
-    from qwen3_dist.engine import kv_cache
-    from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
-    from qwen3_dist.engine.runner import ModelRunner
-    from qwen3_dist.executor.shard import MemoryShare, count_blocks
     from qwen3_dist.layout import Layout
     from qwen3_dist.pooling_params import PoolingParams
+    from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
     from qwen3_dist.settings import EngineConfig
+    from qwen3_dist.worker import kv_cache
+    from qwen3_dist.worker.runner import ModelRunner
+    from qwen3_dist.worker.shard import MemoryShare, count_blocks
     from tests.fake_rank import built_model, without_numbers
     from tests.setups import setup
 

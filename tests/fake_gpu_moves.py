@@ -14,11 +14,11 @@ from torch import Tensor
 
 from benchmarks.compare.checkpoints import SHAPES
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.expert_moves import Reading
-from qwen3_dist.kernels import gpu
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.cuda import kernels as gpu
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.worker.expert_moves import Reading
 from tests.fake_gpu import fake_gpu
 
 

@@ -9,12 +9,12 @@ from unittest.mock import patch
 import torch
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine import backends
-from qwen3_dist.engine.runner import ModelRunner, StepOutput
-from qwen3_dist.kernels import gpu
-from qwen3_dist.layers import gpu_attention
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.cuda import attention as gpu_attention
+from qwen3_dist.ops.cuda import kernels as gpu
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.worker import backends
+from qwen3_dist.worker.runner import ModelRunner, StepOutput
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from qwen3_dist.engine.plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.kernels import compiles
 from qwen3_dist.layout import Layout
+from qwen3_dist.ops.cuda import compiles
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
 from tests.fake_gpu import connected, fake_gpu
 from tests.fake_rank import built_model, without_numbers
 from tests.setups import setup
@@ -130,9 +130,9 @@ def serve(
     """Variants of each kernel when the rank is ready, and how many more each later step compiled."""
     from benchmarks.compare.checkpoints import SHAPES
     from qwen3_dist.config import ModelConfig
-    from qwen3_dist.engine.runner import ModelRunner
     from qwen3_dist.settings import EngineConfig
     from qwen3_dist.speculation import Speculation
+    from qwen3_dist.worker.runner import ModelRunner
 
     config = ModelConfig.from_dict({**SHAPES[model], "num_hidden_layers": 1})
     with fake_gpu(card, watched=False), without_numbers():

@@ -6,16 +6,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-from qwen3_dist.engine.grammar_matcher import Grammars
-from qwen3_dist.executor import rendezvous
-from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.rank import rank_main
-from qwen3_dist.layers import feed_forward
-from qwen3_dist.layers.feed_forward import MoEFeedForward
+from qwen3_dist.model import feed_forward
+from qwen3_dist.model.feed_forward import MoEFeedForward
 from qwen3_dist.parallel.dispatch import DispatchOptions
+from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.weights import source
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.loader import ExpertReader
+from qwen3_dist.worker import rendezvous
+from qwen3_dist.worker.rank import rank_main
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 
 
 def rank_that_reads_when_told(spec: RankSpec) -> None:

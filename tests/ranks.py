@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qwen3_dist.executor.processes import Nursery
+from qwen3_dist.launch.processes import Nursery
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.context import ParallelContext
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence as Items
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.scheduler import Scheduler
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.speculation import Speculation
 

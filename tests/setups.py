@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
 
 
 def setup(**changes: Any) -> SamplingSetup:

@@ -12,11 +12,10 @@ from unittest.mock import patch
 
 import torch
 
-from qwen3_dist.engine import kv_cache
-from qwen3_dist.executor import cards
-from qwen3_dist.executor.cards import Card
-from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.rank import rank_main
+from qwen3_dist.protocol.card import Card
+from qwen3_dist.protocol.messages import RankSpec
+from qwen3_dist.worker import cards, kv_cache
+from qwen3_dist.worker.rank import rank_main
 
 CARD_BYTES = 8 << 20
 

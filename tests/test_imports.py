@@ -13,37 +13,121 @@ import pytest
 
 NEEDED = ("torch", "safetensors", "jinja2")  # and tokenizers, of whose requirements none is used
 ROOT = Path(__file__).parent.parent
-FORBIDDEN = {"qwen3_dist": {"cluster", "serve_app"}, "cluster": {"serve_app"}, "serve_app": set()}
-TORCH_FREE = ["errors", "config", "layout", "sampling_params", "settings", "speculation", "adapters"]
-TORCH_FREE += [f"engine.{name}" for name in ("plan", "outputs", "sequence", "block_manager", "drafts")]
-TORCH_FREE += ["engine.scheduler", "engine.scheduler_limits"]
+PACKAGES = ("qwen3_dist", "cluster", "serve_app")
+# Packages and modules, each of which imports only itself and those above it. A module's room is the longest name here
+# that fits it; modules of `qwen3_dist` that are not named are values, the first room.
+ROOMS = (
+    "qwen3_dist",
+    "qwen3_dist.protocol",
+    "qwen3_dist.text",
+    "qwen3_dist.structured",
+    "qwen3_dist.ops",
+    "qwen3_dist.parallel",
+    "qwen3_dist.model",
+    "qwen3_dist.weights",
+    "qwen3_dist.model.reference",
+    "qwen3_dist.worker",
+    "qwen3_dist.launch",
+    "qwen3_dist.engine",
+    "qwen3_dist.llm",
+    "qwen3_dist.benchmark",
+    "cluster",
+    "cluster.planning",
+    "cluster.calibration",
+    "cluster.sweep",
+    "cluster.simulation",
+    "serve_app.settings",
+    "serve_app.failures",
+    "serve_app.apis.shared",
+    "serve_app.apis.chat",
+    "serve_app.apis.completions",
+    "serve_app.apis.tokens",
+    "serve_app.apis",
+    "serve_app.apis.responses",
+    "serve_app.apis.messages",
+    "serve_app.apis.error_forms",
+    "serve_app.placement",
+    "serve_app.replica",
+    "serve_app.ingress",
+    "serve_app.app",
+    "serve_app.launch",
+    "serve_app.cli",
+    "serve_app",
+)
+# Rooms and modules that a process without torch or Ray can import.
+TORCH_FREE = [
+    "errors",
+    "config",
+    "layout",
+    "sampling_params",
+    "settings",
+    "speculation",
+    "adapters",
+    "expert_placement",
+]
+TORCH_FREE += ["protocol", "text", "structured"]
+TORCH_FREE += [
+    f"engine.{name}" for name in ("sequence", "block_manager", "drafts", "scheduler", "request_queue")
+]
 
 
-def imported(file: Path) -> set[str]:
-    """Top-level packages that `file` imports, anywhere in it."""
+def modules(package: str) -> list[str]:
+    """All modules of a package, by file."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    return [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files
+    ]
+
+
+EVERYTHING = {name for package in PACKAGES for name in modules(package)}
+
+
+def file_of(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def imports(module: str) -> set[str]:
+    """What `module` imports, anywhere in it: our modules by their whole names, others by their packages'."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file_of(module).read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
-    return names
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & EVERYTHING or {node.module}
+    return {name if name in EVERYTHING else name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_arrows_between_packages_go_one_way(package: str) -> None:
-    for file in (ROOT / package).rglob("*.py"):
-        assert not imported(file) & FORBIDDEN[package], file
+def room(module: str) -> int:
+    """The place in ROOMS of the room that `module` lies in."""
+    fitting = [name for name in ROOMS if module == name or module.startswith(f"{name}.")]
+    return ROOMS.index(max(fitting, key=len))
+
+
+@pytest.mark.parametrize("module", sorted(EVERYTHING - {"qwen3_dist"}))
+def test_a_module_imports_only_its_own_room_and_those_above_it(module: str) -> None:
+    below = {name for name in imports(module) & EVERYTHING if room(name) > room(module)}
+    assert not below, f"{module} imports {below}, which comes after it in ROOMS"
+
+
+def test_every_room_has_a_module() -> None:
+    assert {room(module) for module in EVERYTHING} == set(range(len(ROOMS)))
+
+
+def test_the_driver_never_touches_a_tensor() -> None:
+    assert not {name for name in EVERYTHING if ".engine." in name and "torch" in imports(name)}
 
 
 def test_ray_is_imported_only_where_ranks_are_placed() -> None:
-    users = {file.name for file in (ROOT / "qwen3_dist").rglob("*.py") if "ray" in imported(file)}
-    assert users == {"ray_ranks.py"}
+    users = {module for module in modules("qwen3_dist") if "ray" in imports(module)}
+    assert users == {"qwen3_dist.launch.ray_ranks"}
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_the_scheduler_and_the_values_need_no_torch(module: str) -> None:
-    code = f"import sys, qwen3_dist.{module}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    inner = [name for name in modules("qwen3_dist") if f"{name}.".startswith(f"qwen3_dist.{module}.")]
+    code = f"import sys, {', '.join(inner)}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

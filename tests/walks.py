@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_dist.engine.grammar_matcher import Grammars, Matcher
 from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars, Matcher
 
 REPO = Path(__file__).resolve().parents[1]
 BUNDLED = REPO / "qwen3_dist" / "bundled"

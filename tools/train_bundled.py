@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from qwen3_dist.text.chat_template import ChatTemplate
 
 ROOT = Path(__file__).resolve().parent.parent

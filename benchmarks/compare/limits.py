@@ -12,7 +12,7 @@ from multiprocessing.synchronize import Barrier
 import torch
 
 from benchmarks.compare.workload import Row
-from cluster.memory import active_parameters, total_parameters
+from cluster.planning.memory import active_parameters, total_parameters
 from qwen3_dist.config import ModelConfig
 
 _BYTES = 2  # of a bf16 weight

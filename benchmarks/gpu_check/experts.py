@@ -22,10 +22,10 @@ from benchmarks.gpu_check.models import (
     small_reference,
 )
 from benchmarks.gpu_check.parity import MOST_ERROR, parity
-from qwen3_dist.executor.processes import shared_nursery
-from qwen3_dist.kernels import gpu_kernels_for
-from qwen3_dist.layers import experts as layer
-from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.launch.processes import shared_nursery
+from qwen3_dist.model import experts as layer
+from qwen3_dist.model.linear import as_int8
+from qwen3_dist.ops.kernels import gpu_kernels_for
 
 _ROWS = (1, 8, 32, 256, 1024, 4096)
 _MOST_ERROR = {"int8": 0.03, "as they are": 0.01}  # relative, of the norm

@@ -21,7 +21,7 @@ from benchmarks.gpu_check.check import CheckFailed, CheckSkipped, Figures, Plann
 from benchmarks.gpu_check.models import generate, running, shape_only, small_checkpoint, small_shape
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.errors import QwenDistError
-from qwen3_dist.executor.launcher import Launcher
+from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.sampling_params import SamplingParams
 
 _ARRIVES_WITHIN_S = 15.0

@@ -21,7 +21,7 @@ from benchmarks.gpu_check.models import (
     small_checkpoint,
 )
 from qwen3_dist.engine.engine import Engine
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.sampling_params import SamplingParams
 
 _BATCHES = (1, 2, 3, 5, 8, 17, 33)

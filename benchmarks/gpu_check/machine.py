@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from qwen3_dist.protocol.cards import why_no_gpu
 
 from benchmarks.gpu_check.check import CheckFailed, Figures, PlannedCheck, Setting
-from qwen3_dist.executor.cards import why_no_gpu
 from qwen3_dist.machine import hardware, versions
 
 _USED = ("triton", "ray", "transformers", "pydantic_core", "flash_attn_interface")

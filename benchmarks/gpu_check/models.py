@@ -17,9 +17,9 @@ import torch
 from benchmarks.compare.checkpoints import SHAPES, written
 from benchmarks.gpu_check.check import CheckFailed, Figures, Setting
 from qwen3_dist.engine.engine import Engine
-from qwen3_dist.engine.outputs import TokenLogprob
 from qwen3_dist.layout import Layout
-from qwen3_dist.reference import ReferenceModel, load_reference
+from qwen3_dist.model.reference import ReferenceModel, load_reference
+from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
 

@@ -29,7 +29,7 @@ from benchmarks.gpu_check.models import A3B, running, shape_only, small_checkpoi
 from benchmarks.gpu_check.on_ranks import compare_collectives
 from benchmarks.gpu_check.parity import parity
 from qwen3_dist.benchmark import Workload, measure
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 
 _READY_WITHIN_S = 90.0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check.check import CheckFailed, Figures, Setting
 from benchmarks.gpu_check.experts import microseconds
-from qwen3_dist.executor.processes import Nursery
+from qwen3_dist.launch.processes import Nursery
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.communicator import Communicator, StagedCommunicator, TorchCommunicator
 from qwen3_dist.parallel.context import ParallelContext

@@ -18,7 +18,7 @@ from benchmarks.gpu_check.models import (
     small_checkpoint,
     small_reference,
 )
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 
 PROMPTS = [list(range(3, 200)), [7, 1, 150, 198, 0], [42], list(range(100, 140))]
 LAYOUTS = {

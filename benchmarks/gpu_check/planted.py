@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from qwen3_dist.engine.runner import ModelRunner
-from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.rank import rank_main
+from qwen3_dist.protocol.messages import RankSpec
+from qwen3_dist.worker.rank import rank_main
+from qwen3_dist.worker.runner import ModelRunner
 
 TRIGGER = "fail-now"
 _MORE_THAN_ANY_CARD = 1 << 50  # bytes

@@ -19,9 +19,9 @@ from typing import Any
 from benchmarks.record import keep
 from benchmarks.simulator.real_run import RealRun, run_for_real
 from benchmarks.simulator.step_fit import FittedCost, measure_steps
-from cluster.cost_model import CostModel
 from cluster.hardware import parse_gpus
-from cluster.official import find_config
+from cluster.planning.cost_model import CostModel
+from cluster.planning.official import find_config
 from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
 from cluster.simulation.autoscaler import AutoscalingConfig
 from cluster.simulation.replica import ReplicaConfig
@@ -29,8 +29,8 @@ from cluster.simulation.report import Limits, summarize
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.engine import Engine
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.layout import Layout
+from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.settings import EngineConfig
 
 SHAPE: dict[str, Any] = {  # the proportions of Qwen3-0.6B, at half its width

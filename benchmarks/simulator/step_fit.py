@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.cost_model import StepShape
+from cluster.planning.cost_model import StepShape
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.sampling_params import SamplingParams
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-from cluster.cost_model import StepShape
+from cluster.planning.cost_model import StepShape
 from cluster.simulation.arrivals import Request
 from cluster.simulation.step_times import shape_of
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Scheduler
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)

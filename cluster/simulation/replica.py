@@ -18,8 +18,8 @@ from cluster.simulation.recorder import Recorder
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.scheduler import SchedulerCounts
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.protocol.step_limits import SchedulerLimits
 
 _MOST_AHEAD = 64  # steps; looking further is wasted where an arrival comes first
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.plots import plot_stacked
+from cluster.planning.plots import plot_stacked
 from cluster.simulation.service import Outcome
 from qwen3_dist.errors import ConfigError
 

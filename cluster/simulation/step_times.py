@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cluster.cost_model import CostModel, StepShape
-from qwen3_dist.engine.plan import StepPlan
+from cluster.planning.cost_model import CostModel, StepShape
+from qwen3_dist.protocol.step_plan import StepPlan
 
 _CELL_TOKENS = 32  # of context per sequence: within a cell a decode step's time is a straight line
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs
-from qwen3_dist.engine.outputs import EngineStats, TokenDelta
-from qwen3_dist.engine.placements import ExpertLoad
-from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 

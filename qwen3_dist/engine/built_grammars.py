@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qwen3_dist.engine.grammar import KEPT_GRAMMARS
-from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.errors import RequestError
-from qwen3_dist.executor import Executor
+from qwen3_dist.launch import Executor
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
+from qwen3_dist.structured.grammar import KEPT_GRAMMARS
 
 
 class BuiltGrammars:

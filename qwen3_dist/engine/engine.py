@@ -13,20 +13,20 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
 from qwen3_dist.engine.expert_balance import ExpertBalance
+from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
-from qwen3_dist.engine.make_setup import make_setup
-from qwen3_dist.engine.outputs import EngineStats, TokenDelta
-from qwen3_dist.engine.placements import initial_placements
-from qwen3_dist.engine.plan import StepPlan
-from qwen3_dist.engine.sampling_setup import SamplingSetup
+from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.engine.scheduler import Advance, Scheduler
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError, ContextLengthError, RequestError
-from qwen3_dist.executor import Executor, make_executor, require_device
-from qwen3_dist.parallel.expert_placement import Placements
+from qwen3_dist.expert_placement import Placements
+from qwen3_dist.launch import Executor, make_executor, require_device
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
+from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import StepPlan
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate

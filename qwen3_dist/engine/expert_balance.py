@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from qwen3_dist.engine.placements import ExpertLoad
+from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.executor.base import Executor
-from qwen3_dist.parallel.expert_placement import ExpertPlacement, Placements
+from qwen3_dist.expert_placement import ExpertPlacement, Placements
+from qwen3_dist.launch.base import Executor
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from qwen3_dist.engine.plan import StepPlan, StepResult
-from qwen3_dist.executor.base import Executor
+from qwen3_dist.launch.base import Executor
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 
 _EXACT_STEPS = 32  # after an overflow: what caused it, a long prompt of like tokens, has steps to come
 

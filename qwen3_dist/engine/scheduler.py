@@ -25,13 +25,13 @@ from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
-from qwen3_dist.engine.line import place_in_line
-from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
+from qwen3_dist.engine.request_queue import place_in_line
 from qwen3_dist.engine.sequence import Sequence
-from qwen3_dist.engine.sequence_step import SomeBlocks
 from qwen3_dist.engine.slot_shares import SlotShares
+from qwen3_dist.protocol.outputs import TokenLogprob
+from qwen3_dist.protocol.sequence_step import SomeBlocks
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 
 _MOST_FREE = 8  # times the free tokens in a step with guesses, which would have to be all but certain
 _KEPT_FREE = 100  # one block in so many is left for the running ones when a new one is admitted

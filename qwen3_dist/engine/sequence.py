@@ -6,10 +6,10 @@ from array import array
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.drafts import Drafter
-from qwen3_dist.engine.outputs import PromptLogprobs, TokenLogprob
-from qwen3_dist.engine.plan import PromptScores, Reading
-from qwen3_dist.engine.sampling_setup import SamplingSetup
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.protocol.outputs import PromptLogprobs, TokenLogprob
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
+from qwen3_dist.protocol.step_plan import PromptScores, Reading
 from qwen3_dist.sampling_params import SamplingParams
 
 

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.expert_exchange import prefers_all_to_all
+from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout
+from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.parallel.communicator import Communicator
-from qwen3_dist.parallel.expert_placement import ExpertPlacement
+from qwen3_dist.parallel.expert_exchange import prefers_all_to_all
 from qwen3_dist.parallel.send_plan import CountedRows, OverflowFlag, SendPlan, SlottedRows
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.transfer import on_device
 
 FP8_BLOCK = 128  # numbers that share a scale
 

@@ -1,4 +1,4 @@
-"""The collectives of `shared_memory.py` in C++ (`kernels/cpu/collectives.h`): same segment, same protocol.
+"""The collectives of `shared_memory.py` in C++ (`ops/cpu/collectives.h`): same segment, same protocol.
 
 A small all-reduce in Python takes longer for its dozen calls than for waiting and adding.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen3_dist.kernels.build import library
+from qwen3_dist.ops.cpu.build import library
 from qwen3_dist.parallel.shared_memory import Segment, SharedMemoryCommunicator
 
 _SUMMED = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.parallel.communicator import Communicator
-from qwen3_dist.transfer import on_device
 
 
 class OverflowFlag:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from qwen3_dist.engine.outputs import PromptLogprobs, TokenDelta, TokenLogprob
+from qwen3_dist.protocol.outputs import PromptLogprobs, TokenDelta, TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.text.detokenizer import TextStream
 from qwen3_dist.text.parsed import OutputParser, Parsed, ToolCallDelta

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed
 from qwen3_dist.text.reasoning import Reasoning
-from qwen3_dist.text.tool_call_tags import FUNCTION
-from qwen3_dist.text.tool_calls import ToolCalls
+from qwen3_dist.text.tool_calls.stream import ToolCalls
+from qwen3_dist.text.tool_calls.tags import FUNCTION
 
 _BEGUN = re.compile(r"<tool_call>\s*(?:<[a-z]*)?\Z")
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from qwen3_dist.text.lenient_json import lenient_json
 from qwen3_dist.text.schema_parts import ObjectSchema, choices, referenced
+from qwen3_dist.text.tool_calls.lenient_json import lenient_json
 
 _MOST_DEPTH = 8  # of references and alternatives; beyond, a value may be anything
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}

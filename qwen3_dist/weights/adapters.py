@@ -19,10 +19,10 @@ from torch import Tensor
 from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.layers.linear import Linear
-from qwen3_dist.layers.lora import LowRank
 from qwen3_dist.layout import Layout
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.linear import Linear
+from qwen3_dist.model.lora import LowRank
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.text.sidecars import read_json_object
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.plan import Piece, WeightPlan

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.host_memory import zeros
+from qwen3_dist.expert_placement import Placements
 from qwen3_dist.layout import padded_range
-from qwen3_dist.model import Qwen3Model, build_on_meta
+from qwen3_dist.model.transformer import Qwen3Model, build_on_meta
+from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.expert_placement import Placements
 from qwen3_dist.weights import random_weights
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.plan import Piece, WeightPlan

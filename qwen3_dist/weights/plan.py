@@ -13,8 +13,8 @@ from enum import Enum
 from math import prod
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.expert_placement import Placements, even_placements
 from qwen3_dist.layout import Layout, RankCoords, padded_range
-from qwen3_dist.parallel.expert_placement import Placements, even_placements
 
 Index = tuple[slice, ...]
 

@@ -16,7 +16,7 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import MODEL, add_settings, given_settings, positive
 from serve_app.cli.readable import report_lines
-from serve_app.config import read_service_config
+from serve_app.settings import read_service_config
 
 if TYPE_CHECKING:
     from qwen3_dist.benchmark import Workload

@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.out and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
-    from cluster.calibrate import calibrate
+    from cluster.calibration.calibrate import calibrate
     from cluster.hardware import as_dict
-    from qwen3_dist.executor.cards import local_device
+    from qwen3_dist.worker.cards import local_device
 
     found = calibrate(local_device(args.device), _report)
     if args.out:

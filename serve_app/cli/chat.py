@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from qwen3_dist.errors import ConfigError, RequestError, ResourceError
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import MODEL, add_settings, given_settings
-from serve_app.config import read_service_config
+from serve_app.settings import read_service_config
 
 HELP = "chat with a model in the terminal, answers streamed; /new begins again, /exit or Ctrl-D ends"
 Messages = list[dict[str, Any]]

@@ -13,10 +13,10 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import MODEL, add_settings, given_settings
-from serve_app.config import read_service_config
+from serve_app.settings import read_service_config
 
 if TYPE_CHECKING:
-    from qwen3_dist.engine.outputs import RequestOutput
+    from qwen3_dist.protocol.outputs import RequestOutput
 
 HELP = "generate from prompts and print the results"
 _MAX_TOKENS = 128

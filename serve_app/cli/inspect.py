@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from cluster.memory import inspect_model
-    from cluster.official import find_config
+    from cluster.planning.memory import inspect_model
+    from cluster.planning.official import find_config
 
     layout = Layout.parse(args.layout)
     name, config = find_config(args.model, args.revision)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.adapters import Adapters
 from serve_app.cli.parser import Switch
-from serve_app.config import setting_types
+from serve_app.settings import setting_types
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster

@@ -14,7 +14,7 @@ from serve_app.cli.options import add_model_and_cluster, given_cluster
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
-    from cluster.planner import PlannedLayout, PlanRequest
+    from cluster.planning.planner import PlannedLayout, PlanRequest
 
 HELP = "compare all layouts of a model on a cluster: memory, TTFT, ITL and throughput as predicted"
 NOTHING_FITS = 2
@@ -59,21 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from cluster.official import find_config
-    from cluster.planner import check_limits, plan
+    from cluster.planning.official import find_config
+    from cluster.planning.planner import check_limits, plan
 
     name, config = find_config(args.model)
     cluster = given_cluster(args)
     request = _request(args, cluster)
     if args.plot:
-        from cluster.plots import require_matplotlib
+        from cluster.planning.plots import require_matplotlib
 
         require_matplotlib()
     planned = plan(config, cluster, request)
     check_limits(planned, request)
     if args.plot:
-        from cluster.planner import at_all_loads
-        from cluster.plots import plot_plan
+        from cluster.planning.planner import at_all_loads
+        from cluster.planning.plots import plot_plan
 
         where = f"{cluster.num_devices} x {cluster.device.name}"
         load = f"{request.input_len} tokens in, {request.output_len} out"
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
-    from cluster.planner import PlanRequest
+    from cluster.planning.planner import PlanRequest
 
     names = [field.name for field in dataclasses.fields(PlanRequest)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import MODEL, add_settings, given_settings
-from serve_app.config import ServiceConfig, read_service_config
+from serve_app.settings import ServiceConfig, read_service_config
 
 HELP = "serve a model over an OpenAI-compatible HTTP endpoint until Ctrl-C"
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     config = read_service_config(given_settings(args, ServiceConfig, EngineConfig))
     signals = EndSignals()
     from serve_app.cli.sample import show_sample
-    from serve_app.launch import running_service
+    from serve_app.launch.service import running_service
 
     try:
         with running_service(config, args.ray_address, _report, signals.hurry) as service:

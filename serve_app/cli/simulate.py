@@ -13,12 +13,12 @@ from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
 from serve_app.cli.options import add_model_and_cluster, given_cluster
 from serve_app.cli.readable import report_lines
-from serve_app.config import ServiceConfig
+from serve_app.settings import ServiceConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from cluster.cost_model import CostModel
+    from cluster.planning.cost_model import CostModel
     from cluster.simulation.arrivals import Request
     from cluster.simulation.service import ServiceSimulation
 
@@ -110,8 +110,8 @@ def _add_engine(group: Any) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from cluster.cost_model import EXPERT_IMBALANCE, CostModel
-    from cluster.official import find_config
+    from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+    from cluster.planning.official import find_config
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     cluster = given_cluster(args)
     limits = Limits(args.ttft_ms, args.itl_ms)
     if args.plot:
-        from cluster.plots import require_matplotlib
+        from cluster.planning.plots import require_matplotlib
 
         require_matplotlib()
     imbalance = EXPERT_IMBALANCE if args.expert_imbalance is None else args.expert_imbalance
@@ -188,7 +188,7 @@ def _room(cost: CostModel) -> int:
 
 def _replica(args: argparse.Namespace, cost: CostModel) -> Any:
     from cluster.simulation.replica import ReplicaConfig
-    from qwen3_dist.engine.scheduler_limits import SchedulerLimits
+    from qwen3_dist.protocol.step_limits import SchedulerLimits
     from qwen3_dist.settings import EngineConfig
 
     given = {

@@ -46,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.hardware import read_cluster
-    from cluster.official import find_config
-    from cluster.sweep import SweepFolder, read_workload, run_sweep
-    from cluster.sweep_report import make_rows, summary, write_report
+    from cluster.planning.official import find_config
+    from cluster.sweep.report import make_rows, summary, write_report
+    from cluster.sweep.run import SweepFolder, read_workload, run_sweep
 
     workload = read_workload(args.workload)
     cluster = read_cluster(args.hardware) if args.hardware else None
@@ -83,8 +83,8 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
         for layout in layouts:
             layout.validate(config)
         return list(dict.fromkeys(layouts))
-    from qwen3_dist.executor.cards import local_device
-    from qwen3_dist.executor.shard import cores
+    from qwen3_dist.worker.cards import local_device
+    from qwen3_dist.worker.shard import cores
 
     devices = cores()
     if local_device(device) == "cuda":
@@ -97,7 +97,7 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
 @contextlib.contextmanager
 def _runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
     """The directory that engines load, and whether its weights are to be random: where there are none."""
-    from cluster.official import official_configs
+    from cluster.planning.official import official_configs
     from qwen3_dist.weights.source import local_path, resolve_model
 
     path = local_path(model)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import serve_app.app
-from serve_app.config import read_service_config
-from serve_app.launch import running_service
+from serve_app.launch.service import running_service
+from serve_app.settings import read_service_config
 from tests.clients.recorder import Recorder, recording
 from tests.clients.scripted import ScriptedReplica, long_checkpoint
 from tests.serve_app.support import free_port

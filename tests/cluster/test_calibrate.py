@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster import collective_probe, probes, step_probe
-from cluster.calibrate import calibrate
-from cluster.cost_model import CostModel, StepShape
+from cluster.calibration import collective_probe, probes, step_probe
+from cluster.calibration.calibrate import calibrate
+from cluster.calibration.step_probe import LAYERS, fit_ranks, with_overheads
 from cluster.hardware import Cluster, Link, read_cluster
-from cluster.step_probe import LAYERS, fit_ranks, with_overheads
+from cluster.planning.cost_model import CostModel, StepShape
 from qwen3_dist.layout import Layout
 from serve_app.cli import main
 from tests.cluster.machines import DENSE, cluster

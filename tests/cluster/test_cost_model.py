@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from cluster.collectives import Group
-from cluster.cost_model import CostModel, StepShape
-from cluster.footprint import LayerSizes, stage_weights, stages
 from cluster.hardware import PRESETS
-from cluster.memory import kv_bytes_per_token, rank_parameters
-from cluster.official import find_config, official_configs
+from cluster.planning.collectives import Group
+from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.footprint import LayerSizes, stage_weights, stages
+from cluster.planning.memory import kv_bytes_per_token, rank_parameters
+from cluster.planning.official import find_config, official_configs
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
-from qwen3_dist.expert_exchange import CPU_ALL_TO_ALL_FROM, capacity, prefers_all_to_all
 from qwen3_dist.layout import Layout, valid_layouts
+from qwen3_dist.parallel.expert_exchange import CPU_ALL_TO_ALL_FROM, capacity, prefers_all_to_all
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 ONE_DECODE = StepShape(1, 10, 0, 0, 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from cluster.memory import (
+from cluster.planning.memory import (
     active_parameters,
     inspect_model,
     kv_bytes_per_token,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.hardware import PRESETS, parse_gpus
-from cluster.official import find_config, official_configs
-from cluster.planner import PlanRequest, candidates, check_limits, pareto_frontier, plan
+from cluster.planning.official import find_config, official_configs
+from cluster.planning.planner import PlanRequest, candidates, check_limits, pareto_frontier, plan
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
 from serve_app.cli import build_parser, main
@@ -241,7 +241,7 @@ def test_the_chart_is_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_without_matplotlib_a_chart_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cluster.plots.can_plot", lambda: False)
+    monkeypatch.setattr("cluster.planning.plots.can_plot", lambda: False)
     sentence = refusal(capsys, "Qwen3-8B", "--gpus", "4xH100", *LOAD, "--plot", str(tmp_path / "plan.png"))
     assert "plots need matplotlib; pip install 'qwen3-dist[plots]', or leave --plot out" in sentence
 

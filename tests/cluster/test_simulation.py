@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cost_model import StepShape
+from cluster.planning.cost_model import StepShape
 from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
 from cluster.simulation.autoscaler import AutoscalingConfig
 from cluster.simulation.group import make_sequence
@@ -21,8 +21,8 @@ from cluster.simulation.replica import Replica, ReplicaConfig
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.protocol.step_limits import SchedulerLimits
 
 
 class Linear:

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from ray.serve import autoscaling_policy as serve_policy
 from ray.serve.config import AutoscalingConfig as ServeConfig
 
-from cluster.cost_model import StepShape
+from cluster.planning.cost_model import StepShape
 from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
 from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoad
 from cluster.simulation.replica import ReplicaConfig
 from cluster.simulation.service import Outcome, ReplicaCount, ServiceSimulation, simulate
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.protocol.step_limits import SchedulerLimits
 
 
 class OneSecond:

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cost_model import CostModel, StepShape
 from cluster.hardware import parse_gpus
-from cluster.official import find_config
+from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.official import find_config
 from cluster.simulation.arrivals import Request
 from cluster.simulation.autoscaler import AutoscalingConfig
 from cluster.simulation.replica import ReplicaConfig
 from cluster.simulation.report import Limits, percentiles, plot_replicas, summarize, weighted_percentiles
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from cluster.simulation.step_times import StepTimes
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
+from qwen3_dist.protocol.step_limits import SchedulerLimits
 
 
 class PromptsTakeLonger:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.burst import BurstPoint, predict_burst
-from cluster.cost_model import CostModel
 from cluster.hardware import Link, as_dict
-from cluster.sweep import SweepFolder, SweepWorkload, read_workload, run_sweep
-from cluster.sweep_report import Row, order_agreement, summary
+from cluster.planning.burst import BurstPoint, predict_burst
+from cluster.planning.cost_model import CostModel
+from cluster.sweep.report import Row, order_agreement, summary
+from cluster.sweep.run import SweepFolder, SweepWorkload, read_workload, run_sweep
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from serve_app.cli import main

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 from tests.checkpoints import write_checkpoint
 
 

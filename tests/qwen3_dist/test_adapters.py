@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.outputs import RequestOutput
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
-from qwen3_dist.executor.processes import shared_nursery
-from qwen3_dist.layers.lora import AdapterRows, LowRank
+from qwen3_dist.launch.processes import shared_nursery
+from qwen3_dist.model.lora import LowRank
+from qwen3_dist.ops.adapter_rows import AdapterRows
+from qwen3_dist.protocol.outputs import RequestOutput
+from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig, read_settings
 from qwen3_dist.weights.adapters import Adapter
 from tests.adapters import ATTENTION, EVERYTHING, merge, write_adapter

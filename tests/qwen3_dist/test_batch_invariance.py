@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))

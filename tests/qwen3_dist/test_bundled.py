@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from qwen3_dist import LLM, ModelConfig, SamplingParams
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.layout import valid_layouts
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer, read_generation_defaults
 

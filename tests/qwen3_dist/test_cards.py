@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from qwen3_dist import EngineConfig, Layout
-from qwen3_dist.engine import kv_cache
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor import cards
-from qwen3_dist.executor.cards import Card, local_device, use_of_cards
-from qwen3_dist.executor.launcher import Launcher
-from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
-from qwen3_dist.executor.rank_group import RankGroupExecutor
-from qwen3_dist.executor.ray_ranks import part_of_card
+from qwen3_dist.launch.card_use import use_of_cards
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.processes import ProcessLauncher, shared_nursery
+from qwen3_dist.launch.rank_group import RankGroupExecutor
+from qwen3_dist.launch.ray_ranks import part_of_card
+from qwen3_dist.protocol.card import Card
+from qwen3_dist.worker import cards, kv_cache
+from qwen3_dist.worker.cards import local_device
 from tests.stand_in_cards import rank_on_stand_in
 
 GIB = 2**30

@@ -14,8 +14,8 @@ from ray.cluster_utils import Cluster
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.executor.launcher import Launcher
-from qwen3_dist.reference import load_reference
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import write_checkpoint
 from tests.ranks import end_nursery
 from tests.stand_in_cards import rank_on_stand_in

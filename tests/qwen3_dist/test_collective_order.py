@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3_dist import expert_exchange
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine import runner
-from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.engine.runner import ModelRunner
-from qwen3_dist.layers.batch import StepBatch
 from qwen3_dist.layout import Layout
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.batch import StepBatch
+from qwen3_dist.parallel import expert_exchange
 from qwen3_dist.parallel.dispatch import AllToAllDispatcher, DispatchOptions
+from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.worker import runner
+from qwen3_dist.worker.runner import ModelRunner
 from tests.recording import Call, check_order, recorded
 
 CONFIG = ModelConfig(

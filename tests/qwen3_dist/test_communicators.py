@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qwen3_dist.kernels.build import library
+from qwen3_dist.ops.cpu.build import library
 from qwen3_dist.parallel.communicator import Communicator, TorchCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.native_shared_memory import NativeSharedMemoryCommunicator, fastest_communicator

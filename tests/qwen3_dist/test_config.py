@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.memory import inspect_model
+from cluster.planning.memory import inspect_model
 from qwen3_dist import LLM, ModelConfig, SamplingParams
 from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.layout import Layout
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import write_checkpoint
 
 OLD: dict[str, Any] = {

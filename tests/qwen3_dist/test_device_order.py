@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.expert_moves import ExpertMoves
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.transfer import ToHost
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.parallel.pipeline import Pipeline
-from qwen3_dist.transfer import ToHost
+from qwen3_dist.worker.expert_moves import ExpertMoves
 from tests.checkpoints import DENSE, MOE
 
 CARD = torch.device("cuda", 1)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwen3_dist import step_memory
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.layers.feed_forward import MoEFeedForward
-from qwen3_dist.layers.norm import RMSNorm
+from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout
+from qwen3_dist.model import step_memory
+from qwen3_dist.model.feed_forward import MoEFeedForward
+from qwen3_dist.model.norm import RMSNorm
 from qwen3_dist.parallel.communicator import SingleCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import (
@@ -27,7 +28,6 @@ from qwen3_dist.parallel.dispatch import (
     to_fp8,
     uses_all_to_all,
 )
-from qwen3_dist.parallel.expert_placement import ExpertPlacement
 from qwen3_dist.parallel.send_plan import OverflowFlag
 from qwen3_dist.settings import EngineConfig
 from tests.batches import random_batch

@@ -8,12 +8,12 @@ import pytest
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
-from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.engine.plan import StepPlan, StepResult
 from qwen3_dist.engine.scheduler import Advance, Scheduler
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.protocol.outputs import TokenLogprob
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.speculation import Speculation
 

@@ -19,7 +19,7 @@ from tests.processes import wait_until_gone
 from tests.ranks import end_nursery
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-RANKS = "qwen3_dist.executor.processes"
+RANKS = "qwen3_dist.launch.processes"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,8 +26,8 @@ from qwen3_dist.errors import (
     ParallelLayoutError,
     ResourceError,
 )
-from qwen3_dist.executor.ray_ranks import choose_device, rank_bundles
-from qwen3_dist.reference import load_reference
+from qwen3_dist.launch.ray_ranks import choose_device, rank_bundles
+from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import write_checkpoint
 from tests.processes import processes_running, wait_until_gone
 from tests.ranks import ROOT, end_nursery
@@ -91,14 +91,14 @@ def test_a_killed_ray_rank_fails_its_requests_and_frees_its_place(local_ray: Non
 def test_a_rank_killed_while_the_engine_idles_turns_its_health_bad(checkpoint: Path) -> None:
     engine = AsyncEngine(EngineConfig(str(checkpoint), layout=Layout(tp=2), executor="processes"))
     engine.check_health()
-    os.kill(processes_running("qwen3_dist.executor.processes")[0], signal.SIGKILL)
+    os.kill(processes_running("qwen3_dist.launch.processes")[0], signal.SIGKILL)
     deadline = time.monotonic() + 5
     with pytest.raises(EngineDeadError, match="died"):
         while time.monotonic() < deadline:
             engine.check_health()
             time.sleep(0.05)
     engine.shutdown()
-    wait_until_gone("qwen3_dist.executor.processes")
+    wait_until_gone("qwen3_dist.launch.processes")
 
 
 def test_ranks_end_with_the_process_that_had_them_even_when_it_is_killed(checkpoint: Path) -> None:
@@ -109,10 +109,10 @@ def test_ranks_end_with_the_process_that_had_them_even_when_it_is_killed(checkpo
     command = [sys.executable, "-c", script, str(checkpoint)]
     owner = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
-    assert len(processes_running("qwen3_dist.executor.processes")) == 3  # two ranks and what forked them
+    assert len(processes_running("qwen3_dist.launch.processes")) == 3  # two ranks and what forked them
     owner.kill()
     owner.communicate()
-    wait_until_gone("qwen3_dist.executor.processes")
+    wait_until_gone("qwen3_dist.launch.processes")
 
 
 def test_an_abandoned_request_frees_its_blocks(checkpoint: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_ranks_cannot_load_is_reported_as_such(tmp_path: Path)
     (path / "config.json").write_text(config.replace('"intermediate_size": 96', '"intermediate_size": 98'))
     with pytest.raises(CheckpointError, match=r"has shape \[96, 64\] where config.json makes it \[98, 64\]"):
         LLM(str(path), layout="tp=2", executor="processes", use_tqdm=False)
-    wait_until_gone("qwen3_dist.executor.processes")
+    wait_until_gone("qwen3_dist.launch.processes")
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.errors import CheckpointError, EngineDeadError
-from qwen3_dist.executor import processes
-from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.reference import load_reference
+from qwen3_dist.launch import processes
+from qwen3_dist.model.reference import load_reference
+from qwen3_dist.protocol.messages import RankSpec
 from tests import planted_ranks
 from tests.checkpoints import write_checkpoint
 from tests.ranks import by_name

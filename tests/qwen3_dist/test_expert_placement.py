@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.executor.processes import shared_nursery
-from qwen3_dist.parallel.expert_placement import ExpertPlacement
-from qwen3_dist.reference import ReferenceModel, load_reference
+from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.launch.processes import shared_nursery
+from qwen3_dist.model.reference import ReferenceModel, load_reference
 from tests.checkpoints import write_checkpoint
 
 PROMPTS = [list(range(3, 40)), [7, 1, 150, 198, 0], [42], list(range(100, 120))]

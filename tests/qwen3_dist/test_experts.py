@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3_dist import LLM, SamplingParams, step_memory
+from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.kernels import kernels_for
-from qwen3_dist.kernels.gpu import GpuKernels
-from qwen3_dist.layers import experts
-from qwen3_dist.layers.experts import Experts, counted, grouped_experts, looped_experts
-from qwen3_dist.layers.linear import as_int8
+from qwen3_dist.model import experts, step_memory
+from qwen3_dist.model.experts import Experts, counted, grouped_experts, looped_experts
+from qwen3_dist.model.linear import as_int8
+from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.kernels import kernels_for
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint

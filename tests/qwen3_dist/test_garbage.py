@@ -8,7 +8,7 @@ import sys
 CODE = """
 import gc, weakref
 import torch
-from qwen3_dist.garbage import exempt_present_objects
+from qwen3_dist.garbage_collection import exempt_present_objects
 
 class Node:
     pass

@@ -16,7 +16,7 @@ from benchmarks.gpu_check import experts
 from benchmarks.gpu_check.check import CheckFailed, Setting
 from benchmarks.gpu_check.report import Check, StageReport, exit_code, verdict
 from benchmarks.gpu_check.supervisor import Stage, run_stage
-from qwen3_dist.kernels.gpu import GpuKernels
+from qwen3_dist.ops.cuda.kernels import GpuKernels
 from tests.ranks import ROOT
 
 PLANTED = Stage("planted", "tests.planted_stage", 10, 10, "mend what was planted.")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_dist.kernels import build
+from qwen3_dist.ops.cpu import build
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 210  # of each

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from qwen3_dist.kernels import build
+from qwen3_dist.ops.cpu import build
 from tests.ranks import ROOT
 
 

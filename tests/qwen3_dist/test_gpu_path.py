@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine import kv_cache
-from qwen3_dist.engine.decode_graphs import DecodeGraphs
-from qwen3_dist.engine.inputs import StepInputs
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.kernels import native
-from qwen3_dist.kernels.gpu import GpuKernels
-from qwen3_dist.layers import attention, experts, feed_forward, gpu_attention, norm
-from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.gathered_attention import gathered_attention
-from qwen3_dist.layers.gpu_attention import Backend
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.transformer import Qwen3Model, attention, experts, feed_forward, norm
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.cpu import native
+from qwen3_dist.ops.cuda import attention as gpu_attention
+from qwen3_dist.ops.cuda.attention import Backend
+from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.torch_attention import gathered_attention
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.weights.loader import load_model
 from qwen3_dist.weights.source import bundled_path
+from qwen3_dist.worker import kv_cache
+from qwen3_dist.worker.decode_graphs import DecodeGraphs
+from qwen3_dist.worker.inputs import StepInputs
 from tests.batches import batch_of, random_batch
 from tests.checkpoints import write_checkpoint
 from tests.ranks import run_ranks

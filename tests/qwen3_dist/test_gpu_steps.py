@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.kernels import build
+from qwen3_dist.ops.cpu import build
 from tests.fake_gpu import CARD_BYTES, LAYERS
 
 ROOT = Path(__file__).parent.parent.parent

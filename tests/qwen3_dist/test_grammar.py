@@ -11,10 +11,10 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
-from qwen3_dist.engine.grammar import _Tried, compile_grammar
-from qwen3_dist.engine.grammar_matcher import Grammars
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.structured.grammar import _Tried, compile_grammar
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 from tests.walks import BUNDLED, DIRECTORIES, walker_of
 
 PERSON = {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import tokenizers
 
-from qwen3_dist.engine.grammar import compile_grammar
-from qwen3_dist.engine.grammar_matcher import Grammars
-from qwen3_dist.engine.grammar_tokenizer import grammar_tokenizer
-from qwen3_dist.engine.tool_grammar import tool_call_grammar
 from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.structured.grammar import compile_grammar
+from qwen3_dist.structured.grammar_tokenizer import grammar_tokenizer
+from qwen3_dist.structured.tool_grammar import tool_call_grammar
 from qwen3_dist.text.tokenizer import Tokenizer
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 from tests.walks import BUNDLED, DIRECTORIES, Walker, walker_of
 
 MARKS = ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<tool_call>", "</tool_call>", "<think>", "</think>")

@@ -11,13 +11,13 @@ import pytest
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.engine.grammar_matcher import Grammars
 from qwen3_dist.errors import EngineDeadError
-from qwen3_dist.executor import processes
+from qwen3_dist.launch import processes
 from qwen3_dist.layout import Layout
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import bundled_path
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 from tests import planted_ranks
 from tests.ranks import by_name
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen3_dist import host_memory
-from qwen3_dist.engine import kv_cache
+from qwen3_dist.ops import host_memory
+from qwen3_dist.worker import kv_cache
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.engine.json_schema import (
+from qwen3_dist.structured.json_schema import (
     fitted,
     has_names_that_may_repeat,
     loosened,

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.kernels import Half, Kernels, Weights, build, kernels_for, linears, rows_of_packed
-from qwen3_dist.layers.batch import LayerCache
-from qwen3_dist.layers.experts import looped_experts
-from qwen3_dist.layers.gathered_attention import gathered_attention
-from qwen3_dist.layers.linear import as_int8
-from qwen3_dist.layers.rope import apply_rope, rope_tables
+from qwen3_dist.model.experts import looped_experts
+from qwen3_dist.model.linear import as_int8
+from qwen3_dist.model.rope import apply_rope, rope_tables
+from qwen3_dist.ops.batch import LayerCache
+from qwen3_dist.ops.cpu import build
+from qwen3_dist.ops.kernels import Half, Kernels, Weights, kernels_for, linears, rows_of_packed
+from qwen3_dist.ops.torch_attention import gathered_attention
 from tests.batches import random_batch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -222,7 +223,7 @@ touch "$2"
     monkeypatch.setenv("PATH", f"{compiler.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = [sys.executable, "-m", "qwen3_dist.kernels"]
+    command = [sys.executable, "-m", "qwen3_dist.ops.kernels"]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = {process.communicate(timeout=120)[1].strip() for process in running}
     built = [file.name for file in (tmp_path / "qwen3_dist").glob("*.so")]

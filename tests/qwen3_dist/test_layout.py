@@ -8,9 +8,9 @@ import pytest
 
 from qwen3_dist import Layout, ModelConfig
 from qwen3_dist.errors import ParallelLayoutError
-from qwen3_dist.expert_exchange import bytes_saved, capacity, prefers_all_to_all
 from qwen3_dist.layout import even_ranges, padded_range, valid_layouts
 from qwen3_dist.parallel.context import _groups_of
+from qwen3_dist.parallel.expert_exchange import bytes_saved, capacity, prefers_all_to_all
 
 SHAPE = {"vocab_size": 99, "emb_dim": 64, "n_layers": 4, "n_kv_groups": 2, "head_dim": 16, "hidden_dim": 96}
 DENSE = ModelConfig(n_heads=8, **SHAPE)  # type: ignore[arg-type]

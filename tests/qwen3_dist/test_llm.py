@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.engine.outputs import CompletionOutput
 from qwen3_dist.errors import RequestError
+from qwen3_dist.protocol.outputs import CompletionOutput
 from qwen3_dist.weights.source import bundled_path
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.layout import valid_layouts
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import DENSE, MOE, write_checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine import in_flight
-from qwen3_dist.executor import processes
+from qwen3_dist.launch import processes
 from tests import planted_ranks
 from tests.checkpoints import write_checkpoint
 from tests.ranks import by_name

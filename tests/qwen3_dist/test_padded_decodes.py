@@ -12,17 +12,17 @@ import torch
 import torch.distributed as dist
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine import runner
-from qwen3_dist.engine.decode_graphs import DecodeGraphs
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep, StepPlan, StepResult
-from qwen3_dist.engine.runner import ModelRunner
-from qwen3_dist.layers import feed_forward
-from qwen3_dist.layers.batch import StepBatch
+from qwen3_dist.model import feed_forward
+from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
+from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import load_model
 from qwen3_dist.weights.source import bundled_path
+from qwen3_dist.worker import runner
+from qwen3_dist.worker.decode_graphs import DecodeGraphs
+from qwen3_dist.worker.runner import ModelRunner
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

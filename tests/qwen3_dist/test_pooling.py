@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.engine import PROMPT_ONLY
 from qwen3_dist.errors import CheckpointError, RequestError
+from qwen3_dist.model.reference import load_reference
 from qwen3_dist.pooling_params import PoolingParams
-from qwen3_dist.reference import load_reference
 from qwen3_dist.text.reranking import relevance_prompt
 from tests.adapters import merge, write_adapter
 from tests.checkpoints import write_reader

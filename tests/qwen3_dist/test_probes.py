@@ -11,12 +11,12 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from qwen3_dist.kernels import gpu
-from qwen3_dist.kernels.probe import failure
-from qwen3_dist.layers import gpu_attention
-from qwen3_dist.layers.batch import LayerCache, StepBatch
-from qwen3_dist.layers.gathered_attention import gathered_attention
-from qwen3_dist.layers.gpu_attention import Backend, activate_flash, chosen_attention
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.cuda import attention as gpu_attention
+from qwen3_dist.ops.cuda import kernels as gpu
+from qwen3_dist.ops.cuda.attention import Backend, activate_flash, chosen_attention
+from qwen3_dist.ops.probe import failure
+from qwen3_dist.ops.torch_attention import gathered_attention
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")

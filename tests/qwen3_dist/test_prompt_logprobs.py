@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.engine import readings
-from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
+from qwen3_dist.protocol.outputs import TokenLogprob
+from qwen3_dist.worker.sampling import prompt_outputs as readings
 from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))

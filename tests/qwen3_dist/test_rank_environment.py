@@ -12,15 +12,16 @@ import pytest
 
 from qwen3_dist import EngineConfig, Layout
 from qwen3_dist.errors import ConfigError, ResourceError
-from qwen3_dist.executor import ray_ranks, rendezvous, shard
-from qwen3_dist.executor.in_process import InProcessExecutor
-from qwen3_dist.executor.launcher import Launcher
-from qwen3_dist.executor.processes import ProcessLauncher, shared_nursery
-from qwen3_dist.executor.rank_group import RankGroupExecutor
+from qwen3_dist.launch import ray_ranks
+from qwen3_dist.launch.in_process import InProcessExecutor
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.processes import ProcessLauncher, shared_nursery
+from qwen3_dist.launch.rank_group import RankGroupExecutor
 from qwen3_dist.rank_env import openmp_environment
+from qwen3_dist.worker import rendezvous, shard
 from serve_app import placement
 from serve_app.cli import build_parser
-from serve_app.config import read_service_config
+from serve_app.settings import read_service_config
 from tests import failing_ranks
 from tests.ranks import end_nursery
 

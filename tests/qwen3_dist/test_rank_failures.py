@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from qwen3_dist import LLM, EngineConfig, Layout, SamplingParams
-from qwen3_dist.engine.runner import ModelRunner
 from qwen3_dist.errors import EngineDeadError, ResourceError
-from qwen3_dist.executor.launcher import Launcher
-from qwen3_dist.executor.messages import RankSpec
-from qwen3_dist.executor.processes import Nursery, ProcessLauncher, shared_nursery
-from qwen3_dist.executor.rank_group import RankGroupExecutor
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.processes import Nursery, ProcessLauncher, shared_nursery
+from qwen3_dist.launch.rank_group import RankGroupExecutor
+from qwen3_dist.protocol.messages import RankSpec
+from qwen3_dist.worker.runner import ModelRunner
 from tests import failing_ranks
 from tests.ranks import end_nursery
 

@@ -13,9 +13,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen3_dist import EngineConfig, Layout
 from qwen3_dist.errors import EngineDeadError, ResourceError
-from qwen3_dist.executor.launcher import Launcher
-from qwen3_dist.executor.rank_group import RankGroupExecutor
-from qwen3_dist.executor.ray_ranks import RayLauncher
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.rank_group import RankGroupExecutor
+from qwen3_dist.launch.ray_ranks import RayLauncher
 from tests import failing_ranks
 from tests.ranks import end_nursery
 

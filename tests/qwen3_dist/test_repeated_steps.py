@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qwen3_dist.engine.in_flight import StepsInFlight
-from qwen3_dist.engine.plan import LAST_SAMPLED, StepPlan, StepResult
-from qwen3_dist.executor.base import Executor
+from qwen3_dist.launch.base import Executor
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, StepPlan, StepResult
 from tests.qwen3_dist.test_scheduler_histories import FakeRanks, expected_output, prompt_of
 from tests.scheduling import make_scheduler, make_sequence
 from tests.setups import setup

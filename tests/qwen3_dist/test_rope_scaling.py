@@ -12,8 +12,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import QwenDistError
-from qwen3_dist.layers.rope import rope_frequencies
-from qwen3_dist.reference import rotation
+from qwen3_dist.model.reference import rotation
+from qwen3_dist.model.rope import rope_frequencies
 
 SIZES = {
     "model_type": "qwen3",

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from qwen3_dist.engine.plan import SampleSpec
-from qwen3_dist.engine.sampler import SampledLogprobs, sample, uniform
+from qwen3_dist.protocol.step_plan import SampleSpec
+from qwen3_dist.worker.sampling.sampler import SampledLogprobs, sample, uniform
 
 LOGITS = torch.log(torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1]))
 DRAWS = 20_000
@@ -73,7 +73,7 @@ def test_selecting_the_likeliest_draws_what_sorting_all_draws(
     logits = torch.randn(500, vocab_size, generator=generator).mul(4).round()  # many ties
     specs = [spec(position=i, **limits) for i in range(500)]
     selected = sample(logits, specs)
-    monkeypatch.setattr("qwen3_dist.engine.sampler._MOST_SELECTED", 1)
+    monkeypatch.setattr("qwen3_dist.worker.sampling.sampler._MOST_SELECTED", 1)
     assert torch.equal(selected, sample(logits, specs))
 
 

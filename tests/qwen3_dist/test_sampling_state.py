@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.engine.penalties import Penalties
-from qwen3_dist.engine.plan import SampleSpec, SequenceStep
-from qwen3_dist.engine.sampling_state import SamplingState
 from qwen3_dist.errors import RequestError
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
+from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep
+from qwen3_dist.worker.sampling.penalties import Penalties
+from qwen3_dist.worker.sampling.sampler_state import SamplingState
 from tests.checkpoints import TIGHT, write_checkpoint
 from tests.setups import setup
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3_dist.engine.line import MOST_PLACES, places
-from qwen3_dist.engine.plan import LAST_SAMPLED, StepPlan, StepResult
+from qwen3_dist.engine.request_queue import MOST_PLACES, places
 from qwen3_dist.engine.scheduler import Scheduler
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, StepPlan, StepResult
 from tests.scheduling import EOS, make_scheduler, make_sequence
 
 

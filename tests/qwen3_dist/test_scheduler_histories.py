@@ -14,10 +14,10 @@ from collections.abc import Sequence as Items
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_dist.engine.outputs import TokenLogprob
-from qwen3_dist.engine.plan import LAST_SAMPLED, PromptScores, Reading, StepPlan, StepResult
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.protocol.outputs import TokenLogprob
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, Reading, StepPlan, StepResult
 from qwen3_dist.speculation import Speculation
 from tests.scheduling import BLOCK, EOS, make_scheduler, make_sequence
 

@@ -12,13 +12,13 @@ import torch
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.outputs import RequestOutput
-from qwen3_dist.engine.plan import StepPlan, StepResult
-from qwen3_dist.engine.sampler import sample
 from qwen3_dist.engine.scheduler import Scheduler
-from qwen3_dist.engine.scheduler_limits import SchedulerLimits
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.protocol.outputs import RequestOutput
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.speculation import Speculation
+from qwen3_dist.worker.sampling.sampler import sample
 from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))

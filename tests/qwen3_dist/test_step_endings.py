@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine import kv_cache
-from qwen3_dist.engine.plan import PromptScores, SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.kernels import native
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.cpu import native
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.weights.loader import load_model
+from qwen3_dist.worker import kv_cache
 from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint
 

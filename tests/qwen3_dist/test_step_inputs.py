@@ -8,10 +8,10 @@ from array import array
 import pytest
 import torch
 
-from qwen3_dist.engine.inputs import StepInputs
-from qwen3_dist.engine.plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.engine.plan_columns import SequenceColumns
 from qwen3_dist.pooling_params import PoolingParams
+from qwen3_dist.protocol.plan_columns import SequenceColumns
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.worker.inputs import StepInputs
 from tests.scheduling import make_scheduler, make_sequence
 from tests.setups import setup
 

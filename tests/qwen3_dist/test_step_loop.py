@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.executor.channel import Channel
-from qwen3_dist.executor.messages import Answer, Call
-from qwen3_dist.executor.step_loop import Doing, run_steps
+from qwen3_dist.protocol.channel import Channel
+from qwen3_dist.protocol.messages import Answer, Call
+from qwen3_dist.worker.step_loop import Doing, run_steps
 
 
 @dataclass(frozen=True)

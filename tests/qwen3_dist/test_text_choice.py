@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3_dist.engine.outputs import TokenDelta
+from qwen3_dist.protocol.outputs import TokenDelta
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta

@@ -12,14 +12,14 @@ import torch
 from jsonschema import Draft202012Validator
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.engine.grammar_matcher import Grammars
-from qwen3_dist.engine.make_setup import make_setup
-from qwen3_dist.engine.text_form import TextForm
+from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.errors import RequestError
-from qwen3_dist.executor.processes import shared_nursery
+from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars
+from qwen3_dist.worker.sampling.text_form import TextForm
 
 PERSON = {
     "type": "object",
@@ -129,7 +129,7 @@ def test_a_form_that_cannot_be_followed_to_its_end_ends_its_own_request_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever passes the trial and fails on the rank: here a grammar that was never tried."""
-    monkeypatch.setattr("qwen3_dist.engine.make_setup.compile_grammar", lambda _: "start: nowhere")
+    monkeypatch.setattr("qwen3_dist.engine.request_setup.compile_grammar", lambda _: "start: nowhere")
     with LLM(num_blocks=64, use_tqdm=False) as llm:
         with pytest.raises(RequestError):
             llm.generate(["Hello!", "Hi"], [formed(regex="a"), SamplingParams(max_tokens=5)])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
-from qwen3_dist.text.tool_calls import ToolCalls
+from qwen3_dist.text.tool_calls.stream import ToolCalls
 from qwen3_dist.text.tool_schemas import ToolSchemas
 from tests.qwen3_dist.test_text_tool_calls import JSON_VALUES, NASTY, cut_off, reader
 from tests.splits import however_cut, parsed, pieces_of

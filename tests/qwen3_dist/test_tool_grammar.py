@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from qwen3_dist.engine.grammar import compile_grammar
-from qwen3_dist.engine.tool_grammar import tool_call_grammar
 from qwen3_dist.errors import RequestError
+from qwen3_dist.structured.grammar import compile_grammar
+from qwen3_dist.structured.tool_grammar import tool_call_grammar
 from tests.walks import BUNDLED, DIRECTORIES, walker_of
 
 WEATHER: dict[str, Any] = {

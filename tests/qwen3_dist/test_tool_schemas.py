@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.engine.grammar import compile_grammar
-from qwen3_dist.engine.tool_grammar import compile_tool_calls
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
+from qwen3_dist.structured.grammar import compile_grammar
+from qwen3_dist.structured.tool_grammar import compile_tool_calls
 from tests.walks import BUNDLED, walker_of
 
 TEXT: dict[str, Any] = {"type": "string"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_dist.kernels.triton_attention import attention, splits_for
-from qwen3_dist.layers.batch import LayerCache
-from qwen3_dist.layers.gathered_attention import gathered_attention
+from qwen3_dist.ops.batch import LayerCache
+from qwen3_dist.ops.cuda.triton_attention import attention, splits_for
+from qwen3_dist.ops.torch_attention import gathered_attention
 from tests.batches import random_batch
 
 

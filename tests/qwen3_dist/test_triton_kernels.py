@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.engine import sampler
-from qwen3_dist.engine.plan import SampleSpec
-from qwen3_dist.kernels import GpuKernels, triton_products, triton_rows
-from qwen3_dist.layers import norm
-from qwen3_dist.layers.experts import counted, looped_experts
-from qwen3_dist.layers.linear import as_int8
-from qwen3_dist.layers.norm import RMSNorm
-from qwen3_dist.layers.rope import apply_rope
+from qwen3_dist.model import norm
+from qwen3_dist.model.experts import counted, looped_experts
+from qwen3_dist.model.linear import as_int8
+from qwen3_dist.model.norm import RMSNorm
+from qwen3_dist.model.rope import apply_rope
+from qwen3_dist.ops.cuda import triton_products, triton_rows
+from qwen3_dist.ops.kernels import GpuKernels
+from qwen3_dist.protocol.step_plan import SampleSpec
+from qwen3_dist.worker.sampling import sampler
 
 DTYPES = [torch.float32, torch.bfloat16]
 OF_PRODUCTS = [torch.float32, torch.float16]  # the interpreter multiplies the bits of bf16

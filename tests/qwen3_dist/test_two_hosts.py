@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import write_checkpoint
 from tests.ranks import ROOT
 

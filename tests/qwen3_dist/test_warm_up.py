@@ -12,13 +12,13 @@ import torch.distributed as dist
 from triton.runtime.errors import OutOfResources
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.engine.runner import ModelRunner
-from qwen3_dist.engine.warm_up import StepShapes, explained_failures, powers_of_2
 from qwen3_dist.errors import ConfigError, ResourceError
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.worker.runner import ModelRunner
+from qwen3_dist.worker.warm_up import StepShapes, explained_failures, powers_of_2
 from tests.checkpoints import DENSE, MOE
 from tests.ranks import run_ranks
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, ModelConfig, SamplingParams
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.model import Qwen3Model
+from qwen3_dist.model.reference import load_reference
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.reference import load_reference
 from qwen3_dist.weights.loader import load_model
 from tests.checkpoints import write_checkpoint
 from tests.ranks import ROOT

@@ -10,11 +10,11 @@ import openai
 import pytest
 from ray import serve
 
-from qwen3_dist.engine.outputs import EngineStats
+from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.weights.source import bundled_path
 from serve_app.app import REPLICA
-from serve_app.config import APP_NAME, BUNDLED_NAME, ServiceConfig, read_service_config
-from serve_app.launch import running_service
+from serve_app.launch.service import running_service
+from serve_app.settings import APP_NAME, BUNDLED_NAME, ServiceConfig, read_service_config
 from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port
 

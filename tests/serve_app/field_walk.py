@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.protocol.kinds import Anything, Either, Field, Json, Kind, ListOf, Plain, Record, Tagged
+from serve_app.apis.shared.kinds import Anything, Either, Field, Json, Kind, ListOf, Plain, Record, Tagged
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import bundled_path
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.responses.request import parse_responses
+from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.cli.options import add_settings, given_settings
-from serve_app.config import BUNDLED_NAME, read_service_config
-from serve_app.handlers import RequestHandler
-from serve_app.launch import check_model
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.generation import GenerationRequest
-from serve_app.protocol.messages import parse_messages
-from serve_app.protocol.responses import parse_responses
+from serve_app.launch.service import check_model
+from serve_app.replica.request_handler import RequestHandler
+from serve_app.settings import BUNDLED_NAME, read_service_config
 from tests.adapters import ATTENTION, write_adapter
 
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from serve_app.admission import Admission, OverloadedError
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.embeddings import parse_embedding
-from serve_app.protocol.messages import parse_messages
-from serve_app.protocol.relevance import parse_rerank, parse_score
-from serve_app.protocol.tokens import parse_tokenize
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.embeddings import parse_embedding
+from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.rerank import parse_rerank, parse_score
+from serve_app.apis.tokens import parse_tokenize
+from serve_app.ingress.admission import Admission, OverloadedError
 
 USER = [{"role": "user", "content": "hi"}]
 

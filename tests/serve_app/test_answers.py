@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.engine.outputs import TokenLogprob
+from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
-from serve_app.answers.base import DONE, Served
-from serve_app.answers.chat import ChatAnswer
-from serve_app.answers.completions import CompletionAnswer
-from serve_app.answers.openai import Shown
-from serve_app.protocol.prompts import Prompt
+from serve_app.apis.chat.answer import ChatAnswer
+from serve_app.apis.completions.answer import CompletionAnswer
+from serve_app.apis.shared.answer import DONE, Served
+from serve_app.apis.shared.openai import Shown
+from serve_app.apis.shared.prompts import Prompt
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ from openai.types.chat import ChatCompletion
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
-from serve_app.answers.base import Served
-from serve_app.protocol.chat import ChatRequest, parse_chat
-from serve_app.protocol.custom_tools import CustomInput
-from serve_app.protocol.prompts import Prompt
+from serve_app.apis.chat.request import ChatRequest, parse_chat
+from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.custom_tools import CustomInput
+from serve_app.apis.shared.prompts import Prompt
 
 USER = {"role": "user", "content": "Hello!"}
 FUNCTION = {"type": "function", "function": {"name": "f"}}

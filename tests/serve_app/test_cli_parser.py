@@ -16,8 +16,8 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import bundled_path, canonical_name, may_be_model, resolve_model
 from serve_app.cli import build_parser, generate, main
 from serve_app.cli.options import given_settings
-from serve_app.config import ServiceConfig, read_service_config
-from serve_app.http import make_api
+from serve_app.ingress.http import make_api
+from serve_app.settings import ServiceConfig, read_service_config
 from tests.serve_app.command_line import refusal
 
 

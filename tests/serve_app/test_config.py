@@ -6,7 +6,7 @@ import pytest
 
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
-from serve_app.config import BUNDLED_NAME, ServiceConfig, read_service_config
+from serve_app.settings import BUNDLED_NAME, ServiceConfig, read_service_config
 
 
 def test_text_from_serve_run_reads_as_the_settings_types() -> None:

@@ -14,14 +14,14 @@ import pytest
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, RequestError
 from qwen3_dist.settings import EngineConfig
-from serve_app.answers.messages import message_error
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.embeddings import parse_embedding
-from serve_app.protocol.errors import error_object
-from serve_app.protocol.messages import parse_messages
-from serve_app.protocol.responses import parse_responses
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.embeddings import parse_embedding
+from serve_app.apis.messages.answer import message_error
+from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.responses.request import parse_responses
+from serve_app.apis.shared.errors import error_object
+from serve_app.replica.request_handler import RequestHandler
 
 LONG = "word " * 6000
 TURN = {"role": "user", "content": LONG}

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.dispatch import Dispatcher
+from serve_app.ingress.dispatch import Dispatcher
 
 WHOLE = [(200, b"head"), b"part"]
 DEAD = (503, b"the engine died")

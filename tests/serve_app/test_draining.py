@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve_app import shutdown
-from serve_app.draining import Draining, DrainingError
-from serve_app.http import error_headers
-from serve_app.protocol.errors import error_status
+from serve_app.apis.shared.errors import error_status
+from serve_app.ingress.draining import Draining, DrainingError
+from serve_app.ingress.http import error_headers
+from serve_app.launch import shutdown
 
 
 async def counting(

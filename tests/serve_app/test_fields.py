@@ -11,29 +11,29 @@ from typing import Any
 import pytest
 import tokenizers
 
-from qwen3_dist.engine import tool_grammar
 from qwen3_dist.errors import RequestError
+from qwen3_dist.structured import tool_grammar
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import bundled_path
-from serve_app.protocol import chat as chat_module
-from serve_app.protocol.chat import CHAT_BODY, parse_chat
-from serve_app.protocol.completions import COMPLETION_BODY, parse_completion
-from serve_app.protocol.embeddings import EMBEDDING_BODY, parse_embedding
-from serve_app.protocol.generation import GenerationRequest
-from serve_app.protocol.kinds import BOOL, Field, Record
-from serve_app.protocol.messages import (
+from serve_app.apis.chat import request as chat_module
+from serve_app.apis.chat.request import CHAT_BODY, parse_chat
+from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
+from serve_app.apis.embeddings import EMBEDDING_BODY, parse_embedding
+from serve_app.apis.messages.request import (
     COUNT_TOKENS_BODY,
     MESSAGES_BODY,
     CountTokensRequest,
     parse_count_tokens,
     parse_messages,
 )
-from serve_app.protocol.pooling import PoolingRequest
-from serve_app.protocol.prompts import Texts
-from serve_app.protocol.relevance import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
-from serve_app.protocol.responses import RESPONSES_BODY, ResponsesRead, ResponsesRequest, read_responses
-from serve_app.protocol.tokens import (
+from serve_app.apis.rerank import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
+from serve_app.apis.responses.request import RESPONSES_BODY, ResponsesRead, ResponsesRequest, read_responses
+from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.apis.shared.kinds import BOOL, Field, Record
+from serve_app.apis.shared.pooling import PoolingRequest
+from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.tokens import (
     DETOKENIZE_BODY,
     TOKENIZE_BODY,
     TextRequest,

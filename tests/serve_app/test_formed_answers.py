@@ -12,10 +12,10 @@ import pytest
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
 from qwen3_dist.settings import EngineConfig
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.messages import parse_messages
-from serve_app.protocol.responses import parse_responses
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.responses.request import parse_responses
+from serve_app.replica.request_handler import RequestHandler
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]}
 NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}

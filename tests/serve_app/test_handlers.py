@@ -16,12 +16,12 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import resolve_model
-from serve_app.answers.base import DONE
-from serve_app.answers.completions import CompletionAnswer
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import CompletionRequest, parse_completion
-from serve_app.protocol.prompts import Texts
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.answer import CompletionAnswer
+from serve_app.apis.completions.request import CompletionRequest, parse_completion
+from serve_app.apis.shared.answer import DONE
+from serve_app.apis.shared.prompts import Texts
+from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import wait_for
 
 MESSAGES = [{"role": "user", "content": "hi"}]

@@ -11,9 +11,9 @@ import pytest
 from fastapi import APIRouter, Request, Response
 
 from qwen3_dist.errors import RequestError
-from serve_app.admission import OverloadedError
-from serve_app.config import ServiceConfig, read_service_config
-from serve_app.http import check_admin_key, check_key, error_headers, make_api, read_body
+from serve_app.ingress.admission import OverloadedError
+from serve_app.ingress.http import check_admin_key, check_key, error_headers, make_api, read_body
+from serve_app.settings import ServiceConfig, read_service_config
 
 
 def request(path: str = "/v1/completions", body: bytes = b"", prefix: str = "", **headers: str) -> Request:

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 from qwen3_dist.errors import RequestError
-from serve_app.protocol.kinds import (
+from serve_app.apis.shared.kinds import (
     BOOL,
     FILLED_TEXT,
     OBJECT,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qwen3_dist.errors import EngineDeadError, RequestError
-from serve_app.late_stream import COMMENT, LateStream
-from serve_app.protocol.errors import error_object, to_json
+from serve_app.apis.shared.errors import error_object, to_json
+from serve_app.ingress.late_stream import COMMENT, LateStream
 
 
 class Answer:

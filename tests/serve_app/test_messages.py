@@ -17,11 +17,11 @@ from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
-from serve_app.answers.base import Served
-from serve_app.answers.messages import MessageAnswer, message_error
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.messages import MessagesRequest, parse_count_tokens, parse_messages
-from serve_app.protocol.prompts import Prompt
+from serve_app.apis.messages.answer import MessageAnswer, message_error
+from serve_app.apis.messages.request import MessagesRequest, parse_count_tokens, parse_messages
+from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.prompts import Prompt
+from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import server_events
 
 HELLO = {"role": "user", "content": "Hello!"}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from qwen3_dist.errors import RequestError
-from serve_app.answers.messages import message_error
-from serve_app.protocol.messages import MessagesRequest, parse_count_tokens, parse_messages
+from serve_app.apis.messages.answer import message_error
+from serve_app.apis.messages.request import MessagesRequest, parse_count_tokens, parse_messages
 
 HELLO = {"role": "user", "content": "Hello!"}
 BILLING = "x-anthropic-billing-header: cc_version=2.1.197.abc; cc_entrypoint=cli; cch=fa690;"

@@ -13,8 +13,8 @@ from fastapi import Request
 from openai.types import Model
 
 from qwen3_dist.errors import RequestError
-from serve_app.answers.models import Models
-from serve_app.deployments import Ingress
+from serve_app.apis.models import Models
+from serve_app.ingress.deployment import Ingress
 
 MODELS = Models(("base", "one", "two"), 1_700_000_000)
 

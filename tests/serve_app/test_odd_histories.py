@@ -11,11 +11,11 @@ import pytest
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.messages import parse_messages
-from serve_app.protocol.messages_history import MESSAGE
-from serve_app.protocol.responses import parse_responses
-from serve_app.protocol.responses_history import ITEM
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.messages.history import MESSAGE
+from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.responses.history import ITEM
+from serve_app.apis.responses.request import parse_responses
 
 STRICT = ChatTemplate(
     {

@@ -10,17 +10,17 @@ import jsonschema
 import pytest
 
 from qwen3_dist.errors import EngineDeadError, RequestError
-from serve_app.answers.messages import message_error
-from serve_app.deployments import api
-from serve_app.openapi import ANTHROPIC_ERROR, OPENAI_ERROR
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.embeddings import parse_embedding
-from serve_app.protocol.errors import error_object
-from serve_app.protocol.messages import parse_count_tokens, parse_messages
-from serve_app.protocol.relevance import parse_rerank, parse_score
-from serve_app.protocol.responses import parse_responses
-from serve_app.protocol.tokens import parse_detokenize, parse_tokenize
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.embeddings import parse_embedding
+from serve_app.apis.messages.answer import message_error
+from serve_app.apis.messages.request import parse_count_tokens, parse_messages
+from serve_app.apis.openapi import ANTHROPIC_ERROR, OPENAI_ERROR
+from serve_app.apis.rerank import parse_rerank, parse_score
+from serve_app.apis.responses.request import parse_responses
+from serve_app.apis.shared.errors import error_object
+from serve_app.apis.tokens import parse_detokenize, parse_tokenize
+from serve_app.ingress.deployment import api
 
 USER = {"role": "user", "content": "hi"}
 # A parser and a body that it takes, by path.

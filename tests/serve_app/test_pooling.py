@@ -18,11 +18,11 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import bundled_path
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.embeddings import parse_embedding
-from serve_app.protocol.pooling import MOST_INPUTS, PoolingRequest
-from serve_app.protocol.relevance import parse_rerank, parse_score
-from serve_app.protocol.tokens import parse_tokenize
+from serve_app.apis.embeddings import parse_embedding
+from serve_app.apis.rerank import parse_rerank, parse_score
+from serve_app.apis.shared.pooling import MOST_INPUTS, PoolingRequest
+from serve_app.apis.tokens import parse_tokenize
+from serve_app.replica.request_handler import RequestHandler
 from tests.adapters import ATTENTION, write_adapter
 from tests.checkpoints import write_reader
 from tests.serve_app.support import wait_for

@@ -9,9 +9,9 @@ import pytest
 
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.errors import error_object
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.shared.errors import error_object
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from serve_app import proxy
-from serve_app.admission import HOLDS_HEADER, LIMIT_HEADER
-from serve_app.proxy import Refusals
+from serve_app.ingress import proxy
+from serve_app.ingress.admission import HOLDS_HEADER, LIMIT_HEADER
+from serve_app.ingress.proxy import Refusals
 
 Answer = tuple[int, dict[bytes, bytes], bytes]
 

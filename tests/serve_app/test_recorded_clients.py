@@ -22,11 +22,11 @@ from pydantic import TypeAdapter
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.settings import EngineConfig
-from serve_app.handlers import RequestHandler
-from serve_app.kept_response import KeptResponse
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.messages import parse_messages
-from serve_app.response_store import ResponseStore
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.responses.kept import KeptResponse
+from serve_app.apis.responses.store import ResponseStore
+from serve_app.replica.request_handler import RequestHandler
 from tests.clients.scripted import CALL, long_checkpoint, scripted
 
 RECORDED = Path(__file__).parent / "recorded"

@@ -17,11 +17,11 @@ import pytest
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.settings import EngineConfig
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.messages import parse_messages
-from serve_app.replica import EngineReplica, log_library_to_serve
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.messages.request import parse_messages
+from serve_app.replica.deployment import EngineReplica, log_library_to_serve
+from serve_app.replica.request_handler import RequestHandler
 
 USER = [{"role": "user", "content": "hi"}]
 

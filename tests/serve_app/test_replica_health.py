@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from qwen3_dist.errors import EngineDeadError
-from serve_app.replica_health import ReplicaHealth
+from serve_app.ingress.replica_health import ReplicaHealth
 
 Answers = list[BaseException | None]
 

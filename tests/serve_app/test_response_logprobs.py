@@ -13,8 +13,8 @@ from pydantic import TypeAdapter
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.settings import EngineConfig
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.responses import ResponsesRequest, parse_responses
+from serve_app.apis.responses.request import ResponsesRequest, parse_responses
+from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import server_events
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

@@ -11,12 +11,12 @@ import pytest
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.choice import ChoiceDelta, join
-from serve_app.answers.base import Served
-from serve_app.kept_response import KeptResponse
-from serve_app.protocol.errors import error_object, to_json
-from serve_app.protocol.prompts import Prompt
-from serve_app.protocol.responses import read_responses
-from serve_app.response_store import ResponseStore
+from serve_app.apis.responses.kept import KeptResponse
+from serve_app.apis.responses.request import read_responses
+from serve_app.apis.responses.store import ResponseStore
+from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.errors import error_object, to_json
+from serve_app.apis.shared.prompts import Prompt
 
 SAID = [
     ChoiceDelta(0, "", (1,), (), None, reasoning="Hm."),

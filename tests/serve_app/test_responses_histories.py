@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
-from serve_app.answers.base import Served
-from serve_app.protocol.prompts import Prompt
-from serve_app.protocol.responses import ResponsesRequest, parse_responses
+from serve_app.apis.responses.request import ResponsesRequest, parse_responses
+from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.prompts import Prompt
 from tests.serve_app.support import server_events
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)

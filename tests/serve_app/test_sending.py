@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.serve._private.http_util import MessageQueue
 
-from serve_app.answers.base import error_events
-from serve_app.sending import MOST_UNSENT, PIECE, EventStream, LargeResponse, watch_sending
+from serve_app.apis.shared.answer import error_events
+from serve_app.ingress.sending import MOST_UNSENT, PIECE, EventStream, LargeResponse, watch_sending
 
 PART = b"x" * (MOST_UNSENT // 4)
 

@@ -13,18 +13,18 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
-from serve_app import launch, serve_instance
 from serve_app.cli.serve import EndSignals
-from serve_app.config import ServiceConfig
-from serve_app.launch import RunningService
-from serve_app.serve_instance import (
+from serve_app.launch.serve_instance import (
     RunningApplication,
     ServeInstance,
     is_running,
     require_place,
     unplaced_bundles,
 )
-from serve_app.shutdown import end_unused_serve
+from serve_app.launch.service import RunningService, serve_instance
+from serve_app.launch.service import service as launch
+from serve_app.launch.shutdown import end_unused_serve
+from serve_app.settings import ServiceConfig
 
 FIRST = RunningApplication("qwen3_dist", "/", 100.0)
 

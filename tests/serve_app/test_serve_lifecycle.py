@@ -13,7 +13,7 @@ import openai
 import pytest
 from ray import serve
 
-from qwen3_dist.engine.outputs import EngineStats
+from qwen3_dist.protocol.outputs import EngineStats
 from serve_app.app import build_app
 from tests.processes import processes_running
 from tests.serve_app.support import SETTINGS, wait_for

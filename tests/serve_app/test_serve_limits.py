@@ -149,17 +149,19 @@ def test_what_waits_waits_in_the_engine(limited: str) -> None:
     async def crowd() -> None:
         replicas = serve.get_deployment_handle(REPLICA, NAME)
         await replicas.stats.remote()  # a handle's first call takes longer than a request may
-        async with httpx.AsyncClient(base_url=limited, timeout=60, headers=BEARER) as client:
-            async with client.stream("POST", COMPLETIONS, json={**ENDLESS, "stream": True}) as running:
-                lines = running.aiter_lines()
-                assert (await anext(lines)).startswith("data:")
-                waiting = asyncio.create_task(client.post(COMPLETIONS, json={**ENDLESS, "n": 1}))
-                in_engine = 0
-                while in_engine <= ENDLESS["n"] and not waiting.done():
-                    (stats,) = await replicas.broadcast("stats").results_async()
-                    in_engine = stats.num_running + stats.num_waiting
-                assert in_engine == ENDLESS["n"] + 1
-                waiting.cancel()
+        async with (
+            httpx.AsyncClient(base_url=limited, timeout=60, headers=BEARER) as client,
+            client.stream("POST", COMPLETIONS, json={**ENDLESS, "stream": True}) as running,
+        ):
+            lines = running.aiter_lines()
+            assert (await anext(lines)).startswith("data:")
+            waiting = asyncio.create_task(client.post(COMPLETIONS, json={**ENDLESS, "n": 1}))
+            in_engine = 0
+            while in_engine <= ENDLESS["n"] and not waiting.done():
+                (stats,) = await replicas.broadcast("stats").results_async()
+                in_engine = stats.num_running + stats.num_waiting
+            assert in_engine == ENDLESS["n"] + 1
+            waiting.cancel()
 
     asyncio.run(crowd())
 

@@ -9,7 +9,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from serve_app.deployments import api
+from serve_app.ingress.deployment import api
 
 # What a schema cannot say (two fields that exclude each other, lengths in tokens) is refused all the same.
 BEYOND_SCHEMAS = [positive_data_acceptance]

@@ -11,12 +11,12 @@ import pytest
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.completions import parse_completion
-from serve_app.protocol.embeddings import parse_embedding
-from serve_app.protocol.prompts import Texts
-from serve_app.protocol.relevance import parse_rerank, parse_score
-from serve_app.protocol.tokens import parse_tokenize
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.embeddings import parse_embedding
+from serve_app.apis.rerank import parse_rerank, parse_score
+from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.tokens import parse_tokenize
 from tests.checkpoints import write_reader
 
 CHAT = {"messages": [{"role": "user", "content": "the sea"}]}

@@ -12,9 +12,9 @@ import pytest
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
 from qwen3_dist.settings import EngineConfig
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.chat import parse_chat
-from serve_app.protocol.tokens import TextRequest, parse_detokenize, parse_tokenize
+from serve_app.apis.chat.request import parse_chat
+from serve_app.apis.tokens import TextRequest, parse_detokenize, parse_tokenize
+from serve_app.replica.request_handler import RequestHandler
 
 MESSAGES = [{"role": "user", "content": "Hello! 🌊"}]
 TOOL = {"type": "function", "function": {"name": "tide", "parameters": {"type": "object"}}}

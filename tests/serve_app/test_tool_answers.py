@@ -12,8 +12,8 @@ import pytest
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
 from qwen3_dist.settings import EngineConfig
-from serve_app.handlers import RequestHandler
-from serve_app.protocol.chat import parse_chat
+from serve_app.apis.chat.request import parse_chat
+from serve_app.replica.request_handler import RequestHandler
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTION = {"name": "get_weather", "description": "Weather of a city", "parameters": CITY}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from qwen3_dist import SamplingParams
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.layout import Layout
-from qwen3_dist.reference import load_reference
+from qwen3_dist.model.reference import load_reference
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.speculation import Speculation
 from tests.checkpoints import write_checkpoint

@@ -1,0 +1,214 @@
+"""Measures the cost model's constants on the machine at hand and makes a cluster of them."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from cluster.calibration import collective_probe, probes, step_probe
+from cluster.hardware import PRESETS, Cluster, Device, Link, as_dict
+from cluster.planning.cost_model import products_of
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.layout import Layout
+from qwen3_dist.machine import hardware, versions
+
+Report = Callable[[str], None]
+_EXPERT_TOKENS = (32, 128, 512)
+_CPU_UTILIZATION = 0.8  # the engine takes a part of what a host has free
+_NOTICEABLE = 0.05  # of the cores, taken by others while they were measured
+_UNKNOWN = Link(1e-5, 25e9)  # of one device alone, which no layout uses
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A measured cluster, what it was made from, and where."""
+
+    cluster: Cluster
+    measured: dict[str, Any]
+    about: dict[str, Any]
+
+    def write(self, file: Path) -> None:
+        """The hardware file that `read_cluster` reads, with where and when it was measured on top."""
+        lines = [f"# Measured by qwen3-dist calibrate on {self.about['date']}: {self.about['machine']}"]
+        lines.append(yaml.safe_dump(as_dict(self.cluster), sort_keys=False, default_flow_style=None))
+        try:
+            file.write_text("\n".join(lines))
+        except OSError as error:
+            raise ResourceError(
+                f"{file} cannot be written ({error.strerror}); choose another --out"
+            ) from None
+
+
+def calibrate(
+    device: str, report: Report, sizes: probes.Sizes | None = None, rows: tuple[int, ...] = probes.ROWS
+) -> Calibration:
+    """Measures `device` ("cpu" or "cuda") in a minute or two; nothing else should compute meanwhile.
+
+    On a CPU `about` says what share of it other programs took, and `report` warns of more than a little.
+    """
+    where = torch.device(device)
+    ranks = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    sizes = sizes or probes.Sizes.for_device(where)
+    measured: dict[str, Any] = {}
+    busy = _Busy()
+    found = _measure_device(where, sizes, rows, measured, report)
+    inside = _measure_links(device, ranks, measured, report, found.name)
+    cluster = Cluster(
+        found,
+        num_devices=ranks,
+        devices_per_node=ranks,
+        inside=inside,
+        between=inside,
+        step_overhead_s=0.0,
+        shared_host=device == "cpu",
+    )
+    cluster = _measure_overheads(cluster, device, measured, report)
+    machine = f"{found.name}, torch {versions()['torch']}, commit {versions()['commit']}"
+    others = busy.share_of_others()
+    if device == "cpu" and others > _NOTICEABLE:
+        report(
+            f"other programs took {others:.0%} of the cores meanwhile: these figures are too low; repeat it"
+        )
+    about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "hardware": hardware()}
+    about["cpu_share_of_others"] = round(others, 3)
+    return Calibration(_rounded(cluster), measured, about)
+
+
+def _measure_device(
+    where: torch.device, sizes: probes.Sizes, rows: tuple[int, ...], measured: dict[str, Any], report: Report
+) -> Device:
+    report("reading memory")
+    read = probes.read_rate(where, sizes)
+    if where.type == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        measured["read_bytes_per_s_one_core"] = probes.read_rate(where, sizes)
+        torch.set_num_threads(threads)
+    measured["read_bytes_per_s"] = read
+    report(f"products of {rows[0]} to {rows[-1]} rows")
+    by_rows = probes.row_seconds(where, sizes, rows)
+    rates = {count: 2 * count / seconds for count, seconds in by_rows.items()}
+    measured["flops_per_s_by_rows"] = rates
+    report("attention")
+    decode_s = probes.attention_seconds(where, 8, 1024, 1, sizes.repeats)
+    prompt_s = probes.attention_seconds(where, 1, 512, 512, sizes.repeats)
+    kv_rate = 8 * probes.attention_costs(1024, 1)[0] / decode_s
+    attention_rate = probes.attention_costs(512, 512)[1] / prompt_s
+    measured |= {"kv_read_bytes_per_s": kv_rate, "attention_flops_per_s": attention_rate}
+    flops = max(rates.values())
+    device = Device(
+        _name(where),
+        _memory(where),
+        read,
+        flops,
+        read_efficiency=min(1.0, 2 / by_rows[rows[0]] / read),
+        kv_read_efficiency=min(1.0, kv_rate / read),
+        attention_efficiency=min(1.0, attention_rate / flops),
+        fp8_speedup=1.0,
+        memory_utilization=0.9 if where.type == "cuda" else _CPU_UTILIZATION,
+        row_rates=tuple(rates.items()),
+    )
+    report("experts")
+    efficiency = _expert_efficiency(device, where, sizes, measured)
+    return replace(device, expert_efficiency=efficiency)
+
+
+def _expert_efficiency(
+    device: Device, where: torch.device, sizes: probes.Sizes, measured: dict[str, Any]
+) -> float:
+    """What the model predicts for a layer of experts over what it takes."""
+    experts, chosen, weights = probes.expert_shape(sizes)
+    products = products_of(device, weight_bytes=2.0)
+    shares = {}
+    for tokens in _EXPERT_TOKENS:
+        touched = experts * (1 - (1 - chosen / experts) ** tokens)
+        predicted = products.seconds(tokens * chosen / touched, touched * weights)
+        shares[tokens] = predicted / probes.expert_seconds(where, sizes, tokens)
+    measured["expert_efficiency_by_tokens"] = shares
+    return statistics.median(shares.values())
+
+
+def _measure_links(device: str, ranks: int, measured: dict[str, Any], report: Report, name: str) -> Link:
+    if ranks < 2:
+        return next((preset.inside for key, preset in PRESETS.items() if key in name), _UNKNOWN)
+    report("collectives of 2 ranks")
+    points = collective_probe.measure(2, device)
+    measured["collective_seconds"] = points
+    shares = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0}
+    links = {kind: collective_probe.fit(points[kind], share) for kind, share in shares.items()}
+    return Link(links["all_gather"].latency_s, links["all_gather"].bytes_per_s, **links)  # type: ignore[arg-type]
+
+
+def _measure_overheads(cluster: Cluster, device: str, measured: dict[str, Any], report: Report) -> Cluster:
+    report("steps of a small model on one rank")
+    steps = step_probe.decode_steps(Layout(), device)
+    prompt_s = step_probe.prompt_step(device)
+    measured |= {"decode_steps": steps, "prompt_step": prompt_s}
+    cluster = step_probe.with_overheads(cluster, steps, prompt_s)
+    if cluster.num_devices < 2:
+        return cluster
+    report("steps of a small model on two ranks")
+    layout = Layout(tp=2)
+    steps = step_probe.decode_steps(layout, device)
+    measured["decode_steps_two_ranks"] = steps
+    ranks_s, collective_s = step_probe.fit_ranks(cluster, layout, steps)
+    inside = cluster.inside
+    waits = {
+        kind: replace(inside.of(kind), latency_s=inside.of(kind).latency_s + collective_s)
+        for kind in collective_probe.KINDS
+        if kind != "send"
+    }
+    inside = replace(inside, **waits)  # type: ignore[arg-type]
+    return replace(cluster, ranks_overhead_s=ranks_s, inside=inside, between=inside)
+
+
+class _Busy:
+    """What the cores did from its construction on."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def share_of_others(self) -> float:
+        """Share of all cores' time that neither this process and its ended children took nor was idle."""
+        total, idle, own = (now - then for now, then in zip(self._now(), self._before, strict=True))
+        return max(0.0, (total - idle - own) / total) if total else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        ticks = [int(part) for part in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        times, per_second = os.times(), os.sysconf("SC_CLK_TCK")
+        own = times.user + times.system + times.children_user + times.children_system
+        return sum(ticks) / per_second, (ticks[3] + ticks[4]) / per_second, own
+
+
+def _name(where: torch.device) -> str:
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    return f"{len(os.sched_getaffinity(0))} cores of {hardware()['cpu']}"
+
+
+def _memory(where: torch.device) -> int:
+    if where.type == "cuda":
+        return int(torch.cuda.get_device_properties(where).total_memory)
+    return int(hardware()["memory_gib"] * 2**30)
+
+
+def _rounded(part: Any) -> Any:
+    """The same with four digits of every float, which is more than a measurement gives."""
+    if isinstance(part, float):
+        return float(f"{part:.4g}")
+    if isinstance(part, tuple):
+        return tuple(_rounded(each) for each in part)
+    if isinstance(part, (Cluster, Device, Link)):
+        return replace(part, **{name: _rounded(value) for name, value in vars(part).items()})
+    return part

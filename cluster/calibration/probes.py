@@ -1,0 +1,162 @@
+"""Measures what one device gives: reading, products, attention, experts. CPU or CUDA, with the engine's own kernels.
+
+Times are the lower quartile of some repeats: another program on the machine makes some of them longer, none shorter.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.model.experts import Experts
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.kernels import Weights, kernels_for, linears
+from qwen3_dist.ops.paged_attention import paged_attention
+from qwen3_dist.parallel.dispatch import DispatchedTokens
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_HEADS, _GROUPS, _HEAD_DIM, _BLOCK = 16, 8, 128, 16
+_EXPERTS, _CHOSEN = 64, 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large probes are: weights must exceed every cache, and products must fill the device."""
+
+    inner: int
+    outputs: int
+    matrices: int
+    read_bytes: int
+    expert_columns: int
+    repeats: int = 5
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> Sizes:
+        if device.type == "cuda":
+            return cls(4096, 12288, 12, 4 << 30, 1536, repeats=9)
+        return cls(1024, 6144, 16, 512 << 20, 384)
+
+
+def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Lower quartile of a call's time, after one that is not counted."""
+    taken = []
+    for turn in range(repeats + 1):
+        _wait(device)
+        started = time.perf_counter()
+        call()
+        _wait(device)
+        if turn:
+            taken.append(time.perf_counter() - started)
+    return statistics.quantiles(taken, n=4, method="inclusive")[0] if len(taken) > 1 else taken[0]
+
+
+def read_rate(device: torch.device, sizes: Sizes) -> float:
+    """Bytes per second that the device reads, with as many threads as torch has."""
+    words = torch.ones(sizes.read_bytes // 8, dtype=torch.int64, device=device)
+    return words.nbytes / seconds(lambda: words.sum(), device, sizes.repeats)
+
+
+@torch.inference_mode()
+def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS) -> dict[int, float]:
+    """Seconds per weight of bf16 products, by rows; the weights come from memory each time."""
+    matrices = [_drawn(sizes.outputs, sizes.inner, device) for _ in range(sizes.matrices)]
+    kernels = kernels_for(matrices[0])
+    packed = [Weights(kernels.pack(m) if kernels is not None else m, sizes.outputs) for m in matrices]
+    del matrices
+    found = {}
+    for count in rows:
+        x = _drawn(count, sizes.inner, device)
+        used = packed if count <= 128 or device.type == "cuda" else packed[: max(2, len(packed) // 4)]
+
+        def call(x: Tensor = x, used: list[Weights] = used) -> None:
+            for weights in used:
+                linears(x, weights)
+
+        took = seconds(call, device, sizes.repeats if count <= 64 else 3)
+        found[count] = took / (len(used) * sizes.outputs * sizes.inner)
+    return found
+
+
+@torch.inference_mode()
+def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
+    """Seconds of one layer of experts on `tokens` tokens, each with a random choice of them."""
+    with device:
+        experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns).to(torch.bfloat16)
+    experts.requires_grad_(False)
+    for stack in (experts.fc1, experts.fc2, experts.fc3):
+        stack.normal_(0, 0.02)
+    kernels = kernels_for(experts.fc1)
+    if kernels is not None:
+        experts.pack(kernels)
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.rand(tokens, _EXPERTS, generator=generator).topk(_CHOSEN).indices.to(device)
+    weights = torch.full((tokens, _CHOSEN), 1 / _CHOSEN, device=device)
+    received = DispatchedTokens(_drawn(tokens, sizes.inner, device), ids, weights)
+    return seconds(lambda: experts(received), device, sizes.repeats)
+
+
+def expert_shape(sizes: Sizes) -> tuple[int, int, int]:
+    """Experts, experts of a token, and weights of one, of `expert_seconds`."""
+    return _EXPERTS, _CHOSEN, 3 * sizes.inner * sizes.expert_columns
+
+
+@torch.inference_mode()
+def attention_seconds(
+    device: torch.device, sequences: int, context: int, queries: int, repeats: int
+) -> float:
+    """Seconds of one layer's attention of the last `queries` tokens of each sequence over its context."""
+    width = context // _BLOCK
+    layers = 4  # more than one, so that a decode does not find its keys in a cache of the processor
+    caches = [
+        LayerCache(
+            *(
+                _drawn(sequences * width, _BLOCK * _GROUPS * _HEAD_DIM, device).view(
+                    sequences * width, _BLOCK, _GROUPS, _HEAD_DIM
+                )
+                for _ in range(2)
+            )
+        )
+        for _ in range(layers)
+    ]
+    tables = torch.randperm(sequences * width).view(sequences, width).to(device)
+    batch = StepBatch(
+        token_ids=tables[:0],
+        positions=tables[:0],
+        slots=tables[:0],
+        block_tables=tables.int(),
+        table_rows=torch.arange(sequences, device=device),
+        context_lens=torch.full((sequences,), context, device=device),
+        query_starts=torch.arange(sequences + 1, device=device) * queries,
+        query_lens=(queries,) * sequences,
+        host_context_lens=(context,) * sequences,
+        num_decodes=sequences if queries == 1 else 0,
+        all_to_all=False,
+        logits_rows=tables[:0],
+    )
+    q = _drawn(sequences * queries, _HEADS * _HEAD_DIM, device).view(-1, _HEADS, _HEAD_DIM)
+
+    def call() -> None:
+        for cache in caches:
+            paged_attention(q, cache, batch, None)
+
+    return seconds(call, device, repeats) / layers
+
+
+def attention_costs(context: int, queries: int) -> tuple[float, float]:
+    """Bytes of cache and operations of one sequence in `attention_seconds`."""
+    pairs = sum(range(context - queries + 1, context + 1))
+    return 2.0 * context * _GROUPS * _HEAD_DIM * 2, 4.0 * pairs * _HEADS * _HEAD_DIM
+
+
+def _drawn(rows: int, columns: int, device: torch.device) -> Tensor:
+    return (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

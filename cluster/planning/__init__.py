@@ -1,0 +1,1 @@
+"""The cost model, and the plans that are made with it."""

@@ -1,0 +1,318 @@
+"""How long a step of a layout takes: a roofline for each operation, collectives, and overheads.
+
+`docs/cost-model.md` derives every formula and names its source. Legend: T tokens of one dp group's step, S tokens
+of all groups, N tokens a tp rank owns under all-to-all, D emb_dim, E experts, K experts per token, d head_dim.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from math import ceil, sqrt
+from statistics import NormalDist
+
+from cluster.hardware import Cluster, Device
+from cluster.planning.collectives import groups_of
+from cluster.planning.footprint import LayerSizes, Stage, stage_weights, stages
+from cluster.planning.memory import ITEM_BYTES, kv_bytes_per_token
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout
+from qwen3_dist.model.step_memory import step_bytes
+from qwen3_dist.parallel.expert_exchange import capacity, chosen_share, prefers_all_to_all
+
+EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one dp group computes in a step.
+
+    `prefill_pairs` sums query x key pairs of the prompt chunks: a chunk of n tokens after m others has
+    n * m + n * (n + 1) / 2.
+    """
+
+    num_decodes: int
+    decode_context_tokens: int
+    prefill_tokens: int
+    prefill_pairs: int
+    num_samples: int
+
+
+class CostModel:
+    """Step times of one replica of `layout`.
+
+    expert_imbalance: pairs of tokens and experts on the busiest ep rank over the mean, beside the spread that
+    even routing has by itself. weight_bytes, kv_bytes: bytes of one weight and one cached number where they
+    are not the checkpoint's dtype (fp8: 1). Raises ParallelLayoutError if the layout does not fit the model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        cluster: Cluster,
+        expert_imbalance: float = EXPERT_IMBALANCE,
+        *,
+        weight_bytes: float | None = None,
+        kv_bytes: float | None = None,
+    ) -> None:
+        layout.validate(config)
+        if expert_imbalance < 1:
+            raise ConfigError(f"expert_imbalance must be at least 1 (even), not {expert_imbalance:g}")
+        self.config, self.layout, self.cluster = config, layout, cluster
+        self.device = device = cluster.rank_device(layout.world)
+        self.sizes = sizes = LayerSizes.of(config, layout)
+        self.stages = stages(config, layout)
+        self._kinds = list(dict.fromkeys(self.stages))
+        self._dense_layers = sum(stage.dense_layers for stage in self.stages)
+        self._moe_layers = sum(stage.moe_layers for stage in self.stages)
+        self._layers = self._dense_layers + self._moe_layers
+        self._item = item = float(ITEM_BYTES[config.dtype])
+        self._kv_item = kv_bytes or item
+        groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
+        self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
+        self._weight_bytes = weight_bytes or item
+        self._device_kind = "cpu" if cluster.shared_host else "cuda"
+        self._products = products_of(device, self._weight_bytes)
+        self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
+        self._attention_s = 1 / (device.flops_per_s * device.attention_efficiency)  # per operation
+        self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
+        self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
+        across = layout.world > cluster.devices_per_node
+        self._stage_link = (cluster.between if across else cluster.inside).of("send")
+        self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
+        if config.num_experts:
+            self._missed = 1 - config.num_experts_per_tok / config.num_experts
+            self._spread = _largest_of(layout.ep) * sqrt(self._missed)
+            self._sent_share = chosen_share(
+                config.num_experts, config.num_experts_per_tok, sizes.experts_here
+            )
+
+    def step_seconds(self, shape: StepShape) -> float:
+        """Seconds from a step of every dp group with such a shape to the next one of the same sequences.
+
+        Under pp the batch is cut into up to pp micro-batches, which follow each other through the stages: the
+        round takes as long as one of them through all stages, or all of them through the slowest.
+        """
+        micro = self._micro_batches(shape)
+        through, slowest = self._pass(shape, micro)
+        return max(through, micro * slowest)
+
+    def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
+        """Seconds of `shape`, not cut, through all stages, and until the next one can follow it."""
+        return self._pass(shape, 1)
+
+    def step_parts(self, shape: StepShape) -> dict[str, float]:
+        """The seconds of `step_seconds` by operation; `pipeline` is what micro-batches wait for each other."""
+        micro = self._micro_batches(shape)
+        attention, dense, experts, ends = self._layer_parts(shape, micro)
+        parts: dict[str, float] = {}
+        for stage in self.stages:
+            counted = ((stage.layers, attention), (stage.dense_layers, dense), (stage.moe_layers, experts))
+            for count, operations in counted:
+                for name, seconds in operations.items():
+                    parts[name] = parts.get(name, 0.0) + count * seconds
+            for name, seconds in ends.items():
+                if self._has_end(stage, name):
+                    parts[name] = parts.get(name, 0.0) + seconds
+        parts["overhead"] = self._overhead(shape, micro)
+        parts["pipeline"] = self.step_seconds(shape) - sum(parts.values())
+        return {name: seconds for name, seconds in parts.items() if seconds > 1e-12}
+
+    def weights_bytes(self) -> int:
+        """Bytes of weights on the fullest rank."""
+        most = max(stage_weights(self.config, self.layout, self.sizes, stage) for stage in self._kinds)
+        return int(most * self._weight_bytes)
+
+    def activation_bytes(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+        """Most bytes of a step on one rank beside weights and cache."""
+        config, layout = self.config, self.layout
+        tokens = max_num_batched_tokens * layout.dp
+        by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self._device_kind)
+        return step_bytes(config, layout, max_num_batched_tokens, max_num_seqs, self._item, by_all_to_all)
+
+    def kv_bytes_per_token(self) -> float:
+        """Cache bytes of a token on a rank of the stage with most layers."""
+        ranks = range(0, self.layout.world, self.layout.stage_size)
+        return max(kv_bytes_per_token(self.config, self.layout, rank, 1) for rank in ranks) * self._kv_item
+
+    def kv_capacity_tokens(self, max_num_batched_tokens: int = 8192, max_num_seqs: int = 256) -> int:
+        """Tokens that the cache of one dp group holds; 0 or less if the weights alone do not fit."""
+        usable = self.device.memory_bytes * self.device.memory_utilization
+        left = usable - self.weights_bytes() - self.activation_bytes(max_num_batched_tokens, max_num_seqs)
+        return int(left / self.kv_bytes_per_token())
+
+    def _micro_batches(self, shape: StepShape) -> int:
+        """As many as there are sequences, at most one for each stage: the engine does not split one's chunk."""
+        if self.layout.pp == 1:
+            return 1
+        prompts = max(shape.num_samples - shape.num_decodes, 1 if shape.prefill_tokens else 0)
+        return min(self.layout.pp, max(1, shape.num_decodes + prompts))
+
+    def _overhead(self, shape: StepShape, micro: int) -> float:
+        """Engine and launch costs of a micro-batch outside its layers."""
+        cluster = self.cluster
+        tokens = shape.num_decodes + shape.prefill_tokens
+        sequences = max(shape.num_decodes, shape.num_samples)
+        seconds = (
+            cluster.step_overhead_s
+            + (cluster.sequence_overhead_s * sequences + cluster.token_overhead_s * tokens) / micro
+        )
+        if self.layout.world > 1:
+            seconds += cluster.ranks_overhead_s
+        if self.config.num_experts:
+            seconds += self._dp.all_gather(0.0)  # the groups agree on the step
+        return seconds
+
+    def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
+        """Seconds of one micro-batch through all stages, and through the slowest or the engine."""
+        *layers, ends = self._layer_parts(shape, micro)
+        attention, dense, experts = (sum(part.values()) for part in layers)
+        embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
+        overhead = self._overhead(shape, micro)
+        total = self._layers * attention + self._dense_layers * dense + self._moe_layers * experts
+        total += embedding + head + (self.layout.pp - 1) * send + overhead
+        if self.layout.pp == 1:
+            return total, total
+        slowest = max(
+            stage.layers * attention
+            + stage.dense_layers * dense
+            + stage.moe_layers * experts
+            + (embedding if stage.first else 0.0)
+            + (head if stage.last else send)
+            for stage in self._kinds
+        )
+        return total, max(slowest, overhead)
+
+    def _has_end(self, stage: Stage, name: str) -> bool:
+        if name == "stage send":
+            return not stage.last
+        return stage.first if name == "embedding" else stage.last
+
+    def _layer_parts(
+        self, shape: StepShape, micro: int
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, float]]:
+        """Seconds by operation of a micro-batch in one layer's attention, dense FFN and experts, and at the
+        ends of the model."""
+        config, sizes, item = self.config, self.sizes, self._item
+        tokens = (shape.num_decodes + shape.prefill_tokens) / micro
+        dim, head_dim = config.emb_dim, config.head_dim
+        hidden = tokens * dim * item
+        decode_pairs, prefill_pairs = shape.decode_context_tokens / micro, shape.prefill_pairs / micro
+        operations = 4 * sizes.heads * head_dim * self._attention_s  # two products for each pair
+        kv_read = 2 * sizes.kv_groups * head_dim * self._kv_item * self._kv_s
+        attention = {
+            "attention projections": self._products.seconds(tokens, sizes.attention),
+            "attention of decodes": decode_pairs * max(operations, kv_read),
+            "attention of prompts": prefill_pairs * operations,
+            "norms, rope, residuals": self._read_s
+            * tokens
+            * item
+            * (10 * dim + 2 * (sizes.heads + 2 * sizes.kv_groups) * head_dim),
+            "layer overhead": self.cluster.layer_overhead_s,
+        }
+        all_reduce = self._tp.all_reduce(hidden)
+        dense: dict[str, float] = {}
+        if self._dense_layers:
+            dense = {
+                "dense FFN": self._products.seconds(tokens, sizes.dense)
+                + self._read_s * tokens * item * 3 * sizes.dense_columns,
+                "tp all-reduce": 2 * all_reduce,
+            }
+        experts = self._expert_parts(tokens, hidden, all_reduce) if config.num_experts else {}
+        samples = shape.num_samples / micro
+        ends = {
+            "embedding": self._tp.all_reduce(hidden),
+            "stage send": self._stage_link.latency_s
+            + hidden / (self._stage_link.bytes_per_s * self._stage_link.efficiency),
+            "head": self._products.seconds(samples, self._vocabulary)
+            + self._tp.all_gather(samples * config.vocab_size * item),
+        }
+        return attention, dense, experts, ends
+
+    def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
+        """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
+        layout, config = self.layout, self.config
+        if prefers_all_to_all(layout, config, tokens * layout.dp, device=self._device_kind):
+            own = tokens / layout.tp
+            sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
+            if self._device_kind == "cuda":  # which sends all slots, empty ones too
+                sent = layout.ep * capacity(layout, config, ceil(own) * layout.etp)
+            row = config.emb_dim * self._item
+            routing = 8 * config.num_experts_per_tok  # id and weight, fp32
+            dispatch = self._ep.all_to_all(sent * (row + routing)) + self._ep.all_to_all(sent * row)
+            columns = self._etp.all_gather(own * layout.etp * (row + routing))
+            columns += self._etp.reduce_scatter(own * layout.etp * row)
+            return {
+                "router": self._products.seconds(own, self.sizes.gate),
+                "experts": self._expert_seconds(tokens * layout.dp),
+                "dispatch": dispatch + columns,
+                "tp all-reduce": self._tp.reduce_scatter(hidden) + self._tp.all_gather(hidden),
+            }
+        everybody = hidden * layout.dp
+        return {
+            "router": self._products.seconds(tokens * layout.dp, self.sizes.gate),
+            "experts": self._expert_seconds(tokens * layout.dp),
+            "dispatch": self._dp.all_gather(everybody) + self._dp.reduce_scatter(everybody),
+            "tp all-reduce": 2 * all_reduce,
+        }
+
+    def _expert_seconds(self, tokens: float) -> float:
+        """The busiest rank's experts on `tokens` tokens of all groups.
+
+        Even routing of S tokens touches E (1 - (1 - K / E)^S) experts. The busiest of ep ranks has more pairs
+        than its share, and touches as many experts as that many more tokens would.
+        """
+        config, sizes = self.config, self.sizes
+        even = tokens * config.num_experts_per_tok * sizes.experts_here / config.num_experts
+        mean = min(even * self._imbalance, tokens * config.num_experts_per_tok)
+        pairs = mean + self._spread * sqrt(mean)
+        pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
+        load = pairs / even if even else 1.0
+        touched = max(sizes.experts_here * (1 - self._missed ** (tokens * load)), 1e-9)
+        weights = touched * sizes.expert
+        product = self._products.seconds(pairs / touched, weights, self.device.expert_efficiency)
+        moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
+        return product + moved
+
+
+class Products:
+    """Seconds of a product of some rows with so many weights: they are read once, and multiplied at the rate
+    that so many rows reach."""
+
+    def __init__(self, device: Device, weight_bytes: float, speedup: float) -> None:
+        self._read_s = weight_bytes / (device.read_bytes_per_s * device.read_efficiency)  # per weight
+        rates = device.row_rates or ((1.0, device.flops_per_s * device.flops_efficiency),)
+        self._rows = [rows for rows, _ in rates]
+        self._seconds = [2 * rows / (rate * speedup) for rows, rate in rates]  # per weight
+
+    def seconds(self, rows: float, weights: float, efficiency: float = 1.0) -> float:
+        """Between two measured numbers of rows the time grows evenly; beyond the last it is proportional.
+
+        efficiency: share of the usual rate that the multiplications reach.
+        """
+        known, seconds = self._rows, self._seconds
+        at = bisect_left(known, rows)
+        if at == len(known):
+            product = seconds[-1] * rows / known[-1]
+        elif at == 0:
+            product = seconds[0] * (rows / known[0] if len(known) == 1 else min(1.0, rows))
+        else:
+            share = (rows - known[at - 1]) / (known[at] - known[at - 1])
+            product = seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
+        return weights * max(product / efficiency, self._read_s if rows else 0.0)
+
+
+def products_of(device: Device, weight_bytes: float) -> Products:
+    """The products of `device` with weights of so many bytes."""
+    return Products(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
+
+
+def _largest_of(ranks: int) -> float:
+    """Standard deviations by which the largest of so many ranks' counts exceeds their mean.
+
+    Blom's estimate for normal counts (1958); that they add up to a constant makes each deviate less and the
+    largest more, which cancels.
+    """
+    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0

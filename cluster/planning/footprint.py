@@ -1,0 +1,85 @@
+"""Memory of a layout's ranks in closed form. `memory` counts it piece by piece, too slowly to compare thousands of
+layouts.
+
+Legend: D emb_dim, I hidden columns, H heads, G KV groups, d head_dim, E experts, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import Layout, even_ranges
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the ranks of a pipeline stage run: layers by kind, and the ends of the model that it holds."""
+
+    dense_layers: int
+    moe_layers: int
+    first: bool
+    last: bool
+
+    @property
+    def layers(self) -> int:
+        return self.dense_layers + self.moe_layers
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Weights (elements) of one layer on the fullest rank, by product, with what they are split into."""
+
+    attention: int  # q, k, v and the projection back
+    dense: int  # fc1, fc2, fc3
+    gate: int
+    expert: int  # fc1, fc2, fc3 of one expert's columns
+    experts_here: int
+    heads: int  # of this rank
+    kv_groups: int  # of this rank
+    dense_columns: int
+    expert_columns: int
+    small: int  # norms and biases
+
+    @classmethod
+    def of(cls, config: ModelConfig, layout: Layout) -> LayerSizes:
+        dim, size = config.emb_dim, config.head_dim
+        heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)
+        dense = -(-config.hidden_dim // layout.tp)
+        columns = -(-config.moe_hidden_dim // layout.etp) if config.num_experts else 0
+        biases = (heads + 2 * groups) * size + dim if config.attention_bias else 0
+        norms = (2 * dim + (2 * size if config.qk_norm else 0)) * (2 if config.rms_norm_shift else 1)
+        return cls(
+            attention=(2 * heads + 2 * groups) * size * dim,
+            dense=3 * dense * dim,
+            gate=config.num_experts * dim,
+            expert=3 * columns * dim,
+            experts_here=-(-config.num_experts // layout.ep),
+            heads=heads,
+            kv_groups=groups,
+            dense_columns=dense,
+            expert_columns=columns,
+            small=norms + biases,
+        )
+
+
+def stages(config: ModelConfig, layout: Layout) -> list[Stage]:
+    """The pipeline stages in order."""
+    cuts = even_ranges(config.n_layers, layout.pp)
+    moe = [sum(config.is_moe_layer(layer) for layer in cut) for cut in cuts]
+    return [
+        Stage(len(cut) - experts, experts, index == 0, index == layout.pp - 1)
+        for index, (cut, experts) in enumerate(zip(cuts, moe, strict=True))
+    ]
+
+
+def stage_weights(config: ModelConfig, layout: Layout, sizes: LayerSizes, stage: Stage) -> int:
+    """Weights (elements) on the fullest rank of `stage`, with the zeros that pad what does not divide."""
+    vocabulary = -(-config.vocab_size // layout.tp) * config.emb_dim
+    tables = int(stage.first) + int(stage.last)
+    if stage.first and stage.last and config.tie_word_embeddings:
+        tables = 1
+    experts = sizes.gate + sizes.experts_here * sizes.expert
+    final_norm = config.emb_dim * (2 if config.rms_norm_shift else 1) if stage.last else 0
+    layers = stage.layers * (sizes.attention + sizes.small) + stage.dense_layers * sizes.dense
+    return layers + stage.moe_layers * experts + tables * vocabulary + final_norm

@@ -1,0 +1,256 @@
+"""Compares all layouts of a cluster for one workload: what fits, how fast it would be, and which is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from cluster.hardware import Cluster
+from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel, StepShape
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout, divisors, valid_layouts
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """The load to plan for: `concurrency` requests in flight in the whole cluster, all alike.
+
+    ttft_ms and itl_ms are the limits (SLOs) that the best layout must hold, on average.
+    """
+
+    input_len: int
+    output_len: int
+    concurrency: int
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    max_num_batched_tokens: int = 8192
+    expert_imbalance: float = EXPERT_IMBALANCE
+
+    def __post_init__(self) -> None:
+        for name in ("input_len", "output_len", "concurrency", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("ttft_ms", "itl_ms"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, not {value:g}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a finished sequence."""
+        return self.input_len + self.output_len
+
+
+@dataclass(frozen=True)
+class PlannedLayout:
+    """One layout and what is predicted for it. Rates are of the whole cluster; None where it does not fit.
+
+    bytes_per_rank: of the fullest rank, with the cache of the batch that this load runs. max_batch: sequences
+    of this load that one replica's cache holds.
+    """
+
+    layout: Layout
+    replicas: int
+    concurrency: int
+    fits: bool
+    reason: str
+    bytes_per_rank: dict[str, int] = field(default_factory=dict)
+    max_batch: int = 0
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_per_gpu: float | None = None
+
+    @property
+    def tokens_per_s_per_user(self) -> float:
+        """Tokens a second that one request sees once it streams."""
+        return 1e3 / self.itl_ms if self.itl_ms else 0.0
+
+    def holds(self, request: PlanRequest) -> bool:
+        """Whether it fits and keeps both limits."""
+        return self.fits and _within(self.ttft_ms, request.ttft_ms) and _within(self.itl_ms, request.itl_ms)
+
+    def as_json(self) -> dict[str, object]:
+        """The object that `qwen3-dist plan --json` prints."""
+        return {
+            "layout": str(self.layout),
+            "fits": self.fits,
+            "reason": self.reason,
+            "bytes_per_rank": self.bytes_per_rank,
+            "max_batch": self.max_batch,
+            "ttft_ms": _rounded(self.ttft_ms),
+            "itl_ms": _rounded(self.itl_ms),
+            "tokens_per_s": _rounded(self.tokens_per_s),
+            "tokens_per_s_per_gpu": _rounded(self.tokens_per_s_per_gpu),
+        }
+
+
+def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
+    """Every valid layout of every world that divides the cluster, the best first.
+
+    First those that hold the limits by throughput, then those that fit and do not, then those that do not
+    fit. Raises ConfigError if the load is longer than the model's context.
+    """
+    if request.length > config.context_length:
+        raise ConfigError(
+            f"{request.input_len} + {request.output_len} tokens exceed the model's context of "
+            f"{config.context_length}; lower --input-len or --output-len"
+        )
+    planned = [_planned(config, layout, cluster, request) for layout in candidates(config, cluster)]
+    return sorted(
+        planned,
+        key=lambda one: (
+            not one.fits,
+            not one.holds(request),
+            -(one.tokens_per_s_per_gpu or 0.0),
+            one.layout.world,
+        ),
+    )
+
+
+def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
+    """The valid layouts of all worlds that divide the cluster."""
+    for world in divisors(cluster.num_devices):
+        yield from valid_layouts(config, world)
+
+
+def check_limits(planned: list[PlannedLayout], request: PlanRequest) -> None:
+    """Raises ConfigError, naming the limit that breaks it and the nearest that holds, if none holds both."""
+    fitting = [one for one in planned if one.fits]
+    if not fitting or any(one.holds(request) for one in fitting):
+        return
+    for name, limit in (("ttft_ms", request.ttft_ms), ("itl_ms", request.itl_ms)):
+        if limit is None:
+            continue
+        best = min(fitting, key=lambda one, name=name: getattr(one, name) or 0.0)  # type: ignore[misc]
+        least = getattr(best, name) or 0.0
+        if least > limit:
+            raise ConfigError(
+                f"no layout holds --{name.replace('_', '-')} {limit:g} at concurrency {request.concurrency}: "
+                f"the least is {least:.4g} ms, of {best.layout}; the nearest limit that holds is "
+                f"{_next_limit(least):g}"
+            )
+    assert request.itl_ms is not None and request.ttft_ms is not None
+    in_itl = [one for one in fitting if _within(one.itl_ms, request.itl_ms)]
+    best = min(in_itl, key=lambda one: one.ttft_ms or 0.0)
+    raise ConfigError(
+        f"each limit can be held, but no layout holds both at concurrency {request.concurrency}: with "
+        f"--itl-ms {request.itl_ms:g} it is --ttft-ms {request.ttft_ms:g} that breaks; the nearest that holds "
+        f"is {_next_limit(best.ttft_ms or 0.0):g}, of {best.layout}"
+    )
+
+
+def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
+    """Every layout at concurrencies from 1, each twice the one before, to four times the asked one."""
+    doublings = (4 * request.concurrency).bit_length()
+    loads = sorted({request.concurrency, *(2**power for power in range(doublings))})
+    return [one for load in loads for one in plan(config, cluster, replace(request, concurrency=load))]
+
+
+def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
+    """Of the layouts that fit, those that no other beats in both throughput per GPU and speed per user."""
+    frontier: list[PlannedLayout] = []
+    fitting = [one for one in planned if one.fits and one.itl_ms]
+    for one in sorted(fitting, key=lambda o: (-o.tokens_per_s_per_user, -(o.tokens_per_s_per_gpu or 0.0))):
+        if not frontier or (one.tokens_per_s_per_gpu or 0) > (frontier[-1].tokens_per_s_per_gpu or 0):
+            frontier.append(one)
+    return frontier
+
+
+def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
+    replicas = cluster.replicas(layout.world)
+    refused = PlannedLayout(layout, replicas, request.concurrency, False, "")
+    node = cluster.devices_per_node
+    if layout.tp > 1 and node % layout.tp:
+        return replace(refused, reason=f"tp={layout.tp} would not stay inside nodes of {node} devices")
+    model = CostModel(config, layout, cluster, request.expert_imbalance)
+    wanted = ceil(request.concurrency / (replicas * layout.dp))
+    seqs = min(wanted, request.max_num_batched_tokens)
+    capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
+    weights = model.weights_bytes()
+    activations = model.activation_bytes(request.max_num_batched_tokens, seqs)
+    used = {"weights": weights, "kv": 0, "activations": activations}
+    fitting = max(0, capacity) // request.length
+    if fitting < 1:
+        return replace(refused, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
+    batch = min(seqs, fitting)
+    used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
+    ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, wanted)
+    in_flight = min(request.concurrency, replicas * layout.dp * batch)
+    rate = in_flight * request.output_len / cycle_s
+    return PlannedLayout(
+        layout,
+        replicas,
+        request.concurrency,
+        True,
+        "",
+        used,
+        fitting * layout.dp,
+        1e3 * ttft_s,
+        1e3 * itl_s if request.output_len > 1 else None,
+        rate,
+        rate / cluster.num_devices,
+    )
+
+
+def cycle_times(
+    model: CostModel, request: PlanRequest, batch: int, wanted: int
+) -> tuple[float, float, float]:
+    """Seconds of TTFT, of ITL, and in which each of `batch` sequences of a group is replaced by its successor.
+
+    In that cycle each sequence decodes output_len - 1 times and one prompt is computed for each, beside the
+    other sequences' decodes; prompts of one step fill at most the budget. Of `wanted` requests those that
+    find no room wait for one to end.
+    """
+    prompt, output = request.input_len, request.output_len
+    context = batch * (prompt + output / 2)
+    budget = max(1, request.max_num_batched_tokens - batch)
+    decode = StepShape(batch, int(context), 0, 0, batch)
+    decode_s = model.step_seconds(decode)
+    chunks = ceil(prompt / budget)
+    tokens_in_all = batch * prompt
+    steps = max(ceil(tokens_in_all / budget), min(output, batch * chunks))
+    tokens = tokens_in_all / steps
+    pairs = batch * prompt * (prompt + 1) / 2 / steps
+    decoding = batch * (output - 1) / max(output, steps)
+    beside = decoding / batch if batch else 0.0
+    mixed = StepShape(
+        round(decoding),
+        int(context * beside),
+        round(tokens),
+        int(pairs),
+        max(1, round(decoding + batch / steps)),
+    )
+    mixed_s = model.step_seconds(mixed)
+    cycle_s = steps * mixed_s + max(0, output - steps) * decode_s
+    mean_s = cycle_s / max(output, steps)
+    queue_s = max(0, wanted - batch) / batch * cycle_s
+    ttft_s = queue_s + mean_s / 2 + chunks * mixed_s
+    return ttft_s, cycle_s / output, cycle_s
+
+
+def _too_large(model: CostModel, used: dict[str, int], capacity: int, request: PlanRequest) -> str:
+    usable = model.device.memory_bytes * model.device.memory_utilization
+    if capacity <= 0:
+        return (
+            f"weights of {used['weights'] / 1e9:.1f} GB and activations of {used['activations'] / 1e9:.1f} GB "
+            f"exceed the {usable / 1e9:.1f} GB of a rank"
+        )
+    return f"the cache holds {capacity} tokens a dp group and one request has {request.length}"
+
+
+def _within(value: float | None, limit: float | None) -> bool:
+    return limit is None or value is None or value <= limit
+
+
+def _next_limit(value: float) -> float:
+    """`value` rounded up to three digits, so that it holds as it is printed."""
+    digits = 2 - (len(str(int(value))) - 1)
+    step = 10.0**-digits
+    return round(ceil(value / step) * step, max(0, digits))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,159 @@
+"""Runs layouts one after the other for real, keeps what each gave, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.planning.burst import BurstPoint
+from cluster.yaml_file import build, read_yaml
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout
+from qwen3_dist.settings import EngineConfig
+
+_LAST_WORDS = 300  # characters of what a process said last
+
+
+@dataclass(frozen=True)
+class SweepWorkload:
+    """What every layout runs: the points, each `repeats` times of which the fastest counts, and on what.
+
+    timeout_s: longest a layout may take with all its points, loading included.
+    """
+
+    points: tuple[BurstPoint, ...]
+    repeats: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    max_num_batched_tokens: int | None = None
+    timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ConfigError("points must hold at least one point")
+        if self.repeats < 1:
+            raise ConfigError(f"repeats must be positive, not {self.repeats}")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"timeout_s must be positive, not {self.timeout_s:g}")
+        self.engine_config("", random_weights=False, layout=Layout())
+
+    def engine_config(self, model: str, random_weights: bool, layout: Layout) -> EngineConfig:
+        """The settings of the engine that runs the points. Raises ConfigError for a bad one."""
+        return EngineConfig(
+            model=model,
+            load_format="random" if random_weights else "checkpoint",
+            layout=layout,
+            device=self.device,
+            dtype=self.dtype,
+            executor="in_process" if layout.world == 1 else "processes",
+            max_model_len=max(point.input_len + point.output_len for point in self.points),
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            prefix_caching=False,
+        )
+
+
+def read_workload(path: str | Path) -> SweepWorkload:
+    """A workload from YAML. Raises ConfigError with file, line and reason."""
+    return build(path, read_yaml(path), SweepWorkload, "workload")
+
+
+class SweepFolder:
+    """The directory that remembers a sweep: `sweep.json` says of what, `layouts/` holds each one's result."""
+
+    def __init__(self, path: Path, model: str, workload: SweepWorkload) -> None:
+        """Makes the directory, or takes up the sweep in it. Raises ConfigError if that is another one's."""
+        self.path = path
+        about = {"model": model, "workload": json.loads(json.dumps(asdict(workload)))}
+        file = path / "sweep.json"
+        try:
+            (path / "layouts").mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                _write(file, about)
+            earlier = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--out {path} cannot be used ({error}); choose another directory") from None
+        if earlier != about:
+            differing = next(key for key in about if earlier.get(key) != about[key])
+            raise ConfigError(
+                f"--out {path} holds a sweep with another {differing}; choose another directory or remove it"
+            )
+
+    def result(self, layout: Layout) -> dict[str, Any] | None:
+        """What is known of a layout: its `points`, or the `error` it ended with."""
+        file = self._file(layout)
+        try:
+            found: dict[str, Any] = json.loads(file.read_text())
+        except (OSError, ValueError):
+            return None
+        return found
+
+    def keep(self, layout: Layout, result: dict[str, Any]) -> None:
+        _write(self._file(layout), {"layout": str(layout), **result})
+
+    def _file(self, layout: Layout) -> Path:
+        return self.path / "layouts" / f"{str(layout).replace('=', '').replace(',', '-')}.json"
+
+
+def run_sweep(
+    folder: SweepFolder,
+    layouts: Sequence[Layout],
+    model_path: Path,
+    random_weights: bool,
+    workload: SweepWorkload,
+    report: Callable[[str], None],
+    retry_failed: bool = False,
+) -> Iterator[tuple[Layout, dict[str, Any]]]:
+    """Each layout with its result as it is there; one that fails is kept with its reason and passed over."""
+    for number, layout in enumerate(layouts, 1):
+        known = folder.result(layout)
+        place = f"{number}/{len(layouts)} {layout}"
+        if known is not None and not (retry_failed and "error" in known):
+            report(f"{place}: kept from before")
+            yield layout, known
+            continue
+        report(f"{place}: running")
+        result = _run_child(layout, model_path, random_weights, workload)
+        folder.keep(layout, result)
+        if "error" in result:
+            report(f"{place}: failed: {result['error']}")
+        yield layout, {"layout": str(layout), **result}
+
+
+def _run_child(
+    layout: Layout, model_path: Path, random_weights: bool, workload: SweepWorkload
+) -> dict[str, Any]:
+    """Runs one layout in a process of its own, so that nothing of it is left and no crash ends the sweep."""
+    asked = {"layout": str(layout), "model": str(model_path), "random_weights": random_weights}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cluster.sweep.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        given = json.dumps({**asked, "workload": asdict(workload)})
+        out, errors = child.communicate(given, timeout=workload.timeout_s)
+    except subprocess.TimeoutExpired:
+        return {"error": f"it took longer than timeout_s={workload.timeout_s:g}"}
+    finally:
+        child.kill()  # ranks end when the engine that they are connected to is gone
+        child.wait()
+    if child.returncode == 0:
+        result: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return result
+    said = errors.strip().splitlines() or ["nothing on stderr"]
+    return {"error": f"its process ended with code {child.returncode}: {said[-1][-_LAST_WORDS:]}"}
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    """All of it or nothing, even if this process ends meanwhile."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, file)

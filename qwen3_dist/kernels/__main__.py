@@ -1,9 +1,0 @@
-"""`python -m qwen3_dist.kernels` builds the CPU kernels ahead of their first use."""
-
-import sys
-
-from qwen3_dist.kernels.build import library
-
-if __name__ == "__main__":
-    built = library()
-    print(f"kernels: {built.name if built else 'torch'}", file=sys.stderr)

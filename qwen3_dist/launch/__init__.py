@@ -1,0 +1,54 @@
+"""Where ranks run. `make_executor` picks the form; Ray is imported only if it is the one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.expert_placement import Placements
+from qwen3_dist.launch.base import Executor
+from qwen3_dist.settings import EngineConfig, runs_in_process
+from qwen3_dist.weights.loader import Progress
+from qwen3_dist.worker.cards import local_device
+
+
+def require_device(config: EngineConfig) -> None:
+    """Raises ResourceError if ranks are to run on GPUs of this host and torch sees none here."""
+    if config.device == "cuda" and (runs_in_process(config) or not _in_ray(config)):
+        local_device(config.device)
+
+
+def make_executor(config: EngineConfig, placements: Placements, progress: Progress | None = None) -> Executor:
+    """Loads the model on the ranks of `config.layout`, its experts where `placements` says, and returns when they are
+    ready.
+
+    `progress(done_bytes, total_bytes)` is called while weights load. Raises CheckpointError,
+    ResourceError, ParallelLayoutError or EngineDeadError, leaving nothing behind.
+    """
+    if runs_in_process(config):
+        from qwen3_dist.launch.in_process import InProcessExecutor
+
+        return InProcessExecutor(config, placements, progress)
+    from qwen3_dist.launch.rank_group import RankGroupExecutor
+
+    if not _in_ray(config):
+        from qwen3_dist.launch.processes import ProcessLauncher
+
+        return RankGroupExecutor(config, ProcessLauncher(config), placements, progress)
+    if not _has_ray():
+        raise ConfigError("executor ray needs the ray package; install it or use executor=processes")
+    from qwen3_dist.launch.ray_ranks import RayLauncher
+
+    return RankGroupExecutor(config, RayLauncher(config), placements, progress)
+
+
+def _in_ray(config: EngineConfig) -> bool:
+    """Whether several ranks are Ray's actors rather than processes of this host."""
+    return config.executor == "ray" or (config.executor == "auto" and _has_ray())
+
+
+def _has_ray() -> bool:
+    return importlib.util.find_spec("ray") is not None
+
+
+__all__ = ["Executor", "make_executor", "require_device"]

@@ -1,0 +1,181 @@
+"""The engine's connections to all its ranks, and how the loss of one is told by its cause."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import time
+from collections.abc import Callable, Collection, Iterator
+from enum import IntEnum
+from typing import Any
+
+from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.parallel.shared_memory import PeerLostError
+from qwen3_dist.protocol.channel import Channel, ChannelClosedError, pack
+from qwen3_dist.protocol.messages import Failed
+
+_ROOT_CAUSE_WAIT_S = 1.0  # how long the other ranks may take to say what really happened
+_MESSAGE_S = 30.0  # for the rest of a message that has begun
+
+
+class RankConnections:
+    """A channel to each rank. Sending never waits; what a rank's socket does not take goes while the engine waits for
+    messages. `exit_reason()` tells why a rank's process has ended, if one has."""
+
+    def __init__(self, exit_reason: Callable[[], str | None]) -> None:
+        self._exit_reason = exit_reason
+        self._selector = selectors.DefaultSelector()
+        self._channels: dict[int, Channel] = {}
+
+    def add(self, rank: int, channel: Channel) -> None:
+        self._channels[rank] = channel
+        self._selector.register(channel, selectors.EVENT_READ, rank)
+
+    @property
+    def ranks(self) -> Collection[int]:
+        return self._channels.keys()
+
+    def post(self, rank: int, packed: bytes) -> None:
+        """Sends a packed message. That a rank has gone is found when its messages are read, the last of which says
+        why."""
+        with contextlib.suppress(ChannelClosedError):
+            if not self._channels[rank].post(packed):
+                self._watch(rank, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+    def post_all(self, message: Any) -> None:
+        packed = pack(message)
+        for rank in self._channels:
+            self.post(rank, packed)
+
+    def is_silent(self) -> bool:
+        """Whether no rank has sent anything, or ended; sends what still waits to be sent."""
+        return not any(mask & selectors.EVENT_READ for _, mask in self._ready(0))
+
+    def next_message(self, deadline: float, awaited: Callable[[], str]) -> tuple[int, Any]:
+        """The next message of any rank, with its rank.
+
+        Raises RankLostError when one has failed or ended, or at the deadline (of the monotonic clock); `awaited()`
+        then says which ranks did not do what.
+        """
+        while True:
+            left = deadline - time.monotonic()
+            for rank, mask in self._ready(max(0.0, left)):
+                if mask & selectors.EVENT_READ:
+                    return rank, self._receive(rank)
+            if left <= 0:
+                deaf = [rank for rank, channel in self._channels.items() if channel.has_unsent]
+                also = f"; {names(deaf)} stopped reading what the engine sends" if deaf else ""
+                raise RankLostError(EngineDeadError(f"{awaited()}{also}"), Blame.UNKNOWN)
+
+    @contextlib.contextmanager
+    def told_by_cause(self) -> Iterator[None]:
+        """Has the RankLostError of a block tell the error of the rank that is to blame, as far as ranks say."""
+        try:
+            yield
+        except RankLostError as loss:
+            raise self._root_cause(loss) from None
+
+    def await_ends(self, timeout_s: float) -> None:
+        """Waits until every rank has closed its channel, at most `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while self._selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for rank, mask in self._ready(left):
+                if mask & selectors.EVENT_READ:
+                    try:
+                        self._channels[rank].receive(timeout_s=1.0)
+                    except (ChannelClosedError, TimeoutError):
+                        self._selector.unregister(self._channels[rank])
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._channels = {}
+        self._selector.close()
+
+    def _ready(self, timeout_s: float) -> list[tuple[int, int]]:
+        """Ranks whose sockets can be read or written, with what they can; writes what waits."""
+        events = [(key.data, mask) for key, mask in self._selector.select(timeout_s)]
+        for rank, mask in events:
+            if mask & selectors.EVENT_WRITE:
+                with contextlib.suppress(ChannelClosedError):
+                    if not self._channels[rank].flush():
+                        continue
+                self._watch(rank, selectors.EVENT_READ)
+        return events
+
+    def _watch(self, rank: int, events: int) -> None:
+        channel = self._channels[rank]
+        if channel.fileno() in self._selector.get_map():
+            self._selector.modify(channel, events, rank)
+
+    def _receive(self, rank: int) -> Any:
+        channel = self._channels[rank]
+        try:
+            message = channel.receive(timeout_s=_MESSAGE_S)
+        except (ChannelClosedError, TimeoutError):
+            self._selector.unregister(channel)
+            reason = self._await_exit_reason() or "its process ended"
+            how = reason.removeprefix(f"rank {rank}: ")
+            raise RankLostError(EngineDeadError(f"rank {rank} died: {how}"), Blame.OWN) from None
+        if isinstance(message, Failed):
+            self._selector.unregister(channel)
+            message.log_details()
+            raise RankLostError(message.error, _blame(message.error))
+        return message
+
+    def _await_exit_reason(self) -> str | None:
+        """Why a rank's process has ended, which the system may know a moment after its connection has broken."""
+        deadline = time.monotonic() + _ROOT_CAUSE_WAIT_S
+        while not (reason := self._exit_reason()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return reason
+
+    def _root_cause(self, first: RankLostError) -> RankLostError:
+        """When one rank fails the others fail for want of it: hears them out to find the one to blame."""
+        losses, deadline = [first], time.monotonic() + _ROOT_CAUSE_WAIT_S
+        while (
+            all(loss.blame is not Blame.OWN for loss in losses)
+            and self._selector.get_map()
+            and time.monotonic() < deadline
+        ):
+            try:
+                self.next_message(deadline, lambda: "")
+            except RankLostError as loss:
+                losses.append(loss)
+        cause = min(losses, key=lambda loss: loss.blame)
+        silent = [key.data for key in self._selector.get_map().values()]
+        if cause.blame is Blame.PROBABLE and "timed out" in str(cause).lower() and silent:
+            found = f"{names(silent)} kept the others waiting: {cause}"
+            return RankLostError(EngineDeadError(found), Blame.PROBABLE)
+        return cause
+
+
+def names(ranks: Collection[int]) -> str:
+    """ "rank 3", or "ranks 0, 1, 3"."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, sorted(ranks)))}"
+
+
+class Blame(IntEnum):
+    """How sure it is that a lost rank is the cause rather than a victim, surest first."""
+
+    OWN = 0
+    PROBABLE = 1
+    VICTIM = 2
+    UNKNOWN = 3
+
+
+def _blame(error: QwenDistError) -> Blame:
+    if isinstance(error, PeerLostError):
+        return Blame.VICTIM
+    if isinstance(error, EngineDeadError):
+        return Blame.PROBABLE  # any exception; the collectives' own look like this when a peer dies
+    return Blame.OWN
+
+
+class RankLostError(Exception):
+    """A rank is lost: with what error, and how much that error explains."""
+
+    def __init__(self, error: QwenDistError, blame: Blame) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.blame = blame

@@ -1,0 +1,88 @@
+"""The executor of a world of one: the rank lives in the engine's own process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from qwen3_dist.expert_placement import Placements
+from qwen3_dist.launch.base import Executor, RankPlace
+from qwen3_dist.launch.card_use import use_of_cards
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.loader import Progress
+from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.worker import cards
+from qwen3_dist.worker.rank import told
+from qwen3_dist.worker.runner import ModelRunner, StepOutput
+from qwen3_dist.worker.shard import MemoryShare, count_blocks, load_shard, set_threads
+
+
+class InProcessExecutor(Executor):
+    """Loads the whole model here; a step is a function call, in whatever thread and beside whatever other card."""
+
+    def __init__(
+        self, config: EngineConfig, placements: Placements, progress: Progress | None = None
+    ) -> None:
+        os.environ.update(config.rank_env)
+        device, card, memory = torch.device("cpu"), None, MemoryShare()
+        if cards.local_device(config.device) == "cpu":
+            set_threads(config, ranks_on_host=1)
+        else:
+            torch.cuda.empty_cache()  # what an engine before this one left is free
+            device, card = cards.take_card(torch.cuda.current_device())
+            memory = MemoryShare(1, *use_of_cards([card], config).free_bytes)
+        self.device = device.type
+        self._card = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        self.depth = 2 if config.overlap and device.type == "cuda" else 1
+        with _memory_told("loading the model"):
+            path = resolve_model(config.model, config.revision)
+            model = load_shard(config, path, placements, ParallelContext.single(), device, progress)
+            self.num_blocks = count_blocks(config, model, memory)
+            limits = SchedulerLimits.of(config, self.device, self.num_blocks)
+            runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs, path)
+            runner.warm_up()
+        self._runner: ModelRunner | None = runner
+        self.backends = runner.backends
+        self.collectives = model.parallel.collectives
+        self.ranks = (RankPlace(0, socket.gethostname(), os.getpid(), card),)
+        self._launched: deque[StepOutput] = deque()
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        """On a GPU this returns while the step runs; on a CPU it has run."""
+        assert self._runner is not None, "the executor was shut down"
+        with self._card, _memory_told("running a step"):
+            output = self._runner.launch(plans[0])
+        assert output is not None
+        self._launched.append(output)
+
+    def collect(self) -> list[StepResult | None]:
+        with self._card, _memory_told("running a step"):
+            return [self._launched.popleft().result()]
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        with self._card:
+            return [getattr(self._runner, method)(*arguments)]
+
+    def check(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self._runner = None
+
+
+@contextlib.contextmanager
+def _memory_told(doing: str) -> Iterator[None]:
+    """Makes a ResourceError of memory that runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise told(error, 0, doing) from error

@@ -1,0 +1,250 @@
+"""Ranks as processes of this host, without Ray: for one machine, tests, and GPU boxes that have none."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, TypeVar
+
+import torch
+
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.protocol.messages import RankSpec
+from qwen3_dist.rank_env import openmp_environment
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.worker.cards import local_device
+
+_ANSWER_S = 120.0  # a fresh interpreter imports torch from a cold disk
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MOST_WORDS = 1 << 12  # bytes; a pipe takes them at once
+_NURSERY = """
+import sys
+from multiprocessing.connection import Connection
+
+pipe = Connection(int(sys.argv[1]))
+try:
+    from qwen3_dist.launch.processes import serve_nursery
+except BaseException as error:
+    pipe.send((False, f"{type(error).__name__}: {error}"))
+    raise
+serve_nursery(pipe)
+"""
+
+T = TypeVar("T")
+_shared: Nursery | None = None
+
+
+class Nursery:
+    """A fresh Python interpreter that has imported all that ranks need, and forks them.
+
+    Importing torch takes seconds of a core, which several ranks would spend at once. Not
+    `multiprocessing`: its spawn would import the caller's `__main__` again in every rank. Ranks die with
+    their nursery, and a nursery with the process that made it.
+    """
+
+    def __init__(self) -> None:
+        self._pipe, theirs = Pipe()
+        command = [sys.executable, "-c", _NURSERY, str(theirs.fileno())]
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **openmp_environment()},
+        )
+        theirs.close()
+        self._asking = threading.Lock()
+
+    def launch(self, function: Callable[[T], None], arguments: list[T]) -> list[int]:
+        """Forks a process for each argument, which calls a module's function with it; their ids."""
+        return self._ask("launch", [(function, argument) for argument in arguments])
+
+    def last_words(self, pids: list[int]) -> list[str]:
+        """The exception that ended each process, in a line; "" if none did."""
+        return self._ask("last_words", pids)
+
+    def exit_codes(self, pids: list[int]) -> list[int | None]:
+        """How each process ended: its exit code, a signal's number negated, None while it runs."""
+        return self._ask("exit_codes", pids)
+
+    def end(self, pids: list[int]) -> None:
+        """Kills these processes and waits for their end. Their ids are forgotten."""
+        self._ask("end", pids)
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, what: str, about: list[Any]) -> Any:
+        try:
+            with self._asking:
+                with contextlib.suppress(BrokenPipeError):  # its last word may still be there
+                    self._pipe.send((what, about))
+                answered, answer = self._pipe.recv() if self._pipe.poll(_ANSWER_S) else (False, "it hangs")
+        except (EOFError, OSError):
+            answered, answer = False, "it has ended"
+        if not answered:
+            raise ResourceError(f"the process that starts ranks cannot: {answer}")
+        return answer
+
+
+class ProcessLauncher(Launcher):
+    """Starts ranks in the nursery of `shared_nursery`, or else in one of its own."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.host = "127.0.0.1"
+        self.device = local_device(config.device)
+        self._num_cards = _count_cards(config) if self.device == "cuda" else 0
+        self._nursery: Nursery | None = None
+        self._pids: list[int] = []
+
+    def launch(self, specs: list[RankSpec]) -> None:
+        self._nursery = _shared or Nursery()
+        if self._num_cards:
+            specs = [replace(spec, card=spec.rank % self._num_cards) for spec in specs]
+        self._pids = self._nursery.launch(self.main, specs)
+
+    def exit_reason(self) -> str | None:
+        assert self._nursery is not None
+        try:
+            codes = self._nursery.exit_codes(self._pids)
+            words = self._nursery.last_words(self._pids)
+        except ResourceError as error:
+            return str(error)
+        for rank, (code, word) in enumerate(zip(codes, words, strict=True)):
+            if code:
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+                return f"rank {rank}: {word or f'its process ended {how}'}"
+        return None
+
+    def stop(self) -> None:
+        nursery, self._nursery = self._nursery, None
+        if nursery is None:
+            return
+        if nursery is _shared:
+            nursery.end(self._pids)
+        else:
+            nursery.close()
+
+
+@contextlib.contextmanager
+def shared_nursery() -> Iterator[None]:
+    """Engines made within start their ranks from one nursery, so that only the first waits for imports."""
+    global _shared
+    assert _shared is None
+    _shared = Nursery()
+    try:
+        yield
+    finally:
+        _shared.close()
+        _shared = None
+
+
+def _count_cards(config: EngineConfig) -> int:
+    """GPUs of this host. Raises ResourceError if ranks are more and may not share them."""
+    world, cards = config.layout.world, torch.cuda.device_count()
+    if cards < world and not config.share_gpus:
+        raise ResourceError(
+            f"{world} ranks need {world} GPUs and this host has {cards}; set share_gpus=true, use a smaller layout or "
+            "device=cpu"
+        )
+    return cards
+
+
+class _Nurse:
+    """What a nursery's process does with its ranks' processes."""
+
+    def __init__(self) -> None:
+        self._codes: dict[int, int | None] = {}
+        self._pipes: dict[int, int] = {}  # into which each process that runs will say what ends it
+        self._words: dict[int, str] = {}
+
+    def serve(self, pipe: Connection) -> None:
+        """Answers `Nursery` until its owner is gone."""
+        while True:
+            try:
+                what, about = pipe.recv()
+                answer = True, getattr(self, what)(about)
+            except EOFError:
+                return
+            except Exception as error:  # noqa: BLE001 - as of a module that cannot be imported here
+                answer = False, _in_a_line(error)
+            pipe.send(answer)
+
+    def launch(self, calls: list[tuple[Callable[[Any], None], Any]]) -> list[int]:
+        children = dict(_fork(*call) for call in calls)
+        self._codes.update(dict.fromkeys(children))
+        self._pipes.update(children)
+        return list(children)
+
+    def last_words(self, pids: list[int]) -> list[str]:
+        return [self._words.get(pid, "") for pid in pids]
+
+    def exit_codes(self, pids: list[int]) -> list[int | None]:
+        for pid in pids:
+            if self._codes[pid] is None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self._bury(pid, status)
+        return [self._codes[pid] for pid in pids]
+
+    def end(self, pids: list[int]) -> None:
+        for pid in pids:
+            if self._codes[pid] is None:
+                os.kill(pid, signal.SIGKILL)
+                self._bury(pid, os.waitpid(pid, 0)[1])
+            del self._codes[pid]
+            self._words.pop(pid, None)
+
+    def _bury(self, pid: int, status: int) -> None:
+        """Keeps how a process ended."""
+        self._codes[pid] = os.waitstatus_to_exitcode(status)
+        pipe = self._pipes.pop(pid)
+        with contextlib.suppress(BlockingIOError):  # a process of its own may hold the other end
+            self._words[pid] = os.read(pipe, _MOST_WORDS).decode(errors="replace")
+        os.close(pipe)
+
+
+def _fork(function: Callable[[Any], None], argument: Any) -> tuple[int, int]:
+    """The id of a process that calls `function`, and where it leaves its last words."""
+    nurse = os.getpid()
+    words, leave = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(leave)
+        os.set_blocking(words, False)
+        return pid, words
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == nurse:
+            function(argument)
+            code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        os.write(leave, _in_a_line(error).encode()[:_MOST_WORDS])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _in_a_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def serve_nursery(pipe: Connection) -> None:
+    """The life of a nursery's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
+    with contextlib.suppress(OSError):
+        _Nurse().serve(pipe)

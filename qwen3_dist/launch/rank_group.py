@@ -1,0 +1,271 @@
+"""The executor of ranks in other processes: brings them up together, drives them, notices their end.
+
+How processes are started and ended is a `Launcher`'s business (`processes.py`, `ray_ranks.py`); all
+else, from rendezvous to the step, is the same for all of them and lies here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import secrets
+import selectors
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
+from qwen3_dist.expert_placement import Placements
+from qwen3_dist.launch.base import Executor, RankPlace
+from qwen3_dist.launch.card_use import use_of_cards
+from qwen3_dist.launch.connections import RankConnections, RankLostError, names
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.protocol.channel import Channel, ChannelClosedError, ChannelListener, pack
+from qwen3_dist.protocol.messages import (
+    Answer,
+    Call,
+    Failed,
+    Hello,
+    Loaded,
+    Loading,
+    RankSpec,
+    Ready,
+    Start,
+)
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.loader import Progress
+
+_log = logging.getLogger(__name__)
+_STOP_WAIT_S = 3.0
+_HELLO_S = 30.0  # from a rank's first byte to the end of its first message
+
+
+class RankGroupExecutor(Executor):
+    """Drives the ranks that `launcher` starts. Construction returns when all are ready for plans."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        launcher: Launcher,
+        placements: Placements | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Without `placements` experts lie evenly."""
+        self._config = config
+        self._placements = placements or {}
+        self._launcher = launcher
+        self._deadline = time.monotonic() + config.start_timeout_s
+        self._ranks = RankConnections(launcher.exit_reason)
+        self._submitted: deque[Sequence[StepPlan]] = deque()
+        self._results: list[deque[StepResult]] = [deque() for _ in range(config.layout.dp)]
+        self._death: QwenDistError | None = None
+        self.device = launcher.device
+        self.depth = config.layout.pp if config.layout.pp > 1 else 2 if config.overlap else 1
+        try:
+            self._start(progress)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def submit(self, plans: Sequence[StepPlan]) -> None:
+        self._raise_if_dead()
+        packed = [pack(plan) for plan in plans]
+        for rank in self._ranks.ranks:
+            self._ranks.post(rank, packed[self._config.layout.coords(rank).group])
+        self._submitted.append(plans)
+
+    def collect(self) -> list[StepResult | None]:
+        self._raise_if_dead()
+        plans = self._submitted.popleft()
+        deadline = time.monotonic() + self._config.step_timeout_s
+        answering = [bool(plan.sequences) for plan in plans]
+
+        def awaited() -> str:
+            layout = self._config.layout
+            last_stage = range(layout.world - layout.stage_size, layout.world)
+            answerers = last_stage[:: layout.tp]  # tp rank 0 of each dp group
+            late = [
+                rank for group, rank in enumerate(answerers) if answering[group] and not self._results[group]
+            ]
+            return self._late(late, f"answer step {plans[0].step}")
+
+        with self._losing_ranks():
+            while not all(map(bool, itertools.compress(self._results, answering))):
+                self._keep_result(*self._ranks.next_message(deadline, awaited))
+        results = [
+            arrived.popleft() if answers else None
+            for arrived, answers in zip(self._results, answering, strict=True)
+        ]
+        assert all(result is None or result.step == plans[0].step for result in results)
+        return results
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        self._raise_if_dead()
+        deadline = time.monotonic() + self._config.step_timeout_s
+        answers: dict[int, Any] = {}
+
+        def awaited() -> str:
+            return self._late(self._ranks.ranks - answers.keys(), f"answer {method}")
+
+        self._ranks.post_all(Call(method, arguments))
+        with self._losing_ranks():
+            while len(answers) < len(self._ranks.ranks):
+                rank, message = self._ranks.next_message(deadline, awaited)
+                if isinstance(message, Answer):
+                    answers[rank] = message.value
+                else:
+                    self._keep_result(rank, message)  # of a step that was submitted before
+        return [answers[rank] for rank in sorted(answers)]
+
+    def check(self) -> None:
+        self._raise_if_dead()
+        if not self._ranks.is_silent():
+            with self._losing_ranks():
+                rank, message = self._ranks.next_message(time.monotonic() + 1.0, lambda: "")
+            raise AssertionError(f"rank {rank} sent {message!r} unasked")
+
+    def shutdown(self) -> None:
+        if self._death is None:
+            self._death = EngineDeadError("the engine was shut down")
+            self._ranks.post_all(None)
+            self._ranks.await_ends(_STOP_WAIT_S)
+        self._launcher.stop()
+        self._ranks.close()
+
+    def _keep_result(self, rank: int, message: Any) -> None:
+        assert isinstance(message, StepResult), message
+        self._results[self._config.layout.coords(rank).group].append(message)
+
+    def _late(self, ranks: Iterable[int], what: str) -> str:
+        return f"{names(list(ranks))} did not {what} within {self._config.step_timeout_s:g} s"
+
+    def _start(self, progress: Progress | None) -> None:
+        secret = secrets.token_bytes(32)
+        world = self._config.layout.world
+        listener = ChannelListener(self._launcher.host, secret)
+        try:
+            self._launcher.launch(
+                [
+                    RankSpec(
+                        rank, self._config, self._placements, self._launcher.device, listener.address, secret
+                    )
+                    for rank in range(world)
+                ]
+            )
+            hellos = self._accept_all(listener, world)
+        finally:
+            listener.close()
+        self._introduce(hellos)
+        fitting = self._await_all(Loaded, "load its part of the model", progress)
+        self.num_blocks = min(loaded.num_blocks for loaded in fitting)
+        self._ranks.post_all(self.num_blocks)
+        ready = self._await_all(Ready, "become ready", None)
+        self.backends = ready[0].backends
+        self.may_repeat = any(rank.may_repeat for rank in ready)
+        self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
+
+    def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:
+        """What each rank says first, in rank order. Raises the error of a rank that fails instead."""
+        hellos: dict[int, Hello] = {}
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(listener, selectors.EVENT_READ)
+            while len(hellos) < world:
+                for key, _ in waiting.select(timeout=0.2):
+                    if key.fileobj is listener:
+                        if channel := listener.accept(timeout_s=0.2):
+                            waiting.register(channel, selectors.EVENT_READ, channel)
+                        continue
+                    waiting.unregister(key.fileobj)
+                    if hello := _first_words(key.data):
+                        hellos[hello.rank] = hello
+                        self._ranks.add(hello.rank, key.data)
+                self.check()
+                self._check_start(set(range(world)) - set(hellos))
+        return [hellos[rank] for rank in range(world)]
+
+    def _check_start(self, missing: set[int]) -> None:
+        """Raises EngineDeadError or ResourceError if `missing` ranks cannot be hoped for any more."""
+        if missing and (reason := self._launcher.exit_reason()):
+            raise EngineDeadError(f"a rank ended before it was ready: {reason}")
+        if missing and time.monotonic() > self._deadline:
+            raise ResourceError(f"{names(missing)} did not start within {self._config.start_timeout_s:g} s")
+
+    def _introduce(self, hellos: list[Hello]) -> None:
+        """Tells every rank where the rendezvous is, who shares its host and card, and how collectives travel."""
+        self.ranks = tuple(RankPlace(hello.rank, hello.host_name, hello.pid, hello.card) for hello in hellos)
+        on_host = Counter(hello.host_id for hello in hellos)
+        use = use_of_cards([hello.card for hello in hellos], self._config)
+        self.collectives = use.collectives
+        store_port = hellos[0].store_port
+        assert store_port is not None
+        for hello, ranks_on_card, free in zip(hellos, use.ranks_on_card, use.free_bytes, strict=True):
+            at = (hellos[0].host, store_port)
+            start = Start(at, on_host[hello.host_id], ranks_on_card, free, use.over_host)
+            self._ranks.post(hello.rank, pack(start))
+
+    def _await_all(self, kind: type, what: str, progress: Progress | None) -> list[Any]:
+        """Waits until every rank has said a `kind`, passing on how far loading has come."""
+        loading: dict[int, Loading] = {}
+        said: dict[int, Any] = {}
+
+        def awaited() -> str:
+            missing = names(self._ranks.ranks - said.keys())
+            return f"{missing} did not {what} within start_timeout_s={self._config.start_timeout_s:g}"
+
+        with self._losing_ranks():
+            while len(said) < len(self._ranks.ranks):
+                rank, message = self._ranks.next_message(self._deadline, awaited)
+                if isinstance(message, Loading):
+                    loading[rank] = message
+                    if progress and len(loading) == len(self._ranks.ranks):
+                        progress(
+                            sum(m.done_bytes for m in loading.values()),
+                            sum(m.total_bytes for m in loading.values()),
+                        )
+                else:
+                    assert isinstance(message, kind), message
+                    said[rank] = message
+        return [said[rank] for rank in sorted(said)]
+
+    @contextlib.contextmanager
+    def _losing_ranks(self) -> Iterator[None]:
+        """Turns the loss of a rank into the end of the group, told by its root cause."""
+        try:
+            with self._ranks.told_by_cause():
+                yield
+        except RankLostError as loss:
+            self._die(loss.error)
+
+    def _die(self, error: QwenDistError) -> NoReturn:
+        """Ends the whole group: a step that lost a rank cannot be repeated on the others."""
+        self._death = error
+        _log.error("the engine stops: %s", error)
+        self.shutdown()
+        raise error
+
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise EngineDeadError(str(self._death))
+
+
+def _first_words(channel: Channel) -> Hello | None:
+    """A rank's first message; None if it ends without one. Raises the error of a rank that has failed."""
+    try:
+        message = channel.receive(_HELLO_S)
+    except (ChannelClosedError, TimeoutError):
+        channel.close()  # why, its launcher tells
+        return None
+    if isinstance(message, Failed):
+        channel.close()
+        message.log_details()
+        raise message.error
+    assert isinstance(message, Hello), message
+    return message
+
+
+def _joined_words(said: Iterable[str]) -> str:
+    """What ranks say of themselves, each thing once."""
+    return " and ".join(dict.fromkeys(said))

@@ -1,0 +1,262 @@
+"""Ranks as Ray actors in the bundles of a placement group. Ray places, watches and ends them; steps travel
+over the group's own channels.
+
+    bundles of an engine of its own:   [tp group 0] [tp group 1] ...
+    bundles of a Serve replica:        [replica] [tp group 0] [tp group 1] ...
+
+A bundle lies on one node, so the ranks of a tp group do, while ep and pp may cross nodes. Where no node has
+room for a tp group, each rank has a bundle of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.layout import Layout
+from qwen3_dist.protocol.messages import RankSpec
+from qwen3_dist.rank_env import openmp_environment
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.worker.shard import cores
+
+_log = logging.getLogger(__name__)
+_NOTICE_PERIOD_S = 10.0
+
+
+def cluster_resources() -> dict[str, float]:
+    """What the connected Ray cluster has in all; without one, this machine's cores stand in for it."""
+    return ray.cluster_resources() if ray.is_initialized() else {"CPU": float(cores())}
+
+
+def choose_device(config: EngineConfig, replicas: int = 1) -> str:
+    """ "cuda" or "cpu" for `replicas` engines of `config`, by what the connected Ray cluster has.
+
+    Raises ResourceError, saying what is missing, if the cluster can never hold them. Without a
+    cluster to ask, `device=auto` is "cpu".
+    """
+    if not ray.is_initialized():
+        return "cuda" if config.device == "cuda" else "cpu"
+    needed = config.layout.world * replicas
+    gpus = int(cluster_resources().get("GPU", 0))
+    if config.device == "cpu" or (config.device == "auto" and gpus == 0):
+        return "cpu"
+    if gpus < needed and not (config.share_gpus and gpus):
+        what = f"{replicas} replicas of {config.layout}" if replicas > 1 else f"layout {config.layout}"
+        share = ", set share_gpus=true" if gpus else ""
+        raise ResourceError(
+            f"{what} needs {needed} GPUs and the Ray cluster has {gpus}; add GPUs{share}, use a smaller layout "
+            "or device=cpu"
+        )
+    return "cuda"
+
+
+def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[dict[str, float]]:
+    """The placement-group bundles of a replica's ranks, sized so that `replicas` engines fit the cluster.
+
+    A GPU rank takes one GPU, or with `share_gpus` an even part of one where there are fewer. A CPU rank takes one
+    CPU, or an even part of 80 % of the cluster's CPUs where there are fewer than that. Both with one warning, so that
+    any layout can be tried on a small machine.
+    """
+    layout = config.layout
+    ranks = layout.world * replicas
+    total, cpus = cluster_resources().get("CPU", 0.0), config.cpus_per_rank
+    if cpus is None:
+        share = total * 0.8 / ranks
+        cpus = 1.0 if share >= 1 else max(0.01, int(share * 100) / 100)
+        if cpus < 1 and device == "cpu":
+            _log.warning(
+                "%d CPU ranks share %g CPUs: this works, and is slower than one core per rank",
+                ranks,
+                total,
+            )
+    rank, group = {"CPU": cpus}, {"CPU": round(cpus * layout.tp, 2)}
+    if device == "cuda":
+        sharing = _ranks_on_card(config, replicas)
+        rank["GPU"], group["GPU"] = part_of_card(1, sharing), _gpus_of(layout.tp, sharing)
+    if any(all(node.get(name, 0) >= amount for name, amount in group.items()) for node in _nodes()):
+        return [dict(group) for _ in range(layout.world // layout.tp)]
+    if layout.tp > 1:
+        _log.warning("no node has %s for the %d ranks of a tp group, so it may cross nodes", group, layout.tp)
+    return [dict(rank) for _ in range(layout.world)]
+
+
+def ranks_per_host(ranks: int, cpus: float) -> int:
+    """The most of `ranks` CPU ranks, each reserving `cpus` CPUs, that Ray may place on one node of the cluster."""
+    largest = max((node.get("CPU", 0.0) for node in _nodes()), default=0.0)
+    return max(1, min(ranks, int(largest / cpus + 1e-6)))
+
+
+def part_of_card(gpus: float, ranks: int) -> float:
+    """What each of `ranks` ranks takes of `gpus` GPUs between them; Ray counts in ten-thousandths, and gives more than
+    one GPU only whole."""
+    if gpus >= ranks:
+        return float(gpus // ranks)
+    sharing = ranks / gpus if gpus < 1 else -(-ranks // int(gpus))
+    return int(10_000 / sharing) / 10_000
+
+
+def _gpus_of(ranks: int, sharing: int) -> float:
+    """GPUs of a bundle of `ranks` ranks, `sharing` of them on each."""
+    return float(-(-ranks // sharing)) if ranks >= sharing else int(10_000 * ranks / sharing) / 10_000
+
+
+def _ranks_on_card(config: EngineConfig, replicas: int) -> int:
+    """The fewest ranks on each GPU with which `replicas` engines fit the cluster."""
+    ranks, tp = config.layout.world * replicas, config.layout.tp
+    gpus = int(cluster_resources().get("GPU", 0))
+    if not config.share_gpus or gpus >= ranks or not gpus:
+        return 1
+    for sharing in range(2, ranks + 1):
+        groups_fit = gpus // -(-tp // sharing) if tp >= sharing else gpus * (sharing // tp)
+        if groups_fit >= ranks // tp:
+            break
+    _log.warning("%d ranks share %d GPUs, %d on each: for checks, not for speed", ranks, gpus, sharing)
+    return sharing
+
+
+def _cause(error: ray.exceptions.RayError) -> str:
+    """What went wrong in an actor, in a line: the last of what Ray tells."""
+    if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _nodes() -> list[dict[str, float]]:
+    """What each node has in all; without a cluster, this machine's cores."""
+    if not ray.is_initialized():
+        return [cluster_resources()]
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _current_group(layout: Layout) -> PlacementGroup:
+    """The placement group of this process. Raises ResourceError if its bundles are not those of a replica."""
+    current = ray.util.get_current_placement_group()
+    sizes = sorted({layout.world // layout.tp, layout.world})
+    if current is None or current.bundle_count - 1 not in sizes:
+        bundles = f"{current.bundle_count} bundles" if current is not None else "none"
+        raise ResourceError(
+            f"placement=current needs a placement group of 1 + {' or '.join(map(str, sizes))} bundles for layout "
+            f"{layout} and this process has {bundles}; use placement=own"
+        )
+    return current
+
+
+class RankActor:
+    """The actor of one rank; `run` returns when the rank has ended."""
+
+    def run(self, main: Callable[[RankSpec], None], spec: RankSpec) -> None:
+        main(replace(spec, card=_given_card()) if spec.device == "cuda" else spec)
+
+
+def _given_card() -> int:
+    """The index of the GPU that Ray gave this actor, among those that the process sees.
+
+    That is 0 where Ray hides the others. It may be told not to (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES).
+    """
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    given = [str(name) for name in ray.get_gpu_ids()]
+    if len(visible) == 1 or not given:
+        return 0
+    return visible.index(given[0]) if given[0] in visible else int(given[0])
+
+
+class RayLauncher(Launcher):
+    """Places ranks in a placement group of its own, or in that of the Serve replica it runs in if `config.placement`
+    says so: any other group that this process may be in is not for the ranks."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self.host = ray.util.get_node_ip_address()
+        self._actors: list[Any] = []
+        self._runs: list[Any] = []
+        self._own_group: PlacementGroup | None = None
+        if config.placement == "current":
+            self._group, self._first_bundle = _current_group(config.layout), 1
+            self.device = "cuda" if "GPU" in self._group.bundle_specs[1] else "cpu"
+        else:
+            self.device = choose_device(config)
+            bundles = rank_bundles(config, self.device)
+            self._own_group = placement_group(bundles, strategy="PACK")
+            self._group, self._first_bundle = self._own_group, 0
+
+    def launch(self, specs: list[RankSpec]) -> None:
+        self._wait_for_place()
+        bundles = self._bundles_by_node()
+        together = len(specs) // len(bundles)
+        variables = {**(openmp_environment() if self.device == "cpu" else {}), **self._config.rank_env}
+        for spec in specs:
+            bundle = bundles[spec.rank // together]
+            reserved = self._group.bundle_specs[bundle]
+            actor = (
+                ray.remote(RankActor)
+                .options(
+                    max_restarts=0,
+                    max_task_retries=0,
+                    num_cpus=reserved.get("CPU", 0) / together,
+                    num_gpus=part_of_card(reserved["GPU"], together) if self.device == "cuda" else 0,
+                    runtime_env={"env_vars": variables} if variables else None,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        placement_group=self._group, placement_group_bundle_index=bundle
+                    ),
+                )
+                .remote()
+            )
+            self._actors.append(actor)
+            self._runs.append(actor.run.remote(self.main, spec))  # type: ignore[attr-defined]
+
+    def exit_reason(self) -> str | None:
+        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0) if self._runs else ([], [])
+        for rank, run in enumerate(self._runs):
+            try:
+                if run in ended:
+                    ray.get(run)
+            except ray.exceptions.RayError as error:
+                return f"rank {rank}: {_cause(error)}"
+        return None
+
+    def stop(self) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors, self._runs = [], []
+        if self._own_group is not None:
+            remove_placement_group(self._own_group)
+            self._own_group = None
+
+    def _wait_for_place(self) -> None:
+        """Waits for the group's bundles, saying now and then what for. Raises ResourceError at the end."""
+        started = time.monotonic()
+        while not self._group.wait(_NOTICE_PERIOD_S):
+            waited = time.monotonic() - started
+            needed = f"{len(self._group.bundle_specs)} bundles of {self._group.bundle_specs[-1]}"
+            free = {name: ray.available_resources().get(name, 0.0) for name in self._group.bundle_specs[-1]}
+            if waited > self._config.start_timeout_s:
+                raise ResourceError(
+                    f"no place for {needed} within {waited:.0f} s; free in the cluster: {free}"
+                )
+            _log.warning("waiting for %s; free in the cluster: %s", needed, free)
+
+    def _bundles_by_node(self) -> list[int]:
+        """The ranks' bundles grouped by node, the first one's node first: PACK keeps no such order, and what
+        can stay on a node should."""
+        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        bundles = range(self._first_bundle, len(self._group.bundle_specs))
+        order: dict[str, int] = {}
+        for bundle in bundles:
+            order.setdefault(nodes[bundle], len(order))
+        return sorted(bundles, key=lambda bundle: order[nodes[bundle]])

@@ -1,0 +1,1 @@
+"""The sharded transformer, as one rank holds it."""

@@ -1,0 +1,247 @@
+"""The dense SwiGLU feed-forward, and a mixture of such experts split over the ep and etp ranks.
+
+Legend: T tokens of the dp group's step, N tokens this rank owns, K experts per token, D emb_dim.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.layout import padded_range
+from qwen3_dist.model.experts import Experts, swiglu
+from qwen3_dist.model.linear import Linear, join, products
+from qwen3_dist.model.norm import RMSNorm
+from qwen3_dist.model.step_memory import rows_of_slice
+from qwen3_dist.ops.adapter_rows import AdapterRows
+from qwen3_dist.ops.batch import StepBatch
+from qwen3_dist.ops.kernels import Half, Kernels, gpu_kernels_for
+from qwen3_dist.ops.transfer import on_device
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
+from qwen3_dist.parallel.expert_exchange import capacity
+from qwen3_dist.parallel.send_plan import OverflowFlag
+
+
+class FeedForward(nn.Module):
+    """`fc3(silu(fc1(x)) * fc2(x))` over this rank's hidden columns: a partial sum over tp."""
+
+    fused: Half | None = None  # this and the norm before it, once they are one
+
+    def __init__(self, emb_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(emb_dim, hidden_dim, bias=False)
+        self.fc2 = Linear(emb_dim, hidden_dim, bias=False)
+        self.fc3 = Linear(hidden_dim, emb_dim, bias=False)
+
+    def forward(self, x: Tensor, norm: RMSNorm, adapters: AdapterRows | None = None) -> Tensor:
+        """norm(x) [T, D] -> [T, D]."""
+        if self.fused is not None and adapters is None:
+            return self.fused.feed_forward(x)
+        x = norm(x)
+        return self.fc3(swiglu(*products(x, adapters, self.fc1, self.fc2)), adapters)
+
+    def join(self) -> None:
+        """Makes the products of one input one."""
+        join(self.fc1, self.fc2)
+
+    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
+        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
+        if not norm.is_plain:
+            return
+        parts = (self.fc1.parts, self.fc2.parts, self.fc3.parts)
+        weights = (*(part.weight for part in parts), *(part.scale for part in parts))
+        sizes = (self.fc1.in_features, self.fc1.out_features)
+        is_int8 = parts[0].scale is not None
+        self.fused = Half(kernels, norm.scale, *weights, *sizes, eps=norm.eps, is_int8=is_int8)
+
+
+@dataclass(frozen=True)
+class PreparedMove:
+    """A placement of experts, with the weights that come to this rank for it, on their device."""
+
+    placement: ExpertPlacement
+    places: Tensor  # [n] int64, where they go in the rank's stack
+    leaving: Tensor  # [n] int64, the experts that are there
+    kept: list[Tensor]  # in the form in which the rank keeps its experts
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.places, self.leaving, *self.kept]
+
+
+class MoEFeedForward(nn.Module):
+    """Routes each token to its top experts, wherever they are, and adds up their answers."""
+
+    fused: Half | None = None  # the form for few tokens and the norm before it, once they are one
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelContext,
+        placement: ExpertPlacement,
+        overflow: OverflowFlag | None = None,
+    ) -> None:
+        """`overflow` learns where rows did not fit the capacity of an exchange."""
+        super().__init__()
+        self.placement = placement
+        self._ep_rank = parallel.ep.rank
+        # [E] int64, rows of experts from before they left this rank; never on meta.
+        self._former_rows = torch.zeros(config.num_experts, dtype=torch.int64, device="cpu")
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
+        fits = partial(capacity, parallel.layout, config) if parallel.dispatch.by_capacity else None
+        self.all_to_all = AllToAllDispatcher(
+            parallel.ep, parallel.etp, placement, parallel.dispatch.fp8, fits, overflow
+        )
+        self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
+        self._dp = parallel.dp
+        self._tp_size = parallel.tp.size
+        self._overlap_from = parallel.dispatch.overlap_from
+        # etp ranks exchange rows one for one, so where they are of several dp groups, which may have other
+        # numbers of tokens, all pad to the largest.
+        self._levels = parallel.tp.size % parallel.etp.size != 0
+        self.gate = Linear(config.emb_dim, config.num_experts, bias=False)
+        self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns)
+
+    @property
+    def _hosted(self) -> tuple[int, ...]:
+        return self.placement.hosted[self._ep_rank]
+
+    def rows_by_expert(self) -> dict[int, int]:
+        """Rows that this rank has computed for each expert that it hosts or has hosted."""
+        rows = Counter({expert: count for expert, count in enumerate(self._former_rows.tolist()) if count})
+        rows.update(dict(zip(self._hosted, self.experts.counts.tolist(), strict=True)))
+        return rows
+
+    def arrivals(self, placement: ExpertPlacement) -> dict[int, int]:
+        """The experts that this rank needs to follow `placement`, by their places in its stack."""
+        there = zip(self._hosted, placement.hosted[self._ep_rank], strict=True)
+        return {place: new for place, (old, new) in enumerate(there) if old != new}
+
+    def prepare_move(self, placement: ExpertPlacement, stacks: tuple[Tensor, Tensor, Tensor]) -> PreparedMove:
+        """What `move` needs: `stacks`, on the weights' device, are the `arrivals` as a checkpoint has them, fc1 and
+        fc2 [n, I, D] and fc3 [n, D, I]. Changes nothing here, so it may run beside a step."""
+        places = list(self.arrivals(placement))
+        leaving = [self._hosted[place] for place in places]
+        device = stacks[0].device
+        return PreparedMove(
+            placement,
+            on_device(places, torch.int64, device),
+            on_device(leaving, torch.int64, device),
+            self.experts.as_kept(stacks) if places else [],
+        )
+
+    def move(self, prepared: PreparedMove) -> None:
+        """Routes by another placement from now on. A GPU's host does not wait for it."""
+        if prepared.kept:
+            places = prepared.places
+            self.experts.count_on(places.device)
+            if self._former_rows.device != places.device:
+                self._former_rows = on_device(self._former_rows, torch.int64, places.device)
+            self._former_rows.index_add_(0, prepared.leaving, self.experts.counts[places])
+            self.experts.replace(places, prepared.kept)
+        self.placement = prepared.placement
+        self.all_to_all.place(prepared.placement)
+        self.all_gather.place(prepared.placement)
+
+    def gathered(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
+        """The form for few: norm(x) [T, D], the same on every tp rank -> a partial sum over tp.
+
+        With several dp groups every rank gets the tokens of all; `batch` says how many each has.
+        """
+        if self._dp.size == 1:
+            return self._local(x, norm, batch.padding)
+        longest, groups = batch.largest_group, self._dp.size
+        if not longest:  # nothing is read in any group
+            return x
+        length = min(longest, rows_of_slice(self.num_experts_per_tok, groups))
+        parts = []
+        for begin in range(0, longest, length):  # all groups' tokens take dp times the memory of one's
+            end, padding = min(begin + length, longest), batch.padding
+            if padding is not None:
+                padding = padding.view(groups, longest)[:, begin:end].flatten()
+            rows = batch.rows_of_groups(begin, end)
+            parts.append(self._gathered(x[begin:end], norm, end - begin, rows, padding))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _gathered(
+        self, x: Tensor, norm: RMSNorm, length: int, rows: Tensor | None, padding: Tensor | None
+    ) -> Tensor:
+        """`gathered` of some tokens of each dp group, at most `length`. `rows`, if not all groups have as many: where
+        tokens lie among all groups' [dp * length]."""
+        everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, length - len(x))))
+        if rows is None:
+            return self._dp.reduce_scatter(self._local(everybody, norm, padding))
+        out = torch.zeros_like(everybody)
+        out[rows] = self._local(everybody[rows], norm, None)
+        return self._dp.reduce_scatter(out)[: len(x)]
+
+    def _local(self, x: Tensor, norm: RMSNorm, padding: Tensor | None) -> Tensor:
+        """What this rank's experts make of norm(x) [n, D]; rows of `padding` [n] go to none."""
+        if self.fused is not None and padding is None:
+            return self.fused.experts(x)
+        x = norm(x)
+        expert_ids, weights = self.route(x)
+        if padding is not None:
+            expert_ids = expert_ids.masked_fill(padding[:, None], -1)
+        return self.experts(self.all_gather.select(x, expert_ids, weights))
+
+    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
+        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
+        if not norm.is_plain:
+            return
+        experts = self.experts
+        stacks, scales = (experts.fc1, experts.fc2, experts.fc3), experts.scales or (None, None, None)
+        tables = (self.all_gather.here, experts.counts)
+        counts = (self.gate.out_features, len(experts.fc1), self.num_experts_per_tok, self.norm_topk_prob)
+        sizes = (len(self.all_gather.here), *counts, self.gate.in_features, experts.columns)
+        members = (norm.scale, self.gate.weight, *stacks, *scales, *tables, *sizes)
+        self.fused = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
+
+    def dispatched(self, x: Tensor, own_rows: range, batch: StepBatch) -> Tensor:
+        """The form for many: x [N, D] of this rank's tokens, `own_rows` of the group's and padding after -> [N, D].
+
+        Where that gains, in two halves: one's rows travel while the other's experts compute.
+        """
+        own, level = len(x), -(-batch.largest_group // self._tp_size)
+        if self._levels:
+            x = F.pad(x, (0, 0, 0, level - own))
+        expert_ids, weights = self.route(x)
+        expert_ids[len(own_rows) :] = -1
+        if batch.padding is not None:
+            padding = batch.padding[own_rows.start : own_rows.stop, None]
+            expert_ids[: len(own_rows)].masked_fill_(padding, -1)
+        halves = 2 if self.all_to_all.overlaps and level >= self._overlap_from else 1
+        parts = zip(
+            x.tensor_split(halves), expert_ids.tensor_split(halves), weights.tensor_split(halves), strict=True
+        )
+        sums, most_rows = [], -(-level // halves)
+        started = [self.all_to_all.start_dispatch(*part, most_rows) for part in parts]
+        for arriving in started:
+            received, plan = arriving()
+            sums.append(self.all_to_all.start_combine(self.experts(received), plan))
+        return torch.cat([finish() for finish in sums])[:own]
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights [N, K] of each token: softmax over all experts in fp32, then top-k.
+
+        The weights are fp32, rounded to x's dtype as the checkpoints were trained.
+        """
+        logits = self.gate(x)
+        kernels = gpu_kernels_for(logits)
+        if kernels is not None:
+            return kernels.route(logits, self.num_experts_per_tok, self.norm_topk_prob)
+        probabilities = F.softmax(logits, dim=-1, dtype=torch.float32)
+        weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return expert_ids, weights.to(x.dtype).float()

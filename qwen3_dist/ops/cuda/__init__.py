@@ -1,0 +1,1 @@
+"""Kernels for GPU ranks, in Triton."""

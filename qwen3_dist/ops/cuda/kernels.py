@@ -1,0 +1,100 @@
+"""Kernels for GPU ranks, in Triton; without it torch does the same, in many more launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.ops.probe import failure, log_failure
+
+
+class GpuKernels:
+    """The Triton kernels as functions of tensors on one GPU. Raises where Triton is not installed."""
+
+    def __init__(self) -> None:
+        from qwen3_dist.ops.cuda import triton_products, triton_rows, triton_sampling
+
+        self.norm = triton_rows.norm
+        self.rotate = triton_rows.rotate
+        self.swiglu = triton_rows.swiglu
+        self.route = triton_rows.route
+        self.experts = triton_products.experts
+        self.summed = triton_products.summed
+        self.linear_int8 = triton_products.linear_int8
+        self.ordering_keys = triton_sampling.ordering_keys
+        self.draw_from_ordered = triton_sampling.draw_from_ordered
+        self.draw_from_all = triton_sampling.draw_from_all
+
+
+def gpu_kernels_for(x: Tensor) -> GpuKernels | None:
+    """The kernels that can work on `x`; None on a CPU, and where one fails for this card and dtype."""
+    return _kernels(x.device, x.dtype) if x.is_cuda else None
+
+
+@functools.cache
+def _kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
+    """The kernels, if all of them work on small problems."""
+    what = f"Triton for {str(dtype).removeprefix('torch.')}"
+    try:
+        kernels = GpuKernels()
+    except Exception as error:
+        log_failure(what, _INSTEAD, f"{type(error).__name__}: {error}")
+        return None
+    for name, compute, expected in _trials(kernels, device, dtype):
+        reason = failure(compute, expected, tolerance=1e-2)
+        if reason is not None:
+            log_failure(what, _INSTEAD, f"{name}: {reason}")
+            return None
+    return kernels
+
+
+_INSTEAD = "torch computes what lies between products, experts and draws, several times slower"
+_Trial = tuple[str, Callable[[], Tensor], Tensor]  # a kernel's name, what it computes and the answer
+
+
+def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> Iterator[_Trial]:
+    """Numbers are such that every dtype holds the answers, all but those of a norm and of silu(1) = 0.7311 exactly."""
+
+    def full(value: float, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    def of(values: list[float] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, device=device)
+
+    ones = full(1, 2, 16)
+    ascending = torch.arange(16, device=device).to(dtype)
+    alternating = of([3.0, -4.0]).to(dtype).repeat(8)[None]
+    yield "norm", lambda: kernels.norm(alternating, ones[0], 0.0), of([0.8485, -1.1314]).repeat(8)[None]
+    yield "swiglu", lambda: kernels.swiglu(ones, ones), full(0.7311, 2, 16)
+
+    def turned() -> Tensor:
+        """By a quarter of a circle."""
+        head, cache = ascending.view(1, 1, 16), full(0, 1, 1, 1, 16)
+        cos, sin, slots = full(0, 1, 1, 16), full(1, 1, 1, 16), full(0, 1, dtype=torch.int64)
+        return kernels.rotate(head, head, head, cache, cache, None, cos, sin, slots, 0.0).flatten()
+
+    yield "rotate", turned, torch.cat([-ascending[8:], ascending[:8]])
+    logits = of([0.0, 3.0, 1.0, 2.0]).to(dtype)[None]
+    yield "route", lambda: kernels.route(logits, 2, True)[0], of([[1, 3]])
+
+    def answers() -> Tensor:
+        """Of one row by experts that give silu(1) and twice that, a quarter of each."""
+        eye = torch.eye(16, device=device).to(dtype)
+        stacks = (torch.stack([eye, eye]), torch.stack([eye, eye]), torch.stack([eye, 2 * eye]))
+        weights, totals = full(0.25, 1, 2, dtype=torch.float32), full(0, 3, dtype=torch.int64)
+        return kernels.experts(ones[:1], stacks, None, of([[0, 1]]), weights, totals)
+
+    yield "experts", answers, full(0.75 * 0.7311, 1, 16)
+    weight, scale = full(2, 16, 16, dtype=torch.int8), full(0.25, 16, dtype=torch.float32)
+    yield "linear_int8", lambda: kernels.linear_int8(ones, weight, scale), full(8, 2, 16)
+    settings = torch.tensor([0.01, 4, 1.0, 0.5], dtype=torch.float64, device=device)[:, None, None]
+    yield "draw_from_all", lambda: kernels.draw_from_all(logits, settings), of([[1]])[0]
+
+    def drawn() -> Tensor:
+        keys = kernels.ordering_keys(logits).sort(dim=-1, descending=True).values
+        return kernels.draw_from_ordered(keys, 4, settings)
+
+    yield "draw_from_ordered", drawn, of([[1]])[0]

@@ -1,0 +1,147 @@
+"""Attention over KV blocks on a GPU, in Triton, with a running softmax (arXiv 2205.14135).
+
+One program attends for some query rows of one KV group: tokens of one sequence times the R heads that
+share the group. Few programs cannot fill a GPU, so the keys of a lone query are split among several
+programs, whose results are weighed together afterwards (Flash-Decoding).
+
+Legend: T tokens, S sequences, H heads, G KV groups (H = G * R), d head_dim, B columns of the block table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3_dist.ops.cuda import compiles
+
+compiles.count_compilations()
+
+_MOST_SPLITS = 16  # a power of 2
+_KEY_BYTES = 128  # of one number of each key in a tile; more do not fit the smaller cards' memory on the chip
+
+
+# Tables and lengths come in whatever rows the step has of them; only q, keys and values are worth an alignment.
+@triton.jit(
+    do_not_specialize=["window", "width", "tokens"],
+    do_not_specialize_on_alignment=["tables", "table_rows", "context_lens", "starts"],
+)
+def _attend(  # type: ignore[no-untyped-def]
+    q, keys, values, out, lse, tables, table_rows, context_lens, starts,
+    scale, window, width, tokens,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    s, g = tl.program_id(0), tl.program_id(1)
+    tile, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
+    R: tl.constexpr = H // G
+    first = tl.load(starts + s)
+    count = tl.load(starts + s + 1) - first
+    length = tl.load(context_lens + s)
+    table = tables + tl.load(table_rows + s) * width
+    if tile * ROWS >= count * R:
+        return
+    before = length - count
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    token = rows // R
+    real = token < count
+    position = before + token
+    dims = tl.arange(0, DIM)
+    row_at = (first + token) * H + g * R + rows % R
+    within = dims[None, :] < D
+    queries = tl.load(q + row_at[:, None] * D + dims[None, :], mask=real[:, None] & within, other=0.0)
+
+    end = tl.minimum(before + (tile * ROWS + ROWS - 1) // R + 1, length)
+    begin = tl.where(window > 0, tl.maximum(before + tile * ROWS // R - window + 1, 0), 0)
+    span = tl.cdiv(end - begin, SPLITS * KEYS) * KEYS
+    low = begin + split * span
+    high = tl.minimum(low + span, end)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, DIM], tl.float32)
+    for key in range(low, high, KEYS):
+        at = key + tl.arange(0, KEYS)
+        here = at < high
+        block = tl.load(table + at // BLOCK_SIZE, mask=here, other=0)
+        slot = (block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE) * G + g
+        there = here[:, None] & within
+        k = tl.load(keys + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        seen = here[None, :] & (at[None, :] <= position[:, None])
+        seen = seen & ((window <= 0) | (at[None, :] > position[:, None] - window))
+        scores = tl.where(seen, scores, float("-inf"))
+        highest = tl.maximum(most, tl.max(scores, 1))
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink = tl.exp(most - base)
+        p = tl.exp(scores - base[:, None])
+        mass = mass * shrink + tl.sum(p, 1)
+        v = tl.load(values + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        most = highest
+    mass = tl.where(mass > 0, mass, 1.0)
+    result = sums / mass[:, None]
+    into = out + (split * tokens * H + row_at[:, None]) * D + dims[None, :]
+    tl.store(into, result.to(out.dtype.element_ty), mask=real[:, None] & within)
+    if SPLITS > 1:
+        # -inf where nothing was seen
+        tl.store(lse + split * tokens * H + row_at, most + tl.log(mass), mask=real)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _weigh(parts, lse, out, rows, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the splits of a head's keys found, each by the share of its keys in the whole softmax."""
+    row = tl.program_id(0)
+    at = tl.arange(0, DIM)
+    most = tl.load(lse + row)
+    for split in range(1, SPLITS):
+        most = tl.maximum(most, tl.load(lse + split * rows + row))
+    total, sums = 0.0, tl.zeros([DIM], tl.float32)
+    for split in range(SPLITS):
+        weight = tl.exp(tl.load(lse + split * rows + row) - most)
+        total += weight
+        sums += weight * tl.load(parts + (split * rows + row) * D + at, mask=at < D, other=0.0)
+    tl.store(out + row * D + at, (sums / total).to(out.dtype.element_ty), mask=at < D)
+
+
+def attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    table_rows: Tensor,
+    context_lens: Tensor,
+    starts: Tensor,
+    window: int | None,
+    longest: int,
+    splits: int = 1,
+) -> Tensor:
+    """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
+
+    Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`, `context_lens[s]` tokens with these,
+    and its blocks in row `table_rows[s]` of `tables` int32 [rows, B]; the others are int64. All are contiguous.
+    """
+    (total, heads, dim), (_, block_size, groups, _) = q.shape, keys.shape
+    per_group = heads // groups
+    rows = max(16, min(64, triton.next_power_of_2(longest * per_group)))
+    tiles = triton.cdiv(longest * per_group, rows)
+    out = torch.empty_like(q)
+    parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
+    lse = out if splits == 1 else q.new_empty((splits, total, heads), dtype=torch.float32)
+    _attend[(len(context_lens), groups, tiles * splits)](
+        q, keys, values, parts, lse, tables, table_rows, context_lens, starts,
+        dim**-0.5, window or 0, tables.shape[1], total,
+        heads, groups, dim, block_size, rows, _KEY_BYTES // q.element_size(), triton.next_power_of_2(dim), splits,
+    )  # fmt: skip
+    if splits > 1:
+        _weigh[(total * heads,)](
+            parts, lse, out, total * heads, dim, triton.next_power_of_2(dim), splits, num_warps=1
+        )
+    return out
+
+
+def splits_for(sequences: int, groups: int, processors: int) -> int:
+    """Programs that share a lone query's keys, so that a GPU of so many multiprocessors is filled twice. A power of 2,
+    since the kernel is compiled for each number."""
+    wanted = min(_MOST_SPLITS, 2 * processors // max(1, sequences * groups))
+    return 1 << max(0, wanted.bit_length() - 1)

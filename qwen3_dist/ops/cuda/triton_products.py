@@ -1,0 +1,193 @@
+"""Products of rows with the weights of their experts, in Triton, for what torch's own would need the host for.
+
+`torch.nn.functional.grouped_mm` runs on the device alone for bf16 on some cards, and elsewhere as a loop on the host,
+which no CUDA graph can hold; torch has no product with int8 weights that reads them as they are. One kernel does both:
+a tile is some rows of one expert times some of its columns, and each program finds its tile from the experts' counts,
+so nothing waits for the host and experts without rows cost nothing.
+
+Legend: R rows, K choices of a row, P = R * K pairs, e experts, D inputs, N outputs, I hidden columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3_dist.ops.cuda import compiles
+
+compiles.count_compilations()
+
+_Three = tuple[Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def _product(a, weights, expert, column, at, inside, N, D, NARROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a [ROWS, INNER] times a part of an expert's matrix [N, D] -> [ROWS, COLUMNS]."""
+    place = (expert * N + column[None, :]) * D + at[:, None]
+    w = tl.load(weights + place, mask=inside, other=0)
+    if NARROW:  # no card makes bf16 of integers at once
+        w = w.to(tl.float32).to(a.dtype)
+    return tl.dot(a, w, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["total"])
+def _grouped(  # type: ignore[no-untyped-def]
+    x, weights, other, scale, other_scale, order, counts, out, total, N, D,
+    EXPERTS: tl.constexpr, WIDE: tl.constexpr, SHARE: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a tile of one expert's pairs, which lie in `order`; their experts have `counts`.
+
+    GATED: silu(fc1) * fc2 of the rows of x that pairs came from (SHARE pairs of each), kept in the order of pairs.
+    Otherwise one matrix by what was kept so, put where the pairs came from. SHARE = 0: all `total` rows by one matrix.
+    """
+    tile = tl.program_id(0)
+    if EXPERTS == 1 and SHARE == 0:  # a product of all rows with one matrix
+        expert, first, count = 0, 0, total
+    else:
+        each = tl.arange(0, WIDE)
+        all_counts = tl.load(counts + 1 + each, mask=each < EXPERTS, other=0)
+        tiles = (all_counts + ROWS - 1) // ROWS
+        if tile >= tl.sum(tiles, 0):
+            return
+        expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+        before = each < expert
+        first = tl.load(counts) + tl.sum(tl.where(before, all_counts, 0), 0)
+        count = tl.sum(tl.where(each == expert, all_counts, 0), 0)
+        tile -= tl.sum(tl.where(before, tiles, 0), 0)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    real = row < count
+    pair = (first + row).to(tl.int64)
+    source, target = pair, pair
+    if SHARE > 0:
+        target = tl.load(order + pair, mask=real, other=0)
+    if GATED:
+        source, target = target // SHARE, pair
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    expert = tl.zeros([1], tl.int64) + expert
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    others = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for begin in range(0, D, INNER):
+        at = begin + tl.arange(0, INNER)
+        a = tl.load(x + source[:, None] * D + at[None, :], mask=real[:, None] & (at < D)[None, :], other=0.0)
+        inside = (at < D)[:, None] & (column < N)[None, :]
+        sums += _product(a, weights, expert, column, at, inside, N, D, SCALED)
+        if GATED:
+            others += _product(a, other, expert, column, at, inside, N, D, SCALED)
+    narrow = out.dtype.element_ty
+    if SCALED:
+        sums *= tl.load(scale + expert * N + column, mask=column < N, other=0.0)[None, :]
+    result = sums.to(narrow)
+    if GATED:
+        if SCALED:
+            others *= tl.load(other_scale + expert * N + column, mask=column < N, other=0.0)[None, :]
+        gate = result.to(tl.float32)
+        silu = (gate / (1 + tl.exp(-gate))).to(narrow).to(tl.float32)
+        result = (silu * others.to(narrow).to(tl.float32)).to(narrow)
+    tl.store(out + target[:, None] * N + column[None, :], result, mask=real[:, None] & (column < N)[None, :])
+
+
+@triton.jit(do_not_specialize_on_alignment=["ids", "weights"])
+def _summed(answers, ids, weights, out, D, K: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([COLUMNS], tl.float32)
+    for k in range(K):
+        pair = row * K + k
+        if tl.load(ids + pair) >= 0:
+            answer = tl.load(answers + pair * D + at, mask=at < D, other=0.0).to(tl.float32)
+            sums += answer * tl.load(weights + pair)
+    tl.store(out + row * D + at, sums.to(out.dtype.element_ty), mask=at < D)
+
+
+@triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["ids"])
+def _order(ids, counts, totals, order, P, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One id's part of a stable sort of all pairs by id, and how many they are."""
+    mine = tl.program_id(0) - 1
+    at = tl.arange(0, BLOCK)
+    smaller = tl.zeros([BLOCK], tl.int32)
+    for begin in range(0, P, BLOCK):
+        asked = tl.load(ids + begin + at, mask=begin + at < P, other=mine)
+        smaller += (asked < mine).to(tl.int32)
+    first = tl.sum(smaller, 0)
+    count = 0
+    for begin in range(0, P, BLOCK):
+        is_mine = (begin + at < P) & (tl.load(ids + begin + at, mask=begin + at < P, other=-2) == mine)
+        place = first + count + tl.cumsum(is_mine.to(tl.int32), 0) - 1
+        tl.store(order + place, (begin + at).to(tl.int64), mask=is_mine)
+        count += tl.sum(is_mine.to(tl.int32), 0)
+    tl.store(counts + mine + 1, count)
+    tl.store(totals + mine + 1, tl.load(totals + mine + 1) + count)
+
+
+def experts(
+    x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor, weights: Tensor, totals: Tensor
+) -> Tensor:
+    """Sum over a row's choices of weight * expert(x): contiguous x [R, D], stacks fc1 and fc2 [e, I, D] and fc3
+    [e, D, I] of x's dtype or int8 with fp32 scales [e, I], the same, [e, D]; ids int64 and weights fp32 [R, K] ->
+    [R, D]. An id of -1 is no choice. How often each id is there, from -1 on, is added to `totals` [1 + e] int64."""
+    dim, choices, (num_experts, columns, _) = x.shape[1], ids.shape[1], stacks[0].shape
+    pairs = ids.numel()
+    if not pairs:
+        return torch.zeros_like(x)
+    order = ids.new_empty(pairs)
+    counts = ids.new_empty(1 + num_experts, dtype=torch.int32)
+    _order[(1 + num_experts,)](ids, counts, totals, order, pairs, 1024)
+    hidden, answers = x.new_empty(pairs, columns), x.new_empty(pairs, dim)
+    one, two, three = scales or (None, None, None)
+    _launch(x, (stacks[0], stacks[1]), (one, two), order, counts, hidden, choices)
+    _launch(hidden, (stacks[2], None), (three, None), order, counts, answers, choices)
+    return summed(answers, ids, weights)
+
+
+def summed(answers: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The sum over a row's choices of weight * answer, contiguous answers [P, D] and ids and weights [R, K] ->
+    [R, D]. Answers of choices with an id of -1 are not read."""
+    (rows, choices), dim = ids.shape, answers.shape[1]
+    out = answers.new_empty(rows, dim)
+    if rows:
+        _summed[(rows, triton.cdiv(dim, 512))](answers, ids, weights, out, dim, choices, 512)
+    return out
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Contiguous x [R, D] times int8 `weight` [N, D], each output by its fp32 `scale` [N] -> [R, N]."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if len(x):
+        _launch(x, (weight[None], None), (scale, None), None, None, out, 0)
+    return out
+
+
+def _launch(
+    x: Tensor,
+    stacks: tuple[Tensor, Tensor | None],
+    scales: tuple[Tensor | None, Tensor | None],
+    order: Tensor | None,
+    counts: Tensor | None,
+    out: Tensor,
+    share: int,
+) -> None:
+    (weights, other), (scale, other_scale) = stacks, scales
+    (num_experts, outputs, inner), pairs = weights.shape, len(out)
+    rows, columns = _tile(pairs, num_experts, outputs)
+    grid = (min(pairs, triton.cdiv(pairs, rows) + num_experts - 1), triton.cdiv(outputs, columns))
+    _grouped[grid](
+        x, weights, other, scale, other_scale, order, counts, out, pairs, outputs, inner,
+        num_experts, max(2, triton.next_power_of_2(num_experts)), share, other is not None, scale is not None,
+        rows, columns, 128 if weights.element_size() == 1 else 128 // weights.element_size(),
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
+_PROGRAMS = 256  # that fill a card about twice
+
+
+def _tile(pairs: int, num_experts: int, outputs: int) -> tuple[int, int]:
+    """Rows and columns of a tile. By the next power of 2 of the pairs, so that steps of such sizes meet every variant
+    that a step of any size needs."""
+    most = triton.next_power_of_2(pairs)
+    rows = 16 if most <= 32 * num_experts else 64
+    tiles = min(most, triton.cdiv(most, rows) + num_experts - 1)
+    return rows, 64 if tiles * outputs >= 64 * _PROGRAMS else 32

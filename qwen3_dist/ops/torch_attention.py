@@ -1,0 +1,62 @@
+"""Attention over KV blocks in plain torch, right on every device: gathers each sequence's blocks first.
+
+Legend: T tokens, S sequences, H query heads, G KV groups (H = G * R), d head_dim, L keys.
+The R heads that share a group are laid beside each other as query rows of that group, so keys are
+never repeated in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+
+
+def gathered_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+    """`paged_attention`, a loop over the sequences that do more than decode."""
+    out = torch.empty_like(q)
+    n = batch.num_decodes
+    if n:
+        out[:n] = _decode(q[:n], cache, batch, window)
+    row = n
+    for index in range(n, len(batch.query_lens)):
+        length = batch.query_lens[index]
+        out[row : row + length] = _prefill(q[row : row + length], cache, batch, index, window)
+        row += length
+    return out
+
+
+def _decode(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+    """One query per sequence: q [S, H, d] over keys gathered and padded to the longest [S, L, G, d]."""
+    n, block_size = q.shape[0], cache.keys.shape[1]
+    longest = max(batch.host_context_lens[:n])
+    tables = batch.block_tables[batch.table_rows[:n], : -(-longest // block_size)]
+    k = cache.keys[tables].flatten(1, 2).transpose(1, 2)
+    v = cache.values[tables].flatten(1, 2).transpose(1, 2)
+    key_positions = torch.arange(k.shape[2], device=q.device)
+    last = batch.context_lens[:n, None] - 1
+    visible = key_positions <= last
+    if window is not None:
+        visible &= key_positions > last - window
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=visible[:, None, None]).flatten(1, 2)
+
+
+def _prefill(q: Tensor, cache: LayerCache, batch: StepBatch, index: int, window: int | None) -> Tensor:
+    """A chunk of one sequence: q [T, H, d], its last query being the sequence's last token."""
+    length, context, block_size = q.shape[0], batch.host_context_lens[index], cache.keys.shape[1]
+    table = batch.block_tables[batch.table_rows[index], : -(-context // block_size)]
+    k = cache.keys[table].flatten(0, 1)[:context].transpose(0, 1)
+    v = cache.values[table].flatten(0, 1)[:context].transpose(0, 1)
+    key_positions = torch.arange(context, device=q.device)
+    query_positions = torch.arange(context - length, context, device=q.device)[:, None]
+    visible = key_positions <= query_positions
+    if window is not None:
+        visible &= key_positions > query_positions - window
+    groups, heads_per_group = k.shape[0], q.shape[1] // k.shape[0]
+    grouped = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    mask = visible.repeat(heads_per_group, 1)
+    attended = F.scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=mask[None, None])[0]
+    return attended.unflatten(1, (heads_per_group, length)).permute(2, 0, 1, 3).flatten(1, 2)

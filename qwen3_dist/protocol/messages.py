@@ -1,0 +1,116 @@
+"""What the engine and a rank say to each other, from the rank's start to its end.
+
+rank                                   engine
+── Hello(host, card, rendezvous port) ▶  who shares a card decides about collectives, once for all ranks
+◀── Start(rendezvous address, sharing)
+   join process groups, load weights
+── Loading ... ─────────────────────▶
+── Loaded(blocks that fit) ─────────▶  the smallest decides
+◀──────────────────── num_blocks
+── Ready ───────────────────────────▶
+◀──────────── plan, Call, plan, ...   (None: end)
+── result, Answer, ... ─────────────▶  (results: from tp rank 0 of the last stage only)
+
+A rank that fails sends Failed in place of anything else.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_dist.errors import QwenDistError
+from qwen3_dist.expert_placement import Placements
+from qwen3_dist.protocol.card import Card
+from qwen3_dist.settings import EngineConfig
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """What a new process must be told to become a rank. `device` is "cpu" or "cuda"; `card` is the index of the
+    rank's GPU among those that its process sees, None until the launcher or the process itself knows it."""
+
+    rank: int
+    config: EngineConfig
+    placements: Placements
+    device: str
+    address: tuple[str, int]
+    secret: bytes
+    card: int | None = None
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Where a rank is. Ranks of equal `host_id` share a machine and its memory; `store_port` is that of rank 0's
+    rendezvous store at the address `host`."""
+
+    rank: int
+    pid: int
+    host: str
+    host_name: str
+    host_id: str
+    card: Card | None
+    store_port: int | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """How to join the other ranks. `ranks_on_card` and `card_free_bytes` (the free memory before anything is loaded)
+    are those of the rank's card; `over_host` says that GPU tensors travel over the host."""
+
+    store_address: tuple[str, int]
+    ranks_on_host: int
+    ranks_on_card: int
+    card_free_bytes: int
+    over_host: bool
+
+
+@dataclass(frozen=True)
+class Loading:
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    num_blocks: int  # KV-cache blocks that fit beside the weights
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The cache is allocated; plans may come. `backends` and `collectives` say in a line what runs steps and what
+    carries collectives; `may_repeat` whether a step's result may be void."""
+
+    backends: str
+    collectives: str = ""
+    may_repeat: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """A method of the rank's runner to call between two steps."""
+
+    method: str
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    value: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a rank says before it ends; `error` is what went wrong on it, `details` the traceback of one that no
+    change of settings mends."""
+
+    rank: int
+    error: QwenDistError
+    details: str
+
+    def log_details(self) -> None:
+        if self.details:
+            _log.error("rank %d failed:\n%s", self.rank, self.details)

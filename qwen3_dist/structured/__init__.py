@@ -1,0 +1,1 @@
+"""Structured outputs: from what a request asks of its text to grammars. No torch."""

@@ -1,0 +1,177 @@
+"""Blocks of calls in Qwen3-Coder's XML form as models write them, with tags missing or values that hold tags."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from itertools import islice
+
+from qwen3_dist.text.tool_calls.block import Block, WrittenCall
+from qwen3_dist.text.tool_calls.lenient_json import lenient_json
+from qwen3_dist.text.tool_calls.xml_form import Arguments, is_name
+from qwen3_dist.text.tool_schemas import ToolSchemas
+
+_PARAMETER = r"<[ \t]*parameter[ \t]*="
+_FUNCTION = r"<[ \t]*function[ \t]*="
+_PARAMETER_END, _FUNCTION_END = (
+    rf"<[ \t]*/[ \t]*{name}[ \t]*(?:>|(?=[\n<]|\Z))" for name in ("parameter", "function")
+)
+_TAG = re.compile(
+    rf"(?P<parameter>{_PARAMETER})|(?P<parameter_end>{_PARAMETER_END})|{_FUNCTION}|(?P<function_end>{_FUNCTION_END})"
+)
+_BEGINS = re.compile(rf"\s*{_FUNCTION}")
+# The `>` after a name may be missing; then its first word is the name.
+_NAMED = re.compile(r"[^\S\n]*(?:([^<>\n]*)>|([^\s<>:=]*)[:=]?)")
+_NEEDLESS = re.compile(rf"(?:\s*{_FUNCTION_END})*")
+_MOST_TAGS = 20_000  # looked at for the ends of a block's values; what needs more is no call
+_ENDS_FUNCTION = re.compile(rf"\s*(?:{_FUNCTION_END}\s*)*(?:{_FUNCTION}|</?tool_call>|\Z)")
+_ENDS_VALUE = re.compile(
+    rf"\s*(?:(?P<parameter>{_PARAMETER})|{_FUNCTION_END}(?={_ENDS_FUNCTION.pattern})|{_FUNCTION}|\Z)"
+)
+_ENDS_LINE = re.compile(r"[ \t]*(?:\n|\Z)")
+_MOST_INDENT = 80
+_WRAPS = ("<tool_call>", "</tool_call>")
+
+
+def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = None) -> Block:
+    """Reads `text` as calls of functions; only those of `names` make calls, where they are given.
+
+    A value ends at the `</parameter>` after which another tag of the call comes. It may hold tags itself, if they are
+    as balanced as a call's or stand where they can be no tag of the call. Where there is no such end it ends at the
+    first tag that could be one, best on a line of its own. Text after the last call is prose, or none of the block is
+    a call.
+    """
+    calls: list[WrittenCall] = []
+    at = num_tags = 0
+    is_closed, is_cut = True, False
+    while begun := _BEGINS.match(text, at):
+        function = _Function(text, begun.end(), schemas, _MOST_TAGS - num_tags)
+        num_tags += function.num_tags
+        if num_tags >= _MOST_TAGS:
+            return Block()
+        is_cut = is_cut or function.is_cut
+        if function.arguments is None or not (names is None or function.name in names):
+            break
+        calls.append(WrittenCall(function.name, function.arguments))
+        needless = _NEEDLESS.match(text, function.end)
+        assert needless is not None
+        at = needless.end()
+        is_closed = is_closed and function.is_closed
+    rest = text[at:]
+    if calls and not is_prose(rest):
+        return Block(rest=text, is_cut=True)
+    return Block(tuple(calls), rest.lstrip() if calls else rest, is_cut, is_closed)
+
+
+def is_prose(rest: str) -> bool:
+    """Whether `rest`, after a call in its block, is no more of the block's calls or of a value in them."""
+    has_tags = _TAG.search(rest) or any(wrap in rest for wrap in _WRAPS)
+    return not rest or (rest[0].isspace() and not has_tags)
+
+
+class _Function:
+    """A call whose name begins at `start` of `text`. `arguments` is None if it is none."""
+
+    def __init__(self, text: str, start: int, schemas: ToolSchemas, most_tags: int) -> None:
+        self.arguments: str | None = None
+        self.is_closed = True
+        self.is_cut = False
+        self.num_tags = 0  # looked at for the ends of values
+        self._most_tags = most_tags
+        self._text = text
+        self._schemas = schemas
+        self._keys: set[str] = set()
+        self.name, self.end = self._named(start)
+        if is_name(self.name):
+            self._read_body(Arguments(schemas, self.name))
+
+    def _named(self, start: int) -> tuple[str, int]:
+        """A name and where it ends; "" where the text ends in it."""
+        named = _NAMED.match(self._text, start)
+        assert named is not None
+        is_cut = named[1] is None and named.end() == len(self._text)
+        return "" if is_cut else (named[1] or named[2] or "").strip(), named.end()
+
+    def _read_body(self, arguments: Arguments) -> None:
+        tag = _TAG.search(self._text, self.end)
+        first = self._text[self.end : tag.start() if tag else len(self._text)].strip()
+        if tag and tag.lastgroup == ("parameter" if first else "parameter_end"):
+            return
+        while tag and tag.lastgroup in ("parameter", "parameter_end"):
+            self.end = tag.end()
+            if tag.lastgroup == "parameter":
+                key, start = self._named(tag.end())
+                self.is_cut = key in self._keys
+                if not key or self.is_cut:
+                    return
+                self._keys.add(key)
+                arguments.add(key, self._value(start))
+            tag = _TAG.search(self._text, self.end)
+        self.is_closed = self.is_closed and tag is not None
+        if tag:
+            self.end = tag.end() if tag.lastgroup == "function_end" else tag.start()
+        elif first:
+            self.end = len(self._text)
+        arguments.end()
+        self.arguments = _json_object(first) if first else arguments.take()
+
+    def _value(self, start: int) -> str:
+        """The value that begins at `start`; `end` lies after it, and after its own end tag."""
+        depth, first, first_placed = 0, None, None
+        is_inline = self._text[start : start + 1] != "\n"
+        for tag in islice(_TAG.finditer(self._text, start), self._most_tags - self.num_tags):
+            self.num_tags += 1
+            is_parameter = tag.lastgroup == "parameter"
+            if tag.lastgroup is None or (
+                is_parameter and not self._may_be_parameter(tag.end(), is_placed=False)
+            ):
+                continue
+            first = first or tag
+            if not first_placed and (is_inline or _is_first_on_line(self._text, tag.start())):
+                first_placed = tag if self._may_end_value(tag) else None
+            if is_parameter:
+                depth += 1
+            elif tag.lastgroup == "parameter_end" and depth:
+                depth -= 1
+            elif tag.lastgroup == "parameter_end" and self._is_end(tag):
+                self.end = tag.end()
+                return _trimmed(self._text[start : tag.start()])
+        end = first_placed or first
+        self.end = end.start() if end else len(self._text)
+        value = self._text[start : self.end]
+        self.is_cut = self.is_cut or end is None or any(wrap in value for wrap in _WRAPS)
+        return _trimmed(value)
+
+    def _is_end(self, tag: re.Match[str]) -> bool:
+        """Whether what follows `tag`, a `</parameter>`, shows that it ends a value."""
+        after = _ENDS_VALUE.match(self._text, tag.end())
+        if after is None or after["parameter"] is None:
+            return after is not None
+        return self._may_be_parameter(after.end(), "\n" in self._text[tag.end() : after.start("parameter")])
+
+    def _may_end_value(self, tag: re.Match[str]) -> bool:
+        """Whether `tag` may end a value whose `</parameter>` may be missing."""
+        if tag.lastgroup == "parameter_end":
+            return self._is_end(tag) or _ENDS_LINE.match(self._text, tag.end()) is not None
+        if tag.lastgroup == "parameter":
+            return self._named(tag.end())[0] not in self._keys
+        return _ENDS_FUNCTION.match(self._text, tag.end()) is not None
+
+    def _may_be_parameter(self, start: int, is_placed: bool) -> bool:
+        return self._schemas.may_have(self.name, self._named(start)[0], is_placed)
+
+
+def _is_first_on_line(text: str, at: int) -> bool:
+    return text[max(0, at - _MOST_INDENT) : at].rstrip(" \t").endswith("\n")
+
+
+def _trimmed(value: str) -> str:
+    """Without the line breaks that are the tags'."""
+    return value.removeprefix("\n").removesuffix("\n")
+
+
+def _json_object(text: str) -> str | None:
+    """Some models write JSON where parameters belong."""
+    read = lenient_json(text)
+    is_whole = text.startswith("{") and read.end == len(text) and not read.is_cut
+    return read.written if is_whole else None

@@ -1,0 +1,120 @@
+"""How a rank finds its card and the other ranks, and joins their process groups."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.dispatch import DispatchOptions
+from qwen3_dist.protocol.channel import Channel
+from qwen3_dist.protocol.messages import Hello, RankSpec, Start
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.worker import cards
+from qwen3_dist.worker.shard import MemoryShare, set_threads
+
+_NCCL_MARGIN_S = 30.0
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A rank that has met the others."""
+
+    parallel: ParallelContext
+    device: torch.device
+    memory: MemoryShare
+
+
+def join(spec: RankSpec, channel: Channel) -> Joined:
+    """Reports this rank's host and card, and meets the other ranks as the engine then says.
+
+    Rank 0 hosts the rendezvous, on the address by which it reaches the engine. Raises ResourceError if the GPU or
+    NCCL cannot be used.
+    """
+    host, config = channel.local_host, spec.config
+    os.environ.update(config.rank_env)
+    device, card = torch.device("cpu"), None
+    if spec.device == "cuda":
+        device, card = cards.take_card(spec.card or 0)
+    timeout = timedelta(seconds=config.start_timeout_s)
+    world = config.layout.world
+    store: dist.TCPStore | None = None
+    if spec.rank == 0:
+        store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+    port = store.port if store else None
+    channel.send(Hello(spec.rank, os.getpid(), host, socket.gethostname(), host_id(), card, port))
+    start: Start = channel.receive()
+    set_threads(config, start.ranks_on_host)
+    if device.type == "cuda" and world > 1 and not start.over_host and not dist.is_nccl_available():
+        raise ResourceError(
+            f"torch {torch.__version__} is built without NCCL, over which ranks on several GPUs talk; install a torch "
+            "with NCCL or use a layout of one rank"
+        )
+    if store is None:
+        store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
+    _use_interface_of(host)
+    parallel = _connect(config, spec.rank, store, device, start.over_host)
+    if card is None:
+        return Joined(parallel, device, MemoryShare(start.ranks_on_host))
+    return Joined(parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes))
+
+
+def host_id() -> str:
+    """Equal for processes that share a machine and its memory: containers of a machine, and machines of one name, are
+    told apart."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
+    for place in ("/dev/shm", "/proc/self/ns/pid"):  # shared memory, and the processes one can watch
+        with contextlib.suppress(OSError):
+            found = os.stat(place)
+            parts.append(f"{found.st_dev}:{found.st_ino}")
+    return " ".join(parts)
+
+
+def _connect(
+    config: EngineConfig, rank: int, store: dist.Store, device: torch.device, over_host: bool
+) -> ParallelContext:
+    return ParallelContext.connect(
+        config.layout,
+        rank,
+        store,
+        device,
+        # NCCL's watchdog ends a rank that waits, so the engine, which names ranks, must lose patience first.
+        timeout_s=config.step_timeout_s + (0 if device.type == "cpu" or over_host else _NCCL_MARGIN_S),
+        staged=over_host,
+        dispatch=DispatchOptions(config.dispatch_dtype == "fp8", config.overlap_dispatch_from),
+    )
+
+
+def _use_interface_of(host: str) -> None:
+    """Has gloo listen where the other hosts can reach it, rather than where the hostname points.
+
+    An interface that the user chose stays. Raises ResourceError if this host has none of that name.
+    """
+    present = [name for _, name in socket.if_nameindex()]
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        if missing := [name for name in chosen.split(",") if name not in present]:
+            raise ResourceError(
+                f"GLOO_SOCKET_IFNAME names {missing[0]!r} and the interfaces of {socket.gethostname()} are "
+                f"{', '.join(present)}; name one of them, or unset it"
+            )
+        return
+    for name in present:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                if socket.inet_ntoa(answer[20:24]) == host:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return

@@ -1,0 +1,251 @@
+"""What one rank does with a plan: build the batch, run the model, sample.
+
+Legend as in `ops/batch.py`: T tokens of the step, S sequences, L rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.batch import StepBatch
+from qwen3_dist.ops.cuda.compiles import compiled_kernels
+from qwen3_dist.ops.transfer import ToHost
+from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
+from qwen3_dist.protocol.step_plan import StepPlan, StepResult
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.worker import kv_cache
+from qwen3_dist.worker.backends import chosen_backends
+from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
+from qwen3_dist.worker.expert_moves import ExpertMoves
+from qwen3_dist.worker.inputs import StepInputs
+from qwen3_dist.worker.sampling.grammar_matcher import Grammars, Matcher
+from qwen3_dist.worker.sampling.prompt_outputs import Readings
+from qwen3_dist.worker.sampling.sampler import SampledLogprobs
+from qwen3_dist.worker.sampling.sampler_state import Sampled, SamplingState
+from qwen3_dist.worker.warm_up import StepShapes, explained_failures, warm_up_experts
+
+
+class ModelRunner:
+    """One rank's model with its KV cache, and what it keeps of the sequences in `max_num_seqs` slots."""
+
+    def __init__(
+        self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int, path: Path
+    ) -> None:
+        """`path` is the directory that the model was loaded from."""
+        self.model = model
+        self._config = config
+        self._path = path
+        self._moves = ExpertMoves(model, path, config.load_format == "random")
+        self._device = model.device
+        self._parallel = model.parallel
+        self._tp = model.parallel.tp
+        graphs = config.cuda_graphs and can_capture(model)
+        spare = 1 if self._device.type == "cuda" else 0  # for rows and steps that are nobody's
+        self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
+        self._shapes = StepShapes.of(config, model, num_blocks, max_num_seqs)
+        max_blocks = -(-self._shapes.max_model_len // config.block_size)
+        self._inputs = StepInputs(max_num_seqs, max_blocks, config.block_size, model.device, num_blocks)
+        self._grammars: Grammars | None = None
+        self._state = SamplingState(model.config.vocab_size, model.device, self._new_matcher)
+        with explained_failures(model.device, self._shapes):
+            self._graphs = self._make_graphs() if graphs else None
+        self.backends = chosen_backends(model, self._cache[0], graphs)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepOutput | None:
+        """Starts one step, on a GPU without waiting for it.
+
+        The output is there on tp rank 0 of the last stage, unless its group was idle.
+        """
+        in_single_tokens = self._graphs is not None and plan.decodes_only
+        batch = self._dispatched(self._inputs.batch(plan, in_single_tokens), plan.exact)
+        readings = None
+        if self._graphs is not None and self._graphs.takes(batch, plan.exact):
+            logits = self._graphs.run(batch)
+        else:
+            hidden, logits = self.model.hidden_and_logits(batch, self._cache)
+            if hidden is not None and any(part.reading is not None for part in plan.sequences):
+                readings = Readings(self.model, hidden, plan.as_read.sequences)
+        overflow = self.model.take_overflow() if self._may_overflow(batch, plan.exact) else None
+        if not plan.sequences or not self._parallel.pipeline.is_last:
+            return None
+        drawn = self._draw(plan, logits)
+        if logits is None or drawn is None:
+            return None
+        return StepOutput(plan.step, logits, drawn, readings, overflow)
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a step's result may be void, since experts' rows have a capacity here. Under pp it holds all."""
+        layout, dispatch = self._parallel.layout, self._parallel.dispatch
+        has_experts = bool(self.model.config.num_experts) and layout.stage_size > 1
+        return has_experts and bool(dispatch.by_capacity) and layout.pp == 1
+
+    def _may_overflow(self, batch: StepBatch, exact: bool) -> bool:
+        """Whether experts' rows of the step may not have fitted; the same on all ranks of a stage."""
+        if exact or not self.may_repeat:
+            return False
+        if self._graphs is not None and self._graphs.takes(batch, exact):
+            return self._graphs.goes_all_to_all(batch)
+        return batch.all_to_all or batch.read.all_to_all
+
+    def _dispatched(self, batch: StepBatch, exact: bool) -> StepBatch:
+        """The batch with how its experts' rows travel; `exact` asks for the way without a capacity."""
+        ending, tokens = batch.ending, sum(batch.group_tokens)
+        if ending is not None:
+            ending = replace(ending, batch=self._dispatched(ending.batch, exact))
+        by_all_to_all = not exact and self._by_all_to_all(tokens)
+        if ending is None and not by_all_to_all:
+            return batch
+        return replace(batch, all_to_all=by_all_to_all, ending=ending)
+
+    def _by_all_to_all(self, tokens: int) -> bool:
+        """Whether experts' rows go by all-to-all in a step of so many tokens, of all dp groups together."""
+        model, layout = self.model.config, self._parallel.layout
+        return uses_all_to_all(self._config, layout, model, tokens, self._device.type)
+
+    def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
+        """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""
+        if self._tp.rank == 0:
+            self._state.admit(plan.sequences)
+        sampled = [part for part in plan.sequences if part.sample is not None]
+        if not sampled:
+            return Sampled(self._inputs.last_sampled.new_empty(0), [])
+        drawn = self._state.sample(logits, sampled) if logits is not None else None
+        if drawn is not None:
+            tokens = drawn.tokens
+        else:
+            tokens = self._inputs.last_sampled.new_empty(sum(1 + part.num_drafted for part in sampled))
+        self._inputs.keep_sampled(sampled, self._tp.broadcast(tokens))
+        return drawn
+
+    def _new_matcher(self, setup: SamplingSetup) -> Matcher:
+        """What follows the setup's grammar."""
+        assert setup.grammar is not None
+        return self._grammars_for(setup.eos_token_ids).matcher(setup.grammar)
+
+    def _grammars_for(self, eos_token_ids: tuple[int, ...]) -> Grammars:
+        if self._grammars is None:
+            self._grammars = Grammars(self._path, self.model.config.vocab_size, eos_token_ids)
+        return self._grammars
+
+    @property
+    def _draws(self) -> bool:
+        """Whether this rank follows grammars, since it samples."""
+        return self._tp.rank == 0 and self._parallel.pipeline.is_last
+
+    def prepare_grammars(self, eos_token_ids: tuple[int, ...]) -> None:
+        """Builds what all grammars need, which holds up steps for up to a second."""
+        if self._draws:
+            self._grammars_for(eos_token_ids).prepare()
+
+    def build_grammar(self, grammar: str, eos_token_ids: tuple[int, ...]) -> str | None:
+        """Why the grammar cannot be followed, "" if it can and no step waits for it; None while a thread builds it."""
+        return self._grammars_for(eos_token_ids).problem(grammar) if self._draws else ""
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """On a GPU, runs a step of every kind, so that later ones compile nothing and fit the card's memory.
+
+        Every rank of a layout must call it before its first plan. It leaves nothing behind. Raises ResourceError.
+        """
+        if self._device.type == "cuda":
+            with explained_failures(self._device, self._shapes):
+                self._run_every_kind_of_step()
+                torch.cuda.synchronize(self._device)
+
+    def _run_every_kind_of_step(self) -> None:
+        moe_layers = [*self.model.moe_layers.values()]
+        repeated = self._shapes.repeated() if self.may_repeat else ()
+        for plans in chain(self._shapes.steps(), repeated):
+            output = self.launch(plans[self._parallel.coords.group])
+            if output is not None:
+                output.result()
+        for moe in moe_layers[:1]:  # all are of one shape
+            warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.like)
+        for moe in moe_layers:
+            moe.experts.counts.zero_()
+        self._inputs.last_sampled.zero_()
+        self._state = SamplingState(self.model.config.vocab_size, self._device, self._new_matcher)
+
+    def compiled_kernels(self) -> int:
+        """Variants of Triton kernels compiled in this rank's process so far."""
+        return compiled_kernels()
+
+    def expert_counts(self) -> dict[int, dict[int, int]]:
+        """Rows that this rank has computed for each expert so far, by layer."""
+        return {layer: moe.rows_by_expert() for layer, moe in self.model.moe_layers.items()}
+
+    def prepare_experts(self, layer: int, placement: ExpertPlacement) -> None:
+        """Begins to read what `move_experts` will need to follow `placement`, while steps go on."""
+        self._moves.start(layer, placement)
+
+    def experts_arrived(self) -> bool | CheckpointError:
+        """Whether `move_experts` has all that it needs; why if it will never have."""
+        try:
+            return self._moves.arrived
+        except CheckpointError as error:
+            return error
+
+    def move_experts(self) -> None:
+        """Puts the experts that have arrived in their places and routes by their placement from the next step on."""
+        self._moves.finish()
+
+    def drop_experts(self) -> None:
+        """Leaves the experts where they are."""
+        self._moves.drop()
+
+    @torch.inference_mode()
+    def _make_graphs(self) -> DecodeGraphs:
+        rows, tables = self._shapes.max_draws, self._inputs.tables
+        return DecodeGraphs(self.model, self._cache, rows, tables, self._by_all_to_all)
+
+    def close(self) -> None:
+        """Drops the CUDA graphs: NCCL does not give up a communicator that a graph has captured."""
+        self._graphs = None
+
+    def run(self, plan: StepPlan) -> StepResult | None:
+        """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""
+        output = self.launch(plan)
+        return None if output is None else output.result()
+
+
+class StepOutput:
+    """A launched step's tokens and readings, on their way to the host."""
+
+    def __init__(
+        self,
+        step: int,
+        logits: Tensor,
+        sampled: Sampled,
+        readings: Readings | None,
+        overflow: Tensor | None = None,
+    ) -> None:
+        """`overflow` [1] is more than 0 if the step is void."""
+        self._step = step
+        self._readings = readings
+        self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
+        self._errors = tuple(sampled.errors.items())
+        self._tokens = ToHost(sampled.tokens, *([] if overflow is None else [overflow]))
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._tokens.ready()
+
+    def result(self) -> StepResult:
+        """Waits for the device."""
+        tokens, *overflow = self._tokens.arrived()  # and what was sent before them
+        readings = self._readings.on_host() if self._readings is not None else ()
+        overflowed = any(flag.item() > 0 for flag in overflow)
+        return StepResult(
+            self._step, tuple(tokens.tolist()), self._logprobs.on_host(), self._errors, readings, overflowed
+        )

@@ -1,0 +1,142 @@
+"""Which tokens a grammar allows next: what a rank that samples keeps for each sequence with a grammar.
+
+Legend: V the model's vocab_size, which may be padded past the tokenizer's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from qwen3_dist.structured.grammar import KEPT_GRAMMARS
+from qwen3_dist.structured.grammar_tokenizer import grammar_tokenizer
+from qwen3_dist.structured.grammar_trial import parser_limits
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_log = logging.getLogger(__name__)
+_SECONDS_PER_TOKEN = 0.005  # of CPU that a sequence's grammar may take on average,
+_SECONDS_AHEAD = 0.2  # and how far it may be ahead of that
+
+
+class Grammars:
+    """Makes matchers over the vocabulary of the checkpoint at `path`, and keeps the grammars built last.
+
+    A grammar takes milliseconds to build and is built in a thread. The tokenizer's trie, which all need, takes a
+    second for 151k tokens, in which no other Python runs: `prepare` it before there are steps that would wait.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._file = Path(path) / "tokenizer.json"
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
+        self._tokenizer: Any = None
+        self._built: OrderedDict[str, Future[LLMatcher]] = OrderedDict()  # each at its start; or being built
+
+    def prepare(self) -> None:
+        """Builds the trie now, if there is a tokenizer and the library. What fails is told again by each matcher."""
+        if self._file.exists() and importlib.util.find_spec("llguidance") is not None:
+            problem = self._builder.submit(self._build_tokenizer).exception()
+            if problem is not None:
+                _log.warning("structured_outputs will fail: %s", problem)
+
+    def build(self, grammar: str) -> Future[LLMatcher]:
+        """`grammar`, which `compile_grammar` made, at its start; built in a thread if it is none of the last ones."""
+        building = self._built.pop(grammar, None) or self._builder.submit(self._build, grammar)
+        self._built[grammar] = building
+        if len(self._built) > KEPT_GRAMMARS:
+            self._built.popitem(last=False)
+        return building
+
+    def problem(self, grammar: str) -> str | None:
+        """Why `grammar` cannot be followed, "" if it can; None while it is built."""
+        building = self.build(grammar)
+        return Matcher(building, self._eos_token_ids).problem() if building.done() else None
+
+    def matcher(self, grammar: str) -> Matcher:
+        """Follows `grammar` from its start."""
+        return Matcher(self.build(grammar), self._eos_token_ids)
+
+    def _build_tokenizer(self) -> None:
+        from llguidance import LLTokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(
+                grammar_tokenizer(self._file), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+            )
+
+    def _build(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        self._build_tokenizer()
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
+        matcher.compute_bitmask()  # so that what goes wrong at once is known before a sequence begins
+        return matcher
+
+
+class Matcher:
+    """One sequence's place in its grammar. No method raises: what went wrong is in `error`.
+
+    After an error, as at the grammar's end, EOS alone is allowed. The first call waits until the grammar is
+    built. A grammar that takes too long to follow is an error as well, since all sequences of a step wait.
+    """
+
+    def __init__(self, building: Future[LLMatcher], eos_token_ids: Sequence[int]) -> None:
+        self._building = building
+        self._matcher: LLMatcher | None = None
+        self._eos_token_ids = eos_token_ids
+        self._ahead_s = 0.0
+        self.error: str | None = None
+
+    def fill_mask(self, row: Tensor) -> None:
+        """Writes the tokens allowed next to `row`, int32 [ceil(V / 32)] on the CPU: bit i % 32 of number i // 32."""
+        started = time.thread_time()
+        size = row.numel() * row.element_size()
+        self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(row.data_ptr(), size))
+        self._ahead_s = max(0.0, self._ahead_s + time.thread_time() - started - _SECONDS_PER_TOKEN)
+        if self._ahead_s > _SECONDS_AHEAD:
+            self.error = "the form of structured_outputs takes too long to follow"
+        if self.error is not None:
+            row.zero_()
+            for token_id in self._eos_token_ids:
+                bit = 1 << token_id % 32
+                row[token_id // 32] |= bit if bit < 1 << 31 else bit - (1 << 32)
+
+    def accept(self, token_id: int) -> None:
+        """Steps over the token that was chosen."""
+        self._call(lambda matcher: matcher.consume_token(token_id))
+
+    def problem(self) -> str:
+        """Why the grammar cannot be followed from where it stands, "" if it can."""
+        self._call(lambda matcher: None)
+        return self.error or ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing but EOS can follow."""
+        return bool(self._call(lambda matcher: matcher.is_stopped())) or self.error is not None
+
+    def _call(self, do: Callable[[LLMatcher], Any]) -> Any:
+        if self.error is not None:
+            return None
+        try:
+            matcher = self._matcher = self._matcher or self._building.result().deep_copy()
+            done = do(matcher)
+            if matcher.is_error():
+                self.error = str(matcher.get_error()).partition("\n")[0]
+            return done
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - the library's panics are no Exception
+            self.error = f"structured_outputs could not be followed ({error})"
+            return None

@@ -1,0 +1,97 @@
+"""A rank's part of the model, and the KV cache that fits beside it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.expert_placement import Placements
+from qwen3_dist.model.step_memory import step_bytes
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.protocol.step_limits import SchedulerLimits
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.adapters import load_adapters
+from qwen3_dist.weights.loader import Progress, load_model
+from qwen3_dist.worker import kv_cache
+
+
+@dataclass(frozen=True)
+class MemoryShare:
+    """The part of a device's memory that is a rank's: ranks on its host or, on a GPU, on its card, and what was free
+    on the card before any of them loaded (None: all of it)."""
+
+    ranks: int = 1
+    free_at_start: int | None = None
+
+
+def torch_dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
+    """The compute dtype that the settings ask for."""
+    return getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def set_threads(config: EngineConfig, ranks_on_host: int) -> None:
+    """Has this process compute with as many threads as the settings say, or with its share of the cores among the
+    ranks that the host may hold: `ranks_on_host` of its engine, and other engines' by `ranks_per_host`.
+
+    Said in any case: Ray hides all but one core from a worker's OpenMP.
+    """
+    share = max(1, cores() // max(ranks_on_host, config.ranks_per_host or 1))
+    torch.set_num_threads(config.threads_per_rank or share)
+
+
+def load_shard(
+    config: EngineConfig,
+    path: Path,
+    placements: Placements,
+    parallel: ParallelContext,
+    device: torch.device,
+    progress: Progress | None,
+) -> Qwen3Model:
+    """Loads this rank's part of the checkpoint at `path`, its experts where `placements` says."""
+    model_config = ModelConfig.from_directory(path)
+    dtype, random = torch_dtype(config, model_config), config.load_format == "random"
+    model = load_model(path, model_config, parallel, dtype, device, progress, random, placements)
+    if config.quantize == "int8":
+        model.quantize()
+    model.pack()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what weights left behind when they were laid out anew is the KV cache's
+    load_adapters(config.lora, model)
+    return model
+
+
+def count_blocks(config: EngineConfig, model: Qwen3Model, share: MemoryShare) -> int:
+    """KV-cache blocks this rank can hold beside its weights, from the settings or from free memory."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    device = model.device
+    if config.kv_cache_gib is not None and device.type == "cpu":
+        free = int(config.kv_cache_gib * 2**30)
+    else:
+        free = kv_cache.free_bytes(device, config.gpu_memory_utilization, share.ranks, share.free_at_start)
+    per_block = kv_cache.block_bytes(model, config.block_size)
+    longest = min(config.max_model_len or model.config.context_length, model.config.context_length)
+    limits = SchedulerLimits.of(config, device.type, num_blocks=free // per_block)
+    most_useful = limits.max_num_seqs * -(-longest // config.block_size)
+    if device.type == "cuda":  # of a CPU's memory caches take less than a third
+        free -= _step_bytes(config, model, limits)
+    return kv_cache.blocks_that_fit(free, per_block, most_useful)
+
+
+def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits) -> int:
+    guesses = config.speculative.k if config.speculative is not None else 0
+    draws = limits.max_num_seqs * (1 + guesses)
+    tokens = max(limits.max_num_batched_tokens, draws)
+    layout, widens = model.parallel.layout, config.quantize == "int8"
+    by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp, model.device.type)
+    return step_bytes(model.config, layout, tokens, draws, model.dtype.itemsize, by_all_to_all, widens)

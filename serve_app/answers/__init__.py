@@ -1,1 +1,0 @@
-"""The answer forms of the APIs that are served: choice deltas in, stream chunks or one response out."""

@@ -1,0 +1,164 @@
+"""Anthropic's messages: content blocks, their events, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import pydantic_core
+
+from qwen3_dist.errors import ContextLengthError
+from qwen3_dist.text.choice import ChoiceDelta
+from serve_app.apis.shared.answer import Json, Served, event
+from serve_app.apis.shared.blocks import Block, BlockAnswer
+from serve_app.apis.shared.errors import error_message, error_status
+
+_ERROR_TYPES = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_TIMEOUT: "timeout_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+}
+
+# By this code Anthropic's clients know that a conversation is to be sent whole.
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+
+
+def message_error(error: Exception) -> Json:
+    """Anthropic's error object."""
+    status = error_status(error)
+    kind = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
+    message = _too_long(error) if isinstance(error, ContextLengthError) else error_message(error)
+    named: Json = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": message}
+    if getattr(error, "code", None) == THREAD_UNSUPPORTED:
+        named["details"] = {"error_code": THREAD_UNSUPPORTED}
+    return {"type": "error", "error": named}
+
+
+def _too_long(error: ContextLengthError) -> str:
+    """Anthropic's words, which its clients look for to shorten a conversation by themselves."""
+    least = "at least " if error.at_least else ""
+    return (
+        f"prompt is too long: {least}{error.prompt_tokens} tokens > "
+        f"{error.max_model_len - error.output_tokens} maximum"
+    )
+
+
+def message_error_event(error: Exception) -> bytes:
+    return event(message_error(error), "error")
+
+
+class MessageAnswer(BlockAnswer):
+    """`message` and its events."""
+
+    def __init__(self, served: Served, max_tokens: int) -> None:
+        super().__init__(served)
+        self._max_tokens = max_tokens
+        self._content: list[Json] = []
+
+    def begin(self) -> bytes:
+        return _event({"type": "message_start", "message": self._message(None)})
+
+    def end(self) -> bytes:
+        closed = self.close()
+        delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence()}
+        stop = {"type": "message_delta", "delta": delta, "usage": self._counts()}
+        return closed + _event(stop) + _event({"type": "message_stop"})
+
+    def fail(self, error: Exception) -> bytes:
+        return message_error_event(error)
+
+    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
+        self.delta(choices[0])
+        self.close()
+        return self._message(self._stop_reason())
+
+    def open_block(self, block: Block) -> bytes:
+        match block.kind:
+            case "reasoning":
+                content: Json = {"type": "thinking", "thinking": "", "signature": ""}
+            case "text":
+                content = {"type": "text", "text": ""}
+            case _:
+                content = {"type": "tool_use", "id": block.call_id, "name": block.name, "input": {}}
+        start = self._event("content_block_start", new=1, content_block=content)
+        self._content.append(content if block.kind != "tool_call" else {**content, "input": ""})
+        return start
+
+    def extend_block(self, block: Block, text: str) -> bytes:
+        kind, part, field = {
+            "reasoning": ("thinking_delta", "thinking", "thinking"),
+            "text": ("text_delta", "text", "text"),
+            "tool_call": ("input_json_delta", "partial_json", "input"),
+        }[block.kind]
+        self._content[-1][field] += text
+        return self._event("content_block_delta", delta={"type": kind, part: text})
+
+    def close_block(self, block: Block) -> bytes:
+        content, signed = self._content[-1], b""
+        if block.kind == "reasoning":
+            # Nothing is verified by it, but clients drop thinking without one when they send it back.
+            content["signature"] = self.unique
+            delta = {"type": "signature_delta", "signature": self.unique}
+            signed = self._event("content_block_delta", delta=delta)
+        elif block.kind == "tool_call":
+            content["input"] = _arguments(content["input"])
+        return signed + self._event("content_block_stop")
+
+    def _event(self, kind: str, new: int = 0, **fields: Any) -> bytes:
+        """An event about the last block, or about the `new` one after it."""
+        return _event({"type": kind, "index": len(self._content) - 1 + new, **fields})
+
+    def _message(self, stop_reason: str | None) -> Json:
+        return {
+            "id": f"msg_{self.unique}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.served.model,
+            "content": self._content,
+            "stop_reason": stop_reason,
+            "stop_sequence": self._stop_sequence(),
+            "usage": self._counts(),
+        }
+
+    def _counts(self) -> Json:
+        """Anthropic counts what the cache had apart from the other input."""
+        usage = self.usage
+        return {
+            "input_tokens": usage.prompt - usage.cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached,
+            "output_tokens": usage.completion,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning},
+        }
+
+    def _stop_sequence(self) -> str | None:
+        reason = self.last.stop_reason if self.last else None
+        return reason if isinstance(reason, str) else None
+
+    def _stop_reason(self) -> str:
+        if self.last and self.last.finish_reason == "length":
+            full = self.usage.completion < self._max_tokens
+            return "model_context_window_exceeded" if full else "max_tokens"
+        if self._stop_sequence() is not None:
+            return "stop_sequence"
+        called = any(block["type"] == "tool_use" for block in self._content)
+        return "tool_use" if called else "end_turn"
+
+
+def _event(data: Json) -> bytes:
+    return event(data, data["type"])
+
+
+def _arguments(text: str) -> Json:
+    """A call's arguments; of those that the token limit cut off, the whole part. Anthropic's name for what is no JSON
+    keeps the rest from being lost."""
+    try:
+        value = pydantic_core.from_json(text or "{}", allow_partial=True)
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}

@@ -1,0 +1,85 @@
+"""OpenAI's custom tools, whose input is plain text: the model sees each as a function with one string."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pydantic_core
+
+from serve_app.apis.shared.kinds import FILLED_TEXT, TEXT, Field, Json, Record
+
+_INPUT = "input"
+_GRAMMAR = {"syntax": Field(TEXT, "lark or regex."), "definition": Field(TEXT, "The grammar.")}
+CUSTOM_FORMAT = Field(
+    Record(
+        "an object with type",
+        {
+            "type": Field(FILLED_TEXT, required=True, ignored="there is a grammar or there is none."),
+            **_GRAMMAR,
+            "grammar": Field(Record("an object with syntax and definition", _GRAMMAR), "As chat has it."),
+        },
+    ),
+    "Told to the model with the description; nothing enforces it.",
+)
+CUSTOM_CALL = Record(
+    "an object with name and input", {"name": Field(FILLED_TEXT, required=True), "input": Field(TEXT)}
+)
+
+
+def as_function(tool: Json) -> Json:
+    """The function (`name`, `description`, `parameters`) that stands for custom tool `tool`."""
+    form = tool.get("format", {})
+    grammar = form.get("grammar", form)
+    texts = [tool.get("description")]
+    if definition := grammar.get("definition"):
+        texts.append(f"The input follows this {grammar.get('syntax', '')} grammar:\n{definition}")
+    return {
+        "name": tool["name"],
+        "description": "\n\n".join(filter(None, texts)),
+        "parameters": {
+            "type": "object",
+            "properties": {_INPUT: {"type": "string", "description": "The whole input, as plain text."}},
+            "required": [_INPUT],
+        },
+    }
+
+
+def as_arguments(text: str) -> Json:
+    """The arguments of the function that stands for a custom tool called with `text`."""
+    return {_INPUT: text}
+
+
+class CustomInput:
+    """The input of one call of a custom tool, out of its arguments as they come."""
+
+    def __init__(self) -> None:
+        self._arguments = ""
+        self.text = ""
+
+    def push(self, arguments: str) -> str:
+        """Takes a part of the arguments' JSON; what it adds to the input."""
+        self._arguments += arguments
+        return self._upto(_object(self._arguments).get(_INPUT))
+
+    def finish(self) -> str:
+        """What the end adds: of a model that gave its text no or another name, all of it."""
+        given = _object(self._arguments)
+        if isinstance(given.get(_INPUT), str):
+            return ""
+        values = list(given.values())
+        return self._upto(values[0] if len(values) == 1 else self._arguments)
+
+    def _upto(self, text: Any) -> str:
+        if not isinstance(text, str):
+            return ""
+        added, self.text = text[len(self.text) :], text
+        return added
+
+
+def _object(text: str) -> Json:
+    """The JSON object that `text` is, or begins."""
+    try:
+        value = pydantic_core.from_json(text, allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,121 @@
+"""Bodies of /tokenize and /detokenize, and what they have in common with other questions about text.
+
+A replica answers them, since it has the checkpoint's tokenizer already: the ingress, which all traffic passes,
+loads nothing and tokenizes nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_dist.errors import RequestError
+from serve_app.apis.chat.request import CHAT_BODY, ChatRequest, chat_fields
+from serve_app.apis.shared.errors import error_object
+from serve_app.apis.shared.kinds import BOOL, TEXT, Field, Json, ListOf, Record, integer
+from serve_app.apis.shared.prompts import Prompt, Texts
+
+_TOKENS = ListOf(integer(0, 2**31 - 1), "a list of token ids")
+_MODEL = Field(TEXT, "The served model's name; absent, it is the model.")
+_OF_CHAT = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_SAID_OF_CHAT = (*_OF_CHAT, "add_special_tokens")
+TOKENIZE_BODY = Record(
+    "an object",
+    {
+        "model": _MODEL,
+        "prompt": Field(TEXT, "Text to tokenize; this or messages."),
+        "messages": Field(CHAT_BODY.fields["messages"].kind, "A conversation, put into the chat template."),
+        **{name: CHAT_BODY.fields[name] for name in _OF_CHAT},
+        "add_special_tokens": Field(
+            BOOL,
+            "Whether a text gets what the tokenizer puts around one; a prompt does unless this is false, as one of "
+            "/v1/completions, and messages only if this is true, as those of /v1/chat/completions.",
+        ),
+        "return_token_strs": Field(BOOL, "Gives each token's text as well."),
+    },
+)
+DETOKENIZE_BODY = Record(
+    "an object", {"model": _MODEL, "tokens": Field(_TOKENS, "Token ids.", required=True)}
+)
+
+
+@dataclass(frozen=True)
+class TextRequest(ABC):
+    """A question that a replica answers without its engine."""
+
+    model: str
+    stream = False
+    num_sequences = 1  # its share of what a service holds
+
+    @abstractmethod
+    def respond(self, texts: Texts) -> Json:
+        """The answer. Raises RequestError."""
+
+    def error_body(self, error: Exception) -> dict[str, Any]:
+        """What says that this request failed."""
+        return error_object(error)
+
+
+@dataclass(frozen=True)
+class TokenizeRequest(TextRequest):
+    """A body of /tokenize: text or a conversation."""
+
+    wanted: str | ChatRequest
+    with_texts: bool
+    add_special_tokens: bool
+
+    def respond(self, texts: Texts) -> Json:
+        token_ids = self._prompt(texts).token_ids
+        tokenizer = texts.tokenizer
+        assert tokenizer is not None
+        shown = [tokenizer.token_bytes(token).decode(errors="replace") for token in token_ids]
+        return {
+            "count": len(token_ids),
+            "max_model_len": texts.max_model_len,
+            "tokens": token_ids,
+            "token_strs": shown if self.with_texts else None,
+        }
+
+    def _prompt(self, texts: Texts) -> Prompt:
+        if isinstance(self.wanted, str):
+            return texts.prompt(self.wanted, "prompt", self.add_special_tokens)
+        return self.wanted.prompts(texts)[0]
+
+
+@dataclass(frozen=True)
+class DetokenizeRequest(TextRequest):
+    """A body of /detokenize."""
+
+    tokens: list[int]
+
+    def respond(self, texts: Texts) -> Json:
+        if texts.tokenizer is None:
+            raise RequestError("this model has no tokenizer, so token ids are all it knows", param="tokens")
+        if len(self.tokens) > texts.max_model_len:
+            raise RequestError(
+                f"tokens has {len(self.tokens)} ids, more than the context of {texts.max_model_len}; "
+                "send them in parts",
+                param="tokens",
+            )
+        return {"prompt": texts.tokenizer.decode(self.tokens, skip_special_tokens=False)}
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    """Reads a request to tokenize. Raises RequestError."""
+    given = TOKENIZE_BODY.read_body(body)
+    if ("prompt" in given) == ("messages" in given):
+        raise RequestError("give either prompt or messages", param="prompt")
+    wanted = given["prompt"] if "prompt" in given else _conversation(given)
+    with_texts, special = given.get("return_token_strs", False), given.get("add_special_tokens", True)
+    return TokenizeRequest(given.get("model", ""), wanted, with_texts, special)
+
+
+def parse_detokenize(body: bytes) -> DetokenizeRequest:
+    """Reads a request to detokenize. Raises RequestError."""
+    given = DETOKENIZE_BODY.read_body(body)
+    return DetokenizeRequest(given.get("model", ""), given["tokens"])
+
+
+def _conversation(given: Json) -> ChatRequest:
+    return ChatRequest(**chat_fields({name: given.get(name) for name in ("messages", *_SAID_OF_CHAT)}))

@@ -1,0 +1,1 @@
+"""What runs in a replica: one engine, and the requests it answers."""

@@ -1,0 +1,139 @@
+"""The Serve deployment that owns one engine and answers requests with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import Any
+
+from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.errors import QwenDistError
+from qwen3_dist.garbage_collection import exempt_present_objects
+from qwen3_dist.protocol.outputs import EngineStats
+from qwen3_dist.text.tokenizer import read_generation_defaults
+from serve_app.apis.requests import AnyRequest
+from serve_app.apis.shared.errors import error_status, to_json
+from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.failures import failure
+from serve_app.replica.request_handler import RequestHandler
+from serve_app.settings import ServiceConfig
+
+logger = logging.getLogger("ray.serve")
+
+_LAST_ANSWERS_S = 2.0  # longest wait for answers that say that the engine died
+_FLUSH_S = 0.1  # in which gRPC's threads send what they were given
+
+
+class EngineReplica:
+    """One engine and the answering of requests with it. Construction loads the model.
+
+    A replica whose engine died ends its process. Serve replaces a lost process at once, where it lets a failing
+    health check fail three times, and its router stops choosing it.
+    """
+
+    def __init__(self, config: ServiceConfig) -> None:
+        log_library_to_serve()
+        self._num_answering = 0
+        self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s, on_death=self._leave)
+        logger.info("the engine is ready on %s", self._engine.backends)
+        logger.info("its collectives: %s", self._engine.collectives)
+        defaults = read_generation_defaults(self._engine.model_path)
+        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        self._handler = RequestHandler(
+            self._engine, config.served_name, defaults, thinking, config.tool_call_form
+        )
+        exempt_present_objects()
+
+    async def answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
+        """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
+
+        An error is answered, not raised. One that is a bug is logged with its traceback under `request_id`, and is
+        answered 500; the death of the engine is 503.
+        """
+        self._num_answering += 1
+        try:
+            async with aclosing(self._answer(request, request_id)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._num_answering -= 1
+
+    async def _answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
+        try:
+            if not (isinstance(request, GenerationRequest) and request.stream):
+                yield HTTPStatus.OK, await self._handler.respond(request)
+                return
+            stream = self._handler.stream(request, request_id)
+            first = await anext(stream)
+        except Exception as error:  # noqa: BLE001 - a bug is answered too
+            told = error if isinstance(error, QwenDistError) else failure(error, logger, request_id)
+            yield error_status(told), to_json(request.error_body(told))
+            return
+        async with aclosing(stream):
+            yield HTTPStatus.OK, first
+            async for item in stream:
+                yield item
+
+    async def stats(self) -> EngineStats:
+        """A reading of the engine's load."""
+        return self._engine.stats()
+
+    async def ranks(self) -> dict[str, Any]:
+        """Where the engine's ranks run, on what, and how they talk to each other."""
+        return {
+            "layout": str(self._engine.config.layout),
+            "backends": self._engine.backends,
+            "collectives": self._engine.collectives,
+            "ranks": [
+                {
+                    "rank": rank.rank,
+                    "host": rank.host,
+                    "pid": rank.pid,
+                    "card": {"name": rank.card.name, "uuid": rank.card.uuid} if rank.card else None,
+                }
+                for rank in self._engine.ranks
+            ],
+        }
+
+    async def expert_load(self) -> dict[str, Any]:
+        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
+        return (await self._engine.expert_load()).to_json()
+
+    async def rebalance_experts(self) -> list[int]:
+        """Moves experts to where the load since the last time wants them; the layers that changed."""
+        return await self._engine.rebalance_experts()
+
+    async def max_model_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self._engine.max_model_len
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError once a rank is lost; Serve then replaces this replica."""
+        self._engine.check_health()
+
+    def _leave(self) -> None:
+        """Ends this process, once the requests that the engine's death failed have been answered."""
+        logger.error("the engine died, so this replica ends and Serve starts another")
+        give_up = time.monotonic() + _LAST_ANSWERS_S
+        while self._num_answering and time.monotonic() < give_up:
+            time.sleep(_FLUSH_S)
+        time.sleep(_FLUSH_S)
+        os._exit(1)
+
+    def __del__(self) -> None:
+        engine = self.__dict__.get("_engine")  # absent if construction failed
+        if engine:
+            engine.shutdown()
+
+
+def log_library_to_serve() -> None:
+    """Writes what the library logs to Serve's log of this replica; else nobody finds it."""
+    library = logging.getLogger("qwen3_dist")
+    for handler in logger.handlers:
+        if handler not in library.handlers:
+            library.addHandler(handler)
+    library.propagate = False

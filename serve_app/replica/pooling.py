@@ -1,0 +1,39 @@
+"""Vectors of a request's prompts: all of them at once through one engine, in the steps that it runs anyway."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from array import array
+
+from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.errors import RequestError
+from serve_app.apis.shared.pooling import Pooled, PoolingRequest
+from serve_app.apis.shared.prompts import Texts
+
+
+async def pool(
+    engine: AsyncEngine, texts: Texts, request: PoolingRequest, model: str, lora: str | None
+) -> Pooled:
+    """Raises RequestError or EngineDeadError for the first prompt that fails; leaving then, or early, aborts all."""
+    pooling = request.pooling(texts)
+    prompts = await asyncio.to_thread(request.prompts, texts)
+
+    async def vector_of(index: int) -> array[float]:
+        try:
+            delta = await engine.pool(
+                prompts[index].token_ids, pooling, uuid.uuid4().hex, request.priority, lora
+            )
+        except RequestError as error:
+            raise request.blamed(error, index) from None
+        assert delta.vector is not None
+        return delta.vector
+
+    tasks = [asyncio.ensure_future(vector_of(index)) for index in range(len(prompts))]
+    try:
+        vectors = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return Pooled(model, sum(len(prompt.token_ids) for prompt in prompts), vectors)
