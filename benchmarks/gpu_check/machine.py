@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from qwen3_dist.protocol.cards import why_no_gpu
 
 from benchmarks.gpu_check.check import CheckFailed, Figures, PlannedCheck, Setting
 from qwen3_dist.machine import hardware, versions
+from qwen3_dist.worker.cards import why_no_gpu
 
 _USED = ("triton", "ray", "transformers", "pydantic_core", "flash_attn_interface")
 

@@ -18,7 +18,8 @@ from typing import Any
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.chat.request import ChatRequest
-from serve_app.replica.deployment import AnyRequest, EngineReplica
+from serve_app.apis.requests import AnyRequest
+from serve_app.replica.deployment import EngineReplica
 
 SECRET = re.compile(r"pelican-\d+")  # what the file that clients are told to read holds
 CALL = re.compile(r"CALL (\{.*\})")

@@ -14,6 +14,8 @@ from ray.serve.schema import ApplicationStatus
 
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.cli.serve import EndSignals
+from serve_app.launch import serve_instance
+from serve_app.launch import service as launch
 from serve_app.launch.serve_instance import (
     RunningApplication,
     ServeInstance,
@@ -21,8 +23,7 @@ from serve_app.launch.serve_instance import (
     require_place,
     unplaced_bundles,
 )
-from serve_app.launch.service import RunningService, serve_instance
-from serve_app.launch.service import service as launch
+from serve_app.launch.service import RunningService
 from serve_app.launch.shutdown import end_unused_serve
 from serve_app.settings import ServiceConfig
 
