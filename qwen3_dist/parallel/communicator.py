@@ -21,9 +21,9 @@ from torch import Tensor
 class Communicator(ABC):
     """One rank's end of a group. Every rank of the group must make the same calls in the same order."""
 
-    kind = ""  # what carries it, in a word or two; a group of one needs nothing
-    overlaps = False  # whether what `start_all_to_all` starts goes on while the rank computes
-    excludes_others = False  # whether no other group may be used before it has ended
+    kind = ""  # transport, in a word or two; a group of one needs none
+    overlaps = False  # whether a started all-to-all proceeds while the rank computes
+    excludes_others = False  # whether other groups must wait for a started all-to-all
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
@@ -31,10 +31,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of everybody's `x`, on every rank. `x` may be overwritten."""
+        """Returns the sum of all ranks' `x`, on every rank. `x` may be overwritten."""
 
     def add_all_reduced(self, x: Tensor, partial: Tensor) -> Tensor:
-        """x + the sum of everybody's `partial`, both of x's shape, on every rank. `partial` may be overwritten."""
+        """Returns x + the sum of all ranks' `partial` [x's shape], on every rank. `partial` may be overwritten."""
         return x + self.all_reduce(partial)
 
     @abstractmethod
@@ -66,18 +66,21 @@ class Communicator(ABC):
     def start_all_to_all(
         self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
     ) -> Callable[[], tuple[Tensor, list[int]]]:
-        """The same in two halves: what this returns waits for the rows. `x` must not change before."""
+        """Starts `all_to_all` and returns a function that waits for its result. `x` must not change before that."""
         received = self.all_to_all(x, send_counts, recv_counts)
         return lambda: received
 
     def start_even_all_to_all(self, x: Tensor) -> Callable[[], Tensor]:
-        """Sends x [n * C, ...], the same number of rows to each rank -> [n * C, ...], in rank order. In two halves."""
+        """Starts sending x [n * C, ...], C rows to each rank.
+
+        Returns a function that waits for the received rows [n * C, ...], in rank order.
+        """
         counts = [x.shape[0] // self.size] * self.size
         arriving = self.start_all_to_all(x, counts, counts)
         return lambda: arriving()[0]
 
     def in_kernel(self, kernel: Callable[[int, int], int]) -> bool:
-        """Has `kernel` make all-reduces of the group by itself, if it can; says whether it could.
+        """Lets `kernel` run the group's all-reduces itself, if the group supports that. Returns whether it ran.
 
         It is given the group's address (0 for a group of one) and the number of its last operation, and returns
         the number of its own last one, or -1 if a rank was lost.

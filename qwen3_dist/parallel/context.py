@@ -87,7 +87,7 @@ class ParallelContext:
 
     @property
     def collectives(self) -> str:
-        """What carries this rank's collectives, in a few words."""
+        """The transport of this rank's collectives, in a few words."""
         groups = {self.tp, self.dp, self.ep, self.etp}
         kinds = sorted({group.kind for group in groups} - {""})
         if self.pipeline.size > 1 and not kinds:

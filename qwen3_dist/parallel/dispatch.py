@@ -1,7 +1,7 @@
-"""Tokens to their experts and back, in two ways.
+"""Dispatches tokens to their experts and combines the results, by all-gather or by all-to-all.
 
-All-gather, for few tokens: every rank sees all of them, computes its own experts (and columns), and what the
-ranks got is added up by one reduction. Nothing waits for the host. All-to-all, for many:
+All-gather, for few tokens: every rank sees all tokens, computes its own experts (and columns), and one reduction
+adds up the partial results. Nothing waits for the host. All-to-all, for many tokens:
 
     x [N, D] ── all-gather over etp ── copy once per ep rank that hosts one of the token's experts
         ── all-to-all ──▶ experts (this rank's columns): weighted sum per received row ──▶
@@ -38,7 +38,7 @@ FP8_BLOCK = 128  # numbers that share a scale
 def uses_all_to_all(
     settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int, device: str
 ) -> bool:
-    """Whether a step of so many tokens, of all dp groups together, goes by all-to-all on a "cpu" or "cuda"."""
+    """Whether a step of `tokens`, of all dp groups together, uses all-to-all on a "cpu" or "cuda"."""
     if settings.moe_dispatch == "auto":
         return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8", device)
     return settings.moe_dispatch == "all_to_all"
@@ -56,7 +56,7 @@ class DispatchOptions:
 
 @dataclass(frozen=True)
 class DispatchedTokens:
-    """What an ep rank received."""
+    """The rows that an ep rank received."""
 
     tokens: Tensor  # [R, D]
     expert_ids: Tensor  # [R, K] int64, place of each row's experts in this rank's stack; -1: elsewhere
@@ -144,13 +144,13 @@ class AllToAllDispatcher:
         return self.start_dispatch(x, expert_ids, weights, most_rows)()
 
     def combine(self, expert_out: Tensor, plan: SendPlan | None) -> Tensor:
-        """Brings the received rows' sums [R, D] home and adds them up -> [N, D]. Sums are taken in fp32."""
+        """Sends the received rows' sums [R, D] back to their ranks and adds them up in fp32 -> [N, D]."""
         return self.start_combine(expert_out, plan)()
 
     def start_dispatch(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, most_rows: int | None = None
     ) -> Callable[[], tuple[DispatchedTokens, SendPlan | None]]:
-        """`dispatch` in two halves: what this returns waits for the rows."""
+        """Starts `dispatch` and returns a function that waits for its result."""
         x, expert_ids, weights = self._gather_columns(x, expert_ids, weights)
         owners, places = self._owner[expert_ids], self._place[expert_ids]
         if self._ep.size == 1:
@@ -184,7 +184,7 @@ class AllToAllDispatcher:
         return finish
 
     def start_combine(self, expert_out: Tensor, plan: SendPlan | None) -> Callable[[], Tensor]:
-        """`combine` in two halves: what this returns waits for the sums."""
+        """Starts `combine` and returns a function that waits for its result."""
         if plan is None:
             return lambda: self._etp.reduce_scatter(expert_out)
         returning = plan.start_back(self._ep, expert_out)

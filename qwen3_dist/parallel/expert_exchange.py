@@ -1,6 +1,6 @@
-"""Which way tokens go to their experts, and how many rows the all-to-all way has room for. Imports no torch.
+"""Chooses between all-gather and all-to-all for a step, and the capacity of an all-to-all. Imports no torch.
 
-All of it follows from numbers that every rank knows before a step, so that all ranks choose alike.
+Both follow from numbers that every rank knows before a step, so all ranks choose alike.
 Legend: E experts of a layer, K experts of a token, D emb_dim.
 """
 

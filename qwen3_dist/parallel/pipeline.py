@@ -1,4 +1,4 @@
-"""The way of activations from a pipeline stage to the next: each rank has one rank before it and one after."""
+"""Sends activations from a pipeline stage to the next: each rank has one rank before it and one after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows all-to-all sends where: as many as are wanted, or in a fixed number of slots.
+"""Which rows an all-to-all sends to which rank: exact counts, or a fixed number of slots (a capacity).
 
 Counts are exact, but the host must read them before it can send: right for CPUs. With slots every rank sends every
 other `capacity` rows, empty ones included, so that nothing waits for the host and a CUDA graph can hold it; rows
@@ -28,7 +28,7 @@ class OverflowFlag:
         self._left_out = torch.zeros(1, device="cpu")
 
     def add(self, left_out: Tensor) -> None:
-        """Takes note of one exchange's flag, a bool on the device."""
+        """Records one exchange's overflow flag, a bool on the device."""
         if self._left_out.device != left_out.device:
             self._left_out = on_device(self._left_out, self._left_out.dtype, left_out.device)
         self._left_out += left_out
@@ -50,15 +50,15 @@ class SendPlan(ABC):
 
     @abstractmethod
     def start(self, ep: Communicator, rows: Tensor) -> Callable[[], Tensor]:
-        """Sends rows [M, bytes]; what this returns waits for those received [R, bytes]."""
+        """Starts sending rows [M, bytes]; returns a function that waits for the rows received [R, bytes]."""
 
     @abstractmethod
     def start_back(self, ep: Communicator, sums: Tensor) -> Callable[[], Tensor]:
-        """Returns the received rows' sums [R, D]; what this returns waits for the sum of each row's [N, D]."""
+        """Starts sending the received rows' sums [R, D] back; returns a function that waits for each row's [N, D]."""
 
 
 class CountedRows(SendPlan):
-    """As many rows as are wanted."""
+    """An all-to-all with exact counts, which the host reads before it sends."""
 
     def __init__(self, owners: Tensor, size: int) -> None:
         """owners [N, K]: the ep rank, of `size`, that each row goes to for each of its experts; -1: none."""
@@ -89,7 +89,7 @@ class CountedRows(SendPlan):
 
 
 class SlottedRows(SendPlan):
-    """`capacity` rows to every rank, the first that want it."""
+    """An all-to-all of `capacity` rows to every rank; rows beyond are left out and flagged."""
 
     def __init__(self, owners: Tensor, size: int, capacity: int, overflow: OverflowFlag) -> None:
         """owners [N, K] as for `CountedRows`. `capacity` must be equal on all ranks."""
@@ -123,7 +123,7 @@ class SlottedRows(SendPlan):
 
 
 def wanted_by(owners: Tensor, size: int) -> Tensor:
-    """[n, N] bool: which rows each ep rank gets."""
+    """[n, N] bool: which rows are sent to each ep rank."""
     ranks = torch.arange(size, device=owners.device)
     return (owners[None] == ranks[:, None, None]).any(dim=-1)
 

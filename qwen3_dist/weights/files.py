@@ -29,7 +29,7 @@ class CheckpointFiles:
     saved without (Qwen3-Embedding) `is_headless`.
 
     `files` are the files to read, those of `shard_files` if not given. Raises CheckpointError, naming the file, for
-    one that is missing, truncated or no safetensors, and for a tensor that two files hold.
+    one that is missing, truncated or not in safetensors format, and for a tensor that two files hold.
     """
 
     def __init__(self, path: str | Path, files: Mapping[Path, set[str] | None] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Fills a rank's model from a checkpoint, reading its own slices only, and proves that nothing is amiss."""
+"""Fills a rank's model from its own slices of a checkpoint, and checks that no tensor is missing or left over."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def load_model(
     `config` says.
     """
     files = None if random else CheckpointFiles(path)
-    if files and files.is_headless:  # it embeds; as a head its embedding is as good as any
+    if (
+        files and files.is_headless
+    ):  # an embedding model: its head is never used, so the embedding may stand in
         config = replace(config, tie_word_embeddings=True)
     plan = WeightPlan(config, parallel.layout, files.names() if files else set(), placements)
     if files:
@@ -90,7 +92,7 @@ class ExpertReader:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """fc1 and fc2 [n, I, D] and fc3 [n, D, I] of `experts` of a layer, on the CPU.
 
-        Random ones are made on the model's device, where they are those that the model was loaded with.
+        Random weights are drawn on the model's device, with the values that the model was loaded with.
         `progress` is told how many elements have come. Raises CheckpointError or OSError.
         """
         config, parallel = self._model.config, self._model.parallel

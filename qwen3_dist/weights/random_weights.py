@@ -14,9 +14,9 @@ _CHUNK = 1 << 22  # elements drawn at a time: bounds the memory, and lets a rank
 
 
 def fill(piece: Piece, view: Tensor) -> None:
-    """What a checkpoint of random weights would hold there, into `view` of the piece's own shape.
+    """Fills `view`, of the piece's shape, with random weights.
 
-    The same for every layout and, up to rounding, every dtype on one kind of device. Norms are 1, biases
+    Values are equal for every layout and, up to rounding, for every dtype on one kind of device. Norms are 1, biases
     0, matrices uniform with a standard deviation of 1 / sqrt(inputs).
     """
     if len(piece.shape) == 1:

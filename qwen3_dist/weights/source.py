@@ -56,7 +56,7 @@ def may_be_model(text: str) -> bool:
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """The directory of `model`, which is named as `canonical_name` reads it, a hub id at `revision`.
+    """Returns the directory of `model`, a name as `canonical_name` reads it; of a hub id, at `revision`.
 
     A commit that the local hub cache holds whole is taken from there, without asking the hub.
     Raises CheckpointError, in one sentence, if there is none.
