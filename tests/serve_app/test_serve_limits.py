@@ -145,10 +145,10 @@ def test_more_requests_than_may_wait_are_429_and_those_that_wait_are_answered(li
 
 def test_what_waits_waits_in_the_engine(limited: str) -> None:
     """Serve's router would look for room twice a second, and engines would idle."""
+    replicas = serve.get_deployment_handle(REPLICA, NAME)
 
-    async def crowd() -> None:
-        replicas = serve.get_deployment_handle(REPLICA, NAME)
-        await replicas.stats.remote()  # a handle's first call takes longer than a request may
+    async def most_in_engine() -> int:
+        """Sequences that the engine has while one request of many runs and another waits."""
         async with (
             httpx.AsyncClient(base_url=limited, timeout=60, headers=BEARER) as client,
             client.stream("POST", COMPLETIONS, json={**ENDLESS, "stream": True}) as running,
@@ -156,14 +156,19 @@ def test_what_waits_waits_in_the_engine(limited: str) -> None:
             lines = running.aiter_lines()
             assert (await anext(lines)).startswith("data:")
             waiting = asyncio.create_task(client.post(COMPLETIONS, json={**ENDLESS, "n": 1}))
-            in_engine = 0
-            while in_engine <= ENDLESS["n"] and not waiting.done():
+            most = 0
+            while most <= ENDLESS["n"] and not waiting.done():
                 (stats,) = await replicas.broadcast("stats").results_async()
-                in_engine = stats.num_running + stats.num_waiting
-            assert in_engine == ENDLESS["n"] + 1
+                most = max(most, stats.num_running + stats.num_waiting)
             waiting.cancel()
+            return most
 
-    asyncio.run(crowd())
+    async def crowds() -> list[int]:
+        return [
+            await most_in_engine() for _ in range(5)
+        ]  # on a busy machine time may be up before it is asked
+
+    assert max(asyncio.run(crowds())) == ENDLESS["n"] + 1
 
 
 def test_documents_are_ranked_and_scored(friend: httpx.Client) -> None:
