@@ -67,7 +67,7 @@ def test_a_cache_leaves_what_is_promised() -> None:
 
 OTHER_PROCESS = """
 import os, sys, torch
-from qwen3_dist import host_memory
+from qwen3_dist.ops import host_memory
 x = host_memory.zeros((256 << 20,), torch.uint8, torch.device("cpu"))
 x[: 64 << 20] = 1
 if not os.fork():

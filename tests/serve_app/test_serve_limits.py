@@ -163,12 +163,8 @@ def test_what_waits_waits_in_the_engine(limited: str) -> None:
             waiting.cancel()
             return most
 
-    async def crowds() -> list[int]:
-        return [
-            await most_in_engine() for _ in range(5)
-        ]  # on a busy machine time may be up before it is asked
-
-    assert max(asyncio.run(crowds())) == ENDLESS["n"] + 1
+    tries = (asyncio.run(most_in_engine()) for _ in range(5))  # a busy machine may take up a request's time
+    assert any(most == ENDLESS["n"] + 1 for most in tries)
 
 
 def test_documents_are_ranked_and_scored(friend: httpx.Client) -> None:
