@@ -42,16 +42,12 @@ class GroupedQueryAttention(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch
     ) -> Tensor:
-        """norm(x) [T, D] -> [R, D] for the tokens that are read, this rank's share of the sum."""
-        if self.fused is not None and batch.adapters is None and batch.ending is None:
+        """norm(x) [T, D] -> [T, D], this rank's share of the sum."""
+        if self.fused is not None and batch.adapters is None:
             return self.fused.attention(x, (cache.keys, cache.values), (cos, sin), batch.where)
         projected = products(norm(x), batch.adapters, self.W_query, self.W_key, self.W_value)
         q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in projected)
         q = self._rotate(q, k, v, cos, sin, cache, batch)
-        if batch.ending is not None:
-            q, batch = q[batch.ending.rows], batch.ending.batch
-        if not len(q):
-            return x[:0]
         return self.out_proj(paged_attention(q, cache, batch, self.window).flatten(1), batch.adapters)
 
     def join(self) -> None:

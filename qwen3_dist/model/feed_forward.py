@@ -161,8 +161,6 @@ class MoEFeedForward(nn.Module):
         if self._dp.size == 1:
             return self._local(x, norm, batch.padding)
         longest, groups = batch.largest_group, self._dp.size
-        if not longest:  # nothing is read in any group
-            return x
         length = min(longest, rows_of_slice(self.num_experts_per_tok, groups))
         parts = []
         for begin in range(0, longest, length):  # all groups' tokens take dp times the memory of one's

@@ -58,14 +58,14 @@ class Qwen3Model(nn.Module):
         self._rope = RopeTables(config)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> Tensor | None:
-        """Logits [L, vocab_size] of `batch.read.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
+        """Logits [L, vocab_size] of `batch.logits_rows` on tp rank 0 of the last stage, None on other ranks."""
         return self.hidden_and_logits(batch, cache)[1]
 
     def hidden_and_logits(
         self, batch: StepBatch, cache: list[LayerCache]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What the last block makes of the step's tokens that are read [R, D], on the ranks of the last stage; None on
-        others, and where there are no tokens. And what `forward` returns."""
+        """Returns hidden states [T, D] and logits [L, V]; both are None on earlier stages and without tokens, logits
+        also on other tp ranks than 0."""
         tokens, stage = batch.token_ids.shape[0], self.parallel.pipeline
         if not tokens:
             self._take_part(batch)
@@ -79,52 +79,40 @@ class Qwen3Model(nn.Module):
     def stage(
         self, batch: StepBatch, cache: list[LayerCache], arrived: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What this stage makes of the step's tokens, of the last stage those that are read [R, D], and what `forward`
-        returns. `arrived` [T, D] is what the stage before sent, None on the first."""
+        """Returns this stage's hidden states [T, D], and logits [L, V] on tp rank 0 of the last stage.
+
+        `arrived` [T, D] is what the stage before sent, None on the first."""
         stage = self.parallel.pipeline
         x = self.tok_emb(batch.token_ids) if arrived is None else arrived
         if batch.padding is not None and self.parallel.dp.size > 1 and not batch.all_to_all:
             batch = replace(batch, padding=self.parallel.dp.all_gather(batch.padding))
         cos, sin = self._rope.rows(batch.positions, max(batch.host_context_lens), x.dtype)
-        batches = self._batches(batch)
-        in_one_call, own_logits = self._in_one_call(x, cos, sin, cache, batches[-1])
-        if in_one_call:
-            x = x[: len(batches[-1].read.token_ids)]
-        else:
-            for block, layer_cache, part in zip(self._blocks, cache, batches, strict=True):
-                x = block(x, cos, sin, layer_cache, part)
+        in_one_call, own_logits = self._in_one_call(x, cos, sin, cache, batch)
+        if not in_one_call:
+            for block, layer_cache in zip(self._blocks, cache, strict=True):
+                x = block(x, cos, sin, layer_cache, batch)
         if not stage.is_last:
             return x, None
         if own_logits is not None:
             return x, self.out_head.gathered(own_logits)
-        return x, self.logits(x[batch.read.logits_rows])
-
-    def _batches(self, batch: StepBatch) -> list[StepBatch]:
-        """The step as each block of this stage takes it: the model's last one alone leaves out what is not read."""
-        if batch.ending is None:
-            return [batch] * len(self.blocks)
-        whole = replace(batch, ending=None)
-        return [*[whole] * (len(self.blocks) - 1), batch if self.parallel.pipeline.is_last else whole]
+        return x, self.logits(x[batch.logits_rows])
 
     def _in_one_call(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[LayerCache], batch: StepBatch
     ) -> tuple[bool, Tensor | None]:
-        """The first R rows of x [T, D] become what the blocks make of it in one call of a kernel, where nothing keeps
+        """x [T, D] becomes what the blocks make of it in one call of a kernel, where nothing keeps
         them from that, and the head, where it is in the call too, makes this rank's logits [L, v] of them."""
         fused = self._fused
         apart = self.config.num_experts and (batch.all_to_all or self.parallel.dp.size > 1)
         if fused is None or apart or batch.adapters is not None or batch.padding is not None:
             return False, None
         caches = [(layer.keys, layer.values) for layer in cache]
-        read = None if batch.ending is None else (batch.ending.rows, batch.ending.batch.where)
         own_logits = logits = None
         if fused.head is not None:
-            own_logits = x.new_empty(len(batch.read.logits_rows), self.out_head.rows_per_rank)
-            logits = (batch.read.logits_rows, own_logits)
+            own_logits = x.new_empty(len(batch.logits_rows), self.out_head.rows_per_rank)
+            logits = (batch.logits_rows, own_logits)
         ran = self.parallel.tp.in_kernel(
-            lambda group, operation: fused.run(
-                x, caches, (cos, sin), batch.where, read, logits, group, operation
-            )
+            lambda group, operation: fused.run(x, caches, (cos, sin), batch.where, logits, group, operation)
         )
         return (True, own_logits) if ran else (False, None)
 
@@ -141,8 +129,8 @@ class Qwen3Model(nn.Module):
     def _take_part(self, batch: StepBatch) -> None:
         """What a dp group without tokens does: its ranks' share of the experts' work for the others."""
         x = self.like.new_empty(0, self.config.emb_dim)
-        for block, part in zip(self._blocks, self._batches(batch), strict=True):
-            block.feed_forward(x, x, part.read)
+        for block in self._blocks:
+            block.feed_forward(x, x, batch)
 
     @property
     def moe_layers(self) -> dict[int, MoEFeedForward]:
@@ -231,10 +219,8 @@ class TransformerBlock(nn.Module):
             self.ff = FeedForward(config.emb_dim, columns)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        """x [T, D] -> [R, D] of the tokens that are read."""
         attended = self.att(x, self.norm1, cos, sin, cache, batch)
-        x = x if batch.ending is None else x[batch.ending.rows]
-        return self.feed_forward(x, attended, batch.read)
+        return self.feed_forward(x, attended, batch)
 
     def feed_forward(self, x: Tensor, attended: Tensor, batch: StepBatch) -> Tensor:
         """The block's second half, from attention's partial sums on. Without rows it is a share of others' experts."""

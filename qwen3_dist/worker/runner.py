@@ -74,7 +74,7 @@ class ModelRunner:
         else:
             hidden, logits = self.model.hidden_and_logits(batch, self._cache)
             if hidden is not None and any(part.reading is not None for part in plan.sequences):
-                readings = Readings(self.model, hidden, plan.as_read.sequences)
+                readings = Readings(self.model, hidden, plan.sequences)
         overflow = self.model.take_overflow() if self._may_overflow(batch, plan.exact) else None
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
@@ -96,17 +96,12 @@ class ModelRunner:
             return False
         if self._graphs is not None and self._graphs.takes(batch, exact):
             return self._graphs.goes_all_to_all(batch)
-        return batch.all_to_all or batch.read.all_to_all
+        return batch.all_to_all
 
     def _dispatched(self, batch: StepBatch, exact: bool) -> StepBatch:
         """The batch with how its experts' rows travel; `exact` asks for the way without a capacity."""
-        ending, tokens = batch.ending, sum(batch.group_tokens)
-        if ending is not None:
-            ending = replace(ending, batch=self._dispatched(ending.batch, exact))
-        by_all_to_all = not exact and self._by_all_to_all(tokens)
-        if ending is None and not by_all_to_all:
-            return batch
-        return replace(batch, all_to_all=by_all_to_all, ending=ending)
+        by_all_to_all = not exact and self._by_all_to_all(sum(batch.group_tokens))
+        return replace(batch, all_to_all=True) if by_all_to_all else batch
 
     def _by_all_to_all(self, tokens: int) -> bool:
         """Whether experts' rows go by all-to-all in a step of so many tokens, of all dp groups together."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.model.transformer import Qwen3Model, attention, experts, feed_forward, norm
+from qwen3_dist.model import attention, experts, feed_forward, norm
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cpu import native
 from qwen3_dist.ops.cuda import attention as gpu_attention

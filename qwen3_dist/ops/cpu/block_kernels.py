@@ -80,14 +80,12 @@ class Blocks:
         caches: Sequence[tuple[Tensor, Tensor]],
         rope: tuple[Tensor, Tensor],
         where: Where,
-        read: tuple[Tensor, Where] | None,
         logits: tuple[Tensor, Tensor] | None,
         group: int,
         operation: int,
     ) -> int:
-        """The first R rows of x [T, D] become what the last block makes of those that are read: all T, or the rows [R]
-        that `read` names, with where they belong as if they were the whole step. `logits` are some of these rows [L]
-        and what the head makes of them [L, outputs], which is written.
+        """x [T, D] becomes what the last block makes of it. `logits` are some of its rows [L] and what the head makes
+        of them [L, outputs], which is written.
 
         `where` is as for a half, `group` the address of the group that adds partial sums up, 0 for a rank alone, and
         `operation` the number of its last operation.
@@ -98,13 +96,11 @@ class Blocks:
         words = (ctypes.c_long * len(addresses))(*addresses)
         blocks, held = ctypes.addressof(self._words), ctypes.addressof(words)
         sizes = _sizes(where, caches[0][0])
-        ending = (ctypes.c_long * 10)(*_ending(*read, caches[0][0])) if read is not None else None
         asked = None
         if logits is not None and self.head is not None:
             rows, out = logits
             asked = (ctypes.c_long * 4)(self.head.address, rows.data_ptr(), len(rows), out.data_ptr())
-        more = (ctypes.addressof(each) if each else None for each in (ending, asked))
-        settings = (*sizes, *more, self._eps, group, operation)
+        settings = (*sizes, ctypes.addressof(asked) if asked else None, self._eps, group, operation)
         done: int = self._kernels.run(
             self._name, blocks, len(self._halves), x, held, *rope, *where, *settings
         )
@@ -115,8 +111,3 @@ def _sizes(where: Where, keys: Tensor) -> tuple[int, int, int, int]:
     """Tokens, sequences, block size, blocks of a table."""
     slots, tables, _, context_lens, _ = where
     return (len(slots), len(context_lens), keys.shape[1], tables.shape[1])
-
-
-def _ending(rows: Tensor, where: Where, keys: Tensor) -> tuple[int, ...]:
-    """The members of `Ending` in `cpu/halves.h`."""
-    return (rows.data_ptr(), *(tensor.data_ptr() for tensor in where), *_sizes(where, keys))

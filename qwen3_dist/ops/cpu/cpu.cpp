@@ -22,15 +22,14 @@ void attention_half_##NAME(const void* half, const T* x, T* out, T* keys, T* val
                            const long* slots, const int* tables, const long* table_rows, const long* context_lens, \
                            const long* starts, long tokens, long sequences, long block_size, long width, double eps, long threads) { \
     Step step{slots, tables, table_rows, context_lens, starts, tokens, sequences, block_size, width}; \
-    static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, step, nullptr, float(eps), \
-                                                                int(threads)); \
+    static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, step, float(eps), int(threads)); \
 } \
 long blocks_##NAME(const void* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
                    const long* slots, const int* tables, const long* table_rows, const long* context_lens, \
-                   const long* starts, long tokens, long sequences, long block_size, long width, const Ending* ending, \
+                   const long* starts, long tokens, long sequences, long block_size, long width, \
                    const Logits<T, W>* logits, double eps, const Group* group, long operation, long threads) { \
     Step step{slots, tables, table_rows, context_lens, starts, tokens, sequences, block_size, width}; \
-    return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, ending, logits, \
+    return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, logits, \
                       float(eps), group, operation, int(threads)); \
 } \
 void feed_forward_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \

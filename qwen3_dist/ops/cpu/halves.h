@@ -17,20 +17,7 @@ struct Step {
     long tokens, sequences, block_size, width;
 };
 
-// Those of its tokens that are read, with what the step would be if it had no others.
-struct Ending {
-    const long* rows;  // ascending
-    Step step;
-};
-
-// The first rows of x become those that are named.
-template <class T>
-void keep_rows(T* x, const Ending& ending, long width) {
-    for (long r = 0; r < ending.step.tokens; r++) memmove(x + r * width, x + ending.rows[r] * width, width * sizeof(T));
-}
-
-// norm, the projections to q, k and v, rotation into the cache, attention, the projection back; the last two for those
-// alone that are read, of which `ending` is null for all.
+// norm, the projections to q, k and v, rotation into the cache, attention, the projection back.
 template <class T, class W>
 struct AttentionHalf {
     const T *norm_scale, *q_scale, *k_scale;  // of the norms; q's and k's may be null
@@ -39,7 +26,7 @@ struct AttentionHalf {
     const T* biases[4];
     long dim, heads, groups, head_dim, window;
 
-    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const Step& step, const Ending* ending,
+    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const Step& step,
              float eps, int threads) const {
         long tokens = step.tokens;
         long q_size = heads * head_dim, kv_size = groups * head_dim;
@@ -54,14 +41,12 @@ struct AttentionHalf {
         Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, step.slots, tokens, heads,
                     groups, head_dim, eps}
             .run(threads);
-        if (ending) keep_rows(q, *ending, q_size);
-        const Step& read = ending ? ending->step : step;
-        AttentionShape shape{read.sequences, heads, groups, head_dim, read.block_size, read.width, window,
+        AttentionShape shape{step.sequences, heads, groups, head_dim, step.block_size, step.width, window,
                              1 / std::sqrt(float(head_dim))};
-        Attention<T>{q, keys, values, attended, read.tables, read.table_rows, read.context_lens,
-                     read.starts, shape}
+        Attention<T>{q, keys, values, attended, step.tables, step.table_rows, step.context_lens,
+                     step.starts, shape}
             .run(threads);
-        linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, read.tokens, q_size, threads);
+        linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);
     }
 };
 
@@ -157,13 +142,13 @@ struct Block {
     const ExpertsHalf<T, W>* experts;    // null in a dense block
 };
 
-// Blocks one after the other, each half with its residual: x [tokens, dim] becomes what the last makes of it, its first
-// rows if `ending` is not null and says that no others are read. What the halves of several ranks add up to is their
+// Blocks one after the other, each half with its residual: x [tokens, dim] becomes what the last makes of it.
+// What the halves of several ranks add up to is their
 // group's, which is null for a rank alone; `operation` and what this returns are as in `Group`. `logits` are computed at
 // the end, if it is not null.
 template <class T, class W>
 long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
-                const Step& step, const Ending* ending, const Logits<T, W>* logits, float eps, const Group* group,
+                const Step& step, const Logits<T, W>* logits, float eps, const Group* group,
                 long operation, int threads) {
     long dim = count ? blocks->attention->dim : 0, rows = step.tokens;
     T* part = scratch<T>(PARTIAL, rows * dim);
@@ -174,12 +159,7 @@ long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, c
         return true;
     };
     for (const auto* block = blocks; block < blocks + count; block++, caches += 2) {
-        const Ending* last = block == blocks + count - 1 ? ending : nullptr;
-        block->attention->run(x, part, caches[0], caches[1], cos, sin, step, last, eps, threads);
-        if (last) {
-            keep_rows(x, *last, dim);
-            rows = last->step.tokens;
-        }
+        block->attention->run(x, part, caches[0], caches[1], cos, sin, step, eps, threads);
         if (!add()) return -1;
         if (block->dense)
             block->dense->run(x, part, rows, eps, threads);

@@ -27,7 +27,7 @@ _SIGNATURES = {
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
     "attention_half": "ppppppppppppiiiifi",
-    "blocks": "pipppppppppiiiippfpii",
+    "blocks": "pipppppppppiiiipfpii",
     "feed_forward_half": "pppifi",
     "experts_half": "pppifi",
     "experts": "pppppppppppiiiiii",
