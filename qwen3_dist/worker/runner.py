@@ -23,7 +23,6 @@ from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.worker import kv_cache
-from qwen3_dist.worker.backends import chosen_backends
 from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.worker.expert_moves import ExpertMoves
 from qwen3_dist.worker.inputs import StepInputs
@@ -55,10 +54,13 @@ class ModelRunner:
         max_blocks = -(-self._shapes.max_model_len // config.block_size)
         self._inputs = StepInputs(max_num_seqs, max_blocks, config.block_size, model.device, num_blocks)
         self._grammars: Grammars | None = None
-        self._state = SamplingState(model.config.vocab_size, model.device, self._new_matcher)
+        self._state = self._new_sampling_state()
         with explained_failures(model.device, self._shapes):
             self._graphs = self._make_graphs() if graphs else None
-        self.backends = chosen_backends(model, self._cache[0], graphs)
+        mixtures = [*model.moe_layers.values()]
+        self.backends = model.ops.describe(mixtures[0].experts.weights if mixtures else None)
+        if self._device.type == "cuda":
+            self.backends += f", CUDA graphs {'on' if graphs else 'off'}"
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:
@@ -72,7 +74,7 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.takes(batch, plan.exact):
             logits = self._graphs.run(batch)
         else:
-            hidden, logits = self.model.hidden_and_logits(batch, self._cache)
+            hidden, logits = self.model(batch, self._cache)
             if hidden is not None and any(part.reading is not None for part in plan.sequences):
                 readings = Readings(self.model, hidden, plan.sequences)
         overflow = self.model.take_overflow() if self._may_overflow(batch, plan.exact) else None
@@ -123,6 +125,10 @@ class ModelRunner:
         self._inputs.keep_sampled(sampled, self._tp.broadcast(tokens))
         return drawn
 
+    def _new_sampling_state(self) -> SamplingState:
+        model = self.model
+        return SamplingState(model.config.vocab_size, model.device, self._new_matcher, model.ops)
+
     def _new_matcher(self, setup: SamplingSetup) -> Matcher:
         """What follows the setup's grammar."""
         assert setup.grammar is not None
@@ -166,11 +172,11 @@ class ModelRunner:
             if output is not None:
                 output.result()
         for moe in moe_layers[:1]:  # all are of one shape
-            warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.like)
+            warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.activation_template)
         for moe in moe_layers:
             moe.experts.counts.zero_()
         self._inputs.last_sampled.zero_()
-        self._state = SamplingState(self.model.config.vocab_size, self._device, self._new_matcher)
+        self._state = self._new_sampling_state()
 
     def compiled_kernels(self) -> int:
         """Variants of Triton kernels compiled in this rank's process so far."""

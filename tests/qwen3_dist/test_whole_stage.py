@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.transformer import Qwen3Model
-from qwen3_dist.ops.cpu import native
+from qwen3_dist.ops.cpu.ops import CpuOps
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
@@ -38,12 +40,12 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(params=["one call", "block by block"])
 def model(request: pytest.FixtureRequest, path: Path) -> Qwen3Model:
     model = load_model(path, ModelConfig.from_directory(path), ParallelContext.single(), torch.float32, CPU)
-    model.pack()
-    if native.kernels_for(model.like) is None:
+    finalize(model)
+    if not isinstance(model.ops, CpuOps):
         pytest.skip("no C++ compiler is here")
-    assert model._fused is not None
+    assert model.whole_stage is not None
     if request.param == "block by block":
-        model._fused = None
+        model.whole_stage = None
     return model
 
 
@@ -61,14 +63,14 @@ def test_kernels_of_blocks_give_what_torch_gives(
     model: Qwen3Model, path: Path, sequences: tuple[SequenceStep, ...]
 ) -> None:
     """Hidden states, logits and the cache."""
-    plain = load_model(path, model.config, model.parallel, torch.float32, CPU)
+    plain = load_model(path, model.config, model.parallel, torch.float32, CPU, ops=TorchOps())
     batches = [batch_of(StepPlan.for_groups(1, [parts])[0]) for parts in (FIRST, sequences)]
     hidden, logits, caches = [], [], []
     with torch.inference_mode():
         for each in (model, plain):
             cache = kv_cache.allocate(each, 20, 4)
-            each.hidden_and_logits(batches[0], cache)
-            got = each.hidden_and_logits(batches[1], cache)
+            each(batches[0], cache)
+            got = each(batches[1], cache)
             hidden.append(got[0])
             logits.append(got[1])
             caches.append(cache)
