@@ -27,8 +27,9 @@ from benchmarks.record import keep
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout, even_ranges
+from qwen3_dist.model.finalize import finalize_blocks
 from qwen3_dist.model.transformer import TransformerBlock
-from qwen3_dist.ops.kernels import kernels_for
+from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.step_plan import StepPlan
@@ -92,15 +93,11 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
     config = ModelConfig.from_dict(SHAPES["moe"])
     torch.manual_seed(0)
     placement = ExpertPlacement.even(config.num_experts, layout.ep)
-    block = TransformerBlock(config, 0, parallel, placement).to(torch.bfloat16).requires_grad_(False)
+    ops = choose_ops(torch.device("cpu"), torch.bfloat16)
+    block = TransformerBlock(config, 0, parallel, placement, ops).to(torch.bfloat16).requires_grad_(False)
     for parameter in block.parameters():
         parameter.normal_(0, 0.02)
-    kernels = kernels_for(block.norm1.scale)
-    if kernels is not None:
-        feed_forward: Any = block.ff
-        feed_forward.gate.pack(kernels)
-        feed_forward.experts.pack(kernels)
-        feed_forward.fuse(block.norm2, kernels)
+    finalize_blocks([block], ops)
     for tokens in TOKENS:
         groups = tuple(len(part) for part in even_ranges(tokens, layout.dp))
         x = torch.randn(groups[parallel.coords.group], config.emb_dim, dtype=torch.bfloat16)

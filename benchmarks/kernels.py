@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.record import keep
-from qwen3_dist.model.linear import as_int8
+from qwen3_dist.ops.base import Matrix
 from qwen3_dist.ops.batch import LayerCache, StepBatch
-from qwen3_dist.ops.kernels import Kernels, Weights, kernels_for
+from qwen3_dist.ops.cpu.kernels import Kernels, load_kernels
+from qwen3_dist.ops.quantize import as_int8
 from qwen3_dist.ops.torch_attention import gathered_attention
 
 SHAPES = [(6144, 1024), (1024, 3072)]
@@ -41,7 +42,7 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def found(dtype: torch.dtype) -> Kernels:
-    kernels = kernels_for(torch.empty(0, dtype=dtype))
+    kernels = load_kernels(dtype)
     assert kernels is not None, "no compiler is here"
     return kernels
 
@@ -50,8 +51,8 @@ def products(dtype: torch.dtype) -> list[dict[str, Any]]:
     kernels, rows = found(dtype), []
     for outputs, inner in SHAPES:
         weights = [(torch.randn(outputs, inner) / inner**0.5).to(dtype) for _ in range(24)]
-        packed = [Weights(kernels.pack(weight), outputs) for weight in weights]
-        int8 = [Weights(kernels.pack(weight), outputs, scale) for weight, scale in map(as_int8, weights)]
+        packed = [Matrix(kernels.pack(weight), outputs) for weight in weights]
+        int8 = [Matrix(kernels.pack(weight), outputs, scale) for weight, scale in map(as_int8, weights)]
         words = [weight.view(torch.int64) for weight in weights]
         for count in ROWS:
             x = torch.randn(count, inner).to(dtype)

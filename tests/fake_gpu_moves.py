@@ -15,11 +15,10 @@ from torch import Tensor
 from benchmarks.compare.checkpoints import SHAPES
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
-from qwen3_dist.model.transformer import Qwen3Model
-from qwen3_dist.ops.cuda import kernels as gpu
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.worker.expert_moves import Reading
 from tests.fake_gpu import fake_gpu
+from tests.fake_rank import built_model
 
 
 class Reader:
@@ -38,14 +37,8 @@ class Reader:
 def observe(quantize: bool) -> dict[str, list[str]]:
     config = ModelConfig.from_dict({**SHAPES["moe"], "num_hidden_layers": 1})
     with fake_gpu(90) as watch, torch.no_grad():
-        gpu._kernels = lambda *_: gpu.GpuKernels()
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda"):
-            model = Qwen3Model(config, ParallelContext.single()).eval().requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-        if quantize:
-            model.quantize()
-        model.pack()
+        int8 = "int8" if quantize else None
+        model = built_model(config, torch.bfloat16, ParallelContext.single(), int8)
         moe = model.moe_layers[0]
         [hosted] = moe.placement.hosted
         placement = ExpertPlacement(((*hosted[1::-1], *hosted[2:]),))  # the first two change places

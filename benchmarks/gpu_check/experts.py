@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,11 @@ from benchmarks.gpu_check.models import (
 )
 from benchmarks.gpu_check.parity import MOST_ERROR, parity
 from qwen3_dist.launch.processes import shared_nursery
-from qwen3_dist.model import experts as layer
-from qwen3_dist.model.linear import as_int8
-from qwen3_dist.ops.kernels import gpu_kernels_for
+from qwen3_dist.ops.base import ExpertWeights
+from qwen3_dist.ops.cuda import experts as of_gpu
+from qwen3_dist.ops.cuda.kernels import GpuKernels, working_kernels
+from qwen3_dist.ops.torch_experts import counted
+from qwen3_dist.ops.torch_ops import TorchOps, quantized_experts
 
 _ROWS = (1, 8, 32, 256, 1024, 4096)
 _MOST_ERROR = {"int8": 0.03, "as they are": 0.01}  # relative, of the norm
@@ -58,7 +59,7 @@ class _Size:
 
 
 @functools.cache
-def _stacks(setting: Setting, size: _Size) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(setting: Setting, size: _Size) -> ExpertWeights:
     generator = torch.Generator(setting.device).manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -66,34 +67,37 @@ def _stacks(setting: Setting, size: _Size) -> tuple[Tensor, Tensor, Tensor]:
 
     into = (size.experts, size.columns, size.dim)
     fc1, fc2 = (drawn(*into) / size.dim**0.5 for _ in range(2))
-    return fc1, fc2, drawn(size.experts, size.dim, size.columns) / size.columns**0.5
+    fc3 = drawn(size.experts, size.dim, size.columns) / size.columns**0.5
+    return ExpertWeights((fc1, fc2, fc3), size.columns)
 
 
 @functools.cache
-def _narrow(setting: Setting, size: _Size) -> tuple[Any, Any]:
-    (one, by_one), (two, by_two), (three, by_three) = map(as_int8, _stacks(setting, size))
-    return (one, two, three), (by_one, by_two, by_three)
+def _narrow(setting: Setting, size: _Size) -> ExpertWeights:
+    return quantized_experts(_weights(setting, size))
+
+
+def _gpu_kernels(x: Tensor) -> GpuKernels | None:
+    return working_kernels(x.device, x.dtype) if x.is_cuda else None
 
 
 def _ways(setting: Setting, size: _Size, number: int, times: dict[str, dict[int, float]]) -> Figures:
     """Microseconds of each way for `number` rows, medians; each is near one product at a time."""
     generator = torch.Generator(setting.device).manual_seed(number)
-    stacks = _stacks(setting, size)
+    stacks = _weights(setting, size)
     x = torch.randn(number, size.dim, generator=generator, device=setting.device).to(size.dtype)
-    weights = torch.rand(number, size.choices, generator=generator, device=setting.device)
+    routing = torch.rand(number, size.choices, generator=generator, device=setting.device)
     likeliest = torch.rand(number, size.experts, generator=generator, device=setting.device).argsort(dim=1)
     ids = likeliest[:, : size.choices].contiguous()
-    counts = layer.counted(ids, size.experts)
-    looped = partial(layer.looped_experts, x, stacks, None, ids, weights)
+    counts = counted(ids, size.experts)
+    looped = partial(TorchOps().experts, x, stacks, ids, routing, counts.clone())
     ways: dict[str, Callable[[], Tensor]] = {} if setting.on_gpu else {"one by one": looped}
-    kernels = gpu_kernels_for(x)
+    kernels = _gpu_kernels(x)
     if kernels is not None:
-        narrow, scales = _narrow(setting, size)
-        routed = (ids, weights, counts.clone())
-        ways["triton"] = partial(kernels.experts, x, stacks, None, *routed)
-        ways["triton, int8"] = partial(kernels.experts, x, narrow, scales, *routed)
-    if layer.grouped_mm_works(x, stacks[0]):
-        ways["grouped_mm"] = partial(layer.grouped_experts, x, stacks, ids, weights, counts)
+        narrow, routed = _narrow(setting, size), (ids, routing, counts.clone())
+        ways["triton"] = partial(kernels.experts, x, stacks.stacks, None, *routed)
+        ways["triton, int8"] = partial(kernels.experts, x, narrow.stacks, narrow.scales, *routed)
+    if of_gpu.has_grouped_mm(x.device, x.dtype) and of_gpu.takes_grouped_mm(stacks):
+        ways["grouped_mm"] = partial(of_gpu.grouped_experts, x, stacks, ids, routing, counts, kernels)
     require(bool(ways), "no way computes these experts here without asking the host: is Triton installed?")
     expected = looped().float()
     figures: Figures = {}
@@ -107,10 +111,10 @@ def _ways(setting: Setting, size: _Size, number: int, times: dict[str, dict[int,
 
 
 def _crossing(size: _Size, times: dict[str, dict[int, float]]) -> Figures:
-    """From how many pairs for each expert on grouped_mm is faster, which `_FEW_PAIRS` should say."""
+    """From how many pairs for each expert on grouped_mm is faster, which `FEW_PAIRS` should say."""
     ours, torchs = times.get("triton", {}), times.get("grouped_mm", {})
     faster = [rows for rows in ours if rows in torchs and torchs[rows] < ours[rows]]
-    figures: Figures = {"few_pairs_now": getattr(layer, "_FEW_PAIRS", "gone")}
+    figures: Figures = {"few_pairs_now": of_gpu.FEW_PAIRS}
     if not torchs:
         return {**figures, "measured": "grouped_mm does not run here"}
     pairs = [rows * size.choices / size.experts for rows in sorted(faster)]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.model.experts import Experts
+from qwen3_dist.ops.base import LinearWeights, Matrix
 from qwen3_dist.ops.batch import LayerCache, StepBatch
-from qwen3_dist.ops.kernels import Weights, kernels_for, linears
-from qwen3_dist.ops.paged_attention import paged_attention
+from qwen3_dist.ops.choose import AttentionShape, choose_ops
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -64,18 +64,19 @@ def read_rate(device: torch.device, sizes: Sizes) -> float:
 @torch.inference_mode()
 def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS) -> dict[int, float]:
     """Seconds per weight of bf16 products, by rows; the weights come from memory each time."""
-    matrices = [_drawn(sizes.outputs, sizes.inner, device) for _ in range(sizes.matrices)]
-    kernels = kernels_for(matrices[0])
-    packed = [Weights(kernels.pack(m) if kernels is not None else m, sizes.outputs) for m in matrices]
-    del matrices
+    ops = choose_ops(device, torch.bfloat16)
+    matrices = (
+        Matrix(_drawn(sizes.outputs, sizes.inner, device), sizes.outputs) for _ in range(sizes.matrices)
+    )
+    kept = [ops.finalize_linear(LinearWeights((matrix,)), int8=False) for matrix in matrices]
     found = {}
     for count in rows:
         x = _drawn(count, sizes.inner, device)
-        used = packed if count <= 128 or device.type == "cuda" else packed[: max(2, len(packed) // 4)]
+        used = kept if count <= 128 or device.type == "cuda" else kept[: max(2, len(kept) // 4)]
 
-        def call(x: Tensor = x, used: list[Weights] = used) -> None:
+        def call(x: Tensor = x, used: list[LinearWeights] = used) -> None:
             for weights in used:
-                linears(x, weights)
+                ops.linear(x, weights)
 
         took = seconds(call, device, sizes.repeats if count <= 64 else 3)
         found[count] = took / (len(used) * sizes.outputs * sizes.inner)
@@ -85,14 +86,13 @@ def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS
 @torch.inference_mode()
 def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
     """Seconds of one layer of experts on `tokens` tokens, each with a random choice of them."""
+    ops = choose_ops(device, torch.bfloat16)
     with device:
-        experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns).to(torch.bfloat16)
+        experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns, ops).to(torch.bfloat16)
     experts.requires_grad_(False)
     for stack in (experts.fc1, experts.fc2, experts.fc3):
         stack.normal_(0, 0.02)
-    kernels = kernels_for(experts.fc1)
-    if kernels is not None:
-        experts.pack(kernels)
+    experts.finalize()
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, _EXPERTS, generator=generator).topk(_CHOSEN).indices.to(device)
     weights = torch.full((tokens, _CHOSEN), 1 / _CHOSEN, device=device)
@@ -138,11 +138,12 @@ def attention_seconds(
         all_to_all=False,
         logits_rows=tables[:0],
     )
+    ops = choose_ops(device, torch.bfloat16, AttentionShape(_HEADS, _GROUPS, _HEAD_DIM, _BLOCK))
     q = _drawn(sequences * queries, _HEADS * _HEAD_DIM, device).view(-1, _HEADS, _HEAD_DIM)
 
     def call() -> None:
         for cache in caches:
-            paged_attention(q, cache, batch, None)
+            ops.attention(q, cache, batch, None)
 
     return seconds(call, device, repeats) / layers
 

@@ -6,6 +6,7 @@ Legend: T tokens of the dp group's step, N tokens this rank owns, K experts per 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,51 +17,37 @@ from torch import Tensor, nn
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import padded_range
-from qwen3_dist.model.experts import Experts, swiglu
-from qwen3_dist.model.linear import Linear, join, products
-from qwen3_dist.model.norm import RMSNorm
-from qwen3_dist.model.step_memory import rows_of_slice
+from qwen3_dist.model.experts import Experts
+from qwen3_dist.model.linear import Linear, LinearGroup
+from qwen3_dist.ops import slices
 from qwen3_dist.ops.adapter_rows import AdapterRows
+from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import StepBatch
-from qwen3_dist.ops.kernels import Half, Kernels, gpu_kernels_for
 from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from qwen3_dist.parallel.expert_exchange import capacity
 from qwen3_dist.parallel.send_plan import OverflowFlag
 
+# Of x [n, D], padding [n] and adapters -> [n, D]
+Transform = Callable[[Tensor, Tensor | None, AdapterRows | None], Tensor]
+
 
 class FeedForward(nn.Module):
     """`fc3(silu(fc1(x)) * fc2(x))` over this rank's hidden columns: a partial sum over tp."""
 
-    fused: Half | None = None  # this and the norm before it, once they are one
-
-    def __init__(self, emb_dim: int, hidden_dim: int) -> None:
+    def __init__(self, emb_dim: int, hidden_dim: int, ops: Ops) -> None:
         super().__init__()
-        self.fc1 = Linear(emb_dim, hidden_dim, bias=False)
-        self.fc2 = Linear(emb_dim, hidden_dim, bias=False)
-        self.fc3 = Linear(hidden_dim, emb_dim, bias=False)
+        self._ops = ops
+        self.fc1 = Linear(emb_dim, hidden_dim, False, ops)
+        self.fc2 = Linear(emb_dim, hidden_dim, False, ops)
+        self.fc3 = Linear(hidden_dim, emb_dim, False, ops)
+        self.gate_up = LinearGroup(ops, self.fc1, self.fc2)
 
-    def forward(self, x: Tensor, norm: RMSNorm, adapters: AdapterRows | None = None) -> Tensor:
-        """norm(x) [T, D] -> [T, D]."""
-        if self.fused is not None and adapters is None:
-            return self.fused.feed_forward(x)
-        x = norm(x)
-        return self.fc3(swiglu(*products(x, adapters, self.fc1, self.fc2)), adapters)
-
-    def join(self) -> None:
-        """Makes the products of one input one."""
-        join(self.fc1, self.fc2)
-
-    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
-        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
-        if not norm.is_plain:
-            return
-        parts = (self.fc1.parts, self.fc2.parts, self.fc3.parts)
-        weights = (*(part.weight for part in parts), *(part.scale for part in parts))
-        sizes = (self.fc1.in_features, self.fc1.out_features)
-        is_int8 = parts[0].scale is not None
-        self.fused = Half(kernels, norm.scale, *weights, *sizes, eps=norm.eps, is_int8=is_int8)
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        """[T, D] -> [T, D]."""
+        gate, up = self.gate_up.products(x, adapters)
+        return self.fc3(self._ops.swiglu(gate, up), adapters)
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ class PreparedMove:
     placement: ExpertPlacement
     places: Tensor  # [n] int64, where they go in the rank's stack
     leaving: Tensor  # [n] int64, the experts that are there
-    kept: list[Tensor]  # in the form in which the rank keeps its experts
+    kept: tuple[Tensor, ...]  # in the form in which the rank keeps its experts
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -80,17 +67,17 @@ class PreparedMove:
 class MoEFeedForward(nn.Module):
     """Routes each token to its top experts, wherever they are, and adds up their answers."""
 
-    fused: Half | None = None  # the form for few tokens and the norm before it, once they are one
-
     def __init__(
         self,
         config: ModelConfig,
         parallel: ParallelContext,
         placement: ExpertPlacement,
+        ops: Ops,
         overflow: OverflowFlag | None = None,
     ) -> None:
         """`overflow` learns where rows did not fit the capacity of an exchange."""
         super().__init__()
+        self._ops = ops
         self.placement = placement
         self._ep_rank = parallel.ep.rank
         # [E] int64, rows of experts from before they left this rank; never on meta.
@@ -109,8 +96,8 @@ class MoEFeedForward(nn.Module):
         # etp ranks exchange rows one for one, so where they are of several dp groups, which may have other
         # numbers of tokens, all pad to the largest.
         self._levels = parallel.tp.size % parallel.etp.size != 0
-        self.gate = Linear(config.emb_dim, config.num_experts, bias=False)
-        self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns)
+        self.gate = Linear(config.emb_dim, config.num_experts, False, ops)
+        self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns, ops)
 
     @property
     def _hosted(self) -> tuple[int, ...]:
@@ -137,7 +124,7 @@ class MoEFeedForward(nn.Module):
             placement,
             on_device(places, torch.int64, device),
             on_device(leaving, torch.int64, device),
-            self.experts.as_kept(stacks) if places else [],
+            self.experts.as_kept(stacks) if places else (),
         )
 
     def move(self, prepared: PreparedMove) -> None:
@@ -153,59 +140,43 @@ class MoEFeedForward(nn.Module):
         self.all_to_all.place(prepared.placement)
         self.all_gather.place(prepared.placement)
 
-    def gathered(self, x: Tensor, norm: RMSNorm, batch: StepBatch) -> Tensor:
-        """The form for few: norm(x) [T, D], the same on every tp rank -> a partial sum over tp.
+    def gathered(self, x: Tensor, transform: Transform, batch: StepBatch) -> Tensor:
+        """The form for few tokens: x [T, D], the same on every tp rank -> a partial sum over tp.
 
+        `transform` norms rows and calls `local`.
         With several dp groups every rank gets the tokens of all; `batch` says how many each has.
         """
         if self._dp.size == 1:
-            return self._local(x, norm, batch.padding)
+            return transform(x, batch.padding, None)
         longest, groups = batch.largest_group, self._dp.size
-        if not longest:  # nothing is read in any group
-            return x
-        length = min(longest, rows_of_slice(self.num_experts_per_tok, groups))
+        length = min(longest, slices.rows_of_slice(self.num_experts_per_tok, groups))
         parts = []
         for begin in range(0, longest, length):  # all groups' tokens take dp times the memory of one's
             end, padding = min(begin + length, longest), batch.padding
             if padding is not None:
                 padding = padding.view(groups, longest)[:, begin:end].flatten()
             rows = batch.rows_of_groups(begin, end)
-            parts.append(self._gathered(x[begin:end], norm, end - begin, rows, padding))
+            parts.append(self._gathered(x[begin:end], transform, end - begin, rows, padding))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gathered(
-        self, x: Tensor, norm: RMSNorm, length: int, rows: Tensor | None, padding: Tensor | None
+        self, x: Tensor, transform: Transform, length: int, rows: Tensor | None, padding: Tensor | None
     ) -> Tensor:
         """`gathered` of some tokens of each dp group, at most `length`. `rows`, if not all groups have as many: where
         tokens lie among all groups' [dp * length]."""
         everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, length - len(x))))
         if rows is None:
-            return self._dp.reduce_scatter(self._local(everybody, norm, padding))
+            return self._dp.reduce_scatter(transform(everybody, padding, None))
         out = torch.zeros_like(everybody)
-        out[rows] = self._local(everybody[rows], norm, None)
+        out[rows] = transform(everybody[rows], None, None)
         return self._dp.reduce_scatter(out)[: len(x)]
 
-    def _local(self, x: Tensor, norm: RMSNorm, padding: Tensor | None) -> Tensor:
-        """What this rank's experts make of norm(x) [n, D]; rows of `padding` [n] go to none."""
-        if self.fused is not None and padding is None:
-            return self.fused.experts(x)
-        x = norm(x)
+    def local(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """What this rank's experts make of x [n, D]; rows of `padding` [n] go to none."""
         expert_ids, weights = self.route(x)
         if padding is not None:
             expert_ids = expert_ids.masked_fill(padding[:, None], -1)
         return self.experts(self.all_gather.select(x, expert_ids, weights))
-
-    def fuse(self, norm: RMSNorm, kernels: Kernels) -> None:
-        """From now on `norm` and this are one call of a kernel, if it knows their form. Weights are packed."""
-        if not norm.is_plain:
-            return
-        experts = self.experts
-        stacks, scales = (experts.fc1, experts.fc2, experts.fc3), experts.scales or (None, None, None)
-        tables = (self.all_gather.here, experts.counts)
-        counts = (self.gate.out_features, len(experts.fc1), self.num_experts_per_tok, self.norm_topk_prob)
-        sizes = (len(self.all_gather.here), *counts, self.gate.in_features, experts.columns)
-        members = (norm.scale, self.gate.weight, *stacks, *scales, *tables, *sizes)
-        self.fused = Half(kernels, *members, eps=norm.eps, is_int8=experts.scales is not None)
 
     def dispatched(self, x: Tensor, own_rows: range, batch: StepBatch) -> Tensor:
         """The form for many: x [N, D] of this rank's tokens, `own_rows` of the group's and padding after -> [N, D].
@@ -232,16 +203,5 @@ class MoEFeedForward(nn.Module):
         return torch.cat([finish() for finish in sums])[:own]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids and weights [N, K] of each token: softmax over all experts in fp32, then top-k.
-
-        The weights are fp32, rounded to x's dtype as the checkpoints were trained.
-        """
-        logits = self.gate(x)
-        kernels = gpu_kernels_for(logits)
-        if kernels is not None:
-            return kernels.route(logits, self.num_experts_per_tok, self.norm_topk_prob)
-        probabilities = F.softmax(logits, dim=-1, dtype=torch.float32)
-        weights, expert_ids = probabilities.topk(self.num_experts_per_tok, dim=-1)
-        if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return expert_ids, weights.to(x.dtype).float()
+        """Expert ids int64 and weights fp32 [N, K] of each token of x [N, D]."""
+        return self._ops.route(self.gate(x), self.num_experts_per_tok, self.norm_topk_prob)

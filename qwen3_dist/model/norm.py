@@ -5,34 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qwen3_dist.ops.kernels import row_kernels_for
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.ops.base import NormWeights, Ops
 
 
 class RMSNorm(nn.Module):
-    """Normalises the last dimension: [..., emb_dim] -> the same shape and dtype.
+    """Normalises the last dimension: [..., dim] -> the same shape and dtype.
 
-    With `qwen3_compatible` the mean square is taken in fp32 and the result cast back before `scale`
+    With `config.qwen3_compatible` the mean square is taken in fp32 and the result cast back before `scale`
     multiplies it, as the released checkpoints were trained; without, all is done in the input's dtype.
-    `shift=True` adds a learned bias after the scale.
+    `config.rms_norm_shift` adds a learned bias after the scale.
     """
 
-    def __init__(self, emb_dim: int, eps: float, shift: bool = False, qwen3_compatible: bool = True) -> None:
+    def __init__(self, config: ModelConfig, dim: int, ops: Ops) -> None:
         super().__init__()
-        self.eps = eps
-        self.qwen3_compatible = qwen3_compatible
-        self.scale = nn.Parameter(torch.ones(emb_dim))
-        self.shift = nn.Parameter(torch.zeros(emb_dim)) if shift else None
+        self._ops = ops
+        self._eps = config.rms_norm_eps
+        self._qwen3_compatible = config.qwen3_compatible
+        self.scale = nn.Parameter(torch.ones(dim))
+        self.shift = nn.Parameter(torch.zeros(dim)) if config.rms_norm_shift else None
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is Qwen3's own form, without options."""
-        return self.qwen3_compatible and self.shift is None
+    def weights(self) -> NormWeights:
+        return NormWeights(self.scale, self._eps, self.shift, self._qwen3_compatible)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = row_kernels_for(x) if self.is_plain else None
-        if kernels is not None:
-            return kernels.norm(x.contiguous(), self.scale, self.eps)
-        wide = x.float() if self.qwen3_compatible else x
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        scaled = normed.to(x.dtype) * self.scale
-        return scaled if self.shift is None else scaled + self.shift
+        return self._ops.norm(x, self.weights)

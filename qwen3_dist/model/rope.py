@@ -71,9 +71,3 @@ class RopeTables:
 
 
 _FIRST_POSITIONS = 4096  # for which tables are made at least
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [T, H, d] by its tokens' angles."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

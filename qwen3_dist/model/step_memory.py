@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
+from qwen3_dist.ops import slices
 from qwen3_dist.parallel.expert_exchange import capacity
 
 SCORED_ROWS = 128  # of a prompt's logits that are held at once
-SORTED_ROWS = 32  # of logits that are sorted at once
 _LIVE_ROWS = 4  # of D for each token: the residual, what is normed, what is added, what travels
-# Pairs of a row and one of its experts that are computed at once. Spread over all of 128 experts they are 256 rows for
-# each, for which a product is bound by arithmetic rather than by reading weights, whatever part of them is here.
-SLICE_PAIRS = 32768
 _PAIR_BYTES = 32  # of a pair's expert id, weight and place, whose slice's sort takes as much again
 # Bytes of each logit, beside those of the activations' dtype, which tp rank 0 holds twice:
 _DRAWN_BYTES = 20  # of a draw: fp32 copies to be changed and for log-probabilities, what is penalised
@@ -46,22 +43,18 @@ def step_bytes(
     if config.num_experts:
         rows, copies = _expert_rows(config, layout, tokens, all_to_all)
         columns = -(-config.moe_hidden_dim // layout.etp)
-        pairs = config.num_experts_per_tok * min(rows, rows_of_slice(config.num_experts_per_tok))
+        pairs = config.num_experts_per_tok * min(rows, slices.rows_of_slice(config.num_experts_per_tok))
         blocks += pairs * 3 * (columns + config.emb_dim) + rows * copies * config.emb_dim
         routing = rows * config.num_experts_per_tok * _PAIR_BYTES
     logits = draws * (2 * item_bytes + _DRAWN_BYTES)
     logits += max(
-        min(draws, SORTED_ROWS) * _SORTED_BYTES, min(tokens, SCORED_ROWS) * (2 * item_bytes + _SCORED_BYTES)
+        min(draws, slices.SORTED_ROWS) * _SORTED_BYTES,
+        min(tokens, SCORED_ROWS) * (2 * item_bytes + _SCORED_BYTES),
     )
     # Logits come when of the blocks only their answers are left.
     ending = 2 * tokens * config.emb_dim * item_bytes + logits * config.vocab_size
     widest = max(config.vocab_size, 2 * config.hidden_dim) // layout.tp * config.emb_dim if widens else 0
     return int(max(blocks * item_bytes + routing, ending) + widest * item_bytes)
-
-
-def rows_of_slice(choices: int, groups: int = 1) -> int:
-    """Rows of each of `groups` dp groups whose pairs with `choices` experts each are computed at once."""
-    return max(1, SLICE_PAIRS // (choices * groups))
 
 
 def _expert_rows(config: ModelConfig, layout: Layout, tokens: int, all_to_all: bool) -> tuple[int, int]:
@@ -75,4 +68,4 @@ def _expert_rows(config: ModelConfig, layout: Layout, tokens: int, all_to_all: b
     if layout.dp == 1:
         return tokens, 1
     # Of all groups, normed, without padding, summed, and in their places again.
-    return layout.dp * min(tokens, rows_of_slice(config.num_experts_per_tok, layout.dp)), 5
+    return layout.dp * min(tokens, slices.rows_of_slice(config.num_experts_per_tok, layout.dp)), 5

@@ -41,12 +41,6 @@ class StepBatch:
     padding: Tensor | None = (
         None  # [T] bool, rows that only fill a graph's size; of all groups' rows in MoE layers
     )
-    ending: Ending | None = None  # None: all tokens are read
-
-    @property
-    def read(self) -> StepBatch:
-        """The step of those tokens that are read."""
-        return self if self.ending is None else self.ending.batch
 
     @property
     def largest_group(self) -> int:
@@ -78,14 +72,6 @@ class StepBatch:
     def narrow(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each sequence's own table [S, B], context_lens and query_starts as int32, made once a step."""
         return self.block_tables[self.table_rows], self.context_lens.int(), self.query_starts.int()
-
-
-@dataclass(frozen=True)
-class Ending:
-    """The tokens of a step that are read: the last block goes on with these once it has the keys and values of all."""
-
-    rows: Tensor  # [R] int64, ascending, of the step's T
-    batch: StepBatch  # of R tokens
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 
 
 def gathered_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
-    """`paged_attention`, a loop over the sequences that do more than decode."""
+    """`Ops.attention`, a loop over the sequences that do more than decode."""
     out = torch.empty_like(q)
     n = batch.num_decodes
     if n:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qwen3_dist.ops.cpu import structs
 from qwen3_dist.ops.cpu.build import library
 from qwen3_dist.parallel.shared_memory import Segment, SharedMemoryCommunicator
 
@@ -42,6 +43,7 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         path = library()
         assert path is not None, "the kernels are not built"
         loaded = ctypes.CDLL(str(path))
+        structs.check_sizes(loaded)
         self._exchange_rounds = _function(loaded, "exchange")
         self._gather_rounds = _function(loaded, "gather")
         self._broadcast_rounds = _function(loaded, "broadcast")
@@ -51,9 +53,15 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         self._callback = _WAIT(self._watch_for_kernel)
         callback = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
         slots = segment.slots
-        words = (segment.flags_address, slots.data_ptr(), rank, size, segment.slot_bytes, callback)
-        self._group_words = (ctypes.c_long * len(words))(*words)
-        self._group = ctypes.addressof(self._group_words)
+        self._group_struct = structs.Group(
+            flags=segment.flags_address,
+            slots=slots.data_ptr(),
+            rank=rank,
+            size=size,
+            slot_bytes=segment.slot_bytes,
+            wait=callback,
+        )
+        self._group = ctypes.addressof(self._group_struct)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         function = self._all_reduces.get(x.dtype)

@@ -82,10 +82,3 @@ class SequenceStep(NamedTuple):
             self.sample._replace(position=self.sample.position + ahead)
             for ahead in range(1 + self.num_drafted)
         ]
-
-    @property
-    def num_read(self) -> int:
-        """Of how many of its tokens, the last ones, anything reads what the model makes of them."""
-        if isinstance(self.reading, PromptScores):
-            return len(self.token_ids)
-        return 1 + self.num_drafted if self.sample is not None or self.reading is not None else 0

@@ -31,8 +31,7 @@ class StepPlan(NamedTuple):
     """One step of one dp group; sequences with a single token come first.
 
     A group without sequences takes part where the others need it: `group_tokens` are the tokens of every
-    group in this step, by which ranks of all groups size and choose the exchanges that they share, and
-    `group_read` those of them that are read;
+    group in this step, by which ranks of all groups size and choose the exchanges that they share;
     `decodes_only` says that after every token of every group one is drawn: there are decodes alone, and guesses;
     `adapted` that some sequence of some group has an adapter; `exact` that tokens must reach their experts by a way
     that has no capacity, since one that has was too small for this step.
@@ -43,7 +42,6 @@ class StepPlan(NamedTuple):
     group_tokens: tuple[int, ...]
     decodes_only: bool
     adapted: bool = False
-    group_read: tuple[int, ...] = ()
     exact: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,21 +60,7 @@ class StepPlan(NamedTuple):
             for sequence in sequences
         )
         adapted = any(sequence.adapter for sequences in parts for sequence in sequences)
-        read = tuple(sum(sequence.num_read for sequence in sequences) for sequences in parts)
-        return [cls(step, sequences, tokens, decodes_only, adapted, read) for sequences in parts]
-
-    @property
-    def as_read(self) -> StepPlan:
-        """The step of those tokens alone that are read."""
-        sequences = (
-            each._replace(
-                token_ids=each.token_ids[-each.num_read :],
-                start=each.start + len(each.token_ids) - each.num_read,
-            )
-            for each in self.sequences
-            if each.num_read
-        )
-        return self._replace(sequences=tuple(sequences), group_tokens=self.group_read)
+        return [cls(step, sequences, tokens, decodes_only, adapted) for sequences in parts]
 
     def in_single_tokens(self) -> StepPlan:
         """A step of decodes alone with every guess as a decode of its own, which finds the ones before it in

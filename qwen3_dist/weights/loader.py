@@ -14,7 +14,9 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.layout import padded_range
-from qwen3_dist.model.transformer import Qwen3Model, build_on_meta
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.base import Ops
+from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.weights import random_weights
@@ -33,8 +35,10 @@ def load_model(
     progress: Progress | None = None,
     random: bool = False,
     placements: Placements | None = None,
+    ops: Ops | None = None,
 ) -> Qwen3Model:
     """Builds this rank's shard on `device`. Padding is zero. `random` weights need no checkpoint.
+    Without `ops` it computes with what `choose_ops` gives.
 
     Raises CheckpointError naming tensors that are missing, left over or of another shape than
     `config` says.
@@ -47,7 +51,9 @@ def load_model(
     plan = WeightPlan(config, parallel.layout, files.names() if files else set(), placements)
     if files:
         _check_names(path, files, plan)
-    model = build_on_meta(config, parallel, dtype, placements)
+    ops = ops or choose_ops(device, dtype)
+    with torch.device("meta"):
+        model = Qwen3Model(config, parallel, ops, placements).to(dtype).eval().requires_grad_(False)
     parameters = _materialise(model, device)
     pieces = list(plan.pieces(parallel.coords))
     total = sum(parameters[piece.parameter][piece.target].numel() for piece in pieces) * dtype.itemsize

@@ -36,7 +36,7 @@ def can_capture(model: Qwen3Model) -> bool:
     """Whether this rank's steps are nothing but launches: on a GPU, nothing over the host."""
     if model.device.type != "cuda" or model.parallel.staged:
         return False
-    return all(moe.experts.stays_on_device(model.like) for moe in model.moe_layers.values())
+    return all(moe.experts.stays_on_device for moe in model.moe_layers.values())
 
 
 class DecodeGraphs:
@@ -96,7 +96,7 @@ class DecodeGraphs:
             _inputs_of(batch),
         )
         if captured.arrived is not None and n:
-            captured.arrived[:n].copy_(self._stage.receive(n, self._model.like))
+            captured.arrived[:n].copy_(self._stage.receive(n, self._model.activation_template))
         x, logits = captured.x, captured.logits
         if captured.graph is None:
             x, logits = self._model.stage(static, self._cache, captured.arrived)
@@ -117,8 +117,8 @@ class DecodeGraphs:
 
     def _capture(self, size: int) -> _Captured:
         batch = self._empty(size)
-        like = self._model.like
-        arrived = None if self._stage.is_first else like.new_zeros(size, like.shape[0])
+        row = self._model.activation_template
+        arrived = None if self._stage.is_first else row.new_zeros(size, row.shape[0])
         if self._device.type != "cuda":
             return _Captured(batch, arrived, None, None, None)
         side = torch.cuda.Stream(self._device)

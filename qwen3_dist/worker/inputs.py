@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.ops.adapter_rows import AdapterRows
-from qwen3_dist.ops.batch import Ending, StepBatch
+from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.transfer import on_device, rows_on_device
 from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SequenceStep, StepPlan
 
@@ -90,7 +90,6 @@ class StepInputs:
             group_tokens=plan.group_tokens,
             adapters=self._adapter_rows(plan) if plan.adapted else None,
             decodes_only=plan.decodes_only and not plan.adapted,
-            ending=self._ending(plan),
         )
 
     def _positions(self, sequences: Sequence[SequenceStep], num_decodes: int) -> tuple[list[int], list[int]]:
@@ -107,18 +106,6 @@ class StepInputs:
             positions.extend(range(start, end))
             places.extend(chain.from_iterable(_runs(blocks[sequence.slot], start, end, size)))
         return positions, places
-
-    def _ending(self, plan: StepPlan) -> Ending | None:
-        """What the last block goes on with; None if that is every token."""
-        if plan.group_read in (plan.group_tokens, ()):
-            return None
-        ends = accumulate(len(sequence.token_ids) for sequence in plan.sequences)
-        rows = [
-            row
-            for sequence, end in zip(plan.sequences, ends, strict=True)
-            for row in range(end - sequence.num_read, end)
-        ]
-        return Ending(on_device(rows, torch.int64, self._device), self._batch(plan.as_read))
 
     def _adapter_rows(self, plan: StepPlan) -> AdapterRows | None:
         adapters = [sequence.adapter for sequence in plan.sequences for _ in sequence.token_ids]

@@ -25,8 +25,10 @@ def block_bytes(model: Qwen3Model, block_size: int) -> int:
 def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerCache]:
     """One zeroed `LayerCache` for each of the rank's layers."""
     shape = (num_blocks, *_block_shape(model, block_size))
-    halves = [host_memory.zeros(shape, model.dtype, model.device) for _ in range(2 * len(model.blocks))]
-    return [LayerCache(keys, values) for keys, values in zip(halves[::2], halves[1::2], strict=True)]
+    return [
+        LayerCache(*(host_memory.zeros(shape, model.dtype, model.device) for _ in range(2)))
+        for _ in model.blocks
+    ]
 
 
 def free_bytes(

@@ -23,7 +23,6 @@ from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.worker import kv_cache
-from qwen3_dist.worker.backends import chosen_backends
 from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.worker.expert_moves import ExpertMoves
 from qwen3_dist.worker.inputs import StepInputs
@@ -55,10 +54,13 @@ class ModelRunner:
         max_blocks = -(-self._shapes.max_model_len // config.block_size)
         self._inputs = StepInputs(max_num_seqs, max_blocks, config.block_size, model.device, num_blocks)
         self._grammars: Grammars | None = None
-        self._state = SamplingState(model.config.vocab_size, model.device, self._new_matcher)
+        self._state = self._new_sampling_state()
         with explained_failures(model.device, self._shapes):
             self._graphs = self._make_graphs() if graphs else None
-        self.backends = chosen_backends(model, self._cache[0], graphs)
+        mixtures = [*model.moe_layers.values()]
+        self.backends = model.ops.describe(mixtures[0].experts.weights if mixtures else None)
+        if self._device.type == "cuda":
+            self.backends += f", CUDA graphs {'on' if graphs else 'off'}"
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:
@@ -72,9 +74,9 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.takes(batch, plan.exact):
             logits = self._graphs.run(batch)
         else:
-            hidden, logits = self.model.hidden_and_logits(batch, self._cache)
+            hidden, logits = self.model(batch, self._cache)
             if hidden is not None and any(part.reading is not None for part in plan.sequences):
-                readings = Readings(self.model, hidden, plan.as_read.sequences)
+                readings = Readings(self.model, hidden, plan.sequences)
         overflow = self.model.take_overflow() if self._may_overflow(batch, plan.exact) else None
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
@@ -96,17 +98,12 @@ class ModelRunner:
             return False
         if self._graphs is not None and self._graphs.takes(batch, exact):
             return self._graphs.goes_all_to_all(batch)
-        return batch.all_to_all or batch.read.all_to_all
+        return batch.all_to_all
 
     def _dispatched(self, batch: StepBatch, exact: bool) -> StepBatch:
         """The batch with how its experts' rows travel; `exact` asks for the way without a capacity."""
-        ending, tokens = batch.ending, sum(batch.group_tokens)
-        if ending is not None:
-            ending = replace(ending, batch=self._dispatched(ending.batch, exact))
-        by_all_to_all = not exact and self._by_all_to_all(tokens)
-        if ending is None and not by_all_to_all:
-            return batch
-        return replace(batch, all_to_all=by_all_to_all, ending=ending)
+        by_all_to_all = not exact and self._by_all_to_all(sum(batch.group_tokens))
+        return replace(batch, all_to_all=True) if by_all_to_all else batch
 
     def _by_all_to_all(self, tokens: int) -> bool:
         """Whether experts' rows go by all-to-all in a step of so many tokens, of all dp groups together."""
@@ -127,6 +124,10 @@ class ModelRunner:
             tokens = self._inputs.last_sampled.new_empty(sum(1 + part.num_drafted for part in sampled))
         self._inputs.keep_sampled(sampled, self._tp.broadcast(tokens))
         return drawn
+
+    def _new_sampling_state(self) -> SamplingState:
+        model = self.model
+        return SamplingState(model.config.vocab_size, model.device, self._new_matcher, model.ops)
 
     def _new_matcher(self, setup: SamplingSetup) -> Matcher:
         """What follows the setup's grammar."""
@@ -171,11 +172,11 @@ class ModelRunner:
             if output is not None:
                 output.result()
         for moe in moe_layers[:1]:  # all are of one shape
-            warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.like)
+            warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.activation_template)
         for moe in moe_layers:
             moe.experts.counts.zero_()
         self._inputs.last_sampled.zero_()
-        self._state = SamplingState(self.model.config.vocab_size, self._device, self._new_matcher)
+        self._state = self._new_sampling_state()
 
     def compiled_kernels(self) -> int:
         """Variants of Triton kernels compiled in this rank's process so far."""

@@ -10,8 +10,11 @@ import torch
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import Placements
+from qwen3_dist.model.attention import kv_groups_per_rank
+from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.choose import AttentionShape, choose_ops
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.protocol.step_limits import SchedulerLimits
@@ -60,10 +63,12 @@ def load_shard(
     """Loads this rank's part of the checkpoint at `path`, its experts where `placements` says."""
     model_config = ModelConfig.from_directory(path)
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
-    model = load_model(path, model_config, parallel, dtype, device, progress, random, placements)
-    if config.quantize == "int8":
-        model.quantize()
-    model.pack()
+    tp = parallel.tp.size
+    groups = kv_groups_per_rank(model_config.n_kv_groups, tp)
+    attention = AttentionShape(model_config.n_heads // tp, groups, model_config.head_dim, config.block_size)
+    ops = choose_ops(device, dtype, attention)
+    model = load_model(path, model_config, parallel, dtype, device, progress, random, placements, ops)
+    finalize(model, int8=config.quantize == "int8")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what weights left behind when they were laid out anew is the KV cache's
     load_adapters(config.lora, model)

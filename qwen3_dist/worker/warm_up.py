@@ -18,8 +18,9 @@ from torch import Tensor
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.model.experts import Experts
-from qwen3_dist.model.step_memory import SCORED_ROWS, rows_of_slice
+from qwen3_dist.model.step_memory import SCORED_ROWS
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.slices import rows_of_slice
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
@@ -193,14 +194,14 @@ def powers_of_2(largest: int) -> list[int]:
     return sorted({*(1 << bit for bit in range(largest.bit_length())), largest} - {0})
 
 
-def warm_up_experts(experts: Experts, choices: int, like: Tensor) -> None:
-    """Computes slices of every size, of rows like `like` [D] whose experts are elsewhere: by all-to-all a rank gets as
+def warm_up_experts(experts: Experts, choices: int, row: Tensor) -> None:
+    """Computes slices of every size, of rows like `row` [D] whose experts are elsewhere: by all-to-all a rank gets as
     many rows as the routing gives it. What computes them may change between two powers of 2."""
     most = rows_of_slice(choices)
     for rows in sorted({size for power in powers_of_2(most) for size in (power, min(power + 1, most))}):
-        ids = torch.full((rows, choices), -1, dtype=torch.int64, device=like.device)
-        weights = torch.zeros(rows, choices, dtype=torch.float32, device=like.device)
-        experts(DispatchedTokens(like.new_zeros(rows, len(like)), ids, weights))
+        ids = torch.full((rows, choices), -1, dtype=torch.int64, device=row.device)
+        weights = torch.zeros(rows, choices, dtype=torch.float32, device=row.device)
+        experts(DispatchedTokens(row.new_zeros(rows, len(row)), ids, weights))
 
 
 @contextlib.contextmanager

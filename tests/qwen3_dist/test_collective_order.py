@@ -16,6 +16,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.batch import StepBatch
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel import expert_exchange
 from qwen3_dist.parallel.dispatch import AllToAllDispatcher, DispatchOptions
 from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
@@ -113,7 +114,7 @@ def history(
         for rank in range(layout.world):
             torch.manual_seed(rank)
             parallel, record = recorded(layout, rank, dispatch, nccl)
-            model = Qwen3Model(CONFIG, parallel).eval().requires_grad_(False)
+            model = Qwen3Model(CONFIG, parallel, TorchOps()).eval().requires_grad_(False)
             for parameter in model.parameters():
                 parameter.normal_(0, 0.2)
             settings = EngineConfig(model="", block_size=4, moe_dispatch=way, max_model_len=32)

@@ -17,6 +17,7 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.ops.transfer import ToHost
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.pipeline import Pipeline
@@ -79,7 +80,7 @@ def test_experts_that_have_moved_are_held_once_and_their_stream_is_told(
     config = ModelConfig.from_dict(
         {**DENSE, **MOE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
     )
-    model = Qwen3Model(config, ParallelContext.single()).eval().requires_grad_(False)
+    model = Qwen3Model(config, ParallelContext.single(), TorchOps()).eval().requires_grad_(False)
     moves = ExpertMoves(model, Path(), random=True)
     layer, moe = next(iter(model.moe_layers.items()))
     [hosted] = moe.placement.hosted

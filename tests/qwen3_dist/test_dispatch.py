@@ -14,9 +14,10 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout
-from qwen3_dist.model import step_memory
 from qwen3_dist.model.feed_forward import MoEFeedForward
-from qwen3_dist.model.norm import RMSNorm
+from qwen3_dist.ops import slices
+from qwen3_dist.ops.adapter_rows import AdapterRows
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.communicator import SingleCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import (
@@ -273,7 +274,7 @@ def check_overlapping_layer(parallel: ParallelContext) -> None:
     layers = []
     for overlap_from in (4, 1000):
         within = replace(parallel, dispatch=DispatchOptions(overlap_from=overlap_from))
-        layer = MoEFeedForward(config, within, ExpertPlacement.even(8, parallel.ep.size))
+        layer = MoEFeedForward(config, within, ExpertPlacement.even(8, parallel.ep.size), TorchOps())
         for parameter in layer.parameters():
             parameter.requires_grad_(False).normal_(0, 0.1)
         layers.append(layer)
@@ -293,20 +294,23 @@ def check_slices(parallel: ParallelContext) -> None:
     """Tokens of dp groups gathered a few at a time; the second group has none in the last slices."""
     config = ModelConfig.from_dict({**DENSE, **MOE, "model_type": "qwen3_moe"})
     torch.manual_seed(0)
-    layer = MoEFeedForward(config, parallel, ExpertPlacement.even(8, parallel.ep.size))
-    norm = RMSNorm(config.emb_dim, eps=1e-6)
+    layer = MoEFeedForward(config, parallel, ExpertPlacement.even(8, parallel.ep.size), TorchOps())
     for parameter in layer.parameters():
         parameter.requires_grad_(False).normal_(0, 0.1)
     of_groups = (9, 4)
     x = torch.randn(of_groups[parallel.coords.group], config.emb_dim)
     batch = replace(random_batch((9,), (9,), 4), token_ids=torch.arange(9), group_tokens=of_groups)
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        whole = layer.gathered(x, norm, batch)
-        patch.setattr(step_memory, "SLICE_PAIRS", 3 * 2 * config.num_experts_per_tok)
+
+        def transform(x: Tensor, padding: Tensor | None, adapters: AdapterRows | None) -> Tensor:
+            return layer.local(x, padding)
+
+        whole = layer.gathered(x, transform, batch)
+        patch.setattr(slices, "SLICE_PAIRS", 3 * 2 * config.num_experts_per_tok)
         gathered = []
         all_gather = parallel.dp.all_gather
         patch.setattr(parallel.dp, "all_gather", lambda x: (gathered.append(len(x)), all_gather(x))[1])
-        sliced = layer.gathered(x, norm, batch)
+        sliced = layer.gathered(x, transform, batch)
     assert gathered == [3, 3, 3]
     torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=1e-5)
 

@@ -13,11 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.model import experts, step_memory
-from qwen3_dist.model.experts import Experts, counted, grouped_experts, looped_experts
-from qwen3_dist.model.linear import as_int8
+from qwen3_dist.model.experts import Experts
+from qwen3_dist.ops import slices
+from qwen3_dist.ops.base import ExpertWeights
+from qwen3_dist.ops.choose import choose_ops
+from qwen3_dist.ops.cuda.attention import PLAIN, Chosen
+from qwen3_dist.ops.cuda.experts import grouped_experts
 from qwen3_dist.ops.cuda.kernels import GpuKernels
-from qwen3_dist.ops.kernels import kernels_for
+from qwen3_dist.ops.cuda.ops import CudaOps
+from qwen3_dist.ops.quantize import as_int8
+from qwen3_dist.ops.torch_experts import counted
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
@@ -37,30 +43,30 @@ def test_grouped_experts_equal_the_loop(rows: int, here: float) -> None:
     )
     ids = torch.randint(0, experts - 1, (rows, choices))  # the last expert is never chosen
     ids[torch.rand(rows, choices) >= here] = -1
-    expected = looped_experts(x, stacks, None, ids, weights)
-    got = grouped_experts(x, stacks, ids, weights, counted(ids, experts))
+    kept = ExpertWeights(stacks, columns)
+    expected = TorchOps().experts(x, kept, ids, weights, torch.zeros(1 + experts, dtype=torch.int64))
+    got = grouped_experts(x, kept, ids, weights, counted(ids, experts), None)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["looped", "grouped", "triton"])
 def test_slices_of_a_large_batch_give_the_same_sums(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    layer = Experts(5, 32, 24).requires_grad_(False)
+    kernels = {torch.float32: GpuKernels() if way == "triton" else None}
+    of_gpu = CudaOps(torch.device("cpu"), torch.float32, kernels, Chosen(PLAIN, ()), way == "grouped")
+    ops = TorchOps() if way == "looped" else of_gpu
+    layer = Experts(5, 32, 24, ops).requires_grad_(False)
     for parameter in layer.parameters():
         parameter.normal_(0, 0.2)
-    if way == "grouped":
-        monkeypatch.setattr(experts, "grouped_mm_works", lambda *_: True)
-    if way == "triton":
-        monkeypatch.setattr(experts, "gpu_kernels_for", lambda _: GpuKernels())
     ids = torch.randint(-1, 5, (11, 3))
     ids[4:8] = torch.tensor([0, 1, 2])  # a whole slice wants the experts of this rank
     received = DispatchedTokens(torch.randn(11, 32), ids, torch.rand(11, 3))
     whole = layer(received)
     counted_once = layer.counts.clone()
-    monkeypatch.setattr(step_memory, "SLICE_PAIRS", 12)
+    monkeypatch.setattr(slices, "SLICE_PAIRS", 12)
     rows: list[int] = []
-    sums = layer._sums
-    monkeypatch.setattr(layer, "_sums", lambda x, *more: (rows.append(len(x)), sums(x, *more))[1])
+    sums = ops._experts_of_slice
+    monkeypatch.setattr(ops, "_experts_of_slice", lambda x, *more: (rows.append(len(x)), sums(x, *more))[1])
     torch.testing.assert_close(layer(received), whole, atol=1e-5, rtol=1e-5)
     assert rows == [4, 4, 3]
     assert torch.equal(layer.counts, 2 * counted_once)
@@ -71,16 +77,13 @@ def test_slices_of_a_large_batch_give_the_same_sums(way: str, monkeypatch: pytes
 def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], quantized: bool) -> None:
     torch.manual_seed(0)
     shapes = ((24, 32), (24, 32), (32, 24))
-    kernels = kernels_for(torch.empty(0))
+    ops = choose_ops(torch.device("cpu"), torch.float32)
 
     def packed(stacks: tuple[torch.Tensor, ...]) -> Experts:
-        experts = Experts(4, 32, 24).requires_grad_(False)
+        experts = Experts(4, 32, 24, ops).requires_grad_(False)
         for parameter, stack in zip(experts.parameters(), stacks, strict=True):
             parameter.copy_(stack)
-        if quantized:
-            experts.quantize()
-        if kernels is not None:
-            experts.pack(kernels)
+        experts.finalize(int8=quantized)
         return experts
 
     old = tuple(torch.randn(4, *shape) for shape in shapes)
@@ -93,10 +96,8 @@ def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], qu
     for stack, arrived in zip(mixed, new, strict=True):
         stack[places] = arrived
     expected = packed(mixed)
-    for mine, theirs in zip(experts.parameters(), expected.parameters(), strict=True):
+    for mine, theirs in zip(experts.weights.tensors, expected.weights.tensors, strict=True):
         assert torch.equal(mine, theirs)
-    for scale, other in zip(experts.scales or (), expected.scales or (), strict=True):
-        assert torch.equal(scale, other)
 
 
 def test_int8_weights_are_within_half_a_step_of_what_they_stand_for() -> None:

@@ -72,7 +72,7 @@ def test_a_stage_runs_on_a_cpu(stage: str, words: str, tmp_path: Path) -> None:
 
 def test_each_way_of_a_gpu_computes_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Triton's interpreter, which multiplies the bits of bf16."""
-    monkeypatch.setattr(experts, "gpu_kernels_for", lambda _: GpuKernels())
+    monkeypatch.setattr(experts, "_gpu_kernels", lambda _: GpuKernels())
     monkeypatch.setattr(experts, "microseconds", lambda run, setting: 7.0)
     setting, size, times = Setting("cpu", tmp_path, 1), experts._Size(4, 2, 32, 16, torch.float16), {}
     figures = experts._ways(setting, size, 3, times)
@@ -83,7 +83,7 @@ def test_each_way_of_a_gpu_computes_experts(tmp_path: Path, monkeypatch: pytest.
     }
     wrong = GpuKernels()
     monkeypatch.setattr(wrong, "experts", lambda x, *_: 2 * x)
-    monkeypatch.setattr(experts, "gpu_kernels_for", lambda _: wrong)
+    monkeypatch.setattr(experts, "_gpu_kernels", lambda _: wrong)
     with pytest.raises(CheckFailed, match="triton is off by"):
         experts._ways(setting, size, 3, times)
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.model import attention, experts, feed_forward, norm
+from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import LayerCache, StepBatch
-from qwen3_dist.ops.cpu import native
 from qwen3_dist.ops.cuda import attention as gpu_attention
-from qwen3_dist.ops.cuda.attention import Backend
+from qwen3_dist.ops.cuda.attention import Backend, Chosen, chosen_attention
 from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.cuda.ops import CudaOps
 from qwen3_dist.ops.torch_attention import gathered_attention
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.weights.loader import load_model
@@ -61,9 +63,9 @@ def test_the_first_backend_that_is_right_here_is_taken(monkeypatch: pytest.Monke
     )
     for backends, expected in (((*bad, triton), gpu_attention.triton), (bad, gathered_attention)):
         monkeypatch.setattr(gpu_attention, "BACKENDS", backends)
-        gpu_attention.chosen_attention.cache_clear()
-        assert gpu_attention.gpu_attention(*SHAPES) is expected
-    gpu_attention.chosen_attention.cache_clear()
+        chosen_attention.cache_clear()
+        assert chosen_attention(*SHAPES).backend.attend is expected
+    chosen_attention.cache_clear()
 
 
 @pytest.fixture(params=[False, True], ids=["dense", "moe"])
@@ -115,7 +117,7 @@ def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> N
         batch = decodes(size, tables)
         assert graphs.takes(batch)
         with torch.inference_mode():
-            expected, got = model(batch, cache), graphs.run(batch)
+            (_, expected), got = model(batch, cache), graphs.run(batch)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(padded_cache, cache, strict=True):  # all but the spare block
         torch.testing.assert_close(ours.keys[:-1], theirs.keys[:-1])
@@ -141,17 +143,15 @@ def test_guesses_are_decodes_of_their_own_in_a_padded_step(model: Qwen3Model) ->
             model(inputs.batch(first), cache)
             batch = inputs.batch(plan, in_single_tokens=single)
             assert graphs.takes(batch)
-            logits.append(graphs.run(batch) if single else model(batch, cache))
+            logits.append(graphs.run(batch) if single else model(batch, cache)[1])
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_a_model_of_gpu_kernels_is_the_model_itself(
-    model: Qwen3Model, quantized: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+def test_a_model_of_gpu_kernels_is_the_model_itself(quantized: bool, moe: bool, tmp_path: Path) -> None:
     """All that a GPU runs but the products of torch, interpreted."""
-    if quantized:
-        model.quantize()
+    path = write_checkpoint(tmp_path, moe=moe)
     spec, table = SampleSpec(0.0, 1.0, 0, 0, 10, None), (8, 1, 3)
     prompts = (
         SequenceStep(0, 0, tuple(range(3, 12)), 0, table, spec),
@@ -160,20 +160,17 @@ def test_a_model_of_gpu_kernels_is_the_model_itself(
     mixed = (SequenceStep(0, 0, (7,), 9, table, spec), SequenceStep(2, 2, (9, 3, 8), 0, (6,), spec))
     batches = [batch_of(StepPlan.for_groups(1, [parts])[0]) for parts in (prompts, mixed)]
 
-    def run() -> list[Tensor | None]:
+    def run(ops: Ops) -> list[Tensor | None]:
+        config, alone = ModelConfig.from_directory(path), ParallelContext.single()
+        model = load_model(path, config, alone, torch.float32, CPU, ops=ops)
+        finalize(model, int8=quantized)
         cache = kv_cache.allocate(model, 16, 4)
         with torch.inference_mode():
-            return [model(batch, cache) for batch in batches]
+            return [model(batch, cache)[1] for batch in batches]
 
-    expected = run()
-    kernels = GpuKernels()
-    for user in (norm, attention):
-        monkeypatch.setattr(user, "row_kernels_for", lambda _: kernels)
-    for other in (experts, feed_forward, native):
-        monkeypatch.setattr(other, "gpu_kernels_for", lambda _: kernels)
-    monkeypatch.setattr(attention, "paged_attention", gpu_attention.triton)
-    model.join()
-    for got, logits in zip(run(), expected, strict=True):
+    triton = Chosen(Backend("Triton", gpu_attention.triton), ())
+    ops = CudaOps(CPU, torch.float32, {torch.float32: GpuKernels()}, triton, grouped_mm=False)
+    for got, logits in zip(run(ops), run(TorchOps()), strict=True):
         torch.testing.assert_close(got, logits, atol=2e-5, rtol=2e-5)
 
 
@@ -203,7 +200,7 @@ def check_graphs_of_two_groups(parallel: ParallelContext) -> None:
     step = replace(decodes(3, tables), group_tokens=(3, 0))
     idle = batch_of(StepPlan(1, (), (3, 0), True))
     with torch.inference_mode():
-        expected = alone(replace(step, group_tokens=()), cache)
+        _, expected = alone(replace(step, group_tokens=()), cache)
         graphs = DecodeGraphs(model, cache, 4, tables)
         batch = step if parallel.coords.group == 0 else idle
         assert graphs.takes(batch)

@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.model.experts import looped_experts
-from qwen3_dist.model.linear import as_int8
-from qwen3_dist.model.rope import apply_rope, rope_tables
+from qwen3_dist.model.rope import rope_tables
+from qwen3_dist.ops.base import ExpertWeights, FeedForwardParts, LinearWeights, Matrix, NormWeights
 from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cpu import build
-from qwen3_dist.ops.kernels import Half, Kernels, Weights, kernels_for, linears, rows_of_packed
+from qwen3_dist.ops.cpu.block_kernels import feed_forward_kernel
+from qwen3_dist.ops.cpu.kernels import Kernels, load_kernels
+from qwen3_dist.ops.cpu.structs import address
+from qwen3_dist.ops.quantize import as_int8
 from qwen3_dist.ops.torch_attention import gathered_attention
+from qwen3_dist.ops.torch_ops import TorchOps, apply_rope
 from tests.batches import random_batch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -36,15 +39,15 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 
 def kernels(dtype: torch.dtype) -> Kernels:
-    found = kernels_for(torch.empty(0, dtype=dtype))
+    found = load_kernels(dtype)
     assert found is not None
     return found
 
 
 def packed(
     dtype: torch.dtype, weight: Tensor, scale: Tensor | None = None, bias: Tensor | None = None
-) -> Weights:
-    return Weights(kernels(dtype).pack(weight), len(weight), scale, bias)
+) -> Matrix:
+    return Matrix(kernels(dtype).pack(weight), len(weight), scale, bias)
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
@@ -58,7 +61,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
 def test_rows_of_a_packed_matrix_are_its_own(dtype: torch.dtype, inner: int, outputs: int) -> None:
     weight = torch.randn(outputs, inner).to(dtype)
     ids = torch.randint(0, outputs, (20,))
-    assert torch.equal(rows_of_packed(kernels(dtype).pack(weight), ids, inner), weight[ids])
+    assert torch.equal(kernels(dtype).packed_rows(kernels(dtype).pack(weight), ids, inner), weight[ids])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 7, 12, 97, 200])
@@ -88,10 +91,13 @@ def test_norm_and_feed_forward_in_one_call(dtype: torch.dtype, rows: int) -> Non
     fc1, fc2 = (torch.randn(2, 37, 48) / 7).to(dtype)
     fc3 = (torch.randn(48, 37) / 6).to(dtype)
     scale, weights = torch.rand(48).to(dtype), [kernels(dtype).pack(fc) for fc in (fc1, fc2, fc3)]
-    half = Half(kernels(dtype), scale, *weights, None, None, None, 48, 37, eps=1e-6, is_int8=False)
+    gate, up, down = (Matrix(weight, outputs) for weight, outputs in zip(weights, (37, 37, 48), strict=True))
+    parts = FeedForwardParts(NormWeights(scale, 1e-6), LinearWeights((gate, up)), LinearWeights((down,)))
+    kernel, out = feed_forward_kernel(parts), torch.empty_like(x)
+    kernels(dtype).run("feed_forward_kernel", address(kernel), x, out, rows)
     normed = kernels(dtype).norm(x, scale, 1e-6).float()
     hidden = F.silu(normed @ fc1.float().T) * (normed @ fc2.float().T)
-    assert close(half.feed_forward(x), hidden @ fc3.float().T)
+    assert close(out, hidden @ fc3.float().T)
 
 
 @pytest.mark.parametrize("columns", [1, 64, 150, 1000])
@@ -125,7 +131,8 @@ def test_linear_with_int8_weights(dtype: torch.dtype, rows: int, inner: int, out
 def test_int8_weights_do_not_overflow_fp16(rows: int) -> None:
     """Whose largest number is 65504; whole integers of this row add up to 127 * 1024."""
     weight, scale = as_int8(torch.full((8, 1024), 0.01))
-    (out,) = linears(torch.ones(rows, 1024, dtype=torch.float16), Weights(weight, 8, scale))
+    x = torch.ones(rows, 1024, dtype=torch.float16)
+    (out,) = TorchOps().linear(x, LinearWeights((Matrix(weight, 8, scale),)))
     torch.testing.assert_close(out, torch.full((rows, 8), 10.24).half(), rtol=2e-3, atol=0)
 
 
@@ -136,9 +143,11 @@ def test_experts_with_int8_weights(dtype: torch.dtype, rows: int) -> None:
     shapes = ((4, 37, 48), (4, 37, 48), (4, 48, 37))
     stacks, scales = zip(*(as_int8(torch.randn(shape) / 7) for shape in shapes), strict=True)
     wide = tuple((stack * scale[..., None]) for stack, scale in zip(stacks, scales, strict=True))
-    expected = looped_experts(x.float(), wide, None, ids, weights)
-    in_panels = tuple(map(kernels(dtype).pack, stacks))
-    assert close(kernels(dtype).experts(x, in_panels, 37, scales, ids, weights), expected)
+    expected = TorchOps().experts(
+        x.float(), ExpertWeights(wide, 37), ids, weights, torch.zeros(5, dtype=torch.int64)
+    )
+    packed = ExpertWeights(tuple(map(kernels(dtype).pack, stacks)), 37, scales)
+    assert close(kernels(dtype).experts(x, packed, ids, weights), expected)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])
@@ -156,7 +165,8 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
                 hidden = F.silu(fc1[expert].float() @ wide) * (fc2[expert].float() @ wide)
                 expected[row] += weights[row, choice] * (fc3[expert].float() @ hidden)
     pack = kernels(dtype).pack
-    got = kernels(dtype).experts(x, (pack(fc1), pack(fc2), pack(fc3)), columns, None, ids, weights)
+    stacks = ExpertWeights((pack(fc1), pack(fc2), pack(fc3)), columns)
+    got = kernels(dtype).experts(x, stacks, ids, weights)
     assert close(got, expected)
 
 

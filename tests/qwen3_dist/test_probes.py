@@ -25,10 +25,10 @@ SHAPES = (CPU, torch.float32, 8, 2, 16, 4)  # heads, KV groups, head_dim, block_
 
 @pytest.fixture(autouse=True)
 def nothing_found_before() -> Iterator[None]:
-    for found in (gpu._kernels, chosen_attention):
+    for found in (gpu.working_kernels, chosen_attention):
         found.cache_clear()
     yield
-    for found in (gpu._kernels, chosen_attention):
+    for found in (gpu.working_kernels, chosen_attention):
         found.cache_clear()
 
 
@@ -49,7 +49,7 @@ def test_backends_that_fail_are_logged_once_with_the_reason(
 ) -> None:
     monkeypatch.setattr(gpu_attention, "BACKENDS", (Backend("A", broken), Backend("B", wrong)))
     for _ in range(3):
-        assert gpu_attention.gpu_attention(*SHAPES) is gathered_attention
+        assert chosen_attention(*SHAPES).backend.attend is gathered_attention
     first, second = (record.getMessage() for record in caplog.records)
     assert "Attention by A" in first and "RuntimeError: no kernel image for this card" in first
     assert "Attention by B" in second and "off by 0.25" in second
@@ -63,13 +63,13 @@ def test_triton_that_does_not_compile_is_logged_once_with_the_reason(
         raise RuntimeError("Failed to find C compiler")
 
     monkeypatch.setattr(gpu, "GpuKernels", no_compiler)
-    assert [gpu._kernels(CPU, torch.bfloat16) for _ in range(2)] == [None, None]
+    assert [gpu.working_kernels(CPU, torch.bfloat16) for _ in range(2)] == [None, None]
     (record,) = caplog.records
     assert "bfloat16" in record.getMessage() and "Failed to find C compiler" in record.getMessage()
 
 
 def test_kernels_that_are_all_right_are_taken(caplog: pytest.LogCaptureFixture) -> None:
-    assert isinstance(gpu._kernels(CPU, torch.float32), gpu.GpuKernels)
+    assert isinstance(gpu.working_kernels(CPU, torch.float32), gpu.GpuKernels)
     assert not caplog.records
 
 
@@ -84,7 +84,7 @@ def test_a_kernel_that_computes_something_else_is_logged_with_its_name_and_error
     right = getattr(kernels, name)
     monkeypatch.setattr(kernels, name, lambda *arguments: right(*arguments) + 2)
     monkeypatch.setattr(gpu, "GpuKernels", lambda: kernels)
-    assert gpu._kernels(CPU, torch.float32) is None
+    assert gpu.working_kernels(CPU, torch.float32) is None
     (record,) = caplog.records
     assert f"{name}: its answer is off by 2 " in record.getMessage()
 

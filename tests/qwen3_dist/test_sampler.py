@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 import torch
 
+from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.protocol.step_plan import SampleSpec
 from qwen3_dist.worker.sampling.sampler import SampledLogprobs, sample, uniform
 
 LOGITS = torch.log(torch.tensor([0.4, 0.05, 0.3, 0.15, 0.1]))
 DRAWS = 20_000
+OPS = choose_ops(torch.device("cpu"), torch.float32)
 
 
 def spec(position: int = 0, **changes: object) -> SampleSpec:
@@ -21,7 +23,7 @@ def spec(position: int = 0, **changes: object) -> SampleSpec:
 
 def shares(**changes: object) -> dict[int, float]:
     specs = [spec(position, **changes) for position in range(DRAWS)]
-    tokens = sample(LOGITS.expand(DRAWS, -1), specs)
+    tokens = sample(LOGITS.expand(DRAWS, -1), specs, OPS)
     return {token: count / DRAWS for token, count in Counter(tokens.tolist()).items()}
 
 
@@ -57,9 +59,9 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours() -> None
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
     limits = [{"top_p": 0.9}, {"top_k": 3}, {}, {"top_k": 40, "top_p": 0.5}, {"top_k": 2}, {"top_p": 0.2}]
     specs = [spec(position=i, seed=i % 2, **limits[i]) for i in range(6)]
-    together = sample(logits, specs).tolist()
-    alone = [sample(logits[i : i + 1], [specs[i]]).item() for i in range(6)]
-    mixed = sample(logits.flip(0), [spec(temperature=0.0), *specs[::-1][1:]]).tolist()
+    together = sample(logits, specs, OPS).tolist()
+    alone = [sample(logits[i : i + 1], [specs[i]], OPS).item() for i in range(6)]
+    mixed = sample(logits.flip(0), [spec(temperature=0.0), *specs[::-1][1:]], OPS).tolist()
     assert together == alone
     assert mixed[1:] == together[::-1][1:]
 
@@ -72,9 +74,10 @@ def test_selecting_the_likeliest_draws_what_sorting_all_draws(
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, vocab_size, generator=generator).mul(4).round()  # many ties
     specs = [spec(position=i, **limits) for i in range(500)]
-    selected = sample(logits, specs)
-    monkeypatch.setattr("qwen3_dist.worker.sampling.sampler._MOST_SELECTED", 1)
-    assert torch.equal(selected, sample(logits, specs))
+    selected = sample(logits, specs, OPS)
+    monkeypatch.setattr("qwen3_dist.worker.sampling.sampler.MOST_SELECTED", 1)
+    monkeypatch.setattr("qwen3_dist.ops.torch_draws.MOST_SELECTED", 1)
+    assert torch.equal(selected, sample(logits, specs, OPS))
 
 
 def test_uniform_numbers_are_spread_evenly_and_differ_by_seed() -> None:

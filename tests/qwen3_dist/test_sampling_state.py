@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import RequestError
 from qwen3_dist.model.reference import load_reference
+from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep
 from qwen3_dist.worker.sampling.penalties import Penalties
 from qwen3_dist.worker.sampling.sampler_state import SamplingState
@@ -21,6 +22,7 @@ from tests.checkpoints import TIGHT, write_checkpoint
 from tests.setups import setup
 
 LENGTH = 12
+OPS = choose_ops(torch.device("cpu"), torch.float32)
 # A repeating prompt, so that its tokens are likely ones.
 PROMPTS = [[5, 6, 7, 8] * 3, [9, 11] * 5, list(range(100, 120)), [3]]
 GREEDY = SamplingParams(max_tokens=LENGTH, temperature=0, ignore_eos=True)
@@ -130,7 +132,7 @@ def test_seeded_draws_are_those_without_neighbours(checkpoint: Path) -> None:
 
 def sampled(logits: Tensor, position: int = 0, temperature: float = 0.0, **changes: Any) -> list[int]:
     """What sequences with this setup get from rows of logits [L, V], each drawn at a position of its own."""
-    state = SamplingState(logits.shape[1], logits.device, lambda _: pytest.fail("no grammar here"))
+    state = SamplingState(logits.shape[1], logits.device, lambda _: pytest.fail("no grammar here"), OPS)
     steps = [
         SequenceStep(
             row, row, (1,), 0, (0,), SampleSpec(temperature, 1.0, 0, 1, row, None), setup=setup(**changes)
@@ -204,7 +206,7 @@ def test_bad_words_of_several_tokens_are_forbidden_where_they_would_be_complete(
 
 def test_a_slot_that_a_plain_sequence_takes_over_is_plain() -> None:
     logits = torch.tensor([[0.0, 3.0]])
-    state = SamplingState(2, logits.device, lambda _: pytest.fail("no grammar here"))
+    state = SamplingState(2, logits.device, lambda _: pytest.fail("no grammar here"), OPS)
     spec = SampleSpec(0.0, 1.0, 0, 1, 0, None)
     first = SequenceStep(1, 0, (1,), 0, (0,), spec, setup=setup(logit_bias=((0, 9.0),)))
     state.admit([first])

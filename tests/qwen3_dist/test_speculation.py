@@ -14,6 +14,7 @@ from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.scheduler import Scheduler
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.protocol.outputs import RequestOutput
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
@@ -144,7 +145,7 @@ class Chain:
         for part in plan.sequences:
             specs += part.draws
             rows += part.token_ids[len(part.token_ids) - len(part.draws) :]
-        drawn = sample(self._logits[rows], specs).tolist() if rows else []
+        drawn = sample(self._logits[rows], specs, TorchOps()).tolist() if rows else []
         return StepResult(plan.step, tuple(drawn), (None,) * len(drawn))
 
 

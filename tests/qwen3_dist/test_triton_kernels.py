@@ -7,24 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.model import norm
-from qwen3_dist.model.experts import counted, looped_experts
-from qwen3_dist.model.linear import as_int8
-from qwen3_dist.model.norm import RMSNorm
-from qwen3_dist.model.rope import apply_rope
+from qwen3_dist.ops.base import ExpertWeights, NormWeights
 from qwen3_dist.ops.cuda import triton_products, triton_rows
-from qwen3_dist.ops.kernels import GpuKernels
+from qwen3_dist.ops.cuda.attention import PLAIN, Chosen
+from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.cuda.ops import CudaOps
+from qwen3_dist.ops.quantize import as_int8
+from qwen3_dist.ops.torch_experts import counted
+from qwen3_dist.ops.torch_ops import TorchOps, apply_rope
 from qwen3_dist.protocol.step_plan import SampleSpec
 from qwen3_dist.worker.sampling import sampler
 
 DTYPES = [torch.float32, torch.bfloat16]
 OF_PRODUCTS = [torch.float32, torch.float16]  # the interpreter multiplies the bits of bf16
+TORCH = TorchOps()
 
 
 @pytest.fixture(autouse=True)
-def plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels are compared with is torch alone."""
-    monkeypatch.setattr(norm, "row_kernels_for", lambda _: None)
+def same_numbers() -> None:
     torch.manual_seed(0)
 
 
@@ -37,10 +37,8 @@ def close(got: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 96), (3, 2, 1024), (0, 64)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, plain = 3 * torch.randn(shape).to(dtype), RMSNorm(shape[-1], 1e-6).to(dtype)
-    plain.scale.data.normal_()
-    with torch.no_grad():
-        close(triton_rows.norm(x, plain.scale, 1e-6), plain(x))
+    x, scale = 3 * torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    close(triton_rows.norm(x, scale, 1e-6), TORCH.norm(x, NormWeights(scale, 1e-6)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,13 +52,11 @@ def test_rotate(heads: int, groups: int, dim: int, normed: bool, dtype: torch.dt
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     keys, values = torch.zeros(2, 8, 4, groups, dim).to(dtype)
     slots = torch.tensor([31, 0, 5, 12, 7])
-    norms = [RMSNorm(dim, 1e-6).to(dtype) for _ in range(2)]
-    for each in norms:
-        each.scale.data.normal_()
-    with torch.no_grad():
-        scales = (norms[0].scale, norms[1].scale) if normed else None
-        got = triton_rows.rotate(q, k, v, keys, values, scales, cos, sin, slots, 1e-6)
-        turned = [apply_rope(part, cos, sin) for part in ((norms[0](q), norms[1](k)) if normed else (q, k))]
+    scales = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if normed else None
+    got = triton_rows.rotate(q, k, v, keys, values, scales, cos, sin, slots, 1e-6)
+    if scales is not None:
+        q, k = (TORCH.norm(x, NormWeights(scale, 1e-6)) for x, scale in zip((q, k), scales, strict=True))
+    turned = [apply_rope(part, cos, sin) for part in (q, k)]
     assert got.is_contiguous()
     close(got, turned[0])
     close(keys.flatten(0, 1)[slots], turned[1])
@@ -104,7 +100,8 @@ def test_experts(rows: int, num_experts: int, dtype: torch.dtype, quantized: boo
     weights = torch.rand(rows, choices)
     totals = torch.full((1 + num_experts,), 7)
     got = triton_products.experts(x, tuple(stacks), scales, ids, weights, totals)
-    close(got, looped_experts(x, tuple(stacks), scales, ids, weights))
+    plain, unread = ExpertWeights(tuple(stacks), columns, scales), torch.zeros_like(totals)
+    close(got, TORCH.experts(x, plain, ids, weights, unread))
     assert not got[-1].any()
     assert (totals - 7).equal(counted(ids, num_experts))
 
@@ -136,7 +133,7 @@ def test_linear_int8(rows: int, dtype: torch.dtype) -> None:
     ],
 )
 @pytest.mark.parametrize("vocab_size", [50, 1024, 4100])
-def test_draws(monkeypatch: pytest.MonkeyPatch, limits: dict[str, float], vocab_size: int) -> None:
+def test_draws(limits: dict[str, float], vocab_size: int) -> None:
     """They are those of plain torch, with many equal logits, too."""
     wider = torch.randn(40, vocab_size + 3).mul(8).round().div(2).to(torch.bfloat16)
     logits = wider[:, :vocab_size]  # as a group leaves them whose ranks' rows are more than the vocabulary
@@ -146,9 +143,9 @@ def test_draws(monkeypatch: pytest.MonkeyPatch, limits: dict[str, float], vocab_
         )  # type: ignore[arg-type]
         for i in range(len(logits))
     ]
-    expected = sampler.sample(logits, specs)
-    monkeypatch.setattr(sampler, "gpu_kernels_for", lambda _: GpuKernels())
-    assert sampler.sample(logits, specs).equal(expected)
+    kernels = dict.fromkeys((torch.float32, torch.bfloat16), GpuKernels())
+    ops = CudaOps(torch.device("cpu"), torch.bfloat16, kernels, Chosen(PLAIN, ()), grouped_mm=False)
+    assert sampler.sample(logits, specs, ops).equal(sampler.sample(logits, specs, TORCH))
 
 
 def test_a_draw_at_the_very_end_gets_the_last_token_that_has_any_weight() -> None:

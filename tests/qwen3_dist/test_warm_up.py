@@ -14,6 +14,7 @@ from triton.runtime.errors import OutOfResources
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError, ResourceError
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig
@@ -115,7 +116,7 @@ def leaves_nothing_behind(parallel: ParallelContext) -> None:
     config = ModelConfig.from_dict(
         {**DENSE, **MOE, "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
     )
-    model = Qwen3Model(config, parallel).eval().requires_grad_(False)
+    model = Qwen3Model(config, parallel, TorchOps()).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(0, 0.15)
     cold, warm = runner_of(model), runner_of(model)
@@ -141,7 +142,7 @@ def test_warm_up_leaves_nothing_behind_on_one_rank() -> None:
 def test_warm_up_does_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelRunner, "launch", None)
     config = ModelConfig.from_dict({**DENSE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"})
-    runner_of(Qwen3Model(config, ParallelContext.single()).eval().requires_grad_(False)).warm_up()
+    runner_of(Qwen3Model(config, ParallelContext.single(), TorchOps()).eval().requires_grad_(False)).warm_up()
 
 
 def test_a_step_that_does_not_fit_says_what_to_lower() -> None:

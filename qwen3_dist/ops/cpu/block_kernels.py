@@ -1,122 +1,174 @@
-"""The halves of a transformer block, each as one call of a kernel, and all blocks as one: Python between their parts
-would take as long as the parts do for few tokens, since they leave the caches full of weights.
+"""A transformer block's two sublayers, each as one call of a kernel, and all blocks of a stage as one: Python between
+their parts would take as long as the parts do for few tokens, since they leave the caches full of weights.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from qwen3_dist.ops.cpu.native import Kernels
+from qwen3_dist.ops.base import AttentionParts, BlockParts, FeedForwardParts, HeadParts, MoEParts
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.cpu.kernels import Kernels
+from qwen3_dist.ops.cpu.structs import (
+    AttentionKernel,
+    AttentionMetadata,
+    Block,
+    ExpertsKernel,
+    FeedForwardKernel,
+    Head,
+    Logits,
+    address,
+    addresses,
+)
 
-Where = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+class CpuBlockKernels:
+    """`BlockKernels` of packed weights, whose norms are plain."""
 
-class Half:
-    """One half on one rank; `members` are those of its structure in `cpu/halves.h`, in their order.
-
-    It holds their addresses: whoever makes it keeps the tensors, and keeps them where they are.
-    """
-
-    def __init__(self, kernels: Kernels, *members: Tensor | int | None, eps: float, is_int8: bool) -> None:
-        words = [member.data_ptr() if isinstance(member, Tensor) else member or 0 for member in members]
-        self._words = (ctypes.c_long * len(words))(*words)
-        self.address = ctypes.addressof(self._words)
+    def __init__(self, kernels: Kernels, block: BlockParts) -> None:
+        attention, feed_forward = block
+        self._parts = block  # whose tensors the structures point to
         self._kernels = kernels
-        self.eps = eps
-        self.ending = "_int8" if is_int8 else ""
+        self.int8 = "_int8" if attention.out.parts[0].scale is not None else ""
+        self.attention_kernel = _attention_kernel(attention)
+        self.dense: FeedForwardKernel | None = None
+        self.experts: ExpertsKernel | None = None
+        if isinstance(feed_forward, FeedForwardParts):
+            self.dense, self._name = feed_forward_kernel(feed_forward), f"feed_forward_kernel{self.int8}"
+        else:
+            self.experts, self._name = _experts_kernel(feed_forward), f"experts_kernel{self.int8}"
+        self._feed_forward = address(self.dense or self.experts)
 
-    def attention(
-        self,
-        x: Tensor,
-        cache: tuple[Tensor, Tensor],
-        rope: tuple[Tensor, Tensor],
-        where: Where,
-    ) -> Tensor:
-        """norm, q, k, v, rotation, attention and the projection back, for x [T, D] -> [T, D].
-
-        `where` is slots, tables, table_rows, context_lens and starts, as `Kernels.rotate` and `attention` have them.
-        """
-        return self._call("attention_half", x, *cache, *rope, *where, *_sizes(where, cache[0]))
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        out, metadata = torch.empty_like(x), attention_metadata(batch, cache)
+        tensors = (x, out, cache.keys, cache.values, cos, sin)
+        kernel = address(self.attention_kernel)
+        self._kernels.run(f"attention_kernel{self.int8}", kernel, *tensors, address(metadata))
+        return out
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """norm and the dense SwiGLU, for x [T, D] -> [T, D]."""
-        return self._call("feed_forward_half", x, x.shape[0])
-
-    def experts(self, x: Tensor) -> Tensor:
-        """norm, routing and this rank's part of the experts, for x [T, D] -> [T, D]."""
-        return self._call("experts_half", x, x.shape[0])
-
-    def _call(self, name: str, x: Tensor, *others: Tensor | int) -> Tensor:
         out = torch.empty_like(x)
-        self._kernels.run(name + self.ending, self.address, x, out, *others, self.eps)
+        self._kernels.run(self._name, self._feed_forward, x, out, len(x))
         return out
 
 
-class Blocks:
-    """Blocks one after the other with their residuals: of each, the half with attention, the other, and whether that
-    is a mixture of experts. Where the last is the model's, its `head` may follow."""
+class CpuStageKernels:
+    """`StageKernels` of packed weights, whose norms are plain."""
 
-    def __init__(
-        self, kernels: Kernels, halves: Sequence[tuple[Half, Half, bool]], head: Half | None = None
-    ) -> None:
-        words: list[int] = []
-        for attention, other, is_mixture in halves:
-            words += (
-                (attention.address, 0, other.address) if is_mixture else (attention.address, other.address, 0)
-            )
-        self._words = (ctypes.c_long * len(words))(*words)
-        self._halves = halves  # whose addresses these are
+    def __init__(self, kernels: Kernels, blocks: Sequence[BlockParts], head: HeadParts | None) -> None:
+        self.blocks = [CpuBlockKernels(kernels, block) for block in blocks]
         self._kernels = kernels
-        self.head = head
-        self._name, self._eps = f"blocks{halves[0][0].ending}", halves[0][0].eps
+        self._name = f"blocks{self.blocks[0].int8}"
+        self._structs = (Block * len(blocks))(
+            *(
+                Block(address(each.attention_kernel), address(each.dense), address(each.experts))
+                for each in self.blocks
+            )
+        )
+        self._head_parts = head
+        self._head = _head(head) if head is not None else None
 
     def run(
         self,
         x: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
-        rope: tuple[Tensor, Tensor],
-        where: Where,
-        read: tuple[Tensor, Where] | None,
-        logits: tuple[Tensor, Tensor] | None,
+        cos: Tensor,
+        sin: Tensor,
+        caches: Sequence[LayerCache],
+        batch: StepBatch,
+        logits: Tensor | None,
         group: int,
         operation: int,
     ) -> int:
-        """The first R rows of x [T, D] become what the last block makes of those that are read: all T, or the rows [R]
-        that `read` names, with where they belong as if they were the whole step. `logits` are some of these rows [L]
-        and what the head makes of them [L, outputs], which is written.
-
-        `where` is as for a half, `group` the address of the group that adds partial sums up, 0 for a rank alone, and
-        `operation` the number of its last operation.
-
-        Returns the number after its own, or -1 if the group has lost a rank.
-        """
-        addresses = [tensor.data_ptr() for cache in caches for tensor in cache]
-        words = (ctypes.c_long * len(addresses))(*addresses)
-        blocks, held = ctypes.addressof(self._words), ctypes.addressof(words)
-        sizes = _sizes(where, caches[0][0])
-        ending = (ctypes.c_long * 10)(*_ending(*read, caches[0][0])) if read is not None else None
+        held = addresses([tensor for cache in caches for tensor in (cache.keys, cache.values)])
+        metadata = attention_metadata(batch, caches[0])
         asked = None
-        if logits is not None and self.head is not None:
-            rows, out = logits
-            asked = (ctypes.c_long * 4)(self.head.address, rows.data_ptr(), len(rows), out.data_ptr())
-        more = (ctypes.addressof(each) if each else None for each in (ending, asked))
-        settings = (*sizes, *more, self._eps, group, operation)
+        if logits is not None:
+            rows = batch.logits_rows
+            asked = Logits(address(self._head), address(rows), len(rows), address(logits))
+        pointers = (address(metadata), address(asked), group)
+        blocks, tables = address(self._structs), address(held)
         done: int = self._kernels.run(
-            self._name, blocks, len(self._halves), x, held, *rope, *where, *settings
+            self._name, blocks, len(self.blocks), x, tables, cos, sin, *pointers, operation
         )
         return done
 
 
-def _sizes(where: Where, keys: Tensor) -> tuple[int, int, int, int]:
-    """Tokens, sequences, block size, blocks of a table."""
-    slots, tables, _, context_lens, _ = where
-    return (len(slots), len(context_lens), keys.shape[1], tables.shape[1])
+def attention_metadata(batch: StepBatch, cache: LayerCache) -> AttentionMetadata:
+    """Where a step's tokens belong. It holds addresses of the batch's tensors."""
+    tensors = (
+        batch.slots,
+        batch.block_tables,
+        batch.table_rows,
+        batch.context_lens,
+        batch.query_starts,
+    )
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    sizes = (len(batch.slots), len(batch.context_lens), cache.keys.shape[1], batch.block_tables.shape[1])
+    return AttentionMetadata(*map(address, tensors), *sizes)
 
 
-def _ending(rows: Tensor, where: Where, keys: Tensor) -> tuple[int, ...]:
-    """The members of `Ending` in `cpu/halves.h`."""
-    return (rows.data_ptr(), *(tensor.data_ptr() for tensor in where), *_sizes(where, keys))
+def _attention_kernel(parts: AttentionParts) -> AttentionKernel:
+    q, k, _ = parts.qkv.parts
+    (out,) = parts.out.parts
+    products = (*parts.qkv.parts, out)
+    return AttentionKernel(
+        norm_scale=address(parts.norm.scale),
+        q_scale=address(parts.q_norm.scale) if parts.q_norm is not None else 0,
+        k_scale=address(parts.k_norm.scale) if parts.k_norm is not None else 0,
+        weights=addresses([each.weight for each in products]),
+        scales=addresses([each.scale for each in products]),
+        biases=addresses([each.bias for each in products]),
+        dim=out.outputs,
+        heads=q.outputs // parts.head_dim,
+        groups=k.outputs // parts.head_dim,
+        head_dim=parts.head_dim,
+        window=parts.window or 0,
+        eps=parts.norm.eps,
+    )
+
+
+def feed_forward_kernel(parts: FeedForwardParts) -> FeedForwardKernel:
+    products = (*parts.gate_up.parts, *parts.down.parts)
+    return FeedForwardKernel(
+        norm_scale=address(parts.norm.scale),
+        weights=addresses([each.weight for each in products]),
+        scales=addresses([each.scale for each in products]),
+        dim=products[2].outputs,
+        inner=products[0].outputs,
+        eps=parts.norm.eps,
+    )
+
+
+def _experts_kernel(parts: MoEParts) -> ExpertsKernel:
+    (gate,) = parts.gate.parts
+    return ExpertsKernel(
+        norm_scale=address(parts.norm.scale),
+        gate=address(gate.weight),
+        weights=addresses(parts.experts.stacks),
+        scales=addresses(parts.experts.scales or (None, None, None)),
+        here=address(parts.places),
+        counts=address(parts.counts[1:]),
+        tables=len(parts.places),
+        experts=gate.outputs,
+        local_experts=len(parts.experts.stacks[0]),
+        choices=parts.choices,
+        norms_weights=parts.norm_topk_prob,
+        dim=len(parts.norm.scale),
+        inner=parts.experts.columns,
+        eps=parts.norm.eps,
+    )
+
+
+def _head(parts: HeadParts) -> Head:
+    (product,) = parts.weights.parts
+    return Head(
+        norm_scale=address(parts.norm.scale),
+        weight=address(product.weight),
+        scale=address(product.scale),
+        dim=len(parts.norm.scale),
+        outputs=product.outputs,
+        eps=parts.norm.eps,
+    )

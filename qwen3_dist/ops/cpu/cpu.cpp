@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `native.py` declares the same signatures.
-#include "halves.h"
+// The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `kernels.py` declares the same signatures.
+#include "block_kernels.h"
 
 // clang-format off
 #define PACKING(W, NAME) \
@@ -18,26 +18,20 @@ void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const floa
     linear<T, W>(x, {{w1, scales1, bias1, n1, y}, {w2, scales2, bias2, n2, y + m * n1}, \
                      {w3, scales3, bias3, n3, y + m * (n1 + n2)}}, m, k, int(threads)); \
 } \
-void attention_half_##NAME(const void* half, const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, \
-                           const long* slots, const int* tables, const long* table_rows, const long* context_lens, \
-                           const long* starts, long tokens, long sequences, long block_size, long width, double eps, long threads) { \
-    Step step{slots, tables, table_rows, context_lens, starts, tokens, sequences, block_size, width}; \
-    static_cast<const AttentionHalf<T, W>*>(half)->run(x, out, keys, values, cos, sin, step, nullptr, float(eps), \
-                                                                int(threads)); \
+void attention_kernel_##NAME(const AttentionKernel<T, W>* kernel, const T* x, T* out, T* keys, T* values, const T* cos, \
+                             const T* sin, const AttentionMetadata* metadata, long threads) { \
+    kernel->run(x, out, keys, values, cos, sin, *metadata, int(threads)); \
 } \
-long blocks_##NAME(const void* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
-                   const long* slots, const int* tables, const long* table_rows, const long* context_lens, \
-                   const long* starts, long tokens, long sequences, long block_size, long width, const Ending* ending, \
-                   const Logits<T, W>* logits, double eps, const Group* group, long operation, long threads) { \
-    Step step{slots, tables, table_rows, context_lens, starts, tokens, sequences, block_size, width}; \
-    return run_blocks(static_cast<const Block<T, W>*>(blocks), count, x, caches, cos, sin, step, ending, logits, \
-                      float(eps), group, operation, int(threads)); \
+long blocks_##NAME(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
+                   const AttentionMetadata* metadata, const Logits<T, W>* logits, const Group* group, long operation, \
+                   long threads) { \
+    return run_blocks(blocks, count, x, caches, cos, sin, *metadata, logits, group, operation, int(threads)); \
 } \
-void feed_forward_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \
-    static_cast<const FeedForwardHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \
+void feed_forward_kernel_##NAME(const FeedForwardKernel<T, W>* kernel, const T* x, T* out, long rows, long threads) { \
+    kernel->run(x, out, rows, int(threads)); \
 } \
-void experts_half_##NAME(const void* half, const T* x, T* out, long rows, double eps, long threads) { \
-    static_cast<const ExpertsHalf<T, W>*>(half)->run(x, out, rows, float(eps), int(threads)); \
+void experts_kernel_##NAME(const ExpertsKernel<T, W>* kernel, const T* x, T* out, long rows, long threads) { \
+    kernel->run(x, out, rows, int(threads)); \
 } \
 void experts_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const float* scales1, const float* scales2, \
                     const float* scales3, const long* ids, const float* weights, T* y, long* counts, long rows, \
@@ -101,6 +95,16 @@ SUMS(float, fp32)
 SUMS(fp16, fp16)
 #endif
 extern "C" long panel_outputs() { return PANEL; }
+#define SIZE_OF(NAME, ...) \
+extern "C" long size_of_##NAME() { return sizeof(__VA_ARGS__); }
+SIZE_OF(Group, Group)
+SIZE_OF(AttentionMetadata, AttentionMetadata)
+SIZE_OF(AttentionKernel, AttentionKernel<float, float>)
+SIZE_OF(FeedForwardKernel, FeedForwardKernel<float, float>)
+SIZE_OF(ExpertsKernel, ExpertsKernel<float, float>)
+SIZE_OF(Head, Head<float, float>)
+SIZE_OF(Logits, Logits<float, float>)
+SIZE_OF(Block, Block<float, float>)
 PACKING(bf16, bf16)
 PACKING(float, fp32)
 PACKING(Int8<bf16>, bf16_int8)

@@ -103,13 +103,6 @@ BACKENDS = (Backend("FlashAttention 3", flash, activate_flash), Backend("Triton"
 PLAIN = Backend("plain torch", gathered_attention)
 
 
-def gpu_attention(
-    device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, block_size: int
-) -> Attention:
-    """The first backend that works for these shapes."""
-    return chosen_attention(device, dtype, heads, groups, dim, block_size).backend.attend
-
-
 @functools.cache
 def chosen_attention(
     device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, block_size: int

@@ -29,14 +29,9 @@ class GpuKernels:
         self.draw_from_all = triton_sampling.draw_from_all
 
 
-def gpu_kernels_for(x: Tensor) -> GpuKernels | None:
-    """The kernels that can work on `x`; None on a CPU, and where one fails for this card and dtype."""
-    return _kernels(x.device, x.dtype) if x.is_cuda else None
-
-
 @functools.cache
-def _kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
-    """The kernels, if all of them work on small problems."""
+def working_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
+    """The kernels, if all of them work on small problems of `dtype`. The log says why not."""
     what = f"Triton for {str(dtype).removeprefix('torch.')}"
     try:
         kernels = GpuKernels()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.transfer import ToHost, on_device, rows_on_device
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep
@@ -23,10 +24,11 @@ from qwen3_dist.worker.sampling.text_form import NewMatcher, TextForm
 
 
 class SamplingState:
-    """The states of one rank, by slot. `new_matcher` makes the follower of a grammar."""
+    """The states of one rank, by slot. `new_matcher` makes the follower of a grammar; `ops` draws."""
 
-    def __init__(self, vocab_size: int, device: torch.device, new_matcher: NewMatcher) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, new_matcher: NewMatcher, ops: Ops) -> None:
         self._vocab_size = vocab_size
+        self._ops = ops
         self._new_matcher = new_matcher
         self._penalties = Penalties(vocab_size, device)
         self._rows: dict[int, _Row] = {}
@@ -44,17 +46,17 @@ class SamplingState:
         specs = [spec for step in steps for spec in step.draws]
         at = {row: state for row, step in _rows_of(steps) if (state := self._of(step)) is not None}
         if not at:
-            return Sampled(sample(logits, specs), specs)
+            return Sampled(sample(logits, specs, self._ops), specs)
         tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
         plain = [row for row in range(len(specs)) if row not in at]
         rows, states = list(at), list(at.values())
         penalised = [row for row, state in at.items() if state.place is not None]
         plain_at, rows_at, penalised_at = rows_on_device((plain, rows, penalised), logits.device)
         if plain:
-            tokens[plain_at] = sample(logits[plain_at], [specs[row] for row in plain])
+            tokens[plain_at] = sample(logits[plain_at], [specs[row] for row in plain], self._ops)
         drawn = [specs[row] for row in rows]
         chosen = self._widened(logits if len(rows) == len(specs) else logits[rows_at])
-        tokens[rows_at] = sample(self._adjusted(chosen, states, drawn), drawn)
+        tokens[rows_at] = sample(self._adjusted(chosen, states, drawn), drawn, self._ops)
         self._penalties.add([s.place for s in states if s.place is not None], tokens[penalised_at])
         arriving = ToHost(tokens) if any(state.reads for state in states) else None
         for row, state in at.items():

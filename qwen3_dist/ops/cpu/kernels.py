@@ -8,17 +8,16 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from qwen3_dist.ops.base import ExpertWeights, Matrix
 from qwen3_dist.ops.cpu.build import library
-from qwen3_dist.ops.cuda.kernels import gpu_kernels_for
+from qwen3_dist.ops.cpu.structs import check_sizes
 from qwen3_dist.ops.host_memory import zeros
 
-_FEW_ROWS = 64  # of a product with int8 weights on a GPU, for which widening them first would cost more
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
 _SIGNATURES = {
@@ -26,10 +25,10 @@ _SIGNATURES = {
     "padded": "i",
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
-    "attention_half": "ppppppppppppiiiifi",
-    "blocks": "pipppppppppiiiippfpii",
-    "feed_forward_half": "pppifi",
-    "experts_half": "pppifi",
+    "attention_kernel": "ppppppppi",
+    "blocks": "pipppppppii",
+    "feed_forward_kernel": "pppii",
+    "experts_kernel": "pppii",
     "experts": "pppppppppppiiiiii",
     "attention": "ppppppppiiiiiiifi",
     "norm": "pppiifi",
@@ -43,26 +42,13 @@ _PRODUCTS = (
     "padded",
     "linear",
     "experts",
-    "attention_half",
-    "feed_forward_half",
-    "experts_half",
+    "attention_kernel",
+    "feed_forward_kernel",
+    "experts_kernel",
     "blocks",
 )
 _RETURNING = ("padded", "blocks")  # an integer
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
-
-
-class Weights(NamedTuple):
-    """What a product takes. The weight is [outputs, D], or what `pack` made of it."""
-
-    weight: Tensor
-    outputs: int
-    scale: Tensor | None = None  # fp32 [outputs] of an int8 weight
-    bias: Tensor | None = None  # [outputs]
-
-    @property
-    def is_packed(self) -> bool:
-        return self.weight.dim() == 3
 
 
 class Kernels:
@@ -70,6 +56,7 @@ class Kernels:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         loaded = ctypes.CDLL(str(path))
+        check_sizes(loaded)
         self._functions = {}
         for name, kinds in _SIGNATURES.items():
             for ending in ("", "_int8") if name in _PRODUCTS else ("",):
@@ -98,7 +85,7 @@ class Kernels:
         self.run("packed_rows", packed, ids, out, len(ids), inner)
         return out
 
-    def linear(self, x: Tensor, *parts: Weights) -> list[Tensor]:
+    def linear(self, x: Tensor, *parts: Matrix) -> list[Tensor]:
         """x [T, D] @ weight [N, D]^T * scale [N] + bias [N] -> [T, N] for each of at most three parts.
 
         Either all parts have int8 weights with scales or none.
@@ -118,21 +105,18 @@ class Kernels:
     def experts(
         self,
         x: Tensor,
-        stacks: tuple[Tensor, Tensor, Tensor],
-        columns: int,
-        scales: tuple[Tensor, Tensor, Tensor] | None,
+        weights: ExpertWeights,
         ids: Tensor,
-        weights: Tensor,
+        routing: Tensor,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Sum over a row's choices of weight * expert(x): x [T, D], stacks of E packed matrices, fc1 and fc2
-        [columns, D], fc3 [D, columns], ids int64 and weights fp32 [T, K] -> [T, D]. An id of -1 is no choice.
-        The scales, if the stacks are int8, are fp32 [E, columns], the same, [E, D]. How often each expert was
-        chosen is added to `counts` [E] int64."""
+        """Sum over a row's choices of routing * expert(x): x [T, D], packed stacks, ids int64 and routing fp32 [T, K]
+        -> [T, D]. An id of -1 is no choice. How often each expert was chosen is added to `counts` [E] int64."""
         out = torch.empty_like(x)
-        sizes = (*ids.shape, stacks[0].shape[0], x.shape[1], columns)
-        name = "experts" if scales is None else "experts_int8"
-        self.run(name, x, *stacks, *(scales or (None, None, None)), ids, weights, out, counts, *sizes)
+        sizes = (*ids.shape, len(weights.stacks[0]), x.shape[1], weights.columns)
+        name = "experts" if weights.scales is None else "experts_int8"
+        scales = weights.scales or (None, None, None)
+        self.run(name, x, *weights.stacks, *scales, ids, routing, out, counts, *sizes)
         return out
 
     def attention(
@@ -217,39 +201,7 @@ class Kernels:
 
 
 @functools.cache
-def _kernels(dtype: torch.dtype) -> Kernels | None:
+def load_kernels(dtype: torch.dtype) -> Kernels | None:
+    """The kernels for activations of `dtype`; None where none were built, and for other dtypes."""
     path = library() if dtype in _DTYPES else None
     return Kernels(path, dtype) if path is not None else None
-
-
-def kernels_for(x: Tensor) -> Kernels | None:
-    """The kernels that can work on `x`; None on a GPU, for other dtypes, and where none were built."""
-    return _kernels(x.dtype) if x.device.type == "cpu" else None
-
-
-def rows_of_packed(packed: Tensor, ids: Tensor, inner: int) -> Tensor:
-    """Rows `ids` [T] of the matrix [N, inner] that was packed -> [T, inner]."""
-    kernels = kernels_for(packed)
-    assert kernels is not None  # it was they who packed it
-    return kernels.packed_rows(packed, ids.contiguous(), inner)
-
-
-def linears(x: Tensor, *parts: Weights) -> list[Tensor]:
-    """`torch.nn.functional.linear` of x [T, D] with each of at most three parts."""
-    kernels = kernels_for(x) if parts[0].is_packed else None
-    if kernels is not None:
-        return kernels.linear(x.contiguous(), *parts)
-    return [_torch_linear(x, part) for part in parts]
-
-
-def _torch_linear(x: Tensor, part: Weights) -> Tensor:
-    if part.scale is None:
-        return F.linear(x, part.weight, part.bias)
-    kernels = gpu_kernels_for(x) if len(x) <= _FEW_ROWS else None
-    if kernels is not None:
-        product = kernels.linear_int8(x.contiguous(), part.weight, part.scale)
-    elif x.dtype == torch.float16:  # which sums of whole integers overflow
-        product = F.linear(x, part.weight.to(x.dtype).mul_(part.scale[:, None]))
-    else:
-        product = F.linear(x, part.weight.to(x.dtype)).mul_(part.scale)
-    return product if part.bias is None else product + part.bias

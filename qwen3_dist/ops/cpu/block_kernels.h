@@ -1,5 +1,5 @@
-// The halves of a transformer block in one call each: for few tokens, Python between their parts would take as
-// long as the parts. Python hands a half over as an array of words, its members in their order.
+// A transformer block's two sublayers in one call each, and all blocks of a stage in one: for few tokens, Python
+// between their parts would take as long as the parts. `structs.py` has the same structures, and checks their sizes.
 #pragma once
 
 #include "attention.h"
@@ -10,38 +10,26 @@
 constexpr long QUICK_ROWS = 8;  // whose sums take less time than waking threads
 
 // Where a step's tokens belong: `Rotation` and `Attention` say what each member is.
-struct Step {
+struct AttentionMetadata {
     const long* slots;
     const int* tables;
     const long *table_rows, *context_lens, *starts;
     long tokens, sequences, block_size, width;
 };
 
-// Those of its tokens that are read, with what the step would be if it had no others.
-struct Ending {
-    const long* rows;  // ascending
-    Step step;
-};
-
-// The first rows of x become those that are named.
-template <class T>
-void keep_rows(T* x, const Ending& ending, long width) {
-    for (long r = 0; r < ending.step.tokens; r++) memmove(x + r * width, x + ending.rows[r] * width, width * sizeof(T));
-}
-
-// norm, the projections to q, k and v, rotation into the cache, attention, the projection back; the last two for those
-// alone that are read, of which `ending` is null for all.
+// norm, the projections to q, k and v, rotation into the cache, attention, the projection back.
 template <class T, class W>
-struct AttentionHalf {
+struct AttentionKernel {
     const T *norm_scale, *q_scale, *k_scale;  // of the norms; q's and k's may be null
     const W* weights[4];                      // of q, k, v and back, packed
     const float* scales[4];
     const T* biases[4];
     long dim, heads, groups, head_dim, window;
+    float eps;
 
-    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const Step& step, const Ending* ending,
-             float eps, int threads) const {
-        long tokens = step.tokens;
+    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const AttentionMetadata& metadata,
+             int threads) const {
+        long tokens = metadata.tokens;
         long q_size = heads * head_dim, kv_size = groups * head_dim;
         T *q = scratch<T>(Q, tokens * q_size), *k = scratch<T>(K, tokens * kv_size), *v = scratch<T>(V, tokens * kv_size),
           *attended = scratch<T>(ATTENDED, tokens * q_size);
@@ -51,17 +39,15 @@ struct AttentionHalf {
                       {weights[1], scales[1], biases[1], kv_size, k},
                       {weights[2], scales[2], biases[2], kv_size, v}},
                      tokens, dim, threads);
-        Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, step.slots, tokens, heads,
+        Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, metadata.slots, tokens, heads,
                     groups, head_dim, eps}
             .run(threads);
-        if (ending) keep_rows(q, *ending, q_size);
-        const Step& read = ending ? ending->step : step;
-        AttentionShape shape{read.sequences, heads, groups, head_dim, read.block_size, read.width, window,
+        AttentionShape shape{metadata.sequences, heads, groups, head_dim, metadata.block_size, metadata.width, window,
                              1 / std::sqrt(float(head_dim))};
-        Attention<T>{q, keys, values, attended, read.tables, read.table_rows, read.context_lens,
-                     read.starts, shape}
+        Attention<T>{q, keys, values, attended, metadata.tables, metadata.table_rows, metadata.context_lens,
+                     metadata.starts, shape}
             .run(threads);
-        linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, read.tokens, q_size, threads);
+        linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);
     }
 };
 
@@ -85,41 +71,43 @@ void route(const T* logits, long rows, long experts, long choices, bool normed, 
 
 // norm and the dense SwiGLU, as one expert that everybody chose.
 template <class T, class W>
-struct FeedForwardHalf {
+struct FeedForwardKernel {
     const T* norm_scale;
-    const W *fc1, *fc2, *fc3;
-    const float *scales1, *scales2, *scales3;
+    const W* weights[3];  // fc1, fc2, fc3, packed
+    const float* scales[3];
     long dim, inner;
+    float eps;
 
-    void run(const T* x, T* out, long rows, float eps, int threads) const {
+    void run(const T* x, T* out, long rows, int threads) const {
         std::vector<long> ids(rows, 0);
         auto norm = [&](long m, Input<W>* to) { norm_input(x + m * dim, norm_scale, to, dim, padded<W>(dim), eps); };
-        Experts<T, W>{nullptr, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), nullptr, out, nullptr, rows, 1, 1,
-                      dim, inner}
+        Experts<T, W>{nullptr, weights[0], weights[1], weights[2], scales[0], scales[1], scales[2], ids.data(), nullptr,
+                      out, nullptr, rows, 1, 1, dim, inner}
             .run(threads, norm);
     }
 };
 
 // norm, routing, and those of the chosen experts that are here.
 template <class T, class W>
-struct ExpertsHalf {
+struct ExpertsKernel {
     const T *norm_scale, *gate;  // the gate [experts, dim] packed
-    const W *fc1, *fc2, *fc3;
-    const float *scales1, *scales2, *scales3;
+    const W* weights[3];         // stacks of fc1, fc2, fc3
+    const float* scales[3];
     const long* here;  // [tables, experts + 1] place of each in the stacks, -1 for those elsewhere; by row % tables
     long* counts;      // [local_experts]
     long tables, experts, local_experts, choices, norms_weights, dim, inner;
+    float eps;
 
-    void run(const T* x, T* out, long rows, float eps, int threads) const {
+    void run(const T* x, T* out, long rows, int threads) const {
         T *normed = scratch<T>(NORMED, rows * dim), *logits = scratch<T>(Q, rows * experts);
         std::vector<long> ids(rows * choices);
-        std::vector<float> weights(rows * choices);
+        std::vector<float> routing(rows * choices);
         norm<T>(x, norm_scale, normed, rows, dim, eps, threads);
         linear<T, T>(normed, {{gate, nullptr, nullptr, experts, logits}}, rows, dim, threads);
-        route<T>(logits, rows, experts, choices, norms_weights, ids.data(), weights.data());
+        route<T>(logits, rows, experts, choices, norms_weights, ids.data(), routing.data());
         for (long i = 0; i < rows * choices; i++) ids[i] = here[i / choices % tables * (experts + 1) + ids[i]];
-        Experts<T, W>{normed, fc1, fc2, fc3, scales1, scales2, scales3, ids.data(), weights.data(), out, counts,
-                      rows, choices, local_experts, dim, inner}
+        Experts<T, W>{normed, weights[0], weights[1], weights[2], scales[0], scales[1], scales[2], ids.data(),
+                      routing.data(), out, counts, rows, choices, local_experts, dim, inner}
             .run(threads);
     }
 };
@@ -131,6 +119,7 @@ struct Head {
     const W* weight;
     const float* scale;
     long dim, outputs;
+    float eps;
 };
 
 // What the head makes of some rows of what the last block leaves.
@@ -141,10 +130,10 @@ struct Logits {
     long count;
     T* out;  // [count, outputs]
 
-    void run(const T* x, float eps, int threads) const {
+    void run(const T* x, int threads) const {
         long dim = head->dim;
         auto norm = [&](long m, Input<W>* to) {
-            norm_input(x + rows[m] * dim, head->norm_scale, to, dim, padded<W>(dim), eps);
+            norm_input(x + rows[m] * dim, head->norm_scale, to, dim, padded<W>(dim), head->eps);
         };
         linear_of<T, W>(norm, {{head->weight, head->scale, nullptr, head->outputs, out}}, count, dim, threads);
     }
@@ -152,20 +141,19 @@ struct Logits {
 
 template <class T, class W>
 struct Block {
-    const AttentionHalf<T, W>* attention;
-    const FeedForwardHalf<T, W>* dense;  // null in a mixture of experts
-    const ExpertsHalf<T, W>* experts;    // null in a dense block
+    const AttentionKernel<T, W>* attention;
+    const FeedForwardKernel<T, W>* dense;  // null in a mixture of experts
+    const ExpertsKernel<T, W>* experts;    // null in a dense block
 };
 
-// Blocks one after the other, each half with its residual: x [tokens, dim] becomes what the last makes of it, its first
-// rows if `ending` is not null and says that no others are read. What the halves of several ranks add up to is their
-// group's, which is null for a rank alone; `operation` and what this returns are as in `Group`. `logits` are computed at
-// the end, if it is not null.
+// Blocks one after the other with their residuals: x [tokens, dim] becomes what the last makes of it. Partial sums of
+// several ranks are added up over their group, which is null for a rank alone; `operation` and what this returns are as
+// in `Group`. `logits` are computed at the end, if it is not null.
 template <class T, class W>
 long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
-                const Step& step, const Ending* ending, const Logits<T, W>* logits, float eps, const Group* group,
-                long operation, int threads) {
-    long dim = count ? blocks->attention->dim : 0, rows = step.tokens;
+                const AttentionMetadata& metadata, const Logits<T, W>* logits, const Group* group, long operation,
+                int threads) {
+    long dim = count ? blocks->attention->dim : 0, rows = metadata.tokens;
     T* part = scratch<T>(PARTIAL, rows * dim);
     auto add = [&] {
         if (group) return (operation = group->all_reduce(operation, part, x, x, rows * dim)) >= 0;
@@ -174,19 +162,14 @@ long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, c
         return true;
     };
     for (const auto* block = blocks; block < blocks + count; block++, caches += 2) {
-        const Ending* last = block == blocks + count - 1 ? ending : nullptr;
-        block->attention->run(x, part, caches[0], caches[1], cos, sin, step, last, eps, threads);
-        if (last) {
-            keep_rows(x, *last, dim);
-            rows = last->step.tokens;
-        }
+        block->attention->run(x, part, caches[0], caches[1], cos, sin, metadata, threads);
         if (!add()) return -1;
         if (block->dense)
-            block->dense->run(x, part, rows, eps, threads);
+            block->dense->run(x, part, rows, threads);
         else
-            block->experts->run(x, part, rows, eps, threads);
+            block->experts->run(x, part, rows, threads);
         if (!add()) return -1;
     }
-    if (logits && logits->count) logits->run(x, eps, threads);
+    if (logits && logits->count) logits->run(x, threads);
     return operation;
 }

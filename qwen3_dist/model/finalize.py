@@ -1,0 +1,134 @@
+"""What happens to a loaded model before its first step: weights take the form in which its Ops reads them, and the Ops
+puts kernels of whole sublayers and stages in the place of layers, if it has some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from qwen3_dist.model.experts import Experts
+from qwen3_dist.model.feed_forward import MoEFeedForward
+from qwen3_dist.model.linear import Products
+from qwen3_dist.model.transformer import Qwen3Model, TransformerBlock
+from qwen3_dist.ops.adapter_rows import AdapterRows
+from qwen3_dist.ops.base import (
+    AttentionParts,
+    BlockKernels,
+    BlockParts,
+    FeedForwardParts,
+    HeadParts,
+    MoEParts,
+    Ops,
+    StageKernels,
+)
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+
+
+def finalize(model: Qwen3Model, int8: bool = False) -> None:
+    """Finishes a model whose weights are loaded; they must stay where they are from then on.
+
+    `int8` rounds the weights of all products but the routers'. One is done after the other, so that memory holds
+    little more than the weights.
+    """
+    last = model.parallel.pipeline.is_last
+    if last:
+        model.out_head.finalize(int8)
+        if model.config.tie_word_embeddings and not int8:
+            model.tok_emb.share(model.out_head.weights)
+    head = HeadParts(model.final_norm.weights, model.out_head.weights) if last else None
+    kernels = finalize_blocks(model.blocks, model.ops, int8, head)
+    if kernels is not None:
+        model.whole_stage = WholeStage(model, kernels)
+
+
+def finalize_blocks(
+    blocks: Sequence[TransformerBlock], ops: Ops, int8: bool = False, head: HeadParts | None = None
+) -> StageKernels | None:
+    """`finalize` of some blocks, with the finished `head` that follows them. Returns kernels of all together."""
+    for block in blocks:
+        for weights in _products(block):
+            weights.finalize(int8)
+        if isinstance(block.ff, MoEFeedForward):
+            block.ff.gate.finalize()
+    kernels = ops.fuse([_parts(block) for block in blocks], head)
+    if kernels is not None:
+        for block, of_block in zip(blocks, kernels.blocks, strict=True):
+            _replace_sublayers(block, of_block)
+    return kernels
+
+
+def _products(block: TransformerBlock) -> Iterator[Products | Experts]:
+    """Those that int8 rounds."""
+    yield from (block.att.qkv, block.att.out_proj)
+    if isinstance(block.ff, MoEFeedForward):
+        yield block.ff.experts
+    else:
+        yield from (block.ff.gate_up, block.ff.fc3)
+
+
+def _parts(block: TransformerBlock) -> BlockParts:
+    att, ff = block.att, block.ff
+    attention = AttentionParts(
+        norm=block.norm1.weights,
+        qkv=att.qkv.weights,
+        out=att.out_proj.weights,
+        q_norm=att.q_norm.weights if att.q_norm is not None else None,
+        k_norm=att.k_norm.weights if att.k_norm is not None else None,
+        head_dim=att.head_dim,
+        window=att.window,
+    )
+    if not isinstance(ff, MoEFeedForward):
+        return attention, FeedForwardParts(block.norm2.weights, ff.gate_up.weights, ff.fc3.weights)
+    return attention, MoEParts(
+        norm=block.norm2.weights,
+        gate=ff.gate.weights,
+        experts=ff.experts.weights,
+        places=ff.all_gather.here,
+        counts=ff.experts.all_counts,
+        choices=ff.num_experts_per_tok,
+        norm_topk_prob=ff.norm_topk_prob,
+    )
+
+
+def _replace_sublayers(block: TransformerBlock, kernels: BlockKernels) -> None:
+    """Has the block's sublayers computed by kernels in steps that these know."""
+    attend, transform = block.attend, block.transform
+
+    def attend_by_kernel(x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
+        if batch.adapters is not None:
+            return attend(x, cos, sin, cache, batch)
+        return kernels.attention(x, cos, sin, cache, batch)
+
+    def transform_by_kernel(x: Tensor, padding: Tensor | None, adapters: AdapterRows | None) -> Tensor:
+        if padding is not None or adapters is not None:
+            return transform(x, padding, adapters)
+        return kernels.feed_forward(x)
+
+    block.attend, block.transform = attend_by_kernel, transform_by_kernel
+
+
+class WholeStage:
+    """All blocks of a stage, and the head after the last, in one call."""
+
+    def __init__(self, model: Qwen3Model, kernels: StageKernels) -> None:
+        self._kernels = kernels
+        self._tp = model.parallel.tp
+        self._exchanges_tokens = bool(model.config.num_experts) and model.parallel.dp.size > 1
+        self._has_experts = bool(model.config.num_experts)
+        self._rows = model.out_head.out_features if model.parallel.pipeline.is_last else None
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[LayerCache], batch: StepBatch
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """x [T, D], which may change -> hidden states [T, D] and, where the head is here, this rank's logits [L, v].
+
+        None for a step that does not go in one call."""
+        apart = self._exchanges_tokens or (self._has_experts and batch.all_to_all)
+        if apart or batch.adapters is not None or batch.padding is not None:
+            return None
+        logits = None if self._rows is None else x.new_empty(len(batch.logits_rows), self._rows)
+        ran = self._tp.in_kernel(
+            lambda group, operation: self._kernels.run(x, cos, sin, cache, batch, logits, group, operation)
+        )
+        return (x, logits) if ran else None

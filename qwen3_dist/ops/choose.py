@@ -1,0 +1,41 @@
+"""Which `Ops` a rank computes with: chosen once, at its start, by what its device was found able to do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qwen3_dist.ops.base import Ops
+from qwen3_dist.ops.cpu.kernels import load_kernels
+from qwen3_dist.ops.cpu.ops import CpuOps
+from qwen3_dist.ops.cuda.attention import PLAIN, Chosen, chosen_attention
+from qwen3_dist.ops.cuda.experts import has_grouped_mm
+from qwen3_dist.ops.cuda.kernels import working_kernels
+from qwen3_dist.ops.cuda.ops import CudaOps
+from qwen3_dist.ops.torch_ops import TorchOps
+
+
+class AttentionShape(NamedTuple):
+    """What a rank attends with, which tells whether a kernel of a GPU takes it."""
+
+    heads: int
+    groups: int
+    head_dim: int
+    block_size: int
+
+
+def choose_ops(device: torch.device, dtype: torch.dtype, attention: AttentionShape | None = None) -> Ops:
+    """The fastest operations that give right answers on `device` for activations of `dtype`.
+
+    On a GPU it tries its kernels on small problems; the log says why one is left out. Without the shape of `attention`
+    a GPU attends by torch.
+    """
+    if device.type == "cuda":
+        kernels = {each: working_kernels(device, each) for each in (dtype, torch.float32)}
+        chosen = Chosen(PLAIN, ()) if attention is None else chosen_attention(device, dtype, *attention)
+        return CudaOps(device, dtype, kernels, chosen, has_grouped_mm(device, dtype))
+    kernels_of_dtype, of_fp32 = load_kernels(dtype), load_kernels(torch.float32)
+    if kernels_of_dtype is not None and of_fp32 is not None:
+        return CpuOps(kernels_of_dtype, of_fp32)
+    return TorchOps(f"no kernels for {str(dtype).removeprefix('torch.')}" if of_fp32 else "no C++ compiler")

@@ -1,0 +1,126 @@
+"""The operations of a CPU rank by the C++ kernels, on weights that are packed as these read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.ops.base import (
+    AttentionParts,
+    BlockParts,
+    ExpertWeights,
+    HeadParts,
+    LinearWeights,
+    NormWeights,
+    StageKernels,
+)
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.cpu.block_kernels import CpuStageKernels
+from qwen3_dist.ops.cpu.kernels import Kernels
+from qwen3_dist.ops.torch_draws import WIDTH
+from qwen3_dist.ops.torch_ops import TorchOps, cpu_threads
+
+
+@dataclass(frozen=True)
+class PackedLinear(LinearWeights):
+    """Weights in panels, see `cpu/linear.h`; all parts are int8 or none."""
+
+    inner: int  # D
+
+
+@dataclass(frozen=True)
+class PackedExperts(ExpertWeights):
+    """Stacks of matrices in panels, [e, ceil(N / panel), D, panel]."""
+
+
+class CpuOps(TorchOps):
+    """Torch does what weights that are not packed, and norms with options, ask for."""
+
+    def __init__(self, kernels: Kernels, of_fp32: Kernels) -> None:
+        """`kernels` are those of the activations' dtype; adjusted logits are fp32."""
+        super().__init__()
+        self._kernels = kernels
+        self._of_fp32 = of_fp32
+
+    def describe(self, experts: ExpertWeights | None) -> str:
+        return f"{cpu_threads()}: C++ kernels"
+
+    def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
+        weights = super().finalize_linear(weights, int8)
+        inner = weights.parts[0].weight.shape[1]
+        parts = (part._replace(weight=self._kernels.pack(part.weight)) for part in weights.parts)
+        return PackedLinear(tuple(parts), inner)
+
+    def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
+        weights = super().finalize_experts(weights, int8)
+        fc1, fc2, fc3 = map(self._kernels.pack, weights.stacks)
+        return PackedExperts((fc1, fc2, fc3), weights.columns, weights.scales)
+
+    def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:
+        norms = [part.norm for block in blocks for part in block]
+        for attention, _ in blocks:
+            norms += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+        norms += [head.norm] if head is not None else []
+        packed = all(_is_packed(attention) for attention, _ in blocks)
+        if not packed or not all(norm.is_plain for norm in norms):
+            return None
+        return CpuStageKernels(self._kernels, blocks, head)
+
+    def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
+        if not isinstance(weights, PackedLinear):
+            return super().linear(x, weights)
+        return self._kernels.linear(x.contiguous(), *weights.parts)
+
+    def embedding(self, ids: Tensor, weights: LinearWeights) -> Tensor:
+        if not isinstance(weights, PackedLinear):
+            return super().embedding(ids, weights)
+        return self._kernels.packed_rows(weights.parts[0].weight, ids.contiguous(), weights.inner)
+
+    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+        if not weights.is_plain:
+            return super().norm(x, weights)
+        return self._kernels.norm(x.contiguous(), weights.scale, weights.eps)
+
+    def rotate_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[NormWeights, NormWeights] | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        slots: Tensor,
+    ) -> Tensor:
+        """In place."""
+        if norms is not None and not norms[0].is_plain:
+            return super().rotate_and_store(q, k, v, norms, cos, sin, cache, slots)
+        scales, eps = (None, 0.0) if norms is None else ((norms[0].scale, norms[1].scale), norms[0].eps)
+        return self._kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, slots, eps)
+
+    def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+        metadata = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
+        return self._kernels.attention(q, cache.keys, cache.values, *metadata, window)
+
+    def experts(
+        self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
+    ) -> Tensor:
+        if not isinstance(weights, PackedExperts):
+            return super().experts(x, weights, ids, routing, counts)
+        return self._kernels.experts(x, weights, ids, routing, counts[1:])
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        return self._kernels_for(logits).likeliest(logits)
+
+    def _largest_of_blocks(self, logits: Tensor) -> Tensor:
+        return self._kernels_for(logits).largest(logits.contiguous(), WIDTH)
+
+    def _kernels_for(self, logits: Tensor) -> Kernels:
+        return self._of_fp32 if logits.dtype == torch.float32 else self._kernels
+
+
+def _is_packed(attention: AttentionParts) -> bool:
+    return isinstance(attention.qkv, PackedLinear)

@@ -1,0 +1,160 @@
+"""The operations of a GPU rank: Triton's kernels, the attention that was chosen, and torch for what lacks them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.ops.base import DrawSettings, ExpertWeights, LinearWeights, Matrix, NormWeights
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.cuda.attention import Chosen
+from qwen3_dist.ops.cuda.experts import FEW_PAIRS, grouped_experts, takes_grouped_mm
+from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.slices import SORTED_ROWS
+from qwen3_dist.ops.torch_experts import counted
+from qwen3_dist.ops.torch_ops import TorchOps
+
+_FEW_ROWS = 64  # of a product with int8 weights, for which widening them first would cost more
+
+
+@dataclass(frozen=True)
+class JoinedLinear(LinearWeights):
+    """Weights that lie one after the other, so that all parts are one product, which a GPU launches once."""
+
+    joined: Tensor  # [sum of the parts' outputs, D]
+
+    @classmethod
+    def of(cls, weights: LinearWeights) -> LinearWeights:
+        """These weights, joined if that can be."""
+        parts, sizes = weights.parts, [part.outputs for part in weights.parts]
+        if len(parts) == 1 or any(part.bias is not None or part.scale is not None for part in parts):
+            return weights
+        joined = torch.cat([part.weight for part in parts])
+        views = zip(parts, joined.split(sizes), strict=True)
+        return cls(tuple(part._replace(weight=view) for part, view in views), joined)
+
+
+class CudaOps(TorchOps):
+    """Torch does what Triton has no kernel for, and all where its kernels do not work on this card."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: Mapping[torch.dtype, GpuKernels | None],
+        attention: Chosen,
+        grouped_mm: bool,
+    ) -> None:
+        """`kernels` are those that work, for the activations' dtype and for fp32, which adjusted logits have.
+        `grouped_mm`: torch's runs without the host here."""
+        super().__init__()
+        self._device = device
+        self._kernels = kernels[dtype]
+        self._draw_kernels = kernels
+        self._attention = attention
+        self._grouped_mm = grouped_mm
+
+    def describe(self, experts: ExpertWeights | None) -> str:
+        reasons = self._attention.reasons
+        unused = f" (not {'; not '.join(reasons)})" if reasons else ""
+        chosen = [f"attention by {self._attention.backend.name}{unused}"]
+        chosen.append("rows by Triton kernels" if self._kernels is not None else "rows by torch alone")
+        if experts is not None:
+            ways = ["Triton"] if self._kernels is not None else []
+            ways += ["grouped_mm"] if self._takes_grouped_mm(experts) else []
+            chosen.append(f"experts by {' and '.join(ways) or 'one product after the other'}")
+        return f"{torch.cuda.get_device_name(self._device)}: {', '.join(chosen)}"
+
+    def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
+        return JoinedLinear.of(super().finalize_linear(weights, int8))
+
+    def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
+        if not isinstance(weights, JoinedLinear):
+            return super().linear(x, weights)
+        return F.linear(x, weights.joined).split([part.outputs for part in weights.parts], dim=1)
+
+    def _product(self, x: Tensor, part: Matrix) -> Tensor:
+        if self._kernels is None or part.scale is None or len(x) > _FEW_ROWS:
+            return super()._product(x, part)
+        product = self._kernels.linear_int8(x.contiguous(), part.weight, part.scale)
+        return product if part.bias is None else product + part.bias
+
+    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+        if self._kernels is None or not weights.is_plain:
+            return super().norm(x, weights)
+        return self._kernels.norm(x.contiguous(), weights.scale, weights.eps)
+
+    def rotate_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[NormWeights, NormWeights] | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        slots: Tensor,
+    ) -> Tensor:
+        if self._kernels is None or (norms is not None and not norms[0].is_plain):
+            return super().rotate_and_store(q, k, v, norms, cos, sin, cache, slots)
+        scales, eps = (None, 0.0) if norms is None else ((norms[0].scale, norms[1].scale), norms[0].eps)
+        return self._kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, slots, eps)
+
+    def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+        return self._attention.backend.attend(q, cache, batch, window)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return super().swiglu(gate, up) if self._kernels is None else self._kernels.swiglu(gate, up)
+
+    def route(self, logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
+        if self._kernels is None:
+            return super().route(logits, choices, normed)
+        return self._kernels.route(logits, choices, normed)
+
+    def _experts_of_slice(
+        self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
+    ) -> Tensor:
+        few = ids.numel() < FEW_PAIRS * len(weights.stacks[0])
+        grouped = self._takes_grouped_mm(weights)
+        if self._kernels is not None and (few or not grouped):
+            return self._kernels.experts(x, weights.stacks, weights.scales, ids, routing, counts)
+        if not grouped:
+            return super()._experts_of_slice(x, weights, ids, routing, counts)
+        here = counted(ids, len(weights.stacks[0]))
+        counts += here
+        return grouped_experts(x, weights, ids, routing, here, self._kernels)
+
+    def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
+        return self._kernels is not None or self._takes_grouped_mm(weights)
+
+    def _takes_grouped_mm(self, weights: ExpertWeights) -> bool:
+        return self._grouped_mm and takes_grouped_mm(weights)
+
+    def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        kernels = self._draw_kernels[logits.dtype]
+        if kernels is None:
+            return super().draw_from_top_k(logits, settings)
+        most = min(max(settings.top_ks), logits.shape[-1])
+        keys = kernels.ordering_keys(logits).topk(most, dim=-1).values
+        return kernels.draw_from_ordered(keys, logits.shape[-1], settings.columns)
+
+    def draw_from_top_p(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        kernels = self._draw_kernels[logits.dtype]
+        if kernels is None:
+            return super().draw_from_top_p(logits, settings)
+        drawn = []
+        few_rows = (logits.split(SORTED_ROWS), settings.columns.split(SORTED_ROWS, dim=1))
+        for part, columns in zip(*few_rows, strict=True):
+            keys = kernels.ordering_keys(part).sort(dim=-1, descending=True).values
+            drawn.append(kernels.draw_from_ordered(keys, logits.shape[-1], columns.contiguous()))
+        return torch.cat(drawn)
+
+    def draw_from_all(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        kernels = self._draw_kernels[logits.dtype]
+        if kernels is None:
+            return super().draw_from_all(logits, settings)
+        return kernels.draw_from_all(logits, settings.columns)

@@ -1,0 +1,129 @@
+"""Draws of tokens in plain torch. Legend: L rows, V vocab_size, C candidates of a row."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.ops.base import DrawSettings, Ops
+
+MOST_SELECTED = 1024  # tokens up to which selecting the likeliest is faster than sorting all
+WIDTH = 64  # logits in a block
+
+
+class TorchDraws(Ops):
+    """Where only some of a row's tokens can be drawn, they are found by blocks of the vocabulary."""
+
+    def greedy(self, logits: Tensor) -> Tensor:
+        if logits.is_cuda:
+            return logits.argmax(dim=-1)
+        padded = _whole_blocks(logits)
+        block = self._largest_of_blocks(padded).argmax(dim=-1)
+        rows = torch.arange(len(logits), device=logits.device)
+        return block * WIDTH + padded.unflatten(1, (-1, WIDTH))[rows, block].argmax(dim=-1)
+
+    def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        candidates, ids = self._likeliest(logits, min(max(settings.top_ks), logits.shape[-1]))
+        weights = _weights(candidates, candidates[:, :1], settings)
+        return ids.gather(1, _draw_from_ordered(weights, None, settings))[:, 0]
+
+    def draw_from_top_p(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        # On a GPU the host would wait for the answer.
+        found = None if logits.is_cuda else self._nucleus(logits, settings)
+        if found is None:
+            ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
+            found = _weights(ordered, ordered[:, :1], settings), ids, None
+        weights, ids, total = found
+        return ids.gather(1, _draw_from_ordered(weights, total, settings))[:, 0]
+
+    def draw_from_all(self, logits: Tensor, settings: DrawSettings) -> Tensor:
+        """First the block is drawn, then the token in it."""
+        logits = logits.float()
+        blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), settings)
+        blocks = F.pad(blocks, (0, -blocks.shape[-1] % WIDTH)).unflatten(1, (-1, WIDTH))
+        cumulative = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        draws = _draws(settings, cumulative)
+        block = _column_of(cumulative, draws)
+        before = F.pad(cumulative, (1, 0)).gather(1, block)
+        inside = blocks[torch.arange(len(logits), device=logits.device), block[:, 0]]
+        token = _column_of(inside.cumsum(dim=-1, dtype=torch.float64), draws - before)
+        return (block * WIDTH + token)[:, 0]
+
+    def _nucleus(self, logits: Tensor, settings: DrawSettings) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Weights of the likeliest tokens, their ids and the weight of all, if in each row these are enough for
+        top-p."""
+        if min(settings.top_ks) < logits.shape[-1]:
+            return None  # so large a top-k that it is not about the likeliest
+        logits = logits.float()
+        ordered, ids = self._likeliest(logits, MOST_SELECTED)
+        weights = _weights(ordered, ordered[:, :1], settings)
+        total = _weights(logits, ordered[:, :1], settings).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        reached = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        _, _, top_p, _ = settings.columns
+        return (weights, ids, total) if bool((reached >= top_p * total).all()) else None
+
+    def _likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest of logits [L, V], of equal ones the first, with their token ids.
+
+        All of them lie in the `count` blocks that have the largest maxima.
+        """
+        count = min(count, logits.shape[-1])
+        padded = _whole_blocks(logits)
+        blocks = padded.unflatten(1, (-1, WIDTH))
+        _, best = _ordered_topk(self._largest_of_blocks(padded), min(count, blocks.shape[1]))
+        best = best.sort(dim=-1).values
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        values, at = _ordered_topk(blocks[rows, best].float().flatten(1), count)
+        return values, best.gather(1, at // WIDTH) * WIDTH + at % WIDTH
+
+    def _largest_of_blocks(self, logits: Tensor) -> Tensor:
+        """The largest of each block of logits [L, V] -> fp32 [L, V / WIDTH]."""
+        return logits.unflatten(1, (-1, WIDTH)).amax(dim=-1).float()
+
+
+def _draw_from_ordered(weights: Tensor, total: Tensor | None, settings: DrawSettings) -> Tensor:
+    """The column [L, 1] drawn from weights [L, C], largest first, which are all but what top-p would cut off.
+
+    top-p keeps the fewest tokens that reach p among those that top-k kept, renormalised. `total` [L, 1] is
+    the weight of all tokens where that is more than these.
+    """
+    _, top_k, top_p, _ = settings.columns
+    ranks = torch.arange(weights.shape[-1], device=weights.device)
+    kept = ranks < top_k
+    cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
+    reached = top_p * (cumulative[:, -1:] if total is None else total)
+    kept &= (cumulative - weights < reached) | (ranks == 0)
+    cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
+    return _column_of(cumulative, _draws(settings, cumulative))
+
+
+def _whole_blocks(logits: Tensor) -> Tensor:
+    padding = -logits.shape[-1] % WIDTH
+    return F.pad(logits, (0, padding), value=-torch.inf) if padding else logits
+
+
+def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """topk of fp32 [L, C] by value, then by place: both are made into one integer."""
+    bits = values.view(torch.int32)
+    in_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    columns = values.shape[-1]
+    keys = (in_order.long() << 32) + torch.arange(columns - 1, -1, -1, device=values.device)
+    at = columns - 1 - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
+    return values.gather(1, at), at
+
+
+def _weights(logits: Tensor, largest: Tensor, settings: DrawSettings) -> Tensor:
+    """exp(logit / temperature) up to a factor: the largest is 1, so that no temperature overflows or is 0."""
+    temperatures = settings.columns[0].float().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((logits - largest) / temperatures).exp()
+
+
+def _draws(settings: DrawSettings, cumulative: Tensor) -> Tensor:
+    return settings.columns[3] * cumulative[:, -1:]
+
+
+def _column_of(cumulative: Tensor, draws: Tensor) -> Tensor:
+    """The column [L, 1] that holds each draw [L, 1]; the last that has any weight for one at the very end."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, draws, right=True), last)

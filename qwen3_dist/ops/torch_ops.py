@@ -1,0 +1,154 @@
+"""All operations in plain torch, right on every device: what every other `Ops` is tested against and falls back to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen3_dist.ops.base import (
+    BlockParts,
+    ExpertWeights,
+    HeadParts,
+    LinearWeights,
+    Matrix,
+    NormWeights,
+    StageKernels,
+)
+from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.quantize import as_int8
+from qwen3_dist.ops.slices import rows_of_slice
+from qwen3_dist.ops.torch_attention import gathered_attention
+from qwen3_dist.ops.torch_draws import TorchDraws
+from qwen3_dist.ops.torch_experts import counted, looped_experts
+
+
+class TorchOps(TorchDraws):
+    """`reason` says why nothing faster is used."""
+
+    def __init__(self, reason: str = "") -> None:
+        self._reason = reason
+
+    def describe(self, experts: ExpertWeights | None) -> str:
+        because = f" ({self._reason})" if self._reason else ""
+        return f"{cpu_threads()}: torch alone{because}"
+
+    def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
+        return quantized_linear(weights) if int8 else weights
+
+    def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
+        return quantized_experts(weights) if int8 else weights
+
+    def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:
+        return None
+
+    def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
+        return [self._product(x, part) for part in weights.parts]
+
+    def _product(self, x: Tensor, part: Matrix) -> Tensor:
+        if part.scale is None:
+            return F.linear(x, part.weight, part.bias)
+        if x.dtype == torch.float16:  # which sums of whole integers overflow
+            product = F.linear(x, part.weight.to(x.dtype).mul_(part.scale[:, None]))
+        else:
+            product = F.linear(x, part.weight.to(x.dtype)).mul_(part.scale)
+        return product if part.bias is None else product + part.bias
+
+    def embedding(self, ids: Tensor, weights: LinearWeights) -> Tensor:
+        return F.embedding(ids, weights.parts[0].weight)
+
+    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+        wide = x.float() if weights.qwen3_compatible else x
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + weights.eps)
+        scaled = normed.to(x.dtype) * weights.scale
+        return scaled if weights.shift is None else scaled + weights.shift
+
+    def rotate_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        norms: tuple[NormWeights, NormWeights] | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        slots: Tensor,
+    ) -> Tensor:
+        if norms is not None:
+            q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
+        cache.keys.flatten(0, 1)[slots] = apply_rope(k, cos, sin)
+        cache.values.flatten(0, 1)[slots] = v
+        return apply_rope(q, cos, sin)
+
+    def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+        return gathered_attention(q, cache, batch, window)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def route(self, logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
+        probabilities = F.softmax(logits, dim=-1, dtype=torch.float32)
+        weights, expert_ids = probabilities.topk(choices, dim=-1)
+        if normed:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return expert_ids, weights.to(logits.dtype).float()
+
+    def experts(
+        self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
+    ) -> Tensor:
+        """Many rows go in slices, so that memory is bounded also where every row chose experts of this rank."""
+        x, ids, routing = x.contiguous(), ids.contiguous(), routing.contiguous()
+        rows = rows_of_slice(ids.shape[1])
+        if len(x) <= rows:
+            return self._experts_of_slice(x, weights, ids, routing, counts)
+        out = torch.empty_like(x)
+        for mine, some, some_ids, some_routing in zip(
+            *(each.split(rows) for each in (out, x, ids, routing)), strict=True
+        ):
+            mine.copy_(self._experts_of_slice(some, weights, some_ids, some_routing, counts))
+        return out
+
+    def _experts_of_slice(
+        self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
+    ) -> Tensor:
+        """`experts` of contiguous rows whose pairs, of whatever experts, fit a step's memory."""
+        counts += counted(ids, len(weights.stacks[0]))
+        return looped_experts(x, weights, ids, routing, self._expert)
+
+    def _expert(self, x: Tensor, matrices: tuple[Tensor, ...], scales: tuple[Tensor | None, ...]) -> Tensor:
+        fc1, fc2, fc3 = (
+            Matrix(matrix, len(matrix), scale) for matrix, scale in zip(matrices, scales, strict=True)
+        )
+        return self._product(F.silu(self._product(x, fc1)) * self._product(x, fc2), fc3)
+
+    def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
+        return False
+
+
+def quantized_linear(weights: LinearWeights) -> LinearWeights:
+    """Plain weights as int8."""
+    return LinearWeights(tuple(_quantized(part) for part in weights.parts))
+
+
+def _quantized(part: Matrix) -> Matrix:
+    weight, scale = as_int8(part.weight)
+    return part._replace(weight=weight, scale=scale)
+
+
+def quantized_experts(weights: ExpertWeights) -> ExpertWeights:
+    """Plain stacks as int8."""
+    (fc1, one), (fc2, two), (fc3, three) = map(as_int8, weights.stacks)
+    return ExpertWeights((fc1, fc2, fc3), weights.columns, (one, two, three))
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [T, H, d] by its tokens' angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def cpu_threads() -> str:
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''} a rank"
