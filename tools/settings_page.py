@@ -29,7 +29,11 @@ nothing here, except those that Ray, NCCL and the hub read themselves.
 """
 _PARTS = (
     ("The service", ServiceConfig, "One model behind one HTTP endpoint, on one or more replicas."),
-    ("The engine", EngineConfig, "One sharded model: its layout, its KV cache, its steps. Each replica has one."),
+    (
+        "The engine",
+        EngineConfig,
+        "One sharded model: its layout, its KV cache, its steps. Each replica has one.",
+    ),
 )
 _KINDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
 _FORMS = {"Layout": "layout", "Speculation": "`ngram,k=N`", "Adapters": "`NAME=PATH`"}
