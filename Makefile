@@ -43,11 +43,17 @@ eval-bundled: $(READY)  ## measure the bundled model on held-out examples
 format: $(READY)  ## format and sort imports
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-check: $(READY)  ## format, lint, types, import direction
+docs: $(READY)  ## build the documentation into build/docs; a broken link fails
+	PYTHONPATH=. $(BIN)/python tools/settings_page.py > docs/settings.md
+	$(BIN)/zensical build
+
+check: $(READY)  ## format, lint, types, spelling, documentation, import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q tests/test_imports.py
+	$(BIN)/codespell
+	$(BIN)/zensical build
+	$(BIN)/pytest -q tests/test_imports.py tests/test_docs.py
 
 # Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels and parity; and
 # `check` with all others.
@@ -77,5 +83,5 @@ clients: $(READY)  ## install real clients (npm and pip) and run a tool loop of 
 	$(CLIENTS)/litellm/bin/pip install --quiet litellm==1.110.2
 	$(BIN)/pytest -q -m slow tests/clients
 
-.PHONY: help install serve demo bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak clients
+.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak clients
 .DEFAULT_GOAL := help
