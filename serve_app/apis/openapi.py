@@ -5,7 +5,9 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+from serve_app.apis.shared.body import Body
 from serve_app.apis.shared.kinds import TEXT, Field, Json, Kind, Record, one_of
+from serve_app.apis.shared.schema import schema_of
 
 _STATUSES = (
     HTTPStatus.BAD_REQUEST,
@@ -46,7 +48,7 @@ ANTHROPIC_ERROR = _object(
 
 def route(
     summary: str,
-    body: Kind | None = None,
+    body: Kind | type[Body] | None = None,
     streams: bool = False,
     error: Kind = OPENAI_ERROR,
 ) -> dict[str, Any]:
@@ -61,6 +63,6 @@ def route(
     responses[200] = {"description": "The answer", "content": answered}
     described: dict[str, Any] = {"summary": summary, "responses": responses}
     if body:
-        content = {"application/json": {"schema": body.schema}}
+        content = {"application/json": {"schema": body.schema if isinstance(body, Kind) else schema_of(body)}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return described

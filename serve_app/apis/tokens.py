@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from qwen3_dist.errors import RequestError
 from serve_app.apis.chat.request import CHAT_BODY, ChatRequest, chat_fields
+from serve_app.apis.shared.body import Body, Must, Range, about, read_body
 from serve_app.apis.shared.errors import error_object
-from serve_app.apis.shared.kinds import BOOL, TEXT, Field, Json, ListOf, Record, integer
+from serve_app.apis.shared.kinds import BOOL, TEXT, Field, Json, Record
 from serve_app.apis.shared.prompts import Prompt, Texts
 
-_TOKENS = ListOf(integer(0, 2**31 - 1), "a list of token ids")
+_Model = Annotated[str, about("The served model's name; absent, it is the model.")]
 _MODEL = Field(TEXT, "The served model's name; absent, it is the model.")
 _OF_CHAT = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _SAID_OF_CHAT = (*_OF_CHAT, "add_special_tokens")
@@ -35,9 +36,15 @@ TOKENIZE_BODY = Record(
         "return_token_strs": Field(BOOL, "Gives each token's text as well."),
     },
 )
-DETOKENIZE_BODY = Record(
-    "an object", {"model": _MODEL, "tokens": Field(_TOKENS, "Token ids.", required=True)}
-)
+
+
+class DetokenizeBody(Body):
+    """A body of /detokenize."""
+
+    model: _Model = ""
+    tokens: Annotated[
+        list[Annotated[int, Range(0, 2**31 - 1)]], Must("a list of token ids"), about("Token ids.")
+    ]
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:
     """Reads a request to detokenize. Raises RequestError."""
-    given = DETOKENIZE_BODY.read_body(body)
-    return DetokenizeRequest(given.get("model", ""), given["tokens"])
+    given = read_body(DetokenizeBody, body)
+    return DetokenizeRequest(given.model, given.tokens)
 
 
 def _conversation(given: Json) -> ChatRequest:

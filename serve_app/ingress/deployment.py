@@ -21,7 +21,7 @@ from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.garbage_collection import exempt_present_objects
 from serve_app.apis.chat.request import CHAT_BODY, parse_chat
 from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
-from serve_app.apis.embeddings import EMBEDDING_BODY, parse_embedding
+from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
     COUNT_TOKENS_BODY,
     MESSAGES_BODY,
@@ -31,14 +31,14 @@ from serve_app.apis.messages.request import (
 from serve_app.apis.models import Models
 from serve_app.apis.openapi import ANTHROPIC_ERROR, route
 from serve_app.apis.requests import AnyRequest
-from serve_app.apis.rerank import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
+from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
 from serve_app.apis.responses.kept import KeptResponse
 from serve_app.apis.responses.request import RESPONSES_BODY
 from serve_app.apis.responses.store import ResponseStore
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.tokens import (
-    DETOKENIZE_BODY,
     TOKENIZE_BODY,
+    DetokenizeBody,
     parse_detokenize,
     parse_tokenize,
 )
@@ -148,17 +148,15 @@ class Ingress:
     async def count_tokens(self, request: Request) -> Response:
         return await self._generate(request, parse_count_tokens)
 
-    @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EMBEDDING_BODY))
+    @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EmbeddingBody))
     async def embeddings(self, request: Request) -> Response:
         return await self._generate(request, parse_embedding)
 
-    @api.post(
-        "/v1/rerank", **route("Cohere and Jina: documents in the order of their relevance", RERANK_BODY)
-    )
+    @api.post("/v1/rerank", **route("Cohere and Jina: documents in the order of their relevance", RerankBody))
     async def rerank(self, request: Request) -> Response:
         return await self._generate(request, parse_rerank)
 
-    @api.post("/v1/score", **route("vLLM: the relevance of texts to others", SCORE_BODY))
+    @api.post("/v1/score", **route("vLLM: the relevance of texts to others", ScoreBody))
     async def score(self, request: Request) -> Response:
         return await self._generate(request, parse_score)
 
@@ -166,7 +164,7 @@ class Ingress:
     async def tokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_tokenize)
 
-    @api.post("/detokenize", **route("vLLM: token ids to text", DETOKENIZE_BODY))
+    @api.post("/detokenize", **route("vLLM: token ids to text", DetokenizeBody))
     async def detokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_detokenize)
 
