@@ -19,8 +19,8 @@ from ray.serve.handle import DeploymentHandle
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.garbage_collection import exempt_present_objects
-from serve_app.apis.chat.request import CHAT_BODY, parse_chat
-from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
+from serve_app.apis.chat.request import ChatBody, parse_chat
+from serve_app.apis.completions import CompletionBody, parse_completion
 from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
     COUNT_TOKENS_BODY,
@@ -37,8 +37,8 @@ from serve_app.apis.responses.request import RESPONSES_BODY
 from serve_app.apis.responses.store import ResponseStore
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.tokens import (
-    TOKENIZE_BODY,
     DetokenizeBody,
+    TokenizeBody,
     parse_detokenize,
     parse_tokenize,
 )
@@ -113,11 +113,11 @@ class Ingress:
         replicas = max(self._health.num_healthy, self._config.min_replicas)
         return replicas * self._config.max_ongoing_requests + self._config.max_queued_requests
 
-    @api.post("/v1/chat/completions", **route("OpenAI: chat", CHAT_BODY, streams=True))
+    @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
         return await self._generate(request, parse_chat)
 
-    @api.post("/v1/completions", **route("OpenAI: completions of text", COMPLETION_BODY, streams=True))
+    @api.post("/v1/completions", **route("OpenAI: completions of text", CompletionBody, streams=True))
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion)
 
@@ -160,7 +160,7 @@ class Ingress:
     async def score(self, request: Request) -> Response:
         return await self._generate(request, parse_score)
 
-    @api.post("/tokenize", **route("vLLM: text or messages to token ids", TOKENIZE_BODY))
+    @api.post("/tokenize", **route("vLLM: text or messages to token ids", TokenizeBody))
     async def tokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_tokenize)
 

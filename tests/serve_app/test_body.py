@@ -80,7 +80,9 @@ TYPES: dict[str, Any] = {
     "points": Annotated[list[APoint], Must("points")],
     "shape": Shape,
     "item": Annotated[UntaggedDot | Text, ByTag("type", "an item", untagged="dot")],
-    "item or text": Annotated[UntaggedDot | Text, ByTag("type", "an item", untagged="dot", bare="text")],
+    "item or text": Annotated[
+        UntaggedDot | Text, ByTag("type", "an item", untagged="dot", bare=Text, instead_of=("x",))
+    ],
     "others": Annotated[Dot | Json, ByTag("type", "an item", ("image",))],
     "text or ids": Annotated[str | TokenIds, ByType("text or token ids")],
     "lists of either": Annotated[

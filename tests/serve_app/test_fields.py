@@ -17,8 +17,8 @@ from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.chat import request as chat_module
-from serve_app.apis.chat.request import CHAT_BODY, parse_chat
-from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
+from serve_app.apis.chat.request import ChatBody, parse_chat
+from serve_app.apis.completions import CompletionBody, parse_completion
 from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
     COUNT_TOKENS_BODY,
@@ -35,9 +35,9 @@ from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.apis.shared.prompts import Texts
 from serve_app.apis.shared.schema import schema_of
 from serve_app.apis.tokens import (
-    TOKENIZE_BODY,
     DetokenizeBody,
     TextRequest,
+    TokenizeBody,
     parse_detokenize,
     parse_tokenize,
 )
@@ -66,15 +66,15 @@ def page_of(body: Any) -> dict[str, Any]:
 
 
 APIS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
-    "chat": (CHAT_BODY, parse_chat),
-    "completions": (COMPLETION_BODY, parse_completion),
+    "chat": (ChatBody, parse_chat),
+    "completions": (CompletionBody, parse_completion),
     "responses": (RESPONSES_BODY, lambda body: read_responses(body, Store())),  # type: ignore[arg-type]
     "messages": (MESSAGES_BODY, parse_messages),
     "count_tokens": (COUNT_TOKENS_BODY, parse_count_tokens),
     "embeddings": (EmbeddingBody, parse_embedding),
     "rerank": (RerankBody, parse_rerank),
     "score": (ScoreBody, parse_score),
-    "tokenize": (TOKENIZE_BODY, parse_tokenize),
+    "tokenize": (TokenizeBody, parse_tokenize),
     "detokenize": (DetokenizeBody, parse_detokenize),
 }
 PLACES = [(api, place) for api, (body, _) in APIS.items() for place in places(page_of(body))]
@@ -301,7 +301,7 @@ def test_no_field_that_says_it_is_ignored_is_read(found: dict[str, bool]) -> Non
 
 
 def test_a_field_that_nobody_reads_is_found(texts: Texts) -> None:
-    page = page_of(COMPLETION_BODY)
+    page = page_of(CompletionBody)
     page = {**page, "properties": {**page["properties"], "idle": {"type": "boolean"}}}
     [place] = [place for place in places(page) if place.path == "idle"]
     assert not is_read("completions", place, texts)

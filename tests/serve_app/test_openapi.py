@@ -11,7 +11,7 @@ import pytest
 
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.answer import message_error
 from serve_app.apis.messages.request import parse_count_tokens, parse_messages

@@ -18,8 +18,6 @@ from serve_app.apis.messages.answer import (
 from serve_app.apis.messages.history import MESSAGE, TEXTS, chat_conversation, silent_user
 from serve_app.apis.messages.tools import client_tools
 from serve_app.apis.shared.answer import Answer, Served
-from serve_app.apis.shared.conversation import NAME
-from serve_app.apis.shared.generation import GENERATION
 from serve_app.apis.shared.kinds import (
     BOOL,
     FILLED_TEXT,
@@ -34,8 +32,8 @@ from serve_app.apis.shared.kinds import (
     number,
     short,
 )
+from serve_app.apis.shared.older import MODEL, NAME, STOP_STRINGS, TOP_P
 from serve_app.apis.shared.prompts import Texts
-from serve_app.apis.shared.sampling import SAMPLING, STOP_STRINGS
 from serve_app.apis.tokens import TextRequest
 
 _TOOL = Tagged(
@@ -88,7 +86,7 @@ _FORMAT = Tagged(
     "an object with type", "type", {"json_schema": Record("", {"schema": Field(OBJECT, required=True)})}, {}
 )
 _PROMPT = {
-    "model": GENERATION["model"],
+    "model": MODEL,
     "messages": Field(
         ListOf(MESSAGE, "a list of at least one message", least=1),
         "The conversation; if the assistant has the last word, the answer goes on from there.",
@@ -107,7 +105,7 @@ MESSAGES_BODY = Record(
         "max_tokens": Field(integer(1), "Most tokens of the answer, thinking included.", required=True),
         "stop_sequences": Field(STOP_STRINGS, "Texts that end the answer."),
         "temperature": Field(number(0, 1), "0 always takes the likeliest token."),
-        "top_p": SAMPLING["top_p"],
+        "top_p": TOP_P,
         "top_k": Field(integer(0), "Keeps so many of the likeliest tokens; 0 keeps all."),
         "stream": Field(BOOL, "Answers with server-sent events."),
         "output_config": Field(

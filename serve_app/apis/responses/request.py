@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS
-from serve_app.apis.chat.request import CHAT_BODY, ChatRequest, chat_fields
+from serve_app.apis.chat.request import ChatRequest, chat_fields
 from serve_app.apis.responses.answer import ResponseAnswer, response_error_event
 from serve_app.apis.responses.history import ITEM, chat_conversation
 from serve_app.apis.responses.store import NOTHING_KEPT, ResponseStore
@@ -20,7 +20,6 @@ from serve_app.apis.responses.tools import (
     chat_tools,
 )
 from serve_app.apis.shared.answer import Answer, Served
-from serve_app.apis.shared.generation import GENERATION
 from serve_app.apis.shared.kinds import (
     BOOL,
     FILLED_TEXT,
@@ -35,7 +34,7 @@ from serve_app.apis.shared.kinds import (
     integer,
     one_of,
 )
-from serve_app.apis.shared.sampling import SAMPLING
+from serve_app.apis.shared.older import EFFORT, MODEL, TEMPERATURE, TOP_P
 from serve_app.apis.shared.structure import NOT_SHOWN
 
 _FORMAT = Tagged(
@@ -61,21 +60,19 @@ _LOGPROBS = "message.output_text.logprobs"
 RESPONSES_BODY = Record(
     "an object",
     {
-        "model": GENERATION["model"],
+        "model": MODEL,
         "input": Field(_INPUT, "The conversation so far, or what follows previous_response_id."),
         "previous_response_id": Field(FILLED_TEXT, "A stored response whose conversation goes on."),
         "instructions": Field(TEXT, "A system message ahead of the input."),
         "max_output_tokens": Field(integer(1), "Most tokens of the answer, reasoning included."),
-        "temperature": SAMPLING["temperature"],
-        "top_p": SAMPLING["top_p"],
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
         "stream": Field(BOOL, "Answers with server-sent events."),
         "tools": Field(ListOf(TOOL, "a list of tools"), "Functions that the model may call."),
         "tool_choice": Field(TOOL_CHOICE, "Whether and what the model must call."),
         "parallel_tool_calls": Field(BOOL, "Whether it may call several at once."),
         "text": Field(Record("an object", {"format": Field(_FORMAT)}), "The form that the text must have."),
-        "reasoning": Field(
-            Record("an object", {"effort": CHAT_BODY.fields["reasoning_effort"]}), "How much it thinks first."
-        ),
+        "reasoning": Field(Record("an object", {"effort": EFFORT}), "How much it thinks first."),
         "metadata": Field(OBJECT, "Comes back in the answer."),
         "user": Field(TEXT, "Comes back in the answer."),
         "truncation": Field(

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.errors import RequestError
-from serve_app.apis.shared.conversation import ALLOWED_TOOLS, NAME
-from serve_app.apis.shared.custom_tools import CUSTOM_FORMAT, as_function
+from serve_app.apis.shared.custom_tools import as_function
 from serve_app.apis.shared.kinds import (
     BOOL,
     FILLED_TEXT,
@@ -27,6 +26,7 @@ from serve_app.apis.shared.kinds import (
     one_of,
     short,
 )
+from serve_app.apis.shared.older import ALLOWED_TOOLS, CUSTOM_FORMAT, NAME
 
 _LONGEST_NAME = 128
 _CLIENTS = {

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, ValidationError, core_schema, from_json
-from typing_extensions import Required, get_type_hints, is_typeddict
+from typing_extensions import get_type_hints, is_typeddict
 
 from qwen3_dist.errors import RequestError
 
@@ -159,17 +168,17 @@ class Must:
             bounds: Any = without_nulls({"min_length": self.least, "max_length": self.most})
             outer = _told(core_schema.list_schema(**bounds, strict=True), self.words)
             return core_schema.chain_schema([outer, cast(CoreSchema, {**inner, **bounds, "fail_fast": True})])
-        if is_typeddict(source) or inner["type"] in ("model", "definition-ref"):
-            return core_schema.no_info_before_validator_function(self._object, inner)
+        if is_typeddict(source):
+            return core_schema.no_info_wrap_validator_function(self._object, inner)
         return _told(inner, self.words)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         return handler(schema["steps"][-1] if schema["type"] == "chain" else schema)  # type: ignore[arg-type]
 
-    def _object(self, value: Any) -> Any:
+    def _object(self, value: Any, handler: ValidatorFunctionWrapHandler) -> Json:
         if type(value) is not dict:
             raise _error(self.words)
-        return without_nulls(value)
+        return _in_order(without_nulls(value), handler)
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,8 @@ class Range:
         return _told(number, self._words("a number"))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
-        made = handler(schema)
-        return {**made["anyOf"][0], "type": "number"} if "anyOf" in made else made
+        made = dict(handler(schema))
+        return {**made.pop("anyOf")[0], "type": "number", **made} if "anyOf" in made else made
 
     def _words(self, noun: str) -> str:
         if self.above:
@@ -232,87 +241,85 @@ class ByType:
 class ByTag:
     """Annotates a union of typed dicts: the field `tag` of an object says which it is, or that it is one of `refused`.
 
-    Without a tag it is `untagged`, if that is given; or `bare`, where it has fields that `bare` requires and none that
-    `untagged` does. An object with any other tag is kept as it is if the union has Json. What is no object must be
-    `words`.
+    Without a tag it is the one that is tagged `untagged`, if that is given; or the typed dict `bare`, where it has
+    fields of that and none of `instead_of`. An object with any other tag is kept as it is if the union has Json. What
+    is no object must be `words`.
     """
 
     tag: str
     words: str
     refused: tuple[str, ...] = ()
     untagged: str | None = None
-    bare: str | None = None
+    bare: Any = None
+    instead_of: tuple[str, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        options = [source] if is_typeddict(source) else get_args(source)
         choices: dict[str, CoreSchema] = {}
-        required: dict[str, frozenset[str]] = {}
-        for option in self._options(source):
-            schema = handler.generate_schema(option)
-            hints = get_type_hints(option, include_extras=True)
-            for name in self._names(option):
-                choices[_branch(name)] = schema
-                required[name] = frozenset(n for n in hints if get_origin(hints[n]) is Required) - {self.tag}
-        known = {name: _branch(name) for name in required}
-        others = Json in get_args(source)
-        if others:
+        for option in options:
+            for name in self._tags(option) if option != Json else ():
+                choices[_branch(name)] = handler.generate_schema(option)
+        known = {branch[1:-1]: branch for branch in choices}
+        if Json in options:
             choices[_OTHERS] = core_schema.any_schema()
         union = core_schema.tagged_union_schema(
             cast(Any, choices), lambda value: known.get(value[self.tag], _OTHERS)
         )
-        return core_schema.no_info_before_validator_function(self._opened(known, others, required), union)
+        return core_schema.no_info_wrap_validator_function(self._opened(known, Json in options), union)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
-        choices = cast(Any, schema)["schema"]["choices"]
-        forms: list[Json] = []
-        for branch, choice in choices.items():
-            form = handler(choice)
-            if branch != _OTHERS and form not in forms:
-                forms.append(form)
-        if self.bare is not None:
-            resolved = [
-                handler.resolve_ref_schema(handler(choices[_branch(n)])) for n in (self.bare, self.untagged)
-            ]
-            bare, untagged = resolved
-            absent = dict.fromkeys((self.tag, *untagged.get("required", [])), {"type": "null"})
-            forms.append({**bare, "properties": {**bare["properties"], **absent}})
-            forms[-1]["required"] = [name for name in bare["required"] if name != self.tag]
-        if _OTHERS in choices:
-            known = [branch.strip("<>") for branch in choices if branch != _OTHERS]
-            tag = {"type": "string", "not": {"enum": [*known, *self.refused]}}
+        made = dict(handler(schema))
+        forms = [form for form in made.pop("oneOf") if form]  # that of others is {}
+        if self.bare:
+            bare = TypeAdapter(self.bare).json_schema()
+            absent = dict.fromkeys((self.tag, *self.instead_of), {"type": "null"})
+            required = [name for name in bare["required"] if name != self.tag]
+            forms.append({**bare, "properties": {**bare["properties"], **absent}, "required": required})
+        known = [branch[1:-1] for branch in cast(Any, schema)["schema"]["choices"]]
+        if _OTHERS[1:-1] in known:
+            listed = [name for name in known if name] + [*self.refused]
+            tag = {"type": "string", "not": {"enum": listed}}
             forms.append({"type": "object", "properties": {self.tag: tag}, "required": [self.tag]})
-        return {"type": "object", "oneOf": forms}
+        return {"type": "object", "oneOf": forms, **made}
 
     def _opened(
-        self, known: Mapping[str, str], others: bool, required: Mapping[str, frozenset[str]]
-    ) -> Callable[[Any], Json]:
-        """What makes an object ready for the union: with a tag, without nulls."""
+        self, known: Mapping[str, str], others: bool
+    ) -> Callable[[Any, ValidatorFunctionWrapHandler], Json]:
+        """What gives an object to the union: with a tag, without nulls."""
         listed = f"one of {', '.join(known)}"
-        of_bare, of_untagged = (required.get(name or "", frozenset()) for name in (self.bare, self.untagged))
+        bare = self._tags(self.bare)[0] if self.bare else None
+        of_bare = get_type_hints(self.bare).keys() - {self.tag} if self.bare else ()
 
-        def opened(value: Any) -> Json:
+        def opened(value: Any, handler: ValidatorFunctionWrapHandler) -> Json:
             if type(value) is not dict:
                 raise _error(self.words)
             given = without_nulls(value)
             name = given.get(self.tag)
-            if name is None and given.keys() & of_bare and not given.keys() & of_untagged:
-                name = given[self.tag] = self.bare
+            if (
+                name is None
+                and not given.keys().isdisjoint(of_bare)
+                and given.keys().isdisjoint(self.instead_of)
+            ):
+                name = given[self.tag] = bare
             elif name is None and self.untagged is not None:
                 name = given[self.tag] = self.untagged
             if isinstance(name, str):
                 if name in known or (others and name not in self.refused):
-                    return given
+                    return _in_order(given, handler)
                 if name in self.refused:
                     raise PydanticCustomError("unsupported", "", {"tag": self.tag})
             raise _error(listed, tag=self.tag)
 
         return opened
 
-    def _options(self, source: Any) -> list[Any]:
-        options = [source] if is_typeddict(source) else get_args(source)
-        return [option for option in options if option != Json]
-
-    def _names(self, option: Any) -> tuple[str, ...]:
+    def _tags(self, option: Any) -> tuple[str, ...]:
         return get_args(get_type_hints(option)[self.tag])
+
+
+def _in_order(given: Json, handler: ValidatorFunctionWrapHandler) -> Json:
+    """What is read of `given`, in its order, which a chat template may show."""
+    read = handler(given)
+    return {name: read[name] for name in given}
 
 
 def _branch(kind: type | str) -> str:

@@ -38,9 +38,9 @@ def _or_null(schema: Json) -> Json:
     if "anyOf" in schema:
         options = schema["anyOf"]
         return schema if {"type": "null"} in options else {**schema, "anyOf": [*options, {"type": "null"}]}
-    if not schema.keys() & {"type", "$ref"}:
-        return schema  # any value
-    if isinstance(schema.get("type"), str) and not schema.keys() & {"enum", "const", "oneOf"}:
+    if not schema.keys() & {"type", "$ref"} or isinstance(schema.get("type"), list):
+        return schema  # any value, or null already
+    if "type" in schema and not schema.keys() & {"enum", "const", "oneOf"}:
         return {**schema, "type": [schema["type"], "null"]}
     said = ("default", "description")
     bare = {name: value for name, value in schema.items() if name not in said}
