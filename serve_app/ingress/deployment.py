@@ -23,8 +23,8 @@ from serve_app.apis.chat.request import ChatBody, parse_chat
 from serve_app.apis.completions import CompletionBody, parse_completion
 from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
-    COUNT_TOKENS_BODY,
-    MESSAGES_BODY,
+    CountTokensBody,
+    MessagesBody,
     parse_count_tokens,
     parse_messages,
 )
@@ -136,14 +136,14 @@ class Ingress:
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @api.post(
-        "/v1/messages", **route("Anthropic: messages", MESSAGES_BODY, streams=True, error=ANTHROPIC_ERROR)
+        "/v1/messages", **route("Anthropic: messages", MessagesBody, streams=True, error=ANTHROPIC_ERROR)
     )
     async def messages(self, request: Request) -> Response:
         return await self._generate(request, parse_messages)
 
     @api.post(
         "/v1/messages/count_tokens",
-        **route("Anthropic: the tokens of a prompt", COUNT_TOKENS_BODY, error=ANTHROPIC_ERROR),
+        **route("Anthropic: the tokens of a prompt", CountTokensBody, error=ANTHROPIC_ERROR),
     )
     async def count_tokens(self, request: Request) -> Response:
         return await self._generate(request, parse_count_tokens)

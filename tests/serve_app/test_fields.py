@@ -21,9 +21,9 @@ from serve_app.apis.chat.request import ChatBody, parse_chat
 from serve_app.apis.completions import CompletionBody, parse_completion
 from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
-    COUNT_TOKENS_BODY,
-    MESSAGES_BODY,
+    CountTokensBody,
     CountTokensRequest,
+    MessagesBody,
     parse_count_tokens,
     parse_messages,
 )
@@ -69,8 +69,8 @@ APIS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
     "chat": (ChatBody, parse_chat),
     "completions": (CompletionBody, parse_completion),
     "responses": (RESPONSES_BODY, lambda body: read_responses(body, Store())),  # type: ignore[arg-type]
-    "messages": (MESSAGES_BODY, parse_messages),
-    "count_tokens": (COUNT_TOKENS_BODY, parse_count_tokens),
+    "messages": (MessagesBody, parse_messages),
+    "count_tokens": (CountTokensBody, parse_count_tokens),
     "embeddings": (EmbeddingBody, parse_embedding),
     "rerank": (RerankBody, parse_rerank),
     "score": (ScoreBody, parse_score),

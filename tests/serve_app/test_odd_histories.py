@@ -12,7 +12,6 @@ import pytest
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.messages.history import MESSAGE
 from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.responses.history import ITEM
 from serve_app.apis.responses.request import parse_responses
@@ -26,7 +25,7 @@ STRICT = ChatTemplate(
     {},
 )
 TYPES = [
-    *ITEM.records, *MESSAGE.records, "text", "image", "input_text", "refusal", "tool_use", "tool_result", "thinking",
+    *ITEM.records, "user", "assistant", "system", "text", "image", "input_text", "refusal", "tool_use", "tool_result", "thinking",
     "server_tool_use", "web_search_tool_result", "document", "search_result", "tool_reference", "base64", "function",
     "custom", "namespace", "allowed_tools", "web_search", "bash_20250124", "grammar", "x", 5, None,
 ]  # fmt: skip

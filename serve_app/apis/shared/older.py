@@ -17,12 +17,6 @@ from serve_app.apis.shared.kinds import (
     one_of,
 )  # fmt: skip
 
-_STRING = Plain(
-    "a string of 1 to 1000 characters",
-    {"type": "string", "minLength": 1, "maxLength": 1000},
-    lambda value: 0 < len(value) <= 1000,
-)
-STOP_STRINGS = ListOf(_STRING, "a list of up to 16 strings of 1 to 1000 characters", most=16)
 MODEL = Field(TEXT, "The served model's name, or an adapter's; absent, it is the model.")
 TEMPERATURE = Field(number(0, 2), "0 always takes the likeliest token.")
 TOP_P = Field(number_above(0, 1), "Keeps the likeliest tokens that have this probability together.")
