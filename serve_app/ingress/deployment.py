@@ -29,11 +29,11 @@ from serve_app.apis.messages.request import (
     parse_messages,
 )
 from serve_app.apis.models import Models
-from serve_app.apis.openapi import ANTHROPIC_ERROR, route
+from serve_app.apis.openapi import AnthropicError, route
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
 from serve_app.apis.responses.kept import KeptResponse
-from serve_app.apis.responses.request import RESPONSES_BODY
+from serve_app.apis.responses.request import ResponsesBody
 from serve_app.apis.responses.store import ResponseStore
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.tokens import (
@@ -121,7 +121,7 @@ class Ingress:
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion)
 
-    @api.post("/v1/responses", **route("OpenAI: responses", RESPONSES_BODY, streams=True))
+    @api.post("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
     async def responses(self, request: Request) -> Response:
         kept = KeptResponse(self._stored)
         return await self._generate(request, kept.parse, kept.heard)
@@ -136,14 +136,14 @@ class Ingress:
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @api.post(
-        "/v1/messages", **route("Anthropic: messages", MessagesBody, streams=True, error=ANTHROPIC_ERROR)
+        "/v1/messages", **route("Anthropic: messages", MessagesBody, streams=True, error=AnthropicError)
     )
     async def messages(self, request: Request) -> Response:
         return await self._generate(request, parse_messages)
 
     @api.post(
         "/v1/messages/count_tokens",
-        **route("Anthropic: the tokens of a prompt", CountTokensBody, error=ANTHROPIC_ERROR),
+        **route("Anthropic: the tokens of a prompt", CountTokensBody, error=AnthropicError),
     )
     async def count_tokens(self, request: Request) -> Response:
         return await self._generate(request, parse_count_tokens)

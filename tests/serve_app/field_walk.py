@@ -81,6 +81,17 @@ def _fields(schema: Json) -> dict[str, Json]:
     return fields
 
 
+def _tag(form: Json) -> tuple[str, Json]:
+    """The field that says which of several objects one is."""
+    name = next(name for name in ("type", "role") if name in form["properties"])
+    return name, form["properties"][name]
+
+
+def listed_tags(schema: Json) -> set[str]:
+    """The tags of the objects of which a value may be any."""
+    return {name for form in _options(schema) for name in _names(form["properties"]["type"])}
+
+
 def _names(schema: Json) -> list[Any]:
     """The texts that `schema` lists."""
     if "const" in schema:
@@ -90,11 +101,9 @@ def _names(schema: Json) -> list[Any]:
 
 
 def _options(schema: Json) -> list[Json]:
-    """The schemas of which a value may have any; of objects those whose first field, the tag, is listed."""
+    """The schemas of which a value may have any; of objects those whose tag is listed."""
     options = [option for option in schema.get("anyOf", []) if option != _NULL]
-    return options + [
-        form for form in schema.get("oneOf", []) if _names(next(iter(form["properties"].values())))
-    ]
+    return options + [form for form in schema.get("oneOf", []) if _names(_tag(form)[1])]
 
 
 def places(schema: Json, path: str = "", body: Callable[[Any], Any] = lambda value: value) -> Iterator[Place]:
@@ -102,7 +111,7 @@ def places(schema: Json, path: str = "", body: Callable[[Any], Any] = lambda val
     for option in schema.get("anyOf", []):
         yield from places(option, path, body)
     for form in [form for form in _options(schema) if form in schema.get("oneOf", [])]:
-        tag, tags = next(iter(form["properties"].items()))
+        tag, tags = _tag(form)
         untagged = {**form, "properties": {n: f for n, f in form["properties"].items() if n != tag}}
         untagged["required"] = [name for name in form.get("required", []) if name != tag]
         for name in _names(tags):

@@ -28,9 +28,9 @@ from serve_app.apis.messages.request import (
     parse_messages,
 )
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
-from serve_app.apis.responses.request import RESPONSES_BODY, ResponsesRead, ResponsesRequest, read_responses
+from serve_app.apis.responses.request import ResponsesBody, ResponsesRead, ResponsesRequest, read_responses
+from serve_app.apis.shared.body import Body
 from serve_app.apis.shared.generation import GenerationRequest
-from serve_app.apis.shared.kinds import Record
 from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.apis.shared.prompts import Texts
 from serve_app.apis.shared.schema import schema_of
@@ -61,14 +61,10 @@ class Store:
         return [*kept, *self.conversation(next((i["id"] for i in items if i not in kept), None))]
 
 
-def page_of(body: Any) -> dict[str, Any]:
-    return body.schema if isinstance(body, Record) else schema_of(body)
-
-
-APIS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
+APIS: dict[str, tuple[type[Body], Callable[[bytes], Any]]] = {
     "chat": (ChatBody, parse_chat),
     "completions": (CompletionBody, parse_completion),
-    "responses": (RESPONSES_BODY, lambda body: read_responses(body, Store())),  # type: ignore[arg-type]
+    "responses": (ResponsesBody, lambda body: read_responses(body, Store())),  # type: ignore[arg-type]
     "messages": (MessagesBody, parse_messages),
     "count_tokens": (CountTokensBody, parse_count_tokens),
     "embeddings": (EmbeddingBody, parse_embedding),
@@ -77,7 +73,7 @@ APIS: dict[str, tuple[Any, Callable[[bytes], Any]]] = {
     "tokenize": (TokenizeBody, parse_tokenize),
     "detokenize": (DetokenizeBody, parse_detokenize),
 }
-PLACES = [(api, place) for api, (body, _) in APIS.items() for place in places(page_of(body))]
+PLACES = [(api, place) for api, (body, _) in APIS.items() for place in places(schema_of(body))]
 
 
 TWO_TOOLS = [
@@ -301,7 +297,7 @@ def test_no_field_that_says_it_is_ignored_is_read(found: dict[str, bool]) -> Non
 
 
 def test_a_field_that_nobody_reads_is_found(texts: Texts) -> None:
-    page = page_of(CompletionBody)
+    page = schema_of(CompletionBody)
     page = {**page, "properties": {**page["properties"], "idle": {"type": "boolean"}}}
     [place] = [place for place in places(page) if place.path == "idle"]
     assert not is_read("completions", place, texts)

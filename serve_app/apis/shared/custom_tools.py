@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Required
 
 import pydantic_core
@@ -35,7 +36,7 @@ CustomFormat = Annotated[
 CustomCall = Annotated[_CustomCall, Must("an object with name and input")]
 
 
-def as_function(tool: Json) -> Json:
+def as_function(tool: Mapping[str, Any]) -> Json:
     """The function (`name`, `description`, `parameters`) that stands for custom tool `tool`."""
     form = tool.get("format", {})
     grammar = form.get("grammar", form)
