@@ -6,29 +6,29 @@ import base64
 import struct
 from array import array
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
-from serve_app.apis.completions.request import PROMPT, as_prompts
-from serve_app.apis.shared.kinds import BOOL, Field, Json, Record, integer, one_of
-from serve_app.apis.shared.pooling import MOST_INPUTS, POOLING, Pooled, PoolingRequest, read_pooling
-from serve_app.apis.shared.prompts import Prompt, Texts
+from serve_app.apis.shared.body import Json, Range, about, read_body
+from serve_app.apis.shared.pooling import MOST_INPUTS, Pooled, PoolingBody, PoolingRequest
+from serve_app.apis.shared.prompts import Prompt, Prompts, Texts, as_prompts
 
-EMBEDDING_BODY = Record(
-    "an object",
-    {
-        **POOLING,
-        "input": Field(PROMPT, "What to embed; token ids are taken as they are.", required=True),
-        "dimensions": Field(integer(1), "Keeps so many numbers, the first ones, of each vector."),
-        "encoding_format": Field(
-            one_of("float", "base64"), "Numbers, or the bytes of little-endian fp32 in base64."
-        ),
-        "normalize": Field(BOOL, "Whether vectors have length 1; they do unless this is false."),
-        "add_special_tokens": Field(
-            BOOL, "Whether texts get what the tokenizer puts around them, as is usual."
-        ),
-    },
-)
+
+class EmbeddingBody(PoolingBody):
+    """A body of /v1/embeddings."""
+
+    input: Annotated[Prompts, about("What to embed; token ids are taken as they are.")]
+    dimensions: (
+        Annotated[int, Range(1), about("Keeps so many numbers, the first ones, of each vector.")] | None
+    ) = None
+    encoding_format: Annotated[
+        Literal["float", "base64"], about("Numbers, or the bytes of little-endian fp32 in base64.")
+    ] = "float"
+    normalize: Annotated[bool, about("Whether vectors have length 1.")] = True
+    add_special_tokens: Annotated[
+        bool, about("Whether texts get what the tokenizer puts around them, as is usual.")
+    ] = True
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,20 @@ class EmbeddingRequest(PoolingRequest):
 
 def parse_embedding(body: bytes) -> EmbeddingRequest:
     """Reads a request to embed. Raises RequestError."""
-    given = EMBEDDING_BODY.read_body(body)
-    inputs = as_prompts(given["input"])
+    given = read_body(EmbeddingBody, body)
+    inputs = as_prompts(given.input)
     if len(inputs) > MOST_INPUTS:
         raise RequestError(
             f"input has {len(inputs)} items, more than {MOST_INPUTS}; send several requests", param="input"
         )
     return EmbeddingRequest(
-        **read_pooling(given),
+        given.model,
+        given.priority,
         inputs=inputs,
-        is_list=inputs is given["input"],
-        params=PoolingParams(given.get("dimensions"), given.get("normalize", True)),
-        as_base64=given.get("encoding_format") == "base64",
-        add_special_tokens=given.get("add_special_tokens", True),
+        is_list=inputs is given.input,
+        params=PoolingParams(given.dimensions, given.normalize),
+        as_base64=given.encoding_format == "base64",
+        add_special_tokens=given.add_special_tokens,
     )
 
 

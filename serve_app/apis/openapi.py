@@ -1,11 +1,14 @@
-"""What the OpenAPI page says of a route: its body, as the parser's own table has it, its answers and its errors."""
+"""What the OpenAPI page says of a route: its body, as its model has it, its answers and its errors."""
 
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from serve_app.apis.shared.kinds import TEXT, Field, Json, Kind, Record, one_of
+from pydantic import BaseModel
+
+from serve_app.apis.shared.body import Body, Json, about
+from serve_app.apis.shared.schema import schema_of
 
 _STATUSES = (
     HTTPStatus.BAD_REQUEST,
@@ -22,45 +25,51 @@ _STATUSES = (
 )
 
 
-def _object(**fields: Field) -> Record:
-    return Record("an object", fields)
+_Message = Annotated[str, about("One sentence that says what to change.")]
 
 
-_MESSAGE = Field(TEXT, "One sentence that says what to change.", required=True)
-OPENAI_ERROR = _object(
-    error=Field(
-        _object(
-            message=_MESSAGE,
-            type=Field(TEXT, required=True),
-            param=Field(TEXT, "The path of the field that is to blame."),
-            code=Field(TEXT),
-        ),
-        required=True,
-    )
-)
-ANTHROPIC_ERROR = _object(
-    type=Field(one_of("error"), required=True),
-    error=Field(_object(type=Field(TEXT, required=True), message=_MESSAGE), required=True),
-)
+class _OpenAIDetails(BaseModel):
+    message: _Message
+    type: str
+    param: Annotated[str, about("The path of the field that is to blame.")] | None = None
+    code: str | None = None
+
+
+class OpenAIError(BaseModel):
+    """What OpenAI's clients are told."""
+
+    error: _OpenAIDetails
+
+
+class _AnthropicDetails(BaseModel):
+    type: str
+    message: _Message
+
+
+class AnthropicError(BaseModel):
+    """What Anthropic's clients are told."""
+
+    type: Literal["error"]
+    error: _AnthropicDetails
 
 
 def route(
     summary: str,
-    body: Kind | None = None,
+    body: type[Body] | None = None,
     streams: bool = False,
-    error: Kind = OPENAI_ERROR,
+    error: type[BaseModel] = OpenAIError,
 ) -> dict[str, Any]:
     """Keyword arguments of FastAPI's route decorators."""
     answered: Json = {"application/json": {"schema": {"type": "object"}}}
     if streams:
         answered["text/event-stream"] = {}
-    refused = {"application/json": {"schema": error.schema}}
+    refused = {"application/json": {"schema": schema_of(error)}}
     responses: dict[int | str, Any] = {
         int(status): {"description": status.phrase, "content": refused} for status in _STATUSES
     }
     responses[200] = {"description": "The answer", "content": answered}
     described: dict[str, Any] = {"summary": summary, "responses": responses}
     if body:
-        content = {"application/json": {"schema": body.schema}}
+        content = {"application/json": {"schema": schema_of(body)}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
     return described

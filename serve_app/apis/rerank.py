@@ -4,59 +4,70 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from typing_extensions import TypedDict
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
-from serve_app.apis.shared.kinds import BOOL, TEXT, Either, Field, Json, ListOf, Record, integer
-from serve_app.apis.shared.pooling import MOST_INPUTS, POOLING, Pooled, PoolingRequest, read_pooling
+from serve_app.apis.shared.body import ByType, Json, Must, Range, about, read_body
+from serve_app.apis.shared.pooling import MOST_INPUTS, Pooled, PoolingBody, PoolingRequest
 from serve_app.apis.shared.prompts import Prompt, Texts
 
-_ASKING: dict[str, Field] = {
-    **POOLING,
-    "instruction": Field(TEXT, "What documents are looked for; absent, those that answer a web search."),
-    "add_special_tokens": Field(
-        BOOL,
-        "Whether prompts get what the tokenizer puts around a text beside what Qwen3-Reranker's form has.",
-    ),
-}
-_DOCUMENT = Either(
-    "a string or an object with a text",
-    (TEXT, Record("an object with a text", {"text": Field(TEXT, "Its text.", required=True)})),
-)
-_DOCUMENTS = ListOf(
-    _DOCUMENT,
-    f"a list of 1 to {MOST_INPUTS} strings or objects with a text",
-    least=1,
-    most=MOST_INPUTS,
-)
-RERANK_BODY = Record(
-    "an object",
-    {
-        **_ASKING,
-        "query": Field(TEXT, "What is looked for.", required=True),
-        "documents": Field(_DOCUMENTS, "What is looked through.", required=True),
-        "max_tokens_per_doc": Field(
-            integer(0), "Cuts each document behind so many tokens; 0 cuts none. Results show them whole."
+
+class _Document(TypedDict):
+    text: Annotated[str, about("Its text.")]
+
+
+_Documents = Annotated[
+    list[
+        Annotated[
+            str | Annotated[_Document, Must("an object with a text")],
+            ByType("a string or an object with a text"),
+        ]
+    ],
+    Must(f"a list of 1 to {MOST_INPUTS} strings or objects with a text", 1, MOST_INPUTS),
+]
+_Texts = Annotated[
+    str | Annotated[list[str], Must(f"a list of 1 to {MOST_INPUTS} strings", 1, MOST_INPUTS)],
+    ByType(f"a string or a list of 1 to {MOST_INPUTS} of them"),
+]
+
+
+class RelevanceBody(PoolingBody):
+    """The fields that both have."""
+
+    instruction: (
+        Annotated[str, about("What documents are looked for; absent, those that answer a web search.")] | None
+    ) = None
+    add_special_tokens: Annotated[
+        bool,
+        about(
+            "Whether prompts get what the tokenizer puts around a text beside what Qwen3-Reranker's form has."
         ),
-        "top_n": Field(integer(0), "Most results, the best ones; 0 is all."),
-        "return_documents": Field(
-            BOOL, "Whether results have their documents; they do unless this is false."
-        ),
-    },
-)
-_TEXTS = Either(
-    f"a string or a list of 1 to {MOST_INPUTS} of them",
-    (TEXT, ListOf(TEXT, f"a list of 1 to {MOST_INPUTS} strings", least=1, most=MOST_INPUTS)),
-)
-SCORE_BODY = Record(
-    "an object",
-    {
-        **_ASKING,
-        "text_1": Field(_TEXTS, "What is looked for: one text, or one for each of text_2.", required=True),
-        "text_2": Field(_TEXTS, "What may be it.", required=True),
-    },
-)
+    ] = False
+
+
+class RerankBody(RelevanceBody):
+    """A body of /v1/rerank."""
+
+    query: Annotated[str, about("What is looked for.")]
+    documents: Annotated[_Documents, about("What is looked through.")]
+    max_tokens_per_doc: Annotated[
+        int,
+        Range(0),
+        about("Cuts each document behind so many tokens; 0 cuts none. Results show them whole."),
+    ] = 0
+    top_n: Annotated[int, Range(0), about("Most results, the best ones; 0 is all.")] = 0
+    return_documents: Annotated[bool, about("Whether results have their documents.")] = True
+
+
+class ScoreBody(RelevanceBody):
+    """A body of /v1/score."""
+
+    text_1: Annotated[_Texts, about("What is looked for: one text, or one for each of text_2.")]
+    text_2: Annotated[_Texts, about("What may be it.")]
 
 
 @dataclass(frozen=True)
@@ -132,36 +143,37 @@ class ScoreRequest(RelevanceRequest):
 
 def parse_rerank(body: bytes) -> RerankRequest:
     """Reads a request to rank documents. Raises RequestError."""
-    given = RERANK_BODY.read_body(body)
-    documents = [each if isinstance(each, str) else each["text"] for each in given["documents"]]
+    given = read_body(RerankBody, body)
+    documents = [each if isinstance(each, str) else each["text"] for each in given.documents]
     return RerankRequest(
-        **read_pooling(given),
-        queries=[given["query"]] * len(documents),
+        given.model,
+        given.priority,
+        queries=[given.query] * len(documents),
         documents=documents,
-        instruction=given.get("instruction"),
-        add_special_tokens=given.get("add_special_tokens", False),
-        most_tokens=given.get("max_tokens_per_doc", 0),
-        top_n=given.get("top_n", 0),
-        with_documents=given.get("return_documents", True),
+        instruction=given.instruction,
+        add_special_tokens=given.add_special_tokens,
+        most_tokens=given.max_tokens_per_doc,
+        top_n=given.top_n,
+        with_documents=given.return_documents,
     )
 
 
 def parse_score(body: bytes) -> ScoreRequest:
     """Reads a request to score pairs of texts. Raises RequestError."""
-    given = SCORE_BODY.read_body(body)
-    first, second = given["text_1"], given["text_2"]
-    documents = [second] if isinstance(second, str) else second
-    queries = [first] if isinstance(first, str) else first
+    given = read_body(ScoreBody, body)
+    documents = [given.text_2] if isinstance(given.text_2, str) else given.text_2
+    queries = [given.text_1] if isinstance(given.text_1, str) else given.text_1
     if len(queries) not in (1, len(documents)):
         raise RequestError(
             f"text_1 has {len(queries)} texts and text_2 {len(documents)}; give one text_1, or as many",
             param="text_1",
         )
     return ScoreRequest(
-        **read_pooling(given),
+        given.model,
+        given.priority,
         queries=queries * (len(documents) // len(queries)),
         documents=documents,
-        instruction=given.get("instruction"),
-        add_special_tokens=given.get("add_special_tokens", False),
-        is_list=documents is second,
+        instruction=given.instruction,
+        add_special_tokens=given.add_special_tokens,
+        is_list=documents is given.text_2,
     )

@@ -8,36 +8,58 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from qwen3_dist.errors import RequestError
-from serve_app.apis.chat.request import CHAT_BODY, ChatRequest, chat_fields
+from serve_app.apis.chat.request import ChatRequest, Variables, chat_fields
+from serve_app.apis.shared.body import Body, Json, Must, Range, about, read_body
+from serve_app.apis.shared.conversation import Messages, Tools
 from serve_app.apis.shared.errors import error_object
-from serve_app.apis.shared.kinds import BOOL, TEXT, Field, Json, ListOf, Record, integer
 from serve_app.apis.shared.prompts import Prompt, Texts
 
-_TOKENS = ListOf(integer(0, 2**31 - 1), "a list of token ids")
-_MODEL = Field(TEXT, "The served model's name; absent, it is the model.")
-_OF_CHAT = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
-_SAID_OF_CHAT = (*_OF_CHAT, "add_special_tokens")
-TOKENIZE_BODY = Record(
-    "an object",
-    {
-        "model": _MODEL,
-        "prompt": Field(TEXT, "Text to tokenize; this or messages."),
-        "messages": Field(CHAT_BODY.fields["messages"].kind, "A conversation, put into the chat template."),
-        **{name: CHAT_BODY.fields[name] for name in _OF_CHAT},
-        "add_special_tokens": Field(
-            BOOL,
-            "Whether a text gets what the tokenizer puts around one; a prompt does unless this is false, as one of "
-            "/v1/completions, and messages only if this is true, as those of /v1/chat/completions.",
-        ),
-        "return_token_strs": Field(BOOL, "Gives each token's text as well."),
-    },
+_OF_CHAT = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template_kwargs",
+    "add_special_tokens",
 )
-DETOKENIZE_BODY = Record(
-    "an object", {"model": _MODEL, "tokens": Field(_TOKENS, "Token ids.", required=True)}
-)
+_Model = Annotated[str, about("The served model's name; absent, it is the model.")]
+
+
+class TokenizeBody(Body):
+    """A body of /tokenize. What is said of a conversation is read as /v1/chat/completions reads it."""
+
+    model: _Model = ""
+    prompt: Annotated[str, about("Text to tokenize; this or messages.")] | None = None
+    messages: Annotated[Messages, about("A conversation, put into the chat template.")] | None = None
+    tools: Annotated[Tools, about("Functions that the model may call.")] | None = None
+    add_generation_prompt: Annotated[bool, about("Whether the assistant's next message is begun.")] | None = (
+        None
+    )
+    continue_final_message: Annotated[bool, about("Goes on with the last message instead.")] | None = None
+    chat_template_kwargs: Annotated[Variables, about("Variables for the chat template.")] | None = None
+    add_special_tokens: (
+        Annotated[
+            bool,
+            about(
+                "Whether a text gets what the tokenizer puts around one; a prompt does unless this is false, as one "
+                "of /v1/completions, and messages only if this is true, as those of /v1/chat/completions."
+            ),
+        ]
+        | None
+    ) = None
+    return_token_strs: Annotated[bool, about("Gives each token's text as well.")] = False
+
+
+class DetokenizeBody(Body):
+    """A body of /detokenize."""
+
+    model: _Model = ""
+    tokens: Annotated[
+        list[Annotated[int, Range(0, 2**31 - 1)]], Must("a list of token ids"), about("Token ids.")
+    ]
 
 
 @dataclass(frozen=True)
@@ -103,19 +125,20 @@ class DetokenizeRequest(TextRequest):
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
     """Reads a request to tokenize. Raises RequestError."""
-    given = TOKENIZE_BODY.read_body(body)
-    if ("prompt" in given) == ("messages" in given):
+    given = read_body(TokenizeBody, body)
+    if (given.prompt is None) == (given.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
-    wanted = given["prompt"] if "prompt" in given else _conversation(given)
-    with_texts, special = given.get("return_token_strs", False), given.get("add_special_tokens", True)
-    return TokenizeRequest(given.get("model", ""), wanted, with_texts, special)
+    wanted = _conversation(given) if given.prompt is None else given.prompt
+    return TokenizeRequest(
+        given.model, wanted, given.return_token_strs, given.add_special_tokens is not False
+    )
 
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:
     """Reads a request to detokenize. Raises RequestError."""
-    given = DETOKENIZE_BODY.read_body(body)
-    return DetokenizeRequest(given.get("model", ""), given["tokens"])
+    given = read_body(DetokenizeBody, body)
+    return DetokenizeRequest(given.model, given.tokens)
 
 
-def _conversation(given: Json) -> ChatRequest:
-    return ChatRequest(**chat_fields({name: given.get(name) for name in ("messages", *_SAID_OF_CHAT)}))
+def _conversation(body: TokenizeBody) -> ChatRequest:
+    return ChatRequest(**chat_fields({name: getattr(body, name) for name in _OF_CHAT}))

@@ -19,26 +19,26 @@ from ray.serve.handle import DeploymentHandle
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.garbage_collection import exempt_present_objects
-from serve_app.apis.chat.request import CHAT_BODY, parse_chat
-from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
-from serve_app.apis.embeddings import EMBEDDING_BODY, parse_embedding
+from serve_app.apis.chat.request import ChatBody, parse_chat
+from serve_app.apis.completions import CompletionBody, parse_completion
+from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
-    COUNT_TOKENS_BODY,
-    MESSAGES_BODY,
+    CountTokensBody,
+    MessagesBody,
     parse_count_tokens,
     parse_messages,
 )
 from serve_app.apis.models import Models
-from serve_app.apis.openapi import ANTHROPIC_ERROR, route
+from serve_app.apis.openapi import AnthropicError, route
 from serve_app.apis.requests import AnyRequest
-from serve_app.apis.rerank import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
+from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
 from serve_app.apis.responses.kept import KeptResponse
-from serve_app.apis.responses.request import RESPONSES_BODY
+from serve_app.apis.responses.request import ResponsesBody
 from serve_app.apis.responses.store import ResponseStore
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.tokens import (
-    DETOKENIZE_BODY,
-    TOKENIZE_BODY,
+    DetokenizeBody,
+    TokenizeBody,
     parse_detokenize,
     parse_tokenize,
 )
@@ -113,15 +113,15 @@ class Ingress:
         replicas = max(self._health.num_healthy, self._config.min_replicas)
         return replicas * self._config.max_ongoing_requests + self._config.max_queued_requests
 
-    @api.post("/v1/chat/completions", **route("OpenAI: chat", CHAT_BODY, streams=True))
+    @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
         return await self._generate(request, parse_chat)
 
-    @api.post("/v1/completions", **route("OpenAI: completions of text", COMPLETION_BODY, streams=True))
+    @api.post("/v1/completions", **route("OpenAI: completions of text", CompletionBody, streams=True))
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, parse_completion)
 
-    @api.post("/v1/responses", **route("OpenAI: responses", RESPONSES_BODY, streams=True))
+    @api.post("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
     async def responses(self, request: Request) -> Response:
         kept = KeptResponse(self._stored)
         return await self._generate(request, kept.parse, kept.heard)
@@ -136,37 +136,35 @@ class Ingress:
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @api.post(
-        "/v1/messages", **route("Anthropic: messages", MESSAGES_BODY, streams=True, error=ANTHROPIC_ERROR)
+        "/v1/messages", **route("Anthropic: messages", MessagesBody, streams=True, error=AnthropicError)
     )
     async def messages(self, request: Request) -> Response:
         return await self._generate(request, parse_messages)
 
     @api.post(
         "/v1/messages/count_tokens",
-        **route("Anthropic: the tokens of a prompt", COUNT_TOKENS_BODY, error=ANTHROPIC_ERROR),
+        **route("Anthropic: the tokens of a prompt", CountTokensBody, error=AnthropicError),
     )
     async def count_tokens(self, request: Request) -> Response:
         return await self._generate(request, parse_count_tokens)
 
-    @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EMBEDDING_BODY))
+    @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EmbeddingBody))
     async def embeddings(self, request: Request) -> Response:
         return await self._generate(request, parse_embedding)
 
-    @api.post(
-        "/v1/rerank", **route("Cohere and Jina: documents in the order of their relevance", RERANK_BODY)
-    )
+    @api.post("/v1/rerank", **route("Cohere and Jina: documents in the order of their relevance", RerankBody))
     async def rerank(self, request: Request) -> Response:
         return await self._generate(request, parse_rerank)
 
-    @api.post("/v1/score", **route("vLLM: the relevance of texts to others", SCORE_BODY))
+    @api.post("/v1/score", **route("vLLM: the relevance of texts to others", ScoreBody))
     async def score(self, request: Request) -> Response:
         return await self._generate(request, parse_score)
 
-    @api.post("/tokenize", **route("vLLM: text or messages to token ids", TOKENIZE_BODY))
+    @api.post("/tokenize", **route("vLLM: text or messages to token ids", TokenizeBody))
     async def tokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_tokenize)
 
-    @api.post("/detokenize", **route("vLLM: token ids to text", DETOKENIZE_BODY))
+    @api.post("/detokenize", **route("vLLM: token ids to text", DetokenizeBody))
     async def detokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_detokenize)
 

@@ -16,7 +16,7 @@ from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.responses.request import parse_responses
 from serve_app.apis.shared.generation import GenerationRequest

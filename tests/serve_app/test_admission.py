@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.rerank import parse_rerank, parse_score

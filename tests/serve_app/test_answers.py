@@ -13,7 +13,7 @@ from qwen3_dist.text.parsed import ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
 from serve_app.apis.chat.answer import ChatAnswer
-from serve_app.apis.completions.answer import CompletionAnswer
+from serve_app.apis.completions import CompletionAnswer
 from serve_app.apis.shared.answer import DONE, Served
 from serve_app.apis.shared.openai import Shown
 from serve_app.apis.shared.prompts import Prompt

@@ -15,7 +15,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, RequestError
 from qwen3_dist.settings import EngineConfig
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.answer import message_error
 from serve_app.apis.messages.request import parse_messages

@@ -17,26 +17,27 @@ from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.chat import request as chat_module
-from serve_app.apis.chat.request import CHAT_BODY, parse_chat
-from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
-from serve_app.apis.embeddings import EMBEDDING_BODY, parse_embedding
+from serve_app.apis.chat.request import ChatBody, parse_chat
+from serve_app.apis.completions import CompletionBody, parse_completion
+from serve_app.apis.embeddings import EmbeddingBody, parse_embedding
 from serve_app.apis.messages.request import (
-    COUNT_TOKENS_BODY,
-    MESSAGES_BODY,
+    CountTokensBody,
     CountTokensRequest,
+    MessagesBody,
     parse_count_tokens,
     parse_messages,
 )
-from serve_app.apis.rerank import RERANK_BODY, SCORE_BODY, parse_rerank, parse_score
-from serve_app.apis.responses.request import RESPONSES_BODY, ResponsesRead, ResponsesRequest, read_responses
+from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
+from serve_app.apis.responses.request import ResponsesBody, ResponsesRead, ResponsesRequest, read_responses
+from serve_app.apis.shared.body import Body
 from serve_app.apis.shared.generation import GenerationRequest
-from serve_app.apis.shared.kinds import BOOL, Field, Record
 from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.shared.schema import schema_of
 from serve_app.apis.tokens import (
-    DETOKENIZE_BODY,
-    TOKENIZE_BODY,
+    DetokenizeBody,
     TextRequest,
+    TokenizeBody,
     parse_detokenize,
     parse_tokenize,
 )
@@ -60,19 +61,19 @@ class Store:
         return [*kept, *self.conversation(next((i["id"] for i in items if i not in kept), None))]
 
 
-APIS: dict[str, tuple[Record, Callable[[bytes], Any]]] = {
-    "chat": (CHAT_BODY, parse_chat),
-    "completions": (COMPLETION_BODY, parse_completion),
-    "responses": (RESPONSES_BODY, lambda body: read_responses(body, Store())),  # type: ignore[arg-type]
-    "messages": (MESSAGES_BODY, parse_messages),
-    "count_tokens": (COUNT_TOKENS_BODY, parse_count_tokens),
-    "embeddings": (EMBEDDING_BODY, parse_embedding),
-    "rerank": (RERANK_BODY, parse_rerank),
-    "score": (SCORE_BODY, parse_score),
-    "tokenize": (TOKENIZE_BODY, parse_tokenize),
-    "detokenize": (DETOKENIZE_BODY, parse_detokenize),
+APIS: dict[str, tuple[type[Body], Callable[[bytes], Any]]] = {
+    "chat": (ChatBody, parse_chat),
+    "completions": (CompletionBody, parse_completion),
+    "responses": (ResponsesBody, lambda body: read_responses(body, Store())),  # type: ignore[arg-type]
+    "messages": (MessagesBody, parse_messages),
+    "count_tokens": (CountTokensBody, parse_count_tokens),
+    "embeddings": (EmbeddingBody, parse_embedding),
+    "rerank": (RerankBody, parse_rerank),
+    "score": (ScoreBody, parse_score),
+    "tokenize": (TokenizeBody, parse_tokenize),
+    "detokenize": (DetokenizeBody, parse_detokenize),
 }
-PLACES = [(api, place) for api, (record, _) in APIS.items() for place in places(record)]
+PLACES = [(api, place) for api, (body, _) in APIS.items() for place in places(schema_of(body))]
 
 
 TWO_TOOLS = [
@@ -285,25 +286,26 @@ def test_every_field_is_read_or_says_why_it_is_ignored(found: dict[str, bool]) -
         parts = [
             read for other, read in found.items() if other.startswith((f"{path}.", f"{path}[", f"{path}<"))
         ]
-        if not (found[path] or any(parts) or place.field.ignored):
+        if not (found[path] or any(parts) or place.ignored):
             unread.append(path)
     assert unread == []
 
 
 def test_no_field_that_says_it_is_ignored_is_read(found: dict[str, bool]) -> None:
-    ignored = [f"{api} {place.path}" for api, place in PLACES if place.field.ignored]
+    ignored = [f"{api} {place.path}" for api, place in PLACES if place.ignored]
     assert len(ignored) > 10 and [path for path in ignored if found[path]] == []
 
 
 def test_a_field_that_nobody_reads_is_found(texts: Texts) -> None:
-    body = Record("an object", {**COMPLETION_BODY.fields, "idle": Field(BOOL, "Does nothing.")})
-    [place] = [place for place in places(body) if place.path == "idle"]
+    page = schema_of(CompletionBody)
+    page = {**page, "properties": {**page["properties"], "idle": {"type": "boolean"}}}
+    [place] = [place for place in places(page) if place.path == "idle"]
     assert not is_read("completions", place, texts)
 
 
 def test_every_field_that_is_ignored_stands_in_the_documentation() -> None:
     told = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
-    names = {place.path.rpartition(".")[2] for _, place in PLACES if place.field.ignored}
+    names = {place.path.rpartition(".")[2] for _, place in PLACES if place.ignored}
     assert [name for name in sorted(names) if f"`{name}`" not in told] == []
 
 

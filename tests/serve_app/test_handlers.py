@@ -17,8 +17,7 @@ from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.source import resolve_model
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.answer import CompletionAnswer
-from serve_app.apis.completions.request import CompletionRequest, parse_completion
+from serve_app.apis.completions import CompletionAnswer, CompletionRequest, parse_completion
 from serve_app.apis.shared.answer import DONE
 from serve_app.apis.shared.prompts import Texts
 from serve_app.replica.request_handler import RequestHandler

@@ -12,10 +12,10 @@ import pytest
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.messages.history import MESSAGE
 from serve_app.apis.messages.request import parse_messages
-from serve_app.apis.responses.history import ITEM
-from serve_app.apis.responses.request import parse_responses
+from serve_app.apis.responses.request import ResponsesBody, parse_responses
+from serve_app.apis.shared.schema import schema_of
+from tests.serve_app.field_walk import listed_tags
 
 STRICT = ChatTemplate(
     {
@@ -25,8 +25,10 @@ STRICT = ChatTemplate(
     },
     {},
 )
+ITEM = schema_of(ResponsesBody)["properties"]["input"]["anyOf"][1]["items"]
 TYPES = [
-    *ITEM.records, *MESSAGE.records, "text", "image", "input_text", "refusal", "tool_use", "tool_result", "thinking",
+    *sorted(listed_tags(ITEM)), "user", "assistant", "system", "text", "image",
+    "input_text", "refusal", "tool_use", "tool_result", "thinking",
     "server_tool_use", "web_search_tool_result", "document", "search_result", "tool_reference", "base64", "function",
     "custom", "namespace", "allowed_tools", "web_search", "bash_20250124", "grammar", "x", 5, None,
 ]  # fmt: skip

@@ -11,11 +11,11 @@ import pytest
 
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.answer import message_error
 from serve_app.apis.messages.request import parse_count_tokens, parse_messages
-from serve_app.apis.openapi import ANTHROPIC_ERROR, OPENAI_ERROR
+from serve_app.apis.openapi import AnthropicError, OpenAIError
 from serve_app.apis.rerank import parse_rerank, parse_score
 from serve_app.apis.responses.request import parse_responses
 from serve_app.apis.shared.errors import error_object
@@ -95,5 +95,5 @@ def test_every_route_says_how_it_refuses() -> None:
 
 @pytest.mark.parametrize("error", [RequestError("x", param="y"), EngineDeadError("x"), KeyError("x")])
 def test_errors_have_the_form_that_the_page_gives(error: Exception) -> None:
-    assert OPENAI_ERROR.accepts(error_object(error))
-    assert ANTHROPIC_ERROR.accepts(message_error(error))
+    assert OpenAIError.model_validate(error_object(error), strict=True, extra="forbid")
+    assert AnthropicError.model_validate(message_error(error), strict=True, extra="forbid")

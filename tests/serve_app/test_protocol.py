@@ -10,7 +10,7 @@ import pytest
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.shared.errors import error_object
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

@@ -18,7 +18,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.settings import EngineConfig
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.messages.request import parse_messages
 from serve_app.replica.deployment import EngineReplica, log_library_to_serve
 from serve_app.replica.request_handler import RequestHandler

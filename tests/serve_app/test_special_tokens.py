@@ -12,7 +12,7 @@ from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
 from serve_app.apis.chat.request import parse_chat
-from serve_app.apis.completions.request import parse_completion
+from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.rerank import parse_rerank, parse_score
 from serve_app.apis.shared.prompts import Texts

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputs
@@ -17,51 +19,71 @@ from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.tool_calls.stream import ToolCallForm, ToolCalls, tool_call_form
 from serve_app.apis.chat.answer import ChatAnswer
 from serve_app.apis.shared.answer import Answer, Served
+from serve_app.apis.shared.body import Json, Must, Range, about, read_body, validate, without_nulls
 from serve_app.apis.shared.conversation import (
-    MESSAGES,
-    TOOL_CHOICE,
-    TOOLS,
+    Messages,
+    ToolChoice,
+    Tools,
     plain_content,
     template_messages,
     template_tools,
 )
-from serve_app.apis.shared.generation import GENERATION, GenerationRequest, read_generation
-from serve_app.apis.shared.kinds import BOOL, OBJECT, Field, Json, ListOf, Plain, Record, integer, one_of
+from serve_app.apis.shared.generation import GenerationBody, GenerationRequest, read_generation
 from serve_app.apis.shared.prompts import Prompt, Texts
 
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_OWN_VARIABLES = {"self", "messages", "tools"}
-_VARIABLES = Plain(
-    "an object of template variables other than messages and tools",
-    {"type": "object", "propertyNames": {"not": {"enum": sorted(_OWN_VARIABLES)}}},
-    lambda value: not value.keys() & _OWN_VARIABLES,
-)
-CHAT_BODY = Record(
-    "an object",
-    {
-        **GENERATION,
-        "messages": Field(MESSAGES, "The conversation so far.", required=True),
-        "max_completion_tokens": Field(integer(1), "Most tokens of each choice, reasoning included."),
-        "max_tokens": Field(integer(1), "The older name of max_completion_tokens."),
-        "logprobs": Field(BOOL, "Gives each token's log-probability."),
-        "top_logprobs": Field(integer(0, MAX_LOGPROBS), "And those of so many alternatives."),
-        "tools": Field(TOOLS, "Functions that the model may call."),
-        "tool_choice": Field(TOOL_CHOICE, "Whether it may, must or must not call, or which one it must."),
-        "parallel_tool_calls": Field(BOOL, "Whether it may call several at once."),
-        "reasoning_effort": Field(one_of(*_EFFORTS), "none answers without thinking."),
-        "enable_thinking": Field(BOOL, "Whether the model thinks before it answers."),
-        "include_reasoning": Field(BOOL, "Whether its thoughts are shown."),
-        "add_generation_prompt": Field(BOOL, "Whether the assistant's next message is begun."),
-        "continue_final_message": Field(BOOL, "Goes on with the last message instead."),
-        "echo": Field(BOOL, "Shows the last message ahead of the answer, if it is the assistant's."),
-        "add_special_tokens": Field(
-            BOOL,
-            "Whether the prompt gets what the tokenizer puts around a text beside what the template has.",
-        ),
-        "documents": Field(ListOf(OBJECT, "a list of objects"), "For the chat template."),
-        "chat_template_kwargs": Field(_VARIABLES, "Variables for the chat template."),
-    },
-)
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
+    about("none answers without thinking."),
+]
+_OWN_VARIABLES = ("messages", "self", "tools")
+
+
+def _is_variable(name: str) -> str:
+    if name in _OWN_VARIABLES:
+        raise ValueError
+    return name
+
+
+Variables = Annotated[
+    dict[Annotated[str, AfterValidator(_is_variable)], Any],
+    Must("an object of template variables other than messages and tools"),
+    Field(json_schema_extra={"propertyNames": {"not": {"enum": [*_OWN_VARIABLES]}}}),
+]
+
+
+class ChatBody(GenerationBody):
+    """A body of /v1/chat/completions."""
+
+    messages: Annotated[Messages, about("The conversation so far.")]
+    max_completion_tokens: (
+        Annotated[int, Range(1), about("Most tokens of each choice, reasoning included.")] | None
+    ) = None
+    max_tokens: Annotated[int, Range(1), about("The older name of max_completion_tokens.")] | None = None
+    logprobs: Annotated[bool, about("Gives each token's log-probability.")] = False
+    top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS), about("And those of so many alternatives.")] = 0
+    tools: Annotated[Tools, about("Functions that the model may call.")] = Field(default_factory=list)
+    tool_choice: (
+        Annotated[ToolChoice, about("Whether it may, must or must not call, or which one it must.")] | None
+    ) = None
+    parallel_tool_calls: Annotated[bool, about("Whether it may call several at once.")] = True
+    reasoning_effort: Effort | None = None
+    enable_thinking: Annotated[bool, about("Whether the model thinks before it answers.")] | None = None
+    include_reasoning: Annotated[bool, about("Whether its thoughts are shown.")] = True
+    add_generation_prompt: Annotated[bool, about("Whether the assistant's next message is begun.")] | None = (
+        None
+    )
+    continue_final_message: Annotated[bool, about("Goes on with the last message instead.")] = False
+    echo: Annotated[bool, about("Shows the last message ahead of the answer, if it is the assistant's.")] = (
+        False
+    )
+    add_special_tokens: Annotated[
+        bool,
+        about("Whether the prompt gets what the tokenizer puts around a text beside what the template has."),
+    ] = False
+    documents: Annotated[list[Json], Must("a list of objects"), about("For the chat template.")] | None = None
+    chat_template_kwargs: Annotated[Variables, about("Variables for the chat template.")] = Field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +179,7 @@ class ChatRequest(GenerationRequest):
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Reads a chat request. Raises RequestError."""
-    return ChatRequest(**_read(CHAT_BODY.read_body(body)))
+    return ChatRequest(**_read(read_body(ChatBody, body)))
 
 
 def chat_fields(body: Json) -> Json:
@@ -165,20 +187,17 @@ def chat_fields(body: Json) -> Json:
 
     APIs that are chats in other words translate their body into chat's and read it by this.
     """
-    return _read(CHAT_BODY.read(body, ""))
+    return _read(validate(ChatBody, body))
 
 
-def _read(given: Json) -> Json:
-    limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
-    wanted, top = given.get("logprobs", False), given.get("top_logprobs", 0)
-    if top and not wanted:
+def _read(body: ChatBody) -> Json:
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    read = read_generation(given, limit, ("top_logprobs", top if wanted else None))
+    read = read_generation(body, limit, ("top_logprobs", body.top_logprobs if body.logprobs else None))
     read["names"]["prompt"] = "messages"
-    read["shown"] = replace(
-        read["shown"], reasoning=given.get("include_reasoning", True), echo=given.get("echo", False)
-    )
-    tools = _tools(given)
+    read["shown"] = replace(read["shown"], reasoning=body.include_reasoning, echo=body.echo)
+    tools = _tools(body)
     form = read["names"].get("structured_outputs", "response_format")
     if tools["tool_choice"] == "required" and form != "response_format":
         raise RequestError(
@@ -187,17 +206,16 @@ def _read(given: Json) -> Json:
     return {
         **read,
         **tools,
-        "messages": template_messages(given["messages"]),
-        "template_kwargs": _template_kwargs(given),
-        "add_special_tokens": given.get("add_special_tokens", False),
+        "messages": template_messages(body.messages),
+        "template_kwargs": _template_kwargs(body),
+        "add_special_tokens": body.add_special_tokens,
     }
 
 
-def _tools(given: Json) -> Json:
+def _tools(body: ChatBody) -> Json:
     """The tools that may be called, and how; ones that must not be called are not shown to the model."""
-    offered = given.get("tools", [])
-    tools = template_tools(offered)
-    choice: Any = given.get("tool_choice", "auto" if tools else "none")
+    tools = template_tools(body.tools)
+    choice: Any = body.tool_choice or ("auto" if tools else "none")
     if isinstance(choice, dict) and choice["type"] == "allowed_tools":
         allowed = [_tool_name(tool) for tool in choice["allowed_tools"]["tools"]]
         tools = [tool for tool in tools if _tool_name(tool) in allowed]
@@ -215,33 +233,27 @@ def _tools(given: Json) -> Json:
         "tools": [] if choice == "none" else tools,
         "tool_choice": "required" if named else choice,
         "named_tool": named,
-        "custom_tools": frozenset(_tool_name(tool) for tool in offered if tool.get("type") == "custom"),
-        "parallel_tool_calls": given.get("parallel_tool_calls", True),
+        "custom_tools": frozenset(_tool_name(tool) for tool in body.tools if tool["type"] == "custom"),
+        "parallel_tool_calls": body.parallel_tool_calls,
     }
 
 
-def _tool_name(tool: Json) -> Any:
+def _tool_name(tool: Mapping[str, Any]) -> Any:
     """What a tool, or a choice of one, is called."""
     named = tool.get("function") or tool.get("custom")
     return named.get("name") if isinstance(named, dict) else None
 
 
-def _template_kwargs(given: Json) -> Json:
+def _template_kwargs(body: ChatBody) -> Json:
     """What the template is told; the most direct word for a variable wins."""
-    kwargs: Json = {}
-    if "reasoning_effort" in given:
-        effort = given["reasoning_effort"]
-        kwargs |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
-    if "enable_thinking" in given:
-        kwargs["enable_thinking"] = given["enable_thinking"]
-    if "documents" in given:
-        kwargs["documents"] = given["documents"]
-    continued = given.get("continue_final_message", False)
-    begun = given.get("add_generation_prompt", not continued)
+    effort, begun = body.reasoning_effort, body.add_generation_prompt
+    kwargs: Json = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    kwargs |= without_nulls({"enable_thinking": body.enable_thinking, "documents": body.documents})
+    continued = body.continue_final_message
     if continued and begun:
         raise RequestError(
             "continue_final_message and add_generation_prompt exclude each other; make one false",
             param="continue_final_message",
         )
-    kwargs["add_generation_prompt"] = begun
-    return {**kwargs, "continue_final_message": continued, **given.get("chat_template_kwargs", {})}
+    kwargs["add_generation_prompt"] = not continued if begun is None else begun
+    return {**kwargs, "continue_final_message": continued, **body.chat_template_kwargs}

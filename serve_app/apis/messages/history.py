@@ -2,95 +2,132 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Required
 
+from typing_extensions import TypedDict
+
+from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about, ignored
 from serve_app.apis.shared.conversation import plain_content, stand_in, without_billing
-from serve_app.apis.shared.kinds import (
-    ANYTHING,
-    BOOL,
-    FILLED_TEXT,
-    TEXT,
-    Either,
-    Field,
-    Json,
-    ListOf,
-    Record,
-    Tagged,
-)
 
-_NO_FILES = "is not supported: the model reads text alone"
-_REFUSED_BLOCKS = dict.fromkeys(("image", "container_upload"), _NO_FILES)
-_TEXT_BLOCK = Record("a text block", {"text": Field(TEXT, required=True)})
+Blocks = Sequence[Mapping[str, Any]]
+_FILES = ("image", "container_upload")
 
 
-def _text_or_blocks(
-    records: dict[str, Record], words: str, refused: dict[str, str], others: bool = False
-) -> Either:
-    block = Tagged("a content block", "type", records, refused, others=others)
-    return Either(f"a string or a list of {words}", (TEXT, ListOf(block, f"a list of {words}")))
+class _TextBlock(TypedDict):
+    type: Literal["text"]
+    text: str
 
 
-TEXTS = _text_or_blocks({"text": _TEXT_BLOCK}, "text blocks", {**_REFUSED_BLOCKS, "document": _NO_FILES})
-_RESULT = _text_or_blocks({"text": _TEXT_BLOCK}, "content blocks", {}, others=True)
-_SOURCE = Tagged(
-    "an object with type",
-    "type",
-    {
-        "text": Record("", {"data": Field(TEXT, required=True)}),
-        "content": Record("", {"content": Field(TEXTS, required=True)}),
-    },
-    dict.fromkeys(("base64", "url", "file"), _NO_FILES),
-)
-_UNSIGNED = "thoughts are not signed here."
-_CALL = {
-    "id": Field(TEXT, required=True),
-    "name": Field(FILLED_TEXT, required=True),
-    "input": Field(ANYTHING),
-}
-_BLOCKS = {
-    "text": _TEXT_BLOCK,
-    "thinking": Record(
-        "", {"thinking": Field(TEXT, required=True), "signature": Field(TEXT, ignored=_UNSIGNED)}
-    ),
-    "redacted_thinking": Record("", {}),
-    "tool_use": Record("", _CALL),
-}
-_USER = _text_or_blocks(
-    {
-        "text": _TEXT_BLOCK,
-        # What only an assistant says tells nothing here.
-        **dict.fromkeys(("thinking", "redacted_thinking", "tool_use"), Record("", {})),
-        "document": Record("", {"title": Field(TEXT), "source": Field(_SOURCE, required=True)}),
-        "search_result": Record("", {"title": Field(TEXT), "source": Field(TEXT), "content": Field(TEXTS)}),
-        "tool_result": Record(
-            "",
-            {
-                "tool_use_id": Field(TEXT, required=True),
-                "content": Field(_RESULT, "What is no text becomes a word for it."),
-                "is_error": Field(BOOL),
-            },
-        ),
-    },
-    "content blocks",
-    _REFUSED_BLOCKS,
-)
-_ASSISTANT = _text_or_blocks(
-    {**_BLOCKS, "server_tool_use": Record("", _CALL), "mcp_tool_use": Record("", _CALL)},
-    "content blocks",
-    {},
-    others=True,
-)
+class _ThinkingBlock(TypedDict, total=False):
+    type: Required[Literal["thinking"]]
+    thinking: Required[str]
+    signature: Annotated[str, ignored("thoughts are not signed here.")]
+
+
+class _RedactedBlock(TypedDict):
+    type: Literal["redacted_thinking"]
+
+
+class _CallBlock(TypedDict, total=False):
+    type: Required[Literal["tool_use", "server_tool_use", "mcp_tool_use"]]
+    id: Required[str]
+    name: Required[Filled]
+    input: Any
+
+
+class _OfAssistants(TypedDict):
+    """What only an assistant says tells nothing where a user says it."""
+
+    type: Literal["thinking", "redacted_thinking", "tool_use"]
+
+
+Texts = Annotated[
+    str
+    | Annotated[
+        list[Annotated[_TextBlock, ByTag("type", "a content block", (*_FILES, "document"))]],
+        Must("a list of text blocks"),
+    ],
+    ByType("a string or a list of text blocks"),
+]
+
+
+class _TextSource(TypedDict):
+    type: Literal["text"]
+    data: str
+
+
+class _ContentSource(TypedDict):
+    type: Literal["content"]
+    content: Texts
+
+
+class _DocumentBlock(TypedDict, total=False):
+    type: Required[Literal["document"]]
+    title: str
+    source: Required[
+        Annotated[
+            _TextSource | _ContentSource, ByTag("type", "an object with type", ("base64", "url", "file"))
+        ]
+    ]
+
+
+class _SearchResultBlock(TypedDict, total=False):
+    type: Required[Literal["search_result"]]
+    title: str
+    source: str
+    content: Texts
+
+
+class _ToolResultBlock(TypedDict, total=False):
+    type: Required[Literal["tool_result"]]
+    tool_use_id: Required[str]
+    content: Annotated[
+        str
+        | Annotated[
+            list[Annotated[_TextBlock | Json, ByTag("type", "a content block")]],
+            Must("a list of content blocks"),
+        ],
+        ByType("a string or a list of content blocks"),
+        about("What is no text becomes a word for it."),
+    ]
+    is_error: bool
+
+
+_UserBlock = Annotated[
+    _TextBlock | _OfAssistants | _DocumentBlock | _SearchResultBlock | _ToolResultBlock,
+    ByTag("type", "a content block", _FILES),
+]
+_AssistantBlock = Annotated[
+    _TextBlock | _ThinkingBlock | _RedactedBlock | _CallBlock | Json, ByTag("type", "a content block")
+]
+
+
+class _UserMessage(TypedDict):
+    role: Literal["user"]
+    content: Annotated[
+        str | Annotated[list[_UserBlock], Must("a list of content blocks")],
+        ByType("a string or a list of content blocks"),
+    ]
+
+
+class _AssistantMessage(TypedDict):
+    role: Literal["assistant"]
+    content: Annotated[
+        str | Annotated[list[_AssistantBlock], Must("a list of content blocks")],
+        ByType("a string or a list of content blocks"),
+    ]
+
+
+class _SystemMessage(TypedDict):
+    role: Literal["system"]
+    content: Texts
+
+
+Message = Annotated[
+    _UserMessage | _AssistantMessage | _SystemMessage, ByTag("role", "an object with role and content")
+]
 _CALLS = ("tool_use", "server_tool_use", "mcp_tool_use")
-MESSAGE = Tagged(
-    "an object with role and content",
-    "role",
-    {
-        "user": Record("a message", {"content": Field(_USER, required=True)}),
-        "assistant": Record("a message", {"content": Field(_ASSISTANT, required=True)}),
-        "system": Record("a message", {"content": Field(TEXTS, required=True)}),
-    },
-    {},
-)
 # The fields of a block that say something to a model, in the order in which it reads them.
 _TOLD = (
     "title",
@@ -106,7 +143,7 @@ _TOLD = (
 )
 
 
-def chat_conversation(system: str | list[Json], messages: list[Json]) -> list[Json]:
+def chat_conversation(system: str | Blocks, messages: Sequence[Mapping[str, Any]]) -> list[Json]:
     """The chat messages of a prompt; `system` and the system messages that follow it are one."""
     texts = [_system(system)]
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
@@ -116,18 +153,18 @@ def chat_conversation(system: str | list[Json], messages: list[Json]) -> list[Js
     return [{"role": "system", "content": leading}, *chat] if leading else chat
 
 
-def silent_user(messages: list[Json]) -> int | None:
+def silent_user(messages: Sequence[Mapping[str, Any]]) -> int | None:
     """The index of the first user message that gives a model nothing to read; None if there is none."""
     silent = (i for i, message in enumerate(messages) if message["role"] == "user" and not _is_said(message))
     return next(silent, None)
 
 
-def _is_said(message: Json) -> bool:
+def _is_said(message: Mapping[str, Any]) -> bool:
     turns = _turns(message)
     return any(turn["role"] == "tool" or plain_content(turn) for turn in turns)
 
 
-def _turns(message: Json) -> list[Json]:
+def _turns(message: Mapping[str, Any]) -> list[Json]:
     """The chat messages that `message` stands for: each tool's result is one of its own."""
     role, content = message["role"], message["content"]
     if role == "system":
@@ -187,7 +224,7 @@ def _tool_turn(block: Json) -> Json:
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
 
 
-def _system(system: str | list[Json]) -> str:
+def _system(system: str | Blocks) -> str:
     texts = [system] if isinstance(system, str) else [block["text"] for block in system]
     return "\n\n".join(filter(None, map(without_billing, texts)))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, Required
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
@@ -15,107 +18,120 @@ from serve_app.apis.messages.answer import (
     message_error,
     message_error_event,
 )
-from serve_app.apis.messages.history import MESSAGE, TEXTS, chat_conversation, silent_user
+from serve_app.apis.messages.history import Message, chat_conversation, silent_user
+from serve_app.apis.messages.history import Texts as MessageTexts
 from serve_app.apis.messages.tools import client_tools
 from serve_app.apis.shared.answer import Answer, Served
-from serve_app.apis.shared.conversation import NAME
-from serve_app.apis.shared.generation import GENERATION
-from serve_app.apis.shared.kinds import (
-    BOOL,
-    FILLED_TEXT,
-    OBJECT,
-    TEXT,
-    Field,
+from serve_app.apis.shared.body import (
+    Body,
+    ByTag,
+    Filled,
     Json,
-    ListOf,
-    Record,
-    Tagged,
-    integer,
-    number,
+    ModelName,
+    Must,
+    Range,
+    about,
+    ignored,
+    read_body,
     short,
-)
+)  # fmt: skip
+from serve_app.apis.shared.conversation import Name
 from serve_app.apis.shared.prompts import Texts
-from serve_app.apis.shared.sampling import SAMPLING, STOP_STRINGS
+from serve_app.apis.shared.sampling import StopStrings, TopP
 from serve_app.apis.tokens import TextRequest
 
-_TOOL = Tagged(
-    "an object with name and input_schema",
-    "type",
-    {
-        "custom": Record(
-            "",
-            {
-                "name": Field(NAME, required=True),
-                "description": Field(TEXT),
-                "input_schema": Field(OBJECT, "JSON schema of the tool's input.", required=True),
-                "strict": Field(BOOL, "Calls follow the schema, which is refused where that cannot be held."),
-            },
-        )
-    },
-    {},
-    untagged="custom",
-    others=True,
-)
-_ONE_AT_A_TIME = {"disable_parallel_tool_use": Field(BOOL, "at most one tool is called")}
-_TOOL_CHOICE = Tagged(
-    "an object with type",
-    "type",
-    {
-        "auto": Record("", _ONE_AT_A_TIME),
-        "any": Record("", _ONE_AT_A_TIME),
-        "tool": Record(
-            "",
-            {
-                "name": Field(FILLED_TEXT, required=True),
-                "disable_parallel_tool_use": Field(BOOL, ignored="a named tool is called once in any case."),
-            },
-        ),
-        "none": Record("", {}),
-    },
-    {},
-)
-_THINKING = Tagged(
-    "an object with type",
-    "type",
-    {
-        "enabled": Record("", {"budget_tokens": Field(integer(1), "ends thinking after so many tokens")}),
-        "adaptive": Record("", {}),
-        "disabled": Record("", {}),
-    },
-    {},
-)
-_FORMAT = Tagged(
-    "an object with type", "type", {"json_schema": Record("", {"schema": Field(OBJECT, required=True)})}, {}
-)
-_PROMPT = {
-    "model": GENERATION["model"],
-    "messages": Field(
-        ListOf(MESSAGE, "a list of at least one message", least=1),
-        "The conversation; if the assistant has the last word, the answer goes on from there.",
-        required=True,
-    ),
-    "system": Field(TEXTS, "Instructions ahead of the conversation."),
-    "tools": Field(ListOf(_TOOL, "a list of tools"), "What the model may call."),
-    "tool_choice": Field(_TOOL_CHOICE, "Whether and what the model must call."),
-    "thinking": Field(_THINKING, "Whether the model thinks first; it does not unless asked."),
-}
-COUNT_TOKENS_BODY = Record("an object", _PROMPT)
-MESSAGES_BODY = Record(
-    "an object",
-    {
-        **_PROMPT,
-        "max_tokens": Field(integer(1), "Most tokens of the answer, thinking included.", required=True),
-        "stop_sequences": Field(STOP_STRINGS, "Texts that end the answer."),
-        "temperature": Field(number(0, 1), "0 always takes the likeliest token."),
-        "top_p": SAMPLING["top_p"],
-        "top_k": Field(integer(0), "Keeps so many of the likeliest tokens; 0 keeps all."),
-        "stream": Field(BOOL, "Answers with server-sent events."),
-        "output_config": Field(
-            Record("an object", {"format": Field(_FORMAT)}), "The form that the answer's text must have."
-        ),
-        "metadata": Field(OBJECT, ignored="nobody here looks for abuse by single users."),
-    },
-)
+
+class _CustomTool(TypedDict, total=False):
+    type: Literal["custom"]
+    name: Required[Name]
+    description: str
+    input_schema: Required[Annotated[Json, about("JSON schema of the tool's input.")]]
+    strict: Annotated[bool, about("Calls follow the schema, which is refused where that cannot be held.")]
+
+
+class _Choice(TypedDict, total=False):
+    type: Required[Literal["auto", "any"]]
+    disable_parallel_tool_use: Annotated[bool, about("at most one tool is called")]
+
+
+class _ChosenTool(TypedDict, total=False):
+    type: Required[Literal["tool"]]
+    name: Required[Filled]
+    disable_parallel_tool_use: Annotated[bool, ignored("a named tool is called once in any case.")]
+
+
+class _NoTool(TypedDict):
+    type: Literal["none"]
+
+
+class _Thinks(TypedDict, total=False):
+    type: Required[Literal["enabled"]]
+    budget_tokens: Annotated[int, Range(1), about("ends thinking after so many tokens")]
+
+
+class _Thinking(TypedDict):
+    type: Literal["adaptive", "disabled"]
+
+
+class _Format(TypedDict):
+    type: Literal["json_schema"]
+    schema: Json
+
+
+class _OutputConfig(Body):
+    format: Annotated[_Format, ByTag("type", "an object with type")] | None = None
+
+
+class CountTokensBody(Body):
+    """A body of /v1/messages/count_tokens: a prompt."""
+
+    model: ModelName = ""
+    messages: Annotated[
+        list[Message],
+        Must("a list of at least one message", 1),
+        about("The conversation; if the assistant has the last word, the answer goes on from there."),
+    ]
+    system: Annotated[MessageTexts, about("Instructions ahead of the conversation.")] = ""
+    tools: Annotated[
+        list[
+            Annotated[
+                _CustomTool | Json, ByTag("type", "an object with name and input_schema", untagged="custom")
+            ]
+        ],
+        Must("a list of tools"),
+        about("What the model may call."),
+    ] = Field(default_factory=list)
+    tool_choice: (
+        Annotated[
+            _Choice | _ChosenTool | _NoTool,
+            ByTag("type", "an object with type"),
+            about("Whether and what the model must call."),
+        ]
+        | None
+    ) = None
+    thinking: (
+        Annotated[
+            _Thinks | _Thinking,
+            ByTag("type", "an object with type"),
+            about("Whether the model thinks first; it does not unless asked."),
+        ]
+        | None
+    ) = None
+
+
+class MessagesBody(CountTokensBody):
+    """A body of /v1/messages."""
+
+    max_tokens: Annotated[int, Range(1), about("Most tokens of the answer, thinking included.")]
+    stop_sequences: Annotated[StopStrings, about("Texts that end the answer.")] | None = None
+    temperature: Annotated[float, Range(0, 1), about("0 always takes the likeliest token.")] | None = None
+    top_p: TopP | None = None
+    top_k: Annotated[int, Range(0), about("Keeps so many of the likeliest tokens; 0 keeps all.")] | None = (
+        None
+    )
+    stream: Annotated[bool, about("Answers with server-sent events.")] = False
+    output_config: Annotated[_OutputConfig, about("The form that the answer's text must have.")] | None = None
+    metadata: Annotated[Json, ignored("nobody here looks for abuse by single users.")] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,20 +172,19 @@ class CountTokensRequest(TextRequest):
 
 def parse_messages(body: bytes) -> MessagesRequest:
     """Reads a request for a message. Raises RequestError."""
-    given = MESSAGES_BODY.read_body(body)
+    given = read_body(MessagesBody, body)
     chat = _chat(given)
-    same = ("temperature", "top_p", "top_k", "stream")
-    chat |= {name: given[name] for name in same if name in given}
-    chat["stop"] = given.get("stop_sequences")
-    if form := given.get("output_config", {}).get("format"):
+    chat |= {name: getattr(given, name) for name in ("temperature", "top_p", "top_k", "stream")}
+    chat["stop"] = given.stop_sequences
+    if given.output_config and (form := given.output_config.format):
         asked = {"schema": form["schema"], "strict": True}
         chat["response_format"] = {"type": "json_schema", "json_schema": asked}
-    return _request(chat, given["max_tokens"])
+    return _request(chat, given.max_tokens)
 
 
 def parse_count_tokens(body: bytes) -> CountTokensRequest:
     """Reads a request to count a prompt's tokens. Raises RequestError."""
-    message = _request(_chat(COUNT_TOKENS_BODY.read_body(body)), 1)
+    message = _request(_chat(read_body(CountTokensBody, body)), 1)
     return CountTokensRequest(message.model, message)
 
 
@@ -191,44 +206,41 @@ def _request(chat: Json, max_tokens: int) -> MessagesRequest:
     return MessagesRequest(**{**fields, "names": names}, max_tokens=max_tokens)
 
 
-def _chat(given: Json) -> Json:
+def _chat(body: CountTokensBody) -> Json:
     """The chat body with the same prompt."""
-    _refuse_thread(given)
-    messages = chat_conversation(given.get("system", ""), given["messages"])
-    silent = silent_user(given["messages"]) if messages else 0
+    _refuse_thread(body.given)
+    messages = chat_conversation(body.system, body.messages)
+    silent = silent_user(body.messages) if messages else 0
     if silent is not None:
         raise RequestError(
             f"messages[{silent}].content must have something that the model reads, such as a text block, not "
-            f"{short(given['messages'][silent]['content'])}",
+            f"{short(body.messages[silent]['content'])}",
             param=f"messages[{silent}].content",
         )
-    chat: Json = {"model": given.get("model"), "messages": messages}
-    if thinking := given.get("thinking"):
-        chat["enable_thinking"] = thinking["type"] != "disabled"
-        chat["thinking_token_budget"] = thinking.get("budget_tokens")
+    chat: Json = {"model": body.model, "messages": messages, "tools": _chat_tools(body.tools)}
+    if body.thinking:
+        chat["enable_thinking"] = body.thinking["type"] != "disabled"
+        chat["thinking_token_budget"] = body.thinking.get("budget_tokens")
     if messages and messages[-1]["role"] == "assistant":
         chat |= {"continue_final_message": True, "add_generation_prompt": False}
-    chat["tools"] = _chat_tools(given.get("tools", []))
-    return chat | _chat_tool_choice(given) if "tool_choice" in given else chat
+    return chat | _chat_tool_choice(body.tool_choice, body.tools) if body.tool_choice else chat
 
 
-def _chat_tools(tools: list[Json]) -> list[Json]:
+def _chat_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
     """Those of `tools` that a client runs; what Anthropic runs is left out."""
-    clients = [tool for tool in tools if tool.get("type", "custom") == "custom"]
-    return [_chat_tool(tool) for tool in clients] + client_tools(tools)
+    return [_chat_tool(tool) for tool in tools if tool["type"] == "custom"] + client_tools(tools)
 
 
-def _chat_tool(tool: Json) -> Json:
+def _chat_tool(tool: Mapping[str, Any]) -> Json:
     function = {"name": tool["name"], "description": tool.get("description", "")}
     strict = {"strict": tool["strict"]} if "strict" in tool else {}
     return {"type": "function", "function": {**function, "parameters": tool["input_schema"], **strict}}
 
 
-def _chat_tool_choice(given: Json) -> Json:
-    choice = given["tool_choice"]
+def _chat_tool_choice(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Json:
     name = choice.get("name")
-    if name in [tool.get("name") for tool in given.get("tools", [])] and name not in [
-        tool["function"]["name"] for tool in _chat_tools(given["tools"])
+    if name in [tool.get("name") for tool in tools] and name not in [
+        tool["function"]["name"] for tool in _chat_tools(tools)
     ]:
         raise RequestError(
             f"tool_choice.name={name} is a tool that Anthropic runs; this service has none, so leave it out",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from serve_app.apis.shared.kinds import Json
+from serve_app.apis.shared.body import Json
 
 _PATH = {"type": "string", "description": "Absolute path of a file or directory."}
 _LINES = {
@@ -63,7 +64,7 @@ _KNOWN: dict[str, tuple[str, Json]] = {
 }  # fmt: skip
 
 
-def client_tools(tools: list[Json]) -> list[Json]:
+def client_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
     """Chat's functions for those of `tools` that Anthropic defines and clients run."""
     functions = []
     for tool in tools:

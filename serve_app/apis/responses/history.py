@@ -2,43 +2,135 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Required
 
-from serve_app.apis.responses.tools import TOOL, flat_name
+from typing_extensions import TypedDict
+
+from serve_app.apis.responses.tools import Tool, flat_name
+from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about
 from serve_app.apis.shared.conversation import stand_in, without_billing
 from serve_app.apis.shared.custom_tools import as_arguments
-from serve_app.apis.shared.kinds import (
-    ANYTHING,
-    FILLED_TEXT,
-    TEXT,
-    Either,
-    Field,
-    Json,
-    ListOf,
-    Record,
-    Tagged,
-    one_of,
-)
 
-_TEXT_PART = Record("", {"text": Field(TEXT, required=True)})
-_PARTS = {
-    **dict.fromkeys(("input_text", "output_text", "text"), _TEXT_PART),
-    "refusal": Record("", {"refusal": Field(TEXT, required=True)}),
-}
-_NO_FILES = "is not supported: the model reads text alone"
-_FILES = dict.fromkeys(("input_image", "input_file", "input_audio"), _NO_FILES)
-_CONTENT = Either(
-    "a string or a list of text parts",
-    (TEXT, ListOf(Tagged("a content part", "type", _PARTS, _FILES), "a list of text parts")),
-)
-_OUTPUT = Either(
-    "a string or a list of parts",
-    (TEXT, ListOf(Tagged("a part", "type", _PARTS, {}, others=True), "a list of parts")),
-)
-_RETURNED = Record(
-    "",
-    {"call_id": Field(TEXT), "output": Field(_OUTPUT, "What is no text becomes a word for it.")},
-)
+
+class _TextPart(TypedDict):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class _RefusalPart(TypedDict):
+    type: Literal["refusal"]
+    refusal: str
+
+
+_Content = Annotated[
+    str
+    | Annotated[
+        list[
+            Annotated[
+                _TextPart | _RefusalPart,
+                ByTag("type", "a content part", ("input_image", "input_file", "input_audio")),
+            ]
+        ],
+        Must("a list of text parts"),
+    ],
+    ByType("a string or a list of text parts"),
+]
+_Output = Annotated[
+    str
+    | Annotated[
+        list[Annotated[_TextPart | _RefusalPart | Json, ByTag("type", "a part")]], Must("a list of parts")
+    ],
+    ByType("a string or a list of parts"),
+    about("What is no text becomes a word for it."),
+]
+
+
+class _Message(TypedDict, total=False):
+    type: Literal["message"]
+    role: Required[Literal["user", "assistant", "system", "developer"]]
+    content: Required[_Content]
+
+
+class _Text(TypedDict):
+    text: str
+
+
+class _Reasoning(TypedDict, total=False):
+    type: Required[Literal["reasoning"]]
+    content: Annotated[list[Annotated[_Text, Must("a text")]], Must("a list of reasoning texts")]
+    summary: Annotated[list[Annotated[_Text, Must("a text")]], Must("a list of summary texts")]
+
+
+class _FunctionCall(TypedDict, total=False):
+    type: Required[Literal["function_call"]]
+    call_id: str
+    name: Required[Filled]
+    namespace: str
+    arguments: Annotated[Any, about("JSON text; absent, there are none.")]
+
+
+class _FunctionOutput(TypedDict, total=False):
+    type: Required[Literal["function_call_output"]]
+    call_id: str
+    output: _Output
+
+
+class _CustomCall(TypedDict, total=False):
+    type: Required[Literal["custom_tool_call"]]
+    call_id: str
+    name: Required[Filled]
+    namespace: str
+    input: str
+
+
+class _CustomOutput(TypedDict, total=False):
+    type: Required[Literal["custom_tool_call_output"]]
+    call_id: str
+    output: _Output
+
+
+class _ItemReference(TypedDict):
+    type: Literal["item_reference"]
+    id: Filled
+
+
+class _McpCall(TypedDict, total=False):
+    type: Required[Literal["mcp_call"]]
+    name: Required[Filled]
+    arguments: Any
+
+
+class _AdditionalTools(TypedDict):
+    type: Literal["additional_tools"]
+    tools: Annotated[list[Tool], Must("a list of tools")]
+
+
+class _DefinedCall(TypedDict):
+    """Calls of tools that OpenAI defines, as in _DEFINED, and their results."""
+
+    type: Literal[
+        "local_shell_call", "shell_call", "apply_patch_call", "computer_call", "code_interpreter_call",
+        "local_shell_call_output", "shell_call_output", "apply_patch_call_output", "computer_call_output",
+    ]  # fmt: skip
+
+
+class _Silent(TypedDict):
+    """Says nothing that a model could read, or nothing that the answer after it does not say."""
+
+    type: Literal[
+        "web_search_call", "file_search_call", "image_generation_call", "tool_search_call", "tool_search_output",
+        "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "configuration_update",
+        "compaction", "compaction_summary", "compaction_trigger", "context_compaction", "ghost_snapshot", "program",
+        "program_output",
+    ]  # fmt: skip
+
+
+Item = Annotated[
+    _Message | _Reasoning | _FunctionCall | _FunctionOutput | _CustomCall | _CustomOutput | _ItemReference
+    | _McpCall | _AdditionalTools | _DefinedCall | _Silent,
+    ByTag("type", "an input item", untagged="message", bare=_ItemReference, instead_of=("role", "content")),
+]  # fmt: skip
 # Tools that OpenAI defines: the name of a call of one, and the field that has its arguments.
 _DEFINED = {
     "local_shell_call": ("local_shell", "action"),
@@ -47,65 +139,9 @@ _DEFINED = {
     "computer_call": ("computer", "action"),
     "code_interpreter_call": ("code_interpreter", "code"),
 }
-_RESULTS = ("local_shell_call_output", "shell_call_output", "apply_patch_call_output", "computer_call_output")
-# Items that say nothing that a model could read, or nothing that the answer after them does not say.
-_SILENT = (
-    "web_search_call", "file_search_call", "image_generation_call", "tool_search_call", "tool_search_output",
-    "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "configuration_update",
-    "compaction", "compaction_summary", "compaction_trigger", "context_compaction", "ghost_snapshot", "program",
-    "program_output",
-)  # fmt: skip
-_ANY = Record("", {})
-ITEM = Tagged(
-    "an input item",
-    "type",
-    {
-        "message": Record(
-            "",
-            {
-                "role": Field(one_of("user", "assistant", "system", "developer"), required=True),
-                "content": Field(_CONTENT, required=True),
-            },
-        ),
-        "reasoning": Record(
-            "",
-            {
-                "content": Field(ListOf(_TEXT_PART, "a list of reasoning texts")),
-                "summary": Field(ListOf(_TEXT_PART, "a list of summary texts")),
-            },
-        ),
-        "function_call": Record(
-            "",
-            {
-                "call_id": Field(TEXT),
-                "name": Field(FILLED_TEXT, required=True),
-                "namespace": Field(TEXT),
-                "arguments": Field(ANYTHING, "JSON text; absent, there are none."),
-            },
-        ),
-        "function_call_output": _RETURNED,
-        "custom_tool_call": Record(
-            "",
-            {
-                "call_id": Field(TEXT),
-                "name": Field(FILLED_TEXT, required=True),
-                "namespace": Field(TEXT),
-                "input": Field(TEXT),
-            },
-        ),
-        "custom_tool_call_output": _RETURNED,
-        "item_reference": Record("", {"id": Field(FILLED_TEXT, required=True)}),
-        "mcp_call": Record("", {"name": Field(FILLED_TEXT, required=True), "arguments": Field(ANYTHING)}),
-        "additional_tools": Record("", {"tools": Field(ListOf(TOOL, "a list of tools"), required=True)}),
-        **dict.fromkeys((*_DEFINED, *_RESULTS, *_SILENT), _ANY),
-    },
-    {},
-    untagged="message",
-    bare="item_reference",
-)
 
 
-def chat_conversation(instructions: str | None, items: list[Json]) -> list[Json]:
+def chat_conversation(instructions: str | None, items: Sequence[Mapping[str, Any]]) -> list[Json]:
     """The chat messages of a prompt; `instructions` and the system messages that follow them are one."""
     turns: list[Json] = []
     for item in items:
@@ -117,7 +153,7 @@ def chat_conversation(instructions: str | None, items: list[Json]) -> list[Json]
     return [{"role": "system", "content": leading}, *turns] if leading else turns
 
 
-def _add_item(turns: list[Json], item: Json) -> None:
+def _add_item(turns: list[Json], item: Mapping[str, Any]) -> None:
     """Adds `item`; what one turn of the assistant had of reasoning, text and calls is one chat message."""
     kind = item.get("type", "message")
     if kind.endswith("_call_output"):
@@ -146,7 +182,7 @@ def _turn(turns: list[Json], *taken: str) -> Json:
     return turns[-1]
 
 
-def _call(item: Json, kind: str) -> Json | None:
+def _call(item: Mapping[str, Any], kind: str) -> Json | None:
     """Chat's call for an item that is one."""
     space = None
     if kind in _DEFINED:

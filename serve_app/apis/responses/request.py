@@ -2,94 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal, Required, cast
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS
-from serve_app.apis.chat.request import CHAT_BODY, ChatRequest, chat_fields
+from serve_app.apis.chat.request import ChatRequest, Effort, chat_fields
 from serve_app.apis.responses.answer import ResponseAnswer, response_error_event
-from serve_app.apis.responses.history import ITEM, chat_conversation
+from serve_app.apis.responses.history import Item, chat_conversation
 from serve_app.apis.responses.store import NOTHING_KEPT, ResponseStore
 from serve_app.apis.responses.tools import (
-    TOOL,
-    TOOL_CHOICE,
     Called,
+    Tool,
+    ToolChoice,
     called_tools,
     chat_tool_choice,
     chat_tools,
 )
 from serve_app.apis.shared.answer import Answer, Served
-from serve_app.apis.shared.generation import GENERATION
-from serve_app.apis.shared.kinds import (
-    BOOL,
-    FILLED_TEXT,
-    OBJECT,
-    TEXT,
-    Either,
-    Field,
+from serve_app.apis.shared.body import (
+    Body,
+    ByTag,
+    ByType,
+    Filled,
     Json,
-    ListOf,
-    Record,
-    Tagged,
-    integer,
-    one_of,
-)
-from serve_app.apis.shared.sampling import SAMPLING
+    ModelName,
+    Must,
+    Range,
+    about,
+    ignored,
+    read_body,
+)  # fmt: skip
+from serve_app.apis.shared.sampling import Temperature, TopP
 from serve_app.apis.shared.structure import NOT_SHOWN
 
-_FORMAT = Tagged(
-    "an object with type",
-    "type",
-    {
-        "text": Record("", {}),
-        "json_object": Record("", {}),
-        "json_schema": Record(
-            "",
-            {
-                "name": Field(FILLED_TEXT, required=True, ignored=NOT_SHOWN),
-                "schema": Field(OBJECT, required=True),
-                "strict": Field(BOOL),
-                "description": Field(TEXT, ignored=NOT_SHOWN),
-            },
-        ),
-    },
-    {},
-)
-_INPUT = Either("a string or a list of items", (TEXT, ListOf(ITEM, "a list of items")))
+_INPUT = "a string or a list of items"
 _LOGPROBS = "message.output_text.logprobs"
-RESPONSES_BODY = Record(
-    "an object",
-    {
-        "model": GENERATION["model"],
-        "input": Field(_INPUT, "The conversation so far, or what follows previous_response_id."),
-        "previous_response_id": Field(FILLED_TEXT, "A stored response whose conversation goes on."),
-        "instructions": Field(TEXT, "A system message ahead of the input."),
-        "max_output_tokens": Field(integer(1), "Most tokens of the answer, reasoning included."),
-        "temperature": SAMPLING["temperature"],
-        "top_p": SAMPLING["top_p"],
-        "stream": Field(BOOL, "Answers with server-sent events."),
-        "tools": Field(ListOf(TOOL, "a list of tools"), "Functions that the model may call."),
-        "tool_choice": Field(TOOL_CHOICE, "Whether and what the model must call."),
-        "parallel_tool_calls": Field(BOOL, "Whether it may call several at once."),
-        "text": Field(Record("an object", {"format": Field(_FORMAT)}), "The form that the text must have."),
-        "reasoning": Field(
-            Record("an object", {"effort": CHAT_BODY.fields["reasoning_effort"]}), "How much it thinks first."
-        ),
-        "metadata": Field(OBJECT, "Comes back in the answer."),
-        "user": Field(TEXT, "Comes back in the answer."),
-        "truncation": Field(
-            one_of("auto", "disabled"), ignored="input that is too long is refused either way."
-        ),
-        "include": Field(
-            ListOf(TEXT, "a list of strings"), f"{_LOGPROBS} gives log-probabilities; others are ignored."
-        ),
-        "top_logprobs": Field(integer(0, MAX_LOGPROBS), "And those of so many alternatives."),
-        "store": Field(
-            BOOL, "Whether later requests may refer to the response; they may unless this is false."
-        ),
-    },
-)
+
+
+class _PlainFormat(TypedDict):
+    type: Literal["text", "json_object"]
+
+
+class _SchemaFormat(TypedDict, total=False):
+    type: Required[Literal["json_schema"]]
+    name: Required[Annotated[Filled, ignored(NOT_SHOWN)]]
+    schema: Required[Json]
+    strict: bool
+    description: Annotated[str, ignored(NOT_SHOWN)]
+
+
+class _Text(TypedDict, total=False):
+    format: Annotated[_PlainFormat | _SchemaFormat, ByTag("type", "an object with type")]
+
+
+class _Reasoning(TypedDict, total=False):
+    effort: Effort
+
+
+class ResponsesBody(Body):
+    """A body of /v1/responses."""
+
+    model: ModelName = ""
+    input: (
+        Annotated[
+            str | Annotated[list[Item], Must("a list of items")],
+            ByType(_INPUT),
+            about("The conversation so far, or what follows previous_response_id."),
+        ]
+        | None
+    ) = None
+    previous_response_id: Annotated[Filled, about("A stored response whose conversation goes on.")] | None = (
+        None
+    )
+    instructions: Annotated[str, about("A system message ahead of the input.")] | None = None
+    max_output_tokens: (
+        Annotated[int, Range(1), about("Most tokens of the answer, reasoning included.")] | None
+    ) = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    stream: Annotated[bool, about("Answers with server-sent events.")] = False
+    tools: Annotated[list[Tool], Must("a list of tools"), about("Functions that the model may call.")] = (
+        Field(default_factory=list)
+    )
+    tool_choice: Annotated[ToolChoice, about("Whether and what the model must call.")] | None = None
+    parallel_tool_calls: Annotated[bool, about("Whether it may call several at once.")] = True
+    text: Annotated[_Text, Must("an object"), about("The form that the text must have.")] | None = None
+    reasoning: Annotated[_Reasoning, Must("an object"), about("How much it thinks first.")] | None = None
+    metadata: Annotated[Json, about("Comes back in the answer.")] = Field(default_factory=dict)
+    user: Annotated[str, about("Comes back in the answer.")] | None = None
+    truncation: (
+        Annotated[Literal["auto", "disabled"], ignored("input that is too long is refused either way.")]
+        | None
+    ) = None
+    include: Annotated[
+        list[str],
+        Must("a list of strings"),
+        about(f"{_LOGPROBS} gives log-probabilities; others are ignored."),
+    ] = Field(default_factory=list)
+    top_logprobs: (
+        Annotated[int, Range(0, MAX_LOGPROBS), about("And those of so many alternatives.")] | None
+    ) = None
+    store: Annotated[bool, about("Whether later requests may refer to the response.")] = True
+
+
 _REPEATED = (
     "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "metadata", "user", "reasoning",
 )  # fmt: skip
@@ -135,13 +155,13 @@ def parse_responses(body: bytes) -> ResponsesRequest:
 
 def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> ResponsesRead:
     """Reads a request for a response with what `store` has. Raises RequestError."""
-    given = RESPONSES_BODY.read_body(body)
+    given = read_body(ResponsesBody, body)
     for name, why in _NOT_BUILT.items():
-        if given.get(name):
+        if given.given.get(name):
             raise RequestError(f"{name} {why}", param=name)
-    previous = given.get("previous_response_id")
-    if "input" not in given and previous is None:
-        raise RequestError(f"input is required: {_INPUT.words}", param="input")
+    previous = given.previous_response_id
+    if given.input is None and previous is None:
+        raise RequestError(f"input is required: {_INPUT}", param="input")
     history = store.conversation(previous)
     items = store.resolved(_items(given))
     conversation = [*history, *items]
@@ -153,52 +173,51 @@ def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> Response
         "prompt": "input",
         "structured_outputs": "text.format",
     }
-    kept = store.keeps and given.get("store", True)
+    kept = store.keeps and given.store
     request = ResponsesRequest(
         **{**fields, "names": names}, asked=_asked(given, kept), called=called_tools(tools)
     )
     return ResponsesRead(request, items, previous, history, kept)
 
 
-def _items(given: Json) -> list[Json]:
-    wanted: str | list[Json] = given.get("input", [])
-    return [{"role": "user", "content": wanted}] if isinstance(wanted, str) else wanted
+def _items(body: ResponsesBody) -> list[Json]:
+    if isinstance(body.input, str):
+        return [{"role": "user", "content": body.input}]
+    return cast(list[Json], body.input or [])
 
 
-def _tools(given: Json, history: list[Json]) -> list[Json]:
+def _tools(body: ResponsesBody, history: list[Json]) -> list[Mapping[str, Any]]:
     """The tools of the body, and those that its items add."""
     added = [item["tools"] for item in history if item.get("type") == "additional_tools"]
-    return [*given.get("tools", []), *(tool for tools in added for tool in tools)]
+    return [*body.tools, *(tool for tools in added for tool in tools)]
 
 
-def _chat(given: Json, history: list[Json], tools: list[Json]) -> Json:
+def _chat(body: ResponsesBody, history: list[Json], tools: list[Mapping[str, Any]]) -> Json:
     same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
-    chat = {name: given[name] for name in same if name in given}
-    chat["max_tokens"] = given.get("max_output_tokens")
-    chat["messages"] = chat_conversation(given.get("instructions"), history) or [_EMPTY]
-    if _LOGPROBS in given.get("include", []) or given.get("top_logprobs"):
-        chat |= {"logprobs": True, "top_logprobs": given.get("top_logprobs", 0)}
-    chat["reasoning_effort"] = given.get("reasoning", {}).get("effort")
-    if form := given.get("text", {}).get("format"):
+    chat = {name: getattr(body, name) for name in same}
+    chat["max_tokens"] = body.max_output_tokens
+    chat["messages"] = chat_conversation(body.instructions, history) or [_EMPTY]
+    if _LOGPROBS in body.include or body.top_logprobs:
+        chat |= {"logprobs": True, "top_logprobs": body.top_logprobs}
+    chat["reasoning_effort"] = (body.reasoning or {}).get("effort")
+    if form := (body.text or {}).get("format"):
         named = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
         chat["response_format"] = named if form["type"] == "json_schema" else form
     chat["tools"] = chat_tools(tools)
-    chat["tool_choice"] = chat_tool_choice(given.get("tool_choice"), tools)
+    chat["tool_choice"] = chat_tool_choice(body.tool_choice, tools)
     return chat
 
 
-def _asked(given: Json, kept: bool) -> Json:
+def _asked(body: ResponsesBody, kept: bool) -> Json:
     """What the answer repeats, as the client library's types want it."""
     blank = {"description": None, "parameters": None, "strict": None}
-    tools = given.get("tools", [])
     return {
-        **{name: given.get(name) for name in _REPEATED},
-        "metadata": given.get("metadata", {}),
-        "parallel_tool_calls": given.get("parallel_tool_calls", True),
-        "tool_choice": given.get("tool_choice", "auto"),
-        "tools": [{**blank, **tool} if tool["type"] == "function" else tool for tool in tools],
-        "text": {"format": {"type": "text"}, **given.get("text", {})},
+        **{name: getattr(body, name) for name in _REPEATED},
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [{**blank, **tool} if tool["type"] == "function" else tool for tool in body.tools],
+        "text": {"format": {"type": "text"}, **(body.text or {})},
         "truncation": "disabled",
-        "previous_response_id": given.get("previous_response_id"),
+        "previous_response_id": body.previous_response_id,
         "store": kept,
     }

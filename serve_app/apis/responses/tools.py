@@ -6,67 +6,64 @@ Custom tools and those of namespaces are functions to the model; what OpenAI run
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, Required
+
+from typing_extensions import TypedDict
 
 from qwen3_dist.errors import RequestError
-from serve_app.apis.shared.conversation import ALLOWED_TOOLS, NAME
-from serve_app.apis.shared.custom_tools import CUSTOM_FORMAT, as_function
-from serve_app.apis.shared.kinds import (
-    BOOL,
-    FILLED_TEXT,
-    OBJECT,
-    TEXT,
-    Either,
-    Field,
-    Json,
-    ListOf,
-    Record,
-    Tagged,
-    one_of,
-    short,
-)
+from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about, ignored, short
+from serve_app.apis.shared.conversation import AllowedTools, Name
+from serve_app.apis.shared.custom_tools import CustomFormat, as_function
 
 _LONGEST_NAME = 128
-_CLIENTS = {
-    "function": Record(
-        "",
-        {
-            "name": Field(NAME, required=True),
-            "description": Field(TEXT),
-            "parameters": Field(OBJECT, "JSON schema of the arguments"),
-            "strict": Field(BOOL),
-        },
-    ),
-    "custom": Record(
-        "", {"name": Field(NAME, required=True), "description": Field(TEXT), "format": CUSTOM_FORMAT}
-    ),
-}
-_IN_NAMESPACE = ListOf(Tagged("a tool", "type", _CLIENTS, {}, others=True), "a list of tools")
-_NAMESPACE = Record(
-    "",
-    {
-        "name": Field(FILLED_TEXT, required=True),
-        "description": Field(TEXT, ignored="the tools in it have descriptions of their own."),
-        "tools": Field(_IN_NAMESPACE, required=True),
-    },
-)
-TOOL = Tagged("a tool", "type", {**_CLIENTS, "namespace": _NAMESPACE}, {}, others=True)
-_NAMED = Record("", {"name": Field(FILLED_TEXT, required=True), "namespace": Field(TEXT)})
-TOOL_CHOICE = Either(
-    'one of "none", "auto", "required", or an object with type',
-    (
-        one_of("none", "auto", "required"),
-        Tagged(
-            "an object with type",
-            "type",
-            {"function": _NAMED, "custom": _NAMED, "allowed_tools": ALLOWED_TOOLS},
-            {},
-            others=True,
-        ),
-    ),
-)
+_CLIENTS = ("function", "custom")
+
+
+class _Function(TypedDict, total=False):
+    type: Required[Literal["function"]]
+    name: Required[Name]
+    description: str
+    parameters: Annotated[Json, about("JSON schema of the arguments")]
+    strict: bool
+
+
+class _Custom(TypedDict, total=False):
+    type: Required[Literal["custom"]]
+    name: Required[Name]
+    description: str
+    format: CustomFormat
+
+
+class _Namespace(TypedDict, total=False):
+    type: Required[Literal["namespace"]]
+    name: Required[Filled]
+    description: Annotated[str, ignored("the tools in it have descriptions of their own.")]
+    tools: Required[
+        Annotated[
+            list[Annotated[_Function | _Custom | Json, ByTag("type", "a tool")]], Must("a list of tools")
+        ]
+    ]
+
+
+class _Chosen(TypedDict, total=False):
+    type: Required[Literal["function", "custom"]]
+    name: Required[Filled]
+    namespace: str
+
+
+class _ChosenAllowed(AllowedTools):
+    type: Literal["allowed_tools"]
+
+
+Tool = Annotated[_Function | _Custom | _Namespace | Json, ByTag("type", "a tool")]
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[_Chosen | _ChosenAllowed | Json, ByTag("type", "an object with type")],
+    ByType('one of "none", "auto", "required", or an object with type'),
+]
+Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def flat_name(name: str, namespace: str | None) -> str:
     return re.sub(r"[^a-zA-Z0-9_.-]", "_", flat)[:_LONGEST_NAME]
 
 
-def called_tools(tools: list[Json]) -> dict[str, Called]:
+def called_tools(tools: Tools) -> dict[str, Called]:
     """By the name that the model knows a tool by, what its calls are in the answer."""
     return {
         flat_name(tool["name"], space): Called(tool["name"], space, tool["type"] == "custom")
@@ -94,7 +91,7 @@ def called_tools(tools: list[Json]) -> dict[str, Called]:
     }
 
 
-def chat_tools(tools: list[Json]) -> list[Json]:
+def chat_tools(tools: Tools) -> list[Json]:
     """Chat's functions for those of `tools` that clients run."""
     functions = []
     for tool, space in _client_tools(tools):
@@ -105,9 +102,9 @@ def chat_tools(tools: list[Json]) -> list[Json]:
     return functions
 
 
-def chat_tool_choice(choice: str | Json | None, tools: list[Json]) -> Any:
+def chat_tool_choice(choice: str | Mapping[str, Any] | None, tools: Tools) -> Any:
     """Chat's tool_choice. Raises RequestError for a tool that OpenAI runs."""
-    if not isinstance(choice, dict):
+    if choice is None or isinstance(choice, str):
         return choice
     if choice["type"] == "allowed_tools":
         allowed = [_function(_chosen(tool, tools)) for tool in choice["tools"]]
@@ -121,7 +118,7 @@ def chat_tool_choice(choice: str | Json | None, tools: list[Json]) -> Any:
     return _function(_chosen(choice, tools))
 
 
-def _client_tools(tools: list[Json]) -> Iterator[tuple[Json, str | None]]:
+def _client_tools(tools: Tools) -> Iterator[tuple[Mapping[str, Any], str | None]]:
     """Each tool that a client runs, with its namespace."""
     for tool in tools:
         if tool["type"] in _CLIENTS:
@@ -130,7 +127,7 @@ def _client_tools(tools: list[Json]) -> Iterator[tuple[Json, str | None]]:
             yield from ((inner, tool["name"]) for inner in tool["tools"] if inner["type"] in _CLIENTS)
 
 
-def _chosen(choice: Json, tools: list[Json]) -> str:
+def _chosen(choice: Mapping[str, Any], tools: Tools) -> str:
     """The name that the model knows the chosen tool by; its namespace may be left out."""
     name, known = str(choice.get("name")), called_tools(tools)
     flat = flat_name(name, choice.get("namespace"))
@@ -143,5 +140,5 @@ def _function(name: str) -> Json:
     return {"type": "function", "function": {"name": name}}
 
 
-def _without_type(tool: Json) -> Json:
+def _without_type(tool: Mapping[str, Any]) -> Json:
     return {name: value for name, value in tool.items() if name != "type"}

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Required
 
 import pydantic_core
+from pydantic import Field
+from typing_extensions import TypedDict
 
-from serve_app.apis.shared.custom_tools import CUSTOM_CALL, CUSTOM_FORMAT, as_arguments, as_function
-from serve_app.apis.shared.kinds import (
-    ANYTHING,
-    BOOL,
-    OBJECT,
-    TEXT,
-    Either,
-    Field,
-    Json,
-    ListOf,
-    Plain,
-    Record,
-    Tagged,
-    one_of,
-)
+from serve_app.apis.shared.body import ByTag, ByType, Json, Must, about
+from serve_app.apis.shared.custom_tools import CustomCall, CustomFormat, as_arguments, as_function
 
 # Roles of other clients, by what templates call them.
 _ROLES = {"developer": "system", "function": "tool"}
@@ -31,131 +21,195 @@ _BILLING = re.compile(
     r"^[ \t]*x-anthropic-billing-header:(?:(?:[ \t]*[\w.-]+=[^;\s]*(?:;|(?=\s|$)))+|[^\n]*)[ \t]*(?:\r?\n|$)?",
     re.MULTILINE,
 )
-_NO_FILES = "is not supported: the model reads text alone"
 _FILES = ("image_url", "input_audio", "audio_url", "video_url", "file")
-_TEXT_PART = Record("a text part", {"text": Field(TEXT, required=True)})
-_PARTS = {
-    "text": _TEXT_PART,
-    "input_text": _TEXT_PART,
-    "output_text": _TEXT_PART,
-    "refusal": Record("a refusal part", {"refusal": Field(TEXT, required=True)}),
-}
-_THOUGHTS = {
-    "thinking": Record("", {"thinking": Field(TEXT, required=True)}),
-    "reasoning": Record("", {"text": Field(TEXT, required=True)}),
-}
+_THOUGHTS = ("thinking", "reasoning")
 
 
-def _text_or(part: Tagged, words: str) -> Either:
-    """Content: a string, or a list of parts and strings."""
-    return Either(f"a string or {words}", (TEXT, ListOf(Either(part.words, (TEXT, part)), words)))
+class _TextPart(TypedDict):
+    type: Literal["text", "input_text", "output_text"]
+    text: str
 
 
-_REFUSED = dict.fromkeys(_FILES, _NO_FILES)
-_CONTENT = _text_or(Tagged("a content part", "type", _PARTS, _REFUSED), "a list of text parts")
-_SAID_BEFORE = _text_or(
-    Tagged("a content part", "type", {**_PARTS, **_THOUGHTS}, _REFUSED), "a list of text parts"
-)
-_RESULT = _text_or(Tagged("a content part", "type", _PARTS, {}, others=True), "a list of parts")
-_NAME_PATTERN = r"[a-zA-Z0-9_.-]{1,128}"
-NAME = Plain(
-    "a name of up to 128 letters, digits, dots, dashes and underscores",
-    {"type": "string", "pattern": f"^{_NAME_PATTERN}$"},
-    lambda value: re.fullmatch(_NAME_PATTERN, value) is not None,
-)
-_CALLED = Record(
-    "an object with name and arguments",
-    {"name": Field(TEXT, required=True), "arguments": Field(ANYTHING, "JSON text; absent, there are none.")},
-)
-_CALL = Tagged(
-    "an object with id, type and function",
-    "type",
-    {
-        "function": Record("", {"id": Field(TEXT), "function": Field(_CALLED, required=True)}),
-        "custom": Record("", {"id": Field(TEXT), "custom": Field(CUSTOM_CALL, required=True)}),
-    },
-    {},
-    untagged="function",
-)
-_SAID = {"content": Field(_CONTENT, required=True), "name": Field(TEXT)}
-_RETURNED = {"content": Field(_RESULT, "What is no text becomes a word for it."), "name": Field(TEXT)}
-_MESSAGE = Tagged(
-    "an object with role and content",
-    "role",
-    {
-        "system": Record("a message", _SAID),
-        "developer": Record("a message", _SAID),
-        "user": Record("a message", _SAID),
-        "assistant": Record(
-            "a message",
-            {
-                "content": Field(_SAID_BEFORE),
-                "refusal": Field(TEXT, "What it said in place of an answer."),
-                "name": Field(TEXT),
-                "reasoning_content": Field(TEXT, "What it thought before."),
-                "reasoning": Field(TEXT, "The same under another name."),
-                "tool_calls": Field(ListOf(_CALL, "a list of tool calls")),
-                "function_call": Field(_CALLED, "A call, as older clients have it."),
-            },
-        ),
-        "tool": Record("a message", {**_RETURNED, "tool_call_id": Field(TEXT)}),
-        "function": Record("the result of a function_call", _RETURNED),
-    },
-    {},
-)
-MESSAGES = ListOf(_MESSAGE, "a list of at least one message", least=1)
-_FUNCTION_TOOL = Record(
-    "an object with name and parameters",
-    {
-        "name": Field(NAME, required=True),
-        "description": Field(TEXT),
-        "parameters": Field(OBJECT, "JSON schema of the arguments."),
-        "strict": Field(BOOL),
-    },
-)
-_CUSTOM_TOOL = Record(
-    "an object with name",
-    {"name": Field(NAME, required=True), "description": Field(TEXT), "format": CUSTOM_FORMAT},
-)
-_TOOL = Tagged(
-    "an object with type and function",
-    "type",
-    {
-        "function": Record("", {"function": Field(_FUNCTION_TOOL, required=True)}),
-        "custom": Record("", {"custom": Field(_CUSTOM_TOOL, required=True)}),
-    },
-    {},
-    untagged="function",
-    others=True,
-)
-TOOLS = ListOf(_TOOL, "a list of tools")
-_NAMED = Field(Record("an object with name", {"name": Field(TEXT, required=True)}), required=True)
-ALLOWED_TOOLS = Record(
-    "an object with mode and tools",
-    {
-        "mode": Field(one_of("auto", "required"), required=True),
-        "tools": Field(ListOf(OBJECT, "a list of tools"), "Those of the tools that count.", required=True),
-    },
-)
-TOOL_CHOICE = Either(
-    'one of "none", "auto", "required", or an object that names a tool',
-    (
-        one_of("none", "auto", "required"),
-        Tagged(
-            "an object with type",
-            "type",
-            {
-                "function": Record("", {"function": _NAMED}),
-                "custom": Record("", {"custom": _NAMED}),
-                "allowed_tools": Record("", {"allowed_tools": Field(ALLOWED_TOOLS, required=True)}),
-            },
-            {},
-        ),
-    ),
-)
+class _RefusalPart(TypedDict):
+    type: Literal["refusal"]
+    refusal: str
 
 
-def template_messages(messages: list[Json]) -> list[Json]:
+class _ThinkingPart(TypedDict):
+    type: Literal["thinking"]
+    thinking: str
+
+
+class _ReasoningPart(TypedDict):
+    type: Literal["reasoning"]
+    text: str
+
+
+_Part = Annotated[_TextPart | _RefusalPart, ByTag("type", "a content part", _FILES)]
+_PartSaid = Annotated[
+    _TextPart | _RefusalPart | _ThinkingPart | _ReasoningPart, ByTag("type", "a content part", _FILES)
+]
+_PartReturned = Annotated[_TextPart | _RefusalPart | Json, ByTag("type", "a content part")]
+_Content = Annotated[
+    str | Annotated[list[Annotated[str | _Part, ByType("a content part")]], Must("a list of text parts")],
+    ByType("a string or a list of text parts"),
+]
+_Said = Annotated[
+    str | Annotated[list[Annotated[str | _PartSaid, ByType("a content part")]], Must("a list of text parts")],
+    ByType("a string or a list of text parts"),
+]
+_Result = Annotated[
+    str | Annotated[list[Annotated[str | _PartReturned, ByType("a content part")]], Must("a list of parts")],
+    ByType("a string or a list of parts"),
+    about("What is no text becomes a word for it."),
+]
+Name = Annotated[
+    str,
+    Field(pattern="^[a-zA-Z0-9_.-]{1,128}$"),
+    Must("a name of up to 128 letters, digits, dots, dashes and underscores"),
+]
+
+
+class _Called(TypedDict, total=False):
+    name: Required[str]
+    arguments: Annotated[Any, about("JSON text; absent, there are none.")]
+
+
+_ACall = Annotated[_Called, Must("an object with name and arguments")]
+
+
+class _FunctionCall(TypedDict, total=False):
+    type: Literal["function"]
+    id: str
+    function: Required[_ACall]
+
+
+class _CustomCall(TypedDict, total=False):
+    type: Required[Literal["custom"]]
+    id: str
+    custom: Required[CustomCall]
+
+
+_Calls = Annotated[
+    list[
+        Annotated[
+            _FunctionCall | _CustomCall,
+            ByTag("type", "an object with id, type and function", untagged="function"),
+        ]
+    ],
+    Must("a list of tool calls"),
+]
+
+
+class _Message(TypedDict, total=False):
+    role: Required[Literal["system", "developer", "user"]]
+    content: Required[_Content]
+    name: str
+
+
+class _AssistantMessage(TypedDict, total=False):
+    role: Required[Literal["assistant"]]
+    content: _Said
+    refusal: Annotated[str, about("What it said in place of an answer.")]
+    name: str
+    reasoning_content: Annotated[str, about("What it thought before.")]
+    reasoning: Annotated[str, about("The same under another name.")]
+    tool_calls: _Calls
+    function_call: Annotated[_ACall, about("A call, as older clients have it.")]
+
+
+class _ToolMessage(TypedDict, total=False):
+    role: Required[Literal["tool"]]
+    content: _Result
+    name: str
+    tool_call_id: str
+
+
+class _FunctionMessage(TypedDict, total=False):
+    role: Required[Literal["function"]]
+    content: _Result
+    name: str
+
+
+Messages = Annotated[
+    list[
+        Annotated[
+            _Message | _AssistantMessage | _ToolMessage | _FunctionMessage,
+            ByTag("role", "an object with role and content"),
+        ]
+    ],
+    Must("a list of at least one message", 1),
+]
+
+
+class _Function(TypedDict, total=False):
+    name: Required[Name]
+    description: str
+    parameters: Annotated[Json, about("JSON schema of the arguments.")]
+    strict: bool
+
+
+class _Custom(TypedDict, total=False):
+    name: Required[Name]
+    description: str
+    format: CustomFormat
+
+
+class _FunctionTool(TypedDict, total=False):
+    type: Literal["function"]
+    function: Required[Annotated[_Function, Must("an object with name and parameters")]]
+
+
+class _CustomTool(TypedDict):
+    type: Literal["custom"]
+    custom: Annotated[_Custom, Must("an object with name")]
+
+
+Tools = Annotated[
+    list[
+        Annotated[
+            _FunctionTool | _CustomTool | Json,
+            ByTag("type", "an object with type and function", untagged="function"),
+        ]
+    ],
+    Must("a list of tools"),
+]
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _ChosenFunction(TypedDict):
+    type: Literal["function"]
+    function: Annotated[_Named, Must("an object with name")]
+
+
+class _ChosenCustom(TypedDict):
+    type: Literal["custom"]
+    custom: Annotated[_Named, Must("an object with name")]
+
+
+class AllowedTools(TypedDict):
+    """Some of the tools, of which the model may or must call one."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[Json], Must("a list of tools"), about("Those of the tools that count.")]
+
+
+class _ChosenAllowed(TypedDict):
+    type: Literal["allowed_tools"]
+    allowed_tools: Annotated[AllowedTools, Must("an object with mode and tools")]
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"]
+    | Annotated[_ChosenFunction | _ChosenCustom | _ChosenAllowed, ByTag("type", "an object with type")],
+    ByType('one of "none", "auto", "required", or an object that names a tool'),
+]
+
+
+def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
     """`messages` as `template_message` puts them; system messages of which nothing is left are left out."""
     turns = [template_message(message) for message in messages]
     kept = [
@@ -172,7 +226,7 @@ def without_billing(text: str) -> str:
     return text if kept == text else kept.strip("\r\n")
 
 
-def template_message(message: Json) -> Json:
+def template_message(message: Mapping[str, Any]) -> Json:
     """`message` in the words that Qwen3's templates know; arguments of calls as objects, where they are."""
     message = {**message, "role": _ROLES.get(message["role"], message["role"])}
     if isinstance(message.get("content"), list):
@@ -200,20 +254,19 @@ def stand_in(kind: str) -> str:
     return f"[{kind} left out: the model reads text alone]"
 
 
-def plain_content(message: Json) -> str:
+def plain_content(message: Mapping[str, Any]) -> str:
     """The text of a message, its parts joined."""
     content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def template_tools(tools: list[Json]) -> list[Json]:
+def template_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
     """Those of `tools` that a client runs, as functions; tools that OpenAI or others host are left out."""
     functions = []
     for tool in tools:
-        kind = tool.get("type", "function")
-        if kind == "custom":
+        if tool["type"] == "custom":
             functions.append({"type": "function", "function": as_function(tool["custom"])})
-        elif kind == "function":
+        elif tool["type"] == "function":
             functions.append({"type": "function", **tool})
     return functions
 

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Required
 
 import pydantic_core
+from typing_extensions import TypedDict
 
-from serve_app.apis.shared.kinds import FILLED_TEXT, TEXT, Field, Json, Record
+from serve_app.apis.shared.body import Filled, Json, Must, about, ignored
 
 _INPUT = "input"
-_GRAMMAR = {"syntax": Field(TEXT, "lark or regex."), "definition": Field(TEXT, "The grammar.")}
-CUSTOM_FORMAT = Field(
-    Record(
-        "an object with type",
-        {
-            "type": Field(FILLED_TEXT, required=True, ignored="there is a grammar or there is none."),
-            **_GRAMMAR,
-            "grammar": Field(Record("an object with syntax and definition", _GRAMMAR), "As chat has it."),
-        },
-    ),
-    "Told to the model with the description; nothing enforces it.",
-)
-CUSTOM_CALL = Record(
-    "an object with name and input", {"name": Field(FILLED_TEXT, required=True), "input": Field(TEXT)}
-)
 
 
-def as_function(tool: Json) -> Json:
+class _Grammar(TypedDict, total=False):
+    syntax: Annotated[str, about("lark or regex.")]
+    definition: Annotated[str, about("The grammar.")]
+
+
+class _CustomFormat(_Grammar, total=False):
+    type: Required[Annotated[Filled, ignored("there is a grammar or there is none.")]]
+    grammar: Annotated[_Grammar, Must("an object with syntax and definition"), about("As chat has it.")]
+
+
+class _CustomCall(TypedDict, total=False):
+    name: Required[Filled]
+    input: str
+
+
+CustomFormat = Annotated[
+    _CustomFormat,
+    Must("an object with type"),
+    about("Told to the model with the description; nothing enforces it."),
+]
+CustomCall = Annotated[_CustomCall, Must("an object with name and input")]
+
+
+def as_function(tool: Mapping[str, Any]) -> Json:
     """The function (`name`, `description`, `parameters`) that stands for custom tool `tool`."""
     form = tool.get("format", {})
     grammar = form.get("grammar", form)

@@ -6,38 +6,55 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import Reading
 from serve_app.apis.shared.answer import Answer, Served, error_events
+from serve_app.apis.shared.body import (
+    Body,
+    Json,
+    ModelName,
+    Priority,
+    Range,
+    User,
+    about,
+    short,
+    without_nulls,
+)
 from serve_app.apis.shared.errors import error_object
-from serve_app.apis.shared.kinds import BOOL, TEXT, Field, Json, Record, integer, short
 from serve_app.apis.shared.openai import Shown
 from serve_app.apis.shared.prompts import Prompt, Texts
-from serve_app.apis.shared.sampling import SAMPLING
-from serve_app.apis.shared.structure import STRUCTURE, structured_outputs
+from serve_app.apis.shared.sampling import SamplingBody
+from serve_app.apis.shared.structure import StructureBody, structured_outputs
 
-_OPTIONS = Record(
-    "an object",
-    {
-        "include_usage": Field(BOOL, "A last chunk has the token counts."),
-        "continuous_usage_stats": Field(BOOL, "With include_usage: every chunk has the counts so far."),
-    },
-)
-GENERATION: dict[str, Field] = {
-    "model": Field(TEXT, "The served model's name, or an adapter's; absent, it is the model."),
-    **SAMPLING,
-    "stream": Field(BOOL, "Answers with server-sent events."),
-    "stream_options": Field(_OPTIONS, "Of a stream alone."),
-    **STRUCTURE,
-    "best_of": Field(integer(1), "As many as n."),
-    "priority": Field(integer(-(2**31), 2**31 - 1), "A lower one goes first."),
-    "user": Field(TEXT, ignored="nobody here looks for abuse by single users."),
-    "return_token_ids": Field(BOOL, "Gives token ids beside the text."),
-    "return_tokens_as_token_ids": Field(BOOL, "Names the tokens of log-probabilities token_id:N."),
-}
+
+class _StreamOptions(Body):
+    include_usage: Annotated[bool, about("A last chunk has the token counts.")] = False
+    continuous_usage_stats: Annotated[
+        bool, about("With include_usage: every chunk has the counts so far.")
+    ] = False
+
+
+_NO_OPTIONS = _StreamOptions()
+
+
+class GenerationBody(SamplingBody, StructureBody):
+    """The fields that both bodies have."""
+
+    model: ModelName = ""
+    stream: Annotated[bool, about("Answers with server-sent events.")] = False
+    stream_options: Annotated[_StreamOptions, about("Of a stream alone.")] | None = None
+    best_of: Annotated[int, Range(1), about("As many as n.")] | None = None
+    priority: Priority = 0
+    user: User = ""
+    return_token_ids: Annotated[bool, about("Gives token ids beside the text.")] = False
+    return_tokens_as_token_ids: Annotated[
+        bool, about("Names the tokens of log-probabilities token_id:N.")
+    ] = False
+
+
 # Fields that would change the answer and are not built: the values that ask for nothing, and advice.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), "use tools"),
@@ -107,57 +124,56 @@ class GenerationRequest(ABC):
         return error_events(error)
 
 
-def read_generation(given: Json, limit: str, logprobs: tuple[str, int | None]) -> Json:
+def read_generation(body: GenerationBody, limit: str, logprobs: tuple[str, int | None]) -> Json:
     """Constructor arguments of a GenerationRequest. Raises RequestError.
 
     `limit` is the field that holds the most tokens, `logprobs` the one for log-probabilities and how many it asks.
     """
-    _refuse_unbuilt(given)
-    sampling = {name: given[name] for name in SAMPLING if name in given}
+    _refuse_unbuilt(body)
+    sampling = body.sampling()
     names = {"max_tokens": limit, "logprobs": logprobs[0]}
-    if limit in given:
-        sampling["max_tokens"] = given[limit]
-    if logprobs[1] is not None:
-        sampling["logprobs"] = logprobs[1]
-    if structure := structured_outputs(given):
+    most = {"max_tokens": getattr(body, limit), "logprobs": logprobs[1]}
+    sampling |= without_nulls(most)
+    if structure := structured_outputs(body):
         names["structured_outputs"], sampling["structured_outputs"] = structure
     try:
         SamplingParams(**{"max_tokens": None, **sampling})
     except RequestError as error:
         raise _renamed(error, names) from None
     return {
-        "model": given.get("model", ""),
+        "model": body.model,
         "sampling": sampling,
         "names": names,
-        "stream": given.get("stream", False),
-        "shown": _shown(given, logprobs[1] is not None),
-        "priority": given.get("priority", 0),
+        "stream": body.stream,
+        "shown": _shown(body, logprobs[1] is not None),
+        "priority": body.priority,
     }
 
 
-def _refuse_unbuilt(given: Json) -> None:
-    for name, (neutral, advice) in _REFUSED.items():
+def _refuse_unbuilt(body: GenerationBody) -> None:
+    given = body.given
+    for name in _REFUSED if given else ():
+        neutral, advice = _REFUSED[name]
         if name in given and given[name] not in neutral:
             raise RequestError(f"{name}={short(given[name])} is not supported; {advice}", param=name)
-    n = given.get("n", 1)
-    if given.get("best_of", n) != n:
+    n = body.n or 1
+    if body.best_of not in (None, n):
         raise RequestError(f"best_of must be n={n}: choices are not ranked here", param="best_of")
-    if "stream_options" in given and not given.get("stream"):
+    if body.stream_options and not body.stream:
         raise RequestError("stream_options need stream to be true", param="stream_options")
-    if given.get("stream") and "prompt_logprobs" in given:
+    if body.stream and body.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs do not come in a stream", param="prompt_logprobs")
 
 
-def _shown(given: Json, logprobs: bool) -> Shown:
-    options = given.get("stream_options", {})
-    usage = options.get("include_usage", False)
+def _shown(body: GenerationBody, logprobs: bool) -> Shown:
+    options = body.stream_options or _NO_OPTIONS
     return Shown(
-        usage=usage,
-        usage_so_far=usage and options.get("continuous_usage_stats", False),
-        token_ids=given.get("return_token_ids", False),
-        tokens_as_ids=given.get("return_tokens_as_token_ids", False),
+        usage=options.include_usage,
+        usage_so_far=options.include_usage and options.continuous_usage_stats,
+        token_ids=body.return_token_ids,
+        tokens_as_ids=body.return_tokens_as_token_ids,
         logprobs=logprobs,
-        prompt_logprobs="prompt_logprobs" in given,
+        prompt_logprobs=body.prompt_logprobs is not None,
     )
 
 

@@ -7,17 +7,33 @@ import uuid
 from abc import ABC, abstractmethod
 from array import array
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
+
+from pydantic import model_validator
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
+from serve_app.apis.shared.body import Body, Json, ModelName, Priority, User
 from serve_app.apis.shared.errors import error_object
-from serve_app.apis.shared.generation import GENERATION
-from serve_app.apis.shared.kinds import Field, Json
 from serve_app.apis.shared.prompts import Prompt, Texts
 
 MOST_INPUTS = 2048  # OpenAI's
-POOLING: dict[str, Field] = {name: GENERATION[name] for name in ("model", "priority", "user")}
+
+
+class PoolingBody(Body):
+    """The fields that all of their bodies have."""
+
+    model: ModelName = ""
+    priority: Priority = 0
+    user: User = ""
+
+    @model_validator(mode="after")
+    def _refuse_cuts(self) -> Self:
+        if "truncate_prompt_tokens" in self.given:
+            raise RequestError(
+                "truncate_prompt_tokens is not supported; shorten the texts", param="truncate_prompt_tokens"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -78,12 +94,3 @@ class PoolingRequest(ABC):
     def error_body(self, error: Exception) -> dict[str, Any]:
         """What says that this request failed."""
         return error_object(error)
-
-
-def read_pooling(given: Json) -> Json:
-    """Constructor arguments of a PoolingRequest. Raises RequestError."""
-    if "truncate_prompt_tokens" in given:
-        raise RequestError(
-            "truncate_prompt_tokens is not supported; shorten the texts", param="truncate_prompt_tokens"
-        )
-    return {"model": given.get("model", ""), "priority": given.get("priority", 0)}

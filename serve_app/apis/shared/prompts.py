@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, cast
 
 from qwen3_dist.errors import ContextLengthError, RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.text.tool_calls.stream import ToolCallForm
+from serve_app.apis.shared.body import ByType, Filled, Must, Range
+
+_EXPECTED = "text, a list of token ids, or a list of either, none of them empty"
+_TokenIds = Annotated[list[Annotated[int, Range(0)]], Must("a list of token ids", least=1)]
+_Several = Annotated[
+    list[Annotated[Filled | _TokenIds, ByType(_EXPECTED)]],
+    Must(_EXPECTED, least=1),
+]
+# One prompt or several, each of which is text or token ids.
+Prompts = Annotated[Filled | _TokenIds | _Several, ByType(_EXPECTED)]
 
 # Normalisation makes at most one character of so many.
 _COMPOSED = 4
+
+
+def as_prompts(given: str | list[int] | list[str | list[int]]) -> list[str | list[int]]:
+    """The prompts of a field; the same list if it was one of prompts."""
+    is_one = isinstance(given, str) or isinstance(given[0], int)
+    return cast(list[str | list[int]], [given] if is_one else given)
 
 
 @dataclass(frozen=True)

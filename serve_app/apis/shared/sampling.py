@@ -2,77 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from qwen3_dist.sampling_params import MAX_LOGPROBS
-from serve_app.apis.shared.kinds import (
-    BOOL,
-    Either,
-    Field,
-    ListOf,
-    Plain,
-    integer,
-    number,
-    number_above,
-)
+from serve_app.apis.shared.body import Body, ByType, Must, Range, about, ignored
 
 _MOST_STRINGS, _MOST_CHARS, _MOST_TOKENS = 16, 1000, 1024
+_String = Annotated[
+    str,
+    Field(min_length=1, max_length=_MOST_CHARS),
+    Must(f"a string of 1 to {_MOST_CHARS} characters"),
+]
+StopStrings = Annotated[
+    list[_String],
+    Must(f"a list of up to {_MOST_STRINGS} strings of 1 to {_MOST_CHARS} characters", most=_MOST_STRINGS),
+]
+_Bias = Annotated[float, Range(-100, 100)]
+_Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], _Bias],
+    Field(max_length=_MOST_TOKENS),
+    Must(f"an object of up to {_MOST_TOKENS} token ids with numbers from -100 to 100"),
+    Field(json_schema_extra={"additionalProperties": False}),
+]
+Temperature = Annotated[float, Range(0, 2), about("0 always takes the likeliest token.")]
+TopP = Annotated[
+    float,
+    Range(0, 1, above=True),
+    about("Keeps the likeliest tokens that have this probability together."),
+]
 
 
-def _is_bias(value: Mapping[str, Any]) -> bool:
-    return len(value) <= _MOST_TOKENS and all(
-        token.isdecimal() and len(token) < 10 and _BIAS.accepts(bias) for token, bias in value.items()
+class SamplingBody(Body):
+    """Names as SamplingParams has them; what is absent is as the checkpoint recommends."""
+
+    n: Annotated[int, Range(1, 128), about("Choices per prompt.")] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: (
+        Annotated[int, Range(-1), about("Keeps so many of the likeliest tokens; 0 and -1 keep all.")] | None
+    ) = None
+    min_p: (
+        Annotated[
+            float,
+            Range(0, 1),
+            about("Keeps tokens at least this probable, relative to the likeliest."),
+        ]
+        | None
+    ) = None
+    presence_penalty: (
+        Annotated[float, Range(-2, 2), about("Taken off the logits of tokens that came already.")] | None
+    ) = None
+    frequency_penalty: (
+        Annotated[float, Range(-2, 2), about("Taken off a token's logit for each time it came.")] | None
+    ) = None
+    repetition_penalty: (
+        Annotated[
+            float,
+            Range(0, 10, above=True),
+            about("Divides the positive logits of tokens in prompt and output."),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1), about("Makes a sampled answer repeatable.")] | None = (
+        None
+    )
+    stop: (
+        Annotated[
+            _String | StopStrings,
+            ByType(f"a string of 1 to {_MOST_CHARS} characters or a list of up to {_MOST_STRINGS} of them"),
+            about(
+                "Texts that end the answer; they are looked for in all that is generated, reasoning included."
+            ),
+        ]
+        | None
+    ) = None
+    stop_token_ids: (
+        Annotated[
+            list[Annotated[int, Range(0)]],
+            Must(f"a list of up to {_MOST_TOKENS} token ids", most=_MOST_TOKENS),
+            about("Tokens that end the answer."),
+        ]
+        | None
+    ) = None
+    include_stop_str_in_output: Annotated[bool, about("Whether the stop string is shown.")] | None = None
+    ignore_eos: Annotated[bool, about("Goes on after the end-of-sequence token.")] | None = None
+    min_tokens: Annotated[int, Range(0), about("Nothing ends the answer before so many tokens.")] | None = (
+        None
+    )
+    logit_bias: Annotated[_Biases, about("Added to the logits of tokens, by token id.")] | None = None
+    bad_words: (
+        Annotated[
+            list[_String],
+            Must(f"a list of up to {_MOST_TOKENS} strings", most=_MOST_TOKENS),
+            about("Texts that are never generated."),
+        ]
+        | None
+    ) = None
+    prompt_logprobs: (
+        Annotated[int, Range(0, MAX_LOGPROBS), about("Log-probabilities of the prompt's tokens.")] | None
+    ) = None
+    skip_special_tokens: Annotated[bool, about("Leaves special tokens out of the text.")] | None = None
+    spaces_between_special_tokens: (
+        Annotated[bool, ignored("byte-level tokenizers put no spaces there.")] | None
+    ) = None
+    thinking_token_budget: Annotated[int, Range(0), about("Ends thinking after so many tokens.")] | None = (
+        None
     )
 
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of SamplingParams: the fields that the client set."""
+        return {name: getattr(self, name) for name in _NAMES if name in self.model_fields_set}
 
-_BIAS = number(-100, 100)
-_STRING = Plain(
-    f"a string of 1 to {_MOST_CHARS} characters",
-    {"type": "string", "minLength": 1, "maxLength": _MOST_CHARS},
-    lambda value: 0 < len(value) <= _MOST_CHARS,
-)
-STOP_STRINGS = ListOf(
-    _STRING, f"a list of up to {_MOST_STRINGS} strings of 1 to {_MOST_CHARS} characters", most=_MOST_STRINGS
-)
-_STOP = f"a string of 1 to {_MOST_CHARS} characters or a list of up to {_MOST_STRINGS} of them"
-_TOKEN_IDS = ListOf(integer(0), f"a list of up to {_MOST_TOKENS} token ids", most=_MOST_TOKENS)
-_WORDS = ListOf(_STRING, f"a list of up to {_MOST_TOKENS} strings", most=_MOST_TOKENS)
-_BIASES = Plain(
-    f"an object of up to {_MOST_TOKENS} token ids with numbers from -100 to 100",
-    {
-        "type": "object",
-        "maxProperties": _MOST_TOKENS,
-        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-        "additionalProperties": _BIAS.schema,
-    },
-    _is_bias,
-)
-# Names as SamplingParams has them.
-SAMPLING: dict[str, Field] = {
-    "n": Field(integer(1, 128), "Choices per prompt."),
-    "temperature": Field(number(0, 2), "0 always takes the likeliest token."),
-    "top_p": Field(number_above(0, 1), "Keeps the likeliest tokens that have this probability together."),
-    "top_k": Field(integer(-1), "Keeps so many of the likeliest tokens; 0 and -1 keep all."),
-    "min_p": Field(number(0, 1), "Keeps tokens at least this probable, relative to the likeliest."),
-    "presence_penalty": Field(number(-2, 2), "Taken off the logits of tokens that came already."),
-    "frequency_penalty": Field(number(-2, 2), "Taken off a token's logit for each time it came."),
-    "repetition_penalty": Field(
-        number_above(0, 10), "Divides the positive logits of tokens in prompt and output."
-    ),
-    "seed": Field(integer(-(2**63), 2**63 - 1), "Makes a sampled answer repeatable."),
-    "stop": Field(
-        Either(_STOP, (_STRING, STOP_STRINGS)),
-        "Texts that end the answer; they are looked for in all that is generated, reasoning included.",
-    ),
-    "stop_token_ids": Field(_TOKEN_IDS, "Tokens that end the answer."),
-    "include_stop_str_in_output": Field(BOOL, "Whether the stop string is shown."),
-    "ignore_eos": Field(BOOL, "Goes on after the end-of-sequence token."),
-    "min_tokens": Field(integer(0), "Nothing ends the answer before so many tokens."),
-    "logit_bias": Field(_BIASES, "Added to the logits of tokens, by token id."),
-    "bad_words": Field(_WORDS, "Texts that are never generated."),
-    "prompt_logprobs": Field(integer(0, MAX_LOGPROBS), "Log-probabilities of the prompt's tokens."),
-    "skip_special_tokens": Field(BOOL, "Leaves special tokens out of the text."),
-    "spaces_between_special_tokens": Field(BOOL, ignored="byte-level tokenizers put no spaces there."),
-    "thinking_token_budget": Field(integer(0), "Ends thinking after so many tokens."),
-}
+
+_NAMES = tuple(SamplingBody.model_fields)

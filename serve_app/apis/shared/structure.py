@@ -2,79 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal, Required
+
+from typing_extensions import TypedDict
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.structured.json_schema import loosened, without_options
-from serve_app.apis.shared.kinds import (
-    BOOL,
-    FILLED_TEXT,
-    OBJECT,
-    TEXT,
-    Either,
-    Field,
-    Json,
-    ListOf,
-    Record,
-    Tagged,
-)
+from serve_app.apis.shared.body import Body, ByTag, ByType, Filled, Json, Must, about, ignored
 
 NOT_SHOWN = "the form is not shown to the model, as in vLLM; say in the prompt what it should know."
-_SCHEMA = Either("a JSON schema", (OBJECT, TEXT, BOOL))
-_CHOICES = ListOf(FILLED_TEXT, "a list of at least one non-empty string", least=1)
-_JSON_SCHEMA = Record(
-    "an object with name and schema",
-    {
-        "name": Field(TEXT, ignored=NOT_SHOWN),
-        "description": Field(TEXT, ignored=NOT_SHOWN),
-        "schema": Field(OBJECT, "JSON schema of the answer.", required=True),
-        "strict": Field(
-            BOOL, "Refuses a schema that cannot be held in full; else what cannot be held is left out."
-        ),
-    },
-)
-_FORMAT = Tagged(
-    "an object with type",
-    "type",
-    {
-        "text": Record("an object", {}),
-        "json_object": Record("an object", {"schema": Field(OBJECT, "JSON schema of the object.")}),
-        "json_schema": Record("an object", {"json_schema": Field(_JSON_SCHEMA, required=True)}),
-    },
-    {},
-)
-_STRUCTURED = Record(
-    "an object with one of json, json_object, regex, choice and grammar",
-    {
-        "json": Field(_SCHEMA, "JSON schema."),
-        "json_object": Field(BOOL, "Any JSON object."),
-        "regex": Field(TEXT, "Matches the whole text."),
-        "choice": Field(_CHOICES, "The text is one of these."),
-        "grammar": Field(TEXT, "In Lark's or GBNF's form."),
-    },
-)
-_OLDER = {
-    "guided_json": ("json", _SCHEMA),
-    "guided_regex": ("regex", TEXT),
-    "guided_choice": ("choice", _CHOICES),
-    "guided_grammar": ("grammar", TEXT),
-}
-STRUCTURE: dict[str, Field] = {
-    "response_format": Field(_FORMAT, "The form that the answer's text must have."),
-    "structured_outputs": Field(_STRUCTURED, "The form that the answer's text must have."),
-    **{name: Field(kind, f"As structured_outputs.{new}.") for name, (new, kind) in _OLDER.items()},
-}
+_Schema = Annotated[Json | str | bool, ByType("a JSON schema")]
+_Choices = Annotated[list[Filled], Must("a list of at least one non-empty string", 1)]
 
 
-def structured_outputs(given: Json) -> tuple[str, StructuredOutputs] | None:
-    """What `given` asks of the text's form, with the field that asks. Raises RequestError if two fields do."""
-    asked = {name: form for name in STRUCTURE if (form := _form(name, given.get(name))) is not None}
+class _JsonSchema(TypedDict, total=False):
+    name: Annotated[str, ignored(NOT_SHOWN)]
+    description: Annotated[str, ignored(NOT_SHOWN)]
+    schema: Required[Annotated[Json, about("JSON schema of the answer.")]]
+    strict: Annotated[
+        bool, about("Refuses a schema that cannot be held in full; else what cannot be held is left out.")
+    ]
+
+
+class _TextFormat(TypedDict):
+    type: Literal["text"]
+
+
+class _ObjectFormat(TypedDict, total=False):
+    type: Required[Literal["json_object"]]
+    schema: Annotated[Json, about("JSON schema of the object.")]
+
+
+class _SchemaFormat(TypedDict):
+    type: Literal["json_schema"]
+    json_schema: Annotated[_JsonSchema, Must("an object with name and schema")]
+
+
+class _Structured(TypedDict, total=False):
+    json: Annotated[_Schema, about("JSON schema.")]
+    json_object: Annotated[bool, about("Any JSON object.")]
+    regex: Annotated[str, about("Matches the whole text.")]
+    choice: Annotated[_Choices, about("The text is one of these.")]
+    grammar: Annotated[str, about("In Lark's or GBNF's form.")]
+
+
+class StructureBody(Body):
+    """At most one field may ask for a form."""
+
+    response_format: (
+        Annotated[
+            _TextFormat | _ObjectFormat | _SchemaFormat,
+            ByTag("type", "an object with type"),
+            about("The form that the answer's text must have."),
+        ]
+        | None
+    ) = None
+    structured_outputs: (
+        Annotated[
+            _Structured,
+            Must("an object with one of json, json_object, regex, choice and grammar"),
+            about("The form that the answer's text must have."),
+        ]
+        | None
+    ) = None
+    guided_json: Annotated[_Schema, about("As structured_outputs.json.")] | None = None
+    guided_regex: Annotated[str, about("As structured_outputs.regex.")] | None = None
+    guided_choice: Annotated[_Choices, about("As structured_outputs.choice.")] | None = None
+    guided_grammar: Annotated[str, about("As structured_outputs.grammar.")] | None = None
+
+
+_NAMES = tuple(StructureBody.model_fields)
+
+
+def structured_outputs(body: StructureBody) -> tuple[str, StructuredOutputs] | None:
+    """What `body` asks of the text's form, with the field that asks. Raises RequestError if two fields do."""
+    given = [name for name in _NAMES if name in body.model_fields_set]
+    asked = {name: form for name in given if (form := _form(name, getattr(body, name))) is not None}
     if len(asked) > 1:
         first, second, *_ = asked
         raise RequestError(f"{second} and {first} both give a form; leave one out", param=second)
     for name, form in asked.items():
-        known = {field: form[field] for field in _STRUCTURED.fields if field in form}
+        known = {field: form[field] for field in _Structured.__annotations__ if field in form}
         if name != "response_format" and isinstance(known.get("json"), dict):
             known["json"] = without_options(known["json"])
         choice = {"choice": tuple(form["choice"])} if "choice" in form else {}
@@ -84,8 +93,10 @@ def structured_outputs(given: Json) -> tuple[str, StructuredOutputs] | None:
 
 def _form(name: str, value: Any) -> Json | None:
     """Arguments of StructuredOutputs; None where `value` asks for nothing."""
-    if value is None or name != "response_format":
-        return {_OLDER[name][0]: value} if name in _OLDER and value is not None else value
+    if name == "structured_outputs":
+        return value  # type: ignore[no-any-return]
+    if name != "response_format":
+        return {name.removeprefix("guided_"): value}
     if value["type"] == "json_schema":
         asked = value["json_schema"]
         schema = asked["schema"]

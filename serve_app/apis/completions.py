@@ -1,18 +1,101 @@
-"""OpenAI's text completions."""
+"""OpenAI's text completions: bodies of /v1/completions and what answers them."""
 
 from __future__ import annotations
 
 import codecs
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
+from qwen3_dist.errors import RequestError
 from qwen3_dist.protocol.outputs import TokenLogprob
+from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams
 from qwen3_dist.text.choice import ChoiceDelta
-from serve_app.apis.shared.answer import Json, Served
+from serve_app.apis.shared.answer import Answer, Served
+from serve_app.apis.shared.body import Json, Range, about, read_body
+from serve_app.apis.shared.generation import GenerationBody, GenerationRequest, read_generation
 from serve_app.apis.shared.openai import OpenAIAnswer, Shown, logprob
-from serve_app.apis.shared.prompts import Prompt
+from serve_app.apis.shared.prompts import Prompt, Prompts, Texts, as_prompts
 
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+_MOST_CHOICES = 1024
 Scored = list[tuple[int, TokenLogprob | None]]  # tokens with their log-probabilities
+
+
+class CompletionBody(GenerationBody):
+    """A body of /v1/completions."""
+
+    prompt: Annotated[Prompts, about("What the answer goes on from.")]
+    max_tokens: Annotated[int, Range(0), about("Most tokens of each choice; 0 with echo alone.")] | None = (
+        None
+    )
+    logprobs: (
+        Annotated[
+            int,
+            Range(0, MAX_LOGPROBS),
+            about("Log-probabilities of each token and of so many alternatives."),
+        ]
+        | None
+    ) = None
+    add_special_tokens: Annotated[bool, about("Whether a text gets what the tokenizer puts around one.")] = (
+        True
+    )
+    echo: Annotated[bool, about("Shows the prompt ahead of the answer.")] = False
+
+
+@dataclass(frozen=True)
+class CompletionRequest(GenerationRequest):
+    """A body of /v1/completions; each prompt is text or token ids."""
+
+    wanted: list[str | list[int]] = field(default_factory=list)
+    add_special_tokens: bool = True
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.wanted)
+
+    def prompts(self, texts: Texts) -> list[Prompt]:
+        return [
+            texts.prompt(prompt, "prompt", self.add_special_tokens)
+            if isinstance(prompt, str)
+            else Prompt(prompt)
+            for prompt in self.wanted
+        ]
+
+    def answer(self, served: Served) -> Answer:
+        return CompletionAnswer(served, self.shown)
+
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        most = min(COMPLETION_MAX_TOKENS, defaults.get("max_tokens", COMPLETION_MAX_TOKENS))
+        return super().params({**defaults, "max_tokens": most})
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    """Reads a completion request. Raises RequestError."""
+    given = read_body(CompletionBody, body)
+    read = read_generation(given, "max_tokens", ("logprobs", given.logprobs))
+    prompts = as_prompts(given.prompt)
+    n = given.n or 1
+    if len(prompts) * n > _MOST_CHOICES:
+        raise RequestError(
+            f"{len(prompts)} prompts of {n} choices are more than {_MOST_CHOICES}; send several requests",
+            param="prompt",
+        )
+    if given.echo:
+        _read_echo(given, read)
+    elif given.max_tokens == 0:
+        raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
+    return CompletionRequest(**read, wanted=prompts, add_special_tokens=given.add_special_tokens)
+
+
+def _read_echo(given: CompletionBody, read: Json) -> None:
+    """The prompt is shown as the answer is, with log-probabilities if the answer has them."""
+    read["shown"] = replace(read["shown"], echo=True)
+    if given.logprobs is None:
+        return
+    if given.stream:
+        raise RequestError("echo with logprobs does not come in a stream", param="echo")
+    read["sampling"]["prompt_logprobs"] = max(given.logprobs, given.prompt_logprobs or 0)
 
 
 class CompletionAnswer(OpenAIAnswer):
@@ -30,7 +113,7 @@ class CompletionAnswer(OpenAIAnswer):
         n = self.served.n
         scores = [choice.prompt_logprobs for choice in choices[::n]]
         return super().whole(
-            [dataclasses.replace(choice, prompt_logprobs=scores[i // n]) for i, choice in enumerate(choices)]
+            [replace(choice, prompt_logprobs=scores[i // n]) for i, choice in enumerate(choices)]
         )
 
     def choice(self, delta: ChoiceDelta) -> Json:
