@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--skip-scale", action="store_true", help="only the agreement")
     args = parser.parse_args()
     if not args.skip_real:
-        keep("simulator-agreement-cpu", agreement(args.seconds))
+        keep("simulator-agreement", agreement(args.seconds))
     if not args.skip_scale:
         keep("simulator-scale", [scale(gpus) for gpus in GPUS])
 
