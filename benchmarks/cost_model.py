@@ -20,7 +20,7 @@ from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import run_info, write
 from cluster.calibration.calibrate import calibrate
 from cluster.hardware import Cluster, as_dict, read_cluster
-from cluster.planning.burst import BurstPoint
+from cluster.planning.burst_point import BurstPoint
 from cluster.sweep.report import Row, make_rows, order_agreement
 from cluster.sweep.run import SweepFolder, SweepWorkload, run_sweep
 from qwen3_dist.config import ModelConfig

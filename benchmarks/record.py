@@ -7,11 +7,12 @@ file has `kind`, `date`, `hardware` and `versions`, then the figures. `benchmark
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from qwen3_dist.percentiles import percentile
 
 RESULTS = Path(__file__).parent / "results"
 _AMD_GENERATIONS = {25: "zen4", 26: "zen5"}  # by CPU family, of CPUs with AVX-512
@@ -72,5 +73,5 @@ def microseconds(call: Callable[[], object], repeats: int, warmup: int = 20) -> 
         started = time.perf_counter()
         call()
         samples.append((time.perf_counter() - started) * 1e6)
-    cuts = statistics.quantiles(samples, n=100)
-    return {"p50_us": round(statistics.median(samples), 1), "p99_us": round(cuts[98], 1)}
+    samples.sort()
+    return {f"p{percent}_us": round(percentile(samples, percent), 1) for percent in (50, 99)}

@@ -64,6 +64,7 @@ TORCH_FREE = [
     "speculation",
     "adapters",
     "expert_placement",
+    "percentiles",
 ]
 TORCH_FREE += ["protocol", "text", "structured"]
 TORCH_FREE += [
