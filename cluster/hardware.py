@@ -120,6 +120,11 @@ class Cluster:
         if self.shared_host and self.num_devices > self.devices_per_node:
             raise ConfigError("shared_host ranks live on one host; set devices_per_node to num_devices")
 
+    @property
+    def device_kind(self) -> str:
+        """ "cpu" if ranks share the cores of one host, else "cuda"."""
+        return "cpu" if self.shared_host else "cuda"
+
     def replicas(self, world: int) -> int:
         """Replicas of `world` ranks that the cluster holds."""
         return 1 if self.shared_host else self.num_devices // world

@@ -18,6 +18,7 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.rank_env import parse_rank_env
 from qwen3_dist.speculation import Speculation
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
@@ -28,6 +29,7 @@ DISPATCH_DTYPES = ("auto", "fp8")
 PERFORMANCE_MODES = ("interactivity", "throughput")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 PLACEMENTS = ("own", "current")
+_CPU, _GPU = STEP_DEFAULTS["cpu"], STEP_DEFAULTS["cuda"]
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -90,8 +92,9 @@ class EngineConfig:
     )
     performance_mode: str = setting(
         "interactivity",
-        "what large steps are weighed against: interactivity, in which tokens and first ones wait for no long step "
-        "(1024 tokens on CPU, 8192 on GPU), or throughput (4096, 16384)",
+        "interactivity: steps short enough that no token waits long for others' prompts "
+        f"({_CPU.max_num_batched_tokens} tokens on CPU, {_GPU.max_num_batched_tokens} on GPU); throughput: larger "
+        f"steps ({_CPU.throughput_tokens}, {_GPU.throughput_tokens})",
         PERFORMANCE_MODES,
     )
     prefix_caching: bool = setting(True, "keep finished prompts' KV blocks for prompts that begin alike")

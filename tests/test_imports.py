@@ -65,6 +65,7 @@ TORCH_FREE = [
     "adapters",
     "expert_placement",
     "percentiles",
+    "step_defaults",
 ]
 TORCH_FREE += ["protocol", "text", "structured"]
 TORCH_FREE += [
