@@ -185,7 +185,7 @@ def parse_gpus(text: str) -> Cluster:
     match = re.fullmatch(r"(?:0*([1-9]\d*)\s*[xX*]\s*)?0*([1-9]\d*)\s*[xX*]\s*([a-zA-Z]\w*)", text.strip())
     if not match:
         raise ConfigError(
-            f"{text!r} is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"
+            f"{text!r} is not a number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"
         )
     preset = _find_preset(match[3])
     if match[1] is None:

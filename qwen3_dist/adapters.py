@@ -27,7 +27,7 @@ class Adapters:
         for name, path in self.pairs:
             if not re.fullmatch(r"[\w.:/@+-]{1,128}", name):
                 raise ConfigError(
-                    f"lora {name!r} is no name; use up to 128 letters, digits and . : / @ + - _"
+                    f"lora {name!r} is not a valid name; use up to 128 letters, digits and . : / @ + - _"
                 )
             if not path or "," in path:
                 raise ConfigError(f"lora {name} has {path!r} where a path without commas is expected")
@@ -54,7 +54,7 @@ class Adapters:
             return 0
         if name not in self.names:
             known = f"the adapters are {', '.join(self.names)}" if self.pairs else "there are no adapters"
-            raise RequestError(f"{name!r} is no adapter here; {known}", param="model", status=404)
+            raise RequestError(f"{name!r} is not an adapter of this service; {known}", param="model", status=404)
         return 1 + self.names.index(name)
 
 

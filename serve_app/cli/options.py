@@ -42,7 +42,7 @@ def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """Raises argparse.ArgumentTypeError for what is no whole number of at least 1."""
     if not (text.isascii() and text.isdigit()) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 

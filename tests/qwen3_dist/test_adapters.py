@@ -188,7 +188,7 @@ def test_a_row_meets_its_own_adapter_alone() -> None:
 def test_an_unknown_adapter_is_refused_by_name(families: dict[str, Family]) -> None:
     family = families["dense"]
     with LLM(str(family.base), lora=family.lora, use_tqdm=False) as llm:
-        with pytest.raises(RequestError, match=r"'other' is no adapter here; .* wide, narrow") as refusal:
+        with pytest.raises(RequestError, match=r"'other' is not an adapter of this service; .* wide, narrow") as refusal:
             llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora="other")
         assert (refusal.value.param, refusal.value.status) == ("model", 404)
         with pytest.raises(RequestError, match="2 adapters for 4 prompts"):
@@ -219,8 +219,8 @@ def test_adapters_are_named_in_yaml_and_on_the_command_line(given: Any) -> None:
         ("a=x,", "lora has '' where name=path is expected"),
         (7, "lora has 7 where"),
         ({"a": 7}, "lora has .* where name=path"),
-        ("=x", "lora '' is no name"),
-        ("a b=x", "lora 'a b' is no name"),
+        ("=x", "lora '' is not a valid name"),
+        ("a b=x", "lora 'a b' is not a valid name"),
         ("a=", "lora a has '' where a path"),
         ({"a": "x,y"}, "lora a has 'x,y' where a path without commas"),
         (["a=x", "a=y"], "lora names a twice"),
