@@ -27,7 +27,9 @@ def read_yaml(path: str | Path) -> yaml.MappingNode:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{path}:{line}: this is not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise ConfigError(
+            f"{path}:{line}: this is not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}:1: a mapping `key: value` is expected at the top")
     return node

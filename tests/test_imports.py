@@ -62,7 +62,7 @@ TORCH_FREE = [
     "sampling_params",
     "settings",
     "speculation",
-    "adapters",
+    "lora_adapters",
     "expert_placement",
     "percentiles",
     "step_defaults",

@@ -25,7 +25,9 @@ _MAX_TOKENS = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
-        "text", nargs="?", help='a prompt; one alone that is not a model\'s name, as "Hello there", is one too'
+        "text",
+        nargs="?",
+        help='a prompt; one alone that is not a model\'s name, as "Hello there", is one too',
     )
     parser.add_argument(
         "--prompt",

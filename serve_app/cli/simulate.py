@@ -264,7 +264,9 @@ def _rates(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a rate nor a list of rates, as in 4 or 2,8,2") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a rate nor a list of rates, as in 4 or 2,8,2"
+        ) from None
 
 
 def _flag(name: str) -> str:

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.ray_private import stream_by_grpc
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
-from qwen3_dist.garbage_collection import exempt_present_objects
+from qwen3_dist.gc_utils import freeze_gc_heap
 from serve_app.apis.chat.request import CHAT_BODY, parse_chat
 from serve_app.apis.completions.request import COMPLETION_BODY, parse_completion
 from serve_app.apis.embeddings import EMBEDDING_BODY, parse_embedding
@@ -89,7 +89,7 @@ class Ingress:
         self._stored = ResponseStore(int(config.stored_responses_mib * 2**20), config.stored_responses_s)
         self._draining = Draining()
         self._max_model_len: int | None = None
-        exempt_present_objects()
+        freeze_gc_heap()
 
     def let_in(self, request: Request) -> None:
         """Raises RequestError for a request without the key it needs (401, 403), or without room for it (429), or to a

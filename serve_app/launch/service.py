@@ -28,7 +28,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.engine import check_context
 from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
-from qwen3_dist.weights.adapters import open_adapters
+from qwen3_dist.weights.lora_loader import open_adapters
 from qwen3_dist.weights.source import resolve_config
 from qwen3_dist.worker.cards import local_device
 from serve_app.app import INGRESS, QUIET, REPLICA, bind

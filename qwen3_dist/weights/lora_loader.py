@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.layout import Layout
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.model.linear import Linear
 from qwen3_dist.model.lora import LowRank
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.text.sidecars import read_json_object
 from qwen3_dist.weights.files import CheckpointFiles
-from qwen3_dist.weights.plan import Piece, WeightPlan
 from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.weights.weight_plan import Piece, WeightPlan
 
 _CONFIG = "adapter_config.json"
 _ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
@@ -52,7 +52,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def load_adapters(adapters: Adapters, model: Qwen3Model) -> None:
+def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
     """Puts this rank's part of every adapter beside the products of `model`, in its dtype.
 
     Raises what `open_adapters` does.
@@ -78,7 +78,7 @@ def load_adapters(adapters: Adapters, model: Qwen3Model) -> None:
         layer.low_rank = LowRank(a, b)
 
 
-def open_adapters(adapters: Adapters, config: ModelConfig) -> list[Adapter]:
+def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
     """Finds every adapter and looks it over.
 
     Raises CheckpointError, naming the adapter, for one that is damaged, of a kind that is not built, or for another

@@ -8,12 +8,12 @@ import sys
 CODE = """
 import gc, weakref
 import torch
-from qwen3_dist.garbage_collection import exempt_present_objects
+from qwen3_dist.gc_utils import freeze_gc_heap
 
 class Node:
     pass
 
-exempt_present_objects()
+freeze_gc_heap()
 assert gc.get_freeze_count() > 50_000 and len(gc.get_objects()) < 1_000
 node = Node()
 node.itself = node

@@ -13,10 +13,10 @@ _MOST_ADAPTERS = 256
 
 
 @dataclass(frozen=True)
-class Adapters:
+class LoraAdapters:
     """The adapters that every rank loads, as pairs of a name and a directory or hub id; maybe none.
 
-    `str(adapters)` and `Adapters.parse` are inverses.
+    `str(adapters)` and `LoraAdapters.parse` are inverses.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
@@ -35,9 +35,11 @@ class Adapters:
                 raise ConfigError(f"lora names {name} twice; give each adapter a name of its own")
 
     @classmethod
-    def parse(cls, given: str | Mapping[str, str] | list[Any] | tuple[Any, ...] | Adapters) -> Adapters:
+    def parse(
+        cls, given: str | Mapping[str, str] | list[Any] | tuple[Any, ...] | LoraAdapters
+    ) -> LoraAdapters:
         """Reads `a=path,b=path`, a mapping of names to paths, or a list of these. Raises ConfigError."""
-        if isinstance(given, Adapters):
+        if isinstance(given, LoraAdapters):
             return given
         return cls(tuple(_pairs(given)))
 
@@ -54,7 +56,7 @@ class Adapters:
             return 0
         if name not in self.names:
             known = f"the adapters are {', '.join(self.names)}" if self.pairs else "there are no adapters"
-            raise RequestError(f"{name!r} is not an adapter of this service; {known}", param="model", status=404)
+            raise RequestError(f"{name!r} is not a LoRA adapter here; {known}", param="model", status=404)
         return 1 + self.names.index(name)
 
 
