@@ -64,7 +64,7 @@ def main() -> None:
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (str(Path(folder) / "store"), results), WORLD)
-    keep("collectives-cpu", [results.get() for _ in range(4 * len(SIZES))])
+    keep("collectives", [results.get() for _ in range(4 * len(SIZES))])
 
 
 if __name__ == "__main__":

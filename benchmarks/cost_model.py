@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.checkpoints import SHAPES
-from benchmarks.record import RESULTS, machine
+from benchmarks.record import run_info, write
 from cluster.calibration.calibrate import calibrate
 from cluster.hardware import Cluster, as_dict, read_cluster
-from cluster.planning.burst import BurstPoint
+from cluster.planning.burst_point import BurstPoint
 from cluster.sweep.report import Row, make_rows, order_agreement
 from cluster.sweep.run import SweepFolder, SweepWorkload, run_sweep
 from qwen3_dist.config import ModelConfig
@@ -80,8 +80,11 @@ def main() -> None:
         for kind, names in LAYOUTS.items():
             layouts = [Layout.parse(name) for name in asked or names]
             rows[kind] = run(kind, layouts, cluster, Path(folder))
-    result: dict[str, Any] = {"machine": machine(), "cpu_share_of_others": others}
-    result |= {"cluster": as_dict(cluster), "summary": {}}
+    result: dict[str, Any] = {
+        "cpu_share_of_others": others,
+        "cluster": as_dict(cluster),
+        "summary": {},
+    }
     for figure in (*STEPS, "output_tokens_per_s"):
         errors = [
             abs(e) for found in rows.values() for row in found if (e := row.error_of(figure)) is not None
@@ -98,9 +101,7 @@ def main() -> None:
     for row in result["rows"]:
         print(json.dumps(row))
     print(json.dumps(result["summary"], indent=1))
-    file = RESULTS / f"cost-model-cpu-{result['machine']['date']}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {file.relative_to(RESULTS.parent.parent)}")
+    write("cost-model", run_info(), result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ rank sends to others, counted as ring collectives and direct all-to-all would se
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -147,7 +146,7 @@ def main() -> None:
                 row = rows.setdefault((ranks, tokens), {"ranks": ranks, "tokens": tokens})
                 way = name.replace(str(world), "n")
                 row[f"{way}: tokens/s"], row[f"{way}: KiB"] = round(rate), round(sent / 1024, 1)
-    keep(f"dispatch-cpu-{os.cpu_count()}-cores", list(rows.values()))
+    keep("dispatch", list(rows.values()))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
         ended = time.perf_counter() - started
         times = {"ready_s": ready, "first_token_s": question, "all_ended_s": ended}
         rows.append({"run": run, **{name: round(value, 1) for name, value in times.items()}})
-    keep("first-token-cpu", rows)
+    keep("first-token", rows)
 
 
 if __name__ == "__main__":

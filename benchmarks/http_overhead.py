@@ -24,6 +24,7 @@ from urllib.parse import urlparse
 
 from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import keep
+from cluster.ray_private import HAPROXY
 from qwen3_dist import LLM, SamplingParams
 from serve_app.launch.service import running_service
 from serve_app.settings import read_service_config
@@ -31,7 +32,6 @@ from serve_app.settings import read_service_config
 INPUT_LEN = 16
 TURNS = 3
 PORT = 8793
-HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"  # read by Ray Serve's processes, which inherit it
 # A step of about 20 ms on two cores, and on one: name, what replaces Qwen3-0.6B's configuration, settings.
 TWENTY_MS: tuple[tuple[str, dict[str, int], dict[str, int]], ...] = (
     ("Qwen3-0.6B cut to 1 layer", {"num_hidden_layers": 1}, {}),

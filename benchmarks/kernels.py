@@ -118,7 +118,7 @@ def main() -> None:
     with torch.inference_mode():
         for dtype in (torch.bfloat16, torch.float32):
             rows += [*products(dtype), *attention(dtype)]
-    keep("kernels-cpu", rows)
+    keep("kernels", rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from benchmarks.record import keep
+from qwen3_dist.percentiles import percentile
 from serve_app.launch.service import running_service
 from serve_app.settings import read_service_config
 
@@ -136,8 +136,8 @@ def quantiles_ms(samples: list[float]) -> str:
     """p50 / p99 / largest of samples in seconds, as text in milliseconds."""
     if not samples:
         return "-"
-    cuts = statistics.quantiles(samples, n=100, method="inclusive") if len(samples) > 1 else samples * 99
-    return " / ".join(f"{1e3 * value:.0f}" for value in (statistics.median(samples), cuts[98], max(samples)))
+    ordered = sorted(samples)
+    return " / ".join(f"{1e3 * percentile(ordered, percent):.0f}" for percent in (50, 99, 100))
 
 
 def row(load: Load, seen: Seen, first: Seen) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.official import find_config
 from cluster.planning.planner import PlanRequest, cycle_times
 from qwen3_dist.layout import Layout
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 # 96 GB, 4.0 TB/s, 148 TFLOP/s of dense bf16, NVLink as H100: NVIDIA's export variant of it.
 _H20 = replace(PRESETS["H100"].device, name="H20", memory_bytes=96 * 10**9, read_bytes_per_s=4.0e12)
@@ -40,6 +41,7 @@ class Published:
     counts_input: bool = False
 
 
+_GPU = STEP_DEFAULTS["cuda"]
 _BIG, _SMALL = "Qwen3-235B-A22B", "Qwen3-30B-A3B"
 _TRT, _GPUSTACK = "TensorRT-LLM perf overview", "GPUStack performance lab, vLLM 0.11"
 ROWS = [
@@ -63,7 +65,10 @@ def predicted(row: Published) -> float:
         length = row.input_len
         return length / model.step_seconds(StepShape(0, 0, length, length * (length + 1) // 2, 1))
     request = PlanRequest(row.input_len, row.output_len, 1)
-    batch = min(row.most_seqs, model.kv_capacity_tokens() // request.length)
+    batch = min(
+        row.most_seqs,
+        model.kv_capacity_tokens(_GPU.max_num_batched_tokens, _GPU.max_num_seqs) // request.length,
+    )
     _, _, cycle_s = cycle_times(model, request, batch, batch)
     counted = request.length if row.counts_input else row.output_len
     return batch * layout.dp * counted / cycle_s / row.gpus

@@ -1,37 +1,67 @@
-"""What every benchmark says beside its figures, and where it keeps them."""
+"""Where benchmarks keep their figures: one JSON file for each kind of benchmark and each kind of machine.
+
+`results/KIND-MACHINE.json`, as `kernels-zen5-2cores.json`; a new run replaces the file of its kind and machine. Every
+file has `kind`, `date`, `hardware` and `versions`, then the figures. `benchmarks.results_index` lists them.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qwen3_dist.percentiles import percentile
+
 RESULTS = Path(__file__).parent / "results"
+_AMD_GENERATIONS = {25: "zen4", 26: "zen5"}  # by CPU family, of CPUs with AVX-512
 
 
-def machine() -> dict[str, Any]:
-    """Hardware, versions, commit and date of this run."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
-    git = ["git", "-C", str(RESULTS.parent)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": f"{len(models)} x {models[0]}" if models else platform.machine(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "ray": version("ray"),
-        "commit": commit + ("+changes" if dirty else ""),
-    }
+def run_info() -> dict[str, Any]:
+    """Date, hardware, versions and commit of this run."""
+    from qwen3_dist.machine import hardware, versions  # needs torch, which processes of clients do not load
+
+    return {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
+
+
+def machine_name(hardware: dict[str, Any], on_gpu: bool = False) -> str:
+    """For example `zen5-2cores`, `intel-amx-2cores` or, for what ran on GPUs, `1xH200`."""
+    if on_gpu:
+        gpus = hardware["gpus"]
+        return f"{len(gpus)}x{gpus[0].removeprefix('NVIDIA ').replace(' ', '-')}"
+    units = hardware.get("vector_units", ())
+    vendor = next((name for name in ("AMD", "Intel") if name in hardware["cpu"]), "cpu").lower()
+    generation = _AMD_GENERATIONS.get(hardware.get("cpu_family", 0)) if vendor == "amd" else None
+    if generation is None or "avx512f" not in units:
+        widest = next((unit for unit in ("amx", "avx512", "avx2") if any(unit in each for each in units)), "")
+        generation = "-".join(filter(None, (vendor, widest)))
+    return f"{generation}-{hardware['cores']}cores"
+
+
+def file_of(kind: str, hardware: dict[str, Any], on_gpu: bool = False) -> Path:
+    """The file that results of this kind from this machine are kept in."""
+    return RESULTS / f"{kind}-{machine_name(hardware, on_gpu)}.json"
+
+
+def write(kind: str, about: dict[str, Any], figures: dict[str, Any]) -> None:
+    """Writes figures of a CPU run beside `about`, which `run_info` gave, and the index."""
+    from benchmarks.results_index import write_index
+
+    file = file_of(kind, about["hardware"])
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"kind": kind, **about, **figures}, indent=1) + "\n")
+    write_index()
+    print(f"written to {file.relative_to(RESULTS.parent.parent)}")
+
+
+def keep(kind: str, rows: list[dict[str, Any]]) -> None:
+    """Prints the rows as a table and writes them to the results."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    print("\t".join(columns))
+    for row in rows:
+        print("\t".join(str(row.get(column, "")) for column in columns))
+    write(kind, run_info(), {"rows": rows})
 
 
 def microseconds(call: Callable[[], object], repeats: int, warmup: int = 20) -> dict[str, float]:
@@ -43,18 +73,5 @@ def microseconds(call: Callable[[], object], repeats: int, warmup: int = 20) -> 
         started = time.perf_counter()
         call()
         samples.append((time.perf_counter() - started) * 1e6)
-    cuts = statistics.quantiles(samples, n=100)
-    return {"p50_us": round(statistics.median(samples), 1), "p99_us": round(cuts[98], 1)}
-
-
-def keep(name: str, rows: list[dict[str, Any]]) -> None:
-    """Prints the rows as a table and writes them, with the machine, to results/."""
-    about = machine()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    print("\t".join(columns))
-    for row in rows:
-        print("\t".join(str(row.get(column, "")) for column in columns))
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}-{about['date']}.json"
-    file.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
-    print(f"written to {file.relative_to(RESULTS.parent.parent)}")
+    samples.sort()
+    return {f"p{percent}_us": round(percentile(samples, percent), 1) for percent in (50, 99)}

@@ -82,7 +82,7 @@ def main() -> None:
     )
     folder = parser.parse_args().models
     rows = [row for name, shape in SHAPES.items() for row in shares(name, written(shape, folder / name))]
-    keep("shares-cpu", rows)
+    keep("shares", rows)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def main() -> None:
             "Qwen3-0.6B's shape": {"model": folder, "load_format": "random"},
         }
         rows = [{"model": name, **row} for name, model in models.items() for row in compared(model, *how)]
-    keep("speculation-cpu", rows)
+    keep("speculation", rows)
 
 
 if __name__ == "__main__":

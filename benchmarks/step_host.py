@@ -112,7 +112,7 @@ def main() -> None:
     for pool in pools:
         pool.shutdown()
     if options.keep:
-        keep("step-host-cpu", rows)
+        keep("step-host", rows)
 
 
 if __name__ == "__main__":

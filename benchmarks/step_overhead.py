@@ -101,7 +101,7 @@ def main() -> None:
         )
     executor.shutdown()
     ray.shutdown()
-    keep("step-overhead-cpu", rows)
+    keep("step-overhead", rows)
 
 
 if __name__ == "__main__":

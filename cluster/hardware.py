@@ -120,6 +120,11 @@ class Cluster:
         if self.shared_host and self.num_devices > self.devices_per_node:
             raise ConfigError("shared_host ranks live on one host; set devices_per_node to num_devices")
 
+    @property
+    def device_kind(self) -> str:
+        """ "cpu" if ranks share the cores of one host, else "cuda"."""
+        return "cpu" if self.shared_host else "cuda"
+
     def replicas(self, world: int) -> int:
         """Replicas of `world` ranks that the cluster holds."""
         return 1 if self.shared_host else self.num_devices // world
@@ -180,7 +185,7 @@ def parse_gpus(text: str) -> Cluster:
     match = re.fullmatch(r"(?:0*([1-9]\d*)\s*[xX*]\s*)?0*([1-9]\d*)\s*[xX*]\s*([a-zA-Z]\w*)", text.strip())
     if not match:
         raise ConfigError(
-            f"{text!r} is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"
+            f"{text!r} is not a number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"
         )
     preset = _find_preset(match[3])
     if match[1] is None:

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from typing import Any
 
 import ray
-from ray._private import services
 
+from cluster import ray_private
 from cluster.ray_guard import RayGuard
 from qwen3_dist.errors import ResourceError
 
 _ANSWER_WAIT_S = 5.0
 _START_TRIES = 2
-# Ray has no other setting for these; the processes of a cluster inherit them from whoever starts them.
-_ENVIRONMENT = {
-    # Serve's proxy talks to deployments by gRPC: a streamed token costs it less than half.
-    "RAY_SERVE_PROXY_USE_GRPC": "1",
-    # Ray runs its workers at nice 15, where any other busy program of the host starves ranks and HTTP.
-    "RAY_worker_niceness": "0",
-}
 _guard: RayGuard | None = None
 
 
@@ -65,12 +55,12 @@ def shutdown() -> None:
 def _start(num_cpus: int | None) -> None:
     """Starts a local Ray, once more if its processes do not come up in time. Raises ResourceError."""
     global _guard
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ray_private.CLUSTER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for tries_left in reversed(range(_START_TRIES)):
         _guard = RayGuard()
         try:
-            with _guard.marking(), _process_groups():
+            with _guard.marking(), ray_private.own_process_groups():
                 ray.init(
                     num_cpus=num_cpus,
                     include_dashboard=False,
@@ -86,26 +76,6 @@ def _start(num_cpus: int | None) -> None:
                     f"Ray did not start on this machine in {_START_TRIES} tries ({reason}); end other programs, or "
                     "start Ray by `ray start --head` and join it by --ray-address"
                 ) from None
-
-
-@contextlib.contextmanager
-def _process_groups() -> Iterator[None]:
-    """A context in which each process of Ray that is started is a group of its own.
-
-    A signal to this process's group, as `timeout` and terminals send it, then reaches this process alone, which ends
-    its requests first; Ray would be gone before.
-    """
-
-    class Popen(services.ConsolePopen):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options, process_group=0)
-
-    original = services.ConsolePopen
-    services.ConsolePopen = Popen  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        services.ConsolePopen = original  # type: ignore[misc]
 
 
 def _is_about_tokens(error: BaseException | None) -> bool:

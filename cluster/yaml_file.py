@@ -20,14 +20,16 @@ def read_yaml(path: str | Path) -> yaml.MappingNode:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not a text file"
         raise ConfigError(f"{path} cannot be read ({reason}); give a YAML file") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{path}:{line}: this is no YAML: {getattr(error, 'problem', error)}") from None
+        raise ConfigError(
+            f"{path}:{line}: this is not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}:1: a mapping `key: value` is expected at the top")
     return node

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.machine import hardware, peak_memory_mib, versions
+from qwen3_dist.percentiles import percentiles
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.sampling_params import SamplingParams
 
@@ -57,8 +57,8 @@ def measure(engine: Engine, workload: Workload) -> dict[str, Any]:
     return {
         "output_tokens_per_s": round(outputs / seconds, 2),
         "total_tokens_per_s": round((inputs + outputs) / seconds, 2),
-        "ttft_ms": _percentiles([each.tokens[0] - each.begun for each in times]),
-        "itl_ms": _percentiles(gaps),
+        "ttft_ms": percentiles([each.tokens[0] - each.begun for each in times], scale=1e3),
+        "itl_ms": percentiles(gaps, scale=1e3),
         "steps": steps,
         "mean_batch": round((after.scheduled_sequences - before.scheduled_sequences) / steps, 2),
         "prefix_hits": after.cached_prompt_tokens - before.cached_prompt_tokens,
@@ -94,10 +94,3 @@ def _run(engine: Engine, prompts: Sequence[list[int]], output_len: int) -> list[
             now = time.perf_counter()
             times[request_id].tokens += [now] * sum(len(delta.token_ids) for delta in deltas)
     return list(times.values())
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float] | None:
-    if len(seconds) < 2:
-        return {name: round(1e3 * seconds[0], 3) for name in ("p50", "p90", "p99")} if seconds else None
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    return {f"p{n}": round(1e3 * cuts[n - 1], 3) for n in (50, 90, 99)}

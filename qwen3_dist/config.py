@@ -167,7 +167,7 @@ class ModelConfig:
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path} has no config.json, so it is no checkpoint") from None
+            raise CheckpointError(f"{path} has no config.json, so it is not a checkpoint") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
         if not isinstance(raw, dict):

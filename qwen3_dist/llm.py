@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine
@@ -15,7 +16,7 @@ from qwen3_dist.protocol.outputs import CompletionOutput, RequestOutput, TokenDe
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig, read_settings
-from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
+from qwen3_dist.text.choice import ChoiceDelta, Choices, Reading, join
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
@@ -102,14 +103,11 @@ class LLM:
         token_ids = self._token_ids(prompt, add_special_tokens=False)
         setup = self._prepare(prompt, token_ids, params, None).setup
         reading = Reading(state, new_parser=lambda begins: AnswerParser(Reasoning(begins), None))
-        choice = Choice(0, params, tokenizer, reading)
+        choices = Choices(params, tokenizer, reading)
         engine.add_request("0", token_ids, params, setup=setup)
         try:
-            while not choice.done:
-                for delta in engine.step().get("0", ()):
-                    if delta.error is not None:
-                        raise RequestError(delta.error)
-                    yield choice.advance(delta)
+            while not choices.done:
+                yield from choices.advance(engine.step().get("0", ()), lambda index: engine.abort("0", index))
         finally:
             engine.abort("0")
 
@@ -194,8 +192,7 @@ class LLM:
             while engine.has_work:
                 for request_id, deltas in engine.step().items():
                     job = jobs[int(request_id)]
-                    for index in job.take(deltas):
-                        engine.abort(request_id, index)
+                    job.add(deltas, functools.partial(engine.abort, request_id))
                     bar.update(job.just_finished())
         return [job.output() for job in jobs]
 
@@ -244,29 +241,19 @@ class _Job:
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.lora = lora
-        self._choices = [Choice(index, params, tokenizer, Reading()) for index in range(params.n)]
-        self._deltas: list[list[ChoiceDelta]] = [[] for _ in self._choices]
+        self._choices = Choices(params, tokenizer, Reading())
+        self._deltas: list[list[ChoiceDelta]] = [[] for _ in range(params.n)]
         self._has_text = tokenizer is not None
         self._reported = False
 
-    def take(self, deltas: Iterable[TokenDelta]) -> list[int]:
-        """Adds what a step gave; returns the choices that end although the engine would go on.
-
-        Raises RequestError if one could not be given the form that was asked for.
-        """
-        stopped = []
-        for delta in deltas:
-            if delta.error is not None:
-                raise RequestError(delta.error)
-            choice = self._choices[delta.index]
-            self._deltas[delta.index].append(choice.advance(delta))
-            if choice.done and delta.finish_reason is None:
-                stopped.append(delta.index)
-        return stopped
+    def add(self, deltas: Iterable[TokenDelta], abort: Callable[[int], object]) -> None:
+        """Adds one step's deltas. Raises RequestError and calls `abort` as `Choices.advance` does."""
+        for shown in self._choices.advance(deltas, abort):
+            self._deltas[shown.index].append(shown)
 
     def just_finished(self) -> bool:
         """True once: the first time that all choices are finished."""
-        done = not self._reported and all(choice.done for choice in self._choices)
+        done = not self._reported and self._choices.done
         self._reported |= done
         return done
 

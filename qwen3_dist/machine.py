@@ -24,6 +24,7 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": info.get("model name", platform.machine()),
         "cores": len(os.sched_getaffinity(0)),
+        "cpu_family": int(info.get("cpu family", 0)),
         "vector_units": [flag for flag in _TELLING_FLAGS if flag in flags],
         "memory_gib": round(pages / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

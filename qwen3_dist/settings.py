@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
-from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import DTYPES
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.rank_env import parse_rank_env
 from qwen3_dist.speculation import Speculation
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
@@ -28,6 +29,7 @@ DISPATCH_DTYPES = ("auto", "fp8")
 PERFORMANCE_MODES = ("interactivity", "throughput")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 PLACEMENTS = ("own", "current")
+_CPU, _GPU = STEP_DEFAULTS["cpu"], STEP_DEFAULTS["cuda"]
 
 
 def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -90,16 +92,17 @@ class EngineConfig:
     )
     performance_mode: str = setting(
         "interactivity",
-        "what large steps are weighed against: interactivity, in which tokens and first ones wait for no long step "
-        "(1024 tokens on CPU, 8192 on GPU), or throughput (4096, 16384)",
+        "interactivity: steps short enough that no token waits long for others' prompts "
+        f"({_CPU.max_num_batched_tokens} tokens on CPU, {_GPU.max_num_batched_tokens} on GPU); throughput: larger "
+        f"steps ({_CPU.throughput_tokens}, {_GPU.throughput_tokens})",
         PERFORMANCE_MODES,
     )
     prefix_caching: bool = setting(True, "keep finished prompts' KV blocks for prompts that begin alike")
     speculative: Speculation | None = setting(
         None, "guess tokens by what the text had before and check them together, for example ngram,k=4"
     )
-    lora: Adapters = setting(
-        Adapters(), "LoRA adapters in PEFT's format that requests choose by name; may be repeated"
+    lora: LoraAdapters = setting(
+        LoraAdapters(), "LoRA adapters in PEFT's format that requests choose by name; may be repeated"
     )
     overlap: bool = setting(True, "plan the next step while the ranks run this one")
     cpus_per_rank: float | None = setting(
@@ -131,7 +134,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
-        object.__setattr__(self, "lora", Adapters.parse(self.lora))
+        object.__setattr__(self, "lora", LoraAdapters.parse(self.lora))
         object.__setattr__(self, "rank_env", parse_rank_env(self.rank_env))
         if self.speculative is not None:
             object.__setattr__(self, "speculative", Speculation.parse(self.speculative))
@@ -179,7 +182,7 @@ def runs_in_process(config: EngineConfig) -> bool:
 def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
     """Builds dataclass `cls` from `values`. Raises ConfigError naming a bad or unknown key.
 
-    Nested dataclasses take mappings; `Layout`, `Speculation` and `Adapters` take their text forms;
+    Nested dataclasses take mappings; `Layout`, `Speculation` and `LoraAdapters` take their text forms;
     integers pass as floats.
     """
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
@@ -202,7 +205,7 @@ def _coerce(name: str, kind: Any, value: Any) -> Any:
         if value is None and type(None) in options:
             return None
         return _coerce(name, next(o for o in options if o is not type(None)), value)
-    if kind in (Layout, Speculation, Adapters):
+    if kind in (Layout, Speculation, LoraAdapters):
         return kind.parse(value)
     if typing.get_origin(kind) is Mapping:
         return parse_rank_env(value)

@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
+from cluster import ray_private
 from serve_app.ingress.deployment import Ingress
 from serve_app.placement import place
 from serve_app.replica.deployment import EngineReplica
@@ -23,16 +24,7 @@ _INGRESS_ONGOING_REQUESTS = 10_000
 _CONTROL_CALLS = 100  # at once: of health, ranks, experts; a replica full of requests answers them too
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
-# Serve has no other place for these. Neither deployment ever blocks its event loop, so one loop does what Serve has
-# three for (its own, the router's and the code's): an item that crosses fewer threads costs less.
-_SERVE_SETTINGS = {
-    "env_vars": {
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        # Requests and answers between them may be as large as gRPC can count; by default it refuses more than 4 MiB.
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
-    }
-}
+_RUNTIME_ENV = {"env_vars": ray_private.DEPLOYMENT_ENVIRONMENT}
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -42,6 +34,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 def bind(config: ServiceConfig) -> serve.Application:
     """The application for `config`, sized for the Ray cluster this process is connected to."""
+    ray_private.check_serve()
     placement = place(config)
     config = dataclasses.replace(config, engine=placement.engine, model_name=config.served_name)
     replicas = serve.deployment(
@@ -51,7 +44,7 @@ def bind(config: ServiceConfig) -> serve.Application:
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _CONTROL_CALLS,
         max_queued_requests=-1,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
-        ray_actor_options={**placement.actor_options, "runtime_env": _SERVE_SETTINGS},
+        ray_actor_options={**placement.actor_options, "runtime_env": _RUNTIME_ENV},
         placement_group_bundles=placement.bundles,
         placement_group_strategy="PACK",
         autoscaling_config=AutoscalingConfig(
@@ -71,7 +64,7 @@ def bind(config: ServiceConfig) -> serve.Application:
     ingress = serve.deployment(
         name=INGRESS,
         max_ongoing_requests=_INGRESS_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": 0, "runtime_env": _SERVE_SETTINGS},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _RUNTIME_ENV},
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
         health_check_period_s=config.health_check_period_s,
         health_check_timeout_s=config.health_check_timeout_s,

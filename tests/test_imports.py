@@ -62,8 +62,10 @@ TORCH_FREE = [
     "sampling_params",
     "settings",
     "speculation",
-    "adapters",
+    "lora_adapters",
     "expert_placement",
+    "percentiles",
+    "step_defaults",
 ]
 TORCH_FREE += ["protocol", "text", "structured"]
 TORCH_FREE += [

@@ -28,7 +28,8 @@ from benchmarks.compare.checkpoints import SHAPES, written
 from benchmarks.compare.limits import measure_machine
 from benchmarks.compare.report import keep
 from benchmarks.compare.workload import ROWS, Row, work
-from qwen3_dist.machine import hardware, versions
+from benchmarks.record import run_info
+from qwen3_dist.machine import hardware
 
 SYSTEMS = Path(__file__).parent / "systems"
 
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="turns of all systems; the best counts")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds a system may take in all")
     options = parser.parse_args()
-    about = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
+    about = run_info()
     models: dict[str, list[dict[str, Any]]] = {}
     for name in options.shapes:
         for systems_so_far in compare(name, options):

@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 from qwen3_dist.weights import random_weights
-from qwen3_dist.weights.plan import WeightPlan
+from qwen3_dist.weights.weight_plan import WeightPlan
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 151936,

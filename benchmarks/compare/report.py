@@ -1,29 +1,29 @@
-"""The comparison as a table, and as JSON in results/."""
+"""The comparison as a table, and as one JSON file a model in results/."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Any
 
 from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.compare.limits import Machine, row_limit
 from benchmarks.compare.workload import ROWS
-from benchmarks.record import RESULTS
+from benchmarks.record import write
 from qwen3_dist.config import ModelConfig
 
 
 def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints a table of what each model's systems gave and writes it beside the JSON."""
+    """Prints a table of what each model's systems gave and writes it to the results."""
     machine = _at_its_best(models)
-    limits = {name: _limits(name, machine) for name in models}
-    text = table(machine, limits, models)
-    print(text)
-    name = f"compare-cpu-{about['date']}"
-    (RESULTS / f"{name}.md").write_text(text + "\n")
-    found = [{"model": name, "limits": limits[name], "systems": systems} for name, systems in models.items()]
-    record = {**about, "machine": asdict(machine), "models": found}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, systems in models.items():
+        result = {
+            "rates": asdict(machine),
+            "model": name,
+            "limits": _limits(name, machine),
+            "systems": systems,
+        }
+        print(table(result))
+        write(f"compare-{name}", about, result)
 
 
 def _at_its_best(models: dict[str, list[dict[str, Any]]]) -> Machine:
@@ -42,23 +42,22 @@ def _limits(model: str, machine: Machine) -> dict[str, float]:
     return {str(row): row.rate(row_limit(config, row, machine)) for row in ROWS}
 
 
-def table(
-    machine: Machine, limits: dict[str, dict[str, float]], models: dict[str, list[dict[str, Any]]]
-) -> str:
-    """Rates by row, in brackets the share of the machine's limit, then our best over the best peer."""
+def table(result: dict[str, Any]) -> str:
+    """One model's rates by row, in brackets the share of the machine's limit, then our best over the best peer."""
+    rates, limits, systems = result["rates"], result["limits"], result["systems"]
+    columns = list(limits)
     lines = [
-        f"Reads {machine.read_bytes_per_s / 1e9:.1f} GB/s, multiplies {machine.flops_per_s / 1e9:.0f} GFLOP/s."
+        f"Reads {rates['read_bytes_per_s'] / 1e9:.1f} GB/s, multiplies {rates['flops_per_s'] / 1e9:.0f} GFLOP/s."
         " Output tokens/s (prompt tokens/s where one token is made), and the share of the limit.",
+        "",
+        "| " + " | ".join([result["model"], *columns, "ready, s"]) + " |",
+        "|" + "---|" * (len(columns) + 2),
     ]
-    for name, systems in models.items():
-        columns = [str(row) for row in ROWS]
-        lines += ["", "| " + " | ".join([name, *columns, "ready, s"]) + " |"]
-        lines += ["|" + "---|" * (len(columns) + 2)]
-        for system in systems:
-            cells = [_cell(system["rates"].get(row), limits[name][row]) for row in columns]
-            lines.append("| " + " | ".join([system["system"], *cells, _ready(system["runs"])]) + " |")
-        ratios = [_ratio(systems, row) for row in columns]
-        lines.append("| " + " | ".join(["ours / best peer", *ratios, ""]) + " |")
+    for system in systems:
+        cells = [_cell(system["rates"].get(row), limits[row]) for row in columns]
+        lines.append("| " + " | ".join([system["system"], *cells, _ready(system["runs"])]) + " |")
+    ratios = [_ratio(systems, row) for row in columns]
+    lines.append("| " + " | ".join(["ours / best peer", *ratios, ""]) + " |")
     return "\n".join(lines)
 
 

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
+from cluster.planning.burst_point import BurstPoint
 
-@dataclass(frozen=True)
-class Row:
-    """`num_prompts` prompts of `input_len` random tokens at once, `output_len` tokens from each, EOS ignored."""
 
-    num_prompts: int
-    input_len: int
-    output_len: int
-
-    def __str__(self) -> str:
-        return f"{self.num_prompts}×({self.input_len}→{self.output_len})"
+class Row(BurstPoint):
+    """Prompts of random tokens at once, EOS ignored."""
 
     @property
     def is_prefill(self) -> bool:

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 from benchmarks.gpu_check.report import PASSED, StageReport, exit_code, verdict
 from benchmarks.gpu_check.supervisor import Stage, run_stage
+from benchmarks.record import file_of
 
 _NEEDED = ("torch", "safetensors", "tokenizers", "jinja2")
-RESULTS = Path(__file__).parent.parent / "results"
 _MACHINE = Stage(
     "machine",
     "benchmarks.gpu_check.machine",
@@ -76,10 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if machine.status != PASSED:
             print(verdict("this machine", [machine]))
             return 1
-        about = {"date": time.strftime("%Y-%m-%d"), "device": options.device, **machine.checks[0].figures}
-        card = _card(about)
-        part = "" if options.stages == STAGES and not options.only else "-part"  # leaves the whole run's file
-        out = options.out or RESULTS / f"gpu-check-{card.replace(' ', '-')}{part}.json"
+        whole = options.stages == STAGES and not options.only
+        kind = "gpu-check" if whole else "gpu-check-part"  # a part does not replace the whole run's file
+        about = {
+            "kind": kind,
+            "date": time.strftime("%Y-%m-%d"),
+            "device": options.device,
+            **machine.checks[0].figures,
+        }
+        out = options.out or file_of(kind, about["hardware"], on_gpu=options.device == "cuda")
         try:
             for stage in options.stages:
                 reports.append(run(stage))
@@ -89,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.only and not any(report.checks for report in reports):
         _parser().error(f"no check's name has {options.only!r}; a run without --only prints the names")
     took = f"{time.monotonic() - started:.0f} s"
-    about_run = f"{card}, commit {about['versions']['commit']}, {took}"
+    about_run = f"{_card(about)}, commit {about['versions']['commit']}, {took}"
     print(verdict(about_run, reports, _shown(out), on_gpu=options.device == "cuda"))
     return exit_code(reports) or int(len(reports) < len(options.stages))
 
@@ -113,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON file; default: benchmarks/results/gpu-check-CARD.json, for some checks gpu-check-CARD-part.json",
+        help="JSON file; default: benchmarks/results/gpu-check-MACHINE.json, or gpu-check-part-MACHINE.json",
     )
     return parser
 

@@ -32,6 +32,7 @@ from qwen3_dist.engine.engine import Engine
 from qwen3_dist.layout import Layout
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 SHAPE: dict[str, Any] = {  # the proportions of Qwen3-0.6B, at half its width
     "architectures": ["Qwen3ForCausalLM"],
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--skip-scale", action="store_true", help="only the agreement")
     args = parser.parse_args()
     if not args.skip_real:
-        keep("simulator-agreement-cpu", agreement(args.seconds))
+        keep("simulator-agreement", agreement(args.seconds))
     if not args.skip_scale:
         keep("simulator-scale", [scale(gpus) for gpus in GPUS])
 
@@ -159,8 +160,9 @@ def scale(gpus: int) -> dict[str, Any]:
     """A minute of a service on `gpus` GPUs: wall time and events."""
     _, config = find_config("Qwen3-235B-A22B")
     cost = CostModel(config, SCALE_LAYOUT, parse_gpus(f"{gpus}xH100"))
-    limits = SchedulerLimits(256, 8192)
-    blocks = cost.kv_capacity_tokens(8192, 256) // 16
+    defaults = STEP_DEFAULTS["cuda"]
+    limits = SchedulerLimits(defaults.max_num_seqs, defaults.max_num_batched_tokens)
+    blocks = cost.kv_capacity_tokens(limits.max_num_batched_tokens, limits.max_num_seqs) // 16
     world, replicas = SCALE_LAYOUT.world, gpus // SCALE_LAYOUT.world
     replica = ReplicaConfig(blocks, limits, groups=SCALE_LAYOUT.dp, num_devices=world)
     simulation = ServiceSimulation(replica, AutoscalingConfig(replicas, replicas))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from cluster.simulation.arrivals import Request
 from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.percentiles import percentile
 from qwen3_dist.sampling_params import SamplingParams
 
 
@@ -30,12 +30,14 @@ class RealRun:
 
     def figures(self) -> dict[str, float]:
         """Throughput in output tokens per second until the last ends, and latencies in ms."""
-        ttft = [first - arrival for arrival, first in zip(self.arrivals_s, self.first_tokens_s, strict=True)]
+        ttft = sorted(
+            first - arrival for arrival, first in zip(self.arrivals_s, self.first_tokens_s, strict=True)
+        )
         return {
             "output_tokens_per_s": self.tokens / max(self.last_tokens_s),
-            "ttft_p50_ms": 1e3 * statistics.quantiles(ttft, n=100, method="inclusive")[49],
-            "ttft_p90_ms": 1e3 * statistics.quantiles(ttft, n=100, method="inclusive")[89],
-            "itl_p50_ms": 1e3 * statistics.median(self.gaps_s),
+            "ttft_p50_ms": 1e3 * percentile(ttft, 50),
+            "ttft_p90_ms": 1e3 * percentile(ttft, 90),
+            "itl_p50_ms": 1e3 * percentile(sorted(self.gaps_s), 50),
         }
 
 

@@ -10,25 +10,8 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
+from cluster.planning.burst_point import BurstPoint
 from cluster.planning.cost_model import CostModel, StepShape
-from qwen3_dist.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class BurstPoint:
-    """One run: `num_prompts` prompts of `input_len` tokens at once, and `output_len` tokens from each."""
-
-    num_prompts: int
-    input_len: int
-    output_len: int
-
-    def __post_init__(self) -> None:
-        for name in ("num_prompts", "input_len", "output_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
-
-    def __str__(self) -> str:
-        return f"{self.num_prompts}×({self.input_len}→{self.output_len})"
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,6 @@ class CostModel:
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
         self._weight_bytes = weight_bytes or item
-        self._device_kind = "cpu" if cluster.shared_host else "cuda"
         self._products = products_of(device, self._weight_bytes)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
         self._attention_s = 1 / (device.flops_per_s * device.attention_efficiency)  # per operation
@@ -129,7 +128,7 @@ class CostModel:
         """Most bytes of a step on one rank beside weights and cache."""
         config, layout = self.config, self.layout
         tokens = max_num_batched_tokens * layout.dp
-        by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self._device_kind)
+        by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self.cluster.device_kind)
         return step_bytes(config, layout, max_num_batched_tokens, max_num_seqs, self._item, by_all_to_all)
 
     def kv_bytes_per_token(self) -> float:
@@ -137,7 +136,7 @@ class CostModel:
         ranks = range(0, self.layout.world, self.layout.stage_size)
         return max(kv_bytes_per_token(self.config, self.layout, rank, 1) for rank in ranks) * self._kv_item
 
-    def kv_capacity_tokens(self, max_num_batched_tokens: int = 8192, max_num_seqs: int = 256) -> int:
+    def kv_capacity_tokens(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
         """Tokens that the cache of one dp group holds; 0 or less if the weights alone do not fit."""
         usable = self.device.memory_bytes * self.device.memory_utilization
         left = usable - self.weights_bytes() - self.activation_bytes(max_num_batched_tokens, max_num_seqs)
@@ -234,10 +233,10 @@ class CostModel:
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
         layout, config = self.layout, self.config
-        if prefers_all_to_all(layout, config, tokens * layout.dp, device=self._device_kind):
+        if prefers_all_to_all(layout, config, tokens * layout.dp, device=self.cluster.device_kind):
             own = tokens / layout.tp
             sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
-            if self._device_kind == "cuda":  # which sends all slots, empty ones too
+            if self.cluster.device_kind == "cuda":  # which sends all slots, empty ones too
                 sent = layout.ep * capacity(layout, config, ceil(own) * layout.etp)
             row = config.emb_dim * self._item
             routing = 8 * config.num_experts_per_tok  # id and weight, fp32

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, valid_layouts
-from qwen3_dist.weights.plan import Piece, WeightPlan
+from qwen3_dist.weights.weight_plan import Piece, WeightPlan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -11,6 +11,7 @@ from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel, StepShape
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PlanRequest:
     concurrency: int
     ttft_ms: float | None = None
     itl_ms: float | None = None
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = STEP_DEFAULTS["cuda"].max_num_batched_tokens
     expert_imbalance: float = EXPERT_IMBALANCE
 
     def __post_init__(self) -> None:

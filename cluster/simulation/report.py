@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,8 @@ from typing import Any
 from cluster.planning.plots import plot_stacked
 from cluster.simulation.service import Outcome
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.percentiles import percentiles, weighted_percentiles
 
-_PERCENTILES = (50, 90, 99)
 _HOUR_S = 3600.0
 
 
@@ -70,33 +68,6 @@ def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
     }
 
 
-def percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """p50, p90 and p99, linear between ranks; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    result = {}
-    for percent in _PERCENTILES:
-        low, share = _rank(percent, len(ordered))
-        high = min(low + 1, len(ordered) - 1)
-        result[f"p{percent}"] = round(ordered[low] + share * (ordered[high] - ordered[low]), 3)
-    return result
-
-
-def weighted_percentiles(counts: dict[int, int], unit: float) -> dict[str, float] | None:
-    """`percentiles` of the keys of `counts`, each there so many times, in units of `unit`."""
-    total = sum(counts.values())
-    if not total:
-        return None
-    ordered = sorted(counts.items())
-    result = {}
-    for percent in _PERCENTILES:
-        low, share = _rank(percent, total)
-        below, above = (_at_rank(ordered, rank) for rank in (low, min(low + 1, total - 1)))
-        result[f"p{percent}"] = round(unit * (below + share * (above - below)), 3)
-    return result
-
-
 def plot_replicas(file: Path, title: str, outcome: Outcome) -> None:
     """Replicas over time, those running, starting and draining stacked. Raises ConfigError without matplotlib."""
     history = outcome.replica_counts
@@ -106,19 +77,6 @@ def plot_replicas(file: Path, title: str, outcome: Outcome) -> None:
         for name in ("running", "draining", "starting")
     }
     plot_stacked(file, title, "seconds", "replicas", times, series)
-
-
-def _rank(percent: int, count: int) -> tuple[int, float]:
-    place = percent / 100 * (count - 1)
-    return math.floor(place), place - math.floor(place)
-
-
-def _at_rank(ordered: Sequence[tuple[int, int]], rank: int) -> int:
-    for value, count in ordered:
-        rank -= count
-        if rank < 0:
-            return value
-    raise AssertionError("a rank below the total is found")
 
 
 def _attainment(limits: Limits, ttft: list[float], tpot: list[float], refused: int) -> dict[str, Any]:

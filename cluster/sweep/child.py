@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from cluster.planning.burst import BurstPoint
+from cluster.planning.burst_point import BurstPoint
 from cluster.sweep.run import SweepWorkload
 from qwen3_dist.benchmark import Workload, measure, warm_up
 from qwen3_dist.engine.engine import Engine

@@ -17,6 +17,7 @@ from cluster.planning.plots import can_plot, plot_bars, plot_errors
 from cluster.sweep.run import SweepWorkload
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 FIGURES = ("output_tokens_per_s", "ttft_ms", "itl_ms")
 
@@ -67,8 +68,9 @@ def make_rows(
 
 def predict(model: CostModel, workload: SweepWorkload, point: Any) -> BurstFigures:
     """The point's figures with the limits that the engine takes on such a device."""
-    seqs, tokens = (64, 1024) if model.cluster.shared_host else (256, 8192)
-    return predict_burst(model, point, workload.max_num_batched_tokens or tokens, seqs)
+    defaults = STEP_DEFAULTS[model.cluster.device_kind]
+    tokens = workload.max_num_batched_tokens or defaults.max_num_batched_tokens
+    return predict_burst(model, point, tokens, defaults.max_num_seqs)
 
 
 def summary(rows: Sequence[Row]) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.planning.burst import BurstPoint
+from cluster.planning.burst_point import BurstPoint
 from cluster.yaml_file import build, read_yaml
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout

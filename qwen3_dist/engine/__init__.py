@@ -1,4 +1,4 @@
-"""The driver: it schedules steps, hands their plans to the ranks and turns what comes back into outputs.
+"""The driver schedules steps, sends their plans to the ranks and turns the results into outputs.
 
-Its files run in the process that owns the engine.
+These files run in the process that owns the engine.
 """

@@ -1,4 +1,4 @@
-"""The engine for asyncio callers: its own thread steps it, so no event loop ever waits for a step."""
+"""The engine for asyncio callers. A thread of its own runs the steps, so no event loop ever waits for one."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from qwen3_dist.settings import EngineConfig
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-_IDLE_CHECK_S = 0.5  # a rank that dies while nobody asks is noticed this soon
-_BUSY_CHECK_S = 0.005  # how soon a move of experts goes on while nobody asks
+_IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
+_BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle
 
 
 @dataclass(eq=False)
 class _Stream:
-    """Where one request's deltas go: a queue on its caller's event loop."""
+    """The queue of one request's deltas, on the event loop of its caller."""
 
     loop: asyncio.AbstractEventLoop
     held: list[TokenDelta] = field(default_factory=list)
-    due: float = 0.0  # when the next part may go out
+    due: float = 0.0  # when the next part may be sent
     queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
     unfinished: int = 1
 
     async def take(self) -> list[TokenDelta]:
-        """What has come since the last time, of several steps if the caller is slower than the engine: it then
-        has less to do for each. Raises EngineDeadError once all that came before the error was taken."""
+        """Waits for deltas and returns all since the last call. A caller slower than the engine gets several steps at
+        once, so it has less work for each. Raises EngineDeadError after the last delta before the engine's death."""
         taken: list[TokenDelta] = []
         while not taken or not self.queue.empty():
             item = await self.queue.get()
             if not isinstance(item, QwenDistError):
                 taken += item
             elif taken:
-                self.queue.put_nowait(item)  # nothing follows it, so it is what the next call finds
+                self.queue.put_nowait(item)  # nothing follows it, so the next call finds it
                 break
             else:
                 raise EngineDeadError(str(item))
@@ -56,11 +56,11 @@ class _Stream:
 
 
 class AsyncEngine:
-    """Construction blocks until the model is loaded on all ranks. Raises what `Engine` raises.
+    """An engine whose constructor blocks until the model is loaded on all ranks. Raises what `Engine` raises.
 
-    It gives its callers at most about `parts_per_s` parts a second, all together, beside first and last ones.
-    Where they would be more, parts hold what several steps added. `on_death` is called, on the engine's thread, when
-    the engine has died, after its requests were told and its ranks ended; a shutdown is no death.
+    All callers together get at most about `parts_per_s` parts a second, not counting first and last parts of a
+    request; above that rate a part holds the tokens of several steps. The engine's thread calls `on_death` after the
+    engine has died, failed its requests and ended its ranks, but not after `shutdown`.
     """
 
     def __init__(
@@ -98,12 +98,11 @@ class AsyncEngine:
         lora: str | None = None,
         pooling: PoolingParams | None = None,
     ) -> AsyncGenerator[list[TokenDelta], None]:
-        """Yields what the steps add to the request as they end, until all its choices are finished.
+        """Yields the deltas of each step until all choices of the request are finished.
 
-        A request of lower `priority` goes first; the adapter `lora` computes it. Raises RequestError before the
-        first item if the request is refused, later if its text cannot be given the form that was asked for, and
-        EngineDeadError if the engine dies. Leaving the iterator early (aclose, cancellation) aborts the request
-        within a step.
+        Requests of lower `priority` run first; `lora` names the adapter that the request uses. Raises RequestError
+        before the first item if the request is refused, or later if its structured output fails, and EngineDeadError
+        if the engine dies. Leaving the iterator early (aclose, cancellation) aborts the request within a step.
         """
         self.check_health()
         self._engine.check(prompt_token_ids, params, lora, pooling)
@@ -135,7 +134,7 @@ class AsyncEngine:
             self._post(lambda: self._streams.pop(request_id, None))
 
     async def _await_grammar(self, setup: SamplingSetup) -> None:
-        """Waits until ranks have built the setup's grammar, while they run the steps of others."""
+        """Waits until the ranks have built the setup's grammar. Steps of other requests go on meanwhile."""
 
         def build(answer: Callable[[bool | QwenDistError], None]) -> None:
             try:
@@ -156,7 +155,7 @@ class AsyncEngine:
         priority: int = 0,
         lora: str | None = None,
     ) -> TokenDelta:
-        """The one delta of a request for a vector. Raises what `generate` does; cancelling it aborts the request."""
+        """Runs a pooling request and returns its only delta. Raises what `generate` does; cancelling aborts it."""
         steps = self.generate(prompt_token_ids, PROMPT_ONLY, request_id, priority, lora, pooling)
         async with contextlib.aclosing(steps):
             [delta] = await anext(steps)
@@ -177,7 +176,7 @@ class AsyncEngine:
         return await self._ask(lambda answer: answer(self._engine.experts.load()))
 
     async def rebalance_experts(self) -> list[int]:
-        """Moves experts to where the load since the last time wants them; the layers that changed. Steps go on."""
+        """Moves experts to balance the load since the last call; returns the layers that changed. Steps go on."""
         return await self._ask(self._engine.experts.begin)
 
     def check_health(self) -> None:
@@ -197,7 +196,7 @@ class AsyncEngine:
         self._engine.shutdown()
 
     def _post(self, action: Callable[[], object]) -> bool:
-        """Has the engine's thread do `action` between two steps; False if the engine has died."""
+        """Makes the engine's thread run `action` between two steps. Returns False if the engine has died."""
         with self._wake:
             if self._death is not None:
                 return False
@@ -206,14 +205,14 @@ class AsyncEngine:
             return True
 
     async def _ask(self, question: Callable[[Callable[[T | QwenDistError], None]], None]) -> T:
-        """What the engine's thread answers to `question`, at once or after some steps. Raises an answer that is an
-        error."""
+        """Returns what the engine's thread answers to `question`, at once or some steps later. Raises the answer if it
+        is an error."""
         self.check_health()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T | QwenDistError] = loop.create_future()
 
         def tell(value: T | QwenDistError) -> None:
-            if not answer.done():  # nobody waits for it any more
+            if not answer.done():  # else its caller was cancelled
                 answer.set_result(value)
 
         def reply(value: T | QwenDistError) -> None:
@@ -257,7 +256,7 @@ class AsyncEngine:
         with self._wake:
             if not self._inbox and not self._engine.has_work and not self._stopping:
                 self._wake.wait(_BUSY_CHECK_S if self._engine.experts.is_busy else _IDLE_CHECK_S)
-        for _ in range(len(self._inbox)):  # one by one: what follows an action that fails is `_die`'s
+        for _ in range(len(self._inbox)):  # one by one: `_die` runs those after an action that fails
             self._inbox.popleft()()
 
     def _deliver(self, outputs: Outputs) -> None:
@@ -274,7 +273,7 @@ class AsyncEngine:
     def _die(self, error: QwenDistError) -> None:
         with self._wake:
             self._death = error
-        while self._inbox:  # requests among them have a stream then, which is told
+        while self._inbox:  # new requests among them get a stream, which is failed below
             with contextlib.suppress(Exception):
                 self._inbox.popleft()()
         for stream in self._streams.values():

@@ -1,11 +1,11 @@
-"""Which KV-cache blocks are free, who holds the others, and which prefixes they contain.
+"""The block manager knows which KV-cache blocks are free, who holds the others, and which prefixes are cached.
 
-Automatic prefix caching: a full block is indexed by a hash of its tokens and of all tokens before it. A
-block that nobody holds keeps its contents and its place in the index until it is needed; the least
-recently held goes first. A block is indexed as soon as the step that fills it is planned: ranks run steps
-in order, and within a step every layer writes all keys and values before it reads any.
+Automatic prefix caching: a full block is indexed by a hash of its tokens and of all tokens before it. A free block
+keeps its contents and its index entry until it is reused; the least recently used block is reused first. A block is
+indexed as soon as the step that fills it is planned: ranks run steps in order, and within a step every layer writes
+all keys and values before it reads any.
 
-It counts only: it never touches memory, and imports no torch.
+The block manager only counts. It never touches memory and imports no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwen3_dist.engine.sequence import Sequence
 
 
 class BlockManager:
-    """Hands out `num_blocks` blocks of `block_size` tokens, the same ones on every rank of a dp group."""
+    """Allocates `num_blocks` blocks of `block_size` tokens. Block ids are the same on every rank of a dp group."""
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         self.num_blocks = num_blocks
@@ -28,14 +28,14 @@ class BlockManager:
         self._holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
-        self._resting: dict[int, int] = {}  # held by nobody, to be freed when this step is settled
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # in the order in which they are reused
+        self._resting: dict[int, int] = {}  # blocks that become free once this step is settled
         self.num_cached = 0
         """Free blocks whose contents can still be found."""
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds, cached ones included."""
+        """Blocks that no sequence holds, cached ones included."""
         return len(self._free) + len(self._resting)
 
     @property
@@ -43,9 +43,9 @@ class BlockManager:
         return self.num_blocks * self.block_size
 
     def admit(self, sequence: Sequence, keep_free: int) -> bool:
-        """Gives a sequence without blocks what the cache holds of its prefix, at least one token less than all.
+        """Gives a new sequence the cached blocks of its prefix, leaving at least one token to compute.
 
-        False, changing nothing, unless the rest would fit too and leave `keep_free` blocks.
+        Returns False and changes nothing unless the rest of its tokens fits too and leaves `keep_free` blocks.
         """
         cached = self._find_prefix(sequence)
         revived = sum(block in self._free for block in cached)
@@ -64,7 +64,7 @@ class BlockManager:
         return len(self._find_prefix(sequence)) * self.block_size
 
     def reserve(self, sequence: Sequence, num_new: int) -> bool:
-        """Gives `sequence` room for its next `num_new` tokens; False, changing nothing, if there is none."""
+        """Allocates blocks for the next `num_new` tokens; returns False and changes nothing if too few are free."""
         tokens = sequence.num_computed + num_new
         needed = -(-tokens // self.block_size) - len(sequence.block_table)
         if needed > len(self._free):
@@ -77,7 +77,7 @@ class BlockManager:
         return True
 
     def register(self, sequence: Sequence) -> None:
-        """Indexes the blocks that the steps planned so far fill with known tokens."""
+        """Adds the blocks that planned steps fill with known tokens to the prefix cache's index."""
         if not self._prefix_caching:
             return
         full = min(sequence.num_computed, len(sequence.token_ids)) // self.block_size
@@ -92,9 +92,9 @@ class BlockManager:
         sequence.num_registered = full
 
     def release(self, sequence: Sequence, rest_until: int = 0) -> None:
-        """Takes back all blocks of `sequence`. The end of a prefix is forgotten before its beginning.
+        """Frees all blocks of `sequence`. The last blocks of a prefix are reused before the first ones.
 
-        With `rest_until` nobody may write to them before that step is settled: until then it might be run again.
+        With `rest_until` the blocks become free only when that step is settled, since it may have to be run again.
         """
         for block in reversed(sequence.block_table):
             self._holders[block] -= 1
@@ -111,7 +111,7 @@ class BlockManager:
         sequence.num_computed = 0
 
     def settle(self, step: int) -> None:
-        """Frees the blocks that were to rest until `step`, or an earlier one."""
+        """Frees the blocks that wait for `step` or an earlier one."""
         if self._resting:
             for block in [block for block, until in self._resting.items() if until <= step]:
                 del self._resting[block]
@@ -149,7 +149,7 @@ class BlockManager:
         return found
 
     def _extend_hashes(self, sequence: Sequence, count: int) -> None:
-        """Hashes its blocks up to `count`; each depends on all tokens before its end, and on its salt."""
+        """Hashes the first `count` blocks of a sequence. A hash covers the cache salt and all tokens so far."""
         hashes, size = sequence.block_hashes, self.block_size
         for index in range(len(hashes), count):
             tokens = array("q", sequence.token_ids[index * size : (index + 1) * size])

@@ -1,4 +1,4 @@
-"""Which grammars all ranks have built, so that a sequence that needs one holds up no step."""
+"""The grammars that all ranks have built, so that no step waits for a grammar."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from qwen3_dist.structured.grammar import KEPT_GRAMMARS
 
 
 class BuiltGrammars:
-    """The grammars that the ranks of `executor` surely keep."""
+    """The grammars that all ranks of `executor` certainly hold."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._built: dict[str, None] = {}  # the oldest first
+        self._built: dict[str, None] = {}  # oldest first
 
     def has(self, setup: SamplingSetup | None) -> bool:
-        """Whether ranks have the setup's grammar, if it has one; from any thread."""
+        """Whether the ranks have the grammar of `setup`, if it has one. May be called from any thread."""
         return setup is None or setup.grammar is None or setup.grammar in self._built
 
     def build(self, setup: SamplingSetup) -> bool:
-        """Has ranks build the setup's grammar beside the steps; whether they have it. Ask until they have.
+        """Makes the ranks build the setup's grammar while steps go on. Returns whether all have it; call it until they
+        do.
 
-        Raises RequestError if a rank cannot follow it.
+        Raises RequestError if a rank cannot use the grammar.
         """
         assert setup.grammar is not None
         problems = self._executor.call("build_grammar", setup.grammar, setup.eos_token_ids)

@@ -1,4 +1,4 @@
-"""The engine: schedule, run, postprocess. One thread calls it; `async_engine.py` gives it one of its own."""
+"""The engine: schedule, run, postprocess. It must be called from one thread; `async_engine.py` runs it in its own."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.sidecars import read_eos_token_ids
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.weights.adapters import open_adapters
 from qwen3_dist.weights.loader import Progress
+from qwen3_dist.weights.lora_loader import open_adapters
 from qwen3_dist.weights.source import commit_of, resolve_model
 
 PROMPT_ONLY = SamplingParams(max_tokens=0)
-Outputs = dict[str, list[TokenDelta]]  # by request id, what one step added
+Outputs = dict[str, list[TokenDelta]]  # the deltas of one step by request id
 
 
 @dataclass(frozen=True)
 class _Request:
-    """The choices of a request that still run, and the dp group that runs them all: they share its prompt."""
+    """The unfinished choices of a request, and the dp group that runs them all, since they share the prompt's KV."""
 
     group: Scheduler
     sequences: list[Sequence]
 
 
 class Engine:
-    """A loaded model that turns requests into tokens, a step at a time.
+    """A loaded model that turns requests into tokens, one step at a time.
 
-    With `grammars_ahead` ranks build at start what all grammars need, for which steps would wait later.
-    Raises CheckpointError, ParallelLayoutError, ConfigError or ResourceError, leaving nothing behind,
-    if `config` cannot be run here.
+    With `grammars_ahead` the ranks prepare at start what all grammars need, so that no step waits for it later.
+    Raises CheckpointError, ParallelLayoutError, ConfigError or ResourceError if `config` cannot run here; then no rank
+    is left behind.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Engine:
         self.model_config = ModelConfig.from_directory(path)
         config.layout.validate(self.model_config)
         check_context(config, self.model_config)
-        open_adapters(config.lora, self.model_config)  # before ranks start, which do it again
+        open_adapters(config.lora, self.model_config)  # fails before ranks start; ranks open them again
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
@@ -88,7 +88,7 @@ class Engine:
             raise
 
     def _use_ranks(self, placements: Placements, show_progress: bool) -> None:
-        """Makes what depends on the ranks, which have started."""
+        """Creates the parts that depend on the started ranks."""
         config, executor = self.config, self._executor
         self.backends, self.collectives, self.ranks = executor.backends, executor.collectives, executor.ranks
         if show_progress:
@@ -114,9 +114,9 @@ class Engine:
         return any(group.has_work for group in self._groups) or bool(self._in_flight)
 
     def prepare(self, params: SamplingParams) -> SamplingSetup | None:
-        """What ranks will be told of `params`, None if that is nothing; from any thread.
+        """The sampling setup for `params`; None if ranks need none. May be called from any thread.
 
-        Takes up to seconds where a form of the text is met for the first time. Raises RequestError.
+        Compiling a grammar for the first time may take seconds. Raises RequestError.
         """
         return make_setup(params, self.tokenizer, self._eos_token_ids, self.model_config.vocab_size)
 
@@ -130,10 +130,10 @@ class Engine:
         setup: SamplingSetup | None = None,
         pooling: PoolingParams | None = None,
     ) -> None:
-        """Queues a request; a lower `priority` goes first, and the adapter `lora` computes it. `setup` is what
-        `prepare` made of `params`. With `pooling` it gives a vector; `params` are then `PROMPT_ONLY`.
+        """Queues a request. Lower `priority` runs first; `lora` names its adapter; `setup` is what `prepare` returned
+        for `params`. A pooling request has `pooling` and the params `PROMPT_ONLY`.
 
-        Raises RequestError, changing nothing, for a prompt that cannot be run.
+        Raises RequestError and changes nothing if the prompt cannot be run.
         """
         room = self.check(prompt_token_ids, params, lora, pooling)
         adapter = self.config.lora.number(lora)
@@ -172,8 +172,8 @@ class Engine:
         lora: str | None = None,
         pooling: PoolingParams | None = None,
     ) -> int:
-        """Tokens that can follow the prompt. Raises RequestError if it is empty, foreign or too long, if its vector is
-        to be longer than the model's, or if there is no adapter `lora`."""
+        """The number of tokens that can follow the prompt. Raises RequestError if the prompt is empty, too long or has
+        ids outside the vocabulary, if `pooling` asks for too many dimensions, or if there is no adapter `lora`."""
         self.config.lora.number(lora)
         longest = self.model_config.emb_dim
         if pooling is not None and (pooling.dimensions or 1) > longest:
@@ -203,7 +203,7 @@ class Engine:
         return self.max_model_len - len(prompt_token_ids)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
-        """Ends a request (or its choice `index`) and frees its blocks; False if it had ended already."""
+        """Ends a request, or its choice `index`, and frees its blocks. Returns False if it had ended already."""
         request = self._requests.get(request_id)
         if request is None:
             return False
@@ -215,7 +215,7 @@ class Engine:
         return bool(ended)
 
     def step(self) -> Outputs:
-        """Takes in the tokens of the oldest step in flight, once the ranks have the next ones to run."""
+        """Plans steps until enough are in flight, then waits for the oldest one and returns its deltas."""
         self.experts.tick()
         while len(self._in_flight) < self._executor.depth and (plans := self._plan()):
             self._in_flight.submit(plans)
@@ -228,9 +228,9 @@ class Engine:
         return outputs
 
     def _plan(self) -> list[StepPlan]:
-        """The next step, a plan for each dp group; empty when there is nothing to do before an answer.
+        """Plans of the next step, one for each dp group; empty if there is nothing to do before the next result.
 
-        A group that waits to guess makes the others wait too, which would else step without it in between.
+        If one group waits to draft tokens, all groups wait: they run their steps together.
         """
         if any(group.waits_to_draft for group in self._groups):
             return []
@@ -248,11 +248,11 @@ class Engine:
         self._executor.check()
 
     def stats(self) -> EngineStats:
-        """The engine as its last step, `add_request` or `abort` left it; from any thread."""
+        """The statistics after the last step, `add_request` or `abort`. May be called from any thread."""
         return self._stats
 
     def _publish(self) -> None:
-        """Makes the state of now what `stats` answers."""
+        """Updates what `stats` returns."""
         groups = self._groups
         counts = [group.counts for group in groups]
         self._stats = EngineStats(
@@ -305,7 +305,7 @@ class Engine:
 
 
 def _pinned(config: EngineConfig, path: Path) -> EngineConfig:
-    """What ranks are told, so that those of all hosts load the files that are at `path` here."""
+    """The config with the exact commit at `path`, so that ranks on all hosts load the same files."""
     commit = commit_of(config.model, path)
     return config if commit is None else replace(config, revision=commit)
 
@@ -332,7 +332,7 @@ def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tok
 
 @contextlib.contextmanager
 def _loading_bar(enabled: bool) -> Iterator[Progress]:
-    """A loader callback that draws a progress bar on stderr."""
+    """A progress callback for the loader that draws a bar on stderr."""
     with progress_bar(enabled, desc="loading weights", unit="B", unit_scale=True) as bar:
 
         def update(done: int, total: int) -> None:

@@ -1,8 +1,8 @@
-"""Moves experts among the ranks as their load asks: hot experts get copies, ranks equal work.
+"""Moves experts among the ranks to balance their load: hot experts get copies, ranks get equal work.
 
-Ranks count the rows of each expert that they host. A layer is moved so: every rank reads the experts that come to it,
-in a thread, while steps go on; once all ranks have theirs, all of them switch between the same two steps. If one rank
-cannot read, all drop what they read and the layer stays as it is. The rank's side is `expert_moves.py`.
+Ranks count the rows of each expert that they host. To move a layer, every rank reads its new experts in a thread while
+steps go on; when all ranks have them, all switch between the same two steps. If one rank cannot read its experts, all
+ranks drop theirs and the layer stays as it is. The rank's side is `worker/expert_moves.py`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from qwen3_dist.launch.base import Executor
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
-_WORTH_MOVING = 0.95  # a placement with more than this of the imbalance there is is left alone
-_POLL_S = 0.01  # between two questions to the ranks whether they have read
+_WORTH_MOVING = 0.95  # a new placement must have less than this share of the old one's imbalance
+_POLL_S = 0.01  # between two questions to the ranks whether they have read their experts
 
-Outcome = list[int] | CheckpointError  # the layers that changed, or why it could not go on
+Outcome = list[int] | CheckpointError  # the layers that changed, or why a layer could not be moved
 Done = Callable[[Outcome], None]
 
 
 @dataclass
 class _Rebalance:
-    """One look at all layers: those still to judge by `load`, and those that changed."""
+    """One pass over all layers: those still to be judged by `load`, and those that changed."""
 
     done: Done
     load: ExpertLoad
@@ -39,7 +39,7 @@ class _Rebalance:
 
 @dataclass(frozen=True)
 class _Move:
-    """A layer whose experts the ranks read."""
+    """A layer whose new experts the ranks are reading."""
 
     layer: int
     placement: ExpertPlacement
@@ -53,7 +53,7 @@ class ExpertBalance:
         self._executor = executor
         self._config = config
         self._placements = dict(placements)
-        self._before: dict[int, tuple[int, ...]] = {}  # each layer's tokens when it was last judged
+        self._before: dict[int, tuple[int, ...]] = {}  # each layer's token counts when it was last judged
         self._period_s = config.rebalance_experts_s if placements else None
         self._next_s = time.monotonic() + (self._period_s or 0)
         self._rebalances: deque[_Rebalance] = deque()
@@ -62,11 +62,11 @@ class ExpertBalance:
 
     @property
     def is_busy(self) -> bool:
-        """Whether experts are being moved, so that `tick` has something to do also while no step runs."""
+        """Whether experts are being moved, so that `tick` must be called even if no step runs."""
         return bool(self._rebalances)
 
     def tick(self) -> None:
-        """Goes on with moves, and begins those that `rebalance_experts_s` asks for. Waits for no reading."""
+        """Continues moves, and starts those due by `rebalance_experts_s`. Never waits for ranks that read."""
         if not self._rebalances:
             if self._period_s is not None and time.monotonic() >= self._next_s:
                 self._next_s = time.monotonic() + self._period_s
@@ -78,14 +78,14 @@ class ExpertBalance:
             self._go_on(self._move, self._rebalances[0])
 
     def begin(self, done: Done) -> None:
-        """Has `tick` move every layer's experts to where the load since the last time wants them.
+        """Makes `tick` move every layer's experts to balance the load since the last time.
 
-        `done` gets the layers that changed, or a CheckpointError for one that cannot be read, which stays as it is.
+        `done` gets the layers that changed, or the CheckpointError of a layer that could not be read and stays.
         """
         self._rebalances.append(_Rebalance(done, self.load(), sorted(self._placements)))
 
     def rebalance_all(self) -> list[int]:
-        """`begin` and as many ticks as it takes, with no step in between; the layers that changed.
+        """Moves all experts at once, without steps in between; returns the layers that changed.
 
         Raises CheckpointError for a layer that cannot be read.
         """
@@ -100,18 +100,18 @@ class ExpertBalance:
         return answer
 
     def load(self) -> ExpertLoad:
-        """Tokens since the start."""
+        """Tokens of each expert since the start."""
         totals = {layer: [0] * placement.num_experts for layer, placement in self._placements.items()}
         for rank, counts in enumerate(self._executor.call("expert_counts")):
             if self._config.layout.coords(rank).etp_rank:
-                continue  # it holds other columns of experts that have been counted
+                continue  # it holds other columns of experts that another rank has counted
             for layer, of_experts in counts.items():
                 for expert, count in of_experts.items():
                     totals[layer][expert] += count
         return ExpertLoad({layer: tuple(tokens) for layer, tokens in totals.items()}, dict(self._placements))
 
     def _judge_next(self, rebalance: _Rebalance) -> None:
-        """Begins the move of the next layer if that is worth it, or ends the rebalance after the last."""
+        """Starts to move the next layer if that is worth it. After the last layer, ends the rebalance."""
         if not rebalance.to_judge:
             self._rebalances.popleft().done(rebalance.changed)
             return
@@ -123,7 +123,7 @@ class ExpertBalance:
             self._next_poll_s = time.monotonic() + _POLL_S
 
     def _better_placement(self, layer: int, load: ExpertLoad) -> ExpertPlacement | None:
-        """Where what came since the layer's last time wants its experts; None if that is not worth a move."""
+        """The best placement for the load since the layer was last judged; None if it is not worth a move."""
         old, tokens = self._placements[layer], load.tokens[layer]
         before = self._before.get(layer, (0,) * len(tokens))
         recent = [now - then for now, then in zip(tokens, before, strict=True)]
@@ -137,7 +137,7 @@ class ExpertBalance:
         return new
 
     def _go_on(self, move: _Move, rebalance: _Rebalance) -> None:
-        """Has the ranks switch if all have read, or drop what they read if one cannot."""
+        """Makes the ranks switch if all have read their experts, or drop them if one could not."""
         answers = self._executor.call("experts_arrived")
         failed = next((answer for answer in answers if isinstance(answer, CheckpointError)), None)
         if failed is None and not all(answers) and time.monotonic() > move.deadline:

@@ -1,4 +1,4 @@
-"""How many tokens chose each expert, and the placements that a model is loaded with. Imports no torch."""
+"""The load of each expert, and the placements that a model is loaded with. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen3_dist.settings import EngineConfig
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """Tokens that chose each expert, by MoE layer, with where the experts are and how even the ranks' work is.
+    """The number of tokens routed to each expert, and the experts' placements, both by MoE layer.
 
     `imbalance` is the most loaded ep rank's tokens over the mean; 1.0 is even.
     """
@@ -31,7 +31,7 @@ class ExpertLoad:
         }
 
     def to_json(self) -> dict[str, object]:
-        """What `EngineConfig.expert_load` reads back, and a service shows."""
+        """The JSON that `EngineConfig.expert_load` reads and the service shows."""
         return {
             "tokens": {str(layer): list(tokens) for layer, tokens in self.tokens.items()},
             "hosted": {str(layer): each.hosted for layer, each in self.placements.items()},
@@ -40,9 +40,9 @@ class ExpertLoad:
 
 
 def initial_placements(config: EngineConfig, model: ModelConfig) -> Placements:
-    """Where experts lie when loading: by the tokens of `config.expert_load` if it names a file, else evenly.
+    """The placements to load with: balanced by the file `config.expert_load` if there is one, else even.
 
-    Raises ConfigError if the file is not of this model, or more copies are asked for than ranks can hold.
+    Raises ConfigError if the file is of another model, or if ranks cannot hold so many copies.
     """
     ep, redundant = config.layout.ep, config.redundant_experts
     most = model.num_experts * (ep - 1)

@@ -1,8 +1,8 @@
-"""The steps that were submitted and not yet collected, and what happens when one of them is void.
+"""Steps that were submitted and not yet collected. They are run again if one of them overflows.
 
-Experts' tokens may travel in exchanges of a fixed capacity, whose sizes no host has to read. A step whose tokens did
-not fit says so in its result: nothing in it counts, nor in the steps that were submitted after it and built on it.
-All of them are run again, by a way that has no capacity.
+An all-to-all of fixed capacity sends tokens to experts without the host reading any size. If the tokens of a step do
+not fit, its result says `overflowed`: the result is void, and so are those of the steps submitted after it. All of
+them are run again with an exact all-to-all, which has no capacity.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 from qwen3_dist.launch.base import Executor
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 
-_EXACT_STEPS = 32  # after an overflow: what caused it, a long prompt of like tokens, has steps to come
+_EXACT_STEPS = (
+    32  # after an overflow; a long prompt of similar tokens, the usual cause, has more steps to come
+)
 
 Renew = Callable[[int, StepPlan, set[int]], StepPlan]
 
 
 class StepsInFlight:
-    """Plans of each step, one for every dp group, in the order of their steps.
+    """Plans of the steps in flight, oldest first, one plan for each dp group.
 
-    `renew(group, plan, renewed)` gives a plan what became known since it was made, for the sequences that are not in
-    `renewed`, and adds them (`Scheduler.renew`).
+    `renew(group, plan, renewed)` is `Scheduler.renew`: it updates the plan of a step that must run again.
     """
 
     def __init__(self, executor: Executor, renew: Renew) -> None:
@@ -43,7 +44,7 @@ class StepsInFlight:
         self._steps.append(list(plans))
 
     def collect(self) -> list[tuple[StepPlan, StepResult | None]]:
-        """Waits for the oldest step: each dp group's plan with its result, None for a group without sequences."""
+        """Waits for the oldest step. Returns each dp group's plan and result; None is the result of an empty plan."""
         results = self._executor.collect()
         if any(result is not None and result.overflowed for result in results):
             self._run_again()
@@ -51,7 +52,7 @@ class StepsInFlight:
         return list(zip(self._steps.popleft(), results, strict=True))
 
     def _run_again(self) -> None:
-        """Submits all steps in flight anew, in their order, once the ranks are done with them."""
+        """Submits all steps in flight again, in order, after the ranks have finished them."""
         for _ in range(len(self._steps) - 1):
             self._executor.collect()
         renewed: set[int] = set()

@@ -1,18 +1,21 @@
-"""The line in which sequences wait, and in which they keep their blocks: by priority and arrival. Imports no torch."""
+"""The order in which sequences are admitted, and kept when blocks run out. Imports no torch."""
 
 from __future__ import annotations
 
 from qwen3_dist.engine.sequence import Sequence
 
-MOST_PLACES = 1024
-_HALF_PRIORITY = 3  # moves a sequence by half of MOST_PLACES
+MAX_PRIORITY_STEPS = 1024
+_HALF_PRIORITY = 3  # the priority that counts as half of MAX_PRIORITY_STEPS
 
 
-def places(priority: int) -> float:
-    """Steps of later arrival that `priority` counts as: 256 for 1, 512 for 3, fewer than MOST_PLACES for any."""
-    return MOST_PLACES * priority / (abs(priority) + _HALF_PRIORITY)
+def priority_steps(priority: int) -> float:
+    """How many steps later `priority` makes a sequence arrive: 256 for 1, 512 for 3, below MAX_PRIORITY_STEPS for any.
+
+    Negative priorities count as earlier arrival.
+    """
+    return MAX_PRIORITY_STEPS * priority / (abs(priority) + _HALF_PRIORITY)
 
 
-def place_in_line(sequence: Sequence) -> tuple[float, int]:
-    """Sorts sequences; those that came together by their ids."""
-    return sequence.arrival + places(sequence.priority), sequence.seq_id
+def scheduling_key(sequence: Sequence) -> tuple[float, int]:
+    """Sort key of sequences, lowest first. Sequences that arrived together are ordered by id."""
+    return sequence.arrival + priority_steps(sequence.priority), sequence.seq_id

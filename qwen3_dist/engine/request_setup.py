@@ -1,4 +1,4 @@
-"""From a request's sampling parameters to what ranks are told: texts become token ids, forms become grammars."""
+"""Turns a request's sampling parameters into the setup that ranks get: token ids for texts, grammars for formats."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qwen3_dist.text.tokenizer import Tokenizer
 def make_setup(
     params: SamplingParams, tokenizer: Tokenizer | None, eos_token_ids: Collection[int], vocab_size: int
 ) -> SamplingSetup | None:
-    """The setup of sequences with `params`; None if they are plain.
+    """The sampling setup of sequences with `params`; None if ranks need none.
 
-    Takes up to seconds where a form of the text is to be compiled for the first time. Raises RequestError.
+    Compiling a grammar for the first time may take seconds. Raises RequestError.
     """
     for name, ids in (
         ("logit_bias", (token_id for token_id, _ in params.logit_bias)),
@@ -66,7 +66,7 @@ def _thinking(tokenizer: Tokenizer | None) -> Thinking | None:
 
 
 def _bad_words(words: tuple[str, ...], tokenizer: Tokenizer | None) -> tuple[tuple[int, ...], ...]:
-    """Each word's tokens where it stands alone and where a space is before it."""
+    """The tokens of each word, with and without a space before it."""
     if words and tokenizer is None:
         raise RequestError("bad_words need a tokenizer, which this model lacks", param="bad_words")
     if tokenizer is None:

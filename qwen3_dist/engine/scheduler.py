@@ -1,19 +1,18 @@
-"""Decides what each step computes. Imports no torch, so it can be tested and simulated alone.
+"""The scheduler decides what each step computes. It imports no torch, so it can be tested and simulated alone.
 
-A step has a token budget. Running sequences that decode come first, with a token each; then unfinished
-prompts, with as large a chunk as the budget leaves; then waiting sequences are admitted while their whole
-prompt finds room. A running sequence that finds no free block preempts the last in line, which gives its
-blocks back and is computed again later (its output so far included).
+A step has a token budget. Decoding sequences come first, with one token each; then unfinished prompts, each with as
+large a chunk as the budget leaves; then waiting sequences are admitted while their whole prompt fits. If no KV block
+is free, the scheduler preempts the lowest-priority sequence; its tokens, output included, are recomputed later.
 
-The line is by priority and arrival, and nobody waits for ever: a priority moves a sequence by `places` steps of
-arrival, fewer than MOST_PLACES, so whoever waits overtakes all later arrivals. `slot_shares` says whose turn it is.
+Sequences are ordered by priority and arrival (`scheduling_key`). No sequence starves: a priority counts as fewer than
+MAX_PRIORITY_STEPS steps of arrival, so a waiting sequence overtakes everything that arrives later than that.
+`slot_shares` keeps a request with many choices from occupying all slots.
 
-Steps may be planned before the ones before them have answered (`num_pending` of a sequence). Where the model
-is a pipeline of stages, these steps are its micro-batches: each takes its part of the decoding sequences,
-none of which waits for an answer.
+A step may be planned before the results of earlier steps are known (`num_pending` of a sequence). Under pipeline
+parallelism these steps are the micro-batches: each takes a share of the decoding sequences that await no result.
 
-With speculation a sequence whose tokens are all known takes guesses along, from what a step leaves of its
-budget and of the blocks: a guess never delays or preempts anybody.
+With speculative decoding a sequence whose tokens are all known adds draft tokens, from what a step leaves of its
+budget and of the free blocks. Draft tokens never delay or preempt another sequence.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
-from qwen3_dist.engine.request_queue import place_in_line
+from qwen3_dist.engine.request_queue import scheduling_key
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.slot_shares import SlotShares
 from qwen3_dist.protocol.outputs import TokenLogprob
@@ -33,8 +32,10 @@ from qwen3_dist.protocol.sequence_step import SomeBlocks
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 
-_MOST_FREE = 8  # times the free tokens in a step with guesses, which would have to be all but certain
-_KEPT_FREE = 100  # one block in so many is left for the running ones when a new one is admitted
+_MOST_FREE = (
+    8  # a step with draft tokens has at most so many times `free_tokens`; beyond, hardly any draft pays
+)
+_KEPT_FREE = 100  # one block in so many stays free for running sequences when a new one is admitted
 
 
 @dataclass
@@ -46,12 +47,12 @@ class SchedulerCounts:
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
-    drafted_tokens: int = 0  # whose answers have come
+    drafted_tokens: int = 0  # that were verified
     accepted_tokens: int = 0
 
 
 class Advance(NamedTuple):
-    """What a step gave a sequence; `logprobs` are as many as the tokens, or none."""
+    """What a step added to a sequence. `logprobs` has an item for each token, or none."""
 
     sequence: Sequence
     token_ids: tuple[int, ...]
@@ -59,7 +60,7 @@ class Advance(NamedTuple):
 
 
 class Scheduler:
-    """Waiting and running sequences of one dp group, each in the order of the line."""
+    """The waiting and running sequences of one dp group, both in scheduling order."""
 
     def __init__(self, blocks: BlockManager, limits: SchedulerLimits, eos_token_ids: frozenset[int]) -> None:
         self.blocks = blocks
@@ -69,17 +70,19 @@ class Scheduler:
         self._limits = limits
         self._eos_token_ids = eos_token_ids
         self._by_id: dict[int, Sequence] = {}
-        self._slots = list(range(limits.max_num_seqs))  # free ones; a heap, so that low ones are used
+        self._slots = list(
+            range(limits.max_num_seqs)
+        )  # free slots; a heap, so that the lowest are used first
         self._shares = SlotShares()
-        self._answered = 0  # steps whose results were taken in
-        self._lacks_blocks = False  # whether a running sequence waits for blocks that rest
+        self._answered = 0  # steps whose results were processed
+        self._lacks_blocks = False  # whether a running sequence waits for blocks that cannot be freed yet
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def tokens_ahead(self, sequence: Sequence) -> int:
-        """How much a new `sequence` would find here: the tokens of all others less what the cache has of its own."""
+        """The load that a new `sequence` meets here: tokens of all other sequences minus its own cached prefix."""
         others = sum(s.num_tokens for s in self._by_id.values())
         return others - self.blocks.cached_tokens(sequence)
 
@@ -89,12 +92,12 @@ class Scheduler:
         if self._limits.speculation is not None and sequence.params.is_plain and sequence.max_tokens:
             sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
-        insort(self.waiting, sequence, key=place_in_line)
+        insort(self.waiting, sequence, key=scheduling_key)
         self._by_id[sequence.seq_id] = sequence
 
     @property
     def waits_to_draft(self) -> bool:
-        """Whether planning on now would lose guesses: one is in flight, or can probably be made after the answer."""
+        """Whether the next step should wait for results: draft tokens are in flight, or probable after the results."""
         if self._limits.speculation is None or self._limits.stages > 1:
             return False
         worth = self._worth(len(self.running))
@@ -105,7 +108,7 @@ class Scheduler:
         )
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Takes `sequence` out, wherever it is, and frees its blocks."""
+        """Removes `sequence`, waiting or running, and frees its blocks."""
         sequence.finish_reason = reason
         del self._by_id[sequence.seq_id]
         if sequence.is_running:
@@ -114,7 +117,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> StepPlan | None:
-        """The next step, with its blocks reserved; None when there is nothing to do before an answer."""
+        """Plans the next step and allocates its blocks; None if there is nothing to do before the next result."""
         self._share_slots()
         preemptions = self.counts.preemptions
         steps = [self._step(*chunk) for chunk in self._chunks_of_running().items()]
@@ -132,7 +135,7 @@ class Scheduler:
         return StepPlan.for_groups(self.counts.steps, [tuple(steps)])[0]
 
     def update(self, plan: StepPlan, result: StepResult) -> list[Advance]:
-        """Takes a step's tokens in; returns what each sequence got, finished ones taken out."""
+        """Adds a step's results to its sequences and removes those that finish. Returns what each sequence got."""
         self._answered += 1
         self.blocks.settle(self._answered)
         advanced = []
@@ -163,11 +166,11 @@ class Scheduler:
         return advanced
 
     def renew(self, plan: StepPlan, renewed: set[int]) -> StepPlan:
-        """A planned step, to be run again, with what became known since it was planned.
+        """Updates a planned step that must run again with what became known since it was planned.
 
-        The first repeated step of a sequence, whose id is not in `renewed` yet, says all that ranks may have lost or
-        that went wrong: its blocks, whose slot another sequence may have since, the token that the step before
-        sampled, and the setup of its sampling state.
+        The first repeated step of a sequence (its id is not in `renewed` yet) carries everything that ranks may have
+        lost: the whole block table, since another sequence may use the slot by now; the token that the step before
+        sampled; and the sampling setup.
         """
         sequences = []
         for step in plan.sequences:
@@ -176,7 +179,7 @@ class Scheduler:
                 assert step.blocks is not None
                 table, length = step.blocks
                 step = step._replace(first_block=0, new_blocks=tuple(table[:length]))
-                sequence = self._by_id.get(step.seq_id)  # None if it ended: nobody reads its result
+                sequence = self._by_id.get(step.seq_id)  # None if it ended; its result is ignored
                 if sequence is not None:
                     known = sequence.token_ids[step.start : step.start + len(step.token_ids)]
                     tokens = (*known, *step.token_ids[len(known) :])
@@ -185,7 +188,7 @@ class Scheduler:
         return plan._replace(sequences=tuple(sequences))
 
     def _keep(self, sequence: Sequence, step: SequenceStep, sampled: tuple[int, ...]) -> tuple[int, ...]:
-        """Appends the tokens that count: up to the first that was not guessed, or that ends the sequence."""
+        """Appends the accepted tokens: up to the first that differs from its draft, or that ends the sequence."""
         guesses = step.token_ids[len(step.token_ids) - step.num_drafted :]
         num_kept = 0
         for token_id, guess in zip(sampled, (*guesses, None), strict=True):
@@ -199,11 +202,11 @@ class Scheduler:
         return sampled[:num_kept]
 
     def _chunks_of_running(self) -> dict[Sequence, int]:
-        """Tokens of each running sequence in this step, their blocks reserved."""
+        """The number of tokens that each running sequence computes in this step. Allocates their blocks."""
         chunks: dict[Sequence, int] = {}
         self._lacks_blocks = False
         budget = self._limits.max_num_batched_tokens
-        ahead = self._limits.stages == 1  # not in a pipeline, whose steps must not wait for each other
+        ahead = self._limits.stages == 1  # steps of a pipeline must not wait for each other
         free = [s for s in self.running if not s.num_pending or (ahead and not s.num_drafted)]
         decodes = [s for s in free if s.num_uncomputed == 1][: -(-len(self.running) // self._limits.stages)]
         prefills = [s for s in free if s.num_uncomputed > 1]
@@ -214,14 +217,14 @@ class Scheduler:
                     chunks[sequence] = num_new
                     budget -= num_new
                     break
-                if self._rest_until:  # so would the blocks of a preempted sequence
+                if self._rest_until:  # the blocks of a preempted sequence could not be used either
                     self._lacks_blocks = True
                     break
                 budget += chunks.pop(self._preempt(self.running[-1]), 0)
         return chunks
 
     def _add_drafts(self, steps: list[SequenceStep]) -> None:
-        """Adds guesses to those sequences of a step whose tokens are all known."""
+        """Adds draft tokens to those sequences of a step whose tokens are all known."""
         if self._limits.speculation is None:
             return
         rows = sum(len(step.token_ids) for step in steps)
@@ -243,19 +246,19 @@ class Scheduler:
                 )
 
     def _worth(self, rows: int) -> float:
-        """The chance from which a guess pays in a step of so many tokens.
+        """The least acceptance probability at which a draft token pays in a step of `rows` tokens.
 
-        Computing one more adds 1 / (rows + free_tokens) to the time of the step, and so must its chance to the
-        tokens that the step gives, which are about `rows`.
+        One more token lengthens the step by a share of 1 / (rows + free_tokens); its probability must add at least
+        that share to the tokens that the step yields, which are about `rows`.
         """
         return rows / (rows + self._limits.free_tokens)
 
     def _settle_drafts(self, sequence: Sequence, num_accepted: int) -> None:
-        """Counts guesses that were right as computed; the others are written over by what comes in their place."""
+        """Counts accepted draft tokens as computed. Later tokens overwrite the KV of rejected ones."""
         self.counts.drafted_tokens += sequence.num_drafted
         self.counts.accepted_tokens += num_accepted
         sequence.num_drafted = 0
-        if sequence.is_running:  # else its blocks were taken while the step ran
+        if sequence.is_running:  # else it was preempted while the step ran
             sequence.num_computed += num_accepted
 
     def _admit(self, budget: int) -> list[SequenceStep]:
@@ -265,7 +268,7 @@ class Scheduler:
             keep_free = self.blocks.num_blocks // _KEPT_FREE if self.running else 0
             if sequence.num_pending or not self.blocks.admit(sequence, keep_free):
                 break
-            insort(self.running, self.waiting.pop(place), key=place_in_line)
+            insort(self.running, self.waiting.pop(place), key=scheduling_key)
             sequence.slot = heapq.heappop(self._slots)
             self._shares.take(sequence)
             self._count_prompt(sequence)
@@ -284,18 +287,18 @@ class Scheduler:
 
     @property
     def _rest_until(self) -> int:
-        """The step before whose answer no freed block may be written to, since it may be run again; 0 if none is."""
+        """The step that must be settled before freed blocks can be reused, since steps may be run again; 0 if none."""
         return self.counts.steps if self._limits.may_repeat and self._answered < self.counts.steps else 0
 
     def _share_slots(self) -> None:
-        """Preempts a sequence of a request with several slots, if there is no other slot for one with none."""
+        """If no slot is free for a request without one, preempts a sequence of a request with several."""
         may_share = self.waiting and not self._slots and not self._rest_until
         if may_share and (victim := self._shares.owed(self.waiting, self.running)):
             self._preempt(victim)
 
     def _preempt(self, victim: Sequence) -> Sequence:
         self._stop(victim)
-        insort(self.waiting, victim, key=place_in_line)
+        insort(self.waiting, victim, key=scheduling_key)
         self.counts.preemptions += 1
         return victim
 

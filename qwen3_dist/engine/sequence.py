@@ -1,4 +1,4 @@
-"""One choice of one request while it lives in the engine."""
+"""A sequence: one choice of one request while it is in the engine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qwen3_dist.sampling_params import SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """Its tokens (prompt, then output), how far they are computed, and the blocks that hold their KV.
+    """The tokens of a sequence (prompt, then output), how many are computed, and the blocks that hold their KV.
 
-    Steps are planned before the ones before them have answered, so a sequence may be longer than its
-    known tokens: `num_pending` sampled tokens are on their way, and `num_computed` counts what every step
-    planned so far will have computed. A fresh or preempted sequence has no blocks and `num_computed == 0`.
+    Steps are planned before earlier ones return results, so a sequence may be longer than its known tokens:
+    `num_pending` sampled tokens are still to come, and `num_computed` counts all tokens of planned steps. A waiting
+    sequence has no blocks and `num_computed == 0`.
 
-    With `max_tokens == 0` its prompt alone is computed, and what is pending after it is the end, no token. Such
-    is a sequence with `pooling`, which gives a `vector`.
+    With `max_tokens == 0` only the prompt is computed and no token is sampled. Pooling requests are of this kind:
+    they have `pooling` and end with a `vector`.
     """
 
     seq_id: int
@@ -33,33 +33,33 @@ class Sequence:
     seed: int
     max_tokens: int
     priority: int = 0
-    adapter: int = 0  # what plans call the LoRA adapter; 0 is none
-    cache_salt: bytes = b""  # of sequences whose KV is not that of others with the same tokens
-    setup: SamplingSetup | None = None  # of a sequence that is not plain
+    adapter: int = 0  # number of the LoRA adapter in plans; 0 is none
+    cache_salt: bytes = b""  # keeps prefix hits within sequences of the same adapter
+    setup: SamplingSetup | None = None  # None if sampling needs no state on the ranks
     pooling: PoolingParams | None = None
     prompt_len: int = field(init=False)
-    arrival: int = 0  # steps the scheduler had planned when the sequence came
-    is_set_up: bool = False  # whether a plan since its admission carried the setup
-    slot: int = -1  # its place among the running ones, where ranks keep its last token
+    arrival: int = 0  # steps that had been planned when the sequence was added
+    is_set_up: bool = False  # whether a plan since admission carried the setup
+    slot: int = -1  # index of its state on the ranks while it runs; -1 while it waits
     num_computed: int = 0
     num_pending: int = 0
-    num_drafted: int = 0  # guesses in flight, which `num_computed` leaves out
-    drafter: Drafter | None = None  # if the sequence is to be guessed ahead
+    num_drafted: int = 0  # draft tokens in flight, not counted in `num_computed`
+    drafter: Drafter | None = None  # with speculative decoding
     num_cached: int | None = None  # prompt tokens found in the prefix cache, once admitted
     block_table: list[int] = field(default_factory=list)
-    num_sent_blocks: int = 0  # leading blocks of the table that ranks know of
+    num_sent_blocks: int = 0  # leading blocks of the table that were sent to the ranks
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens
-    num_registered: int = 0  # leading blocks that are in the prefix cache's index
+    num_registered: int = 0  # leading blocks that are in the prefix cache
     finish_reason: str | None = None
-    error: str | None = None  # why it could not go on
-    num_scored: int = field(init=False)  # leading tokens of which no later step must give log-probabilities
+    error: str | None = None  # why the sequence failed
+    num_scored: int = field(init=False)  # leading tokens whose prompt logprobs are done or not wanted
     vector: array[float] | None = None
     _scores: list[TokenLogprob] = field(default_factory=list)
     _scores_taken: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
-        # The choices of a prompt have its log-probabilities in common.
+        # Choices of one prompt share its logprobs; the first computes them.
         scores = self.params.prompt_logprobs is not None and self.index == 0
         self.num_scored = 0 if scores else self.prompt_len
 
@@ -69,7 +69,7 @@ class Sequence:
 
     @property
     def current_setup(self) -> SamplingSetup | None:
-        """The setup with the tokens so far; None for a plain sequence."""
+        """The setup with the tokens so far; None if there is no setup."""
         if self.setup is None:
             return None
         prompt = self.token_ids[: self.prompt_len] if self.setup.repetition_penalty != 1 else ()
@@ -81,34 +81,34 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens it has or is about to have."""
+        """Known tokens and those that planned steps will sample."""
         return len(self.token_ids) + self.num_pending
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens that no step planned so far computes; 0 once its last output token is on its way."""
-        num_tokens = len(self.token_ids) + self.num_pending  # several times a step: no property of a property
+        """Tokens that no planned step computes yet; 0 once a planned step samples the last output token."""
+        num_tokens = len(self.token_ids) + self.num_pending  # called often in a step, so no nested property
         if num_tokens - self.prompt_len >= (self.max_tokens or 1):
             return 0
         return num_tokens - self.num_computed
 
     def ends_without_token(self, end: int) -> bool:
-        """Whether nothing is wanted of it after a step that computes its tokens up to `end`."""
+        """Whether the sequence is finished after a step that computes its tokens up to `end`, without sampling."""
         return self.max_tokens == 0 and end == self.prompt_len
 
     @property
     def num_findable(self) -> int:
-        """Leading tokens whose KV, if it is there already, spares computing them."""
+        """Leading tokens that may come from the prefix cache; tokens whose logprobs are wanted must be computed."""
         return self.num_scored if self.num_scored < self.prompt_len else len(self.token_ids)
 
     def take_new_blocks(self) -> tuple[int, tuple[int, ...]]:
-        """How many of its blocks the ranks know of already, and the others, which they are told of now."""
+        """The number of blocks that ranks know already, and the ids of the others, which count as sent from now on."""
         known = self.num_sent_blocks
         self.num_sent_blocks = len(self.block_table)
         return known, tuple(self.block_table[known:])
 
     def next_reading(self, start: int, end: int) -> PromptScores | PoolingParams | None:
-        """What a step that computes the tokens from `start` to `end` must read of the prompt; asked once each."""
+        """The prompt outputs wanted from a step that computes tokens `start` to `end`. Call it once for each step."""
         if self.pooling is not None:
             return self.pooling if end == self.prompt_len else None
         first, last = max(start, self.num_scored), min(end, self.prompt_len - 1)
@@ -120,14 +120,14 @@ class Sequence:
         return PromptScores(first - start, tuple(self.token_ids[first + 1 : last + 1]), top)
 
     def take_reading(self, reading: Reading) -> None:
-        """Keeps what a step read."""
+        """Stores prompt logprobs or a vector that a step returned."""
         if isinstance(reading, array):
             self.vector = reading
         else:
             self._scores.extend(reading)
 
     def take_prompt_logprobs(self) -> PromptLogprobs | None:
-        """Log-probabilities of the prompt, once, after the step that ended it."""
+        """The prompt logprobs, the first time this is called after the prompt is complete; None otherwise."""
         if self.params.prompt_logprobs is None or self.index or self._scores_taken:
             return None
         self._scores_taken = True
@@ -136,7 +136,7 @@ class Sequence:
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""
         self.token_ids.append(token_id)
-        # Nothing can follow the end of a form.
+        # No token can follow a complete structured output.
         ignores_eos = self.params.ignore_eos and self.params.structured_outputs is None
         is_eos = token_id in eos_token_ids and not ignores_eos
         if is_eos or token_id in self.params.stop_token_ids:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.speculation import Speculation
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 TOKENS_PER_SEQ = 128
 
@@ -18,24 +19,26 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     stages: int = 1
     speculation: Speculation | None = None
-    free_tokens: int = 8  # whose computing takes as long as reading the weights for a step
+    free_tokens: int = STEP_DEFAULTS["cpu"].free_tokens
     may_repeat: bool = False  # whether a step may turn out void, so that it and those after it are run again
 
     @classmethod
     def of(
         cls, config: EngineConfig, device: str, num_blocks: int, may_repeat: bool = False
     ) -> SchedulerLimits:
-        """What `config` says; where it says nothing, what suits `device` and a cache of `num_blocks`.
+        """The limits that `config` sets; by `device` and a cache of `num_blocks` where it leaves them open.
 
-        A GPU wants large steps; on a CPU a step of many prompt tokens holds up every decode for seconds,
-        which where nobody waits for single tokens is as well. Sequences are few enough to have
-        TOKENS_PER_SEQ of the cache each. The free tokens are measured on a CPU (Qwen3-0.6B's shape in
-        bf16, a draw after each); those of a GPU are by its rates.
+        By default sequences are few enough for each to have TOKENS_PER_SEQ of the cache.
         """
-        seqs, tokens, free = (256, 8192, 128) if device == "cuda" else (64, 1024, 8)
-        if config.performance_mode == "throughput":
-            tokens = 16384 if device == "cuda" else 4096
+        defaults = STEP_DEFAULTS[device]
+        throughput = config.performance_mode == "throughput"
+        tokens = defaults.throughput_tokens if throughput else defaults.max_num_batched_tokens
         fitting = max(1, num_blocks * config.block_size // TOKENS_PER_SEQ)
-        most = config.max_num_seqs or min(seqs, fitting)
-        tokens = config.max_num_batched_tokens or tokens
-        return cls(most, tokens, config.layout.pp, config.speculative, free, may_repeat)
+        return cls(
+            config.max_num_seqs or min(defaults.max_num_seqs, fitting),
+            config.max_num_batched_tokens or tokens,
+            config.layout.pp,
+            config.speculative,
+            defaults.free_tokens,
+            may_repeat,
+        )

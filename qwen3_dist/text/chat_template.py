@@ -44,7 +44,7 @@ class ChatTemplate:
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
         except jinja2.TemplateError as error:
-            raise CheckpointError(f"the checkpoint's chat template is no valid Jinja: {error}") from None
+            raise CheckpointError(f"the checkpoint's chat template is not valid Jinja: {error}") from None
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ChatTemplate | None:

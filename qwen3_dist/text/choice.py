@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qwen3_dist.errors import RequestError
 from qwen3_dist.protocol.outputs import PromptLogprobs, TokenDelta, TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
 from qwen3_dist.text.detokenizer import TextStream
@@ -139,6 +140,37 @@ class Choice:
         """The stop token that ended the choice; EOS is none."""
         last = delta.token_ids[-1] if delta.finish_reason == "stop" and delta.token_ids else None
         return last if last in self._stop_token_ids else None
+
+
+class Choices:
+    """All choices of one prompt, numbered from `first_index`."""
+
+    def __init__(
+        self, params: SamplingParams, tokenizer: Tokenizer | None, reading: Reading, first_index: int = 0
+    ) -> None:
+        self._choices = [Choice(first_index + i, params, tokenizer, reading) for i in range(params.n)]
+
+    @property
+    def done(self) -> bool:
+        return all(choice.done for choice in self._choices)
+
+    def advance(self, deltas: Iterable[TokenDelta], abort: Callable[[int], object]) -> list[ChoiceDelta]:
+        """The text deltas of one step, for those choices that were not done yet.
+
+        Calls `abort` with the engine's index of each choice that a stop string or a last tool call ended, since the
+        engine would continue it. Raises RequestError if the engine could not go on with a choice.
+        """
+        shown = []
+        for delta in deltas:
+            if delta.error is not None:
+                raise RequestError(delta.error)
+            choice = self._choices[delta.index]
+            if choice.done:
+                continue
+            shown.append(choice.advance(delta))
+            if choice.done and delta.finish_reason is None:
+                abort(delta.index)
+        return shown
 
 
 class _Thinking:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
-from qwen3_dist.text.marks import begun_mark
+from qwen3_dist.text.partial_match import partial_match
 from qwen3_dist.text.tokenizer import Tokenizer
 
 # What begins no character, though Python's decoder waits for a third byte, which it could let pass.
@@ -81,7 +81,7 @@ class TextStream:
             after, before, self.stopped_by = min(matches)
             end = after if self._include_stop else before
         else:
-            end = len(text) if final else len(text) - begun_mark(text, self._stop)
+            end = len(text) if final else len(text) - partial_match(text, self._stop)
         self._held = "" if self.stopped else text[end:]
         if end:
             self._shown.append(text[:end])

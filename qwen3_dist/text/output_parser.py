@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed
+from qwen3_dist.text.partial_match import partial_match
 from qwen3_dist.text.reasoning import Reasoning
 from qwen3_dist.text.tool_calls.stream import ToolCalls
 from qwen3_dist.text.tool_calls.tags import FUNCTION
@@ -71,7 +71,7 @@ class _Drafts:
         if found := call or _BEGUN.search(self._held):
             certain = found.start()
         else:
-            certain = len(self._held) - begun_mark(self._held, self._openings)
+            certain = len(self._held) - partial_match(self._held, self._openings)
         shown = self._held[:certain].rstrip("\n")
         self._held = self._held[len(shown) :]
         return shown

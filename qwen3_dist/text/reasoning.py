@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed
+from qwen3_dist.text.partial_match import partial_match
 
 _OPENS, _CLOSES = "<think>", "</think>"
 
@@ -88,7 +88,7 @@ class Reasoning:
             self._step = self._read_first_content
             self._unread = rest
             return Parsed(reasoning=thought.rstrip("\n"))
-        certain = thought[: len(thought) - begun_mark(thought, (_CLOSES,))].rstrip("\n")
+        certain = thought[: len(thought) - partial_match(thought, (_CLOSES,))].rstrip("\n")
         self._unread = thought[len(certain) :]
         return Parsed(reasoning=certain)
 

@@ -118,7 +118,7 @@ def _kind(literal: str) -> str | None:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 def _number_of_digits(digits: str) -> int:

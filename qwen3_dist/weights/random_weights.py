@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qwen3_dist.weights.plan import Piece
+from qwen3_dist.weights.weight_plan import Piece
 
 _CHUNK = 1 << 22  # elements drawn at a time: bounds the memory, and lets a rank draw few rows but its own
 

@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
-from qwen3_dist.garbage_collection import exempt_present_objects
+from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, connect
 from qwen3_dist.protocol.messages import Failed, Loaded, Loading, RankSpec, Ready
 from qwen3_dist.protocol.step_limits import SchedulerLimits
@@ -81,7 +81,7 @@ def _serve(spec: RankSpec, channel: Channel, joined: Joined, doing: Doing) -> No
     limits = SchedulerLimits.of(spec.config, joined.device.type, num_blocks)
     runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs, path)
     runner.warm_up()
-    exempt_present_objects()
+    freeze_gc_heap()
     channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat))
     run_steps(channel, runner, joined.device.type == "cuda", doing)
     runner.close()  # on a clean end, before the process groups are left

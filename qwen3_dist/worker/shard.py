@@ -19,8 +19,8 @@ from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import uses_all_to_all
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.weights.adapters import load_adapters
 from qwen3_dist.weights.loader import Progress, load_model
+from qwen3_dist.weights.lora_loader import load_adapters
 from qwen3_dist.worker import kv_cache
 
 

@@ -106,6 +106,6 @@ def _config_alone(path: str, folder: Path) -> str:
     """A folder with nothing but the given config, since weights beside it are not wanted."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ConfigError(f"--random-weights needs a config.json, and {path} is none")
+        raise ConfigError(f"--random-weights needs a config.json, which {path} is not")
     shutil.copy(file, folder / "config.json")
     return str(folder)

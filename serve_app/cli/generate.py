@@ -25,7 +25,9 @@ _MAX_TOKENS = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
-        "text", nargs="?", help='a prompt; one alone that is no model\'s name, as "Hello there", is one too'
+        "text",
+        nargs="?",
+        help='a prompt; one alone that is not a model\'s name, as "Hello there", is one too',
     )
     parser.add_argument(
         "--prompt",
@@ -162,4 +164,4 @@ def _token_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of token ids") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of token ids") from None

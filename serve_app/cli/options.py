@@ -8,7 +8,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qwen3_dist.adapters import Adapters
+from qwen3_dist.lora_adapters import LoraAdapters
 from serve_app.cli.parser import Switch
 from serve_app.settings import setting_types
 
@@ -42,7 +42,7 @@ def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """Raises argparse.ArgumentTypeError for what is no whole number of at least 1."""
     if not (text.isascii() and text.isdigit()) or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 
@@ -61,7 +61,7 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
         if field.name in skip:
             continue
         kind = kinds[field.name]
-        repeated = kind is Adapters or typing.get_origin(kind) is Mapping
+        repeated = kind is LoraAdapters or typing.get_origin(kind) is Mapping
         has_default = field.default is not dataclasses.MISSING
         default = "unset" if field.default is None else str(field.default) if has_default else ""
         choices = field.metadata.get("choices")
@@ -89,6 +89,6 @@ def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Mapping:
         return "NAME=VALUE"
     kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
-    return {int: "N", float: "X", str: "TEXT", bool: "true|false", Adapters: "NAME=PATH"}.get(
+    return {int: "N", float: "X", str: "TEXT", bool: "true|false", LoraAdapters: "NAME=PATH"}.get(
         kinds[0], kinds[0].__name__.upper()
     )

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from qwen3_dist.step_defaults import STEP_DEFAULTS
 from serve_app.cli.options import add_model_and_cluster, given_cluster
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _LEGEND = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cpu, gpu = (STEP_DEFAULTS[kind].max_num_batched_tokens for kind in ("cpu", "cuda"))
     add_model_and_cluster(parser)
     for name, what in (
         ("input-len", "tokens of each prompt"),
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help="most tokens of a step (default: 8192; 1024 where ranks share the cores of one host)",
+        help=f"most tokens of a step (default: {gpu}; {cpu} where ranks share the cores of one host)",
     )
     parser.add_argument(
         "--expert-imbalance",
@@ -93,8 +95,7 @@ def _request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
 
     names = [field.name for field in dataclasses.fields(PlanRequest)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if cluster.shared_host:
-        given.setdefault("max_num_batched_tokens", 1024)
+    given.setdefault("max_num_batched_tokens", STEP_DEFAULTS[cluster.device_kind].max_num_batched_tokens)
     return PlanRequest(**given)
 
 

@@ -197,7 +197,7 @@ def _replica(args: argparse.Namespace, cost: CostModel) -> Any:
         if getattr(args, name) is not None
     }
     engine = EngineConfig(**given)
-    device = "cpu" if cost.cluster.shared_host else "cuda"
+    device = cost.cluster.device_kind
     wanted = SchedulerLimits.of(engine, device, sys.maxsize)
     capacity = cost.kv_capacity_tokens(wanted.max_num_batched_tokens, wanted.max_num_seqs)
     num_blocks = engine.num_blocks or capacity // engine.block_size
@@ -264,7 +264,9 @@ def _rates(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate or list of rates, as in 4 or 2,8,2") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither a rate nor a list of rates, as in 4 or 2,8,2"
+        ) from None
 
 
 def _flag(name: str) -> str:

@@ -20,9 +20,7 @@ from serve_app.apis.error_forms import ANTHROPIC, error_form
 from serve_app.apis.shared.errors import to_json
 from serve_app.ingress.admission import HOLDS_HEADER, LIMIT_HEADER, OverloadedError, spread
 
-# Serve's setting for a function that returns middlewares of its proxies, and ours for it.
-SETTING = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-IMPORT_PATH = "serve_app.ingress.proxy.middlewares"
+IMPORT_PATH = "serve_app.ingress.proxy.middlewares"  # what Serve is told
 _ASK_EVERY_S = 1.0  # one request more than the limit, which may have grown
 _MOST_PATHS = 64
 

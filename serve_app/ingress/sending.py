@@ -13,6 +13,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from cluster.ray_private import unsent_messages
 from qwen3_dist.errors import QwenDistError, RequestError
 from serve_app.ingress.late_stream import LateStream
 
@@ -23,15 +24,13 @@ _UNSENT = "qwen3_dist.unsent"
 
 
 def watch_sending(scope: Scope, send: Send) -> None:
-    """Lets responses to `scope` see what Serve has not yet passed on of what was given to `send`.
+    """Lets responses to `scope` see which of the messages given to `send` Serve has not passed on yet.
 
-    Serve's `send` puts messages on a queue and never waits. Its proxy takes them as fast as the client reads if it
-    talks to deployments by gRPC; else at once.
+    Serve's proxy takes them as fast as the client reads if it talks to deployments by gRPC, otherwise at once.
     """
-    for cell in getattr(send, "__closure__", None) or ():
-        queue = getattr(cell.cell_contents, "_message_queue", None)  # of Serve's MessageQueue
-        if queue is not None:
-            scope[_UNSENT] = queue
+    unsent = unsent_messages(send)
+    if unsent is not None:
+        scope[_UNSENT] = unsent
 
 
 async def _await_reader(scope: Scope, timeout_s: float) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.util import placement_group_table
 
+from cluster.ray_private import replica_name_prefix, serve_client
 from qwen3_dist.errors import ConfigError, ResourceError
 from serve_app.settings import ServiceConfig
 
 _SAME_HOST = {"localhost": "127.0.0.1"}
-_REPLICA_NAME = "SERVE_REPLICA::{}#{}#"  # what Serve calls the actors and placement groups of a deployment
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class ServeInstance:
 
 def running_serve() -> ServeInstance | None:
     """The cluster's Serve; None if none runs. Raises RayError while its controller cannot be asked."""
-    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    client = serve_client()
     if client is None:
         return None
     details = client.get_serve_details()
@@ -103,7 +102,7 @@ def require_place(config: ServiceConfig, instance: ServeInstance) -> None:
 
 def unplaced_bundles(name: str, deployment: str) -> str:
     """The bundles of a replica of application `name` that waits for resources, as text; "" if none does."""
-    beginning = _REPLICA_NAME.format(name, deployment)
+    beginning = replica_name_prefix(name, deployment)
     for group in placement_group_table().values():
         if group["state"] == "PENDING" and group["name"].startswith(beginning):
             return ", ".join(str(bundle) for bundle in group["bundles"].values())

@@ -22,13 +22,13 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from cluster import ray_cluster
+from cluster import ray_cluster, ray_private
 from qwen3_dist import errors
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.engine import check_context
 from qwen3_dist.errors import QwenDistError, ResourceError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
-from qwen3_dist.weights.adapters import open_adapters
+from qwen3_dist.weights.lora_loader import open_adapters
 from qwen3_dist.weights.source import resolve_config
 from qwen3_dist.worker.cards import local_device
 from serve_app.app import INGRESS, QUIET, REPLICA, bind
@@ -94,7 +94,9 @@ def running_service(
         local_device(config.engine.device)  # the local Ray has no other GPUs
         check_port(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    os.environ.setdefault(proxy.SETTING, proxy.IMPORT_PATH)  # inherited by a Ray that is started here
+    os.environ.setdefault(
+        ray_private.PROXY_MIDDLEWARES, proxy.IMPORT_PATH
+    )  # inherited by a Ray that is started here
     on_sigterm = signal.getsignal(signal.SIGTERM)
     started_ray = ray_cluster.connect(ray_address)
     signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would abort this process
@@ -116,8 +118,7 @@ def running_service(
                 end_unused_serve()
     finally:
         ray_cluster.shutdown()
-        # Serve would take the next Ray of this process for this one, since both name their job alike.
-        serve.context._set_global_client(None)
+        ray_private.forget_serve()
 
 
 @contextlib.contextmanager

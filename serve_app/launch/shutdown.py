@@ -11,6 +11,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from cluster.ray_private import delete_application
 from serve_app.launch.serve_instance import RunningApplication, is_running
 
 _POLL_S = 0.2
@@ -55,7 +56,7 @@ def drain(
 
 def delete(application: RunningApplication, hurry: Callable[[], bool]) -> None:
     """Deletes the application and waits until it is gone, a minute at most and no longer once `hurry` says so."""
-    serve.delete(application.name, _blocking=False)
+    delete_application(application.name)
     deadline = time.monotonic() + _DELETE_S
     while is_running(application) and not hurry() and time.monotonic() < deadline:
         time.sleep(_POLL_S)

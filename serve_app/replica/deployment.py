@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError
-from qwen3_dist.garbage_collection import exempt_present_objects
+from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
@@ -46,7 +46,7 @@ class EngineReplica:
         self._handler = RequestHandler(
             self._engine, config.served_name, defaults, thinking, config.tool_call_form
         )
-        exempt_present_objects()
+        freeze_gc_heap()
 
     async def answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
         """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.

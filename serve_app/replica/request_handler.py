@@ -19,7 +19,7 @@ from typing import Any
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
+from qwen3_dist.text.choice import ChoiceDelta, Choices, Reading, join
 from qwen3_dist.text.tool_calls.stream import ToolCallForm
 from serve_app.apis.shared.answer import Answer, Served
 from serve_app.apis.shared.errors import to_json
@@ -175,22 +175,13 @@ class RequestHandler:
     async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
         params = job.params
-        choices = [
-            Choice(first_index + i, params, self._engine.tokenizer, job.reading) for i in range(params.n)
-        ]
+        choices = Choices(params, self._engine.tokenizer, job.reading, first_index)
         request_id = uuid.uuid4().hex
         generated = self._engine.generate(prompt, params, request_id, job.priority, job.lora)
         async with aclosing(generated) as steps:
             async for step in steps:
-                shown = []
-                for delta in step:
-                    if choices[delta.index].done:
-                        continue
-                    shown.append(choices[delta.index].advance(delta))
-                    if choices[delta.index].done and delta.finish_reason is None:  # a stop string
-                        self._engine.abort(request_id, delta.index)
-                yield shown
-                if all(choice.done for choice in choices):
+                yield choices.advance(step, lambda index: self._engine.abort(request_id, index))
+                if choices.done:
                     return
 
 

@@ -199,7 +199,7 @@ def test_the_cache_is_what_weights_and_activations_leave() -> None:
     assert (
         CostModel(
             DENSE, Layout(), cluster(device=replace(PLAIN.device, memory_bytes=1000))
-        ).kv_capacity_tokens()
+        ).kv_capacity_tokens(8192, 256)
         < 0
     )
 

@@ -63,11 +63,11 @@ def test_gpus_may_be_given_by_nodes() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("H100", "'H100' is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"),
+        ("H100", "'H100' is not a number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"),
         ("8xT4", "no preset is called 'T4'; there are A100, H100, H200, B200, or give --cluster FILE.yaml"),
         (
             "0xH100",
-            "'0xH100' is no number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs",
+            "'0xH100' is not a number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs",
         ),
         ("12xH100", "num_devices=12 does not fill nodes of 8; 8 or 16 do"),
     ],
@@ -116,7 +116,7 @@ def test_a_wrong_number_of_gpus_is_refused(text: str, message: str) -> None:
         ("step_overhead_s: 0", "preset: V100", 11, "no preset is called 'V100'"),
         ("step_overhead_s: 0", "shared_host: maybe", 11, "shared_host must be true or false, not 'maybe'"),
         ("memory_utilization: 1", "row_rates: [[4, 1e9], [1, 1e9]]", 6, "row_rates must be positive pairs"),
-        ("inside: {", "inside: {{", 10, "this is no YAML"),
+        ("inside: {", "inside: {{", 10, "this is not valid YAML"),
     ],
 )
 def test_a_wrong_file_is_refused_with_line_and_reason(

@@ -15,11 +15,12 @@ from cluster.planning.official import find_config
 from cluster.simulation.arrivals import Request
 from cluster.simulation.autoscaler import AutoscalingConfig
 from cluster.simulation.replica import ReplicaConfig
-from cluster.simulation.report import Limits, percentiles, plot_replicas, summarize, weighted_percentiles
+from cluster.simulation.report import Limits, plot_replicas, summarize
 from cluster.simulation.service import Outcome, ServiceSimulation, simulate
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
+from qwen3_dist.percentiles import percentiles, weighted_percentiles
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 
 

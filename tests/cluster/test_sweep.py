@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from cluster.hardware import Link, as_dict
-from cluster.planning.burst import BurstPoint, predict_burst
+from cluster.planning.burst import predict_burst
+from cluster.planning.burst_point import BurstPoint
 from cluster.planning.cost_model import CostModel
 from cluster.sweep.report import Row, order_agreement, summary
 from cluster.sweep.run import SweepFolder, SweepWorkload, read_workload, run_sweep

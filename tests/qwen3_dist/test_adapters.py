@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.adapters import Adapters
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
 from qwen3_dist.launch.processes import shared_nursery
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.model.lora import LowRank
 from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.protocol.outputs import RequestOutput
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig, read_settings
-from qwen3_dist.weights.adapters import Adapter
+from qwen3_dist.weights.lora_loader import Adapter
 from tests.adapters import ATTENTION, EVERYTHING, merge, write_adapter
 from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint
@@ -188,7 +188,9 @@ def test_a_row_meets_its_own_adapter_alone() -> None:
 def test_an_unknown_adapter_is_refused_by_name(families: dict[str, Family]) -> None:
     family = families["dense"]
     with LLM(str(family.base), lora=family.lora, use_tqdm=False) as llm:
-        with pytest.raises(RequestError, match=r"'other' is no adapter here; .* wide, narrow") as refusal:
+        with pytest.raises(
+            RequestError, match=r"'other' is not a LoRA adapter here; .* wide, narrow"
+        ) as refusal:
             llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora="other")
         assert (refusal.value.param, refusal.value.status) == ("model", 404)
         with pytest.raises(RequestError, match="2 adapters for 4 prompts"):
@@ -209,7 +211,7 @@ def test_an_unknown_adapter_is_refused_by_name(families: dict[str, Family]) -> N
 def test_adapters_are_named_in_yaml_and_on_the_command_line(given: Any) -> None:
     lora = read_settings(EngineConfig, {"lora": given}).lora
     assert lora.pairs == (("a", "x"), ("b", "y/z"))
-    assert Adapters.parse(str(lora)) == lora
+    assert LoraAdapters.parse(str(lora)) == lora
 
 
 @pytest.mark.parametrize(
@@ -219,8 +221,8 @@ def test_adapters_are_named_in_yaml_and_on_the_command_line(given: Any) -> None:
         ("a=x,", "lora has '' where name=path is expected"),
         (7, "lora has 7 where"),
         ({"a": 7}, "lora has .* where name=path"),
-        ("=x", "lora '' is no name"),
-        ("a b=x", "lora 'a b' is no name"),
+        ("=x", "lora '' is not a valid name"),
+        ("a b=x", "lora 'a b' is not a valid name"),
         ("a=", "lora a has '' where a path"),
         ({"a": "x,y"}, "lora a has 'x,y' where a path without commas"),
         (["a=x", "a=y"], "lora names a twice"),
@@ -314,7 +316,7 @@ def test_weights_beside_an_adapters_file_are_not_the_adapters(
     family = families["dense"]
     shutil.copytree(family.lora["narrow"], tmp_path, dirs_exist_ok=True)
     shutil.copy(family.base / "model.safetensors", tmp_path)
-    [(name, path)] = Adapters.parse(f"mine={tmp_path}").pairs
+    [(name, path)] = LoraAdapters.parse(f"mine={tmp_path}").pairs
     config = ModelConfig.from_directory(family.base)
     assert Adapter.open(name, path, config).pairs == Adapter.open("n", family.lora["narrow"], config).pairs
 

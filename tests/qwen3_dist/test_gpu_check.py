@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import record
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import experts
 from benchmarks.gpu_check.check import CheckFailed, Setting
@@ -170,15 +171,17 @@ def test_a_python_without_torch_is_named_with_the_way_out(
 def test_some_checks_alone_leave_the_results_of_all_and_words_that_no_check_has_are_refused(
     words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    about = {"hardware": {"cpu": "AMD EPYC", "cores": 2}, "versions": {"commit": "abc"}}
+
     def run(stage: Stage, *_: object) -> StageReport:
-        checks = [Check("one", "passed", 1.0, "", {"versions": {"commit": "abc"}})]
+        checks = [Check("one", "passed", 1.0, "", about)]
         return report(stage.name, *(checks if words == "one" or stage.name == "machine" else []))
 
     monkeypatch.setattr(gpu_check, "run_stage", run)
-    monkeypatch.setattr(gpu_check, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
     if words == "one":
         assert gpu_check.main(["--device", "cpu", "--only", words]) == 0
-        assert [file.name for file in tmp_path.iterdir()] == ["gpu-check-cpu-part.json"]
+        assert [file.name for file in tmp_path.iterdir()] == ["gpu-check-part-amd-2cores.json"]
         assert "PASSED on the CPU, which shows nothing of GPUs" in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit, match="2"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwen3_dist.engine.request_queue import MOST_PLACES, places
+from qwen3_dist.engine.request_queue import MAX_PRIORITY_STEPS, priority_steps
 from qwen3_dist.engine.scheduler import Scheduler
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.protocol.step_plan import LAST_SAMPLED, StepPlan, StepResult
@@ -137,7 +137,7 @@ def test_a_lower_priority_value_goes_first_and_a_preempted_sequence_keeps_its_pl
 def test_no_priority_waits_for_ever(priority: int, others: int, waits: int) -> None:
     scheduler = make_scheduler(seqs=1)
     scheduler.add(make_sequence(0, 3, max_tokens=1, priority=priority))
-    for seq_id in range(1, 4 * MOST_PLACES):
+    for seq_id in range(1, 4 * MAX_PRIORITY_STEPS):
         scheduler.add(make_sequence(seq_id, 3, max_tokens=1, priority=others))
         plan = planned(scheduler)
         scheduler.update(plan, answer(plan))
@@ -148,7 +148,9 @@ def test_no_priority_waits_for_ever(priority: int, others: int, waits: int) -> N
 
 def test_each_priority_goes_before_the_next_higher_one() -> None:
     in_order = [-(2**31), -1000, -100, -11, -10, -2, -1, 0, 1, 2, 10, 11, 100, 1000, 2**31 - 1]
-    assert [places(priority) for priority in in_order] == sorted({places(p) for p in in_order})
+    assert [priority_steps(priority) for priority in in_order] == sorted(
+        {priority_steps(p) for p in in_order}
+    )
 
 
 def choices(request: str, seq_ids: range, max_tokens: int = 50) -> list[Sequence]:

@@ -247,7 +247,7 @@ def test_a_directory_without_a_template_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"chat_template.jinja": "{% if %}"}, "no valid Jinja"),
+        ({"chat_template.jinja": "{% if %}"}, "not valid Jinja"),
         ({"tokenizer_config.json": "{"}, "cannot be read as JSON"),
         ({"tokenizer_config.json": "[]"}, "JSON object"),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "'default'"),

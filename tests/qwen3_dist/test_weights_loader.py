@@ -237,7 +237,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     edit_config(path, **shape)
     config = ModelConfig.from_directory(path)
     from qwen3_dist.layout import Layout
-    from qwen3_dist.weights.plan import WeightPlan
+    from qwen3_dist.weights.weight_plan import WeightPlan
 
     pieces = WeightPlan(config, Layout(), set()).pieces(Layout().coords(0))
     tensors = {piece.source: torch.ones(piece.shape, dtype=torch.bfloat16) for piece in pieces}

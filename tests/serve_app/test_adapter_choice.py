@@ -84,7 +84,9 @@ def test_a_stream_names_the_adapter(handler: RequestHandler, api: str) -> None:
 
 @pytest.mark.parametrize("api", APIS)
 def test_a_model_that_is_no_adapter_is_404_and_the_engine_goes_on(handler: RequestHandler, api: str) -> None:
-    with pytest.raises(RequestError, match="'other' is no adapter here; the adapters are mine") as refusal:
+    with pytest.raises(
+        RequestError, match="'other' is not a LoRA adapter here; the adapters are mine"
+    ) as refusal:
         asyncio.run(handler.respond(asked(api, model="other")))
     assert (refusal.value.param, refusal.value.status) == ("model", 404)
     assert asyncio.run(handler.respond(asked(api, model="mine")))

@@ -63,4 +63,4 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str], 
     assert "lower --input-len or --output-len" in refusal(
         capsys, "bench", "throughput", "--input-len", "9000"
     )
-    assert "'0' is no positive number" in refusal(capsys, "bench", "throughput", "--num-prompts", "0")
+    assert "'0' is not a positive number" in refusal(capsys, "bench", "throughput", "--num-prompts", "0")

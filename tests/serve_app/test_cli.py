@@ -74,7 +74,7 @@ def test_a_checkpoint_without_a_tokenizer_generates_from_token_ids(
         (["generate", "--prompt-ids", "1", "--chat"], "--chat"),
         (["generate", "/no/such/model", "--prompt", "hi"], "/no/such/model"),
         (["inspect", "/no/such/model"], "/no/such/model"),
-        (["inspect", "--world", "-3"], "'-3' is no positive number"),
+        (["inspect", "--world", "-3"], "'-3' is not a positive number"),
         (["serve", "/no/such/model"], "/no/such/model"),
         (["serve", "--max-model-len", "4097"], "max_model_len=4097 exceeds the model's context of 4096"),
         (["generate", "--prompt", "hi", "--max-model-len", "4097"], "exceeds the model's context of 4096"),

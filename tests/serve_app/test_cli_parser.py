@@ -218,7 +218,7 @@ def test_a_gpu_that_torch_cannot_use_is_refused_at_once(
 
 
 def test_the_docs_page_loads_nothing_from_elsewhere() -> None:
-    api = make_api({}, lambda request: None)
+    api = make_api(lambda request: None)
     with TestClient(api) as client:
         for page in ("/docs", "/redoc"):
             text = client.get(page).text

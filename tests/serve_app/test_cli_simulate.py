@@ -95,7 +95,7 @@ def test_a_wrong_trace_is_refused_with_its_line(capsys: pytest.CaptureFixture[st
         (("--rate", "4"), "--duration is missing; give --trace, or --rate, --duration, --input-len and"),
         (("--trace", "x.csv", "--rate", "4"), "leave --rate out"),
         (("--trace", "x.csv"), "x.csv: the trace cannot be read"),
-        (("--rate", "4,x"), "'4,x' is no rate or list of rates"),
+        (("--rate", "4,x"), "'4,x' is neither a rate nor a list of rates"),
         ((*LOAD, "--layout", "tp=16"), "tp=16 would not stay inside nodes of 8"),
         ((*LOAD, "--layout", "tp=8,dp=2"), "layout tp=8,dp=2 needs 16 devices and the cluster has 8"),
         ((*LOAD, "--layout", "tp=3"), "n_heads=32 is not divisible by tp=3"),

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from qwen3_dist.text.marks import begun_mark
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
+from qwen3_dist.text.partial_match import partial_match
 from qwen3_dist.text.tool_calls import tags
 from qwen3_dist.text.tool_calls.block import Block
 from qwen3_dist.text.tool_calls.json_form import JsonCall, ends_in_string, is_json, json_block
@@ -105,7 +105,7 @@ class ToolCalls:
 
     def _read_content(self) -> bool:
         found = [(self._unread.find(tag), tag) for tag in self.openings if tag in self._unread]
-        at, opening = min(found, default=(len(self._unread) - begun_mark(self._unread, self.openings), ""))
+        at, opening = min(found, default=(len(self._unread) - partial_match(self._unread, self.openings), ""))
         self._show(self._unread[:at])
         self._unread = self._unread[at:]
         if not opening:
@@ -130,7 +130,9 @@ class ToolCalls:
         is_xml = isinstance(call, XmlCall)
         mark = None if is_xml else re.search(f"{OPENS}|{CLOSES}", self._unread)
         if not call.done:
-            certain = mark.start() if mark else len(self._unread) - begun_mark(self._unread, (OPENS, CLOSES))
+            certain = (
+                mark.start() if mark else len(self._unread) - partial_match(self._unread, (OPENS, CLOSES))
+            )
             taken = call.read(self._unread[:certain])
             self._taken.append(self._unread[:taken])
             self._unread = self._unread[taken:]
@@ -260,7 +262,7 @@ class ToolCalls:
                 self._unread = ""
                 return
             self._unread = "".join(self._taken) + self._unread
-        text = self._unread[: len(self._unread) - begun_mark(self._unread, tags.CLOSING_AT_THE_END)]
+        text = self._unread[: len(self._unread) - partial_match(self._unread, tags.CLOSING_AT_THE_END)]
         block = self._block(text)
         is_whole = bool(block.calls) and not block.is_cut and (block.is_closed or not cut)
         if self._ends and not is_whole:

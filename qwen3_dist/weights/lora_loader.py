@@ -1,0 +1,203 @@
+"""Loads LoRA adapters in PEFT's format: this rank's part of them, beside the products that they change.
+
+An adapter's pair for a weight [O, I] is `lora_A` [r, I] and `lora_B` [O, r]. Where the weight is cut by outputs
+B is, where it is cut by inputs A is: so `WeightPlan` says of adapters too which rank reads what.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.layout import Layout
+from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.model.linear import Linear
+from qwen3_dist.model.lora import LowRank
+from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.text.sidecars import read_json_object
+from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.weights.weight_plan import Piece, WeightPlan
+
+_CONFIG = "adapter_config.json"
+_ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
+_PREFIX = "base_model.model."
+# What an adapter may say of the kinds of LoRA that are not built, and of those that change the base's weights.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None, {}),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
+    """Puts this rank's part of every adapter beside the products of `model`, in its dtype.
+
+    Raises what `open_adapters` does.
+    """
+    loaded = open_adapters(adapters, model.config)
+    if not loaded:
+        return
+    largest = max(adapter.rank for adapter in loaded)
+    plan = WeightPlan(model.config, model.parallel.layout, set())
+    for piece in _products(plan.pieces(model.parallel.coords)):
+        adapting = [adapter.pair_of(piece.source) in adapter.pairs for adapter in loaded]
+        if not any(adapting):
+            continue
+        layer = model.get_submodule(piece.parameter.removesuffix(".weight"))
+        assert isinstance(layer, Linear)
+        a, b = (
+            torch.zeros(len(loaded), largest, width, dtype=model.dtype, device=model.device)
+            for width in (layer.in_features, layer.out_features)
+        )
+        for place, adapter in enumerate(loaded):
+            if adapting[place]:
+                adapter.read(piece, a[place], b[place])
+        layer.low_rank = LowRank(a, b)
+
+
+def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
+    """Finds every adapter and looks it over.
+
+    Raises CheckpointError, naming the adapter, for one that is damaged, of a kind that is not built, or for another
+    model than `config`'s.
+    """
+    return [Adapter.open(name, path, config) for name, path in adapters.pairs]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter's files, found to be in order; `pairs` are the weights that it changes, as it names them."""
+
+    files: CheckpointFiles
+    rank: int
+    scale: float
+    pairs: frozenset[str]
+
+    @classmethod
+    def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
+        everything = WeightPlan(model_config, Layout(), set()).pieces(Layout().coords(0))
+        shapes = {cls.pair_of(piece.source): piece.shape for piece in _products(everything)}
+        try:
+            where = resolve_model(path)
+            config = read_json_object(where / _CONFIG)
+            rank, scale = _rank_and_scale(config)
+            files = CheckpointFiles(where, _weights_of(where))
+            return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
+        except CheckpointError as error:
+            raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
+
+    @staticmethod
+    def pair_of(source: str) -> str:
+        return _PREFIX + source.removesuffix(".weight")
+
+    def read(self, piece: Piece, a: Tensor, b: Tensor) -> None:
+        """Fills a [R, I] and b [R, O] of this rank's part of a weight as far as this adapter's rank goes."""
+        outputs, inputs = (*piece.index, slice(None))[:2]
+        to_outputs, to_inputs = (*piece.target, slice(None))[:2]
+        pair, whole = self.pair_of(piece.source), slice(None)
+        self.files.read(f"{pair}.lora_A.weight", (whole, inputs), a[: self.rank, to_inputs])
+        out = torch.empty(b[0, to_outputs].shape[0], self.rank)
+        self.files.read(f"{pair}.lora_B.weight", (outputs, whole), out)
+        b[: self.rank, to_outputs] = out.mul_(self.scale).t().to(b)
+
+
+def _weights_of(path: Path) -> dict[Path, set[str] | None]:
+    """PEFT's one file of weights; others beside it, such as a merged model's, are not the adapter's."""
+    file = path / "adapter_model.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no {file.name}, which is PEFT's file of weights; save it so")
+    return {file: None}
+
+
+def _products(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The weights that adapters may change."""
+    for piece in pieces:
+        module, _, kind = piece.parameter.rpartition(".")
+        if kind == "weight" and module.rpartition(".")[2] in _ADAPTED:
+            yield piece
+
+
+def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
+    if not config:
+        raise CheckpointError(f"it has no {_CONFIG}; give the directory of an adapter in PEFT's format")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key, neutral[0]) not in neutral:
+            raise CheckpointError(f"{_CONFIG} has {key}={config[key]!r}, which is not supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise CheckpointError(f"{_CONFIG} has r={rank!r} where a positive integer is expected")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise CheckpointError(f"{_CONFIG} has lora_alpha={alpha!r} where a number is expected")
+    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _checked_pairs(
+    files: CheckpointFiles, config: dict[str, Any], rank: int, shapes: dict[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """The weights that the files' tensors change, of those whose `shapes` are given; nothing missing or left over."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for pair, (outputs, inputs) in shapes.items():
+        expected |= {f"{pair}.lora_A.weight": (rank, inputs), f"{pair}.lora_B.weight": (outputs, rank)}
+    for name in sorted(files.names()):
+        if name not in expected:
+            raise CheckpointError(
+                f"it changes {name.removeprefix(_PREFIX)}; adapters may change the q, k, v and o_proj of attention "
+                "and the gate, up and down_proj of dense layers"
+            )
+        if files.shape(name) != expected[name]:
+            raise CheckpointError(
+                f"{name} has shape {list(files.shape(name))} where model and {_CONFIG} make it {list(expected[name])}"
+            )
+        files.dtype(name)
+    if not files.names():
+        raise CheckpointError("adapter_model.safetensors holds no tensor; train or fetch the adapter again")
+    pairs = frozenset(name.rpartition(".lora_")[0] for name in files.names())
+    missing = {f"{pair}.lora_{ab}.weight" for pair in pairs | _targets(config, shapes) for ab in "AB"}
+    missing -= files.names()
+    if missing:
+        raise CheckpointError(f"it lacks {min(missing)}; fetch it again")
+    return pairs
+
+
+def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """The weights that the adapter says it changes, where it says so for all layers."""
+    modules = config.get("target_modules")
+    if config.get("layers_to_transform") or config.get("exclude_modules") or not modules:
+        return set()
+    if modules == "all-linear":
+        return set(shapes)
+    if isinstance(modules, str):  # a regular expression of whole names
+        try:
+            targets = {pair for pair in shapes if re.fullmatch(modules, pair.removeprefix(_PREFIX))}
+        except re.error as error:
+            raise CheckpointError(f"{_CONFIG} has target_modules={modules!r}: {error}") from None
+        modules = [] if targets else [modules]
+    else:
+        targets = {pair for pair in shapes for module in modules if f".{pair}".endswith(f".{module}")}
+    for module in modules:
+        if not any(f".{pair}".endswith(f".{module}") for pair in shapes):
+            raise CheckpointError(f"{_CONFIG} targets {module!r}, which adapters may not change here")
+    return targets
