@@ -36,7 +36,7 @@ _PARTS = (
     ),
 )
 _KINDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
-_FORMS = {"Layout": "layout", "Speculation": "`ngram,k=N`", "Adapters": "`NAME=PATH`"}
+_FORMS = {"Layout": "layout", "Speculation": "`ngram,k=N`", "LoraAdapters": "`NAME=PATH`"}
 
 
 def page() -> str:
