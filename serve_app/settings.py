@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig, read_settings, setting
-from qwen3_dist.text.tool_calls.stream import ToolCallForm
+from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from qwen3_dist.weights.source import canonical_name
 
 BUNDLED_NAME = "qwen3-bundled"

@@ -113,6 +113,14 @@ def test_a_module_imports_only_its_own_room_and_those_above_it(module: str) -> N
     assert not below, f"{module} imports {below}, which comes after it in ROOMS"
 
 
+def test_no_file_is_longer_than_a_reader_keeps_in_mind() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.h", "*.cpp"], cwd=ROOT, capture_output=True, text=True
+    )
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked.stdout.split()}
+    assert lengths and not {name: lines for name, lines in lengths.items() if lines > 350}
+
+
 def test_every_room_has_a_module() -> None:
     assert {room(module) for module in EVERYTHING} == set(range(len(ROOMS)))
 

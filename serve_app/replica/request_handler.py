@@ -20,7 +20,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ChoiceDelta, Choices, Reading, join
-from qwen3_dist.text.tool_calls.stream import ToolCallForm
+from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from serve_app.apis.shared.answer import Answer, Served
 from serve_app.apis.shared.errors import to_json
 from serve_app.apis.shared.generation import GenerationRequest

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.parsed import Parsed
 from qwen3_dist.text.reasoning import Reasoning
-from qwen3_dist.text.tool_calls.stream import ToolCallForm
+from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from tests.qwen3_dist.test_text_tool_calls import call, cut_off, reader, tagged
 from tests.splits import cuts, however_cut, parsed
 

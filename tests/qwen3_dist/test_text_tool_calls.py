@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.parsed import OutputParser, Parsed, ToolCallDelta
 from qwen3_dist.text.reasoning import Reasoning
-from qwen3_dist.text.tool_calls.stream import ToolCallForm, ToolCalls, new_call_id, tool_call_form
+from qwen3_dist.text.tool_calls.stream import ToolCalls, new_call_id
+from qwen3_dist.text.tool_calls.tags import ToolCallForm, tool_call_form
 from tests.splits import however_cut, parsed, pieces_of
 
 BUNDLED = Path(__file__).resolve().parents[2] / "qwen3_dist" / "bundled"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.partial_match import partial_match
@@ -13,19 +13,11 @@ from qwen3_dist.text.tool_calls import tags
 from qwen3_dist.text.tool_calls.block import Block
 from qwen3_dist.text.tool_calls.json_form import JsonCall, ends_in_string, is_json, json_block
 from qwen3_dist.text.tool_calls.lenient_xml import xml_block
-from qwen3_dist.text.tool_calls.tags import CLOSES, FUNCTION, OPENS
+from qwen3_dist.text.tool_calls.tags import CLOSES, FUNCTION, OPENS, ToolCallForm
 from qwen3_dist.text.tool_calls.xml_form import XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
-ToolCallForm = Literal["json", "xml"]
 _MOST_ENDS = 8  # tags of one block at which it is tried as a whole
-
-
-def tool_call_form(template_source: str) -> ToolCallForm | None:
-    """The form that a chat template teaches: "json" as Qwen3's, "xml" as Qwen3-Coder's; None if it has none."""
-    if FUNCTION in template_source:
-        return "xml"
-    return "json" if OPENS in template_source else None
 
 
 def new_call_id() -> str:

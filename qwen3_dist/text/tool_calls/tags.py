@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
+ToolCallForm = Literal["json", "xml"]
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
@@ -19,6 +21,13 @@ AFTER_XML = re.compile(
     rf"{OPENS}\s{{0,3}}[{{\[]|{FUNCTION}|^(?P<inside>[ \t]{{0,4}}</?parameter[=>])", re.MULTILINE
 )
 MOST_AFTER_XML = 24  # characters of it
+
+
+def tool_call_form(template_source: str) -> ToolCallForm | None:
+    """The form that a chat template teaches: "json" as Qwen3's, "xml" as Qwen3-Coder's; None if it has none."""
+    if FUNCTION in template_source:
+        return "xml"
+    return "json" if OPENS in template_source else None
 
 
 def begins_closing(text: str) -> bool:

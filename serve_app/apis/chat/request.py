@@ -16,7 +16,8 @@ from qwen3_dist.structured.tool_grammar import compile_tool_calls
 from qwen3_dist.text.choice import Reading
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
-from qwen3_dist.text.tool_calls.stream import ToolCallForm, ToolCalls, tool_call_form
+from qwen3_dist.text.tool_calls.stream import ToolCalls
+from qwen3_dist.text.tool_calls.tags import ToolCallForm, tool_call_form
 from serve_app.apis.chat.answer import ChatAnswer
 from serve_app.apis.shared.answer import Answer, Served
 from serve_app.apis.shared.body import Json, Must, Range, about, read_body, validate, without_nulls

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast
 from qwen3_dist.errors import ContextLengthError, RequestError
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.text.tool_calls.stream import ToolCallForm
+from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from serve_app.apis.shared.body import ByType, Filled, Must, Range
 
 _EXPECTED = "text, a list of token ids, or a list of either, none of them empty"
