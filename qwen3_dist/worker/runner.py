@@ -48,7 +48,7 @@ class ModelRunner:
         self._parallel = model.parallel
         self._tp = model.parallel.tp
         graphs = config.cuda_graphs and can_capture(model)
-        spare = 1 if self._device.type == "cuda" else 0  # for rows and steps that are nobody's
+        spare = int(graphs or self._device.type == "cuda")  # a block for the rows of padding and of warm-up
         self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
         self._shapes = StepShapes.of(config, model, num_blocks, max_num_seqs)
         max_blocks = -(-self._shapes.max_model_len // config.block_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
-from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.model.transformer import Qwen3Model, TransformerBlock
 from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel import expert_exchange
@@ -153,7 +153,12 @@ def test_steps_of_the_histories_go_both_ways() -> None:
 
 
 def idle_groups_skip(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Qwen3Model, "_take_part", lambda *_: None)
+    whole = TransformerBlock.feed_forward
+
+    def skipping(self: TransformerBlock, x: Tensor, attended: Tensor, batch: StepBatch) -> Tensor:
+        return whole(self, x, attended, batch) if len(x) else x
+
+    patch.setattr(TransformerBlock, "feed_forward", skipping)
 
 
 def the_way_is_chosen_by_own_tokens(patch: pytest.MonkeyPatch) -> None:

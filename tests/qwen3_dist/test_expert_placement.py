@@ -81,18 +81,15 @@ def nursery() -> Iterator[None]:
         yield
 
 
-def routed(reference: ReferenceModel, sequences: list[tuple[list[int], int]]) -> dict[int, list[int]]:
-    """How many tokens of these sequences each expert of each MoE layer gets, by hooks on the oracle's routers. With
-    each comes how many of its first tokens nobody reads: the last layer gets none of them."""
+def routed(reference: ReferenceModel, sequences: list[list[int]]) -> dict[int, list[int]]:
+    """How many tokens of these sequences each expert of each MoE layer gets, by hooks on the oracle's routers."""
     counts: dict[int, list[int]] = {}
-    unread = 0
 
     def count(layer: int) -> None:
         gate = reference.blocks[layer].ff.gate  # type: ignore[union-attr]
 
         def hook(module: object, given: object, logits: torch.Tensor) -> None:
-            first = unread if layer == 3 else 0
-            chosen = logits.topk(2, dim=-1).indices[first:].flatten()
+            chosen = logits.topk(2, dim=-1).indices.flatten()
             totals = counts.setdefault(layer, [0] * 10)
             for expert in chosen.tolist():
                 totals[expert] += 1
@@ -101,7 +98,7 @@ def routed(reference: ReferenceModel, sequences: list[tuple[list[int], int]]) ->
 
     for layer in (0, 2, 3):
         count(layer)
-    for sequence, unread in sequences:  # noqa: B007 - the hooks read it
+    for sequence in sequences:
         reference(torch.tensor(sequence))
     return counts
 
@@ -132,7 +129,7 @@ def test_each_token_is_counted_once_for_each_expert_it_chose(
         outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         load = llm.expert_load()
     # The last token of a sequence is sampled and never computed.
-    sequences = [(o.prompt_token_ids + o.token_ids[:-1], len(o.prompt_token_ids) - 1) for o in outputs]
+    sequences = [o.prompt_token_ids + o.token_ids[:-1] for o in outputs]
     assert {layer: list(tokens) for layer, tokens in load.tokens.items()} == routed(
         load_reference(checkpoint), sequences
     )

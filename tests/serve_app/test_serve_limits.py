@@ -143,12 +143,13 @@ def test_more_requests_than_may_wait_are_429_and_those_that_wait_are_answered(li
             assert int(answer.headers["retry-after"]) > 0
 
 
-def test_what_waits_waits_in_the_engine(limited: str) -> None:
+def test_what_waits_waits_in_the_engine(limited: str, friend: httpx.Client) -> None:
     """Serve's router would look for room twice a second, and engines would idle."""
     replicas = serve.get_deployment_handle(REPLICA, NAME)
 
     async def most_in_engine() -> int:
         """Sequences that the engine has while one request of many runs and another waits."""
+        wait_for(lambda: friend.post(COMPLETIONS, json=SHORT).is_success)  # earlier requests have ended
         async with (
             httpx.AsyncClient(base_url=limited, timeout=60, headers=BEARER) as client,
             client.stream("POST", COMPLETIONS, json={**ENDLESS, "stream": True}) as running,
