@@ -44,8 +44,8 @@ class FeedForward(nn.Module):
         self.fc3 = Linear(hidden_dim, emb_dim, False, ops)
         self.gate_up = LinearGroup(ops, self.fc1, self.fc2)
 
-    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
-        """[T, D] -> [T, D]."""
+    def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None) -> Tensor:
+        """[T, D] -> [T, D], with the rows' adapters. Rows of `padding` are computed like others."""
         gate, up = self.gate_up.products(x, adapters)
         return self.fc3(self._ops.swiglu(gate, up), adapters)
 
@@ -143,7 +143,7 @@ class MoEFeedForward(nn.Module):
     def gathered(self, x: Tensor, transform: Transform, batch: StepBatch) -> Tensor:
         """The form for few tokens: x [T, D], the same on every tp rank -> a partial sum over tp.
 
-        `transform` norms rows and calls `local`.
+        `transform` is the norm before this layer and its `forward`.
         With several dp groups every rank gets the tokens of all; `batch` says how many each has.
         """
         if self._dp.size == 1:
@@ -171,17 +171,17 @@ class MoEFeedForward(nn.Module):
         out[rows] = transform(everybody[rows], None, None)
         return self._dp.reduce_scatter(out)[: len(x)]
 
-    def local(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """What this rank's experts make of x [n, D]; rows of `padding` [n] go to none."""
+    def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None = None) -> Tensor:
+        """What this rank's experts make of x [n, D]; rows of `padding` [n] go to none. No adapter changes experts."""
         expert_ids, weights = self.route(x)
         if padding is not None:
             expert_ids = expert_ids.masked_fill(padding[:, None], -1)
         return self.experts(self.all_gather.select(x, expert_ids, weights))
 
     def dispatched(self, x: Tensor, own_rows: range, batch: StepBatch) -> Tensor:
-        """The form for many: x [N, D] of this rank's tokens, `own_rows` of the group's and padding after -> [N, D].
+        """The form for many tokens: x [N, D] of this rank's, `own_rows` of the group's and padding after -> [N, D].
 
-        Where that gains, in two halves: one's rows travel while the other's experts compute.
+        Where that gains, in two micro-batches: one's rows travel while the other's experts compute.
         """
         own, level = len(x), -(-batch.largest_group // self._tp_size)
         if self._levels:
@@ -191,11 +191,14 @@ class MoEFeedForward(nn.Module):
         if batch.padding is not None:
             padding = batch.padding[own_rows.start : own_rows.stop, None]
             expert_ids[: len(own_rows)].masked_fill_(padding, -1)
-        halves = 2 if self.all_to_all.overlaps and level >= self._overlap_from else 1
+        batches = 2 if self.all_to_all.overlaps and level >= self._overlap_from else 1
         parts = zip(
-            x.tensor_split(halves), expert_ids.tensor_split(halves), weights.tensor_split(halves), strict=True
+            x.tensor_split(batches),
+            expert_ids.tensor_split(batches),
+            weights.tensor_split(batches),
+            strict=True,
         )
-        sums, most_rows = [], -(-level // halves)
+        sums, most_rows = [], -(-level // batches)
         started = [self.all_to_all.start_dispatch(*part, most_rows) for part in parts]
         for arriving in started:
             received, plan = arriving()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ from qwen3_dist.model.feed_forward import FeedForward, MoEFeedForward, Transform
 from qwen3_dist.model.norm import RMSNorm
 from qwen3_dist.model.rope import RopeTables
 from qwen3_dist.model.vocabulary import VocabParallelEmbedding, VocabParallelHead
-from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.parallel.context import ParallelContext
@@ -59,8 +59,8 @@ class TransformerBlock(nn.Module):
             _, columns = padded_range(config.hidden_dim, parallel.tp.size, parallel.tp.rank)
             self.ff = FeedForward(config.emb_dim, columns, ops)
         # Each with the norm before it. `finalize` may put kernels in their place.
-        self.attend: Attend = partial(_attend, self.norm1, self.att)
-        self.transform: Transform = partial(_transform, self.norm2, self.ff)
+        self.attend: Attend = partial(_after_norm, self.norm1, self.att)
+        self.transform: Transform = partial(_after_norm, self.norm2, self.ff)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
         """x [T, D] -> [T, D]."""
@@ -88,26 +88,8 @@ class TransformerBlock(nn.Module):
         return self._tp.all_gather(own)[:total]
 
 
-def _attend(
-    norm: RMSNorm,
-    att: GroupedQueryAttention,
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    cache: LayerCache,
-    batch: StepBatch,
-) -> Tensor:
-    return att(norm(x), cos, sin, cache, batch)  # type: ignore[no-any-return]
-
-
-def _transform(
-    norm: RMSNorm,
-    ff: FeedForward | MoEFeedForward,
-    x: Tensor,
-    padding: Tensor | None,
-    adapters: AdapterRows | None,
-) -> Tensor:
-    return ff.local(norm(x), padding) if isinstance(ff, MoEFeedForward) else ff(norm(x), adapters)
+def _after_norm(norm: RMSNorm, layer: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+    return layer(norm(x), *inputs)  # type: ignore[no-any-return]
 
 
 class Qwen3Model(nn.Module):

@@ -63,11 +63,6 @@ class StepBatch:
     def _rows_of_groups(self) -> dict[tuple[int, int], Tensor | None]:
         return {}
 
-    @property
-    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What kernels of whole halves and blocks ask for."""
-        return self.slots, self.block_tables, self.table_rows, self.context_lens, self.query_starts
-
     @cached_property
     def narrow(self) -> tuple[Tensor, Tensor, Tensor]:
         """Each sequence's own table [S, B], context_lens and query_starts as int32, made once a step."""

@@ -16,7 +16,6 @@ from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout
 from qwen3_dist.model.feed_forward import MoEFeedForward
 from qwen3_dist.ops import slices
-from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.communicator import SingleCommunicator
 from qwen3_dist.parallel.context import ParallelContext
@@ -301,16 +300,12 @@ def check_slices(parallel: ParallelContext) -> None:
     x = torch.randn(of_groups[parallel.coords.group], config.emb_dim)
     batch = replace(random_batch((9,), (9,), 4), token_ids=torch.arange(9), group_tokens=of_groups)
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-
-        def transform(x: Tensor, padding: Tensor | None, adapters: AdapterRows | None) -> Tensor:
-            return layer.local(x, padding)
-
-        whole = layer.gathered(x, transform, batch)
+        whole = layer.gathered(x, layer, batch)
         patch.setattr(slices, "SLICE_PAIRS", 3 * 2 * config.num_experts_per_tok)
         gathered = []
         all_gather = parallel.dp.all_gather
         patch.setattr(parallel.dp, "all_gather", lambda x: (gathered.append(len(x)), all_gather(x))[1])
-        sliced = layer.gathered(x, transform, batch)
+        sliced = layer.gathered(x, layer, batch)
     assert gathered == [3, 3, 3]
     torch.testing.assert_close(sliced, whole, atol=1e-5, rtol=1e-5)
 

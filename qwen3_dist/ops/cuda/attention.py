@@ -90,12 +90,12 @@ def triton(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -
     parts = []
     if n:
         splits = splits_for(n, keys.shape[2], _processors(q.device))
-        where = (tables, rows[:n], lens[:n], starts[: n + 1])
-        parts.append(attention(q[:n], keys, values, *where, window, 1, splits))
+        metadata = (tables, rows[:n], lens[:n], starts[: n + 1])
+        parts.append(attention(q[:n], keys, values, *metadata, window, 1, splits))
     if n < len(batch.query_lens):
         longest = max(batch.query_lens[n:])
-        where = (tables, rows[n:], lens[n:], starts[n:] - n)
-        parts.append(attention(q[n:], keys, values, *where, window, longest))
+        metadata = (tables, rows[n:], lens[n:], starts[n:] - n)
+        parts.append(attention(q[n:], keys, values, *metadata, window, longest))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
