@@ -1,4 +1,4 @@
-"""Reads a YAML file into frozen dataclasses; what is wrong is refused with the file, the line and the reason."""
+"""Reads a YAML file into frozen dataclasses. Errors name the file, the line and the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def read_yaml(path: str | Path) -> yaml.MappingNode:
-    """The top mapping of a YAML file. Raises ConfigError if the file cannot be read or is no mapping."""
+    """The top-level mapping of a YAML file. Raises ConfigError if the file cannot be read or holds no mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -36,7 +36,7 @@ def read_yaml(path: str | Path) -> yaml.MappingNode:
 
 
 def items(path: str | Path, node: yaml.Node, what: str) -> list[tuple[str, yaml.Node]]:
-    """The keys and values of mapping `node`. Raises ConfigError, naming `what`, if it is none."""
+    """The keys and values of mapping `node`. Raises ConfigError, naming `what`, if `node` is not a mapping."""
     if not isinstance(node, yaml.MappingNode):
         raise refusal(path, node, f"{what} must be a mapping `key: value`")
     pairs = [(str(key.value), value) for key, value in node.value]
@@ -47,7 +47,7 @@ def items(path: str | Path, node: yaml.Node, what: str) -> list[tuple[str, yaml.
 
 
 def build(path: str | Path, node: yaml.Node, cls: type[T], what: str, base: T | None = None) -> T:
-    """Dataclass `cls` from mapping `node`; fields not given are those of `base`, then the defaults."""
+    """Builds dataclass `cls` from mapping `node`. Missing fields come from `base`, or else from the defaults."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -71,12 +71,12 @@ def build(path: str | Path, node: yaml.Node, cls: type[T], what: str, base: T | 
     try:
         return dataclasses.replace(base, **values) if base is not None else cls(**values)  # type: ignore[type-var]
     except ConfigError as error:
-        blamed = next((lines[name] for name in lines if str(error).startswith(name)), node)
-        raise refusal(path, blamed, f"{what}: {error}") from None
+        wrong_node = next((lines[name] for name in lines if str(error).startswith(name)), node)
+        raise refusal(path, wrong_node, f"{what}: {error}") from None
 
 
 def refusal(path: str | Path, node: yaml.Node, reason: str) -> ConfigError:
-    """The error that says what is wrong at `node`."""
+    """A ConfigError that names the file and line of `node`."""
     return ConfigError(f"{path}:{node.start_mark.line + 1}: {reason}")
 
 
@@ -108,7 +108,7 @@ def _scalar(path: str | Path, node: yaml.ScalarNode, kind: Any, what: str) -> An
         return text
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if kind in (int, float):  # YAML 1.1 takes 3.35e12 for text: it wants 3.35e+12
+    if kind in (int, float):  # YAML 1.1 reads 3.35e12 as text; it requires 3.35e+12
         try:
             number = float(text.replace("_", ""))
         except ValueError:

@@ -1,4 +1,4 @@
-"""Compares all layouts of a cluster for one workload: what fits, how fast it would be, and which is best."""
+"""Compares all layouts of a cluster for one workload: which fit, how fast they are, and which is best."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The load to plan for: `concurrency` requests in flight in the whole cluster, all alike.
+    """The workload to plan for: `concurrency` equal requests in flight in the whole cluster.
 
-    ttft_ms and itl_ms are the limits (SLOs) that the best layout must hold, on average.
+    ttft_ms and itl_ms are SLOs that the best layout must meet on average.
     """
 
     input_len: int
@@ -40,16 +40,16 @@ class PlanRequest:
 
     @property
     def length(self) -> int:
-        """Tokens of a finished sequence."""
+        """Prompt and output tokens of a finished sequence."""
         return self.input_len + self.output_len
 
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """One layout and what is predicted for it. Rates are of the whole cluster; None where it does not fit.
+    """The predictions for one layout. Rates are for the whole cluster; None if the layout does not fit.
 
-    bytes_per_rank: of the fullest rank, with the cache of the batch that this load runs. max_batch: sequences
-    of this load that one replica's cache holds.
+    bytes_per_rank: memory of the fullest rank with the KV cache that this workload fills. max_batch: the sequences of
+    this workload that the KV cache of one replica holds.
     """
 
     layout: Layout

@@ -1,6 +1,7 @@
-"""The service: requests come, are routed to replicas, and replicas come and go with the load.
+"""The simulated service: it routes requests to replicas, and starts and stops replicas with the load.
 
-Routing is Ray Serve's: of two replicas chosen at random the one with fewer ongoing requests, whose engine it waits in.
+Routing follows Ray Serve: of two replicas chosen at random, the one with fewer ongoing requests gets the request,
+which then waits in that replica's engine.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from qwen3_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class ServiceSimulation:
-    """A service to simulate: its replicas, how many, and how they are started and fed.
+    """A service to simulate.
 
-    `start_up_s` is the time from the decision for a replica until it takes requests. `max_devices` bounds
-    the devices that replicas hold at once, those that start or drain included.
+    `start_up_s` is the time from the decision to add a replica until it accepts requests. `max_devices` limits the
+    devices that all replicas hold at once, starting and draining ones included.
     """
 
     replica: ReplicaConfig
@@ -49,7 +50,7 @@ class ServiceSimulation:
 
 @dataclass(frozen=True)
 class ReplicaCount:
-    """How many replicas there were from `time_s` on."""
+    """The numbers of replicas from `time_s` on."""
 
     time_s: float
     running: int

@@ -1,4 +1,4 @@
-"""Where ranks run. `make_executor` picks the form; Ray is imported only if it is the one."""
+"""Starts and drives ranks. `make_executor` picks the executor; Ray is imported only if ranks run as Ray actors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from qwen3_dist.worker.cards import local_device
 
 
 def require_device(config: EngineConfig) -> None:
-    """Raises ResourceError if ranks are to run on GPUs of this host and torch sees none here."""
+    """Raises ResourceError if ranks must run on GPUs of this host and torch sees none."""
     if config.device == "cuda" and (runs_in_process(config) or not _in_ray(config)):
         local_device(config.device)
 
 
 def make_executor(config: EngineConfig, placements: Placements, progress: Progress | None = None) -> Executor:
-    """Loads the model on the ranks of `config.layout`, its experts where `placements` says, and returns when they are
-    ready.
+    """Loads the model on the ranks of `config.layout`, experts placed by `placements`. Returns when all are ready.
 
-    `progress(done_bytes, total_bytes)` is called while weights load. Raises CheckpointError,
-    ResourceError, ParallelLayoutError or EngineDeadError, leaving nothing behind.
+    Calls `progress(done_bytes, total_bytes)` while weights load. Raises CheckpointError, ResourceError,
+    ParallelLayoutError or EngineDeadError; then no process is left behind.
     """
     if runs_in_process(config):
         from qwen3_dist.launch.in_process import InProcessExecutor
@@ -43,7 +42,7 @@ def make_executor(config: EngineConfig, placements: Placements, progress: Progre
 
 
 def _in_ray(config: EngineConfig) -> bool:
-    """Whether several ranks are Ray's actors rather than processes of this host."""
+    """Whether ranks are Ray actors rather than processes of this host."""
     return config.executor == "ray" or (config.executor == "auto" and _has_ray())
 
 

@@ -1,4 +1,4 @@
-"""The one interface through which an engine drives its ranks, wherever they run."""
+"""The interface through which an engine drives its ranks."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class RankPlace:
 class Executor(ABC):
     """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each.
 
-    A step is a plan for each dp group and has a result for each, None from those that had no sequences.
-    `device` is "cpu" or "cuda"; `backends` says in a line what runs the steps there, `collectives` what carries the
-    ranks' collectives; `ranks` are in rank order.
+    A step has a plan and a result for each dp group; the result of a group without sequences is None. `device` is
+    "cpu" or "cuda"; `backends` describes in a line what runs the steps, `collectives` what carries the collectives;
+    `ranks` are in rank order.
 
-    Steps run in the order they are submitted, and are collected in it. Up to `depth` may be in flight:
-    more than one where ranks can run a step while the engine plans the next. Both calls raise
-    EngineDeadError if a rank is lost; then all are.
+    Steps run and are collected in the order in which they are submitted. Up to `depth` may be in flight: more than one
+    if ranks can run a step while the engine plans the next. If a rank is lost, all ranks end and every call raises
+    EngineDeadError.
     """
 
-    may_repeat = False  # whether a result may be void (`overflowed`), so that the step is run again
+    may_repeat = False  # whether a result may be void (`overflowed`), so that its step must run again
     num_blocks: int
     device: str
     backends: str
@@ -43,20 +43,20 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, plans: Sequence[StepPlan]) -> None:
-        """Has all ranks run a step after those submitted before."""
+        """Makes all ranks run a step after those submitted before. Does not wait for its result."""
 
     @abstractmethod
     def collect(self) -> list[StepResult | None]:
-        """Waits for the oldest step not yet collected."""
+        """Waits for the oldest step not yet collected and returns its results."""
 
     def execute(self, plans: Sequence[StepPlan]) -> list[StepResult | None]:
-        """One step from plans to results."""
+        """Runs one step and returns its results."""
         self.submit(plans)
         return self.collect()
 
     @abstractmethod
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Has every rank's `ModelRunner` do something between two steps; what each answers, by rank."""
+        """Calls a method of every rank's `ModelRunner` between two steps. Returns the answers in rank order."""
 
     @abstractmethod
     def check(self) -> None:

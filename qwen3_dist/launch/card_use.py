@@ -1,7 +1,7 @@
-"""What follows from the GPUs that ranks have: who shares a card, and whether collectives can go over NCCL.
+"""Which ranks share a GPU, and whether collectives can go over NCCL.
 
-NCCL refuses two ranks of a group on one card. So each rank reports its card before it joins a process group, and
-the engine decides once, for all ranks alike.
+NCCL refuses two ranks of a group on one card, so each rank reports its card before it joins a process group, and the
+engine decides once for all ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qwen3_dist.protocol.card import Card
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
-_FAR_BELOW = 0.75  # of the memory asked for: with less free, another process holds the card
+_FAR_BELOW = 0.75  # share of the wanted memory; if less is free, another process uses the card
 _GIB = 2**30
 
 
@@ -25,8 +25,8 @@ _GIB = 2**30
 class CardUse:
     """How the ranks of a layout use cards.
 
-    `ranks_on_card` and `free_bytes` are by rank: the ranks on its card, and the most that any of these found free
-    there. `over_host` says that all collectives go over the host, for the reason `collectives`.
+    `ranks_on_card` and `free_bytes` have an entry for each rank: the number of ranks on its card, and the most free
+    memory that any of them found there. With `over_host` collectives go through host memory; `collectives` says why.
     """
 
     ranks_on_card: tuple[int, ...]
@@ -36,7 +36,7 @@ class CardUse:
 
 
 def use_of_cards(cards: Sequence[Card | None], config: EngineConfig) -> CardUse:
-    """What follows from each rank's card, None for a rank on the CPU.
+    """How the ranks with these cards (None: a CPU rank) use them.
 
     Raises ResourceError if ranks share a card without `share_gpus`, if the cards of a tp group differ in kind, or if
     another process holds a card.

@@ -1,4 +1,4 @@
-"""The engine's connections to all its ranks, and how the loss of one is told by its cause."""
+"""The engine's connections to its ranks. When ranks are lost, it finds the rank that caused it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, pack
 from qwen3_dist.protocol.messages import Failed
 
-_ROOT_CAUSE_WAIT_S = 1.0  # how long the other ranks may take to say what really happened
+_ROOT_CAUSE_WAIT_S = 1.0  # how long to wait for other ranks to report the root cause
 _MESSAGE_S = 30.0  # for the rest of a message that has begun
 
 
 class RankConnections:
-    """A channel to each rank. Sending never waits; what a rank's socket does not take goes while the engine waits for
-    messages. `exit_reason()` tells why a rank's process has ended, if one has."""
+    """A channel to each rank. Sending never waits: data that a socket does not accept is sent later, while the engine
+    waits for messages. `exit_reason()` says why a rank's process has ended, if one has."""
 
     def __init__(self, exit_reason: Callable[[], str | None]) -> None:
         self._exit_reason = exit_reason
@@ -36,8 +36,7 @@ class RankConnections:
         return self._channels.keys()
 
     def post(self, rank: int, packed: bytes) -> None:
-        """Sends a packed message. That a rank has gone is found when its messages are read, the last of which says
-        why."""
+        """Sends a packed message. A dead rank is noticed when its messages are read; the last one gives the reason."""
         with contextlib.suppress(ChannelClosedError):
             if not self._channels[rank].post(packed):
                 self._watch(rank, selectors.EVENT_READ | selectors.EVENT_WRITE)
@@ -48,14 +47,14 @@ class RankConnections:
             self.post(rank, packed)
 
     def is_silent(self) -> bool:
-        """Whether no rank has sent anything, or ended; sends what still waits to be sent."""
+        """Whether no rank has sent a message or ended. Also sends waiting data."""
         return not any(mask & selectors.EVENT_READ for _, mask in self._ready(0))
 
     def next_message(self, deadline: float, awaited: Callable[[], str]) -> tuple[int, Any]:
-        """The next message of any rank, with its rank.
+        """Returns the next message of any rank, with the rank.
 
-        Raises RankLostError when one has failed or ended, or at the deadline (of the monotonic clock); `awaited()`
-        then says which ranks did not do what.
+        Raises RankLostError if a rank has failed or ended, or at the deadline (monotonic clock); then `awaited()`
+        says which ranks did not do what.
         """
         while True:
             left = deadline - time.monotonic()
@@ -69,7 +68,7 @@ class RankConnections:
 
     @contextlib.contextmanager
     def told_by_cause(self) -> Iterator[None]:
-        """Has the RankLostError of a block tell the error of the rank that is to blame, as far as ranks say."""
+        """A context that replaces a RankLostError by that of the rank that caused it, as far as ranks report."""
         try:
             yield
         except RankLostError as loss:
@@ -93,7 +92,7 @@ class RankConnections:
         self._selector.close()
 
     def _ready(self, timeout_s: float) -> list[tuple[int, int]]:
-        """Ranks whose sockets can be read or written, with what they can; writes what waits."""
+        """Ranks whose sockets are ready, with their event masks. Sends waiting data."""
         events = [(key.data, mask) for key, mask in self._selector.select(timeout_s)]
         for rank, mask in events:
             if mask & selectors.EVENT_WRITE:
@@ -124,14 +123,14 @@ class RankConnections:
         return message
 
     def _await_exit_reason(self) -> str | None:
-        """Why a rank's process has ended, which the system may know a moment after its connection has broken."""
+        """Why a rank's process has ended. The system may know it a moment after the connection broke."""
         deadline = time.monotonic() + _ROOT_CAUSE_WAIT_S
         while not (reason := self._exit_reason()) and time.monotonic() < deadline:
             time.sleep(0.02)
         return reason
 
     def _root_cause(self, first: RankLostError) -> RankLostError:
-        """When one rank fails the others fail for want of it: hears them out to find the one to blame."""
+        """When one rank fails, the others fail because it is missing. Reads their reports to find the cause."""
         losses, deadline = [first], time.monotonic() + _ROOT_CAUSE_WAIT_S
         while (
             all(loss.blame is not Blame.OWN for loss in losses)
@@ -156,7 +155,7 @@ def names(ranks: Collection[int]) -> str:
 
 
 class Blame(IntEnum):
-    """How sure it is that a lost rank is the cause rather than a victim, surest first."""
+    """How certain it is that a lost rank is the cause and not a victim, most certain first."""
 
     OWN = 0
     PROBABLE = 1
@@ -168,12 +167,12 @@ def _blame(error: QwenDistError) -> Blame:
     if isinstance(error, PeerLostError):
         return Blame.VICTIM
     if isinstance(error, EngineDeadError):
-        return Blame.PROBABLE  # any exception; the collectives' own look like this when a peer dies
+        return Blame.PROBABLE  # any exception; collectives raise the same when a peer dies
     return Blame.OWN
 
 
 class RankLostError(Exception):
-    """A rank is lost: with what error, and how much that error explains."""
+    """A rank is lost. `blame` says how certain it is that `error` is the cause."""
 
     def __init__(self, error: QwenDistError, blame: Blame) -> None:
         super().__init__(str(error))

@@ -1,4 +1,4 @@
-"""The executor of a world of one: the rank lives in the engine's own process."""
+"""The executor for a single rank, which runs in the engine's process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qwen3_dist.worker.shard import MemoryShare, count_blocks, load_shard, set_t
 
 
 class InProcessExecutor(Executor):
-    """Loads the whole model here; a step is a function call, in whatever thread and beside whatever other card."""
+    """Loads the whole model in this process. A step is a function call, from any thread."""
 
     def __init__(
         self, config: EngineConfig, placements: Placements, progress: Progress | None = None
@@ -37,7 +37,7 @@ class InProcessExecutor(Executor):
         if cards.local_device(config.device) == "cpu":
             set_threads(config, ranks_on_host=1)
         else:
-            torch.cuda.empty_cache()  # what an engine before this one left is free
+            torch.cuda.empty_cache()  # frees what an earlier engine left
             device, card = cards.take_card(torch.cuda.current_device())
             memory = MemoryShare(1, *use_of_cards([card], config).free_bytes)
         self.device = device.type
@@ -57,7 +57,7 @@ class InProcessExecutor(Executor):
         self._launched: deque[StepOutput] = deque()
 
     def submit(self, plans: Sequence[StepPlan]) -> None:
-        """On a GPU this returns while the step runs; on a CPU it has run."""
+        """Starts the step on a GPU, or runs it on a CPU."""
         assert self._runner is not None, "the executor was shut down"
         with self._card, _memory_told("running a step"):
             output = self._runner.launch(plans[0])
@@ -81,7 +81,7 @@ class InProcessExecutor(Executor):
 
 @contextlib.contextmanager
 def _memory_told(doing: str) -> Iterator[None]:
-    """Makes a ResourceError of memory that runs out."""
+    """Turns torch.OutOfMemoryError into ResourceError."""
     try:
         yield
     except torch.OutOfMemoryError as error:

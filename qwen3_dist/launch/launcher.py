@@ -1,4 +1,4 @@
-"""How the processes of ranks are started and ended: the part of an executor that differs between Ray and without."""
+"""Starts and ends the processes of ranks: the part that differs between Ray and local processes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Launcher(ABC):
     """Starts one process per `RankSpec` and can end them all."""
 
     host: str
-    """Address of the engine's host by which the ranks reach it."""
+    """The address at which ranks reach the engine's host."""
     device: str
     """Where the ranks run: "cpu" or "cuda"."""
     main: Callable[[RankSpec], None] = staticmethod(rank_main)
-    """A module's function that each started process calls with its spec."""
+    """The module-level function that each process calls with its spec."""
 
     @abstractmethod
     def launch(self, specs: list[RankSpec]) -> None:
-        """Starts every rank. Raises ResourceError if they have no room."""
+        """Starts every rank. Raises ResourceError if there is no room for them."""
 
     @abstractmethod
     def exit_reason(self) -> str | None:
-        """Which rank's process has ended and why, if one has, as far as the launcher can tell."""
+        """Which rank's process has ended, and why; None if none has, as far as the launcher knows."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ends every process and frees its place. May be called more than once."""
+        """Ends every process and frees its resources. May be called more than once."""

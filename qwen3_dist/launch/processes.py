@@ -1,4 +1,4 @@
-"""Ranks as processes of this host, without Ray: for one machine, tests, and GPU boxes that have none."""
+"""Ranks as processes of this host, without Ray: for one machine and for tests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from qwen3_dist.rank_env import openmp_environment
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.worker.cards import local_device
 
-_ANSWER_S = 120.0  # a fresh interpreter imports torch from a cold disk
+_ANSWER_S = 120.0  # a new interpreter may import torch from a cold disk
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_MOST_WORDS = 1 << 12  # bytes; a pipe takes them at once
+_MOST_WORDS = 1 << 12  # bytes; a pipe accepts so many without blocking
 _NURSERY = """
 import sys
 from multiprocessing.connection import Connection
@@ -45,11 +45,11 @@ _shared: Nursery | None = None
 
 
 class Nursery:
-    """A fresh Python interpreter that has imported all that ranks need, and forks them.
+    """A new Python interpreter that imports everything ranks need once, and forks the ranks.
 
-    Importing torch takes seconds of a core, which several ranks would spend at once. Not
-    `multiprocessing`: its spawn would import the caller's `__main__` again in every rank. Ranks die with
-    their nursery, and a nursery with the process that made it.
+    Importing torch takes seconds of CPU time, which every rank would spend otherwise. `multiprocessing` does not do
+    this: its spawn imports the caller's `__main__` again in every rank. Ranks die with their nursery, and the nursery
+    dies with the process that made it.
     """
 
     def __init__(self) -> None:
@@ -65,19 +65,19 @@ class Nursery:
         self._asking = threading.Lock()
 
     def launch(self, function: Callable[[T], None], arguments: list[T]) -> list[int]:
-        """Forks a process for each argument, which calls a module's function with it; their ids."""
+        """Forks a process for each argument, which calls a module-level function with it. Returns the process ids."""
         return self._ask("launch", [(function, argument) for argument in arguments])
 
     def last_words(self, pids: list[int]) -> list[str]:
-        """The exception that ended each process, in a line; "" if none did."""
+        """The exception that ended each process, in one line; "" if there was none."""
         return self._ask("last_words", pids)
 
     def exit_codes(self, pids: list[int]) -> list[int | None]:
-        """How each process ended: its exit code, a signal's number negated, None while it runs."""
+        """The exit code of each process: negative for a signal, None while the process runs."""
         return self._ask("exit_codes", pids)
 
     def end(self, pids: list[int]) -> None:
-        """Kills these processes and waits for their end. Their ids are forgotten."""
+        """Kills these processes, waits for their end and forgets their ids."""
         self._ask("end", pids)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class Nursery:
     def _ask(self, what: str, about: list[Any]) -> Any:
         try:
             with self._asking:
-                with contextlib.suppress(BrokenPipeError):  # its last word may still be there
+                with contextlib.suppress(BrokenPipeError):  # its last message may still be readable
                     self._pipe.send((what, about))
                 answered, answer = self._pipe.recv() if self._pipe.poll(_ANSWER_S) else (False, "it hangs")
         except (EOFError, OSError):
@@ -99,7 +99,7 @@ class Nursery:
 
 
 class ProcessLauncher(Launcher):
-    """Starts ranks in the nursery of `shared_nursery`, or else in one of its own."""
+    """Starts ranks in the nursery of `shared_nursery` if there is one, else in a new one."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.host = "127.0.0.1"
@@ -139,7 +139,7 @@ class ProcessLauncher(Launcher):
 
 @contextlib.contextmanager
 def shared_nursery() -> Iterator[None]:
-    """Engines made within start their ranks from one nursery, so that only the first waits for imports."""
+    """A context whose engines start their ranks from one nursery, so that only the first waits for imports."""
     global _shared
     assert _shared is None
     _shared = Nursery()
@@ -151,7 +151,7 @@ def shared_nursery() -> Iterator[None]:
 
 
 def _count_cards(config: EngineConfig) -> int:
-    """GPUs of this host. Raises ResourceError if ranks are more and may not share them."""
+    """The number of GPUs of this host. Raises ResourceError if there are more ranks, which may not share them."""
     world, cards = config.layout.world, torch.cuda.device_count()
     if cards < world and not config.share_gpus:
         raise ResourceError(
@@ -162,11 +162,11 @@ def _count_cards(config: EngineConfig) -> int:
 
 
 class _Nurse:
-    """What a nursery's process does with its ranks' processes."""
+    """The side of a nursery that runs in its process and owns the ranks' processes."""
 
     def __init__(self) -> None:
         self._codes: dict[int, int | None] = {}
-        self._pipes: dict[int, int] = {}  # into which each process that runs will say what ends it
+        self._pipes: dict[int, int] = {}  # from which the exception of each running process is read
         self._words: dict[int, str] = {}
 
     def serve(self, pipe: Connection) -> None:
@@ -207,16 +207,16 @@ class _Nurse:
             self._words.pop(pid, None)
 
     def _bury(self, pid: int, status: int) -> None:
-        """Keeps how a process ended."""
+        """Records how a process ended."""
         self._codes[pid] = os.waitstatus_to_exitcode(status)
         pipe = self._pipes.pop(pid)
-        with contextlib.suppress(BlockingIOError):  # a process of its own may hold the other end
+        with contextlib.suppress(BlockingIOError):  # a child of that process may hold the other end
             self._words[pid] = os.read(pipe, _MOST_WORDS).decode(errors="replace")
         os.close(pipe)
 
 
 def _fork(function: Callable[[Any], None], argument: Any) -> tuple[int, int]:
-    """The id of a process that calls `function`, and where it leaves its last words."""
+    """Forks a process that calls `function`. Returns its id and the pipe from which its exception can be read."""
     nurse = os.getpid()
     words, leave = os.pipe()
     pid = os.fork()
@@ -244,7 +244,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def serve_nursery(pipe: Connection) -> None:
-    """The life of a nursery's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
+    """The main function of a nursery's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine handles Ctrl-C
     with contextlib.suppress(OSError):
         _Nurse().serve(pipe)

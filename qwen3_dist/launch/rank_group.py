@@ -1,7 +1,7 @@
-"""The executor of ranks in other processes: brings them up together, drives them, notices their end.
+"""The executor for ranks in other processes. It starts them together, drives them and notices when one ends.
 
-How processes are started and ended is a `Launcher`'s business (`processes.py`, `ray_ranks.py`); all
-else, from rendezvous to the step, is the same for all of them and lies here.
+A `Launcher` (`processes.py`, `ray_ranks.py`) starts and ends the processes. Everything else, from rendezvous to steps,
+is here and does not depend on the launcher.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HELLO_S = 30.0  # from a rank's first byte to the end of its first message
 
 
 class RankGroupExecutor(Executor):
-    """Drives the ranks that `launcher` starts. Construction returns when all are ready for plans."""
+    """Drives the ranks that `launcher` starts. The constructor returns when all are ready for plans."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RankGroupExecutor(Executor):
         placements: Placements | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Without `placements` experts lie evenly."""
+        """Without `placements` experts are placed evenly."""
         self._config = config
         self._placements = placements or {}
         self._launcher = launcher
@@ -117,7 +117,7 @@ class RankGroupExecutor(Executor):
                 if isinstance(message, Answer):
                     answers[rank] = message.value
                 else:
-                    self._keep_result(rank, message)  # of a step that was submitted before
+                    self._keep_result(rank, message)  # the result of a step submitted before
         return [answers[rank] for rank in sorted(answers)]
 
     def check(self) -> None:
@@ -168,7 +168,7 @@ class RankGroupExecutor(Executor):
         self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
 
     def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:
-        """What each rank says first, in rank order. Raises the error of a rank that fails instead."""
+        """The Hello of each rank, in rank order. Raises the error of a rank that fails instead."""
         hellos: dict[int, Hello] = {}
         with selectors.DefaultSelector() as waiting:
             waiting.register(listener, selectors.EVENT_READ)
@@ -187,14 +187,14 @@ class RankGroupExecutor(Executor):
         return [hellos[rank] for rank in range(world)]
 
     def _check_start(self, missing: set[int]) -> None:
-        """Raises EngineDeadError or ResourceError if `missing` ranks cannot be hoped for any more."""
+        """Raises EngineDeadError or ResourceError if the `missing` ranks will not start any more."""
         if missing and (reason := self._launcher.exit_reason()):
             raise EngineDeadError(f"a rank ended before it was ready: {reason}")
         if missing and time.monotonic() > self._deadline:
             raise ResourceError(f"{names(missing)} did not start within {self._config.start_timeout_s:g} s")
 
     def _introduce(self, hellos: list[Hello]) -> None:
-        """Tells every rank where the rendezvous is, who shares its host and card, and how collectives travel."""
+        """Sends Start to every rank: the rendezvous address, who shares its host and card, how collectives travel."""
         self.ranks = tuple(RankPlace(hello.rank, hello.host_name, hello.pid, hello.card) for hello in hellos)
         on_host = Counter(hello.host_id for hello in hellos)
         use = use_of_cards([hello.card for hello in hellos], self._config)
@@ -207,7 +207,7 @@ class RankGroupExecutor(Executor):
             self._ranks.post(hello.rank, pack(start))
 
     def _await_all(self, kind: type, what: str, progress: Progress | None) -> list[Any]:
-        """Waits until every rank has said a `kind`, passing on how far loading has come."""
+        """Waits for a message of type `kind` from every rank. Reports the progress of loading meanwhile."""
         loading: dict[int, Loading] = {}
         said: dict[int, Any] = {}
 
@@ -232,7 +232,7 @@ class RankGroupExecutor(Executor):
 
     @contextlib.contextmanager
     def _losing_ranks(self) -> Iterator[None]:
-        """Turns the loss of a rank into the end of the group, told by its root cause."""
+        """A context in which the loss of a rank ends the whole group, with the root cause as the error."""
         try:
             with self._ranks.told_by_cause():
                 yield
@@ -240,7 +240,7 @@ class RankGroupExecutor(Executor):
             self._die(loss.error)
 
     def _die(self, error: QwenDistError) -> NoReturn:
-        """Ends the whole group: a step that lost a rank cannot be repeated on the others."""
+        """Ends the whole group: the other ranks cannot finish a step without the lost one."""
         self._death = error
         _log.error("the engine stops: %s", error)
         self.shutdown()
@@ -256,7 +256,7 @@ def _first_words(channel: Channel) -> Hello | None:
     try:
         message = channel.receive(_HELLO_S)
     except (ChannelClosedError, TimeoutError):
-        channel.close()  # why, its launcher tells
+        channel.close()  # the launcher knows why
         return None
     if isinstance(message, Failed):
         channel.close()
@@ -267,5 +267,5 @@ def _first_words(channel: Channel) -> Hello | None:
 
 
 def _joined_words(said: Iterable[str]) -> str:
-    """What ranks say of themselves, each thing once."""
+    """The distinct descriptions that ranks gave, in one line."""
     return " and ".join(dict.fromkeys(said))

@@ -1,11 +1,11 @@
-"""Ranks as Ray actors in the bundles of a placement group. Ray places, watches and ends them; steps travel
-over the group's own channels.
+"""Ranks as Ray actors in the bundles of a placement group. Ray places, watches and ends them; plans and results travel
+over our own channels (`protocol/channel.py`).
 
     bundles of an engine of its own:   [tp group 0] [tp group 1] ...
     bundles of a Serve replica:        [replica] [tp group 0] [tp group 1] ...
 
-A bundle lies on one node, so the ranks of a tp group do, while ep and pp may cross nodes. Where no node has
-room for a tp group, each rank has a bundle of its own.
+A bundle is on one node, so the ranks of a tp group share a node, while ep and pp may cross nodes. If no node has room
+for a tp group, each rank gets a bundle of its own.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ _NOTICE_PERIOD_S = 10.0
 
 
 def cluster_resources() -> dict[str, float]:
-    """What the connected Ray cluster has in all; without one, this machine's cores stand in for it."""
+    """The total resources of the connected Ray cluster; without a cluster, the cores of this machine."""
     return ray.cluster_resources() if ray.is_initialized() else {"CPU": float(cores())}
 
 
 def choose_device(config: EngineConfig, replicas: int = 1) -> str:
-    """ "cuda" or "cpu" for `replicas` engines of `config`, by what the connected Ray cluster has.
+    """ "cuda" or "cpu" for `replicas` engines of `config`, by the GPUs of the connected Ray cluster.
 
-    Raises ResourceError, saying what is missing, if the cluster can never hold them. Without a
-    cluster to ask, `device=auto` is "cpu".
+    Raises ResourceError if the cluster can never hold them. Without a cluster `device=auto` means "cpu".
     """
     if not ray.is_initialized():
         return "cuda" if config.device == "cuda" else "cpu"
@@ -68,9 +67,9 @@ def choose_device(config: EngineConfig, replicas: int = 1) -> str:
 def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[dict[str, float]]:
     """The placement-group bundles of a replica's ranks, sized so that `replicas` engines fit the cluster.
 
-    A GPU rank takes one GPU, or with `share_gpus` an even part of one where there are fewer. A CPU rank takes one
-    CPU, or an even part of 80 % of the cluster's CPUs where there are fewer than that. Both with one warning, so that
-    any layout can be tried on a small machine.
+    A GPU rank takes one GPU; with `share_gpus` and too few GPUs, an even part of one. A CPU rank takes one CPU; with
+    too few CPUs, an even part of 80% of the cluster's. Either shortage is only a warning, so that any layout can be
+    tried on a small machine.
     """
     layout = config.layout
     ranks = layout.world * replicas
@@ -102,8 +101,8 @@ def ranks_per_host(ranks: int, cpus: float) -> int:
 
 
 def part_of_card(gpus: float, ranks: int) -> float:
-    """What each of `ranks` ranks takes of `gpus` GPUs between them; Ray counts in ten-thousandths, and gives more than
-    one GPU only whole."""
+    """The GPUs of each of `ranks` ranks that share `gpus` GPUs. Ray counts in ten-thousandths and grants more than
+    one GPU only as whole ones."""
     if gpus >= ranks:
         return float(gpus // ranks)
     sharing = ranks / gpus if gpus < 1 else -(-ranks // int(gpus))
@@ -130,7 +129,7 @@ def _ranks_on_card(config: EngineConfig, replicas: int) -> int:
 
 
 def _cause(error: ray.exceptions.RayError) -> str:
-    """What went wrong in an actor, in a line: the last of what Ray tells."""
+    """The cause of an actor's failure in one line, the last line of Ray's message."""
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         return f"{type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -138,7 +137,7 @@ def _cause(error: ray.exceptions.RayError) -> str:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """What each node has in all; without a cluster, this machine's cores."""
+    """The total resources of each node; without a cluster, the cores of this machine."""
     if not ray.is_initialized():
         return [cluster_resources()]
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -177,8 +176,8 @@ def _given_card() -> int:
 
 
 class RayLauncher(Launcher):
-    """Places ranks in a placement group of its own, or in that of the Serve replica it runs in if `config.placement`
-    says so: any other group that this process may be in is not for the ranks."""
+    """Places ranks in a new placement group, or with `placement=current` in the group of the Serve replica that this
+    process belongs to."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -239,7 +238,7 @@ class RayLauncher(Launcher):
             self._own_group = None
 
     def _wait_for_place(self) -> None:
-        """Waits for the group's bundles, saying now and then what for. Raises ResourceError at the end."""
+        """Waits for the group's bundles and logs what it waits for. Raises ResourceError at the timeout."""
         started = time.monotonic()
         while not self._group.wait(_NOTICE_PERIOD_S):
             waited = time.monotonic() - started
@@ -252,8 +251,8 @@ class RayLauncher(Launcher):
             _log.warning("waiting for %s; free in the cluster: %s", needed, free)
 
     def _bundles_by_node(self) -> list[int]:
-        """The ranks' bundles grouped by node, the first one's node first: PACK keeps no such order, and what
-        can stay on a node should."""
+        """The ranks' bundles grouped by node, the first bundle's node first, so that neighbouring ranks share a node.
+        PACK keeps no such order."""
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         bundles = range(self._first_bundle, len(self._group.bundle_specs))
         order: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What the engine and its ranks say to each other: plans, outputs, messages and the channel they travel through.
+"""The values that the engine and its ranks exchange: plans, outputs and messages, and the channel that carries them.
 
-Both sides import these values; nothing here imports torch.
+Both sides import this package. It imports no torch.
 """

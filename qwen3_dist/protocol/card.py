@@ -1,4 +1,4 @@
-"""What a rank says of its GPU. Imports no torch."""
+"""The GPU of a rank. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU. `uuid` tells it from all others, in this host and elsewhere; `free_bytes` is as a rank found it."""
+    """One GPU. `uuid` is unique among all hosts; `free_bytes` is its free memory when the rank started."""
 
     uuid: str
     name: str

@@ -1,9 +1,8 @@
 """Messages between the engine and its ranks: length-prefixed pickles over TCP.
 
-One kind of channel serves ranks on this host and on others. A round trip takes tens of microseconds
-on one host, the reader sleeps in the kernel while it waits (a spinning engine would take a core from
-the ranks), and a peer that dies is noticed at once, as end of file. A peer must send the group's secret
-before anything it says is unpickled.
+The same channel serves ranks on this host and on others. A round trip on one host takes tens of microseconds. A
+reader sleeps in the kernel while it waits, since a spinning engine would take a core from the ranks. The death of a
+peer is noticed at once, as end of file. A peer must send the group's secret before its messages are unpickled.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class Channel:
 
     @property
     def local_host(self) -> str:
-        """The address of this end, by which the peer's network reaches this host."""
+        """The address of this host in the network of the peer."""
         return str(self._socket.getsockname()[0])
 
     def send(self, message: Any) -> None:
@@ -53,12 +52,12 @@ class Channel:
             raise ChannelClosedError(f"the peer closed the connection ({error})") from None
 
     def post(self, packed: bytes) -> bool:
-        """Sends what the socket takes without waiting, and keeps the rest for `flush`; whether all was sent."""
+        """Sends what the socket accepts without waiting, keeps the rest for `flush`; returns whether all was sent."""
         self._unsent.append(memoryview(packed))
         return self.flush()
 
     def flush(self) -> bool:
-        """Sends more of what was posted, without waiting; whether nothing is left."""
+        """Sends more of the posted data without waiting. Returns whether nothing is left."""
         while self._unsent:
             try:
                 sent = self._socket.send(self._unsent[0], socket.MSG_DONTWAIT)
@@ -83,9 +82,9 @@ class Channel:
         return bool(poll.poll(0))
 
     def wait_until_closed(self, timeout_s: float) -> None:
-        """Throws away what the peer still sends until it closes the connection, at most for `timeout_s`.
+        """Discards what the peer still sends until it closes the connection, for at most `timeout_s`.
 
-        A socket that is closed with unread data loses what was sent last.
+        Closing a socket with unread data would lose the last message sent.
         """
         deadline = time.monotonic() + timeout_s
         with contextlib.suppress(OSError):
@@ -95,7 +94,7 @@ class Channel:
                     return
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The next message. A message once begun is waited for as long as one not begun."""
+        """The next message. `timeout_s` applies to its first byte, and again to each later part."""
         self._socket.settimeout(timeout_s)
         try:
             (length,) = _HEADER.unpack(self._read(_HEADER.size))
@@ -124,13 +123,13 @@ class Channel:
 
 
 def pack(message: Any) -> bytes:
-    """A message ready for `send_packed`, so that one pickle serves many ranks."""
+    """Pickles a message once for `send_packed` to many ranks."""
     payload = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return _HEADER.pack(len(payload)) + payload
 
 
 class ChannelListener:
-    """Where ranks call in. `address` is `(host, port)` on a free port of `host`."""
+    """Accepts the connections of ranks. `address` is `(host, port)` with a free port of `host`."""
 
     def __init__(self, host: str, secret: bytes) -> None:
         assert len(secret) == _SECRET_BYTES
@@ -142,7 +141,7 @@ class ChannelListener:
         return self._socket.fileno()
 
     def accept(self, timeout_s: float) -> Channel | None:
-        """The next peer that knows the secret, or None if none called in time."""
+        """The channel of the next peer if it knows the secret; None if it does not, or if none connects in time."""
         self._socket.settimeout(timeout_s)
         try:
             sock, _ = self._socket.accept()
@@ -164,7 +163,7 @@ class ChannelListener:
 
 
 def connect(address: tuple[str, int], secret: bytes, timeout_s: float = 30.0) -> Channel:
-    """Calls a `ChannelListener`. Raises OSError if nobody answers within `timeout_s`."""
+    """Connects to a `ChannelListener`. Raises OSError if none answers within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:

@@ -1,17 +1,17 @@
-"""What the engine and a rank say to each other, from the rank's start to its end.
+"""The messages between the engine and a rank, from the rank's start to its end.
 
 rank                                   engine
-── Hello(host, card, rendezvous port) ▶  who shares a card decides about collectives, once for all ranks
+── Hello(host, card, rendezvous port) ▶  shared cards decide how collectives travel, for all ranks
 ◀── Start(rendezvous address, sharing)
    join process groups, load weights
 ── Loading ... ─────────────────────▶
-── Loaded(blocks that fit) ─────────▶  the smallest decides
+── Loaded(blocks that fit) ─────────▶  the smallest number counts
 ◀──────────────────── num_blocks
 ── Ready ───────────────────────────▶
 ◀──────────── plan, Call, plan, ...   (None: end)
 ── result, Answer, ... ─────────────▶  (results: from tp rank 0 of the last stage only)
 
-A rank that fails sends Failed in place of anything else.
+A rank that fails sends Failed instead.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RankSpec:
-    """What a new process must be told to become a rank. `device` is "cpu" or "cuda"; `card` is the index of the
-    rank's GPU among those that its process sees, None until the launcher or the process itself knows it."""
+    """The arguments of a rank's process. `device` is "cpu" or "cuda". `card` is the index of the rank's GPU among
+    those visible to its process; None until the launcher or the process itself knows it."""
 
     rank: int
     config: EngineConfig
@@ -44,7 +44,7 @@ class RankSpec:
 
 @dataclass(frozen=True)
 class Hello:
-    """Where a rank is. Ranks of equal `host_id` share a machine and its memory; `store_port` is that of rank 0's
+    """Where a rank runs. Ranks of equal `host_id` share a machine and its memory; `store_port` is that of rank 0's
     rendezvous store at the address `host`."""
 
     rank: int
@@ -58,8 +58,8 @@ class Hello:
 
 @dataclass(frozen=True)
 class Start:
-    """How to join the other ranks. `ranks_on_card` and `card_free_bytes` (the free memory before anything is loaded)
-    are those of the rank's card; `over_host` says that GPU tensors travel over the host."""
+    """How to join the other ranks. `ranks_on_card` and `card_free_bytes` (its free memory before loading)
+    belong to the rank's card; `over_host` means that collectives of GPU tensors go through host memory."""
 
     store_address: tuple[str, int]
     ranks_on_host: int
@@ -81,8 +81,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Ready:
-    """The cache is allocated; plans may come. `backends` and `collectives` say in a line what runs steps and what
-    carries collectives; `may_repeat` whether a step's result may be void."""
+    """The cache is allocated and the rank is ready for plans. `backends` and `collectives` describe in a line what
+    runs steps and what carries collectives; `may_repeat`: results may be void (`StepResult.overflowed`)."""
 
     backends: str
     collectives: str = ""
@@ -91,7 +91,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Call:
-    """A method of the rank's runner to call between two steps."""
+    """A call of a method of the rank's runner, between two steps."""
 
     method: str
     arguments: tuple[Any, ...]
@@ -104,8 +104,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failed:
-    """What a rank says before it ends; `error` is what went wrong on it, `details` the traceback of one that no
-    change of settings mends."""
+    """The last message of a rank that fails. `error` is the cause; `details` is the traceback if it is a bug."""
 
     rank: int
     error: QwenDistError

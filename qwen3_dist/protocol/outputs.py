@@ -1,4 +1,4 @@
-"""What an engine hands back: token deltas while it runs, `RequestOutput` when a request is done."""
+"""Outputs of an engine: token deltas while a request runs, `RequestOutput` when it is finished."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one token, generated or of a prompt, and of the likeliest there (likeliest first).
+    """Logprob of one output or prompt token, and the `top` tokens at its position with theirs, likeliest first.
 
-    `rank`, of a prompt's tokens alone, is its place among all, 1 for the likeliest.
+    `rank` is set for prompt tokens only: 1 if the token is the likeliest at its position.
     """
 
     token_id: int
@@ -24,15 +24,13 @@ PromptLogprobs = tuple[TokenLogprob | None, ...]
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """What one step added to choice `index` of a request.
+    """The tokens that one step added to choice `index` of a request.
 
-    `finish_reason` is None while it runs, then "stop" (EOS or a stop token, whose id is the last of
-    `token_ids`), "length", "abort" or "error", which `error` explains. `num_cached_tokens` of the prompt were
-    found in the prefix cache.
+    `finish_reason` is None while the choice runs, then "stop" (EOS or a stop token, the last of `token_ids`),
+    "length", "abort" or "error" (see `error`). `num_cached_tokens` prompt tokens came from the prefix cache.
 
-    The first delta of choice 0 holds `prompt_logprobs` where they were asked for: an entry for each token of
-    the prompt, None for the first. With max_tokens=0 a choice has one delta, without tokens; an embedding has
-    one too, whose `vector` it is.
+    The first delta of choice 0 holds `prompt_logprobs` if they were requested: one entry for each prompt token, None
+    for the first. With max_tokens=0 a choice has one delta, without tokens; a pooling request has one with `vector`.
     """
 
     index: int
@@ -46,11 +44,11 @@ class TokenDelta:
 
     @property
     def is_last(self) -> bool:
-        """Whether nothing of its choice comes after it."""
+        """Whether this is the last delta of its choice."""
         return self.finish_reason is not None or self.error is not None
 
     def first(self, count: int) -> TokenDelta:
-        """The same with the first `count` tokens alone, the others being after a stop string."""
+        """This delta with its first `count` tokens only; the others follow a stop string."""
         if count == len(self.token_ids):
             return self
         return replace(self, token_ids=self.token_ids[:count], logprobs=self.logprobs[:count])
@@ -71,7 +69,7 @@ class CompletionOutput:
 class RequestOutput:
     """One finished request. `token_ids`, `text`, ... are those of its first choice.
 
-    `prompt_logprobs`, where they were asked for, has an entry for each token of the prompt, None for the first.
+    `prompt_logprobs`, if requested, has one entry for each prompt token, None for the first.
     """
 
     prompt: str | None
@@ -99,9 +97,9 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A reading of one engine's load, and totals since its start.
+    """The load of one engine now, and totals since its start.
 
-    `free_blocks` are held by no sequence; `cached_blocks` of them still hold a prefix that can be found.
+    No sequence holds the `free_blocks`; `cached_blocks` of these still hold a prefix that can be reused.
     """
 
     num_running: int
@@ -116,19 +114,19 @@ class EngineStats:
     cached_prompt_tokens: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    repeated_steps: int = 0  # since an exchange of experts' tokens had too little room
+    repeated_steps: int = 0  # steps that ran again because an all-to-all of fixed capacity overflowed
 
     @property
     def mean_batch(self) -> float:
-        """Sequences in a step, on average."""
+        """Mean number of sequences in a step."""
         return self.scheduled_sequences / self.steps if self.steps else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:
-        """Share of prompt tokens that the prefix cache spared."""
+        """Share of prompt tokens found in the prefix cache."""
         return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def acceptance_rate(self) -> float:
-        """Share of guessed tokens that were right."""
+        """Share of draft tokens that were accepted."""
         return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0

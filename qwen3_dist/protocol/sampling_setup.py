@@ -1,6 +1,6 @@
-"""What the rank that samples must know of a sequence whose draws ask for more than temperature, top-k and top-p.
+"""Sampling state of a sequence that needs more than temperature, top-k and top-p.
 
-Plain data: no torch. It goes out with the first step after each admission, so later steps carry nothing.
+Plain data, no torch. Ranks get it with the first step after each admission; later steps carry nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 
 class Thinking(NamedTuple):
-    """The tokens around a model's thinking.
+    """The tokens that delimit reasoning: `opens` (<think>) and `closes` (</think>).
 
-    `breaks` are tokens of line breaks alone, each with their number: the template puts two after `closes`.
+    `breaks` are the tokens of one and two line breaks, with that number: the template puts two after `closes`.
     """
 
     opens: int
@@ -20,9 +20,9 @@ class Thinking(NamedTuple):
 
 
 class SamplingSetup(NamedTuple):
-    """`SamplingParams` in token ids. `prompt` and `output` are the sequence's tokens at its admission.
+    """`SamplingParams` as token ids. `prompt` and `output` are the sequence's tokens at its admission.
 
-    `ending` are the tokens that end a sequence. `reasoning` is "none" where there is no `thinking`.
+    Tokens of `ending` end the sequence. `reasoning` is "none" if there is no `thinking`.
     """
 
     min_p: float

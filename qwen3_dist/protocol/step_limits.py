@@ -1,4 +1,4 @@
-"""How large a step may be, and how far ahead the scheduler may go. Imports no torch."""
+"""The scheduler's limits for one step. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ TOKENS_PER_SEQ = 128
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Most sequences and tokens of one step, the stages that steps pass through, and how to guess ahead."""
+    """The most sequences and tokens of a step, the number of pipeline stages, and speculative decoding."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
     stages: int = 1
     speculation: Speculation | None = None
     free_tokens: int = STEP_DEFAULTS["cpu"].free_tokens
-    may_repeat: bool = False  # whether a step may turn out void, so that it and those after it are run again
+    may_repeat: bool = False  # whether steps may overflow and run again
 
     @classmethod
     def of(
