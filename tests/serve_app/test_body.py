@@ -156,7 +156,7 @@ def test_a_refusal_names_the_innermost_value(name: str, value: Any, param: str, 
 def test_nulls_are_left_out_and_unknown_fields_kept() -> None:
     value = {"x": 1, "y": None, "z": {"deep": None}}
     assert validate(BODIES["point"], {"it": value}).it == {"x": 1, "z": {"deep": None}}  # type: ignore[attr-defined]
-    assert validate(BODIES["bool"], {"it": True, "more": 1, "null": None}).given == {"more": 1}
+    assert validate(BODIES["bool"], {"it": True, "more": 1, "null": None}).undeclared == {"more": 1}
 
 
 def test_an_object_gets_the_tag_that_it_means() -> None:

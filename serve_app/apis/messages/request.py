@@ -208,7 +208,7 @@ def _request(chat: Json, max_tokens: int) -> MessagesRequest:
 
 def _chat(body: CountTokensBody) -> Json:
     """The chat body with the same prompt."""
-    _refuse_thread(body.given)
+    _refuse_thread(body.undeclared)
     messages = chat_conversation(body.system, body.messages)
     silent = silent_user(body.messages) if messages else 0
     if silent is not None:

@@ -157,7 +157,7 @@ def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> Response
     """Reads a request for a response with what `store` has. Raises RequestError."""
     given = read_body(ResponsesBody, body)
     for name, why in _NOT_BUILT.items():
-        if given.given.get(name):
+        if given.undeclared.get(name):
             raise RequestError(f"{name} {why}", param=name)
     previous = given.previous_response_id
     if given.input is None and previous is None:

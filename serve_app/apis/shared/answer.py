@@ -1,9 +1,9 @@
 """What every API's answer is: a request's choice deltas as a stream of events, or joined into one body.
 
-A new API is three things. A module in `protocol` with a subclass of GenerationRequest (mostly of ChatRequest,
-whose fields `chat_fields` reads from a body translated to chat's words) and a function from body to it.
-A subclass of Answer here, which the request's `answer` returns. A route in `deployments.Ingress`, and in
-`error_forms` what its errors look like, where that is not OpenAI's object.
+A new API is two things. A module of its own in `apis` with the model of its body (`Body`), a subclass of
+GenerationRequest (mostly of ChatRequest, whose fields `chat_fields` reads from a body translated to chat's words), a
+function from bytes to it, and a subclass of Answer, which the request's `answer` returns. And a route in
+`ingress.deployment`, with its errors in `error_forms` where they are not OpenAI's object.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _WORDS = {
 
 
 class Body(BaseModel):
-    """A body, or an object in one, whose fields are read. `given` has those that are not declared."""
+    """A body, or an object in one, whose fields are read. `undeclared` has those that no model names."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -51,7 +51,7 @@ class Body(BaseModel):
         return without_nulls(value) if type(value) is dict else value
 
     @property
-    def given(self) -> Json:
+    def undeclared(self) -> Json:
         return self.model_extra or {}
 
 

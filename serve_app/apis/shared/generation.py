@@ -151,7 +151,7 @@ def read_generation(body: GenerationBody, limit: str, logprobs: tuple[str, int |
 
 
 def _refuse_unbuilt(body: GenerationBody) -> None:
-    given = body.given
+    given = body.undeclared
     for name in _REFUSED if given else ():
         neutral, advice = _REFUSED[name]
         if name in given and given[name] not in neutral:

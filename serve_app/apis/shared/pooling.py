@@ -29,7 +29,7 @@ class PoolingBody(Body):
 
     @model_validator(mode="after")
     def _refuse_cuts(self) -> Self:
-        if "truncate_prompt_tokens" in self.given:
+        if "truncate_prompt_tokens" in self.undeclared:
             raise RequestError(
                 "truncate_prompt_tokens is not supported; shorten the texts", param="truncate_prompt_tokens"
             )
