@@ -1,7 +1,7 @@
 """Runs modules as commands, each in a fork of one process that has imported them: imports cost more than the runs.
 
-Only for tests; `python -m tests.forks MODULE...` reads `[module, arguments, stdout, stderr]` as lines of JSON, the last
-two being files, and answers each with an exit code.
+`python -m tests.forks MODULE...` reads lines of JSON, `[module, arguments, stdout, stderr]`, of which the last two are
+files, and answers each with an exit code.
 """
 
 from __future__ import annotations
