@@ -49,17 +49,16 @@ check: $(READY)  ## format, lint, types, import direction
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_imports.py
 
-# Three lanes run at once on two cores: tests that wait for Ray most of the time; kernels and ranks; `check` and all
-# others. One lane alone has Ray, so that no two Rays start at once.
-RAY_TESTS := tests/cluster/test_ray_cluster.py \
-	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
+# Three lanes of about one length run at once on two cores: tests that wait for Ray most of the time, and so leave the
+# cores to the others; kernels and ranks; `check` and all others. Ray starts in the first alone, one at a time.
+RAY_TESTS := tests/cluster $(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 RANK_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py gpu_steps.py \
 	gpu_compiles.py gpu_moves.py gpu_check.py gpu_path.py model_parity.py communicators.py \
 	sampling_state.py expert_placement.py)
 LANE := pytest -q --durations 12
 
 test: $(READY)  ## everything CI runs
-	{ $(MAKE) check && nice $(BIN)/$(LANE) tests/cluster tests/qwen3_dist \
+	{ $(MAKE) check && nice $(BIN)/$(LANE) tests/qwen3_dist \
 		$(addprefix --ignore=,$(RAY_TESTS) $(RANK_TESTS)); } > .venv/others.log 2>&1 & others=$$!; \
 	nice $(BIN)/$(LANE) $(RANK_TESTS) > .venv/ranks.log 2>&1 & ranks=$$!; \
 	$(BIN)/$(LANE) tests/serve_app; serve=$$?; $(BIN)/$(LANE) $(RAY_TESTS); ray=$$?; \
