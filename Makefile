@@ -55,19 +55,21 @@ check: $(READY)  ## format, lint, types, spelling, documentation, import directi
 	$(BIN)/zensical build
 	$(BIN)/pytest -q tests/test_imports.py tests/test_docs.py
 
-# Two halves of about one length run at once: tests that wait for Ray most of the time, then kernels and parity; and
-# `check` with all others.
-KERNEL_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py \
-	gpu_steps.py gpu_compiles.py gpu_moves.py gpu_check.py model_parity.py)
-RAY_TESTS := tests/cluster/test_ray_cluster.py \
-	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
+# Three lanes of about one length run at once on two cores: tests that wait for Ray most of the time, and so leave the
+# cores to the others; kernels and ranks; `check` and all others. Ray starts in the first alone, one at a time.
+RAY_TESTS := tests/cluster $(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
+RANK_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py gpu_steps.py \
+	gpu_compiles.py gpu_moves.py gpu_check.py gpu_path.py model_parity.py communicators.py \
+	sampling_state.py expert_placement.py)
+LANE := pytest -q --durations 12
 
 test: $(READY)  ## everything CI runs
-	{ $(MAKE) check && nice $(BIN)/pytest -q --durations 12 tests/cluster tests/qwen3_dist \
-		$(addprefix --ignore=,$(RAY_TESTS) $(KERNEL_TESTS)); } > .venv/tests.log 2>&1 & others=$$!; \
-	$(BIN)/pytest -q --durations 12 $(RAY_TESTS); ray=$$?; $(BIN)/pytest -q --durations 12 tests/serve_app; serve=$$?; \
-	$(BIN)/pytest -q --durations 12 $(KERNEL_TESTS); kernels=$$?; \
-	wait $$others; rest=$$?; cat .venv/tests.log; exit $$((ray + serve + kernels + rest))
+	{ $(MAKE) check && nice $(BIN)/$(LANE) tests/qwen3_dist \
+		$(addprefix --ignore=,$(RAY_TESTS) $(RANK_TESTS)); } > .venv/others.log 2>&1 & others=$$!; \
+	nice $(BIN)/$(LANE) $(RANK_TESTS) > .venv/ranks.log 2>&1 & ranks=$$!; \
+	$(BIN)/$(LANE) tests/serve_app; serve=$$?; $(BIN)/$(LANE) $(RAY_TESTS); ray=$$?; \
+	wait $$ranks; ranks=$$?; wait $$others; others=$$?; cat .venv/ranks.log .venv/others.log; \
+	exit $$((serve + ray + ranks + others))
 
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak

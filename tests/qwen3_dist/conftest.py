@@ -9,6 +9,7 @@ import pytest
 
 from qwen3_dist.launch.processes import shared_nursery
 from tests.checkpoints import write_checkpoint
+from tests.forks import Forks
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +24,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "dense": write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False),
         "moe": write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1]),
     }
+
+
+@pytest.fixture(scope="session")
+def fake_cards() -> Iterator[Forks]:
+    """Runs of `tests.fake_gpu` and its like, whose kernels Triton compiles."""
+    modules = (
+        "tests.fake_gpu_moves",
+        "tests.fake_serving",
+        "benchmarks.compare.checkpoints",
+        "torch._dynamo",
+    )
+    forks = Forks(*modules, env={"TRITON_INTERPRET": "0"})
+    yield forks
+    forks.close()

@@ -39,13 +39,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("dense"), moe=False)
 
 
-@contextlib.contextmanager
-def ray_with(num_gpus: int) -> Iterator[None]:
-    ray.init(num_cpus=4, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A Ray with one node, which has as many GPUs as `parametrize` says."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": request.param})
     try:
-        yield
+        cluster.connect()
+        yield cluster
     finally:
         ray.shutdown()
+        cluster.shutdown()
 
 
 def engine(checkpoint: Path, layout: str, **settings: Any) -> LLM:
@@ -62,22 +65,25 @@ def check_tokens(llm: LLM, checkpoint: Path) -> None:
     assert tokens == load_reference(checkpoint).generate_greedy([5, 6, 7], 4)
 
 
-def test_ranks_that_ray_gives_a_card_each_talk_directly_and_fill_it(checkpoint: Path) -> None:
-    with ray_with(num_gpus=8):
-        with engine(checkpoint, "tp=2") as llm:
-            assert len(set(cards_of(llm))) == 2
-            assert llm._engine.collectives == "shared memory"  # as NCCL between GPUs that are there
-            whole = llm._engine._executor.num_blocks
-            check_tokens(llm, checkpoint)
-        with engine(checkpoint, "tp=2,dp=2") as llm:
-            assert len(set(cards_of(llm))) == 4
-            assert llm._engine.collectives == "shared memory"
-            assert llm._engine._executor.num_blocks == whole  # no rank shares its card
+@pytest.mark.parametrize("cluster", [8], indirect=True)
+def test_ranks_that_ray_gives_a_card_each_talk_directly_and_fill_it(
+    cluster: Cluster, checkpoint: Path
+) -> None:
+    with engine(checkpoint, "tp=2") as llm:
+        assert len(set(cards_of(llm))) == 2
+        assert llm._engine.collectives == "shared memory"  # as NCCL between GPUs that are there
+        whole = llm._engine._executor.num_blocks
+        check_tokens(llm, checkpoint)
+    with engine(checkpoint, "tp=2,dp=2") as llm:
+        assert len(set(cards_of(llm))) == 4
+        assert llm._engine.collectives == "shared memory"
+        assert llm._engine._executor.num_blocks == whole  # no rank shares its card
 
 
+@pytest.mark.parametrize("cluster", [8], indirect=True)
 @pytest.mark.parametrize("hidden", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_two_engines_on_a_node_take_different_cards(checkpoint: Path, hidden: bool) -> None:
-    with ray_with(num_gpus=4), contextlib.ExitStack() as stack:
+def test_two_engines_on_a_node_take_different_cards(cluster: Cluster, checkpoint: Path, hidden: bool) -> None:
+    with contextlib.ExitStack() as stack:
         rank_env = {} if hidden else UNHIDDEN
         llms = [stack.enter_context(engine(checkpoint, "tp=2", rank_env=rank_env)) for _ in range(2)]
         assert len({card for llm in llms for card in cards_of(llm)}) == 4
@@ -85,31 +91,32 @@ def test_two_engines_on_a_node_take_different_cards(checkpoint: Path, hidden: bo
         check_tokens(llms[1], checkpoint)
 
 
-def test_ranks_share_cards_only_if_they_may(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with ray_with(num_gpus=1):
-        with pytest.raises(ResourceError, match="needs 2 GPUs .* has 1; add GPUs, set share_gpus=true"):
-            engine(checkpoint, "tp=2")
-        with engine(checkpoint, "tp=1") as llm:
-            alone = llm._engine._executor.num_blocks
-        with engine(checkpoint, "dp=2", share_gpus=True) as llm:
-            (card, ranks), *others = Counter(cards_of(llm)).items()
-            assert (ranks, others) == (2, [])
-            assert llm._engine.collectives == f"over the host, since 2 ranks share {card}"
-            assert llm._engine._executor.num_blocks == alone // 2
-            check_tokens(llm, checkpoint)
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_ranks_share_cards_only_if_they_may(
+    cluster: Cluster, checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ResourceError, match="needs 2 GPUs .* has 1; add GPUs, set share_gpus=true"):
+        engine(checkpoint, "tp=2")
+    with engine(checkpoint, "tp=1") as llm:
+        alone = llm._engine._executor.num_blocks
+    with engine(checkpoint, "dp=2", share_gpus=True) as llm:
+        (card, ranks), *others = Counter(cards_of(llm)).items()
+        assert (ranks, others) == (2, [])
+        assert llm._engine.collectives == f"over the host, since 2 ranks share {card}"
+        assert llm._engine._executor.num_blocks == alone // 2
+        check_tokens(llm, checkpoint)
     assert "2 ranks share 1 GPUs, 2 on each" in caplog.text
 
 
-def test_cards_of_two_nodes_are_told_apart(checkpoint: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_cards_of_two_nodes_are_told_apart(cluster: Cluster, checkpoint: Path) -> None:
+    node = cluster.add_node(num_cpus=2, num_gpus=1)
+    cluster.wait_for_nodes()
     try:
-        cluster.add_node(num_cpus=2, num_gpus=1)
-        cluster.connect()
         with engine(checkpoint, "tp=2") as llm:
             cards = cards_of(llm)
             assert len(set(cards)) == 2
             assert {card.rpartition("-")[2] for card in cards} == {"0"}  # both are the first of their node
             assert llm._engine.collectives == "shared memory"
     finally:
-        ray.shutdown()
-        cluster.shutdown()
+        cluster.remove_node(node)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from qwen3_dist.ops.cpu import build
+from tests.forks import Forks
 
-ROOT = Path(__file__).parent.parent.parent
 STEPS = 210  # of each
 WAYS = {
     "dense-guesses": ["dense", "--guesses", "3"],
@@ -31,14 +27,10 @@ EVERY_TIME = ("moe-sharded",)
 @pytest.mark.parametrize(
     "way", [pytest.param(way, marks=() if way in EVERY_TIME else pytest.mark.slow) for way in WAYS]
 )
-def test_no_step_compiles_a_kernel_after_warm_up(way: str) -> None:
+def test_no_step_compiles_a_kernel_after_warm_up(fake_cards: Forks, way: str) -> None:
     if build.library() is None:
         pytest.skip("no C++ compiler is here, with which torch without CUDA is made to have a card")
-    command = [sys.executable, "-m", "tests.fake_serving", *WAYS[way], "--steps", str(STEPS)]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout)
+    seen = json.loads(fake_cards.run("tests.fake_serving", *WAYS[way], "--steps", str(STEPS)))
     assert {"_attend", "_norm", "_draw"} <= set(seen["ready"])
     assert sum(seen["ready"].values()) <= MOST_VARIANTS, seen["ready"]
     assert not seen["late"]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen3_dist.ops.cpu import build
 from tests.fake_gpu import CARD_BYTES, LAYERS
+from tests.forks import Forks
 
-ROOT = Path(__file__).parent.parent.parent
 WAYS = {
     "dense": ["dense"],
     "dense-int8-ampere": ["dense", "--quantize", "int8", "--card", "80"],
@@ -47,14 +43,10 @@ SLOW = (
     scope="module",
     params=[pytest.param(way, marks=pytest.mark.slow if way in SLOW else ()) for way in WAYS],
 )
-def phases(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+def phases(request: pytest.FixtureRequest, fake_cards: Forks) -> dict[str, dict[str, Any]]:
     if build.library() is None:
         pytest.skip("no C++ compiler is here, with which torch without CUDA is made to have a card")
-    command = [sys.executable, "-m", "tests.fake_gpu", *WAYS[request.param]]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(done.stdout)
+    seen = json.loads(fake_cards.run("tests.fake_gpu", *WAYS[request.param]))
     assert isinstance(seen, dict)
     by_all_to_all = "aten.scatter_.src" in seen["decodes without graphs"]["operators"]  # of rows into slots
     assert by_all_to_all is ("all-to-all" in request.param)

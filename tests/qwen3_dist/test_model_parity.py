@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qwen3_dist import LLM, SamplingParams
@@ -73,6 +75,18 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@functools.cache
+def answers_of_reference(checkpoint: Path) -> list[tuple[list[int], Tensor]]:
+    """Each prompt's 12 greedy tokens and their log-probabilities [12]."""
+    reference = load_reference(checkpoint)
+    answers = []
+    for prompt in PROMPTS:
+        token_ids = reference.generate_greedy(prompt, 12)
+        logits = reference(torch.tensor(prompt + token_ids))[len(prompt) - 1 : -1]
+        answers.append((token_ids, logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]))
+    return answers
+
+
 @pytest.fixture(scope="module", autouse=True)
 def nursery() -> Iterator[None]:
     with shared_nursery():
@@ -112,7 +126,6 @@ def test_the_cases_hold_every_mix_of_axes() -> None:
 def test_every_layout_generates_the_reference_tokens(
     checkpoints: dict[str, Path], kind: str, layout: str, dispatch: str
 ) -> None:
-    reference = load_reference(checkpoints[kind])
     # 16 tokens a step: prompts are prefilled in chunks beside decodes, fewer tokens than ranks at the end.
     with LLM(
         str(checkpoints[kind]),
@@ -128,9 +141,7 @@ def test_every_layout_generates_the_reference_tokens(
         stats = llm._engine.stats()
     assert stats.free_blocks == stats.total_blocks
     assert alone[0].token_ids == outputs[1].token_ids
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
-        assert output.token_ids == reference.generate_greedy(prompt, 12)
-        logits = reference(torch.tensor(prompt + output.token_ids))[len(prompt) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+    for output, (token_ids, logprobs) in zip(outputs, answers_of_reference(checkpoints[kind]), strict=True):
+        assert output.token_ids == token_ids
         got = torch.tensor([entry.logprob for entry in output.logprobs or []])
-        assert torch.allclose(got, expected, atol=1e-4)
+        assert torch.allclose(got, logprobs, atol=1e-4)
