@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -11,15 +12,15 @@ from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.base import LinearWeights, Matrix, Ops
 
 
-class Products:
+class Products(ABC):
     """What some layers make of the same input, by one call of an Ops."""
 
     _ops: Ops
     _finalized: LinearWeights | None = None
 
     @property
-    def layers(self) -> tuple[Linear, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def layers(self) -> tuple[Linear, ...]: ...
 
     def products(self, x: Tensor, adapters: AdapterRows | None = None) -> Sequence[Tensor]:
         """What each layer makes of x [T, in_features], with the rows' adapters."""

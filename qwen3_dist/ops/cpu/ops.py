@@ -14,14 +14,14 @@ from qwen3_dist.ops.base import (
     ExpertWeights,
     HeadParts,
     LinearWeights,
-    NormWeights,
     StageKernels,
 )
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cpu.block_kernels import CpuStageKernels
 from qwen3_dist.ops.cpu.kernels import Kernels
+from qwen3_dist.ops.row_ops import RowKernelOps
 from qwen3_dist.ops.torch_draws import WIDTH
-from qwen3_dist.ops.torch_ops import TorchOps, cpu_threads
+from qwen3_dist.ops.torch_ops import cpu_threads
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class PackedExperts(ExpertWeights):
     """Stacks of matrices in panels, [e, ceil(N / panel), D, panel]."""
 
 
-class CpuOps(TorchOps):
+class CpuOps(RowKernelOps):
     """Torch does what weights that are not packed, and norms with options, ask for."""
+
+    _kernels: Kernels
 
     def __init__(self, kernels: Kernels, of_fp32: Kernels) -> None:
         """`kernels` are those of the activations' dtype; adjusted logits are fp32."""
@@ -78,28 +80,6 @@ class CpuOps(TorchOps):
         if not isinstance(weights, PackedLinear):
             return super().embedding(ids, weights)
         return self._kernels.packed_rows(weights.parts[0].weight, ids.contiguous(), weights.inner)
-
-    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
-        if not weights.is_plain:
-            return super().norm(x, weights)
-        return self._kernels.norm(x.contiguous(), weights.scale, weights.eps)
-
-    def rotate_and_store(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        norms: tuple[NormWeights, NormWeights] | None,
-        cos: Tensor,
-        sin: Tensor,
-        cache: LayerCache,
-        slots: Tensor,
-    ) -> Tensor:
-        """In place."""
-        if norms is not None and not norms[0].is_plain:
-            return super().rotate_and_store(q, k, v, norms, cos, sin, cache, slots)
-        scales, eps = (None, 0.0) if norms is None else ((norms[0].scale, norms[1].scale), norms[0].eps)
-        return self._kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, slots, eps)
 
     def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
         metadata = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)

@@ -10,7 +10,7 @@ from qwen3_dist.ops.base import ExpertWeights
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 
 # Pairs for each expert up to which a GPU takes our kernel rather than torch's. On an H200 ours was still faster at 256
-# (`benchmarks/results/gpu-check-NVIDIA-H200.json`); what torch does with more was not measured.
+# (`benchmarks/results/gpu-check-1xH200.json`); what torch does with more was not measured.
 FEW_PAIRS = 256
 
 

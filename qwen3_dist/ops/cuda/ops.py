@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.ops.base import DrawSettings, ExpertWeights, LinearWeights, Matrix, NormWeights
+from qwen3_dist.ops.base import DrawSettings, ExpertWeights, LinearWeights, Matrix
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cuda.attention import Chosen
 from qwen3_dist.ops.cuda.experts import FEW_PAIRS, grouped_experts, takes_grouped_mm
 from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.row_ops import RowKernelOps
 from qwen3_dist.ops.slices import SORTED_ROWS
 from qwen3_dist.ops.torch_experts import counted
-from qwen3_dist.ops.torch_ops import TorchOps
 
 _FEW_ROWS = 64  # of a product with int8 weights, for which widening them first would cost more
 
@@ -38,8 +38,10 @@ class JoinedLinear(LinearWeights):
         return cls(tuple(part._replace(weight=view) for part, view in views), joined)
 
 
-class CudaOps(TorchOps):
+class CudaOps(RowKernelOps):
     """Torch does what Triton has no kernel for, and all where its kernels do not work on this card."""
+
+    _kernels: GpuKernels | None
 
     def __init__(
         self,
@@ -82,27 +84,6 @@ class CudaOps(TorchOps):
             return super()._product(x, part)
         product = self._kernels.linear_int8(x.contiguous(), part.weight, part.scale)
         return product if part.bias is None else product + part.bias
-
-    def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
-        if self._kernels is None or not weights.is_plain:
-            return super().norm(x, weights)
-        return self._kernels.norm(x.contiguous(), weights.scale, weights.eps)
-
-    def rotate_and_store(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        norms: tuple[NormWeights, NormWeights] | None,
-        cos: Tensor,
-        sin: Tensor,
-        cache: LayerCache,
-        slots: Tensor,
-    ) -> Tensor:
-        if self._kernels is None or (norms is not None and not norms[0].is_plain):
-            return super().rotate_and_store(q, k, v, norms, cos, sin, cache, slots)
-        scales, eps = (None, 0.0) if norms is None else ((norms[0].scale, norms[1].scale), norms[0].eps)
-        return self._kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, slots, eps)
 
     def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
         return self._attention.backend.attend(q, cache, batch, window)
