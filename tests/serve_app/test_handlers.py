@@ -263,7 +263,10 @@ def test_a_streams_chunks_count_tokens_as_far_as_they_are_asked_to(engine: Async
         return [chunk["usage"] and chunk["usage"]["completion_tokens"] for chunk in chunks]
 
     assert counts(include_usage=True)[-2:] == [None, 4]
-    assert counts(include_usage=True, continuous_usage_stats=True)[-3:] == [3, 4, 4]
+    tries = [counts(include_usage=True, continuous_usage_stats=True) for _ in range(8)]
+    for told in tries:
+        assert told == sorted(told) and told[-2:] == [4, 4]
+    assert any(told[0] < 4 for told in tries)  # a busy machine may read several steps at once
 
 
 def test_usage_says_what_the_prefix_cache_had(engine: AsyncEngine) -> None:
