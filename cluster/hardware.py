@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.yaml_file import build, items, read_yaml, refusal
+from cluster.yaml_file import read_yaml
 from qwen3_dist.errors import ConfigError
 
 
@@ -199,16 +199,14 @@ def read_cluster(path: str | Path) -> Cluster:
 
     Raises ConfigError with file, line and reason.
     """
-    node = read_yaml(path)
-    base: Cluster | None = None
-    for name, value in items(path, node, "cluster"):
-        if name == "preset":
-            try:
-                base = _find_preset(str(value.value))
-            except ConfigError as error:
-                raise refusal(path, value, str(error)) from None
-    node.value = [(key, value) for key, value in node.value if key.value != "preset"]
-    return build(path, node, Cluster, "cluster", base)
+    file = read_yaml(path)
+    if "preset" not in file.values:
+        return file.settings(Cluster)
+    try:
+        base = _find_preset(str(file.values.pop("preset")))
+    except ConfigError as error:
+        raise file.refusal(("preset",), str(error)) from None
+    return file.settings(Cluster, base)
 
 
 def as_dict(part: Any) -> dict[str, Any]:

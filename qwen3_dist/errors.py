@@ -10,7 +10,12 @@ class QwenDistError(Exception):
 
 
 class ConfigError(QwenDistError, ValueError):
-    """A model config, engine setting or command-line value that cannot be used."""
+    """A model config, engine setting or command-line value that cannot be used.
+
+    `setting` is the path of the setting to blame, outermost name first, where it was read from a mapping.
+    """
+
+    setting: tuple[str, ...] = ()
 
 
 class ParallelLayoutError(ConfigError):

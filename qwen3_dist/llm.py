@@ -15,7 +15,8 @@ from qwen3_dist.progress import Bar, progress_bar
 from qwen3_dist.protocol.outputs import CompletionOutput, RequestOutput, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.settings import EngineConfig, read_settings
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.choice import ChoiceDelta, Choices, Reading, join
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state

@@ -1,26 +1,20 @@
-"""`EngineConfig`: everything one sharded engine needs to know, validated at construction.
-
-`read_settings` builds any frozen settings dataclass from a mapping (YAML, JSON, CLI), naming the
-key that is unknown or of the wrong type.
-"""
+"""`EngineConfig`: everything one sharded engine needs to know, validated at construction."""
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields
+from typing import Any
 
 from qwen3_dist.config import DTYPES
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.rank_env import parse_rank_env
+from qwen3_dist.settings_reader import setting
 from qwen3_dist.speculation import Speculation
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 
-T = TypeVar("T")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
 QUANTIZATIONS = ("none", "int8")
@@ -30,11 +24,6 @@ PERFORMANCE_MODES = ("interactivity", "throughput")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 PLACEMENTS = ("own", "current")
 _CPU, _GPU = STEP_DEFAULTS["cpu"], STEP_DEFAULTS["cuda"]
-
-
-def setting(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that `--help` prints and `read_settings` checks."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -122,12 +111,11 @@ class EngineConfig:
         False,
         "let several ranks share a GPU where there are fewer: for checks, as collectives then go over the host",
     )
-    rank_env: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "environment variables that every rank sets before it joins its group, for example "
-            "NCCL_SOCKET_IFNAME=eth0; may be repeated"
-        },
+    rank_env: Mapping[str, str] = setting(
+        dict,
+        "environment variables that every rank sets before it joins its group, for example "
+        "NCCL_SOCKET_IFNAME=eth0; may be repeated",
+        parse=parse_rank_env,
     )
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
@@ -177,48 +165,6 @@ class EngineConfig:
 def runs_in_process(config: EngineConfig) -> bool:
     """Whether the engine's one rank lives in the engine's own process."""
     return config.executor == "in_process" or (config.executor == "auto" and config.layout.world == 1)
-
-
-def read_settings(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Builds dataclass `cls` from `values`. Raises ConfigError naming a bad or unknown key.
-
-    Nested dataclasses take mappings; `Layout`, `Speculation` and `LoraAdapters` take their text forms;
-    integers pass as floats.
-    """
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    hints = typing.get_type_hints(cls)
-    read = {name: _coerce(name, hints[name], value) for name, value in values.items()}
-    missing = [
-        n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in read
-    ]
-    if missing:
-        raise ConfigError(f"setting {missing[0]!r} is required")
-    return cls(**read)
-
-
-def _coerce(name: str, kind: Any, value: Any) -> Any:
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        options = typing.get_args(kind)
-        if value is None and type(None) in options:
-            return None
-        return _coerce(name, next(o for o in options if o is not type(None)), value)
-    if kind in (Layout, Speculation, LoraAdapters):
-        return kind.parse(value)
-    if typing.get_origin(kind) is Mapping:
-        return parse_rank_env(value)
-    if hasattr(kind, "__dataclass_fields__") and isinstance(value, Mapping):
-        return read_settings(kind, value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(value)
-    expected = typing.get_origin(kind) or kind
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        raise ConfigError(f"{name} must be of type {getattr(kind, '__name__', kind)}, not {value!r}")
-    return value
 
 
 def _check_choices(settings: Any) -> None:

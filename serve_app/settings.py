@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.settings import EngineConfig, read_settings, setting
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings, setting, setting_types
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from qwen3_dist.weights.source import canonical_name
 
@@ -78,18 +77,11 @@ class ServiceConfig:
     stored_responses_s: float = setting(
         86400.0, "seconds for which a response that is not referred to stays stored"
     )
-    api_key: str = dataclasses.field(
-        default="",
-        repr=False,  # settings are printed and logged
-        metadata={"help": "key that clients must send; empty: none is asked for", "choices": None},
-    )
-    admin_key: str = dataclasses.field(
-        default="",
-        repr=False,
-        metadata={
-            "help": "key for what changes the service; empty: nobody may if there is an api_key, else all may",
-            "choices": None,
-        },
+    api_key: str = setting("", "key that clients must send; empty: none is asked for", secret=True)
+    admin_key: str = setting(
+        "",
+        "key for what changes the service; empty: nobody may if there is an api_key, else all may",
+        secret=True,
     )
     enable_thinking: bool | None = setting(
         None, "whether models that can think do where a request does not say; null: as their template has it"
@@ -171,38 +163,15 @@ def read_service_config(args: Mapping[str, Any]) -> ServiceConfig:
     Values may be text (`"4"` for an integer, `"null"`), as a command line has it; `engine` may also
     be a mapping of its own. Raises ConfigError naming the setting that is unknown or unusable.
     """
-    service = {name: kind for name, kind in setting_types(ServiceConfig).items() if name != "engine"}
-    engine = setting_types(EngineConfig)
+    service = setting_types(ServiceConfig).keys() - {"engine"}
+    engine = setting_types(EngineConfig).keys()
     nested = args.get("engine", {})
     if not isinstance(nested, Mapping):
         raise ConfigError(f"engine must be a mapping of engine settings, not {nested!r}")
     flat = {name: value for name, value in args.items() if name != "engine"} | dict(nested)
     unknown = sorted(set(flat) - set(service) - set(engine))
     if unknown:
-        raise ConfigError(
-            f"unknown setting {unknown[0]!r}; known are {', '.join(sorted({**service, **engine}))}"
-        )
-    values = {name: parse_text({**service, **engine}[name], value) for name, value in flat.items()}
-    engine_config = read_settings(EngineConfig, {n: v for n, v in values.items() if n in engine})
-    service_values = {n: v for n, v in values.items() if n in service}
-    return dataclasses.replace(read_settings(ServiceConfig, service_values), engine=engine_config)
-
-
-def setting_types(cls: type) -> dict[str, Any]:
-    """The fields of settings dataclass `cls` with their resolved types."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def parse_text(kind: Any, value: Any) -> Any:
-    """`value` as type `kind` wants it where it is text that stands for a number, a boolean or null.
-
-    Anything else is returned as it came, for `read_settings` to judge.
-    """
-    options = set(typing.get_args(kind)) or {kind}
-    if not isinstance(value, str) or not options & {int, float, bool}:
-        return None if value == "null" and type(None) in options else value
-    try:
-        return json.loads(value.lower())
-    except ValueError:
-        return value
+        raise ConfigError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(service | engine))}")
+    engine_config = read_settings(EngineConfig, {n: v for n, v in flat.items() if n in engine})
+    service_config = read_settings(ServiceConfig, {n: v for n, v in flat.items() if n in service})
+    return dataclasses.replace(service_config, engine=engine_config)

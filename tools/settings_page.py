@@ -8,7 +8,8 @@ import typing
 from typing import Any
 
 from qwen3_dist.settings import EngineConfig
-from serve_app.settings import ServiceConfig, setting_types
+from qwen3_dist.settings_reader import setting_types, value_type
+from serve_app.settings import ServiceConfig
 
 _TOP = """
 <!-- Made by tools/settings_page.py from the settings' dataclasses. `make docs` writes it; do not edit. -->
@@ -65,10 +66,10 @@ def _entry(cls: type, field: dataclasses.Field[Any]) -> str:
 def _kind(kind: Any, choices: tuple[str, ...] | None) -> str:
     if choices:
         return "one of " + ", ".join(f"`{choice}`" for choice in choices)
-    options = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
-    if typing.get_origin(kind) not in (None, typing.Union) and len(options) == 2 and str in options:
+    kind = value_type(kind)
+    if typing.get_origin(kind) is not None:
         return "`NAME=VALUE`, may be repeated"
-    return _KINDS.get(options[0]) or _FORMS[options[0].__name__]
+    return _KINDS.get(kind) or _FORMS[kind.__name__]
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -21,7 +21,8 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.model.reference import ReferenceModel, load_reference
 from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.settings import EngineConfig, read_settings
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings
 
 _SMALL = {
     "vocab_size": 1000,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.planning.burst_point import BurstPoint
-from cluster.yaml_file import build, read_yaml
+from cluster.yaml_file import read_yaml
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
@@ -60,7 +60,7 @@ class SweepWorkload:
 
 def read_workload(path: str | Path) -> SweepWorkload:
     """A workload from YAML. Raises ConfigError with file, line and reason."""
-    return build(path, read_yaml(path), SweepWorkload, "workload")
+    return read_yaml(path).settings(SweepWorkload)
 
 
 class SweepFolder:

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.settings_reader import setting_types, value_type
 from serve_app.cli.parser import Switch
-from serve_app.settings import setting_types
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
@@ -60,7 +60,7 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
     for field in dataclasses.fields(cls):
         if field.name in skip:
             continue
-        kind = kinds[field.name]
+        kind = value_type(kinds[field.name])
         repeated = kind is LoraAdapters or typing.get_origin(kind) is Mapping
         has_default = field.default is not dataclasses.MISSING
         default = "unset" if field.default is None else str(field.default) if has_default else ""
@@ -68,7 +68,7 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
         group.add_argument(
             f"--{field.name.replace('_', '-')}",
             dest=field.name,
-            action="append" if repeated else Switch if _is_bool(kind) else "store",
+            action="append" if repeated else Switch if kind is bool else "store",
             default=argparse.SUPPRESS,
             metavar="|".join(choices) if choices else _metavar(kind),
             help=f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%"),
@@ -81,14 +81,8 @@ def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def _is_bool(kind: Any) -> bool:
-    return bool in (kind, *typing.get_args(kind))
-
-
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Mapping:
         return "NAME=VALUE"
-    kinds = [option for option in typing.get_args(kind) or (kind,) if option is not type(None)]
-    return {int: "N", float: "X", str: "TEXT", bool: "true|false", LoraAdapters: "NAME=PATH"}.get(
-        kinds[0], kinds[0].__name__.upper()
-    )
+    names = {int: "N", float: "X", str: "TEXT", bool: "true|false", LoraAdapters: "NAME=PATH"}
+    return names.get(kind, kind.__name__.upper())

@@ -121,13 +121,18 @@ def test_another_sweeps_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "reason"),
     [
-        ("input_len: 12", "input_len: many", 2, "points.input_len must be a whole number, not 'many'"),
+        ("input_len: 12", "input_len: many", 2, "points.0.input_len must be a whole number, not 'many'"),
         ("num_prompts: 3", "num_prompts: 0", 2, "num_prompts must be positive, not 0"),
-        (", output_len: 1}", "}", 3, "workload.points lacks output_len"),
-        ("input_len: 20", "inputs: 20", 3, "has no 'inputs'; known are num_prompts, input_len, output_len"),
+        (", output_len: 1}", "}", 3, "setting 'points.1.output_len' is required"),
+        (
+            "input_len: 20",
+            "inputs: 20",
+            3,
+            "unknown setting 'points.1.inputs'; known are input_len, num_prompts, output_len",
+        ),
         ("device: cpu", "device: tpu", 4, "device must be one of auto, cpu, cuda, not 'tpu'"),
         ("device: cpu", "repeats: 0", 4, "repeats must be positive, not 0"),
-        ("device: cpu", "timeout_s: soon", 4, "workload.timeout_s must be a number, not 'soon'"),
+        ("device: cpu", "timeout_s: soon", 4, "timeout_s must be a number, not 'soon'"),
         ("device: cpu", "points: []", 4, "points is given twice; keep one"),
     ],
 )
@@ -144,7 +149,7 @@ def test_a_wrong_workload_is_refused_with_line_and_reason(
 def test_a_workload_without_points_is_refused(workload: Path) -> None:
     for text in ("points: []\n", "points: 5\n", "device: cpu\n"):
         workload.write_text(text)
-        with pytest.raises(ConfigError, match=r"workload.yaml:1: workload.*points"):
+        with pytest.raises(ConfigError, match=r"workload.yaml:1: .*points"):
             read_workload(workload)
 
 

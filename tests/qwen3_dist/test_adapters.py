@@ -22,7 +22,8 @@ from qwen3_dist.model.lora import LowRank
 from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.protocol.outputs import RequestOutput
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan
-from qwen3_dist.settings import EngineConfig, read_settings
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.weights.lora_loader import Adapter
 from tests.adapters import ATTENTION, EVERYTHING, merge, write_adapter
 from tests.batches import batch_of

@@ -9,7 +9,7 @@ import pytest
 
 from qwen3_dist import EngineConfig, Layout, SamplingParams
 from qwen3_dist.errors import ConfigError, RequestError
-from qwen3_dist.settings import read_settings
+from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.speculation import Speculation
 
 
@@ -23,11 +23,36 @@ def test_settings_are_read_from_plain_values() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("block_size", "1_6", 16),
+        ("block_size", "16.0", 16),
+        ("num_blocks", "null", None),
+        ("start_timeout_s", "1.5e2", 150.0),
+        ("prefix_caching", "False", False),
+        ("model", "null", "null"),
+        ("revision", "7", "7"),
+    ],
+)
+def test_text_is_read_as_the_settings_type(name: str, text: str, value: object) -> None:
+    assert getattr(read_settings(EngineConfig, {name: text}), name) == value
+
+
+def test_an_error_knows_the_path_of_its_setting() -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_settings(EngineConfig, {"block_size": 0})
+    assert refused.value.setting == ("block_size",)
+
+
+@pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"modle": "m"}, "unknown setting 'modle'; known are block_size, "),
-        ({"block_size": "16"}, "block_size must be of type int, not '16'"),
-        ({"block_size": True}, "block_size must be of type int, not True"),
+        ({"block_size": "many"}, "block_size must be a whole number, not 'many'"),
+        ({"block_size": 1.5}, "block_size must be a whole number, not 1.5"),
+        ({"block_size": True}, "block_size must be a whole number, not True"),
+        ({"prefix_caching": "maybe"}, "prefix_caching must be true or false, not 'maybe'"),
+        ({"device": 7}, "device must be text, not 7"),
         ({"block_size": 0}, "block_size must be positive, not 0"),
         ({"num_blocks": -1}, "num_blocks must be positive, not -1"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
