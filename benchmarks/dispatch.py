@@ -26,8 +26,8 @@ from benchmarks.record import keep
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import Layout, even_ranges
+from qwen3_dist.model.block import TransformerBlock
 from qwen3_dist.model.finalize import finalize_blocks
-from qwen3_dist.model.transformer import TransformerBlock
 from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.context import ParallelContext

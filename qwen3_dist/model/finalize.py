@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from qwen3_dist.model.block import TransformerBlock
 from qwen3_dist.model.experts import Experts
 from qwen3_dist.model.feed_forward import MoEFeedForward
 from qwen3_dist.model.linear import Products
-from qwen3_dist.model.transformer import Qwen3Model, TransformerBlock
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.base import (
     AttentionParts,

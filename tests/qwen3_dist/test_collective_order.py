@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
-from qwen3_dist.model.transformer import Qwen3Model, TransformerBlock
+from qwen3_dist.model.block import TransformerBlock
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel import expert_exchange
