@@ -44,8 +44,8 @@ class RequestError(QwenDistError, ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self.param, self.status, self.code)
 
-    def blaming(self, param: str, message: str) -> RequestError:
-        """This error with the words of an API that calls the offending field `param`."""
+    def with_param(self, param: str, message: str) -> RequestError:
+        """Returns a copy with another `param` and `message`, for an API that names the field otherwise."""
         return RequestError(message, param, self.status, self.code)
 
 
@@ -75,7 +75,7 @@ class ContextLengthError(RequestError):
         lengths = (self.prompt_tokens, self.max_model_len, self.output_tokens, self.at_least)
         return type(self), (str(self), self.param, *lengths)
 
-    def blaming(self, param: str, message: str) -> RequestError:
+    def with_param(self, param: str, message: str) -> RequestError:
         lengths = (self.prompt_tokens, self.max_model_len, self.output_tokens, self.at_least)
         return ContextLengthError(message, param, *lengths)
 

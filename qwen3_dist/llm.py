@@ -17,7 +17,7 @@ from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import read_settings
-from qwen3_dist.text.choice import ChoiceDelta, Choices, Reading, join
+from qwen3_dist.text.choice import ChoiceDelta, Choices, ParserSpec, join
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
@@ -103,8 +103,8 @@ class LLM:
         state = reasoning_state(prompt, template.source(), template_kwargs)
         token_ids = self._token_ids(prompt, add_special_tokens=False)
         setup = self._prepare(prompt, token_ids, params, None).setup
-        reading = Reading(state, new_parser=lambda begins: AnswerParser(Reasoning(begins), None))
-        choices = Choices(params, tokenizer, reading)
+        parser_spec = ParserSpec(state, new_parser=lambda begins: AnswerParser(Reasoning(begins), None))
+        choices = Choices(params, tokenizer, parser_spec)
         engine.add_request("0", token_ids, params, setup=setup)
         try:
             while not choices.done:
@@ -242,7 +242,7 @@ class _Job:
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.lora = lora
-        self._choices = Choices(params, tokenizer, Reading())
+        self._choices = Choices(params, tokenizer, ParserSpec())
         self._deltas: list[list[ChoiceDelta]] = [[] for _ in range(params.n)]
         self._has_text = tokenizer is not None
         self._reported = False

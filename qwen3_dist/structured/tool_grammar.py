@@ -22,7 +22,7 @@ from qwen3_dist.structured.json_schema import (
 )
 from qwen3_dist.text.schema_parts import alternatives
 from qwen3_dist.text.tool_calls.stream import ToolCalls
-from qwen3_dist.text.tool_calls.tags import CLOSES, FUNCTION, FUNCTION_END, OPENS, PARAMETER
+from qwen3_dist.text.tool_calls.tags import FUNCTION, FUNCTION_END, PARAMETER, TOOL_CALL, TOOL_CALL_END
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
 Json = Mapping[str, Any]
@@ -172,7 +172,7 @@ def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
     (name,) = schemas.names
     reader = ToolCalls("xml", schemas, only_calls=True)
     written = f"{FUNCTION}{name}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}"
-    read = reader.push(f"{OPENS}\n{written}\n{CLOSES}") + reader.finish()
+    read = reader.push(f"{TOOL_CALL}\n{written}\n{TOOL_CALL_END}") + reader.finish()
     try:
         arguments = json.loads("".join(call.arguments for call in read.tool_calls))
     except json.JSONDecodeError:  # none, several, or one that is not closed

@@ -1,1 +1,1 @@
-"""Text in and out: tokenizer, chat template, incremental detokenizer. No torch, no transformers."""
+"""Tokenizer, chat template, detokenizer, and parsers for reasoning and tool calls. No torch, no transformers."""

@@ -24,7 +24,7 @@ from qwen3_dist.errors import CheckpointError, RequestError
 from qwen3_dist.text import history
 from qwen3_dist.text.sidecars import read_json_object, read_special_tokens
 
-_END = "<|end of the final message|> "  # ends in a space, which shows whether a template strips
+_SENTINEL = "<|end of the final message|> "  # ends in a space, which shows whether a template strips
 # A message's reasoning goes by several names; templates read the first.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
@@ -40,7 +40,7 @@ class ChatTemplate:
         environment = _environment()
         self._special_tokens = dict(special_tokens)
         self._sources = dict(templates)
-        self._coped: dict[tuple[str, int], bool] = {}
+        self._supported: dict[tuple[str, int], bool] = {}
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
         except jinja2.TemplateError as error:
@@ -81,9 +81,9 @@ class ChatTemplate:
         if not messages:
             raise RequestError("messages must hold at least one message", param="messages")
         name = self._name(bool(tools))
-        plain = self._taken(name, [_plain_message(message) for message in messages])
+        plain = self._adapted(name, [_plain_message(message) for message in messages])
         if continue_final_message:
-            plain[-1]["content"] += _END
+            plain[-1]["content"] += _SENTINEL
         variables = {
             **self._special_tokens,
             **kwargs,
@@ -100,30 +100,30 @@ class ChatTemplate:
             ) from None
         return _cut_at_end(rendered) if continue_final_message else rendered
 
-    def _taken(self, name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _adapted(self, name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """`messages` as template `name` takes them."""
-        if history.has_late_system(messages) and not self._copes(name, history.SYSTEM_PROBE):
-            messages = history.gather_system(messages)
-        if history.has_other_arguments(messages) and not self._copes(name, history.ARGUMENTS_PROBE):
-            messages = [history.object_arguments(message) for message in messages]
+        if history.has_late_system(messages) and not self._supports(name, history.SYSTEM_PROBE):
+            messages = history.merge_system_messages(messages)
+        if history.has_non_object_arguments(messages) and not self._supports(name, history.ARGUMENTS_PROBE):
+            messages = [history.wrap_arguments(message) for message in messages]
         return messages
 
-    def _copes(self, name: str, probe: list[dict[str, Any]]) -> bool:
+    def _supports(self, name: str, probe: list[dict[str, Any]]) -> bool:
         """Whether template `name` shows every mark in `probe`."""
         key = (name, id(probe))
-        if key not in self._coped:
+        if key not in self._supported:
             variables = {**self._special_tokens, "messages": probe, "tools": None, "documents": None}
             try:
                 shown = self._templates[name].render(variables)
             except Exception:  # noqa: BLE001 - untrusted code may raise anything
                 shown = ""
-            self._coped[key] = shown.count(history.MARK) >= str(probe).count(history.MARK)
-        return self._coped[key]
+            self._supported[key] = shown.count(history.SENTINEL) >= str(probe).count(history.SENTINEL)
+        return self._supported[key]
 
 
 def _cut_at_end(rendered: str) -> str:
     """`rendered` up to the mark; a template that strips the message strips what was before the mark, too."""
-    text, mark, after = rendered.rpartition(_END.strip())
+    text, mark, after = rendered.rpartition(_SENTINEL.strip())
     if not mark:
         raise RequestError(
             "the model's chat template does not show the last message, so it cannot be continued",

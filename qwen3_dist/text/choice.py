@@ -1,4 +1,4 @@
-"""One generated choice as its reader sees it, offline or a client: token deltas of the engine in, safe text out."""
+"""Turns the engine's token deltas of a choice into text, reasoning and tool-call deltas for clients."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qwen3_dist.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ChoiceDelta:
-    """What one step shows of choice `index`; `finish_reason` is OpenAI's, None while it runs.
+    """What one step adds to choice `index`.
 
-    `text` is content: what follows reasoning and is no tool call. `stop_reason` is the stop string or stop
-    token that ended the choice, None for EOS. `num_reasoning_tokens` of `token_ids` were thought. The first
-    delta of a prompt's first choice has the `prompt_logprobs`.
+    `text` is content, without reasoning and tool calls. `finish_reason` is OpenAI's, None while the choice runs.
+    `stop_reason` is the stop string or stop token that ended the choice, None for EOS. `num_reasoning_tokens` of the
+    `token_ids` are reasoning. `prompt_logprobs` are in the first delta of a prompt's first choice alone.
     """
 
     index: int
@@ -37,41 +37,41 @@ class ChoiceDelta:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the text of a choice is read: where thinking stands at its start (as SamplingParams has it), what makes a
-    parser for each choice from where thinking stands there, and what its tool calls mean for its end.
+class ParserSpec:
+    """How to parse the text of a choice.
 
-    `form` is what calls make of the form that the text must have; None leaves it to the request's parameters.
-    `calls_end_it`: finishing with a tool call is the finish reason "tool_calls", not "stop". Of more than
-    `most_calls` calls the choice ends with the last that is shown.
+    `reasoning` is the reasoning state at its start, as in SamplingParams. `new_parser` makes the choice's parser from
+    that state; None leaves all text content. `structured_outputs` replaces that of the request, unless None.
+    `reports_tool_calls` changes the finish reason "stop" of a choice with tool calls to "tool_calls". A choice ends
+    after `max_tool_calls` calls.
     """
 
     reasoning: str = "none"
-    form: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputs | None = None
     new_parser: Callable[[str], OutputParser] | None = None
-    calls_end_it: bool = True
-    most_calls: int | None = None
+    reports_tool_calls: bool = True
+    max_tool_calls: int | None = None
 
 
 class Choice:
-    """Turns one choice's token deltas into text deltas. `done` once its finish reason was shown."""
+    """Turns one choice's token deltas into text deltas. `done` once a delta had its finish reason."""
 
     def __init__(
         self,
         index: int,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
-        reading: Reading,
+        spec: ParserSpec,
     ) -> None:
         self.done = False
         self._index = index
-        self._reading = reading
+        self._spec = spec
         self._num_calls = 0
         self._stop_token_ids = params.stop_token_ids
         self._has_form = params.structured_outputs is not None
         self._text: TextStream | None = None
         self._parser: OutputParser | None = None
-        self._thinking: _Thinking | None = None
+        self._reasoning_counter: _ReasoningTokenCounter | None = None
         if tokenizer:
             self._text = TextStream(
                 tokenizer,
@@ -80,27 +80,29 @@ class Choice:
                 params.include_stop_str_in_output,
                 params.min_tokens,
             )
-            self._thinking = _Thinking(tokenizer, params.reasoning) if params.reasoning != "none" else None
+            self._reasoning_counter = (
+                _ReasoningTokenCounter(tokenizer, params.reasoning) if params.reasoning != "none" else None
+            )
 
     def advance(self, delta: TokenDelta) -> ChoiceDelta:
-        """Takes a step's tokens; a stop string that they complete ends the choice before it."""
+        """Adds a step's tokens. A stop string that they complete ends the choice before that string."""
         assert not self.done
-        if self._parser is None and self._text and self._reading.new_parser and delta.token_ids:
-            self._parser = self._reading.new_parser(self._reasoning(delta))
+        if self._parser is None and self._text and self._spec.new_parser and delta.token_ids:
+            self._parser = self._spec.new_parser(self._reasoning_state(delta))
         text, reason, stopped_by = "", delta.finish_reason, self._stop_token(delta)
         if self._text:
-            taken = self._text.num_taken
+            num_tokens = self._text.num_tokens
             text = self._text.push(delta.token_ids)
-            delta = delta.first(self._text.num_taken - taken)
+            delta = delta.first(self._text.num_tokens - num_tokens)
             if reason:
                 text += self._text.finish()
             if self._text.stopped:
                 reason, stopped_by = "stop", self._text.stopped_by
         parsed = self._parse(text, reason)
-        calls = self._shown_calls(parsed.tool_calls)
+        calls = self._limit_calls(parsed.tool_calls)
         if len(calls) < len(parsed.tool_calls):
             reason = reason or "stop"
-        if reason == "stop" and self._num_calls and self._reading.calls_end_it:
+        if reason == "stop" and self._num_calls and self._spec.reports_tool_calls:
             reason = "tool_calls"
         self.done = reason is not None
         return ChoiceDelta(
@@ -113,15 +115,21 @@ class Choice:
             calls,
             stopped_by,
             delta.num_cached_tokens,
-            self._thinking.count(delta.token_ids) if self._thinking else 0,
+            self._reasoning_counter.count(delta.token_ids) if self._reasoning_counter else 0,
             delta.prompt_logprobs,
         )
 
-    def _reasoning(self, first: TokenDelta) -> str:
-        """Where thinking stands at the start. A form that begins with the text <think>, and not with that token, is
-        no thought."""
-        thinks = self._thinking is None or not self._has_form or self._thinking.opens in first.token_ids[:1]
-        return self._reading.reasoning if thinks or self._reading.reasoning == "open" else "none"
+    def _reasoning_state(self, first: TokenDelta) -> str:
+        """Returns the reasoning state at the start, given the `first` delta.
+
+        A structured output may begin with the text `<think>`; only the token `<think>` begins reasoning in it.
+        """
+        thinks = (
+            self._reasoning_counter is None
+            or not self._has_form
+            or self._reasoning_counter.opens in first.token_ids[:1]
+        )
+        return self._spec.reasoning if thinks or self._spec.reasoning == "open" else "none"
 
     def _parse(self, text: str, reason: str | None) -> Parsed:
         if self._parser is None:
@@ -129,15 +137,15 @@ class Choice:
         parsed = self._parser.push(text)
         return parsed + self._parser.finish(cut=reason == "length") if reason else parsed
 
-    def _shown_calls(self, parts: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
-        """Those of calls that the client wants."""
-        most = self._reading.most_calls
-        shown = tuple(part for part in parts if most is None or part.index < most)
+    def _limit_calls(self, parts: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
+        """Returns `parts` without calls beyond `max_tool_calls`."""
+        limit = self._spec.max_tool_calls
+        shown = tuple(part for part in parts if limit is None or part.index < limit)
         self._num_calls = max([self._num_calls, *(part.index + 1 for part in shown)])
         return shown
 
     def _stop_token(self, delta: TokenDelta) -> str | int | None:
-        """The stop token that ended the choice; EOS is none."""
+        """Returns the id from `stop_token_ids` that ended the choice, None for EOS."""
         last = delta.token_ids[-1] if delta.finish_reason == "stop" and delta.token_ids else None
         return last if last in self._stop_token_ids else None
 
@@ -146,19 +154,23 @@ class Choices:
     """All choices of one prompt, numbered from `first_index`."""
 
     def __init__(
-        self, params: SamplingParams, tokenizer: Tokenizer | None, reading: Reading, first_index: int = 0
+        self,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        spec: ParserSpec,
+        first_index: int = 0,
     ) -> None:
-        self._choices = [Choice(first_index + i, params, tokenizer, reading) for i in range(params.n)]
+        self._choices = [Choice(first_index + i, params, tokenizer, spec) for i in range(params.n)]
 
     @property
     def done(self) -> bool:
         return all(choice.done for choice in self._choices)
 
     def advance(self, deltas: Iterable[TokenDelta], abort: Callable[[int], object]) -> list[ChoiceDelta]:
-        """The text deltas of one step, for those choices that were not done yet.
+        """Returns the text deltas of one step, for choices that were not done before it.
 
-        Calls `abort` with the engine's index of each choice that a stop string or a last tool call ended, since the
-        engine would continue it. Raises RequestError if the engine could not go on with a choice.
+        Calls `abort` with the engine's index of each choice that a stop string or the limit on tool calls ended,
+        since the engine would continue it. Raises RequestError if the engine failed on a choice.
         """
         shown = []
         for delta in deltas:
@@ -173,8 +185,8 @@ class Choices:
         return shown
 
 
-class _Thinking:
-    """Counts the tokens of one choice that lie between <think> and </think>. A model thinks once, and first."""
+class _ReasoningTokenCounter:
+    """Counts the tokens of one choice between `<think>` and `</think>`, which may only precede its content."""
 
     def __init__(self, tokenizer: Tokenizer, reasoning: str) -> None:
         self._tokenizer = tokenizer
@@ -183,7 +195,7 @@ class _Thinking:
         self._over = False
 
     def count(self, token_ids: Iterable[int]) -> int:
-        """How many of these next tokens were thought."""
+        """Returns how many of the next `token_ids` are reasoning."""
         counted = 0
         for token_id in token_ids:
             if self._over:
@@ -200,7 +212,7 @@ class _Thinking:
 
 
 def join(deltas: Sequence[ChoiceDelta]) -> ChoiceDelta:
-    """All `deltas` of one choice as one, each tool call whole."""
+    """Merges all `deltas` of one choice, and the parts of each tool call."""
     calls: dict[int, ToolCallDelta] = {}
     for part in (part for delta in deltas for part in delta.tool_calls):
         begun = calls.get(part.index)

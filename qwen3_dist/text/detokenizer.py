@@ -36,7 +36,7 @@ class TextStream:
         self.stopped_by: str | None = None
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self.num_taken = 0  # ids so far, those after a stop string left out
+        self.num_tokens = 0  # ids so far, those after a stop string left out
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
@@ -59,7 +59,7 @@ class TextStream:
         for token_id in token_ids:
             if self.stopped:
                 break
-            self.num_taken += 1
+            self.num_tokens += 1
             if token_id not in self._skipped:
                 shown += self._advance(self._tokenizer.token_bytes(token_id), final=False)
         return shown
@@ -77,7 +77,7 @@ class TextStream:
         matches = [
             (text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stop if stop in text
         ]
-        if matches and self.num_taken > self._min_tokens:
+        if matches and self.num_tokens > self._min_tokens:
             after, before, self.stopped_by = min(matches)
             end = after if self._include_stop else before
         else:

@@ -1,7 +1,7 @@
 """Conversations put so that a strict chat template takes them: one system message, arguments that are objects.
 
 Templates differ in what they take. `SYSTEM_PROBE` and `ARGUMENTS_PROBE` are conversations that show which kind one is:
-a template that copes shows every `MARK` of the probe.
+a template that copes shows every `SENTINEL` of the probe.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 Message = dict[str, Any]
-MARK = "a3f9c1e7"
+SENTINEL = "a3f9c1e7"
 SYSTEM_PROBE: list[Message] = [
-    {"role": "system", "content": MARK},
-    {"role": "system", "content": MARK},
+    {"role": "system", "content": SENTINEL},
+    {"role": "system", "content": SENTINEL},
     {"role": "user", "content": "q"},
     {"role": "assistant", "content": "a"},
-    {"role": "system", "content": MARK},
+    {"role": "system", "content": SENTINEL},
     {"role": "user", "content": "q"},
 ]
 ARGUMENTS_PROBE: list[Message] = [
@@ -24,7 +24,7 @@ ARGUMENTS_PROBE: list[Message] = [
     {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": MARK}}],
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": SENTINEL}}],
     },
     {"role": "tool", "tool_call_id": "c", "content": "r"},
 ]
@@ -35,14 +35,14 @@ def has_late_system(messages: list[Message]) -> bool:
     return any(message.get("role") == "system" for message in messages[1:])
 
 
-def gather_system(messages: list[Message]) -> list[Message]:
+def merge_system_messages(messages: list[Message]) -> list[Message]:
     """`messages` with the text of all system messages in one at the front."""
     texts = [message["content"] for message in messages if message.get("role") == "system"]
     others = [message for message in messages if message.get("role") != "system"]
     return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
 
 
-def has_other_arguments(messages: list[Message]) -> bool:
+def has_non_object_arguments(messages: list[Message]) -> bool:
     """Whether a tool call in `messages` has arguments that are no object."""
     return any(
         not isinstance(_function(call).get("arguments", {}), Mapping)
@@ -51,7 +51,7 @@ def has_other_arguments(messages: list[Message]) -> bool:
     )
 
 
-def object_arguments(message: Message) -> Message:
+def wrap_arguments(message: Message) -> Message:
     """`message` with arguments of calls that are no object as the only value of one."""
     calls = _calls(message)
     return {**message, "tool_calls": [_with_object(call) for call in calls]} if calls else message

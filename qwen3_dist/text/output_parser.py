@@ -24,13 +24,13 @@ class AnswerParser:
     def __init__(self, reasoning: Reasoning, tool_calls: ToolCalls | None) -> None:
         self._reasoning = reasoning
         self._tool_calls = tool_calls
-        self._drafts = _Drafts(tool_calls.openings if tool_calls is not None else ())
+        self._drafts = _DraftCalls(tool_calls.openings if tool_calls is not None else ())
 
     def push(self, text: str) -> Parsed:
-        return self._told_apart(self._reasoning.push(text))
+        return self._split(self._reasoning.push(text))
 
     def finish(self, cut: bool = False) -> Parsed:
-        rest = self._told_apart(self._reasoning.finish())
+        rest = self._split(self._reasoning.finish())
         draft = self._drafts.release()
         if self._tool_calls is None:
             return rest
@@ -41,7 +41,7 @@ class AnswerParser:
         called = self._tool_calls.push(draft) + self._tool_calls.finish()
         return rest + Parsed(reasoning=called.content.rstrip("\n"), tool_calls=called.tool_calls)
 
-    def _told_apart(self, parsed: Parsed) -> Parsed:
+    def _split(self, parsed: Parsed) -> Parsed:
         if self._tool_calls is None:
             return parsed
         thought = self._drafts.push(parsed.reasoning)
@@ -50,7 +50,7 @@ class AnswerParser:
         return Parsed(reasoning=thought) + self._tool_calls.push(parsed.content)
 
 
-class _Drafts:
+class _DraftCalls:
     """Passes thoughts on up to the first call in them, and holds the rest."""
 
     def __init__(self, openings: Sequence[str]) -> None:

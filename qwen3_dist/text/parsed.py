@@ -1,4 +1,4 @@
-"""What a piece of generated text is, once reasoning and tool calls are told from content."""
+"""The output of parsers: generated text split into content, reasoning and tool calls."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A part of the answer's tool call number `index`.
+    """A part of tool call number `index` of a choice.
 
-    The first part of a call has its `id` and `name`. The `arguments` of all its parts, joined, are JSON of an object,
-    unless the token limit cut them off or the model wrote what cannot be mended.
+    The first part of a call has its `id` and `name`. The joined `arguments` of its parts are a JSON object, unless the
+    token limit cut them off or the model wrote JSON that cannot be repaired.
     """
 
     index: int
@@ -22,7 +22,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a piece of text adds to each part of the answer."""
+    """What a piece of generated text adds to content, reasoning and tool calls."""
 
     content: str = ""
     reasoning: str = ""
@@ -37,13 +37,13 @@ class Parsed:
 
 
 class OutputParser(Protocol):
-    """Tells reasoning and tool calls from content in one choice's text, as it comes.
+    """Incrementally splits one choice's text into content, reasoning and tool calls.
 
-    How the text was split into pushes changes nothing of what its parts, joined, are.
+    The joined results do not depend on how the text was split into pushes.
     """
 
     def push(self, text: str) -> Parsed:
-        """What `text` adds for certain; the rest is held back."""
+        """Adds `text`. Returns what is certain so far, and holds the rest back."""
 
     def finish(self, cut: bool = False) -> Parsed:
-        """What was held back, once no more text comes; `cut` if that is because of the token limit."""
+        """Returns what was held back, at the end of the text. `cut`: the token limit ended it."""

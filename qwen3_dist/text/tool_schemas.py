@@ -29,13 +29,13 @@ class ToolSchemas:
         self._arguments: dict[str, ObjectSchema] = {}
         self._types: dict[tuple[str, str], frozenset[str] | None] = {}
 
-    def may_have(self, name: str, key: str, is_placed: bool) -> bool:
+    def may_be_parameter(self, name: str, key: str, is_on_own_line: bool) -> bool:
         """Whether `key` after `<parameter=` can be a parameter of tool `name`, and is no code that has the tag in it.
 
-        `is_placed`: the tag stands where the template has it, so that an unknown key is the model's mistake.
+        `is_on_own_line`: the tag stands where the template has it, so that an unknown key is the model's mistake.
         """
         properties = self.arguments(name).properties
-        may_be_unknown = is_placed or not properties
+        may_be_unknown = is_on_own_line or not properties
         return key in properties or (may_be_unknown and _KEY.fullmatch(key) is not None)
 
     def types(self, name: str, key: str) -> frozenset[str] | None:
@@ -66,7 +66,7 @@ def typed_json(text: str, types: frozenset[str] | None) -> str:
 def _typed(literal: str, types: frozenset[str] | None) -> str | None:
     fitting = _fitting(_WORDS.get(literal, literal), types)
     if fitting is None and types is not None:
-        fitting = _container(literal, types) if "string" in types else _meant(literal, types)
+        fitting = _container(literal, types) if "string" in types else _repaired(literal, types)
     return fitting
 
 
@@ -84,7 +84,7 @@ def _fitting(literal: str, types: frozenset[str] | None) -> str | None:
     return literal if fits else None
 
 
-def _meant(literal: str, types: frozenset[str]) -> str | None:
+def _repaired(literal: str, types: frozenset[str]) -> str | None:
     """JSON of a value that cannot be text, as Python or a careless hand writes it."""
     if len(literal) > 1 and literal[0] in "\"'" and literal[-1] == literal[0]:
         return _typed(literal[1:-1].replace(f"\\{literal[0]}", literal[0]).strip(), types)
@@ -152,7 +152,7 @@ def _types_of(
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(key), list):
             options = [_types(option, root, depth + 1, visited) for option in schema[key]]
-            return _together(options, key == "allOf")
+            return _combined(options, key == "allOf")
     return None
 
 
@@ -171,7 +171,7 @@ def _of_choices(types: frozenset[str], schema: dict[str, Any]) -> frozenset[str]
     return types & (wider | {"null"}) if types & wider else types
 
 
-def _together(options: list[frozenset[str] | None], all_hold: bool) -> frozenset[str] | None:
+def _combined(options: list[frozenset[str] | None], all_hold: bool) -> frozenset[str] | None:
     known = [types for types in options if types is not None]
     if all_hold:
         return frozenset.intersection(*known) if known else None

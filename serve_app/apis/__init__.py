@@ -1,1 +1,1 @@
-"""The HTTP APIs: of each, how a request is read and how its answer is written."""
+"""The HTTP APIs: how each parses its requests and serializes its responses."""

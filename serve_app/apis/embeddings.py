@@ -1,4 +1,4 @@
-"""Bodies of /v1/embeddings and what answers them."""
+"""OpenAI's embeddings (/v1/embeddings): request and answer."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Annotated, Literal
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from serve_app.apis.shared.body import Json, Range, about, read_body
-from serve_app.apis.shared.pooling import MOST_INPUTS, Pooled, PoolingBody, PoolingRequest
-from serve_app.apis.shared.prompts import Prompt, Prompts, Texts, as_prompts
+from serve_app.apis.shared.pooling import MOST_INPUTS, PoolingBody, PoolingRequest, PoolingResult
+from serve_app.apis.shared.prompts import Prompt, PromptRenderer, Prompts, as_prompts
 
 
 class EmbeddingBody(PoolingBody):
     """A body of /v1/embeddings."""
 
-    input: Annotated[Prompts, about("What to embed; token ids are taken as they are.")]
-    dimensions: (
-        Annotated[int, Range(1), about("Keeps so many numbers, the first ones, of each vector.")] | None
-    ) = None
+    input: Annotated[Prompts, about("The texts to embed, or their token ids.")]
+    dimensions: Annotated[int, Range(1), about("Truncates each vector to this many dimensions.")] | None = (
+        None
+    )
     encoding_format: Annotated[
-        Literal["float", "base64"], about("Numbers, or the bytes of little-endian fp32 in base64.")
+        Literal["float", "base64"], about("float: numbers; base64: little-endian fp32 bytes.")
     ] = "float"
-    normalize: Annotated[bool, about("Whether vectors have length 1.")] = True
+    normalize: Annotated[bool, about("Whether vectors are scaled to length 1.")] = True
     add_special_tokens: Annotated[
-        bool, about("Whether texts get what the tokenizer puts around them, as is usual.")
+        bool, about("Whether the tokenizer adds its special tokens to texts, as embedding models expect.")
     ] = True
 
 
 @dataclass(frozen=True)
 class EmbeddingRequest(PoolingRequest):
-    """A body of /v1/embeddings; `is_list` if its input was a list of texts or prompts."""
+    """A parsed request to /v1/embeddings. `is_list` tells whether `input` was a list of prompts."""
 
     inputs: list[str | list[int]]
     is_list: bool
@@ -45,31 +45,31 @@ class EmbeddingRequest(PoolingRequest):
     def num_sequences(self) -> int:
         return len(self.inputs)
 
-    def pooling(self, texts: Texts) -> PoolingParams:
+    def pooling(self, renderer: PromptRenderer) -> PoolingParams:
         return self.params
 
-    def prompts(self, texts: Texts) -> list[Prompt]:
+    def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
         return [
-            texts.prompt(given, self.place(index), self.add_special_tokens)
+            renderer.tokenize(given, self.input_path(index), self.add_special_tokens)
             if isinstance(given, str)
             else Prompt(given)
             for index, given in enumerate(self.inputs)
         ]
 
-    def place(self, index: int) -> str:
+    def input_path(self, index: int) -> str:
         return f"input[{index}]" if self.is_list else "input"
 
-    def answer(self, pooled: Pooled) -> Json:
+    def answer(self, result: PoolingResult) -> Json:
         encode = _as_base64 if self.as_base64 else list
         data = [
             {"object": "embedding", "index": index, "embedding": encode(vector)}
-            for index, vector in enumerate(pooled.vectors)
+            for index, vector in enumerate(result.vectors)
         ]
-        return pooled.form("embd", object="list", data=data)
+        return result.response("embd", object="list", data=data)
 
 
 def parse_embedding(body: bytes) -> EmbeddingRequest:
-    """Reads a request to embed. Raises RequestError."""
+    """Parses a body of /v1/embeddings. Raises RequestError."""
     given = read_body(EmbeddingBody, body)
     inputs = as_prompts(given.input)
     if len(inputs) > MOST_INPUTS:

@@ -1,4 +1,4 @@
-"""The form that errors have in the API that a request belongs to."""
+"""The error format of the API that a request belongs to."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from serve_app.apis.messages.answer import message_error
 from serve_app.apis.shared.errors import error_object
 
-ANTHROPIC = "anthropic-version"  # the header that all of Anthropic's clients send
+ANTHROPIC = "anthropic-version"  # a header that all clients of Anthropic's API send
 _ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 
 
 def error_form(path: str, names_anthropic: bool) -> Callable[[Exception], dict[str, Any]]:
-    """What makes an error's JSON for a request to `path`; whether its headers have ANTHROPIC.
+    """Returns the function that serializes errors for a request to `path`.
 
-    Anthropic's clients ask for its own paths, and for others that OpenAI's API has too.
+    `names_anthropic` tells whether the request has the header ANTHROPIC, which marks Anthropic's clients on paths that
+    both APIs have, such as /v1/models.
     """
     return message_error if names_anthropic or path.endswith(_ANTHROPIC_PATHS) else error_object

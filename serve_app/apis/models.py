@@ -1,4 +1,4 @@
-"""The models that are served, in OpenAI's form and in Anthropic's."""
+"""The list of served models (/v1/models), in OpenAI's and in Anthropic's format."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from http import HTTPStatus
 from qwen3_dist.errors import RequestError
 from serve_app.apis.shared.answer import Json
 
-_MOST = 1000  # Anthropic's
+_MAX_LIMIT = 1000  # Anthropic's
 
 
 @dataclass(frozen=True)
 class Models:
-    """The model `names[0]` and its adapters, which were `created` at a time in seconds since 1970."""
+    """The model `names[0]` and its adapters. `created` is when the service started, in Unix seconds."""
 
     names: tuple[str, ...]
     created: int
@@ -23,9 +23,9 @@ class Models:
     def check(self, name: str) -> None:
         """Raises RequestError (404) unless `name` is served."""
         if name not in self.names:
-            served = ", ".join(map(repr, self.names))
+            served = " or ".join(map(repr, self.names))
             raise RequestError(
-                f"model {name!r} is not served here; {served} {'are' if len(self.names) > 1 else 'is'}",
+                f"model {name!r} is not served here; use {served}",
                 param="model",
                 status=HTTPStatus.NOT_FOUND,
             )
@@ -34,7 +34,7 @@ class Models:
         return {"object": "list", "data": [self.openai_model(name, max_model_len) for name in self.names]}
 
     def openai_model(self, name: str, max_model_len: int | None) -> Json:
-        """OpenAI's object, with the model that an adapter is for, and vLLM's context length."""
+        """Returns OpenAI's model object, with vLLM's `max_model_len` and `parent` (the base model of an adapter)."""
         return {
             "id": name,
             "object": "model",
@@ -45,25 +45,27 @@ class Models:
         }
 
     def anthropic_list(self, max_model_len: int | None, query: Mapping[str, str]) -> Json:
-        """A page of the list: at most `limit` models after `after_id` or before `before_id`. Raises RequestError."""
+        """Returns a page of the list, by the `limit`, `after_id` and `before_id` of `query`. Raises RequestError."""
         limit = query.get("limit", "20")
-        if not (limit.isdecimal() and 1 <= int(limit) <= _MOST):
-            raise RequestError(f"limit must be an integer from 1 to {_MOST}, not {limit!r}", param="limit")
-        after, before = (self._place(query, name) for name in ("after_id", "before_id"))
+        if not (limit.isdecimal() and 1 <= int(limit) <= _MAX_LIMIT):
+            raise RequestError(
+                f"limit must be an integer from 1 to {_MAX_LIMIT}, not {limit!r}", param="limit"
+            )
+        after, before = (self._index_of(query, name) for name in ("after_id", "before_id"))
         names = self.names[0 if after is None else after + 1 : before]
-        shown = names[-int(limit) :] if before is not None else names[: int(limit)]
+        page = names[-int(limit) :] if before is not None else names[: int(limit)]
         return {
-            "data": [self.anthropic_model(name, max_model_len) for name in shown],
-            "has_more": len(shown) < len(names),
-            "first_id": shown[0] if shown else None,
-            "last_id": shown[-1] if shown else None,
+            "data": [self.anthropic_model(name, max_model_len) for name in page],
+            "has_more": len(page) < len(names),
+            "first_id": page[0] if page else None,
+            "last_id": page[-1] if page else None,
         }
 
-    def _place(self, query: Mapping[str, str], name: str) -> int | None:
-        """The index of the model that the field `name` of `query` names. Raises RequestError if none is called so."""
+    def _index_of(self, query: Mapping[str, str], name: str) -> int | None:
+        """Returns the index of the model that `query[name]` names, None without it. Raises RequestError."""
         model = query.get(name)
         if model is not None and model not in self.names:
-            raise RequestError(f"{name} must be the id of a model that is listed, not {model!r}", param=name)
+            raise RequestError(f"{name} must be the id of a listed model, not {model!r}", param=name)
         return None if model is None else self.names.index(model)
 
     def anthropic_model(self, name: str, max_model_len: int | None) -> Json:

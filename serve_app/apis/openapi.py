@@ -1,4 +1,4 @@
-"""What the OpenAPI page says of a route: its body, as its model has it, its answers and its errors."""
+"""The OpenAPI page's description of a route: request body, responses and errors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _Message = Annotated[str, about("One sentence that says what to change.")]
 class _OpenAIDetails(BaseModel):
     message: _Message
     type: str
-    param: Annotated[str, about("The path of the field that is to blame.")] | None = None
+    param: Annotated[str, about("The path of the invalid field.")] | None = None
     code: str | None = None
 
 
 class OpenAIError(BaseModel):
-    """What OpenAI's clients are told."""
+    """The body of an error in OpenAI's format."""
 
     error: _OpenAIDetails
 
@@ -47,7 +47,7 @@ class _AnthropicDetails(BaseModel):
 
 
 class AnthropicError(BaseModel):
-    """What Anthropic's clients are told."""
+    """The body of an error in Anthropic's format."""
 
     type: Literal["error"]
     error: _AnthropicDetails
@@ -59,17 +59,17 @@ def route(
     streams: bool = False,
     error: type[BaseModel] = OpenAIError,
 ) -> dict[str, Any]:
-    """Keyword arguments of FastAPI's route decorators."""
-    answered: Json = {"application/json": {"schema": {"type": "object"}}}
+    """Returns the keyword arguments of FastAPI's route decorators."""
+    answer_content: Json = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        answered["text/event-stream"] = {}
-    refused = {"application/json": {"schema": schema_of(error)}}
+        answer_content["text/event-stream"] = {}
+    error_content = {"application/json": {"schema": schema_of(error)}}
     responses: dict[int | str, Any] = {
-        int(status): {"description": status.phrase, "content": refused} for status in _STATUSES
+        int(status): {"description": status.phrase, "content": error_content} for status in _STATUSES
     }
-    responses[200] = {"description": "The answer", "content": answered}
-    described: dict[str, Any] = {"summary": summary, "responses": responses}
+    responses[200] = {"description": "The answer", "content": answer_content}
+    arguments: dict[str, Any] = {"summary": summary, "responses": responses}
     if body:
         content = {"application/json": {"schema": schema_of(body)}}
-        described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
-    return described
+        arguments["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+    return arguments

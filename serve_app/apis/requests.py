@@ -1,4 +1,4 @@
-"""What the ingress sends to a replica: a request of some API, parsed."""
+"""The parsed requests that the ingress sends to a replica."""
 
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest

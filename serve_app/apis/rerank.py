@@ -1,4 +1,4 @@
-"""Bodies of /v1/rerank and /v1/score and what answers them: how well a Qwen3-Reranker finds texts to fit."""
+"""/v1/rerank and /v1/score: the relevance of documents to queries, judged by a Qwen3-Reranker."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
 from serve_app.apis.shared.body import ByType, Json, Must, Range, about, read_body
-from serve_app.apis.shared.pooling import MOST_INPUTS, Pooled, PoolingBody, PoolingRequest
-from serve_app.apis.shared.prompts import Prompt, Texts
+from serve_app.apis.shared.pooling import MOST_INPUTS, PoolingBody, PoolingRequest, PoolingResult
+from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 
 
 class _Document(TypedDict):
-    text: Annotated[str, about("Its text.")]
+    text: Annotated[str, about("The document's text.")]
 
 
 _Documents = Annotated[
@@ -29,120 +29,119 @@ _Documents = Annotated[
     ],
     Must(f"a list of 1 to {MOST_INPUTS} strings or objects with a text", 1, MOST_INPUTS),
 ]
-_Texts = Annotated[
+_OneOrMoreTexts = Annotated[
     str | Annotated[list[str], Must(f"a list of 1 to {MOST_INPUTS} strings", 1, MOST_INPUTS)],
     ByType(f"a string or a list of 1 to {MOST_INPUTS} of them"),
 ]
 
 
 class RelevanceBody(PoolingBody):
-    """The fields that both have."""
+    """The fields that bodies of /v1/rerank and /v1/score share."""
 
     instruction: (
-        Annotated[str, about("What documents are looked for; absent, those that answer a web search.")] | None
+        Annotated[str, about("The retrieval task; by default to find passages that answer a web search.")]
+        | None
     ) = None
     add_special_tokens: Annotated[
         bool,
-        about(
-            "Whether prompts get what the tokenizer puts around a text beside what Qwen3-Reranker's form has."
-        ),
+        about("Whether the tokenizer adds its special tokens to those of Qwen3-Reranker's prompt."),
     ] = False
 
 
 class RerankBody(RelevanceBody):
     """A body of /v1/rerank."""
 
-    query: Annotated[str, about("What is looked for.")]
-    documents: Annotated[_Documents, about("What is looked through.")]
+    query: Annotated[str, about("The query.")]
+    documents: Annotated[_Documents, about("The documents to rank.")]
     max_tokens_per_doc: Annotated[
         int,
         Range(0),
-        about("Cuts each document behind so many tokens; 0 cuts none. Results show them whole."),
+        about("Truncates documents to this many tokens for ranking; 0 means no limit."),
     ] = 0
-    top_n: Annotated[int, Range(0), about("Most results, the best ones; 0 is all.")] = 0
-    return_documents: Annotated[bool, about("Whether results have their documents.")] = True
+    top_n: Annotated[int, Range(0), about("Maximum number of results; 0 returns all.")] = 0
+    return_documents: Annotated[bool, about("Whether results include their documents.")] = True
 
 
 class ScoreBody(RelevanceBody):
     """A body of /v1/score."""
 
-    text_1: Annotated[_Texts, about("What is looked for: one text, or one for each of text_2.")]
-    text_2: Annotated[_Texts, about("What may be it.")]
+    text_1: Annotated[_OneOrMoreTexts, about("The query, or one for each of text_2.")]
+    text_2: Annotated[_OneOrMoreTexts, about("The documents to score.")]
 
 
 @dataclass(frozen=True)
 class RelevanceRequest(PoolingRequest):
-    """Asks of each document whether it fits the query beside it."""
+    """A request to score each document against the query at its index. `max_tokens` truncates documents."""
 
     queries: list[str]
     documents: list[str]
     instruction: str | None
     add_special_tokens: bool
-    most_tokens: int = field(default=0, kw_only=True)  # of a document; 0 is all
+    max_tokens: int = field(default=0, kw_only=True)  # 0 means no limit
 
     @property
     def num_sequences(self) -> int:
         return len(self.documents)
 
-    def pooling(self, texts: Texts) -> PoolingParams:
-        if texts.tokenizer is None:
+    def pooling(self, renderer: PromptRenderer) -> PoolingParams:
+        if renderer.tokenizer is None:
             raise RequestError("this model has no tokenizer, so it cannot rank texts", param="model")
-        return relevance_pooling(texts.tokenizer)
+        return relevance_pooling(renderer.tokenizer)
 
-    def prompts(self, texts: Texts) -> list[Prompt]:
+    def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
         pairs = enumerate(zip(self.queries, self.documents, strict=True))
         return [
-            texts.prompt(
-                relevance_prompt(query, texts.cut(document, self.most_tokens), self.instruction),
-                self.place(index),
+            renderer.tokenize(
+                relevance_prompt(query, renderer.truncate(document, self.max_tokens), self.instruction),
+                self.input_path(index),
                 self.add_special_tokens,
             )
             for index, (query, document) in pairs
         ]
 
-    def answer(self, pooled: Pooled) -> Json:
-        return self.scored(pooled, [relevance(logits) for logits in pooled.vectors])
+    def answer(self, result: PoolingResult) -> Json:
+        return self.score_response(result, [relevance(logits) for logits in result.vectors])
 
     @abstractmethod
-    def scored(self, pooled: Pooled, scores: list[float]) -> Json:
-        """The answer, a score for each document."""
+    def score_response(self, result: PoolingResult, scores: list[float]) -> Json:
+        """Returns the response body for `scores`, one for each document."""
 
 
 @dataclass(frozen=True)
 class RerankRequest(RelevanceRequest):
-    """A body of /v1/rerank."""
+    """A parsed request to /v1/rerank."""
 
     top_n: int
     with_documents: bool
 
-    def place(self, index: int) -> str:
+    def input_path(self, index: int) -> str:
         return f"documents[{index}]"
 
-    def scored(self, pooled: Pooled, scores: list[float]) -> Json:
+    def score_response(self, result: PoolingResult, scores: list[float]) -> Json:
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: self.top_n or None]
-        return pooled.form("rerank", results=[self._result(index, scores[index]) for index in best])
+        return result.response("rerank", results=[self._result(index, scores[index]) for index in best])
 
     def _result(self, index: int, score: float) -> Json:
-        shown = {"document": {"text": self.documents[index]}} if self.with_documents else {}
-        return {"index": index, **shown, "relevance_score": score}
+        document = {"document": {"text": self.documents[index]}} if self.with_documents else {}
+        return {"index": index, **document, "relevance_score": score}
 
 
 @dataclass(frozen=True)
 class ScoreRequest(RelevanceRequest):
-    """A body of /v1/score; `is_list` if its second text was a list."""
+    """A parsed request to /v1/score. `is_list` tells whether `text_2` was a list."""
 
     is_list: bool
 
-    def place(self, index: int) -> str:
+    def input_path(self, index: int) -> str:
         return f"text_2[{index}]" if self.is_list else "text_2"
 
-    def scored(self, pooled: Pooled, scores: list[float]) -> Json:
+    def score_response(self, result: PoolingResult, scores: list[float]) -> Json:
         data = [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)]
-        return pooled.form("score", object="list", data=data)
+        return result.response("score", object="list", data=data)
 
 
 def parse_rerank(body: bytes) -> RerankRequest:
-    """Reads a request to rank documents. Raises RequestError."""
+    """Parses a body of /v1/rerank. Raises RequestError."""
     given = read_body(RerankBody, body)
     documents = [each if isinstance(each, str) else each["text"] for each in given.documents]
     return RerankRequest(
@@ -152,20 +151,20 @@ def parse_rerank(body: bytes) -> RerankRequest:
         documents=documents,
         instruction=given.instruction,
         add_special_tokens=given.add_special_tokens,
-        most_tokens=given.max_tokens_per_doc,
+        max_tokens=given.max_tokens_per_doc,
         top_n=given.top_n,
         with_documents=given.return_documents,
     )
 
 
 def parse_score(body: bytes) -> ScoreRequest:
-    """Reads a request to score pairs of texts. Raises RequestError."""
+    """Parses a body of /v1/score. Raises RequestError."""
     given = read_body(ScoreBody, body)
     documents = [given.text_2] if isinstance(given.text_2, str) else given.text_2
     queries = [given.text_1] if isinstance(given.text_1, str) else given.text_1
     if len(queries) not in (1, len(documents)):
         raise RequestError(
-            f"text_1 has {len(queries)} texts and text_2 {len(documents)}; give one text_1, or as many",
+            f"text_1 has {len(queries)} texts and text_2 has {len(documents)}; give one text_1, or as many",
             param="text_1",
         )
     return ScoreRequest(

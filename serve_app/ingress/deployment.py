@@ -33,7 +33,7 @@ from serve_app.apis.models import Models
 from serve_app.apis.openapi import AnthropicError, route
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
-from serve_app.apis.responses.kept import KeptResponse
+from serve_app.apis.responses.recorder import ResponseRecorder
 from serve_app.apis.responses.request import ResponsesBody
 from serve_app.apis.responses.store import ResponseStore
 from serve_app.apis.shared.generation import GenerationRequest
@@ -117,8 +117,8 @@ class Ingress:
 
     @api.post("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
     async def responses(self, request: Request) -> Response:
-        kept = KeptResponse(self._stored)
-        return await self._generate(request, kept.parse, kept.heard)
+        recorder = ResponseRecorder(self._stored)
+        return await self._generate(request, recorder.parse, recorder.record)
 
     @api.get("/v1/responses/{response_id}", **route("OpenAI: a stored response"))
     async def response(self, response_id: str) -> Response:

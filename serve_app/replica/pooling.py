@@ -8,16 +8,16 @@ from array import array
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
-from serve_app.apis.shared.pooling import Pooled, PoolingRequest
-from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.shared.pooling import PoolingRequest, PoolingResult
+from serve_app.apis.shared.prompts import PromptRenderer
 
 
 async def pool(
-    engine: AsyncEngine, texts: Texts, request: PoolingRequest, model: str, lora: str | None
-) -> Pooled:
+    engine: AsyncEngine, renderer: PromptRenderer, request: PoolingRequest, model: str, lora: str | None
+) -> PoolingResult:
     """Raises RequestError or EngineDeadError for the first prompt that fails; leaving then, or early, aborts all."""
-    pooling = request.pooling(texts)
-    prompts = await asyncio.to_thread(request.prompts, texts)
+    pooling = request.pooling(renderer)
+    prompts = await asyncio.to_thread(request.prompts, renderer)
 
     async def vector_of(index: int) -> array[float]:
         try:
@@ -25,7 +25,7 @@ async def pool(
                 prompts[index].token_ids, pooling, uuid.uuid4().hex, request.priority, lora
             )
         except RequestError as error:
-            raise request.blamed(error, index) from None
+            raise request.with_error_path(error, index) from None
         assert delta.vector is not None
         return delta.vector
 
@@ -36,4 +36,4 @@ async def pool(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return Pooled(model, sum(len(prompt.token_ids) for prompt in prompts), vectors)
+    return PoolingResult(model, sum(len(prompt.token_ids) for prompt in prompts), vectors)

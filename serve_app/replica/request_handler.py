@@ -19,13 +19,13 @@ from typing import Any
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.text.choice import ChoiceDelta, Choices, Reading, join
+from qwen3_dist.text.choice import ChoiceDelta, Choices, ParserSpec, join
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
-from serve_app.apis.shared.answer import Answer, Served
+from serve_app.apis.shared.answer import Answer, AnswerContext
 from serve_app.apis.shared.errors import to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest
-from serve_app.apis.shared.prompts import Prompt, Texts
+from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 from serve_app.apis.tokens import TextRequest
 from serve_app.failures import failure
 from serve_app.replica.pooling import pool
@@ -43,7 +43,7 @@ class _Job:
     params: SamplingParams
     priority: int
     lora: str | None
-    reading: Reading
+    parser_spec: ParserSpec
     answer: Answer
 
 
@@ -66,7 +66,7 @@ class RequestHandler:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
-        self._texts = Texts(
+        self._renderer = PromptRenderer(
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )
 
@@ -74,9 +74,9 @@ class RequestHandler:
         """The whole answer as JSON, which may take seconds to build, so a thread does. Raises RequestError or
         EngineDeadError."""
         if isinstance(request, TextRequest):
-            return to_json(await asyncio.to_thread(request.respond, self._texts))
+            return to_json(await asyncio.to_thread(request.respond, self._renderer))
         if isinstance(request, PoolingRequest):
-            pooled = await pool(self._engine, self._texts, request, *self._named(request.model))
+            pooled = await pool(self._engine, self._renderer, request, *self._named(request.model))
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request)
         shown: dict[int, list[ChoiceDelta]] = defaultdict(list)
@@ -86,7 +86,7 @@ class RequestHandler:
                     job.answer.count(delta)
                     shown[delta.index].append(delta)
         return await asyncio.to_thread(
-            lambda: to_json(job.answer.whole([join(shown[index]) for index in sorted(shown)]))
+            lambda: to_json(job.answer.full_response([join(shown[index]) for index in sorted(shown)]))
         )
 
     async def stream(self, request: GenerationRequest, request_id: str = "") -> AsyncGenerator[bytes, None]:
@@ -123,7 +123,7 @@ class RequestHandler:
         try:
             return await self._job(request)
         except RequestError as error:
-            raise request.renamed(error) from None
+            raise request.with_client_names(error) from None
 
     async def _job(self, request: GenerationRequest) -> _Job:
         """Checks what needs the model; tokenizes off the event loop."""
@@ -133,19 +133,19 @@ class RequestHandler:
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
         name, lora = self._named(request.model)
-        prompts, reading = await asyncio.to_thread(self._read, request)
+        prompts, parser_spec = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
-        answer = request.answer(Served(name, self._engine.tokenizer, prompts, params.n))
-        form = reading.form or params.structured_outputs
-        params = dataclasses.replace(params, reasoning=reading.reasoning, structured_outputs=form)
+        answer = request.answer(AnswerContext(name, self._engine.tokenizer, prompts, params.n))
+        form = parser_spec.structured_outputs or params.structured_outputs
+        params = dataclasses.replace(params, reasoning=parser_spec.reasoning, structured_outputs=form)
         token_ids = [prompt.token_ids for prompt in prompts]
-        return _Job(request, token_ids, params, request.priority, lora, reading, answer)
+        return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer)
 
-    def _read(self, request: GenerationRequest) -> tuple[list[Prompt], Reading]:
+    def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """Its prompts, and how what follows them is to be read. May take a while."""
-        prompts = request.prompts(self._texts)
-        return prompts, request.reading(self._texts, prompts[0])
+        prompts = request.prompts(self._renderer)
+        return prompts, request.parser_spec(self._renderer, prompts[0])
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
@@ -170,12 +170,12 @@ class RequestHandler:
                 async for step in merged:
                     yield step
         except RequestError as error:
-            raise job.request.renamed(error) from None
+            raise job.request.with_client_names(error) from None
 
     async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
         """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
         params = job.params
-        choices = Choices(params, self._engine.tokenizer, job.reading, first_index)
+        choices = Choices(params, self._engine.tokenizer, job.parser_spec, first_index)
         request_id = uuid.uuid4().hex
         generated = self._engine.generate(prompt, params, request_id, job.priority, job.lora)
         async with aclosing(generated) as steps:

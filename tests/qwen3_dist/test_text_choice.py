@@ -6,7 +6,7 @@ import pytest
 
 from qwen3_dist.protocol.outputs import TokenDelta
 from qwen3_dist.sampling_params import SamplingParams, StructuredOutputs
-from qwen3_dist.text.choice import Choice, ChoiceDelta, Reading, join
+from qwen3_dist.text.choice import Choice, ChoiceDelta, ParserSpec, join
 from qwen3_dist.text.parsed import Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
@@ -42,10 +42,14 @@ def tokenizer() -> Tokenizer:
 
 
 def run(
-    tokenizer: Tokenizer, text: str, reading: Reading, params: SamplingParams | None = None, end: str = "stop"
+    tokenizer: Tokenizer,
+    text: str,
+    parser_spec: ParserSpec,
+    params: SamplingParams | None = None,
+    end: str = "stop",
 ) -> list[ChoiceDelta]:
     """Deltas of a choice that generates `text`, a token a step, until it is done."""
-    choice = Choice(0, params or SamplingParams(), tokenizer, reading)
+    choice = Choice(0, params or SamplingParams(), tokenizer, parser_spec)
     token_ids = tokenizer.encode(text)
     shown = []
     for i, token_id in enumerate(token_ids):
@@ -72,7 +76,7 @@ def test_a_form_that_begins_with_the_text_of_a_mark_has_not_thought(
     form = StructuredOutputs(regex=".*") if has_form else None
     params = SamplingParams(reasoning=reasoning, structured_outputs=form)
     token_ids = [id for char in text for id in tokenizer.encode(char)] if as_text else tokenizer.encode(text)
-    Choice(0, params, tokenizer, Reading(reasoning, new_parser=new_parser)).advance(
+    Choice(0, params, tokenizer, ParserSpec(reasoning, new_parser=new_parser)).advance(
         TokenDelta(0, tuple(token_ids))
     )
     thinks = text.startswith("<think>") and not as_text
@@ -81,27 +85,27 @@ def test_a_form_that_begins_with_the_text_of_a_mark_has_not_thought(
 
 
 def test_what_a_parser_holds_back_comes_at_the_end(tokenizer: Tokenizer) -> None:
-    *_, before, last = run(tokenizer, "a.b.c", Reading(new_parser=Shouts))
+    *_, before, last = run(tokenizer, "a.b.c", ParserSpec(new_parser=Shouts))
     assert (before.text + last.text)[-2:] == ".."
     assert last.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
-    ("reading", "end", "reason"),
+    ("parser_spec", "end", "reason"),
     [
-        (Reading(new_parser=Shouts), "stop", "tool_calls"),
-        (Reading(new_parser=Shouts), "length", "length"),
-        (Reading(new_parser=Shouts, calls_end_it=False), "stop", "stop"),
+        (ParserSpec(new_parser=Shouts), "stop", "tool_calls"),
+        (ParserSpec(new_parser=Shouts), "length", "length"),
+        (ParserSpec(new_parser=Shouts, reports_tool_calls=False), "stop", "stop"),
     ],
 )
 def test_a_choice_that_ends_with_calls_says_so(
-    tokenizer: Tokenizer, reading: Reading, end: str, reason: str
+    tokenizer: Tokenizer, parser_spec: ParserSpec, end: str, reason: str
 ) -> None:
-    assert run(tokenizer, "now! go", reading, end=end)[-1].finish_reason == reason
+    assert run(tokenizer, "now! go", parser_spec, end=end)[-1].finish_reason == reason
 
 
 def test_of_more_calls_than_wanted_the_choice_ends_with_the_last_wanted(tokenizer: Tokenizer) -> None:
-    deltas = run(tokenizer, "one! two! three!", Reading(new_parser=Shouts, most_calls=1))
+    deltas = run(tokenizer, "one! two! three!", ParserSpec(new_parser=Shouts, max_tool_calls=1))
     whole = join(deltas)
     assert [call.id for call in whole.tool_calls] == ["call_0"]
     assert whole.finish_reason == "tool_calls"
@@ -124,11 +128,11 @@ def test_tokens_between_the_marks_count_as_thought(
     tokenizer: Tokenizer, reasoning: str, text: str, thought: str
 ) -> None:
     params = SamplingParams(reasoning=reasoning)
-    counted = join(run(tokenizer, text, Reading(reasoning), params)).num_reasoning_tokens
+    counted = join(run(tokenizer, text, ParserSpec(reasoning), params)).num_reasoning_tokens
     assert counted == len(tokenizer.encode(thought))
 
 
 def test_stop_strings_apply_before_the_text_is_read(tokenizer: Tokenizer) -> None:
-    whole = join(run(tokenizer, "one! two!", Reading(new_parser=Shouts), SamplingParams(stop=("tw",))))
+    whole = join(run(tokenizer, "one! two!", ParserSpec(new_parser=Shouts), SamplingParams(stop=("tw",))))
     assert (whole.text, len(whole.tool_calls)) == ("one ", 1)
     assert (whole.finish_reason, whole.stop_reason) == ("tool_calls", "tw")

@@ -171,7 +171,7 @@ def test_ids_are_taken_up_to_the_one_that_completes_a_stop_string() -> None:
         stream = TextStream(BUNDLED_TOKENIZER, ("stop",))
         for start in range(0, len(ids), size):
             stream.push(ids[start : start + size])
-        assert stream.num_taken == len("one stop")
+        assert stream.num_tokens == len("one stop")
 
 
 def test_the_stop_string_that_is_complete_first_wins_whatever_the_chunks() -> None:

@@ -14,8 +14,8 @@ from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
 from serve_app.apis.chat.answer import ChatAnswer
 from serve_app.apis.completions import CompletionAnswer
-from serve_app.apis.shared.answer import DONE, Served
-from serve_app.apis.shared.openai import Shown
+from serve_app.apis.shared.answer import DONE, AnswerContext
+from serve_app.apis.shared.openai import AnswerOptions
 from serve_app.apis.shared.prompts import Prompt
 
 
@@ -26,8 +26,8 @@ def tokenizer() -> Tokenizer:
     return found
 
 
-def served(tokenizer: Tokenizer, text: str = "the sea", n: int = 1) -> Served:
-    return Served("m", tokenizer, [Prompt(tokenizer.encode(text), text)], n)
+def context_of(tokenizer: Tokenizer, text: str = "the sea", n: int = 1) -> AnswerContext:
+    return AnswerContext("m", tokenizer, [Prompt(tokenizer.encode(text), text)], n)
 
 
 def delta(text: str = "", finish_reason: str | None = None, **fields: Any) -> ChoiceDelta:
@@ -51,7 +51,7 @@ CALL = [
 
 
 def test_the_role_comes_first_and_alone(tokenizer: Tokenizer) -> None:
-    answer = ChatAnswer(served(tokenizer), Shown())
+    answer = ChatAnswer(context_of(tokenizer), AnswerOptions())
     first, second, third = chunks(answer.delta(delta("a")), answer.delta(delta("b")))
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert [c["choices"][0]["delta"] for c in (second, third)] == [{"content": "a"}, {"content": "b"}]
@@ -61,7 +61,7 @@ def test_the_role_comes_first_and_alone(tokenizer: Tokenizer) -> None:
 
 def test_streamed_calls_join_to_the_whole_ones(tokenizer: Tokenizer) -> None:
     deltas = [delta(tool_calls=(part,)) for part in CALL] + [delta(finish_reason="tool_calls")]
-    answer = ChatAnswer(served(tokenizer), Shown())
+    answer = ChatAnswer(context_of(tokenizer), AnswerOptions())
     calls: dict[int, dict[str, Any]] = {}
     for chunk in chunks(*(answer.delta(d) for d in deltas)):
         for part in chunk["choices"][0]["delta"].get("tool_calls", ()):
@@ -70,7 +70,7 @@ def test_streamed_calls_join_to_the_whole_ones(tokenizer: Tokenizer) -> None:
             call |= part
             call["function"]["arguments"] += function.pop("arguments")
             call["function"] |= function
-    [choice] = answer.whole([join(deltas)])["choices"]
+    [choice] = answer.full_response([join(deltas)])["choices"]
     assert choice["finish_reason"] == "tool_calls"
     assert choice["message"]["content"] is None
     assert choice["message"]["tool_calls"] == list(calls.values())
@@ -80,30 +80,30 @@ def test_streamed_calls_join_to_the_whole_ones(tokenizer: Tokenizer) -> None:
 def test_reasoning_has_both_its_names_and_can_be_left_out(tokenizer: Tokenizer) -> None:
     deltas = [delta(reasoning="hm", num_reasoning_tokens=1), delta("yes", finish_reason="stop")]
     for wanted in (True, False):
-        answer = ChatAnswer(served(tokenizer), Shown(reasoning=wanted))
+        answer = ChatAnswer(context_of(tokenizer), AnswerOptions(reasoning=wanted))
         for d in deltas:
             answer.count(d)
-        message = answer.whole([join(deltas)])["choices"][0]["message"]
+        message = answer.full_response([join(deltas)])["choices"][0]["message"]
         thought = {"reasoning": "hm", "reasoning_content": "hm"} if wanted else {}
         assert message == {"role": "assistant", "content": "yes", **thought}
         assert answer.usage.to_json()["completion_tokens_details"] == {"reasoning_tokens": 1}
 
 
 def test_an_answer_that_is_all_thought_has_no_content(tokenizer: Tokenizer) -> None:
-    answer = ChatAnswer(served(tokenizer), Shown())
-    whole = answer.whole([delta(reasoning="hm", finish_reason="length")])
+    answer = ChatAnswer(context_of(tokenizer), AnswerOptions())
+    whole = answer.full_response([delta(reasoning="hm", finish_reason="length")])
     assert whole["choices"][0]["message"]["content"] is None
 
 
 def test_a_message_that_is_gone_on_with_can_come_ahead(tokenizer: Tokenizer) -> None:
-    answer = ChatAnswer(served(tokenizer), Shown(), echoed="The sea")
+    answer = ChatAnswer(context_of(tokenizer), AnswerOptions(), echoed="The sea")
     content = [chunk["choices"][0]["delta"]["content"] for chunk in chunks(answer.delta(delta(" is")))]
     assert content == ["The sea", " is"]
-    assert answer.whole([delta(" is", "stop")])["choices"][0]["message"]["content"] == "The sea is"
+    assert answer.full_response([delta(" is", "stop")])["choices"][0]["message"]["content"] == "The sea is"
 
 
 def test_log_probabilities_come_while_their_text_is_held_back(tokenizer: Tokenizer) -> None:
-    answer = ChatAnswer(served(tokenizer), Shown(logprobs=True))
+    answer = ChatAnswer(context_of(tokenizer), AnswerOptions(logprobs=True))
     _, chunk = chunks(answer.delta(delta(logprobs=(TokenLogprob(5, float("-inf")),))))
     [token] = chunk["choices"][0]["logprobs"]["content"]
     assert token["logprob"] == -9999.0
@@ -113,20 +113,22 @@ def test_text_offsets_count_characters_that_several_tokens_make(tokenizer: Token
     text = "a🌊b"
     token_ids = tokenizer.encode(text)
     scores = tuple(TokenLogprob(token_id, -1.0) for token_id in token_ids)
-    answer = CompletionAnswer(served(tokenizer), Shown(logprobs=True))
-    [choice] = answer.whole([delta(text, "stop", logprobs=scores, token_ids=tuple(token_ids))])["choices"]
+    answer = CompletionAnswer(context_of(tokenizer), AnswerOptions(logprobs=True))
+    [choice] = answer.full_response([delta(text, "stop", logprobs=scores, token_ids=tuple(token_ids))])[
+        "choices"
+    ]
     assert choice["logprobs"]["text_offset"][0] == 0
     assert choice["logprobs"]["text_offset"][-1] == 2
 
 
 def test_an_echoed_prompt_has_log_probabilities_but_its_first_token(tokenizer: Tokenizer) -> None:
-    prompt = served(tokenizer, n=2)
+    prompt = context_of(tokenizer, n=2)
     token_ids = prompt.prompts[0].token_ids
     scores = (None, *(TokenLogprob(token_id, -2.0, ((token_id, -2.0),)) for token_id in token_ids[1:]))
     one = delta("!", "length", logprobs=(TokenLogprob(5, -1.0),), prompt_logprobs=scores)
     other = delta("?", "length", logprobs=(TokenLogprob(6, -1.0),), index=1)
-    answer = CompletionAnswer(prompt, Shown(echo=True, logprobs=True))
-    for choice, text in zip(answer.whole([one, other])["choices"], "!?", strict=True):
+    answer = CompletionAnswer(prompt, AnswerOptions(echo=True, logprobs=True))
+    for choice, text in zip(answer.full_response([one, other])["choices"], "!?", strict=True):
         columns = choice["logprobs"]
         assert choice["text"] == f"the sea{text}"
         assert columns["token_logprobs"] == [None, *([-2.0] * (len(token_ids) - 1)), -1.0]
@@ -140,8 +142,10 @@ def test_prompt_log_probabilities_come_by_token_id(tokenizer: Tokenizer) -> None
     scores = (None, TokenLogprob(7, -2.0, ((8, -0.5),), rank=5))
     one = delta("!", "length", prompt_logprobs=scores)
     for answer in (
-        CompletionAnswer(served(tokenizer), Shown(prompt_logprobs=True)).whole([one])["choices"][0],
-        ChatAnswer(served(tokenizer), Shown(prompt_logprobs=True)).whole([one]),
+        CompletionAnswer(context_of(tokenizer), AnswerOptions(prompt_logprobs=True)).full_response([one])[
+            "choices"
+        ][0],
+        ChatAnswer(context_of(tokenizer), AnswerOptions(prompt_logprobs=True)).full_response([one]),
     ):
         first, second = answer["prompt_logprobs"]
         assert first is None

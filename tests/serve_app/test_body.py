@@ -73,7 +73,7 @@ TYPES: dict[str, Any] = {
     "count": Annotated[int, Range(1)],
     "share": Annotated[int, Range(0, 3)],
     "number": Annotated[float, Range(-2, 2)],
-    "top_p": Annotated[float, Range(0, 1, above=True)],
+    "top_p": Annotated[float, Range(0, 1, exclusive_low=True)],
     "word": Literal["auto", "none"],
     "token ids": TokenIds,
     "point": APoint,
@@ -81,7 +81,7 @@ TYPES: dict[str, Any] = {
     "shape": Shape,
     "item": Annotated[UntaggedDot | Text, ByTag("type", "an item", untagged="dot")],
     "item or text": Annotated[
-        UntaggedDot | Text, ByTag("type", "an item", untagged="dot", bare=Text, instead_of=("x",))
+        UntaggedDot | Text, ByTag("type", "an item", untagged="dot", bare=Text, unless=("x",))
     ],
     "others": Annotated[Dot | Json, ByTag("type", "an item", ("image",))],
     "text or ids": Annotated[str | TokenIds, ByType("text or token ids")],
@@ -141,7 +141,7 @@ def test_a_type_accepts_exactly_what_its_schema_does(name: str) -> None:
             "shape",
             {"type": "image"},
             "it.type",
-            'it.type="image" is not supported: the model reads text alone',
+            'it.type="image" is not supported: the model reads text only',
         ),
         ("text or ids", [0.5], "it[0]", "it[0] must be an integer of at least 0, not 0.5"),
         ("text or ids", 5, "it", "it must be text or token ids, not 5"),

@@ -12,7 +12,7 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.apis.chat.request import ChatRequest, parse_chat
-from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.answer import AnswerContext
 from serve_app.apis.shared.custom_tools import CustomInput
 from serve_app.apis.shared.prompts import Prompt
 
@@ -153,17 +153,17 @@ DELTAS = [
 
 
 def test_a_custom_call_is_answered_with_its_input() -> None:
-    form = parsed(tools=[FUNCTION, PATCH]).answer(Served("m", None, [Prompt([1])]))
-    (choice,) = form.whole([join(DELTAS)])["choices"]
+    form = parsed(tools=[FUNCTION, PATCH]).answer(AnswerContext("m", None, [Prompt([1])]))
+    (choice,) = form.full_response([join(DELTAS)])["choices"]
     assert choice["message"]["tool_calls"] == [
         {"id": "call_a", "type": "custom", "custom": {"name": "patch", "input": "a\nb"}},
         {"id": "call_b", "type": "function", "function": {"name": "f", "arguments": "{}"}},
     ]
-    ChatCompletion.model_validate({**form.whole([join(DELTAS)])})
+    ChatCompletion.model_validate({**form.full_response([join(DELTAS)])})
 
 
 def test_a_custom_call_streams_its_input() -> None:
-    form = parsed(tools=[FUNCTION, PATCH], stream=True).answer(Served("m", None, [Prompt([1])]))
+    form = parsed(tools=[FUNCTION, PATCH], stream=True).answer(AnswerContext("m", None, [Prompt([1])]))
     chunks = [json.loads(part) for delta in DELTAS for part in form.delta(delta).decode().split("data: ")[1:]]
     parts = [part for chunk in chunks for part in chunk["choices"][0]["delta"].get("tool_calls", [])]
     assert parts == [

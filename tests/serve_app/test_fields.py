@@ -28,11 +28,16 @@ from serve_app.apis.messages.request import (
     parse_messages,
 )
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
-from serve_app.apis.responses.request import ResponsesBody, ResponsesRead, ResponsesRequest, read_responses
+from serve_app.apis.responses.request import (
+    ParsedResponsesRequest,
+    ResponsesBody,
+    ResponsesRequest,
+    read_responses,
+)
 from serve_app.apis.shared.body import Body
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest
-from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.shared.prompts import PromptRenderer
 from serve_app.apis.shared.schema import schema_of
 from serve_app.apis.tokens import (
     DetokenizeBody,
@@ -56,7 +61,7 @@ class Store:
     def conversation(self, response_id: str | None) -> list[dict[str, Any]]:
         return [{"role": "user", "content": response_id}] if response_id else []
 
-    def resolved(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def resolve_references(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         kept = [item for item in items if item.get("type") != "item_reference"]
         return [*kept, *self.conversation(next((i["id"] for i in items if i not in kept), None))]
 
@@ -217,66 +222,69 @@ def _merged(below: Any, above: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def texts() -> Texts:
+def renderer() -> PromptRenderer:
     backend = tokenizers.Tokenizer.from_file(str(bundled_path() / "tokenizer.json"))
     end = ("<|endoftext|>", backend.token_to_id("<|endoftext|>"))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         "$A <|endoftext|>", special_tokens=[end]
     )
     tokenizer = Tokenizer(backend)
-    return Texts(tokenizer, ChatTemplate({"default": TEMPLATE}, {}), 4096, tool_calls="json")
+    return PromptRenderer(tokenizer, ChatTemplate({"default": TEMPLATE}, {}), 4096, tool_calls="json")
 
 
-def effect(request: Any, texts: Texts) -> str:
+def effect(request: Any, renderer: PromptRenderer) -> str:
     """All that `request` makes the service do, as text."""
-    if isinstance(request, ResponsesRead):
+    if isinstance(request, ParsedResponsesRequest):
         rest = dataclasses.replace(request, request=None)  # type: ignore[arg-type]
-        return f"{dataclasses.replace(rest, items=[])} {effect(request.request, texts)}"
+        return f"{dataclasses.replace(rest, items=[])} {effect(request.request, renderer)}"
     if isinstance(request, CountTokensRequest):
-        return effect(request.message, texts)
+        return effect(request.message, renderer)
     if isinstance(request, TextRequest):
-        return f"{request.model} {request.respond(texts)}"
+        return f"{request.model} {request.respond(renderer)}"
     if isinstance(request, PoolingRequest):
-        prompts = request.prompts(texts)
+        prompts = request.prompts(renderer)
         return f"{dataclasses.replace(request)} {prompts}"
     assert isinstance(request, GenerationRequest)
-    [prompt, *_] = prompts = request.prompts(texts)
+    [prompt, *_] = prompts = request.prompts(renderer)
     params = dataclasses.replace(request.params({}), spaces_between_special_tokens=True)  # nothing reads that
-    seen = [params, request.model, request.stream, request.shown, request.priority, prompts]
-    reading = request.reading(texts, prompt)
-    seen.append(dataclasses.replace(reading, new_parser=None))
+    seen = [params, request.model, request.stream, request.options, request.priority, prompts]
+    spec = request.parser_spec(renderer, prompt)
+    seen.append(dataclasses.replace(spec, new_parser=None))
     if isinstance(request, ResponsesRequest):
-        seen += [request.called, {name: request.asked[name] for name in ("metadata", "user")}]  # come back
+        seen += [
+            request.called_tools,
+            {name: request.echoed_fields[name] for name in ("metadata", "user")},
+        ]  # come back
     return str(seen)
 
 
-def is_read(api: str, place: Place, texts: Texts) -> bool:
+def is_read(api: str, place: Place, renderer: PromptRenderer) -> bool:
     """Whether two values of the field that are accepted make a difference, or two bodies that are spelled out."""
     spoken = SPOKEN.get(f"{api} {place.path}")
     if spoken is not None:
-        return len({_outcome(api, json.dumps(body).encode(), texts) for body in spoken}) == 2
+        return len({_outcome(api, json.dumps(body).encode(), renderer) for body in spoken}) == 2
     for bodies in place.bodies():
-        outcomes = {_outcome(api, body_of(api, place, body), texts) for body in bodies}
+        outcomes = {_outcome(api, body_of(api, place, body), renderer) for body in bodies}
         if len(outcomes - {None}) > 1:
             return True
     return False
 
 
-def _outcome(api: str, body: bytes, texts: Texts) -> str | None:
+def _outcome(api: str, body: bytes, renderer: PromptRenderer) -> str | None:
     """What the request does; None if it is refused."""
     try:
-        return effect(APIS[api][1](body), texts)
+        return effect(APIS[api][1](body), renderer)
     except RequestError:
         return None
 
 
 @pytest.fixture(scope="module")
-def found(texts: Texts) -> dict[str, bool]:
+def found(renderer: PromptRenderer) -> dict[str, bool]:
     """Whether each field is read, by API and path."""
     with pytest.MonkeyPatch.context() as patch:  # grammars are told apart by their text, without being tried
         for module in (chat_module, tool_grammar):
             patch.setattr(module, "compile_grammar", lambda outputs: "")
-        return {f"{api} {place.path}": is_read(api, place, texts) for api, place in PLACES}
+        return {f"{api} {place.path}": is_read(api, place, renderer) for api, place in PLACES}
 
 
 def test_every_field_is_read_or_says_why_it_is_ignored(found: dict[str, bool]) -> None:
@@ -296,11 +304,11 @@ def test_no_field_that_says_it_is_ignored_is_read(found: dict[str, bool]) -> Non
     assert len(ignored) > 10 and [path for path in ignored if found[path]] == []
 
 
-def test_a_field_that_nobody_reads_is_found(texts: Texts) -> None:
+def test_a_field_that_nobody_reads_is_found(renderer: PromptRenderer) -> None:
     page = schema_of(CompletionBody)
     page = {**page, "properties": {**page["properties"], "idle": {"type": "boolean"}}}
     [place] = [place for place in places(page) if place.path == "idle"]
-    assert not is_read("completions", place, texts)
+    assert not is_read("completions", place, renderer)
 
 
 def test_every_field_that_is_ignored_stands_in_the_documentation() -> None:
@@ -309,16 +317,16 @@ def test_every_field_that_is_ignored_stands_in_the_documentation() -> None:
     assert [name for name in sorted(names) if f"`{name}`" not in told] == []
 
 
-def test_documents_are_cut_to_the_tokens_that_a_request_gives(texts: Texts) -> None:
+def test_documents_are_cut_to_the_tokens_that_a_request_gives(renderer: PromptRenderer) -> None:
     document = "The sea is wide and the wind \U0001f30a is strong. " * 20
     body = {"query": "sea", "documents": [document, "short"], "max_tokens_per_doc": 7}
     whole, cut = (
-        parse_rerank(json.dumps({**body, "max_tokens_per_doc": most}).encode()).prompts(texts)
+        parse_rerank(json.dumps({**body, "max_tokens_per_doc": most}).encode()).prompts(renderer)
         for most in (0, 7)
     )
-    assert texts.tokenizer is not None
+    assert renderer.tokenizer is not None
     shown = (cut[0].text or "").partition("<Document>: ")[2].partition("<|im_end|>")[0]
-    assert shown and document.startswith(shown) and len(texts.tokenizer.encode(shown)) <= 7
+    assert shown and document.startswith(shown) and len(renderer.tokenizer.encode(shown)) <= 7
     assert cut[1] == whole[1] and document in (whole[0].text or "")
     for most in range(1, 40):
-        assert document.startswith(texts.cut(document, most))
+        assert document.startswith(renderer.truncate(document, most))

@@ -19,7 +19,7 @@ from qwen3_dist.weights.source import resolve_model
 from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import CompletionAnswer, CompletionRequest, parse_completion
 from serve_app.apis.shared.answer import DONE
-from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.shared.prompts import PromptRenderer
 from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import wait_for
 
@@ -113,7 +113,7 @@ def test_a_whole_answer_is_built_off_the_event_loop(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[str] = []
-    whole = CompletionAnswer.whole
+    whole = CompletionAnswer.full_response
 
     def build(answer: CompletionAnswer, choices: Any) -> Any:
         threads.append(threading.current_thread().name)
@@ -222,17 +222,17 @@ def test_a_final_message_is_continued_where_it_ends(engine: AsyncEngine) -> None
     messages = [*MESSAGES, {"role": "assistant", "content": "The sea is"}]
     asked = parse_chat(json.dumps({"messages": messages, "continue_final_message": True}).encode())
     assert engine.tokenizer and engine.chat_template
-    [prompt] = asked.prompts(Texts(engine.tokenizer, engine.chat_template, engine.max_model_len))
+    [prompt] = asked.prompts(PromptRenderer(engine.tokenizer, engine.chat_template, engine.max_model_len))
     assert prompt.text is not None and prompt.text.endswith("The sea is")
 
 
 def test_the_service_says_whether_the_model_thinks_where_a_request_does_not(engine: AsyncEngine) -> None:
     def prompt(**fields: Any) -> str | None:
         asked = parse_chat(json.dumps({"messages": MESSAGES, **fields}).encode())
-        texts = Texts(
+        renderer = PromptRenderer(
             engine.tokenizer, engine.chat_template, engine.max_model_len, {"enable_thinking": False}
         )
-        return asked.prompts(texts)[0].text
+        return asked.prompts(renderer)[0].text
 
     assert prompt() == prompt(enable_thinking=False) != prompt(enable_thinking=True)
 

@@ -19,7 +19,7 @@ from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.apis.messages.answer import MessageAnswer, message_error
 from serve_app.apis.messages.request import MessagesRequest, parse_count_tokens, parse_messages
-from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.answer import AnswerContext
 from serve_app.apis.shared.prompts import Prompt
 from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import server_events
@@ -198,7 +198,7 @@ def deltas(said: list[Any], **last: Any) -> list[ChoiceDelta]:
 
 
 def answer(max_tokens: int = 100) -> MessageAnswer:
-    return MessageAnswer(Served("m", None, [Prompt([1, 2, 3, 4])]), max_tokens)
+    return MessageAnswer(AnswerContext("m", None, [Prompt([1, 2, 3, 4])]), max_tokens)
 
 
 def streamed(said: list[ChoiceDelta], max_tokens: int = 100) -> list[dict[str, Any]]:
@@ -226,7 +226,7 @@ def whole(said: list[ChoiceDelta], max_tokens: int = 100) -> Message:
     form = answer(max_tokens)
     for delta in said:
         form.count(delta)
-    return Message.model_validate(json.loads(json.dumps(form.whole([join(said)]))))
+    return Message.model_validate(json.loads(json.dumps(form.full_response([join(said)]))))
 
 
 def blocks(message: Message) -> list[Any]:

@@ -146,7 +146,7 @@ def test_documents_of_text_are_read_and_files_of_a_user_refused() -> None:
         ({"type": "image", "source": {"type": "url", "url": "u"}}, "type"),
         ({"type": "document", "source": {"type": "base64", "data": "AA"}}, "source.type"),
     ):
-        with pytest.raises(RequestError, match="reads text alone") as refused:
+        with pytest.raises(RequestError, match="reads text only") as refused:
             conversation({"role": "user", "content": [block]})
         assert refused.value.param == f"messages[0].content[0].{param}"
 

@@ -69,9 +69,7 @@ def test_a_models_path_may_end_with_a_slash(path: str) -> None:
 
 @pytest.mark.parametrize("where", ["after_id", "before_id"])
 def test_a_page_beside_a_model_that_is_not_listed_is_refused(where: str) -> None:
-    with pytest.raises(
-        RequestError, match="must be the id of a model that is listed, not 'three'"
-    ) as refused:
+    with pytest.raises(RequestError, match="must be the id of a listed model, not 'three'") as refused:
         ids(**{where: "three"})
     assert refused.value.param == where
 

@@ -61,7 +61,7 @@ def test_null_is_the_same_as_absent_and_unknown_fields_are_ignored() -> None:
     ],
 )
 def test_a_prompt_is_text_or_token_ids_or_a_list_of_either(prompt: Any, prompts: list[Any]) -> None:
-    assert completion(prompt=prompt).wanted == prompts
+    assert completion(prompt=prompt).inputs == prompts
 
 
 def test_chat_and_completions_ask_for_logprobs_each_in_their_own_form() -> None:

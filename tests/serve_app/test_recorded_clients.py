@@ -24,7 +24,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.settings import EngineConfig
 from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.messages.request import parse_messages
-from serve_app.apis.responses.kept import KeptResponse
+from serve_app.apis.responses.recorder import ResponseRecorder
 from serve_app.apis.responses.store import ResponseStore
 from serve_app.replica.request_handler import RequestHandler
 from tests.clients.scripted import CALL, long_checkpoint, scripted
@@ -43,7 +43,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AsyncEngine]:
     engine.shutdown()
 
 
-def answered(engine: AsyncEngine, kept: KeptResponse, path: str, turn: dict[str, Any]) -> list[Any]:
+def answered(engine: AsyncEngine, kept: ResponseRecorder, path: str, turn: dict[str, Any]) -> list[Any]:
     """The answer's only object, or the data of its events."""
     parse = {
         "/v1/chat/completions": parse_chat,
@@ -63,7 +63,7 @@ def answered(engine: AsyncEngine, kept: KeptResponse, path: str, turn: dict[str,
             yield item
 
     async def collect() -> bytes:
-        heard = kept.heard(items()) if path == "/v1/responses" else items()
+        heard = kept.record(items()) if path == "/v1/responses" else items()
         return b"".join([item[1] if isinstance(item, tuple) else item async for item in heard])
 
     whole = asyncio.run(collect()).decode()
@@ -139,12 +139,12 @@ def test_a_recorded_client_goes_through_its_tool_loop(engine: AsyncEngine, clien
     path = recorded["path"]
     read, (called, ended) = READ[path]
     store = ResponseStore(2**20, 100)
-    first = answered(engine, KeptResponse(store), path, recorded["turns"][0])
+    first = answered(engine, ResponseRecorder(store), path, recorded["turns"][0])
     [(name, arguments)], text, reason = read(first)
     asked = CALL.search(json.dumps(recorded["turns"][0]).replace('\\"', '"').replace("\\\\", ""))
     assert asked is not None and name in asked.group() and "secret.txt" in json.dumps(arguments)
     assert (text, reason) == ("", called)
-    second = answered(engine, KeptResponse(store), path, referring(recorded["turns"][1], first))
+    second = answered(engine, ResponseRecorder(store), path, referring(recorded["turns"][1], first))
     assert read(second) == ([], "The file says pelican-4711.", ended)
 
 

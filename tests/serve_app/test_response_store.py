@@ -11,10 +11,10 @@ import pytest
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.text.choice import ChoiceDelta, join
-from serve_app.apis.responses.kept import KeptResponse
+from serve_app.apis.responses.recorder import ResponseRecorder
 from serve_app.apis.responses.request import read_responses
 from serve_app.apis.responses.store import ResponseStore
-from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.answer import AnswerContext
 from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.apis.shared.prompts import Prompt
 
@@ -34,13 +34,13 @@ class Clock:
 
 def asked(kept: ResponseStore, stream: bool = False, **body: Any) -> dict[str, Any]:
     """The response to `body`, which says SAID whatever is asked."""
-    exchange = KeptResponse(kept)
+    exchange = ResponseRecorder(kept)
     request = exchange.parse(json.dumps({"model": "m", "stream": stream, **body}).encode())
-    form = request.answer(Served("m", None, [Prompt([1])]))
+    form = request.answer(AnswerContext("m", None, [Prompt([1])]))
 
     async def items() -> AsyncGenerator[Any, None]:
         if not stream:
-            yield 200, to_json(form.whole([join(SAID)]))
+            yield 200, to_json(form.full_response([join(SAID)]))
             return
         yield 200, form.begin()
         for delta in SAID:
@@ -49,7 +49,7 @@ def asked(kept: ResponseStore, stream: bool = False, **body: Any) -> dict[str, A
 
     async def collect() -> bytes:
         return b"".join(
-            [part[1] if isinstance(part, tuple) else part async for part in exchange.heard(items())]
+            [part[1] if isinstance(part, tuple) else part async for part in exchange.record(items())]
         )
 
     told = asyncio.run(collect())
@@ -165,17 +165,17 @@ def test_a_response_that_refers_to_items_has_them_after_their_response_is_gone()
 def test_a_response_is_whole_where_what_it_follows_was_deleted_while_it_was_made() -> None:
     kept = store()
     first = asked(kept, input="Hello")
-    exchange = KeptResponse(kept)
+    exchange = ResponseRecorder(kept)
     body = {"model": "m", "input": [MORE], "previous_response_id": first["id"]}
     request = exchange.parse(json.dumps(body).encode())
-    second = request.answer(Served("m", None, [Prompt([1])])).whole([join(SAID)])
+    second = request.answer(AnswerContext("m", None, [Prompt([1])])).full_response([join(SAID)])
     kept.delete(first["id"])
 
     async def listen() -> None:
         async def items() -> AsyncGenerator[Any, None]:
             yield 200, to_json(second)
 
-        [_ async for _ in exchange.heard(items())]
+        [_ async for _ in exchange.record(items())]
 
     asyncio.run(listen())
     assert messages(kept, previous_response_id=second["id"]) == [HELLO, ANSWER, MORE, ANSWER]
@@ -248,13 +248,13 @@ def test_a_response_larger_than_the_store_is_not_kept() -> None:
 
 def test_an_answer_that_failed_is_not_kept() -> None:
     kept = store()
-    exchange = KeptResponse(kept)
+    exchange = ResponseRecorder(kept)
     exchange.parse(b'{"model": "m", "input": "Hello"}')
 
     async def items() -> AsyncGenerator[Any, None]:
         yield 400, b'{"error": {}}'
 
     async def collect() -> list[Any]:
-        return [item async for item in exchange.heard(items())]
+        return [item async for item in exchange.record(items())]
 
     assert asyncio.run(collect()) == [(400, b'{"error": {}}')]

@@ -20,7 +20,7 @@ from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.apis.responses.answer import ResponseAnswer, response_error_event
 from serve_app.apis.responses.request import ResponsesRequest, parse_responses
-from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.answer import AnswerContext
 from serve_app.apis.shared.prompts import Prompt
 from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import server_events
@@ -173,7 +173,7 @@ def deltas(said: list[Any], finish_reason: str = "stop") -> list[ChoiceDelta]:
 
 
 def answer(**fields: Any) -> ResponseAnswer:
-    form = parsed(**fields).answer(Served("m", None, [Prompt([1, 2, 3, 4])]))
+    form = parsed(**fields).answer(AnswerContext("m", None, [Prompt([1, 2, 3, 4])]))
     assert isinstance(form, ResponseAnswer)
     return form
 
@@ -202,7 +202,7 @@ def whole(said: list[ChoiceDelta]) -> Response:
     form = answer(tools=[TOOL])
     for delta in said:
         form.count(delta)
-    return Response.model_validate(json.loads(json.dumps(form.whole([join(said)]))))
+    return Response.model_validate(json.loads(json.dumps(form.full_response([join(said)]))))
 
 
 def items(response: Response) -> list[Any]:
@@ -254,7 +254,7 @@ def test_the_answer_repeats_what_was_asked() -> None:
     form = answer(
         instructions="Be brief.", metadata={"a": "b"}, tools=[TOOL], tool_choice="none", user="u", store=True
     )
-    response = Response.model_validate(form.whole(deltas([])))
+    response = Response.model_validate(form.full_response(deltas([])))
     assert (response.instructions, response.metadata, response.tool_choice, response.user) == (
         "Be brief.",
         {"a": "b"},

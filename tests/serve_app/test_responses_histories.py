@@ -15,7 +15,7 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
 from serve_app.apis.responses.request import ResponsesRequest, parse_responses
-from serve_app.apis.shared.answer import Served
+from serve_app.apis.shared.answer import AnswerContext
 from serve_app.apis.shared.prompts import Prompt
 from tests.serve_app.support import server_events
 
@@ -100,8 +100,8 @@ DELTAS = [
 
 
 def test_calls_are_named_and_formed_as_the_clients_tools_are() -> None:
-    form = parsed(tools=CODEX).answer(Served("m", None, [Prompt([1])]))
-    whole = Response.model_validate(form.whole([join(DELTAS)]))
+    form = parsed(tools=CODEX).answer(AnswerContext("m", None, [Prompt([1])]))
+    whole = Response.model_validate(form.full_response([join(DELTAS)]))
     _, patch, spawn = whole.output
     assert patch.type == "custom_tool_call"
     assert (patch.name, patch.input, patch.call_id) == ("apply_patch", "a\nb", "call_a")
@@ -110,7 +110,7 @@ def test_calls_are_named_and_formed_as_the_clients_tools_are() -> None:
 
 
 def test_a_custom_call_streams_its_input() -> None:
-    form = parsed(tools=CODEX, stream=True).answer(Served("m", None, [Prompt([1])]))
+    form = parsed(tools=CODEX, stream=True).answer(AnswerContext("m", None, [Prompt([1])]))
     events = server_events(form.begin() + b"".join(form.delta(delta) for delta in DELTAS) + form.end())
     parts = [e["delta"] for e in events if e["type"] == "response.custom_tool_call_input.delta"]
     assert parts == ["a", "\nb"]
@@ -205,8 +205,8 @@ def test_an_item_may_bring_tools() -> None:
 
 
 def test_the_answer_repeats_tools_as_they_were_given() -> None:
-    form = parsed(tools=[SEARCH, AGENTS]).answer(Served("m", None, [Prompt([1])]))
-    response = Response.model_validate(form.whole([ChoiceDelta(0, "", (2,), (), "stop")]))
+    form = parsed(tools=[SEARCH, AGENTS]).answer(AnswerContext("m", None, [Prompt([1])]))
+    response = Response.model_validate(form.full_response([ChoiceDelta(0, "", (2,), (), "stop")]))
     assert [tool.type for tool in response.tools] == ["web_search", "namespace"]
 
 

@@ -19,11 +19,11 @@ _LABELS = ("name", "id", "type", "index")  # what stands beside arguments; anyth
 
 
 class JsonCall:
-    """Reads one call that is strict JSON. `name` is known with its closing quote; `take_arguments` gives what came.
+    """Reads one call that is strict JSON. `name` is known with its closing quote; `pop_arguments` gives what came.
 
     The members' order is free. Arguments may be an object, JSON text of one, null, or absent, and other members are
-    ignored where there are arguments. `failed` once it is no such call. What `take_arguments` gave is valid JSON
-    with `take_rest` after it, once the arguments have ended (`has_arguments`). `num_shown` characters of the call
+    ignored where there are arguments. `failed` once it is no such call. What `pop_arguments` gave is valid JSON
+    with `remaining_arguments` after it, once the arguments have ended (`has_arguments`). `num_shown` characters of the call
     are what it gave, and what was ahead of that.
     """
 
@@ -72,14 +72,14 @@ class JsonCall:
         """Whether name and arguments are whole."""
         return bool(self.name) and self.has_arguments and not self.failed
 
-    def take_arguments(self) -> str:
+    def pop_arguments(self) -> str:
         """What came of the arguments since the last time, if they come before the end of the call."""
         if not self._is_early:
             return ""
         taken, self._arguments = self._arguments, ""
         return taken
 
-    def take_rest(self) -> str:
+    def remaining_arguments(self) -> str:
         """What was not yet taken of arguments that have ended."""
         return self._arguments + self._tail
 
@@ -121,12 +121,12 @@ class JsonCall:
             self._tail, self.has_arguments = reader.held, True
         elif self._is_arguments():
             if value not in ("null", '""'):
-                self._take_text(_text(value))
+                self._append_text(_text(value))
         elif self._key not in _LABELS:
             self.others.append(f"{json.dumps(self._key)}: {value}")
             self._function = value if self._key == "function" else self._function
 
-    def _take_text(self, text: str | None) -> None:
+    def _append_text(self, text: str | None) -> None:
         """Takes `text` as the arguments if it is an object."""
         stripped = (text or "").strip()
         read = lenient_json(stripped)
@@ -151,7 +151,7 @@ class JsonCall:
             inner.read(self._function)
         if inner.done:
             self.name, self.has_arguments, self.others = inner.name, True, []
-            self._arguments, self._tail = inner.take_rest(), ""
+            self._arguments, self._tail = inner.remaining_arguments(), ""
 
 
 def json_block(text: str) -> Block:
@@ -160,13 +160,13 @@ def json_block(text: str) -> Block:
     A string that holds tags of calls ends at its first quote, lest it take in the calls after it. Prose after the
     last call is content, but where more JSON follows it that is no call, none of the block is.
     """
-    mends_quotes = _TAG not in text
+    repairs_quotes = _TAG not in text
     calls: list[WrittenCall] = []
     at = _skipped(text, 0, "[")
     in_list = "[" in text[:at]
     is_closed, is_cut = True, False
     while text[at : at + 1] == "{" and not is_cut:
-        read = lenient_json(text, at, mends_quotes)
+        read = lenient_json(text, at, repairs_quotes)
         is_closed, is_cut = read.is_closed, read.is_cut
         end = _skipped(text, read.end, "}],;")
         call = _written_call(read, "}" in text[read.end : end])
@@ -216,7 +216,7 @@ def _written_call(read: LenientJson, closed_early: bool) -> WrittenCall | None:
     call.read(read.written or "")
     if not (call.done and call.name) or (read.is_mixed and call.others and not closed_early):
         return None
-    arguments = call.take_rest()
+    arguments = call.remaining_arguments()
     if closed_early and call.others:
         arguments = f"{arguments.rstrip()[:-1]}, {', '.join(call.others)}}}"
     return WrittenCall(call.name, arguments)

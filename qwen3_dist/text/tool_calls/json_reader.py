@@ -64,10 +64,10 @@ class JsonReader:
         self._shown.clear()
         self._text, self._at = text, start
         while self._at < len(text) and not (self.done or self.failed):
-            self._at += self._takes(text[self._at])
+            self._at += self._consume(text[self._at])
         return self._at, "".join(self._shown)
 
-    def _takes(self, char: str) -> bool:
+    def _consume(self, char: str) -> bool:
         """Reads `char`, if it is the value's."""
         if self._quote:
             self._read_in_string(char)
@@ -102,9 +102,9 @@ class JsonReader:
             self._next = Next.VALUE
             self.held += char
         else:
-            self._read_odd(char)
+            self._read_unexpected(char)
 
-    def _read_odd(self, char: str) -> None:
+    def _read_unexpected(self, char: str) -> None:
         """Reads what JSON does not have there."""
         self.failed = True
 
@@ -128,11 +128,11 @@ class JsonReader:
             else:
                 self._end_value()
         elif char == '"':
-            self._take_text('\\"')
+            self._append_text('\\"')
         elif char in MAY_END:
             self.held += in_string(char)
         else:
-            self._take_text(in_string(char))
+            self._append_text(in_string(char))
 
     def _ends_string(self) -> bool:
         """Whether the quote at hand ends its string."""
@@ -142,12 +142,12 @@ class JsonReader:
         begun = self._escape + char
         if self._quote == char == "'":
             self._escape = ""
-            self._take_text(char)
+            self._append_text(char)
         elif not _BEGUN_ESCAPE.fullmatch(begun):
             self._escape = ""
             self._escapes.add_stray()
             self.held = self._escapes.release() + self.held
-            self._take_text("\\\\")
+            self._append_text("\\\\")
             for plain in begun[1:]:
                 self._read_in_string(plain)
         elif begun[1] != "u" or len(begun) == len("\\u0000"):
@@ -161,7 +161,7 @@ class JsonReader:
             self._escapes.hold(self.held, escape)
             self.held = ""
         else:
-            self._take_text(escape)
+            self._append_text(escape)
 
     def _settle_escapes(self) -> None:
         """Decides what the escapes of the string under way mean, which ends here."""
@@ -169,7 +169,7 @@ class JsonReader:
         self.failed = self.failed or self._escapes.is_unclear
 
     def _end_word(self) -> None:
-        written = self._json_of(self._word)
+        written = self._word_to_json(self._word)
         self._word = ""
         if written is None:
             self.failed = True
@@ -177,7 +177,7 @@ class JsonReader:
         self._show(written)
         self._end_value()
 
-    def _json_of(self, word: str) -> str | None:
+    def _word_to_json(self, word: str) -> str | None:
         """JSON of a word outside of strings; None if it means nothing."""
         return word if _WORDS.fullmatch(word) else None
 
@@ -185,7 +185,7 @@ class JsonReader:
         self._next = Next.COMMA_OR_END
         self.done = not self._closers
 
-    def _take_text(self, text: str) -> None:
+    def _append_text(self, text: str) -> None:
         """Takes a piece of a string; a key waits for its value."""
         if self._escapes.is_holding:
             self._escapes.hold_text(self.held + text)

@@ -34,11 +34,11 @@ class LenientReader(JsonReader):
 
     quotes = "\"'"
 
-    def __init__(self, mends_quotes: bool = True) -> None:
+    def __init__(self, repairs_quotes: bool = True) -> None:
         super().__init__()
         self.cut_string = False
         self.is_mixed = False
-        self._mends_quotes = mends_quotes
+        self._repairs_quotes = repairs_quotes
         self._num_inner = 0  # quotes that are text, in the string under way
 
     def finish(self) -> str:
@@ -71,7 +71,7 @@ class LenientReader(JsonReader):
             self._quote = ""
             self._end_value()
 
-    def _read_odd(self, char: str) -> None:
+    def _read_unexpected(self, char: str) -> None:
         if char in "}]" and self._next not in (Next.VALUE, Next.COLON):
             self._read_closer(char)
         elif char == "," and self._next in (*KEYS, Next.ITEM, Next.ITEM_OR_END):
@@ -108,10 +108,10 @@ class LenientReader(JsonReader):
         else:
             self.failed = True
 
-    def _json_of(self, word: str) -> str | None:
+    def _word_to_json(self, word: str) -> str | None:
         if _NOT_FINITE.fullmatch(word):
             return json.dumps(word)
-        return _LITERALS.get(word.lower()) or super()._json_of(word)
+        return _LITERALS.get(word.lower()) or super()._word_to_json(word)
 
     def _ends_string(self) -> bool:
         in_list = self._closers[-1:] == ["]"]
@@ -120,7 +120,7 @@ class LenientReader(JsonReader):
             self.failed = not _BEFORE_NEXT_ITEM.match(self._text, self._at)
             self._num_inner = 0
             return True
-        if self._is_key or not self._mends_quotes or end.match(self._text, self._at + 1):
+        if self._is_key or not self._repairs_quotes or end.match(self._text, self._at + 1):
             self.failed = self._num_inner % 2 == 1
             self._num_inner = 0
             return True
@@ -145,9 +145,9 @@ class LenientJson:
     is_mixed: bool
 
 
-def lenient_json(text: str, start: int = 0, mends_quotes: bool = True) -> LenientJson:
+def lenient_json(text: str, start: int = 0, repairs_quotes: bool = True) -> LenientJson:
     """The value that begins at `start` of `text`. Quotes inside of strings may be left as the ends that they seem."""
-    reader = LenientReader(mends_quotes)
+    reader = LenientReader(repairs_quotes)
     end, shown = reader.read(text, start)
     is_closed = reader.done
     shown += reader.finish()

@@ -117,18 +117,18 @@ class _Function:
 
     def _value(self, start: int) -> str:
         """The value that begins at `start`; `end` lies after it, and after its own end tag."""
-        depth, first, first_placed = 0, None, None
+        depth, first, first_on_own_line = 0, None, None
         is_inline = self._text[start : start + 1] != "\n"
         for tag in islice(_TAG.finditer(self._text, start), self._most_tags - self.num_tags):
             self.num_tags += 1
             is_parameter = tag.lastgroup == "parameter"
             if tag.lastgroup is None or (
-                is_parameter and not self._may_be_parameter(tag.end(), is_placed=False)
+                is_parameter and not self._may_be_parameter(tag.end(), is_on_own_line=False)
             ):
                 continue
             first = first or tag
-            if not first_placed and (is_inline or _is_first_on_line(self._text, tag.start())):
-                first_placed = tag if self._may_end_value(tag) else None
+            if not first_on_own_line and (is_inline or _is_first_on_line(self._text, tag.start())):
+                first_on_own_line = tag if self._may_end_value(tag) else None
             if is_parameter:
                 depth += 1
             elif tag.lastgroup == "parameter_end" and depth:
@@ -136,7 +136,7 @@ class _Function:
             elif tag.lastgroup == "parameter_end" and self._is_end(tag):
                 self.end = tag.end()
                 return _trimmed(self._text[start : tag.start()])
-        end = first_placed or first
+        end = first_on_own_line or first
         self.end = end.start() if end else len(self._text)
         value = self._text[start : self.end]
         self.is_cut = self.is_cut or end is None or any(wrap in value for wrap in _WRAPS)
@@ -157,8 +157,8 @@ class _Function:
             return self._named(tag.end())[0] not in self._keys
         return _ENDS_FUNCTION.match(self._text, tag.end()) is not None
 
-    def _may_be_parameter(self, start: int, is_placed: bool) -> bool:
-        return self._schemas.may_have(self.name, self._named(start)[0], is_placed)
+    def _may_be_parameter(self, start: int, is_on_own_line: bool) -> bool:
+        return self._schemas.may_be_parameter(self.name, self._named(start)[0], is_on_own_line)
 
 
 def _is_first_on_line(text: str, at: int) -> bool:

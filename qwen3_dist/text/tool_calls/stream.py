@@ -13,7 +13,7 @@ from qwen3_dist.text.tool_calls import tags
 from qwen3_dist.text.tool_calls.block import Block
 from qwen3_dist.text.tool_calls.json_form import JsonCall, ends_in_string, is_json, json_block
 from qwen3_dist.text.tool_calls.lenient_xml import xml_block
-from qwen3_dist.text.tool_calls.tags import CLOSES, FUNCTION, OPENS, ToolCallForm
+from qwen3_dist.text.tool_calls.tags import FUNCTION, TOOL_CALL, TOOL_CALL_END, ToolCallForm
 from qwen3_dist.text.tool_calls.xml_form import XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
@@ -48,7 +48,7 @@ class ToolCalls:
         self._form = form
         self._only_calls = only_calls
         # Qwen3-Coder sometimes leaves the outer tag out.
-        self.openings = (OPENS, FUNCTION) if form == "xml" else (OPENS,)
+        self.openings = (TOOL_CALL, FUNCTION) if form == "xml" else (TOOL_CALL,)
         self._step = self._read_content
         self._unread = ""
         self._opening = ""  # of the block under way
@@ -78,7 +78,7 @@ class ToolCalls:
         while self._step in (self._read_call, self._read_block, self._read_after_xml):
             self._finish_block(cut)
             self._read_on()
-        if self._step != self._read_closing or not tags.begins_closing(self._unread.strip()):
+        if self._step != self._read_closing or not tags.begins_closing_tag(self._unread.strip()):
             self._show(self._unread)
         if not self._after_call:
             self._shown += Parsed(self._space)
@@ -103,7 +103,7 @@ class ToolCalls:
         if not opening:
             return False
         # A function without the outer tag is a call if there is one of that name.
-        opening = opening if opening == OPENS else ""
+        opening = opening if opening == TOOL_CALL else ""
         self._unread = self._unread.removeprefix(opening)
         self._begin_block(opening)
         return True
@@ -120,31 +120,33 @@ class ToolCalls:
         """Reads a call in the template's own form, and shows it as far as it is certain."""
         call = self._call
         is_xml = isinstance(call, XmlCall)
-        mark = None if is_xml else re.search(f"{OPENS}|{CLOSES}", self._unread)
+        mark = None if is_xml else re.search(f"{TOOL_CALL}|{TOOL_CALL_END}", self._unread)
         if not call.done:
             certain = (
-                mark.start() if mark else len(self._unread) - partial_match(self._unread, (OPENS, CLOSES))
+                mark.start()
+                if mark
+                else len(self._unread) - partial_match(self._unread, (TOOL_CALL, TOOL_CALL_END))
             )
             taken = call.read(self._unread[:certain])
             self._taken.append(self._unread[:taken])
             self._unread = self._unread[taken:]
-            if call.name and (arguments := call.take_arguments()):
+            if call.name and (arguments := call.pop_arguments()):
                 self._show_call(call.name, arguments)
         rest = self._unread.lstrip()
-        closing = CLOSES if self._opening else ""
+        closing = TOOL_CALL_END if self._opening else ""
         if call.done and rest.startswith(closing):
             if is_xml:
                 self._await_end(None, 0, len(self._unread) - len(rest) + len(closing))
             else:
                 self._end_call()
-        elif self._opening and rest.startswith(OPENS) and not "".join(self._taken).strip():
+        elif self._opening and rest.startswith(TOOL_CALL) and not "".join(self._taken).strip():
             # A doubled tag opens one block.
-            opening, _, self._unread = self._unread.partition(OPENS)
-            self._begin_block("".join((self._opening, *self._taken, opening, OPENS)))
+            opening, _, self._unread = self._unread.partition(TOOL_CALL)
+            self._begin_block("".join((self._opening, *self._taken, opening, TOOL_CALL)))
         elif not self._opening and call.name is None and (call.failed or mark):
             self._show("".join(self._taken))
             self._step = self._read_content
-        elif call.failed or mark or (call.done and not CLOSES.startswith(rest)):
+        elif call.failed or mark or (call.done and not TOOL_CALL_END.startswith(rest)):
             self._unread = "".join(self._taken) + self._unread
             self._step = self._read_block
         else:
@@ -153,7 +155,7 @@ class ToolCalls:
 
     def _read_block(self) -> bool:
         """Reads a block in another form, at the first tag that can be its end."""
-        marks = (OPENS, CLOSES) if self._opening else (OPENS, CLOSES, tags.FUNCTION_END)
+        marks = (TOOL_CALL, TOOL_CALL_END) if self._opening else (TOOL_CALL, TOOL_CALL_END, tags.FUNCTION_END)
         for mark in re.compile("|".join(marks)).finditer(self._unread, self._num_searched):
             end = mark.end() if mark[0] == tags.FUNCTION_END else mark.start()
             is_within = self._is_within(mark[0])
@@ -166,7 +168,7 @@ class ToolCalls:
             block = self._block(self._unread[:end])
             if is_inner and (block.is_cut or not block.calls):
                 continue
-            self._ends.append((end, mark.start() if mark[0] == OPENS else mark.end()))
+            self._ends.append((end, mark.start() if mark[0] == TOOL_CALL else mark.end()))
             if not block.is_cut and (block.calls or len(self._ends) == 1):
                 if block.calls and self._is_xml():
                     self._await_end(block, *self._ends.pop())
@@ -176,13 +178,13 @@ class ToolCalls:
             if not block.is_cut or len(self._ends) == _MOST_ENDS:
                 self._end_at_first(mark.end())
                 return True
-        self._num_searched = max(self._num_searched, len(self._unread) - len(CLOSES))
+        self._num_searched = max(self._num_searched, len(self._unread) - len(TOOL_CALL_END))
         return False
 
     def _is_within(self, tag: str) -> bool:
         """Whether `tag`, the block's next one, opens or closes a call inside of the block."""
-        self._depth += {OPENS: 1, CLOSES: -1}.get(tag, 0)
-        return bool(self._opening) and (self._depth > 0 or (tag == CLOSES and self._depth == 0))
+        self._depth += {TOOL_CALL: 1, TOOL_CALL_END: -1}.get(tag, 0)
+        return bool(self._opening) and (self._depth > 0 or (tag == TOOL_CALL_END and self._depth == 0))
 
     def _is_in_string(self, tag: re.Match[str]) -> bool:
         """Whether `tag` of a call inside of the block is text of a JSON string. No call there is the model's.
@@ -208,7 +210,7 @@ class ToolCalls:
             self._end_read()
         else:
             block, _, resume = self._is_read
-            self._num_searched = resume + len(OPENS) * self._unread.startswith(OPENS, resume)
+            self._num_searched = resume + len(TOOL_CALL) * self._unread.startswith(TOOL_CALL, resume)
             self._step = self._read_block
             if block is None:
                 taken = "".join(self._taken)
@@ -228,7 +230,7 @@ class ToolCalls:
         if closing := tags.CLOSING.match(self._unread):
             self._unread = self._unread[closing.end() :]
             return True
-        if tags.begins_closing(self._unread):
+        if tags.begins_closing_tag(self._unread):
             return False
         self._step = self._read_content
         return True
@@ -289,7 +291,7 @@ class ToolCalls:
     def _end_call(self) -> None:
         """Ends a call in the template's own form, up to its closing tags."""
         assert self._call.name is not None
-        self._show_call(self._call.name, self._call.take_rest())
+        self._show_call(self._call.name, self._call.remaining_arguments())
         self._leave_call()
 
     def _end_block(self, block: Block, end: int, resume: int) -> None:

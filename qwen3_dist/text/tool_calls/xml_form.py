@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
-from qwen3_dist.text.tool_calls.tags import CLOSES, FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END
+from qwen3_dist.text.tool_calls.tags import FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END, TOOL_CALL_END
 from qwen3_dist.text.tool_schemas import ToolSchemas, typed_json
 
 _MOST_NAME = 256  # characters; what is longer is no name
@@ -22,7 +22,7 @@ class XmlCall:
     """Reads one call from `<function=` on, as the template teaches it: every tag is closed, and values hold none
     that could be a tag of the call.
 
-    `name` is known with its `>`; `take_arguments` gives JSON of what came of the arguments. Values take the types
+    `name` is known with its `>`; `pop_arguments` gives JSON of what came of the arguments. Values take the types
     that the tool's schema gives them; those that are text alone come as they are generated, without one newline at
     either end. `failed` once it is no such call.
     """
@@ -52,12 +52,12 @@ class XmlCall:
             at += taken
         return at
 
-    def take_arguments(self) -> str:
+    def pop_arguments(self) -> str:
         """What came of the arguments since the last time, but for the last value's end."""
         early, self._early = self._early, ""
         return early if self.done else early + self._written.take()
 
-    def take_rest(self) -> str:
+    def remaining_arguments(self) -> str:
         """What was not yet taken of a call that has ended."""
         return self._written.take()
 
@@ -120,15 +120,15 @@ class XmlCall:
         rest = text.lstrip()
         if rest.startswith(PARAMETER):
             length, key = _name(rest[len(PARAMETER) :])
-            is_placed = "\n" in text[: len(text) - len(rest)]
+            is_on_own_line = "\n" in text[: len(text) - len(rest)]
             if length == 0:
                 return None
             return (
                 length > 0
                 and key not in self._keys
-                and self._schemas.may_have(self.name or "", key, is_placed)
+                and self._schemas.may_be_parameter(self.name or "", key, is_on_own_line)
             )
-        end = "" if self._is_bare else CLOSES
+        end = "" if self._is_bare else TOOL_CALL_END
         after = rest.removeprefix(FUNCTION_END)
         if len(after) == len(rest):
             return None if any(tag.startswith(rest) for tag in (PARAMETER, FUNCTION_END)) else False

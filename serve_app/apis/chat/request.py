@@ -1,4 +1,4 @@
-"""Bodies of /v1/chat/completions."""
+"""/v1/chat/completions: request body and parsed request."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams, StructuredOutputs
 from qwen3_dist.structured.grammar import compile_grammar
 from qwen3_dist.structured.tool_grammar import compile_tool_calls
-from qwen3_dist.text.choice import Reading
+from qwen3_dist.text.choice import ParserSpec
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.tool_calls.stream import ToolCalls
 from qwen3_dist.text.tool_calls.tags import ToolCallForm, tool_call_form
 from serve_app.apis.chat.answer import ChatAnswer
-from serve_app.apis.shared.answer import Answer, Served
+from serve_app.apis.shared.answer import Answer, AnswerContext
 from serve_app.apis.shared.body import Json, Must, Range, about, read_body, validate, without_nulls
 from serve_app.apis.shared.conversation import (
     Messages,
@@ -29,18 +29,18 @@ from serve_app.apis.shared.conversation import (
     template_messages,
     template_tools,
 )
-from serve_app.apis.shared.generation import GenerationBody, GenerationRequest, read_generation
-from serve_app.apis.shared.prompts import Prompt, Texts
+from serve_app.apis.shared.generation import GenerationBody, GenerationRequest, generation_fields
+from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 
 Effort = Annotated[
     Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"],
-    about("none answers without thinking."),
+    about("none answers without thinking; the chat template reads the rest."),
 ]
-_OWN_VARIABLES = ("messages", "self", "tools")
+_RESERVED_VARIABLES = ("messages", "self", "tools")
 
 
 def _is_variable(name: str) -> str:
-    if name in _OWN_VARIABLES:
+    if name in _RESERVED_VARIABLES:
         raise ValueError
     return name
 
@@ -48,7 +48,7 @@ def _is_variable(name: str) -> str:
 Variables = Annotated[
     dict[Annotated[str, AfterValidator(_is_variable)], Any],
     Must("an object of template variables other than messages and tools"),
-    Field(json_schema_extra={"propertyNames": {"not": {"enum": [*_OWN_VARIABLES]}}}),
+    Field(json_schema_extra={"propertyNames": {"not": {"enum": [*_RESERVED_VARIABLES]}}}),
 ]
 
 
@@ -57,31 +57,37 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[Messages, about("The conversation so far.")]
     max_completion_tokens: (
-        Annotated[int, Range(1), about("Most tokens of each choice, reasoning included.")] | None
+        Annotated[int, Range(1), about("Maximum number of tokens of each choice, reasoning included.")] | None
     ) = None
-    max_tokens: Annotated[int, Range(1), about("The older name of max_completion_tokens.")] | None = None
-    logprobs: Annotated[bool, about("Gives each token's log-probability.")] = False
-    top_logprobs: Annotated[int, Range(0, MAX_LOGPROBS), about("And those of so many alternatives.")] = 0
+    max_tokens: Annotated[int, Range(1), about("Deprecated name of max_completion_tokens.")] | None = None
+    logprobs: Annotated[bool, about("Returns each token's log-probability.")] = False
+    top_logprobs: Annotated[
+        int, Range(0, MAX_LOGPROBS), about("Returns those of this many alternatives; requires logprobs.")
+    ] = 0
     tools: Annotated[Tools, about("Functions that the model may call.")] = Field(default_factory=list)
     tool_choice: (
-        Annotated[ToolChoice, about("Whether it may, must or must not call, or which one it must.")] | None
+        Annotated[ToolChoice, about("Whether the model may or must call tools, and which.")] | None
     ) = None
-    parallel_tool_calls: Annotated[bool, about("Whether it may call several at once.")] = True
+    parallel_tool_calls: Annotated[bool, about("Whether the model may call several tools in one answer.")] = (
+        True
+    )
     reasoning_effort: Effort | None = None
     enable_thinking: Annotated[bool, about("Whether the model thinks before it answers.")] | None = None
-    include_reasoning: Annotated[bool, about("Whether its thoughts are shown.")] = True
-    add_generation_prompt: Annotated[bool, about("Whether the assistant's next message is begun.")] | None = (
-        None
-    )
-    continue_final_message: Annotated[bool, about("Goes on with the last message instead.")] = False
-    echo: Annotated[bool, about("Shows the last message ahead of the answer, if it is the assistant's.")] = (
-        False
-    )
+    include_reasoning: Annotated[bool, about("Whether the answer includes reasoning.")] = True
+    add_generation_prompt: (
+        Annotated[bool, about("Whether the prompt begins the assistant's next message.")] | None
+    ) = None
+    continue_final_message: Annotated[bool, about("Continues the last message instead.")] = False
+    echo: Annotated[
+        bool, about("Returns the last message ahead of the answer, if it is the assistant's.")
+    ] = False
     add_special_tokens: Annotated[
         bool,
-        about("Whether the prompt gets what the tokenizer puts around a text beside what the template has."),
+        about("Whether the tokenizer adds its special tokens to those of the chat template."),
     ] = False
-    documents: Annotated[list[Json], Must("a list of objects"), about("For the chat template.")] | None = None
+    documents: (
+        Annotated[list[Json], Must("a list of objects"), about("Documents for the chat template.")] | None
+    ) = None
     chat_template_kwargs: Annotated[Variables, about("Variables for the chat template.")] = Field(
         default_factory=dict
     )
@@ -89,10 +95,11 @@ class ChatBody(GenerationBody):
 
 @dataclass(frozen=True)
 class ChatRequest(GenerationRequest):
-    """A body of /v1/chat/completions.
+    """A parsed request to /v1/chat/completions, or to another chat API that derives from it.
 
-    `tool_choice` is "none" where there are no tools, and "required" where the client names one (`named_tool`).
-    `custom_tools` are the names of those whose input is plain text.
+    `messages` and `tools` are in the form that chat templates read. `tool_choice` is "auto", "required" or "none";
+    "none" if there are no tools, "required" if the client chose one tool, `named_tool`. `custom_tools` names the tools
+    whose input is plain text.
     """
 
     messages: list[Json] = field(default_factory=list)
@@ -101,111 +108,112 @@ class ChatRequest(GenerationRequest):
     tool_choice: str = "none"
     named_tool: str | None = None
     parallel_tool_calls: bool = True
-    continued: bool = False
     template_kwargs: Json = field(default_factory=dict)
     add_special_tokens: bool = False
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return super().params({"max_tokens": None, **defaults})
 
-    def prompts(self, texts: Texts) -> list[Prompt]:
-        if texts.tokenizer is None or texts.template is None:
-            lacks = "tokenizer" if texts.tokenizer is None else "chat template"
+    def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
+        if renderer.tokenizer is None or renderer.template is None:
+            missing = "tokenizer" if renderer.tokenizer is None else "chat template"
             raise RequestError(
-                f"this model has no {lacks}, so it cannot chat; use /v1/completions", param="messages"
+                f"this model has no {missing}, so it cannot chat; use /v1/completions", param="messages"
             )
-        rendered = texts.template.render(self.messages, self.tools or None, **self.variables(texts))
-        return [texts.prompt(rendered, "messages", self.add_special_tokens)]
+        rendered = renderer.template.render(self.messages, self.tools or None, **self.variables(renderer))
+        return [renderer.tokenize(rendered, "messages", self.add_special_tokens)]
 
-    def variables(self, texts: Texts) -> Json:
-        """What the template is told beside messages and tools."""
-        return {**texts.template_kwargs, **self.template_kwargs}
+    def variables(self, renderer: PromptRenderer) -> Json:
+        """Returns the template's variables other than messages and tools."""
+        return {**renderer.template_kwargs, **self.template_kwargs}
 
-    def reading(self, texts: Texts, prompt: Prompt) -> Reading:
-        """Thoughts and tool calls are told from text, as far as the prompt and its template allow them."""
-        assert texts.template is not None and prompt.text is not None
-        source = texts.template.source(bool(self.tools))
-        state = reasoning_state(prompt.text, source, self.variables(texts))
-        form = (texts.tool_calls or tool_call_form(source)) if self.tools else None
+    def parser_spec(self, renderer: PromptRenderer, prompt: Prompt) -> ParserSpec:
+        """Parses reasoning and tool calls, if the prompt and its template allow them."""
+        assert renderer.template is not None and prompt.text is not None
+        source = renderer.template.source(bool(self.tools))
+        state = reasoning_state(prompt.text, source, self.variables(renderer))
+        form = (renderer.tool_calls or tool_call_form(source)) if self.tools else None
 
         def new_parser(reasoning: str) -> AnswerParser:
             required = self.tool_choice == "required"
             calls = ToolCalls(form, self.tools, only_calls=required) if form else None
             return AnswerParser(Reasoning(reasoning), calls)
 
-        return Reading(
+        return ParserSpec(
             state,
-            self._form(form),
+            self._structured_outputs(form),
             new_parser,
-            calls_end_it=self.named_tool is None,
-            most_calls=None if self.parallel_tool_calls and self.named_tool is None else 1,
+            reports_tool_calls=self.named_tool is None,
+            max_tool_calls=None if self.parallel_tool_calls and self.named_tool is None else 1,
         )
 
-    def _form(self, calls: ToolCallForm | None) -> StructuredOutputs | None:
-        """What calls make of the form that the text must have.
+    def _structured_outputs(self, form: ToolCallForm | None) -> StructuredOutputs | None:
+        """Returns the constraint that tool calls put on the text, None if they put none.
 
-        Required ones are all there is; others may come in place of the JSON that is asked for; and where a tool
-        is strict, calls that come after any text follow its schema.
+        If a call is required, the text is calls alone. If the client asked for JSON, the text is either that or calls.
+        If a tool is strict, calls within any text follow its schema.
         """
-        asked: StructuredOutputs | None = self.sampling.get("structured_outputs")
-        if calls is None:
+        requested: StructuredOutputs | None = self.sampling.get("structured_outputs")
+        if form is None:
             if self.tool_choice == "required":
                 raise RequestError(
-                    "tool_choice cannot require a call: this model's chat template shows no form of one; "
+                    "tool_choice cannot require a call: this model's chat template has no known tool-call format; "
                     "serve the model with --tool-calls json or xml",
                     param="tool_choice",
                 )
             return None
-        if asked is not None:
-            compile_grammar(asked)
-        form = partial(
+        if requested is not None:
+            compile_grammar(requested)
+        compile_calls = partial(
             compile_tool_calls,
             self.tools,
             named=self.named_tool,
             parallel=self.parallel_tool_calls,
-            form=calls,
+            form=form,
         )
         if self.tool_choice == "required":
-            return form()
-        if asked is not None:
-            return None if asked.schema is None else form(otherwise=asked.schema)
+            return compile_calls()
+        if requested is not None:
+            return None if requested.schema is None else compile_calls(otherwise=requested.schema)
         strict = any(tool["function"].get("strict") for tool in self.tools)
-        return form(text=True) if strict else None
+        return compile_calls(text=True) if strict else None
 
-    def answer(self, served: Served) -> Answer:
+    def answer(self, context: AnswerContext) -> Answer:
         last = self.messages[-1]
-        echoed = plain_content(last) if self.shown.echo and last["role"] == "assistant" else ""
-        return ChatAnswer(served, self.shown, echoed, self.custom_tools)
+        echoed = plain_content(last) if self.options.echo and last["role"] == "assistant" else ""
+        return ChatAnswer(context, self.options, echoed, self.custom_tools)
 
 
 def parse_chat(body: bytes) -> ChatRequest:
-    """Reads a chat request. Raises RequestError."""
-    return ChatRequest(**_read(read_body(ChatBody, body)))
+    """Parses a body of /v1/chat/completions. Raises RequestError."""
+    return ChatRequest(**_request_fields(read_body(ChatBody, body)))
 
 
 def chat_fields(body: Json) -> Json:
-    """Constructor arguments of a ChatRequest. Raises RequestError.
+    """Returns the constructor arguments of a ChatRequest for a decoded `body`. Raises RequestError.
 
-    APIs that are chats in other words translate their body into chat's and read it by this.
+    Other chat APIs translate their body to one of /v1/chat/completions and pass it to this function.
     """
-    return _read(validate(ChatBody, body))
+    return _request_fields(validate(ChatBody, body))
 
 
-def _read(body: ChatBody) -> Json:
-    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+def _request_fields(body: ChatBody) -> Json:
+    max_tokens_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     if body.top_logprobs and not body.logprobs:
-        raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
-    read = read_generation(body, limit, ("top_logprobs", body.top_logprobs if body.logprobs else None))
-    read["names"]["prompt"] = "messages"
-    read["shown"] = replace(read["shown"], reasoning=body.include_reasoning, echo=body.echo)
+        raise RequestError("top_logprobs requires logprobs to be true", param="top_logprobs")
+    num_logprobs = body.top_logprobs if body.logprobs else None
+    fields = generation_fields(body, max_tokens_field, "top_logprobs", num_logprobs)
+    fields["client_names"]["prompt"] = "messages"
+    fields["options"] = replace(fields["options"], reasoning=body.include_reasoning, echo=body.echo)
     tools = _tools(body)
-    form = read["names"].get("structured_outputs", "response_format")
-    if tools["tool_choice"] == "required" and form != "response_format":
+    format_field = fields["client_names"].get("structured_outputs", "response_format")
+    if tools["tool_choice"] == "required" and format_field != "response_format":
         raise RequestError(
-            f"{form} and a tool_choice that requires a call both give a form; leave one out", param=form
+            f"{format_field} and a tool_choice that requires a call both set the output format; leave one out",
+            param=format_field,
         )
     return {
-        **read,
+        **fields,
         **tools,
         "messages": template_messages(body.messages),
         "template_kwargs": _template_kwargs(body),
@@ -214,7 +222,7 @@ def _read(body: ChatBody) -> Json:
 
 
 def _tools(body: ChatBody) -> Json:
-    """The tools that may be called, and how; ones that must not be called are not shown to the model."""
+    """Returns a ChatRequest's fields for tools, without tools that must not be called."""
     tools = template_tools(body.tools)
     choice: Any = body.tool_choice or ("auto" if tools else "none")
     if isinstance(choice, dict) and choice["type"] == "allowed_tools":
@@ -223,11 +231,11 @@ def _tools(body: ChatBody) -> Json:
         choice = choice["allowed_tools"]["mode"]
     named = None if isinstance(choice, str) else _tool_name(choice)
     if not tools and (named or choice == "required"):
-        raise RequestError("tool_choice needs tools to choose from", param="tool_choice")
+        raise RequestError("tool_choice requires tools; add them or leave it out", param="tool_choice")
     names = [_tool_name(tool) for tool in tools]
     if named and named not in names:
         raise RequestError(
-            f"tool_choice names {named!r}, which is none of the tools: {', '.join(names)}",
+            f"tool_choice names {named!r}, which is not one of the tools: {', '.join(names)}",
             param="tool_choice",
         )
     return {
@@ -240,13 +248,13 @@ def _tools(body: ChatBody) -> Json:
 
 
 def _tool_name(tool: Mapping[str, Any]) -> Any:
-    """What a tool, or a choice of one, is called."""
+    """Returns the name in a tool or in a tool_choice."""
     named = tool.get("function") or tool.get("custom")
     return named.get("name") if isinstance(named, dict) else None
 
 
 def _template_kwargs(body: ChatBody) -> Json:
-    """What the template is told; the most direct word for a variable wins."""
+    """Returns the template's variables: chat_template_kwargs override enable_thinking, that reasoning_effort."""
     effort, begun = body.reasoning_effort, body.add_generation_prompt
     kwargs: Json = {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     kwargs |= without_nulls({"enable_thinking": body.enable_thinking, "documents": body.documents})

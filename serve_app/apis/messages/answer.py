@@ -1,4 +1,4 @@
-"""Anthropic's messages: content blocks, their events, errors."""
+"""Anthropic's messages: the answer's content blocks and stream events, and the error format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pydantic_core
 
 from qwen3_dist.errors import ContextLengthError
 from qwen3_dist.text.choice import ChoiceDelta
-from serve_app.apis.shared.answer import Json, Served, event
+from serve_app.apis.shared.answer import AnswerContext, Json, event
 from serve_app.apis.shared.blocks import Block, BlockAnswer
 from serve_app.apis.shared.errors import error_message, error_status
 
@@ -24,23 +24,23 @@ _ERROR_TYPES = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
 }
 
-# By this code Anthropic's clients know that a conversation is to be sent whole.
+# On this code Anthropic's clients resend the whole conversation.
 THREAD_UNSUPPORTED = "thread_unsupported_request"
 
 
 def message_error(error: Exception) -> Json:
-    """Anthropic's error object."""
+    """Returns Anthropic's error object for `error`."""
     status = error_status(error)
     kind = "api_error" if status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
     message = _too_long(error) if isinstance(error, ContextLengthError) else error_message(error)
-    named: Json = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": message}
+    details: Json = {"type": _ERROR_TYPES.get(HTTPStatus(status), kind), "message": message}
     if getattr(error, "code", None) == THREAD_UNSUPPORTED:
-        named["details"] = {"error_code": THREAD_UNSUPPORTED}
-    return {"type": "error", "error": named}
+        details["details"] = {"error_code": THREAD_UNSUPPORTED}
+    return {"type": "error", "error": details}
 
 
 def _too_long(error: ContextLengthError) -> str:
-    """Anthropic's words, which its clients look for to shorten a conversation by themselves."""
+    """Returns Anthropic's sentence for a prompt that is too long. Agents match it to compact their conversation."""
     least = "at least " if error.at_least else ""
     return (
         f"prompt is too long: {least}{error.prompt_tokens} tokens > "
@@ -49,14 +49,15 @@ def _too_long(error: ContextLengthError) -> str:
 
 
 def message_error_event(error: Exception) -> bytes:
+    """Returns Anthropic's error event, which ends a stream."""
     return event(message_error(error), "error")
 
 
 class MessageAnswer(BlockAnswer):
-    """`message` and its events."""
+    """Serializes `message` and its stream events."""
 
-    def __init__(self, served: Served, max_tokens: int) -> None:
-        super().__init__(served)
+    def __init__(self, context: AnswerContext, max_tokens: int) -> None:
+        super().__init__(context)
         self._max_tokens = max_tokens
         self._content: list[Json] = []
 
@@ -66,13 +67,13 @@ class MessageAnswer(BlockAnswer):
     def end(self) -> bytes:
         closed = self.close()
         delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence()}
-        stop = {"type": "message_delta", "delta": delta, "usage": self._counts()}
+        stop = {"type": "message_delta", "delta": delta, "usage": self._usage()}
         return closed + _event(stop) + _event({"type": "message_stop"})
 
     def fail(self, error: Exception) -> bytes:
         return message_error_event(error)
 
-    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
+    def full_response(self, choices: Sequence[ChoiceDelta]) -> Json:
         self.delta(choices[0])
         self.close()
         return self._message(self._stop_reason())
@@ -101,7 +102,7 @@ class MessageAnswer(BlockAnswer):
     def close_block(self, block: Block) -> bytes:
         content, signed = self._content[-1], b""
         if block.kind == "reasoning":
-            # Nothing is verified by it, but clients drop thinking without one when they send it back.
+            # Clients only send thinking blocks back if they have a signature. This service does not verify it.
             content["signature"] = self.unique
             delta = {"type": "signature_delta", "signature": self.unique}
             signed = self._event("content_block_delta", delta=delta)
@@ -110,7 +111,7 @@ class MessageAnswer(BlockAnswer):
         return signed + self._event("content_block_stop")
 
     def _event(self, kind: str, new: int = 0, **fields: Any) -> bytes:
-        """An event about the last block, or about the `new` one after it."""
+        """Returns an event for the last block, or with `new=1` for the one after it."""
         return _event({"type": kind, "index": len(self._content) - 1 + new, **fields})
 
     def _message(self, stop_reason: str | None) -> Json:
@@ -118,15 +119,15 @@ class MessageAnswer(BlockAnswer):
             "id": f"msg_{self.unique}",
             "type": "message",
             "role": "assistant",
-            "model": self.served.model,
+            "model": self.context.model,
             "content": self._content,
             "stop_reason": stop_reason,
             "stop_sequence": self._stop_sequence(),
-            "usage": self._counts(),
+            "usage": self._usage(),
         }
 
-    def _counts(self) -> Json:
-        """Anthropic counts what the cache had apart from the other input."""
+    def _usage(self) -> Json:
+        """Returns Anthropic's usage object, whose `input_tokens` exclude cached tokens."""
         usage = self.usage
         return {
             "input_tokens": usage.prompt - usage.cached,
@@ -155,8 +156,10 @@ def _event(data: Json) -> bytes:
 
 
 def _arguments(text: str) -> Json:
-    """A call's arguments; of those that the token limit cut off, the whole part. Anthropic's name for what is no JSON
-    keeps the rest from being lost."""
+    """Parses a call's arguments, as far as they go if the token limit cut them off.
+
+    Arguments that are not a JSON object become Anthropic's `INVALID_JSON`, so that their text is not lost.
+    """
     try:
         value = pydantic_core.from_json(text or "{}", allow_partial=True)
     except ValueError:

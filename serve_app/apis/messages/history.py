@@ -1,4 +1,4 @@
-"""Conversations of Anthropic's /v1/messages, as its clients send them, in chat's words."""
+"""Validates the messages of Anthropic's /v1/messages and translates them to chat messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Required
 from typing_extensions import TypedDict
 
 from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about, ignored
-from serve_app.apis.shared.conversation import plain_content, stand_in, without_billing
+from serve_app.apis.shared.conversation import placeholder, plain_content, without_billing_header
 
 Blocks = Sequence[Mapping[str, Any]]
 _FILES = ("image", "container_upload")
@@ -22,7 +22,7 @@ class _TextBlock(TypedDict):
 class _ThinkingBlock(TypedDict, total=False):
     type: Required[Literal["thinking"]]
     thinking: Required[str]
-    signature: Annotated[str, ignored("thoughts are not signed here.")]
+    signature: Annotated[str, ignored("thinking is not signed.")]
 
 
 class _RedactedBlock(TypedDict):
@@ -36,13 +36,13 @@ class _CallBlock(TypedDict, total=False):
     input: Any
 
 
-class _OfAssistants(TypedDict):
-    """What only an assistant says tells nothing where a user says it."""
+class _AssistantOnlyBlock(TypedDict):
+    """A block that only assistant messages have. It is ignored in a user message."""
 
     type: Literal["thinking", "redacted_thinking", "tool_use"]
 
 
-Texts = Annotated[
+TextContent = Annotated[
     str
     | Annotated[
         list[Annotated[_TextBlock, ByTag("type", "a content block", (*_FILES, "document"))]],
@@ -59,7 +59,7 @@ class _TextSource(TypedDict):
 
 class _ContentSource(TypedDict):
     type: Literal["content"]
-    content: Texts
+    content: TextContent
 
 
 class _DocumentBlock(TypedDict, total=False):
@@ -76,7 +76,7 @@ class _SearchResultBlock(TypedDict, total=False):
     type: Required[Literal["search_result"]]
     title: str
     source: str
-    content: Texts
+    content: TextContent
 
 
 class _ToolResultBlock(TypedDict, total=False):
@@ -89,13 +89,13 @@ class _ToolResultBlock(TypedDict, total=False):
             Must("a list of content blocks"),
         ],
         ByType("a string or a list of content blocks"),
-        about("What is no text becomes a word for it."),
+        about("A block that is not text is replaced by a placeholder."),
     ]
     is_error: bool
 
 
 _UserBlock = Annotated[
-    _TextBlock | _OfAssistants | _DocumentBlock | _SearchResultBlock | _ToolResultBlock,
+    _TextBlock | _AssistantOnlyBlock | _DocumentBlock | _SearchResultBlock | _ToolResultBlock,
     ByTag("type", "a content block", _FILES),
 ]
 _AssistantBlock = Annotated[
@@ -121,15 +121,15 @@ class _AssistantMessage(TypedDict):
 
 class _SystemMessage(TypedDict):
     role: Literal["system"]
-    content: Texts
+    content: TextContent
 
 
 Message = Annotated[
     _UserMessage | _AssistantMessage | _SystemMessage, ByTag("role", "an object with role and content")
 ]
 _CALLS = ("tool_use", "server_tool_use", "mcp_tool_use")
-# The fields of a block that say something to a model, in the order in which it reads them.
-_TOLD = (
+# The fields of a block that hold text for the model, in the order in which they are joined.
+_TEXT_FIELDS = (
     "title",
     "url",
     "source",
@@ -144,7 +144,7 @@ _TOLD = (
 
 
 def chat_conversation(system: str | Blocks, messages: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """The chat messages of a prompt; `system` and the system messages that follow it are one."""
+    """Returns the chat messages of a prompt. `system` and the leading system messages are merged into one."""
     texts = [_system(system)]
     first = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
     texts += [_system(message["content"]) for message in messages[:first]]
@@ -153,19 +153,19 @@ def chat_conversation(system: str | Blocks, messages: Sequence[Mapping[str, Any]
     return [{"role": "system", "content": leading}, *chat] if leading else chat
 
 
-def silent_user(messages: Sequence[Mapping[str, Any]]) -> int | None:
-    """The index of the first user message that gives a model nothing to read; None if there is none."""
-    silent = (i for i, message in enumerate(messages) if message["role"] == "user" and not _is_said(message))
-    return next(silent, None)
+def first_empty_user_message(messages: Sequence[Mapping[str, Any]]) -> int | None:
+    """Returns the index of the first user message without any text for the model, or None."""
+    empty = (i for i, message in enumerate(messages) if message["role"] == "user" and not _has_text(message))
+    return next(empty, None)
 
 
-def _is_said(message: Mapping[str, Any]) -> bool:
+def _has_text(message: Mapping[str, Any]) -> bool:
     turns = _turns(message)
     return any(turn["role"] == "tool" or plain_content(turn) for turn in turns)
 
 
 def _turns(message: Mapping[str, Any]) -> list[Json]:
-    """The chat messages that `message` stands for: each tool's result is one of its own."""
+    """Returns the chat messages for `message`; each tool result becomes a message of its own."""
     role, content = message["role"], message["content"]
     if role == "system":
         return [{"role": role, "content": _system(content)}]
@@ -182,29 +182,29 @@ def _user_turns(blocks: list[Json]) -> list[Json]:
         elif block["type"] in ("text", "document", "search_result"):
             if not turns or turns[-1]["role"] != "user":
                 turns.append({"role": "user", "content": []})
-            turns[-1]["content"].append({"type": "text", "text": _shown(block)})
+            turns[-1]["content"].append({"type": "text", "text": _block_text(block)})
     return turns
 
 
 def _assistant_turns(blocks: list[Json]) -> list[Json]:
-    """What the assistant said up to each result of a tool that Anthropic ran, and those results."""
+    """Returns the chat messages: a tool message for each result of a tool that Anthropic ran, and the rest between."""
     turns: list[Json] = []
-    said: list[Json] = []
+    pending: list[Json] = []
     for block in blocks:
         if block["type"].endswith("tool_result"):
-            turns += [_assistant_turn(said)] if said else []
+            turns += [_assistant_turn(pending)] if pending else []
             turns.append(_tool_turn(block))
-            said = []
+            pending = []
         else:
-            said.append(block)
-    return turns if turns and not said else [*turns, _assistant_turn(said)]
+            pending.append(block)
+    return turns if turns and not pending else [*turns, _assistant_turn(pending)]
 
 
 def _assistant_turn(blocks: list[Json]) -> Json:
     thinking = [block["thinking"] for block in blocks if block["type"] == "thinking"]
     calls = [_chat_call(block) for block in blocks if block["type"] in _CALLS]
-    # A compaction is a summary of turns that were dropped.
-    texts = [_shown(block) for block in blocks if block["type"] in ("text", "compaction")]
+    # A compaction block summarizes messages that the client dropped.
+    texts = [_block_text(block) for block in blocks if block["type"] in ("text", "compaction")]
     return {
         "role": "assistant",
         "content": "".join(texts),
@@ -219,20 +219,20 @@ def _chat_call(block: Json) -> Json:
 
 
 def _tool_turn(block: Json) -> Json:
-    text = _shown(block["content"]) if block.get("content") else ""
+    text = _block_text(block["content"]) if block.get("content") else ""
     text = f"Error: {text}" if block.get("is_error") else text
     return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text}
 
 
 def _system(system: str | Blocks) -> str:
     texts = [system] if isinstance(system, str) else [block["text"] for block in system]
-    return "\n\n".join(filter(None, map(without_billing, texts)))
+    return "\n\n".join(filter(None, map(without_billing_header, texts)))
 
 
-def _shown(value: Any) -> str:
-    """The text of a block, of what it holds or of a list of either; a word in place of what is no text."""
+def _block_text(value: Any) -> str:
+    """Returns the text of a block, of a field of one or of a list of blocks, with placeholders for files."""
     if isinstance(value, list):
-        return "\n".join(filter(None, map(_shown, value)))
+        return "\n".join(filter(None, map(_block_text, value)))
     if not isinstance(value, dict):
         return value if isinstance(value, str) else ""
     kind = str(value.get("type"))
@@ -240,9 +240,9 @@ def _shown(value: Any) -> str:
         return f"[tool {value.get('tool_name')}]"
     if kind == "image" or _is_file(value.get("source")):
         title = value.get("title")
-        return "\n".join(filter(None, (title if isinstance(title, str) else None, stand_in(kind))))
-    told = "\n".join(filter(None, (_shown(value.get(name)) for name in _TOLD)))
-    return told if told or "text" in value else f"[{kind}]"
+        return "\n".join(filter(None, (title if isinstance(title, str) else None, placeholder(kind))))
+    text = "\n".join(filter(None, (_block_text(value.get(name)) for name in _TEXT_FIELDS)))
+    return text if text or "text" in value else f"[{kind}]"
 
 
 def _is_file(source: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Bodies of Anthropic's /v1/messages and /v1/messages/count_tokens, translated into chat's words."""
+"""/v1/messages and /v1/messages/count_tokens: bodies, and their translation to a chat request."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from serve_app.apis.messages.answer import (
     message_error,
     message_error_event,
 )
-from serve_app.apis.messages.history import Message, chat_conversation, silent_user
-from serve_app.apis.messages.history import Texts as MessageTexts
+from serve_app.apis.messages.history import Message, TextContent, chat_conversation, first_empty_user_message
 from serve_app.apis.messages.tools import client_tools
-from serve_app.apis.shared.answer import Answer, Served
+from serve_app.apis.shared.answer import Answer, AnswerContext
 from serve_app.apis.shared.body import (
     Body,
     ByTag,
@@ -33,11 +32,11 @@ from serve_app.apis.shared.body import (
     about,
     ignored,
     read_body,
-    short,
 )  # fmt: skip
 from serve_app.apis.shared.conversation import Name
-from serve_app.apis.shared.prompts import Texts
+from serve_app.apis.shared.prompts import PromptRenderer
 from serve_app.apis.shared.sampling import StopStrings, TopP
+from serve_app.apis.shared.validation_errors import short
 from serve_app.apis.tokens import TextRequest
 
 
@@ -46,18 +45,20 @@ class _CustomTool(TypedDict, total=False):
     name: Required[Name]
     description: str
     input_schema: Required[Annotated[Json, about("JSON schema of the tool's input.")]]
-    strict: Annotated[bool, about("Calls follow the schema, which is refused where that cannot be held.")]
+    strict: Annotated[
+        bool, about("Constrains calls to the schema; a schema with unsupported keywords is refused.")
+    ]
 
 
 class _Choice(TypedDict, total=False):
     type: Required[Literal["auto", "any"]]
-    disable_parallel_tool_use: Annotated[bool, about("at most one tool is called")]
+    disable_parallel_tool_use: Annotated[bool, about("Allows at most one tool call.")]
 
 
 class _ChosenTool(TypedDict, total=False):
     type: Required[Literal["tool"]]
     name: Required[Filled]
-    disable_parallel_tool_use: Annotated[bool, ignored("a named tool is called once in any case.")]
+    disable_parallel_tool_use: Annotated[bool, ignored("a named tool is called exactly once.")]
 
 
 class _NoTool(TypedDict):
@@ -66,7 +67,7 @@ class _NoTool(TypedDict):
 
 class _Thinks(TypedDict, total=False):
     type: Required[Literal["enabled"]]
-    budget_tokens: Annotated[int, Range(1), about("ends thinking after so many tokens")]
+    budget_tokens: Annotated[int, Range(1), about("Ends thinking after this many tokens.")]
 
 
 class _Thinking(TypedDict):
@@ -83,15 +84,15 @@ class _OutputConfig(Body):
 
 
 class CountTokensBody(Body):
-    """A body of /v1/messages/count_tokens: a prompt."""
+    """A body of /v1/messages/count_tokens, and the part of /v1/messages that makes the prompt."""
 
     model: ModelName = ""
     messages: Annotated[
         list[Message],
         Must("a list of at least one message", 1),
-        about("The conversation; if the assistant has the last word, the answer goes on from there."),
+        about("The conversation; a last message of the assistant is continued."),
     ]
-    system: Annotated[MessageTexts, about("Instructions ahead of the conversation.")] = ""
+    system: Annotated[TextContent, about("The system prompt.")] = ""
     tools: Annotated[
         list[
             Annotated[
@@ -99,13 +100,13 @@ class CountTokensBody(Body):
             ]
         ],
         Must("a list of tools"),
-        about("What the model may call."),
+        about("The tools that the model may call."),
     ] = Field(default_factory=list)
     tool_choice: (
         Annotated[
             _Choice | _ChosenTool | _NoTool,
             ByTag("type", "an object with type"),
-            about("Whether and what the model must call."),
+            about("Whether the model may or must call tools, and which."),
         ]
         | None
     ) = None
@@ -113,7 +114,7 @@ class CountTokensBody(Body):
         Annotated[
             _Thinks | _Thinking,
             ByTag("type", "an object with type"),
-            about("Whether the model thinks first; it does not unless asked."),
+            about("Whether the model thinks first; by default it does not."),
         ]
         | None
     ) = None
@@ -122,33 +123,38 @@ class CountTokensBody(Body):
 class MessagesBody(CountTokensBody):
     """A body of /v1/messages."""
 
-    max_tokens: Annotated[int, Range(1), about("Most tokens of the answer, thinking included.")]
-    stop_sequences: Annotated[StopStrings, about("Texts that end the answer.")] | None = None
-    temperature: Annotated[float, Range(0, 1), about("0 always takes the likeliest token.")] | None = None
+    max_tokens: Annotated[int, Range(1), about("Maximum number of tokens of the answer, thinking included.")]
+    stop_sequences: Annotated[StopStrings, about("Strings that end the answer.")] | None = None
+    temperature: Annotated[float, Range(0, 1), about("0 always picks the likeliest token.")] | None = None
     top_p: TopP | None = None
-    top_k: Annotated[int, Range(0), about("Keeps so many of the likeliest tokens; 0 keeps all.")] | None = (
+    top_k: Annotated[int, Range(0), about("Keeps this many of the likeliest tokens; 0 keeps all.")] | None = (
         None
     )
     stream: Annotated[bool, about("Answers with server-sent events.")] = False
-    output_config: Annotated[_OutputConfig, about("The form that the answer's text must have.")] | None = None
-    metadata: Annotated[Json, ignored("nobody here looks for abuse by single users.")] | None = None
+    output_config: Annotated[_OutputConfig, about("The format that the answer's text must have.")] | None = (
+        None
+    )
+    metadata: Annotated[Json, ignored("abuse by single users is not monitored.")] | None = None
 
 
 @dataclass(frozen=True)
 class MessagesRequest(ChatRequest):
-    """A body of /v1/messages. An answer for whose `max_tokens` the context has no room is cut, as Anthropic's is."""
+    """A parsed request to /v1/messages.
+
+    `max_tokens` may exceed the room in the context, which then ends the answer, as in Anthropic's API.
+    """
 
     max_tokens: int = 1
 
-    def variables(self, texts: Texts) -> Json:
-        """The model does not think unless the client or the service says so: clients need not expect thoughts."""
-        return {"enable_thinking": False, **super().variables(texts)}
+    def variables(self, renderer: PromptRenderer) -> Json:
+        """Returns the template's variables. Thinking is off by default, since clients may not expect it."""
+        return {"enable_thinking": False, **super().variables(renderer)}
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return super().params({**defaults, "max_tokens": self.max_tokens})
 
-    def answer(self, served: Served) -> Answer:
-        return MessageAnswer(served, self.max_tokens)
+    def answer(self, context: AnswerContext) -> Answer:
+        return MessageAnswer(context, self.max_tokens)
 
     def error_body(self, error: Exception) -> dict[str, Any]:
         return message_error(error)
@@ -159,41 +165,43 @@ class MessagesRequest(ChatRequest):
 
 @dataclass(frozen=True)
 class CountTokensRequest(TextRequest):
-    """A body of /v1/messages/count_tokens."""
+    """A parsed request to /v1/messages/count_tokens."""
 
     message: MessagesRequest
 
-    def respond(self, texts: Texts) -> Json:
-        return {"input_tokens": sum(len(prompt.token_ids) for prompt in self.message.prompts(texts))}
+    def respond(self, renderer: PromptRenderer) -> Json:
+        return {"input_tokens": sum(len(prompt.token_ids) for prompt in self.message.prompts(renderer))}
 
     def error_body(self, error: Exception) -> dict[str, Any]:
         return message_error(error)
 
 
 def parse_messages(body: bytes) -> MessagesRequest:
-    """Reads a request for a message. Raises RequestError."""
+    """Parses a body of /v1/messages. Raises RequestError."""
     given = read_body(MessagesBody, body)
     chat = _chat(given)
     chat |= {name: getattr(given, name) for name in ("temperature", "top_p", "top_k", "stream")}
     chat["stop"] = given.stop_sequences
     if given.output_config and (form := given.output_config.format):
-        asked = {"schema": form["schema"], "strict": True}
-        chat["response_format"] = {"type": "json_schema", "json_schema": asked}
+        schema = {"schema": form["schema"], "strict": True}
+        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
     return _request(chat, given.max_tokens)
 
 
 def parse_count_tokens(body: bytes) -> CountTokensRequest:
-    """Reads a request to count a prompt's tokens. Raises RequestError."""
+    """Parses a body of /v1/messages/count_tokens. Raises RequestError."""
     message = _request(_chat(read_body(CountTokensBody, body)), 1)
     return CountTokensRequest(message.model, message)
 
 
 def _refuse_thread(given: Json) -> None:
-    """Raises RequestError where the body leaves out what the server would have kept: without that the conversation is
-    another one. Anthropic's clients know the code, and send all of it."""
+    """Raises RequestError for a body that refers to a conversation stored on the server.
+
+    Clients of Anthropic's API react to the error's code by sending the whole conversation.
+    """
     if given.get("thread"):
         raise RequestError(
-            "thread is not supported: conversations are not kept here; leave it out and send all messages",
+            "thread is not supported: conversations are not stored; leave it out and send all messages",
             param="thread",
             code=THREAD_UNSUPPORTED,
         )
@@ -202,20 +210,20 @@ def _refuse_thread(given: Json) -> None:
 def _request(chat: Json, max_tokens: int) -> MessagesRequest:
     fields = chat_fields(chat)
     fields["sampling"].pop("max_tokens", None)
-    names = {**fields["names"], "stop": "stop_sequences", "structured_outputs": "output_config.format"}
-    return MessagesRequest(**{**fields, "names": names}, max_tokens=max_tokens)
+    names = {**fields["client_names"], "stop": "stop_sequences", "structured_outputs": "output_config.format"}
+    return MessagesRequest(**{**fields, "client_names": names}, max_tokens=max_tokens)
 
 
 def _chat(body: CountTokensBody) -> Json:
-    """The chat body with the same prompt."""
+    """Returns the body of /v1/chat/completions with the same prompt."""
     _refuse_thread(body.undeclared)
     messages = chat_conversation(body.system, body.messages)
-    silent = silent_user(body.messages) if messages else 0
-    if silent is not None:
+    empty = first_empty_user_message(body.messages) if messages else 0
+    if empty is not None:
         raise RequestError(
-            f"messages[{silent}].content must have something that the model reads, such as a text block, not "
-            f"{short(body.messages[silent]['content'])}",
-            param=f"messages[{silent}].content",
+            f"messages[{empty}].content must have something that the model reads, such as a text block, not "
+            f"{short(body.messages[empty]['content'])}",
+            param=f"messages[{empty}].content",
         )
     chat: Json = {"model": body.model, "messages": messages, "tools": _chat_tools(body.tools)}
     if body.thinking:
@@ -227,7 +235,7 @@ def _chat(body: CountTokensBody) -> Json:
 
 
 def _chat_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Those of `tools` that a client runs; what Anthropic runs is left out."""
+    """Returns the functions for tools that the client runs. Tools run by Anthropic are left out."""
     return [_chat_tool(tool) for tool in tools if tool["type"] == "custom"] + client_tools(tools)
 
 
@@ -239,11 +247,10 @@ def _chat_tool(tool: Mapping[str, Any]) -> Json:
 
 def _chat_tool_choice(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> Json:
     name = choice.get("name")
-    if name in [tool.get("name") for tool in tools] and name not in [
-        tool["function"]["name"] for tool in _chat_tools(tools)
-    ]:
+    client_names = [tool["function"]["name"] for tool in _chat_tools(tools)]
+    if name not in client_names and name in [tool.get("name") for tool in tools]:
         raise RequestError(
-            f"tool_choice.name={name} is a tool that Anthropic runs; this service has none, so leave it out",
+            f"tool_choice.name={name} is a tool that Anthropic runs, which this service cannot; leave it out",
             param="tool_choice.name",
         )
     kinds: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}

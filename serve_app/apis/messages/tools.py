@@ -1,4 +1,4 @@
-"""Tools that Anthropic defines and clients run: functions, whose schemas Anthropic's own models know by heart."""
+"""Tools that Anthropic defines and clients run. Clients send them without schemas, so the schemas are here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _schema(required: list[str], properties: dict[str, Any], *commands: str) -> 
     return {"type": "object", "properties": {**command, **properties}, "required": required}
 
 
-# Descriptions and schemas by what the tool's type begins with; a date follows.
+# Descriptions and schemas by the prefix of the tool's type, which a date follows.
 _KNOWN: dict[str, tuple[str, Json]] = {
     "bash_": (
         "Runs a command in a shell that stays open between calls.",
@@ -65,7 +65,7 @@ _KNOWN: dict[str, tuple[str, Json]] = {
 
 
 def client_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Chat's functions for those of `tools` that Anthropic defines and clients run."""
+    """Returns chat's functions for the tools that Anthropic defines and clients run."""
     functions = []
     for tool in tools:
         for prefix, (description, schema) in _KNOWN.items():

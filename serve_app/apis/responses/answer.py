@@ -1,4 +1,4 @@
-"""OpenAI's responses: output items, their events, errors."""
+"""OpenAI's responses: the answer's output items and stream events, and the error event."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3_dist.text.choice import ChoiceDelta
-from serve_app.apis.responses.tools import Called
-from serve_app.apis.shared.answer import Json, Served, event
+from serve_app.apis.responses.tools import CalledTool
+from serve_app.apis.shared.answer import AnswerContext, Json, event
 from serve_app.apis.shared.blocks import Block, BlockAnswer
 from serve_app.apis.shared.custom_tools import CustomInput
 from serve_app.apis.shared.errors import error_object
@@ -16,28 +16,34 @@ from serve_app.apis.shared.text_logprobs import TextLogprobs
 
 
 def response_error_event(error: Exception, sequence_number: int = 0) -> bytes:
-    """OpenAI's error event, which has no error object."""
-    named = error_object(error)["error"]
-    fields = {name: named[name] for name in ("code", "message", "param")}
+    """Returns the error event of /v1/responses, whose fields are not nested in an error object."""
+    details = error_object(error)["error"]
+    fields = {name: details[name] for name in ("code", "message", "param")}
     return event({"type": "error", "sequence_number": sequence_number, **fields}, "error")
 
 
 class ResponseAnswer(BlockAnswer):
-    """`response` and its events. `asked` are the request's fields that OpenAI repeats in the answer, `called` what
-    calls are named by the name that the model knows a tool by. `logprobs` shows those of the text.
+    """Serializes `response` and its stream events.
+
+    `echoed_fields` are the request's fields that the response repeats. `called_tools` maps a tool's name in the prompt
+    to its name in the response. `logprobs` adds the text's log-probabilities.
     """
 
     def __init__(
-        self, served: Served, asked: Json, called: Mapping[str, Called], logprobs: bool = False
+        self,
+        context: AnswerContext,
+        echoed_fields: Json,
+        called_tools: Mapping[str, CalledTool],
+        logprobs: bool = False,
     ) -> None:
-        super().__init__(served)
-        self._asked = asked
-        self._called = called
-        self._input: CustomInput | None = None  # of the open call, if its tool is a custom one
+        super().__init__(context)
+        self._echoed_fields = echoed_fields
+        self._called_tools = called_tools
+        self._input: CustomInput | None = None  # of the open custom tool call
         self._created = int(time.time())
         self._output: list[Json] = []
-        self._scores = TextLogprobs(served.tokenizer) if logprobs and served.tokenizer else None
-        self._shown_scores: list[Json] = []  # of the delta that is being shown
+        self._scores = TextLogprobs(context.tokenizer) if logprobs and context.tokenizer else None
+        self._delta_scores: list[Json] = []  # of the current delta
         self._num_events = 0
 
     def begin(self) -> bytes:
@@ -52,8 +58,8 @@ class ResponseAnswer(BlockAnswer):
         return closed + self._event(f"response.{status}", response=self._response(status))
 
     def fail(self, error: Exception) -> bytes:
-        named = error_object(error)["error"]
-        failed = {"code": named["code"] or "server_error", "message": named["message"]}
+        details = error_object(error)["error"]
+        failed = {"code": details["code"] or "server_error", "message": details["message"]}
         event = response_error_event(error, self._num_events)
         self._num_events += 1
         return event + self._event("response.failed", response=self._response("failed", failed))
@@ -65,12 +71,12 @@ class ResponseAnswer(BlockAnswer):
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         if self._scores:
-            self._shown_scores += self._scores.take()
+            self._delta_scores += self._scores.pop()
         return super().delta(delta)
 
-    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
+    def full_response(self, choices: Sequence[ChoiceDelta]) -> Json:
         if self._scores:
-            self._shown_scores = self._scores.take_all()
+            self._delta_scores = self._scores.pop_all()
         super().delta(choices[0])
         self.close()
         return self._response(self._status())
@@ -101,11 +107,11 @@ class ResponseAnswer(BlockAnswer):
             return self._extend_input(self._input.push(text))
         if block.kind == "tool_call":
             item["arguments"] += text
-            return self._event("response.function_call_arguments.delta", **self._place(), delta=text)
+            return self._event("response.function_call_arguments.delta", **self._item_ids(), delta=text)
         item["content"][0]["text"] += text
         if block.kind == "reasoning":
             return self._part_event("response.reasoning_text.delta", delta=text)
-        scores, self._shown_scores = self._shown_scores, []
+        scores, self._delta_scores = self._delta_scores, []
         item["content"][0]["logprobs"] += scores
         return self._part_event("response.output_text.delta", delta=text, logprobs=scores)
 
@@ -115,13 +121,15 @@ class ResponseAnswer(BlockAnswer):
         if self._input:
             rest = self._extend_input(self._input.finish())
             self._input = None
-            done = self._event("response.custom_tool_call_input.done", **self._place(), input=item["input"])
+            done = self._event(
+                "response.custom_tool_call_input.done", **self._item_ids(), input=item["input"]
+            )
             return rest + done + self._item_event("done")
         if block.kind == "tool_call":
             arguments = item["arguments"]
             done = self._event(
                 "response.function_call_arguments.done",
-                **self._place(),
+                **self._item_ids(),
                 name=item["name"],
                 arguments=arguments,
             )
@@ -134,7 +142,7 @@ class ResponseAnswer(BlockAnswer):
         return done + self._part_event("response.content_part.done", part=part) + self._item_event("done")
 
     def _call_item(self, block: Block) -> Json:
-        called = self._called.get(block.name or "", Called(block.name or ""))
+        called = self._called_tools.get(block.name or "", CalledTool(block.name or ""))
         self._input = CustomInput() if called.custom else None
         place = f"{self.unique}_{len(self._output)}"
         item: Json = {"type": "function_call", "id": f"fc_{place}", "arguments": ""}
@@ -146,7 +154,9 @@ class ResponseAnswer(BlockAnswer):
     def _extend_input(self, text: str) -> bytes:
         self._output[-1]["input"] += text
         return (
-            self._event("response.custom_tool_call_input.delta", **self._place(), delta=text) if text else b""
+            self._event("response.custom_tool_call_input.delta", **self._item_ids(), delta=text)
+            if text
+            else b""
         )
 
     def _event(self, kind: str, **fields: Any) -> bytes:
@@ -159,33 +169,32 @@ class ResponseAnswer(BlockAnswer):
         return self._event(f"response.output_item.{what}", **place, item=self._output[-1])
 
     def _part_event(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, **self._place(), content_index=0, **fields)
+        return self._event(kind, **self._item_ids(), content_index=0, **fields)
 
-    def _place(self) -> Json:
-        """Which item an event is about: the last."""
+    def _item_ids(self) -> Json:
+        """Returns the fields that identify the last output item in an event."""
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
 
     def _status(self) -> str:
-        cut = self.last is not None and self.last.finish_reason == "length"
-        return "incomplete" if cut else "completed"
+        is_cut = self.last is not None and self.last.finish_reason == "length"
+        return "incomplete" if is_cut else "completed"
 
     def _response(self, status: str, error: Json | None = None) -> Json:
-        cut = status == "incomplete"
         return {
             "id": f"resp_{self.unique}",
             "object": "response",
             "created_at": self._created,
             "completed_at": int(time.time()) if status == "completed" else None,
-            "model": self.served.model,
+            "model": self.context.model,
             "status": status,
             "error": error,
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "output": self._output,
-            "usage": None if status in ("in_progress", "failed") else self._counts(),
-            **self._asked,
+            "usage": None if status in ("in_progress", "failed") else self._usage(),
+            **self._echoed_fields,
         }
 
-    def _counts(self) -> Json:
+    def _usage(self) -> Json:
         usage = self.usage
         return {
             "input_tokens": usage.prompt,

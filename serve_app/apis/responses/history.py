@@ -1,4 +1,4 @@
-"""Input items of OpenAI's /v1/responses, as its clients send them, in chat's words."""
+"""Validates the input items of OpenAI's /v1/responses and translates them to chat messages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from serve_app.apis.responses.tools import Tool, flat_name
 from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about
-from serve_app.apis.shared.conversation import stand_in, without_billing
+from serve_app.apis.shared.conversation import placeholder, without_billing_header
 from serve_app.apis.shared.custom_tools import as_arguments
 
 
@@ -42,7 +42,7 @@ _Output = Annotated[
         list[Annotated[_TextPart | _RefusalPart | Json, ByTag("type", "a part")]], Must("a list of parts")
     ],
     ByType("a string or a list of parts"),
-    about("What is no text becomes a word for it."),
+    about("A part that is not text is replaced by a placeholder."),
 ]
 
 
@@ -67,7 +67,7 @@ class _FunctionCall(TypedDict, total=False):
     call_id: str
     name: Required[Filled]
     namespace: str
-    arguments: Annotated[Any, about("JSON text; absent, there are none.")]
+    arguments: Annotated[Any, about("Arguments as JSON text; none if absent.")]
 
 
 class _FunctionOutput(TypedDict, total=False):
@@ -107,7 +107,7 @@ class _AdditionalTools(TypedDict):
 
 
 class _DefinedCall(TypedDict):
-    """Calls of tools that OpenAI defines, as in _DEFINED, and their results."""
+    """A call of a tool in _DEFINED, or its result."""
 
     type: Literal[
         "local_shell_call", "shell_call", "apply_patch_call", "computer_call", "code_interpreter_call",
@@ -115,8 +115,8 @@ class _DefinedCall(TypedDict):
     ]  # fmt: skip
 
 
-class _Silent(TypedDict):
-    """Says nothing that a model could read, or nothing that the answer after it does not say."""
+class _IgnoredItem(TypedDict):
+    """An item without text for the model, or whose content the message after it repeats."""
 
     type: Literal[
         "web_search_call", "file_search_call", "image_generation_call", "tool_search_call", "tool_search_output",
@@ -128,10 +128,10 @@ class _Silent(TypedDict):
 
 Item = Annotated[
     _Message | _Reasoning | _FunctionCall | _FunctionOutput | _CustomCall | _CustomOutput | _ItemReference
-    | _McpCall | _AdditionalTools | _DefinedCall | _Silent,
-    ByTag("type", "an input item", untagged="message", bare=_ItemReference, instead_of=("role", "content")),
+    | _McpCall | _AdditionalTools | _DefinedCall | _IgnoredItem,
+    ByTag("type", "an input item", untagged="message", bare=_ItemReference, unless=("role", "content")),
 ]  # fmt: skip
-# Tools that OpenAI defines: the name of a call of one, and the field that has its arguments.
+# Tools that OpenAI defines, by item type: the name of the function, and the field with the arguments.
 _DEFINED = {
     "local_shell_call": ("local_shell", "action"),
     "shell_call": ("shell", "action"),
@@ -142,62 +142,62 @@ _DEFINED = {
 
 
 def chat_conversation(instructions: str | None, items: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """The chat messages of a prompt; `instructions` and the system messages that follow them are one."""
+    """Returns the chat messages of a prompt. `instructions` and the leading system messages are merged into one."""
     turns: list[Json] = []
     for item in items:
         _add_item(turns, item)
     texts = [instructions]
     while turns and turns[0]["role"] in ("system", "developer"):
         texts.append(turns.pop(0)["content"])
-    leading = "\n\n".join(filter(None, (without_billing(text) for text in texts if text)))
+    leading = "\n\n".join(filter(None, (without_billing_header(text) for text in texts if text)))
     return [{"role": "system", "content": leading}, *turns] if leading else turns
 
 
 def _add_item(turns: list[Json], item: Mapping[str, Any]) -> None:
-    """Adds `item`; what one turn of the assistant had of reasoning, text and calls is one chat message."""
+    """Adds `item` to `turns`. Consecutive reasoning, text and calls of the assistant become one chat message."""
     kind = item.get("type", "message")
     if kind.endswith("_call_output"):
         turns.append(_tool_turn(item.get("call_id") or item.get("id"), item.get("output")))
     elif kind == "message" and item["role"] != "assistant":
         turns.append({"role": item["role"], "content": _text(item["content"])})
     elif kind == "message":
-        _turn(turns, "content", "tool_calls")["content"] = _text(item["content"])
+        _assistant_turn(turns, "content", "tool_calls")["content"] = _text(item["content"])
     elif kind == "reasoning":
         parts = item.get("content") or item.get("summary") or []
-        if text := "\n".join(part["text"] for part in parts):  # encrypted, it is nothing that can be read
-            _turn(turns, "reasoning_content", "content", "tool_calls")["reasoning_content"] = text
+        if text := "\n".join(part["text"] for part in parts):  # encrypted reasoning has no text
+            _assistant_turn(turns, "reasoning_content", "content", "tool_calls")["reasoning_content"] = text
     elif call := _call(item, kind):
-        _turn(turns).setdefault("tool_calls", []).append(call)
+        _assistant_turn(turns).setdefault("tool_calls", []).append(call)
         if kind in ("mcp_call", "code_interpreter_call"):
             result = item.get("output") or item.get("outputs") or item.get("error")
             turns.append(_tool_turn(call["id"], result))
 
 
-def _turn(turns: list[Json], *taken: str) -> Json:
-    """The assistant's message under way, or a new one if one of the parts `taken` is there already."""
+def _assistant_turn(turns: list[Json], *later_fields: str) -> Json:
+    """Returns the assistant message that ends `turns`, or appends one if it is absent or has any of `later_fields`."""
     last = turns[-1] if turns else {}
-    if last.get("role") == "assistant" and not any(last.get(part) for part in taken):
+    if last.get("role") == "assistant" and not any(last.get(field) for field in later_fields):
         return last
     turns.append({"role": "assistant", "content": ""})
     return turns[-1]
 
 
 def _call(item: Mapping[str, Any], kind: str) -> Json | None:
-    """Chat's call for an item that is one."""
-    space = None
+    """Returns chat's tool call for a call item, None for other items."""
+    namespace = None
     if kind in _DEFINED:
         name, field = _DEFINED[kind]
         given = item.get(field)
         arguments: Any = {field: given} if isinstance(given, str) else given
     elif kind == "custom_tool_call":
-        name, space, arguments = item["name"], item.get("namespace"), as_arguments(item.get("input", ""))
+        name, namespace, arguments = item["name"], item.get("namespace"), as_arguments(item.get("input", ""))
     elif kind == "function_call":
-        name, space, arguments = item["name"], item.get("namespace"), item.get("arguments")
+        name, namespace, arguments = item["name"], item.get("namespace"), item.get("arguments")
     elif kind == "mcp_call":
         name, arguments = item["name"], item.get("arguments")
     else:
         return None
-    function = {"name": flat_name(name, space), "arguments": arguments}
+    function = {"name": flat_name(name, namespace), "arguments": arguments}
     return {"id": item.get("call_id") or item.get("id"), "type": "function", "function": function}
 
 
@@ -210,11 +210,11 @@ def _tool_turn(call_id: Any, output: Any) -> Json:
 
 
 def _text(content: Any) -> str:
-    """The text of parts, joined; a word in place of a part that has none."""
+    """Returns the joined text of parts, with a placeholder for a part without text."""
     if isinstance(content, list):
         return "".join(_text(part) for part in content)
     if not isinstance(content, dict):
         return content if isinstance(content, str) else ""
     texts = [content.get(name) for name in ("text", "refusal", "stdout", "stderr", "logs", "message")]
     shown = [text for text in texts if isinstance(text, str)]
-    return "".join(shown) if shown else stand_in(str(content.get("type")))
+    return "".join(shown) if shown else placeholder(str(content.get("type")))

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's /v1/responses, translated into chat's words."""
+"""/v1/responses: the body, and its translation to a chat request."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qwen3_dist.sampling_params import MAX_LOGPROBS
 from serve_app.apis.chat.request import ChatRequest, Effort, chat_fields
 from serve_app.apis.responses.answer import ResponseAnswer, response_error_event
 from serve_app.apis.responses.history import Item, chat_conversation
-from serve_app.apis.responses.store import NOTHING_KEPT, ResponseStore
+from serve_app.apis.responses.store import DISABLED_STORE, ResponseStore
 from serve_app.apis.responses.tools import (
-    Called,
+    CalledTool,
     Tool,
     ToolChoice,
     called_tools,
     chat_tool_choice,
     chat_tools,
 )
-from serve_app.apis.shared.answer import Answer, Served
+from serve_app.apis.shared.answer import Answer, AnswerContext
 from serve_app.apis.shared.body import (
     Body,
     ByTag,
@@ -72,16 +72,16 @@ class ResponsesBody(Body):
         Annotated[
             str | Annotated[list[Item], Must("a list of items")],
             ByType(_INPUT),
-            about("The conversation so far, or what follows previous_response_id."),
+            about("The conversation, or its continuation after previous_response_id."),
         ]
         | None
     ) = None
-    previous_response_id: Annotated[Filled, about("A stored response whose conversation goes on.")] | None = (
-        None
-    )
+    previous_response_id: (
+        Annotated[Filled, about("A stored response whose conversation continues.")] | None
+    ) = None
     instructions: Annotated[str, about("A system message ahead of the input.")] | None = None
     max_output_tokens: (
-        Annotated[int, Range(1), about("Most tokens of the answer, reasoning included.")] | None
+        Annotated[int, Range(1), about("Maximum number of tokens of the answer, reasoning included.")] | None
     ) = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -89,81 +89,92 @@ class ResponsesBody(Body):
     tools: Annotated[list[Tool], Must("a list of tools"), about("Functions that the model may call.")] = (
         Field(default_factory=list)
     )
-    tool_choice: Annotated[ToolChoice, about("Whether and what the model must call.")] | None = None
-    parallel_tool_calls: Annotated[bool, about("Whether it may call several at once.")] = True
-    text: Annotated[_Text, Must("an object"), about("The form that the text must have.")] | None = None
-    reasoning: Annotated[_Reasoning, Must("an object"), about("How much it thinks first.")] | None = None
-    metadata: Annotated[Json, about("Comes back in the answer.")] = Field(default_factory=dict)
-    user: Annotated[str, about("Comes back in the answer.")] | None = None
+    tool_choice: (
+        Annotated[ToolChoice, about("Whether the model may or must call tools, and which.")] | None
+    ) = None
+    parallel_tool_calls: Annotated[bool, about("Whether the model may call several tools in one answer.")] = (
+        True
+    )
+    text: Annotated[_Text, Must("an object"), about("The format that the text must have.")] | None = None
+    reasoning: Annotated[_Reasoning, Must("an object"), about("How much the model thinks first.")] | None = (
+        None
+    )
+    metadata: Annotated[Json, about("Repeated in the response.")] = Field(default_factory=dict)
+    user: Annotated[str, about("Repeated in the response.")] | None = None
     truncation: (
-        Annotated[Literal["auto", "disabled"], ignored("input that is too long is refused either way.")]
-        | None
+        Annotated[Literal["auto", "disabled"], ignored("input that is too long is always refused.")] | None
     ) = None
     include: Annotated[
         list[str],
         Must("a list of strings"),
-        about(f"{_LOGPROBS} gives log-probabilities; others are ignored."),
+        about(f"{_LOGPROBS} adds log-probabilities; other values are ignored."),
     ] = Field(default_factory=list)
     top_logprobs: (
-        Annotated[int, Range(0, MAX_LOGPROBS), about("And those of so many alternatives.")] | None
+        Annotated[
+            int, Range(0, MAX_LOGPROBS), about("Adds log-probabilities, and those of this many alternatives.")
+        ]
+        | None
     ) = None
     store: Annotated[bool, about("Whether later requests may refer to the response.")] = True
 
 
-_REPEATED = (
+_ECHOED_FIELDS = (
     "instructions", "max_output_tokens", "temperature", "top_p", "top_logprobs", "metadata", "user", "reasoning",
 )  # fmt: skip
-_EMPTY = {"role": "user", "content": ""}  # what no input says, nor items that a model cannot read
-_ELSEWHERE = "is not supported: OpenAI has it in its own store; send it as input"
-_NOT_BUILT = {
-    "conversation": _ELSEWHERE,
-    "prompt": _ELSEWHERE,
-    "background": "is not supported: a response ends with its connection; leave it out",
+_EMPTY = {"role": "user", "content": ""}  # the message for input without any text for the model
+_STORED_BY_OPENAI = "is not supported: it refers to data stored by OpenAI; send the data as input"
+_UNSUPPORTED = {
+    "conversation": _STORED_BY_OPENAI,
+    "prompt": _STORED_BY_OPENAI,
+    "background": "is not supported: closing the connection cancels a response; leave it out",
 }
 
 
 @dataclass(frozen=True)
 class ResponsesRequest(ChatRequest):
-    """A body of /v1/responses; `asked` are its fields that the answer repeats, `called` what its tools' calls are."""
+    """A parsed request to /v1/responses. ResponseAnswer describes the fields."""
 
-    asked: dict[str, Any] = field(default_factory=dict)
-    called: dict[str, Called] = field(default_factory=dict)
+    echoed_fields: dict[str, Any] = field(default_factory=dict)
+    called_tools: dict[str, CalledTool] = field(default_factory=dict)
 
-    def answer(self, served: Served) -> Answer:
-        return ResponseAnswer(served, self.asked, self.called, self.shown.logprobs)
+    def answer(self, context: AnswerContext) -> Answer:
+        return ResponseAnswer(context, self.echoed_fields, self.called_tools, self.options.logprobs)
 
     def error_events(self, error: Exception) -> bytes:
         return response_error_event(error)
 
 
 @dataclass(frozen=True)
-class ResponsesRead:
-    """A request, its own input `items`, which follow the response `previous`, whose conversation is `history`, and
-    whether the answer is `kept`."""
+class ParsedResponsesRequest:
+    """A parsed request, with what the store needs to keep its answer.
+
+    The input `items` follow the stored response `previous`, whose conversation is `history`. `is_stored` tells whether
+    to keep the answer.
+    """
 
     request: ResponsesRequest
     items: list[Json]
     previous: str | None
     history: list[Json]
-    kept: bool
+    is_stored: bool
 
 
 def parse_responses(body: bytes) -> ResponsesRequest:
-    """Reads a request for a response, where nothing is stored. Raises RequestError."""
+    """Parses a body of /v1/responses without a store. Raises RequestError."""
     return read_responses(body).request
 
 
-def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> ResponsesRead:
-    """Reads a request for a response with what `store` has. Raises RequestError."""
+def read_responses(body: bytes, store: ResponseStore = DISABLED_STORE) -> ParsedResponsesRequest:
+    """Parses a body of /v1/responses that may refer to responses in `store`. Raises RequestError."""
     given = read_body(ResponsesBody, body)
-    for name, why in _NOT_BUILT.items():
+    for name, reason in _UNSUPPORTED.items():
         if given.undeclared.get(name):
-            raise RequestError(f"{name} {why}", param=name)
+            raise RequestError(f"{name} {reason}", param=name)
     previous = given.previous_response_id
     if given.input is None and previous is None:
         raise RequestError(f"input is required: {_INPUT}", param="input")
     history = store.conversation(previous)
-    items = store.resolved(_items(given))
+    items = store.resolve_references(_items(given))
     conversation = [*history, *items]
     tools = _tools(given, conversation)
     fields = chat_fields(_chat(given, conversation or [_EMPTY], tools))
@@ -173,11 +184,13 @@ def read_responses(body: bytes, store: ResponseStore = NOTHING_KEPT) -> Response
         "prompt": "input",
         "structured_outputs": "text.format",
     }
-    kept = store.keeps and given.store
+    is_stored = store.is_enabled and given.store
     request = ResponsesRequest(
-        **{**fields, "names": names}, asked=_asked(given, kept), called=called_tools(tools)
+        **{**fields, "client_names": names},
+        echoed_fields=_echoed_fields(given, is_stored),
+        called_tools=called_tools(tools),
     )
-    return ResponsesRead(request, items, previous, history, kept)
+    return ParsedResponsesRequest(request, items, previous, history, is_stored)
 
 
 def _items(body: ResponsesBody) -> list[Json]:
@@ -186,17 +199,18 @@ def _items(body: ResponsesBody) -> list[Json]:
     return cast(list[Json], body.input or [])
 
 
-def _tools(body: ResponsesBody, history: list[Json]) -> list[Mapping[str, Any]]:
-    """The tools of the body, and those that its items add."""
-    added = [item["tools"] for item in history if item.get("type") == "additional_tools"]
+def _tools(body: ResponsesBody, conversation: list[Json]) -> list[Mapping[str, Any]]:
+    """Returns the tools of the body and of `additional_tools` items."""
+    added = [item["tools"] for item in conversation if item.get("type") == "additional_tools"]
     return [*body.tools, *(tool for tools in added for tool in tools)]
 
 
-def _chat(body: ResponsesBody, history: list[Json], tools: list[Mapping[str, Any]]) -> Json:
-    same = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
-    chat = {name: getattr(body, name) for name in same}
+def _chat(body: ResponsesBody, conversation: list[Json], tools: list[Mapping[str, Any]]) -> Json:
+    """Returns the body of /v1/chat/completions for `conversation`, the stored and the new input items."""
+    same_fields = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
+    chat = {name: getattr(body, name) for name in same_fields}
     chat["max_tokens"] = body.max_output_tokens
-    chat["messages"] = chat_conversation(body.instructions, history) or [_EMPTY]
+    chat["messages"] = chat_conversation(body.instructions, conversation) or [_EMPTY]
     if _LOGPROBS in body.include or body.top_logprobs:
         chat |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     chat["reasoning_effort"] = (body.reasoning or {}).get("effort")
@@ -208,16 +222,16 @@ def _chat(body: ResponsesBody, history: list[Json], tools: list[Mapping[str, Any
     return chat
 
 
-def _asked(body: ResponsesBody, kept: bool) -> Json:
-    """What the answer repeats, as the client library's types want it."""
+def _echoed_fields(body: ResponsesBody, is_stored: bool) -> Json:
+    """Returns the fields that the response repeats, complete as OpenAI's client library requires them."""
     blank = {"description": None, "parameters": None, "strict": None}
     return {
-        **{name: getattr(body, name) for name in _REPEATED},
+        **{name: getattr(body, name) for name in _ECHOED_FIELDS},
         "parallel_tool_calls": body.parallel_tool_calls,
         "tool_choice": body.tool_choice or "auto",
         "tools": [{**blank, **tool} if tool["type"] == "function" else tool for tool in body.tools],
         "text": {"format": {"type": "text"}, **(body.text or {})},
         "truncation": "disabled",
         "previous_response_id": body.previous_response_id,
-        "store": kept,
+        "store": is_stored,
     }

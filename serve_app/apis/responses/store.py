@@ -1,7 +1,7 @@
-"""Responses that clients may refer to later, in the memory of the ingress: what OpenAI's `store` is for.
+"""Stores responses in the ingress's memory, for OpenAI's `store` and `previous_response_id`.
 
-The one ingress of a service sees every request, whichever replica answers it, so what it keeps is found by all that
-follow. It is lost when the ingress restarts; a client is then told that the response is not found.
+A service has one ingress, which sees all requests, so any later request finds a stored response, whichever replica
+answers it. A restart of the ingress loses all stored responses; requests for them are answered 404.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from qwen3_dist.errors import RequestError
 from serve_app.apis.shared.errors import to_json
 
 Json = dict[str, Any]
-_OVERHEAD = 1024  # bytes that an entry takes beside its JSON
+_OVERHEAD = 1024  # bytes of an entry beside its JSON
 
 
 @dataclass
 class _Entry:
-    """A response with its output, and what it answered: input items after those of the response `previous`. All but
-    that is JSON, which costs a garbage collection nothing.
+    """A stored response, its output items, and the input `items` it answered, which follow the response `previous`.
 
-    `used` is when it was last asked for, in seconds, and `num_followers` how many entries have it as `previous`. A
-    response that was deleted is None: its entry is kept for the followers alone.
+    They are JSON bytes, which garbage collection does not traverse. `last_used` is in seconds of the store's clock.
+    `num_followers` counts the entries whose `previous` is this one. `response` is None once deleted; the entry then
+    stays for its followers.
     """
 
     response: bytes | None
     output: bytes
     items: bytes
     previous: str | None
-    used: float
+    last_used: float
     num_followers: int = 0
 
     @property
@@ -45,27 +45,31 @@ class _Entry:
 
 
 class ResponseStore:
-    """At most `most_bytes` of responses, none of which was last used more than `most_s` seconds ago; those that were
-    not used for longest go first. Use of a response is use of all that it follows, so that none goes before its
-    followers. Methods may be called from any thread.
+    """An LRU store of at most `max_bytes`, from which responses expire `max_idle_s` seconds after their last use.
+
+    Using a response also uses all that it follows, so that none is evicted before its followers. Thread-safe.
     """
 
-    def __init__(self, most_bytes: int, most_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most_bytes = most_bytes
-        self._most_s = most_s
+    def __init__(
+        self, max_bytes: int, max_idle_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._max_idle_s = max_idle_s
         self._clock = clock
-        self.num_bytes = 0  # that its entries take
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # what was used last comes last
+        self.num_bytes = 0
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     @property
-    def keeps(self) -> bool:
-        """Whether anything is kept at all."""
-        return self._most_bytes > 0
+    def is_enabled(self) -> bool:
+        """Whether the store may keep anything."""
+        return self._max_bytes > 0
 
-    def keep(self, response: bytes, items: list[Json], previous: str | None, history: list[Json]) -> None:
-        """Keeps a response (JSON), which answers input `items` after the response `previous`, whose conversation is
-        `history`: `previous` may be gone by now."""
+    def add(self, response: bytes, items: list[Json], previous: str | None, history: list[Json]) -> None:
+        """Adds a `response` in JSON, which answers the input `items` after the response `previous`.
+
+        `history` is the conversation of `previous`, which may have been evicted meanwhile.
+        """
         whole = pydantic_core.from_json(response)
         output = to_json(whole["output"])
         with self._lock:
@@ -77,21 +81,21 @@ class ResponseStore:
             self.num_bytes += entry.num_bytes
             if previous is not None:
                 self._entries[previous].num_followers += 1
-            self._use(whole["id"])
-            while self.num_bytes > self._most_bytes:
+            self._touch(whole["id"])
+            while self.num_bytes > self._max_bytes:
                 self._remove(next(iter(self._entries)))
 
     def response(self, response_id: str) -> bytes:
-        """The response as JSON. Raises RequestError (404)."""
+        """Returns a response as JSON. Raises RequestError (404)."""
         with self._lock:
-            response = self._found(response_id, response_not_found(response_id)).response
+            response = self._lookup(response_id, response_not_found(response_id)).response
         assert response is not None
         return response
 
     def delete(self, response_id: str) -> None:
-        """Forgets a response, but for what its followers need of it. Raises RequestError (404)."""
+        """Deletes a response, except the items that its followers need. Raises RequestError (404)."""
         with self._lock:
-            entry = self._found(response_id, response_not_found(response_id))
+            entry = self._lookup(response_id, response_not_found(response_id))
             self.num_bytes -= entry.num_bytes
             entry.response = None
             self.num_bytes += entry.num_bytes
@@ -99,57 +103,57 @@ class ResponseStore:
                 self._remove(response_id)
 
     def conversation(self, response_id: str | None) -> list[Json]:
-        """The items of a response and of all that went before it, input and output. Raises RequestError (404)."""
+        """Returns the input and output items up to and including a response. Raises RequestError (404)."""
         if response_id is None:
             return []
         with self._lock:
-            self._found(response_id, _previous_not_found(response_id))
+            self._lookup(response_id, _previous_not_found(response_id))
             turns = [(entry.items, entry.output) for _, entry in self._chain(response_id)]
         parts = [part for turn in reversed(turns) for part in turn]
         return [item for part in parts for item in pydantic_core.from_json(part)]
 
-    def resolved(self, items: list[Json]) -> list[Json]:
-        """`items` with those that they refer to in their places. Raises RequestError (404)."""
+    def resolve_references(self, items: list[Json]) -> list[Json]:
+        """Returns `items` with each item reference replaced by the stored item. Raises RequestError (404)."""
         outputs: dict[str, dict[str, Json]] = {}
         return [
-            self._referred(item["id"], outputs) if item.get("type") == "item_reference" else item
+            self._referenced_item(item["id"], outputs) if item.get("type") == "item_reference" else item
             for item in items
         ]
 
-    def _referred(self, item_id: str, outputs: dict[str, dict[str, Json]]) -> Json:
-        """An output item; `outputs` are those of the responses that were looked at already, by their ids."""
+    def _referenced_item(self, item_id: str, outputs: dict[str, dict[str, Json]]) -> Json:
+        """Returns an output item. `outputs` caches output items by response id and item id."""
         missing = _item_not_found(item_id)
         _, _, rest = item_id.partition("_")
-        response_id = f"resp_{rest.partition('_')[0]}"  # an item's id contains that of its response
+        response_id = f"resp_{rest.partition('_')[0]}"  # an item's id contains its response's id
         if response_id not in outputs:
             with self._lock:
-                output = self._found(response_id, missing).output
+                output = self._lookup(response_id, missing).output
             outputs[response_id] = {item["id"]: item for item in pydantic_core.from_json(output)}
         item = outputs[response_id].get(item_id)
         if item is None:
             raise missing
         return item
 
-    def _found(self, response_id: str, missing: RequestError) -> _Entry:
-        """The entry of a response that was not deleted, which is used by this. Raises `missing`."""
+    def _lookup(self, response_id: str, missing: RequestError) -> _Entry:
+        """Evicts expired entries, then returns an entry as the last used. Raises `missing` if absent or deleted."""
         now = self._clock()
-        while self._entries and next(iter(self._entries.values())).used < now - self._most_s:
+        while self._entries and next(iter(self._entries.values())).last_used < now - self._max_idle_s:
             self._remove(next(iter(self._entries)))
         entry = self._entries.get(response_id)
         if entry is None or entry.response is None:
             raise missing
-        self._use(response_id)
+        self._touch(response_id)
         return entry
 
-    def _use(self, response_id: str) -> None:
-        """Puts an entry last, and behind it those that it follows."""
+    def _touch(self, response_id: str) -> None:
+        """Marks an entry, and then those that it follows, as most recently used."""
         now = self._clock()
         for name, entry in self._chain(response_id):
-            entry.used = now
+            entry.last_used = now
             self._entries.move_to_end(name)
 
     def _chain(self, response_id: str) -> Iterator[tuple[str, _Entry]]:
-        """An entry, the one that it follows, and so on."""
+        """Yields an entry, then the one that it follows, and so on."""
         name: str | None = response_id
         while name is not None:
             entry = self._entries[name]
@@ -157,7 +161,7 @@ class ResponseStore:
             name = entry.previous
 
     def _remove(self, response_id: str | None) -> None:
-        """Removes an entry, and those that were kept for it alone."""
+        """Removes an entry, and the deleted entries that it alone follows."""
         while response_id is not None and (entry := self._entries.pop(response_id, None)):
             self.num_bytes -= entry.num_bytes
             response_id = None
@@ -190,4 +194,4 @@ def _item_not_found(item_id: str) -> RequestError:
     )
 
 
-NOTHING_KEPT = ResponseStore(0, 0)
+DISABLED_STORE = ResponseStore(0, 0)

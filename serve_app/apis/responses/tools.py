@@ -1,6 +1,6 @@
-"""Tools of OpenAI's /v1/responses in chat's words, and what their calls are called in the answer.
+"""Tools of /v1/responses: their translation to chat's functions, and the names of their calls in the response.
 
-Custom tools and those of namespaces are functions to the model; what OpenAI runs is left out.
+The model sees custom tools and tools of namespaces as functions. Tools that OpenAI runs are left out.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Annotated, Any, Literal, Required
 from typing_extensions import TypedDict
 
 from qwen3_dist.errors import RequestError
-from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about, ignored, short
+from serve_app.apis.shared.body import ByTag, ByType, Filled, Json, Must, about, ignored
 from serve_app.apis.shared.conversation import AllowedTools, Name
 from serve_app.apis.shared.custom_tools import CustomFormat, as_function
+from serve_app.apis.shared.validation_errors import short
 
-_LONGEST_NAME = 128
-_CLIENTS = ("function", "custom")
+_MAX_NAME_LENGTH = 128
+_CLIENT_TYPES = ("function", "custom")
 
 
 class _Function(TypedDict, total=False):
@@ -39,7 +40,7 @@ class _Custom(TypedDict, total=False):
 class _Namespace(TypedDict, total=False):
     type: Required[Literal["namespace"]]
     name: Required[Filled]
-    description: Annotated[str, ignored("the tools in it have descriptions of their own.")]
+    description: Annotated[str, ignored("its tools have descriptions of their own.")]
     tools: Required[
         Annotated[
             list[Annotated[_Function | _Custom | Json, ByTag("type", "a tool")]], Must("a list of tools")
@@ -67,8 +68,8 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Called:
-    """What a call's item is named in the answer, and whether it is one of a custom tool."""
+class CalledTool:
+    """The name and namespace of a tool in the response, and whether it is a custom tool."""
 
     name: str
     namespace: str | None = None
@@ -76,23 +77,23 @@ class Called:
 
 
 def flat_name(name: str, namespace: str | None) -> str:
-    """What the model calls tool `name` of `namespace`."""
+    """Returns the name that the model sees for tool `name` of `namespace`."""
     if not namespace:
         return name
     flat = f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
-    return re.sub(r"[^a-zA-Z0-9_.-]", "_", flat)[:_LONGEST_NAME]
+    return re.sub(r"[^a-zA-Z0-9_.-]", "_", flat)[:_MAX_NAME_LENGTH]
 
 
-def called_tools(tools: Tools) -> dict[str, Called]:
-    """By the name that the model knows a tool by, what its calls are in the answer."""
+def called_tools(tools: Tools) -> dict[str, CalledTool]:
+    """Returns the tools that the client runs, by the name that the model sees."""
     return {
-        flat_name(tool["name"], space): Called(tool["name"], space, tool["type"] == "custom")
+        flat_name(tool["name"], space): CalledTool(tool["name"], space, tool["type"] == "custom")
         for tool, space in _client_tools(tools)
     }
 
 
 def chat_tools(tools: Tools) -> list[Json]:
-    """Chat's functions for those of `tools` that clients run."""
+    """Returns chat's functions for the tools that the client runs."""
     functions = []
     for tool, space in _client_tools(tools):
         function = as_function(tool) if tool["type"] == "custom" else _without_type(tool)
@@ -103,15 +104,15 @@ def chat_tools(tools: Tools) -> list[Json]:
 
 
 def chat_tool_choice(choice: str | Mapping[str, Any] | None, tools: Tools) -> Any:
-    """Chat's tool_choice. Raises RequestError for a tool that OpenAI runs."""
+    """Returns chat's tool_choice. Raises RequestError for a tool that OpenAI runs."""
     if choice is None or isinstance(choice, str):
         return choice
     if choice["type"] == "allowed_tools":
         allowed = [_function(_chosen(tool, tools)) for tool in choice["tools"]]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": allowed}}
-    if choice["type"] not in _CLIENTS:
+    if choice["type"] not in _CLIENT_TYPES:
         raise RequestError(
-            f"tool_choice.type={short(choice['type'])} is a tool that OpenAI runs; this service has none, so "
+            f"tool_choice.type={short(choice['type'])} is a tool that OpenAI runs, which this service cannot; "
             "leave it out",
             param="tool_choice.type",
         )
@@ -119,16 +120,16 @@ def chat_tool_choice(choice: str | Mapping[str, Any] | None, tools: Tools) -> An
 
 
 def _client_tools(tools: Tools) -> Iterator[tuple[Mapping[str, Any], str | None]]:
-    """Each tool that a client runs, with its namespace."""
+    """Yields each tool that the client runs, with its namespace."""
     for tool in tools:
-        if tool["type"] in _CLIENTS:
+        if tool["type"] in _CLIENT_TYPES:
             yield tool, None
         elif tool["type"] == "namespace":
-            yield from ((inner, tool["name"]) for inner in tool["tools"] if inner["type"] in _CLIENTS)
+            yield from ((inner, tool["name"]) for inner in tool["tools"] if inner["type"] in _CLIENT_TYPES)
 
 
 def _chosen(choice: Mapping[str, Any], tools: Tools) -> str:
-    """The name that the model knows the chosen tool by; its namespace may be left out."""
+    """Returns the name that the model sees for the chosen tool, whose namespace may be missing in `choice`."""
     name, known = str(choice.get("name")), called_tools(tools)
     flat = flat_name(name, choice.get("namespace"))
     if flat in known:

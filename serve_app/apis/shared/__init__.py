@@ -1,1 +1,1 @@
-"""What several APIs need."""
+"""Parsing and serialization that several APIs share."""

@@ -1,9 +1,6 @@
-"""What every API's answer is: a request's choice deltas as a stream of events, or joined into one body.
+"""The base class of every API's answer, which serializes choice deltas as server-sent events or as one JSON body.
 
-A new API is two things. A module of its own in `apis` with the model of its body (`Body`), a subclass of
-GenerationRequest (mostly of ChatRequest, whose fields `chat_fields` reads from a body translated to chat's words), a
-function from bytes to it, and a subclass of Answer, which the request's `answer` returns. And a route in
-`ingress.deployment`, with its errors in `error_forms` where they are not OpenAI's object.
+CONTRIBUTING.md lists the steps that add an API.
 """
 
 from __future__ import annotations
@@ -24,19 +21,23 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
-    """One server-sent event, `name`d or not."""
+    """Returns one server-sent event with `data` as JSON, and an `event:` line if it has a `name`."""
     head = f"event: {name}\n".encode() if name else b""
     return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
 def error_events(error: Exception) -> bytes:
-    """OpenAI's end of a stream on which something broke: the client library raises, others see the end."""
+    """Returns the events that end an OpenAI stream after `error`: the error object, then `[DONE]`."""
     return event(error_object(error), "error") + DONE
 
 
 @dataclass(frozen=True)
-class Served:
-    """What an answer says of the service, and needs of the request: its prompts, with `n` choices each."""
+class AnswerContext:
+    """What an answer needs beside the deltas.
+
+    `model` is the name that the answer reports. The request has `n` choices for each of `prompts`. `tokenizer` is
+    None for a checkpoint without one.
+    """
 
     model: str
     tokenizer: Tokenizer | None
@@ -46,9 +47,10 @@ class Served:
 
 @dataclass
 class Usage:
-    """Token counts of a request so far: prompts once each, tokens of all choices.
+    """Token counts of a request so far.
 
-    `cached` of the prompt tokens came from the prefix cache, `reasoning` of the completion tokens were thought.
+    `prompt` counts each prompt once, however many choices it has; `completion` sums over all choices. `cached` is the
+    number of prompt tokens found in the prefix cache, `reasoning` the number of completion tokens that are reasoning.
     """
 
     prompt: int
@@ -58,7 +60,7 @@ class Usage:
     _started: set[int] = field(default_factory=set)
 
     def count(self, delta: ChoiceDelta, n: int) -> None:
-        """Takes in a delta of one of `n` choices per prompt; the first of a prompt says what was cached."""
+        """Adds `delta`, where each prompt has `n` choices. A prompt's cached tokens are in its first delta."""
         self.completion += len(delta.token_ids)
         self.reasoning += delta.num_reasoning_tokens
         if delta.index // n not in self._started:
@@ -66,7 +68,7 @@ class Usage:
             self.cached += delta.num_cached_tokens
 
     def to_json(self) -> Json:
-        """OpenAI's usage object."""
+        """Returns OpenAI's `usage` object."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -77,36 +79,38 @@ class Usage:
 
 
 class Answer(ABC):
-    """The answer to one request. Each delta is counted (`count`) before it is shown.
+    """Serializes the answer to one request.
 
-    A stream is `begin()`, `delta(d)` for each delta (both before anything is known of the next step), then
-    `end()`, or `fail(error)` where something broke after the stream began. `whole` is the unstreamed answer.
+    The caller passes every delta to `count` first. A stream is `begin()`, then `delta(d)` for each delta, then
+    `end()`, or `fail(error)` if generation fails after the stream began. `full_response` serializes an answer that
+    is not streamed.
     """
 
-    def __init__(self, served: Served) -> None:
-        self.served = served
-        self.usage = Usage(sum(len(prompt.token_ids) for prompt in served.prompts))
+    def __init__(self, context: AnswerContext) -> None:
+        self.context = context
+        self.usage = Usage(sum(len(prompt.token_ids) for prompt in context.prompts))
         self.unique = uuid.uuid4().hex
 
     def count(self, delta: ChoiceDelta) -> None:
-        self.usage.count(delta, self.served.n)
+        """Adds the tokens of `delta` to `usage`."""
+        self.usage.count(delta, self.context.n)
 
     def begin(self) -> bytes:
-        """Events that go out with the first step, before its deltas."""
+        """Returns the events that precede the deltas of the first step."""
         return b""
 
     @abstractmethod
     def delta(self, delta: ChoiceDelta) -> bytes:
-        """Events for `delta`; b"" where it shows nothing."""
+        """Returns the events for `delta`, b"" if it adds nothing to the stream."""
 
     def end(self) -> bytes:
-        """Events after the last delta, the API's end marker included."""
+        """Returns the events after the last delta, including the API's end marker."""
         return DONE
 
     def fail(self, error: Exception) -> bytes:
-        """Events that end a stream on which something broke."""
+        """Returns the events that end a stream after `error`."""
         return error_events(error)
 
     @abstractmethod
-    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
-        """The whole answer, of choices that were joined (`choices.join`)."""
+    def full_response(self, choices: Sequence[ChoiceDelta]) -> Json:
+        """Returns the JSON body for `choices`, the deltas of each merged by `text.choice.join`."""

@@ -1,12 +1,11 @@
-"""What request bodies are made of: pydantic models, the annotations that give their refusals words, and their reader.
+"""Request bodies: their pydantic base model, annotations that word validation errors, and the parser.
 
-A null counts as absent, an unknown field is kept as it is, and a refusal names the innermost value that is wrong, by a
-path such as `messages[0].role`. What is passed on as it came (messages, tools) is a typed dict, what is read a model.
+A null field counts as absent, and unknown fields are kept. A validation error names the innermost wrong value by a
+path such as `messages[0].role`. Objects that are passed on unchanged (messages, tools) are typed dicts, others models.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -26,22 +25,14 @@ from pydantic_core import CoreSchema, PydanticCustomError, ValidationError, core
 from typing_extensions import get_type_hints, is_typeddict
 
 from qwen3_dist.errors import RequestError
+from serve_app.apis.shared.validation_errors import request_error
 
 Json = dict[str, Any]
-_OTHERS = "<>"  # the branch of a union for objects with a tag that is not listed
-# What a value must be, by pydantic's type of error; other types of ours carry their words along.
-_WORDS = {
-    "string_type": "a string",
-    "bool_type": "true or false",
-    "int_type": "an integer",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "list_type": "a list",
-}
+_OTHERS = "<>"  # the union branch for objects whose tag is not listed
 
 
 class Body(BaseModel):
-    """A body, or an object in one, whose fields are read. `undeclared` has those that no model names."""
+    """Base of a request body, or of an object in one."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -52,6 +43,7 @@ class Body(BaseModel):
 
     @property
     def undeclared(self) -> Json:
+        """The fields that the model does not declare."""
         return self.model_extra or {}
 
 
@@ -59,7 +51,7 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
 def read_body(model: type[BodyT], body: bytes) -> BodyT:
-    """A request's JSON body. Raises RequestError."""
+    """Parses and validates a JSON body. Raises RequestError."""
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -70,11 +62,11 @@ def read_body(model: type[BodyT], body: bytes) -> BodyT:
 
 
 def validate(model: type[BodyT], value: Json) -> BodyT:
-    """A body that is parsed already. Raises RequestError."""
+    """Validates a body that is already parsed. Raises RequestError."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise _refusal(error, model, value) from None
+        raise request_error(error, model, value) from None
 
 
 def without_nulls(fields: Mapping[str, Any]) -> Json:
@@ -82,68 +74,17 @@ def without_nulls(fields: Mapping[str, Any]) -> Json:
 
 
 def ignored(why: str) -> Any:
-    """Describes a field that nothing reads, which is right for this reason."""
+    """Describes a field that is accepted and ignored, and why that is right."""
     return Field(description=f"Ignored: {why}")
 
 
 def about(text: str) -> Any:
-    """Describes a field."""
+    """Describes a field on the OpenAPI page."""
     return Field(description=text)
 
 
-def short(value: Any) -> str:
-    """`value` as JSON that fits in a sentence."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _refusal(error: ValidationError, model: type[BaseModel], body: Json) -> RequestError:
-    """The first of the errors as a sentence; one that a model's own validator raised says its own."""
-    first = error.errors(include_url=False)[0]
-    kind, value, context = first["type"], first["input"], first.get("ctx", {})
-    steps = [step for step in first["loc"] if not (isinstance(step, str) and step.startswith("<"))]
-    if isinstance(context.get("error"), RequestError):
-        return context["error"]
-    if kind == "missing":
-        return _missing(model, body, steps)
-    if "tag" in context:
-        steps, value = [*steps, context["tag"]], value.get(context["tag"])
-    path = _path(steps)
-    if kind == "unsupported":
-        return RequestError(f"{path}={short(value)} is not supported: the model reads text alone", param=path)
-    return RequestError(f"{path} must be {_words(kind, context)}, not {short(value)}", param=path)
-
-
-def _missing(model: type[BaseModel], body: Json, steps: list[int | str]) -> RequestError:
-    """A required field is absent. What it must be is what a refusal says of a value that is of no JSON type."""
-    *outer, name = steps
-    place: Any = body
-    for step in outer:
-        place = place[step]
-    before = {**place}
-    place[name] = object()
-    try:
-        model.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    finally:
-        place.clear()
-        place.update(before)
-    path = _path(steps)
-    return RequestError(f"{path} is required: {_words(first['type'], first.get('ctx', {}))}", param=path)
-
-
-def _words(kind: str, context: Mapping[str, Any]) -> str:
-    if kind == "literal_error":
-        return f"one of {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
-    return context["words"] if "words" in context else _WORDS[kind]
-
-
-def _path(steps: list[int | str]) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-
-
-def _told(schema: CoreSchema, words: str) -> CoreSchema:
+def _with_error(schema: CoreSchema, words: str) -> CoreSchema:
+    """Returns `schema` with its errors replaced by "must be `words`"."""
     return core_schema.custom_error_schema(
         schema, "must_be", custom_error_message="{words}", custom_error_context={"words": words}
     )
@@ -155,22 +96,24 @@ def _error(words: str, **context: Any) -> PydanticCustomError:
 
 @dataclass(frozen=True)
 class Must:
-    """Annotates a type: a value that is refused must be `words`. A list has `least` to `most` items; what is wrong
-    with one of them, or with a field of an object, is told of that alone."""
+    """Annotates a type: the error for an invalid value is "must be `words`".
+
+    An invalid item of a list, or field of an object, has an error of its own. A list has `min_items` to `max_items`.
+    """
 
     words: str
-    least: int | None = None
-    most: int | None = None
+    min_items: int | None = None
+    max_items: int | None = None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         inner = handler(source)
         if _json_type(source) is list:
-            bounds: Any = without_nulls({"min_length": self.least, "max_length": self.most})
-            outer = _told(core_schema.list_schema(**bounds, strict=True), self.words)
+            bounds: Any = without_nulls({"min_length": self.min_items, "max_length": self.max_items})
+            outer = _with_error(core_schema.list_schema(**bounds, strict=True), self.words)
             return core_schema.chain_schema([outer, cast(CoreSchema, {**inner, **bounds, "fail_fast": True})])
         if is_typeddict(source):
             return core_schema.no_info_wrap_validator_function(self._object, inner)
-        return _told(inner, self.words)
+        return _with_error(inner, self.words)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         return handler(schema["steps"][-1] if schema["type"] == "chain" else schema)  # type: ignore[arg-type]
@@ -183,26 +126,29 @@ class Must:
 
 @dataclass(frozen=True)
 class Range:
-    """Annotates int or float: a number from `low` (or above it) to `high`. An int stays one where a float may be."""
+    """Annotates int or float: a number from `low` to `high`, both included unless `exclusive_low`.
+
+    An integer given for a float stays an integer.
+    """
 
     low: int | None = None
     high: int | None = None
-    above: bool = False
+    exclusive_low: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        bounds: Any = {"gt" if self.above else "ge": self.low, "le": self.high, "strict": True}
+        bounds: Any = {"gt" if self.exclusive_low else "ge": self.low, "le": self.high, "strict": True}
         integer = core_schema.int_schema(**bounds)
         if source is int:
-            return _told(integer, self._words("an integer"))
+            return _with_error(integer, self._words("an integer"))
         number = core_schema.union_schema([integer, core_schema.float_schema(**bounds)], mode="left_to_right")
-        return _told(number, self._words("a number"))
+        return _with_error(number, self._words("a number"))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         made = dict(handler(schema))
         return {**made.pop("anyOf")[0], "type": "number", **made} if "anyOf" in made else made
 
     def _words(self, noun: str) -> str:
-        if self.above:
+        if self.exclusive_low:
             return f"{noun} above {self.low} and at most {self.high}"
         if self.high is None:
             return f"{noun} of at least {self.low}"
@@ -211,8 +157,10 @@ class Range:
 
 @dataclass(frozen=True)
 class ByType:
-    """Annotates a union: the value's JSON type says which of the options it is, which then says what is wrong with
-    it. A value of no option's type, or that none of several options of its type takes, must be `words`."""
+    """Annotates a union: only the option with the value's JSON type is validated, so the error is that option's.
+
+    The error is "must be `words`" for a value of no option's type, or if several options of its type all reject it.
+    """
 
     words: str
 
@@ -223,7 +171,8 @@ class ByType:
         choices = {branch: schemas[0] for branch, schemas in options.items()}
         for branch, schemas in options.items():
             if len(schemas) > 1:
-                choices[branch] = _told(core_schema.union_schema(schemas, mode="left_to_right"), self.words)  # type: ignore[arg-type]
+                union = core_schema.union_schema(schemas, mode="left_to_right")  # type: ignore[arg-type]
+                choices[branch] = _with_error(union, self.words)
         return core_schema.tagged_union_schema(
             cast(Any, choices),
             lambda value: _branch(type(value)),
@@ -239,11 +188,11 @@ class ByType:
 
 @dataclass(frozen=True)
 class ByTag:
-    """Annotates a union of typed dicts: the field `tag` of an object says which it is, or that it is one of `refused`.
+    """Annotates a union of typed dicts that the field `tag` discriminates. Tags in `refused` are not supported.
 
-    Without a tag it is the one that is tagged `untagged`, if that is given; or the typed dict `bare`, where it has
-    fields of that and none of `instead_of`. An object with any other tag is kept as it is if the union has Json. What
-    is no object must be `words`.
+    An object without a tag is `bare`, if it has fields of that typed dict and none of `unless`; else it has the tag
+    `untagged`, if that is given. An object with another tag is kept unchanged if Json is an option of the union. The
+    error for a value that is not an object is "must be `words`".
     """
 
     tag: str
@@ -251,7 +200,7 @@ class ByTag:
     refused: tuple[str, ...] = ()
     untagged: str | None = None
     bare: Any = None
-    instead_of: tuple[str, ...] = ()
+    unless: tuple[str, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         options = [source] if is_typeddict(source) else get_args(source)
@@ -265,14 +214,14 @@ class ByTag:
         union = core_schema.tagged_union_schema(
             cast(Any, choices), lambda value: known.get(value[self.tag], _OTHERS)
         )
-        return core_schema.no_info_wrap_validator_function(self._opened(known, Json in options), union)
+        return core_schema.no_info_wrap_validator_function(self._tagged(known, Json in options), union)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         made = dict(handler(schema))
-        forms = [form for form in made.pop("oneOf") if form]  # that of others is {}
+        forms = [form for form in made.pop("oneOf") if form]  # _OTHERS has {}
         if self.bare:
             bare = TypeAdapter(self.bare).json_schema()
-            absent = dict.fromkeys((self.tag, *self.instead_of), {"type": "null"})
+            absent = dict.fromkeys((self.tag, *self.unless), {"type": "null"})
             required = [name for name in bare["required"] if name != self.tag]
             forms.append({**bare, "properties": {**bare["properties"], **absent}, "required": required})
         known = [branch[1:-1] for branch in cast(Any, schema)["schema"]["choices"]]
@@ -282,23 +231,26 @@ class ByTag:
             forms.append({"type": "object", "properties": {self.tag: tag}, "required": [self.tag]})
         return {"type": "object", "oneOf": forms, **made}
 
-    def _opened(
+    def _tagged(
         self, known: Mapping[str, str], others: bool
     ) -> Callable[[Any, ValidatorFunctionWrapHandler], Json]:
-        """What gives an object to the union: with a tag, without nulls."""
+        """Returns the validator that drops nulls, adds a missing tag, checks the tag and calls the union.
+
+        `known` has the union's tags; `others` tells whether it accepts objects with other tags.
+        """
         listed = f"one of {', '.join(known)}"
         bare = self._tags(self.bare)[0] if self.bare else None
-        of_bare = get_type_hints(self.bare).keys() - {self.tag} if self.bare else ()
+        bare_fields = get_type_hints(self.bare).keys() - {self.tag} if self.bare else ()
 
-        def opened(value: Any, handler: ValidatorFunctionWrapHandler) -> Json:
+        def validate_tagged(value: Any, handler: ValidatorFunctionWrapHandler) -> Json:
             if type(value) is not dict:
                 raise _error(self.words)
             given = without_nulls(value)
             name = given.get(self.tag)
             if (
                 name is None
-                and not given.keys().isdisjoint(of_bare)
-                and given.keys().isdisjoint(self.instead_of)
+                and not given.keys().isdisjoint(bare_fields)
+                and given.keys().isdisjoint(self.unless)
             ):
                 name = given[self.tag] = bare
             elif name is None and self.untagged is not None:
@@ -310,29 +262,29 @@ class ByTag:
                     raise PydanticCustomError("unsupported", "", {"tag": self.tag})
             raise _error(listed, tag=self.tag)
 
-        return opened
+        return validate_tagged
 
     def _tags(self, option: Any) -> tuple[str, ...]:
         return get_args(get_type_hints(option)[self.tag])
 
 
 def _in_order(given: Json, handler: ValidatorFunctionWrapHandler) -> Json:
-    """What is read of `given`, in its order, which a chat template may show."""
+    """Validates `given` and restores the order of its fields, which a chat template may render."""
     read = handler(given)
     return {name: read[name] for name in given}
 
 
 def _branch(kind: type | str) -> str:
-    """A union's name for one of its options, by which a path's steps are told from fields."""
+    """Returns a union's name for an option, in brackets that tell it from a field in a path."""
     return f"<{kind if isinstance(kind, str) else kind.__name__}>"
 
 
 def _json_type(annotation: Any) -> type:
-    """The type of the values that json has for `annotation`."""
+    """Returns the type to which JSON values of `annotation` are decoded."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _json_type(get_args(annotation)[0])
-    if origin is not None and not isinstance(origin, type):  # Literal, Union of objects
+    if origin is not None and not isinstance(origin, type):  # Literal, or a union of objects
         options = get_args(annotation)
         return type(options[0]) if isinstance(options[0], str) else dict
     kind = origin or annotation
@@ -340,6 +292,8 @@ def _json_type(annotation: Any) -> type:
 
 
 Filled = Annotated[str, Field(min_length=1), Must("a non-empty string")]
-ModelName = Annotated[str, about("The served model's name, or an adapter's; absent, it is the model.")]
-Priority = Annotated[int, Range(-(2**31), 2**31 - 1), about("A lower one goes first.")]
-User = Annotated[str, ignored("nobody here looks for abuse by single users.")]
+ModelName = Annotated[str, about("Name of the served model or of an adapter; the model if absent.")]
+Priority = Annotated[
+    int, Range(-(2**31), 2**31 - 1), about("Requests with a lower number are scheduled first.")
+]
+User = Annotated[str, ignored("abuse by single users is not monitored.")]

@@ -1,4 +1,4 @@
-"""What a chat is made of: messages and tools, checked, and put as chat templates read them."""
+"""Chat messages and tools: their validation, and their conversion to what chat templates read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing_extensions import TypedDict
 from serve_app.apis.shared.body import ByTag, ByType, Json, Must, about
 from serve_app.apis.shared.custom_tools import CustomCall, CustomFormat, as_arguments, as_function
 
-# Roles of other clients, by what templates call them.
+# The roles of templates, by other roles that clients send.
 _ROLES = {"developer": "system", "function": "tool"}
-# Claude Code puts this line into the system prompt. It changes with every request and would spoil the prefix cache.
+# Claude Code adds this line to the system prompt. It changes with every request, which defeats the prefix cache.
 _BILLING = re.compile(
     r"^[ \t]*x-anthropic-billing-header:(?:(?:[ \t]*[\w.-]+=[^;\s]*(?:;|(?=\s|$)))+|[^\n]*)[ \t]*(?:\r?\n|$)?",
     re.MULTILINE,
@@ -46,22 +46,25 @@ class _ReasoningPart(TypedDict):
 
 
 _Part = Annotated[_TextPart | _RefusalPart, ByTag("type", "a content part", _FILES)]
-_PartSaid = Annotated[
+_AssistantPart = Annotated[
     _TextPart | _RefusalPart | _ThinkingPart | _ReasoningPart, ByTag("type", "a content part", _FILES)
 ]
-_PartReturned = Annotated[_TextPart | _RefusalPart | Json, ByTag("type", "a content part")]
+_ToolPart = Annotated[_TextPart | _RefusalPart | Json, ByTag("type", "a content part")]
 _Content = Annotated[
     str | Annotated[list[Annotated[str | _Part, ByType("a content part")]], Must("a list of text parts")],
     ByType("a string or a list of text parts"),
 ]
-_Said = Annotated[
-    str | Annotated[list[Annotated[str | _PartSaid, ByType("a content part")]], Must("a list of text parts")],
+_AssistantContent = Annotated[
+    str
+    | Annotated[
+        list[Annotated[str | _AssistantPart, ByType("a content part")]], Must("a list of text parts")
+    ],
     ByType("a string or a list of text parts"),
 ]
-_Result = Annotated[
-    str | Annotated[list[Annotated[str | _PartReturned, ByType("a content part")]], Must("a list of parts")],
+_ToolContent = Annotated[
+    str | Annotated[list[Annotated[str | _ToolPart, ByType("a content part")]], Must("a list of parts")],
     ByType("a string or a list of parts"),
-    about("What is no text becomes a word for it."),
+    about("A part that is not text is replaced by a placeholder."),
 ]
 Name = Annotated[
     str,
@@ -72,16 +75,16 @@ Name = Annotated[
 
 class _Called(TypedDict, total=False):
     name: Required[str]
-    arguments: Annotated[Any, about("JSON text; absent, there are none.")]
+    arguments: Annotated[Any, about("Arguments as JSON text; none if absent.")]
 
 
-_ACall = Annotated[_Called, Must("an object with name and arguments")]
+_CalledFunction = Annotated[_Called, Must("an object with name and arguments")]
 
 
 class _FunctionCall(TypedDict, total=False):
     type: Literal["function"]
     id: str
-    function: Required[_ACall]
+    function: Required[_CalledFunction]
 
 
 class _CustomCall(TypedDict, total=False):
@@ -109,25 +112,25 @@ class _Message(TypedDict, total=False):
 
 class _AssistantMessage(TypedDict, total=False):
     role: Required[Literal["assistant"]]
-    content: _Said
-    refusal: Annotated[str, about("What it said in place of an answer.")]
+    content: _AssistantContent
+    refusal: Annotated[str, about("Text of a refusal, used if there is no content.")]
     name: str
-    reasoning_content: Annotated[str, about("What it thought before.")]
-    reasoning: Annotated[str, about("The same under another name.")]
+    reasoning_content: Annotated[str, about("Reasoning ahead of the content.")]
+    reasoning: Annotated[str, about("Another name of reasoning_content.")]
     tool_calls: _Calls
-    function_call: Annotated[_ACall, about("A call, as older clients have it.")]
+    function_call: Annotated[_CalledFunction, about("A tool call in OpenAI's deprecated format.")]
 
 
 class _ToolMessage(TypedDict, total=False):
     role: Required[Literal["tool"]]
-    content: _Result
+    content: _ToolContent
     name: str
     tool_call_id: str
 
 
 class _FunctionMessage(TypedDict, total=False):
     role: Required[Literal["function"]]
-    content: _Result
+    content: _ToolContent
     name: str
 
 
@@ -191,10 +194,10 @@ class _ChosenCustom(TypedDict):
 
 
 class AllowedTools(TypedDict):
-    """Some of the tools, of which the model may or must call one."""
+    """Restricts a request to some of its tools."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[Json], Must("a list of tools"), about("Those of the tools that count.")]
+    tools: Annotated[list[Json], Must("a list of tools"), about("The tools that the model may call.")]
 
 
 class _ChosenAllowed(TypedDict):
@@ -210,7 +213,7 @@ ToolChoice = Annotated[
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """`messages` as `template_message` puts them; system messages of which nothing is left are left out."""
+    """Returns `messages` as `template_message` converts them, without system messages that it left empty."""
     turns = [template_message(message) for message in messages]
     kept = [
         turn
@@ -220,14 +223,14 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[Json]:
     return kept or turns
 
 
-def without_billing(text: str) -> str:
-    """A system text without the line that Claude Code puts into it."""
+def without_billing_header(text: str) -> str:
+    """Returns a system prompt without Claude Code's billing header line."""
     kept = _BILLING.sub("", text)
     return text if kept == text else kept.strip("\r\n")
 
 
 def template_message(message: Mapping[str, Any]) -> Json:
-    """`message` in the words that Qwen3's templates know; arguments of calls as objects, where they are."""
+    """Returns `message` with the roles and fields that Qwen3's templates read, and with parsed call arguments."""
     message = {**message, "role": _ROLES.get(message["role"], message["role"])}
     if isinstance(message.get("content"), list):
         parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in message["content"]]
@@ -236,7 +239,7 @@ def template_message(message: Mapping[str, Any]) -> Json:
             parts = [part for part in parts if part["type"] not in _THOUGHTS]
         message["content"] = [_text_part(part) for part in parts] or ""
     if message["role"] == "system":
-        return {**message, "content": _instructions(message["content"])}
+        return {**message, "content": _system_content(message["content"])}
     if message["role"] == "tool":
         return {"content": "", **message}
     if message["role"] != "assistant":
@@ -249,19 +252,19 @@ def template_message(message: Mapping[str, Any]) -> Json:
     return {**message, "tool_calls": [_template_call(call) for call in calls]} if calls else message
 
 
-def stand_in(kind: str) -> str:
-    """The text in place of something of a tool's result that is no text."""
+def placeholder(kind: str) -> str:
+    """Returns the text that replaces a part of a tool's result that is not text."""
     return f"[{kind} left out: the model reads text alone]"
 
 
 def plain_content(message: Mapping[str, Any]) -> str:
-    """The text of a message, its parts joined."""
+    """Returns the text of a message, with its parts joined."""
     content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def template_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Those of `tools` that a client runs, as functions; tools that OpenAI or others host are left out."""
+    """Returns the tools that the client runs, as functions. Tools hosted by an API provider are left out."""
     functions = []
     for tool in tools:
         if tool["type"] == "custom":
@@ -272,25 +275,25 @@ def template_tools(tools: Sequence[Mapping[str, Any]]) -> list[Json]:
 
 
 def _thoughts(message: Json, parts: list[Json]) -> Json:
-    """The thoughts among the `parts` of an assistant's content, unless `message` has them beside it."""
+    """Returns the reasoning in `parts` of an assistant's content as a field, {} if `message` has such a field."""
     thoughts = [part.get("thinking") or part.get("text", "") for part in parts if part["type"] in _THOUGHTS]
     if not thoughts or message.get("reasoning_content") or message.get("reasoning"):
         return {}
     return {"reasoning_content": "\n".join(thoughts)}
 
 
-def _instructions(content: str | list[Json]) -> str | list[Json]:
-    """The content of a system message without billing lines, or parts that were nothing else."""
+def _system_content(content: str | list[Json]) -> str | list[Json]:
+    """Returns a system message's content without the billing header, or the parts that hold nothing else."""
     if isinstance(content, str):
-        return without_billing(content)
-    parts = [{**part, "text": without_billing(part["text"])} for part in content]
+        return without_billing_header(content)
+    parts = [{**part, "text": without_billing_header(part["text"])} for part in content]
     return [part for part, given in zip(parts, content, strict=True) if part["text"] or not given["text"]]
 
 
 def _text_part(part: Json) -> Json:
     kind = part["type"]
     text = part.get("refusal" if kind == "refusal" else "text")
-    return {"type": "text", "text": text if isinstance(text, str) else stand_in(kind)}
+    return {"type": "text", "text": text if isinstance(text, str) else placeholder(kind)}
 
 
 def _template_call(call: Json) -> Json:
@@ -305,7 +308,7 @@ def _template_call(call: Json) -> Json:
 
 
 def _arguments(given: Any) -> Json | str:
-    """A call's arguments: the object that they are, in JSON or not; {} for blank or null; else their text."""
+    """Returns a call's arguments: the object, parsed if it is JSON text; {} for blank or null; else the text."""
     if given is None or isinstance(given, dict):
         return given or {}
     text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""OpenAI's custom tools, whose input is plain text: the model sees each as a function with one string."""
+"""OpenAI's custom tools, whose input is plain text: the model sees each as a function with one string parameter."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ class _Grammar(TypedDict, total=False):
 
 
 class _CustomFormat(_Grammar, total=False):
-    type: Required[Annotated[Filled, ignored("there is a grammar or there is none.")]]
-    grammar: Annotated[_Grammar, Must("an object with syntax and definition"), about("As chat has it.")]
+    type: Required[Annotated[Filled, ignored("the presence of a grammar decides.")]]
+    grammar: Annotated[
+        _Grammar,
+        Must("an object with syntax and definition"),
+        about("The grammar, in the format of /v1/chat/completions."),
+    ]
 
 
 class _CustomCall(TypedDict, total=False):
@@ -31,13 +35,13 @@ class _CustomCall(TypedDict, total=False):
 CustomFormat = Annotated[
     _CustomFormat,
     Must("an object with type"),
-    about("Told to the model with the description; nothing enforces it."),
+    about("The model sees it in the description; it is not enforced."),
 ]
 CustomCall = Annotated[_CustomCall, Must("an object with name and input")]
 
 
 def as_function(tool: Mapping[str, Any]) -> Json:
-    """The function (`name`, `description`, `parameters`) that stands for custom tool `tool`."""
+    """Returns the function (`name`, `description`, `parameters`) that represents the custom tool `tool`."""
     form = tool.get("format", {})
     grammar = form.get("grammar", form)
     texts = [tool.get("description")]
@@ -55,39 +59,42 @@ def as_function(tool: Mapping[str, Any]) -> Json:
 
 
 def as_arguments(text: str) -> Json:
-    """The arguments of the function that stands for a custom tool called with `text`."""
+    """Returns the function's arguments for a custom tool called with input `text`."""
     return {_INPUT: text}
 
 
 class CustomInput:
-    """The input of one call of a custom tool, out of its arguments as they come."""
+    """Extracts the input of one custom tool call from its streamed JSON arguments. `text` is the input so far."""
 
     def __init__(self) -> None:
         self._arguments = ""
         self.text = ""
 
     def push(self, arguments: str) -> str:
-        """Takes a part of the arguments' JSON; what it adds to the input."""
+        """Adds a part of the arguments' JSON. Returns what it adds to the input."""
         self._arguments += arguments
-        return self._upto(_object(self._arguments).get(_INPUT))
+        return self._extend_to(_parse_partial(self._arguments).get(_INPUT))
 
     def finish(self) -> str:
-        """What the end adds: of a model that gave its text no or another name, all of it."""
-        given = _object(self._arguments)
-        if isinstance(given.get(_INPUT), str):
-            return ""
-        values = list(given.values())
-        return self._upto(values[0] if len(values) == 1 else self._arguments)
+        """Returns the input that only the end of the arguments settles.
 
-    def _upto(self, text: Any) -> str:
+        Without an `input` in the arguments, their only value is the input, or all of their text.
+        """
+        arguments = _parse_partial(self._arguments)
+        if isinstance(arguments.get(_INPUT), str):
+            return ""
+        values = list(arguments.values())
+        return self._extend_to(values[0] if len(values) == 1 else self._arguments)
+
+    def _extend_to(self, text: Any) -> str:
         if not isinstance(text, str):
             return ""
         added, self.text = text[len(self.text) :], text
         return added
 
 
-def _object(text: str) -> Json:
-    """The JSON object that `text` is, or begins."""
+def _parse_partial(text: str) -> Json:
+    """Parses a JSON object that may be cut off; {} for anything else."""
     try:
         value = pydantic_core.from_json(text, allow_partial="trailing-strings")
     except ValueError:

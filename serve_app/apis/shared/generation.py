@@ -1,4 +1,4 @@
-"""What chat and text completions share: their fields, and the way from a request to prompts and an answer."""
+"""What all requests that generate text share: the fields of their bodies, and the base class of the requests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.text.choice import Reading
-from serve_app.apis.shared.answer import Answer, Served, error_events
+from qwen3_dist.text.choice import ParserSpec
+from serve_app.apis.shared.answer import Answer, AnswerContext, error_events
 from serve_app.apis.shared.body import (
     Body,
     Json,
@@ -20,20 +20,20 @@ from serve_app.apis.shared.body import (
     Range,
     User,
     about,
-    short,
     without_nulls,
 )
 from serve_app.apis.shared.errors import error_object
-from serve_app.apis.shared.openai import Shown
-from serve_app.apis.shared.prompts import Prompt, Texts
+from serve_app.apis.shared.openai import AnswerOptions
+from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 from serve_app.apis.shared.sampling import SamplingBody
 from serve_app.apis.shared.structure import StructureBody, structured_outputs
+from serve_app.apis.shared.validation_errors import short
 
 
 class _StreamOptions(Body):
-    include_usage: Annotated[bool, about("A last chunk has the token counts.")] = False
+    include_usage: Annotated[bool, about("Sends the token counts in a last chunk.")] = False
     continuous_usage_stats: Annotated[
-        bool, about("With include_usage: every chunk has the counts so far.")
+        bool, about("With include_usage: sends the token counts so far in every chunk.")
     ] = False
 
 
@@ -41,28 +41,29 @@ _NO_OPTIONS = _StreamOptions()
 
 
 class GenerationBody(SamplingBody, StructureBody):
-    """The fields that both bodies have."""
+    """The fields that bodies of chat and text completions share."""
 
     model: ModelName = ""
     stream: Annotated[bool, about("Answers with server-sent events.")] = False
-    stream_options: Annotated[_StreamOptions, about("Of a stream alone.")] | None = None
-    best_of: Annotated[int, Range(1), about("As many as n.")] | None = None
+    stream_options: Annotated[_StreamOptions, about("Options of a stream; requires stream.")] | None = None
+    best_of: Annotated[int, Range(1), about("Must equal n, since choices are not ranked.")] | None = None
     priority: Priority = 0
     user: User = ""
-    return_token_ids: Annotated[bool, about("Gives token ids beside the text.")] = False
+    return_token_ids: Annotated[bool, about("Adds token ids to each choice.")] = False
     return_tokens_as_token_ids: Annotated[
-        bool, about("Names the tokens of log-probabilities token_id:N.")
+        bool, about("Names tokens in log-probabilities token_id:N instead of by their text.")
     ] = False
 
 
-# Fields that would change the answer and are not built: the values that ask for nothing, and advice.
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+# Unsupported fields that would change the answer: the values that are accepted since they request nothing, and what to
+# do instead.
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), "use tools"),
     "function_call": (("auto", "none"), "use tool_choice"),
     "suffix": (("",), "leave it out"),
-    "modalities": ((["text"],), "the model answers with text alone"),
-    "audio": ((), "the model answers with text alone"),
-    "chat_template": ((), "the model's own is used; chat_template_kwargs reach it"),
+    "modalities": ((["text"],), "the model answers with text only"),
+    "audio": ((), "the model answers with text only"),
+    "chat_template": ((), "the checkpoint's template is used; pass variables to it in chat_template_kwargs"),
     "use_beam_search": ((False,), "leave it out"),
     "allowed_token_ids": (([],), "use structured_outputs or logit_bias"),
     "truncate_prompt_tokens": ((), "shorten the prompt"),
@@ -73,26 +74,30 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 @dataclass(frozen=True)
 class GenerationRequest(ABC):
-    """What generating endpoints share.
+    """A parsed request that generates text.
 
-    `model` is "" where the client named none. `sampling` holds the SamplingParams fields that the client set,
-    `names` those that it calls otherwise.
+    `model` is "" if the client named none. `sampling` holds the SamplingParams fields that the client set.
+    `client_names` maps a SamplingParams field to the body's field, where their names differ.
     """
 
     model: str
     sampling: Json
-    names: Mapping[str, str]
+    client_names: Mapping[str, str]
     stream: bool
-    shown: Shown
+    options: AnswerOptions
     priority: int
 
     @abstractmethod
-    def prompts(self, texts: Texts) -> list[Prompt]:
-        """Each prompt. Raises RequestError where the checkpoint lacks what that takes, or for too long a text."""
+    def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
+        """Returns the tokenized prompts.
+
+        Raises RequestError if the checkpoint lacks a tokenizer or a template that they need, or for a text that is
+        too long.
+        """
 
     @property
     def num_sequences(self) -> int:
-        """Choices of all prompts."""
+        """The number of choices over all prompts."""
         return self.sampling.get("n", 1) * self.num_prompts
 
     @property
@@ -100,76 +105,80 @@ class GenerationRequest(ABC):
         return 1
 
     @abstractmethod
-    def answer(self, served: Served) -> Answer:
-        """The form in which this request is answered."""
+    def answer(self, context: AnswerContext) -> Answer:
+        """Returns the serializer of this request's answer."""
 
-    def reading(self, texts: Texts, prompt: Prompt) -> Reading:
-        """How what follows `prompt` is to be read: as plain text, unless the API knows more."""
-        return Reading()
+    def parser_spec(self, renderer: PromptRenderer, prompt: Prompt) -> ParserSpec:
+        """Returns how to parse the text generated after `prompt`; by default it is all content."""
+        return ParserSpec()
 
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Sampling parameters; `defaults` (the checkpoint's) apply where the client set nothing."""
+        """Returns the sampling parameters; `defaults`, the checkpoint's, fill in what the client did not set."""
         return SamplingParams(**{**defaults, **self.sampling})
 
-    def renamed(self, error: RequestError) -> RequestError:
-        """`error` in the client's words."""
-        return _renamed(error, self.names)
+    def with_client_names(self, error: RequestError) -> RequestError:
+        """Returns `error` with the SamplingParams field in `param` and message replaced by the body's field."""
+        return _with_client_names(error, self.client_names)
 
     def error_body(self, error: Exception) -> dict[str, Any]:
-        """What says that this request failed."""
+        """Returns the JSON body for `error` in the format of this request's API."""
         return error_object(error)
 
     def error_events(self, error: Exception) -> bytes:
-        """What ends a stream whose replica was lost."""
+        """Returns the events that end the stream of a request whose replica died."""
         return error_events(error)
 
 
-def read_generation(body: GenerationBody, limit: str, logprobs: tuple[str, int | None]) -> Json:
-    """Constructor arguments of a GenerationRequest. Raises RequestError.
+def generation_fields(
+    body: GenerationBody, max_tokens_field: str, logprobs_field: str, num_logprobs: int | None
+) -> Json:
+    """Returns the constructor arguments of a GenerationRequest. Raises RequestError.
 
-    `limit` is the field that holds the most tokens, `logprobs` the one for log-probabilities and how many it asks.
+    `max_tokens_field` and `logprobs_field` name the fields of `body` that set `max_tokens` and `logprobs`.
+    `num_logprobs` is None if the client asked for no log-probabilities.
     """
-    _refuse_unbuilt(body)
+    _check_supported(body)
     sampling = body.sampling()
-    names = {"max_tokens": limit, "logprobs": logprobs[0]}
-    most = {"max_tokens": getattr(body, limit), "logprobs": logprobs[1]}
-    sampling |= without_nulls(most)
+    names = {"max_tokens": max_tokens_field, "logprobs": logprobs_field}
+    sampling |= without_nulls({"max_tokens": getattr(body, max_tokens_field), "logprobs": num_logprobs})
     if structure := structured_outputs(body):
         names["structured_outputs"], sampling["structured_outputs"] = structure
     try:
         SamplingParams(**{"max_tokens": None, **sampling})
     except RequestError as error:
-        raise _renamed(error, names) from None
+        raise _with_client_names(error, names) from None
     return {
         "model": body.model,
         "sampling": sampling,
-        "names": names,
+        "client_names": names,
         "stream": body.stream,
-        "shown": _shown(body, logprobs[1] is not None),
+        "options": _answer_options(body, num_logprobs is not None),
         "priority": body.priority,
     }
 
 
-def _refuse_unbuilt(body: GenerationBody) -> None:
+def _check_supported(body: GenerationBody) -> None:
+    """Raises RequestError for a field, or a combination of fields, that is not supported."""
     given = body.undeclared
-    for name in _REFUSED if given else ():
-        neutral, advice = _REFUSED[name]
+    for name, (neutral, advice) in _UNSUPPORTED.items() if given else ():
         if name in given and given[name] not in neutral:
             raise RequestError(f"{name}={short(given[name])} is not supported; {advice}", param=name)
     n = body.n or 1
     if body.best_of not in (None, n):
-        raise RequestError(f"best_of must be n={n}: choices are not ranked here", param="best_of")
+        raise RequestError(
+            f"best_of must equal n={n}, since choices are not ranked; leave it out", param="best_of"
+        )
     if body.stream_options and not body.stream:
-        raise RequestError("stream_options need stream to be true", param="stream_options")
+        raise RequestError("stream_options requires stream to be true", param="stream_options")
     if body.stream and body.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs do not come in a stream", param="prompt_logprobs")
+        raise RequestError("prompt_logprobs cannot be streamed; set stream to false", param="prompt_logprobs")
 
 
-def _shown(body: GenerationBody, logprobs: bool) -> Shown:
+def _answer_options(body: GenerationBody, logprobs: bool) -> AnswerOptions:
     options = body.stream_options or _NO_OPTIONS
-    return Shown(
-        usage=options.include_usage,
-        usage_so_far=options.include_usage and options.continuous_usage_stats,
+    return AnswerOptions(
+        include_usage=options.include_usage,
+        continuous_usage_stats=options.include_usage and options.continuous_usage_stats,
         token_ids=body.return_token_ids,
         tokens_as_ids=body.return_tokens_as_token_ids,
         logprobs=logprobs,
@@ -177,9 +186,9 @@ def _shown(body: GenerationBody, logprobs: bool) -> Shown:
     )
 
 
-def _renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+def _with_client_names(error: RequestError, names: Mapping[str, str]) -> RequestError:
     param = error.param or ""
     field = re.split(r"[.\[]", param, maxsplit=1)[0]
     if names.get(field, field) == field:
         return error
-    return error.blaming(names[field], str(error).replace(param, names[field], 1))
+    return error.with_param(names[field], str(error).replace(param, names[field], 1))

@@ -1,4 +1,4 @@
-"""What OpenAI's chat and text completions share: the form around choices, and usage in streams."""
+"""What OpenAI's chat and text completions share: the object around choices, and usage in streams."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.text.choice import ChoiceDelta
-from serve_app.apis.shared.answer import DONE, Answer, Json, Served, event
+from serve_app.apis.shared.answer import DONE, Answer, AnswerContext, Json, event
 
 
 def logprob(value: float) -> float:
-    """As JSON has it, which knows no infinity; OpenAI's least is this."""
+    """Clamps a log-probability to OpenAI's minimum, since JSON has no infinity."""
     return max(value, -9999.0)
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What an answer shows beside its text: token counts at a stream's end or in every chunk, token ids, ids as
-    the names of tokens, log-probabilities of the answer's and of the prompt's tokens, the prompt ahead of the
-    answer; and whether it shows reasoning.
+class AnswerOptions:
+    """What the client asked an answer to include.
+
+    `include_usage` and `continuous_usage_stats` are OpenAI's and vLLM's stream options. `tokens_as_ids` names the
+    tokens of log-probabilities `token_id:N`. `echo` puts the prompt ahead of the answer.
     """
 
-    usage: bool = False
-    usage_so_far: bool = False
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
     token_ids: bool = False
     tokens_as_ids: bool = False
     logprobs: bool = False
@@ -36,50 +36,60 @@ class Shown:
 
 
 class OpenAIAnswer(Answer):
-    """Chunks of one answer share its id and time."""
+    """Serializes OpenAI's completion objects. All chunks of a stream share one id and creation time.
+
+    Subclasses set `prefix` (of the id), `object_name` and `chunk_name` (values of `object`).
+    """
 
     prefix: str
     object_name: str
     chunk_name: str
 
-    def __init__(self, served: Served, shown: Shown) -> None:
-        super().__init__(served)
-        # Without a tokenizer ids are all there is.
-        self.shown = shown if served.tokenizer else replace(shown, token_ids=True)
+    def __init__(self, context: AnswerContext, options: AnswerOptions) -> None:
+        super().__init__(context)
+        # A checkpoint without a tokenizer yields no text, so its answers always include token ids.
+        self.options = options if context.tokenizer else replace(options, token_ids=True)
         self._id = f"{self.prefix}-{self.unique}"
         self._created = int(time.time())
 
     def delta(self, delta: ChoiceDelta) -> bytes:
-        counts = self.usage.to_json() if self.shown.usage_so_far else None if self.shown.usage else ...
+        usage: Json = {}
+        if self.options.include_usage:
+            usage["usage"] = self.usage.to_json() if self.options.continuous_usage_stats else None
         return b"".join(
-            event(self._form(self.chunk_name, [choice], counts)) for choice in self.chunk_choices(delta)
+            event(self._object(self.chunk_name, [choice]) | usage) for choice in self.chunk_choices(delta)
         )
 
     def end(self) -> bytes:
-        if not self.shown.usage:
+        if not self.options.include_usage:
             return DONE
-        return event(self._form(self.chunk_name, [], self.usage.to_json())) + DONE
+        return event(self._object(self.chunk_name, []) | {"usage": self.usage.to_json()}) + DONE
 
-    def whole(self, choices: Sequence[ChoiceDelta]) -> Json:
-        return self._form(self.object_name, [self.choice(c) for c in choices], self.usage.to_json())
+    def full_response(self, choices: Sequence[ChoiceDelta]) -> Json:
+        response = self._object(self.object_name, [self.choice(choice) for choice in choices])
+        return response | {"usage": self.usage.to_json()}
 
     def token_text(self, token_id: int) -> str:
-        tokenizer = self.served.tokenizer
+        """Returns the text of a token; bytes that are not UTF-8 become U+FFFD."""
+        tokenizer = self.context.tokenizer
         return tokenizer.token_bytes(token_id).decode(errors="replace") if tokenizer else ""
 
     def token_name(self, token_id: int) -> str:
-        """What log-probabilities call a token: its text, or its id where there is no text or ids are asked for."""
-        as_id = self.shown.tokens_as_ids or self.served.tokenizer is None
+        """Returns the `token` of log-probabilities: the token's text, or `token_id:N`."""
+        as_id = self.options.tokens_as_ids or self.context.tokenizer is None
         return f"token_id:{token_id}" if as_id else self.token_text(token_id)
 
-    def beside(self, delta: ChoiceDelta) -> Json:
-        """What vLLM adds to a choice: what ended it, and token ids where they are asked for."""
-        ids = {"token_ids": list(delta.token_ids)} if self.shown.token_ids else {}
+    def vllm_fields(self, delta: ChoiceDelta) -> Json:
+        """Returns vLLM's additional fields of a choice: `stop_reason`, and `token_ids` if requested."""
+        ids = {"token_ids": list(delta.token_ids)} if self.options.token_ids else {}
         return {"stop_reason": delta.stop_reason, **ids} if delta.finish_reason else ids
 
     def prompt_logprobs(self, delta: ChoiceDelta) -> list[Json | None] | None:
-        """vLLM's form: by token id, of each token of the prompt and of the likeliest in its place."""
-        if delta.prompt_logprobs is None or not self.shown.prompt_logprobs:
+        """Returns vLLM's `prompt_logprobs`, if the client asked for them.
+
+        Each item maps token ids to scores: those of the prompt's token and of the likeliest alternatives.
+        """
+        if delta.prompt_logprobs is None or not self.options.prompt_logprobs:
             return None
         return [self._by_token_id(p) if p else None for p in delta.prompt_logprobs]
 
@@ -96,18 +106,17 @@ class OpenAIAnswer(Answer):
 
     @abstractmethod
     def choice(self, delta: ChoiceDelta) -> Json:
-        """A finished choice."""
+        """Returns a choice of the response body."""
 
     @abstractmethod
     def chunk_choices(self, delta: ChoiceDelta) -> list[Json]:
-        """The choice of each chunk that shows `delta`."""
+        """Returns the choice of each chunk that `delta` becomes."""
 
-    def _form(self, name: str, choices: list[Json], counts: Any) -> Json:
-        form = {
+    def _object(self, name: str, choices: list[Json]) -> Json:
+        return {
             "id": self._id,
             "object": name,
             "created": self._created,
-            "model": self.served.model,
+            "model": self.context.model,
             "choices": choices,
         }
-        return form if counts is ... else {**form, "usage": counts}

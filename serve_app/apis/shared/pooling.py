@@ -1,4 +1,4 @@
-"""What embeddings, reranking and scoring share: prompts that are read to their end, with nothing to follow."""
+"""What embeddings, reranking and scoring share: prompts whose last hidden state is read, with no generation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from serve_app.apis.shared.body import Body, Json, ModelName, Priority, User
 from serve_app.apis.shared.errors import error_object
-from serve_app.apis.shared.prompts import Prompt, Texts
+from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 
-MOST_INPUTS = 2048  # OpenAI's
+MOST_INPUTS = 2048  # OpenAI's limit
 
 
 class PoolingBody(Body):
-    """The fields that all of their bodies have."""
+    """The fields that all bodies of pooling requests share."""
 
     model: ModelName = ""
     priority: Priority = 0
     user: User = ""
 
     @model_validator(mode="after")
-    def _refuse_cuts(self) -> Self:
+    def _check_truncation(self) -> Self:
         if "truncate_prompt_tokens" in self.undeclared:
             raise RequestError(
                 "truncate_prompt_tokens is not supported; shorten the texts", param="truncate_prompt_tokens"
@@ -37,27 +37,27 @@ class PoolingBody(Body):
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """What came of a request: the name of what read it, the tokens of its prompts, and a vector for each."""
+class PoolingResult:
+    """The vector of each prompt, with the name of the model and the number of prompt tokens for the response."""
 
     model: str
     num_tokens: int
     vectors: list[array[float]]
 
-    def form(self, prefix: str, **parts: Any) -> Json:
-        """The answer with its own `parts`; an id begins with `prefix`."""
+    def response(self, prefix: str, **fields: Any) -> Json:
+        """Returns the response body: an id that begins with `prefix`, `fields`, and the usage."""
         return {
             "id": f"{prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": self.model,
-            **parts,
+            **fields,
             "usage": {"prompt_tokens": self.num_tokens, "total_tokens": self.num_tokens},
         }
 
 
 @dataclass(frozen=True)
 class PoolingRequest(ABC):
-    """A request for something that a model's state after each of some prompts says."""
+    """A parsed request for vectors: for each prompt, an embedding or logits of its last token's hidden state."""
 
     model: str
     priority: int
@@ -66,31 +66,31 @@ class PoolingRequest(ABC):
     @property
     @abstractmethod
     def num_sequences(self) -> int:
-        """How many prompts there are."""
+        """The number of prompts."""
 
     @abstractmethod
-    def pooling(self, texts: Texts) -> PoolingParams:
-        """What to read of each prompt. Raises RequestError where the checkpoint lacks what that takes."""
+    def pooling(self, renderer: PromptRenderer) -> PoolingParams:
+        """Returns what to compute from each prompt. Raises RequestError if the checkpoint cannot do it."""
 
     @abstractmethod
-    def prompts(self, texts: Texts) -> list[Prompt]:
-        """Each prompt. Raises RequestError where the checkpoint lacks what that takes, or for too long a text."""
+    def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
+        """Returns the tokenized prompts. Raises RequestError without a tokenizer, or for a text that is too long."""
 
     @abstractmethod
-    def place(self, index: int) -> str:
-        """The path of the field that prompt `index` came from."""
+    def input_path(self, index: int) -> str:
+        """Returns the path in the body, such as `input[3]`, of the text of prompt `index`."""
 
     @abstractmethod
-    def answer(self, pooled: Pooled) -> Json:
-        """The form in which this request is answered."""
+    def answer(self, result: PoolingResult) -> Json:
+        """Returns the response body."""
 
-    def blamed(self, error: RequestError, index: int) -> RequestError:
-        """`error`, which prompt `index` met, in the client's words."""
+    def with_error_path(self, error: RequestError, index: int) -> RequestError:
+        """Returns `error`, raised for prompt `index`, with the prompt's path in the body as `param`."""
         if error.param != "prompt":
             return error
-        place = self.place(index)
-        return error.blaming(place, str(error).replace("the prompt", place))
+        path = self.input_path(index)
+        return error.with_param(path, str(error).replace("the prompt", path))
 
     def error_body(self, error: Exception) -> dict[str, Any]:
-        """What says that this request failed."""
+        """Returns the JSON body for `error`."""
         return error_object(error)

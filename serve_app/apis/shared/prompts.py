@@ -1,4 +1,4 @@
-"""From a request's words to token ids, with what a checkpoint has for that."""
+"""Prompts: the fields that hold them, and the tokenizer and chat template that turn them into token ids."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from serve_app.apis.shared.body import ByType, Filled, Must, Range
 
 _EXPECTED = "text, a list of token ids, or a list of either, none of them empty"
-_TokenIds = Annotated[list[Annotated[int, Range(0)]], Must("a list of token ids", least=1)]
+_TokenIds = Annotated[list[Annotated[int, Range(0)]], Must("a list of token ids", min_items=1)]
 _Several = Annotated[
     list[Annotated[Filled | _TokenIds, ByType(_EXPECTED)]],
-    Must(_EXPECTED, least=1),
+    Must(_EXPECTED, min_items=1),
 ]
-# One prompt or several, each of which is text or token ids.
+# One prompt or several, each text or token ids.
 Prompts = Annotated[Filled | _TokenIds | _Several, ByType(_EXPECTED)]
 
-# Normalisation makes at most one character of so many.
-_COMPOSED = 4
+# Unicode normalization (NFC) composes at most this many characters into one.
+_MAX_COMPOSED = 4
 
 
 def as_prompts(given: str | list[int] | list[str | list[int]]) -> list[str | list[int]]:
-    """The prompts of a field; the same list if it was one of prompts."""
+    """Returns the prompts that a `Prompts` field holds: `given` itself if it is a list of prompts."""
     is_one = isinstance(given, str) or isinstance(given[0], int)
     return cast(list[str | list[int]], [given] if is_one else given)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the engine takes it, and its text where there was one."""
+    """A prompt's token ids, and its text if it was given or rendered as text."""
 
     token_ids: list[int]
     text: str | None = None
 
 
 @dataclass(frozen=True)
-class Texts:
-    """What makes prompts of words: the checkpoint's tokenizer and template, if it has them.
+class PromptRenderer:
+    """Turns text into prompts with the checkpoint's tokenizer and chat template, None where it has none.
 
-    `template_kwargs` are the service's defaults; `max_model_len` tokens are the most of prompt and output.
-    `tool_calls` is the form in which the model calls tools, where that is not to be seen from the template.
+    `max_model_len` is the context length in tokens, of prompt and output together. `template_kwargs` are the service's
+    default template variables. `tool_calls` overrides the tool-call format that the template shows.
     """
 
     tokenizer: Tokenizer | None
@@ -53,32 +53,32 @@ class Texts:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tool_calls: ToolCallForm | None = None
 
-    def prompt(self, text: str, name: str, add_special_tokens: bool = False) -> Prompt:
-        """`text` as token ids, `add_special_tokens` with those that the checkpoint puts around one.
+    def tokenize(self, text: str, param: str, add_special_tokens: bool = False) -> Prompt:
+        """Tokenizes `text`, with the tokenizer's special tokens around it if `add_special_tokens`.
 
-        Raises RequestError (param `name`) where it cannot be tokenized. A text that no tokenization makes short
-        enough is refused without trying.
+        Raises RequestError with `param` if there is no tokenizer or the text is too long. A text with more characters
+        than the longest tokens could cover within the context is refused without tokenizing it.
         """
         if self.tokenizer is None:
-            raise RequestError("this model has no tokenizer; send the prompt as token ids", param=name)
-        longest = self.tokenizer.longest_token * _COMPOSED
+            raise RequestError("this model has no tokenizer; send the prompt as token ids", param=param)
+        longest = self.tokenizer.longest_token * _MAX_COMPOSED
         if len(text) > self.max_model_len * longest:
             raise ContextLengthError(
-                f"the {name} has {len(text)} characters, which cannot fit the context of "
+                f"the {param} has {len(text)} characters, which cannot fit the context of "
                 f"{self.max_model_len} tokens; shorten it",
-                name,
+                param,
                 -(-len(text) // longest),
                 self.max_model_len,
                 at_least=True,
             )
         return Prompt(self.tokenizer.encode(text, add_special_tokens), text)
 
-    def cut(self, text: str, most_tokens: int) -> str:
-        """The beginning of `text` that has so many tokens; 0 cuts nothing. A character is not cut in two."""
-        if not most_tokens or self.tokenizer is None:
+    def truncate(self, text: str, max_tokens: int) -> str:
+        """Returns the start of `text` that its first `max_tokens` tokens cover, in whole characters; 0 is no limit."""
+        if not max_tokens or self.tokenizer is None:
             return text
-        text = text[: most_tokens * self.tokenizer.longest_token * _COMPOSED]
+        text = text[: max_tokens * self.tokenizer.longest_token * _MAX_COMPOSED]
         token_ids = self.tokenizer.encode(text)
-        if len(token_ids) <= most_tokens:
+        if len(token_ids) <= max_tokens:
             return text
-        return self.tokenizer.decode(token_ids[:most_tokens], skip_special_tokens=False).rstrip("\ufffd")
+        return self.tokenizer.decode(token_ids[:max_tokens], skip_special_tokens=False).rstrip("\ufffd")

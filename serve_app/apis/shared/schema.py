@@ -1,4 +1,4 @@
-"""JSON schemas (2020-12) of bodies, each whole, without references: a page of OpenAPI has them where they are used."""
+"""JSON schemas (2020-12) of request bodies for the OpenAPI page, with all `$ref` inlined."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ Json = dict[str, Any]
 
 
 def schema_of(model: type[BaseModel]) -> Json:
-    """What `model` takes. A field that may be left out may be null, whatever its default is."""
-    made = model.model_json_schema(schema_generator=_Nullable)
-    whole: Json = _whole(made, made.pop("$defs", {}))
-    return whole
+    """Returns the schema of `model`. An optional field is also nullable, whatever its default."""
+    schema = model.model_json_schema(schema_generator=_Nullable)
+    inlined: Json = _inline(schema, schema.pop("$defs", {}))
+    return inlined
 
 
 class _Nullable(GenerateJsonSchema):
+    """Makes the schema of every optional field accept null."""
+
     def model_field_schema(self, schema: core_schema.ModelField) -> Json:
-        made = super().model_field_schema(schema)
-        return _or_null(made) if schema["schema"]["type"] == "default" else made
+        field = super().model_field_schema(schema)
+        return _or_null(field) if schema["schema"]["type"] == "default" else field
 
     def typed_dict_field_schema(self, schema: core_schema.TypedDictField) -> Json:
-        made = super().typed_dict_field_schema(schema)
-        return made if schema.get("required") else _or_null(made)
+        field = super().typed_dict_field_schema(schema)
+        return field if schema.get("required") else _or_null(field)
 
     def nullable_schema(self, schema: core_schema.NullableSchema) -> Json:
         return _or_null(self.generate_inner(schema["schema"]))
@@ -39,25 +41,25 @@ def _or_null(schema: Json) -> Json:
         options = schema["anyOf"]
         return schema if {"type": "null"} in options else {**schema, "anyOf": [*options, {"type": "null"}]}
     if not schema.keys() & {"type", "$ref"} or isinstance(schema.get("type"), list):
-        return schema  # any value, or null already
+        return schema  # accepts any value, or already null
     if "type" in schema and not schema.keys() & {"enum", "const", "oneOf"}:
         return {**schema, "type": [schema["type"], "null"]}
-    said = ("default", "description")
-    bare = {name: value for name, value in schema.items() if name not in said}
-    return {"anyOf": [bare, {"type": "null"}], **{name: schema[name] for name in said if name in schema}}
+    annotations: Json = {name: schema[name] for name in ("default", "description") if name in schema}
+    bare = {name: value for name, value in schema.items() if name not in annotations}
+    return {"anyOf": [bare, {"type": "null"}], **annotations}
 
 
-def _whole(schema: Any, parts: Json) -> Any:
-    """`schema` with its parts in the places of their references, without the names that pydantic gives."""
+def _inline(schema: Any, definitions: Json) -> Any:
+    """Returns `schema` with each `$ref` replaced by its definition, without pydantic's titles and null defaults."""
     if isinstance(schema, list):
-        return [_whole(each, parts) for each in schema]
+        return [_inline(item, definitions) for item in schema]
     if not isinstance(schema, dict):
         return schema
     schema = dict(schema)
     if "$ref" in schema:
-        schema = {**parts[schema.pop("$ref").rpartition("/")[2]], **schema}
+        schema = {**definitions[schema.pop("$ref").rpartition("/")[2]], **schema}
     return {
-        name: _whole(value, parts)
+        name: _inline(value, definitions)
         for name, value in schema.items()
         if not (name == "title" and isinstance(value, str)) and not (name == "default" and value is None)
     }

@@ -1,4 +1,4 @@
-"""The fields of a body that say which form the text must have: OpenAI's, vLLM's and vLLM's older ones."""
+"""The fields for structured outputs: OpenAI's `response_format`, vLLM's `structured_outputs` and older `guided_*`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.structured.json_schema import loosened, without_options
 from serve_app.apis.shared.body import Body, ByTag, ByType, Filled, Json, Must, about, ignored
 
-NOT_SHOWN = "the form is not shown to the model, as in vLLM; say in the prompt what it should know."
+NOT_SHOWN = "as in vLLM the model does not see the schema; describe the format in the prompt."
 _Schema = Annotated[Json | str | bool, ByType("a JSON schema")]
 _Choices = Annotated[list[Filled], Must("a list of at least one non-empty string", 1)]
 
@@ -21,7 +21,7 @@ class _JsonSchema(TypedDict, total=False):
     description: Annotated[str, ignored(NOT_SHOWN)]
     schema: Required[Annotated[Json, about("JSON schema of the answer.")]]
     strict: Annotated[
-        bool, about("Refuses a schema that cannot be held in full; else what cannot be held is left out.")
+        bool, about("Refuses a schema with unsupported keywords, instead of ignoring these keywords.")
     ]
 
 
@@ -42,19 +42,19 @@ class _SchemaFormat(TypedDict):
 class _Structured(TypedDict, total=False):
     json: Annotated[_Schema, about("JSON schema.")]
     json_object: Annotated[bool, about("Any JSON object.")]
-    regex: Annotated[str, about("Matches the whole text.")]
-    choice: Annotated[_Choices, about("The text is one of these.")]
-    grammar: Annotated[str, about("In Lark's or GBNF's form.")]
+    regex: Annotated[str, about("Regular expression that the whole text matches.")]
+    choice: Annotated[_Choices, about("The text is one of these strings.")]
+    grammar: Annotated[str, about("Context-free grammar, in Lark or GBNF.")]
 
 
 class StructureBody(Body):
-    """At most one field may ask for a form."""
+    """The fields for structured outputs, of which a request may set one."""
 
     response_format: (
         Annotated[
             _TextFormat | _ObjectFormat | _SchemaFormat,
             ByTag("type", "an object with type"),
-            about("The form that the answer's text must have."),
+            about("The format that the answer's text must have."),
         ]
         | None
     ) = None
@@ -62,7 +62,7 @@ class StructureBody(Body):
         Annotated[
             _Structured,
             Must("an object with one of json, json_object, regex, choice and grammar"),
-            about("The form that the answer's text must have."),
+            about("The format that the answer's text must have."),
         ]
         | None
     ) = None
@@ -76,13 +76,13 @@ _NAMES = tuple(StructureBody.model_fields)
 
 
 def structured_outputs(body: StructureBody) -> tuple[str, StructuredOutputs] | None:
-    """What `body` asks of the text's form, with the field that asks. Raises RequestError if two fields do."""
+    """Returns the field that sets a format and the format, None without one. Raises RequestError for two formats."""
     given = [name for name in _NAMES if name in body.model_fields_set]
-    asked = {name: form for name in given if (form := _form(name, getattr(body, name))) is not None}
-    if len(asked) > 1:
-        first, second, *_ = asked
-        raise RequestError(f"{second} and {first} both give a form; leave one out", param=second)
-    for name, form in asked.items():
+    formats = {name: form for name in given if (form := _format(name, getattr(body, name))) is not None}
+    if len(formats) > 1:
+        first, second, *_ = formats
+        raise RequestError(f"{second} and {first} both set the output format; leave one out", param=second)
+    for name, form in formats.items():
         known = {field: form[field] for field in _Structured.__annotations__ if field in form}
         if name != "response_format" and isinstance(known.get("json"), dict):
             known["json"] = without_options(known["json"])
@@ -91,16 +91,16 @@ def structured_outputs(body: StructureBody) -> tuple[str, StructuredOutputs] | N
     return None
 
 
-def _form(name: str, value: Any) -> Json | None:
-    """Arguments of StructuredOutputs; None where `value` asks for nothing."""
+def _format(name: str, value: Any) -> Json | None:
+    """Returns the arguments of StructuredOutputs for field `name`; None if `value` allows any text."""
     if name == "structured_outputs":
         return value  # type: ignore[no-any-return]
     if name != "response_format":
         return {name.removeprefix("guided_"): value}
     if value["type"] == "json_schema":
-        asked = value["json_schema"]
-        schema = asked["schema"]
-        return {"json": without_options(schema) if asked.get("strict") else _loosened(schema)}
+        schema = value["json_schema"]["schema"]
+        is_strict = value["json_schema"].get("strict")
+        return {"json": without_options(schema) if is_strict else _loosened(schema)}
     if value["type"] == "json_object":
         schema = value.get("schema")
         return {"json_object": True} if schema is None else {"json": _loosened({"type": "object", **schema})}

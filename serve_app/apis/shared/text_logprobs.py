@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens of an answer's text, told from those of thoughts, calls and marks between them."""
+"""Selects the log-probabilities of an answer's text from those of reasoning, tool calls and tags."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from serve_app.apis.shared.openai import logprob
 
 
 class TextLogprobs:
-    """Takes the deltas of one choice; has for each what OpenAI gives beside its text.
+    """A queue with an item per delta of one choice: OpenAI's log-probabilities of the text tokens in it.
 
-    Tokens whose text is held back for a while are given with the next text that is shown.
+    Tokens whose text is held back belong to the next delta that has text.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -24,11 +24,12 @@ class TextLogprobs:
         self._ready: deque[list[Json]] = deque()
 
     def push(self, delta: ChoiceDelta) -> None:
+        """Adds the item of `delta`."""
         self._held += delta.logprobs[delta.num_reasoning_tokens :]
         if delta.text:
             shown = delta.text.encode()
             if not self._in_text:
-                self._drop_marks(shown)
+                self._drop_before_text(shown)
             if (
                 delta.finish_reason
                 and self._held
@@ -36,25 +37,25 @@ class TextLogprobs:
             ):
                 self._held.pop()  # the token that ended the answer
             self._in_text = True
-            self._ready.append([self._form(token) for token in self._held])
+            self._ready.append([self._token_logprobs(token) for token in self._held])
             self._held = []
             return
         if delta.reasoning or delta.tool_calls:
             self._held, self._in_text = [], False
         self._ready.append([])
 
-    def take(self) -> list[Json]:
-        """Those of the oldest delta that was not taken."""
+    def pop(self) -> list[Json]:
+        """Removes and returns the oldest item."""
         return self._ready.popleft()
 
-    def take_all(self) -> list[Json]:
-        """Those of all deltas that were not taken."""
-        taken = [token for tokens in self._ready for token in tokens]
+    def pop_all(self) -> list[Json]:
+        """Removes and returns all items, joined."""
+        tokens = [token for item in self._ready for token in item]
         self._ready.clear()
-        return taken
+        return tokens
 
-    def _drop_marks(self, shown: bytes) -> None:
-        """Drops what came ahead of the text: </think>, breaks, ends of calls."""
+    def _drop_before_text(self, shown: bytes) -> None:
+        """Drops held tokens that precede the text: `</think>`, line breaks, closing tags of tool calls."""
         first = next(
             (i for i, token in enumerate(self._held) if shown.startswith(self._bytes(token.token_id))), 0
         )
@@ -63,12 +64,12 @@ class TextLogprobs:
     def _bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
 
-    def _form(self, token: TokenLogprob) -> Json:
+    def _token_logprobs(self, token: TokenLogprob) -> Json:
         return {
-            **self._token(token.token_id, token.logprob),
-            "top_logprobs": [self._token(*other) for other in token.top],
+            **self._logprob(token.token_id, token.logprob),
+            "top_logprobs": [self._logprob(*other) for other in token.top],
         }
 
-    def _token(self, token_id: int, value: float) -> Json:
+    def _logprob(self, token_id: int, value: float) -> Json:
         data = self._bytes(token_id)
         return {"token": data.decode(errors="replace"), "logprob": logprob(value), "bytes": list(data)}
