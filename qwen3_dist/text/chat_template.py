@@ -1,7 +1,6 @@
-"""A checkpoint's own Jinja chat template, rendered in a sandbox as transformers renders it.
+"""A checkpoint's Jinja chat template, rendered in a sandbox as transformers renders it.
 
-The template is code somebody else wrote and the messages are a stranger's: whatever goes wrong
-inside a rendering is that request's error, never the service's.
+Templates and messages are untrusted: any exception while rendering becomes a RequestError.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from qwen3_dist.errors import CheckpointError, RequestError
 from qwen3_dist.text import history
 from qwen3_dist.text.sidecars import read_json_object, read_special_tokens
 
-_SENTINEL = "<|end of the final message|> "  # ends in a space, which shows whether a template strips
-# A message's reasoning goes by several names; templates read the first.
+_SENTINEL = "<|end of the final message|> "  # the trailing space reveals a template that strips content
+# Names that clients use for a message's reasoning; templates read the first.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """Renders a conversation to the prompt text the model was trained on.
+    """Renders a conversation to the prompt format that the model was trained on.
 
-    `templates` are Jinja sources by name: "default", and "tool_use" where the checkpoint has a
-    separate one for conversations with tools. Raises CheckpointError for a source that is no Jinja.
+    `templates` are Jinja sources by name: "default", and "tool_use" if the checkpoint has a separate template for
+    conversations with tools. Raises CheckpointError for a source that is not valid Jinja.
     """
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
@@ -48,15 +47,15 @@ class ChatTemplate:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ChatTemplate | None:
-        """Reads chat_template.jinja, else tokenizer_config.json, else chat_template.json; None if none.
+        """Reads chat_template.jinja, tokenizer_config.json or chat_template.json, the first that has a template.
 
-        Raises CheckpointError if a file is unreadable or names no "default" template.
+        Returns None if none has. Raises CheckpointError if a file is unreadable or names no "default" template.
         """
         templates = _read_templates(Path(path))
         return cls(templates, read_special_tokens(path)) if templates else None
 
     def source(self, with_tools: bool = False) -> str:
-        """The Jinja source that renders a conversation, of which it tells how the model answers."""
+        """Returns the Jinja source that renders a conversation with or without tools."""
         return self._sources[self._name(with_tools)]
 
     def _name(self, with_tools: bool) -> str:
@@ -70,16 +69,15 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **kwargs: Any,
     ) -> str:
-        """The prompt for `messages` (OpenAI's form); `kwargs` such as `enable_thinking` reach the template.
+        """Renders `messages` in OpenAI's format; `kwargs` such as `enable_thinking` are template variables.
 
-        With `continue_final_message` the prompt ends where the last message's text does. A missing content is
-        the empty string, and a list of text parts is their text. Where the template does not show a second or a late
-        system message, all are one at the front; where it wants the arguments of calls as objects, others become the
-        value of one. Raises RequestError (param "messages") where the template refuses the conversation or fails on
-        it.
+        `continue_final_message` ends the prompt where the last message's text ends. Missing content becomes an empty
+        string, and a list of text parts their text. System messages are merged at the front if the template does not
+        render later ones. Call arguments that are not an object are wrapped in one if the template requires it. Raises
+        RequestError (param "messages") if the template refuses the conversation or fails on it.
         """
         if not messages:
-            raise RequestError("messages must hold at least one message", param="messages")
+            raise RequestError("messages must have at least one message", param="messages")
         name = self._name(bool(tools))
         plain = self._adapted(name, [_plain_message(message) for message in messages])
         if continue_final_message:
@@ -101,7 +99,7 @@ class ChatTemplate:
         return _cut_at_end(rendered) if continue_final_message else rendered
 
     def _adapted(self, name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """`messages` as template `name` takes them."""
+        """Returns `messages` in a form that template `name` supports."""
         if history.has_late_system(messages) and not self._supports(name, history.SYSTEM_PROBE):
             messages = history.merge_system_messages(messages)
         if history.has_non_object_arguments(messages) and not self._supports(name, history.ARGUMENTS_PROBE):
@@ -109,24 +107,25 @@ class ChatTemplate:
         return messages
 
     def _supports(self, name: str, probe: list[dict[str, Any]]) -> bool:
-        """Whether template `name` shows every mark in `probe`."""
+        """Whether template `name` renders every sentinel in `probe`."""
         key = (name, id(probe))
         if key not in self._supported:
             variables = {**self._special_tokens, "messages": probe, "tools": None, "documents": None}
             try:
-                shown = self._templates[name].render(variables)
+                rendered = self._templates[name].render(variables)
             except Exception:  # noqa: BLE001 - untrusted code may raise anything
-                shown = ""
-            self._supported[key] = shown.count(history.SENTINEL) >= str(probe).count(history.SENTINEL)
+                rendered = ""
+            self._supported[key] = rendered.count(history.SENTINEL) >= str(probe).count(history.SENTINEL)
         return self._supported[key]
 
 
 def _cut_at_end(rendered: str) -> str:
-    """`rendered` up to the mark; a template that strips the message strips what was before the mark, too."""
-    text, mark, after = rendered.rpartition(_SENTINEL.strip())
-    if not mark:
+    """Returns `rendered` up to the sentinel, stripped if the template strips the last message."""
+    text, sentinel, after = rendered.rpartition(_SENTINEL.strip())
+    if not sentinel:
         raise RequestError(
-            "the model's chat template does not show the last message, so it cannot be continued",
+            "the model's chat template does not render the last message, so it cannot be continued; "
+            "set continue_final_message to false",
             param="continue_final_message",
         )
     return text if after.startswith(" ") else text.rstrip()
@@ -150,7 +149,7 @@ def _read_templates(path: Path) -> dict[str, str]:
 
 
 def _named_templates(value: Any, file: Path) -> dict[str, str]:
-    """Reads `chat_template` of `file`: one source, or a list of `{"name": ..., "template": ...}`."""
+    """Returns the sources in `chat_template` of `file`: a string, or a list of objects with name and template."""
     try:
         templates = (
             {"default": value} if isinstance(value, str) else {t["name"]: t["template"] for t in value}
@@ -160,12 +159,12 @@ def _named_templates(value: Any, file: Path) -> dict[str, str]:
     except (TypeError, KeyError):
         pass
     raise CheckpointError(
-        f"chat_template in {file} must be a string, or a list of name and template with a 'default'"
+        f"chat_template in {file} must be a string, or a list of objects with name and template, one named 'default'"
     )
 
 
 def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """`message` as templates expect it: no nulls, content a string, reasoning under its first name."""
+    """Returns `message` without nulls, with content as a string and reasoning as `reasoning_content`."""
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
     if reasoning is not None:
@@ -192,9 +191,9 @@ def _part_text(part: Any) -> str:
 
 
 class _Namespace(Namespace):
-    """`namespace()` without underscored names, by which a template could pose as a Python protocol."""
+    """Jinja's `namespace()`, without names that begin with an underscore, which could fake Python protocols."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # `self` stays free as a keyword, as in Jinja's own
+    def __init__(*args: Any, **kwargs: Any) -> None:  # as in Jinja, `self` may be a keyword argument
         self, *rest = args
         Namespace.__init__(self)
         for name, value in dict(*rest, **kwargs).items():
@@ -207,7 +206,7 @@ class _Namespace(Namespace):
 
 
 class _GenerationBlocks(Extension):
-    """Lets `{% generation %}` through: it marks the assistant's tokens for training, and renders its body."""
+    """Renders the body of `{% generation %}`, which marks the assistant's tokens for training."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own name and type
 
@@ -224,7 +223,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals.update(
         raise_exception=_raise_exception,
         strftime_now=lambda form: datetime.now().strftime(form),
-        dict=lambda *args, **kwargs: dict(*args, **kwargs),  # the type itself would be a way out
+        dict=lambda *args, **kwargs: dict(*args, **kwargs),  # exposing the type would allow a sandbox escape
         namespace=_Namespace,
     )
     return environment
@@ -237,7 +236,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML and sorts keys; models were trained on neither."""
+    """Replaces Jinja's `tojson`, which escapes HTML and sorts keys, unlike the models' training data."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,7 +1,7 @@
-"""Incremental detokenization of one generated choice: whole characters, never part of a stop string.
+"""Incremental detokenization of one generated choice into whole characters, without parts of a stop string.
 
-A byte-level token is a run of bytes, so the text so far is one UTF-8 decoder's state away from the
-text one token later. Each push costs its own tokens, however long the text is.
+A byte-level token is a sequence of bytes, so an incremental UTF-8 decoder is all the state that detokenization needs,
+and the cost of a token does not depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterable, Sequence
 from qwen3_dist.text.partial_match import partial_match
 from qwen3_dist.text.tokenizer import Tokenizer
 
-# What begins no character, though Python's decoder waits for a third byte, which it could let pass.
+# First two bytes of encoded surrogates, which are invalid UTF-8. Python's decoder would wait for a third byte.
 _SURROGATES = frozenset(bytes((0xED, second)) for second in range(0xA0, 0xC0))
 
 
 class TextStream:
-    """Turns token ids, as they come, into text that is safe to show.
+    """Turns streamed token ids into text that is safe to send.
 
-    All that `push` and `finish` return, joined, is `tokenizer.decode(all ids)`, cut before the stop
-    string that is complete first (of two complete at once, the longer), or after it with `include_stop`.
-    Those complete within the first `min_tokens` ids count for nothing. How the ids were split into pushes
-    changes nothing. `stopped_by` is the stop string.
+    The joined results of `push` and `finish` are `tokenizer.decode(all ids)`, cut before the stop string that is
+    complete first (of two complete at once, the longer), or after it with `include_stop`. Stop strings complete within
+    the first `min_tokens` ids are ignored. The result does not depend on how the ids were split into pushes.
+    `stopped_by` is the stop string that matched, `num_tokens` the number of ids used, without those after it.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class TextStream:
         self.stopped_by: str | None = None
         self._include_stop = include_stop
         self._min_tokens = min_tokens
-        self.num_tokens = 0  # ids so far, those after a stop string left out
+        self.num_tokens = 0
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # the longest tail of the text that may yet become a stop string
+        self._held = ""  # the longest suffix of the text that may become a stop string
         self._shown: list[str] = []
 
     @property
@@ -50,11 +50,11 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Everything shown so far."""
+        """The joined results so far."""
         return "".join(self._shown)
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Takes the next tokens; returns what may be shown now, "" once a stop string has matched."""
+        """Adds the next tokens. Returns the text that is safe to send, "" once a stop string has matched."""
         shown = ""
         for token_id in token_ids:
             if self.stopped:
@@ -65,7 +65,7 @@ class TextStream:
         return shown
 
     def finish(self) -> str:
-        """Returns what was held back: an unfinished character as U+FFFD, the start of a stop string."""
+        """Returns what was held back: the start of a stop string, an incomplete character as U+FFFD."""
         return self._advance(b"", final=True)
 
     def _advance(self, data: bytes, final: bool) -> str:

@@ -1,7 +1,7 @@
-"""Conversations put so that a strict chat template takes them: one system message, arguments that are objects.
+"""Adapts conversations to strict chat templates: one leading system message, and call arguments that are objects.
 
-Templates differ in what they take. `SYSTEM_PROBE` and `ARGUMENTS_PROBE` are conversations that show which kind one is:
-a template that copes shows every `SENTINEL` of the probe.
+`SYSTEM_PROBE` and `ARGUMENTS_PROBE` are conversations that test a template: one that renders every `SENTINEL` of a
+probe needs no adaptation.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ ARGUMENTS_PROBE: list[Message] = [
 
 
 def has_late_system(messages: list[Message]) -> bool:
-    """Whether a system message is not the first of `messages`."""
+    """Whether any message but the first is a system message."""
     return any(message.get("role") == "system" for message in messages[1:])
 
 
 def merge_system_messages(messages: list[Message]) -> list[Message]:
-    """`messages` with the text of all system messages in one at the front."""
+    """Returns `messages` with all system messages merged into one at the front."""
     texts = [message["content"] for message in messages if message.get("role") == "system"]
     others = [message for message in messages if message.get("role") != "system"]
     return [{"role": "system", "content": "\n\n".join(filter(None, texts))}, *others]
 
 
 def has_non_object_arguments(messages: list[Message]) -> bool:
-    """Whether a tool call in `messages` has arguments that are no object."""
+    """Whether any tool call in `messages` has arguments that are not an object."""
     return any(
         not isinstance(_function(call).get("arguments", {}), Mapping)
         for message in messages
@@ -52,13 +52,13 @@ def has_non_object_arguments(messages: list[Message]) -> bool:
 
 
 def wrap_arguments(message: Message) -> Message:
-    """`message` with arguments of calls that are no object as the only value of one."""
+    """Returns `message` with call arguments that are not an object wrapped as `{"arguments": ...}`."""
     calls = _calls(message)
     return {**message, "tool_calls": [_with_object(call) for call in calls]} if calls else message
 
 
 def _calls(message: Message) -> list[Mapping[str, Any]]:
-    """The calls of an assistant's message; others may have anything under that name."""
+    """Returns the tool calls of an assistant message, [] for other roles."""
     return (message.get("tool_calls") or []) if message.get("role") == "assistant" else []
 
 
@@ -72,6 +72,6 @@ def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The name and arguments of a call, which some histories have without a wrapper."""
+    """Returns the object with name and arguments, which some clients send without the `function` wrapper."""
     function: Mapping[str, Any] = call.get("function") or call
     return function

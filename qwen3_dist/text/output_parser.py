@@ -1,4 +1,4 @@
-"""A model's answer as it comes, told apart: what it thinks, what it says, and the tools it calls."""
+"""The parser of Qwen3's answers: reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from qwen3_dist.text.reasoning import Reasoning
 from qwen3_dist.text.tool_calls.stream import ToolCalls
 from qwen3_dist.text.tool_calls.tags import FUNCTION
 
-_BEGUN = re.compile(r"<tool_call>\s*(?:<[a-z]*)?\Z")
+_PARTIAL_CALL = re.compile(r"<tool_call>\s*(?:<[a-z]*)?\Z")
 
 
 class AnswerParser:
-    """The OutputParser of Qwen3's answers. Without `tool_calls`, what looks like a call is content.
+    """The OutputParser of Qwen3's answers. Without a `tool_calls` parser, text that looks like a call is content.
 
-    Calls in thoughts that end are drafts, and stay thoughts. In thoughts that never end, though the answer does, they
-    are calls. Thoughts from the first such call on are held until that is known.
+    Calls inside reasoning are drafts and stay reasoning, if the reasoning ends. If the answer ends inside reasoning,
+    they are tool calls. Reasoning from the first such call on is held back until that is known.
     """
 
     def __init__(self, reasoning: Reasoning, tool_calls: ToolCalls | None) -> None:
@@ -51,24 +51,24 @@ class AnswerParser:
 
 
 class _DraftCalls:
-    """Passes thoughts on up to the first call in them, and holds the rest."""
+    """Passes on reasoning up to the first tool call in it, and holds back the rest."""
 
     def __init__(self, openings: Sequence[str]) -> None:
         self._openings = openings
         bare = f"|{FUNCTION}" if FUNCTION in openings else ""
-        # The outer tag alone is often no more than mentioned.
+        # The outer tag alone is often only mentioned, so the call must have begun.
         self._call = re.compile(rf"<tool_call>\s*(?:[\[{{]|{FUNCTION}){bare}")
         self._held = ""
         self._is_call = False
 
     def push(self, text: str) -> str:
-        """What of the thoughts so far is no call."""
+        """Adds `text` of reasoning. Returns what certainly precedes the first call."""
         self._held += text
         if self._is_call:
             return ""
         call = self._call.search(self._held)
         self._is_call = call is not None
-        if found := call or _BEGUN.search(self._held):
+        if found := call or _PARTIAL_CALL.search(self._held):
             certain = found.start()
         else:
             certain = len(self._held) - partial_match(self._held, self._openings)
@@ -77,6 +77,6 @@ class _DraftCalls:
         return shown
 
     def release(self) -> str:
-        """What was held."""
+        """Returns what was held back."""
         held, self._held = self._held, ""
         return held

@@ -1,4 +1,4 @@
-"""Tags and stop strings in text that comes piece by piece."""
+"""Partial matches of tags and stop strings at the end of streamed text."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 def partial_match(text: str, strings: Sequence[str]) -> int:
-    """Length of the longest end of `text` that one of `strings` starts with, leaving out whole strings.
+    """Returns the length of the longest suffix of `text` that is a proper prefix of one of `strings`.
 
-    That much of the text must be held back until it is known what follows.
+    A streaming parser holds back that suffix until more text follows.
     """
     longest = max((len(string) - 1 for string in strings), default=0)
     for length in range(min(longest, len(text)), 0, -1):

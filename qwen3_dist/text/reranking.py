@@ -1,4 +1,4 @@
-"""Qwen3-Reranker: whether a document answers a query, in the words that it was trained on, told by yes or no."""
+"""Qwen3-Reranker: its prompt, and the relevance score from the logits of "yes" and "no"."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PROMPT = (
 
 
 def relevance_prompt(query: str, document: str, instruction: str | None = None) -> str:
-    """Asks whether `document` is what `query` and `instruction` (absent, that of a web search) look for."""
+    """Returns the prompt that asks whether `document` answers `query`; `instruction` defaults to web search."""
     return _PROMPT.format(instruction or INSTRUCTION, query, document)
 
 
 def relevance_pooling(tokenizer: Tokenizer) -> PoolingParams:
-    """Reads the answer: the logits of yes and no. Raises RequestError for a tokenizer without these words."""
+    """Returns the params that read the logits of yes and no. Raises RequestError if they are not tokens."""
     yes, no = tokenizer.token_id("yes"), tokenizer.token_id("no")
     if yes is None or no is None:
         raise RequestError(
@@ -35,7 +35,7 @@ def relevance_pooling(tokenizer: Tokenizer) -> PoolingParams:
 
 
 def relevance(logits: Sequence[float]) -> float:
-    """The probability of yes, given that the answer is yes or no."""
+    """Returns the probability of yes relative to no, from 0 to 1: softmax over `logits`, (yes, no)."""
     yes, no = logits
     odds = math.exp(-abs(yes - no))
     return (1 if yes >= no else odds) / (1 + odds)

@@ -1,4 +1,4 @@
-"""Parts of JSON schemas that stand elsewhere: behind references and under `allOf`, `anyOf` and `oneOf`."""
+"""Parts of JSON schemas behind `$ref` and under `allOf`, `anyOf` and `oneOf`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 from urllib.parse import unquote
 
 Json = Mapping[str, Any]
-_MOST_DEPTH = 8  # of references and alternatives; what lies deeper is not looked for
-_MOST_CHOICES = 10_000
+_MAX_DEPTH = 8  # of nested references and alternatives; deeper ones are ignored
+_MAX_CHOICES = 10_000
 
 
 def referenced(reference: Any, root: Any) -> Any:
-    """The part of `root` that a reference such as `#/$defs/a` names; None if there is none."""
+    """Returns the part of `root` that a reference such as `#/$defs/a` names, None if there is none."""
     if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
         return None
     for name in unquote(reference).split("/")[1:]:
@@ -26,29 +26,29 @@ def referenced(reference: Any, root: Any) -> Any:
 
 
 class ObjectSchema:
-    """The `properties` of the objects that `schema`, a root, allows, and the names that are `required`.
+    """The `properties` and `required` names of a root `schema` for an object, including those behind references.
 
-    A property that several schemas describe has those under `allOf`; one that only alternatives describe has theirs
-    under `anyOf`. A name is required that is so in all alternatives. What is no schema describes nothing.
+    A property described by several schemas gets them under `allOf`, one described by alternatives alone gets them
+    under `anyOf`. A name is required if all alternatives require it. An invalid schema has no properties.
     """
 
     def __init__(self, schema: Any) -> None:
         self._root = schema
-        self._held: dict[str, list[Any]] = {}
+        self._definite: dict[str, list[Any]] = {}
         self._possible: dict[str, list[Any]] = {}
         self._visited: dict[int, frozenset[str]] = {}  # names that each schema requires
-        self.required = self._visit(schema, self._held, 0)
+        self.required = self._visit(schema, self._definite, 0)
         self.properties = {
             **{name: _one(schemas, "anyOf") for name, schemas in self._possible.items()},
-            **{name: _one(schemas, "allOf") for name, schemas in self._held.items()},
+            **{name: _one(schemas, "allOf") for name, schemas in self._definite.items()},
         }
 
     def _visit(self, schema: Any, found: dict[str, list[Any]], depth: int) -> frozenset[str]:
         """Adds the properties of `schema` to `found`. Returns the names that it requires."""
-        if not isinstance(schema, Mapping) or depth > _MOST_DEPTH:
+        if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
             return frozenset()
         if id(schema) not in self._visited:
-            self._visited[id(schema)] = frozenset()  # for references that lead back here
+            self._visited[id(schema)] = frozenset()  # ends recursive references
             properties, required = schema.get("properties"), schema.get("required")
             for name, part in properties.items() if isinstance(properties, Mapping) else ():
                 found.setdefault(name, []).append(part)
@@ -64,12 +64,12 @@ class ObjectSchema:
 
 
 def choices(schema: Any, root: Any) -> list[Any]:
-    """The values of the `enum` or `const` of `schema`, a part of `root`; [] if it has none, or very many."""
+    """Returns the values that `schema`, a part of `root`, enumerates; [] if it does not, or has very many."""
     return _choices(schema, root, 0, {})
 
 
 def _choices(schema: Any, root: Any, depth: int, visited: dict[int, list[Any]]) -> list[Any]:
-    if not isinstance(schema, Mapping) or depth > _MOST_DEPTH:
+    if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
         return []
     values = schema.get("enum")
     if isinstance(values, list) or "const" in schema:
@@ -80,21 +80,21 @@ def _choices(schema: Any, root: Any, depth: int, visited: dict[int, list[Any]]) 
         visited[id(schema)] = []
         for options in [[part] for part in all_parts(schema, root)] + alternatives(schema):
             found = [_choices(option, root, depth + 1, visited) for option in options]
-            if all(found) and sum(map(len, found)) <= _MOST_CHOICES:
+            if all(found) and sum(map(len, found)) <= _MAX_CHOICES:
                 visited[id(schema)] = [value for values in found for value in values]
                 break
     return visited[id(schema)]
 
 
 def all_parts(schema: Json, root: Any) -> list[Any]:
-    """The schemas that hold beside `schema`: what its `$ref` names in `root`, and those of `allOf`."""
+    """Returns the schemas that apply in addition to `schema`: its `$ref` within `root`, and its `allOf`."""
     others = schema.get("allOf")
     target = referenced(schema.get("$ref"), root)
     return ([] if target is None else [target]) + (others if isinstance(others, list) else [])
 
 
 def alternatives(schema: Json) -> list[list[Any]]:
-    """The lists of schemas of which one holds beside `schema`."""
+    """Returns the `anyOf` and `oneOf` lists of `schema`."""
     return [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), list) and schema[key]]
 
 

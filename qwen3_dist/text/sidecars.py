@@ -1,4 +1,4 @@
-"""The small JSON files beside a checkpoint's weights: special tokens and generation defaults."""
+"""The small JSON files beside a checkpoint's weights: EOS ids, special tokens and generation defaults."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from qwen3_dist.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# What transformers would do with other keys of generation_config.json, by the values that change nothing.
-_NOT_APPLIED: dict[str, tuple[Any, ...]] = {
+# Keys of generation_config.json that only transformers applies, with the values that have no effect.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "min_length": (0,),
     "min_new_tokens": (0,),
@@ -37,7 +37,7 @@ _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, or {} where there is no such file. Raises CheckpointError."""
+    """Returns the JSON object in `file`, {} if the file does not exist. Raises CheckpointError."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,48 +47,51 @@ def read_json_object(file: Path) -> dict[str, Any]:
             f"{file} cannot be read as JSON ({error}); fetch the checkpoint again"
         ) from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not a {type(value).__name__}")
+        raise CheckpointError(f"{file} must contain a JSON object, not a {type(value).__name__}")
     return value
 
 
 def read_eos_token_ids(path: str | Path, tokenizer_eos: int | None = None) -> tuple[int, ...]:
-    """Ids that end a generation: all of generation_config.json's, `tokenizer_eos` and config.json's, in this order.
+    """Returns the EOS ids of generation_config.json, then `tokenizer_eos`, then those of config.json.
 
-    Fine-tunes often state the end of a turn in one of them alone. Works without a tokenizer. Raises CheckpointError
-    if a file is no JSON or its ids are no integers.
+    All are needed, since fine-tunes often set the end of a turn in one place alone. Works without a tokenizer. Raises
+    CheckpointError if a file is not JSON or an id is not a non-negative integer.
     """
     ids: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
         value = read_json_object(Path(path) / name).get("eos_token_id")
-        stated = () if value is None else tuple(value) if isinstance(value, list) else (value,)
-        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in stated):
+        ids_of_file = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+        if not all(
+            isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids_of_file
+        ):
             raise CheckpointError(
                 f"eos_token_id of {Path(path) / name} must be a token id or a list of them, not {value!r}"
             )
-        ids |= dict.fromkeys(stated)
+        ids |= dict.fromkeys(ids_of_file)
         if tokenizer_eos is not None:
             ids.setdefault(tokenizer_eos)
     return tuple(ids)
 
 
 def read_special_tokens(path: str | Path) -> dict[str, str]:
-    """`bos_token`, `eos_token`, ... of tokenizer_config.json, as text; those it leaves unset are absent."""
+    """Returns the bos_token, eos_token, unk_token and pad_token that tokenizer_config.json sets, by these names."""
     config = read_json_object(Path(path) / "tokenizer_config.json")
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)
-        text = value.get("content") if isinstance(value, dict) else value  # older files hold an AddedToken
+        text = (
+            value.get("content") if isinstance(value, dict) else value
+        )  # older files have an AddedToken object
         if isinstance(text, str):
             tokens[name] = text
     return tokens
 
 
 def read_generation_defaults(path: str | Path) -> dict[str, Any]:
-    """The SamplingParams that the checkpoint recommends in generation_config.json, as far as it states them.
+    """Returns the arguments of SamplingParams that generation_config.json sets.
 
-    As in vLLM `do_sample` is not read, so a file that states none or false and a temperature recommends that
-    temperature. Logs what the file states and this service does not apply. Raises CheckpointError for a value that
-    no request may have.
+    As in vLLM, `do_sample` is ignored: a temperature in the file applies even with `do_sample` false. Logs a warning
+    for settings that this service does not apply. Raises CheckpointError for a value that SamplingParams refuses.
     """
     file = Path(path) / "generation_config.json"
     config = read_json_object(file)
@@ -98,8 +101,8 @@ def read_generation_defaults(path: str | Path) -> dict[str, Any]:
     try:
         SamplingParams(**defaults)
     except RequestError as error:
-        raise CheckpointError(f"{file} recommends what no request may ask: {error}") from None
-    for key, neutral in _NOT_APPLIED.items():
+        raise CheckpointError(f"{file} recommends an invalid value: {error}") from None
+    for key, neutral in _UNSUPPORTED.items():
         if config.get(key) is not None and config[key] not in neutral:
             _log.warning("%s recommends %s=%r, which is not applied", file, key, config[key])
     return defaults

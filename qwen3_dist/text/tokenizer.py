@@ -14,9 +14,9 @@ __all__ = ["Tokenizer", "read_generation_defaults"]
 
 
 def _bytes_of_alphabet() -> dict[str, int]:
-    """Byte-level BPE's alphabet: which byte each of its 256 printable characters stands for.
+    """Returns byte-level BPE's alphabet: the byte for each of its 256 printable characters.
 
-    As GPT-2 defined it: printable Latin-1 stands for itself, the rest is numbered from U+0100 on.
+    As defined by GPT-2, printable Latin-1 characters represent themselves, and U+0100 onwards the other bytes.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -28,15 +28,15 @@ _ALPHABET = {byte: char for char, byte in _BYTES.items()}
 
 
 def spelled_in_bytes(data: bytes) -> str:
-    """How the vocabulary of a byte-level tokenizer writes a token of the bytes `data`."""
+    """Returns the spelling of the bytes `data` in a byte-level tokenizer's vocabulary."""
     return "".join(_ALPHABET[byte] for byte in data)
 
 
 class Tokenizer:
-    """Encodes and decodes as the checkpoint's `tokenizer.json` says.
+    """Encodes and decodes with a checkpoint's `tokenizer.json`.
 
-    `eos_token_ids` end a generation, `longest_token` is the most bytes that one token stands for. The
-    model's vocabulary may be padded past `vocab_size`; ids beyond it stand for no text.
+    `eos_token_ids` end a generation. `longest_token` is the length in bytes of the longest token. The model's
+    vocabulary may be padded beyond `vocab_size` with ids that have no text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, eos_token_ids: Sequence[int] = ()) -> None:
@@ -49,10 +49,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer | None:
-        """Reads `path/tokenizer.json`; None where there is none.
+        """Reads `path/tokenizer.json`. Returns None if the file does not exist.
 
-        EOS ids are those of generation_config.json, tokenizer_config.json's `eos_token` and config.json
-        together. Raises CheckpointError if a file is unreadable or the tokenizer not byte-level.
+        EOS ids are the union of those in generation_config.json, tokenizer_config.json and config.json. Raises
+        CheckpointError if a file is unreadable or the tokenizer is not byte-level.
         """
         file = Path(path) / "tokenizer.json"
         if not file.exists():
@@ -70,22 +70,22 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """The number of tokens, including added tokens."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def token_id(self, token: str) -> int | None:
-        """Id of a whole token such as `<|im_end|>`, or None."""
+        """Returns the id of a token such as `<|im_end|>`, or None."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Ids of `text`. Special tokens written in it are recognised; `add_special_tokens` adds those that the
-        checkpoint wants around a text (Qwen3-Embedding: <|endoftext|> after it).
+        """Returns the ids of `text`. Special tokens written in `text` become their ids.
 
-        Raises RequestError for text that has no UTF-8 form (a lone surrogate, as JSON can smuggle in).
+        `add_special_tokens` adds the tokenizer's special tokens around the text (Qwen3-Embedding: <|endoftext|> after
+        it). Raises RequestError for text with a lone surrogate, which JSON can contain.
         """
         try:
-            # Unlike `encode` this form lets other threads run meanwhile, and computes no offsets.
+            # Unlike `encode`, `encode_batch_fast` releases the GIL and computes no offsets.
             return list(self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
         except TypeError:
             raise RequestError(
@@ -93,15 +93,17 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are no UTF-8 become U+FFFD; ids outside the vocabulary are nothing."""
+        """Returns the text of `ids`. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary have no text."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes `token_id` stands for, maybe part of a character; b"" outside the vocabulary."""
+        """Returns the bytes of a token, possibly part of a character; b"" for an id outside the vocabulary."""
         cached = self._token_bytes.get(token_id)
         if cached is None:
             token = self._backend.id_to_token(token_id) or ""
-            inside = all(char in _BYTES for char in token)  # else an added token, kept as plain text
-            cached = bytes(_BYTES[char] for char in token) if inside else token.encode()
+            is_byte_level = all(
+                char in _BYTES for char in token
+            )  # else an added token, spelled as plain text
+            cached = bytes(_BYTES[char] for char in token) if is_byte_level else token.encode()
             self._token_bytes[token_id] = cached
         return cached

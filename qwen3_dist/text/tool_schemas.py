@@ -1,4 +1,4 @@
-"""What tools' JSON schemas say of their parameters' types, and values that were written as plain text."""
+"""Parameter types in tools' JSON schemas, and conversion of values written as plain text to these types."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 from qwen3_dist.text.schema_parts import ObjectSchema, choices, referenced
 from qwen3_dist.text.tool_calls.lenient_json import lenient_json
 
-_MOST_DEPTH = 8  # of references and alternatives; beyond, a value may be anything
-_KINDS = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-_WORDS = {"True": "true", "False": "false", "None": "null", "Null": "null"}
+_MAX_DEPTH = 8  # of nested references and alternatives; beyond it any type is allowed
+_TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
+_PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null", "Null": "null"}
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 _KEY = re.compile(r"[\w@.:/-]+(?: [\w@.:/-]+)*")
-_MOST_DIGITS = 4000  # that Python converts
+_MAX_DIGITS = 4000  # below the limit of Python's int conversion
 
 
 class ToolSchemas:
-    """Of tools in OpenAI's form; `names` are theirs. What is no schema allows anything."""
+    """The parameter schemas of `tools` in OpenAI's format, by tool name. An invalid schema allows anything."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         functions = [tool.get("function", tool) for tool in tools]
@@ -30,16 +30,16 @@ class ToolSchemas:
         self._types: dict[tuple[str, str], frozenset[str] | None] = {}
 
     def may_be_parameter(self, name: str, key: str, is_on_own_line: bool) -> bool:
-        """Whether `key` after `<parameter=` can be a parameter of tool `name`, and is no code that has the tag in it.
+        """Whether `key` after `<parameter=` may be a parameter of tool `name`, and not text with such a tag in it.
 
-        `is_on_own_line`: the tag stands where the template has it, so that an unknown key is the model's mistake.
+        `is_on_own_line`: the tag begins a line, as in the template. Then an unknown key is the model's mistake.
         """
         properties = self.arguments(name).properties
         may_be_unknown = is_on_own_line or not properties
         return key in properties or (may_be_unknown and _KEY.fullmatch(key) is not None)
 
     def types(self, name: str, key: str) -> frozenset[str] | None:
-        """JSON types that parameter `key` of tool `name` may have; None: any. An unknown parameter is text."""
+        """Returns the JSON types of parameter `key` of tool `name`, None for any. An unknown one is a string."""
         if (name, key) not in self._types:
             properties = self.arguments(name).properties
             known = key in properties
@@ -48,31 +48,31 @@ class ToolSchemas:
         return self._types[name, key]
 
     def choices(self, name: str, key: str) -> list[Any]:
-        """The values that parameter `key` of tool `name` may have; [] for others than a few."""
+        """Returns the values of parameter `key` of tool `name` if the schema enumerates them, else []."""
         return choices(self.arguments(name).properties.get(key), self._schemas.get(name))
 
     def arguments(self, name: str) -> ObjectSchema:
-        """What the schema of tool `name` says of its arguments."""
+        """Returns the properties and required names of tool `name`."""
         if name not in self._arguments:
             self._arguments[name] = ObjectSchema(self._schemas.get(name))
         return self._arguments[name]
 
 
 def typed_json(text: str, types: frozenset[str] | None) -> str:
-    """JSON of the value that `text` stands for: of one of `types` if it can be, else text, which has no quotes."""
+    """Returns JSON for `text`, which was written without quotes: of one of `types` if possible, else a string."""
     return _typed(text.strip(), types) or json.dumps(text, ensure_ascii=False)
 
 
 def _typed(literal: str, types: frozenset[str] | None) -> str | None:
-    fitting = _fitting(_WORDS.get(literal, literal), types)
-    if fitting is None and types is not None:
-        fitting = _container(literal, types) if "string" in types else _repaired(literal, types)
-    return fitting
+    json_text = _literal_of_type(_PYTHON_LITERALS.get(literal, literal), types)
+    if json_text is None and types is not None:
+        json_text = _container(literal, types) if "string" in types else _repaired(literal, types)
+    return json_text
 
 
-def _fitting(literal: str, types: frozenset[str] | None) -> str | None:
-    """`literal` if it is JSON of one of `types` and no text. Null stands for no value of any type but text."""
-    kind = _kind(literal)
+def _literal_of_type(literal: str, types: frozenset[str] | None) -> str | None:
+    """Returns `literal` if it is JSON of one of `types`, else None. Strings are excluded; null fits any other type."""
+    kind = _json_type(literal)
     if kind in (None, "string"):
         return None
     if types is None or kind in types:
@@ -85,22 +85,24 @@ def _fitting(literal: str, types: frozenset[str] | None) -> str | None:
 
 
 def _repaired(literal: str, types: frozenset[str]) -> str | None:
-    """JSON of a value that cannot be text, as Python or a careless hand writes it."""
+    """Returns JSON for a value that cannot be a string: a quoted value, a number, or a Python literal; else None."""
     if len(literal) > 1 and literal[0] in "\"'" and literal[-1] == literal[0]:
         return _typed(literal[1:-1].replace(f"\\{literal[0]}", literal[0]).strip(), types)
     if _NUMBER.fullmatch(literal):
         exact = Decimal(literal)
-        if exact.adjusted() >= _MOST_DIGITS:
+        if exact.adjusted() >= _MAX_DIGITS:
             return None
         is_whole = exact == exact.to_integral_value()
         if is_whole and types.isdisjoint(("integer", "number")):
             return {0: "false", 1: "true"}.get(int(exact)) if "boolean" in types else None
-        return _fitting(str(int(exact) if is_whole else exact), types)
-    return _fitting(_WORDS.get(literal.capitalize(), ""), types) or _container(literal, types)
+        return _literal_of_type(str(int(exact) if is_whole else exact), types)
+    return _literal_of_type(_PYTHON_LITERALS.get(literal.capitalize(), ""), types) or _container(
+        literal, types
+    )
 
 
 def _container(literal: str, types: frozenset[str]) -> str | None:
-    """JSON of a list or an object that is written as in Python, or not quite as JSON."""
+    """Returns JSON for a list or an object in lenient JSON, such as a Python literal; else None."""
     if {"{": "object", "[": "array"}.get(literal[:1]) not in types:
         return None
     read = lenient_json(literal)
@@ -108,32 +110,27 @@ def _container(literal: str, types: frozenset[str]) -> str | None:
     return read.written if is_whole else None
 
 
-def _kind(literal: str) -> str | None:
-    """The JSON type of `literal`; None if it is no JSON."""
+def _json_type(literal: str) -> str | None:
+    """Returns the JSON type of `literal`, None if it is not valid JSON."""
     try:
-        value = json.loads(literal, parse_constant=_refuse, parse_int=_number_of_digits)
+        value = json.loads(literal, parse_constant=_refuse_constant, parse_int=len)
     except (ValueError, RecursionError):
         return None
-    return "null" if value is None else _KINDS[type(value)]
+    return "null" if value is None else _TYPE_NAMES[type(value)]
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not valid JSON")
-
-
-def _number_of_digits(digits: str) -> int:
-    """Stands for the number, which is not needed and may be too long to convert."""
-    return len(digits)
 
 
 def _types(
     schema: Any, root: Any, depth: int, visited: dict[int, frozenset[str] | None]
 ) -> frozenset[str] | None:
-    """Types that `schema`, a part of `root`, allows; None: any."""
-    if not isinstance(schema, dict) or depth > _MOST_DEPTH:
+    """Returns the types that `schema`, a part of `root`, allows, None for any type."""
+    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return None
     if id(schema) not in visited:
-        visited[id(schema)] = None  # for references that lead back here
+        visited[id(schema)] = None  # ends recursive references
         visited[id(schema)] = _types_of(schema, root, depth, visited)
     return visited[id(schema)]
 
@@ -144,11 +141,11 @@ def _types_of(
     if "type" in schema:
         named = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         nullable = ["null"] if schema.get("nullable") is True else []
-        return _of_choices(frozenset(str(name) for name in [*named, *nullable]), schema)
+        return _restrict_to_choices(frozenset(str(name) for name in [*named, *nullable]), schema)
     if "$ref" in schema:
         return _types(referenced(schema["$ref"], root), root, depth + 1, visited)
     if "enum" in schema or "const" in schema:
-        return _kinds_of_choices(schema)
+        return _types_of_choices(schema)
     for key in ("anyOf", "oneOf", "allOf"):
         if isinstance(schema.get(key), list):
             options = [_types(option, root, depth + 1, visited) for option in schema[key]]
@@ -156,17 +153,17 @@ def _types_of(
     return None
 
 
-def _kinds_of_choices(schema: dict[str, Any]) -> frozenset[str]:
+def _types_of_choices(schema: dict[str, Any]) -> frozenset[str]:
     values = schema.get("enum", [schema.get("const")])
     values = values if isinstance(values, list) else [values]
-    return frozenset("null" if value is None else _KINDS.get(type(value), "") for value in values)
+    return frozenset("null" if value is None else _TYPE_NAMES.get(type(value), "") for value in values)
 
 
-def _of_choices(types: frozenset[str], schema: dict[str, Any]) -> frozenset[str]:
-    """Those of `types` that values of the schema's enum or const have, and null; all if none has one."""
+def _restrict_to_choices(types: frozenset[str], schema: dict[str, Any]) -> frozenset[str]:
+    """Returns `types` restricted to those of the values of `enum` or `const`, and null; all if that leaves none."""
     if not ("enum" in schema or "const" in schema):
         return types
-    kinds = _kinds_of_choices(schema)
+    kinds = _types_of_choices(schema)
     wider = kinds | ({"integer", "number"} if kinds & {"integer", "number"} else set())
     return types & (wider | {"null"}) if types & wider else types
 

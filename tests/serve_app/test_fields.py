@@ -56,7 +56,7 @@ TEMPLATE = """{{ messages | tojson }} {{ tools | tojson }} {{ documents | tojson
 class Store:
     """Has every response and item; each says its id."""
 
-    keeps = True
+    is_enabled = True
 
     def conversation(self, response_id: str | None) -> list[dict[str, Any]]:
         return [{"role": "user", "content": response_id}] if response_id else []

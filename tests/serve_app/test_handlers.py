@@ -119,7 +119,7 @@ def test_a_whole_answer_is_built_off_the_event_loop(
         threads.append(threading.current_thread().name)
         return whole(answer, choices)
 
-    monkeypatch.setattr(CompletionAnswer, "whole", build)
+    monkeypatch.setattr(CompletionAnswer, "full_response", build)
     assert respond(engine, max_tokens=3, logprobs=20, echo=True)["choices"]
     assert threads and threads[0] != threading.current_thread().name
 

@@ -82,6 +82,6 @@ def test_a_page_lies_between_two_models() -> None:
 
 @pytest.mark.parametrize("name", ["", "three"])
 def test_no_other_model_is_served(name: Any) -> None:
-    with pytest.raises(RequestError, match="'base', 'one', 'two' are") as refused:
+    with pytest.raises(RequestError, match="use 'base' or 'one' or 'two'") as refused:
         MODELS.check(name)
     assert (refused.value.status, refused.value.param) == (404, "model")

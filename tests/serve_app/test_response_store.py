@@ -70,8 +70,8 @@ def refusal(store: ResponseStore, **body: Any) -> dict[str, Any]:
     return told
 
 
-def store(most_bytes: int = 2**20, clock: Clock | None = None) -> ResponseStore:
-    return ResponseStore(most_bytes, 100, clock or Clock())
+def store(max_bytes: int = 2**20, clock: Clock | None = None) -> ResponseStore:
+    return ResponseStore(max_bytes, 100, clock or Clock())
 
 
 HELLO = {"role": "user", "content": "Hello"}
@@ -184,7 +184,7 @@ def test_a_response_is_whole_where_what_it_follows_was_deleted_while_it_was_made
 def test_what_a_response_follows_is_not_dropped_before_it() -> None:
     clock = Clock()
     size = len(json.dumps(asked(store(), input="Hello"))) + 2000
-    kept = store(most_bytes=3 * size, clock=clock)
+    kept = store(max_bytes=3 * size, clock=clock)
     first = asked(kept, input="Hello")["id"]
     second = asked(kept, input=[MORE], previous_response_id=first)["id"]
     for now in (80, 160, 240):
@@ -212,7 +212,7 @@ def test_what_is_not_stored_is_refused_in_openais_words() -> None:
 
 
 def test_a_service_that_stores_nothing_says_so() -> None:
-    nothing = store(most_bytes=0)
+    nothing = store(max_bytes=0)
     first = asked(nothing, input="Hello")
     assert first["store"] is False
     assert refusal(nothing, input="Go", previous_response_id=first["id"])
@@ -220,7 +220,7 @@ def test_a_service_that_stores_nothing_says_so() -> None:
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
     size = len(json.dumps(asked(store(), input="Hello"))) + 2000
-    kept = store(most_bytes=3 * size)
+    kept = store(max_bytes=3 * size)
     first, second, third = (asked(kept, input="Hello")["id"] for _ in range(3))
     messages(kept, input="Go", previous_response_id=first)
     asked(kept, input="Hello")
@@ -241,9 +241,9 @@ def test_a_response_is_stored_for_a_time_after_its_last_use() -> None:
 
 
 def test_a_response_larger_than_the_store_is_not_kept() -> None:
-    kept = store(most_bytes=1500)
+    kept = store(max_bytes=1500)
     assert refusal(kept, input="Go", previous_response_id=asked(kept, input="Hello")["id"])
-    assert kept.keeps
+    assert kept.is_enabled
 
 
 def test_an_answer_that_failed_is_not_kept() -> None:

@@ -1,1 +1,1 @@
-"""Tool calls in a model's text, in Qwen3's JSON form and in Qwen3-Coder's XML form."""
+"""Parsers of tool calls in a model's text, in Qwen3's JSON format and in Qwen3-Coder's XML format."""

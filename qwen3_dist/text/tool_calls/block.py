@@ -1,4 +1,4 @@
-"""What a block of tool calls says once its text is known."""
+"""The result of parsing the whole text of a block of tool calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class WrittenCall:
-    """A call that a model wrote; `arguments` is JSON of an object."""
+    """A parsed call; `arguments` is a JSON object."""
 
     name: str
     arguments: str
@@ -15,10 +15,10 @@ class WrittenCall:
 
 @dataclass(frozen=True)
 class Block:
-    """The calls of a block and the text after the last of them; without calls it is none.
+    """The calls of a block and the text after the last of them. Text without calls is not a block.
 
-    `is_cut` where the text ends inside a value, so that more of it may mean something else. `is_closed` where
-    nothing had to be added to its end.
+    `is_cut`: the text ends inside a value, so that more text could change the result. `is_closed`: the last call was
+    complete, with nothing to add at its end.
     """
 
     calls: tuple[WrittenCall, ...] = ()

@@ -1,4 +1,4 @@
-"""What the backslashes of a JSON string mean, where models forget to double them."""
+"""Interprets backslashes in JSON strings of models that forget to double them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ _BREAKS = "nrt"
 
 
 class Escapes:
-    r"""The escapes of one string, as they come.
+    r"""Interprets the escapes of one streamed string.
 
-    A backslash that begins no escape is text. In a string that has one, `\b` and `\f` are text as well, and so are
-    `\n`, `\r` and `\t` if the string begins with a Windows drive (`C:\new\Users`). Elsewhere these three remain white
-    space if one of them stands before anything but a letter, as in code of several lines; if none does,
-    the string `is_unclear`. Text after an escape that may turn out to be text is held until that is known.
+    A stray backslash, which begins no valid escape, is text. In a string that has one, `\b` and `\f` are text too, and so are `\n`, `\r` and `\t` if the string begins with a Windows drive (`C:\new\Users`). Without a drive
+    these three are white space if any of them precedes a non-letter, as in code of several lines; otherwise the string
+    `is_unclear`. An escape that may turn out to be text is held back, with the text after it, until that is known.
     """
 
     def __init__(self) -> None:
         self._has_stray = False
-        self._head = ""  # the begin of the string
+        self._head = ""  # the first characters of the string
         self._has_drive = False
         self._is_after_break = False
         self._num_breaks = 0
         self._has_sure_break = False
-        self._held: list[
-            tuple[str, str]
-        ] = []  # text as it is if there is a stray backslash, and if there is none
+        self._held: list[tuple[str, str]] = []  # readings with and without a stray backslash
 
     @property
     def is_holding(self) -> bool:
@@ -34,12 +31,12 @@ class Escapes:
 
     @property
     def is_unclear(self) -> bool:
-        """Whether the string, which ends here, may mean two things."""
+        """Whether the string, which ends here, is ambiguous."""
         is_sure = self._has_sure_break or self._is_after_break
         return self._has_stray and self._num_breaks > 0 and not is_sure
 
     def see(self, char: str) -> None:
-        """Looks at the next character of the string, its end included."""
+        """Observes the next character of the string, including its closing quote."""
         if self._is_after_break:
             self._is_after_break = False
             self._has_sure_break = self._has_sure_break or not char.isalpha()
@@ -47,12 +44,12 @@ class Escapes:
             self._head += char
 
     def add_stray(self) -> None:
-        """Takes a backslash that begins no escape."""
+        """Adds a backslash that begins no valid escape."""
         self._has_stray = True
         self._see_drive()
 
     def add(self, letter: str) -> bool:
-        """Takes the escape that `letter` names. Returns whether it is to be held."""
+        """Adds the escape `\\letter`. Returns whether the caller must hold it back."""
         if letter not in "\\u":
             self._see_drive()
         if letter in "bf" or (letter in _BREAKS and self._has_drive):
@@ -63,14 +60,14 @@ class Escapes:
         return False
 
     def hold(self, before: str, escape: str) -> None:
-        """Holds `escape`, and `before` ahead of it."""
+        """Holds back `escape`, after the text `before`."""
         self._held.append((f"{before}\\{escape}", before + escape))
 
     def hold_text(self, text: str) -> None:
         self._held.append((text, text))
 
     def release(self) -> str:
-        """What was held, once it is known what it means."""
+        """Returns what was held back, once its meaning is known."""
         held = "".join(stray if self._has_stray else plain for stray, plain in self._held)
         self._held = []
         return held

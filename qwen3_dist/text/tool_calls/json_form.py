@@ -1,4 +1,4 @@
-"""Tool calls in Qwen3's JSON form: `{"name": ..., "arguments": {...}}` between the tags."""
+"""Tool calls in Qwen3's JSON format: `{"name": ..., "arguments": {...}}` between `<tool_call>` tags."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from qwen3_dist.text.tool_calls.block import Block, WrittenCall
 from qwen3_dist.text.tool_calls.json_reader import SPACE, JsonReader
 from qwen3_dist.text.tool_calls.lenient_json import LenientJson, LenientReader, lenient_json
 
-# What may follow what, outside of the members' keys and values.
+# Which punctuation may follow which, outside of the members' keys and values.
 _FOLLOWERS = {"": "{", "{": '"}', "key": ":", "value": ",}", ",": '"'}
-_ARGUMENTS = ("arguments", "parameters")
+_ARGUMENT_KEYS = ("arguments", "parameters")
 _TAG = "tool_call>"
-_JSON = "{[\"':"  # what prose after a call does not begin with
+_JSON_STARTS = "{[\"':"  # prose after a call does not begin with one of these
 _ESCAPED = re.compile(r"\\.", re.DOTALL)
-_LABELS = ("name", "id", "type", "index")  # what stands beside arguments; anything else may be some
+_METADATA_KEYS = ("name", "id", "type", "index")  # members under other keys may be arguments
 
 
 class JsonCall:
-    """Reads one call that is strict JSON. `name` is known with its closing quote; `pop_arguments` gives what came.
+    """Incrementally parses one call in strict JSON.
 
-    The members' order is free. Arguments may be an object, JSON text of one, null, or absent, and other members are
-    ignored where there are arguments. `failed` once it is no such call. What `pop_arguments` gave is valid JSON
-    with `remaining_arguments` after it, once the arguments have ended (`has_arguments`). `num_shown` characters of the call
-    are what it gave, and what was ahead of that.
+    Members may come in any order. Arguments may be an object, a string with the JSON of one, null, or absent; other
+    members are ignored if there are arguments. `name` is known at its closing quote. `failed`: the text is not such a
+    call. The results of `pop_arguments`, followed by `remaining_arguments` once `has_arguments`, are valid JSON.
+    `num_shown` is the number of characters of the call up to the end of what `pop_arguments` returned.
     """
 
     def __init__(self) -> None:
@@ -38,15 +38,15 @@ class JsonCall:
         self._last = ""  # the last punctuation, "key" or "value"
         self._key = ""
         self._reader: JsonReader | None = None
-        self._value = ""  # of what is being read
-        self._arguments = ""  # not taken yet
+        self._value = ""  # the value or key under way
+        self._arguments = ""  # not popped yet
         self._streamed: JsonReader | None = None
-        self._is_early = False  # whether they come as they are read
+        self._is_streaming = False  # whether arguments are popped as they arrive
         self.others: list[str] = []  # members that may be arguments
-        self._function = ""  # the member that OpenAI's clients have around name and arguments
+        self._function = ""  # the value of `function`, which OpenAI's format wraps around name and arguments
 
     def read(self, text: str) -> int:
-        """Reads as far as the call goes. Returns where the first character lies that is not its own."""
+        """Parses up to the end of the call. Returns the index of the first character after it."""
         at = 0
         while at < len(text) and not (self.done or self.failed):
             if self._reader is not None:
@@ -69,18 +69,18 @@ class JsonCall:
 
     @property
     def is_all_but_closed(self) -> bool:
-        """Whether name and arguments are whole."""
+        """Whether name and arguments are complete."""
         return bool(self.name) and self.has_arguments and not self.failed
 
     def pop_arguments(self) -> str:
-        """What came of the arguments since the last time, if they come before the end of the call."""
-        if not self._is_early:
+        """Returns the arguments since the last call of this method, "" if they must wait for the call's end."""
+        if not self._is_streaming:
             return ""
-        taken, self._arguments = self._arguments, ""
-        return taken
+        new, self._arguments = self._arguments, ""
+        return new
 
     def remaining_arguments(self) -> str:
-        """What was not yet taken of arguments that have ended."""
+        """Returns the arguments that `pop_arguments` has not returned, once they are complete."""
         return self._arguments + self._tail
 
     def _begin_value(self, first: str) -> None:
@@ -90,10 +90,10 @@ class JsonCall:
         elif self._is_arguments():
             self.failed = first not in '{"n'
             if first == "{":
-                self._streamed, self._is_early = self._reader, self.name is not None
+                self._streamed, self._is_streaming = self._reader, self.name is not None
 
     def _is_arguments(self) -> bool:
-        return self._key in _ARGUMENTS and not self.has_arguments
+        return self._key in _ARGUMENT_KEYS and not self.has_arguments
 
     def _read_value(self, reader: JsonReader, text: str, start: int) -> int:
         at, shown = reader.read(text, start)
@@ -121,13 +121,13 @@ class JsonCall:
             self._tail, self.has_arguments = reader.held, True
         elif self._is_arguments():
             if value not in ("null", '""'):
-                self._append_text(_text(value))
-        elif self._key not in _LABELS:
+                self._set_arguments(_text(value))
+        elif self._key not in _METADATA_KEYS:
             self.others.append(f"{json.dumps(self._key)}: {value}")
             self._function = value if self._key == "function" else self._function
 
-    def _append_text(self, text: str | None) -> None:
-        """Takes `text` as the arguments if it is an object."""
+    def _set_arguments(self, text: str | None) -> None:
+        """Sets the arguments to `text`, or fails if it is not a JSON object."""
         stripped = (text or "").strip()
         read = lenient_json(stripped)
         is_whole = stripped[:1] == "{" and not read.is_cut and read.end == len(stripped)
@@ -140,12 +140,13 @@ class JsonCall:
         if not self.has_arguments and not self.others:
             self._tail, self.has_arguments = "{}", True
         if self.name is None:
-            self._take_function()
+            self._read_function()
         has_none = not self.num_shown and "".join((self._arguments + self._tail).split()) == "{}"
         self.done = self.name is not None and self.has_arguments and not (has_none and self.others)
         self.failed = not self.done
 
-    def _take_function(self) -> None:
+    def _read_function(self) -> None:
+        """Reads name and arguments from the member `function`."""
         inner = JsonCall()
         if self._function.startswith("{"):
             inner.read(self._function)
@@ -155,10 +156,10 @@ class JsonCall:
 
 
 def json_block(text: str) -> Block:
-    """Reads `text` as calls: an object, several of them, or a list, as far as they can be meant in one way only.
+    """Parses `text` as calls: one object, several, or a list, repaired where only one meaning is possible.
 
-    A string that holds tags of calls ends at its first quote, lest it take in the calls after it. Prose after the
-    last call is content, but where more JSON follows it that is no call, none of the block is.
+    If the text has tags of calls, strings end at their first quote, so that they do not swallow the calls after them.
+    Prose after the last call is content. If JSON follows that is not a call, nothing in the block is a call.
     """
     repairs_quotes = _TAG not in text
     calls: list[WrittenCall] = []
@@ -170,23 +171,25 @@ def json_block(text: str) -> Block:
         is_closed, is_cut = read.is_closed, read.is_cut
         end = _skipped(text, read.end, "}],;")
         call = _written_call(read, "}" in text[read.end : end])
-        if call is None or not (is_closed or any(f'"{key}"' in (read.written or "") for key in _ARGUMENTS)):
+        if call is None or not (
+            is_closed or any(f'"{key}"' in (read.written or "") for key in _ARGUMENT_KEYS)
+        ):
             break
         calls.append(call)
         in_list = in_list and "]" not in text[read.end : end]
         at = end
-    if calls and not is_cut and at < len(text) and (in_list or text[at] in _JSON):
+    if calls and not is_cut and at < len(text) and (in_list or text[at] in _JSON_STARTS):
         return Block()
     return Block(tuple(calls), text[at:], is_cut, is_closed)
 
 
 def ends_in_string(text: str) -> bool:
-    """Whether a tag that follows `text`, the begin of a block in JSON, is text of a string there.
+    """Whether `text`, the start of a JSON block, ends inside a string, so that a tag after it is part of the string.
 
-    Where `text` can be no JSON, the tag is none of a string only after a bracket with as many quotes as pairs have.
+    If `text` is not JSON, it ends outside of strings only after a closing bracket and an even number of quotes.
     """
     if text.endswith(('"', "'")):
-        text += "<"  # a quote right before the tag is text as well
+        text += "<"  # a quote right before the tag is part of the string too
     at = _skipped(text, 0, "[")
     while text[at : at + 1] == "{":
         reader = LenientReader()
@@ -202,15 +205,17 @@ def ends_in_string(text: str) -> bool:
 
 
 def _skipped(text: str, at: int, needless: str) -> int:
+    """Returns the index after white space and characters of `needless`."""
     while at < len(text) and text[at] in SPACE + needless:
         at += 1
     return at
 
 
 def _written_call(read: LenientJson, closed_early: bool) -> WrittenCall | None:
-    """The call that is JSON `read`. If it was closed too early, what stands after its arguments is some of them.
+    """Returns the call in `read`, or None.
 
-    It is no call if a mixed up bracket leaves open whether they are.
+    If a surplus bracket shows that the arguments were closed too early, the members after them belong to them. It is
+    not a call if a mismatched bracket leaves that open.
     """
     call = JsonCall()
     call.read(read.written or "")
@@ -223,7 +228,7 @@ def _written_call(read: LenientJson, closed_early: bool) -> WrittenCall | None:
 
 
 def is_json(text: str) -> bool:
-    """Whether a client could take `text` for the arguments of a call."""
+    """Whether `text` is valid JSON."""
     try:
         json.loads(text, parse_int=len)
     except (ValueError, RecursionError):
@@ -232,7 +237,7 @@ def is_json(text: str) -> bool:
 
 
 def _text(value: str) -> str | None:
-    """The text that the JSON string `value` is; None if it has no UTF-8 form."""
+    """Returns the text of the JSON string `value`, None if it has a lone surrogate."""
     text: str = json.loads(value)
     try:
         text.encode()

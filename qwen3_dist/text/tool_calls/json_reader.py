@@ -1,4 +1,4 @@
-"""One JSON value read character by character, so that what was read of it can be shown before its end."""
+"""An incremental parser of one JSON value, whose output can be sent before the value is complete."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from qwen3_dist.text.tool_calls.json_escapes import Escapes
 SPACE = " \t\n\r"
 _WORD = frozenset("+-._0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _WORDS = re.compile(r"true|false|null|-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_BEGUN_ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{0,4})')
+_PARTIAL_ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{0,4})')
 _CLOSERS = {"{": "}", "[": "]"}
-MAY_END = "}]" + SPACE  # at the end of a string: if its quote is missing they are not part of it
+# At the end of a string without a closing quote these are not part of the string.
+MAY_END = "}]" + SPACE
 
 
 class Next(Enum):
-    """What may come next outside of strings and words."""
+    """What the grammar expects next, outside of strings and words."""
 
     VALUE = auto()
     ITEM = auto()
@@ -33,12 +34,12 @@ _ENDS = (Next.COMMA_OR_END, Next.KEY_OR_END, Next.ITEM_OR_END)
 
 
 class JsonReader:
-    """Reads one value. What it showed, with `held` appended once the value is `done`, is valid JSON.
+    """Parses one value. Its output, with `held` appended once the value is `done`, is valid JSON.
 
-    It shows the characters that it read, except that strings may hold control characters and backslashes that
-    begin no escape: models write both, and they are shown as the escapes that they should have been. Quotes,
-    brackets, keys and commas are held until more of a string's text or a whole word follows them, so what was
-    shown stays true where JSON ends and a LenientReader reads the text again. `failed` once it cannot be JSON.
+    The output is the input, except that control characters and stray backslashes in strings, which models write, are
+    escaped. Quotes, brackets, keys and commas are held back until text of a string or a complete word follows, so
+    that the output stays valid if the text turns out not to be JSON and a LenientReader parses it again. `failed`: the
+    text is not JSON.
     """
 
     quotes = '"'
@@ -47,8 +48,8 @@ class JsonReader:
         self.done = False
         self.failed = False
         self.held = ""
-        self.shown_end = 0  # where, in the text that was read last, that which was shown last ends
-        self._text = ""  # as `read` has it, and where it stands
+        self.shown_end = 0  # index in the last text passed to `read` up to which there was output
+        self._text = ""  # the text passed to `read`, and the index in it
         self._at = 0
         self._next = Next.VALUE
         self._closers: list[str] = []
@@ -60,7 +61,7 @@ class JsonReader:
         self._shown: list[str] = []
 
     def read(self, text: str, start: int) -> tuple[int, str]:
-        """Reads from `start` on. Returns where the first character lies that is not the value's, and what to show."""
+        """Parses `text` from `start`. Returns the index of the first character after the value, and the output."""
         self._shown.clear()
         self._text, self._at = text, start
         while self._at < len(text) and not (self.done or self.failed):
@@ -68,7 +69,7 @@ class JsonReader:
         return self._at, "".join(self._shown)
 
     def _consume(self, char: str) -> bool:
-        """Reads `char`, if it is the value's."""
+        """Reads `char` and returns True, if it belongs to the value."""
         if self._quote:
             self._read_in_string(char)
         elif self._word and char not in _WORD:
@@ -105,7 +106,7 @@ class JsonReader:
             self._read_unexpected(char)
 
     def _read_unexpected(self, char: str) -> None:
-        """Reads what JSON does not have there."""
+        """Reads a character that JSON does not allow there."""
         self.failed = True
 
     def _close(self) -> None:
@@ -135,7 +136,7 @@ class JsonReader:
             self._append_text(in_string(char))
 
     def _ends_string(self) -> bool:
-        """Whether the quote at hand ends its string."""
+        """Whether the quote at `_at` ends its string."""
         return True
 
     def _read_in_escape(self, char: str) -> None:
@@ -143,7 +144,7 @@ class JsonReader:
         if self._quote == char == "'":
             self._escape = ""
             self._append_text(char)
-        elif not _BEGUN_ESCAPE.fullmatch(begun):
+        elif not _PARTIAL_ESCAPE.fullmatch(begun):
             self._escape = ""
             self._escapes.add_stray()
             self.held = self._escapes.release() + self.held
@@ -152,11 +153,11 @@ class JsonReader:
                 self._read_in_string(plain)
         elif begun[1] != "u" or len(begun) == len("\\u0000"):
             self._escape = ""
-            self._take_escape(begun)
+            self._append_escape(begun)
         else:
             self._escape = begun
 
-    def _take_escape(self, escape: str) -> None:
+    def _append_escape(self, escape: str) -> None:
         if self._escapes.add(escape[1]):
             self._escapes.hold(self.held, escape)
             self.held = ""
@@ -164,7 +165,7 @@ class JsonReader:
             self._append_text(escape)
 
     def _settle_escapes(self) -> None:
-        """Decides what the escapes of the string under way mean, which ends here."""
+        """Settles the meaning of the escapes in the string that ends here."""
         self.held = self._escapes.release() + self.held
         self.failed = self.failed or self._escapes.is_unclear
 
@@ -178,7 +179,7 @@ class JsonReader:
         self._end_value()
 
     def _word_to_json(self, word: str) -> str | None:
-        """JSON of a word outside of strings; None if it means nothing."""
+        """Returns the JSON of a word outside of strings, None if it is not a literal or a number."""
         return word if _WORDS.fullmatch(word) else None
 
     def _end_value(self) -> None:
@@ -186,7 +187,7 @@ class JsonReader:
         self.done = not self._closers
 
     def _append_text(self, text: str) -> None:
-        """Takes a piece of a string; a key waits for its value."""
+        """Appends text to the string under way. A key is held back until its value."""
         if self._escapes.is_holding:
             self._escapes.hold_text(self.held + text)
             self.held = ""
@@ -202,5 +203,5 @@ class JsonReader:
 
 
 def in_string(char: str) -> str:
-    """`char` as JSON's strings have it, if it is no quote."""
+    """Escapes `char` for a JSON string if it is a control character."""
     return char if char >= " " else f"\\u{ord(char):04x}"

@@ -1,4 +1,4 @@
-"""JSON as models write it when they do not quite write JSON."""
+"""A parser of almost valid JSON, as models write it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from qwen3_dist.text.tool_calls.json_reader import KEYS, MAY_END, JsonReader, Next, in_string
 
 _LITERALS = {"true": "true", "false": "false", "null": "null", "none": "null"}
-# JSON has no such numbers. They become strings, as in the JSON form of protocol buffers.
+# JSON has no such numbers. They become strings, as in the JSON mapping of protocol buffers.
 _NOT_FINITE = re.compile(r"nan|[+-]?inf(inity)?", re.IGNORECASE)
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _ENDS_KEY = re.compile(r"\s*:")
-# A quote that something else follows is part of the text, whose author forgot to escape it.
+# A quote with something else after it is an unescaped quote inside the string.
 _ENDS_MEMBER = re.compile(r"\s*(?:\Z|[}\]]|,\s*(?:\Z|[\"'}\],]|[\w-]+\s*:)|[\"'][^\"'\n]*[\"']\s*:)")
 _ENDS_ITEM = re.compile(r"\s*(?:\Z|[},\]])")
-# In a list a comma may be missing between strings, unless they look like the code around and between quotes.
+# In a list a comma between strings may be missing, unless the text around the quotes looks like code.
 _BEFORE_STRING = re.compile(r"\s*[\"']")
 _BEFORE_NEXT_ITEM = re.compile(
     r"(?<![\s(\[{=,:+])[\"']\s+(?P<quote>[\"'])[^\s\"'()\[\]{}=,:+][^\"'\n]*(?P=quote)(?:\s*(?:\Z|[},\]])|\s+[\"'])"
@@ -24,12 +24,12 @@ _BEFORE_NEXT_ITEM = re.compile(
 
 
 class LenientReader(JsonReader):
-    """Reads a value as JsonReader does, and mends what can be meant in one way only.
+    """Parses a value as JsonReader does, and repairs errors that leave only one meaning.
 
-    It takes Python's literals and quotes, keys without quotes, missing and needless commas, pairs of quotes inside of
-    strings, and missing, needless or mixed up closing brackets. NaN and infinities become strings. `cut_string`
-    says that the text ended inside a string, `is_mixed` that a bracket closed others than its own as well. Its text
-    must be given whole, to one `read`, and ended by `finish`.
+    It accepts Python's literals and quotes, keys without quotes, missing and surplus commas, pairs of unescaped quotes
+    inside strings, and missing, surplus or mismatched closing brackets. NaN and infinities become strings.
+    `cut_string`: the text ended inside a string. `is_mixed`: a bracket also closed inner brackets of the other kind.
+    Pass the whole text to one `read`, then call `finish`.
     """
 
     quotes = "\"'"
@@ -39,10 +39,10 @@ class LenientReader(JsonReader):
         self.cut_string = False
         self.is_mixed = False
         self._repairs_quotes = repairs_quotes
-        self._num_inner = 0  # quotes that are text, in the string under way
+        self._num_inner = 0  # unescaped quotes inside the string under way
 
     def finish(self) -> str:
-        """Closes what is open once no more text comes. Returns what to show for that."""
+        """Closes what is open at the end of the text. Returns the output for that."""
         self._shown.clear()
         if self.done or self.failed:
             return ""
@@ -59,12 +59,12 @@ class LenientReader(JsonReader):
         return "".join(self._shown)
 
     def _end_unquoted(self) -> None:
-        """Ends a string without an end quote, if just the brackets that are open are closed after it."""
+        """Ends a string without a closing quote, if exactly the open brackets are closed after it."""
         tail = self._text[len(self._text.rstrip(MAY_END)) :]
-        are_all = "".join(tail.split()) == "".join(reversed(self._closers))
-        # In `"C:\"}` that quote may be the end.
+        closes_all = "".join(tail.split()) == "".join(reversed(self._closers))
+        # In `"C:\"}` the escaped quote may be the closing one.
         has_quote = self._text[: len(self._text) - len(tail)].endswith('\\"')
-        self.failed = self._is_key or self._num_inner > 0 or bool(self._escape) or has_quote or not are_all
+        self.failed = self._is_key or self._num_inner > 0 or bool(self._escape) or has_quote or not closes_all
         self._settle_escapes()
         if not self.failed:
             self.held = self.held[: len(self.held) - len("".join(map(in_string, tail)))] + '"'
@@ -75,7 +75,7 @@ class LenientReader(JsonReader):
         if char in "}]" and self._next not in (Next.VALUE, Next.COLON):
             self._read_closer(char)
         elif char == "," and self._next in (*KEYS, Next.ITEM, Next.ITEM_OR_END):
-            pass  # one comma is enough
+            pass  # drops a surplus comma
         elif self._next is Next.COMMA_OR_END and (char in self.quotes or char in "{["):
             self._next = Next.KEY if self._closers[-1] == "}" else Next.ITEM
             self.held += ","
@@ -86,7 +86,7 @@ class LenientReader(JsonReader):
             self.failed = True
 
     def _read_closer(self, char: str) -> None:
-        """Closes what `char` may close, and all that is open inside; one that closes nothing is needless."""
+        """Closes the innermost bracket that `char` matches, and those inside it. Ignores a surplus bracket."""
         if char in self._closers:
             self._drop_comma()
             self.is_mixed = self.is_mixed or self._closers[-1] != char
@@ -124,7 +124,7 @@ class LenientReader(JsonReader):
             self.failed = self._num_inner % 2 == 1
             self._num_inner = 0
             return True
-        # What seems to be a key may be one, so that an end quote is missing before it.
+        # A quote before a colon looks like the end of a key, so the string before that key may lack its quote.
         self.failed = _ENDS_KEY.match(self._text, self._at + 1) is not None
         self._num_inner += 1
         return False
@@ -132,10 +132,10 @@ class LenientReader(JsonReader):
 
 @dataclass(frozen=True)
 class LenientJson:
-    """A value in a text: where it ends, and its JSON, None if it has none.
+    """A parsed value: the index after it, and its JSON, None if it cannot be repaired.
 
-    `is_closed` is false where the text ended before the value did, `is_cut` is true where it ended in a string,
-    `is_mixed` where a bracket closed others than its own as well.
+    `is_closed`: the text has the value's end. `is_cut`: the text ends inside a string. `is_mixed`: a bracket also closed
+    inner brackets of the other kind.
     """
 
     end: int
@@ -146,7 +146,7 @@ class LenientJson:
 
 
 def lenient_json(text: str, start: int = 0, repairs_quotes: bool = True) -> LenientJson:
-    """The value that begins at `start` of `text`. Quotes inside of strings may be left as the ends that they seem."""
+    """Parses the value at `start` of `text`. Without `repairs_quotes` any quote ends its string."""
     reader = LenientReader(repairs_quotes)
     end, shown = reader.read(text, start)
     is_closed = reader.done

@@ -1,4 +1,4 @@
-"""Blocks of calls in Qwen3-Coder's XML form as models write them, with tags missing or values that hold tags."""
+"""A parser of blocks of almost valid XML calls: with missing tags, or with tags inside values."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ _TAG = re.compile(
     rf"(?P<parameter>{_PARAMETER})|(?P<parameter_end>{_PARAMETER_END})|{_FUNCTION}|(?P<function_end>{_FUNCTION_END})"
 )
 _BEGINS = re.compile(rf"\s*{_FUNCTION}")
-# The `>` after a name may be missing; then its first word is the name.
+# Without a `>` after it, a name is one word.
 _NAMED = re.compile(r"[^\S\n]*(?:([^<>\n]*)>|([^\s<>:=]*)[:=]?)")
 _NEEDLESS = re.compile(rf"(?:\s*{_FUNCTION_END})*")
-_MOST_TAGS = 20_000  # looked at for the ends of a block's values; what needs more is no call
+_MAX_TAGS = 20_000  # searched for the ends of a block's values; a block that needs more is not a call
 _ENDS_FUNCTION = re.compile(rf"\s*(?:{_FUNCTION_END}\s*)*(?:{_FUNCTION}|</?tool_call>|\Z)")
 _ENDS_VALUE = re.compile(
     rf"\s*(?:(?P<parameter>{_PARAMETER})|{_FUNCTION_END}(?={_ENDS_FUNCTION.pattern})|{_FUNCTION}|\Z)"
 )
 _ENDS_LINE = re.compile(r"[ \t]*(?:\n|\Z)")
-_MOST_INDENT = 80
+_MAX_INDENT = 80
 _WRAPS = ("<tool_call>", "</tool_call>")
 
 
 def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = None) -> Block:
-    """Reads `text` as calls of functions; only those of `names` make calls, where they are given.
+    """Parses `text` as function calls. With `names`, only functions of these names are calls.
 
-    A value ends at the `</parameter>` after which another tag of the call comes. It may hold tags itself, if they are
-    as balanced as a call's or stand where they can be no tag of the call. Where there is no such end it ends at the
-    first tag that could be one, best on a line of its own. Text after the last call is prose, or none of the block is
-    a call.
+    A value ends at a `</parameter>` that another tag of the call follows. A value may contain tags, if they are balanced
+    or in places where the call cannot have them. Without such an end the value ends at the first tag that could end it,
+    preferably on a line of its own. If the text after the last call is not prose, nothing in the block is a call.
     """
     calls: list[WrittenCall] = []
     at = num_tags = 0
     is_closed, is_cut = True, False
     while begun := _BEGINS.match(text, at):
-        function = _Function(text, begun.end(), schemas, _MOST_TAGS - num_tags)
+        function = _Function(text, begun.end(), schemas, _MAX_TAGS - num_tags)
         num_tags += function.num_tags
-        if num_tags >= _MOST_TAGS:
+        if num_tags >= _MAX_TAGS:
             return Block()
         is_cut = is_cut or function.is_cut
         if function.arguments is None or not (names is None or function.name in names):
@@ -64,20 +63,20 @@ def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = No
 
 
 def is_prose(rest: str) -> bool:
-    """Whether `rest`, after a call in its block, is no more of the block's calls or of a value in them."""
+    """Whether `rest`, after a call, is plain text: neither another call nor the rest of a value."""
     has_tags = _TAG.search(rest) or any(wrap in rest for wrap in _WRAPS)
     return not rest or (rest[0].isspace() and not has_tags)
 
 
 class _Function:
-    """A call whose name begins at `start` of `text`. `arguments` is None if it is none."""
+    """Parses a call whose name begins at `start` of `text`. `arguments` is None if it is not a call."""
 
-    def __init__(self, text: str, start: int, schemas: ToolSchemas, most_tags: int) -> None:
+    def __init__(self, text: str, start: int, schemas: ToolSchemas, max_tags: int) -> None:
         self.arguments: str | None = None
         self.is_closed = True
         self.is_cut = False
-        self.num_tags = 0  # looked at for the ends of values
-        self._most_tags = most_tags
+        self.num_tags = 0  # searched for the ends of values
+        self._max_tags = max_tags
         self._text = text
         self._schemas = schemas
         self._keys: set[str] = set()
@@ -86,7 +85,7 @@ class _Function:
             self._read_body(Arguments(schemas, self.name))
 
     def _named(self, start: int) -> tuple[str, int]:
-        """A name and where it ends; "" where the text ends in it."""
+        """Returns the name at `start` and the index after it; "" if the text ends inside the name."""
         named = _NAMED.match(self._text, start)
         assert named is not None
         is_cut = named[1] is None and named.end() == len(self._text)
@@ -113,13 +112,13 @@ class _Function:
         elif first:
             self.end = len(self._text)
         arguments.end()
-        self.arguments = _json_object(first) if first else arguments.take()
+        self.arguments = _json_object(first) if first else arguments.pop()
 
     def _value(self, start: int) -> str:
-        """The value that begins at `start`; `end` lies after it, and after its own end tag."""
+        """Returns the value at `start`, and sets `end` to the index after it and its closing tag."""
         depth, first, first_on_own_line = 0, None, None
         is_inline = self._text[start : start + 1] != "\n"
-        for tag in islice(_TAG.finditer(self._text, start), self._most_tags - self.num_tags):
+        for tag in islice(_TAG.finditer(self._text, start), self._max_tags - self.num_tags):
             self.num_tags += 1
             is_parameter = tag.lastgroup == "parameter"
             if tag.lastgroup is None or (
@@ -143,14 +142,14 @@ class _Function:
         return _trimmed(value)
 
     def _is_end(self, tag: re.Match[str]) -> bool:
-        """Whether what follows `tag`, a `</parameter>`, shows that it ends a value."""
+        """Whether the text after `tag`, a `</parameter>`, shows that it ends the value."""
         after = _ENDS_VALUE.match(self._text, tag.end())
         if after is None or after["parameter"] is None:
             return after is not None
         return self._may_be_parameter(after.end(), "\n" in self._text[tag.end() : after.start("parameter")])
 
     def _may_end_value(self, tag: re.Match[str]) -> bool:
-        """Whether `tag` may end a value whose `</parameter>` may be missing."""
+        """Whether `tag` may end a value that lacks its `</parameter>`."""
         if tag.lastgroup == "parameter_end":
             return self._is_end(tag) or _ENDS_LINE.match(self._text, tag.end()) is not None
         if tag.lastgroup == "parameter":
@@ -162,16 +161,16 @@ class _Function:
 
 
 def _is_first_on_line(text: str, at: int) -> bool:
-    return text[max(0, at - _MOST_INDENT) : at].rstrip(" \t").endswith("\n")
+    return text[max(0, at - _MAX_INDENT) : at].rstrip(" \t").endswith("\n")
 
 
 def _trimmed(value: str) -> str:
-    """Without the line breaks that are the tags'."""
+    """Returns `value` without the line breaks that belong to its tags."""
     return value.removeprefix("\n").removesuffix("\n")
 
 
 def _json_object(text: str) -> str | None:
-    """Some models write JSON where parameters belong."""
+    """Returns the JSON object that some models write in place of parameters, or None."""
     read = lenient_json(text)
     is_whole = text.startswith("{") and read.end == len(text) and not read.is_cut
     return read.written if is_whole else None

@@ -1,4 +1,4 @@
-"""Tells tool calls from the text around them, as it comes."""
+"""Incrementally splits tool calls from the content around them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from qwen3_dist.text.tool_calls.tags import FUNCTION, TOOL_CALL, TOOL_CALL_END, 
 from qwen3_dist.text.tool_calls.xml_form import XmlCall
 from qwen3_dist.text.tool_schemas import ToolSchemas
 
-_MOST_ENDS = 8  # tags of one block at which it is tried as a whole
+_MAX_ENDS = 8  # possible ends of one block at which it is parsed
 
 
 def new_call_id() -> str:
-    """An id that no other call has."""
+    """Returns a unique id for a tool call."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class ToolCalls:
-    """Reads text with calls in it. How it is split changes nothing of what the parts, joined, are.
+    """Splits text into content and tool calls. The joined results do not depend on how it was split into pushes.
 
-    A call is shown with all its arguments, or its block is content as it stands. Calls in the template's own form are
-    shown while they come, from the first value on. Where a block leaves that form it is read again once its end is
-    known, and what can be meant in one way only is mended. If that is impossible after a part of the arguments was
-    shown, the rest of them follows as it was written, so that the client sees that they are no JSON. So does a call
-    that the token limit cuts off. White space before and between calls, and at the end after one, is not content.
+    Calls in the template's strict format are streamed, from the first value on. A block that deviates from it is parsed
+    again as a whole once its end is known, and repaired if only one meaning is possible; otherwise it is content. If a
+    part of the arguments was already streamed, the rest then follows unchanged, so that clients see invalid JSON. The
+    same holds for a call that the token limit cuts off. White space before, between and after calls is not content.
     """
 
     def __init__(
@@ -42,38 +41,40 @@ class ToolCalls:
         new_id: Callable[[], str] = new_call_id,
         only_calls: bool = False,
     ) -> None:
-        """`tools` in OpenAI's form. `only_calls`: all text is calls, so that one cut off early is no content."""
+        """`tools` are in OpenAI's format. `only_calls`: the text is all calls, so a call cut off early is not content."""
         self._schemas = tools if isinstance(tools, ToolSchemas) else ToolSchemas(tools)
         self._new_id = new_id
         self._form = form
         self._only_calls = only_calls
-        # Qwen3-Coder sometimes leaves the outer tag out.
+        # Qwen3-Coder sometimes omits the outer tag.
         self.openings = (TOOL_CALL, FUNCTION) if form == "xml" else (TOOL_CALL,)
         self._step = self._read_content
         self._unread = ""
-        self._opening = ""  # of the block under way
+        self._opening = ""  # the opening tag of the block under way, "" if omitted
         self._call: JsonCall | XmlCall = JsonCall()
-        self._taken: list[str] = []  # what the call under way took of its block
-        self._arguments: list[str] = []  # shown of it
-        self._begun = False  # whether something of it was shown
-        self._is_read: tuple[Block | None, int, int] = (None, 0, 0)  # it ends there, unless it goes on
-        self._ends: list[tuple[int, int]] = []  # where the block may end, and the text goes on
-        self._num_searched = 0  # characters of the block, for its end
-        self._num_inner = 0  # tags of the block that are text of its strings
-        self._depth = 0  # calls that are open inside of the block
+        self._consumed: list[str] = []  # text of the block that `_call` has parsed
+        self._arguments: list[str] = []  # output so far for the call under way
+        self._begun = False  # whether there was output for the call under way
+        self._awaiting: tuple[Block | None, int, int] = (None, 0, 0)  # arguments of `_await_end`
+        self._ends: list[
+            tuple[int, int]
+        ] = []  # possible ends of the block, and where the text after them begins
+        self._num_searched = 0  # characters of the block already searched for its end
+        self._num_inner = 0  # tags inside the block's strings
+        self._depth = 0  # nesting of calls inside the block
         self._num_calls = 0
         self._after_call = False
-        self._space = ""  # it is content if content follows, or at the end if no call came before
+        self._space = ""  # white space, content if more content follows or if no call preceded it
         self._shown = Parsed()
 
     def push(self, text: str) -> Parsed:
-        """What `text` adds for certain."""
+        """Adds `text`. Returns what is certain so far."""
         self._unread += text
         self._read_on()
-        return self._take_shown()
+        return self._pop_shown()
 
     def finish(self, cut: bool = False) -> Parsed:
-        """What was held back, once no more text comes; `cut` if that is because of the token limit."""
+        """Returns what was held back, at the end of the text. `cut`: the token limit ended it."""
         self._read_on()
         while self._step in (self._read_call, self._read_block, self._read_after_xml):
             self._finish_block(cut)
@@ -83,17 +84,17 @@ class ToolCalls:
         if not self._after_call:
             self._shown += Parsed(self._space)
         self._unread = self._space = ""
-        return self._take_shown()
+        return self._pop_shown()
 
     def _read_on(self) -> None:
         while self._step():
             pass
 
-    def _take_shown(self) -> Parsed:
+    def _pop_shown(self) -> Parsed:
         shown, self._shown = self._shown, Parsed()
         return shown
 
-    # Each step reads on and says whether the next one may have something to read.
+    # Each step parses some text. It returns whether the next step may be able to continue.
 
     def _read_content(self) -> bool:
         found = [(self._unread.find(tag), tag) for tag in self.openings if tag in self._unread]
@@ -102,7 +103,7 @@ class ToolCalls:
         self._unread = self._unread[at:]
         if not opening:
             return False
-        # A function without the outer tag is a call if there is one of that name.
+        # A function without the outer tag is a call only if a tool has its name.
         opening = opening if opening == TOOL_CALL else ""
         self._unread = self._unread.removeprefix(opening)
         self._begin_block(opening)
@@ -111,13 +112,13 @@ class ToolCalls:
     def _begin_block(self, opening: str) -> None:
         self._opening = opening
         self._call = JsonCall() if self._form == "json" else XmlCall(self._schemas, not self._opening)
-        self._taken, self._arguments = [], []
+        self._consumed, self._arguments = [], []
         self._ends, self._num_searched = [], 0
         self._num_inner = self._depth = 0
         self._step = self._read_call
 
     def _read_call(self) -> bool:
-        """Reads a call in the template's own form, and shows it as far as it is certain."""
+        """Parses a call in the template's strict format, and outputs what is certain of it."""
         call = self._call
         is_xml = isinstance(call, XmlCall)
         mark = None if is_xml else re.search(f"{TOOL_CALL}|{TOOL_CALL_END}", self._unread)
@@ -127,9 +128,9 @@ class ToolCalls:
                 if mark
                 else len(self._unread) - partial_match(self._unread, (TOOL_CALL, TOOL_CALL_END))
             )
-            taken = call.read(self._unread[:certain])
-            self._taken.append(self._unread[:taken])
-            self._unread = self._unread[taken:]
+            length = call.read(self._unread[:certain])
+            self._consumed.append(self._unread[:length])
+            self._unread = self._unread[length:]
             if call.name and (arguments := call.pop_arguments()):
                 self._show_call(call.name, arguments)
         rest = self._unread.lstrip()
@@ -139,32 +140,32 @@ class ToolCalls:
                 self._await_end(None, 0, len(self._unread) - len(rest) + len(closing))
             else:
                 self._end_call()
-        elif self._opening and rest.startswith(TOOL_CALL) and not "".join(self._taken).strip():
-            # A doubled tag opens one block.
+        elif self._opening and rest.startswith(TOOL_CALL) and not "".join(self._consumed).strip():
+            # A repeated opening tag opens one block.
             opening, _, self._unread = self._unread.partition(TOOL_CALL)
-            self._begin_block("".join((self._opening, *self._taken, opening, TOOL_CALL)))
+            self._begin_block("".join((self._opening, *self._consumed, opening, TOOL_CALL)))
         elif not self._opening and call.name is None and (call.failed or mark):
-            self._show("".join(self._taken))
+            self._show("".join(self._consumed))
             self._step = self._read_content
         elif call.failed or mark or (call.done and not TOOL_CALL_END.startswith(rest)):
-            self._unread = "".join(self._taken) + self._unread
+            self._unread = "".join(self._consumed) + self._unread
             self._step = self._read_block
         else:
             return False
         return True
 
     def _read_block(self) -> bool:
-        """Reads a block in another form, at the first tag that can be its end."""
+        """Parses a block that deviates from the strict format, at the first tag that can be its end."""
         marks = (TOOL_CALL, TOOL_CALL_END) if self._opening else (TOOL_CALL, TOOL_CALL_END, tags.FUNCTION_END)
         for mark in re.compile("|".join(marks)).finditer(self._unread, self._num_searched):
             end = mark.end() if mark[0] == tags.FUNCTION_END else mark.start()
             is_within = self._is_within(mark[0])
             is_inner = is_within and self._is_in_string(mark)
             self._num_searched = mark.end()
-            if is_inner and not 1 < self._num_inner <= _MOST_ENDS:
+            if is_inner and not 1 < self._num_inner <= _MAX_ENDS:
                 continue
-            if is_within and len(self._ends) == _MOST_ENDS - 1:
-                continue  # the last try is at the end of the calls in the value
+            if is_within and len(self._ends) == _MAX_ENDS - 1:
+                continue  # the last attempt is at the end of the calls in the value
             block = self._block(self._unread[:end])
             if is_inner and (block.is_cut or not block.calls):
                 continue
@@ -175,21 +176,21 @@ class ToolCalls:
                 else:
                     self._end_block(block, *self._ends[-1])
                 return True
-            if not block.is_cut or len(self._ends) == _MOST_ENDS:
+            if not block.is_cut or len(self._ends) == _MAX_ENDS:
                 self._end_at_first(mark.end())
                 return True
         self._num_searched = max(self._num_searched, len(self._unread) - len(TOOL_CALL_END))
         return False
 
     def _is_within(self, tag: str) -> bool:
-        """Whether `tag`, the block's next one, opens or closes a call inside of the block."""
+        """Whether `tag`, the block's next one, opens or closes a call nested in the block."""
         self._depth += {TOOL_CALL: 1, TOOL_CALL_END: -1}.get(tag, 0)
         return bool(self._opening) and (self._depth > 0 or (tag == TOOL_CALL_END and self._depth == 0))
 
     def _is_in_string(self, tag: re.Match[str]) -> bool:
-        """Whether `tag` of a call inside of the block is text of a JSON string. No call there is the model's.
+        """Whether the nested `tag` is part of a JSON string, so that a call there is not one of the model's.
 
-        Quotes in such text may not be escaped, so only the calls' own tags tell where it ends.
+        Quotes in that string may be unescaped, so only the nesting of tags shows where it ends.
         """
         if self._ends or not (self._num_inner or ends_in_string(self._unread[: tag.start()])):
             return False
@@ -197,29 +198,29 @@ class ToolCalls:
         return True
 
     def _await_end(self, block: Block | None, end: int, resume: int) -> None:
-        """Waits for what follows a call in XML: `block` up to `end`, or the call under way; `resume` is after it."""
-        self._is_read = (block, end, resume)
+        """Waits for the text after an XML call: `block`, or `_call` if None, up to `end`; `resume` is the index after it."""
+        self._awaiting = (block, end, resume)
         self._num_searched = resume
         self._step = self._read_after_xml
 
     def _read_after_xml(self) -> bool:
         after = tags.AFTER_XML.search(self._unread, self._num_searched)
         if after is None:
-            self._num_searched = max(self._num_searched, len(self._unread) - tags.MOST_AFTER_XML)
+            self._num_searched = max(self._num_searched, len(self._unread) - tags.MAX_AFTER_XML)
         elif after["inside"] is None:
             self._end_read()
         else:
-            block, _, resume = self._is_read
+            block, _, resume = self._awaiting
             self._num_searched = resume + len(TOOL_CALL) * self._unread.startswith(TOOL_CALL, resume)
             self._step = self._read_block
             if block is None:
-                taken = "".join(self._taken)
-                self._unread, self._depth = taken + self._unread, -1
-                self._num_searched += len(taken)
+                consumed = "".join(self._consumed)
+                self._unread, self._depth = consumed + self._unread, -1
+                self._num_searched += len(consumed)
         return after is not None
 
     def _end_read(self) -> None:
-        block, end, resume = self._is_read
+        block, end, resume = self._awaiting
         if block is None:
             self._end_call()
         else:
@@ -236,16 +237,16 @@ class ToolCalls:
         return True
 
     def _end_at_first(self, until: int) -> None:
-        """Ends the block at the first tag that can be its end, unless it goes on there `until` the next call."""
+        """Ends the block at its first possible end, or later if it continues there, at most at `until`."""
         end, resume = self._ends[0]
-        goes_on = tags.rest_of_xml(self._unread, resume, until) if self._is_xml() else None
-        if goes_on is None:
+        continues_to = tags.rest_of_xml(self._unread, resume, until) if self._is_xml() else None
+        if continues_to is None:
             self._end_block(self._block(self._unread[:end]), end, resume)
         else:
-            self._end_block(Block(), goes_on, goes_on)
+            self._end_block(Block(), continues_to, continues_to)
 
     def _finish_block(self, cut: bool) -> None:
-        """Ends the block under way, after which no more text comes, at the end or at the first tag that can be it."""
+        """Ends the block under way at the end of the text, or at its first possible end."""
         call = self._call
         if self._step == self._read_after_xml:
             self._end_read()
@@ -255,7 +256,7 @@ class ToolCalls:
                 self._end_call()
                 self._unread = ""
                 return
-            self._unread = "".join(self._taken) + self._unread
+            self._unread = "".join(self._consumed) + self._unread
         text = self._unread[: len(self._unread) - partial_match(self._unread, tags.CLOSING_AT_THE_END)]
         block = self._block(text)
         is_whole = bool(block.calls) and not block.is_cut and (block.is_closed or not cut)
@@ -267,7 +268,7 @@ class ToolCalls:
             self._cut_block()
 
     def _cut_block(self) -> None:
-        """Ends a block that the token limit cuts off: what was shown of it stays as it is."""
+        """Ends a block that the token limit cut off; the output so far stands."""
         if self._begun:
             self._leave_call()
         else:
@@ -276,7 +277,7 @@ class ToolCalls:
         self._unread = ""
 
     def _block(self, text: str) -> Block:
-        """What `text` says, in either form. In the other than the template's only tools that there are are called."""
+        """Parses `text` in the format that it has. In another format than the template's only known tools are calls."""
         if self._is_xml():
             known_only = self._form == "json" or not self._opening
             return xml_block(text, self._schemas, self._schemas.names if known_only else None)
@@ -285,17 +286,17 @@ class ToolCalls:
         return block if known else Block(rest=text)
 
     def _is_xml(self) -> bool:
-        """Whether the block under way is in XML."""
+        """Whether the block under way is in the XML format."""
         return self._unread.lstrip().startswith("<")
 
     def _end_call(self) -> None:
-        """Ends a call in the template's own form, up to its closing tags."""
+        """Ends a call in the template's strict format, up to its closing tags."""
         assert self._call.name is not None
         self._show_call(self._call.name, self._call.remaining_arguments())
         self._leave_call()
 
     def _end_block(self, block: Block, end: int, resume: int) -> None:
-        """Shows the block up to `end` of the unread text, of which what follows `resume` is the next."""
+        """Outputs the block, which is the unread text up to `end`; the text from `resume` on follows it."""
         text, until, after = self._unread[:end], self._unread[:resume], self._unread[resume:]
         calls = list(block.calls)
         if self._begun:
@@ -326,7 +327,7 @@ class ToolCalls:
         self._step = self._read_closing
 
     def _show_call(self, name: str, arguments: str) -> None:
-        """Shows a part of the call under way; its first part names it."""
+        """Outputs a part of the call under way; the first part has its id and name."""
         if not self._begun:
             self._begun = True
             self._shown += Parsed(tool_calls=(ToolCallDelta(self._num_calls, self._new_id(), name),))
@@ -335,7 +336,7 @@ class ToolCalls:
             self._shown += Parsed(tool_calls=(ToolCallDelta(self._num_calls, arguments=arguments),))
 
     def _show(self, text: str) -> None:
-        """Shows content; white space at its end waits for what follows it."""
+        """Outputs content; white space at its end is held back until more text decides."""
         if self._after_call:
             text = text.lstrip()
         body = text.rstrip()

@@ -1,4 +1,4 @@
-"""Tool calls in Qwen3-Coder's XML form: `<function=NAME>`, a `<parameter=KEY>` for each argument, `</function>`."""
+"""Tool calls in Qwen3-Coder's XML format: `<function=NAME>`, a `<parameter=KEY>` for each argument, `</function>`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from collections.abc import Callable
 from qwen3_dist.text.tool_calls.tags import FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END, TOOL_CALL_END
 from qwen3_dist.text.tool_schemas import ToolSchemas, typed_json
 
-_MOST_NAME = 256  # characters; what is longer is no name
-_NULLS = ("null", "None")  # as JSON and as Python write it, which the models' template does
-# As models may misspell them too. The line break before a tag is the tag's.
+_MAX_NAME = 256  # characters
+_NULLS = ("null", "None")  # in JSON and in Python, whose spelling the template renders
+# Tags, including misspelt ones. The line break before a tag belongs to the tag.
 _TAG = re.compile(
     r"<[ \t]*(?:(?:parameter|function)[ \t]*=|/[ \t]*(?:parameter|function)[ \t]*[>\n<])|</?tool_call>"
 )
-_BEGUN_TAG = re.compile(r"\n?(?:<[ \t]*/?[ \t]*[a-z_]{0,9}[ \t]*)?\Z")
+_PARTIAL_TAG = re.compile(r"\n?(?:<[ \t]*/?[ \t]*[a-z_]{0,9}[ \t]*)?\Z")
 
 
 class XmlCall:
-    """Reads one call from `<function=` on, as the template teaches it: every tag is closed, and values hold none
-    that could be a tag of the call.
+    """Incrementally parses one call in the template's strict format, from `<function=` on.
 
-    `name` is known with its `>`; `pop_arguments` gives JSON of what came of the arguments. Values take the types
-    that the tool's schema gives them; those that are text alone come as they are generated, without one newline at
-    either end. `failed` once it is no such call.
+    In that format every tag is closed, and values contain nothing that may be a tag of the call. `name` is known at its
+    `>`. `pop_arguments` returns JSON. Values have the types of the tool's schema; those that can only be strings are
+    streamed, without one newline at either end. `failed`: the text is not such a call.
     """
 
     def __init__(self, schemas: ToolSchemas, is_bare: bool) -> None:
-        """`is_bare`: no `<tool_call>` stands around it. Then a name that is none of the tools' makes no call."""
+        """`is_bare`: there is no `<tool_call>` around the call. Then its name must be that of a tool."""
         self.name: str | None = None
         self.done = False
         self.failed = False
@@ -37,61 +36,61 @@ class XmlCall:
         self._step: Callable[[str], int] = self._read_function
         self._key = ""
         self._keys: set[str] = set()
-        self._value = ""  # of which nothing was shown
-        self._in_text = False
+        self._value = ""  # the value under way, unless it is streamed
+        self._is_streaming = False
         self._written = Arguments(schemas)
-        self._early = ""  # of the arguments, what is certain before it is known whether the call ends
+        self._early = ""  # arguments that are certain before it is known whether the call ends
 
     def read(self, text: str) -> int:
-        """Reads as far as is certain. Returns where what is not yet read, or not of the call, begins."""
+        """Parses as far as is certain. Returns the index of the first character that is unread or not of the call."""
         at = 0
         while not (self.done or self.failed):
-            taken = self._step(text[at:])
-            if not taken:
+            length = self._step(text[at:])
+            if not length:
                 break
-            at += taken
+            at += length
         return at
 
     def pop_arguments(self) -> str:
-        """What came of the arguments since the last time, but for the last value's end."""
+        """Returns the arguments since the last call of this method, without the end of the last value."""
         early, self._early = self._early, ""
-        return early if self.done else early + self._written.take()
+        return early if self.done else early + self._written.pop()
 
     def remaining_arguments(self) -> str:
-        """What was not yet taken of a call that has ended."""
-        return self._written.take()
+        """Returns the arguments that `pop_arguments` has not returned, once the call has ended."""
+        return self._written.pop()
 
     def _read_function(self, text: str) -> int:
-        taken = self._tag(text, FUNCTION)
-        if taken:
+        length = self._tag(text, FUNCTION)
+        if length:
             self._step = self._read_name
-        return taken
+        return length
 
     def _read_name(self, text: str) -> int:
-        taken, name = self._name(text)
+        length, name = self._name(text)
         if name and not (name in self._schemas.names if self._is_bare else is_name(name)):
             self.failed = True
         elif name:
             self.name = self._written.name = name
             self._step = self._read_member
-        return taken
+        return length
 
     def _read_member(self, text: str) -> int:
-        taken = self._tag(text, PARAMETER, FUNCTION_END)
-        if text[:taken].endswith(PARAMETER):
+        length = self._tag(text, PARAMETER, FUNCTION_END)
+        if text[:length].endswith(PARAMETER):
             self._step = self._read_key
-        elif taken:
+        elif length:
             self._written.end()
             self.done = True
-        return taken
+        return length
 
     def _read_key(self, text: str) -> int:
-        taken, self._key = self._name(text)
+        length, self._key = self._name(text)
         self.failed = self.failed or self._key in self._keys
-        if taken:
+        if length:
             self._keys.add(self._key)
             self._step = self._read_first_newline
-        return taken
+        return length
 
     def _read_first_newline(self, text: str) -> int:
         if text:
@@ -100,15 +99,15 @@ class XmlCall:
 
     def _read_value(self, text: str) -> int:
         tag = _TAG.search(text)
-        begun = tag or _BEGUN_TAG.search(text)
+        begun = tag or _PARTIAL_TAG.search(text)
         assert begun is not None
         end = begun.start() - (tag is not None and text[: begun.start()].endswith("\n"))
         if end or tag is None:
-            self._take(text[:end])
+            self._append(text[:end])
             return end
         ends = tag[0] == PARAMETER_END and self._may_follow(text[tag.end() :])
         if ends:
-            self._early += self._written.take()
+            self._early += self._written.pop()
             self._end_value()
             self._step = self._read_member
             return tag.end()
@@ -116,7 +115,7 @@ class XmlCall:
         return 0
 
     def _may_follow(self, text: str) -> bool | None:
-        """Whether `text` after `</parameter>` shows that the tag ends a value; None if it may yet."""
+        """Whether the `text` after `</parameter>` shows that this tag ends the value; None if more text decides."""
         rest = text.lstrip()
         if rest.startswith(PARAMETER):
             length, key = _name(rest[len(PARAMETER) :])
@@ -135,31 +134,31 @@ class XmlCall:
         after = after.lstrip()
         return True if after.startswith(end) else (None if end.startswith(after) else False)
 
-    def _take(self, text: str) -> None:
-        """Takes a piece of the value; shows it where it can only be text."""
+    def _append(self, text: str) -> None:
+        """Appends `text` to the value, and streams it if the value can only be a string."""
         if not text:
             return
-        if self._in_text:
+        if self._is_streaming:
             self._written.extend_text(text)
             return
         self._value += text
         types = self._written.types(self._key)
         if types == {"string"} or (types == {"string", "null"} and not self._may_be_null()):
             self._written.begin_text(self._key, self._value)
-            self._in_text, self._value = True, ""
+            self._is_streaming, self._value = True, ""
 
     def _may_be_null(self) -> bool:
         return any(null.startswith(self._value.strip()) for null in _NULLS)
 
     def _end_value(self) -> None:
-        if self._in_text:
+        if self._is_streaming:
             self._written.end_text()
         else:
             self._written.add(self._key, self._value)
-        self._in_text, self._value = False, ""
+        self._is_streaming, self._value = False, ""
 
     def _tag(self, text: str, *tags: str) -> int:
-        """Length of the one of `tags` that `text` begins with, white space included; 0 if it may yet come."""
+        """Returns the length of the tag, with white space, that `text` begins with; 0 if more text decides."""
         rest = text.lstrip()
         for tag in tags:
             if rest.startswith(tag):
@@ -168,30 +167,31 @@ class XmlCall:
         return 0
 
     def _name(self, text: str) -> tuple[int, str]:
-        """Length and text of the name that `>` ends; 0 if it may yet come."""
+        """Returns the length, including `>`, and the text of a name; 0 if more text decides."""
         length, name = _name(text)
         self.failed = length < 0
         return max(length, 0), name
 
 
 class Arguments:
-    """JSON of a call's arguments as they come; `name` is the tool's."""
+    """Builds the JSON of a call's arguments incrementally; `name` is the tool's."""
 
     def __init__(self, schemas: ToolSchemas, name: str = "") -> None:
         self.name = name
         self._schemas = schemas
         self._num = 0
-        self._json = ""  # not taken yet
+        self._json = ""  # not popped yet
 
-    def take(self) -> str:
-        taken, self._json = self._json, ""
-        return taken
+    def pop(self) -> str:
+        """Returns the JSON since the last call of this method."""
+        new, self._json = self._json, ""
+        return new
 
     def types(self, key: str) -> frozenset[str] | None:
         return self._schemas.types(self.name, key)
 
     def add(self, key: str, value: str) -> None:
-        """Adds an argument as JSON of its type."""
+        """Adds an argument, converted to its type in the schema."""
         self._begin(key)
         self._json += typed_json(value, self.types(key))
 
@@ -214,11 +214,11 @@ class Arguments:
 
 
 def _name(text: str) -> tuple[int, str]:
-    """Length and text of the name that `>` ends; 0 if it may yet come, -1 if there is none."""
-    end = next((i for i, char in enumerate(text[:_MOST_NAME]) if char in "<>\n"), -1)
+    """Returns the length, including `>`, and the text of a name; 0 if more text decides, -1 if it is not a name."""
+    end = next((i for i, char in enumerate(text[:_MAX_NAME]) if char in "<>\n"), -1)
     if end >= 0 and text[end] == ">" and text[:end].strip():
         return end + 1, text[:end].strip()
-    return (-1 if end >= 0 or len(text) >= _MOST_NAME else 0), ""
+    return (-1 if end >= 0 or len(text) >= _MAX_NAME else 0), ""
 
 
 def is_name(text: str) -> bool:
