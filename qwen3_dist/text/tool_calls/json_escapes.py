@@ -11,8 +11,9 @@ _BREAKS = "nrt"
 class Escapes:
     r"""Interprets the escapes of one streamed string.
 
-    A stray backslash, which begins no valid escape, is text. In a string that has one, `\b` and `\f` are text too, and so are `\n`, `\r` and `\t` if the string begins with a Windows drive (`C:\new\Users`). Without a drive
-    these three are white space if any of them precedes a non-letter, as in code of several lines; otherwise the string
+    A stray backslash, which begins no valid escape, is text. In a string that has one, `\b` and `\f` are text too, and
+    so are `\n`, `\r` and `\t` if the string begins with a Windows drive (`C:\new\Users`). Without a drive these three
+    are white space if any of them precedes a non-letter, as in code of several lines; otherwise the string
     `is_unclear`. An escape that may turn out to be text is held back, with the text after it, until that is known.
     """
 

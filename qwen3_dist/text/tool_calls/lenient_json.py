@@ -134,8 +134,8 @@ class LenientReader(JsonReader):
 class LenientJson:
     """A parsed value: the index after it, and its JSON, None if it cannot be repaired.
 
-    `is_closed`: the text has the value's end. `is_cut`: the text ends inside a string. `is_mixed`: a bracket also closed
-    inner brackets of the other kind.
+    `is_closed`: the text has the value's end. `is_cut`: the text ends inside a string. `is_mixed`: a bracket also
+    closed inner brackets of the other kind.
     """
 
     end: int

@@ -36,9 +36,10 @@ _WRAPS = ("<tool_call>", "</tool_call>")
 def xml_block(text: str, schemas: ToolSchemas, names: Container[str] | None = None) -> Block:
     """Parses `text` as function calls. With `names`, only functions of these names are calls.
 
-    A value ends at a `</parameter>` that another tag of the call follows. A value may contain tags, if they are balanced
-    or in places where the call cannot have them. Without such an end the value ends at the first tag that could end it,
-    preferably on a line of its own. If the text after the last call is not prose, nothing in the block is a call.
+    A value ends at a `</parameter>` that another tag of the call follows. A value may contain tags, if they are
+    balanced or in places where the call cannot have them. Without such an end the value ends at the first tag that
+    could end it, preferably on a line of its own. If the text after the last call is not prose, nothing in the block
+    is a call.
     """
     calls: list[WrittenCall] = []
     at = num_tags = 0

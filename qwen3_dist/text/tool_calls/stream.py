@@ -28,10 +28,11 @@ def new_call_id() -> str:
 class ToolCalls:
     """Splits text into content and tool calls. The joined results do not depend on how it was split into pushes.
 
-    Calls in the template's strict format are streamed, from the first value on. A block that deviates from it is parsed
-    again as a whole once its end is known, and repaired if only one meaning is possible; otherwise it is content. If a
-    part of the arguments was already streamed, the rest then follows unchanged, so that clients see invalid JSON. The
-    same holds for a call that the token limit cuts off. White space before, between and after calls is not content.
+    Calls in the template's strict format are streamed, from the first value on. A block that deviates from it is
+    parsed again as a whole once its end is known, and repaired if only one meaning is possible; otherwise it is
+    content. If a part of the arguments was already streamed, the rest then follows unchanged, so that clients see
+    invalid JSON. A call that the token limit cuts off stays incomplete too. White space before, between and after
+    calls is not content.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ToolCalls:
         new_id: Callable[[], str] = new_call_id,
         only_calls: bool = False,
     ) -> None:
-        """`tools` are in OpenAI's format. `only_calls`: the text is all calls, so a call cut off early is not content."""
+        """`tools` are in OpenAI's format. `only_calls`: the text is all calls, so a call cut off is not content."""
         self._schemas = tools if isinstance(tools, ToolSchemas) else ToolSchemas(tools)
         self._new_id = new_id
         self._form = form
@@ -198,7 +199,7 @@ class ToolCalls:
         return True
 
     def _await_end(self, block: Block | None, end: int, resume: int) -> None:
-        """Waits for the text after an XML call: `block`, or `_call` if None, up to `end`; `resume` is the index after it."""
+        """Waits for the text after an XML call: `block` up to `end`, or `_call` if None; `resume` is after it."""
         self._awaiting = (block, end, resume)
         self._num_searched = resume
         self._step = self._read_after_xml
@@ -277,7 +278,7 @@ class ToolCalls:
         self._unread = ""
 
     def _block(self, text: str) -> Block:
-        """Parses `text` in the format that it has. In another format than the template's only known tools are calls."""
+        """Parses `text` in its format. In another format than the template's, only known tools are calls."""
         if self._is_xml():
             known_only = self._form == "json" or not self._opening
             return xml_block(text, self._schemas, self._schemas.names if known_only else None)

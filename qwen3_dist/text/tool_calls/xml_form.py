@@ -21,8 +21,8 @@ _PARTIAL_TAG = re.compile(r"\n?(?:<[ \t]*/?[ \t]*[a-z_]{0,9}[ \t]*)?\Z")
 class XmlCall:
     """Incrementally parses one call in the template's strict format, from `<function=` on.
 
-    In that format every tag is closed, and values contain nothing that may be a tag of the call. `name` is known at its
-    `>`. `pop_arguments` returns JSON. Values have the types of the tool's schema; those that can only be strings are
+    Every tag is closed there, and values contain nothing that may be a tag of the call. `name` is known at its `>`.
+    `pop_arguments` returns JSON. Values have the types of the tool's schema; those that can only be strings are
     streamed, without one newline at either end. `failed`: the text is not such a call.
     """
 
@@ -222,7 +222,7 @@ def _name(text: str) -> tuple[int, str]:
 
 
 def is_name(text: str) -> bool:
-    """Whether a tool may have that name."""
+    """Whether `text` is a valid function name."""
     return bool(text) and not any(char.isspace() or char in "<>{}=\"'" for char in text)
 
 
