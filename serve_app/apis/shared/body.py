@@ -83,25 +83,25 @@ def about(text: str) -> Any:
     return Field(description=text)
 
 
-def _with_error(schema: CoreSchema, words: str) -> CoreSchema:
-    """Returns `schema` with its errors replaced by "must be `words`"."""
+def _with_error(schema: CoreSchema, expected: str) -> CoreSchema:
+    """Returns `schema` with its errors replaced by "must be `expected`"."""
     return core_schema.custom_error_schema(
-        schema, "must_be", custom_error_message="{words}", custom_error_context={"words": words}
+        schema, "must_be", custom_error_message="{expected}", custom_error_context={"expected": expected}
     )
 
 
-def _error(words: str, **context: Any) -> PydanticCustomError:
-    return PydanticCustomError("must_be", "{words}", {"words": words, **context})
+def _error(expected: str, **context: Any) -> PydanticCustomError:
+    return PydanticCustomError("must_be", "{expected}", {"expected": expected, **context})
 
 
 @dataclass(frozen=True)
 class Must:
-    """Annotates a type: the error for an invalid value is "must be `words`".
+    """Annotates a type: the error for an invalid value is "must be `expected`".
 
     An invalid item of a list, or field of an object, has an error of its own. A list has `min_items` to `max_items`.
     """
 
-    words: str
+    expected: str
     min_items: int | None = None
     max_items: int | None = None
 
@@ -109,18 +109,18 @@ class Must:
         inner = handler(source)
         if _json_type(source) is list:
             bounds: Any = without_nulls({"min_length": self.min_items, "max_length": self.max_items})
-            outer = _with_error(core_schema.list_schema(**bounds, strict=True), self.words)
+            outer = _with_error(core_schema.list_schema(**bounds, strict=True), self.expected)
             return core_schema.chain_schema([outer, cast(CoreSchema, {**inner, **bounds, "fail_fast": True})])
         if is_typeddict(source):
             return core_schema.no_info_wrap_validator_function(self._object, inner)
-        return _with_error(inner, self.words)
+        return _with_error(inner, self.expected)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         return handler(schema["steps"][-1] if schema["type"] == "chain" else schema)  # type: ignore[arg-type]
 
     def _object(self, value: Any, handler: ValidatorFunctionWrapHandler) -> Json:
         if type(value) is not dict:
-            raise _error(self.words)
+            raise _error(self.expected)
         return _in_order(without_nulls(value), handler)
 
 
@@ -139,15 +139,15 @@ class Range:
         bounds: Any = {"gt" if self.exclusive_low else "ge": self.low, "le": self.high, "strict": True}
         integer = core_schema.int_schema(**bounds)
         if source is int:
-            return _with_error(integer, self._words("an integer"))
+            return _with_error(integer, self._describe("an integer"))
         number = core_schema.union_schema([integer, core_schema.float_schema(**bounds)], mode="left_to_right")
-        return _with_error(number, self._words("a number"))
+        return _with_error(number, self._describe("a number"))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
         made = dict(handler(schema))
         return {**made.pop("anyOf")[0], "type": "number", **made} if "anyOf" in made else made
 
-    def _words(self, noun: str) -> str:
+    def _describe(self, noun: str) -> str:
         if self.exclusive_low:
             return f"{noun} above {self.low} and at most {self.high}"
         if self.high is None:
@@ -159,10 +159,10 @@ class Range:
 class ByType:
     """Annotates a union: only the option with the value's JSON type is validated, so the error is that option's.
 
-    The error is "must be `words`" for a value of no option's type, or if several options of its type all reject it.
+    The error is "must be `expected`" for a value of no option's type, or if several options of its type all reject it.
     """
 
-    words: str
+    expected: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         options: dict[str, list[CoreSchema]] = {}
@@ -172,13 +172,13 @@ class ByType:
         for branch, schemas in options.items():
             if len(schemas) > 1:
                 union = core_schema.union_schema(schemas, mode="left_to_right")  # type: ignore[arg-type]
-                choices[branch] = _with_error(union, self.words)
+                choices[branch] = _with_error(union, self.expected)
         return core_schema.tagged_union_schema(
             cast(Any, choices),
             lambda value: _branch(type(value)),
             custom_error_type="must_be",
-            custom_error_message="{words}",
-            custom_error_context={"words": self.words},
+            custom_error_message="{expected}",
+            custom_error_context={"expected": self.expected},
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> Json:
@@ -192,11 +192,11 @@ class ByTag:
 
     An object without a tag is `bare`, if it has fields of that typed dict and none of `unless`; else it has the tag
     `untagged`, if that is given. An object with another tag is kept unchanged if Json is an option of the union. The
-    error for a value that is not an object is "must be `words`".
+    error for a value that is not an object is "must be `expected`".
     """
 
     tag: str
-    words: str
+    expected: str
     refused: tuple[str, ...] = ()
     untagged: str | None = None
     bare: Any = None
@@ -244,7 +244,7 @@ class ByTag:
 
         def validate_tagged(value: Any, handler: ValidatorFunctionWrapHandler) -> Json:
             if type(value) is not dict:
-                raise _error(self.words)
+                raise _error(self.expected)
             given = without_nulls(value)
             name = given.get(self.tag)
             if (

@@ -68,7 +68,7 @@ def _missing(model: type[BaseModel], body: Json, steps: list[int | str]) -> Requ
 def _expected(kind: str, context: Mapping[str, Any]) -> str:
     if kind == "literal_error":
         return f"one of {context['expected'].replace(' or ', ', ').replace(chr(39), '')}"
-    return context["words"] if "words" in context else _EXPECTED[kind]
+    return context["expected"] if "expected" in context else _EXPECTED[kind]
 
 
 def _path(steps: list[int | str]) -> str:
