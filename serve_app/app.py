@@ -1,4 +1,4 @@
-"""`build_app`: the Serve application of one typed config, for our CLI, `serve run` and Serve YAML alike."""
+"""`build_app` makes the Serve application from settings, for the CLI, `serve run` and Serve YAML files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from serve_app.replica.deployment import EngineReplica
 from serve_app.settings import ServiceConfig, read_service_config
 
 INGRESS, REPLICA = "Ingress", "EngineReplica"
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-# A model that fails to load fails the next time too: say so after the first try. Once a replica has
-# run, Serve goes on replacing lost ones whatever this is.
+QUIET_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+# A model that fails to load once fails again, so report it after the first try. This does not limit how often Serve
+# replaces replicas that have run.
 _CONSTRUCTOR_TRIES = 1
 _INGRESS_ONGOING_REQUESTS = 10_000
-_CONTROL_CALLS = 100  # at once: of health, ranks, experts; a replica full of requests answers them too
-# Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
+_CONTROL_CALLS = 100  # concurrent calls (health, ranks, experts) that a replica answers besides its requests
+# When Serve itself deletes the application, the ingress must outlive the replicas, so that their last streams end with
+# an error event and not with a closed connection.
 _INGRESS_OUTLIVES_S = 10.0
 _RUNTIME_ENV = {"env_vars": ray_private.DEPLOYMENT_ENVIRONMENT}
 
@@ -33,14 +34,14 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def bind(config: ServiceConfig) -> serve.Application:
-    """The application for `config`, sized for the Ray cluster this process is connected to."""
+    """The application for `config`, sized for the connected Ray cluster. Raises ResourceError."""
     ray_private.check_serve()
     placement = place(config)
     config = dataclasses.replace(config, engine=placement.engine, model_name=config.served_name)
     replicas = serve.deployment(
         name=REPLICA,
-        # The ingress refuses what is too much; what it lets through waits in engines. Beyond this number it would wait
-        # in Serve's router, which looks for room twice a second: engines idled while hundreds waited.
+        # Admitted requests must wait in engines. Beyond this number they would wait in Serve's router, which looks for
+        # free replicas only twice a second, so that engines idle while requests wait.
         max_ongoing_requests=config.max_ongoing_requests + config.max_queued_requests + _CONTROL_CALLS,
         max_queued_requests=-1,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
@@ -59,7 +60,7 @@ def bind(config: ServiceConfig) -> serve.Application:
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s,
         health_check_period_s=config.health_check_period_s,
         health_check_timeout_s=config.health_check_timeout_s,
-        logging_config=QUIET,
+        logging_config=QUIET_LOGGING,
     )(EngineReplica)
     ingress = serve.deployment(
         name=INGRESS,
@@ -68,6 +69,6 @@ def bind(config: ServiceConfig) -> serve.Application:
         graceful_shutdown_timeout_s=config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
         health_check_period_s=config.health_check_period_s,
         health_check_timeout_s=config.health_check_timeout_s,
-        logging_config=QUIET,
+        logging_config=QUIET_LOGGING,
     )(Ingress)
     return ingress.bind(config, replicas.bind(config))

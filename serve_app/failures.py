@@ -1,4 +1,4 @@
-"""Bugs as clients see them: a status of 500 and a sentence that leads to the traceback."""
+"""Errors that are bugs: logged with their traceback, and answered with 500 and where to find it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.log_file import log_file
 
 
-def failure(error: Exception, logger: logging.Logger, request_id: str) -> RequestError:
-    """What clients are told of `error`, which is a bug. Logs its traceback under `request_id`."""
+def log_internal_error(error: Exception, logger: logging.Logger, request_id: str) -> RequestError:
+    """Logs the traceback of `error` under `request_id`. Returns the error to answer with, of status 500."""
     logger.error("request %s failed", request_id, exc_info=error)
-    return failed(logger, request_id)
+    return internal_error(logger, request_id)
 
 
-def failed(logger: logging.Logger, request_id: str) -> RequestError:
-    """An error of status 500 that names the request and the file where `logger` wrote why."""
+def internal_error(logger: logging.Logger, request_id: str) -> RequestError:
+    """An error of status 500 that names the request and the log file that has the traceback."""
     file = log_file(logger)
     place = f"{file.name} in the log directory of Ray Serve" if file else "the standard error of the server"
     return RequestError(

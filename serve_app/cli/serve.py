@@ -32,42 +32,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "engine of each replica", EngineConfig, skip=("model",))
 
 
-class EndSignals:
+class StopSignals:
     """SIGINT and SIGTERM: the first ends the service with time for its requests, the second at once, the third also
     what cannot be ended in order."""
 
     def __init__(self) -> None:
-        self._ending = self._hurry = False
+        self._shutting_down = self._stop_now = False
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts background jobs of scripts
                 signal.signal(number, self._handle)
 
-    def hurry(self) -> bool:
+    def stop_now(self) -> bool:
         """Whether the service is to end at once."""
-        return self._hurry
+        return self._stop_now
 
-    def begin_end(self) -> None:
+    def begin_shutdown(self) -> None:
         """Says that the service ends by itself; the next signal is the second."""
-        self._ending = True
+        self._shutting_down = True
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self._hurry:
+        if self._stop_now:
             os._exit(1)
-        if self._ending:
-            self._hurry = True
+        if self._shutting_down:
+            self._stop_now = True
             return
-        self._ending = True
+        self._shutting_down = True
         raise KeyboardInterrupt
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     config = read_service_config(given_settings(args, ServiceConfig, EngineConfig))
-    signals = EndSignals()
+    signals = StopSignals()
     from serve_app.cli.sample import show_sample
     from serve_app.launch.service import running_service
 
     try:
-        with running_service(config, args.ray_address, _report, signals.hurry) as service:
+        with running_service(config, args.ray_address, _report, signals.stop_now) as service:
             try:
                 _announce(out, args.json, service.url, config.served_name)
                 if args.sample or args.exit_after_sample:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                     _report("ready; Ctrl-C ends it")
                     service.watch()
             finally:
-                signals.begin_end()
+                signals.begin_shutdown()
     except KeyboardInterrupt:
         _report("stopped")
     return 0

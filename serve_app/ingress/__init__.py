@@ -1,1 +1,1 @@
-"""What runs in the ingress: HTTP in, requests to replicas, answers out. `proxy` runs in Serve's HTTP proxies."""
+"""The ingress process: HTTP in, requests to replicas, answers out. `proxy` runs in Serve's HTTP proxies instead."""

@@ -1,4 +1,4 @@
-"""How many sequences may be in flight, and who is refused beyond."""
+"""Admission control: limits the sequences in flight and refuses requests beyond the limit with 429."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from types import TracebackType
 
 from qwen3_dist.errors import RequestError
 
-# Headers of ours for Serve's proxies, of any answer and of a refusal: see `proxy`.
-LIMIT_HEADER = "x-most-in-flight"
-HOLDS_HEADER = "x-refusal-holds-ms"
-_WINDOW_S = 10.0  # over which ended sequences are counted
-_MOST_RETRY_S = 30
+# Response headers that `proxy` reads and removes. The first is on every answer of the service, the second on a 429.
+MAX_IN_FLIGHT_HEADER = "x-max-in-flight"
+REFUSE_FOR_HEADER = "x-refuse-for-ms"
+_WINDOW_S = 10.0  # the rate of ended sequences is measured over about this time
+_MAX_RETRY_AFTER_S = 30
 
 
-def spread(seconds: int) -> int:
-    """A whole number around `seconds`, at least 1: clients refused together should not all come back together."""
+def with_jitter(seconds: int) -> int:
+    """A random whole number from half to one and a half of `seconds`, at least 1, so that clients that were refused
+    together do not all retry together."""
     return random.randint(max(1, seconds // 2), seconds + seconds // 2)
 
 
 class OverloadedError(RequestError):
-    """A request for which there is no room (429); it may come again after `retry_after_s` seconds.
+    """The service is full (429). The client may retry after `retry_after_s` seconds.
 
-    For `holds_ms` milliseconds others may be refused unasked: by then a tenth of those in flight have probably ended,
-    and enough wait.
+    Proxies may refuse other requests for `refuse_for_ms` milliseconds without asking the service: a tenth of
+    `retry_after_s`, in which about a tenth of the sequences in flight end.
     """
 
     def __init__(self, limit: int, retry_after_s: int) -> None:
@@ -37,51 +38,52 @@ class OverloadedError(RequestError):
         )
         self.limit = limit
         self.retry_after_s = retry_after_s
-        self.holds_ms = 100 * retry_after_s
+        self.refuse_for_ms = 100 * retry_after_s
 
 
 class Admission:
     """Counts the sequences in flight: each choice of each prompt of each request.
 
-    A request is admitted while fewer than `limit()` are in flight, so a large one finds its turn beside small ones. It
-    counts `most_of_one` at most, so that one alone cannot fill the service.
+    A request is admitted while fewer than `limit()` sequences are in flight, whatever its own size, so that small
+    requests cannot starve a large one. A request counts as at most `max_per_request` sequences, so that one request
+    cannot fill the service.
     """
 
-    def __init__(self, limit: Callable[[], int], most_of_one: int) -> None:
+    def __init__(self, limit: Callable[[], int], max_per_request: int) -> None:
         self._limit = limit
-        self.most_of_one = most_of_one
+        self.max_per_request = max_per_request
         self.in_flight = 0
         self._ended = 0.0
         self._ended_since = time.monotonic()
 
-    def check(self, besides: int = 0) -> None:
-        """Raises OverloadedError if there is no room for another request, `besides` the sequences of itself."""
+    def check(self, own: int = 0) -> None:
+        """Raises OverloadedError if the limit is reached, not counting `own`: sequences of the request itself."""
         limit = self._limit()
-        if self.in_flight - besides >= limit:
+        if self.in_flight - own >= limit:
             raise OverloadedError(limit, self._retry_after_s())
 
     def admit(self) -> Admitted:
-        """A request in flight until its context ends, of one sequence until it says more. Raises OverloadedError."""
+        """A context for one request, which counts as one sequence until `count` is called. Raises OverloadedError."""
         self.check()
         return Admitted(self)
 
     def end(self, num_sequences: int) -> None:
-        """Takes a request's sequences out."""
+        """Subtracts the sequences of a request that ended."""
         self.in_flight -= num_sequences
         self._ended += num_sequences
 
     def _retry_after_s(self) -> int:
-        """About the seconds in which, at the rate of late, those that are in flight will have ended."""
+        """Roughly the seconds until all sequences in flight have ended, at the recent rate of ended sequences."""
         now = time.monotonic()
         elapsed = now - self._ended_since
         rate = self._ended / elapsed if elapsed > 0 else 0.0
         if elapsed > _WINDOW_S:
             self._ended, self._ended_since = self._ended / 2, now - elapsed / 2
-        return min(_MOST_RETRY_S, spread(math.ceil(self.in_flight / rate))) if rate else 1
+        return min(_MAX_RETRY_AFTER_S, with_jitter(math.ceil(self.in_flight / rate))) if rate else 1
 
 
 class Admitted:
-    """A context in which a request's sequences count as in flight."""
+    """A context during which the sequences of one request count as in flight."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -89,9 +91,10 @@ class Admitted:
         admission.in_flight += 1
 
     def count(self, num_sequences: int) -> None:
-        """Tells how many sequences the request has. Raises OverloadedError if others took the room meanwhile."""
-        self._admission.check(besides=self._num_sequences)
-        num_sequences = min(num_sequences, self._admission.most_of_one)
+        """Sets how many sequences the request has. Raises OverloadedError if other requests have filled the
+        service."""
+        self._admission.check(own=self._num_sequences)
+        num_sequences = min(num_sequences, self._admission.max_per_request)
         self._admission.in_flight += num_sequences - self._num_sequences
         self._num_sequences = num_sequences
 

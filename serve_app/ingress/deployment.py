@@ -1,10 +1,10 @@
-"""The ingress: the Serve deployment that speaks HTTP and has requests answered by replicas.
+"""The ingress: the Serve deployment that speaks HTTP and passes requests to replicas.
 
-A request crosses to a replica once, as a parsed request; its answer comes back as a first item that holds the HTTP
-status and then one item of finished bytes per engine step.
+A request is sent to a replica once, already parsed. The answer comes back as a pair of HTTP status and bytes, then,
+for a stream, one item of serialised events per engine step.
 """
 
-# No postponed annotations here: FastAPI reads those of the ingress's routes as the values they are.
+# No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -43,7 +43,7 @@ from serve_app.apis.tokens import (
     parse_detokenize,
     parse_tokenize,
 )
-from serve_app.ingress.admission import LIMIT_HEADER, Admission
+from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
 from serve_app.ingress.dispatch import Dispatcher
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import (
@@ -56,14 +56,13 @@ from serve_app.ingress.http import (
     request_id,
     route_path,
 )
-from serve_app.ingress.late_stream import COMMENT, HEADERS_AFTER_S, LateStream
+from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KEEP_ALIVE_COMMENT, KeepAliveStream
 from serve_app.ingress.replica_health import ReplicaHealth
-from serve_app.ingress.sending import PIECE, EventStream, LargeResponse
+from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
 from serve_app.settings import ServiceConfig
 
-Items = AsyncGenerator[Any, None]  # a pair of the HTTP status and bytes, then bytes
-Heard = Callable[[Items], Items]
-_LARGE_BODY = 2**16  # bytes that are not read on the event loop
+Items = AsyncGenerator[Any, None]  # a pair of HTTP status and bytes, then bytes
+_LARGE_BODY = 2**16  # bytes; larger bodies are parsed in a thread
 _REBALANCE = "/v1/cluster/experts/rebalance"
 
 api = make_api()
@@ -71,7 +70,7 @@ api = make_api()
 
 @serve.ingress(api)
 class Ingress:
-    """The HTTP endpoint: checks requests, passes them to a replica, streams what comes back."""
+    """The HTTP endpoint: checks requests, passes them to a replica and streams the answers."""
 
     def __init__(self, config: ServiceConfig, replicas: DeploymentHandle) -> None:
         self._models = Models((config.served_name, *config.engine.lora.names), int(time.time()))
@@ -84,16 +83,16 @@ class Ingress:
             config.health_check_period_s,
             2 * config.health_check_timeout_s,
         )
-        self._dispatcher = Dispatcher(answers.remote, config.request_timeout_s, self._health.doubt)
-        self._admission = Admission(self._most_in_flight, config.max_ongoing_requests)
+        self._dispatcher = Dispatcher(answers.remote, config.request_timeout_s, self._health.poll_soon)
+        self._admission = Admission(self._max_in_flight, config.max_ongoing_requests)
         self._stored = ResponseStore(int(config.stored_responses_mib * 2**20), config.stored_responses_s)
         self._draining = Draining()
         self._max_model_len: int | None = None
         freeze_gc_heap()
 
-    def let_in(self, request: Request) -> None:
-        """Raises RequestError for a request without the key it needs (401, 403), or without room for it (429), or to a
-        service that is shutting down (503)."""
+    def check_request(self, request: Request) -> None:
+        """Raises RequestError if the key is missing or wrong (401, 403), if the service is full (429), or if it is
+        shutting down (503). Called before the body is read."""
         self._draining.check()
         path = route_path(request)
         if path == _REBALANCE:
@@ -103,7 +102,7 @@ class Ingress:
         if request.method == "POST":
             self._admission.check()
 
-    def _most_in_flight(self) -> int:
+    def _max_in_flight(self) -> int:
         replicas = max(self._health.num_healthy, self._config.min_replicas)
         return replicas * self._config.max_ongoing_requests + self._config.max_queued_requests
 
@@ -169,22 +168,23 @@ class Ingress:
     @api.get("/v1/models", **route("OpenAI, Anthropic: the models that are served"))
     @api.get("/v1/models/", include_in_schema=False)
     async def models(self, request: Request) -> Response:
-        """In Anthropic's form where its header asks for that."""
-        longest = await self._longest()
+        """The model list, in Anthropic's form if the request has its `anthropic-version` header."""
+        max_model_len = await self._get_max_model_len()
         if is_anthropic(request):
-            return json_response(self._models.anthropic_list(longest, request.query_params))
-        return json_response(self._models.openai_list(longest))
+            return json_response(self._models.anthropic_list(max_model_len, request.query_params))
+        return json_response(self._models.openai_list(max_model_len))
 
     @api.get("/v1/models/{name:path}", **route("OpenAI, Anthropic: one model"))
     async def model(self, name: str, request: Request) -> Response:
         name = name.removesuffix("/")
         self._models.check(name)
         form = self._models.anthropic_model if is_anthropic(request) else self._models.openai_model
-        return json_response(form(name, await self._longest()))
+        return json_response(form(name, await self._get_max_model_len()))
 
     @api.get("/health", **route("Whether requests can be answered"))
     async def health(self) -> Response:
-        """200 if some replica's engine was well when last asked, else 503; nobody is waited for."""
+        """200 if at least one replica was healthy at the last periodic check, else 503. Answers without asking
+        replicas."""
         if self._health.num_healthy:
             return json_response({"status": "ok"})
         raise EngineDeadError("no replica is healthy")
@@ -199,59 +199,64 @@ class Ingress:
         """Each replica's expert load."""
         return json_response({"object": "list", "data": await self._ask_all("expert_load")})
 
-    @api.post(_REBALANCE, **route("Moves experts to where the load wants them"))
+    @api.post(_REBALANCE, **route("Rebalances the placement of experts"))
     async def rebalance_experts(self) -> Response:
-        """Has each replica move its experts to where their load wants them; the layers each changed."""
+        """Has each replica rebalance its experts by their load. Answers with the layers that each replica changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
 
     async def drain(self, timeout_s: float) -> int:
-        """Refuses new requests and ends running ones in `timeout_s` seconds; the number of sequences that run."""
+        """Refuses new requests and ends running ones after `timeout_s` seconds. Returns the number of running
+        sequences."""
         self._draining.begin(timeout_s)
         return self._admission.in_flight
 
     async def _ask_all(self, method: str) -> list[Any]:
-        """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""
+        """Calls `method` on every replica; one result each. Raises EngineDeadError if a replica is lost."""
         try:
             return await self._replicas.broadcast(method).results_async()
         except Exception as error:
             raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
     async def _generate(
-        self, asked: Request, parse: Callable[[bytes], AnyRequest], heard: Heard = lambda items: items
+        self,
+        http_request: Request,
+        parse: Callable[[bytes], AnyRequest],
+        observe: Callable[[Items], Items] = lambda items: items,
     ) -> Response:
-        with ExitStack() as held:
-            admitted = held.enter_context(self._admission.admit())
-            body = await read_body(asked, self._max_bytes, self._config.body_timeout_s)
+        """Has a replica answer the request that `parse` reads from the body. `observe` wraps the answer's items."""
+        with ExitStack() as resources:
+            admitted = resources.enter_context(self._admission.admit())
+            body = await read_body(http_request, self._max_bytes, self._config.body_timeout_s)
             request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
             if request.model:
                 self._models.check(request.model)
             admitted.count(request.num_sequences)
-            answer = self._draining.watch(self._dispatcher.answer(request, request_id(asked)))
-            items = LateStream(heard(answer))
+            answer = self._draining.watch(self._dispatcher.answer(request, request_id(http_request)))
+            items = KeepAliveStream(observe(answer))
             streams = isinstance(request, GenerationRequest) and request.stream
             try:
                 opening = await items.first(HEADERS_AFTER_S if streams else None)
             except BaseException:
                 await items.aclose()
                 raise
-            status, first = opening or (HTTPStatus.OK, COMMENT)
-            patience_s = self._config.write_timeout_s
+            status, first = opening or (HTTPStatus.OK, KEEP_ALIVE_COMMENT)
+            timeout_s = self._config.write_timeout_s
             if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
-                return self._limited(
-                    EventStream(first, items, request.error_events, patience_s, held.pop_all())
+                return self._with_limit(
+                    EventStream(first, items, request.error_events, timeout_s, resources.pop_all())
                 )
             await items.aclose()
-        if len(first) > PIECE:
-            return self._limited(LargeResponse(first, status, patience_s))
-        return self._limited(json_response(first, status))
+        if len(first) > CHUNK_BYTES:
+            return self._with_limit(LargeResponse(first, status, timeout_s))
+        return self._with_limit(json_response(first, status))
 
-    def _limited(self, response: Response) -> Response:
-        """An answer that tells Serve's proxies how many requests may be in flight."""
-        response.headers[LIMIT_HEADER] = str(self._most_in_flight())
+    def _with_limit(self, response: Response) -> Response:
+        """Adds the header that tells Serve's proxies how many requests may be in flight."""
+        response.headers[MAX_IN_FLIGHT_HEADER] = str(self._max_in_flight())
         return response
 
-    async def _longest(self) -> int | None:
-        """Most tokens of prompt and answer together, as a replica says it, once."""
+    async def _get_max_model_len(self) -> int | None:
+        """Most tokens of prompt and output together. Asked of a replica once, then cached."""
         if self._max_model_len is None:
             self._max_model_len = next(iter(await self._ask_all("max_model_len")), None)
         return self._max_model_len

@@ -1,4 +1,4 @@
-"""Sends requests to replicas: again where a replica was lost, and not beyond a request's time."""
+"""Sends requests to replicas, retries those whose replica was lost, and enforces the request timeout."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.failures import failure
+from serve_app.failures import log_internal_error
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
-# Before each further try. A replica whose engine died is gone before the last ones.
+# Waits between retries. Together long enough for a replica whose engine died to have left.
 PAUSES_S = (0.1, 0.3, 1.0, 2.0)
 _LOST = "the replica that ran this request was lost; send it again"
 _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Dispatcher:
-    """Gets requests answered by `send`, which gives a request and its id to a replica and returns its items: a pair of
-    HTTP status and body, then the parts of a stream.
+    """Sends requests to replicas with `send`, which takes a request and its id and returns the answer's items: a pair
+    of HTTP status and body, then the parts of a stream.
 
-    A request takes at most `timeout_s` seconds, all tries together; 0: as long as it likes. `on_loss` is told of
-    each loss.
+    A request may take `timeout_s` seconds, retries included; 0 means no limit. `on_loss` is called for each lost
+    replica.
     """
 
     def __init__(
@@ -45,14 +45,12 @@ class Dispatcher:
         self._pauses_s = pauses_s
 
     async def answer(self, request: Any, request_id: str) -> AsyncGenerator[Any, None]:
-        """A replica's items. Leaving early cancels the request there.
+        """The items of the answer. Closing this generator early cancels the request on the replica.
 
-        A request whose replica is lost before its first item is sent again. Raises EngineDeadError if its replica is
-        lost later, or too many are; RequestError if its time is up (408), or for a bug (500), which is logged under
-        `request_id`.
+        Retries if the replica is lost before the first item. Raises EngineDeadError if it is lost later or the retries
+        are used up, and RequestError on a timeout (408) or a bug (500), which is logged under `request_id`.
         """
-        now = asyncio.get_running_loop().time()
-        deadline = now + self._timeout_s if self._timeout_s else None
+        deadline = asyncio.get_running_loop().time() + self._timeout_s if self._timeout_s else None
         for pause_s in (*self._pauses_s, None):
             begun = False
             try:
@@ -68,7 +66,7 @@ class Dispatcher:
             await self._in_time(asyncio.sleep(pause_s), deadline)
 
     async def _try(self, request: Any, request_id: str, deadline: float | None) -> AsyncGenerator[Any, None]:
-        """The items of one replica. Raises EngineDeadError if it is lost, or answers that its engine died."""
+        """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
         items = self._send(request, request_id)
         begun = False
         try:
@@ -80,16 +78,16 @@ class Dispatcher:
         except QwenDistError:
             raise
         except Exception as error:
-            if not is_loss(error):
-                raise failure(error, logger, request_id) from None
+            if not is_replica_loss(error):
+                raise log_internal_error(error, logger, request_id) from None
             logger.warning("request %s lost its replica: %s", request_id, error)
             raise EngineDeadError(_LOST) from None
         finally:
-            with contextlib.suppress(Exception):  # it raises again what the request failed with
+            with contextlib.suppress(Exception):  # cancelling raises the error of a failed request again
                 items.cancel()
 
     async def _in_time(self, work: Awaitable[T], deadline: float | None) -> T:
-        """What `work` gives. Raises RequestError (408) if it is not there by the `deadline` of the event loop."""
+        """Awaits `work`. Raises RequestError (408) if it takes until `deadline`, a time of the event loop's clock."""
         try:
             async with asyncio.timeout_at(deadline) as limit:
                 return await work
@@ -102,15 +100,15 @@ class Dispatcher:
             ) from None
 
 
-def is_loss(error: Exception) -> bool:
-    """Whether a request failed since its replica is gone, not because of the request."""
+def is_replica_loss(error: Exception) -> bool:
+    """Whether the error says that the replica is gone, so that another one can answer the request."""
     if isinstance(error, grpc.aio.AioRpcError):
         return error.code() in _LOST_CODES
     return isinstance(error, RayActorError | DeploymentUnavailableError)
 
 
 async def _next(items: AsyncIterator[Any]) -> Any:
-    """The next item, None after the last. Raises EngineDeadError if the replica, not the client, cancelled."""
+    """The next item; None after the last. Raises EngineDeadError if the replica cancelled the call, not the client."""
     try:
         return await anext(items, None)
     except asyncio.CancelledError:

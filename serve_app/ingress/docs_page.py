@@ -1,4 +1,4 @@
-"""`/docs` and `/redoc` with their scripts from this host: clusters are often cut off from the internet."""
+"""`/docs` and `/redoc`. Their scripts come from this host, since clusters often have no internet access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FILES = "/docs/files"
 
 
 def add_docs(api: FastAPI) -> None:
-    """Adds the pages, which show the application's openapi.json, and the files that they load."""
+    """Adds both pages, which show the application's openapi.json, and their static files."""
 
     async def swagger(request: Request) -> HTMLResponse:
         root = request.scope.get("root_path", "")

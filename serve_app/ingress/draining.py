@@ -1,4 +1,4 @@
-"""The end of a service as its ingress knows it: no new requests, and a time by which the running ones end."""
+"""Graceful shutdown in the ingress: new requests are refused, running ones get a deadline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RETRY_AFTER_S = 5
 
 
 class DrainingError(RequestError):
-    """The service is shutting down (503); the same request may be answered elsewhere or later."""
+    """The service is shutting down (503). The client may retry later."""
 
     def __init__(self, message: str = "the service is shutting down; send the request again later") -> None:
         super().__init__(message, status=HTTPStatus.SERVICE_UNAVAILABLE)
@@ -26,16 +26,16 @@ class DrainingError(RequestError):
 
 
 class Draining:
-    """Refuses new requests once `begin` was called, and ends running ones that take too long."""
+    """Refuses new requests once `begin` is called, and ends running ones at the deadline."""
 
     def __init__(self) -> None:
         self._deadline: float | None = None
         self._waits: set[asyncio.Timeout] = set()
 
     def begin(self, timeout_s: float) -> None:
-        """Refuses new requests from now on, and ends the running ones in `timeout_s` seconds.
+        """Refuses new requests from now on, and ends running ones after `timeout_s` seconds.
 
-        A later call can only shorten the time.
+        Another call can only bring the deadline forward.
         """
         deadline = asyncio.get_running_loop().time() + timeout_s
         if self._deadline is None or deadline < self._deadline:
@@ -50,7 +50,7 @@ class Draining:
             raise DrainingError()
 
     async def watch(self, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """The items of a running request. Raises DrainingError where its time is up."""
+        """Passes on the items of a running request. Raises DrainingError at the deadline."""
         async with aclosing(items):
             while True:
                 try:

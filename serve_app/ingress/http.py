@@ -1,7 +1,6 @@
-"""HTTP around the ingress: who is let in, bodies in up to a limit, JSON and OpenAI error objects out.
+"""HTTP of the ingress: API keys, bodies up to a limit, JSON responses and error objects.
 
-These lie apart from the ingress because Serve pickles an ingress's routes while its module is still
-being imported: what they use has to be importable from elsewhere.
+This is not in `deployment` because Serve pickles the routes of an ingress while that module is still being imported.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from starlette.types import Receive, Scope, Send
 from qwen3_dist.errors import QwenDistError, RequestError
 from serve_app.apis.error_forms import ANTHROPIC, error_form
 from serve_app.apis.shared.errors import error_status, to_json
-from serve_app.failures import failed
-from serve_app.ingress.admission import HOLDS_HEADER, LIMIT_HEADER, OverloadedError
+from serve_app.failures import internal_error
+from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER, OverloadedError
 from serve_app.ingress.docs_page import add_docs
-from serve_app.ingress.sending import watch_sending
+from serve_app.ingress.sending import track_unsent
 
 logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
 _KEYLESS = ("/health", "/version")
-_ID_LENGTH = 128  # of a request's id that its client chose
+_MAX_ID_LENGTH = 128  # characters of a client's x-request-id that are kept
 Gate = Callable[[Request], None]
 
 
 class Api(FastAPI):
-    """An application that asks `gate` before it does anything for a request, its body's reading included.
+    """An application that calls `gate` for each request before it reads the body.
 
-    `gate` raises RequestError for a request that is refused, which `refuse` answers.
+    If `gate` raises RequestError, `refuse` makes the response.
     """
 
     gate: Gate
@@ -45,7 +44,7 @@ class Api(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            watch_sending(scope, send)
+            track_unsent(scope, send)
             request = Request(scope)
             try:
                 self.gate(request)
@@ -55,14 +54,14 @@ class Api(FastAPI):
         await super().__call__(scope, receive, send)
 
 
-def ask_deployment(request: Request) -> None:
-    """The gate of the deployment that runs this code."""
+def deployment_gate(request: Request) -> None:
+    """Calls `check_request` of the Serve deployment that runs this code."""
     deployment: Any = serve.get_replica_context().servable_object
-    deployment.let_in(request)
+    deployment.check_request(request)
 
 
-def make_api(gate: Gate = ask_deployment) -> Api:
-    """An application without routes. Errors take the form of the request's API."""
+def make_api(gate: Gate = deployment_gate) -> Api:
+    """An application without routes. Errors are answered in the error format of the request's API."""
     api = Api(
         title="qwen3_dist",
         description="OpenAI-compatible inference for Qwen3.",
@@ -76,16 +75,16 @@ def make_api(gate: Gate = ask_deployment) -> Api:
         return json_response(form(error), error_status(error), headers or error_headers(error))
 
     async def answer_error(request: Request, error: Exception) -> Response:
-        told = error if isinstance(error, QwenDistError) else failed(logger, request_id(request))
-        return refuse(request, told)
+        known = error if isinstance(error, QwenDistError) else internal_error(logger, request_id(request))
+        return refuse(request, known)
 
     async def answer_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        refused = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {request.url.path}: {error.detail}"
         headers = error.headers
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            headers = {"allow": ", ".join(_methods(request))}
-        return refuse(request, RequestError(refused, status=error.status_code), headers)
+            headers = {"allow": ", ".join(_allowed_methods(request))}
+        return refuse(request, RequestError(message, status=error.status_code), headers)
 
     api.gate, api.refuse = gate, refuse
     api.exception_handler(QwenDistError)(answer_error)
@@ -94,49 +93,52 @@ def make_api(gate: Gate = ask_deployment) -> Api:
     return api
 
 
-def _methods(request: Request) -> list[str]:
-    """The methods of all routes of the request's path; Starlette names those of the first alone."""
+def _allowed_methods(request: Request) -> list[str]:
+    """The methods of all routes of the request's path. Starlette's own `allow` header covers the first route only."""
 
-    def takes(method: str) -> bool:
+    def matches(method: str) -> bool:
         scope = {**request.scope, "method": method}
         return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
 
-    return [method for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if takes(method)]
+    return [method for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if matches(method)]
 
 
 def error_headers(error: Exception) -> Mapping[str, str] | None:
-    """What clients are told of `error` beside its body: above all whether and when to try again."""
+    """Response headers for `error`: retry-after, whether clients should retry, and the authentication scheme."""
     status = error_status(error)
     if isinstance(error, OverloadedError):
-        told = {"retry-after": error.retry_after_s, HOLDS_HEADER: error.holds_ms, LIMIT_HEADER: error.limit}
-        return {name: str(value) for name, value in told.items()}
+        values = {
+            "retry-after": error.retry_after_s,
+            REFUSE_FOR_HEADER: error.refuse_for_ms,
+            MAX_IN_FLIGHT_HEADER: error.limit,
+        }
+        return {name: str(value) for name, value in values.items()}
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return {"retry-after": str(getattr(error, "retry_after_s", 1))}
-    if status == HTTPStatus.REQUEST_TIMEOUT:  # which clients would send again by themselves
+    if status == HTTPStatus.REQUEST_TIMEOUT:  # OpenAI clients retry a 408 unless told not to
         return {"x-should-retry": "false", "connection": "close"}
     return {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
 
 
 def request_id(request: Request) -> str:
-    """The id that the client gave, or Serve's proxy, which tells it to the client: its x-request-id."""
-    return request.headers.get("x-request-id", "")[:_ID_LENGTH]
+    """The x-request-id header. Serve's proxy adds one where the client sent none, and returns it to the client."""
+    return request.headers.get("x-request-id", "")[:_MAX_ID_LENGTH]
 
 
 def is_anthropic(request: Request) -> bool:
-    """Whether a client of Anthropic's API asks."""
+    """Whether the request comes from a client of Anthropic's API, by its header."""
     return ANTHROPIC in request.headers
 
 
 def route_path(request: Request) -> str:
-    """The request's path as routes have it: without the prefix that Serve may run the application under."""
+    """The request's path without the route prefix under which Serve runs the application."""
     path: str = request.scope["path"]
     return path.removeprefix(request.scope.get("root_path", ""))
 
 
 def check_key(request: Request, key: str) -> None:
-    """Raises RequestError (401) unless the request shows the `key`, or asks for what needs none. The comparison takes
-    the same time for all keys."""
-    if key and route_path(request) not in _KEYLESS and not _shows(request, key):
+    """Raises RequestError (401) unless the request carries the API `key` or its path needs none."""
+    if key and route_path(request) not in _KEYLESS and not _has_key(request, key):
         raise RequestError(
             "the API key is missing or wrong; send it as Authorization: Bearer KEY or as x-api-key",
             status=HTTPStatus.UNAUTHORIZED,
@@ -144,30 +146,32 @@ def check_key(request: Request, key: str) -> None:
 
 
 def check_admin_key(request: Request, admin_key: str, api_key: str) -> None:
-    """Raises RequestError (401 or 403) unless the request may change the service.
-
-    It may if it shows the `admin_key`, or if there is neither that nor an `api_key`.
-    """
-    if admin_key and not _shows(request, admin_key):
-        raise RequestError("this needs the admin key", status=HTTPStatus.UNAUTHORIZED)
+    """Raises RequestError (401 or 403) unless the request may use admin routes: it carries the `admin_key`, or the
+    service has neither an `admin_key` nor an `api_key`."""
+    if admin_key and not _has_key(request, admin_key):
+        raise RequestError(
+            "this route needs the admin key; send it as Authorization: Bearer KEY or as x-api-key",
+            status=HTTPStatus.UNAUTHORIZED,
+        )
     if api_key and not admin_key:
         raise RequestError(
-            "this needs an admin key and the service has none; start it with --admin-key",
+            "this route needs an admin key and the service has none; start it with --admin-key",
             status=HTTPStatus.FORBIDDEN,
         )
 
 
-def _shows(request: Request, key: str) -> bool:
+def _has_key(request: Request, key: str) -> bool:
+    """Whether the request carries `key`, compared in constant time."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    shown = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    return hmac.compare_digest(shown.strip().encode(), key.encode())
+    sent = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    return hmac.compare_digest(sent.strip().encode(), key.encode())
 
 
 async def read_body(request: Request, limit: int, timeout_s: float = 0.0) -> bytes:
-    """The request's body, which its headers must not call anything but JSON.
+    """Reads the body. `limit` is in bytes; a `timeout_s` of 0 means no timeout.
 
-    Raises RequestError, with status 413 once it is longer than `limit` bytes, and 408 if it is not there after
-    `timeout_s` seconds; 0: it may take as long as it likes.
+    Raises RequestError if the content type is not JSON (400), the body is larger than `limit` (413), or it takes
+    longer than `timeout_s` seconds (408).
     """
     kind = request.headers.get("content-type", _JSON).partition(";")[0].strip().lower()
     if kind != _JSON:
@@ -186,7 +190,7 @@ async def read_body(request: Request, limit: int, timeout_s: float = 0.0) -> byt
         if not time_limit.expired():
             raise
         raise RequestError(
-            f"the request body took longer than {timeout_s:g} seconds to come; send it faster",
+            f"the request body took longer than {timeout_s:g} seconds to arrive; send it faster",
             status=HTTPStatus.REQUEST_TIMEOUT,
         ) from None
     return bytes(body)
@@ -195,6 +199,6 @@ async def read_body(request: Request, limit: int, timeout_s: float = 0.0) -> byt
 def json_response(
     value: Any, status: int = HTTPStatus.OK, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """`value`, or bytes that are JSON already."""
+    """A JSON response. `value` is serialised unless it is bytes, which must be JSON already."""
     body = value if isinstance(value, bytes) else to_json(value)
     return Response(body, status, headers, media_type=_JSON)

@@ -1,8 +1,9 @@
-"""What Serve's HTTP proxies do for us before they ask anybody: refuse what the service would refuse.
+"""Middleware of Serve's HTTP proxies that refuses requests early while the service is overloaded.
 
-To refuse a request costs an ingress, and the way to it, some milliseconds, and an overloaded service refuses hundreds
-a second. So a proxy counts the requests it has in flight and refuses more than the service says it takes; and where
-the service refuses nevertheless, since others ask it too, so does the proxy for as long as that holds.
+A refusal by the ingress costs some milliseconds, and an overloaded service refuses hundreds of requests a second. So
+each proxy counts its own requests in flight and refuses those beyond the limit that the service last reported. When
+the service itself answers 429, which happens if there are several proxies, the proxy refuses for the reported time
+too.
 """
 
 from __future__ import annotations
@@ -18,49 +19,46 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.apis.error_forms import ANTHROPIC, error_form
 from serve_app.apis.shared.errors import to_json
-from serve_app.ingress.admission import HOLDS_HEADER, LIMIT_HEADER, OverloadedError, spread
+from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER, OverloadedError, with_jitter
 
-IMPORT_PATH = "serve_app.ingress.proxy.middlewares"  # what Serve is told
-_ASK_EVERY_S = 1.0  # one request more than the limit, which may have grown
-_MOST_PATHS = 64
+IMPORT_PATH = "serve_app.ingress.proxy.middlewares"  # for Serve's setting
+_PROBE_PERIOD_S = 1.0  # a full proxy lets one request through this often, since the limit may have grown
+_MAX_PATHS = 64
 
 
 def middlewares() -> list[Middleware]:
-    """The middlewares of a proxy."""
-    return [Middleware(Refusals)]
+    """The middlewares that Serve adds to each of its proxies."""
+    return [Middleware(OverloadMiddleware)]
 
 
 @dataclass
-class _Room:
-    """What the service said last about a path: how many may be in flight, and how long it refuses all.
+class _PathLimit:
+    """The limit that the service last reported for a path. Times are of the monotonic clock."""
 
-    Times are of the monotonic clock.
-    """
-
-    limit: int
-    refuses_until_s: float = 0.0
+    limit: int  # requests in flight
+    refuse_until_s: float = 0.0
     retry_after_s: int = 1
-    ask_s: float = 0.0
+    probe_s: float = 0.0  # when the next request may pass although the limit is reached
 
     def refuses(self, in_flight: int) -> bool:
-        """Whether the next request is refused, with `in_flight` before it."""
+        """Whether to refuse the next request while `in_flight` others run."""
         now = time.monotonic()
-        if now <= self.refuses_until_s:
+        if now <= self.refuse_until_s:
             return True
         if in_flight < self.limit:
             return False
-        if now <= self.ask_s:
+        if now <= self.probe_s:
             return True
-        self.ask_s = now + _ASK_EVERY_S
+        self.probe_s = now + _PROBE_PERIOD_S
         return False
 
 
-class Refusals:
-    """Passes POST requests on while there is room for them as far as the proxy knows, and refuses others (429)."""
+class OverloadMiddleware:
+    """Refuses POST requests (429) while their path is at its limit, and passes all others on."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._rooms: dict[str, _Room] = {}  # by path
+        self._limits: dict[str, _PathLimit] = {}  # by path
         self._in_flight: Counter[str] = Counter()  # by path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,9 +66,9 @@ class Refusals:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        room = self._rooms.get(path)
-        if room is not None and room.refuses(self._in_flight[path]):
-            await _refusal(scope, room)(scope, receive, send)
+        known = self._limits.get(path)
+        if known is not None and known.refuses(self._in_flight[path]):
+            await _refusal(scope, known)(scope, receive, send)
             return
 
         async def learn(message: Message) -> None:
@@ -85,28 +83,28 @@ class Refusals:
                 del self._in_flight[path]
 
     def _learn(self, path: str, start: Message) -> Message:
-        """An answer's first message as clients get it: without what it tells proxies."""
+        """Records the limits that the answer's headers report. Returns its first message without these headers."""
         headers = dict(start["headers"])
-        limit = int(headers.pop(LIMIT_HEADER.encode(), 0))
-        holds_ms = int(headers.pop(HOLDS_HEADER.encode(), 0))
+        limit = int(headers.pop(MAX_IN_FLIGHT_HEADER.encode(), 0))
+        refuse_for_ms = int(headers.pop(REFUSE_FOR_HEADER.encode(), 0))
         if not limit:
             return start
-        if path not in self._rooms and len(self._rooms) >= _MOST_PATHS:
-            self._rooms.clear()
-        room = self._rooms.setdefault(path, _Room(limit, ask_s=time.monotonic() + _ASK_EVERY_S))
-        room.limit = limit
-        if holds_ms:
-            room.refuses_until_s = time.monotonic() + holds_ms / 1000
-            room.retry_after_s = int(headers[b"retry-after"])
+        if path not in self._limits and len(self._limits) >= _MAX_PATHS:
+            self._limits.clear()
+        known = self._limits.setdefault(path, _PathLimit(limit, probe_s=time.monotonic() + _PROBE_PERIOD_S))
+        known.limit = limit
+        if refuse_for_ms:
+            known.refuse_until_s = time.monotonic() + refuse_for_ms / 1000
+            known.retry_after_s = int(headers[b"retry-after"])
         return {**start, "headers": list(headers.items())}
 
 
-def _refusal(scope: Scope, room: _Room) -> Response:
-    """The service's refusal as it would be now, with another time to come back than others are told."""
-    error = OverloadedError(room.limit, spread(room.retry_after_s))
-    named = any(name.lower() == ANTHROPIC.encode() for name, _ in scope["headers"])
+def _refusal(scope: Scope, known: _PathLimit) -> Response:
+    """The 429 that the service would answer, with a jittered retry-after."""
+    error = OverloadedError(known.limit, with_jitter(known.retry_after_s))
+    is_anthropic = any(name.lower() == ANTHROPIC.encode() for name, _ in scope["headers"])
     return Response(
-        to_json(error_form(scope["path"], named)(error)),
+        to_json(error_form(scope["path"], is_anthropic)(error)),
         HTTPStatus.TOO_MANY_REQUESTS,
         {"retry-after": str(error.retry_after_s)},
         media_type="application/json",

@@ -1,4 +1,4 @@
-"""What is known of the replicas' health, so that whoever asks is answered at once."""
+"""Polls the health of the replicas, so that `/health` answers at once from the last result."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _GONE = (EngineDeadError, RayActorError)
 
 
 class ReplicaHealth:
-    """Asks all replicas every `period_s` seconds, in a task of the running event loop, and remembers what they said.
+    """Polls all replicas every `period_s` seconds in a task of the running event loop.
 
-    `ask` returns None for each healthy replica and the exception of each other. Replicas that are too busy to answer
-    keep the health that they had, for `patience_s` seconds: by then Serve has replaced one that hangs.
+    `ask` returns None for each healthy replica and an exception for each other. If no replica answers, because all are
+    busy, the last result stays valid for `patience_s` seconds: by then Serve has replaced a replica that hangs.
     """
 
     def __init__(
@@ -31,24 +31,24 @@ class ReplicaHealth:
         self._ask = ask
         self._period_s = period_s
         self._patience_s = patience_s
-        self._doubted = asyncio.Event()
+        self._poll_now = asyncio.Event()
         self._answered_at = time.monotonic()
         self.num_healthy = 0
         self._task = asyncio.create_task(self._watch())
 
-    def doubt(self) -> None:
-        """Asks again at once: a request has just lost its replica."""
-        self._doubted.set()
+    def poll_soon(self) -> None:
+        """Polls again at once, because a request has just lost its replica."""
+        self._poll_now.set()
 
     def stop(self) -> None:
-        """Ends the asking."""
+        """Stops polling."""
         self._task.cancel()
 
     async def refresh(self) -> None:
-        """Asks all replicas now."""
+        """Polls all replicas once."""
         try:
             answers = await asyncio.wait_for(self._ask(), ANSWER_TIMEOUT_S)
-        except Exception:  # noqa: BLE001 - nobody could be asked: what was known holds for a while
+        except Exception:  # noqa: BLE001 - whatever failed, no replica answered
             answers = [TimeoutError()]
         healthy = sum(answer is None for answer in answers)
         late = [each for each in answers if each is not None and not isinstance(each, _GONE)]
@@ -60,6 +60,6 @@ class ReplicaHealth:
     async def _watch(self) -> None:
         while True:
             await self.refresh()
-            self._doubted.clear()
+            self._poll_now.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._doubted.wait(), self._period_s)
+                await asyncio.wait_for(self._poll_now.wait(), self._period_s)

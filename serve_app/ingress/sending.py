@@ -1,4 +1,4 @@
-"""Answers on their way to clients, no faster than clients read them."""
+"""Backpressure: sends answers no faster than clients read them."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.ray_private import unsent_messages
 from qwen3_dist.errors import QwenDistError, RequestError
-from serve_app.ingress.late_stream import LateStream
+from serve_app.ingress.keep_alive import KeepAliveStream
 
-MOST_UNSENT = 2**16  # bytes that wait for a client to read before more are asked of a replica
-PIECE = 2**20  # bytes of a body that are sent at once, less than gRPC takes by default
+MAX_UNSENT_BYTES = 2**16  # unsent bytes of a stream at which no more are taken from the replica
+CHUNK_BYTES = 2**20  # of a large body, sent as one message; below gRPC's default limit of 4 MiB
 _POLL_S = 0.02
 _UNSENT = "qwen3_dist.unsent"
 
 
-def watch_sending(scope: Scope, send: Send) -> None:
-    """Lets responses to `scope` see which of the messages given to `send` Serve has not passed on yet.
+def track_unsent(scope: Scope, send: Send) -> None:
+    """Stores in `scope` the messages that were given to `send` and that Serve has not passed on yet.
 
-    Serve's proxy takes them as fast as the client reads if it talks to deployments by gRPC, otherwise at once.
+    Over gRPC, Serve's proxy takes messages as fast as the client reads them; otherwise it takes them at once.
     """
     unsent = unsent_messages(send)
     if unsent is not None:
         scope[_UNSENT] = unsent
 
 
-async def _await_reader(scope: Scope, timeout_s: float) -> None:
-    """Waits until little is unsent. Raises RequestError (408) if the client reads nothing for `timeout_s` seconds; 0:
-    it may take as long as it likes."""
+async def _wait_for_client(scope: Scope, timeout_s: float) -> None:
+    """Waits until at most MAX_UNSENT_BYTES are unsent. Raises RequestError (408) after `timeout_s` seconds; 0 means no
+    timeout."""
     unsent: Collection[Any] = scope.get(_UNSENT, ())
-    give_up = time.monotonic() + timeout_s
-    while sum(len(message.get("body", b"")) for message in unsent) > MOST_UNSENT:
-        if timeout_s and time.monotonic() > give_up:
+    deadline = time.monotonic() + timeout_s
+    while sum(len(message.get("body", b"")) for message in unsent) > MAX_UNSENT_BYTES:
+        if timeout_s and time.monotonic() > deadline:
             raise RequestError(
-                f"the answer was not read for {timeout_s:g} seconds; read it as it comes",
+                f"the answer was not read for {timeout_s:g} seconds; read it as it arrives",
                 status=HTTPStatus.REQUEST_TIMEOUT,
             )
         await asyncio.sleep(_POLL_S)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events: `first`, then `items`, which are closed also when the client leaves.
+    """Server-sent events: `first`, then `items`, which are closed when the stream ends or the client disconnects.
 
-    An error of ours out of `items` becomes the last events, in the API's form; so does a client that reads nothing
-    for `timeout_s` seconds. The stream ends the context `admitted`.
+    A QwenDistError of `items` becomes the last event, in the error format of the API, and so does the timeout of a
+    client that reads nothing for `timeout_s` seconds. The context `admitted` ends with the stream.
     """
 
     def __init__(
         self,
         first: bytes,
-        items: AsyncGenerator[bytes, None] | LateStream,
+        items: AsyncGenerator[bytes, None] | KeepAliveStream,
         error_events: Callable[[Exception], bytes],
         timeout_s: float = 0.0,
         admitted: AbstractContextManager[Any] | None = None,
@@ -76,7 +76,9 @@ class EventStream(StreamingResponse):
 
     async def stream_response(self, send: Send) -> None:
         async def send_part(part: bytes, more: bool = True) -> None:
-            async with asyncio.timeout(self._timeout_s or None):  # Serve's HAProxy mode makes `send` wait
+            async with asyncio.timeout(
+                self._timeout_s or None
+            ):  # with HAProxy `send` itself waits for the client
                 await send({"type": "http.response.body", "body": part, "more_body": more})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -84,14 +86,14 @@ class EventStream(StreamingResponse):
         try:
             async for item in self._items:
                 await send_part(item)
-                await _await_reader(self._scope, self._timeout_s)
+                await _wait_for_client(self._scope, self._timeout_s)
         except QwenDistError as error:
             await send_part(self._error_events(error))
         await send_part(b"", more=False)
 
 
 class LargeResponse(Response):
-    """A body that goes out in pieces, each once the one before is on its way."""
+    """A body that is sent in chunks, each after the client has read most of the chunk before."""
 
     def __init__(self, body: bytes, status: int, timeout_s: float) -> None:
         super().__init__(body, status, media_type="application/json")
@@ -100,10 +102,12 @@ class LargeResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         body = memoryview(self.body)
-        for start in range(0, len(body), PIECE):
-            piece = bytes(body[start : start + PIECE])
-            await send({"type": "http.response.body", "body": piece, "more_body": start + PIECE < len(body)})
+        for start in range(0, len(body), CHUNK_BYTES):
+            chunk = bytes(body[start : start + CHUNK_BYTES])
+            await send(
+                {"type": "http.response.body", "body": chunk, "more_body": start + CHUNK_BYTES < len(body)}
+            )
             try:
-                await _await_reader(scope, self._timeout_s)
+                await _wait_for_client(scope, self._timeout_s)
             except RequestError:
-                return  # the connection ends where the client stopped to read
+                return  # the client stopped reading, so the connection is closed

@@ -1,1 +1,1 @@
-"""What runs in the command that starts a service, and watches and ends it."""
+"""The process of `qwen3-dist serve`: deploys a service on Ray, watches it and shuts it down."""

@@ -1,4 +1,4 @@
-"""The Ray Serve of the connected cluster: what it runs, and whether a service has a place there."""
+"""The Ray Serve instance of the connected cluster: its applications, and conflicts with a new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAME_HOST = {"localhost": "127.0.0.1"}
 
 @dataclass(frozen=True)
 class RunningApplication:
-    """An application of Serve. Another deployment of its name has another time."""
+    """An application of Serve. `deployed_at` tells it from a later deployment under the same name."""
 
     name: str
     route_prefix: str | None
@@ -26,7 +26,7 @@ class RunningApplication:
 
 @dataclass(frozen=True)
 class ServeInstance:
-    """A running Ray Serve: where it listens (None: nowhere) and what it runs."""
+    """A running Ray Serve: its address, None if it has no HTTP proxy, and its applications by name."""
 
     host: str | None
     port: int | None
@@ -34,7 +34,7 @@ class ServeInstance:
 
 
 def running_serve() -> ServeInstance | None:
-    """The cluster's Serve; None if none runs. Raises RayError while its controller cannot be asked."""
+    """The Serve of the cluster; None if none runs. Raises RayError while its controller does not answer."""
     client = serve_client()
     if client is None:
         return None
@@ -48,36 +48,36 @@ def running_serve() -> ServeInstance | None:
 
 
 def find_application(name: str) -> RunningApplication:
-    """The application of that name. Raises ResourceError if there is none, RayError as `running_serve` does."""
+    """The application called `name`. Raises ResourceError if there is none, and the errors of `running_serve`."""
     instance = running_serve()
     if instance is None or name not in instance.applications:
         raise ResourceError(
-            f"application {name!r} is gone from Ray Serve, so somebody else deleted it; start it again"
+            f"application {name!r} no longer exists in Ray Serve; something else deleted it; start it again"
         )
     return instance.applications[name]
 
 
-def require_same(application: RunningApplication) -> None:
-    """Raises ResourceError if the application is gone, or another was deployed under its name."""
+def check_not_replaced(application: RunningApplication) -> None:
+    """Raises ResourceError if the application was deleted, or replaced by another under the same name."""
     if find_application(application.name).deployed_at != application.deployed_at:
         raise ResourceError(
-            f"application {application.name!r} was replaced by another deployment of that name, which goes on; choose "
+            f"application {application.name!r} was replaced by another deployment of the same name; choose "
             "another --name for this one"
         )
 
 
 def is_running(application: RunningApplication) -> bool:
-    """Whether Serve still has the application, and not another of its name."""
+    """Whether Serve still runs this deployment of the application."""
     try:
-        require_same(application)
+        check_not_replaced(application)
     except (ResourceError, RayError, RayServeException, TimeoutError):
         return False
     return True
 
 
-def require_place(config: ServiceConfig, instance: ServeInstance) -> None:
-    """Raises ResourceError if `instance` already has an application of the service's name or route prefix, or
-    ConfigError if it listens elsewhere than the service should."""
+def check_no_conflict(config: ServiceConfig, instance: ServeInstance) -> None:
+    """Raises ResourceError if an application of `instance` has the service's name or route prefix, and ConfigError if
+    `instance` listens on another host or port than `config` asks for."""
     if config.name in instance.applications:
         raise ResourceError(
             f"this Ray cluster already serves an application named {config.name!r}; choose another --name and "
@@ -86,7 +86,8 @@ def require_place(config: ServiceConfig, instance: ServeInstance) -> None:
     for other in instance.applications.values():
         if other.route_prefix == config.route_prefix:
             raise ResourceError(
-                f"application {other.name!r} of this Ray cluster already answers below {config.route_prefix}; choose "
+                f"application {other.name!r} of this Ray cluster already uses the route prefix "
+                f"{config.route_prefix}; choose "
                 "another --route-prefix"
             )
     host = _SAME_HOST.get(config.host, config.host)
@@ -101,9 +102,9 @@ def require_place(config: ServiceConfig, instance: ServeInstance) -> None:
 
 
 def unplaced_bundles(name: str, deployment: str) -> str:
-    """The bundles of a replica of application `name` that waits for resources, as text; "" if none does."""
-    beginning = replica_name_prefix(name, deployment)
+    """The bundles of a pending replica of application `name`, as text; "" if no replica waits for resources."""
+    prefix = replica_name_prefix(name, deployment)
     for group in placement_group_table().values():
-        if group["state"] == "PENDING" and group["name"].startswith(beginning):
+        if group["state"] == "PENDING" and group["name"].startswith(prefix):
             return ", ".join(str(bundle) for bundle in group["bundles"].values())
     return ""

@@ -1,4 +1,4 @@
-"""Ends one application of Ray Serve: its requests first, then itself, and nothing else."""
+"""Graceful shutdown of one application of Ray Serve: drains its requests, then deletes it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from serve_app.launch.serve_instance import RunningApplication, is_running
 
 _POLL_S = 0.2
 _ANSWER_S = 5.0
-_LATE_S = 3.0  # for the errors of requests whose time is up
-_LAST_BYTES_S = 0.3  # from the ingress over Serve's proxy into the clients' sockets
+_LATE_S = 3.0  # extra time for requests to be answered with an error after the deadline
+_LAST_BYTES_S = 0.3  # for the last bytes to reach the clients over Serve's proxy
 _DELETE_S = 60.0
 
 
@@ -25,57 +25,58 @@ def drain(
     ingress: DeploymentHandle,
     timeout_s: float,
     report: Callable[[str], None],
-    hurry: Callable[[], bool],
+    stop_now: Callable[[], bool],
 ) -> None:
-    """Has the ingress refuse new requests, and waits until the running ones have ended or been ended.
+    """Has the ingress refuse new requests and end running ones after `timeout_s` seconds, or once `stop_now()` is
+    true.
 
-    They are ended in `timeout_s` seconds, or as soon as `hurry` says so.
+    Returns when none runs.
     """
     deadline = time.monotonic() + timeout_s
-    answered = time.monotonic()
-    told = False
+    last_answer = time.monotonic()
+    reported = False
     while (now := time.monotonic()) < deadline + _LATE_S:
-        if hurry():
+        if stop_now():
             deadline = min(deadline, now)
         running = _ask_to_drain(ingress, max(0.0, deadline - now))
         if running == 0:
             break
         if running is not None:
-            answered = now
-            if not told:
-                told = True
+            last_answer = now
+            if not reported:
+                reported = True
                 report(
-                    f"{running} sequence(s) run and have {timeout_s:g} s to end, new requests are refused; another "
+                    f"refusing new requests; {running} running sequence(s) have {timeout_s:g} s to end; another "
                     "Ctrl-C or SIGTERM ends them at once"
                 )
-        elif now - answered > _ANSWER_S:
-            break  # no ingress is left that could
+        elif now - last_answer > _ANSWER_S:
+            break  # no ingress is left
         time.sleep(_POLL_S)
     time.sleep(_LAST_BYTES_S)
 
 
-def delete(application: RunningApplication, hurry: Callable[[], bool]) -> None:
-    """Deletes the application and waits until it is gone, a minute at most and no longer once `hurry` says so."""
+def delete(application: RunningApplication, stop_now: Callable[[], bool]) -> None:
+    """Deletes the application. Waits until it is gone, for at most a minute or until `stop_now()` is true."""
     delete_application(application.name)
     deadline = time.monotonic() + _DELETE_S
-    while is_running(application) and not hurry() and time.monotonic() < deadline:
+    while is_running(application) and not stop_now() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
 def end_unused_serve() -> None:
-    """Ends the cluster's Serve, unless other applications run in it: those that joined it need it."""
+    """Shuts Serve down unless other applications run in it."""
     try:
         applications = serve.status().applications.values()
     except (RayError, RayServeException, TimeoutError):
-        return  # no controller answers, so none could end it
+        return  # without a controller Serve cannot be shut down
     if all(application.status == ApplicationStatus.DELETING for application in applications):
         serve.shutdown()
 
 
 def _ask_to_drain(ingress: DeploymentHandle, timeout_s: float) -> int | None:
-    """Sequences that still run; None if no ingress can be asked."""
+    """Tells the ingress to drain. Returns the number of running sequences; None if no ingress answers."""
     try:
         running = ingress.broadcast("drain", timeout_s).results(timeout_s=_ANSWER_S)
-    except Exception:  # noqa: BLE001 - whatever keeps it from answering, the service is to end
+    except Exception:  # noqa: BLE001 - shutdown goes on whatever the error is
         return None
     return sum(running) if running else None

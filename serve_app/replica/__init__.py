@@ -1,1 +1,1 @@
-"""What runs in a replica: one engine, and the requests it answers."""
+"""The replica process: one engine, and the requests that it answers."""

@@ -1,4 +1,4 @@
-"""The Serve deployment that owns one engine and answers requests with it."""
+"""The Serve deployment of a replica: owns one engine and answers requests with it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
-from serve_app.failures import failure
+from serve_app.failures import log_internal_error
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import ServiceConfig
 
 logger = logging.getLogger("ray.serve")
 
-_LAST_ANSWERS_S = 2.0  # longest wait for answers that say that the engine died
-_FLUSH_S = 0.1  # in which gRPC's threads send what they were given
+_LAST_ANSWERS_S = 2.0  # longest wait, after the engine died, until its requests are answered with that error
+_FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 
 
 class EngineReplica:
-    """One engine and the answering of requests with it. Construction loads the model.
+    """One engine. Construction loads the model.
 
-    A replica whose engine died ends its process. Serve replaces a lost process at once, where it lets a failing
-    health check fail three times, and its router stops choosing it.
+    When the engine dies, the replica ends its own process: Serve replaces a dead process at once, but an unhealthy one
+    only after three failed health checks.
     """
 
     def __init__(self, config: ServiceConfig) -> None:
         log_library_to_serve()
         self._num_answering = 0
-        self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s, on_death=self._leave)
+        self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s, on_death=self._exit_process)
         logger.info("the engine is ready on %s", self._engine.backends)
         logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
@@ -49,10 +49,10 @@ class EngineReplica:
         freeze_gc_heap()
 
     async def answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
-        """A pair of the HTTP status and the body, or its first part if it is a stream; then the other parts.
+        """Yields a pair of HTTP status and body, or, for a stream, a pair of status and first part, then the other
+        parts.
 
-        An error is answered, not raised. One that is a bug is logged with its traceback under `request_id`, and is
-        answered 500; the death of the engine is 503.
+        Errors are answered, not raised: a dead engine with 503, a bug with 500, logged under `request_id`.
         """
         self._num_answering += 1
         try:
@@ -69,9 +69,11 @@ class EngineReplica:
                 return
             stream = self._handler.stream(request, request_id)
             first = await anext(stream)
-        except Exception as error:  # noqa: BLE001 - a bug is answered too
-            told = error if isinstance(error, QwenDistError) else failure(error, logger, request_id)
-            yield error_status(told), to_json(request.error_body(told))
+        except Exception as error:  # noqa: BLE001 - bugs are answered too
+            known = (
+                error if isinstance(error, QwenDistError) else log_internal_error(error, logger, request_id)
+            )
+            yield error_status(known), to_json(request.error_body(known))
             return
         async with aclosing(stream):
             yield HTTPStatus.OK, first
@@ -79,11 +81,11 @@ class EngineReplica:
                 yield item
 
     async def stats(self) -> EngineStats:
-        """A reading of the engine's load."""
+        """The engine's current load and counters."""
         return self._engine.stats()
 
     async def ranks(self) -> dict[str, Any]:
-        """Where the engine's ranks run, on what, and how they talk to each other."""
+        """The layout, backends and collectives of the engine, and the host, process and GPU of each rank."""
         return {
             "layout": str(self._engine.config.layout),
             "backends": self._engine.backends,
@@ -100,26 +102,26 @@ class EngineReplica:
         }
 
     async def expert_load(self) -> dict[str, Any]:
-        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
+        """Tokens routed to each expert of each MoE layer so far, and the placement of the experts."""
         return (await self._engine.expert_load()).to_json()
 
     async def rebalance_experts(self) -> list[int]:
-        """Moves experts to where the load since the last time wants them; the layers that changed."""
+        """Rebalances experts by the load since the last rebalancing. Returns the layers that changed."""
         return await self._engine.rebalance_experts()
 
     async def max_model_len(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Most tokens of prompt and output together."""
         return self._engine.max_model_len
 
     async def check_health(self) -> None:
         """Raises EngineDeadError once a rank is lost; Serve then replaces this replica."""
         self._engine.check_health()
 
-    def _leave(self) -> None:
-        """Ends this process, once the requests that the engine's death failed have been answered."""
-        logger.error("the engine died, so this replica ends and Serve starts another")
-        give_up = time.monotonic() + _LAST_ANSWERS_S
-        while self._num_answering and time.monotonic() < give_up:
+    def _exit_process(self) -> None:
+        """Ends this process after the requests that failed with the engine have been answered."""
+        logger.error("the engine died; this replica exits and Serve starts another")
+        deadline = time.monotonic() + _LAST_ANSWERS_S
+        while self._num_answering and time.monotonic() < deadline:
             time.sleep(_FLUSH_S)
         time.sleep(_FLUSH_S)
         os._exit(1)
@@ -131,7 +133,7 @@ class EngineReplica:
 
 
 def log_library_to_serve() -> None:
-    """Writes what the library logs to Serve's log of this replica; else nobody finds it."""
+    """Sends the log records of `qwen3_dist` to Serve's log file of this replica."""
     library = logging.getLogger("qwen3_dist")
     for handler in logger.handlers:
         if handler not in library.handlers:

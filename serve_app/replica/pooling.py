@@ -1,4 +1,4 @@
-"""Vectors of a request's prompts: all of them at once through one engine, in the steps that it runs anyway."""
+"""Pooling requests: one vector for each prompt, computed by the engine beside its other requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from serve_app.apis.shared.prompts import PromptRenderer
 async def pool(
     engine: AsyncEngine, renderer: PromptRenderer, request: PoolingRequest, model: str, lora: str | None
 ) -> PoolingResult:
-    """Raises RequestError or EngineDeadError for the first prompt that fails; leaving then, or early, aborts all."""
+    """The vectors of all prompts. The first prompt that fails, or a cancellation, aborts the others.
+
+    Raises RequestError or EngineDeadError.
+    """
     pooling = request.pooling(renderer)
     prompts = await asyncio.to_thread(request.prompts, renderer)
 

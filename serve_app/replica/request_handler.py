@@ -1,7 +1,7 @@
-"""One request on one replica: prompt to token ids, the engine's steps to text, text to the API's JSON.
+"""One request on one replica: prompt to token ids, engine steps to text, text to the JSON of the API.
 
-No Ray and no HTTP here. Every engine step of a prompt becomes one `bytes` item, already serialised,
-however many choices moved in it.
+Neither Ray nor HTTP is used here. Each engine step of a prompt becomes one serialised `bytes` item, which covers all
+choices that got tokens in that step.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 from serve_app.apis.tokens import TextRequest
-from serve_app.failures import failure
+from serve_app.failures import log_internal_error
 from serve_app.replica.pooling import pool
 
 logger = logging.getLogger("ray.serve")
@@ -36,7 +36,7 @@ Steps = AsyncGenerator[list[ChoiceDelta], None]
 
 @dataclass(frozen=True)
 class _Job:
-    """A request as the engine takes it, and the form its answer takes."""
+    """A request, prepared for the engine, with the builder of its answer."""
 
     request: GenerationRequest
     prompts: list[list[int]]
@@ -48,11 +48,12 @@ class _Job:
 
 
 class RequestHandler:
-    """Answers parsed requests with one engine, under the name the model is served by; other names are adapters'.
+    """Answers parsed requests with one engine.
 
-    `defaults` are the sampling parameters the checkpoint recommends, `template_kwargs` what the service tells
-    the chat template where a request says nothing, `tool_calls` the form of the model's tool calls, if the
-    template does not show it.
+    `model_name` is the name that the base model is served under; a request with another name selects an adapter.
+    `defaults` are the sampling parameters of the checkpoint's generation config. `template_kwargs` are default
+    arguments of the chat template. `tool_calls` is the form of the model's tool calls; None detects it from the
+    template.
     """
 
     def __init__(
@@ -71,29 +72,31 @@ class RequestHandler:
         )
 
     async def respond(self, request: GenerationRequest | PoolingRequest | TextRequest) -> bytes:
-        """The whole answer as JSON, which may take seconds to build, so a thread does. Raises RequestError or
-        EngineDeadError."""
+        """The whole answer as JSON, serialised in a thread since it may take long.
+
+        Raises RequestError or EngineDeadError.
+        """
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._renderer))
         if isinstance(request, PoolingRequest):
-            pooled = await pool(self._engine, self._renderer, request, *self._named(request.model))
+            pooled = await pool(self._engine, self._renderer, request, *self._model_and_adapter(request.model))
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request)
-        shown: dict[int, list[ChoiceDelta]] = defaultdict(list)
+        deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
             async for step in steps:
                 for delta in step:
                     job.answer.count(delta)
-                    shown[delta.index].append(delta)
+                    deltas[delta.index].append(delta)
         return await asyncio.to_thread(
-            lambda: to_json(job.answer.full_response([join(shown[index]) for index in sorted(shown)]))
+            lambda: to_json(job.answer.full_response([join(deltas[index]) for index in sorted(deltas)]))
         )
 
     async def stream(self, request: GenerationRequest, request_id: str = "") -> AsyncGenerator[bytes, None]:
-        """Server-sent events, one item a step.
+        """Server-sent events, one item per engine step.
 
-        An error before the first item is raised; a later one becomes an event, since the HTTP status
-        has gone out by then. A later bug is logged under `request_id`.
+        An error before the first item is raised. A later one becomes an event, since the HTTP status has been sent; if
+        it is a bug, it is logged under `request_id`.
         """
         job = await self._prepare(request)
         begun = False
@@ -110,13 +113,15 @@ class RequestHandler:
         except Exception as error:
             if not begun:
                 raise
-            told = error if isinstance(error, QwenDistError) else failure(error, logger, request_id)
-            yield job.answer.fail(told)
+            known = (
+                error if isinstance(error, QwenDistError) else log_internal_error(error, logger, request_id)
+            )
+            yield job.answer.fail(known)
             return
         yield job.answer.end()
 
-    def _named(self, name: str) -> tuple[str, str | None]:
-        """What a request calls the model, and the adapter that this is."""
+    def _model_and_adapter(self, name: str) -> tuple[str, str | None]:
+        """The model name for the answer, and the adapter to use; None for the base model."""
         return name or self._model_name, name if name not in ("", self._model_name) else None
 
     async def _prepare(self, request: GenerationRequest) -> _Job:
@@ -126,16 +131,16 @@ class RequestHandler:
             raise request.with_client_names(error) from None
 
     async def _job(self, request: GenerationRequest) -> _Job:
-        """Checks what needs the model; tokenizes off the event loop."""
+        """Builds the job. Renders the template and tokenizes in a thread. Raises RequestError."""
         params = request.params(self._defaults)
         if params.stop and self._engine.tokenizer is None:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
-        name, lora = self._named(request.model)
+        name, lora = self._model_and_adapter(request.model)
         prompts, parser_spec = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
-            self._check_room(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
+            self._check_context(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         answer = request.answer(AnswerContext(name, self._engine.tokenizer, prompts, params.n))
         form = parser_spec.structured_outputs or params.structured_outputs
         params = dataclasses.replace(params, reasoning=parser_spec.reasoning, structured_outputs=form)
@@ -143,25 +148,28 @@ class RequestHandler:
         return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer)
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
-        """Its prompts, and how what follows them is to be read. May take a while."""
+        """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
         prompts = request.prompts(self._renderer)
         return prompts, request.parser_spec(self._renderer, prompts[0])
 
-    def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Refuses a limit that the client set and the context does not hold; a default is cut instead."""
-        most = self._engine.max_model_len
-        if num_prompt_tokens < most < num_prompt_tokens + max_tokens:
+    def _check_context(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Raises ContextLengthError if the prompt and the `max_tokens` that the client set exceed the context.
+
+        A default `max_tokens` is clipped instead, by the engine.
+        """
+        context = self._engine.max_model_len
+        if num_prompt_tokens < context < num_prompt_tokens + max_tokens:
             raise ContextLengthError(
-                f"max_tokens={max_tokens} and the {num_prompt_tokens} tokens of the prompt are more than the "
-                f"context of {most} tokens; lower max_tokens or shorten the prompt",
+                f"max_tokens={max_tokens} and the {num_prompt_tokens} tokens of the prompt exceed the "
+                f"context of {context} tokens; lower max_tokens or shorten the prompt",
                 "max_tokens",
                 num_prompt_tokens,
-                most,
+                context,
                 max_tokens,
             )
 
     async def _steps(self, job: _Job) -> Steps:
-        """Steps of all prompts as they come; choice `i` of prompt `p` has index `p * n + i`."""
+        """The steps of all prompts, interleaved. Choice `i` of prompt `p` has index `p * n + i`."""
         n = job.params.n
         streams = [self._prompt_steps(job, prompt, p * n) for p, prompt in enumerate(job.prompts)]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
@@ -173,7 +181,7 @@ class RequestHandler:
             raise job.request.with_client_names(error) from None
 
     async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
-        """Steps of one prompt, until every choice is done; leaving earlier aborts it in the engine."""
+        """The steps of one prompt until all its choices are done. Closing early aborts the prompt in the engine."""
         params = job.params
         choices = Choices(params, self._engine.tokenizer, job.parser_spec, first_index)
         request_id = uuid.uuid4().hex
@@ -186,7 +194,7 @@ class RequestHandler:
 
 
 async def _merge(streams: Sequence[Steps]) -> Steps:
-    """Items of all `streams` as they come. Leaving early closes every stream."""
+    """The items of all `streams`, as they arrive. Closing early closes all of them."""
     pending = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
     try:
         while pending:

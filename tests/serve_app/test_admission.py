@@ -38,7 +38,7 @@ def test_each_choice_of_each_prompt_is_a_sequence(parse: Any, body: dict[str, An
 
 
 def test_sequences_beyond_the_limit_are_refused_until_others_end() -> None:
-    admission = Admission(lambda: 16, most_of_one=100)
+    admission = Admission(lambda: 16, max_per_request=100)
     with admission.admit() as first, admission.admit() as second:
         first.count(8)
         second.count(8)
@@ -50,7 +50,7 @@ def test_sequences_beyond_the_limit_are_refused_until_others_end() -> None:
 
 
 def test_a_request_whose_body_was_read_while_others_took_the_room_is_refused() -> None:
-    admission = Admission(lambda: 4, most_of_one=4)
+    admission = Admission(lambda: 4, max_per_request=4)
     with admission.admit() as late:
         with admission.admit() as large:
             large.count(4)
@@ -62,7 +62,7 @@ def test_a_request_whose_body_was_read_while_others_took_the_room_is_refused() -
 def test_a_request_larger_than_the_limit_is_admitted_where_there_is_room_and_counts_no_more_than_one_may() -> (
     None
 ):
-    admission = Admission(lambda: 10, most_of_one=4)
+    admission = Admission(lambda: 10, max_per_request=4)
     with admission.admit() as large:
         large.count(2048)
         assert admission.in_flight == 4
@@ -71,7 +71,7 @@ def test_a_request_larger_than_the_limit_is_admitted_where_there_is_room_and_cou
 
 
 def test_clients_are_told_to_come_again_when_those_in_flight_have_probably_ended() -> None:
-    admission = Admission(lambda: 1, most_of_one=1)
+    admission = Admission(lambda: 1, max_per_request=1)
     with admission.admit(), pytest.raises(OverloadedError) as refused:
         admission.check()  # nothing has ended yet, so nothing is known
     assert refused.value.retry_after_s == 1

@@ -114,7 +114,7 @@ def test_the_end_waits_for_running_requests_and_says_so_once() -> None:
     ingress, lines = FakeIngress([2, 1], [1, 0], [0, 0]), list[str]()
     shutdown.drain(ingress, 600.0, lines.append, lambda: False)  # type: ignore[arg-type]
     assert len(ingress.given_s) == 3
-    assert len(lines) == 1 and lines[0].startswith("3 sequence(s) run and have 600 s")
+    assert len(lines) == 1 and lines[0].startswith("refusing new requests; 3 running sequence(s) have 600 s")
 
 
 def test_the_end_comes_after_the_whole_time_that_the_setting_promises() -> None:

@@ -9,26 +9,26 @@ from typing import Any
 import pytest
 
 from serve_app.ingress import proxy
-from serve_app.ingress.admission import HOLDS_HEADER, LIMIT_HEADER
-from serve_app.ingress.proxy import Refusals
+from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER
+from serve_app.ingress.proxy import OverloadMiddleware
 
 Answer = tuple[int, dict[bytes, bytes], bytes]
 
 
 class Service:
-    """Answers 200 and keeps the request until `end` while fewer than `limit` are; else refuses for `holds_ms`."""
+    """Answers 200 and keeps the request until `end` while fewer than `limit` are; else refuses for `refuse_for_ms`."""
 
-    def __init__(self, limit: int = 2, holds_ms: int = 0) -> None:
-        self.limit, self.holds_ms = limit, holds_ms
+    def __init__(self, limit: int = 2, refuse_for_ms: int = 0) -> None:
+        self.limit, self.refuse_for_ms = limit, refuse_for_ms
         self.asked = self.kept = 0
         self.end = asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.asked += 1
-        headers = [(LIMIT_HEADER.encode(), b"%d" % self.limit), (b"x-request-id", b"%d" % self.asked)]
+        headers = [(MAX_IN_FLIGHT_HEADER.encode(), b"%d" % self.limit), (b"x-request-id", b"%d" % self.asked)]
         takes = self.kept < self.limit
         if not takes:
-            headers += [(HOLDS_HEADER.encode(), b"%d" % self.holds_ms), (b"retry-after", b"7")]
+            headers += [(REFUSE_FOR_HEADER.encode(), b"%d" % self.refuse_for_ms), (b"retry-after", b"7")]
         await send({"type": "http.response.start", "status": 200 if takes else 429, "headers": headers})
         if takes:
             self.kept += 1
@@ -68,7 +68,7 @@ def test_what_the_service_tells_proxies_does_not_reach_clients() -> None:
     async def run() -> None:
         service = Service()
         service.end.set()
-        assert await ask(Refusals(service)) == (200, {b"x-request-id": b"1"}, b"of the service")
+        assert await ask(OverloadMiddleware(service)) == (200, {b"x-request-id": b"1"}, b"of the service")
 
     asyncio.run(run())
 
@@ -76,7 +76,7 @@ def test_what_the_service_tells_proxies_does_not_reach_clients() -> None:
 def test_no_more_are_passed_on_than_the_service_takes_but_one_a_second(clock: list[float]) -> None:
     async def run() -> None:
         service = Service(limit=2)
-        app = Refusals(service)
+        app = OverloadMiddleware(service)
         kept = await keep(app, 2)
         assert [(await ask(app))[0] for _ in range(3)] == [429] * 3
         assert service.asked == 2
@@ -100,9 +100,9 @@ def test_no_more_are_passed_on_than_the_service_takes_but_one_a_second(clock: li
 
 def test_a_refusal_of_the_service_holds_for_its_path_alone(clock: list[float]) -> None:
     async def run() -> None:
-        service = Service(limit=2, holds_ms=300)
+        service = Service(limit=2, refuse_for_ms=300)
         service.kept = 2  # of other proxies
-        app = Refusals(service)
+        app = OverloadMiddleware(service)
         assert (await ask(app))[2] == b"of the service"
         clock[0] += 0.29
         status, headers, _ = await ask(app)
@@ -127,9 +127,9 @@ def test_a_refusal_of_the_service_holds_for_its_path_alone(clock: list[float]) -
 )
 def test_a_refusal_has_the_form_of_its_api(path: str, headers: dict[str, str], anthropic: bool) -> None:
     async def run() -> None:
-        service = Service(limit=2, holds_ms=3_600_000)
+        service = Service(limit=2, refuse_for_ms=3_600_000)
         service.kept = 2
-        app = Refusals(service)
+        app = OverloadMiddleware(service)
         await ask(app, path)
         status, told, body = await ask(app, path, **headers)
         assert (status, service.asked) == (429, 1)
@@ -154,9 +154,9 @@ def test_a_refusal_has_the_form_of_its_api(path: str, headers: dict[str, str], a
 
 def test_those_refused_together_are_sent_back_at_different_times() -> None:
     async def run() -> set[int]:
-        service = Service(limit=1, holds_ms=3_600_000)
+        service = Service(limit=1, refuse_for_ms=3_600_000)
         service.kept = 1
-        app = Refusals(service)
+        app = OverloadMiddleware(service)
         await ask(app)
         return {int((await ask(app))[1][b"retry-after"]) for _ in range(200)}
 
@@ -165,9 +165,9 @@ def test_those_refused_together_are_sent_back_at_different_times() -> None:
 
 def test_gets_are_never_refused() -> None:
     async def run() -> None:
-        service = Service(holds_ms=3_600_000)
+        service = Service(refuse_for_ms=3_600_000)
         service.kept = 2
-        app = Refusals(service)
+        app = OverloadMiddleware(service)
         for _ in range(2):
             await ask(app, "/health", method="GET")
         assert service.asked == 2
@@ -177,12 +177,12 @@ def test_gets_are_never_refused() -> None:
 
 def test_many_paths_are_not_remembered() -> None:
     async def run() -> None:
-        service = Service(holds_ms=3_600_000)
+        service = Service(refuse_for_ms=3_600_000)
         service.kept = 2
-        app = Refusals(service)
+        app = OverloadMiddleware(service)
         for path in [*(f"/{n}" for n in range(1000)), "/0"]:
             await ask(app, path)
         assert service.asked == 1001
-        assert len(app._rooms) <= 64
+        assert len(app._limits) <= 64
 
     asyncio.run(run())

@@ -126,7 +126,7 @@ def test_a_replica_leaves_once_it_has_answered_those_it_failed(monkeypatch: pyte
     async def answer_late() -> None:
         answer = replica.answer(request, "id")
         await anext(answer)
-        leaving = threading.Thread(target=replica._leave)
+        leaving = threading.Thread(target=replica._exit_process)
         leaving.start()
         assert not left
         await answer.aclose()

@@ -64,7 +64,7 @@ def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
         while health.num_healthy != 1:
             await asyncio.sleep(0)
         answers[:] = [EngineDeadError("dead")]
-        health.doubt()
+        health.poll_soon()
         while health.num_healthy:
             await asyncio.sleep(0)
 

@@ -11,9 +11,9 @@ import pytest
 from ray.serve._private.http_util import MessageQueue
 
 from serve_app.apis.shared.answer import error_events
-from serve_app.ingress.sending import MOST_UNSENT, PIECE, EventStream, LargeResponse, watch_sending
+from serve_app.ingress.sending import CHUNK_BYTES, MAX_UNSENT_BYTES, EventStream, LargeResponse, track_unsent
 
-PART = b"x" * (MOST_UNSENT // 4)
+PART = b"x" * (MAX_UNSENT_BYTES // 4)
 
 
 class Connection:
@@ -28,7 +28,7 @@ class Connection:
 
         self.scope: dict[str, Any] = {"type": "http", "asgi": {"spec_version": "2.4"}}
         self.send: Callable[[Any], Awaitable[None]] = enqueue
-        watch_sending(self.scope, self.send)
+        track_unsent(self.scope, self.send)
 
     async def receive(self) -> Any:
         await asyncio.Event().wait()
@@ -97,10 +97,10 @@ def test_a_client_that_reads_slowly_gets_all_and_little_waits_for_it() -> None:
         return got
 
     assert asyncio.run(run()) == b"first" + 100 * PART
-    assert most <= MOST_UNSENT + len(PART)
+    assert most <= MAX_UNSENT_BYTES + len(PART)
 
 
-@pytest.mark.parametrize("size", [PIECE + 1, 3 * PIECE])
+@pytest.mark.parametrize("size", [CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
 def test_a_large_body_goes_out_in_pieces_that_grpc_takes(size: int) -> None:
     connection = Connection()
     body = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
@@ -119,12 +119,14 @@ def test_a_large_body_goes_out_in_pieces_that_grpc_takes(size: int) -> None:
         return got
 
     assert asyncio.run(run()) == body
-    assert largest <= PIECE
+    assert largest <= CHUNK_BYTES
 
 
 def test_a_large_body_that_is_not_read_is_given_up() -> None:
     connection = Connection()
     asyncio.run(
-        LargeResponse(b"x" * 3 * PIECE, 200, 0.05)(connection.scope, connection.receive, connection.send)
+        LargeResponse(b"x" * 3 * CHUNK_BYTES, 200, 0.05)(
+            connection.scope, connection.receive, connection.send
+        )
     )
-    assert len(connection.read()) == PIECE
+    assert len(connection.read()) == CHUNK_BYTES

@@ -13,14 +13,14 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
-from serve_app.cli.serve import EndSignals
+from serve_app.cli.serve import StopSignals
 from serve_app.launch import serve_instance
 from serve_app.launch import service as launch
 from serve_app.launch.serve_instance import (
     RunningApplication,
     ServeInstance,
+    check_no_conflict,
     is_running,
-    require_place,
     unplaced_bundles,
 )
 from serve_app.launch.service import RunningService
@@ -39,7 +39,7 @@ def instance(*applications: RunningApplication) -> ServeInstance:
     [
         ({}, "'qwen3_dist'; choose another --name"),
         ({"route_prefix": "/second"}, "'qwen3_dist'; choose another --name"),
-        ({"name": "second"}, "already answers below /; choose another --route-prefix"),
+        ({"name": "second"}, "already uses the route prefix /; choose another --route-prefix"),
         ({"name": "second", "route_prefix": "/second", "port": 8001}, "--host 127.0.0.1 --port 8000"),
         ({"name": "second", "route_prefix": "/second", "host": "0.0.0.0"}, "--host 127.0.0.1 --port 8000"),
     ],
@@ -48,13 +48,13 @@ def test_a_second_service_that_would_touch_the_first_is_refused(
     settings: dict[str, object], words: str
 ) -> None:
     with pytest.raises(QwenDistError, match=words) as refused:
-        require_place(ServiceConfig(**settings), instance(FIRST))  # type: ignore[arg-type]
+        check_no_conflict(ServiceConfig(**settings), instance(FIRST))  # type: ignore[arg-type]
     assert "\n" not in str(refused.value)
 
 
 def test_a_second_service_with_a_name_and_a_prefix_of_its_own_has_a_place() -> None:
-    require_place(ServiceConfig(name="second", route_prefix="/second", host="localhost"), instance(FIRST))
-    require_place(ServiceConfig(), instance())
+    check_no_conflict(ServiceConfig(name="second", route_prefix="/second", host="localhost"), instance(FIRST))
+    check_no_conflict(ServiceConfig(), instance())
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_only_a_placement_group_of_our_own_deployment_waits_for_room(
 @pytest.mark.parametrize(
     ("later", "words"),
     [
-        (None, "is gone from Ray Serve"),
-        (instance(), "is gone from Ray Serve"),
+        (None, "no longer exists in Ray Serve"),
+        (instance(), "no longer exists in Ray Serve"),
         (instance(RunningApplication("qwen3_dist", "/", 200.0)), "was replaced by another deployment"),
     ],
 )
@@ -161,17 +161,17 @@ def test_the_first_signal_ends_in_order_the_second_hurries_and_the_third_ends_th
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    signals = EndSignals()
+    signals = StopSignals()
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(numbers[0])
-    assert not signals.hurry()
+    assert not signals.stop_now()
     signal.raise_signal(numbers[1])
-    assert signals.hurry() and not codes
+    assert signals.stop_now() and not codes
     signal.raise_signal(numbers[0])
     assert codes == [1]
 
 
 def test_a_background_job_of_a_script_goes_on_ignoring_ctrl_c(handlers: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    EndSignals()
+    StopSignals()
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
