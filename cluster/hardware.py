@@ -1,6 +1,6 @@
-"""What a cluster is made of, for the cost model: devices, their links, and what a step costs beside the model.
+"""The hardware of a cluster for the cost model: devices, links and per-step overheads.
 
-Presets hold datasheet figures, and shares of them that kernels reach; `qwen3-dist calibrate` measures both.
+Presets hold datasheet figures and assumed efficiencies; `qwen3-dist calibrate` measures both.
 Sources of every figure: docs/cost-model.md.
 """
 
@@ -16,6 +16,7 @@ from qwen3_dist.errors import ConfigError
 
 
 def _require_positive(part: Any, skip: tuple[str, ...]) -> None:
+    """Raises ConfigError unless all fields of the dataclass `part` but those in `skip` are positive."""
     for field in fields(part):
         value = getattr(part, field.name)
         if field.name not in skip and not value > 0:
@@ -26,39 +27,41 @@ def _require_positive(part: Any, skip: tuple[str, ...]) -> None:
 class Device:
     """One accelerator; on CPU the whole host (see `Cluster.shared_host`).
 
-    The efficiencies are the shares of `read_bytes_per_s` and `flops_per_s` that this kind of operation reaches.
+    Each efficiency is the share of `read_bytes_per_s` or `flops_per_s` that one kind of operation reaches.
     """
 
     name: str
     memory_bytes: int
     read_bytes_per_s: float
-    flops_per_s: float  # dense bf16 products
+    flops_per_s: float  # dense bf16 matrix products
     read_efficiency: float = 1.0  # reading weights
     kv_read_efficiency: float = 1.0  # reading keys and values while decoding
-    flops_efficiency: float = 1.0  # products with many rows
-    attention_efficiency: float = 1.0  # attention of a prompt
-    expert_efficiency: float = 1.0  # grouped products of experts, as a share of what plain ones reach
-    fp8_speedup: float = 1.0  # how many times faster products of 8-bit floats are
+    flops_efficiency: float = 1.0  # matrix products with many rows
+    attention_efficiency: float = 1.0  # attention in prefill
+    expert_efficiency: float = 1.0  # grouped matrix products of experts, relative to plain ones
+    fp8_speedup: float = 1.0  # speed of fp8 matrix products relative to bf16
     memory_utilization: float = 0.9  # share of the memory that weights, activations and cache may fill
-    row_rates: tuple[tuple[float, float], ...] = ()  # (rows, flops/s) as measured; overrides flops_efficiency
+    row_rates: tuple[tuple[float, float], ...] = ()  # measured (rows, flops/s); replaces flops_efficiency
 
     def __post_init__(self) -> None:
         _require_positive(self, skip=("name", "row_rates"))
         for name in ("read_efficiency", "kv_read_efficiency", "flops_efficiency", "attention_efficiency"):
             if getattr(self, name) > 1:
-                raise ConfigError(f"{name} is a share and must be at most 1, not {getattr(self, name):g}")
+                raise ConfigError(f"{name} must be at most 1, not {getattr(self, name):g}")
         if self.memory_utilization > 1:
             raise ConfigError(f"memory_utilization must be at most 1, not {self.memory_utilization:g}")
         rows = [row for row, _ in self.row_rates]
         if rows != sorted(set(rows)) or any(value <= 0 for pair in self.row_rates for value in pair):
-            raise ConfigError("row_rates must be positive pairs [rows, flops/s] with growing rows")
+            raise ConfigError(
+                "row_rates must be pairs [rows, flops/s] of positive numbers in ascending order of rows"
+            )
 
 
 @dataclass(frozen=True)
 class Link:
-    """What one device sends in one direction: `latency_s` a message, then bytes at `efficiency` of the rate.
+    """One direction of a device's link: a message takes `latency_s` plus its bytes at `efficiency` of `bytes_per_s`.
 
-    A kind of collective that was measured by itself has a link of its own.
+    The optional fields replace these figures for one kind of collective, where it was measured.
     """
 
     latency_s: float
@@ -68,7 +71,7 @@ class Link:
     all_gather: Link | None = None
     reduce_scatter: Link | None = None
     all_to_all: Link | None = None
-    send: Link | None = None  # from one rank to one other, as pipeline stages do
+    send: Link | None = None  # point to point, between pipeline stages
 
     def __post_init__(self) -> None:
         if self.latency_s < 0:
@@ -79,17 +82,17 @@ class Link:
             raise ConfigError(f"efficiency must be at most 1, not {self.efficiency:g}")
 
     def of(self, collective: str) -> Link:
-        """The link as this kind of collective sees it."""
-        own: Link | None = getattr(self, collective, None)
-        return own or self
+        """The link to use for this kind of collective."""
+        special: Link | None = getattr(self, collective, None)
+        return special or self
 
 
 @dataclass(frozen=True)
 class Cluster:
     """`num_devices` equal devices on nodes of `devices_per_node`, and the overheads of a step.
 
-    shared_host: ranks are processes of one host that share its cores and memory, so `device` is the whole
-    host, a replica of fewer than `num_devices` ranks gets all of it, and there is one replica.
+    shared_host: ranks are CPU processes that share the cores and memory of one host. Then `device` is the whole host,
+    and its one replica gets all of it, however many ranks it has.
     """
 
     device: Device
@@ -97,11 +100,11 @@ class Cluster:
     devices_per_node: int
     inside: Link  # between the devices of a node
     between: Link  # between nodes
-    step_overhead_s: float  # what a step costs whatever is in it
-    sequence_overhead_s: float = 0.0  # and for each sequence of it
-    token_overhead_s: float = 0.0  # and for each token of it
-    layer_overhead_s: float = 0.0  # and for each layer a rank runs: kernel launches, norms, small operations
-    ranks_overhead_s: float = 0.0  # what a step costs more where ranks are other processes than the engine
+    step_overhead_s: float  # fixed cost of a step
+    sequence_overhead_s: float = 0.0  # per sequence
+    token_overhead_s: float = 0.0  # per token
+    layer_overhead_s: float = 0.0  # per layer of a rank: kernel launches, norms, small operations
+    ranks_overhead_s: float = 0.0  # extra cost of a step if ranks run outside the engine's process
     shared_host: bool = False
 
     def __post_init__(self) -> None:
@@ -118,19 +121,19 @@ class Cluster:
                 f"{near} or {near + self.devices_per_node} do"
             )
         if self.shared_host and self.num_devices > self.devices_per_node:
-            raise ConfigError("shared_host ranks live on one host; set devices_per_node to num_devices")
+            raise ConfigError("shared_host means one host; set devices_per_node to num_devices")
 
     @property
     def device_kind(self) -> str:
-        """ "cpu" if ranks share the cores of one host, else "cuda"."""
+        """`cpu` for a shared host, else `cuda`."""
         return "cpu" if self.shared_host else "cuda"
 
     def replicas(self, world: int) -> int:
-        """Replicas of `world` ranks that the cluster holds."""
+        """How many replicas of `world` ranks fit into the cluster."""
         return 1 if self.shared_host else self.num_devices // world
 
     def rank_device(self, world: int) -> Device:
-        """The device as one of a replica's `world` ranks has it."""
+        """The device of one rank: on a shared host, its 1 / `world` share of the host."""
         if not self.shared_host or world == 1:
             return self.device
         whole = self.device
@@ -181,7 +184,7 @@ PRESETS: dict[str, Cluster] = {
 
 
 def parse_gpus(text: str) -> Cluster:
-    """`16xH100` is that many devices of a preset, on nodes of 8; `4x4xH100` is 4 nodes of 4. Raises ConfigError."""
+    """Parses `16xH100` (16 devices of a preset, on nodes of 8) or `4x4xH100` (4 nodes of 4). Raises ConfigError."""
     match = re.fullmatch(r"(?:0*([1-9]\d*)\s*[xX*]\s*)?0*([1-9]\d*)\s*[xX*]\s*([a-zA-Z]\w*)", text.strip())
     if not match:
         raise ConfigError(
@@ -195,7 +198,7 @@ def parse_gpus(text: str) -> Cluster:
 
 
 def read_cluster(path: str | Path) -> Cluster:
-    """A cluster from YAML: the fields of `Cluster`, over those of `preset: H100` if that is there.
+    """Reads a cluster file: YAML with the fields of `Cluster`. With `preset: H100` they override those of the preset.
 
     Raises ConfigError with file, line and reason.
     """
@@ -210,7 +213,7 @@ def read_cluster(path: str | Path) -> Cluster:
 
 
 def as_dict(part: Any) -> dict[str, Any]:
-    """A cluster or a part of it as plain values; what is at its default is left out."""
+    """A Cluster, Device or Link as plain values for YAML or JSON, without fields at their defaults."""
     values: dict[str, Any] = {}
     for field in fields(part):
         value = getattr(part, field.name)
@@ -227,6 +230,6 @@ def as_dict(part: Any) -> dict[str, Any]:
 def _find_preset(name: str) -> Cluster:
     if name.upper() not in PRESETS:
         raise ConfigError(
-            f"no preset is called {name!r}; there are {', '.join(PRESETS)}, or give --cluster FILE.yaml"
+            f"there is no preset {name!r}; use one of {', '.join(PRESETS)}, or --cluster FILE.yaml"
         )
     return PRESETS[name.upper()]

@@ -18,10 +18,10 @@ _guard: RayGuard | None = None
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> bool:
-    """Joins the Ray cluster at `address` ("auto", or host:port), or starts a local one for None.
+    """Joins the Ray cluster at `address` ("auto", or host:port), or starts a local one if it is None.
 
-    A local one ends with this process, also where this process is killed. Returns whether it was started here. Raises
-    ResourceError if nobody answers at `address`, if the cluster wants another token, or if Ray does not start.
+    A local Ray ends with this process, even if this process is killed. Returns whether one was started. Raises
+    ResourceError if nothing answers at `address`, if the cluster refuses our token, or if Ray does not start.
     """
     if ray.is_initialized():
         return False
@@ -35,7 +35,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> bool:
         ray.shutdown()
         if _is_about_tokens(error):
             raise ResourceError(
-                f"the Ray cluster at {address} wants an authentication token that this process does not show; set "
+                f"the Ray cluster at {address} requires an authentication token that this process did not send; set "
                 "RAY_AUTH_MODE=token here and put the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN, or "
                 "start both with RAY_AUTH_MODE=disabled"
             ) from None
@@ -44,7 +44,7 @@ def connect(address: str | None, num_cpus: int | None = None) -> bool:
 
 
 def shutdown() -> None:
-    """Leaves the cluster; one started here ends with all its processes."""
+    """Leaves the cluster. A local Ray is ended with all its processes."""
     global _guard
     ray.shutdown()
     if _guard is not None:
@@ -53,14 +53,14 @@ def shutdown() -> None:
 
 
 def _start(num_cpus: int | None) -> None:
-    """Starts a local Ray, once more if its processes do not come up in time. Raises ResourceError."""
+    """Starts a local Ray, with one retry. Raises ResourceError."""
     global _guard
     for name, value in ray_private.CLUSTER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for tries_left in reversed(range(_START_TRIES)):
         _guard = RayGuard()
         try:
-            with _guard.marking(), ray_private.own_process_groups():
+            with _guard.watching_children(), ray_private.own_process_groups():
                 ray.init(
                     num_cpus=num_cpus,
                     include_dashboard=False,
@@ -74,12 +74,12 @@ def _start(num_cpus: int | None) -> None:
                 reason = str(error).strip().partition("\n")[0]
                 raise ResourceError(
                     f"Ray did not start on this machine in {_START_TRIES} tries ({reason}); end other programs, or "
-                    "start Ray by `ray start --head` and join it by --ray-address"
+                    "start Ray with `ray start --head` and join it with --ray-address"
                 ) from None
 
 
 def _is_about_tokens(error: BaseException | None) -> bool:
-    """Whether the error, or what caused it, is a refused token."""
+    """Whether the error or one of its causes is a refused token."""
     while error is not None:
         if isinstance(error, ray.exceptions.AuthenticationError) or "InvalidAuthToken" in str(error):
             return True
@@ -88,6 +88,7 @@ def _is_about_tokens(error: BaseException | None) -> bool:
 
 
 def _require_answer(address: str) -> None:
+    """Raises ResourceError unless something listens at `address`: ray.init would wait much longer."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or "//" in address:
         return

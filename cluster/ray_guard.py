@@ -1,9 +1,9 @@
-"""Ends every process of a local Ray when the process that started it ends, in whatever way.
+"""Ends every process of a local Ray when the process that started it ends, even by SIGKILL.
 
-Ray's raylet dies with the process that started it, but its agents then wait up to a minute for the cluster that is
-gone. The guard is a process of its own that imports nothing but the standard library. It waits for the end of a pipe
-that its owner holds, which comes also by SIGKILL, and then kills all processes that carry a mark in their environment,
-and all that it saw below those before: a process that gives itself a title, as Ray's agents do, loses its environment.
+Ray's raylet dies with the process that started it, but its agents linger for up to a minute. The guard is a process
+that imports only the standard library. It waits for end of file on a pipe that its owner holds. Then it kills all
+processes with a marker variable in their environment, and all descendants that it recorded earlier: processes that set
+their title, as Ray's agents do, overwrite their environment.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _MARK = "QWEN3_DIST_RAY"
-_WITHIN_S = 10.0
+_TIMEOUT_S = 10.0
 _POLL_S = 0.05
 _Process = tuple[int, str]  # id and start time
 
 
 class RayGuard:
-    """Kills what was started within `marking` once this process ends, or by `end_all`."""
+    """Kills the processes that were started within `watching_children`, when this process ends or calls `end_all`."""
 
     def __init__(self) -> None:
         self._mark = uuid.uuid4().hex
@@ -33,12 +33,12 @@ class RayGuard:
             [sys.executable, "-I", __file__, f"{_MARK}={self._mark}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # what ends its owner's process group must not end it first
+            start_new_session=True,  # a signal to its owner's process group must not kill it
         )
 
     @contextlib.contextmanager
-    def marking(self) -> Iterator[None]:
-        """A context whose child processes, and all that those start, are the guard's."""
+    def watching_children(self) -> Iterator[None]:
+        """A context whose child processes, and all their descendants, will be killed."""
         os.environ[_MARK] = self._mark
         try:
             yield
@@ -46,31 +46,31 @@ class RayGuard:
             del os.environ[_MARK]
             assert self._process.stdin is not None and self._process.stdout is not None
             with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.write(b"look\n")
+                self._process.stdin.write(b"record\n")
                 self._process.stdin.flush()
-                self._process.stdout.readline()  # once it has looked; nothing, if it was killed
+                self._process.stdout.readline()  # answered after recording; end of file if the guard was killed
 
     def end_all(self) -> None:
-        """Kills what still runs and waits for its end."""
+        """Kills the processes that still run, and waits until they are gone."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(_WITHIN_S + 1)
+            self._process.wait(_TIMEOUT_S + 1)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
 
-def guard(entry: str, looks: Iterable[bytes]) -> None:
-    """Remembers, at each of `looks`, the processes whose environment holds `entry` and those below them, says so, and
-    after the last one kills all of these until there are none; gives up after 10 s."""
+def guard(entry: str, commands: Iterable[bytes]) -> None:
+    """Records, at each of `commands`, the processes whose environment holds `entry` and their descendants, and
+    confirms on stdout. After the last command kills them all until none is left, for at most 10 s."""
     seen: set[_Process] = set()
-    for _ in looks:
-        seen = _marked(entry)
-        print("looked", flush=True)
-    deadline = time.monotonic() + _WITHIN_S
-    while (found := _marked(entry) | {each for each in seen if _started(each[0]) == each[1]}) and (
+    for _ in commands:
+        seen = _find_marked(entry)
+        print("recorded", flush=True)
+    deadline = time.monotonic() + _TIMEOUT_S
+    while (found := _find_marked(entry) | {each for each in seen if _started(each[0]) == each[1]}) and (
         time.monotonic() < deadline
     ):
         seen |= found
@@ -80,8 +80,8 @@ def guard(entry: str, looks: Iterable[bytes]) -> None:
         time.sleep(_POLL_S)
 
 
-def _marked(entry: str) -> set[_Process]:
-    """Processes whose environment holds `entry`, and those that they started."""
+def _find_marked(entry: str) -> set[_Process]:
+    """Processes whose environment holds `entry`, and their descendants."""
     wanted = entry.encode()
     pids, parents = set(), {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -95,7 +95,7 @@ def _marked(entry: str) -> set[_Process]:
 
 
 def _started(pid: int) -> str:
-    """When a process started, which tells it from a later one of its id; "" once it has ended."""
+    """Start time of a process, which tells it from a later process with the same id; "" if it has ended."""
     try:
         fields = _fields(pid)
     except OSError:
@@ -104,7 +104,7 @@ def _started(pid: int) -> str:
 
 
 def _fields(pid: int) -> list[str]:
-    """What /proc says of a process after its name: state, parent, ..."""
+    """Fields of /proc/PID/stat after the process name: state, parent and so on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -1,4 +1,4 @@
-"""Measures the cost model's constants on the machine at hand and makes a cluster of them."""
+"""Measures the constants of the cost model on this machine."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import yaml
 
 from cluster.calibration import collective_probe, probes, step_probe
 from cluster.hardware import PRESETS, Cluster, Device, Link, as_dict
-from cluster.planning.cost_model import products_of
+from cluster.planning.cost_model import matmul_time
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.layout import Layout
 from qwen3_dist.machine import hardware, versions
 
 Report = Callable[[str], None]
 _EXPERT_TOKENS = (32, 128, 512)
-_CPU_UTILIZATION = 0.8  # the engine takes a part of what a host has free
-_NOTICEABLE = 0.05  # of the cores, taken by others while they were measured
-_UNKNOWN = Link(1e-5, 25e9)  # of one device alone, which no layout uses
+_CPU_UTILIZATION = 0.8  # of the host's memory, of which the engine takes a share of the free part
+_MAX_SHARE_OF_OTHERS = 0.05  # of the cores' time, beyond which the figures are unreliable
+_PLACEHOLDER_LINK = Link(1e-5, 25e9)  # for a single device, which has no links to measure
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A measured cluster, what it was made from, and where."""
+    """A measured cluster. `measured` has the raw measurements, `about` the date and the machine."""
 
     cluster: Cluster
     measured: dict[str, Any]
     about: dict[str, Any]
 
     def write(self, file: Path) -> None:
-        """The hardware file that `read_cluster` reads, with where and when it was measured on top."""
+        """Writes the cluster file that `read_cluster` reads, headed by date and machine. Raises ResourceError."""
         lines = [f"# Measured by qwen3-dist calibrate on {self.about['date']}: {self.about['machine']}"]
         lines.append(yaml.safe_dump(as_dict(self.cluster), sort_keys=False, default_flow_style=None))
         try:
@@ -50,9 +50,10 @@ class Calibration:
 def calibrate(
     device: str, report: Report, sizes: probes.Sizes | None = None, rows: tuple[int, ...] = probes.ROWS
 ) -> Calibration:
-    """Measures `device` ("cpu" or "cuda") in a minute or two; nothing else should compute meanwhile.
+    """Measures `device` ("cpu" or "cuda") in a minute or two, on an otherwise idle machine.
 
-    On a CPU `about` says what share of it other programs took, and `report` warns of more than a little.
+    On CPU, `about` has the share of the cores that other programs took, and `report` gets a warning if it is too
+    large.
     """
     where = torch.device(device)
     ranks = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
@@ -60,11 +61,11 @@ def calibrate(
     torch.manual_seed(0)
     sizes = sizes or probes.Sizes.for_device(where)
     measured: dict[str, Any] = {}
-    busy = _Busy()
-    found = _measure_device(where, sizes, rows, measured, report)
-    inside = _measure_links(device, ranks, measured, report, found.name)
+    usage = _CpuUsage()
+    profile = _measure_device(where, sizes, rows, measured, report)
+    inside = _measure_links(device, ranks, measured, report, profile.name)
     cluster = Cluster(
-        found,
+        profile,
         num_devices=ranks,
         devices_per_node=ranks,
         inside=inside,
@@ -73,11 +74,12 @@ def calibrate(
         shared_host=device == "cpu",
     )
     cluster = _measure_overheads(cluster, device, measured, report)
-    machine = f"{found.name}, torch {versions()['torch']}, commit {versions()['commit']}"
-    others = busy.share_of_others()
-    if device == "cpu" and others > _NOTICEABLE:
+    machine = f"{profile.name}, torch {versions()['torch']}, commit {versions()['commit']}"
+    others = usage.share_of_others()
+    if device == "cpu" and others > _MAX_SHARE_OF_OTHERS:
         report(
-            f"other programs took {others:.0%} of the cores meanwhile: these figures are too low; repeat it"
+            f"other programs used {others:.0%} of the cores, so the figures are too low; calibrate again on an idle "
+            "machine"
         )
     about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "hardware": hardware()}
     about["cpu_share_of_others"] = round(others, 3)
@@ -87,7 +89,7 @@ def calibrate(
 def _measure_device(
     where: torch.device, sizes: probes.Sizes, rows: tuple[int, ...], measured: dict[str, Any], report: Report
 ) -> Device:
-    report("reading memory")
+    report("memory bandwidth")
     read = probes.read_rate(where, sizes)
     if where.type == "cpu":
         threads = torch.get_num_threads()
@@ -95,7 +97,7 @@ def _measure_device(
         measured["read_bytes_per_s_one_core"] = probes.read_rate(where, sizes)
         torch.set_num_threads(threads)
     measured["read_bytes_per_s"] = read
-    report(f"products of {rows[0]} to {rows[-1]} rows")
+    report(f"matrix products of {rows[0]} to {rows[-1]} rows")
     by_rows = probes.row_seconds(where, sizes, rows)
     rates = {count: 2 * count / seconds for count, seconds in by_rows.items()}
     measured["flops_per_s_by_rows"] = rates
@@ -126,13 +128,13 @@ def _measure_device(
 def _expert_efficiency(
     device: Device, where: torch.device, sizes: probes.Sizes, measured: dict[str, Any]
 ) -> float:
-    """What the model predicts for a layer of experts over what it takes."""
+    """Median of predicted over measured time of a layer of experts."""
     experts, chosen, weights = probes.expert_shape(sizes)
-    products = products_of(device, weight_bytes=2.0)
+    matmul = matmul_time(device, weight_bytes=2.0)
     shares = {}
     for tokens in _EXPERT_TOKENS:
         touched = experts * (1 - (1 - chosen / experts) ** tokens)
-        predicted = products.seconds(tokens * chosen / touched, touched * weights)
+        predicted = matmul.seconds(tokens * chosen / touched, touched * weights)
         shares[tokens] = predicted / probes.expert_seconds(where, sizes, tokens)
     measured["expert_efficiency_by_tokens"] = shares
     return statistics.median(shares.values())
@@ -140,7 +142,7 @@ def _expert_efficiency(
 
 def _measure_links(device: str, ranks: int, measured: dict[str, Any], report: Report, name: str) -> Link:
     if ranks < 2:
-        return next((preset.inside for key, preset in PRESETS.items() if key in name), _UNKNOWN)
+        return next((preset.inside for key, preset in PRESETS.items() if key in name), _PLACEHOLDER_LINK)
     report("collectives of 2 ranks")
     points = collective_probe.measure(2, device)
     measured["collective_seconds"] = points
@@ -163,23 +165,23 @@ def _measure_overheads(cluster: Cluster, device: str, measured: dict[str, Any], 
     measured["decode_steps_two_ranks"] = steps
     ranks_s, collective_s = step_probe.fit_ranks(cluster, layout, steps)
     inside = cluster.inside
-    waits = {
+    slower = {
         kind: replace(inside.of(kind), latency_s=inside.of(kind).latency_s + collective_s)
-        for kind in collective_probe.KINDS
+        for kind in collective_probe.COLLECTIVES
         if kind != "send"
     }
-    inside = replace(inside, **waits)  # type: ignore[arg-type]
+    inside = replace(inside, **slower)  # type: ignore[arg-type]
     return replace(cluster, ranks_overhead_s=ranks_s, inside=inside, between=inside)
 
 
-class _Busy:
-    """What the cores did from its construction on."""
+class _CpuUsage:
+    """CPU time of this machine since the object was constructed."""
 
     def __init__(self) -> None:
         self._before = self._now()
 
     def share_of_others(self) -> float:
-        """Share of all cores' time that neither this process and its ended children took nor was idle."""
+        """Share of all cores' time that was used by others than this process and its ended children."""
         total, idle, own = (now - then for now, then in zip(self._now(), self._before, strict=True))
         return max(0.0, (total - idle - own) / total) if total else 0.0
 
@@ -204,7 +206,7 @@ def _memory(where: torch.device) -> int:
 
 
 def _rounded(part: Any) -> Any:
-    """The same with four digits of every float, which is more than a measurement gives."""
+    """`part` with every float rounded to four significant digits, recursively."""
     if isinstance(part, float):
         return float(f"{part:.4g}")
     if isinstance(part, tuple):

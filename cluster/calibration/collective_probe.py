@@ -1,4 +1,4 @@
-"""Measures collectives between real rank processes: `measure` starts them, this module is also their program."""
+"""Measures collectives between rank processes. `measure` starts them; they run this module as a program."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.context import ParallelContext
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 BYTES = (2 << 10, 16 << 10, 128 << 10, 1 << 20, 4 << 20)
 _TIMEOUT_S = 300.0
-_COLUMNS = 512  # bf16 numbers of a row: 1 KiB
+_COLUMNS = 512  # of a bf16 row of 1 KiB
 
 
 def measure(world: int, device: str) -> dict[str, list[tuple[int, float]]]:
-    """(bytes, seconds) by kind of collective among `world` ranks of this host.
+    """(bytes, seconds) of each kind of collective among `world` ranks of this host.
 
-    The bytes are those of the formulas: all of a gathered or scattered tensor, what each rank reduces, what
-    each sends. Raises ResourceError if a rank fails.
+    Bytes are counted as in `cluster.planning.collectives`: the whole gathered or scattered tensor, the tensor that
+    each rank reduces, or the bytes that each rank sends. Raises ResourceError if a rank fails.
     """
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
     command = [
@@ -59,9 +59,10 @@ def measure(world: int, device: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def fit(points: list[tuple[int, float]], share: float) -> Link:
-    """Latency and bandwidth with the least relative error, where `share` of the bytes travels.
+    """Fits latency and bandwidth to `points` of (bytes, seconds), where `share` of the bytes crosses the link.
 
-    Weighted least squares for t = latency + share * bytes / rate; both are kept positive.
+    Least squares of the relative error of t = latency + share * bytes / rate, with the latency at least 0 and the rate
+    positive.
     """
     weights = [1 / seconds**2 for _, seconds in points]
     total = sum(weights)
@@ -80,10 +81,10 @@ def _run_rank(port: int, world: int, device_type: str, rank: int) -> None:
         torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
     parallel = ParallelContext.connect(Layout(tp=world), rank, store, device, timeout_s=_TIMEOUT_S)
-    found = {kind: [(size, _time(parallel, kind, size, device)) for size in BYTES] for kind in KINDS}
+    measured = {kind: [(size, _time(parallel, kind, size, device)) for size in BYTES] for kind in COLLECTIVES}
     parallel.close()
     if rank == 0:
-        print(json.dumps(found))
+        print(json.dumps(measured))
 
 
 def _time(parallel: ParallelContext, kind: str, size: int, device: torch.device) -> float:
@@ -91,27 +92,27 @@ def _time(parallel: ParallelContext, kind: str, size: int, device: torch.device)
     group = parallel.tp
     rows = max(group.size, size // (2 * _COLUMNS) // group.size * group.size)
     x = torch.ones(rows, _COLUMNS, dtype=torch.bfloat16, device=device)
-    own, counts = x[: rows // group.size].clone(), [rows // group.size] * group.size
+    part, counts = x[: rows // group.size].clone(), [rows // group.size] * group.size
     calls: dict[str, Callable[[], object]] = {
         "all_reduce": lambda: group.all_reduce(x),
-        "all_gather": lambda: group.all_gather(own),
+        "all_gather": lambda: group.all_gather(part),
         "reduce_scatter": lambda: group.reduce_scatter(x),
         "all_to_all": lambda: group.all_to_all(x, counts, counts),
-        "send": lambda: _there_and_back(x, parallel.coords.rank),
+        "send": lambda: _round_trip(x, parallel.coords.rank),
     }
-    call, taken = calls[kind], []
+    call, samples = calls[kind], []
     for turn in range(60 if size <= 1 << 18 else 15):
         started = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         if turn >= 5:
-            taken.append(time.perf_counter() - started)
-    return statistics.median(taken) / (2 if kind == "send" else 1)
+            samples.append(time.perf_counter() - started)
+    return statistics.median(samples) / (2 if kind == "send" else 1)
 
 
-def _there_and_back(x: torch.Tensor, rank: int) -> None:
-    """From rank 0 to rank 1 and back, by the means that pipeline stages use."""
+def _round_trip(x: torch.Tensor, rank: int) -> None:
+    """Sends `x` from rank 0 to rank 1 and back, as pipeline stages send."""
     if rank == 0:
         dist.send(x, 1)
         dist.recv(x, 1)

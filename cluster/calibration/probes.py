@@ -1,6 +1,6 @@
-"""Measures what one device gives: reading, products, attention, experts. CPU or CUDA, with the engine's own kernels.
+"""Measures one device (CPU or CUDA) with the engine's kernels: bandwidth, matrix products, attention, experts.
 
-Times are the lower quartile of some repeats: another program on the machine makes some of them longer, none shorter.
+Times are the lower quartile of some repeats, since other programs can only make a repeat slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EXPERTS, _CHOSEN = 64, 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large probes are: weights must exceed every cache, and products must fill the device."""
+    """Sizes of the probes: weights must not fit into caches, and matrix products must fill the device."""
 
     inner: int
     outputs: int
@@ -43,35 +43,35 @@ class Sizes:
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Lower quartile of a call's time, after one that is not counted."""
-    taken = []
+    """Lower quartile of the times of a call, after one warm-up call."""
+    samples = []
     for turn in range(repeats + 1):
-        _wait(device)
+        _synchronize(device)
         started = time.perf_counter()
         call()
-        _wait(device)
+        _synchronize(device)
         if turn:
-            taken.append(time.perf_counter() - started)
-    return statistics.quantiles(taken, n=4, method="inclusive")[0] if len(taken) > 1 else taken[0]
+            samples.append(time.perf_counter() - started)
+    return statistics.quantiles(samples, n=4, method="inclusive")[0] if len(samples) > 1 else samples[0]
 
 
 def read_rate(device: torch.device, sizes: Sizes) -> float:
-    """Bytes per second that the device reads, with as many threads as torch has."""
+    """Memory read bandwidth in bytes per second, with all of torch's threads."""
     words = torch.ones(sizes.read_bytes // 8, dtype=torch.int64, device=device)
     return words.nbytes / seconds(lambda: words.sum(), device, sizes.repeats)
 
 
 @torch.inference_mode()
 def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS) -> dict[int, float]:
-    """Seconds per weight of bf16 products, by rows; the weights come from memory each time."""
+    """Seconds per weight of bf16 matrix products, by number of rows; weights are read from memory, not from caches."""
     ops = choose_ops(device, torch.bfloat16)
     matrices = (
-        Matrix(_drawn(sizes.outputs, sizes.inner, device), sizes.outputs) for _ in range(sizes.matrices)
+        Matrix(_random_bf16(sizes.outputs, sizes.inner, device), sizes.outputs) for _ in range(sizes.matrices)
     )
     kept = [ops.finalize_linear(LinearWeights((matrix,)), int8=False) for matrix in matrices]
     found = {}
     for count in rows:
-        x = _drawn(count, sizes.inner, device)
+        x = _random_bf16(count, sizes.inner, device)
         used = kept if count <= 128 or device.type == "cuda" else kept[: max(2, len(kept) // 4)]
 
         def call(x: Tensor = x, used: list[LinearWeights] = used) -> None:
@@ -85,7 +85,7 @@ def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS
 
 @torch.inference_mode()
 def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
-    """Seconds of one layer of experts on `tokens` tokens, each with a random choice of them."""
+    """Seconds of one layer of experts for `tokens` tokens with random routing."""
     ops = choose_ops(device, torch.bfloat16)
     with device:
         experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns, ops).to(torch.bfloat16)
@@ -96,12 +96,12 @@ def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.rand(tokens, _EXPERTS, generator=generator).topk(_CHOSEN).indices.to(device)
     weights = torch.full((tokens, _CHOSEN), 1 / _CHOSEN, device=device)
-    received = DispatchedTokens(_drawn(tokens, sizes.inner, device), ids, weights)
+    received = DispatchedTokens(_random_bf16(tokens, sizes.inner, device), ids, weights)
     return seconds(lambda: experts(received), device, sizes.repeats)
 
 
 def expert_shape(sizes: Sizes) -> tuple[int, int, int]:
-    """Experts, experts of a token, and weights of one, of `expert_seconds`."""
+    """Number of experts, experts per token, and weights per expert in `expert_seconds`."""
     return _EXPERTS, _CHOSEN, 3 * sizes.inner * sizes.expert_columns
 
 
@@ -109,13 +109,13 @@ def expert_shape(sizes: Sizes) -> tuple[int, int, int]:
 def attention_seconds(
     device: torch.device, sequences: int, context: int, queries: int, repeats: int
 ) -> float:
-    """Seconds of one layer's attention of the last `queries` tokens of each sequence over its context."""
+    """Seconds of attention in one layer: the last `queries` tokens of each sequence over its whole context."""
     width = context // _BLOCK
-    layers = 4  # more than one, so that a decode does not find its keys in a cache of the processor
+    layers = 4  # several, so that keys are not still in the CPU's caches
     caches = [
         LayerCache(
             *(
-                _drawn(sequences * width, _BLOCK * _GROUPS * _HEAD_DIM, device).view(
+                _random_bf16(sequences * width, _BLOCK * _GROUPS * _HEAD_DIM, device).view(
                     sequences * width, _BLOCK, _GROUPS, _HEAD_DIM
                 )
                 for _ in range(2)
@@ -139,7 +139,7 @@ def attention_seconds(
         logits_rows=tables[:0],
     )
     ops = choose_ops(device, torch.bfloat16, AttentionShape(_HEADS, _GROUPS, _HEAD_DIM, _BLOCK))
-    q = _drawn(sequences * queries, _HEADS * _HEAD_DIM, device).view(-1, _HEADS, _HEAD_DIM)
+    q = _random_bf16(sequences * queries, _HEADS * _HEAD_DIM, device).view(-1, _HEADS, _HEAD_DIM)
 
     def call() -> None:
         for cache in caches:
@@ -149,15 +149,15 @@ def attention_seconds(
 
 
 def attention_costs(context: int, queries: int) -> tuple[float, float]:
-    """Bytes of cache and operations of one sequence in `attention_seconds`."""
+    """KV-cache bytes and floating-point operations of one sequence in `attention_seconds`."""
     pairs = sum(range(context - queries + 1, context + 1))
     return 2.0 * context * _GROUPS * _HEAD_DIM * 2, 4.0 * pairs * _HEADS * _HEAD_DIM
 
 
-def _drawn(rows: int, columns: int, device: torch.device) -> Tensor:
+def _random_bf16(rows: int, columns: int, device: torch.device) -> Tensor:
     return (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Real runs of the engine on models of random weights: what a step costs beside its products."""
+"""Runs the engine on tiny random models to measure the overheads of a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qwen3_dist.settings import EngineConfig
 LAYERS = (2, 18)
 BATCHES = (1, 4, 16)
 _PROMPT, _LONG_PROMPT, _OUTPUT = 8, 256, 48
-# So small that its products are next to nothing.
+# So small that matrix products take next to no time.
 _TINY: dict[str, Any] = {
     "model_type": "qwen3",
     "vocab_size": 256,
@@ -53,22 +53,22 @@ def prompt_step(device: str) -> float:
 
 
 def with_overheads(cluster: Cluster, steps: Sequence[tuple[int, int, float]], prompt_s: float) -> Cluster:
-    """The cluster with the overheads that bring the model nearest to these steps of one rank."""
-    left = [seconds - _predicted(cluster, Layout(), layers, batch) for layers, batch, seconds in steps]
-    step, sequence, layer = _non_negative([[1.0, batch, layers] for layers, batch, _ in steps], left)
-    found = replace(cluster, step_overhead_s=step, sequence_overhead_s=sequence, layer_overhead_s=layer)
+    """`cluster` with overheads fitted to measured `steps` of one rank: (layers, sequences, seconds)."""
+    residuals = [seconds - _predicted(cluster, Layout(), layers, batch) for layers, batch, seconds in steps]
+    step, sequence, layer = _non_negative([[1.0, batch, layers] for layers, batch, _ in steps], residuals)
+    fitted = replace(cluster, step_overhead_s=step, sequence_overhead_s=sequence, layer_overhead_s=layer)
     pairs = _LONG_PROMPT * (_LONG_PROMPT + 1) // 2
-    model = CostModel(_config(LAYERS[0]), Layout(), found)
+    model = CostModel(_config(LAYERS[0]), Layout(), fitted)
     known = model.step_seconds(StepShape(0, 0, _LONG_PROMPT, pairs, 1))
-    return replace(found, token_overhead_s=max(0.0, (prompt_s - known) / _LONG_PROMPT))
+    return replace(fitted, token_overhead_s=max(0.0, (prompt_s - known) / _LONG_PROMPT))
 
 
 def fit_ranks(
     cluster: Cluster, layout: Layout, steps: Sequence[tuple[int, int, float]]
 ) -> tuple[float, float]:
-    """What steps on `layout` take beyond the model: seconds a step, and seconds a collective."""
-    left = [seconds - _predicted(cluster, layout, layers, batch) for layers, batch, seconds in steps]
-    ranks, collective = _non_negative([[1.0, 2.0 * layers] for layers, _, _ in steps], left)
+    """Fits the time of `steps` on `layout` beyond the prediction: seconds per step, and seconds per collective."""
+    residuals = [seconds - _predicted(cluster, layout, layers, batch) for layers, batch, seconds in steps]
+    ranks, collective = _non_negative([[1.0, 2.0 * layers] for layers, _, _ in steps], residuals)
     return ranks, collective
 
 
@@ -79,7 +79,7 @@ def _predicted(cluster: Cluster, layout: Layout, layers: int, batch: int) -> flo
 
 
 def _non_negative(rows: list[list[float]], values: list[float]) -> list[float]:
-    """Least squares with coefficients of at least 0: those that would be negative are left out."""
+    """Least squares without negative coefficients: drops the most negative column until none is left."""
     matrix, target = np.array(rows), np.array(values)
     kept = list(range(matrix.shape[1]))
     while kept:
@@ -116,7 +116,7 @@ def _figures(
         )
         try:
             warm_up(engine)
-            measure(engine, Workload(2, prompt, 4))  # once more, with more than one sequence
+            measure(engine, Workload(2, prompt, 4))  # warm up with several sequences too
             return [measure(engine, Workload(batch, prompt, _OUTPUT, seed=batch)) for batch in batches]
         finally:
             engine.shutdown()

@@ -1,7 +1,7 @@
-"""What the cost model says of a benchmark's run: prompts that all come at once, each with the same lengths.
+"""Predicts a benchmark run in which all prompts arrive at once, by walking through its steps.
 
-A step takes the decodes first and then prompts in order, as the engine's scheduler does while the cache has room;
-under pp it takes its part of the decodes, and others follow it before it is through.
+A step takes decodes first, then prompts in order, as the engine's scheduler does while the KV cache has room. Under pp
+up to pp steps are in flight, each with its share of the decodes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cluster.planning.cost_model import CostModel, StepShape
 
 @dataclass(frozen=True)
 class BurstFigures:
-    """Medians over requests and gaps, and the rate of the whole run. itl_ms is None for one token each."""
+    """Median TTFT and ITL, and output throughput of the whole run. itl_ms is None if each prompt gets one token."""
 
     ttft_ms: float
     itl_ms: float | None
@@ -25,6 +25,8 @@ class BurstFigures:
 
 @dataclass
 class _Running:
+    """A sequence: prompt tokens left to prefill, tokens computed, and the times of its output tokens."""
+
     prompt_left: int
     context: int = 0
     times: tuple[float, ...] = ()
@@ -34,26 +36,25 @@ class _Running:
 def predict_burst(
     model: CostModel, point: BurstPoint, max_num_batched_tokens: int, max_num_seqs: int
 ) -> BurstFigures:
-    """Walks through the steps of one dp group; its share of the prompts is the largest any group has."""
+    """Simulates the dp group with the most prompts."""
     waiting = [_Running(point.input_len) for _ in range(-(-point.num_prompts // model.layout.dp))]
     running: list[_Running] = []
     done: list[_Running] = []
-    under_way: deque[tuple[float, list[_Running], list[_Running]]] = (
-        deque()
-    )  # end, its sequences, who gets a token
+    # Steps in flight: end time, sequences in the step, sequences that get a token from it.
+    in_flight_steps: deque[tuple[float, list[_Running], list[_Running]]] = deque()
     now = first_stage_free = 0.0
     while waiting or running:
         while waiting and len(running) < max_num_seqs:
             running.append(waiting.pop(0))
         free = [each for each in running if not each.in_flight]
-        if free and len(under_way) < model.layout.pp:
+        if free and len(in_flight_steps) < model.layout.pp:
             shape, taken, advanced = _step(free, -(-len(running) // model.layout.pp), max_num_batched_tokens)
             through, until_next = model.micro_batch_seconds(shape)
             start = max(now, first_stage_free)
             first_stage_free = start + until_next
-            under_way.append((start + through, taken, advanced))
+            in_flight_steps.append((start + through, taken, advanced))
             continue
-        now, taken, advanced = under_way.popleft()
+        now, taken, advanced = in_flight_steps.popleft()
         for each in taken:
             each.in_flight = False
         for each in advanced:
@@ -71,7 +72,7 @@ def predict_burst(
 def _step(
     free: list[_Running], most_decodes: int, budget: int
 ) -> tuple[StepShape, list[_Running], list[_Running]]:
-    """The next step's shape, counted as computed, its sequences, and those that get a token by it."""
+    """Plans a step: its shape, its sequences, and those of them that get a token. Updates the sequences."""
     decodes = [each for each in free if not each.prompt_left][: min(budget, most_decodes)]
     for each in decodes:
         each.context += 1

@@ -1,4 +1,4 @@
-"""One run of a benchmark: prompts of one length that all come at once."""
+"""The workload of a benchmark run: prompts of one length that all arrive at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen3_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class BurstPoint:
-    """One run: `num_prompts` prompts of `input_len` tokens at once, and `output_len` tokens from each."""
+    """`num_prompts` prompts of `input_len` tokens at once, with `output_len` output tokens each."""
 
     num_prompts: int
     input_len: int

@@ -1,6 +1,6 @@
-"""How long a collective takes among ranks that share nodes: latency and bandwidth terms.
+"""Time of collectives within and between nodes: latency and bandwidth terms. `docs/cost-model.md` has the formulas.
 
-Legend: n ranks of the group, g of them on a node, B bytes as each operation says.
+Legend: n ranks in the group.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from cluster.hardware import Cluster, Link
 
 
 class Group:
-    """`size` ranks, `per_node` of them on each node they touch.
+    """A group of `size` ranks, `per_node` of them on each of its nodes.
 
-    A collective has a latency for each doubling of its ranks (trees and recursive doubling), and moves its
-    bytes over both kinds of link at once; of what crosses nodes each node receives one copy, except in an
-    all-to-all, whose rows differ.
+    A collective takes one latency per doubling of its ranks (trees and recursive doubling), and the longer of its
+    transfers over links inside nodes and between nodes, which overlap. Each node receives one copy of what comes from
+    other nodes, except in an all-to-all, where each rank receives different rows.
     """
 
     def __init__(self, size: int, per_node: int, cluster: Cluster) -> None:
@@ -32,22 +32,22 @@ class Group:
             self._terms[kind] = (latency, _seconds_per_byte(inside), _seconds_per_byte(between))
 
     def all_gather(self, total: float) -> float:
-        """Every rank gets all `total` bytes, its own part of n included."""
+        """Seconds until every rank has all `total` bytes, of which each rank starts with 1 / n."""
         return self._one_copy("all_gather", total)
 
     def reduce_scatter(self, total: float) -> float:
-        """Each rank has `total` bytes and gets its part of n, summed."""
+        """Seconds until each rank has its 1 / n of the sum; each starts with `total` bytes."""
         return self._one_copy("reduce_scatter", total)
 
     def all_reduce(self, total: float) -> float:
-        """Each rank has `total` bytes and gets their sum: a reduce-scatter and an all-gather, 2 (n - 1) / n."""
+        """Seconds to sum `total` bytes over all ranks: a reduce-scatter and an all-gather, factor 2 (n - 1) / n."""
         if self.size == 1:
             return 0.0
         latency, inside, between = self._terms["all_reduce"]
         return latency + 2 * total * max((1 - 1 / self.size) * inside, self._one_copy_share * between)
 
     def all_to_all(self, sent: float) -> float:
-        """Each rank sends `sent` bytes, spread evenly over all n of which it is one."""
+        """Seconds if each rank sends `sent` bytes, spread evenly over all n ranks, itself included."""
         if self.size == 1:
             return 0.0
         latency, inside, between = self._terms["all_to_all"]
@@ -57,8 +57,8 @@ class Group:
         if self.size == 1:
             return 0.0
         latency, inside, between = self._terms[kind]
-        near = 1 - 1 / self.size  # what came from other nodes is passed on inside this one
-        return latency + total * max(near * inside, self._one_copy_share * between)
+        inside_share = 1 - 1 / self.size  # bytes from other nodes are passed on inside the node
+        return latency + total * max(inside_share * inside, self._one_copy_share * between)
 
 
 def _seconds_per_byte(link: Link) -> float:
@@ -66,9 +66,9 @@ def _seconds_per_byte(link: Link) -> float:
 
 
 def groups_of(cluster: Cluster, tp: int, dp: int, etp: int) -> dict[str, Group]:
-    """The groups of a rank: `tp`, `dp` (the same tp rank of other groups), `ep` and `etp`.
+    """The groups of a rank: `tp`, `dp` (its tp rank in all dp groups), `ep` and `etp`.
 
-    Ranks of a stage fill nodes in order; tp is innermost, then dp, and etp innermost of the experts.
+    The ranks of a stage fill nodes in order: tp varies fastest, then dp; for experts, etp varies fastest, then ep.
     """
     stage = tp * dp
     node = min(cluster.devices_per_node, stage)

@@ -1,4 +1,4 @@
-"""How long a step of a layout takes: a roofline for each operation, collectives, and overheads.
+"""Time of a step of a layout: a roofline for each operation, plus collectives and overheads.
 
 `docs/cost-model.md` derives every formula and names its source. Legend: T tokens of one dp group's step, S tokens
 of all groups, N tokens a tp rank owns under all-to-all, D emb_dim, E experts, K experts per token, d head_dim.
@@ -21,15 +21,15 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.parallel.expert_exchange import capacity, chosen_share, prefers_all_to_all
 
-EXPERT_IMBALANCE = 1.2  # an assumption: set it from the counts of your own traffic
+EXPERT_IMBALANCE = 1.2  # an assumption; measure your own traffic with GET /v1/cluster/experts
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one dp group computes in a step.
+    """The work of one dp group in a step.
 
-    `prefill_pairs` sums query x key pairs of the prompt chunks: a chunk of n tokens after m others has
-    n * m + n * (n + 1) / 2.
+    `prefill_pairs` is the number of query-key pairs of the prompt chunks: n * m + n * (n + 1) / 2 for a chunk of n
+    tokens after m others.
     """
 
     num_decodes: int
@@ -42,9 +42,9 @@ class StepShape:
 class CostModel:
     """Step times of one replica of `layout`.
 
-    expert_imbalance: pairs of tokens and experts on the busiest ep rank over the mean, beside the spread that
-    even routing has by itself. weight_bytes, kv_bytes: bytes of one weight and one cached number where they
-    are not the checkpoint's dtype (fp8: 1). Raises ParallelLayoutError if the layout does not fit the model.
+    expert_imbalance: load of the busiest ep rank over the mean, in (token, expert) pairs, on top of the random spread
+    of even routing. weight_bytes, kv_bytes: bytes per weight and per cached element; by default those of the
+    checkpoint's dtype (fp8: 1). Raises ParallelLayoutError if the layout does not fit the model.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class CostModel:
         self.device = device = cluster.rank_device(layout.world)
         self.sizes = sizes = LayerSizes.of(config, layout)
         self.stages = stages(config, layout)
-        self._kinds = list(dict.fromkeys(self.stages))
+        self._distinct_stages = list(dict.fromkeys(self.stages))
         self._dense_layers = sum(stage.dense_layers for stage in self.stages)
         self._moe_layers = sum(stage.moe_layers for stage in self.stages)
         self._layers = self._dense_layers + self._moe_layers
@@ -73,37 +73,39 @@ class CostModel:
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
         self._weight_bytes = weight_bytes or item
-        self._products = products_of(device, self._weight_bytes)
+        self._matmul = matmul_time(device, self._weight_bytes)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
-        self._attention_s = 1 / (device.flops_per_s * device.attention_efficiency)  # per operation
+        self._attention_s = 1 / (
+            device.flops_per_s * device.attention_efficiency
+        )  # per floating-point operation
         self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
         self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
         across = layout.world > cluster.devices_per_node
         self._stage_link = (cluster.between if across else cluster.inside).of("send")
         self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
         if config.num_experts:
-            self._missed = 1 - config.num_experts_per_tok / config.num_experts
-            self._spread = _largest_of(layout.ep) * sqrt(self._missed)
+            self._miss_rate = 1 - config.num_experts_per_tok / config.num_experts
+            self._spread = _largest_of(layout.ep) * sqrt(self._miss_rate)
             self._sent_share = chosen_share(
                 config.num_experts, config.num_experts_per_tok, sizes.experts_here
             )
 
     def step_seconds(self, shape: StepShape) -> float:
-        """Seconds from a step of every dp group with such a shape to the next one of the same sequences.
+        """Seconds of a step in which every dp group has this shape, until the same sequences can take the next step.
 
-        Under pp the batch is cut into up to pp micro-batches, which follow each other through the stages: the
-        round takes as long as one of them through all stages, or all of them through the slowest.
+        Under pp the batch is split into up to pp micro-batches, which follow each other through the stages. The step
+        takes the longer of one micro-batch through all stages, and all micro-batches through the slowest stage.
         """
         micro = self._micro_batches(shape)
         through, slowest = self._pass(shape, micro)
         return max(through, micro * slowest)
 
     def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
-        """Seconds of `shape`, not cut, through all stages, and until the next one can follow it."""
+        """Seconds of `shape` as one micro-batch: through all stages, and until the next micro-batch can start."""
         return self._pass(shape, 1)
 
     def step_parts(self, shape: StepShape) -> dict[str, float]:
-        """The seconds of `step_seconds` by operation; `pipeline` is what micro-batches wait for each other."""
+        """`step_seconds` by operation. `pipeline` is the time that micro-batches wait for each other."""
         micro = self._micro_batches(shape)
         attention, dense, experts, ends = self._layer_parts(shape, micro)
         parts: dict[str, float] = {}
@@ -113,7 +115,7 @@ class CostModel:
                 for name, seconds in operations.items():
                     parts[name] = parts.get(name, 0.0) + count * seconds
             for name, seconds in ends.items():
-                if self._has_end(stage, name):
+                if self._runs_on(stage, name):
                     parts[name] = parts.get(name, 0.0) + seconds
         parts["overhead"] = self._overhead(shape, micro)
         parts["pipeline"] = self.step_seconds(shape) - sum(parts.values())
@@ -121,36 +123,38 @@ class CostModel:
 
     def weights_bytes(self) -> int:
         """Bytes of weights on the fullest rank."""
-        most = max(stage_weights(self.config, self.layout, self.sizes, stage) for stage in self._kinds)
+        most = max(
+            stage_weights(self.config, self.layout, self.sizes, stage) for stage in self._distinct_stages
+        )
         return int(most * self._weight_bytes)
 
     def activation_bytes(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-        """Most bytes of a step on one rank beside weights and cache."""
+        """Bytes of activations and buffers of the largest step on one rank."""
         config, layout = self.config, self.layout
         tokens = max_num_batched_tokens * layout.dp
         by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self.cluster.device_kind)
         return step_bytes(config, layout, max_num_batched_tokens, max_num_seqs, self._item, by_all_to_all)
 
     def kv_bytes_per_token(self) -> float:
-        """Cache bytes of a token on a rank of the stage with most layers."""
+        """KV-cache bytes per token on a rank of the stage with the most layers."""
         ranks = range(0, self.layout.world, self.layout.stage_size)
         return max(kv_bytes_per_token(self.config, self.layout, rank, 1) for rank in ranks) * self._kv_item
 
     def kv_capacity_tokens(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-        """Tokens that the cache of one dp group holds; 0 or less if the weights alone do not fit."""
+        """Tokens that fit into the KV cache of one dp group; 0 or less if the weights do not fit."""
         usable = self.device.memory_bytes * self.device.memory_utilization
         left = usable - self.weights_bytes() - self.activation_bytes(max_num_batched_tokens, max_num_seqs)
         return int(left / self.kv_bytes_per_token())
 
     def _micro_batches(self, shape: StepShape) -> int:
-        """As many as there are sequences, at most one for each stage: the engine does not split one's chunk."""
+        """Number of micro-batches: one per sequence, since the engine does not split a chunk, and at most pp."""
         if self.layout.pp == 1:
             return 1
         prompts = max(shape.num_samples - shape.num_decodes, 1 if shape.prefill_tokens else 0)
         return min(self.layout.pp, max(1, shape.num_decodes + prompts))
 
     def _overhead(self, shape: StepShape, micro: int) -> float:
-        """Engine and launch costs of a micro-batch outside its layers."""
+        """Seconds of scheduling and launching a micro-batch, outside its layers."""
         cluster = self.cluster
         tokens = shape.num_decodes + shape.prefill_tokens
         sequences = max(shape.num_decodes, shape.num_samples)
@@ -161,11 +165,12 @@ class CostModel:
         if self.layout.world > 1:
             seconds += cluster.ranks_overhead_s
         if self.config.num_experts:
-            seconds += self._dp.all_gather(0.0)  # the groups agree on the step
+            seconds += self._dp.all_gather(0.0)  # dp groups synchronise on the step
         return seconds
 
     def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
-        """Seconds of one micro-batch through all stages, and through the slowest or the engine."""
+        """Seconds of one micro-batch through all stages, and through the slower of the slowest stage and the
+        engine."""
         *layers, ends = self._layer_parts(shape, micro)
         attention, dense, experts = (sum(part.values()) for part in layers)
         embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
@@ -180,11 +185,12 @@ class CostModel:
             + stage.moe_layers * experts
             + (embedding if stage.first else 0.0)
             + (head if stage.last else send)
-            for stage in self._kinds
+            for stage in self._distinct_stages
         )
         return total, max(slowest, overhead)
 
-    def _has_end(self, stage: Stage, name: str) -> bool:
+    def _runs_on(self, stage: Stage, name: str) -> bool:
+        """Whether `stage` runs the operation `name`: embedding, stage send or head."""
         if name == "stage send":
             return not stage.last
         return stage.first if name == "embedding" else stage.last
@@ -192,17 +198,17 @@ class CostModel:
     def _layer_parts(
         self, shape: StepShape, micro: int
     ) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, float]]:
-        """Seconds by operation of a micro-batch in one layer's attention, dense FFN and experts, and at the
-        ends of the model."""
+        """Seconds by operation of a micro-batch: in one layer's attention, in a dense FFN, in an MoE layer's experts,
+        and outside the layers (embedding, stage send, head)."""
         config, sizes, item = self.config, self.sizes, self._item
         tokens = (shape.num_decodes + shape.prefill_tokens) / micro
         dim, head_dim = config.emb_dim, config.head_dim
         hidden = tokens * dim * item
         decode_pairs, prefill_pairs = shape.decode_context_tokens / micro, shape.prefill_pairs / micro
-        operations = 4 * sizes.heads * head_dim * self._attention_s  # two products for each pair
+        operations = 4 * sizes.heads * head_dim * self._attention_s  # per query-key pair: two products
         kv_read = 2 * sizes.kv_groups * head_dim * self._kv_item * self._kv_s
         attention = {
-            "attention projections": self._products.seconds(tokens, sizes.attention),
+            "attention projections": self._matmul.seconds(tokens, sizes.attention),
             "attention of decodes": decode_pairs * max(operations, kv_read),
             "attention of prompts": prefill_pairs * operations,
             "norms, rope, residuals": self._read_s
@@ -215,7 +221,7 @@ class CostModel:
         dense: dict[str, float] = {}
         if self._dense_layers:
             dense = {
-                "dense FFN": self._products.seconds(tokens, sizes.dense)
+                "dense FFN": self._matmul.seconds(tokens, sizes.dense)
                 + self._read_s * tokens * item * 3 * sizes.dense_columns,
                 "tp all-reduce": 2 * all_reduce,
             }
@@ -225,18 +231,18 @@ class CostModel:
             "embedding": self._tp.all_reduce(hidden),
             "stage send": self._stage_link.latency_s
             + hidden / (self._stage_link.bytes_per_s * self._stage_link.efficiency),
-            "head": self._products.seconds(samples, self._vocabulary)
+            "head": self._matmul.seconds(samples, self._vocabulary)
             + self._tp.all_gather(samples * config.vocab_size * item),
         }
         return attention, dense, experts, ends
 
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
-        """One MoE layer, by the dispatcher that the engine takes for a step of so many tokens."""
+        """Seconds by operation of one MoE layer, with the dispatcher that the engine chooses for this many tokens."""
         layout, config = self.layout, self.config
         if prefers_all_to_all(layout, config, tokens * layout.dp, device=self.cluster.device_kind):
             own = tokens / layout.tp
             sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
-            if self.cluster.device_kind == "cuda":  # which sends all slots, empty ones too
+            if self.cluster.device_kind == "cuda":  # fixed capacity: empty slots are sent too
                 sent = layout.ep * capacity(layout, config, ceil(own) * layout.etp)
             row = config.emb_dim * self._item
             routing = 8 * config.num_experts_per_tok  # id and weight, fp32
@@ -244,24 +250,24 @@ class CostModel:
             columns = self._etp.all_gather(own * layout.etp * (row + routing))
             columns += self._etp.reduce_scatter(own * layout.etp * row)
             return {
-                "router": self._products.seconds(own, self.sizes.gate),
+                "router": self._matmul.seconds(own, self.sizes.gate),
                 "experts": self._expert_seconds(tokens * layout.dp),
                 "dispatch": dispatch + columns,
                 "tp all-reduce": self._tp.reduce_scatter(hidden) + self._tp.all_gather(hidden),
             }
-        everybody = hidden * layout.dp
+        all_tokens = hidden * layout.dp
         return {
-            "router": self._products.seconds(tokens * layout.dp, self.sizes.gate),
+            "router": self._matmul.seconds(tokens * layout.dp, self.sizes.gate),
             "experts": self._expert_seconds(tokens * layout.dp),
-            "dispatch": self._dp.all_gather(everybody) + self._dp.reduce_scatter(everybody),
+            "dispatch": self._dp.all_gather(all_tokens) + self._dp.reduce_scatter(all_tokens),
             "tp all-reduce": 2 * all_reduce,
         }
 
     def _expert_seconds(self, tokens: float) -> float:
-        """The busiest rank's experts on `tokens` tokens of all groups.
+        """Seconds of the experts on the busiest rank for `tokens` tokens of all groups.
 
-        Even routing of S tokens touches E (1 - (1 - K / E)^S) experts. The busiest of ep ranks has more pairs
-        than its share, and touches as many experts as that many more tokens would.
+        Even routing of S tokens touches E (1 - (1 - K / E)^S) experts. The busiest rank has more (token, expert) pairs
+        than the mean, and touches as many experts as it would with proportionally more tokens.
         """
         config, sizes = self.config, self.sizes
         even = tokens * config.num_experts_per_tok * sizes.experts_here / config.num_experts
@@ -269,16 +275,16 @@ class CostModel:
         pairs = mean + self._spread * sqrt(mean)
         pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
         load = pairs / even if even else 1.0
-        touched = max(sizes.experts_here * (1 - self._missed ** (tokens * load)), 1e-9)
+        touched = max(sizes.experts_here * (1 - self._miss_rate ** (tokens * load)), 1e-9)
         weights = touched * sizes.expert
-        product = self._products.seconds(pairs / touched, weights, self.device.expert_efficiency)
+        product = self._matmul.seconds(pairs / touched, weights, self.device.expert_efficiency)
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
         return product + moved
 
 
-class Products:
-    """Seconds of a product of some rows with so many weights: they are read once, and multiplied at the rate
-    that so many rows reach."""
+class MatmulTime:
+    """Time of a matrix product by number of rows: the longer of reading the weights once and multiplying at the rate
+    that this number of rows reaches."""
 
     def __init__(self, device: Device, weight_bytes: float, speedup: float) -> None:
         self._read_s = weight_bytes / (device.read_bytes_per_s * device.read_efficiency)  # per weight
@@ -287,9 +293,10 @@ class Products:
         self._seconds = [2 * rows / (rate * speedup) for rows, rate in rates]  # per weight
 
     def seconds(self, rows: float, weights: float, efficiency: float = 1.0) -> float:
-        """Between two measured numbers of rows the time grows evenly; beyond the last it is proportional.
+        """Seconds of a product of `rows` rows with `weights` weights.
 
-        efficiency: share of the usual rate that the multiplications reach.
+        Interpolates linearly between measured numbers of rows; beyond the last, time is proportional to rows.
+        efficiency: share of the measured rate that this product reaches.
         """
         known, seconds = self._rows, self._seconds
         at = bisect_left(known, rows)
@@ -303,15 +310,15 @@ class Products:
         return weights * max(product / efficiency, self._read_s if rows else 0.0)
 
 
-def products_of(device: Device, weight_bytes: float) -> Products:
-    """The products of `device` with weights of so many bytes."""
-    return Products(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
+def matmul_time(device: Device, weight_bytes: float) -> MatmulTime:
+    """Matrix product times of `device` with `weight_bytes` bytes per weight."""
+    return MatmulTime(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
 
 
 def _largest_of(ranks: int) -> float:
-    """Standard deviations by which the largest of so many ranks' counts exceeds their mean.
+    """Expected maximum of `ranks` standard normal values: how far the busiest rank lies above the mean.
 
-    Blom's estimate for normal counts (1958); that they add up to a constant makes each deviate less and the
-    largest more, which cancels.
+    Blom's estimate (1958). The loads of ranks add up to a constant, which reduces each deviation but raises the
+    maximum; the two effects cancel.
     """
     return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0

@@ -1,8 +1,4 @@
-"""Memory of a layout's ranks in closed form. `memory` counts it piece by piece, too slowly to compare thousands of
-layouts.
-
-Legend: D emb_dim, I hidden columns, H heads, G KV groups, d head_dim, E experts, V vocab_size.
-"""
+"""Weights per rank in closed form, fast enough to compare thousands of layouts. `memory` counts them exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from qwen3_dist.layout import Layout, even_ranges
 
 @dataclass(frozen=True)
 class Stage:
-    """What the ranks of a pipeline stage run: layers by kind, and the ends of the model that it holds."""
+    """A pipeline stage: its layers by kind, and whether it has the embedding (first) or the head (last)."""
 
     dense_layers: int
     moe_layers: int
@@ -28,12 +24,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Weights (elements) of one layer on the fullest rank, by product, with what they are split into."""
+    """Weights of one layer on the fullest rank, in elements by operation, and the dimensions they follow from."""
 
-    attention: int  # q, k, v and the projection back
+    attention: int  # W_query, W_key, W_value, out_proj
     dense: int  # fc1, fc2, fc3
     gate: int
-    expert: int  # fc1, fc2, fc3 of one expert's columns
+    expert: int  # fc1, fc2, fc3 of one expert, its columns on this rank
     experts_here: int
     heads: int  # of this rank
     kv_groups: int  # of this rank
@@ -74,7 +70,7 @@ def stages(config: ModelConfig, layout: Layout) -> list[Stage]:
 
 
 def stage_weights(config: ModelConfig, layout: Layout, sizes: LayerSizes, stage: Stage) -> int:
-    """Weights (elements) on the fullest rank of `stage`, with the zeros that pad what does not divide."""
+    """Weights on the fullest rank of `stage`, in elements, padding included."""
     vocabulary = -(-config.vocab_size // layout.tp) * config.emb_dim
     tables = int(stage.first) + int(stage.last)
     if stage.first and stage.last and config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: parameters, bytes per rank of a layout, KV-cache bytes per token."""
+"""Exact sizes of a model: parameters, bytes per rank of a layout, KV-cache bytes per token."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def total_parameters(config: ModelConfig) -> int:
-    """Parameters of the whole model; a tied head counts once."""
+    """Number of parameters of the whole model. A tied head counts once."""
     return rank_parameters(config, Layout(), 0)
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Parameters one token meets: all but the experts it is not routed to."""
+    """Number of parameters used for one token: all but the experts that it is not routed to."""
     experts = sum(_elements(p) for p in _pieces(config, Layout(), 0) if ".experts." in p.parameter)
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
     return total_parameters(config) - experts + round(experts * share)
 
 
 def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """Parameters that `rank` holds, not counting the zeros that pad what does not divide."""
+    """Number of parameters on `rank`, without padding."""
     return sum(_elements(piece) for piece in _pieces(config, layout, rank))
 
 
 def kv_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, item_bytes: int) -> int:
-    """KV-cache bytes of one token on `rank`: K and V of its groups in its stage's layers."""
+    """KV-cache bytes per token on `rank`: K and V of its KV groups in the layers of its stage."""
     groups = max(1, config.n_kv_groups // layout.tp)
     layers = layout.layers_of(layout.coords(rank).stage, config.n_layers)
     return 2 * len(layers) * groups * config.head_dim * item_bytes
 
 
-# Sizes by their names in a checkpoint's config.json, and what ModelConfig calls them.
+# Name in config.json: field of ModelConfig.
 _SIZES = {
     "num_hidden_layers": "n_layers",
     "hidden_size": "emb_dim",
@@ -55,7 +55,7 @@ _MOE_SIZES = {
 
 
 def inspect_model(name: str, config: ModelConfig, layout: Layout, world: int) -> dict[str, Any]:
-    """The report of `qwen3-dist inspect` on the model `name`. Raises ParallelLayoutError if `layout` does not fit."""
+    """The report of `qwen3-dist inspect`. Raises ParallelLayoutError if `layout` does not fit the model."""
     layout.validate(config)
     item_bytes = ITEM_BYTES[config.dtype]
     names = {**_SIZES, **(_MOE_SIZES if config.num_experts else {}), "context_length": "context_length"}
@@ -78,7 +78,7 @@ def inspect_model(name: str, config: ModelConfig, layout: Layout, world: int) ->
 
 
 def _pieces(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Piece]:
-    """What `rank` reads."""
+    """The pieces of the checkpoint that `rank` reads."""
     return WeightPlan(config, layout, set()).pieces(layout.coords(rank))
 
 

@@ -1,4 +1,4 @@
-"""Finds the `ModelConfig` that a name or path stands for, without any weights: a plan needs nothing else."""
+"""Finds the `ModelConfig` of a model name or path without its weights, which planning does not need."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qwen3_dist.weights.source import canonical_name, local_path, resolve_config
 
 @cache
 def official_configs() -> dict[str, dict[str, Any]]:
-    """`config.json` of the official sizes by name; shapes only, the checkpoint's own file is the truth."""
+    """Shapes of the official sizes: the relevant fields of their config.json, by name."""
     table: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("official.json").read_text())
     return table
 
 
 def find_config(model: str, revision: str | None = None) -> tuple[str, ModelConfig]:
-    """The name to show and the config of `model`, for which a plan needs no weights.
+    """The display name and the config of `model`.
 
-    Takes every name that `resolve_model` takes, and the path of a config in JSON. Of an official name the config is
-    known here; of another hub id it alone is downloaded, at `revision`. Raises CheckpointError if it is none of them.
+    `model` is anything that `resolve_model` accepts, or the path of a config.json. The configs of official names come
+    with this package; for other hub ids only the config is downloaded, at `revision`. Raises CheckpointError.
     """
     path = local_path(model)
     if model and path.is_file():
@@ -36,13 +36,13 @@ def find_config(model: str, revision: str | None = None) -> tuple[str, ModelConf
         directory = resolve_config(name, revision)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}; sizes that need no download are {', '.join(official_configs())}"
+            f"{error}; models that need no download are {', '.join(official_configs())}"
         ) from None
     return name or "bundled", ModelConfig.from_directory(directory)
 
 
 def _official(name: str) -> str | None:
-    """The name in `official_configs` of the hub id `name`, whatever its letters' case."""
+    """The key in `official_configs` of a model name or hub id, ignoring case; None if there is none."""
     short = name.lower().removeprefix("qwen/")
     return next((each for each in official_configs() if each.lower() == short), None)
 

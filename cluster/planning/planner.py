@@ -1,4 +1,4 @@
-"""Compares all layouts of a cluster for one workload: which fit, how fast they are, and which is best."""
+"""Compares all layouts on a cluster for one workload, and ranks them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen3_dist.step_defaults import STEP_DEFAULTS
 class PlanRequest:
     """The workload to plan for: `concurrency` equal requests in flight in the whole cluster.
 
-    ttft_ms and itl_ms are SLOs that the best layout must meet on average.
+    ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet.
     """
 
     input_len: int
@@ -40,7 +40,7 @@ class PlanRequest:
 
     @property
     def length(self) -> int:
-        """Prompt and output tokens of a finished sequence."""
+        """Tokens of a finished sequence: prompt and output."""
         return self.input_len + self.output_len
 
 
@@ -48,8 +48,8 @@ class PlanRequest:
 class PlannedLayout:
     """The predictions for one layout. Rates are for the whole cluster; None if the layout does not fit.
 
-    bytes_per_rank: memory of the fullest rank with the KV cache that this workload fills. max_batch: the sequences of
-    this workload that the KV cache of one replica holds.
+    reason: why it does not fit. bytes_per_rank: memory of the fullest rank, with the KV cache that this workload uses.
+    max_batch: sequences of this workload that fit into the KV cache of one replica.
     """
 
     layout: Layout
@@ -66,11 +66,11 @@ class PlannedLayout:
 
     @property
     def tokens_per_s_per_user(self) -> float:
-        """Tokens a second that one request sees once it streams."""
+        """Tokens per second of one request while it decodes."""
         return 1e3 / self.itl_ms if self.itl_ms else 0.0
 
-    def holds(self, request: PlanRequest) -> bool:
-        """Whether it fits and keeps both limits."""
+    def meets_limits(self, request: PlanRequest) -> bool:
+        """Whether it fits and meets both limits."""
         return self.fits and _within(self.ttft_ms, request.ttft_ms) and _within(self.itl_ms, request.itl_ms)
 
     def as_json(self) -> dict[str, object]:
@@ -89,10 +89,10 @@ class PlannedLayout:
 
 
 def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
-    """Every valid layout of every world that divides the cluster, the best first.
+    """All valid layouts of all worlds that divide the cluster, best first.
 
-    First those that hold the limits by throughput, then those that fit and do not, then those that do not
-    fit. Raises ConfigError if the load is longer than the model's context.
+    Layouts that meet the limits come first, by throughput; then those that fit but do not meet them, then those that
+    do not fit. Raises ConfigError if the sequences are longer than the model's context.
     """
     if request.length > config.context_length:
         raise ConfigError(
@@ -104,7 +104,7 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
         planned,
         key=lambda one: (
             not one.fits,
-            not one.holds(request),
+            not one.meets_limits(request),
             -(one.tokens_per_s_per_gpu or 0.0),
             one.layout.world,
         ),
@@ -112,15 +112,16 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
 
 
 def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
-    """The valid layouts of all worlds that divide the cluster."""
+    """All valid layouts of all worlds that divide the cluster."""
     for world in divisors(cluster.num_devices):
         yield from valid_layouts(config, world)
 
 
 def check_limits(planned: list[PlannedLayout], request: PlanRequest) -> None:
-    """Raises ConfigError, naming the limit that breaks it and the nearest that holds, if none holds both."""
+    """Raises ConfigError if layouts fit but none meets both limits. The message has the nearest limit that can be
+    met."""
     fitting = [one for one in planned if one.fits]
-    if not fitting or any(one.holds(request) for one in fitting):
+    if not fitting or any(one.meets_limits(request) for one in fitting):
         return
     for name, limit in (("ttft_ms", request.ttft_ms), ("itl_ms", request.itl_ms)):
         if limit is None:
@@ -129,29 +130,29 @@ def check_limits(planned: list[PlannedLayout], request: PlanRequest) -> None:
         least = getattr(best, name) or 0.0
         if least > limit:
             raise ConfigError(
-                f"no layout holds --{name.replace('_', '-')} {limit:g} at concurrency {request.concurrency}: "
-                f"the least is {least:.4g} ms, of {best.layout}; the nearest limit that holds is "
+                f"no layout meets --{name.replace('_', '-')} {limit:g} at concurrency {request.concurrency}: "
+                f"the lowest is {least:.4g} ms, with {best.layout}; the nearest limit that can be met is "
                 f"{_next_limit(least):g}"
             )
     assert request.itl_ms is not None and request.ttft_ms is not None
     in_itl = [one for one in fitting if _within(one.itl_ms, request.itl_ms)]
     best = min(in_itl, key=lambda one: one.ttft_ms or 0.0)
     raise ConfigError(
-        f"each limit can be held, but no layout holds both at concurrency {request.concurrency}: with "
-        f"--itl-ms {request.itl_ms:g} it is --ttft-ms {request.ttft_ms:g} that breaks; the nearest that holds "
-        f"is {_next_limit(best.ttft_ms or 0.0):g}, of {best.layout}"
+        f"each limit can be met, but no layout meets both at concurrency {request.concurrency}: with "
+        f"--itl-ms {request.itl_ms:g}, --ttft-ms {request.ttft_ms:g} is too low; the nearest that can be met "
+        f"is {_next_limit(best.ttft_ms or 0.0):g}, with {best.layout}"
     )
 
 
 def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
-    """Every layout at concurrencies from 1, each twice the one before, to four times the asked one."""
+    """Every layout at concurrencies 1, 2, 4, ... up to four times the requested one, and at the requested one."""
     doublings = (4 * request.concurrency).bit_length()
     loads = sorted({request.concurrency, *(2**power for power in range(doublings))})
     return [one for load in loads for one in plan(config, cluster, replace(request, concurrency=load))]
 
 
 def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
-    """Of the layouts that fit, those that no other beats in both throughput per GPU and speed per user."""
+    """The fitting layouts that no other beats in both throughput per GPU and speed per user."""
     frontier: list[PlannedLayout] = []
     fitting = [one for one in planned if one.fits and one.itl_ms]
     for one in sorted(fitting, key=lambda o: (-o.tokens_per_s_per_user, -(o.tokens_per_s_per_gpu or 0.0))):
@@ -162,10 +163,10 @@ def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
 
 def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
     replicas = cluster.replicas(layout.world)
-    refused = PlannedLayout(layout, replicas, request.concurrency, False, "")
+    unfit = PlannedLayout(layout, replicas, request.concurrency, False, "")
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
-        return replace(refused, reason=f"tp={layout.tp} would not stay inside nodes of {node} devices")
+        return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
     model = CostModel(config, layout, cluster, request.expert_imbalance)
     wanted = ceil(request.concurrency / (replicas * layout.dp))
     seqs = min(wanted, request.max_num_batched_tokens)
@@ -175,7 +176,7 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
     used = {"weights": weights, "kv": 0, "activations": activations}
     fitting = max(0, capacity) // request.length
     if fitting < 1:
-        return replace(refused, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
+        return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
     ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, wanted)
@@ -199,11 +200,11 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
 def cycle_times(
     model: CostModel, request: PlanRequest, batch: int, wanted: int
 ) -> tuple[float, float, float]:
-    """Seconds of TTFT, of ITL, and in which each of `batch` sequences of a group is replaced by its successor.
+    """TTFT, ITL and cycle time in seconds, in a steady state with `batch` sequences per dp group.
 
-    In that cycle each sequence decodes output_len - 1 times and one prompt is computed for each, beside the
-    other sequences' decodes; prompts of one step fill at most the budget. Of `wanted` requests those that
-    find no room wait for one to end.
+    In one cycle every sequence finishes and is replaced: each decodes output_len - 1 times, and one prompt per
+    sequence is prefilled beside the decodes of the others, within the step's token budget. `wanted` is the number of
+    requests per dp group; those beyond `batch` queue.
     """
     prompt, output = request.input_len, request.output_len
     context = batch * (prompt + output / 2)
@@ -239,7 +240,7 @@ def _too_large(model: CostModel, used: dict[str, int], capacity: int, request: P
             f"weights of {used['weights'] / 1e9:.1f} GB and activations of {used['activations'] / 1e9:.1f} GB "
             f"exceed the {usable / 1e9:.1f} GB of a rank"
         )
-    return f"the cache holds {capacity} tokens a dp group and one request has {request.length}"
+    return f"the cache of a dp group holds {capacity} tokens and one request has {request.length}"
 
 
 def _within(value: float | None, limit: float | None) -> bool:
@@ -247,7 +248,7 @@ def _within(value: float | None, limit: float | None) -> bool:
 
 
 def _next_limit(value: float) -> float:
-    """`value` rounded up to three digits, so that it holds as it is printed."""
+    """`value` rounded up to three significant digits, so that the printed limit can be met."""
     digits = 2 - (len(str(int(value))) - 1)
     step = 10.0**-digits
     return round(ceil(value / step) * step, max(0, digits))

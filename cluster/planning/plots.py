@@ -1,4 +1,4 @@
-"""Charts as PNG files. matplotlib is optional (`pip install qwen3-dist[plots]`) and draws without a display."""
+"""Charts as PNG files. Needs matplotlib (`pip install qwen3-dist[plots]`), but no display."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OTHERS, _BEST = "#9aa5b1", "#c2410c"
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError, saying how to get it, if matplotlib is not installed."""
+    """Raises ConfigError if matplotlib is not installed."""
     if not can_plot():
         raise ConfigError("plots need matplotlib; pip install 'qwen3-dist[plots]', or leave --plot out")
 
@@ -24,33 +24,33 @@ def can_plot() -> bool:
 
 
 def plot_plan(file: Path, title: str, planned: Sequence[PlannedLayout]) -> None:
-    """tokens/s/GPU over tokens/s of one user for every layout and load; the Pareto frontier is labelled."""
-    figure, axes = _axes(title, "tokens/s one user sees", "tokens/s per GPU")
+    """Throughput per GPU over speed per user, for every layout and load, with a labelled Pareto frontier."""
+    figure, axes = _axes(title, "tokens/s per user", "tokens/s per GPU")
     fitting = [one for one in planned if one.fits and one.itl_ms]
     frontier = pareto_frontier(list(planned))
-    axes.scatter(*_points(fitting), s=8, color=_OTHERS, label="a layout at some concurrency")
+    axes.scatter(*_points(fitting), s=8, color=_OTHERS, label="layouts at all concurrencies")
     axes.plot(*_points(frontier), marker="o", color=_BEST, label="Pareto frontier")
     labelled = ""
     for one in frontier:
-        if str(one.layout) != labelled:  # the frontier often follows one layout over many loads
+        if str(one.layout) != labelled:  # label each layout once, where the frontier reaches it
             labelled = str(one.layout)
             text = f"{labelled} at {one.concurrency}"
-            where = (one.tokens_per_s_per_user, one.tokens_per_s_per_gpu)
-            axes.annotate(text, where, xytext=(6, 4), textcoords="offset points", fontsize=8)
+            point = (one.tokens_per_s_per_user, one.tokens_per_s_per_gpu)
+            axes.annotate(text, point, xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.set_xlim(left=0, right=1.2 * max((one.tokens_per_s_per_user for one in fitting), default=1.0))
     axes.legend()
     _save(figure, file)
 
 
 def plot_errors(file: Path, title: str, points: Sequence[tuple[str, float, float]]) -> None:
-    """Predicted over measured for named points (name, measured, predicted), with the line of no error."""
+    """Predicted over measured values for `points` of (name, measured, predicted), with the diagonal of no error."""
     figure, axes = _axes(title, "measured", "predicted")
     values = [value for _, *pair in points for value in pair]
     ends = (min(values) * 0.8, max(values) * 1.25)
     axes.plot(ends, ends, color=_OTHERS, label="no error")
     for layout in dict.fromkeys(name for name, _, _ in points):
-        mine = [pair for name, *pair in points if name == layout]
-        axes.scatter(*zip(*mine, strict=True), label=layout)
+        of_layout = [pair for name, *pair in points if name == layout]
+        axes.scatter(*zip(*of_layout, strict=True), label=layout)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
@@ -58,7 +58,7 @@ def plot_errors(file: Path, title: str, points: Sequence[tuple[str, float, float
 
 
 def plot_bars(file: Path, title: str, label: str, bars: Sequence[tuple[str, float]]) -> None:
-    """One bar for each name."""
+    """A horizontal bar for each (name, value)."""
     figure, axes = _axes(title, label, "")
     names = [name for name, _ in bars]
     axes.barh(names[::-1], [value for _, value in bars][::-1], color=_BEST)
@@ -68,7 +68,7 @@ def plot_bars(file: Path, title: str, label: str, bars: Sequence[tuple[str, floa
 def plot_stacked(
     file: Path, title: str, x: str, y: str, times: Sequence[float], series: Mapping[str, Sequence[float]]
 ) -> None:
-    """Named counts over time, stacked; each value holds until the next time."""
+    """Stacked step chart of named counts over time."""
     figure, axes = _axes(title, x, y)
     axes.stackplot(times, *series.values(), labels=list(series), step="post", alpha=0.8)
     axes.legend(loc="upper left")

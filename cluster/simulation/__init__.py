@@ -1,4 +1,4 @@
-"""A whole service in simulated time: arrivals, routing, the real scheduler on modelled steps, autoscaling.
+"""Simulates a whole service: arrivals, routing, autoscaling, and the real scheduler with predicted step times.
 
-`service.simulate` is the way in; `docs/simulation.md` says what is modelled and what is not.
+The entry point is `service.simulate`; `docs/simulation.md` says what is modelled and what is not.
 """

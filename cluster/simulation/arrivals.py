@@ -1,4 +1,4 @@
-"""When requests come and how long they are: Poisson arrivals with drawn lengths. Traces are in `trace`."""
+"""Requests of a simulation: Poisson arrivals with random lengths. `trace` reads recorded ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from qwen3_dist.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """`input_len` prompt tokens at `arrival_s`, `output_len` tokens to generate.
+    """A request that arrives at `arrival_s` with `input_len` prompt tokens and generates `output_len` tokens.
 
-    The first `prefix_len` prompt tokens are the same in all requests of one `prefix_id`.
+    Requests with the same `prefix_id` share their first `prefix_len` prompt tokens.
     """
 
     arrival_s: float
@@ -26,7 +26,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token counts: always `mean` if `cv` is 0, else lognormal with coefficient of variation `cv`."""
+    """A distribution of lengths in tokens: fixed if `cv` is 0, else lognormal with coefficient of variation `cv`."""
 
     mean: float
     cv: float = 0.0
@@ -43,30 +43,31 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
-        """Reads `512` (fixed) or `512:0.8` (lognormal of mean 512 and cv 0.8). Raises ConfigError."""
+        """Parses `512` (fixed) or `512:0.8` (lognormal with mean 512 and cv 0.8). Raises ConfigError."""
         mean, colon, cv = text.partition(":")
         try:
             return cls(float(mean), float(cv) if colon else 0.0)
         except ValueError as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"length {text!r} is neither N nor MEAN:CV, as in 512 or 512:0.8") from None
+            raise ConfigError(f"length {text!r} must be N or MEAN:CV, such as 512 or 512:0.8") from None
 
     def draw(self, rng: random.Random) -> int:
-        """A length of at least 1."""
+        """Draws a length of at least 1."""
         if self.cv == 0:
             return int(self.mean)
         variance = math.log1p(self.cv**2)  # of the logarithm; E[exp N(mu, v)] = exp(mu + v / 2)
-        drawn = rng.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
-        return max(1, round(drawn))
+        value = rng.lognormvariate(math.log(self.mean) - variance / 2, math.sqrt(variance))
+        return max(1, round(value))
 
 
 @dataclass(frozen=True)
 class PoissonArrivals:
-    """Requests at `rates` a second for `duration_s`; several rates share the time evenly, in turn.
+    """Poisson arrivals for `duration_s` seconds, split evenly among `rates` (requests per second), one after the
+    other.
 
-    With `num_prefixes` > 0 each prompt begins with one of so many prefixes of `prefix_len` tokens (no more
-    than the prompt has), each equally likely.
+    With `num_prefixes` > 0 each prompt begins with one of `num_prefixes` equally likely prefixes of `prefix_len`
+    tokens, cut to the length of the prompt.
     """
 
     rates: tuple[float, ...]
@@ -81,7 +82,7 @@ class PoissonArrivals:
         if not self.rates or not all(math.isfinite(rate) and rate >= 0 for rate in self.rates):
             raise ConfigError(f"the arrival rate must not be negative, not {self.rates}")
         if not any(self.rates):
-            raise ConfigError("the arrival rate is 0, so no request comes; give a rate above 0")
+            raise ConfigError("the arrival rate is 0, so there are no requests; give a rate above 0")
         if not (math.isfinite(self.duration_s) and self.duration_s > 0):
             raise ConfigError(f"the duration must be above 0 seconds, not {self.duration_s:g}")
         if self.prefix_len < 0 or self.num_prefixes < 0:
@@ -90,8 +91,8 @@ class PoissonArrivals:
             raise ConfigError("shared prefixes need both a length and a number of prefixes above 0")
         if self.prefix_len >= self.input_len.mean and self.num_prefixes:
             raise ConfigError(
-                f"the prefix of {self.prefix_len} tokens leaves nothing of a prompt of "
-                f"{self.input_len.mean:g}; the prompt's length includes the prefix, so make it longer"
+                f"the prefix of {self.prefix_len} tokens is not shorter than the mean prompt of "
+                f"{self.input_len.mean:g}, which includes it; make the prompt longer"
             )
 
     def __iter__(self) -> Iterator[Request]:

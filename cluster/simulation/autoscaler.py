@@ -1,8 +1,8 @@
-"""How many replicas there should be, by the rule of Ray Serve's autoscaler.
+"""The autoscaling rule of Ray Serve.
 
-The rule is `ray.serve.autoscaling_policy.replica_queue_length_autoscaling_policy` with its delay logic (Ray
-2.60): ongoing requests, averaged over the look-back period, over the target per replica. A test compares the
-two. Serve looks every 0.1 s at loads that are reported every `metrics_interval_s`; here it looks when they are.
+The rule is `ray.serve.autoscaling_policy.replica_queue_length_autoscaling_policy` with its delay logic (Ray 2.60):
+ongoing requests, averaged over the look-back period, divided by the target per replica. A test compares both. Serve
+decides every 0.1 s on loads that are reported every `metrics_interval_s`; here it decides when they are reported.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ class AutoscalingConfig:
 
 
 class Autoscaler:
-    """Remembers since when it has wanted more or fewer replicas."""
+    """Decides the number of replicas. Keeps since when it has wanted to scale up or down."""
 
     def __init__(self, config: AutoscalingConfig) -> None:
         self.target = config.min_replicas
         self._config = config
-        self._direction = 0  # of the wish: 1 more, -1 fewer
+        self._direction = 0  # 1: wants to scale up, -1: down
         self._since_s: float | None = None
 
     def decide(self, now_s: float, running: int, ongoing_requests: float) -> int:
-        """The number of replicas to have from now on.
+        """The target number of replicas.
 
-        `running` counts replicas that take requests (not those starting); `ongoing_requests` is the mean
+        `running` is the number of replicas that take requests, without those starting. `ongoing_requests` is the mean
         over the look-back period of all requests in replicas and waiting at the ingress.
         """
         config = self._config
@@ -87,7 +87,7 @@ class Autoscaler:
 
 
 class MeanLoad:
-    """The time-weighted mean of a count over the last `look_back_s`, read at regular times."""
+    """The time-weighted mean of a count over the last `look_back_s` seconds."""
 
     def __init__(self, look_back_s: float) -> None:
         self._look_back_s = look_back_s
@@ -101,8 +101,10 @@ class MeanLoad:
         self._count, self._changed_s = count, now_s
 
     def mean(self, now_s: float) -> float:
-        """Over the look-back period, or since 0 if that is shorter. Between two readings the count is taken
-        as even, so a period that is a multiple of the time between readings is exact."""
+        """The mean over the look-back period, or since time 0 if that is shorter.
+
+        Exact if the period starts at a time of an earlier call; otherwise interpolates between two calls.
+        """
         self.set(now_s, self._count)
         start_s = max(0.0, now_s - self._look_back_s)
         while len(self._read) > 1 and self._read[1][0] <= start_s + _EPSILON_S:

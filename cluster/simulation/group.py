@@ -1,8 +1,8 @@
-"""One dp group of a simulated replica: the engine's own scheduler, and a way over stretches of equal steps.
+"""One dp group of a simulated replica: the engine's own scheduler, and a fast path for runs of equal steps.
 
-As in `Engine.step`, steps are planned `depth` ahead: a cycle takes in the tokens of the oldest step in flight
-and plans one more. In a stretch where every running sequence decodes and nothing else happens, `skip` does
-many cycles at once, with what they would have left behind.
+As in `Engine.step`, steps are planned `depth` ahead: a cycle collects the tokens of the oldest step in flight and
+plans one more. While every running sequence decodes and nothing else happens, `skip` executes many cycles at once,
+with the same result.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan, St
 from qwen3_dist.sampling_params import SamplingParams
 
 _GREEDY = SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)
-_TOKEN = 1  # every token: what tells prompts apart is the hashes of their blocks
+_TOKEN = 1  # the id of every token: block hashes, not token ids, tell prompts apart
 _ONE_TOKEN = (_TOKEN,)
 _SAMPLE = SampleSpec(0.0, 1.0, 0, 0, 0, None)
 
 
 @dataclass(eq=False)
 class SimulatedSequence(Sequence):
-    """A sequence that remembers its request and when its tokens came."""
+    """A sequence with its request and the times of its first and last token."""
 
     request: Request | None = None
     first_token_s: float | None = None
@@ -38,10 +38,10 @@ class SimulatedSequence(Sequence):
 
 
 def make_sequence(seq_id: int, request: Request, block_size: int, longest: int) -> SimulatedSequence:
-    """The sequence of `request`, cut to `longest` tokens, which have no content: hashes tell blocks apart.
+    """The sequence of `request`, cut to `longest` tokens.
 
-    All hashes its blocks will ever need are given, so that none is computed: blocks inside the shared
-    prefix are known by the prefix and their place, all others by the sequence and their place.
+    Its tokens have no content, so the hashes of all its blocks are set here: those inside the shared prefix follow
+    from the prefix and the block's index, all others from the sequence and the index.
     """
     shared = request.prefix_len // block_size
     output_len = min(request.output_len, longest - request.input_len)
@@ -64,27 +64,27 @@ def make_sequence(seq_id: int, request: Request, block_size: int, longest: int) 
 
 @dataclass(frozen=True)
 class DecodeRun:
-    """What a group does in a stretch: the oldest step in flight, and how the later ones differ."""
+    """A run of equal decode steps in one group, from the oldest step in flight on."""
 
     num_decodes: int
     context_tokens: int  # of the oldest step; each later step has `num_decodes` more
-    cycles: int  # that can be skipped: none of them finishes, admits or preempts a sequence
+    cycles: int  # number that can be skipped, since none finishes, admits or preempts a sequence
 
 
 class Group:
-    """A scheduler with its blocks, and the plans in flight (None: a step this group sits out)."""
+    """A scheduler with its blocks, and the plans in flight; None is a step without work for this group."""
 
     def __init__(self, blocks: BlockManager, limits: SchedulerLimits, shortcuts: bool = True) -> None:
         self.scheduler = Scheduler(blocks, limits, frozenset())
         self._max_tokens = limits.max_num_batched_tokens
         self._shortcuts = shortcuts
         self._in_flight: deque[StepPlan | None] = deque()
-        self._advanced = 0  # sequences that got a token in the last step and go on
+        self._advanced = 0  # unfinished sequences that got a token in the last step
         self._preempted = False  # in the last planning
 
     @property
     def num_tokens(self) -> int:
-        """Of all its sequences, for balancing."""
+        """Tokens of all its sequences."""
         return sum(len(sequence.token_ids) for sequence in self._sequences())
 
     def check_integrity(self) -> None:
@@ -92,7 +92,7 @@ class Group:
         self.scheduler.blocks.check_integrity(self._sequences())
 
     def plan(self) -> StepShape | None:
-        """Plans one more step; None if there is nothing to do, and then the group sits the step out."""
+        """Plans one more step; None if this group has no work in it."""
         self._preempted = False
         if self._shortcuts and (decodes := self._plan_decodes()):
             return decodes
@@ -104,8 +104,8 @@ class Group:
         return None if plan is None else shape_of(plan)
 
     def _plan_decodes(self) -> StepShape | None:
-        """Plans what `Scheduler.schedule` would where nobody waits and all decode and find blocks, without what
-        only ranks need; None, changing nothing, elsewhere."""
+        """A fast `Scheduler.schedule` for the case that no sequence waits, all decode and blocks suffice: it leaves
+        out what only ranks need. Otherwise changes nothing and returns None."""
         scheduler = self.scheduler
         blocks, size = scheduler.blocks, scheduler.blocks.block_size
         if scheduler.waiting:
@@ -136,8 +136,8 @@ class Group:
         self._in_flight.append(StepPlan.for_groups(scheduler.counts.steps, [tuple(steps)])[0])
         return StepShape(len(steps), context, 0, 0, len(steps))
 
-    def take_back(self) -> None:
-        """Forgets the last step planned, which all groups sit out."""
+    def cancel_plan(self) -> None:
+        """Removes the last planned step, in which no group has work."""
         plan = self._in_flight.pop()
         assert plan is None
 
@@ -154,10 +154,10 @@ class Group:
         return cast("list[SimulatedSequence]", advanced)
 
     def decode_run(self) -> DecodeRun | None:
-        """The stretch that begins now, between two steps; None if the next cycle may differ from the last.
+        """The run of equal steps that starts now; None if the next cycle may differ from the last.
 
-        Every running sequence got a token in the last step and decodes in all steps in flight, and those
-        waiting cannot come in: blocks only become fewer until a sequence finishes, and slots stay taken.
+        In such a run every running sequence got a token in the last step and decodes in all steps in flight. Waiting
+        sequences cannot be admitted, since free blocks only decrease and slots stay taken until a sequence finishes.
         """
         running, waiting = self.scheduler.running, self.scheduler.waiting
         if not running:
@@ -168,21 +168,21 @@ class Group:
         newest = self._in_flight[-1]
         if newest is None or len(newest.sequences) != len(running):
             return None
-        ids = _decoding(newest)
-        if ids is None or any(plan is None or _decoding(plan) != ids for plan in self._in_flight):
+        ids = _decoding_ids(newest)
+        if ids is None or any(plan is None or _decoding_ids(plan) != ids for plan in self._in_flight):
             return None
         left = min(s.max_tokens - (len(s.token_ids) - s.prompt_len) for s in running) - len(self._in_flight)
         context = sum(len(s.token_ids) for s in running)  # the oldest step computes the last known tokens
-        return DecodeRun(len(running), context, self._fitting(left))
+        return DecodeRun(len(running), context, self._cycles_that_fit(left))
 
     def skip(self, cycles: int, now_s: float) -> None:
-        """Does `cycles` of the current stretch, the last of which ends at `now_s`."""
+        """Executes `cycles` cycles of the current run, the last of which ends at `now_s`."""
         scheduler = self.scheduler
         blocks, running = scheduler.blocks, scheduler.running
         tokens = [_TOKEN] * cycles
         for sequence in cast("list[SimulatedSequence]", running):
             reserved = blocks.reserve(sequence, cycles)
-            assert reserved, "a stretch ends before blocks run out"
+            assert reserved, "a run ends before blocks run out"
             sequence.num_computed += cycles
             sequence.token_ids += tokens
             sequence.last_token_s = now_s
@@ -191,8 +191,8 @@ class Group:
             scheduler.counts.steps += cycles
             scheduler.counts.scheduled_sequences += cycles * len(running)
 
-    def _fitting(self, cycles: int) -> int:
-        """The most cycles, at most `cycles`, for which all running sequences find blocks."""
+    def _cycles_that_fit(self, cycles: int) -> int:
+        """`cycles`, or fewer if there are not enough free blocks for all running sequences."""
         blocks = self.scheduler.blocks
         size, free = blocks.block_size, blocks.num_free
         while cycles > 0:
@@ -212,8 +212,8 @@ class Group:
 _UNBOUNDED = 1 << 30
 
 
-def _decoding(plan: StepPlan) -> list[int] | None:
-    """The sequences of a step in which each has one token and is sampled; None for other steps."""
+def _decoding_ids(plan: StepPlan) -> list[int] | None:
+    """Ids of the sequences of a step that only decodes; None for other steps."""
     ids = []
     for step in plan.sequences:
         if step.sample is None or len(step.token_ids) != 1:

@@ -1,4 +1,4 @@
-"""What happened to the requests: the times of their tokens, as they come."""
+"""Records the token times of simulated requests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _MICROSECOND = 1e-6
 
 
 class Recorder:
-    """One entry a finished request, in the order in which they finish, and a count of every time between
-    tokens (ITL) to the microsecond."""
+    """One entry for each finished request, in order of finishing, and a histogram of inter-token latencies in
+    microseconds."""
 
     def __init__(self) -> None:
         self.arrivals_s = array("d")
@@ -26,7 +26,7 @@ class Recorder:
         self.itl_us: dict[int, int] = defaultdict(int)
 
     def token(self, sequence: SimulatedSequence, now_s: float) -> None:
-        """A token of `sequence`, and its end if it is the last."""
+        """Records a token of `sequence`; for the last token, also the request."""
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
         else:
@@ -43,8 +43,8 @@ class Recorder:
         self.output_lens.append(sequence.num_output)
 
     def decodes(self, start_s: float, ends_s: Iterable[float], num_decodes: int) -> None:
-        """Steps that end at `ends_s`, each of which gives a token to `num_decodes` sequences that got one when
-        the step before ended, for the first of them at `start_s`."""
+        """Records decode steps that end at `ends_s`, with `num_decodes` sequences each. Their previous token came
+        when the step before ended; for the first step, at `start_s`."""
         itl_us, before_s = self.itl_us, start_s
         for end_s in ends_s:
             itl_us[round((end_s - before_s) / _MICROSECOND)] += num_decodes

@@ -1,8 +1,8 @@
 """One simulated replica: dp groups that step together, each step as long as its slowest group.
 
-Between two events the replica may be many steps ahead: `next_event_s` is the end of the first step after
-which something can happen. An arrival before that takes it back to the step then in progress, so that results
-are those of going one step at a time.
+The replica plans stretches of equal decode steps ahead: `next_event_s` is the end of the first step after which
+something can change. If a request arrives earlier, only the steps that have ended by then are executed, so the result
+is the same as going one step at a time.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from qwen3_dist.engine.scheduler import SchedulerCounts
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 
-_MOST_AHEAD = 64  # steps; looking further is wasted where an arrival comes first
+_MAX_LOOKAHEAD = 64  # steps; a longer stretch is usually interrupted by an arrival
 
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """What the scheduler of each of `groups` dp groups has, and how the engine drives it.
+    """Configuration of a replica with `groups` dp groups; `num_blocks` and `limits` are per group.
 
-    `depth` is how many steps are planned ahead (`Executor.depth`): 2 where planning overlaps with the ranks'
-    work. `num_devices` is the replica's world. `fast_forward` off takes every step singly (for tests).
+    `depth` is the number of steps in flight (`Executor.depth`): 2 if scheduling overlaps with the ranks' work.
+    `num_devices` is the replica's world. `fast_forward=False` simulates every step singly (for tests).
     """
 
     num_blocks: int
@@ -49,15 +49,16 @@ class ReplicaConfig:
 
     @property
     def longest(self) -> int:
-        """Tokens one sequence may have, its output included."""
+        """Most tokens of one sequence, prompt and output."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Cycles that differ in their times alone: step `i` takes `seconds[i]` and ends at `ends[i]`.
+class _DecodeStretch:
+    """Equal decode steps: step `i` takes `seconds[i]` and ends at `ends[i]`; the step before the first ended at
+    `start_s`.
 
-    All but the last can be skipped; after the last something happens. The step before it ended at `start_s`.
+    All but the last can be skipped; after the last, sequences may finish or be admitted.
     """
 
     start_s: float
@@ -67,13 +68,13 @@ class _Stretch:
 
 
 class Replica:
-    """Takes requests, and is told to go on at each `next_event_s`."""
+    """A replica. The service calls `finish_step` and `proceed` at each `next_event_s`."""
 
     def __init__(self, index: int, config: ReplicaConfig, times: StepTimes, recorder: Recorder) -> None:
         self.index = index
-        self.ongoing = 0  # requests it has
+        self.ongoing = 0  # number of its requests
         self.next_event_s: float | None = None  # None: nothing to do
-        self.version = 0  # of `next_event_s`
+        self.version = 0  # increases with each change of `next_event_s`
         self.steps = 0
         self._config = config
         self._times = times
@@ -86,29 +87,29 @@ class Replica:
             )
             for _ in range(config.groups)
         ]
-        self._durations: deque[float] = deque()  # of the steps in flight, the oldest first
+        self._durations: deque[float] = deque()  # of the steps in flight, oldest first
         self._inbox: list[Request] = []
         self._step_end_s = 0.0  # of the oldest step in flight
-        self._stretch: _Stretch | None = None
+        self._stretch: _DecodeStretch | None = None
         self._next_seq_id = 0
 
     def counts(self) -> list[SchedulerCounts]:
         return [group.scheduler.counts for group in self.groups]
 
     def submit(self, request: Request, now_s: float) -> None:
-        """Takes a request, which is admitted when the step in progress ends."""
+        """Adds a request, which is passed to the scheduler when the step in progress ends."""
         self.ongoing += 1
         self._inbox.append(request)
         if self._stretch is not None:
-            self._settle(bisect_left(self._stretch.ends, now_s))
-            self._expect(self._step_end_s)
+            self._apply_stretch(bisect_left(self._stretch.ends, now_s))
+            self._set_next_event(self._step_end_s)
         elif not self._durations:
             self.proceed(now_s)
 
     def finish_step(self, now_s: float) -> int:
-        """Ends the step that `next_event_s` names; returns how many requests finished."""
+        """Ends the step that ends at `next_event_s`. Returns the number of requests that finished."""
         if self._stretch is not None:
-            self._settle(len(self._stretch.ends) - 1)
+            self._apply_stretch(len(self._stretch.ends) - 1)
         self._durations.popleft()
         self.steps += 1
         finished = 0
@@ -120,7 +121,7 @@ class Replica:
         return finished
 
     def proceed(self, now_s: float) -> None:
-        """Admits what has come and starts the next step, if there is one."""
+        """Passes new requests to the schedulers and starts the next step, if there is work."""
         for request in self._inbox:
             sequence = make_sequence(
                 self._next_seq_id, request, self._config.block_size, self._config.longest
@@ -136,10 +137,10 @@ class Replica:
             return
         self._step_end_s = now_s + self._durations[0]
         self._stretch = self._find_stretch(now_s) if self._config.fast_forward else None
-        self._expect(self._stretch.ends[-1] if self._stretch else self._step_end_s)
+        self._set_next_event(self._stretch.ends[-1] if self._stretch else self._step_end_s)
 
     def _group_for(self, sequence: SimulatedSequence) -> Group:
-        """As `Engine.add_request` chooses."""
+        """The dp group for a new sequence, chosen as in `Engine.add_request`."""
         if len(self.groups) == 1:
             return self.groups[0]
         return min(self.groups, key=lambda group: group.scheduler.tokens_ahead(sequence))
@@ -148,18 +149,18 @@ class Replica:
         shapes = [shape for group in self.groups if (shape := group.plan()) is not None]
         if not shapes:
             for group in self.groups:
-                group.take_back()
+                group.cancel_plan()
             return False
         self._durations.append(self._times.together(shapes, len(self.groups)))
         return True
 
-    def _expect(self, time_s: float) -> None:
+    def _set_next_event(self, time_s: float) -> None:
         self.next_event_s = time_s
         self.version += 1
 
-    def _find_stretch(self, now_s: float) -> _Stretch | None:
+    def _find_stretch(self, now_s: float) -> _DecodeStretch | None:
         runs: list[DecodeRun] = []
-        cycles = _MOST_AHEAD
+        cycles = _MAX_LOOKAHEAD
         for group in self.groups:
             run = group.decode_run()
             if run is None or run.cycles < 1:
@@ -169,10 +170,10 @@ class Replica:
                 runs.append(run)
         seconds = self._run_seconds(runs, cycles + self._config.depth)
         ends = list(accumulate(seconds[1 : cycles + 1], initial=self._step_end_s))
-        return _Stretch(now_s, ends, seconds, sum(run.num_decodes for run in runs))
+        return _DecodeStretch(now_s, ends, seconds, sum(run.num_decodes for run in runs))
 
     def _run_seconds(self, runs: list[DecodeRun], count: int) -> list[float]:
-        """Seconds of each of the next `count` steps, the oldest in flight first."""
+        """Seconds of each of the next `count` steps, starting with the oldest in flight."""
         slowest: list[float] = []
         for run in runs:
             seconds = []
@@ -186,8 +187,8 @@ class Replica:
             slowest = list(map(max, slowest, seconds)) if slowest else seconds
         return slowest
 
-    def _settle(self, cycles: int) -> None:
-        """Does the first `cycles` of the stretch for real, and ends it there."""
+    def _apply_stretch(self, cycles: int) -> None:
+        """Executes the first `cycles` cycles of the stretch and drops the rest."""
         stretch = self._stretch
         assert stretch is not None
         self._stretch = None

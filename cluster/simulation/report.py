@@ -1,4 +1,4 @@
-"""Figures of a simulation: latencies, limits held, throughput, replicas over time and GPU-hours."""
+"""The report of a simulation: latencies, SLO attainment, throughput, replicas over time and GPU-hours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HOUR_S = 3600.0
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request should hold: its time to the first token, and its mean time between tokens."""
+    """Limits (SLOs) of a request: its time to first token, and its mean inter-token latency."""
 
     ttft_ms: float | None = None
     itl_ms: float | None = None
@@ -29,8 +29,8 @@ class Limits:
 
 
 def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
-    """The report as plain values. Times are in ms unless their name says s; rates are over the time from 0 to
-    the end of the last request; refused requests count as holding no limit."""
+    """The report as plain values. Units are in the names. Rates are over the time from 0 to the end of the last
+    request. Refused requests count as missing both limits."""
     recorder, span_s = outcome.recorder, outcome.end_s
     arrivals, firsts, lasts = recorder.arrivals_s, recorder.first_tokens_s, recorder.last_tokens_s
     outputs = recorder.output_lens
@@ -69,7 +69,7 @@ def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
 
 
 def plot_replicas(file: Path, title: str, outcome: Outcome) -> None:
-    """Replicas over time, those running, starting and draining stacked. Raises ConfigError without matplotlib."""
+    """Stacked chart of running, draining and starting replicas over time. Raises ConfigError without matplotlib."""
     history = outcome.replica_counts
     times = [count.time_s for count in history] + [outcome.end_s]
     series = {
@@ -80,7 +80,7 @@ def plot_replicas(file: Path, title: str, outcome: Outcome) -> None:
 
 
 def _attainment(limits: Limits, ttft: list[float], tpot: list[float], refused: int) -> dict[str, Any]:
-    """Shares of all requests that hold each limit, and both."""
+    """Shares of all requests that meet each limit, and both limits."""
     total = len(ttft) + refused
     in_ttft = [limits.ttft_ms is None or value <= limits.ttft_ms for value in ttft]
     in_itl = [limits.itl_ms is None or value <= limits.itl_ms for value in tpot]

@@ -64,7 +64,7 @@ class ReplicaCount:
 
 @dataclass
 class Outcome:
-    """What a simulation gives; `report` makes figures of it."""
+    """The raw result of a simulation; `report.summarize` makes figures of it."""
 
     simulation: ServiceSimulation
     recorder: Recorder
@@ -72,13 +72,13 @@ class Outcome:
     counts: SchedulerCounts  # of all schedulers together
     end_s: float = 0.0  # when the last request finished
     refused: int = 0  # requests whose prompt fills the cache or the context
-    steps: int = 0  # of replicas, those skipped over included
-    events: int = 0  # arrivals, stretches of steps, readings of the load, changes of replicas
+    steps: int = 0  # of all replicas, skipped ones included
+    events: int = 0  # arrivals, steps or stretches, load measurements, replicas that became ready
     wall_s: float = 0.0
 
 
 class _Kind(IntEnum):
-    """Of events at the same time, the lower comes first. Arrivals come before all of them."""
+    """Kinds of events. At equal times the lower one comes first, and arrivals come before all of them."""
 
     READY = 0
     LOAD = 1
@@ -86,7 +86,7 @@ class _Kind(IntEnum):
 
 
 def simulate(simulation: ServiceSimulation, cost: StepCost, requests: Iterable[Request]) -> Outcome:
-    """Runs `requests`, in order of arrival, until the last has finished."""
+    """Simulates `requests`, which are in order of arrival, until the last has finished."""
     service = _Service(simulation, StepTimes(cost))
     started = time.perf_counter()
     outcome = service.run(requests)
@@ -102,7 +102,7 @@ class _Service:
         self._recorder = Recorder()
         self._outcome = Outcome(simulation, self._recorder, [], SchedulerCounts())
         self._events: list[tuple[float, int, int, int]] = []  # (time, kind, replica, version)
-        self._replicas: dict[int, Replica] = {}  # all that hold devices
+        self._replicas: dict[int, Replica] = {}  # all replicas that hold devices
         self._running: list[Replica] = []
         self._starting: list[Replica] = []
         self._ongoing = 0  # requests in replicas
@@ -131,7 +131,7 @@ class _Service:
             if kind == _Kind.STEP:
                 replica = self._replicas.get(index)
                 if replica is None or replica.version != version:
-                    continue  # an arrival came first
+                    continue  # replaced by a later event of this replica
                 self._step(replica, now_s)
             elif kind == _Kind.READY:
                 self._ready(index, now_s)
@@ -154,7 +154,7 @@ class _Service:
         self._await_step(replica)
 
     def _route(self) -> Replica:
-        """Power of two choices."""
+        """Chooses a replica by power of two choices."""
         running = self._running
         if len(running) == 1:
             return running[0]
@@ -176,7 +176,7 @@ class _Service:
     def _ready(self, index: int, now_s: float) -> None:
         replica = self._replicas.get(index)
         if replica is None:
-            return  # stopped while it started
+            return  # it was stopped while starting
         self._starting.remove(replica)
         self._running.append(replica)
         self._note_replicas(now_s)
@@ -188,7 +188,7 @@ class _Service:
     def _reconcile(self, now_s: float) -> None:
         """Starts or stops replicas until there are as many as the autoscaler wants and devices allow.
 
-        As in Serve, those still starting are stopped first, then the newest; a running one drains.
+        As in Serve, replicas that are still starting are stopped first, then the newest running ones, which drain.
         """
         alive = len(self._running) + len(self._starting)
         while alive > self._autoscaler.target:
@@ -202,7 +202,7 @@ class _Service:
         devices, most = self._simulation.replica.num_devices, self._simulation.max_devices
         while alive < self._autoscaler.target:
             if most is not None and (len(self._replicas) + 1) * devices > most:
-                break  # it starts when one that drains has gone
+                break  # until a draining replica is gone
             replica = self._new_replica()
             self._starting.append(replica)
             self._push(now_s + self._simulation.start_up_s, _Kind.READY, replica.index)
@@ -220,7 +220,7 @@ class _Service:
         self._tally(replica)
 
     def _tally(self, replica: Replica) -> None:
-        """Adds what a replica did to the outcome. All blocks must be free by now."""
+        """Adds the counts of a replica to the outcome. All its blocks must be free."""
         total = self._outcome.counts
         for group in replica.groups:
             assert group.scheduler.blocks.num_free == group.scheduler.blocks.num_blocks, "blocks were lost"

@@ -1,4 +1,4 @@
-"""How long a step takes: the shape of a step plan, and the cost model behind a table for decode steps."""
+"""Step times for the simulation: a table of decode steps in front of the cost model."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple, Protocol
 from cluster.planning.cost_model import CostModel, StepShape
 from qwen3_dist.protocol.step_plan import StepPlan
 
-_CELL_TOKENS = 32  # of context per sequence: within a cell a decode step's time is a straight line
+_CELL_TOKENS = 32  # of context per sequence: a decode step's time is interpolated linearly within a cell
 
 
 class StepCost(Protocol):
-    """What the simulation asks of a `CostModel`."""
+    """The part of `CostModel` that the simulation uses."""
 
     def step_seconds(self, shape: StepShape) -> float: ...
 
 
 class DecodeLine(NamedTuple):
-    """Decode steps of one batch take `base + slope * context` seconds while `context` is below `end`."""
+    """Decode steps of one batch size take `base + slope * context` seconds while `context` is below `end`."""
 
     base: float
     slope: float
@@ -30,24 +30,25 @@ class DecodeLine(NamedTuple):
 
 
 class StepTimes:
-    """Step times from `cost`. A decode step's time is interpolated in its context between points that lie
-    `_CELL_TOKENS` per sequence apart, so that most steps cost a multiplication and not a call of the model."""
+    """Step times from `cost`. Times of decode steps are interpolated between contexts that lie `_CELL_TOKENS` per
+    sequence apart, so that most steps need no call of the model."""
 
     def __init__(self, cost: StepCost) -> None:
         self._cost = cost
         self._lines: dict[tuple[int, int], DecodeLine] = {}
 
     def seconds(self, shape: StepShape) -> float:
+        """Seconds of a step in which every dp group has this shape."""
         if shape.prefill_tokens or not shape.num_decodes:
             return self._cost.step_seconds(shape)
         context = shape.decode_context_tokens
         return self.decode_line(shape.num_decodes, context).seconds(context)
 
     def together(self, shapes: Sequence[StepShape], groups: int) -> float:
-        """A step of `groups` dp groups, of which those with work have `shapes`: as long as the slowest.
+        """Seconds of a step of `groups` dp groups, of which those with work have `shapes`: that of the slowest group.
 
-        A `CostModel` takes every group to be like the one it is asked about. Where prompts make them differ,
-        the experts, which all groups share, get the tokens that there are: their time is that of the mean.
+        `CostModel` assumes that all groups have the same shape. Where prompts make them differ, the experts, which all
+        groups share, are charged for the mean number of tokens instead.
         """
         seconds = [self.seconds(shape) for shape in shapes]
         slowest = max(seconds)
@@ -64,7 +65,7 @@ class StepTimes:
         return self._cost.step_parts(shape).get("experts", 0.0)
 
     def decode_line(self, num_decodes: int, context_tokens: int) -> DecodeLine:
-        """The line that holds for `num_decodes` sequences with `context_tokens` among them."""
+        """The line for `num_decodes` sequences with `context_tokens` in total."""
         width = num_decodes * _CELL_TOKENS
         cell = context_tokens // width
         line = self._lines.get((num_decodes, cell))
@@ -80,7 +81,7 @@ class StepTimes:
 
 
 def shape_of(plan: StepPlan) -> StepShape:
-    """What a step computes. A sequence with one token counts as a decode, as it does on the ranks."""
+    """The shape of a step plan. A sequence with one token counts as a decode, as on the ranks."""
     decodes = context = tokens = pairs = samples = 0
     for step in plan.sequences:
         count, start = len(step.token_ids), step.start

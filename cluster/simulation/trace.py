@@ -1,4 +1,4 @@
-"""Reads arrivals from a file: JSON lines or CSV, one request a line, each checked."""
+"""Reads and checks a trace of requests: JSON lines or CSV, one request per line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OPTIONAL = ("prefix_id", "prefix_len")
 def read_trace(path: Path, max_model_len: int | None = None) -> list[Request]:
     """The requests of `path` (`.jsonl` or `.csv` with a header), in order of arrival.
 
-    Fields: `arrival_s, input_len, output_len` and, where prompts begin alike, `prefix_id` (any text or
-    number) and `prefix_len`. Times are counted from the first arrival, so that any clock will do. Raises
-    ConfigError with file, line and reason; a request of more than `max_model_len` tokens is refused too.
+    Fields: `arrival_s, input_len, output_len` and, for shared prefixes, `prefix_id` (any text or number) and
+    `prefix_len`. Times are made relative to the first arrival, so that any clock will do. Raises ConfigError with
+    file, line and reason, also for a request of more than `max_model_len` tokens.
     """
     if path.suffix not in (".jsonl", ".csv"):
         raise ConfigError(f"{path}: a trace is a .jsonl or .csv file; rename or convert it")
@@ -41,10 +41,10 @@ def read_trace(path: Path, max_model_len: int | None = None) -> list[Request]:
         if max_model_len is not None and total > max_model_len:
             raise ConfigError(
                 f"{path}:{line}: {request.input_len} + {request.output_len} tokens exceed the {max_model_len} "
-                "that one sequence may have here"
+                "that one sequence may have"
             )
         if requests and request.arrival_s < requests[-1].arrival_s:
-            raise ConfigError(f"{path}:{line}: arrival_s goes back in time; sort the trace by arrival")
+            raise ConfigError(f"{path}:{line}: arrival_s decreases; sort the trace by arrival_s")
         requests.append(request)
     if not requests:
         raise ConfigError(f"{path}: the trace holds no request")
@@ -90,7 +90,7 @@ def _request(where: str, row: dict[str, Any], prefix_ids: dict[str, int]) -> Req
     if prefix_len > input_len:
         raise ConfigError(f"{where}: prefix_len={prefix_len} is more than input_len={input_len}")
     if prefix_len and "prefix_id" not in row:
-        raise ConfigError(f"{where}: prefix_len needs a prefix_id, which says who shares the prefix")
+        raise ConfigError(f"{where}: prefix_len needs a prefix_id, which names the shared prefix")
     name = str(row.get("prefix_id", ""))
     prefix_id = prefix_ids.setdefault(name, len(prefix_ids)) if name else 0
     return Request(arrival_s, input_len, output_len, prefix_id, prefix_len)

@@ -1,4 +1,4 @@
-"""The process in which a sweep runs one layout: its order comes on stdin, its result goes out as a line on stdout."""
+"""The process in which a sweep runs one layout: reads its job from stdin, prints its result as JSON on stdout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qwen3_dist.layout import Layout
 _KEPT = ("output_tokens_per_s", "total_tokens_per_s", "ttft_ms", "itl_ms", "steps", "preemptions")
 
 
-def run(order: dict[str, Any]) -> dict[str, Any]:
-    """Every point's figures of the fastest repeat, or why there are none."""
-    values = order["workload"]
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """The figures of each point's fastest repeat, or `error` if the engine does not start."""
+    values = job["workload"]
     points = tuple(BurstPoint(**point) for point in values.pop("points"))
     workload = SweepWorkload(points, **values)
-    layout = Layout.parse(order["layout"])
+    layout = Layout.parse(job["layout"])
     try:
-        engine = Engine(workload.engine_config(order["model"], order["random_weights"], layout))
+        engine = Engine(workload.engine_config(job["model"], job["random_weights"], layout))
     except QwenDistError as error:
         return {"error": str(error)}
     try:

@@ -1,4 +1,4 @@
-"""A sweep's results as tables and charts, measured beside predicted, with the error of each."""
+"""Reports of a sweep: tables and charts of measured figures, predictions and their errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURES = ("output_tokens_per_s", "ttft_ms", "itl_ms")
 
 @dataclass(frozen=True)
 class Row:
-    """One layout at one point; a layout that failed has one row with its error and no figures."""
+    """Figures of one layout at one point. A layout that failed has a single row with its error and no figures."""
 
     layout: str
     point: str
@@ -33,7 +33,7 @@ class Row:
     error: str = ""
 
     def error_of(self, figure: str) -> float | None:
-        """Predicted over measured, less one."""
+        """Relative error of the prediction: predicted / measured - 1; None if either is missing."""
         measured, predicted = self.measured.get(figure), self.predicted.get(figure)
         return predicted / measured - 1 if measured and predicted else None
 
@@ -44,9 +44,9 @@ def make_rows(
     workload: SweepWorkload,
     cluster: Cluster | None,
 ) -> list[Row]:
-    """The table's rows, with predictions where there is a cluster to predict for.
+    """The rows of the table, with predictions if `cluster` is given.
 
-    Random weights route evenly, so the predictions assume no expert imbalance but its own spread.
+    Predictions assume even routing (expert imbalance 1), as random weights give it.
     """
     rows = []
     for layout, result in results:
@@ -67,14 +67,14 @@ def make_rows(
 
 
 def predict(model: CostModel, workload: SweepWorkload, point: Any) -> BurstFigures:
-    """The point's figures with the limits that the engine takes on such a device."""
+    """Predicted figures of the point, with the engine's default step limits for the device."""
     defaults = STEP_DEFAULTS[model.cluster.device_kind]
     tokens = workload.max_num_batched_tokens or defaults.max_num_batched_tokens
     return predict_burst(model, point, tokens, defaults.max_num_seqs)
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Sentences on the errors, and on how often two layouts stand in the predicted order."""
+    """Sentences on the prediction errors, and on how often the predicted order of two layouts is right."""
     lines = []
     for figure in FIGURES:
         errors = [abs(error) for row in rows if (error := row.error_of(figure)) is not None]
@@ -85,12 +85,13 @@ def summary(rows: Sequence[Row]) -> list[str]:
             )
     right, pairs = order_agreement(rows, "output_tokens_per_s")
     if pairs:
-        lines.append(f"of {pairs} pairs of layouts at the same point, {right} stand in the predicted order")
+        lines.append(f"predicted order right for {right} of {pairs} pairs of layouts at the same point")
     return lines
 
 
 def order_agreement(rows: Sequence[Row], figure: str) -> tuple[int, int]:
-    """Pairs of layouts at one point that are in the right order, and all pairs."""
+    """The number of pairs of layouts, at the same point, whose predicted order is right, and the number of all
+    pairs."""
     right = pairs = 0
     for one, other in combinations([row for row in rows if row.error_of(figure) is not None], 2):
         if one.point == other.point:
@@ -102,7 +103,7 @@ def order_agreement(rows: Sequence[Row], figure: str) -> tuple[int, int]:
 
 
 def write_report(folder: Path, title: str, rows: Sequence[Row]) -> list[Path]:
-    """table.md, table.csv and, where matplotlib is installed, charts in `folder`. Returns what it wrote."""
+    """Writes table.md, table.csv and, if matplotlib is installed, charts to `folder`. Returns the files."""
     predicted = any(row.predicted for row in rows)
     cells = [_cells(row, predicted) for row in rows]
     header = _header(predicted)

@@ -1,4 +1,4 @@
-"""Runs layouts one after the other for real, keeps what each gave, and goes on where it stopped."""
+"""Benchmarks layouts one after the other, stores each result, and resumes an interrupted sweep."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
 
-_LAST_WORDS = 300  # characters of what a process said last
+_MAX_ERROR_LENGTH = 300  # characters of the last line on stderr that are kept
 
 
 @dataclass(frozen=True)
 class SweepWorkload:
-    """What every layout runs: the points, each `repeats` times of which the fastest counts, and on what.
+    """The workload that every layout runs. Each point runs `repeats` times, and the fastest run counts.
 
-    timeout_s: longest a layout may take with all its points, loading included.
+    timeout_s: time limit of one layout for loading and all points.
     """
 
     points: tuple[BurstPoint, ...]
@@ -44,7 +44,7 @@ class SweepWorkload:
         self.engine_config("", random_weights=False, layout=Layout())
 
     def engine_config(self, model: str, random_weights: bool, layout: Layout) -> EngineConfig:
-        """The settings of the engine that runs the points. Raises ConfigError for a bad one."""
+        """The engine settings for one layout. Raises ConfigError."""
         return EngineConfig(
             model=model,
             load_format="random" if random_weights else "checkpoint",
@@ -59,15 +59,15 @@ class SweepWorkload:
 
 
 def read_workload(path: str | Path) -> SweepWorkload:
-    """A workload from YAML. Raises ConfigError with file, line and reason."""
+    """Reads a workload file in YAML. Raises ConfigError with file, line and reason."""
     return read_yaml(path).settings(SweepWorkload)
 
 
 class SweepFolder:
-    """The directory that remembers a sweep: `sweep.json` says of what, `layouts/` holds each one's result."""
+    """The directory of a sweep: `sweep.json` has the model and workload, `layouts/` a result for each layout."""
 
     def __init__(self, path: Path, model: str, workload: SweepWorkload) -> None:
-        """Makes the directory, or takes up the sweep in it. Raises ConfigError if that is another one's."""
+        """Creates the directory, or opens an existing sweep. Raises ConfigError if its model or workload differs."""
         self.path = path
         about = {"model": model, "workload": json.loads(json.dumps(asdict(workload)))}
         file = path / "sweep.json"
@@ -85,7 +85,7 @@ class SweepFolder:
             )
 
     def result(self, layout: Layout) -> dict[str, Any] | None:
-        """What is known of a layout: its `points`, or the `error` it ended with."""
+        """The stored result of a layout, with its `points` or an `error`; None if it has not run."""
         file = self._file(layout)
         try:
             found: dict[str, Any] = json.loads(file.read_text())
@@ -94,6 +94,7 @@ class SweepFolder:
         return found
 
     def keep(self, layout: Layout, result: dict[str, Any]) -> None:
+        """Stores the result of a layout."""
         _write(self._file(layout), {"layout": str(layout), **result})
 
     def _file(self, layout: Layout) -> Path:
@@ -109,27 +110,27 @@ def run_sweep(
     report: Callable[[str], None],
     retry_failed: bool = False,
 ) -> Iterator[tuple[Layout, dict[str, Any]]]:
-    """Each layout with its result as it is there; one that fails is kept with its reason and passed over."""
+    """Yields each layout with its result, stored or new. A layout that fails has a result with `error`."""
     for number, layout in enumerate(layouts, 1):
         known = folder.result(layout)
-        place = f"{number}/{len(layouts)} {layout}"
+        progress = f"{number}/{len(layouts)} {layout}"
         if known is not None and not (retry_failed and "error" in known):
-            report(f"{place}: kept from before")
+            report(f"{progress}: done earlier")
             yield layout, known
             continue
-        report(f"{place}: running")
+        report(f"{progress}: running")
         result = _run_child(layout, model_path, random_weights, workload)
         folder.keep(layout, result)
         if "error" in result:
-            report(f"{place}: failed: {result['error']}")
+            report(f"{progress}: failed: {result['error']}")
         yield layout, {"layout": str(layout), **result}
 
 
 def _run_child(
     layout: Layout, model_path: Path, random_weights: bool, workload: SweepWorkload
 ) -> dict[str, Any]:
-    """Runs one layout in a process of its own, so that nothing of it is left and no crash ends the sweep."""
-    asked = {"layout": str(layout), "model": str(model_path), "random_weights": random_weights}
+    """Runs one layout in a child process, so that it leaves nothing behind and a crash does not end the sweep."""
+    job = {"layout": str(layout), "model": str(model_path), "random_weights": random_weights}
     child = subprocess.Popen(
         [sys.executable, "-m", "cluster.sweep.child"],
         stdin=subprocess.PIPE,
@@ -138,22 +139,22 @@ def _run_child(
         text=True,
     )
     try:
-        given = json.dumps({**asked, "workload": asdict(workload)})
-        out, errors = child.communicate(given, timeout=workload.timeout_s)
+        text = json.dumps({**job, "workload": asdict(workload)})
+        out, errors = child.communicate(text, timeout=workload.timeout_s)
     except subprocess.TimeoutExpired:
-        return {"error": f"it took longer than timeout_s={workload.timeout_s:g}"}
+        return {"error": f"took longer than timeout_s={workload.timeout_s:g}"}
     finally:
-        child.kill()  # ranks end when the engine that they are connected to is gone
+        child.kill()  # its ranks end when their engine is gone
         child.wait()
     if child.returncode == 0:
         result: dict[str, Any] = json.loads(out.splitlines()[-1])
         return result
-    said = errors.strip().splitlines() or ["nothing on stderr"]
-    return {"error": f"its process ended with code {child.returncode}: {said[-1][-_LAST_WORDS:]}"}
+    last_line = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
+    return {"error": f"its process ended with code {child.returncode}: {last_line[-_MAX_ERROR_LENGTH:]}"}
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:
-    """All of it or nothing, even if this process ends meanwhile."""
+    """Writes the file atomically."""
     part = file.with_suffix(".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(part, file)

@@ -1,4 +1,4 @@
-"""`qwen3-dist VERB`: one small module per verb, which imports what only it needs."""
+"""`qwen3-dist VERB`: one module per verb. Each imports its heavy dependencies only when it runs."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ _VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line. Returns the exit code: 0, or 2 with one sentence on stderr."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command line. Returns the exit code of the verb; 2, with one sentence on stderr, for a
+    QwenDistError."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    if given and given[0] not in (*_VERBS, "-h", "--help", "--version"):
-        parser.error(_no_verb(given[0]))
-    args = parser.parse_args(given)
+    if arguments and arguments[0] not in (*_VERBS, "-h", "--help", "--version"):
+        parser.error(_unknown_verb(arguments[0]))
+    args = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace, TextIO], int] = args.run
     out = sys.stdout
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # Ray and others print what is no result
+        with contextlib.redirect_stdout(sys.stderr):  # keep the output of Ray and others out of the results
             return run(args, out)
     except QwenDistError as error:
         print(f"qwen3-dist: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except BrokenPipeError:  # the reader of a long table has seen enough
+    except BrokenPipeError:  # for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -57,16 +58,18 @@ def build_parser() -> argparse.ArgumentParser:
     for name, module in _VERBS.items():
         verb = verbs.add_parser(name, help=module.HELP, description=module.HELP)
         verb.add_argument(
-            "--json", action="store_true", help="one JSON object a line on stdout, all else on stderr"
+            "--json",
+            action="store_true",
+            help="print JSON objects on stdout, one per line; everything else goes to stderr",
         )
         module.add_arguments(verb)
         verb.set_defaults(run=module.run)
     return parser
 
 
-def _no_verb(word: str) -> str:
+def _unknown_verb(word: str) -> str:
     verbs = ", ".join(_VERBS)
     if word.startswith("-"):
-        return f"{word} stands before the verb; begin with one of {verbs}"
+        return f"option {word} comes before the verb; start with one of {verbs}"
     near = did_you_mean(difflib.get_close_matches(word, _VERBS, 1))
-    return f"there is no verb {word!r}{near or f'; there are {verbs}'}"
+    return f"there is no verb {word!r}{near or f'; the verbs are {verbs}'}"

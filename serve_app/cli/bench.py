@@ -1,4 +1,4 @@
-"""`qwen3-dist bench`: how many tokens a second an engine gives, and how long a request waits for them."""
+"""`qwen3-dist bench`: throughput or latency of an engine, without a server."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ HELP = "measure throughput (all prompts at once) or latency (one batch after the
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=("throughput", "latency"), help="all prompts at once, or in turn")
+    parser.add_argument(
+        "kind", choices=("throughput", "latency"), help="all prompts at once, or batches one after the other"
+    )
     parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
         "--random-weights",
         metavar="CONFIG.json",
-        help="measure this shape with random weights; no checkpoint is read",
+        help="measure a model of this config with random weights, without a checkpoint",
     )
     for name, default, what in (
         ("num-prompts", 16, "prompts"),
         ("input-len", 128, "tokens in each prompt"),
-        ("output-len", 64, "tokens generated from each"),
-        ("batch-size", 1, "prompts at a time (latency)"),
+        ("output-len", 64, "tokens generated for each prompt"),
+        ("batch-size", 1, "prompts per batch (latency only)"),
     ):
         parser.add_argument(
             f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
         )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the prompts (default: %(default)s)"
+        "--seed", type=int, default=0, metavar="S", help="seed of the random prompts (default: %(default)s)"
     )
     add_settings(parser, "engine", EngineConfig, skip=("model", "load_format"))
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    given = given_settings(args, EngineConfig)
+    settings = given_settings(args, EngineConfig)
     with tempfile.TemporaryDirectory(prefix="qwen3_dist-") as folder:
         if args.random_weights:
             if args.model:
                 raise ConfigError("give either MODEL or --random-weights, not both")
-            given |= {"model": _config_alone(args.random_weights, Path(folder)), "load_format": "random"}
-        config = read_service_config(given).engine
+            settings |= {"model": _config_only(args.random_weights, Path(folder)), "load_format": "random"}
+        config = read_service_config(settings).engine
         if config.executor == "auto" and config.layout.world > 1:
             config = dataclasses.replace(config, executor="processes")
         result = _measure(args, config)
@@ -95,17 +97,24 @@ def _measure(args: argparse.Namespace, config: EngineConfig) -> dict[str, object
         figures = measure(engine, workload)
     finally:
         engine.shutdown()
-    about = {"kind": args.kind, "model": config.model or "bundled", "layout": str(config.layout)}
-    about["backends"] = engine.backends
-    asked = {name: getattr(workload, name) for name in ("num_prompts", "input_len", "output_len")}
-    dtype = engine.model_config.dtype if config.dtype == "auto" else config.dtype
-    return {**about, "dtype": dtype, **asked, "start_s": round(start_s, 2), **figures}
+    return {
+        "kind": args.kind,
+        "model": config.model or "bundled",
+        "layout": str(config.layout),
+        "backends": engine.backends,
+        "dtype": engine.model_config.dtype if config.dtype == "auto" else config.dtype,
+        "num_prompts": workload.num_prompts,
+        "input_len": workload.input_len,
+        "output_len": workload.output_len,
+        "start_s": round(start_s, 2),
+        **figures,
+    }
 
 
-def _config_alone(path: str, folder: Path) -> str:
-    """A folder with nothing but the given config, since weights beside it are not wanted."""
+def _config_only(path: str, folder: Path) -> str:
+    """Copies the config at `path` into `folder`, without the weights that may lie beside it. Returns `folder`."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise ConfigError(f"--random-weights needs a config.json, which {path} is not")
+        raise ConfigError(f"--random-weights needs a config.json or a directory with one; {path} is neither")
     shutil.copy(file, folder / "config.json")
     return str(folder)

@@ -1,4 +1,4 @@
-"""`qwen3-dist calibrate`: measures what the cost model needs to know of this machine, as a cluster file."""
+"""`qwen3-dist calibrate`: measures this machine for the cost model and writes a cluster file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from typing import TextIO
 
 from qwen3_dist.errors import ConfigError
 
-HELP = "measure this machine's rates and overheads and write the hardware file that plan and sweep read"
+HELP = "measure this machine's rates and overheads and write a cluster file for plan, simulate and sweep"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, metavar="FILE.yaml", help="where to write it (default: stdout)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE.yaml", help="cluster file to write (default: stdout)"
+    )
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="what to measure; auto takes GPUs where there are some",
+        help="what to measure; auto: the GPUs if there are any, else the CPU",
     )
 
 

@@ -1,4 +1,4 @@
-"""`qwen3-dist chat`: a conversation in a terminal, with a model loaded here or with a running service."""
+"""`qwen3-dist chat`: a conversation in the terminal, with a local engine or a running service."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from qwen3_dist.settings import EngineConfig
 from serve_app.cli.options import MODEL, add_settings, given_settings
 from serve_app.settings import read_service_config
 
-HELP = "chat with a model in the terminal, answers streamed; /new begins again, /exit or Ctrl-D ends"
+HELP = "chat with a model in the terminal; /new starts a new conversation, /exit or Ctrl-D ends"
 Messages = list[dict[str, Any]]
-Pieces = Iterator[tuple[str, str]]  # of the thought and of the answer, as they come
+Pieces = Iterator[tuple[str, str]]  # ("thought" or "answer", text), streamed
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="", help=MODEL + "; with --url the model's name there")
     parser.add_argument(
-        "--url", metavar="URL", help="chat with this running service instead of a model loaded here"
+        "model", nargs="?", default="", help=MODEL + "; with --url: the name of a model of that service"
     )
-    parser.add_argument("--api-key", default="none", metavar="KEY", help="key of the service at --url")
-    parser.add_argument("--system", metavar="TEXT", help="system message that begins the conversation")
+    parser.add_argument(
+        "--url", metavar="URL", help="use the running service at this URL instead of loading a model"
+    )
+    parser.add_argument("--api-key", default="none", metavar="KEY", help="API key of the service at --url")
+    parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of one answer")
     parser.add_argument(
         "--temperature", type=float, metavar="T", help="0 is greedy (default: the checkpoint's, else 1)"
@@ -37,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="P", help="nucleus sampling (default: the checkpoint's, else 1)"
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes sampled answers repeatable")
-    parser.add_argument("--hide-thinking", action="store_true", help="show no thoughts")
-    parser.add_argument("--no-thinking", action="store_true", help="have the model answer without thinking")
+    parser.add_argument("--hide-thinking", action="store_true", help="do not show the model's thoughts")
+    parser.add_argument("--no-thinking", action="store_true", help="turn thinking off in the chat template")
     add_settings(parser, "engine", EngineConfig, skip=("model",))
 
 
@@ -51,58 +53,58 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def converse(
     args: argparse.Namespace, answer: Callable[[Messages], Pieces], lines: TextIO, out: TextIO
 ) -> None:
-    """Answers each line of `lines` on `out`, until they end or one is /exit.
+    """Answers each line of `lines` on `out`, until the end of input or a line /exit.
 
-    Ctrl-C ends an answer, and the conversation where none is given. Raises RequestError if a conversation cannot be
-    answered, unless a person types it, who is told.
+    Ctrl-C stops the current answer; at the prompt it ends the conversation. On a terminal a RequestError is printed
+    and the conversation goes on; otherwise it is raised.
     """
-    typed = lines.isatty()
-    begun: Messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages = list(begun)
-    while (line := _next_line(lines, typed)) not in (None, "/exit"):
+    interactive = lines.isatty()
+    start: Messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(start)
+    while (line := _next_line(lines, interactive)) not in (None, "/exit"):
         if line == "/new":
-            messages = list(begun)
+            messages = list(start)
         if not line or line == "/new":
             continue
         messages.append({"role": "user", "content": line})
         try:
-            said = _show(args, answer(messages), out)
+            text = _print_answer(args, answer(messages), out)
         except RequestError as error:
-            if not typed:
+            if not interactive:
                 raise
             print(f"qwen3-dist: {error}", file=sys.stderr)
             messages.pop()
             continue
-        messages.append({"role": "assistant", "content": said})
+        messages.append({"role": "assistant", "content": text})
 
 
-def _next_line(lines: TextIO, typed: bool) -> str | None:
-    """The next line without the space around it; None at the end."""
-    if typed:
+def _next_line(lines: TextIO, interactive: bool) -> str | None:
+    """The next line, stripped; None at the end of input."""
+    if interactive:
         print("> ", end="", file=sys.stderr, flush=True)
     try:
         line = lines.readline()
     except KeyboardInterrupt:
         line = ""
-    if not line and typed:
+    if not line and interactive:
         print(file=sys.stderr)
     return line.strip() if line else None
 
 
-def _show(args: argparse.Namespace, pieces: Pieces, out: TextIO) -> str:
-    """Prints an answer as it comes, thoughts dimmed in a terminal; returns what was said."""
-    told = {"thought": "", "answer": ""}
+def _print_answer(args: argparse.Namespace, pieces: Pieces, out: TextIO) -> str:
+    """Prints an answer while it streams, thoughts dimmed on a terminal. Returns its text without the thoughts."""
+    parts = {"thought": "", "answer": ""}
     dim, plain = (_DIM, _PLAIN) if out.isatty() else ("", "")
     with contextlib.suppress(KeyboardInterrupt):
         for part, text in pieces:
             if not args.json and not (part == "thought" and args.hide_thinking):
-                begins_answer = part == "answer" and not told["answer"] and told["thought"]
+                begins_answer = part == "answer" and not parts["answer"] and parts["thought"]
                 ahead = "\n\n" if begins_answer and not args.hide_thinking else ""
-                shown = f"{dim}{text}{plain}" if part == "thought" else text
-                print(ahead + shown, end="", file=out, flush=True)
-            told[part] += text
-    print(json.dumps(told) if args.json else "", file=out, flush=True)
-    return told["answer"]
+                styled = f"{dim}{text}{plain}" if part == "thought" else text
+                print(ahead + styled, end="", file=out, flush=True)
+            parts[part] += text
+    print(json.dumps(parts) if args.json else "", file=out, flush=True)
+    return parts["answer"]
 
 
 def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _local(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
-    """Answers of a model that is loaded here."""
+    """Yields a function that answers with a local engine."""
     engine = read_service_config(given_settings(args, EngineConfig)).engine
     if engine.executor == "auto" and engine.layout.world > 1:
         engine = dataclasses.replace(engine, executor="processes")
@@ -121,8 +123,7 @@ def _local(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
     from qwen3_dist.weights.source import resolve_model
 
     path = resolve_model(engine.model, engine.revision)
-    given = {"max_tokens": None, **read_generation_defaults(path), **_given_sampling(args)}
-    params = SamplingParams(**given)
+    params = SamplingParams(**{"max_tokens": None, **read_generation_defaults(path), **_given_sampling(args)})
     template_args = {"enable_thinking": False} if args.no_thinking else {}
     settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
     with LLM(**settings, use_tqdm=sys.stderr.isatty()) as llm:
@@ -136,9 +137,9 @@ def _local(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
 
 @contextlib.contextmanager
 def _remote(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
-    """Answers of the service at --url."""
+    """Yields a function that answers with the service at --url."""
     if given_settings(args, EngineConfig).keys() - {"model"}:
-        raise ConfigError("--url names a running service, which has its engine's settings; leave these out")
+        raise ConfigError("engine settings do not apply to a running service; leave these out or --url")
     from openai import APIError, APIStatusError, OpenAI
 
     base = args.url.rstrip("/").removesuffix("/v1")
@@ -147,19 +148,19 @@ def _remote(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
         try:
             model = args.model or client.models.list().data[0].id
         except APIStatusError as error:
-            raise RequestError(_sentence(error)) from None
+            raise RequestError(_message(error)) from None
         except APIError as error:
             raise ResourceError(f"no service answers at {args.url} ({error}); check --url") from None
 
         def answer(messages: Messages) -> Pieces:
-            asked: Any = {"model": model, "messages": messages, "stream": True, **_given_sampling(args)}
+            body: Any = {"model": model, "messages": messages, "stream": True, **_given_sampling(args)}
             try:
-                for chunk in client.chat.completions.create(**asked, extra_body=thinking):
+                for chunk in client.chat.completions.create(**body, extra_body=thinking):
                     for choice in chunk.choices:
                         reasoning = getattr(choice.delta, "reasoning", None)
                         yield from (piece for piece in _parts(reasoning, choice.delta.content) if piece[1])
             except APIError as error:
-                raise RequestError(_sentence(error)) from None
+                raise RequestError(_message(error)) from None
 
         yield answer
 
@@ -168,7 +169,7 @@ def _parts(reasoning: str | None, text: str | None) -> tuple[tuple[str, str], tu
     return ("thought", reasoning or ""), ("answer", text or "")
 
 
-def _sentence(error: Exception) -> str:
-    """What the service says of an error, without what the client puts around it."""
+def _message(error: Exception) -> str:
+    """The error message of the service, without the text that the client library adds."""
     body = getattr(error, "body", None)
     return str(body["message"]) if isinstance(body, dict) and "message" in body else str(error)

@@ -1,4 +1,4 @@
-"""`qwen3-dist generate`: prompts in, generated tokens out, with no server in between."""
+"""`qwen3-dist generate`: generates from prompts without a server."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "text",
         nargs="?",
-        help='a prompt; one alone that is not a model\'s name, as "Hello there", is one too',
+        help='a prompt; a single argument that is not the name of a model, as "Hello there", is read as a prompt',
     )
     parser.add_argument(
         "--prompt",
         dest="prompts",
         action="append",
         metavar="TEXT",
-        help="a prompt; may be repeated; without any, standard input is one",
+        help="a prompt; may be repeated; without any prompt, standard input is read as one",
     )
     parser.add_argument(
         "--prompt-ids",
@@ -62,17 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k",
         type=int,
         metavar="K",
-        help="sample from the K likeliest (default: the checkpoint's, else all)",
+        help="sample from the K most likely tokens (default: the checkpoint's, else all)",
     )
     parser.add_argument("--seed", type=int, metavar="S", help="makes a sampled result repeatable")
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="text that ends the generation; may be repeated"
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     parser.add_argument(
-        "--logprobs", type=int, metavar="K", help="log-probability of each token and of the K likeliest"
+        "--ignore-eos", action="store_true", help="generate on after the end-of-sequence token"
     )
-    parser.add_argument("--adapter", metavar="NAME", help="which adapter of --lora to generate with")
+    parser.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="log-probabilities of each token and of the K most likely ones",
+    )
+    parser.add_argument("--adapter", metavar="NAME", help="adapter of --lora to generate with")
     parser.add_argument("--ray-address", help="address of a Ray cluster to run the ranks on, or 'auto'")
     add_settings(parser, "engine", EngineConfig, skip=("model",))
 
@@ -92,7 +97,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _model_and_prompts(args: argparse.Namespace, stdin: TextIO | None) -> tuple[str, list[str | list[int]]]:
-    """The model's name, and the prompts: those of options, an argument, or else all of `stdin` as one.
+    """The model's name and the prompts: those of the command line, or else all of `stdin` as one.
 
     Raises ConfigError if there is no prompt.
     """
@@ -108,14 +113,14 @@ def _model_and_prompts(args: argparse.Namespace, stdin: TextIO | None) -> tuple[
         prompts = [text] if text else []
     if not prompts:
         raise ConfigError(
-            "nothing to generate from; give a text, --prompt or --prompt-ids, or write to standard input"
+            "there is no prompt; give a text, --prompt or --prompt-ids, or write one to standard input"
         )
     return model, prompts
 
 
 def _params(args: argparse.Namespace, defaults: dict[str, Any]) -> SamplingParams:
-    asked = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed", "logprobs")}
-    given = {name: value for name, value in asked.items() if value is not None}
+    names = ("temperature", "top_p", "top_k", "seed", "logprobs")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
     given |= {"max_tokens": args.max_tokens, "stop": tuple(args.stop or ()), "ignore_eos": args.ignore_eos}
     return SamplingParams(**defaults | given)
 

@@ -1,4 +1,4 @@
-"""`qwen3-dist inspect`: what a model's parameters and cache cost per rank, from its config.json alone."""
+"""`qwen3-dist inspect`: a model's sizes and its memory per rank, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from qwen3_dist.layout import Layout
 from serve_app.cli.options import MODEL_OR_CONFIG, positive
 from serve_app.cli.readable import report_lines
 
-HELP = "show a model's sizes, memory per rank and the layouts that fit it"
+HELP = "show a model's sizes, its memory per rank and its valid layouts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="", help=MODEL_OR_CONFIG)
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub id")
-    parser.add_argument("--layout", metavar="LAYOUT", default="", help="layout to cost (default: tp=1)")
+    parser.add_argument("--layout", metavar="LAYOUT", default="", help="layout to report on (default: tp=1)")
     parser.add_argument(
         "--world",
         type=positive,
         metavar="N",
-        help="ranks whose valid layouts are listed (default: the layout's)",
+        help="number of ranks to list valid layouts for (default: that of --layout)",
     )
 
 

@@ -1,4 +1,4 @@
-"""A parser of command lines that takes vLLM's options too and refuses, in one sentence, what it does not know."""
+"""Command-line parsers that also accept vLLM's options and report errors in one sentence."""
 
 from __future__ import annotations
 
@@ -14,39 +14,36 @@ _SWITCH_VALUES = ("true", "false", "null")
 
 
 class Switch(argparse.Action):
-    """A setting that is on or off: `--name` is true, `--no-name` false, and `--name false` works too.
-
-    The value stays text.
-    """
+    """A boolean setting: `--name` is true, `--no-name` and `--name false` are false. Stores the value as text."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None) -> None:
         setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses a command line in one sentence."""
+    """An ArgumentParser whose errors are one sentence, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class VerbParser(Parser):
-    """A verb's parser. It knows no abbreviations, which would read `--model` as `--model-name`."""
+    """The parser of a verb. It allows no abbreviations, which would read vLLM's `--model` as `--model-name`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As ArgumentParser's, but nothing is unknown: the rest would be told of in the name of another parser."""
-        given = list(sys.argv[1:] if args is None else args)
-        known = self._option_string_actions
+        """Like ArgumentParser's, but fails on unknown arguments, so that the error names this verb and not the
+        program."""
+        arguments = list(sys.argv[1:] if args is None else args)
         try:
-            given = vllm_names.as_ours(given, known, self._note)
-        except vllm_names.Refused as refused:
-            self.error(str(refused))
-        given = self._with_switch_values(given)
-        self._check_required(given)
-        parsed, rest = super().parse_known_args(given, namespace)
+            arguments = vllm_names.translate(arguments, self._option_string_actions, self._note)
+        except vllm_names.ConflictingOptionsError as error:
+            self.error(str(error))
+        arguments = self._with_switch_values(arguments)
+        self._check_required(arguments)
+        parsed, rest = super().parse_known_args(arguments, namespace)
         if rest:
             self.error(self._unknown(rest[0]))
         return parsed, rest
@@ -55,26 +52,28 @@ class VerbParser(Parser):
         print(f"{self.prog}: {sentence}", file=sys.stderr)
 
     def _with_switch_values(self, args: Sequence[str]) -> list[str]:
-        given: list[str] = []
+        """`args` with `--name` and `--no-name` of switches written as `--name=true` and `--name=false`."""
+        result: list[str] = []
         for place, token in enumerate(args):
             if token == "--":
-                return [*given, *args[place:]]
+                return [*result, *args[place:]]
             following = args[place + 1].lower() if place + 1 < len(args) else ""
             if self._is_switch(token) and following not in _SWITCH_VALUES:
-                given.append(f"{token}=true")
+                result.append(f"{token}=true")
             elif token not in self._option_string_actions and self._is_switch(
                 token.replace("--no-", "--", 1)
             ):
-                given.append(f"{token.replace('--no-', '--', 1)}=false")
+                result.append(f"{token.replace('--no-', '--', 1)}=false")
             else:
-                given.append(token)
-        return given
+                result.append(token)
+        return result
 
     def _is_switch(self, token: str) -> bool:
         return isinstance(self._option_string_actions.get(token), Switch)
 
     def _check_required(self, args: Iterable[str]) -> None:
-        """Names all that is required, alternatives too, which ArgumentParser checks last and by themselves."""
+        """Fails if required options are missing, and names all of them: ArgumentParser reports groups of alternatives
+        separately, after the others."""
         names = {token.partition("=")[0] for token in args}
         groups = [group for group in self._mutually_exclusive_groups if group.required]
         if not groups or names & {"-h", "--help"}:
@@ -99,5 +98,5 @@ class VerbParser(Parser):
 
 
 def did_you_mean(near: Sequence[str]) -> str:
-    """The end of a refusal that names what was probably meant, if anything."""
+    """The end of an error message that suggests the closest match, if there is one."""
     return f", did you mean {near[0]}?" if near else ""

@@ -1,4 +1,4 @@
-"""`qwen3-dist plan`: every layout of a cluster with its memory and predicted speed, the best marked."""
+"""`qwen3-dist plan`: predicted memory and speed of every layout on a cluster, best first."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from cluster.hardware import Cluster
     from cluster.planning.planner import PlannedLayout, PlanRequest
 
-HELP = "compare all layouts of a model on a cluster: memory, TTFT, ITL and throughput as predicted"
+HELP = "compare all layouts of a model on a cluster by predicted memory, TTFT, ITL and throughput"
 NOTHING_FITS = 2
 _LEGEND = (
-    "*          best: the most tokens/s/GPU of the layouts that hold --ttft-ms and --itl-ms",
-    "replicas   engines with this layout that fill the cluster and share the load",
-    "weights, KV, activations   memory of the fullest rank, the KV cache as this load fills it",
-    "max batch  sequences of this load that the KV cache of one replica holds",
+    "*          best: most tokens/s/GPU among the layouts within --ttft-ms and --itl-ms",
+    "replicas   engines of this layout that fill the cluster and share the load",
+    "weights, KV, activations   memory of the fullest rank, with the KV cache that this load uses",
+    "max batch  sequences of this load that fit into the KV cache of one replica",
 )
 
 
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cpu, gpu = (STEP_DEFAULTS[kind].max_num_batched_tokens for kind in ("cpu", "cuda"))
     add_model_and_cluster(parser)
     for name, what in (
-        ("input-len", "tokens of each prompt"),
-        ("output-len", "tokens generated from each"),
+        ("input-len", "tokens in each prompt"),
+        ("output-len", "tokens generated for each prompt"),
         ("concurrency", "requests in flight in the whole cluster"),
     ):
         parser.add_argument(f"--{name}", type=int, required=True, metavar="N", help=what)
@@ -46,18 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens",
         type=int,
         metavar="N",
-        help=f"most tokens of a step (default: {gpu}; {cpu} where ranks share the cores of one host)",
+        help=f"most tokens in one step (default: {gpu}; {cpu} on CPU)",
     )
     parser.add_argument(
         "--expert-imbalance",
         type=float,
         metavar="X",
-        help="load of the busiest expert rank over the mean (default: 1.2)",
+        help="load of the busiest expert-parallel rank over the mean (default: 1.2)",
     )
     parser.add_argument(
-        "--all", action="store_true", help="list layouts that do not fit too, as --json always does"
+        "--all", action="store_true", help="also list layouts that do not fit, as --json always does"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="chart of throughput over user speed")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="chart of throughput per GPU over speed per user"
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -85,7 +87,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     else:
         print("\n".join(_report(args, planned, request, cluster)), file=out)
     if not planned[0].fits:
-        print(f"qwen3-dist: no layout of {name} fits; {_way_out(planned, cluster)}", file=sys.stderr)
+        print(f"qwen3-dist: no layout of {name} fits; {_advice(planned, cluster)}", file=sys.stderr)
         return NOTHING_FITS
     return 0
 
@@ -99,53 +101,57 @@ def _request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
     return PlanRequest(**given)
 
 
-def _way_out(planned: list[PlannedLayout], cluster: Cluster) -> str:
-    least = min(
+def _advice(planned: list[PlannedLayout], cluster: Cluster) -> str:
+    smallest = min(
         (one for one in planned if one.bytes_per_rank), key=lambda one: sum(one.bytes_per_rank.values())
     )
-    if least.reason.startswith("the cache"):
-        return f"of {least.layout} {least.reason}; lower --input-len and --output-len or take more GPUs"
+    if smallest.reason.startswith("the cache"):
+        return (
+            f"with {smallest.layout}, {smallest.reason}; lower --input-len and --output-len or take more GPUs"
+        )
     return (
-        f"of {least.layout}, the least, {least.reason}; take more or larger GPUs than {cluster.num_devices}"
+        f"with {smallest.layout}, which needs least, {smallest.reason}; take larger GPUs or more "
+        f"than {cluster.num_devices}"
     )
 
 
 def _report(
     args: argparse.Namespace, planned: list[PlannedLayout], request: PlanRequest, cluster: Cluster
 ) -> list[str]:
-    """The table, what its columns and marks mean, and how to serve the best layout."""
+    """The table, its legend, and the command that serves the best layout."""
     shown = planned if args.all else [one for one in planned if one.fits]
-    legend = _LEGEND if planned[0].holds(request) else _LEGEND[1:]
+    legend = _LEGEND if planned[0].meets_limits(request) else _LEGEND[1:]
     lines = [*_table(shown, request), "", *legend] if shown else []
     if shown and len(shown) < len(planned):
         lines.append(f"{len(planned) - len(shown)} layouts that do not fit are left out; --all lists them.")
     best = planned[0]
     if best.fits:
-        joins = cluster.num_devices > cluster.devices_per_node
-        lines += ["", "To serve the best layout:", f"  {_serve_line(args, best, joins)}"]
-        if joins:
+        multi_node = cluster.num_devices > cluster.devices_per_node
+        lines += ["", "To serve the best layout:", f"  {_serve_line(args, best, multi_node)}"]
+        if multi_node:
             lines.append("  after `ray start` on every node, with the model's files at the same path on each")
     return lines
 
 
-def _serve_line(args: argparse.Namespace, best: PlannedLayout, joins: bool) -> str:
+def _serve_line(args: argparse.Namespace, best: PlannedLayout, multi_node: bool) -> str:
     words = ["qwen3-dist", "serve", args.model or "bundled", "--layout", str(best.layout)]
     if best.replicas > 1:
         words += ["--min-replicas", str(best.replicas), "--max-replicas", str(best.replicas)]
     if args.max_num_batched_tokens is not None:
         words += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
-    return shlex.join([*words, "--ray-address", "auto"] if joins else words)
+    return shlex.join([*words, "--ray-address", "auto"] if multi_node else words)
 
 
 def _table(planned: list[PlannedLayout], request: PlanRequest) -> list[str]:
-    """A row for each layout: the best is marked with *, and the last column says what is against it."""
+    """A row for each layout. The best is marked with *; the last column says why a layout does not fit or which limit
+    it exceeds."""
     header = ("", "layout", "ranks", "replicas", "weights", "KV", "activations", "max batch")
     rows: list[tuple[str, ...]] = [(*header, "TTFT ms", "ITL ms", "tokens/s", "tokens/s/GPU", "")]
     for place, one in enumerate(planned):
         sizes = [f"{value / 1e9:.2f} GB" for value in one.bytes_per_rank.values()] or ["-"] * 3
         speeds = (one.ttft_ms, one.itl_ms, one.tokens_per_s, one.tokens_per_s_per_gpu)
-        best = place == 0 and one.holds(request)
-        note = one.reason or _broken_limits(one, request)
+        best = place == 0 and one.meets_limits(request)
+        note = one.reason or _exceeded_limits(one, request)
         rows.append(
             (
                 "*" if best else "",
@@ -168,7 +174,7 @@ def _table(planned: list[PlannedLayout], request: PlanRequest) -> list[str]:
     ]
 
 
-def _broken_limits(one: PlannedLayout, request: PlanRequest) -> str:
+def _exceeded_limits(one: PlannedLayout, request: PlanRequest) -> str:
     limits = (("TTFT", one.ttft_ms, request.ttft_ms), ("ITL", one.itl_ms, request.itl_ms))
     return ", ".join(
         f"{name} over {limit:g} ms" for name, value, limit in limits if limit and value and value > limit

@@ -1,4 +1,4 @@
-"""What `serve --sample` shows: a greeting, a worked sum and a tool call, through the official client."""
+"""The sample of `serve --sample`: a greeting, a sum with thinking and a tool call, asked through the OpenAI client."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _QUESTIONS: tuple[tuple[str, bool, list[dict[str, Any]] | None], ...] = (
     ("What is the weather in Paris?", False, [_WEATHER]),
 )
 _MAX_TOKENS = 160
-# Parts of an answer, and what is printed ahead of each.
+# Parts of an answer, and the text printed before each.
 _HEADINGS = {"thought": "[thinks] ", "answer": "\n[says] ", "name": "\n[calls] ", "arguments": " with "}
 
 
 def show_sample(out: TextIO, as_json: bool, url: str, model: str, api_key: str) -> None:
     """Asks the endpoint at `url` three questions and prints the answers as they stream in.
 
-    Ends with the `curl` line that repeats the first. With `as_json` each answer is one JSON object.
+    Ends with a `curl` command that repeats the first. With `as_json` each answer is one JSON object.
     """
     for question, thinking, tools in _QUESTIONS:
         if not as_json:
             offered = f"   [{tools[0]['function']['name']} is offered]" if tools else ""
             print(f"\n> {question}{offered}", file=out, flush=True)
-        shown = dict.fromkeys(_HEADINGS, "")
+        parts = dict.fromkeys(_HEADINGS, "")
         for part, text in _ask(url, api_key, model, question, thinking, tools):
             if text and not as_json:
-                heading = "" if shown[part] else _HEADINGS[part]
+                heading = "" if parts[part] else _HEADINGS[part]
                 print(
-                    (heading if any(shown.values()) else heading.lstrip()) + text,
+                    (heading if any(parts.values()) else heading.lstrip()) + text,
                     end="",
                     file=out,
                     flush=True,
                 )
-            shown[part] += text
-        call = {"name": shown["name"], "arguments": json.loads(shown["arguments"])} if shown["name"] else None
+            parts[part] += text
+        call = {"name": parts["name"], "arguments": json.loads(parts["arguments"])} if parts["name"] else None
         if as_json:
-            told = {"thought": shown["thought"], "answer": shown["answer"], "tool_call": call}
-            print(json.dumps({"event": "sample", "question": question, **told}), file=out, flush=True)
+            answer = {"thought": parts["thought"], "answer": parts["answer"], "tool_call": call}
+            print(json.dumps({"event": "sample", "question": question, **answer}), file=out, flush=True)
         else:
             print(file=out, flush=True)
     body = _body(model, *_QUESTIONS[0])
@@ -60,7 +60,7 @@ def show_sample(out: TextIO, as_json: bool, url: str, model: str, api_key: str) 
     if as_json:
         print(json.dumps({"event": "repeat", "curl": curl}), file=out, flush=True)
     else:
-        print(f"\nThe first again:\n  {curl}", file=out, flush=True)
+        print(f"\nTo repeat the first:\n  {curl}", file=out, flush=True)
 
 
 def _body(model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _body(model: str, question: str, thinking: bool, tools: list[dict[str, Any]]
 def _ask(
     url: str, api_key: str, model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None
 ) -> Iterator[tuple[str, str]]:
-    """Pieces of the answer, each with what it is a part of."""
+    """Streams the answer as pairs of part, a key of _HEADINGS, and text."""
     from openai import OpenAI
 
     body = _body(model, question, thinking, tools)

@@ -1,4 +1,4 @@
-"""`qwen3-dist serve`: deploys a model, says how to call it, and ends cleanly."""
+"""`qwen3-dist serve`: deploys a model, prints its URL, and shuts down gracefully."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HELP = "serve a model over an OpenAI-compatible HTTP endpoint until Ctrl-C"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(
-        "--ray-address", help="address of a Ray cluster to join, or 'auto'; omitted: start a local one"
+        "--ray-address", help="address of a Ray cluster to join, or 'auto' (default: start a local Ray)"
     )
     parser.add_argument(
-        "--sample", action="store_true", help="once ready, ask three questions and show the streamed answers"
+        "--sample", action="store_true", help="once ready, ask three questions and print the streamed answers"
     )
     parser.add_argument(
         "--exit-after-sample", action="store_true", help="end after the sample answers (implies --sample)"
@@ -33,21 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: the first ends the service with time for its requests, the second at once, the third also
-    what cannot be ended in order."""
+    """SIGINT and SIGTERM: the first shuts the service down gracefully, the second ends its requests at once, and the
+    third kills this process."""
 
     def __init__(self) -> None:
         self._shutting_down = self._stop_now = False
         for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell starts background jobs of scripts
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # a shell ignores SIGINT for background jobs of scripts
                 signal.signal(number, self._handle)
 
     def stop_now(self) -> bool:
-        """Whether the service is to end at once."""
+        """Whether to end running requests at once."""
         return self._stop_now
 
     def begin_shutdown(self) -> None:
-        """Says that the service ends by itself; the next signal is the second."""
+        """Marks that the shutdown has begun without a signal, so that the next signal counts as the second."""
         self._shutting_down = True
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
@@ -91,7 +93,7 @@ def _announce(out: TextIO, as_json: bool, url: str, model: str) -> None:
         )
     else:
         print(
-            f"{model} is ready at {url}/v1 (OpenAI-compatible; {url}/docs lists what it answers)",
+            f"{model} is ready at {url}/v1 (OpenAI-compatible; API reference at {url}/docs)",
             file=out,
             flush=True,
         )

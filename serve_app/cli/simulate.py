@@ -1,4 +1,4 @@
-"""`qwen3-dist simulate`: a whole service in simulated time, and whether it would hold its limits."""
+"""`qwen3-dist simulate`: simulates a whole service and reports its latencies, throughput and SLO attainment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cluster.simulation.arrivals import Request
     from cluster.simulation.service import ServiceSimulation
 
-HELP = "simulate a service: arrivals, replicas, scheduling and autoscaling, with modelled step times"
+HELP = "simulate a service with arrivals, scheduling and autoscaling, on predicted step times"
 _SERVICE = {field.name: field.default for field in dataclasses.fields(ServiceConfig)} | {
     "target_ongoing_requests": ServiceConfig().scaling_target
 }
@@ -36,12 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_replicas(parser.add_argument_group("replicas"))
     _add_engine(parser.add_argument_group("engine of each replica"))
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--ttft-ms", type=float, metavar="X", help="longest time to the first token")
+    limits.add_argument("--ttft-ms", type=float, metavar="X", help="limit of the time to first token")
     limits.add_argument(
-        "--itl-ms", type=float, metavar="X", help="longest mean time between a request's tokens"
+        "--itl-ms", type=float, metavar="X", help="limit of a request's mean inter-token latency"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of arrivals and routing (default: 0)"
+        "--seed", type=int, default=0, metavar="S", help="seed of arrivals and routing (default: 0)"
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="chart of the replicas over time")
 
@@ -54,28 +54,32 @@ def _add_arrivals(group: Any) -> None:
         metavar="R[,R...]",
         help="requests a second, Poisson; several rates share the duration evenly, in turn",
     )
-    group.add_argument("--duration", type=float, metavar="S", help="seconds in which requests come")
-    for name, what in (("input-len", "tokens of a prompt"), ("output-len", "tokens generated")):
+    group.add_argument("--duration", type=float, metavar="S", help="seconds during which requests arrive")
+    for name, what in (("input-len", "tokens per prompt"), ("output-len", "tokens generated per prompt")):
         group.add_argument(
-            f"--{name}", metavar="N|MEAN:CV", help=f"{what}: fixed, or lognormal by mean and cv (512:0.8)"
+            f"--{name}",
+            metavar="N|MEAN:CV",
+            help=f"{what}: fixed, or lognormal with mean and coefficient of variation (512:0.8)",
         )
-    group.add_argument("--prefix-len", type=int, default=0, metavar="N", help="tokens that prompts share")
     group.add_argument(
-        "--prefixes", type=int, default=0, metavar="N", help="how many such prefixes there are"
+        "--prefix-len", type=int, default=0, metavar="N", help="length of the shared prefixes in tokens"
     )
+    group.add_argument("--prefixes", type=int, default=0, metavar="N", help="number of shared prefixes")
 
 
 def _add_replicas(group: Any) -> None:
-    group.add_argument("--min-replicas", type=int, metavar="N", help="that always run (default: the most)")
     group.add_argument(
-        "--max-replicas", type=int, metavar="N", help="the most (default: as many as there is room)"
+        "--min-replicas", type=int, metavar="N", help="fewest replicas (default: --max-replicas)"
+    )
+    group.add_argument(
+        "--max-replicas", type=int, metavar="N", help="most replicas (default: as many as the cluster holds)"
     )
     for name, kind, what in (
-        ("target-ongoing-requests", float, "requests in flight per replica that scaling aims for"),
+        ("target-ongoing-requests", float, "requests in flight per replica that autoscaling aims for"),
         ("upscale-delay-s", float, "seconds of high load before a replica is added"),
         ("downscale-delay-s", float, "seconds of low load before a replica is removed"),
-        ("metrics-interval-s", float, "seconds between two readings of the load"),
-        ("look-back-period-s", float, "seconds of load that a scaling decision averages"),
+        ("metrics-interval-s", float, "seconds between load measurements"),
+        ("look-back-period-s", float, "seconds over which a scaling decision averages the load"),
     ):
         default = _SERVICE[name.replace("-", "_")]
         group.add_argument(
@@ -86,26 +90,28 @@ def _add_replicas(group: Any) -> None:
         type=float,
         default=60.0,
         metavar="X",
-        help="seconds from the decision for a replica until it takes requests (default: 60)",
+        help="seconds from the decision to add a replica until it takes requests (default: 60)",
     )
 
 
 def _add_engine(group: Any) -> None:
     for name, default, what in (
-        ("block-size", "16", "tokens in one KV-cache block"),
-        ("num-blocks", "what fits", "KV-cache blocks per dp group"),
-        ("max-num-seqs", "by cluster", "most sequences in one step of a dp group"),
-        ("max-num-batched-tokens", "by cluster", "most tokens in one step of a dp group"),
+        ("block-size", "16", "tokens per KV-cache block"),
+        ("num-blocks", "as many as fit", "KV-cache blocks per dp group"),
+        ("max-num-seqs", "by device", "most sequences in one step of a dp group"),
+        ("max-num-batched-tokens", "by device", "most tokens in one step of a dp group"),
         ("max-model-len", "the model's", "longest prompt plus output"),
     ):
         group.add_argument(f"--{name}", type=int, metavar="N", help=f"{what} (default: {default})")
-    group.add_argument("--no-prefix-caching", action="store_true", help="compute shared prefixes anew")
-    group.add_argument("--no-overlap", action="store_true", help="plan a step only when the one before ended")
+    group.add_argument("--no-prefix-caching", action="store_true", help="do not reuse cached prefixes")
+    group.add_argument(
+        "--no-overlap", action="store_true", help="schedule a step only after the previous one has ended"
+    )
     group.add_argument(
         "--expert-imbalance",
         type=float,
         metavar="X",
-        help="load of the busiest expert rank over the mean (default: 1.2)",
+        help="load of the busiest expert-parallel rank over the mean (default: 1.2)",
     )
 
 
@@ -138,22 +144,22 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.json:
         print(json.dumps(report), file=out)
     else:
-        print("\n".join(report_lines(_without_course(report))), file=out)
+        print("\n".join(report_lines(_without_history(report))), file=out)
     if args.plot:
         plot_replicas(args.plot, f"{name} with {layout} on {report['cluster']}", outcome)
     return 0
 
 
 def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
-    """The service that the command line describes. Raises ConfigError or ParallelLayoutError if it cannot be."""
+    """The service that the command line describes. Raises ConfigError or ParallelLayoutError if it is not possible."""
     from cluster.simulation.autoscaler import AutoscalingConfig
     from cluster.simulation.service import ServiceSimulation
 
-    room = _room(cost)
-    most = room if args.max_replicas is None else args.max_replicas
+    most_that_fit = _most_replicas(cost)
+    max_replicas = most_that_fit if args.max_replicas is None else args.max_replicas
     scaling = AutoscalingConfig(
-        most if args.min_replicas is None else args.min_replicas,
-        most,
+        max_replicas if args.min_replicas is None else args.min_replicas,
+        max_replicas,
         args.target_ongoing_requests,
         args.upscale_delay_s,
         args.downscale_delay_s,
@@ -164,26 +170,26 @@ def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
         _replica(args, cost),
         scaling,
         args.start_up_s,
-        room * cost.layout.world,
+        most_that_fit * cost.layout.world,
         args.seed,
     )
 
 
-def _room(cost: CostModel) -> int:
-    """Replicas that the cluster holds, at least one."""
+def _most_replicas(cost: CostModel) -> int:
+    """Replicas that fit into the cluster. Raises ParallelLayoutError if none does."""
     layout, cluster = cost.layout, cost.cluster
     if layout.tp > 1 and cluster.devices_per_node % layout.tp:
         raise ParallelLayoutError(
-            f"tp={layout.tp} would not stay inside nodes of {cluster.devices_per_node} devices; "
+            f"tp={layout.tp} does not fit into nodes of {cluster.devices_per_node} devices; "
             "take a tp that divides them"
         )
-    room = cluster.replicas(layout.world)
-    if room < 1:
+    replicas = cluster.replicas(layout.world)
+    if replicas < 1:
         raise ParallelLayoutError(
             f"layout {layout} needs {layout.world} devices and the cluster has {cluster.num_devices}; "
             "take a smaller layout or more devices"
         )
-    return room
+    return replicas
 
 
 def _replica(args: argparse.Namespace, cost: CostModel) -> Any:
@@ -225,8 +231,8 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
     given = [name for name in _POISSON if getattr(args, name) is not None]
     if args.trace:
         if given or args.prefix_len or args.prefixes:
-            one = given[0] if given else "prefix_len" if args.prefix_len else "prefixes"
-            raise ConfigError(f"a trace says when requests come and what they are; leave --{_flag(one)} out")
+            name = given[0] if given else "prefix_len" if args.prefix_len else "prefixes"
+            raise ConfigError(f"--trace already defines the requests; leave --{_flag(name)} out")
         return read_trace(args.trace, longest)
     missing = [name for name in _POISSON if name not in given]
     if missing:
@@ -234,7 +240,7 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
     inputs, outputs = Lengths.parse(args.input_len), Lengths.parse(args.output_len)
     if inputs.mean + outputs.mean > longest:
         raise ConfigError(
-            f"{inputs.mean:g} + {outputs.mean:g} tokens exceed the {longest} that one sequence may have here; "
+            f"{inputs.mean:g} + {outputs.mean:g} tokens exceed the {longest} that one sequence may have; "
             "lower --input-len or --output-len"
         )
     return PoissonArrivals(
@@ -243,7 +249,7 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
 
 
 def _with_progress(requests: Iterable[Request], args: argparse.Namespace) -> Iterable[Request]:
-    """`requests`, with a bar on stderr (where somebody looks) that follows their arrivals."""
+    """`requests`, with a progress bar of their arrival times if stderr is a terminal."""
     from qwen3_dist.progress import progress_bar
 
     last_s = requests[-1].arrival_s if isinstance(requests, list) else args.duration
@@ -254,8 +260,8 @@ def _with_progress(requests: Iterable[Request], args: argparse.Namespace) -> Ite
             yield request
 
 
-def _without_course(report: dict[str, Any]) -> dict[str, Any]:
-    """`report` without how the replicas went over time, which a chart shows."""
+def _without_history(report: dict[str, Any]) -> dict[str, Any]:
+    """`report` without the numbers of replicas over time, which --plot shows."""
     replicas = {name: value for name, value in report["replicas"].items() if name != "over_time"}
     return {**report, "replicas": replicas}
 
@@ -265,7 +271,7 @@ def _rates(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither a rate nor a list of rates, as in 4 or 2,8,2"
+            f"{text!r} is not a rate or a list of rates, such as 4 or 2,8,2"
         ) from None
 
 

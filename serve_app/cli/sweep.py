@@ -1,4 +1,4 @@
-"""`qwen3-dist sweep`: runs layouts of a model for real and sets what they give beside what was predicted."""
+"""`qwen3-dist sweep`: benchmarks layouts of a model and compares the results with predictions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qwen3_dist.layout import Layout, divisors, valid_layouts
 if TYPE_CHECKING:
     from qwen3_dist.config import ModelConfig
 
-HELP = "run every layout on this machine, with progress, and write tables, charts and prediction errors"
+HELP = "benchmark layouts on this machine and write tables, charts and prediction errors"
 
 INTERRUPTED = 130
 
@@ -26,22 +26,30 @@ INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        help="checkpoint directory, or, with random weights, a config.json or official name; bundled: the small one",
+        help="checkpoint directory; config.json or official name (random weights); or bundled",
     )
     parser.add_argument(
         "--layouts",
         required=True,
         metavar="all|L1;L2",
-        help="layouts apart by ;, or all that this machine holds",
+        help="layouts separated by ; or all that fit this machine",
     )
     parser.add_argument(
-        "--workload", required=True, metavar="W.yaml", help="the points that each layout runs"
+        "--workload", required=True, metavar="W.yaml", help="YAML file with the points that each layout runs"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="results; run again to go on")
     parser.add_argument(
-        "--hardware", metavar="FILE.yaml", help="what calibrate wrote, to predict each result"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="directory of the results; the same command again resumes the sweep",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="run again what failed before")
+    parser.add_argument(
+        "--hardware",
+        metavar="FILE.yaml",
+        help="cluster file of calibrate, to compare each result with its prediction",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run layouts again that failed before")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -64,9 +72,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                 if args.json:
                     print(json.dumps(result), file=out, flush=True)
                 rows = make_rows(results, config, workload, cluster)
-                written = write_report(args.out, f"Layouts of {name}", rows)  # each time: it may be the last
+                written = write_report(
+                    args.out, f"Layouts of {name}", rows
+                )  # after each layout, in case the sweep is interrupted
     except KeyboardInterrupt:
-        _report("stopped; the same command goes on from here")
+        _report("stopped; the same command resumes the sweep")
         return INTERRUPTED
     if not args.json:
         print((args.out / "table.md").read_text(), file=out)
@@ -79,7 +89,7 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
     if text != "all":
         layouts = [Layout.parse(part) for part in text.split(";") if part.strip()]
         if not layouts:
-            raise ConfigError("--layouts names none; write tp=1;tp=2 or all")
+            raise ConfigError("--layouts is empty; write for example 'tp=1;tp=2', or all")
         for layout in layouts:
             layout.validate(config)
         return list(dict.fromkeys(layouts))
@@ -96,7 +106,7 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
 
 @contextlib.contextmanager
 def _runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
-    """The directory that engines load, and whether its weights are to be random: where there are none."""
+    """Yields the directory that engines load, and whether to use random weights since it has none."""
     from cluster.planning.official import official_configs
     from qwen3_dist.weights.source import local_path, resolve_model
 

@@ -1,11 +1,11 @@
-"""vLLM's options: each is read as our own, or its refusal says what to write here instead."""
+"""vLLM's options: translated to our own, or refused with advice on what to use instead."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterator
 
-# What has another name here.
+# vLLM's name: our name.
 _RENAMED = {
     "--served-model-name": "--model-name",
     "--quantization": "--quantize",
@@ -16,7 +16,7 @@ _RENAMED = {
     "--root-path": "--route-prefix",
     "--timeout-graceful-shutdown": "--graceful-shutdown-timeout-s",
 }
-# What takes no value there and is on or off here.
+# vLLM's flags: our boolean setting and its value.
 _SWITCHES = {
     "--enable-prefix-caching": ("--prefix-caching", "true"),
     "--no-enable-prefix-caching": ("--prefix-caching", "false"),
@@ -25,6 +25,7 @@ _SWITCHES = {
     "--enforce-eager": ("--cuda-graphs", "false"),
     "--no-enforce-eager": ("--cuda-graphs", "true"),
 }
+# Our option: vLLM's values and ours.
 _VALUES = {
     "--dtype": {"half": "float16", "float": "float32"},
     "--load-format": {"dummy": "random", "auto": "checkpoint", "safetensors": "checkpoint"},
@@ -41,15 +42,15 @@ _AXES = {
 }
 _EXPERT_PARALLEL = ("--enable-expert-parallel", "-ep")
 _ALWAYS = "leave it out, since that is always on"
-# What has no option here, and what to do about that.
-_ELSEWHERE = {
+# Options that have no counterpart, and what to do instead.
+_ADVICE = {
     "--seed": "leave it out and set seed in each request",
     "--tokenizer": "leave it out, since the tokenizer is the checkpoint's",
     "--tokenizer-mode": "leave it out, since the tokenizer is the checkpoint's",
     "--chat-template": "put chat_template.jinja into the checkpoint's directory",
     "--trust-remote-code": "leave it out, since no code of a checkpoint is run",
     "--enable-auto-tool-choice": _ALWAYS,
-    "--reasoning-parser": "leave it out, since thoughts are always told apart",
+    "--reasoning-parser": "leave it out, since reasoning is always parsed",
     "--enable-reasoning": _ALWAYS,
     "--enable-chunked-prefill": _ALWAYS,
     "--enable-lora": "leave it out, since --lora NAME=PATH is enough",
@@ -68,20 +69,20 @@ _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")
 _FACTORS = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20}
 
 
-class Refused(Exception):
-    """Options that contradict each other, in one sentence."""
+class ConflictingOptionsError(Exception):
+    """Options that contradict each other, or a size that is not a positive number."""
 
 
 def advice(name: str) -> str:
-    """What to do where vLLM's option `name` would be given; "" if we know of none."""
-    return _ELSEWHERE.get(name, "")
+    """What to do instead of giving vLLM's option `name`; "" if there is no advice."""
+    return _ADVICE.get(name, "")
 
 
-def as_ours(args: list[str], known: Container[str], note: Callable[[str], None]) -> list[str]:
-    """`args` with vLLM's options as ours, as far as `known` has these; unknown ones stay as they are.
+def translate(args: list[str], known: Container[str], note: Callable[[str], None]) -> list[str]:
+    """Translates vLLM's options in `args` to ours, if `known` has our option; leaves all others as they are.
 
-    Underscores in names are read as dashes, 32k as 32,000 and 32K as 32,768. `note` is told what is read as a layout.
-    Raises Refused.
+    Underscores in names become dashes, 32k becomes 32000 and 32K 32768. Parallel sizes become one --layout, about
+    which `note` gets a sentence. Raises ConflictingOptionsError.
     """
     ours, axes, first = [], {}, ""
     rest = iter(args)
@@ -90,12 +91,12 @@ def as_ours(args: list[str], known: Container[str], note: Callable[[str], None])
             ours += [token, *rest]
             break
         name, equals, value = token.partition("=")
-        name = _dashed(name, known)
-        given = [name + equals + value]
+        name = _with_dashes(name, known)
+        translated = [name + equals + value]
         if name in known:
-            given = _with_our_value(name, equals, value, rest)
-        elif name == "--model":  # vLLM takes the model so too, our verbs as an argument
-            given = [value] if equals else []
+            translated = _translate_value(name, equals, value, rest)
+        elif name == "--model":  # our verbs take the model as an argument
+            translated = [value] if equals else []
         elif name in _AXES and "--layout" in known:
             axes[_AXES[name]] = value if equals else next(rest, "")
             first = first or name
@@ -105,31 +106,31 @@ def as_ours(args: list[str], known: Container[str], note: Callable[[str], None])
             first = first or name
             continue
         elif name in _SWITCHES and _SWITCHES[name][0] in known:
-            given = ["=".join(_SWITCHES[name])]
+            translated = ["=".join(_SWITCHES[name])]
         elif name in _RENAMED and _RENAMED[name] in known:
-            given = _with_our_value(_RENAMED[name], equals, value, rest)
-        ours += given
+            translated = _translate_value(_RENAMED[name], equals, value, rest)
+        ours += translated
     if not axes:
         return ours
     if any(token.partition("=")[0] == "--layout" for token in ours):
-        raise Refused(f"{first} is a part of --layout; give --layout alone")
+        raise ConflictingOptionsError(f"{first} is a part of --layout; give --layout alone")
     layout = _layout(axes)
     note(f"{first} is read as --layout {layout}")
     return [*ours, f"--layout={layout}"] if "--" not in ours else [f"--layout={layout}", *ours]
 
 
 def names() -> Iterator[str]:
-    """All names of vLLM that are read as ours or answered with advice."""
-    yield from (*_RENAMED, *_SWITCHES, *_AXES, *_EXPERT_PARALLEL, *_ELSEWHERE)
+    """All option names of vLLM that are translated or answered with advice."""
+    yield from (*_RENAMED, *_SWITCHES, *_AXES, *_EXPERT_PARALLEL, *_ADVICE)
 
 
-def _dashed(name: str, known: Container[str]) -> str:
+def _with_dashes(name: str, known: Container[str]) -> str:
     dashed = name.replace("_", "-") if name.startswith("--") else name
     return dashed if dashed in known or dashed in {*names(), "--model"} else name
 
 
-def _with_our_value(name: str, equals: str, value: str, rest: Iterator[str]) -> list[str]:
-    """Option `name` and, if it is one whose values are spelt otherwise there, the value as it is here."""
+def _translate_value(name: str, equals: str, value: str, rest: Iterator[str]) -> list[str]:
+    """Our option `name` with its value translated; takes the value from `rest` if `equals` is empty."""
     if name not in _VALUES and name not in _COUNTS:
         return [name + equals + value]
     given = value if equals else next(rest, None)
@@ -141,11 +142,11 @@ def _with_our_value(name: str, equals: str, value: str, rest: Iterator[str]) -> 
 
 
 def _layout(axes: dict[str, str]) -> str:
-    """vLLM's sizes as a layout, in which experts are on all ranks of a stage if they are parallel."""
+    """vLLM's parallel sizes as a layout. With expert parallelism ep covers all ranks of a stage, as in vLLM."""
     sizes = {axis: text for axis, text in axes.items() if axis != "ep"}
     for axis, text in sizes.items():
         if not text.isdigit() or int(text) < 1:
-            raise Refused(f"the {axis} size must be a positive number, not {text!r}")
+            raise ConflictingOptionsError(f"the {axis} size must be a positive number, not {text!r}")
     if "ep" in axes:
         sizes["ep"] = str(int(sizes.get("tp", 1)) * int(sizes.get("dp", 1)))
     return ",".join(f"{axis}={sizes[axis]}" for axis in ("tp", "dp", "pp", "ep") if axis in sizes) or "tp=1"

@@ -33,7 +33,7 @@ class OverloadedError(RequestError):
 
     def __init__(self, limit: int, retry_after_s: int) -> None:
         super().__init__(
-            f"{limit} sequences are in flight or wait already; send the request again in {retry_after_s} s",
+            f"the service already has {limit} sequences running or waiting; retry in {retry_after_s} s",
             status=HTTPStatus.TOO_MANY_REQUESTS,
         )
         self.limit = limit

@@ -77,7 +77,7 @@ def test_attention_costs_are_those_of_the_model() -> None:
 
 def test_collectives_are_measured_between_real_ranks() -> None:
     found = collective_probe.measure(2, "cpu")
-    assert list(found) == list(collective_probe.KINDS)
+    assert list(found) == list(collective_probe.COLLECTIVES)
     for points in found.values():
         assert [size for size, _ in points] == list(collective_probe.BYTES)
         assert all(seconds > 0 for _, seconds in points)
@@ -100,7 +100,7 @@ def test_a_real_calibration_writes_a_file_that_predicts(tmp_path: Path) -> None:
         assert isinstance(read.inside.all_reduce, Link) and isinstance(read.inside.all_to_all, Link)
         assert CostModel(DENSE, Layout(tp=2), read).step_seconds(StepShape(4, 400, 0, 0, 4)) > 0
     json.dumps(found.measured)
-    assert said[0] == "reading memory" and 0 <= found.about["cpu_share_of_others"] <= 1
+    assert said[0] == "memory bandwidth" and 0 <= found.about["cpu_share_of_others"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_gpus_may_be_given_by_nodes() -> None:
     ("text", "message"),
     [
         ("H100", "'H100' is not a number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs"),
-        ("8xT4", "no preset is called 'T4'; there are A100, H100, H200, B200, or give --cluster FILE.yaml"),
+        ("8xT4", "there is no preset 'T4'; use one of A100, H100, H200, B200, or --cluster FILE.yaml"),
         (
             "0xH100",
             "'0xH100' is not a number of GPUs; write it as 16xH100, or as 2x8xH100 for 2 nodes of 8 GPUs",
@@ -118,9 +118,9 @@ def test_a_wrong_number_of_gpus_is_refused(text: str, message: str) -> None:
         ),
         ("step_overhead_s: 0", "step_overhead_s: -1", 11, "step_overhead_s must not be negative, not -1"),
         ("step_overhead_s: 0", "step_overhead_s: 0\nstep_overhead_s: 1", 12, "given twice; keep one"),
-        ("step_overhead_s: 0", "preset: V100", 11, "no preset is called 'V100'"),
+        ("step_overhead_s: 0", "preset: V100", 11, "there is no preset 'V100'"),
         ("step_overhead_s: 0", "shared_host: maybe", 11, "shared_host must be true or false, not 'maybe'"),
-        ("memory_utilization: 1", "row_rates: [[4, 1e9], [1, 1e9]]", 6, "row_rates must be positive pairs"),
+        ("memory_utilization: 1", "row_rates: [[4, 1e9], [1, 1e9]]", 6, "row_rates must be pairs"),
         ("inside: {", "inside: {{", 10, "this is not valid YAML"),
     ],
 )

@@ -65,7 +65,7 @@ def test_layouts_that_do_not_fit_say_why_and_come_last(capsys: pytest.CaptureFix
 
 def test_tp_is_kept_inside_a_node() -> None:
     one = next(each for each in plan(DENSE, cluster(devices_per_node=2), REQUEST) if each.layout.tp == 4)
-    assert one.reason == "tp=4 would not stay inside nodes of 2 devices"
+    assert one.reason == "tp=4 does not fit into nodes of 2 devices"
 
 
 def test_small_layouts_run_as_replicas_that_share_the_load() -> None:
@@ -110,7 +110,7 @@ def test_all_worlds_that_divide_the_cluster_are_planned(gpus: str) -> None:
 @pytest.mark.parametrize("name", official_configs())
 def test_every_official_size_can_be_planned(name: str) -> None:
     found = plan(find_config(name)[1], parse_gpus("16xH200"), REQUEST)
-    assert found[0].fits and found[0].holds(REQUEST)
+    assert found[0].fits and found[0].meets_limits(REQUEST)
 
 
 def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,8 +124,8 @@ def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[s
     assert breaking == sorted(breaking) and True in breaking
     request = replace(REQUEST, ttft_ms=60, itl_ms=9)
     best, *others = plan(find_config("Qwen3-8B")[1], parse_gpus("8xH100"), request)
-    held = [one.tokens_per_s_per_gpu or 0 for one in others if one.holds(request)]
-    assert best.holds(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
+    held = [one.tokens_per_s_per_gpu or 0 for one in others if one.meets_limits(request)]
+    assert best.meets_limits(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
 
 
 def test_the_table_explains_its_marks_and_ends_with_the_best_layouts_serve_line(
@@ -149,7 +149,7 @@ def test_an_impossible_limit_is_named_with_the_nearest_that_holds(capsys: pytest
     asked = ("Qwen3-8B", "--gpus", "8xH100", *LOAD)
     for limit, name in ((("--itl-ms", "1"), "itl_ms"), (("--ttft-ms", "2"), "ttft_ms")):
         sentence = refusal(capsys, *asked, *limit)
-        assert f"no layout holds {' '.join(limit)} at concurrency 64: the least is" in sentence
+        assert f"no layout meets {' '.join(limit)} at concurrency 64: the lowest is" in sentence
         nearest = sentence.rpartition(" is ")[2].strip()
         assert main(["plan", *asked, limit[0], nearest, "--json"]) == 0
         best = json.loads(capsys.readouterr().out.splitlines()[0])
@@ -161,7 +161,7 @@ def test_limits_that_no_layout_holds_together_say_which_breaks() -> None:
     slow, fast = replace(slow, ttft_ms=5.0, itl_ms=20.0), replace(fast, ttft_ms=50.04, itl_ms=2.0)
     with pytest.raises(ConfigError) as refused:
         check_limits([slow, fast], replace(REQUEST, ttft_ms=10, itl_ms=5))
-    assert "with --itl-ms 5 it is --ttft-ms 10 that breaks; the nearest that holds is 50.1" in str(
+    assert "with --itl-ms 5, --ttft-ms 10 is too low; the nearest that can be met is 50.1" in str(
         refused.value
     )
 
@@ -173,17 +173,17 @@ def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
     shown = capsys.readouterr()
     assert "exceed the 72.0 GB of a rank" in shown.out and "*" not in shown.out
     (sentence,) = shown.err.splitlines()
-    assert sentence.startswith("qwen3-dist: no layout of Qwen3-235B-A22B fits; of ")
-    assert sentence.endswith("take more or larger GPUs than 2")
+    assert sentence.startswith("qwen3-dist: no layout of Qwen3-235B-A22B fits; with ")
+    assert sentence.endswith("take larger GPUs or more than 2")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("Qwen3-8B", *LOAD), "the following arguments are required: --gpus or --cluster"),
-        (("Qwen3-8B", "--gpus", "8xT4", *LOAD), "no preset is called 'T4'"),
+        (("Qwen3-8B", "--gpus", "8xT4", *LOAD), "there is no preset 'T4'"),
         (("Qwen3-8B", "--cluster", "none.yaml", *LOAD), "none.yaml cannot be read"),
-        (("Qwen3-9B", "--gpus", "8xH100", *LOAD), "sizes that need no download are Qwen3-0.6B"),
+        (("Qwen3-9B", "--gpus", "8xH100", *LOAD), "models that need no download are Qwen3-0.6B"),
         (("Qwen3-8B", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency"),
         (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--input-len", "0"), "input_len must be positive, not 0"),
         (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--itl-ms", "-1"), "itl_ms must be positive, not -1"),

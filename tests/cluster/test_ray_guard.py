@@ -27,7 +27,7 @@ OWNER = """
 import subprocess, sys, time
 from cluster.ray_guard import RayGuard
 guard = RayGuard()
-with guard.marking():
+with guard.watching_children():
     parent = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
     child = parent.stdout.readline().strip()
 unmarked = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -59,7 +59,7 @@ def test_marked_processes_and_what_they_left_behind_end_with_their_owner(ending:
 
 def test_a_guard_that_is_told_to_end_all_waits_for_their_end() -> None:
     guard = RayGuard()
-    with guard.marking():
+    with guard.watching_children():
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     guard.end_all()
     assert not runs(child.pid)

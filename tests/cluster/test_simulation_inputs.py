@@ -50,10 +50,10 @@ def test_arrivals_are_the_same_each_time_they_are_read() -> None:
     ("changes", "reason"),
     [
         ({"rates": (-1.0,)}, "rate must not be negative"),
-        ({"rates": (0.0, 0.0)}, "no request comes"),
+        ({"rates": (0.0, 0.0)}, "there are no requests"),
         ({"duration_s": 0.0}, "duration must be above 0"),
         ({"prefix_len": 16}, "both a length and a number"),
-        ({"prefix_len": 100, "num_prefixes": 2}, "leaves nothing of a prompt of 100"),
+        ({"prefix_len": 100, "num_prefixes": 2}, "is not shorter than the mean prompt of 100"),
     ],
 )
 def test_arrivals_that_cannot_be_are_refused(changes: dict[str, object], reason: str) -> None:
@@ -113,7 +113,7 @@ GOOD = '{"arrival_s": 2, "input_len": 10, "output_len": 2}\n'
             GOOD + '{"arrival_s": -1, "input_len": 10, "output_len": 1}\n',
             ":2: arrival_s must not be negative",
         ),
-        (GOOD + '{"arrival_s": 1, "input_len": 10, "output_len": 1}\n', ":2: arrival_s goes back in time"),
+        (GOOD + '{"arrival_s": 1, "input_len": 10, "output_len": 1}\n', ":2: arrival_s decreases"),
         (GOOD + GOOD.replace("}", ', "inputs": 3}'), ":2: unknown field 'inputs'; known are arrival_s"),
         (GOOD + GOOD.replace("}", ', "prefix_len": 11, "prefix_id": 1}'), ":2: prefix_len=11 is more than"),
         (GOOD + GOOD.replace("}", ', "prefix_len": 5}'), ":2: prefix_len needs a prefix_id"),

@@ -49,8 +49,8 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--mod", "m"), "there is no option --mod"),
         (("serve", "a", "b"), "unexpected argument 'b'"),
         (("srve",), "did you mean serve?"),
-        (("dance",), "there are serve, generate"),
-        (("--layout", "tp=2", "serve"), "--layout stands before the verb"),
+        (("dance",), "the verbs are serve, generate"),
+        (("--layout", "tp=2", "serve"), "option --layout comes before the verb"),
         (("serve", "--seed", "1"), "set seed in each request"),
         (("serve", "--reasoning-parser", "qwen3"), "leave it out"),
         (("serve", "--lora-modules", "a=b"), "--lora NAME=PATH"),
@@ -199,7 +199,7 @@ def test_prompts_come_from_options_an_argument_or_standard_input(
 
 @pytest.mark.parametrize("stdin", [io.StringIO(""), _Terminal("waits for a key"), None])
 def test_without_a_prompt_generate_waits_for_nobody(stdin: io.StringIO | None) -> None:
-    with pytest.raises(ConfigError, match="nothing to generate from; give a text, --prompt"):
+    with pytest.raises(ConfigError, match="there is no prompt; give a text, --prompt"):
         generate._model_and_prompts(parsed("generate", "bundled"), stdin)
 
 

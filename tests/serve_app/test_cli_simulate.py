@@ -95,8 +95,8 @@ def test_a_wrong_trace_is_refused_with_its_line(capsys: pytest.CaptureFixture[st
         (("--rate", "4"), "--duration is missing; give --trace, or --rate, --duration, --input-len and"),
         (("--trace", "x.csv", "--rate", "4"), "leave --rate out"),
         (("--trace", "x.csv"), "x.csv: the trace cannot be read"),
-        (("--rate", "4,x"), "'4,x' is neither a rate nor a list of rates"),
-        ((*LOAD, "--layout", "tp=16"), "tp=16 would not stay inside nodes of 8"),
+        (("--rate", "4,x"), "'4,x' is not a rate or a list of rates"),
+        ((*LOAD, "--layout", "tp=16"), "tp=16 does not fit into nodes of 8"),
         ((*LOAD, "--layout", "tp=8,dp=2"), "layout tp=8,dp=2 needs 16 devices and the cluster has 8"),
         ((*LOAD, "--layout", "tp=3"), "n_heads=32 is not divisible by tp=3"),
         ((*LOAD, "--max-replicas", "9"), "max_replicas=4 is the most"),
@@ -106,8 +106,8 @@ def test_a_wrong_trace_is_refused_with_its_line(capsys: pytest.CaptureFixture[st
         ((*LOAD, "--ttft-ms", "0"), "ttft_ms must be positive"),
         ((*LOAD, "--start-up-s", "-1"), "start_up_s must not be negative"),
         ((*LOAD, "--prefixes", "3"), "both a length and a number"),
-        ((*LOAD, "--input-len", "many"), "'many' is neither N nor MEAN:CV"),
-        ((*LOAD, "--gpus", "8xH999"), "no preset is called 'H999'"),
+        ((*LOAD, "--input-len", "many"), "'many' must be N or MEAN:CV"),
+        ((*LOAD, "--gpus", "8xH999"), "there is no preset 'H999'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(

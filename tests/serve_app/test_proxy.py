@@ -133,7 +133,9 @@ def test_a_refusal_has_the_form_of_its_api(path: str, headers: dict[str, str], a
         await ask(app, path)
         status, told, body = await ask(app, path, **headers)
         assert (status, service.asked) == (429, 1)
-        message = f"2 sequences are in flight or wait already; send the request again in {int(told[b'retry-after'])} s"
+        message = (
+            f"the service already has 2 sequences running or waiting; retry in {int(told[b'retry-after'])} s"
+        )
         error = {
             "message": message,
             "type": "invalid_request_error",
