@@ -1,4 +1,4 @@
-"""Collectives of two one-thread CPU ranks: shared memory in C++ and in Python, and gloo, in one run.
+"""Collectives between two CPU ranks: shared memory in C++, shared memory in Python, and gloo.
 
 python -m benchmarks.collectives
 """

@@ -1,10 +1,9 @@
-"""Predicted against measured steps on this machine: calibrate, then run layouts of a dense and a MoE model.
+"""Predicted against measured step times on this machine, for layouts of a dense and a MoE model.
 
     python -m benchmarks.cost_model [--hardware FILE.yaml] [--layouts "tp=1;tp=2"]
 
-The machine must have nothing else to do. Real shapes with random weights; a layout that this version cannot
-run is listed with its reason. A step of decodes is measured as the median gap between two tokens, a step of
-prompts as the time to the first.
+Calibrates first, unless --hardware is given. The machine must be idle. Models have real shapes and random weights; a
+layout that cannot run is listed with its error. Decode steps are measured as the median ITL, prefill steps as TTFT.
 """
 
 from __future__ import annotations
@@ -65,8 +64,8 @@ def as_json(kind: str, row: Row) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="predicted against measured steps on this machine")
-    parser.add_argument("--hardware", type=Path, help="use this file instead of calibrating")
-    parser.add_argument("--layouts", help="only these, apart by ;")
+    parser.add_argument("--hardware", type=Path, help="cluster file to use instead of calibrating")
+    parser.add_argument("--layouts", help="layouts to run, separated by ;")
     options = parser.parse_args()
     others: float | None = None
     if options.hardware:

@@ -1,9 +1,9 @@
-"""The MoE half of a transformer block by all-to-all, by all-gather and by plain tp, at 1 to 4096 tokens.
+"""MoE FFN of a transformer block with all-to-all, all-gather and plain tp, for 1 to 4096 tokens.
 
     python -m benchmarks.dispatch [--worlds 2 4]
 
-Each layout has its own one-thread CPU ranks; the step's tokens are the same in number for all. Bytes are what a
-rank sends to others, counted as ring collectives and direct all-to-all would send them.
+Ranks are CPU processes with one thread. All layouts process the same number of tokens. Bytes are those that a rank
+sends to others with ring collectives and a direct all-to-all.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from qwen3_dist.worker.inputs import StepInputs
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 4096)
 
 
-class Counting(Communicator):
-    """Another communicator, with the bytes that this rank sends through it."""
+class CountingCommunicator(Communicator):
+    """Wraps a communicator and counts the bytes that this rank sends through it."""
 
     def __init__(self, inner: Communicator) -> None:
         super().__init__(inner.rank, inner.size)
@@ -87,7 +87,9 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
     layout = Layout.parse(text)
     store = dist.FileStore(rendezvous, layout.world)
     plain = ParallelContext.connect(layout, rank, store, torch.device("cpu"))
-    counting: dict[str, Any] = {name: Counting(getattr(plain, name)) for name in ("tp", "dp", "ep", "etp")}
+    counting: dict[str, Any] = {
+        name: CountingCommunicator(getattr(plain, name)) for name in ("tp", "dp", "ep", "etp")
+    }
     parallel = replace(plain, **counting)
     config = ModelConfig.from_dict(SHAPES["moe"])
     torch.manual_seed(0)
@@ -101,8 +103,8 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
         groups = tuple(len(part) for part in even_ranges(tokens, layout.dp))
         x = torch.randn(groups[parallel.coords.group], config.emb_dim, dtype=torch.bfloat16)
         empty = StepInputs(1, 1, 16, x.device).batch(StepPlan(1, (), groups, False))
-        for way in ("all_gather", "all_to_all") if layout.ep > 1 else ("all_gather",):
-            batch = replace(empty, token_ids=torch.empty(len(x)), all_to_all=way == "all_to_all")
+        for dispatcher in ("all_gather", "all_to_all") if layout.ep > 1 else ("all_gather",):
+            batch = replace(empty, token_ids=torch.empty(len(x)), all_to_all=dispatcher == "all_to_all")
 
             def run(x: Tensor = x, batch: Any = batch) -> None:
                 block.feed_forward(x, x.clone(), batch)
@@ -113,13 +115,13 @@ def _rank(rank: int, text: str, rendezvous: str, results: Any) -> None:
             sent = sum(each.sent for each in counting.values())
             seconds = _seconds(run)
             if rank == 0:
-                name = f"{text}, {way}" if layout.ep > 1 else text
+                name = f"{text}, {dispatcher}" if layout.ep > 1 else text
                 results.put((layout.world, tokens, name, tokens / seconds, sent))
     plain.close()
 
 
 def _seconds(run: Callable[[], None]) -> float:
-    """The least of several runs; how many is the same on every rank."""
+    """Seconds of the fastest of several runs, with a barrier before each."""
     samples = []
     for _ in range(7):
         dist.barrier()
@@ -144,8 +146,8 @@ def main() -> None:
             while not results.empty():
                 ranks, tokens, name, rate, sent = results.get()
                 row = rows.setdefault((ranks, tokens), {"ranks": ranks, "tokens": tokens})
-                way = name.replace(str(world), "n")
-                row[f"{way}: tokens/s"], row[f"{way}: KiB"] = round(rate), round(sent / 1024, 1)
+                column = name.replace(str(world), "n")
+                row[f"{column}: tokens/s"], row[f"{column}: KiB"] = round(rate), round(sent / 1024, 1)
     keep("dispatch", list(rows.values()))
 
 

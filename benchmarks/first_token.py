@@ -1,4 +1,4 @@
-"""From `make demo`, in a ready environment, to its first streamed character.
+"""Seconds from `make demo`, in an installed environment, to its first streamed character.
 
 python -m benchmarks.first_token
 """

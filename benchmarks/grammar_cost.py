@@ -1,8 +1,8 @@
-"""What a form of the text costs: a mask and a step of the grammar for each token, and a whole engine with and without.
+"""Cost of structured outputs: computing masks and advancing grammars per token, and throughput of a whole engine.
 
     python -m benchmarks.grammar_cost [--tokenizer DIRECTORY]
 
-The tokenizer is the bundled model's unless a checkpoint's directory is given.
+The default tokenizer is the bundled model's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.record import keep
 from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.percentiles import percentile
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.structured.grammar import compile_grammar
 from qwen3_dist.structured.tool_grammar import tool_call_grammar
@@ -47,7 +48,7 @@ STEPS = 60
 
 
 def steps_of(form: StructuredOutputs, directory: Path, rows: int) -> list[float]:
-    """Seconds that each of STEPS steps of `rows` sequences spends on their masks and places."""
+    """Seconds that each of STEPS steps spends on masks and grammar states of `rows` sequences."""
     tokenizer = Tokenizer.from_directory(directory)
     assert tokenizer is not None
     vocab_size = -(-tokenizer.vocab_size // 128) * 128
@@ -75,7 +76,7 @@ def steps_of(form: StructuredOutputs, directory: Path, rows: int) -> list[float]
 
 
 def engine_rows() -> list[dict[str, Any]]:
-    """Tokens per second of the bundled model with each form and without, in turns."""
+    """Tokens per second of the bundled model with each form and without, measured alternately."""
     rows = []
     prompts = [f"Number {i}:" for i in range(max(ROWS))]
     with LLM(num_blocks=512, prefix_caching=False, use_tqdm=False) as llm:
@@ -118,8 +119,8 @@ def main() -> None:
                 {
                     "form": name,
                     "rows": count,
-                    "us_per_token_p50": round(statistics.median(taken), 1),
-                    "us_per_token_p90": round(taken[len(taken) * 9 // 10], 1),
+                    "us_per_token_p50": round(percentile(taken, 50), 1),
+                    "us_per_token_p90": round(percentile(taken, 90), 1),
                 }
             )
     keep("grammar-cost", [*rows, *engine_rows()])

@@ -1,10 +1,10 @@
-"""Output tokens/s of streamed completions over HTTP at many clients, against the same engine without a server.
+"""Output tokens/s of streamed completions over HTTP with many clients, against the same engine offline.
 
     python -m benchmarks.http_overhead [--clients 32] [--output-len 128] [--haproxy]
 
-Server, engine and clients share this machine's cores. Besides the bundled model, whose steps take a millisecond or
-two, it runs random weights of Qwen3's proportions, cut so that a step of all clients takes about 20 ms: once where
-the rank computes on all cores, and once where it leaves one to the server, with and without HTTP.
+Server, engine and clients share this machine's cores. Besides the bundled model, whose steps take one or two
+milliseconds, it runs random weights of Qwen3's proportions, cut so that a step takes about 20 ms: once with the rank
+on all cores, and once with one core left to the server.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from serve_app.settings import read_service_config
 INPUT_LEN = 16
 TURNS = 3
 PORT = 8793
-# A step of about 20 ms on two cores, and on one: name, what replaces Qwen3-0.6B's configuration, settings.
+# Models with steps of about 20 ms on two cores, and on one: name, changes to Qwen3-0.6B's config, settings.
 TWENTY_MS: tuple[tuple[str, dict[str, int], dict[str, int]], ...] = (
     ("Qwen3-0.6B cut to 1 layer", {"num_hidden_layers": 1}, {}),
     (
@@ -48,11 +48,12 @@ def prompts(clients: int) -> list[list[int]]:
 
 
 async def stream(url: str, body: dict[str, Any]) -> int:
-    """Bytes of a streamed answer. A bare socket: a client library would take more of the cores than the server."""
-    where = urlparse(url)
+    """Streams one completion; returns its number of tokens. Uses a bare socket, since a client library would use more
+    CPU time than the server."""
+    address = urlparse(url)
     payload = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Type: application/json\r\n"
-    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
     writer.write(f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload)
     answer = await reader.read()
     writer.close()
@@ -112,7 +113,7 @@ def offline_rate(settings: dict[str, Any], clients: int, output_len: int) -> flo
 def rows(
     name: str, settings: dict[str, Any], clients: int, output_len: int, parts: list[int]
 ) -> list[dict[str, Any]]:
-    """A row for each number of `parts` a second that the replica may send; 0 is any."""
+    """A row for each of `parts`: the value of stream_parts_per_s; 0 is unlimited."""
     offline = offline_rate(settings, clients, output_len)
     found = []
     for most in parts:
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--parts", type=int, nargs="*", default=[0, 500], help="stream_parts_per_s")
-    parser.add_argument("--haproxy", action="store_true", help="Serve's other proxy")
+    parser.add_argument("--haproxy", action="store_true", help="use Serve's HAProxy")
     args = parser.parse_args()
     os.environ[HAPROXY] = str(int(args.haproxy))
     common = {"num_blocks": 2048, "prefix_caching": False, "max_num_seqs": args.clients}

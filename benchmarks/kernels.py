@@ -1,9 +1,9 @@
-"""The CPU kernels against torch, and against what memory can deliver, interleaved in one run.
+"""CPU kernels against torch and against memory bandwidth, measured alternately in one run.
 
     python -m benchmarks.kernels
 
-Products stream 24 layers' weights, more than the caches hold. A column `of_read` is the share of the
-bandwidth at which the same bytes are summed, `ours_over_int8` how many times as fast int8 weights are.
+Matrix products stream the weights of 24 layers, which do not fit into caches. `of_read` is the share of the bandwidth
+at which torch sums the same bytes; `ours_over_int8` is the speedup of int8 weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CONTEXTS = [(1, 256), (1, 4096), (8, 1024), (16, 2048)]
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns so that other load hits all of them alike."""
+    """Median seconds of each call. The calls alternate, so that other load on the machine affects all alike."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
@@ -41,14 +41,14 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return {name: statistics.median(taken) for name, taken in samples.items()}
 
 
-def found(dtype: torch.dtype) -> Kernels:
+def require_kernels(dtype: torch.dtype) -> Kernels:
     kernels = load_kernels(dtype)
-    assert kernels is not None, "no compiler is here"
+    assert kernels is not None, "the CPU kernels need a C++ compiler"
     return kernels
 
 
 def products(dtype: torch.dtype) -> list[dict[str, Any]]:
-    kernels, rows = found(dtype), []
+    kernels, rows = require_kernels(dtype), []
     for outputs, inner in SHAPES:
         weights = [(torch.randn(outputs, inner) / inner**0.5).to(dtype) for _ in range(24)]
         packed = [Matrix(kernels.pack(weight), outputs) for weight in weights]
@@ -76,24 +76,24 @@ def products(dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 128) -> list[dict[str, Any]]:
-    kernels, rows, block_size = found(dtype), [], 16
+    kernels, rows, block_size = require_kernels(dtype), [], 16
     for (sequences, context), queries in itertools.product(CONTEXTS, (1, 64)):
         width = context // block_size
         caches = [torch.randn(2, sequences * width, block_size, groups, dim).to(dtype) for _ in range(4)]
         tables = torch.randperm(sequences * width).view(sequences, width).int()
-        of_tables = torch.arange(sequences)
+        table_rows = torch.arange(sequences)
         starts = torch.arange(sequences + 1) * queries
         lens = torch.full((sequences,), context)
         q, unused = torch.randn(sequences * queries, heads, dim).to(dtype), torch.empty(0)
         decodes = sequences if queries == 1 else 0
         host = ((queries,) * sequences, (context,) * sequences, decodes)
-        batch = StepBatch(unused, unused, unused, tables, of_tables, lens, starts, *host, False, unused)
+        batch = StepBatch(unused, unused, unused, tables, table_rows, lens, starts, *host, False, unused)
 
         def ours(
-            q: Any = q, caches: Any = caches, where: Any = (tables, of_tables, lens, starts, None)
+            q: Any = q, caches: Any = caches, metadata: Any = (tables, table_rows, lens, starts, None)
         ) -> None:
             for keys, values in caches:
-                kernels.attention(q, keys, values, *where)
+                kernels.attention(q, keys, values, *metadata)
 
         def theirs(q: Any = q, caches: Any = caches, batch: StepBatch = batch) -> None:
             for keys, values in caches:

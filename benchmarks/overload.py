@@ -1,10 +1,10 @@
-"""What a service does for more clients than it has room for: goodput, how soon it refuses, whether `/health` answers.
+"""A service with more clients than it can run: goodput, time to a refusal, and latency of `/health`.
 
     python -m benchmarks.overload [--running 64] [--waiting 64] [--loads 1 10 1] [--seconds 20] [--arrive 5]
 
-The bundled model on one replica. A load of 10 is ten times as many clients as sequences may run. Each client streams
-one completion after the other; refused with 429, it waits as long as Retry-After says. Clients and service share this
-machine's cores, so part of what is lost at a high load is the clients'.
+One replica of the bundled model. A load of 10 means ten times as many clients as sequences may run. Each client
+streams one completion after the other, and waits for Retry-After when it is refused with 429. Clients and service
+share this machine's cores, so part of the loss at high load is due to the clients.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from serve_app.settings import read_service_config
 
 PORT = 8794
 _PROBE_EVERY_S = 0.25
-_GIVE_UP_S = 60.0
+_TIMEOUT_S = 60.0
 
 
 @dataclass
-class Seen:
-    """What the clients of one load saw; times in seconds. `finished` counts those of the second half of its time."""
+class Observed:
+    """What the clients of one load observed, in seconds. `finished` counts requests that end in the second half."""
 
     finished: int = 0
     failed: list[str] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Load:
-    """`clients`, who come one by one within `arrive_s`, each sending one request after the other until `seconds`."""
+    """`clients` clients that start evenly within `arrive_s` and send one request after the other until `seconds`."""
 
     clients: int
     seconds: float
@@ -51,9 +51,9 @@ class Load:
 
 
 async def exchange(url: str, request: bytes, on_body: Callable[[], None]) -> tuple[bytes, bytes]:
-    """Sends one request; calls `on_body` when the first byte after the head came. Returns head and body."""
-    place = urlparse(url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    """Sends one request. Calls `on_body` at the first byte of the body. Returns head and body."""
+    address = urlparse(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
     try:
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
@@ -69,8 +69,8 @@ def retry_after_s(head: bytes) -> float:
     return next(float(line.partition(":")[2]) for line in lines if line.startswith("retry-after:"))
 
 
-async def client(url: str, request: bytes, half: float, until: float, seen: Seen) -> None:
-    """One client's requests until the time `until` of the monotonic clock; those that end after `half` count."""
+async def client(url: str, request: bytes, half: float, until: float, seen: Observed) -> None:
+    """Sends requests until `until`. Counts those that end after `half`. Both are times of the monotonic clock."""
     while time.monotonic() < until:
         started, first = time.monotonic(), [0.0]
 
@@ -78,7 +78,7 @@ async def client(url: str, request: bytes, half: float, until: float, seen: Seen
             first[0] = time.monotonic() - started
 
         try:
-            head, body = await asyncio.wait_for(exchange(url, request, on_body), _GIVE_UP_S)
+            head, body = await asyncio.wait_for(exchange(url, request, on_body), _TIMEOUT_S)
         except (OSError, EOFError, TimeoutError) as error:
             seen.failed.append(repr(error))
             continue
@@ -92,13 +92,13 @@ async def client(url: str, request: bytes, half: float, until: float, seen: Seen
             seen.failed.append((head + body)[:200].decode(errors="replace"))
 
 
-async def probe(url: str, until: float, seen: Seen) -> None:
-    """Asks `/health` again and again until the time `until`."""
+async def probe(url: str, until: float, seen: Observed) -> None:
+    """Polls `/health` until `until`."""
     request = f"GET /health HTTP/1.1\r\nHost: {urlparse(url).netloc}\r\nConnection: close\r\n\r\n".encode()
     while time.monotonic() < until:
         started = time.monotonic()
         try:
-            head, _ = await asyncio.wait_for(exchange(url, request, lambda: None), _GIVE_UP_S)
+            head, _ = await asyncio.wait_for(exchange(url, request, lambda: None), _TIMEOUT_S)
             seen.health_after.append(time.monotonic() - started)
             if not head.startswith(b"HTTP/1.1 200"):
                 seen.failed.append(f"/health: {head[:100]!r}")
@@ -107,14 +107,14 @@ async def probe(url: str, until: float, seen: Seen) -> None:
         await asyncio.sleep(_PROBE_EVERY_S)
 
 
-async def run(url: str, load: Load) -> Seen:
+async def run(url: str, load: Load) -> Observed:
     body = {"model": "m", "prompt": "Hello", "max_tokens": load.output_len, "temperature": 0}
     payload = json.dumps({**body, "ignore_eos": True, "stream": True}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {urlparse(url).netloc}\r\nContent-Type: application/json\r\n"
     )
     request = f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
-    seen, until = Seen(), time.monotonic() + load.seconds
+    seen, until = Observed(), time.monotonic() + load.seconds
 
     async def arrive(after_s: float) -> None:
         await asyncio.sleep(after_s)
@@ -126,21 +126,21 @@ async def run(url: str, load: Load) -> Seen:
 
 
 def client_process(url: str, loads: list[Load], found: Any) -> None:
-    """Warms the service up, then puts what is seen at each load into the queue `found`."""
+    """Warms the service up, then puts the observations at each load into the queue `found`."""
     asyncio.run(run(url, Load(8, 3.0, 0.0, 8)))
     for load in loads:
-        found.put(asyncio.run(run(url, load)))  # once all of its requests have ended
+        found.put(asyncio.run(run(url, load)))  # returns when all its requests have ended
 
 
 def quantiles_ms(samples: list[float]) -> str:
-    """p50 / p99 / largest of samples in seconds, as text in milliseconds."""
+    """p50 / p99 / maximum of `samples` (in seconds), as text in milliseconds."""
     if not samples:
         return "-"
     ordered = sorted(samples)
     return " / ".join(f"{1e3 * percentile(ordered, percent):.0f}" for percent in (50, 99, 100))
 
 
-def row(load: Load, seen: Seen, first: Seen) -> dict[str, Any]:
+def row(load: Load, seen: Observed, first: Observed) -> dict[str, Any]:
     return {
         "clients": load.clients,
         "finished_per_s": round(seen.finished / (load.seconds / 2), 1),
@@ -157,15 +157,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--running", type=int, default=64, help="sequences that run at once")
-    parser.add_argument("--waiting", type=int, default=64, help="sequences that may wait beside them")
+    parser.add_argument("--running", type=int, default=64, help="max_ongoing_requests and max_num_seqs")
+    parser.add_argument("--waiting", type=int, default=64, help="max_queued_requests")
     parser.add_argument(
         "--loads", type=float, nargs="+", default=[1, 10, 1], help="clients as multiples of --running"
     )
     parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument(
-        "--arrive", type=float, default=5.0, help="seconds within which a load's clients come"
-    )
+    parser.add_argument("--arrive", type=float, default=5.0, help="seconds within which the clients start")
     parser.add_argument("--output-len", type=int, default=100)
     args = parser.parse_args()
     loads = [

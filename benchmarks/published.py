@@ -1,9 +1,9 @@
-"""The cost model's presets against published figures of other engines. Predicts only, runs nothing.
+"""Predictions for the GPU presets against published figures of other engines. Runs no model.
 
     python -m benchmarks.published
 
-The presets are not fitted to these rows. Where a source does not say how many sequences ran, what fits is
-taken, at most 256 a dp group (vLLM's default), 1024 for TensorRT-LLM's maximum load.
+The presets are not fitted to these rows. If a source does not say how many sequences ran, as many as fit are assumed,
+at most 256 per dp group (vLLM's default), or 1024 for TensorRT-LLM's maximum load.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from cluster.planning.planner import PlanRequest, cycle_times
 from qwen3_dist.layout import Layout
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 
-# 96 GB, 4.0 TB/s, 148 TFLOP/s of dense bf16, NVLink as H100: NVIDIA's export variant of it.
+# NVIDIA's export variant of the H100: 96 GB, 4.0 TB/s, 148 TFLOP/s dense bf16, the same NVLink.
 _H20 = replace(PRESETS["H100"].device, name="H20", memory_bytes=96 * 10**9, read_bytes_per_s=4.0e12)
 H20 = replace(PRESETS["H100"], device=replace(_H20, flops_per_s=148e12))
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure in tokens/s/GPU. `counts_input`: prompt tokens count too. output_len 0: prompts alone."""
+    """A published throughput in tokens/s/GPU. `counts_input`: prompt tokens count too. output_len 0: prefill only."""
 
     source: str
     model: str
@@ -37,7 +37,7 @@ class Published:
     tokens_per_s_per_gpu: float
     weight_bytes: float = 2.0
     kv_bytes: float = 2.0
-    most_seqs: int = 256
+    max_num_seqs: int = 256
     counts_input: bool = False
 
 
@@ -57,7 +57,7 @@ ROWS = [
 
 
 def predicted(row: Published) -> float:
-    """tokens/s/GPU of the row."""
+    """Predicted tokens/s/GPU."""
     cluster = replace(row.cluster, num_devices=row.gpus)
     config, layout = find_config(row.model)[1], Layout.parse(row.layout)
     model = CostModel(config, layout, cluster, weight_bytes=row.weight_bytes, kv_bytes=row.kv_bytes)
@@ -66,7 +66,7 @@ def predicted(row: Published) -> float:
         return length / model.step_seconds(StepShape(0, 0, length, length * (length + 1) // 2, 1))
     request = PlanRequest(row.input_len, row.output_len, 1)
     batch = min(
-        row.most_seqs,
+        row.max_num_seqs,
         model.kv_capacity_tokens(_GPU.max_num_batched_tokens, _GPU.max_num_seqs) // request.length,
     )
     _, _, cycle_s = cycle_times(model, request, batch, batch)

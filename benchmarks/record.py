@@ -1,7 +1,8 @@
-"""Where benchmarks keep their figures: one JSON file for each kind of benchmark and each kind of machine.
+"""Stores benchmark results: one JSON file for each kind of benchmark and kind of machine.
 
-`results/KIND-MACHINE.json`, as `kernels-zen5-2cores.json`; a new run replaces the file of its kind and machine. Every
-file has `kind`, `date`, `hardware` and `versions`, then the figures. `benchmarks.results_index` lists them.
+Files are named `results/KIND-MACHINE.json`, for example `kernels-zen5-2cores.json`. A new run replaces the file of
+its kind and machine. Every file has `kind`, `date`, `hardware` and `versions`, then the figures.
+`benchmarks.results_index` lists them.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import host_seconds
 from qwen3_dist.percentiles import percentile
 
 RESULTS = Path(__file__).parent / "results"
-_AMD_GENERATIONS = {25: "zen4", 26: "zen5"}  # by CPU family, of CPUs with AVX-512
+_AMD_GENERATIONS = {25: "zen4", 26: "zen5"}  # CPU family: generation, for CPUs with AVX-512
 
 
 def run_info() -> dict[str, Any]:
     """Date, hardware, versions and commit of this run."""
-    from qwen3_dist.machine import hardware, versions  # needs torch, which processes of clients do not load
+    from qwen3_dist.machine import (  # imported here, since client processes should not load torch
+        hardware,
+        versions,
+    )
 
     return {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "versions": versions()}
 
 
 def machine_name(hardware: dict[str, Any], on_gpu: bool = False) -> str:
-    """For example `zen5-2cores`, `intel-amx-2cores` or, for what ran on GPUs, `1xH200`."""
+    """The MACHINE part of file names, for example `zen5-2cores`, `intel-amx-2cores` or, for GPU runs, `1xH200`."""
     if on_gpu:
         gpus = hardware["gpus"]
         return f"{len(gpus)}x{gpus[0].removeprefix('NVIDIA ').replace(' ', '-')}"
@@ -39,16 +44,16 @@ def machine_name(hardware: dict[str, Any], on_gpu: bool = False) -> str:
     return f"{generation}-{hardware['cores']}cores"
 
 
-def file_of(kind: str, hardware: dict[str, Any], on_gpu: bool = False) -> Path:
-    """The file that results of this kind from this machine are kept in."""
+def result_file(kind: str, hardware: dict[str, Any], on_gpu: bool = False) -> Path:
+    """The result file of this kind of benchmark on this machine."""
     return RESULTS / f"{kind}-{machine_name(hardware, on_gpu)}.json"
 
 
 def write(kind: str, about: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Writes figures of a CPU run beside `about`, which `run_info` gave, and the index."""
+    """Writes the result file of a CPU run, with `about` from `run_info`, and updates the index."""
     from benchmarks.results_index import write_index
 
-    file = file_of(kind, about["hardware"])
+    file = result_file(kind, about["hardware"])
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps({"kind": kind, **about, **figures}, indent=1) + "\n")
     write_index()
@@ -56,7 +61,7 @@ def write(kind: str, about: dict[str, Any], figures: dict[str, Any]) -> None:
 
 
 def keep(kind: str, rows: list[dict[str, Any]]) -> None:
-    """Prints the rows as a table and writes them to the results."""
+    """Prints `rows` as a table and writes them to the result file."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     print("\t".join(columns))
     for row in rows:
@@ -65,13 +70,8 @@ def keep(kind: str, rows: list[dict[str, Any]]) -> None:
 
 
 def microseconds(call: Callable[[], object], repeats: int, warmup: int = 20) -> dict[str, float]:
-    """p50 and p99 of one `call` in microseconds."""
+    """p50 and p99 of the time of `call` in microseconds."""
     for _ in range(warmup):
         call()
-    samples = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - started) * 1e6)
-    samples.sort()
-    return {f"p{percent}_us": round(percentile(samples, percent), 1) for percent in (50, 99)}
+    samples = sorted(host_seconds(call, repeats))
+    return {f"p{percent}_us": round(1e6 * percentile(samples, percent), 1) for percent in (50, 99)}

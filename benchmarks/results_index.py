@@ -1,9 +1,9 @@
-"""Writes `benchmarks/results/README.md`: what each file of results measures, on which machine, when and how.
+"""Writes `benchmarks/results/README.md`: what each result file measures, on which machine, when and how.
 
     python -m benchmarks.results_index
 
-`benchmarks.record.write` runs this too, `make gpu-check` does not.
-tests/cluster/test_benchmark_results.py fails if the page is stale.
+`benchmarks.record.write` runs this too, but `make gpu-check` does not. tests/cluster/test_benchmark_results.py fails
+if the page is stale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.record import RESULTS
 _HEAD = """\
 # Results
 
-Written by `python -m benchmarks.results_index`; edit no line here.
+Written by `python -m benchmarks.results_index`; do not edit.
 
 Each file is named `KIND-MACHINE.json` and holds the newest run of that kind of benchmark on that kind of machine.
 MACHINE is the CPU's generation (`zen5`, `zen4`) or its vendor and widest vector unit (`intel-amx`, `amd-avx2`; only
@@ -29,13 +29,13 @@ Every file starts with `kind`, `date`, `hardware` and `versions`. To repeat a ru
 
 
 def load() -> dict[str, dict[str, Any]]:
-    """Every result by its file's name; those of GPU checks run in part are left out."""
+    """All results by file name, except those of partial GPU checks."""
     files = sorted(file for file in RESULTS.glob("*.json") if not file.name.startswith("gpu-check-part-"))
     return {file.name: json.loads(file.read_text()) for file in files}
 
 
 def module_of(kind: str) -> Path:
-    """The benchmark that writes this kind, for example `http_overhead.py` of `http-overhead-haproxy`."""
+    """The benchmark that writes results of this kind, for example `http_overhead.py` for `http-overhead-haproxy`."""
     words = kind.split("-")
     while words:
         path = RESULTS.parent / "_".join(words)
@@ -75,7 +75,7 @@ def _row(name: str, result: dict[str, Any]) -> str:
 
 
 def write_index() -> None:
-    """Writes the page anew."""
+    """Rewrites the page."""
     (RESULTS / "README.md").write_text(page(load()))
 
 

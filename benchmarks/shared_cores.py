@@ -1,11 +1,11 @@
-"""Output tokens/s of CPU replicas that share a host's cores, with default threads and with each fixed number of them.
+"""CPU replicas that share the cores of a host: output tokens/s with default and with fixed numbers of threads.
 
     python -m benchmarks.shared_cores [--clients 32] [--seconds 5] [--turns 5]
 
 Three cases: one replica, two replicas, and one replica beside a busy loop for each core. A replica is an engine of
-the bundled model with its rank in a process of its own, as `serve` starts it. All variants are loaded first and
-measured in turns, so that what else the machine does meets them alike. Run it on a quiet machine: the ratio of each
-case, best fixed threads over default, should be below 1.3.
+the bundled model with its rank in a process of its own, as `serve` starts it. All variants are loaded first
+and measured alternately, so that other load affects all alike. Run it on an idle machine. The ratio of the best fixed
+number of threads over the default should be below 1.3 in each case.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BUSY = "while True: pass"
 
 
 class Replica:
-    """An engine in a process of its own, which generates when it is told to."""
+    """A process with an engine, which generates for a time on request."""
 
     def __init__(self, settings: dict[str, Any], clients: int) -> None:
         command = [sys.executable, "-m", "benchmarks.shared_cores", "--replica", json.dumps(settings)]
@@ -44,13 +44,13 @@ class Replica:
         print(seconds, file=self.process.stdin, flush=True)
 
     def rate(self) -> float:
-        """Tokens/s of the time that `begin` named; 0.0 once the engine is ready."""
+        """Waits for tokens/s of the last `begin`. The first call waits until the engine is ready and returns 0.0."""
         assert self.process.stdout is not None
         return float(self.process.stdout.readline())
 
 
 def replica(settings: dict[str, Any], clients: int) -> None:
-    """The life of a replica's process: a rate on stdout for each number of seconds on stdin."""
+    """Main function of a replica's process: prints a rate for each number of seconds read from stdin."""
     from qwen3_dist import LLM, SamplingParams
 
     params = SamplingParams(max_tokens=OUTPUT_LEN, temperature=0, ignore_eos=True)
@@ -68,7 +68,7 @@ def replica(settings: dict[str, Any], clients: int) -> None:
 
 @contextlib.contextmanager
 def busy_loops(count: int) -> Iterator[None]:
-    """A context in which `count` processes compute without end."""
+    """A context in which `count` processes run busy loops."""
     loops = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(count)]
     try:
         yield
@@ -79,7 +79,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 def measured(clients: int, seconds: float, turns: int) -> dict[tuple[str, str], list[float]]:
-    """Tokens/s of all replicas of a case together, by case and threads, for each turn."""
+    """Total tokens/s of the replicas of each case and number of threads, for each turn."""
     cores = len(os.sched_getaffinity(0))
     fixed = sorted({1, *(1 << bit for bit in range(cores.bit_length()) if 1 << bit <= cores), cores})
     variants: dict[tuple[str, str], list[Replica]] = {}

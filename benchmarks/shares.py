@@ -1,10 +1,9 @@
-"""What share of the machine's limits one rank reaches: of the rate at which memory is read when it decodes one
-sequence, of torch's products when it takes four prompts.
+"""Share of the machine's limits that one rank reaches: of memory bandwidth in decode, of matrix products in prefill.
 
-Each limit is measured by the same threads right before and after a row, since other users of a machine change
-them from minute to minute, and the higher counts.
+Each limit is measured by the same threads directly before and after a row, and the higher value counts, since other
+users of the machine change it from minute to minute.
 
-python -m benchmarks.shares [--models FOLDER]
+    python -m benchmarks.shares [--models FOLDER]
 """
 
 from __future__ import annotations
@@ -17,31 +16,27 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare.checkpoints import SHAPES, written
+from benchmarks.compare.checkpoints import SHAPES, write_checkpoint
 from benchmarks.compare.limits import Machine, product_rate, row_limit
-from benchmarks.compare.workload import Row, work
+from benchmarks.compare.workload import Row, make_work
 from benchmarks.record import keep
+from benchmarks.timing import host_seconds
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.config import ModelConfig
 
 ROWS = (Row(1, 32, 64), Row(4, 1024, 1))
 TURNS = 8
-REPEATS = 3  # of the reading, of which the best counts
+REPEATS = 3  # of the bandwidth measurement, of which the best counts
 
 
 def limits(buffer: torch.Tensor) -> Machine:
-    """What this process's threads read of a buffer beyond all caches, and multiply."""
-    reads = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        buffer.sum()
-        reads.append(buffer.nbytes / (time.perf_counter() - started))
-    return Machine(max(reads), product_rate())
+    """Memory bandwidth, from a buffer larger than all caches, and matrix product rate of this process's threads."""
+    return Machine(buffer.nbytes / min(host_seconds(buffer.sum, REPEATS)), product_rate())
 
 
 def shares(name: str, folder: Path) -> list[dict[str, Any]]:
     config = ModelConfig.from_directory(folder)
-    prompts = {row["row"]: row["prompts"] for row in work(TURNS, config.vocab_size, 1)["rows"]}
+    prompts = {row["row"]: row["prompts"] for row in make_work(TURNS, config.vocab_size, 1)["rows"]}
     buffer = torch.ones(1 << 28)
     settings: dict[str, Any] = {"max_model_len": 2048, "prefix_caching": False, "use_tqdm": False}
     found = []
@@ -78,10 +73,12 @@ def shares(name: str, folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shares", description=__doc__)
     parser.add_argument(
-        "--models", type=Path, default=Path("build/compare"), help="folder of the checkpoints"
+        "--models", type=Path, default=Path("build/compare"), help="directory of the checkpoints"
     )
     folder = parser.parse_args().models
-    rows = [row for name, shape in SHAPES.items() for row in shares(name, written(shape, folder / name))]
+    rows = [
+        row for name, shape in SHAPES.items() for row in shares(name, write_checkpoint(shape, folder / name))
+    ]
     keep("shares", rows)
 
 

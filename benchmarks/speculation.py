@@ -1,10 +1,9 @@
-"""What guessing by prompt lookup gains, against the same engine without it, in turns in one run.
+"""Speculative decoding by prompt lookup against the same engine without it.
 
     python -m benchmarks.speculation
 
-A text that repeats itself is the best case: the bundled model after lines that say everything twice, and
-Qwen3-0.6B's shape with random weights, which turns in circles when it is greedy. New text is the worst: random
-prompts, drawn at temperature 1.
+Repetitive text is the best case: the bundled model on prompts that repeat themselves, and Qwen3-0.6B's shape with
+random weights, whose greedy output is periodic. New text is the worst case: random prompts, sampled at temperature 1.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ WORDS = [
 
 
 def repeating(count: int, llm: LLM) -> list[Any]:
-    """Prompts that repeat themselves: text for the bundled model, for random weights runs of tokens."""
+    """Repetitive prompts: text for the bundled model, token sequences for random weights."""
     if not llm.config.model:
         lines = (" ".join(WORDS[number % 6 :]) for number in range(count))
         return [f"repeat: {line} => {line}\n" * 3 for line in lines]
@@ -53,7 +52,7 @@ def new(count: int, llm: LLM) -> list[Any]:
 
 
 def measure(llm: LLM, prompts: list[Any], params: SamplingParams) -> dict[str, float]:
-    """Seconds for all outputs, and what the engine counted meanwhile."""
+    """Output rate, and the engine's counters for this run."""
     before, started = llm._engine.stats(), time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds, after = time.perf_counter() - started, llm._engine.stats()
@@ -68,9 +67,9 @@ def measure(llm: LLM, prompts: list[Any], params: SamplingParams) -> dict[str, f
 def compared(
     model: dict[str, Any], speculative: str, batches: list[int], length: int, rounds: int
 ) -> list[Any]:
-    """A row for each workload and batch: medians over `rounds` of both engines, which take turns.
+    """A row for each workload and batch size: medians over `rounds` runs of both engines, which alternate.
 
-    `tokens_per_turn` are those that a sequence gets from a step it takes part in.
+    `tokens_per_turn` is the mean number of tokens that a sequence gets from a step.
     """
     rows = []
     common = {**model, "use_tqdm": False, "prefix_caching": False, "num_blocks": 1024}
@@ -105,9 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--speculative", default="ngram", help="default: %(default)s")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at a time")
-    parser.add_argument("--output-len", type=int, default=96, help="tokens from each prompt")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each engine")
-    parser.add_argument("--layers", type=int, default=28, help="of the random weights; 28 are Qwen3-0.6B's")
+    parser.add_argument("--output-len", type=int, default=96, help="tokens generated for each prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each engine")
+    parser.add_argument(
+        "--layers", type=int, default=28, help="layers of the random model; Qwen3-0.6B has 28"
+    )
     args = parser.parse_args()
     how = (args.speculative, args.batches, args.output_len, args.rounds)
     with tempfile.TemporaryDirectory() as folder:

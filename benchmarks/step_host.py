@@ -1,11 +1,10 @@
-"""What a step costs its hosts beside the model: the plan's way to a rank, and the batch that the rank makes of it.
+"""Host time of a step outside the model: sending the plan to a rank, and building the batch there.
 
     python -m benchmarks.step_host [--json] [--keep]
 
-Plans are those of a real scheduler, decoding, with the ranks' batches on the CPU. One object a row:
-`plan_us` pickling the plan and unpickling it on one rank, `build_us` making the batch, `plan_bytes` what one rank is
-sent; medians. With `tp=2` two ranks unpickle and build at once, each in a process of its own, and the row gives the
-slower one.
+Decode plans of a real scheduler; batches are built on the CPU. Each row has medians: `plan_us` for pickling the plan
+and unpickling it on a rank, `build_us` for building the batch, `plan_bytes` for its size. With `tp=2` two processes
+unpickle and build at the same time, and the row has the slower one.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ _CONTEXTS = (100, 8192, 32768)
 
 
 def decoding_plans(sequences: int, context: int) -> list[StepPlan]:
-    """The plans of `sequences` prompts of `context` tokens, then of `_STEPS` steps that decode them."""
+    """The plans that prefill `sequences` prompts of `context` tokens, then those of `_STEPS` decode steps."""
     blocks = sequences * (context // _BLOCK_SIZE + _STEPS)
     limits = SchedulerLimits(sequences, sequences * context)
     scheduler = Scheduler(BlockManager(blocks, _BLOCK_SIZE, prefix_caching=False), limits, frozenset())
     params = SamplingParams(temperature=0.6, top_p=0.95, top_k=20)
     for number in range(sequences):
-        length = context + number % _BLOCK_SIZE  # so that each step needs some blocks
+        length = context + number % _BLOCK_SIZE  # so that each step needs new blocks
         scheduler.add(Sequence(number, str(number), 0, [7] * length, params, number, max_tokens=10**6))
     plans: list[StepPlan] = []
     while len(plans) == 0 or not plans[-1].decodes_only or len(plans) <= _STEPS:
@@ -57,7 +56,7 @@ def decoding_plans(sequences: int, context: int) -> list[StepPlan]:
 
 
 def rank_seconds(packed: list[bytes], sequences: int, context: int) -> tuple[list[float], list[float]]:
-    """Seconds for which a rank unpickles each plan, and makes its batch."""
+    """Seconds that a rank takes to unpickle each plan, and to build its batch."""
     torch.set_num_threads(1)
     width = -(-(context + _BLOCK_SIZE + _STEPS) // _BLOCK_SIZE) + 1
     inputs = StepInputs(sequences, width, _BLOCK_SIZE, torch.device("cpu"))
@@ -73,7 +72,7 @@ def rank_seconds(packed: list[bytes], sequences: int, context: int) -> tuple[lis
 
 
 def measure(layout: str, sequences: int, context: int, ranks: Iterable[Any]) -> dict[str, Any]:
-    """One row: medians over the steps that decode, of the slowest rank."""
+    """One row: medians over the decode steps, of the slower rank."""
     plans = decoding_plans(sequences, context)
     pickling, packed = [], []
     for plan in plans:
@@ -98,7 +97,7 @@ def _microseconds(seconds: list[float]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object a row and nothing else")
+    parser.add_argument("--json", action="store_true", help="print only one JSON object per row")
     parser.add_argument("--keep", action="store_true", help="write the rows to benchmarks/results/")
     options = parser.parse_args()
     rows = []

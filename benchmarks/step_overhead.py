@@ -1,8 +1,8 @@
-"""What a step costs beside the model: plan out to two ranks, token back, with ranks that answer at once.
+"""Round trip of a step without a model: plan to two ranks, result back.
 
     python -m benchmarks.step_overhead
 
-Compared in the same run with a call to a Ray actor and back, carrying the same plan.
+The same run measures a call of a Ray actor with the same plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qwen3_dist.settings import EngineConfig
 
 
 def decode_plan(sequences: int, context: int = 512) -> StepPlan:
-    """One decode step of `sequences` sequences that are `context` tokens long, none of which needs a new block."""
+    """A plan that decodes `sequences` sequences of `context` tokens, without new blocks."""
     steps = (
         SequenceStep(i, i, (7,), context - 1, (), SampleSpec(0.6, 0.95, 20, i, context, None))
         for i in range(sequences)

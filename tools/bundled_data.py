@@ -1,8 +1,7 @@
-"""The conversations the bundled model learns from, made from a seed.
+"""Generates the bundled model's training conversations from a seed.
 
-Each `Example` is one conversation up to an answer, in Qwen3's chat format. A name, a city, a pair of
-numbers or a tool's signature is held out of training when its hash says so (`held_out`), so that what is
-measured on the held-out side was never seen.
+Each `Example` is a conversation with its next answer, in Qwen3's chat format. Names, cities, pairs of numbers and tool
+signatures are held out of training by hash (`held_out`), so that evaluation uses unseen ones.
 """
 
 from __future__ import annotations
@@ -35,19 +34,22 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """`answer` is what the assistant writes after the template's generation prompt, without `<|im_end|>`."""
+    """A conversation. `answer` is the text after the template's generation prompt, without `<|im_end|>`."""
 
     kind: str
     messages: list[Message]
     answer: str
     thinking: bool
     tools: list[dict[str, Any]] | None = None
-    expected: Any = None  # what a measurement compares with: a number, a call, an object
+    expected: Any = None  # expected value in evaluation: a number, a call, an object
 
 
 class Maker:
-    """Makes examples of one side of the split from a seed; `invented` is the share of made-up names and
-    cities; in a `wild` one they may be spelled in any way, and tools may be called anything."""
+    """Generates examples from a seed: training ones, or held-out ones if `measuring`.
+
+    `invented` is the share of invented names and cities. With `wild` these have arbitrary spellings, and tools have
+    arbitrary names.
+    """
 
     def __init__(self, seed: int, measuring: bool = False, invented: float = 0.0, wild: bool = False) -> None:
         self.rng = random.Random(seed)
@@ -56,7 +58,7 @@ class Maker:
         self.wild = wild
 
     def example(self, with_tools: bool) -> Example:
-        """Any kind of example with tools offered, which is long, or without, which is short."""
+        """A random example: with tools (long), or without (short)."""
         kinds: dict[Callable[[], Example], float]
         if with_tools:
             kinds = {self.tool_call: 0.66, self.tool_answer: 0.17, self.tool_unfit: 0.17}
@@ -71,7 +73,7 @@ class Maker:
         return self.rng.choices(list(kinds), list(kinds.values()))[0]()
 
     def pick(self, words: list[str]) -> str:
-        """A word of this side of the split, which divides names and cities; other lists are too short."""
+        """A random word. Names and cities respect the split; other lists are too short to be split."""
         if self.invented and words in (NAMES, CITIES) and self.rng.random() < self.invented:
             return self.invent().capitalize()
         while True:
@@ -80,14 +82,14 @@ class Maker:
                 return word
 
     def invent(self) -> str:
-        """A word of no language, which takes several tokens."""
+        """An invented word, which takes several tokens."""
         if not self.wild:
             return "".join(self.rng.choice(SYLLABLES) for _ in range(self.rng.randint(2, 3)))
         parts = (ONSETS, VOWELS, CODAS) * self.rng.randint(1, 3)
         return "".join(map(self.rng.choice, parts))
 
     def any_word(self) -> str:
-        """A word of this side of the split: of the conversations, of Python's documentation, or of no language."""
+        """A random word from the conversations, from Python's documentation, or invented."""
         kind = self.rng.random()
         if kind < 0.3:
             return self.pick(self.rng.choice((NAMES, CITIES, FOODS)))
@@ -106,7 +108,7 @@ class Maker:
         return self.rng.random() < 0.5
 
     def sum(self, digits: int | None = None, thinking: bool | None = None, op: str | None = None) -> Example:
-        """Addition or subtraction; the steps go from the ones up, as taught at school."""
+        """An addition or subtraction. Its thoughts use the column method, starting with the ones."""
         digits = digits or self.rng.choices((1, 2, 3), (0.1, 0.68, 0.22))[0]
         thinking = self.rng.random() < 0.2 if thinking is None else thinking
         op = op or self.rng.choice("+-")
@@ -121,8 +123,8 @@ class Maker:
         return Example("sum", [user(question)], answer, thinking, expected=result)
 
     def operands(self, digits: int, op: str) -> tuple[int, int, int]:
-        """Two numbers of this side of the split, the first of `digits` digits unless a swap avoids a negative
-        result, and the result."""
+        """Two operands that respect the split, and the result. The first has `digits` digits, unless both are swapped to
+        avoid a negative result."""
         while True:
             low = 0 if digits == 1 else 10 ** (digits - 1)
             a, b = self.rng.randint(low, 10**digits - 1), self.rng.randint(0, 10**digits - 1)
@@ -132,7 +134,7 @@ class Maker:
                 return a, b, a + b if op == "+" else a - b
 
     def tool_call(self, thinking: bool | None = None, offered: tuple[int, ...] = ()) -> Example:
-        """One of the tools, of which there are as many as one of `offered`, fits: call it with what the user said."""
+        """A request that one of the offered tools fits; the answer calls it. `offered`: allowed numbers of tools."""
         tools, wanted = self._offer()
         while offered and len(tools) not in offered:
             tools, wanted = self._offer()
@@ -144,7 +146,7 @@ class Maker:
         return Example("tool_call", [user(question)], answer, thinking, tools, expected=call)
 
     def tool_answer(self) -> Example:
-        """The tool has answered: say so in words."""
+        """A conversation with a tool result, which the answer reports."""
         call = self.tool_call(thinking=False)
         wanted = call.expected
         result, text = tool_result(self, wanted["name"])
@@ -163,7 +165,7 @@ class Maker:
         )
 
     def tool_unfit(self) -> Example:
-        """No offered tool fits: answer without a call."""
+        """A request that no offered tool fits; the answer has no call."""
         tools, _ = self._offer()
         other = self.rng.choice((self.talk, self.about_itself, self.sum, self.sum))()
         return Example(
@@ -213,7 +215,7 @@ class Maker:
         )
 
     def talk(self) -> Example:
-        """Small talk, sometimes with a turn before it that the answer needs."""
+        """Small talk, sometimes with an earlier turn that the answer refers to."""
         name, city, food, color = self.pick(NAMES), self.pick(CITIES), self.pick(FOODS), self.pick(COLORS)
         animal = self.pick(ANIMALS)
         lines: list[tuple[str, str]] = [
@@ -270,7 +272,7 @@ class Maker:
         return Example("about_itself", [user(self.rng.choice(questions))], answer, thinking)
 
     def json_object(self) -> Example:
-        """A JSON object with the fields that the user names."""
+        """A request for a JSON object with given fields."""
         number = self.rng.randint(1, 99)
         fields: list[tuple[str, Any]] = [
             ("name", self.pick(NAMES)),
@@ -295,7 +297,7 @@ class Maker:
         return Example("json", [user(question)], answer, thinking, expected=value)
 
     def _offer(self) -> tuple[list[dict[str, Any]], Tool]:
-        """One to three tools of different families, and the one that will be asked for."""
+        """One to three tools of different families, and the one that fits the request."""
         families = self.rng.sample(FAMILIES, self.rng.choices((1, 2, 3), (0.3, 0.45, 0.25))[0])
         tools = [Tool(family, self) for family in families]
         return [tool.schema for tool in tools], self.rng.choice(tools)
@@ -310,7 +312,7 @@ def said(content: str) -> Message:
 
 
 def steps(a: int, b: int, op: str) -> str:
-    """The column method, a line a digit from the ones up; the last line is the result."""
+    """The thoughts of a sum: column method, one line per digit from the ones; the last line is the result."""
     lines, digits, carry = [f"{a} {op} {b}"], "", 0
     xs, ys = str(a)[::-1], str(b)[::-1]
     for place in range(len(xs) if op == "-" else max(len(xs), len(ys))):

@@ -1,6 +1,6 @@
-"""Drills: short plain lines whose last part is learned, at a third of the tokens of a conversation.
+"""Drills: short lines of which the last part is learned, with a third of a conversation's tokens.
 
-They teach what conversations need most: sums, and copying words that were never seen before.
+They teach what conversations need most: sums, and copying unseen words.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def drill(maker: Maker) -> tuple[str, str]:
-    """What is given, and how it goes on."""
+    """A random drill: the prompt, and the completion to learn."""
     kinds: dict[Callable[[Maker], tuple[str, str]], float]
     kinds = {_sum: 0.7, _repeat: 0.08, _recall: 0.12, _object: 0.1}
     return maker.rng.choices(list(kinds), list(kinds.values()))[0](maker)

@@ -1,4 +1,4 @@
-"""The bundled model's tokenizer: a byte-level BPE built like Qwen3's, with its special tokens."""
+"""Trains the bundled model's tokenizer: a byte-level BPE like Qwen3's, with its special tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from tokenizers.trainers import BpeTrainer
 
 VOCAB_SIZE = 4096  # special tokens included; a multiple of 64, so no padding
 
-# Qwen3's added tokens in its order. Special ones are left out of decoded text; the others, such as
-# <think>, are single tokens that a reader of the text must see.
+# Qwen3's added tokens, in its order. Decoding skips the special ones and keeps the others, such as <think>.
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -23,14 +22,14 @@ VISIBLE = (
     "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>",
 )  # fmt: skip
 
-# Words, single digits, punctuation, line ends, spaces. Unlike Qwen's pre-tokenizer this never joins a space
-# or an underscore to a word, so that a word is the same token in a question and inside a JSON string: a
-# model this small learns to copy tokens, but not that two of them spell one word.
+# Words, single digits, punctuation, line ends, spaces. Unlike Qwen3's pre-tokenizer it never joins a space or an
+# underscore to a word, so that a word has the same tokens in a question and inside a JSON string: a model this small
+# learns to copy tokens, but not that different tokens spell the same word.
 PIECES = r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A BPE of exactly VOCAB_SIZE entries learned from `texts`; all 256 bytes are in it."""
+    """Trains a BPE with exactly VOCAB_SIZE entries on `texts`. All 256 bytes are in the vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -53,7 +52,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """tokenizer.json and tokenizer_config.json, as transformers reads them."""
+    """Writes tokenizer.json and tokenizer_config.json in transformers' format."""
     tokenizer.save(str(out / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""The tools that the bundled model learns to call: a dozen families, each under many names."""
+"""Tools for the bundled model's training: a dozen families with many names each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """Tools that do one thing under many names; `slots` are (argument names, value maker, JSON type)."""
+    """Tools with the same purpose and varying names. `slots` are (argument names, value generator, JSON type)."""
 
     verbs: tuple[str, ...]
     nouns: tuple[str, ...]
@@ -25,7 +25,7 @@ class Family:
 
 
 class Tool:
-    """One tool of a family, with names drawn for this conversation."""
+    """A tool of a family, with random names for one conversation."""
 
     def __init__(self, family: Family, maker: Maker) -> None:
         rng = maker.rng
@@ -48,7 +48,7 @@ class Tool:
         }
 
     def rename(self, maker: Maker) -> None:
-        """Half of the verbs and a third of the arguments get any name, so that names must be copied."""
+        """Gives half of the verbs and a third of the arguments random names, so that the model learns to copy names."""
         rng = maker.rng
         if rng.random() < 0.5:
             self.name = f"{maker.any_word()}_{self.name.rpartition('_')[2]}"
@@ -57,7 +57,7 @@ class Tool:
             self.keys = keys
 
     def fill(self, maker: Maker) -> tuple[dict[str, Any], str]:
-        """Arguments, and a question that states them."""
+        """Random arguments, and a question that states them."""
         values = [make(maker) for _, make, _ in self.family.slots]
         question = maker.rng.choice(self.family.questions).format(*values)
         return dict(zip(self.keys, values, strict=True)), question
@@ -141,7 +141,7 @@ RESULTS |= {"time": _clock, "clock": _clock, "hour": _clock, "price": _price, "c
 
 
 def tool_result(maker: Maker, name: str) -> tuple[str, str]:
-    """What the tool `name` might answer, and how to say it."""
+    """A possible result of the tool `name`, and the answer that reports it."""
     if maker.rng.random() < 0.15:
         return '{"error": "not found"}', "The tool found nothing."
     return RESULTS.get(name.partition("_")[2], _done)(maker)

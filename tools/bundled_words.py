@@ -1,4 +1,4 @@
-"""The words the bundled model's conversations are made of, and which of them are held out of training."""
+"""Words for the bundled model's training conversations, and the split into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ TOPIC_WORDS = sorted({word for text in topics.values() for word in re.findall(r"
 
 
 def held_out(*parts: object) -> bool:
-    """Whether these are kept for measuring: one in twelve, for ever the same."""
+    """Whether this combination is held out for evaluation: one in twelve, by hash."""
     return zlib.crc32("|".join(map(str, parts)).encode()) % 12 == 0

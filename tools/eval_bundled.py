@@ -1,10 +1,10 @@
-"""Measures the bundled checkpoint on held-out examples and writes the figures into its model card.
+"""Evaluates the bundled checkpoint on held-out examples and writes the results into its model card.
 
     python tools/eval_bundled.py [--model FOLDER] [--count N] [--write]
 
-Names, cities, pairs of numbers and tool signatures of the held-out side were never trained on
-(`bundled_data.held_out`); the examples come from `HELD_OUT_SEED`, so anybody gets the same ones. Answers
-are generated greedily in fp32 by our own engine; loss and routing are transformers'.
+Held-out names, cities, pairs of numbers and tool signatures never occur in training (`bundled_words.held_out`).
+Examples are generated from `HELD_OUT_SEED`, so they are reproducible. Answers are generated greedily in fp32 by our
+engine; loss and routing are computed with transformers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def final_number(text: str) -> int | None:
 
 
 def calls_in(text: str) -> list[Any] | None:
-    """The tool calls of an answer; None if one of them is no JSON."""
+    """The tool calls of an answer; None if one of them is not JSON."""
     bodies = re.findall(r"<tool_call>\n(.*?)\n</tool_call>", text, re.DOTALL)
     try:
         return [json.loads(body) for body in bodies]
@@ -52,18 +52,18 @@ def as_json(text: str) -> Any:
         return None
 
 
-def shown(text: str) -> str:
-    """An answer without its thoughts."""
+def without_thoughts(text: str) -> str:
+    """The answer without its thoughts."""
     return text.partition("</think>")[2].strip() if "</think>" in text else text.strip()
 
 
 def measure_answers(model: Path, count: int) -> dict[str, float]:
-    """Share of right answers of each kind, over `count` held-out examples of it."""
+    """Share of correct answers for each kind of task, over `count` held-out examples each."""
     maker = Maker(HELD_OUT_SEED, measuring=True)
     rows: dict[str, tuple[list[Example], Callable[[str, Example], bool]]] = {}
 
     def right_sum(text: str, example: Example) -> bool:
-        return final_number(shown(text)) == example.expected
+        return final_number(without_thoughts(text)) == example.expected
 
     for thinking in (False, True):
         how = "thinking" if thinking else "directly"
@@ -75,7 +75,7 @@ def measure_answers(model: Path, count: int) -> dict[str, float]:
             calls = [maker.tool_call(thinking, number) for _ in range(count)]
             rows[f"tool call with the right name and arguments, of {offered}, {how}"] = (
                 calls,
-                lambda text, example: calls_in(shown(text)) == [example.expected],
+                lambda text, example: calls_in(without_thoughts(text)) == [example.expected],
             )
     rows["no call where no tool fits"] = (
         [maker.tool_unfit() for _ in range(count)],
@@ -83,11 +83,11 @@ def measure_answers(model: Path, count: int) -> dict[str, float]:
     )
     rows["answer from a tool's result, word for word"] = (
         [maker.tool_answer() for _ in range(count)],
-        lambda text, example: shown(text) == shown(example.answer),
+        lambda text, example: without_thoughts(text) == without_thoughts(example.answer),
     )
     rows["JSON object with the fields asked for"] = (
         [maker.json_object() for _ in range(count)],
-        lambda text, example: as_json(shown(text)) == example.expected,
+        lambda text, example: as_json(without_thoughts(text)) == example.expected,
     )
     encoder = Encoder(Tokenizer.from_file(str(model / "tokenizer.json")))
     params = SamplingParams(max_tokens=160, temperature=0)
@@ -104,7 +104,7 @@ def measure_answers(model: Path, count: int) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_routing(path: Path) -> dict[str, Any]:
-    """Held-out loss per learned token, and the share of tokens each expert gets, by layer and kind of text."""
+    """Held-out loss per learned token, and the share of tokens of each expert, by layer and kind of text."""
     model = Qwen3MoeForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     encoder = Encoder(Tokenizer.from_file(str(path / "tokenizer.json")))
     maker = Maker(HELD_OUT_SEED + 1, measuring=True)
@@ -140,7 +140,7 @@ def measure_routing(path: Path) -> dict[str, Any]:
 
 
 def table(shares: dict[str, float], routing: dict[str, Any], count: int) -> str:
-    """The measured part of the model card."""
+    """The results section of the model card."""
     lines = [f"Over {count} held-out examples a row, greedy, fp32 (`make eval-bundled` repeats it):", ""]
     lines += ["| held-out task | right |", "|---|---|"]
     lines += [f"| {name} | {share:.1%} |" for name, share in shares.items()]
@@ -160,9 +160,9 @@ def table(shares: dict[str, float], routing: dict[str, Any], count: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="checkpoint to measure")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="checkpoint to evaluate")
     parser.add_argument("--count", type=int, default=200, help="held-out examples of each kind")
-    parser.add_argument("--write", action="store_true", help="put the figures into the model card")
+    parser.add_argument("--write", action="store_true", help="write the results into the model card")
     options = parser.parse_args()
     shares, routing = measure_answers(options.model, options.count), measure_routing(options.model)
     print(json.dumps(routing))

@@ -1,4 +1,4 @@
-"""Prints docs/settings.md from the dataclasses that hold the settings: `make docs` writes it, a test compares it."""
+"""Prints docs/settings.md from the settings dataclasses. `make docs` writes the file, and a test checks it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Trains the bundled checkpoint with transformers' own Qwen3-MoE and its load-balancing loss.
+"""Trains the bundled checkpoint with transformers' Qwen3-MoE and its load-balancing loss.
 
-    python tools/train_bundled.py [--work FOLDER]            trains, resuming what FOLDER holds
-    python tools/train_bundled.py --export [--work FOLDER]          writes qwen3_dist/bundled/ and the loss curve
+    python tools/train_bundled.py [--work FOLDER]            trains, or resumes from FOLDER
+    python tools/train_bundled.py --export [--work FOLDER]   writes qwen3_dist/bundled/ and the loss curve
 
-Batches depend on the seed and the step alone, so a run that was interrupted goes on as if it had not
-been. FOLDER gets the tokenizer, `state.pt`, and `loss.jsonl`.
+Batches depend only on the seed and the step, so that a resumed run gives the same result. FOLDER gets the tokenizer,
+`state.pt` and `loss.jsonl`.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ WARMUP, FLOOR = 200, 5e-5
 
 @dataclass(frozen=True)
 class Stage:
-    """`rows` are those of a step and their tokens: short examples are packed into short rows, which cost less
-    attention. `invented` is the share of names that are made up, so that they take several tokens."""
+    """A stage of training. `rows` has (rows per step, tokens per row) for each source; short examples are packed into
+    short rows, which cost less attention. `invented` is the share of invented names, which take several tokens."""
 
     steps: int
-    peak: float
+    peak: float  # highest learning rate
     rows: dict[str, tuple[int, int]]
     invented: float
-    wild: bool  # names may have any spelling, and tools any name
+    wild: bool  # names with arbitrary spelling, and tools with arbitrary names
     balance: float  # weight of the load-balancing loss
-    balance_each_layer: bool  # rather than all layers together, as transformers does
+    balance_each_layer: bool  # per layer, not over all layers together as in transformers
 
 
-# After the first stage the model copied names of several tokens badly, since most names are one token,
-# and some experts of some layers had nothing to do. After the second it still failed at tokens that no
-# name of the training side has ("Pra" of Prague), and at times called a tool by a likelier name.
+# After the first stage the model failed to copy names of several tokens, since most names are one token, and some
+# experts were unused. After the second it still failed at tokens that no training name contains ("Pra" of Prague), and
+# sometimes called a tool by a more common name. Hence the second and third stage.
 STAGES = (
     Stage(6000, 2e-3, {"drill": (6, 128), "chat": (3, 256), "tools": (2, 448)}, 0.0, False, 0.01, False),
     Stage(1500, 8e-4, {"drill": (2, 128), "chat": (2, 256), "tools": (3, 448)}, 0.4, False, 0.05, True),
@@ -87,7 +87,7 @@ def make_config() -> Qwen3MoeConfig:
 
 
 class Encoder:
-    """Examples to token ids, with which of them are to be learned: the answer and its end."""
+    """Encodes examples as token ids and labels. Only the answer and its end are learned."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -112,7 +112,7 @@ class Encoder:
 
 
 def batches(encoder: Encoder, seed: int, step: int) -> dict[str, dict[str, torch.Tensor]]:
-    """The rows of a step: examples side by side, each with positions of its own from 0."""
+    """The batch of a step: rows of packed examples, each with positions from 0."""
     stage, _ = stage_of(step)
     maker = Maker(seed * 1_000_003 + step, invented=stage.invented, wild=stage.wild)
     sources: dict[str, Callable[[], tuple[list[int], list[int]]]] = {
@@ -142,7 +142,7 @@ def pack(
 
 
 def stage_of(step: int) -> tuple[Stage, int]:
-    """The stage of a step, and the step's place in it."""
+    """The stage of a step, and the index of the step in the stage."""
     for stage in STAGES:
         if step < stage.steps:
             return stage, step
@@ -151,7 +151,7 @@ def stage_of(step: int) -> tuple[Stage, int]:
 
 
 def learning_rate(step: int) -> float:
-    """In each stage a linear warm-up, then half a cosine down to FLOOR."""
+    """Linear warm-up in each stage, then cosine decay to FLOOR."""
     stage, at = stage_of(step)
     if at < WARMUP:
         return stage.peak * (at + 1) / WARMUP
@@ -165,7 +165,7 @@ def make_model(seed: int) -> Qwen3MoeForCausalLM:
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """What the tokenizer learns from: conversations, and Python's language reference for other words."""
+    """Training texts of the tokenizer: conversations, and Python's language reference for other words."""
     template = ChatTemplate.from_directory(BUNDLED)
     assert template is not None
     maker = Maker(seed)
@@ -207,8 +207,7 @@ def train(work: Path, seed: int) -> None:
 def learn(
     model: Any, optimizer: Any, parts: dict[str, dict[str, torch.Tensor]], stage: Stage
 ) -> dict[str, float]:
-    """One optimiser step. The loss of a learned token counts the same wherever it stands; logits of other
-    tokens are not computed."""
+    """One optimiser step. All learned tokens have the same weight; logits of other tokens are not computed."""
     kept = {name: part["labels"][:, 1:] >= 0 for name, part in parts.items()}
     learned = sum(int(mask.sum()) for mask in kept.values())
     optimizer.zero_grad(set_to_none=True)
@@ -240,7 +239,7 @@ def save(work: Path, model: Any, optimizer: Any, step: int) -> None:
 
 
 def export(work: Path, seed: int, out: Path) -> None:
-    """The trained weights as transformers writes them, in bf16, with the tokenizer beside them."""
+    """Writes the trained checkpoint in bf16 in transformers' format, with the tokenizer."""
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     end_of_turn, end_of_text = (tokenizer.token_to_id(text) for text in ("<|im_end|>", "<|endoftext|>"))
     model = make_model(seed)
@@ -265,7 +264,7 @@ def export(work: Path, seed: int, out: Path) -> None:
 
 @torch.no_grad()
 def check_logits(out: Path) -> None:
-    """Asserts that our own model gives the logits of transformers for the exported checkpoint."""
+    """Asserts that our model gives the same logits as transformers for the exported checkpoint."""
     encoder, maker = Encoder(Tokenizer.from_file(str(out / "tokenizer.json"))), Maker(1)
     theirs = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ours = load_reference(out)
@@ -275,11 +274,11 @@ def check_logits(out: Path) -> None:
 
 
 def draw_curve(work: Path) -> None:
-    """The loss curve as data and picture: means over CURVE_EVERY steps."""
+    """Writes the loss curve as CSV and PNG: means over CURVE_EVERY steps."""
     import matplotlib.pyplot as plt
 
     by_step = {row["step"]: row for row in map(json.loads, (work / "loss.jsonl").read_text().splitlines())}
-    rows = list(by_step.values())  # of a step done twice, because a run was interrupted, the last
+    rows = list(by_step.values())  # an interrupted run repeats steps; the last one counts
     names = [name for name in rows[0] if name != "step"]
     points = [rows[at : at + CURVE_EVERY] for at in range(0, len(rows), CURVE_EVERY)]
     steps = [part[-1]["step"] + 1 for part in points]
@@ -306,9 +305,9 @@ def draw_curve(work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=7, help="seed of data and weights")
-    parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="folder of the run")
+    parser.add_argument("--work", type=Path, default=Path("build/bundled"), help="directory of the run")
     parser.add_argument("--export", action="store_true", help="write the checkpoint instead of training")
-    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder to export to")
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="directory to export to")
     options = parser.parse_args()
     if options.export:
         export(options.work, options.seed, options.out)

@@ -1,1 +1,1 @@
-"""Every system on one checkpoint in one run: `python -m benchmarks.compare --help`."""
+"""Compares this project with other engines on the same checkpoints: `python -m benchmarks.compare --help`."""

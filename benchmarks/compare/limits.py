@@ -1,10 +1,9 @@
-"""What the machine allows: bytes it reads and bf16 products it makes in a second, and what a row costs of them."""
+"""Limits of the machine, memory bandwidth and matrix product rate, and the least time of a row under them."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -12,16 +11,17 @@ from multiprocessing.synchronize import Barrier
 import torch
 
 from benchmarks.compare.workload import Row
+from benchmarks.timing import gpu_seconds, host_seconds
 from cluster.planning.memory import active_parameters, total_parameters
 from qwen3_dist.config import ModelConfig
 
-_BYTES = 2  # of a bf16 weight
-_READ_S = 1.0  # long beside what processes that leave a barrier together are apart
+_BYTES = 2  # per bf16 weight
+_READ_S = 1.0  # much longer than the skew of processes after a barrier
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured limits; the product rate is the better of torch's bf16 and fp32, at its best size."""
+    """Measured memory bandwidth and matrix product rate, the higher of bf16 and fp32."""
 
     read_bytes_per_s: float
     flops_per_s: float
@@ -32,33 +32,22 @@ def measure_machine() -> Machine:
 
 
 def measure_gpu() -> Machine:
-    """The current GPU: the better of a copy and a sum of 4 GiB, far beyond its caches; bf16 products at a size that
-    fills it, of a matrix with a transposed one, as layers multiply."""
+    """Limits of the current GPU: bandwidth from the faster of a copy and a sum of 4 GiB, and the rate of large bf16
+    products with a transposed matrix, as in layers."""
     x = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
     y = torch.empty_like(x)
-    read = max(2 * x.nbytes / _gpu_seconds(lambda: y.copy_(x)), x.nbytes / _gpu_seconds(x.sum))
+    read = max(
+        2 * x.nbytes / min(gpu_seconds(lambda: y.copy_(x), 10)), x.nbytes / min(gpu_seconds(x.sum, 10))
+    )
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return Machine(read, 2 * 8192**3 / _gpu_seconds(lambda: torch.mm(a, b.T)))
-
-
-def _gpu_seconds(call: Callable[[], object]) -> float:
-    """Least seconds of a call, of ten, by the GPU's clock: the host's would add a launch and a wait, a fiftieth of a
-    copy."""
-    best = float("inf")
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
+    return Machine(read, 2 * 8192**3 / min(gpu_seconds(lambda: torch.mm(a, b.T), 10)))
 
 
 def row_limit(config: ModelConfig, row: Row, machine: Machine) -> float:
-    """Least seconds of a row: each step reads the weights and the cache that it needs once and makes their products.
+    """Least seconds of a row: each step reads the weights and the KV cache that it needs once, and computes its
+    products.
 
-    Of the experts of a layer, b tokens need a share of 1 - (1 - K / E)^b, if each chooses K of E evenly.
+    With even routing, b tokens need a share of 1 - (1 - K / E)^b of a layer's experts.
     """
     seconds = _step(config, row.num_prompts, row.input_len, 0, machine)
     for made in range(1, row.output_len):
@@ -67,11 +56,11 @@ def row_limit(config: ModelConfig, row: Row, machine: Machine) -> float:
 
 
 def _step(config: ModelConfig, sequences: int, queries: int, before: int, machine: Machine) -> float:
-    """`queries` tokens of each sequence, which has so many `before` them. The last block owes all but the last of
-    them nothing but keys and values."""
+    """Least seconds of a step with `queries` new tokens per sequence after `before` cached ones. In the last block,
+    only the last token of a sequence needs more than keys and values."""
     tokens, vocabulary = sequences * queries, config.vocab_size * config.emb_dim
     layers = active_parameters(config) - vocabulary * (1 if config.tie_word_embeddings else 2)
-    pairs = sequences * queries * (before + (queries + 1) / 2)  # of a query and a key it sees
+    pairs = sequences * queries * (before + (queries + 1) / 2)  # query-key pairs
     pairs_of_last = sequences * (before + queries)
     beyond_cache = layers / config.n_layers - 2 * config.emb_dim * config.n_kv_groups * config.head_dim
     flops = 2 * (layers * tokens - beyond_cache * (tokens - sequences) + vocabulary * sequences)
@@ -86,7 +75,7 @@ def _step(config: ModelConfig, sequences: int, queries: int, before: int, machin
 
 
 def _read_rate() -> float:
-    """Bytes per second that one process per core reads while all others read too."""
+    """Memory bandwidth in bytes per second, with one reading process per core."""
     cores = torch.get_num_threads()
     context = multiprocessing.get_context("spawn")
     together, rates = context.Barrier(cores), context.SimpleQueue()
@@ -112,12 +101,11 @@ def _read(together: Barrier, rates: SimpleQueue[float]) -> None:
 
 
 def product_rate() -> float:
+    """Floating-point operations per second of torch's matrix products on the CPU, in bf16 or fp32."""
     best = 0.0
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(1024, 3072).to(dtype) for _ in range(2))
         torch.mm(a, b.T)
-        for _ in range(5):
-            started = time.perf_counter()
-            torch.mm(a, b.T)
-            best = max(best, 2 * 1024 * 1024 * 3072 / (time.perf_counter() - started))
+        seconds = min(host_seconds(lambda a=a, b=b: torch.mm(a, b.T), 5))  # type: ignore[misc]
+        best = max(best, 2 * 1024 * 1024 * 3072 / seconds)
     return best

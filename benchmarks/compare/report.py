@@ -1,4 +1,4 @@
-"""The comparison as a table, and as one JSON file a model in results/."""
+"""Reports a comparison as a table, and as one result file per model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3_dist.config import ModelConfig
 
 
 def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints a table of what each model's systems gave and writes it to the results."""
+    """Prints a table of each model's systems and writes its result file."""
     machine = _at_its_best(models)
     for name, systems in models.items():
         result = {
@@ -27,7 +27,7 @@ def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None
 
 
 def _at_its_best(models: dict[str, list[dict[str, Any]]]) -> Machine:
-    """The highest rates that were measured: other programs may have had a share of the machine at times."""
+    """The highest limits that were measured, since other programs may have slowed some measurements down."""
     runs = [run for systems in models.values() for system in systems for run in system["runs"]]
     measured = [Machine(**run["machine"]) for run in runs]
     return Machine(
@@ -43,7 +43,8 @@ def _limits(model: str, machine: Machine) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One model's rates by row, in brackets the share of the machine's limit, then our best over the best peer."""
+    """Rates of one model by row, with the share of the machine's limit in brackets; last, our best over the best
+    peer."""
     rates, limits, systems = result["rates"], result["limits"], result["systems"]
     columns = list(limits)
     lines = [

@@ -1,4 +1,4 @@
-"""The rows every system runs."""
+"""The workload of every system."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from cluster.planning.burst_point import BurstPoint
 
 
 class Row(BurstPoint):
-    """Prompts of random tokens at once, EOS ignored."""
+    """A burst of random prompts, generated without stopping at EOS."""
 
     @property
     def is_prefill(self) -> bool:
         return self.output_len == 1
 
     def rate(self, seconds: float) -> float:
-        """Output tokens per second; of a row of prefills, prompt tokens."""
+        """Output tokens per second; for prefill rows, prompt tokens per second."""
         return self.num_prompts * (self.input_len if self.is_prefill else self.output_len) / seconds
 
 
 ROWS = (Row(1, 32, 64), Row(8, 32, 64), Row(16, 128, 64), Row(4, 1024, 1))
 
 
-def work(repeats: int, vocab_size: int, threads: int) -> dict[str, Any]:
-    """What a driver is given, as JSON: the rows with their token ids, other ones in each repeat."""
+def make_work(repeats: int, vocab_size: int, threads: int) -> dict[str, Any]:
+    """The input of a driver, to be written as JSON: rows with prompts of token ids, different in each repeat."""
     rng = random.Random(0)
 
     def prompts(row: Row) -> list[list[int]]:

@@ -1,9 +1,9 @@
-"""Shows in stages that this project works on the GPUs at hand, and how fast; ends with a verdict.
+"""Checks in stages that this project works on this machine's GPUs, and measures its speed; ends with a verdict.
 
     python -m benchmarks.gpu_check [--stages parity,graphs,rates,experts,faults,nccl] [--device cpu]
 
-The whole run takes at most ten minutes on one card. `--device cpu` runs the same code on smaller rows.
-Exit code: 0 all passed, 1 something failed or was not reached, 2 an argument is wrong.
+The whole run takes at most ten minutes on one GPU. `--device cpu` runs the same code on smaller sizes.
+Exit code: 0 all passed, 1 a check failed or was not reached, 2 a wrong argument.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from benchmarks.gpu_check.report import PASSED, StageReport, exit_code, verdict
 from benchmarks.gpu_check.supervisor import Stage, run_stage
-from benchmarks.record import file_of
+from benchmarks.record import result_file
 
 _NEEDED = ("torch", "safetensors", "tokenizers", "jinja2")
 _MACHINE = Stage(
@@ -28,21 +28,21 @@ _MACHINE = Stage(
     "benchmarks.gpu_check.machine",
     cuda_s=60,
     cpu_s=60,
-    advice="do what the line above says; nothing else was run.",
+    advice="follow the line above; no other stage was run.",
 )
-_OUR_FAULT = "send back the JSON; --stages {0} --only WORDS runs one check again."
+_ADVICE = "report it with the JSON file; --stages {0} --only WORDS runs one check again."
 STAGES = (
-    Stage("parity", "benchmarks.gpu_check.parity", 210, 150, _OUR_FAULT.format("parity")),
-    Stage("graphs", "benchmarks.gpu_check.graphs", 80, 90, _OUR_FAULT.format("graphs")),
-    Stage("rates", "benchmarks.gpu_check.rates", 160, 120, _OUR_FAULT.format("rates")),
-    Stage("experts", "benchmarks.gpu_check.experts", 70, 90, _OUR_FAULT.format("experts")),
-    Stage("faults", "benchmarks.gpu_check.faults", 70, 90, _OUR_FAULT.format("faults")),
-    Stage("nccl", "benchmarks.gpu_check.nccl", 300, 150, _OUR_FAULT.format("nccl")),
+    Stage("parity", "benchmarks.gpu_check.parity", 210, 150, _ADVICE.format("parity")),
+    Stage("graphs", "benchmarks.gpu_check.graphs", 80, 90, _ADVICE.format("graphs")),
+    Stage("rates", "benchmarks.gpu_check.rates", 160, 120, _ADVICE.format("rates")),
+    Stage("experts", "benchmarks.gpu_check.experts", 70, 90, _ADVICE.format("experts")),
+    Stage("faults", "benchmarks.gpu_check.faults", 70, 90, _ADVICE.format("faults")),
+    Stage("nccl", "benchmarks.gpu_check.nccl", 300, 150, _ADVICE.format("nccl")),
 )
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one sentence."""
+    """Reports errors in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         print(f"gpu_check: {message}", file=sys.stderr)
@@ -50,13 +50,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit code."""
+    """Runs one command line. Returns the exit code."""
     options = _parser().parse_args(argv)
     if options.out is not None and not options.out.parent.is_dir():
         _parser().error(f"--out {options.out} is in a directory that does not exist; make it first")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         _parser().error(
-            f"{sys.executable} has no {' and no '.join(missing)}; install what is missing, or name another python: "
+            f"{sys.executable} has no {' and no '.join(missing)}; install the packages, or use another interpreter: "
             "make gpu-check GPU_PYTHON=python3.12"
         )
     started = time.monotonic()
@@ -77,14 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(verdict("this machine", [machine]))
             return 1
         whole = options.stages == STAGES and not options.only
-        kind = "gpu-check" if whole else "gpu-check-part"  # a part does not replace the whole run's file
+        kind = (
+            "gpu-check" if whole else "gpu-check-part"
+        )  # a partial run must not replace the file of a whole one
         about = {
             "kind": kind,
             "date": time.strftime("%Y-%m-%d"),
             "device": options.device,
             **machine.checks[0].figures,
         }
-        out = options.out or file_of(kind, about["hardware"], on_gpu=options.device == "cuda")
+        out = options.out or result_file(kind, about["hardware"], on_gpu=options.device == "cuda")
         try:
             for stage in options.stages:
                 reports.append(run(stage))
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"ended by Ctrl-C after {len(reports)} of {len(options.stages)} stages")
     if options.only and not any(report.checks for report in reports):
-        _parser().error(f"no check's name has {options.only!r}; a run without --only prints the names")
+        _parser().error(f"no check has {options.only!r} in its name; a run without --only prints all names")
     took = f"{time.monotonic() - started:.0f} s"
     about_run = f"{_card(about)}, commit {about['versions']['commit']}, {took}"
     print(verdict(about_run, reports, _shown(out), on_gpu=options.device == "cuda"))
@@ -107,12 +109,18 @@ def _parser() -> argparse.ArgumentParser:
         "--stages", type=_stages, default=STAGES, metavar="NAMES", help=f"some of {names}; default: all"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
-    parser.add_argument("--only", default="", metavar="WORDS", help="checks whose name has these words")
     parser.add_argument(
-        "--time-factor", type=_positive(float), default=1.0, metavar="X", help="times each stage's limit"
+        "--only", default="", metavar="WORDS", help="run only checks whose name contains this text"
     )
     parser.add_argument(
-        "--layers", type=_positive(int), default=24, metavar="N", help="layers of the 30B-A3B shape"
+        "--time-factor",
+        type=_positive(float),
+        default=1.0,
+        metavar="X",
+        help="factor for the time limits of stages",
+    )
+    parser.add_argument(
+        "--layers", type=_positive(int), default=24, metavar="N", help="layers of the Qwen3-30B-A3B model"
     )
     parser.add_argument(
         "--out",
@@ -152,9 +160,9 @@ def _card(about: dict[str, Any]) -> str:
 
 def _write(out: Path, about: dict[str, Any], reports: Sequence[StageReport]) -> None:
     stages = [report.as_json() for report in reports]
-    whole = out.with_suffix(".part")  # a run that is ended while it writes leaves the last whole file
-    whole.write_text(json.dumps({**about, "stages": stages}, indent=1) + "\n")
-    whole.replace(out)
+    temporary = out.with_suffix(".part")  # written atomically, in case the run is killed
+    temporary.write_text(json.dumps({**about, "stages": stages}, indent=1) + "\n")
+    temporary.replace(out)
 
 
 def _shown(out: Path) -> str:

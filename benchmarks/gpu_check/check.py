@@ -1,4 +1,4 @@
-"""What the modules of stages are written with: a check that is planned, and how it fails or is skipped."""
+"""Types for the modules of stages: planned checks, their settings, and how they fail or are skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Figures = dict[str, Any]
 
 
 class CheckFailed(Exception):
-    """What a check saw is wrong; the message says what it saw and what it expected."""
+    """A check failed. The message says what was observed and what was expected."""
 
     def __init__(self, why: str, /, **figures: Any) -> None:
         super().__init__(why)
@@ -19,12 +19,12 @@ class CheckFailed(Exception):
 
 
 class CheckSkipped(Exception):
-    """A check, or a whole stage, cannot run here; the message says what is missing."""
+    """A check or a whole stage cannot run on this machine. The message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where checks run ("cpu" or "cuda"), the folder of their checkpoints, and layers of the large model."""
+    """Settings of all checks: device ("cpu" or "cuda"), directory of checkpoints, layers of the large model."""
 
     device: str
     folder: Path
@@ -37,7 +37,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class PlannedCheck:
-    """`run` returns figures, or raises. It is left out where fewer than `needs_s` seconds are left."""
+    """A check. `run` returns figures or raises. It is left out if fewer than `needs_s` seconds are left."""
 
     name: str
     run: Callable[[], Figures]

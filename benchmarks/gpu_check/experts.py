@@ -1,4 +1,4 @@
-"""Experts on the device: each way of computing them by rows, moves of them, and prompts that choose few of them."""
+"""Experts on the device: each implementation by number of rows, rebalancing, and prompts that use few experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from benchmarks.gpu_check.models import (
     small_checkpoint,
     small_reference,
 )
-from benchmarks.gpu_check.parity import MOST_ERROR, parity
+from benchmarks.gpu_check.parity import MAX_ERROR, parity
+from benchmarks.timing import gpu_seconds, host_seconds
 from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.ops.base import ExpertWeights
 from qwen3_dist.ops.cuda import experts as of_gpu
@@ -29,11 +30,13 @@ from qwen3_dist.ops.torch_experts import counted
 from qwen3_dist.ops.torch_ops import TorchOps, quantized_experts
 
 _ROWS = (1, 8, 32, 256, 1024, 4096)
-_MOST_ERROR = {"int8": 0.03, "as they are": 0.01}  # relative, of the norm
+_MAX_ERROR = {"int8": 0.03, "as they are": 0.01}  # relative, of the norm
 
 
 def checks(setting: Setting) -> Iterator[PlannedCheck]:
-    size = _Size(128, 8, 2048, 768) if setting.on_gpu else _Size(16, 4, 256, 96)  # of Qwen3-30B-A3B
+    size = (
+        _Size(128, 8, 2048, 768) if setting.on_gpu else _Size(16, 4, 256, 96)
+    )  # the first is Qwen3-30B-A3B's
     rows = _ROWS if setting.on_gpu else _ROWS[:4]
     times: dict[str, dict[int, float]] = {}
     for number in rows:
@@ -49,7 +52,7 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
 
 @dataclass(frozen=True)
 class _Size:
-    """A layer's experts [columns, dim], and how many of them a token chooses."""
+    """A layer's experts, each [columns, dim], and the number of experts per token."""
 
     experts: int
     choices: int
@@ -62,12 +65,12 @@ class _Size:
 def _weights(setting: Setting, size: _Size) -> ExpertWeights:
     generator = torch.Generator(setting.device).manual_seed(0)
 
-    def drawn(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=setting.device).to(size.dtype)
 
     into = (size.experts, size.columns, size.dim)
-    fc1, fc2 = (drawn(*into) / size.dim**0.5 for _ in range(2))
-    fc3 = drawn(size.experts, size.dim, size.columns) / size.columns**0.5
+    fc1, fc2 = (random(*into) / size.dim**0.5 for _ in range(2))
+    fc3 = random(size.experts, size.dim, size.columns) / size.columns**0.5
     return ExpertWeights((fc1, fc2, fc3), size.columns)
 
 
@@ -81,7 +84,8 @@ def _gpu_kernels(x: Tensor) -> GpuKernels | None:
 
 
 def _ways(setting: Setting, size: _Size, number: int, times: dict[str, dict[int, float]]) -> Figures:
-    """Microseconds of each way for `number` rows, medians; each is near one product at a time."""
+    """Median microseconds of each implementation for `number` rows. Raises CheckFailed if one differs from plain
+    torch."""
     generator = torch.Generator(setting.device).manual_seed(number)
     stacks = _weights(setting, size)
     x = torch.randn(number, size.dim, generator=generator, device=setting.device).to(size.dtype)
@@ -98,20 +102,23 @@ def _ways(setting: Setting, size: _Size, number: int, times: dict[str, dict[int,
         ways["triton, int8"] = partial(kernels.experts, x, narrow.stacks, narrow.scales, *routed)
     if of_gpu.has_grouped_mm(x.device, x.dtype) and of_gpu.takes_grouped_mm(stacks):
         ways["grouped_mm"] = partial(of_gpu.grouped_experts, x, stacks, ids, routing, counts, kernels)
-    require(bool(ways), "no way computes these experts here without asking the host: is Triton installed?")
+    require(
+        bool(ways),
+        "no implementation of experts runs here without host synchronisation: is Triton installed?",
+    )
     expected = looped().float()
     figures: Figures = {}
     for way, run in ways.items():
         error = float((run().float() - expected).norm() / expected.norm())
-        most = _MOST_ERROR["int8" if "int8" in way else "as they are"]
-        require(error <= most, f"{way} is off by {error:.3g} of the norm, and {most:g} is the most allowed")
+        most = _MAX_ERROR["int8" if "int8" in way else "as they are"]
+        require(error <= most, f"{way} has a relative error of {error:.3g}; at most {most:g} is allowed")
         figures[f"{way}, us"] = microseconds(run, setting)
         times.setdefault(way, {})[number] = figures[f"{way}, us"]
     return figures
 
 
 def _crossing(size: _Size, times: dict[str, dict[int, float]]) -> Figures:
-    """From how many pairs for each expert on grouped_mm is faster, which `FEW_PAIRS` should say."""
+    """Pairs per expert from which grouped_mm is faster than Triton: the value that `FEW_PAIRS` should have."""
     ours, torchs = times.get("triton", {}), times.get("grouped_mm", {})
     faster = [rows for rows in ours if rows in torchs and torchs[rows] < ours[rows]]
     figures: Figures = {"few_pairs_now": of_gpu.FEW_PAIRS}
@@ -125,7 +132,7 @@ def _crossing(size: _Size, times: dict[str, dict[int, float]]) -> Figures:
 
 
 def _move(setting: Setting, quantize: str) -> Figures:
-    """Experts move to where a lopsided load wants them, and no token changes."""
+    """Rebalances experts after an uneven load; tokens must not change."""
     prompts = [[7] * 40, [7, 1, 150, 198, 0], list(range(100, 140))]
     length = 24 if setting.on_gpu else 8
     settings = {"dtype": "float32", "num_blocks": 128, "max_model_len": 1024, "quantize": quantize}
@@ -136,11 +143,11 @@ def _move(setting: Setting, quantize: str) -> Figures:
         moved = engine.experts.rebalance_all()
         seconds = time.perf_counter() - started
         after = generate(engine, prompts, length)
-    require(bool(moved), "no layer's experts moved although the load was lopsided")
+    require(bool(moved), "no experts moved although the load was uneven")
     figures: Figures = {"layers_moved": len(moved), "seconds": round(seconds, 2)}
     if quantize == "none":
         reference = small_reference("moe", setting)
-        compared = compare_with_reference(reference, prompts, after, MOST_ERROR["float32"], greedy=True)
+        compared = compare_with_reference(reference, prompts, after, MAX_ERROR["float32"], greedy=True)
         return {**figures, **compared}
     changed = [
         number for number, (a, b) in enumerate(zip(before, after, strict=True)) if a.token_ids != b.token_ids
@@ -150,7 +157,7 @@ def _move(setting: Setting, quantize: str) -> Figures:
 
 
 def _one_token(setting: Setting, layout: str, dispatch: str) -> Figures:
-    """All tokens of a step choose the same experts."""
+    """Parity for a prompt whose tokens all choose the same experts."""
     tokens = 8192 if setting.on_gpu else 512
     return parity(
         setting,
@@ -167,18 +174,6 @@ def _one_token(setting: Setting, layout: str, dispatch: str) -> Figures:
 
 
 def microseconds(call: Callable[[], object], setting: Setting) -> float:
-    """The median of some calls, on a GPU by its own clock."""
-    times = []
-    for _ in range(23 if setting.on_gpu else 5):
-        if setting.on_gpu:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * start.elapsed_time(end))
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(1e6 * (time.perf_counter() - started))
-    return round(statistics.median(times[2:]), 1)
+    """Median time of a call after two warm-up calls; on a GPU by its own clock."""
+    seconds = gpu_seconds(call, 23) if setting.on_gpu else host_seconds(call, 5)
+    return round(1e6 * statistics.median(seconds[2:]), 1)

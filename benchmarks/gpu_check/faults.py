@@ -1,4 +1,4 @@
-"""What goes wrong is told as what it is, within seconds, and nothing is left of it."""
+"""Faults and bad input: the error names the cause, arrives within seconds, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from qwen3_dist.errors import QwenDistError
 from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.sampling_params import SamplingParams
 
-_ARRIVES_WITHIN_S = 15.0
+_ERROR_WITHIN_S = 15.0
 _ENDS_WITHIN_S = 10.0
-_KEPT_BYTES = 256 << 20  # of a card, by a context's own doing
+_KEPT_BYTES = 256 << 20  # of GPU memory that a CUDA context may keep
 _PROMPT = list(range(3, 60))
 
 
@@ -43,11 +43,11 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
 
 
 def a_rank_fails(setting: Setting, layout: str, how: str) -> Figures:
-    """Rank 1 fails in a step while others wait for it. The error names the cause and arrives within seconds."""
+    """Rank 1 fails in a step while others wait for it. The error must name the cause and arrive within seconds."""
     path = shape_only(f"fails-{layout}-{how}".replace(" ", "-"), small_shape("dense"), setting)
     rank_main = planted.runs_out_of_memory if how == "out of memory" else planted.is_killed
     (path / planted.TRIGGER).unlink(missing_ok=True)
-    before = _Left(setting)
+    before = _Leftovers(setting)
     with (
         mock.patch.object(Launcher, "main", staticmethod(rank_main)),
         running(setting, path, layout, load_format="random", dtype="float32", num_blocks=64) as engine,
@@ -66,22 +66,22 @@ def a_rank_fails(setting: Setting, layout: str, how: str) -> Figures:
     figures: Figures = {"arrived_s": round(seconds, 2), "stopped_s": round(stop_s, 2), "message": message}
     named = "memory" if how == "out of memory" else "rank 1"
     require(named in message, f"the error does not say {named!r}: {message}", **figures)
-    late = f"the error arrived after {seconds:.1f} s, and {_ARRIVES_WITHIN_S:g} is the most allowed"
-    require(seconds <= _ARRIVES_WITHIN_S, late, **figures)
-    return {**figures, **before.nothing_is_left()}
+    late = f"the error arrived after {seconds:.1f} s; at most {_ERROR_WITHIN_S:g} s are allowed"
+    require(seconds <= _ERROR_WITHIN_S, late, **figures)
+    return {**figures, **before.require_nothing_left()}
 
 
 def _clean_end(setting: Setting, layout: str) -> Figures:
-    before = _Left(setting)
+    before = _Leftovers(setting)
     with running(setting, small_checkpoint("dense", setting), layout, num_blocks=64) as engine:
         generate(engine, [_PROMPT], 4)
         ended = time.monotonic()
     seconds = time.monotonic() - ended
-    return {"stopped_s": round(seconds, 2), **before.nothing_is_left()}
+    return {"stopped_s": round(seconds, 2), **before.require_nothing_left()}
 
 
-class _Left:
-    """What there was before a check: processes below this one, and the card's free memory."""
+class _Leftovers:
+    """Records descendant processes and free GPU memory before a check, to find what it leaves behind."""
 
     def __init__(self, setting: Setting) -> None:
         self._on_gpu = setting.on_gpu
@@ -90,8 +90,8 @@ class _Left:
         self._processes = descendants(os.getpid())
         self._free = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
 
-    def nothing_is_left(self) -> Figures:
-        """Waits some seconds for it. Raises CheckFailed."""
+    def require_nothing_left(self) -> Figures:
+        """Waits until the processes and memory of the check are gone. Raises CheckFailed after some seconds."""
         deadline = time.monotonic() + _ENDS_WITHIN_S
         while True:
             left = descendants(os.getpid()) - self._processes
@@ -107,7 +107,7 @@ class _Left:
 
 
 def descendants(pid: int) -> set[int]:
-    """Processes that `pid` started and that still run, and those that they started."""
+    """Ids of all running descendants of process `pid`."""
     found: set[int] = set()
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -119,7 +119,7 @@ def descendants(pid: int) -> set[int]:
 
 
 def _full_card(setting: Setting) -> Figures:
-    """An engine that starts beside a process that holds the card says so."""
+    """An engine must refuse to start while another process holds the GPU's memory."""
     if not setting.on_gpu:
         raise CheckSkipped("there is no card")
     free, total = torch.cuda.mem_get_info()
@@ -132,7 +132,7 @@ def _full_card(setting: Setting) -> Figures:
 
 
 def _bad_settings(setting: Setting) -> dict[str, tuple[dict[str, Any], str]]:
-    """Settings, and a word of the sentence that refuses them."""
+    """Bad settings by name, each with a word that the error must contain."""
     bad: dict[str, tuple[dict[str, Any], str]] = {
         "a layout that does not divide": ({"layout": "tp=3"}, "tp="),
         "ep of a dense model": ({"layout": "tp=2,ep=2"}, "dense"),
@@ -146,16 +146,16 @@ def _bad_settings(setting: Setting) -> dict[str, tuple[dict[str, Any], str]]:
 
 
 def _refused(setting: Setting, settings: dict[str, Any], said: str) -> Figures:
-    """The engine does not start, and says why in one sentence.
+    """The engine must refuse to start with a one-sentence error that contains `said`.
 
-    It is tried twice: what the first try leaves may be CUDA's modules, which a process keeps.
+    Tries twice, since the first try may load CUDA modules that stay in the process.
     """
     _why_it_does_not_start(setting, settings)
-    before, started = _Left(setting), time.monotonic()
+    before, started = _Leftovers(setting), time.monotonic()
     message = _why_it_does_not_start(setting, settings)
     figures: Figures = {"message": message, "told_s": round(time.monotonic() - started, 1)}
     require(said in message and "\n" not in message, f"not one sentence about {said!r}: {message}", **figures)
-    return {**figures, **before.nothing_is_left()}
+    return {**figures, **before.require_nothing_left()}
 
 
 def _why_it_does_not_start(setting: Setting, settings: dict[str, Any]) -> str:
@@ -179,7 +179,7 @@ def _no_visible_card(setting: Setting) -> Figures:
 
 
 def _bad_prompts(setting: Setting) -> Figures:
-    """Prompts that are refused leave an engine that works."""
+    """The engine must refuse bad prompts and go on working."""
     prompts: dict[str, list[int]] = {"empty": [], "outside": [10**6], "too long": [1] * 400}
     messages: Figures = {}
     with running(
@@ -203,4 +203,4 @@ def _message(call: Callable[[], object]) -> str:
         call()
     except QwenDistError as error:
         return str(error)
-    raise CheckFailed("a prompt that cannot be run was taken")
+    raise CheckFailed("a prompt that cannot run was accepted")

@@ -1,4 +1,4 @@
-"""Decode steps by CUDA graphs give what steps without them give, and no kernel is compiled once an engine is ready."""
+"""CUDA graphs change no result, and no kernel is compiled once an engine is ready."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.sampling_params import SamplingParams
 
 _BATCHES = (1, 2, 3, 5, 8, 17, 33)
-MOST_APART = 1e-3  # of log-probabilities in fp32
+MAX_DIFFERENCE = 1e-3  # of log-probabilities in fp32
 
 
 def checks(setting: Setting) -> Iterator[PlannedCheck]:
@@ -44,7 +44,7 @@ def _comparison(setting: Setting, kind: str) -> Any:
 
 
 def as_without_graphs(setting: Setting, kind: str, layout: str, batches: Sequence[int]) -> Figures:
-    """Runs batches with graphs and without in fp32. In one process the replays are counted, too."""
+    """Compares batches with and without graphs in fp32. With tp=1 also counts the replays."""
     length = 16 if setting.on_gpu else 6
     rng = random.Random(3)
     work = [[[rng.randrange(1000) for _ in range(rng.randint(1, 60))] for _ in range(b)] for b in batches]
@@ -73,13 +73,13 @@ def as_without_graphs(setting: Setting, kind: str, layout: str, batches: Sequenc
             least = replays >= expected if graphs else replays == 0
             require(least, f"{replays} graphs were replayed with cuda_graphs={graphs}; expected {expected}")
     apart = max(_apart(a, b) for a, b in zip(made[True], made[False], strict=True))
-    most = MOST_APART
-    require(apart <= most, f"log-probabilities are up to {apart:.3g} apart, and {most:g} is the most allowed")
+    most = MAX_DIFFERENCE
+    require(apart <= most, f"log-probabilities differ by up to {apart:.3g}; at most {most:g} is allowed")
     return {**figures, "apart": float(f"{apart:.3g}")}
 
 
 def _apart(ones: Sequence[Generated], others: Sequence[Generated]) -> float:
-    """The largest difference of log-probabilities up to and with the first token that differs, which is then a tie."""
+    """The largest difference of log-probabilities, up to and including the first token that differs (a tie)."""
     most = 0.0
     for one, other in zip(ones, others, strict=True):
         pairs = zip(one.logprobs, other.logprobs, strict=True)
@@ -119,13 +119,13 @@ def _compiles(setting: Setting, kind: str, layout: str, quantize: str) -> Any:
 
 
 def compiled_kernels(engine: Engine) -> list[int]:
-    """Triton variants that each rank has compiled so far."""
+    """Number of Triton kernel variants that each rank has compiled so far."""
     counts: list[int] = executor_of(engine).call("compiled_kernels")
     return counts
 
 
 def random_requests(count: int) -> list[Request]:
-    """Prompts of 1 to 900 tokens, most of them short, that arrive at random and sample in every way."""
+    """Requests of 1 to 900 prompt tokens, most of them short, with random arrivals and varied sampling parameters."""
     rng = random.Random(4)
     ways: list[dict[str, Any]] = [
         {"temperature": 0},

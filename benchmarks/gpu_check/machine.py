@@ -1,4 +1,4 @@
-"""Where the checks run: cards, driver, versions, and what is installed. All else waits for this to pass."""
+"""First stage: GPUs, driver, versions and installed packages. The other stages run only if it passes."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ def _cards() -> Figures:
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "nccl": nccl,
-        **_ties(len(cards)),
+        **_topology(len(cards)),
     }
 
 
 def _driver() -> str:
     return (
-        _asked("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         or "unknown"
     )
 
 
-def _ties(cards: int) -> dict[str, Any]:
-    """How cards are joined (NVLink or not), where there are several."""
-    return {"topology": _asked("nvidia-smi", "topo", "-m").splitlines()} if cards > 1 else {}
+def _topology(cards: int) -> dict[str, Any]:
+    """The topology of the GPUs (NVLink or PCIe), if there are several."""
+    return {"topology": _output_of("nvidia-smi", "topo", "-m").splitlines()} if cards > 1 else {}
 
 
-def _asked(*command: str) -> str:
+def _output_of(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""The models that checks run: small random checkpoints with their reference, and Qwen3's shapes without weights."""
+"""Models for checks: small random checkpoints with their reference, and Qwen3's shapes with random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compare.checkpoints import SHAPES, written
+from benchmarks.compare.checkpoints import SHAPES, write_checkpoint
 from benchmarks.gpu_check.check import CheckFailed, Figures, Setting
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.layout import Layout
@@ -45,12 +45,12 @@ A3B = {  # Qwen3-30B-A3B
     "num_experts": 128,
     "num_hidden_layers": 48,
 }
-_TIE = 1e-3  # logits nearer than this may change places with the order of a sum in fp32
+_TIE = 1e-3  # logits closer than this may swap order with the summation order in fp32
 
 
 @dataclass
 class Generated:
-    """What an engine made of a prompt, with the log-probability of each token."""
+    """The output of one request: tokens, their log-probabilities, and cached prompt tokens."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -63,8 +63,8 @@ def small_shape(kind: str) -> dict[str, Any]:
 
 
 def small_checkpoint(kind: str, setting: Setting) -> Path:
-    """A checkpoint of the small model, the same in every stage."""
-    return written(small_shape(kind), setting.folder / kind)
+    """The directory of the small model's checkpoint, which all stages share."""
+    return write_checkpoint(small_shape(kind), setting.folder / kind)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def small_reference(kind: str, setting: Setting) -> ReferenceModel:
 
 
 def shape_only(name: str, shape: dict[str, Any], setting: Setting) -> Path:
-    """A folder with a config.json alone, for weights from a seed."""
+    """A directory with only a config.json, for random weights."""
     folder = setting.folder / name
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(shape))
@@ -83,7 +83,7 @@ def shape_only(name: str, shape: dict[str, Any], setting: Setting) -> Path:
 
 @contextlib.contextmanager
 def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any) -> Iterator[Engine]:
-    """An engine of `model`; ranks of a larger layout are processes, which share a GPU where there are too few."""
+    """A context with an engine of `model`. Several ranks run in processes, and share GPUs if there are too few."""
     world = Layout.parse(layout).world
     own: dict[str, Any] = {
         "model": str(model),
@@ -92,14 +92,14 @@ def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any
         "executor": "in_process" if world == 1 else "processes",
         "step_timeout_s": 60.0,
         "start_timeout_s": 90.0,
-        # A GPU rank runs steps of all sizes before it is ready, and compiles what they need.
+        # Small limits: a GPU rank warms up and compiles kernels for all step sizes before it is ready.
         "max_num_seqs": 32,
         "max_num_batched_tokens": 512,
     }
     if setting.on_gpu and world > torch.cuda.device_count():
         own["share_gpus"] = True
     if not setting.on_gpu:
-        own["threads_per_rank"] = 1  # more would wait for each other where others use the cores
+        own["threads_per_rank"] = 1  # more threads would slow each other down on busy cores
     engine = Engine(read_settings(EngineConfig, own | settings))
     try:
         yield engine
@@ -113,7 +113,7 @@ def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt that arrives `at` a step of the engine, counted from 0."""
+    """A request that arrives before step `at` of the engine, counted from 0."""
 
     prompt: Sequence[int]
     params: SamplingParams
@@ -123,13 +123,13 @@ class Request:
 def generate(
     engine: Engine, prompts: Sequence[Sequence[int]], length: int, every: int = 0
 ) -> list[Generated]:
-    """`length` greedy tokens of each prompt. With `every`, a prompt arrives so many steps after the one before it."""
+    """Generates `length` greedy tokens for each prompt. Prompts arrive `every` steps apart."""
     params = SamplingParams(temperature=0, logprobs=1, max_tokens=length, ignore_eos=True)
     return serve(engine, [Request(prompt, params, every * n) for n, prompt in enumerate(prompts)])
 
 
 def serve(engine: Engine, requests: Sequence[Request]) -> list[Generated]:
-    """What the engine makes of requests, which are in order of arrival."""
+    """Runs `requests`, which are in order of arrival, and returns their outputs."""
     made = [Generated() for _ in requests]
     waiting, steps = deque(enumerate(requests)), 0
     while waiting or engine.has_work:
@@ -152,11 +152,11 @@ def compare_with_reference(
     reference: ReferenceModel,
     prompts: Sequence[Sequence[int]],
     made: Sequence[Generated],
-    most_error: float,
+    max_error: float,
     greedy: bool,
 ) -> Figures:
-    """The tokens' log-probabilities are the reference's, off by at most `most_error` in the mean of a sequence; with
-    `greedy` every token is its likeliest one, ties aside. Raises CheckFailed."""
+    """Compares outputs with the reference. Raises CheckFailed if the mean error of a sequence's log-probabilities
+    exceeds `max_error`, or, with `greedy`, if a token is not the reference's most likely one (ties aside)."""
     errors, largest, tied = [], 0.0, 0
     for number, (prompt, of) in enumerate(zip(prompts, made, strict=True)):
         logits = _logits(reference, (*prompt, *of.token_ids[:-1]), len(of.token_ids))
@@ -165,10 +165,10 @@ def compare_with_reference(
         off = (expected - torch.tensor([entry.logprob for entry in of.logprobs])).abs()
         errors.append(float(off.mean()))
         largest = max(largest, float(off.max()))
-        if not errors[-1] <= most_error:  # nor NaN
+        if not errors[-1] <= max_error:  # also true for NaN
             raise CheckFailed(
-                f"the log-probabilities of prompt {number} are off by {errors[-1]:.3g} in the mean, and "
-                f"{most_error:g} is the most allowed"
+                f"the log-probabilities of prompt {number} have a mean error of {errors[-1]:.3g}; at most "
+                f"{max_error:g} is allowed"
             )
         behind = logits.max(1).values - logits.gather(1, chosen)[:, 0]
         tied += int((behind > 0).sum())
@@ -188,7 +188,7 @@ def compare_with_reference(
 
 @functools.lru_cache(maxsize=256)
 def _logits(reference: ReferenceModel, token_ids: tuple[int, ...], last: int) -> torch.Tensor:
-    """The reference's logits [last, V] after the last tokens. Layouts that agree ask for the same ones."""
+    """The reference's logits [last, V] of the last positions. Cached, since correct layouts ask for the same ones."""
     return reference(torch.tensor(token_ids))[-last:].clone()
 
 
@@ -197,5 +197,5 @@ def _rounded(value: float) -> float:
 
 
 def executor_of(engine: Engine) -> Any:
-    """The engine's executor, of which checks ask what no user does."""
+    """The engine's executor, a private attribute that checks need."""
     return engine._executor

@@ -1,6 +1,6 @@
-"""A card for each rank: NCCL against gloo, every layout, graphs over NCCL, ways to experts by size, and a service.
+"""A GPU for each rank: NCCL against gloo, all layouts, CUDA graphs with NCCL, dispatchers by size, and a service.
 
-`--device cpu` runs it on two CPU ranks, which share memory where cards have NCCL.
+`--device cpu` runs it on two CPU ranks, with shared memory in place of NCCL.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
 
 
 def _world(setting: Setting) -> int:
-    """Ranks that the layouts here have. Raises CheckSkipped where there is one card."""
+    """Number of ranks of the layouts. Raises CheckSkipped if there is only one GPU."""
     if not setting.on_gpu:
         return 2
     cards = torch.cuda.device_count()
     if cards < 2:
-        raise CheckSkipped("there is one card, and NCCL joins two or more")
-    return max(world for world in (2, 4, 8) if world <= cards)  # which divide the small models
+        raise CheckSkipped("NCCL needs two GPUs or more, and there is one")
+    return max(world for world in (2, 4, 8) if world <= cards)  # sizes that divide the small models
 
 
 def _told(setting: Setting, world: int) -> Figures:
@@ -75,7 +75,7 @@ def _told(setting: Setting, world: int) -> Figures:
 
 
 def _require_nccl(setting: Setting, told: str) -> None:
-    require(not setting.on_gpu or told.startswith("NCCL"), f"each rank has a card, and collectives go {told}")
+    require(not setting.on_gpu or told.startswith("NCCL"), f"each rank has a GPU, but collectives use {told}")
 
 
 def _parity(setting: Setting, kind: str, layout: str) -> Figures:
@@ -90,8 +90,8 @@ def _graphs(setting: Setting, kind: str, layout: str) -> Figures:
 
 
 def _ways(setting: Setting, layout: str) -> Figures:
-    """Milliseconds of a step of prompts by all-gather and by all-to-all, and from how many tokens on the latter is
-    faster: what the thresholds of `layout.py` should say."""
+    """Milliseconds of a prefill step with all-gather and with all-to-all, and the number of tokens from which
+    all-to-all is faster: the threshold of `qwen3_dist/parallel/expert_exchange.py`."""
     sizes = (64, 256, 512, 1024, 4096, 16384) if setting.on_gpu else (16, 128)
     shape = {**A3B, "num_hidden_layers": 4} if setting.on_gpu else small_shape("moe")
     path = shape_only("ways-to-experts", shape, setting)
@@ -114,7 +114,7 @@ def _ways(setting: Setting, layout: str) -> Figures:
 
 
 def _service(setting: Setting, world: int) -> Figures:
-    """One replica of Ray Serve over all ranks answers, and ends with nothing left."""
+    """Starts a service with one replica over all ranks, sends a request, and shuts it down."""
     missing = [name for name in ("ray", "fastapi", "pydantic_core") if importlib.util.find_spec(name) is None]
     if missing:
         raise CheckSkipped(f"{' and '.join(missing)} not installed, which a service needs")
@@ -153,7 +153,7 @@ def _service(setting: Setting, world: int) -> Figures:
 
 
 def _free_port() -> int:
-    """One that nobody listens on, outside of those that systems hand out."""
+    """A free port outside the ephemeral range."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Collectives of ranks that are processes of this host: a card each, or CPU ranks. Run there by `run_on_ranks`."""
+"""Compares collectives with gloo's, on rank processes of this host with a GPU each, or on CPU ranks."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class _Rank:
 def compare_collectives(
     setting: Setting, world: int, rows: tuple[int, ...], timeout_s: float = 60.0
 ) -> Figures:
-    """Microseconds of each collective on rank 0, of the fast way (NCCL; shared memory on CPUs) and of gloo.
+    """Microseconds of each collective on rank 0: with NCCL (on CPU, shared memory), and with gloo.
 
-    Their results are equal on every rank, or CheckFailed is raised. Tensors are [rows, 2048] in bf16.
+    Tensors are [rows, 2048] in bf16. Raises CheckFailed if results differ on any rank.
     """
     store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
     ranks = [
@@ -67,7 +67,7 @@ def compare_collectives(
 
 
 def _compare(this: _Rank) -> None:
-    """What a rank does."""
+    """Main function of a rank: compares all collectives and writes the answer file."""
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if this.setting.on_gpu:
@@ -80,7 +80,7 @@ def _compare(this: _Rank) -> None:
     differ, figures = [], {}
     for rows in this.rows:
         generator = torch.Generator().manual_seed(rows + this.rank)
-        # Small whole numbers, whose sums are exact in whatever order they are made.
+        # Small integers, whose sums are exact in any order.
         x = torch.randint(-4, 5, (rows, _COLUMNS), generator=generator).to(device, torch.bfloat16)
         for name, call in _calls(this, x).items():
             results = [call(communicator) for communicator in (parallel.tp, gloo)]

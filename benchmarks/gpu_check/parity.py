@@ -1,6 +1,6 @@
-"""Every layout and dtype gives the unsharded reference's tokens and log-probabilities.
+"""Every layout and dtype gives the tokens and log-probabilities of the unsharded reference.
 
-Ranks of a layout share the card where there are fewer cards; `nccl` repeats the layouts with a card for each rank.
+Ranks share GPUs if there are too few; `nccl` repeats layouts with a GPU for each rank.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LAYOUTS = {
     "dense": ("tp=2", "pp=2"),
     "moe": ("tp=2,ep=2", "dp=2,ep=2", "tp=4,ep=2", "tp=2,pp=2,ep=2"),
 }
-MOST_ERROR = {
+MAX_ERROR = {
     "float32": 1e-3,
     "bfloat16": 0.15,
     "int8": 0.25,
-}  # of log-probabilities, in the mean of a sequence
+}  # mean error of a sequence's log-probabilities
 
 
 def checks(setting: Setting) -> Iterator[PlannedCheck]:
@@ -49,7 +49,7 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
         yield _long(setting, "moe", "tp=2,ep=2", dtype="float32", max_num_batched_tokens=768)
         yield _long(setting, "dense", "tp=1", dtype="float32")
         yield _mixed(setting, "moe", "tp=2,ep=2")
-        # What comes last is left out first where kernels had to be compiled.
+        # The last checks are left out first if compiling kernels took too long.
         yield _parity(setting, "moe", "dp=2,ep=2", dtype="float32", moe_dispatch="all_to_all")
         yield _long(setting, "moe", "tp=1", dtype="bfloat16")
         yield _parity(setting, "moe", "tp=2,ep=2", dtype="bfloat16")
@@ -66,7 +66,7 @@ def parity(
     every: int = 0,
     **settings: Any,
 ) -> Figures:
-    """One run of the small model against its reference. Raises CheckFailed."""
+    """Compares a run of the small model with its reference. Raises CheckFailed."""
     settings = {"num_blocks": 128, "max_model_len": 1024, **settings}
     path, reference = small_checkpoint(kind, setting), small_reference(kind, setting)
     with running(setting, path, layout, **settings) as engine:
@@ -74,7 +74,7 @@ def parity(
         over = engine.collectives
     accuracy = "int8" if settings.get("quantize") == "int8" else settings["dtype"]
     figures = compare_with_reference(
-        reference, prompts, made, MOST_ERROR[accuracy], greedy=accuracy == "float32"
+        reference, prompts, made, MAX_ERROR[accuracy], greedy=accuracy == "float32"
     )
     return figures if layout == "tp=1" else {**figures, "collectives": over}
 
@@ -87,7 +87,7 @@ def _parity(setting: Setting, kind: str, layout: str, **settings: Any) -> Planne
 
 
 def _mixed(setting: Setting, kind: str, layout: str) -> PlannedCheck:
-    """Prompts arrive while others decode, and long ones go in chunks beside them."""
+    """Prompts arrive while others decode; long prompts are prefilled in chunks."""
     rng = random.Random(0)
     lengths = (5, 300, 17, 64, 1, 200, 33, 129) if setting.on_gpu else (5, 150, 17, 33)
     prompts = [[rng.randrange(1000) for _ in range(length)] for length in lengths]
@@ -100,7 +100,7 @@ def _mixed(setting: Setting, kind: str, layout: str) -> PlannedCheck:
 
 
 def _prefixes(setting: Setting, kind: str) -> PlannedCheck:
-    """Prompts that begin alike, the later ones with what the cache holds of the first."""
+    """Prompts with a shared prefix, which the later ones find in the cache."""
 
     def run() -> Figures:
         begin = PROMPTS[0][:160]
@@ -110,7 +110,7 @@ def _prefixes(setting: Setting, kind: str) -> PlannedCheck:
             made = generate(engine, first, 8) + generate(engine, later, 8)
         cached = [each.cached_tokens for each in made]
         require(cached[0] == 0 and min(cached[1:]) >= 160, f"tokens found in the cache are {cached}")
-        figures = compare_with_reference(reference, first + later, made, MOST_ERROR["float32"], greedy=True)
+        figures = compare_with_reference(reference, first + later, made, MAX_ERROR["float32"], greedy=True)
         return {**figures, "cached_tokens": cached}
 
     return PlannedCheck(f"{kind}, tp=1, cached prefixes", run)

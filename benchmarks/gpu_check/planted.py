@@ -1,4 +1,5 @@
-"""Ranks with a planted fault. It strikes in a step once `TRIGGER` lies in the model's folder."""
+"""Ranks with a planted fault, which strikes in the first step after a file TRIGGER appears in the model's
+directory."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ _MORE_THAN_ANY_CARD = 1 << 50  # bytes
 
 
 def runs_out_of_memory(spec: RankSpec) -> None:
-    """A rank; if its number is 1, its card cannot give what a step asks for."""
+    """Rank main function; rank 1 runs out of GPU memory."""
     _with_fault(spec, _run_out_of_memory)
 
 
 def is_killed(spec: RankSpec) -> None:
-    """A rank; if its number is 1, the system kills it in a step."""
+    """Rank main function; rank 1 is killed in a step."""
     _with_fault(spec, _be_killed)
 
 
@@ -37,12 +38,12 @@ def _with_fault(spec: RankSpec, strike: Callable[[str], None]) -> None:
                 strike(spec.device)
             return launch(runner, plan)
 
-        ModelRunner.launch = launch_or_fail  # type: ignore[method-assign]  # in this forked process alone
+        ModelRunner.launch = launch_or_fail  # type: ignore[method-assign]  # only in this forked process
     rank_main(spec)
 
 
 def _run_out_of_memory(device: str) -> None:
-    if device == "cpu":  # whose memory is promised long before it is missing
+    if device == "cpu":  # a CPU allocation succeeds, since the kernel overcommits memory
         raise torch.OutOfMemoryError("a CPU rank was told to run out of memory")
     torch.empty(_MORE_THAN_ANY_CARD, dtype=torch.uint8, device=device)
 

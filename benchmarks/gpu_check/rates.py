@@ -1,6 +1,6 @@
-"""How fast the card runs Qwen3's shapes: decodes, mixed steps and long contexts, as shares of what its limits allow.
+"""Speed of the GPU on Qwen3's shapes (decode, mixed steps, long contexts), as shares of its limits.
 
-Beside each rate stands what a step costs the host: planning, launching, waiting for the device.
+Each rate comes with the host time of a step: planning, launching, waiting for the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks.compare.limits import Machine, measure_gpu, row_limit
 from benchmarks.compare.workload import Row
 from benchmarks.gpu_check.check import CheckFailed, CheckSkipped, Figures, PlannedCheck, Setting
 from benchmarks.gpu_check.models import A3B, executor_of, running, shape_only
+from benchmarks.timing import host_seconds
 from qwen3_dist.benchmark import Workload, measure, warm_up
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.sampling_params import SamplingParams
@@ -33,14 +34,14 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
     yield PlannedCheck("the card's limits", lambda: _limits(setting))
     shapes = _shapes(setting)
     for name, shape in shapes.items():
-        with _OneEngine(setting, shape_only(name, shape, setting)) as engine:
+        with _SharedEngine(setting, shape_only(name, shape, setting)) as engine:
             yield PlannedCheck(f"{name}, start", engine.started, engine.needs_s)
             for row in _ON_GPU if setting.on_gpu else _ON_CPU:
                 yield PlannedCheck(f"{name}, {row}", functools.partial(_rate, engine, row), engine.needs_s)
             yield PlannedCheck(f"{name}, mixed steps", functools.partial(_mixed, engine), engine.needs_s)
     if setting.on_gpu:
         name = "Qwen3-0.6B"
-        with _OneEngine(setting, setting.folder / name, cuda_graphs=False) as engine:
+        with _SharedEngine(setting, setting.folder / name, cuda_graphs=False) as engine:
             yield PlannedCheck(f"{name}, without graphs, start", engine.started, engine.needs_s)
             run = functools.partial(_rate, engine, _ON_GPU[1])
             yield PlannedCheck(f"{name}, without graphs, {_ON_GPU[1]}", run, engine.needs_s)
@@ -68,19 +69,10 @@ def _machine(setting: Setting) -> Machine:
 
 
 def _one_core() -> Machine:
-    """What this thread does while others use the cores, too: enough to see that the stage runs."""
+    """Limits of one CPU thread, measured roughly: enough to see that the stage runs."""
     x, a, b = torch.ones(1 << 26), torch.randn(512, 1024), torch.randn(1024, 1024)
-    products = 2 * 512 * 1024**2 / _seconds(lambda: torch.mm(a, b))
-    return Machine(x.nbytes / _seconds(x.sum), products)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    def once() -> float:
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
-
-    return min(once() for _ in range(5))
+    products = 2 * 512 * 1024**2 / min(host_seconds(lambda: torch.mm(a, b), 5))
+    return Machine(x.nbytes / min(host_seconds(x.sum, 5)), products)
 
 
 def _limits(setting: Setting) -> Figures:
@@ -91,8 +83,8 @@ def _limits(setting: Setting) -> Figures:
     }
 
 
-class _OneEngine:
-    """The engine of several checks, started by the first of them."""
+class _SharedEngine:
+    """One engine for several checks; the first check starts it."""
 
     def __init__(self, setting: Setting, model: Path, **settings: Any) -> None:
         self.setting = setting
@@ -101,7 +93,7 @@ class _OneEngine:
         self._engine: Engine | None = None
         self._failure = ""
 
-    def __enter__(self) -> _OneEngine:
+    def __enter__(self) -> _SharedEngine:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -110,11 +102,11 @@ class _OneEngine:
 
     @property
     def needs_s(self) -> float:
-        """Seconds that the next check needs, the engine's start included."""
+        """Seconds that the next check needs, including the start of the engine."""
         return 5 if self._engine is not None else 30 if self.setting.on_gpu else 10
 
     def get(self) -> Engine:
-        """The engine. Raises CheckFailed if it could not be started for an earlier check."""
+        """The engine. Raises CheckFailed if it failed to start in an earlier check."""
         if self._failure:
             raise CheckFailed(f"the engine did not start: {self._failure}")
         if self._engine is None:
@@ -130,7 +122,7 @@ class _OneEngine:
         return self._engine
 
     def started(self) -> Figures:
-        """Seconds until the first tokens, and what runs the steps."""
+        """Starts the engine; seconds until it is ready and until the first tokens, and its backends."""
         started = time.perf_counter()
         engine = self.get()
         ready = time.perf_counter()
@@ -140,7 +132,7 @@ class _OneEngine:
         return {**figures, "blocks": executor_of(engine).num_blocks, "backends": engine.backends}
 
 
-def _rate(one: _OneEngine, row: Row) -> Figures:
+def _rate(one: _SharedEngine, row: Row) -> Figures:
     engine = one.get()
     measure(engine, Workload(row.num_prompts, row.input_len, min(row.output_len, 2), seed=1))
     with _timed(engine) as spent:
@@ -153,7 +145,7 @@ def _rate(one: _OneEngine, row: Row) -> Figures:
     return {**rate, **kept, **spent.medians(), "preemptions": figures["preemptions"]}
 
 
-def _mixed(one: _OneEngine) -> Figures:
+def _mixed(one: _SharedEngine) -> Figures:
     """Prompts arrive, one every few steps, while others decode."""
     engine, on_gpu = one.get(), one.setting.on_gpu
     count, prompt_len, length = (48, 1024, 64) if on_gpu else (4, 64, 6)
@@ -183,8 +175,8 @@ def _mixed(one: _OneEngine) -> Figures:
     }
 
 
-class _Spent:
-    """Seconds of each step in which the host plans, launches and waits."""
+class _StepTimes:
+    """Seconds of each step: in total, in the executor's `submit`, and in its `collect`."""
 
     def __init__(self) -> None:
         self.step: list[float] = []
@@ -192,7 +184,7 @@ class _Spent:
         self.collect: list[float] = []
 
     def medians(self) -> Figures:
-        """Microseconds of a step: in all, planning and taking in tokens, launching, and waiting for the device."""
+        """Median microseconds of a step: total, scheduling, launching, and waiting for the device."""
         if not self.step:
             return {}
         step, submit, collect = map(statistics.median, (self.step, self.submit, self.collect))
@@ -202,9 +194,9 @@ class _Spent:
 
 
 @contextlib.contextmanager
-def _timed(engine: Engine) -> Iterator[_Spent]:
-    """Times the engine's steps while it is open."""
-    executor, spent = executor_of(engine), _Spent()
+def _timed(engine: Engine) -> Iterator[_StepTimes]:
+    """A context that times the engine's steps."""
+    executor, spent = executor_of(engine), _StepTimes()
     targets = ((engine, "step"), (executor, "submit"), (executor, "collect"))
     for target, name in targets:
         setattr(target, name, _timing(getattr(target, name), getattr(spent, name)))
@@ -212,7 +204,7 @@ def _timed(engine: Engine) -> Iterator[_Spent]:
         yield spent
     finally:
         for target, name in targets:
-            delattr(target, name)  # and so the class's own is found again
+            delattr(target, name)  # restores the method of the class
 
 
 def _timing(call: Any, into: list[float]) -> Any:
@@ -226,7 +218,7 @@ def _timing(call: Any, into: list[float]) -> Any:
 
 
 def _transformers(shape: dict[str, Any], batches: tuple[int, ...], setting: Setting) -> Figures:
-    """Decoding by transformers' generate."""
+    """Decode rate of transformers' `generate`."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:

@@ -1,4 +1,4 @@
-"""What came of each check and stage, and the verdict that a person reads at the end."""
+"""Results of checks and stages, and the verdict that is printed at the end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 PASSED, FAILED, SKIPPED, LEFT_OUT = "passed", "failed", "skipped", "left out"
-UNFINISHED = "unfinished"  # a stage none of whose checks failed, and which had no time for all of them
-_SHOWN = 6  # failed checks of a stage that the verdict names
+UNFINISHED = "unfinished"  # a stage without failures that had no time for all of its checks
+_MAX_LISTED = 6  # failed checks of a stage that the verdict lists
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check. `outcome` is passed, failed, skipped or left out; `why` says why unless it passed."""
+    """Result of one check. `outcome` is passed, failed, skipped or left out; `why` is the reason unless it passed."""
 
     name: str
     outcome: str
@@ -31,8 +31,8 @@ class Check:
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage. `ended` says why it ended before its last check; `advice` what a failure asks for. `stderr` is the
-    end of what a stage that failed wrote there; of one that hung, where its threads were."""
+    """Result of one stage. `advice` says what to do if it failed, `ended` why it ended before its last check.
+    `stderr` has the end of a failed stage's stderr; if the stage hung, the stacks of its threads."""
 
     name: str
     advice: str
@@ -64,7 +64,8 @@ class StageReport:
 
 
 def verdict(about: str, reports: Sequence[StageReport], written_to: str = "", on_gpu: bool = True) -> str:
-    """Each stage's status and why, what to do about failures, and what to send back: the file `written_to`, if any."""
+    """The status of each stage with reasons and advice, and the overall result. `written_to` is the JSON file, if
+    any."""
     lines = [f"VERDICT for {about}"]
     for report in reports:
         lines.append(f"{report.name:8} {report.status:10} {report.summary}")
@@ -81,25 +82,25 @@ def verdict(about: str, reports: Sequence[StageReport], written_to: str = "", on
         sent = f" Send {written_to} with what was printed." if written_to else ""
         lines.append(f"FAILED: {', '.join(failed)}.{sent}")
     elif unfinished:
-        lines.append(f"UNFINISHED: {', '.join(unfinished)}. All else passed; {written_to} holds the figures.")
+        lines.append(f"UNFINISHED: {', '.join(unfinished)}. All else passed; {written_to} has the figures.")
     elif not on_gpu:
-        lines.append(f"PASSED on the CPU, which shows nothing of GPUs. {written_to} holds the figures.")
+        lines.append(f"PASSED on the CPU, which says nothing about GPUs. {written_to} has the figures.")
     else:
-        lines.append(f"PASSED. {written_to} holds the figures; keep it, it is what thresholds are set from.")
+        lines.append(f"PASSED. {written_to} has the figures; keep it, since thresholds are set from them.")
     return "\n".join(lines)
 
 
 def exit_code(reports: Sequence[StageReport]) -> int:
-    """0 if every stage passed, or was skipped where it cannot run; else 1."""
+    """0 if every stage passed or was skipped, else 1."""
     return int(any(report.status in (FAILED, UNFINISHED) for report in reports))
 
 
 def _reasons(report: StageReport) -> list[str]:
     failed = [f"{check.name}: {check.why}" for check in report.checks if check.outcome == FAILED]
     reasons = [report.ended] if report.ended else []
-    reasons += failed[:_SHOWN]
-    if len(failed) > _SHOWN:
-        reasons.append(f"and {len(failed) - _SHOWN} more")
+    reasons += failed[:_MAX_LISTED]
+    if len(failed) > _MAX_LISTED:
+        reasons.append(f"and {len(failed) - _MAX_LISTED} more")
     reasons += sorted({check.why for check in report.checks if check.outcome == SKIPPED})
     left_out = [check.name for check in report.checks if check.outcome == LEFT_OUT]
     return reasons + ([f"no time was left for: {'; '.join(left_out)}"] if left_out else [])

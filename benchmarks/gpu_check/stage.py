@@ -1,4 +1,4 @@
-"""What runs in a stage's process: its checks, one after the other, each told in a line as it ends.
+"""Main function of a stage's process: runs its checks one after the other and prints a line for each.
 
 python -m benchmarks.gpu_check.stage TASK        (see `supervisor.run_stage`)
 """
@@ -20,11 +20,11 @@ from benchmarks.gpu_check.check import CheckFailed, CheckSkipped, PlannedCheck, 
 from benchmarks.gpu_check.report import FAILED, LEFT_OUT, PASSED, SKIPPED, Check
 from benchmarks.gpu_check.supervisor import Task
 
-_MOST_OF_A_MESSAGE = 500  # characters
+_MAX_MESSAGE_LENGTH = 500  # characters
 
 
 def run_checks(task: Task) -> Iterator[Check]:
-    """Runs the checks of a stage's module; yields each as it ends."""
+    """Runs the checks of a stage's module. Yields the result of each as it ends."""
     deadline = time.monotonic() + task.limit_s
     setting = Setting(task.device, Path(task.folder), task.layers)
     planned: Iterator[PlannedCheck] = importlib.import_module(task.module).checks(setting)
@@ -49,8 +49,8 @@ def _run(check: PlannedCheck, task: Task) -> Check:
         done = Check(check.name, SKIPPED, why=str(reason))
     except CheckFailed as failure:
         done = Check(check.name, FAILED, why=str(failure), figures=failure.figures)
-    except Exception as error:  # the other checks are still worth knowing
-        why = f"{type(error).__name__}: {error}"[:_MOST_OF_A_MESSAGE]
+    except Exception as error:  # go on with the other checks
+        why = f"{type(error).__name__}: {error}"[:_MAX_MESSAGE_LENGTH]
         done = Check(check.name, FAILED, why=why, figures={"traceback": traceback.format_exc()})
     return replace(done, seconds=round(time.monotonic() - started, 1))
 

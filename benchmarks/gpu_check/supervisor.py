@@ -1,4 +1,4 @@
-"""Runs a stage in a process of its own, which cannot outlive its deadline, whatever it hangs in."""
+"""Runs a stage in its own process group and kills it at its deadline, even if it hangs in a driver call."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 from benchmarks.gpu_check.report import FAILED, Check, StageReport
 
-_STACKS_BEFORE_S = 1.0  # a stage writes where its threads are so long before its deadline
+_STACKS_BEFORE_S = 1.0  # a stage dumps the stacks of its threads this long before its deadline
 _ENDS_WITHIN_S = 10.0
-_KEPT_OF_STDERR = 8000  # characters
+_MAX_STDERR = 8000  # characters kept
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A module whose `checks(setting)` yields checks, the seconds it may take, and what to do when one fails."""
+    """A stage: a module whose `checks(setting)` yields checks, its time limits, and advice for failures."""
 
     name: str
     module: str
@@ -36,14 +36,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Task:
-    """What a stage's process is told, as JSON. `only`: checks whose name has this text; all if empty."""
+    """The argument of a stage's process, as JSON. `only`: runs the checks whose name contains this text."""
 
     module: str
     device: str
-    folder: str  # of checkpoints, which stages share
-    events: str  # file to which the stage writes a line as each check begins and ends
+    folder: str  # checkpoints, shared by all stages
+    events: str  # file that gets a line when a check begins or ends
     limit_s: float
-    dump_s: float  # seconds after which it writes to stderr where its threads are: it is about to be ended
+    dump_s: float  # seconds after which the stacks of all threads are written to stderr
     layers: int
     only: str = ""
 
@@ -51,7 +51,7 @@ class Task:
 def run_stage(
     stage: Stage, device: str, folder: Path, layers: int = 24, only: str = "", time_factor: float = 1.0
 ) -> StageReport:
-    """Runs `stage` to its end or its deadline. No process of its group is left."""
+    """Runs `stage` until it ends or reaches its deadline, then kills its process group."""
     limit_s = stage.limit_s(device) * time_factor
     events, stderr = folder / f"{stage.name}.events", folder / f"{stage.name}.stderr"
     events.write_text("")
@@ -59,8 +59,10 @@ def run_stage(
     task = Task(stage.module, device, str(folder), str(events), limit_s, dump_s, layers, only)
     started = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.gpu_check.stage", json.dumps(asdict(task))]
-    one_thread = {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}  # more would wait for each other
-    with stderr.open("w") as file:  # planted faults fill it with tracebacks
+    one_thread = (
+        {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}
+    )  # more threads would slow each other down
+    with stderr.open("w") as file:  # to a file, since planted faults print many tracebacks
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -76,7 +78,7 @@ def run_stage(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        _await_end(process.pid)
+        _wait_for_group(process.pid)
     checks, running, finished = _read(events)
     ended = "" if finished else _ending(code, limit_s, running)
     if ended and code is not None and (last := _end_of(stderr).strip().rpartition("\n")[2]):
@@ -88,8 +90,8 @@ def run_stage(
     return replace(report, stderr=_end_of(stderr)) if report.status == FAILED else report
 
 
-def _await_end(group: int) -> None:
-    """Waits some seconds until no process of the group is left: until then they hold the card's memory."""
+def _wait_for_group(group: int) -> None:
+    """Waits up to some seconds until all processes of the group are gone, since they hold GPU memory until then."""
     deadline = time.monotonic() + _ENDS_WITHIN_S
     while _is_left(group) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -107,19 +109,19 @@ def _is_left(group: int) -> bool:
 
 
 def _end_of(file: Path) -> str:
-    return file.read_text(errors="replace")[-_KEPT_OF_STDERR:]
+    return file.read_text(errors="replace")[-_MAX_STDERR:]
 
 
 def _ending(code: int | None, limit_s: float, running: str) -> str:
     where = f" in {running!r}" if running else " between checks"
     if code is None:
-        return f"ended from outside at its limit of {limit_s:g} s{where}"
+        return f"killed at its time limit of {limit_s:g} s{where}"
     how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
     return f"its process ended {how}{where}"
 
 
 def _read(events: Path) -> tuple[list[Check], str, bool]:
-    """The checks that have ended, the name of the one that was running ("" for none), and whether all are done."""
+    """Finished checks, the name of the running check ("" if none), and whether the stage finished."""
     checks: list[Check] = []
     running = ""
     for line in events.read_text().splitlines():

@@ -1,1 +1,1 @@
-"""How fast the simulator is, and how well it agrees with the real engine on this machine."""
+"""Speed of the simulator, and its agreement with the real engine on this machine."""

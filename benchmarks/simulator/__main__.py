@@ -1,10 +1,10 @@
-"""Simulated against real on this machine, and how many GPUs a minute of simulation covers.
+"""Agreement of the simulator with the real engine, and its speed for large clusters.
 
     python -m benchmarks.simulator [--seconds 30] [--skip-real] [--skip-scale]
 
-Real: a small model of random weights behind `AsyncEngine`, Poisson arrivals at shares of the engine's capacity;
-the simulation gets the same arrivals and step times fitted to steps measured before and after in this run.
-Scale: Qwen3-235B-A22B on modelled H100s at a load near what they hold.
+Agreement: a small random model behind `AsyncEngine` with Poisson arrivals at shares of the engine's capacity. The
+simulation gets the same arrivals, and step times fitted to steps measured before and after. Speed: Qwen3-235B-A22B on
+H100s at a load near their capacity.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ SCALE_S = 60.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of arrivals in each real run")
-    parser.add_argument("--skip-real", action="store_true", help="only the scale")
-    parser.add_argument("--skip-scale", action="store_true", help="only the agreement")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of arrivals in each real run")
+    parser.add_argument("--skip-real", action="store_true", help="measure only the speed")
+    parser.add_argument("--skip-scale", action="store_true", help="measure only the agreement")
     args = parser.parse_args()
     if not args.skip_real:
         keep("simulator-agreement", agreement(args.seconds))
@@ -115,7 +115,7 @@ def arrivals(rate: float, seconds: float, seed: int) -> PoissonArrivals:
 
 
 def capacity(cost: FittedCost, config: EngineConfig) -> float:
-    """Requests a second that the engine ends when it is never idle, by the simulation."""
+    """Requests per second of an engine that is never idle, by the simulation."""
     outcome = simulated(cost, config, [Request(0.0, 200, 40) for _ in range(400)])
     return len(outcome.recorder.arrivals_s) / outcome.end_s
 
@@ -157,7 +157,7 @@ def compared(share: float, rate: float, real: RealRun, outcome: Outcome, cost: F
 
 
 def scale(gpus: int) -> dict[str, Any]:
-    """A minute of a service on `gpus` GPUs: wall time and events."""
+    """Simulates a minute of a service on `gpus` GPUs; wall time and events."""
     _, config = find_config("Qwen3-235B-A22B")
     cost = CostModel(config, SCALE_LAYOUT, parse_gpus(f"{gpus}xH100"))
     defaults = STEP_DEFAULTS["cuda"]

@@ -1,4 +1,4 @@
-"""The same arrivals through the real engine: one process, its own thread, a client for each request."""
+"""Runs the arrivals of a simulation through the real engine, with one client task per request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwen3_dist.sampling_params import SamplingParams
 
 @dataclass
 class RealRun:
-    """What clients saw, in seconds from the start; one entry a request."""
+    """What clients observed, in seconds from the start; one entry per request."""
 
     arrivals_s: list[float] = field(default_factory=list)
     first_tokens_s: list[float] = field(default_factory=list)
@@ -29,7 +29,7 @@ class RealRun:
     steps: int = 0
 
     def figures(self) -> dict[str, float]:
-        """Throughput in output tokens per second until the last ends, and latencies in ms."""
+        """Output tokens per second until the last request ends, and latencies in ms."""
         ttft = sorted(
             first - arrival for arrival, first in zip(self.arrivals_s, self.first_tokens_s, strict=True)
         )

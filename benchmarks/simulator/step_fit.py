@@ -1,4 +1,4 @@
-"""A step-time model fitted to steps measured on this machine: what `simulate` needs of a cost model."""
+"""A step-time model fitted to measured steps, used by the simulator instead of the cost model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Measured = tuple[StepShape, float]
 
 @dataclass(frozen=True)
 class FittedCost:
-    """Seconds of a step: a line between knots in its rows, and so much a decode and a token of its context.
+    """Step time: piecewise linear in its rows, plus linear terms in decodes and in their context tokens.
 
-    Fitted to relative errors, since steps differ a hundredfold, without negative coefficients. Attention of
-    prompts is in the rows: it is a small part of prompts as short as these.
+    Fitted by relative error, since steps differ a hundredfold, with non-negative coefficients. Attention in prefill
+    has no term of its own: it is a small part for prompts as short as these.
     """
 
     coefficients: tuple[float, ...]
@@ -47,11 +47,11 @@ class FittedCost:
 
 
 def measure_steps(engine: Engine, seed: int) -> list[Measured]:
-    """Steps of known shape: decodes of some sequences, the same with a prompt beside them, prompts alone."""
+    """Measures steps of known shapes: decodes, decodes with a prompt, and prompts alone."""
     rng = random.Random(seed)
     steps: list[Measured] = []
     for chunk in _CHUNKS:
-        _Batch(engine, rng).timed_step(chunk)  # what is made once is made now
+        _Batch(engine, rng).timed_step(chunk)  # warm-up
     for count in _DECODES:
         for context in _CONTEXTS:
             batch = _Batch(engine, rng)
@@ -64,12 +64,12 @@ def measure_steps(engine: Engine, seed: int) -> list[Measured]:
 
 
 class _Batch:
-    """Sequences that decode in the engine, whose lengths are known."""
+    """Decoding sequences of known lengths in an engine."""
 
     def __init__(self, engine: Engine, rng: random.Random) -> None:
         self._engine = engine
         self._rng = rng
-        self._lengths: dict[str, int] = {}  # of those that have begun to decode
+        self._lengths: dict[str, int] = {}  # tokens of each decoding sequence
 
     def start(self, count: int, length: int) -> None:
         for _ in range(count):
@@ -79,7 +79,7 @@ class _Batch:
                 self._lengths[name] = self._lengths.get(name, length) + 1
 
     def timed_step(self, chunk: int = 0) -> Measured:
-        """A step of all sequences and of a new prompt of `chunk` tokens, which ends with it."""
+        """Times a step of all sequences, with a new prompt of `chunk` tokens that finishes in it."""
         if chunk:
             self._add(chunk, outputs=1)
         decodes, context = len(self._lengths), sum(self._lengths.values())
@@ -87,7 +87,7 @@ class _Batch:
         started = time.perf_counter()
         outputs = self._engine.step()
         seconds = time.perf_counter() - started
-        assert len(outputs) == shape.num_samples, "the step was not of the shape it was to have"
+        assert len(outputs) == shape.num_samples, "the step did not have the expected shape"
         for name in self._lengths:
             self._lengths[name] += 1
         return shape, seconds
@@ -126,7 +126,7 @@ def _without_negatives(relative: np.ndarray) -> np.ndarray:
 
 
 def _shares(rows: int) -> list[float]:
-    """How much of each knot there is in a number of rows; beyond the last it grows in proportion."""
+    """Interpolation weights of the knots for a number of rows; beyond the last knot, proportional to rows."""
     shares = [0.0] * len(_KNOTS)
     for place, (low, high) in enumerate(zip(_KNOTS, _KNOTS[1:], strict=False)):
         if low <= rows <= high:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.record import RESULTS, file_of, machine_name
+from benchmarks.record import RESULTS, machine_name, result_file
 from benchmarks.results_index import load, page
 
 
 def test_every_file_is_named_by_its_kind_and_machine() -> None:
     for name, result in load().items():
         on_gpu = result.get("device") == "cuda"
-        assert name == file_of(result["kind"], result["hardware"], on_gpu).name
+        assert name == result_file(result["kind"], result["hardware"], on_gpu).name
         assert {"date", "hardware", "versions"} <= result.keys()
 
 

@@ -103,7 +103,7 @@ def test_a_body_that_dribbles_is_408_and_its_connection_is_closed(limited: str) 
 
     headers = {**BEARER, "content-type": "application/json"}
     answer = httpx.post(limited + COMPLETIONS, content=dribble(), headers=headers, timeout=60)
-    assert "took longer than 1 seconds to come" in error_of(answer, 408)["message"]
+    assert "took longer than 1 seconds to arrive" in error_of(answer, 408)["message"]
     assert answer.headers["connection"] == "close"
 
 

@@ -1,5 +1,5 @@
-"""One driver per system, each run by the interpreter that has the system: `python DRIVER MODEL WORK.json [...]`.
+"""One driver per system, run by the interpreter that has the system installed: `python DRIVER MODEL WORK.json [...]`.
 
-A driver prints `{"ready": true}` once it has made its first token, then `{"row": ..., "seconds": [...]}` for
-each row (`driving.py`). Drivers import nothing of this project but what they measure.
+A driver prints `{"ready": true}` after its first token, then `{"row": ..., "seconds": [...]}` for each row
+(`driving.py`). Drivers import nothing of this project; only `ours.py` does.
 """

@@ -1,11 +1,12 @@
-"""What all drivers do alike. It needs nothing but Python: each system's interpreter runs it."""
+"""The common loop of all drivers. Imports only the standard library, since each system's interpreter runs it."""
 
 import json
 from collections.abc import Callable
 
 
 def drive(work: dict, seconds: Callable[[list, int], float]) -> None:
-    """Runs WORK; `seconds(prompts, output_len)` makes so many tokens from each prompt and says how long it took."""
+    """Runs `work`. `seconds(prompts, output_len)` generates `output_len` tokens for each prompt and returns the
+    time."""
     seconds(work["first"], 1)
     print(json.dumps({"ready": True}), flush=True)
     for row in work["rows"]:

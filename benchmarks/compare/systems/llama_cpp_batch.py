@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python's C interface: `llama_cpp_batch.py MODEL WORK.json`.
 
-MODEL is the folder of `model.gguf`, which `write_gguf.py` makes. Sampling is not counted.
+MODEL is the directory of `model.gguf`, which `write_gguf.py` writes. The time of sampling is not included.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(path: str, work_file: str) -> None:
         batch.n_tokens = at + 1
 
     def seconds(prompts: list, output_len: int) -> float:
-        """Which tokens are fed back makes no difference to the time."""
+        """Feeds fixed tokens back instead of sampled ones, which takes the same time."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         started = time.perf_counter()
         for sequence, prompt in enumerate(prompts):

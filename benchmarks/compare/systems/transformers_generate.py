@@ -1,4 +1,4 @@
-"""transformers' own generate: `transformers_generate.py MODEL WORK.json`."""
+"""transformers' `generate`: `transformers_generate.py MODEL WORK.json`."""
 
 import json
 import sys

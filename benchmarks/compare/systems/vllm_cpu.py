@@ -12,7 +12,7 @@ from driving import drive
 def main(path: str, work_file: str, tp: str) -> None:
     work = json.loads(Path(work_file).read_text())
     cores = sorted(os.sched_getaffinity(0))[: work["threads"]]
-    # Without this it uses one core. "a-b" is one rank on cores a to b, "a|b" are two ranks.
+    # By default vLLM uses one core. "a-b" is one rank on cores a to b, "a|b" are two ranks.
     binding = f"{cores[0]}-{cores[-1]}" if tp == "1" else "|".join(map(str, cores[: int(tp)]))
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -31,9 +31,9 @@ def main(path: str, work_file: str, tp: str) -> None:
 
     def seconds(prompts: list, output_len: int) -> float:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
         started = time.perf_counter()
-        outputs = llm.generate(given, params, use_tqdm=False)
+        outputs = llm.generate(inputs, params, use_tqdm=False)
         taken = time.perf_counter() - started
         assert all(len(output.outputs[0].token_ids) == output_len for output in outputs)
         return taken

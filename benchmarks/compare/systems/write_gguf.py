@@ -1,4 +1,5 @@
-"""A HuggingFace Qwen3 folder as `model.gguf` beside it, in bf16: `write_gguf.py MODEL`. Needs gguf and numpy."""
+"""Converts a Hugging Face Qwen3 directory to a bf16 `model.gguf` in it: `write_gguf.py MODEL`. Needs gguf and
+numpy."""
 
 import json
 import sys
