@@ -48,14 +48,16 @@ def predict_burst(
             running.append(waiting.pop(0))
         free = [each for each in running if not each.in_flight]
         if free and len(in_flight_steps) < model.layout.pp:
-            shape, taken, advanced = _step(free, -(-len(running) // model.layout.pp), max_num_batched_tokens)
+            shape, scheduled, advanced = _step(
+                free, -(-len(running) // model.layout.pp), max_num_batched_tokens
+            )
             through, until_next = model.micro_batch_seconds(shape)
             start = max(now, first_stage_free)
             first_stage_free = start + until_next
-            in_flight_steps.append((start + through, taken, advanced))
+            in_flight_steps.append((start + through, scheduled, advanced))
             continue
-        now, taken, advanced = in_flight_steps.popleft()
-        for each in taken:
+        now, scheduled, advanced = in_flight_steps.popleft()
+        for each in scheduled:
             each.in_flight = False
         for each in advanced:
             each.times = (*each.times, now)
@@ -78,7 +80,7 @@ def _step(
         each.context += 1
     context = sum(each.context for each in decodes)
     left, tokens, pairs = budget - len(decodes), 0, 0
-    taken, advanced = list(decodes), list(decodes)
+    scheduled, advanced = list(decodes), list(decodes)
     for each in free:
         chunk = min(each.prompt_left, left)
         if not chunk:
@@ -87,9 +89,9 @@ def _step(
         each.prompt_left -= chunk
         each.context += chunk
         left, tokens = left - chunk, tokens + chunk
-        taken.append(each)
+        scheduled.append(each)
         if not each.prompt_left:
             advanced.append(each)
-    for each in taken:
+    for each in scheduled:
         each.in_flight = True
-    return StepShape(len(decodes), context, tokens, pairs, len(advanced)), taken, advanced
+    return StepShape(len(decodes), context, tokens, pairs, len(advanced)), scheduled, advanced

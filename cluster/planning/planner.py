@@ -168,8 +168,8 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
     model = CostModel(config, layout, cluster, request.expert_imbalance)
-    wanted = ceil(request.concurrency / (replicas * layout.dp))
-    seqs = min(wanted, request.max_num_batched_tokens)
+    demand = ceil(request.concurrency / (replicas * layout.dp))
+    seqs = min(demand, request.max_num_batched_tokens)
     capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
     weights = model.weights_bytes()
     activations = model.activation_bytes(request.max_num_batched_tokens, seqs)
@@ -179,7 +179,7 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, wanted)
+    ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, demand)
     in_flight = min(request.concurrency, replicas * layout.dp * batch)
     rate = in_flight * request.output_len / cycle_s
     return PlannedLayout(
@@ -198,12 +198,12 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
 
 
 def cycle_times(
-    model: CostModel, request: PlanRequest, batch: int, wanted: int
+    model: CostModel, request: PlanRequest, batch: int, demand: int
 ) -> tuple[float, float, float]:
     """TTFT, ITL and cycle time in seconds, in a steady state with `batch` sequences per dp group.
 
     In one cycle every sequence finishes and is replaced: each decodes output_len - 1 times, and one prompt per
-    sequence is prefilled beside the decodes of the others, within the step's token budget. `wanted` is the number of
+    sequence is prefilled beside the decodes of the others, within the step's token budget. `demand` is the number of
     requests per dp group; those beyond `batch` queue.
     """
     prompt, output = request.input_len, request.output_len
@@ -228,7 +228,7 @@ def cycle_times(
     mixed_s = model.step_seconds(mixed)
     cycle_s = steps * mixed_s + max(0, output - steps) * decode_s
     mean_s = cycle_s / max(output, steps)
-    queue_s = max(0, wanted - batch) / batch * cycle_s
+    queue_s = max(0, demand - batch) / batch * cycle_s
     ttft_s = queue_s + mean_s / 2 + chunks * mixed_s
     return ttft_s, cycle_s / output, cycle_s
 

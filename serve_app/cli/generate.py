@@ -68,9 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", action="append", metavar="TEXT", help="text that ends the generation; may be repeated"
     )
-    parser.add_argument(
-        "--ignore-eos", action="store_true", help="generate on after the end-of-sequence token"
-    )
+    parser.add_argument("--ignore-eos", action="store_true", help="do not stop at the end-of-sequence token")
     parser.add_argument(
         "--logprobs",
         type=int,

@@ -133,12 +133,12 @@ def _translate_value(name: str, equals: str, value: str, rest: Iterator[str]) ->
     """Our option `name` with its value translated; takes the value from `rest` if `equals` is empty."""
     if name not in _VALUES and name not in _COUNTS:
         return [name + equals + value]
-    given = value if equals else next(rest, None)
-    if given is None:
+    text = value if equals else next(rest, None)
+    if text is None:
         return [name]
-    if name in _COUNTS and (match := _COUNT.fullmatch(given)):
-        given = str(int(float(match[1]) * _FACTORS[match[2]]))
-    return [f"{name}={_VALUES.get(name, {}).get(given, given)}"]
+    if name in _COUNTS and (match := _COUNT.fullmatch(text)):
+        text = str(int(float(match[1]) * _FACTORS[match[2]]))
+    return [f"{name}={_VALUES.get(name, {}).get(text, text)}"]
 
 
 def _layout(axes: dict[str, str]) -> str:
