@@ -79,7 +79,9 @@ class RequestHandler:
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._renderer))
         if isinstance(request, PoolingRequest):
-            pooled = await pool(self._engine, self._renderer, request, *self._model_and_adapter(request.model))
+            pooled = await pool(
+                self._engine, self._renderer, request, *self._model_and_adapter(request.model)
+            )
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request)
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
