@@ -214,7 +214,7 @@ def observe(
     from qwen3_dist.config import ModelConfig
     from qwen3_dist.layout import Layout
     from qwen3_dist.pooling_params import PoolingParams
-    from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
+    from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, SampleSpec, SequenceStep, StepPlan
     from qwen3_dist.settings import EngineConfig
     from qwen3_dist.worker import kv_cache
     from qwen3_dist.worker.runner import ModelRunner
@@ -256,9 +256,9 @@ def observe(
     decodes = plan(*(step(slot, (-1,), 40) for slot in range(2)))
     sampled = plan(*(step(slot, (-1,), 40, sample=spec) for slot, spec in enumerate(drawn)))
     formed = plan(step(0, (-1,), 40, setup=penalised), step(1, (-1,), 40))
-    reading = plan(
-        step(0, prompt, 0, reading=PromptScores(0, (1,) * 39, 2)),
-        step(1, prompt, 0, sample=None, reading=PoolingParams()),
+    with_prompt_requests = plan(
+        step(0, prompt, 0, prompt_request=PromptLogprobsSpec(0, (1,) * 39, 2)),
+        step(1, prompt, 0, sample=None, prompt_request=PoolingParams()),
     )
     largest = plan(
         *(
@@ -276,7 +276,7 @@ def observe(
             tuple(range(TOKENS - DRAWS + 1)),
             0,
             new_blocks=tuple(range(TOKENS // 16)),
-            reading=PromptScores(0, (1,) * (TOKENS - DRAWS), 2),
+            prompt_request=PromptLogprobsSpec(0, (1,) * (TOKENS - DRAWS), 2),
         ),
     )
     phases: dict[str, dict[str, Any]] = {}
@@ -305,15 +305,19 @@ def observe(
             blocks = count_blocks(sizes, built, MemoryShare())
         for graphs in (True, False):
             settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=TOKENS)
-            settings = replace(settings, moe_dispatch=dispatch)
+            settings = replace(settings, moe_dispatch=dispatch, max_num_seqs=4 if graphs else DRAWS)
             with phase("start" if graphs else "start without graphs"):
-                runner = ModelRunner(built, 64, settings, DRAWS if not graphs else 4, path=Path())
+                runner = ModelRunner(built, 64, settings, path=Path())
             ending = "" if graphs else " without graphs"
             steps = {"prompts": prompts, "first decodes": decodes, "decodes": decodes, "sampled": sampled}
             for name, asked in steps.items():
                 with phase(name + ending):
                     runner.launch(asked)
-        for name, asked in {"formed": formed, "reading": reading, "largest": largest}.items():
+        for name, asked in {
+            "formed": formed,
+            "prompt outputs": with_prompt_requests,
+            "largest": largest,
+        }.items():
             with phase(name):
                 runner.launch(asked)
     cache = blocks * kv_cache.block_bytes(built, 1)

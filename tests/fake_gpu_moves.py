@@ -16,7 +16,7 @@ from benchmarks.compare.checkpoints import SHAPES
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.worker.expert_moves import Reading
+from qwen3_dist.worker.expert_moves import ExpertReadThread
 from tests.fake_gpu import fake_gpu
 from tests.fake_rank import built_model
 
@@ -43,8 +43,8 @@ def observe(quantize: bool) -> dict[str, list[str]]:
         [hosted] = moe.placement.hosted
         placement = ExpertPlacement(((*hosted[1::-1], *hosted[2:]),))  # the first two change places
         watch.restart()
-        reading = Reading(Reader(config), moe, 0, placement, model.device, None, threading.Event())
-        prepared = reading.prepare()
+        thread = ExpertReadThread(Reader(config), moe, 0, placement, model.device, None, threading.Event())
+        prepared = thread.prepare()
         waits = {"read": list(watch.waits)}
         assert all(tensor.is_cuda for tensor in prepared.tensors)
         for tables in (moe.all_gather._here, moe.all_to_all._owner, moe.all_to_all._place):

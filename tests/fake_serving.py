@@ -19,7 +19,7 @@ import torch
 from qwen3_dist.layout import Layout
 from qwen3_dist.ops.cuda import compiles
 from qwen3_dist.pooling_params import PoolingParams
-from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptLogprobsSpec, SampleSpec, SequenceStep, StepPlan
 from tests.fake_gpu import connected, fake_gpu
 from tests.fake_rank import built_model, without_numbers
 from tests.setups import setup
@@ -80,14 +80,14 @@ class Traffic:
         tokens = tuple(self._random.randrange(self._vocab) for _ in range(size))
         spec = self._random.choice([None, self._spec(), self._spec()])
         part = self._step(slot, tokens, start, spec)
-        reading = self._random.choice([None, None, None, "scores", "vector", "logits"])
-        if reading == "scores":
+        wanted = self._random.choice([None, None, None, "logprobs", "vector", "logits"])
+        if wanted == "logprobs":
             first = self._random.randrange(size)
             part = part._replace(
-                reading=PromptScores(first, (1,) * (size - first), self._random.randint(0, 5))
+                prompt_request=PromptLogprobsSpec(first, (1,) * (size - first), self._random.randint(0, 5))
             )
-        elif reading is not None and spec is None:
-            part = part._replace(reading=PoolingParams(logits_of=(1, 2) if reading == "logits" else ()))
+        elif wanted is not None and spec is None:
+            part = part._replace(prompt_request=PoolingParams(logits_of=(1, 2) if wanted == "logits" else ()))
         return part
 
     def _step(self, slot: int, tokens: tuple[int, ...], start: int, spec: SampleSpec | None) -> SequenceStep:
@@ -143,11 +143,12 @@ def serve(
             block_size=BLOCK_SIZE,
             max_model_len=MAX_LEN,
             max_num_batched_tokens=MAX_TOKENS,
+            max_num_seqs=MAX_SEQS,
             moe_dispatch=dispatch,
             speculative=Speculation.parse(f"ngram,k={guesses}") if guesses else None,
         )
         began = time.process_time()
-        runner = ModelRunner(rank, BLOCKS, settings, MAX_SEQS, path=Path())
+        runner = ModelRunner(rank, BLOCKS, settings, path=Path())
         runner.warm_up()
         ready = dict(compiles.compiled)
         print(f"ready after {time.process_time() - began:.1f} s", file=sys.stderr)

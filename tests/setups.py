@@ -15,7 +15,7 @@ def setup(**changes: Any) -> SamplingSetup:
         "repetition_penalty": 1.0,
         "logit_bias": (),
         "min_tokens": 0,
-        "ending": (),
+        "stop_token_ids": (),
         "eos_token_ids": (),
         "bad_words": (),
         "logprob_token_ids": (),

@@ -28,7 +28,7 @@ def rank_on_stand_in(spec: RankSpec) -> None:
         return free_bytes(torch.device("cuda"), *arguments)  # type: ignore[arg-type]
 
     with (
-        patch.object(cards, "take_card", take_stand_in),
+        patch.object(cards, "set_card", take_stand_in),
         patch.object(kv_cache, "free_bytes", of_card),
         patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES, CARD_BYTES)),
     ):

@@ -39,7 +39,7 @@ class _Stream:
     queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
     unfinished: int = 1
 
-    async def take(self) -> list[TokenDelta]:
+    async def next_deltas(self) -> list[TokenDelta]:
         """Waits for deltas and returns all since the last call. A caller slower than the engine gets several steps at
         once, so it has less work for each. Raises EngineDeadError after the last delta before the engine's death."""
         taken: list[TokenDelta] = []
@@ -120,11 +120,11 @@ class AsyncEngine:
             self.check_health()
         try:
             while stream.unfinished:
-                deltas = await stream.take()
+                deltas = await stream.next_deltas()
                 failed = next((delta.error for delta in deltas if delta.error is not None), None)
                 if failed is not None:
-                    if told := [delta for delta in deltas if delta.error is None]:
-                        yield told
+                    if good := [delta for delta in deltas if delta.error is None]:
+                        yield good
                     raise RequestError(failed)
                 stream.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas

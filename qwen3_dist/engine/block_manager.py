@@ -138,7 +138,7 @@ class BlockManager:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         if not self._prefix_caching:
             return []
-        most = min(len(sequence.token_ids) - 1, sequence.num_findable) // self.block_size
+        most = min(len(sequence.token_ids) - 1, sequence.num_cacheable) // self.block_size
         found: list[int] = []
         for index in range(most):
             self._extend_hashes(sequence, index + 1)

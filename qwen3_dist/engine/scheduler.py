@@ -139,13 +139,13 @@ class Scheduler:
         self._answered += 1
         self.blocks.settle(self._answered)
         advanced = []
-        errors, readings = dict(result.errors), iter(result.readings)
+        errors, prompt_outputs = dict(result.errors), iter(result.prompt_outputs)
         row = 0
         for step in plan.sequences:
-            reading = None if step.reading is None else next(readings)
+            prompt_output = None if step.prompt_request is None else next(prompt_outputs)
             sequence = self._by_id.get(step.seq_id)  # None if it ended while the step ran
-            if sequence is not None and reading is not None:
-                sequence.take_reading(reading)
+            if sequence is not None and prompt_output is not None:
+                sequence.add_prompt_output(prompt_output)
             if step.sample is None:
                 if sequence is not None and sequence.ends_without_token(step.start + len(step.token_ids)):
                     self.finish(sequence, "length")
@@ -270,7 +270,7 @@ class Scheduler:
                 break
             insort(self.running, self.waiting.pop(place), key=scheduling_key)
             sequence.slot = heapq.heappop(self._slots)
-            self._shares.take(sequence)
+            self._shares.add(sequence)
             self._count_prompt(sequence)
             num_new = min(sequence.num_uncomputed, budget)
             reserved = self.blocks.reserve(sequence, num_new)
@@ -306,7 +306,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.blocks.release(sequence, self._rest_until)
         heapq.heappush(self._slots, sequence.slot)
-        self._shares.give_back(sequence)
+        self._shares.remove(sequence)
         sequence.slot = -1
         sequence.is_set_up = False
 
@@ -323,7 +323,7 @@ class Scheduler:
                     params.temperature, params.top_p, params.top_k, sequence.seed, end, params.logprobs
                 )
             sequence.num_pending += 1
-        reading = sequence.next_reading(start, end)
+        prompt_request = sequence.next_prompt_request(start, end)
         sequence.num_computed = end
         self.blocks.register(sequence)
         first_block, new_blocks = sequence.take_new_blocks()
@@ -339,6 +339,6 @@ class Scheduler:
             first_block,
             adapter=sequence.adapter,
             setup=setup,
-            reading=reading,
+            prompt_request=prompt_request,
             blocks=SomeBlocks(sequence.block_table, len(sequence.block_table)),
         )

@@ -9,7 +9,7 @@ from qwen3_dist.engine.drafts import Drafter
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import PromptLogprobs, TokenLogprob
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
-from qwen3_dist.protocol.step_plan import PromptScores, Reading
+from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, PromptOutput
 from qwen3_dist.sampling_params import SamplingParams
 
 
@@ -52,16 +52,16 @@ class Sequence:
     num_registered: int = 0  # leading blocks that are in the prefix cache
     finish_reason: str | None = None
     error: str | None = None  # why the sequence failed
-    num_scored: int = field(init=False)  # leading tokens whose prompt logprobs are done or not wanted
+    num_logprobs_done: int = field(init=False)  # leading tokens whose prompt logprobs are done or not wanted
     vector: array[float] | None = None
-    _scores: list[TokenLogprob] = field(default_factory=list)
-    _scores_taken: bool = False
+    _prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    _prompt_logprobs_taken: bool = False
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.token_ids)
         # Choices of one prompt share its logprobs; the first computes them.
-        scores = self.params.prompt_logprobs is not None and self.index == 0
-        self.num_scored = 0 if scores else self.prompt_len
+        wanted = self.params.prompt_logprobs is not None and self.index == 0
+        self.num_logprobs_done = 0 if wanted else self.prompt_len
 
     @property
     def is_running(self) -> bool:
@@ -97,9 +97,9 @@ class Sequence:
         return self.max_tokens == 0 and end == self.prompt_len
 
     @property
-    def num_findable(self) -> int:
+    def num_cacheable(self) -> int:
         """Leading tokens that may come from the prefix cache; tokens whose logprobs are wanted must be computed."""
-        return self.num_scored if self.num_scored < self.prompt_len else len(self.token_ids)
+        return self.num_logprobs_done if self.num_logprobs_done < self.prompt_len else len(self.token_ids)
 
     def take_new_blocks(self) -> tuple[int, tuple[int, ...]]:
         """The number of blocks that ranks know already, and the ids of the others, which count as sent from now on."""
@@ -107,31 +107,33 @@ class Sequence:
         self.num_sent_blocks = len(self.block_table)
         return known, tuple(self.block_table[known:])
 
-    def next_reading(self, start: int, end: int) -> PromptScores | PoolingParams | None:
-        """The prompt outputs wanted from a step that computes tokens `start` to `end`. Call it once for each step."""
+    def next_prompt_request(self, start: int, end: int) -> PromptLogprobsSpec | PoolingParams | None:
+        """The prompt request for a step that computes tokens `start` to `end`. Call it once for each step."""
         if self.pooling is not None:
             return self.pooling if end == self.prompt_len else None
-        first, last = max(start, self.num_scored), min(end, self.prompt_len - 1)
+        first, last = max(start, self.num_logprobs_done), min(end, self.prompt_len - 1)
         top = self.params.prompt_logprobs
-        if self.num_scored < self.prompt_len:
-            self.num_scored = self.prompt_len if end >= self.prompt_len else max(self.num_scored, end)
+        if self.num_logprobs_done < self.prompt_len:
+            self.num_logprobs_done = (
+                self.prompt_len if end >= self.prompt_len else max(self.num_logprobs_done, end)
+            )
         if first >= last or top is None:
             return None
-        return PromptScores(first - start, tuple(self.token_ids[first + 1 : last + 1]), top)
+        return PromptLogprobsSpec(first - start, tuple(self.token_ids[first + 1 : last + 1]), top)
 
-    def take_reading(self, reading: Reading) -> None:
+    def add_prompt_output(self, output: PromptOutput) -> None:
         """Stores prompt logprobs or a vector that a step returned."""
-        if isinstance(reading, array):
-            self.vector = reading
+        if isinstance(output, array):
+            self.vector = output
         else:
-            self._scores.extend(reading)
+            self._prompt_logprobs.extend(output)
 
     def take_prompt_logprobs(self) -> PromptLogprobs | None:
         """The prompt logprobs, the first time this is called after the prompt is complete; None otherwise."""
-        if self.params.prompt_logprobs is None or self.index or self._scores_taken:
+        if self.params.prompt_logprobs is None or self.index or self._prompt_logprobs_taken:
             return None
-        self._scores_taken = True
-        return (None, *self._scores)
+        self._prompt_logprobs_taken = True
+        return (None, *self._prompt_logprobs)
 
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""

@@ -15,12 +15,12 @@ class SlotShares:
         self._held: Counter[str] = Counter()
         self._several = 0  # requests that hold more than one
 
-    def take(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> None:
         """Counts the slot that `sequence` was given."""
         self._held[sequence.request_id] += 1
         self._several += self._held[sequence.request_id] == 2
 
-    def give_back(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence) -> None:
         """Counts the slot that `sequence` returned."""
         held = self._held[sequence.request_id] - 1
         self._several -= held == 1

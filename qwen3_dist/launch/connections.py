@@ -67,7 +67,7 @@ class RankConnections:
                 raise RankLostError(EngineDeadError(f"{awaited()}{also}"), Blame.UNKNOWN)
 
     @contextlib.contextmanager
-    def told_by_cause(self) -> Iterator[None]:
+    def reporting_root_cause(self) -> Iterator[None]:
         """A context that replaces a RankLostError by that of the rank that caused it, as far as ranks report."""
         try:
             yield

@@ -15,13 +15,12 @@ from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch.base import Executor, RankPlace
 from qwen3_dist.launch.card_use import use_of_cards
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker import cards
-from qwen3_dist.worker.rank import told
+from qwen3_dist.worker.rank import describe_failure
 from qwen3_dist.worker.runner import ModelRunner, StepOutput
 from qwen3_dist.worker.shard import MemoryShare, count_blocks, load_shard, set_threads
 
@@ -38,17 +37,16 @@ class InProcessExecutor(Executor):
             set_threads(config, ranks_on_host=1)
         else:
             torch.cuda.empty_cache()  # frees what an earlier engine left
-            device, card = cards.take_card(torch.cuda.current_device())
+            device, card = cards.set_card(torch.cuda.current_device())
             memory = MemoryShare(1, *use_of_cards([card], config).free_bytes)
         self.device = device.type
         self._card = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
-        with _memory_told("loading the model"):
+        with _explained_out_of_memory("loading the model"):
             path = resolve_model(config.model, config.revision)
             model = load_shard(config, path, placements, ParallelContext.single(), device, progress)
             self.num_blocks = count_blocks(config, model, memory)
-            limits = SchedulerLimits.of(config, self.device, self.num_blocks)
-            runner = ModelRunner(model, self.num_blocks, config, limits.max_num_seqs, path)
+            runner = ModelRunner(model, self.num_blocks, config, path)
             runner.warm_up()
         self._runner: ModelRunner | None = runner
         self.backends = runner.backends
@@ -59,13 +57,13 @@ class InProcessExecutor(Executor):
     def submit(self, plans: Sequence[StepPlan]) -> None:
         """Starts the step on a GPU, or runs it on a CPU."""
         assert self._runner is not None, "the executor was shut down"
-        with self._card, _memory_told("running a step"):
+        with self._card, _explained_out_of_memory("running a step"):
             output = self._runner.launch(plans[0])
         assert output is not None
         self._launched.append(output)
 
     def collect(self) -> list[StepResult | None]:
-        with self._card, _memory_told("running a step"):
+        with self._card, _explained_out_of_memory("running a step"):
             return [self._launched.popleft().result()]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
@@ -80,9 +78,9 @@ class InProcessExecutor(Executor):
 
 
 @contextlib.contextmanager
-def _memory_told(doing: str) -> Iterator[None]:
+def _explained_out_of_memory(activity: str) -> Iterator[None]:
     """Turns torch.OutOfMemoryError into ResourceError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise told(error, 0, doing) from error
+        raise describe_failure(error, 0, activity) from error

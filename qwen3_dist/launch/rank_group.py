@@ -234,7 +234,7 @@ class RankGroupExecutor(Executor):
     def _losing_ranks(self) -> Iterator[None]:
         """A context in which the loss of a rank ends the whole group, with the root cause as the error."""
         try:
-            with self._ranks.told_by_cause():
+            with self._ranks.reporting_root_cause():
                 yield
         except RankLostError as loss:
             self._die(loss.error)

@@ -13,7 +13,7 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.ops import slices
 from qwen3_dist.parallel.expert_exchange import capacity
 
-SCORED_ROWS = 128  # of a prompt's logits that are held at once
+PROMPT_LOGPROBS_ROWS = 128  # of a prompt's logits that are held at once
 _LIVE_ROWS = 4  # of D for each token: the residual, what is normed, what is added, what travels
 _PAIR_BYTES = 32  # of a pair's expert id, weight and place, whose slice's sort takes as much again
 # Bytes of each logit, beside those of the activations' dtype, which tp rank 0 holds twice:
@@ -49,12 +49,12 @@ def step_bytes(
     logits = draws * (2 * item_bytes + _DRAWN_BYTES)
     logits += max(
         min(draws, slices.SORTED_ROWS) * _SORTED_BYTES,
-        min(tokens, SCORED_ROWS) * (2 * item_bytes + _SCORED_BYTES),
+        min(tokens, PROMPT_LOGPROBS_ROWS) * (2 * item_bytes + _SCORED_BYTES),
     )
     # Logits come when of the blocks only their answers are left.
-    ending = 2 * tokens * config.emb_dim * item_bytes + logits * config.vocab_size
+    sampling_bytes = 2 * tokens * config.emb_dim * item_bytes + logits * config.vocab_size
     widest = max(config.vocab_size, 2 * config.hidden_dim) // layout.tp * config.emb_dim if widens else 0
-    return int(max(blocks * item_bytes + routing, ending) + widest * item_bytes)
+    return int(max(blocks * item_bytes + routing, sampling_bytes) + widest * item_bytes)
 
 
 def _expert_rows(config: ModelConfig, layout: Layout, tokens: int, all_to_all: bool) -> tuple[int, int]:

@@ -96,7 +96,7 @@ class Qwen3Model(nn.Module):
     def take_overflow(self) -> Tensor:
         """[1] fp32, more than 0 if some exchange of experts' rows since the last call did not fit its capacity on some
         rank of this stage, so that what steps made is void. All ranks of the stage call it."""
-        return self._overflow.take(self.parallel.tp, self.parallel.dp)
+        return self._overflow.reduce_and_clear(self.parallel.tp, self.parallel.dp)
 
     @property
     def moe_layers(self) -> dict[int, MoEFeedForward]:

@@ -135,8 +135,8 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         return 1
 
 
-def _function(loaded: ctypes.CDLL, name: str, ending: str = "") -> ctypes._NamedFuncPointer:
-    function = getattr(loaded, name + ending)
+def _function(loaded: ctypes.CDLL, name: str, suffix: str = "") -> ctypes._NamedFuncPointer:
+    function = getattr(loaded, name + suffix)
     function.argtypes = [ctypes.c_void_p, ctypes.c_long, *(_KINDS[kind] for kind in _SIGNATURES[name])]
     function.restype = ctypes.c_long
     return function
@@ -145,7 +145,7 @@ def _function(loaded: ctypes.CDLL, name: str, ending: str = "") -> ctypes._Named
 def _functions(loaded: ctypes.CDLL, name: str) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
     """By dtype; fp16 is missing where the CPU cannot convert it."""
     return {
-        dtype: _function(loaded, name, f"_{ending}")
-        for dtype, ending in _SUMMED.items()
-        if hasattr(loaded, f"{name}_{ending}")
+        dtype: _function(loaded, name, f"_{suffix}")
+        for dtype, suffix in _SUMMED.items()
+        if hasattr(loaded, f"{name}_{suffix}")
     }

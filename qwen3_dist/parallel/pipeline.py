@@ -52,8 +52,10 @@ class Pipeline:
         if len(self._underway) > _MOST_UNDERWAY:
             self._underway.popleft()[0].wait()
 
-    def receive(self, rows: int, like: Tensor) -> Tensor:
-        """The [rows, D] that the stage before sent, where and of what dtype `like` [D] is."""
-        x = torch.empty(rows, like.shape[0], dtype=like.dtype, device="cpu" if self._host else like.device)
+    def receive(self, rows: int, template: Tensor) -> Tensor:
+        """The [rows, D] that the stage before sent, where and of what dtype `template` [D] is."""
+        x = torch.empty(
+            rows, template.shape[0], dtype=template.dtype, device="cpu" if self._host else template.device
+        )
         dist.recv(x, self._before)
-        return x.to(like.device)
+        return x.to(template.device)

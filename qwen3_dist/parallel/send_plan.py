@@ -33,7 +33,7 @@ class OverflowFlag:
             self._left_out = on_device(self._left_out, self._left_out.dtype, left_out.device)
         self._left_out += left_out
 
-    def take(self, *groups: Communicator) -> Tensor:
+    def reduce_and_clear(self, *groups: Communicator) -> Tensor:
         """[1] fp32, more than 0 if any rank of the `groups` left rows out since the last call. All of them call it."""
         total = self._left_out.clone()
         self._left_out.zero_()

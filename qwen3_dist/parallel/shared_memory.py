@@ -1,17 +1,16 @@
 """Collectives of CPU ranks on one host: they write into shared memory and spin on sequence numbers.
 
 Gloo takes over a millisecond for a small all-reduce between two one-thread ranks; this takes tens of
-microseconds, and in C++ (`native_shared_memory.py`) a few. Segment of a group of n ranks, two halves
-used in turn:
+microseconds, and in C++ (`native_shared_memory.py`) a few. The segment of a group of n ranks is double-buffered:
 
     flags   [n]          last operation each rank has published (a cache line apart)
     header  [2, n, 1+n]  int64: rounds this rank needs, rows for each destination (all-to-all only)
     slots   [2, n, slot] bytes of payload
 
-A rank writes operation k into half k % 2 and publishes k; it goes on when all have published k. Half
-k % 2 is written again at k + 2, which a rank reaches only after everybody published k + 1, hence
-finished reading k: two halves suffice and nobody waits twice. Publishing is a plain store after plain
-stores, which is ordered on x86 only (`supported()`); elsewhere ranks use gloo.
+A rank writes operation k into buffer k % 2, publishes k, and continues when all ranks have published k. It writes the
+same buffer again at k + 2, after all ranks have published k + 1 and so have finished reading k: one wait for each
+operation is enough. Publishing is a plain store after plain stores, which only x86 keeps in order (`supported()`);
+ranks on other CPUs use gloo.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from qwen3_dist.parallel.communicator import Communicator
 _DIRECTORY = Path("/dev/shm")
 _LINE = 128  # bytes between flags, so that no two ranks write one cache line (or its prefetched pair)
 _SPINS = 400
-_YIELDING_S = 0.02  # a time, as each yield lasts long where cores are wanted
+_YIELDING_S = 0.02  # a time and no count: a yield takes long if other processes want the core
 _LIVENESS_PERIOD_S = 0.1
 
 
@@ -59,9 +58,8 @@ def connect_shared_memory(
 
     A slot holds whole numbers of every dtype: `slot_bytes` is a multiple of 16.
 
-    Whether they really share memory is found out by trying: all must be able to open the segment and
-    watch each other's processes. The segment's name is removed before this returns, so nothing of it
-    can outlive its ranks.
+    Ranks share memory if all of them can open the segment and watch each other's processes, which this tries. The
+    segment's name is removed before this returns, so the segment cannot outlive its ranks.
     """
     assert slot_bytes % 16 == 0
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -157,7 +155,7 @@ class Segment:
 class SharedMemoryCommunicator(Communicator):
     """Collectives over a `Segment`; payloads larger than a slot go in rounds.
 
-    Raises PeerLostError when another rank's process ends, or stays away longer than `timeout_s`.
+    Raises PeerLostError if another rank's process ends, or does not answer within `timeout_s`.
     """
 
     kind = "shared memory"
@@ -166,7 +164,7 @@ class SharedMemoryCommunicator(Communicator):
         self, rank: int, size: int, segment: Segment, watchers: dict[int, int], timeout_s: float
     ) -> None:
         super().__init__(rank, size)
-        self.world_ranks: Sequence[int] = range(size)  # what errors call the group's ranks
+        self.world_ranks: Sequence[int] = range(size)  # names of the group's ranks in errors
         self._segment = segment
         self._watchers = watchers
         self._poll = select.poll()
@@ -240,18 +238,18 @@ class SharedMemoryCommunicator(Communicator):
         parts: list[list[Tensor]] = [[] for _ in range(self.size)]
         done, total = 0, 1
         while done < total:
-            half = (self._operation + 1) % 2
-            header[half, self.rank, 0] = rounds
+            buffer = (self._operation + 1) % 2
+            header[buffer, self.rank, 0] = rounds
             for peer, elements in enumerate(sent):
-                header[half, self.rank, 1 + peer] = send_counts[peer]
+                header[buffer, self.rank, 1 + peer] = send_counts[peer]
                 chunk = elements[done * capacity : (done + 1) * capacity]
-                self._part(half, self.rank, peer * capacity, chunk.numel(), x.dtype).copy_(chunk)
+                self._part(buffer, self.rank, peer * capacity, chunk.numel(), x.dtype).copy_(chunk)
             self._exchange()
-            total = max(header[half, peer, 0] for peer in range(self.size))
-            counts = [header[half, peer, 1 + self.rank] for peer in range(self.size)]
+            total = max(header[buffer, peer, 0] for peer in range(self.size))
+            counts = [header[buffer, peer, 1 + self.rank] for peer in range(self.size)]
             for peer, count in enumerate(counts):
                 left = min(max(count * row - done * capacity, 0), capacity)
-                parts[peer].append(self._part(half, peer, self.rank * capacity, left, x.dtype).clone())
+                parts[peer].append(self._part(buffer, peer, self.rank * capacity, left, x.dtype).clone())
             done += 1
         out = torch.cat([chunk for chunks in parts for chunk in chunks])
         return out.view(-1, *x.shape[1:]), counts
@@ -272,10 +270,10 @@ class SharedMemoryCommunicator(Communicator):
         everybody = slots[:, : elements * dtype.itemsize].view(dtype)
         return everybody[self.rank], everybody
 
-    def _part(self, half: int, rank: int, start: int, elements: int, dtype: torch.dtype) -> Tensor:
+    def _part(self, buffer: int, rank: int, start: int, elements: int, dtype: torch.dtype) -> Tensor:
         """`elements` of a rank's slot from element `start` on."""
         size = dtype.itemsize
-        return self._segment.slots[half, rank, start * size : (start + elements) * size].view(dtype)
+        return self._segment.slots[buffer, rank, start * size : (start + elements) * size].view(dtype)
 
     @staticmethod
     def _sum(parts: Tensor, out: Tensor) -> None:

@@ -26,7 +26,7 @@ class ChannelClosedError(EOFError):
 
 
 class Channel:
-    """One end of a connection. Raises ChannelClosedError when the peer is gone, TimeoutError when it is silent."""
+    """One end of a connection. Methods raise ChannelClosedError if the peer is gone, TimeoutError if it is silent."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -52,12 +52,13 @@ class Channel:
             raise ChannelClosedError(f"the peer closed the connection ({error})") from None
 
     def post(self, packed: bytes) -> bool:
-        """Sends what the socket accepts without waiting, keeps the rest for `flush`; returns whether all was sent."""
+        """Sends as much as the socket accepts without waiting and keeps the rest for `flush`. Returns whether all was
+        sent."""
         self._unsent.append(memoryview(packed))
         return self.flush()
 
     def flush(self) -> bool:
-        """Sends more of the posted data without waiting. Returns whether nothing is left."""
+        """Sends more of the posted data without waiting. Returns whether all was sent."""
         while self._unsent:
             try:
                 sent = self._socket.send(self._unsent[0], socket.MSG_DONTWAIT)
@@ -82,7 +83,7 @@ class Channel:
         return bool(poll.poll(0))
 
     def wait_until_closed(self, timeout_s: float) -> None:
-        """Discards what the peer still sends until it closes the connection, for at most `timeout_s`.
+        """Discards incoming data until the peer closes the connection, for at most `timeout_s`.
 
         Closing a socket with unread data would lose the last message sent.
         """
@@ -94,7 +95,7 @@ class Channel:
                     return
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The next message. `timeout_s` applies to its first byte, and again to each later part."""
+        """Returns the next message. `timeout_s` applies to its first byte, and again to each later part."""
         self._socket.settimeout(timeout_s)
         try:
             (length,) = _HEADER.unpack(self._read(_HEADER.size))
@@ -141,7 +142,8 @@ class ChannelListener:
         return self._socket.fileno()
 
     def accept(self, timeout_s: float) -> Channel | None:
-        """The channel of the next peer if it knows the secret; None if it does not, or if none connects in time."""
+        """Returns the channel of the next peer; None if the peer does not know the secret, or none connects in
+        time."""
         self._socket.settimeout(timeout_s)
         try:
             sock, _ = self._socket.accept()

@@ -1,7 +1,7 @@
 """The messages between the engine and a rank, from the rank's start to its end.
 
 rank                                   engine
-── Hello(host, card, rendezvous port) ▶  shared cards decide how collectives travel, for all ranks
+── Hello(host, card, rendezvous port) ▶  chooses the transport of collectives, for all ranks
 ◀── Start(rendezvous address, sharing)
    join process groups, load weights
 ── Loading ... ─────────────────────▶
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RankSpec:
     """The arguments of a rank's process. `device` is "cpu" or "cuda". `card` is the index of the rank's GPU among
-    those visible to its process; None until the launcher or the process itself knows it."""
+    those visible to its process; None until the launcher or the rank's process sets it."""
 
     rank: int
     config: EngineConfig
@@ -44,8 +44,8 @@ class RankSpec:
 
 @dataclass(frozen=True)
 class Hello:
-    """Where a rank runs. Ranks of equal `host_id` share a machine and its memory; `store_port` is that of rank 0's
-    rendezvous store at the address `host`."""
+    """Where a rank runs. Ranks of equal `host_id` share a machine and its memory. `store_port` is the port of rank 0's
+    rendezvous store at the address `host`; None from other ranks."""
 
     rank: int
     pid: int
@@ -58,8 +58,8 @@ class Hello:
 
 @dataclass(frozen=True)
 class Start:
-    """How to join the other ranks. `ranks_on_card` and `card_free_bytes` (its free memory before loading)
-    belong to the rank's card; `over_host` means that collectives of GPU tensors go through host memory."""
+    """How to join the other ranks. `ranks_on_card` ranks share this rank's card, which had `card_free_bytes` of free
+    memory before any of them loaded. `over_host`: collectives of GPU tensors go through host memory."""
 
     store_address: tuple[str, int]
     ranks_on_host: int
@@ -81,8 +81,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Ready:
-    """The cache is allocated and the rank is ready for plans. `backends` and `collectives` describe in a line what
-    runs steps and what carries collectives; `may_repeat`: results may be void (`StepResult.overflowed`)."""
+    """The rank is ready for plans. `backends` describes the device and its kernels in one line, `collectives` the
+    transport of collectives. `may_repeat`: results may be void (`StepResult.overflowed`)."""
 
     backends: str
     collectives: str = ""

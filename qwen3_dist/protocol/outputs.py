@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Logprob of one output or prompt token, and the `top` tokens at its position with theirs, likeliest first.
+    """Logprob of one output or prompt token, and the `top` likeliest tokens at its position with their logprobs.
 
     `rank` is set for prompt tokens only: 1 if the token is the likeliest at its position.
     """
@@ -48,7 +48,7 @@ class TokenDelta:
         return self.finish_reason is not None or self.error is not None
 
     def first(self, count: int) -> TokenDelta:
-        """This delta with its first `count` tokens only; the others follow a stop string."""
+        """This delta with its first `count` tokens only. The other tokens come after a stop string."""
         if count == len(self.token_ids):
             return self
         return replace(self, token_ids=self.token_ids[:count], logprobs=self.logprobs[:count])
@@ -67,7 +67,8 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One finished request. `token_ids`, `text`, ... are those of its first choice.
+    """One finished request. The properties `token_ids`, `text`, `finish_reason` and `logprobs` are of the first
+    choice.
 
     `prompt_logprobs`, if requested, has one entry for each prompt token, None for the first.
     """
@@ -99,7 +100,7 @@ class RequestOutput:
 class EngineStats:
     """The load of one engine now, and totals since its start.
 
-    No sequence holds the `free_blocks`; `cached_blocks` of these still hold a prefix that can be reused.
+    No sequence holds the `free_blocks`; `cached_blocks` of them still hold a prefix that can be reused.
     """
 
     num_running: int

@@ -1,6 +1,6 @@
-"""How a plan's sequences travel: a column for each of their fields, which pickles many times faster than objects.
+"""The sequences of a plan as columns, one for each field, which pickle many times faster than objects.
 
-No column grows with the context, since a sequence carries only the blocks that are new.
+No column grows with the context, since a plan holds only new blocks.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _NO_LOGPROBS = -1
 
 
 class SequenceColumns(NamedTuple):
-    """The fields of S sequences, in order, but for `blocks`, which stay with the engine.
+    """The fields of the sequences, in order, without `blocks`, which stay with the engine.
 
-    Lists of a sequence lie one after the other, beside their lengths. `samples` are those of the sequences that have
-    one, whose places are in `sampled`; `setups` and `readings`, which few sequences have, are by place.
+    Fields that are lists are concatenated, with a column of lengths. `samples` has the specs of the sequences that
+    have one, whose indices are `sampled`. `setups` and `prompt_requests`, which few sequences have, are by index.
     """
 
     seq_ids: array[int]
@@ -36,12 +36,12 @@ class SequenceColumns(NamedTuple):
     sampled: array[int]
     samples: tuple[array[Any], ...]  # temperature, top_p, top_k, seed, position, logprobs
     setups: dict[int, Any]
-    readings: dict[int, Any]
+    prompt_requests: dict[int, Any]
 
     @classmethod
     def of(cls, sequences: Sequence[SequenceStep]) -> SequenceColumns:
         columns = zip(*sequences, strict=True) if sequences else ((),) * len(SequenceStep._fields)
-        ids, slots, tokens, starts, blocks, samples, firsts, drafted, adapters, setups, readings, _ = columns
+        ids, slots, tokens, starts, blocks, samples, firsts, drafted, adapters, setups, requests, _ = columns
         sampled = _given(samples)
         return cls(
             array("q", ids),
@@ -57,11 +57,11 @@ class SequenceColumns(NamedTuple):
             array("i", sampled),
             _sample_columns(tuple(sampled.values())),
             _given(setups),
-            _given(readings),
+            _given(requests),
         )
 
     def sequences(self) -> tuple[SequenceStep, ...]:
-        """The sequences that these are the columns of."""
+        """The inverse of `of`."""
         count = len(self.seq_ids)
         return tuple(
             map(
@@ -76,7 +76,7 @@ class SequenceColumns(NamedTuple):
                 self.num_drafted,
                 self.adapters,
                 _spread(self.setups, count),
-                _spread(self.readings, count),
+                _spread(self.prompt_requests, count),
             )
         )
 
@@ -96,7 +96,7 @@ def _samples(columns: Sequence[array[Any]]) -> Iterable[SampleSpec]:
 
 
 def _parted(values: array[int], lengths: array[int]) -> Iterable[tuple[int, ...]]:
-    """Consecutive runs of `values`."""
+    """Splits `values` into consecutive tuples of these lengths."""
     if lengths.count(1) == len(lengths):
         return zip(values)
     flat = tuple(values)
@@ -104,12 +104,14 @@ def _parted(values: array[int], lengths: array[int]) -> Iterable[tuple[int, ...]
 
 
 def _given(values: Sequence[T | None]) -> dict[int, T]:
+    """The values that are not None, by index."""
     if values.count(None) == len(values):
         return {}
     return {place: value for place, value in enumerate(values) if value is not None}
 
 
 def _spread(given: dict[int, T], count: int) -> Iterable[T | None]:
+    """The inverse of `_given`, for `count` values."""
     if len(given) == count:
         return given.values()
     return map(given.get, range(count)) if given else repeat(None, count)

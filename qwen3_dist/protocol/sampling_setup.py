@@ -1,6 +1,6 @@
-"""Sampling state of a sequence that needs more than temperature, top-k and top-p.
+"""Sampling parameters of a sequence that needs more than temperature, top-k and top-p. Plain data, no torch.
 
-Plain data, no torch. Ranks get it with the first step after each admission; later steps carry nothing.
+Ranks get a sequence's setup with its first step after each admission and keep it while the sequence runs.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 
 class Thinking(NamedTuple):
-    """The tokens that delimit reasoning: `opens` (<think>) and `closes` (</think>).
+    """The tokens that delimit reasoning: `opens` is <think>, `closes` is </think>.
 
-    `breaks` are the tokens of one and two line breaks, with that number: the template puts two after `closes`.
+    `breaks` has the tokens that are one or two line breaks, each with that number; the chat template writes two line
+    breaks after </think>.
     """
 
     opens: int
@@ -20,9 +21,9 @@ class Thinking(NamedTuple):
 
 
 class SamplingSetup(NamedTuple):
-    """`SamplingParams` as token ids. `prompt` and `output` are the sequence's tokens at its admission.
+    """`SamplingParams` with token ids for texts. `prompt` and `output` are the sequence's tokens at its admission.
 
-    Tokens of `ending` end the sequence. `reasoning` is "none" if there is no `thinking`.
+    `stop_token_ids` include EOS unless it is ignored. `reasoning` is "none" if `thinking` is None.
     """
 
     min_p: float
@@ -31,7 +32,7 @@ class SamplingSetup(NamedTuple):
     repetition_penalty: float
     logit_bias: tuple[tuple[int, float], ...]
     min_tokens: int
-    ending: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     bad_words: tuple[tuple[int, ...], ...]
     logprob_token_ids: tuple[int, ...]

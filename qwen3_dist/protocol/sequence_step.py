@@ -1,4 +1,4 @@
-"""One sequence's part of a step, as plain data."""
+"""One sequence in a step, as plain data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ LAST_SAMPLED = -1  # in place of a token id: the token last sampled for the sequ
 
 
 class SampleSpec(NamedTuple):
-    """How to draw one token. `position` is the index it will have in its sequence.
+    """Sampling parameters of one token. `position` is the index of that token in its sequence.
 
-    Tokens drawn after guesses in the same step have the positions that follow.
+    If the step verifies draft tokens, this is the spec of the first token sampled; the others have the positions that
+    follow.
     """
 
     temperature: float
@@ -26,16 +27,17 @@ class SampleSpec(NamedTuple):
     logprobs: int | None
 
 
-class PromptScores(NamedTuple):
-    """Log-probabilities that a step is to give of a prompt: in each of its rows from `first` on that of the token
-    that follows (`targets`), and the `top` likeliest."""
+class PromptLogprobsSpec(NamedTuple):
+    """The prompt logprobs that a step must return. Row `first + i` of the sequence's tokens in the step predicts the
+    token `targets[i]`; the logprob of that token is returned, and those of the `top` likeliest."""
 
     first: int
     targets: tuple[int, ...]
     top: int
 
 
-Reading: TypeAlias = "tuple[TokenLogprob, ...] | array[float]"  # of each target, or a vector in fp32
+# Prompt logprobs, one for each of the `targets`, or the fp32 vector of a pooling request.
+PromptOutput: TypeAlias = "tuple[TokenLogprob, ...] | array[float]"
 
 
 class SomeBlocks(NamedTuple):
@@ -46,16 +48,18 @@ class SomeBlocks(NamedTuple):
 
 
 class SequenceStep(NamedTuple):
-    """One sequence's part of a step: compute `token_ids`, the first of them at position `start`.
+    """One sequence in a step: compute the KV of `token_ids`, the first of them at position `start`.
 
-    `slot` is the sequence's place among the running ones while it runs. `new_blocks` are the KV-cache blocks that it
-    got since its last step, or since its admission; they follow the first `first_block` of its blocks. `sample` is
-    None while a prompt is only partly computed, and where nothing is to be generated. `adapter` is the LoRA adapter
-    that computes its tokens, counted from 1; 0 is none.
-    The last `num_drafted` of the tokens are guesses: a token is drawn in front of each, and after all.
-    `setup` comes with the first step after each admission of a sequence that is not plain.
-    `reading` is what else is wanted of a prompt: its log-probabilities, or what follows from its last token.
-    `blocks` are all of its blocks, new ones included. They stay with the engine, which needs them to repeat a step.
+    `slot` is the index of the sequence's state on the ranks. `new_blocks` are the KV-cache blocks allocated since its
+    last step or its admission; they follow the first `first_block` blocks of its table. `adapter` is the number of its
+    LoRA adapter, from 1; 0 is none.
+
+    `sample` is None if no token is sampled: the prompt is not complete yet, or nothing is to be generated. The last
+    `num_drafted` tokens are draft tokens: 1 + num_drafted tokens are sampled, one to verify each draft token and one
+    after the last. `setup` comes with the first step after each admission, if the sequence needs sampling state on the
+    ranks. `prompt_request` asks for prompt logprobs or for the vector of a pooling request.
+
+    `blocks` is the whole block table. It is not sent to ranks; the engine needs it to run a step again.
     """
 
     seq_id: int
@@ -68,12 +72,12 @@ class SequenceStep(NamedTuple):
     num_drafted: int = 0
     adapter: int = 0
     setup: SamplingSetup | None = None
-    reading: PromptScores | PoolingParams | None = None
+    prompt_request: PromptLogprobsSpec | PoolingParams | None = None
     blocks: SomeBlocks | None = None
 
     @property
     def draws(self) -> list[SampleSpec]:
-        """How to draw each of its tokens, in order."""
+        """The spec of each token that the step samples, in order."""
         if self.sample is None:
             return []
         if not self.num_drafted:

@@ -1,8 +1,7 @@
-"""What the scheduler tells the ranks to do in one step, and what they answer. Plain data: no torch.
+"""The plan of one step, which the engine sends to the ranks, and its result. Plain data, no torch.
 
-A plan carries what is new. Ranks keep two things of each running sequence, by its slot: the blocks that hold its keys
-and values, and the token last sampled for it, which is the one to compute where a step is planned before the step
-before it has answered.
+A plan holds only what is new since the last one. Ranks keep, by slot, the block table of each running sequence and the
+token last sampled for it. A step that is planned before that token is known has LAST_SAMPLED in its place.
 """
 
 from __future__ import annotations
@@ -12,29 +11,34 @@ from typing import Any, NamedTuple
 
 from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.protocol.plan_columns import SequenceColumns
-from qwen3_dist.protocol.sequence_step import LAST_SAMPLED, PromptScores, Reading, SampleSpec, SequenceStep
+from qwen3_dist.protocol.sequence_step import (
+    LAST_SAMPLED,
+    PromptLogprobsSpec,
+    PromptOutput,
+    SampleSpec,
+    SequenceStep,
+)
 
 __all__ = [
     "LAST_SAMPLED",
-    "PromptScores",
-    "Reading",
+    "PromptLogprobsSpec",
+    "PromptOutput",
     "SampleSpec",
     "SequenceStep",
     "StepPlan",
     "StepResult",
 ]
 
-_FEW_SEQUENCES = 8  # that pickle faster as they are than in columns
+_FEW_SEQUENCES = 8  # up to this number, sequences pickle faster as they are than as columns
 
 
 class StepPlan(NamedTuple):
-    """One step of one dp group; sequences with a single token come first.
+    """One step of one dp group. Sequences with one token come first.
 
-    A group without sequences takes part where the others need it: `group_tokens` are the tokens of every
-    group in this step, by which ranks of all groups size and choose the exchanges that they share;
-    `decodes_only` says that after every token of every group one is drawn: there are decodes alone, and guesses;
-    `adapted` that some sequence of some group has an adapter; `exact` that tokens must reach their experts by a way
-    that has no capacity, since one that has was too small for this step.
+    A group without sequences still takes part in the collectives of MoE layers. `group_tokens` is the number of tokens
+    of every group, from which all ranks choose the same dispatcher and sizes. `decodes_only`: in all groups a token is
+    sampled after every token of the step (decodes and draft tokens, no prompts). `adapted`: a sequence of some group
+    has a LoRA adapter. `exact`: dispatch without a capacity, since an all-to-all of fixed capacity overflowed.
     """
 
     step: int
@@ -52,7 +56,7 @@ class StepPlan(NamedTuple):
 
     @classmethod
     def for_groups(cls, step: int, parts: Sequence[tuple[SequenceStep, ...]]) -> list[StepPlan]:
-        """The plans of one step of several dp groups."""
+        """The plans of one step, one for each dp group, from the sequences of each."""
         tokens = tuple(sum(len(sequence.token_ids) for sequence in sequences) for sequences in parts)
         decodes_only = all(
             len(sequence.token_ids) == 1 + sequence.num_drafted and sequence.sample is not None
@@ -63,8 +67,8 @@ class StepPlan(NamedTuple):
         return [cls(step, sequences, tokens, decodes_only, adapted) for sequences in parts]
 
     def in_single_tokens(self) -> StepPlan:
-        """A step of decodes alone with every guess as a decode of its own, which finds the ones before it in
-        their common blocks."""
+        """This plan, of decodes only, with each draft token as a sequence of one token. Such sequences share a slot
+        and its blocks, so each attends to those before it."""
         if not any(sequence.num_drafted for sequence in self.sequences):
             return self
         singles = tuple(
@@ -80,19 +84,20 @@ class StepPlan(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """The sampled tokens, 1 + `num_drafted` of every sequence of the plan that has a `sample`, in its order.
+    """The sampled tokens: 1 + num_drafted for every sequence of the plan with a `sample`, in the plan's order.
 
-    Of a sequence's tokens the first is its next one, and another one counts while the guess in front of it
-    equals the one before. `errors` say of a row why its sequence cannot go on. `readings` are those of every
-    sequence that has a `reading`, in the plan's order. `overflowed`: more tokens went to an expert than its exchange
-    had room for, so that the result is void and the step must be run again, `exact`.
+    The first token of a sequence is its next one; the token after a draft token counts only if all draft tokens up to
+    there equal the tokens sampled for them. `errors` are pairs of a row of `token_ids` and the reason why its sequence
+    must end. `prompt_outputs` has one item for every sequence with a `prompt_request`, in the plan's order.
+    `overflowed`: an all-to-all of fixed capacity overflowed, so the result is void and the step must run again,
+    `exact`.
     """
 
     step: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     errors: tuple[tuple[int, str], ...] = ()
-    readings: tuple[Reading, ...] = ()
+    prompt_outputs: tuple[PromptOutput, ...] = ()
     overflowed: bool = False
 
 

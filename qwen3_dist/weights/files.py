@@ -33,34 +33,34 @@ class CheckpointFiles:
     """
 
     def __init__(self, path: str | Path, files: Mapping[Path, set[str] | None] | None = None) -> None:
-        self._where: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._entries: dict[str, tuple[Path, tuple[int, ...], str]] = {}
         for file, named in (shard_files(Path(path)) if files is None else files).items():
             header = _read_header(file)
             absent = sorted((named or set()) - header.keys())
             if absent:
                 raise CheckpointError(f"{file} lacks {absent[0]} although the index names it; fetch it again")
             for name in header if named is None else named:
-                if name in self._where:
+                if name in self._entries:
                     raise CheckpointError(
-                        f"{self._where[name][0]} and {file.name} both hold {name}, and no index says which is right; "
-                        "remove the file that is not the model's"
+                        f"{self._entries[name][0]} and {file.name} both hold {name}, and no index says which is "
+                        "right; remove the file that is not the model's"
                     )
-                self._where[name] = (file, tuple(header[name]["shape"]), header[name]["dtype"])
-        self.is_headless = any(name.startswith(_HEADLESS) for name in self._where)
+                self._entries[name] = (file, tuple(header[name]["shape"]), header[name]["dtype"])
+        self.is_headless = any(name.startswith(_HEADLESS) for name in self._entries)
         if self.is_headless:
-            self._where = {f"{_PREFIX}{name}": where for name, where in self._where.items()}
+            self._entries = {f"{_PREFIX}{name}": entry for name, entry in self._entries.items()}
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
 
     def names(self) -> set[str]:
-        return set(self._where)
+        return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name][1]
+        return self._entries[name][1]
 
     def dtype(self, name: str) -> str:
         """ "float32", "bfloat16" or "float16". Raises CheckpointError for anything else."""
-        file, _, code = self._where[name]
+        file, _, code = self._entries[name]
         if code not in _FLOATS:
             raise CheckpointError(
                 f"{name} in {file} is stored as {code}; use a bf16, fp16 or fp32 checkpoint"
@@ -79,7 +79,7 @@ class CheckpointFiles:
         `progress` is told how many elements each chunk had.
         """
         self.dtype(name)
-        file, shape, code = self._where[name]
+        file, shape, code = self._entries[name]
         rows = range(*index[0].indices(shape[0]))
         row_bytes = max(1, _ITEM_BYTES[code] * out.numel() // max(1, len(rows)))
         step = max(1, _CHUNK_BYTES // row_bytes)

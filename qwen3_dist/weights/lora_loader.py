@@ -101,10 +101,10 @@ class Adapter:
         everything = WeightPlan(model_config, Layout(), set()).pieces(Layout().coords(0))
         shapes = {cls.pair_of(piece.source): piece.shape for piece in _products(everything)}
         try:
-            where = resolve_model(path)
-            config = read_json_object(where / _CONFIG)
+            directory = resolve_model(path)
+            config = read_json_object(directory / _CONFIG)
             rank, scale = _rank_and_scale(config)
-            files = CheckpointFiles(where, _weights_of(where))
+            files = CheckpointFiles(directory, _weights_of(directory))
             return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None

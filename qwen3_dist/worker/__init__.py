@@ -1,1 +1,1 @@
-"""What runs on a rank, in a process of its own (or in the engine's, for one CPU rank)."""
+"""The code of a rank, which runs in its own process; a single rank may run in the engine's process."""

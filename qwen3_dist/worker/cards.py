@@ -1,4 +1,4 @@
-"""The GPU that a rank runs on, and why there is none."""
+"""Finds and sets the GPU of a rank, with errors that say why there is none."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from qwen3_dist.protocol.card import Card
 _log = logging.getLogger(__name__)
 
 
-def take_card(index: int) -> tuple[torch.device, Card]:
-    """Makes GPU `index`, of those this process sees, the current one. Raises ResourceError if it cannot be used."""
+def set_card(index: int) -> tuple[torch.device, Card]:
+    """Makes GPU `index`, of those that this process sees, the current device. Returns the device and its description.
+
+    Raises ResourceError if the GPU cannot be used."""
     if why := why_no_gpu():
         raise ResourceError(f"the rank's process sees no GPU: {why}, or use device=cpu")
     device = torch.device("cuda", index)
@@ -32,19 +34,23 @@ def take_card(index: int) -> tuple[torch.device, Card]:
 
 
 def local_device(device: str) -> str:
-    """ "cpu" or "cuda" for a rank of this host. Raises ResourceError for a GPU that is not there."""
+    """Resolves `device` ("auto", "cpu" or "cuda") to "cpu" or "cuda" for ranks of this host.
+
+    Raises ResourceError for "cuda" if torch sees no GPU."""
     if device == "cpu" or torch.cuda.is_available():
         return "cpu" if device == "cpu" else "cuda"
     why = why_no_gpu()
     if device == "cuda":
-        raise ResourceError(f"device=cuda was asked for and torch sees no GPU here: {why}, or use device=cpu")
+        raise ResourceError(
+            f"device=cuda is set and torch sees no GPU on this host: {why}, or use device=cpu"
+        )
     if Path("/dev/nvidiactl").exists():
         _log.warning("torch sees no GPU here, so ranks run on the CPU: %s", why)
     return "cpu"
 
 
 def why_no_gpu() -> str:
-    """Why torch sees no GPU in this process, and what to change; "" if it sees one."""
+    """Returns why torch sees no GPU in this process and what to change; "" if it sees one."""
     if torch.cuda.is_available():
         return ""
     if not torch.backends.cuda.is_built():

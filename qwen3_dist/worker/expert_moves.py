@@ -1,6 +1,5 @@
-"""The rank's side of a move of experts: a thread reads those that come, and between two steps they take their places.
-
-The engine's side is `expert_balance.py`.
+"""The rank's side of expert rebalancing. A thread reads the weights of new experts while steps go on; between two
+steps they replace the experts that leave. The engine's side is `engine/expert_balance.py`.
 """
 
 from __future__ import annotations
@@ -23,68 +22,76 @@ from qwen3_dist.weights.loader import ExpertReader
 
 
 class ExpertMoves:
-    """Moves experts of one rank's model, a layer at a time. Its methods are called between steps and do not wait."""
+    """Replaces experts of one rank's model, one layer at a time. Methods are called between steps and never wait."""
 
     def __init__(self, model: Qwen3Model, path: Path, random: bool) -> None:
-        """`path` is the checkpoint's directory; `random` weights need none."""
+        """`path` is the directory of the checkpoint; it is not read if weights are `random`."""
         self._model = model
         self._reader = ExpertReader(path, model, random)
         self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        self._reading: Reading | None = None
-        self._last_ended = threading.Event()  # a reading may go on for a moment after it was dropped
+        self._thread: ExpertReadThread | None = None
+        self._last_ended = threading.Event()  # of the last thread, which may run on after `drop`
         self._last_ended.set()
 
     def start(self, layer: int, placement: ExpertPlacement) -> None:
-        """Begins to read what this rank needs to follow `placement`, in place of what was read before."""
+        """Starts to read the experts that this rank needs for `placement`. Drops what an earlier call has read."""
         self.drop()
         moe = self._model.moe_layers.get(layer)
-        if moe is not None:  # it is of this rank's stage
+        if moe is not None:  # the layer is in this rank's pipeline stage
             device, stream = self._model.device, self._stream
-            self._reading = Reading(self._reader, moe, layer, placement, device, stream, self._last_ended)
-            self._last_ended = self._reading.ended
-            self._reading.start()
+            self._thread = ExpertReadThread(
+                self._reader, moe, layer, placement, device, stream, self._last_ended
+            )
+            self._last_ended = self._thread.ended
+            self._thread.start()
 
     @property
     def arrived(self) -> bool:
-        """Whether all is here. Raises CheckpointError if it cannot be read."""
-        if self._reading is None:
+        """Whether all experts have been read. Raises CheckpointError if they cannot be read."""
+        if self._thread is None:
             return True
-        if self._reading.error is not None:
-            raise self._reading.error
-        return self._reading.prepared is not None
+        if self._thread.error is not None:
+            raise self._thread.error
+        return self._thread.prepared is not None
 
     @torch.inference_mode()
     def finish(self) -> None:
-        """Puts the experts that have arrived in their places, and routes by their placement from the next step on."""
-        reading, self._reading = self._reading, None
-        if reading is not None:
-            assert reading.prepared is not None, "the engine asks first whether all has arrived"
-            reading.moe.move(reading.prepared)
+        """Replaces experts by those that were read, and routes by the new placement from the next step on."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            assert thread.prepared is not None, "the engine asks first whether all experts have been read"
+            thread.moe.move(thread.prepared)
             if self._stream is not None:
-                for tensor in reading.prepared.tensors:  # until this step's stream has copied them
+                for (
+                    tensor
+                ) in thread.prepared.tensors:  # keeps their memory until the steps' stream has copied them
                     tensor.record_stream(torch.cuda.current_stream())
 
     def drop(self) -> None:
-        """Forgets what was read, and ends the reading."""
-        if self._reading is not None:
-            self._reading.unwanted.set()
-            self._reading = None
+        """Stops reading and drops what was read."""
+        if self._thread is not None:
+            self._thread.dropped.set()
+            self._thread = None
 
 
-class _UnwantedError(Exception):
-    """Nobody waits for what is being read."""
+class _DroppedError(Exception):
+    """Ends a thread whose experts are no longer needed."""
 
 
 class Reader(Protocol):
-    """An `ExpertReader`, or what stands in for one."""
+    """The interface of `weights.loader.ExpertReader`."""
 
     def read(
         self, layer: int, experts: Sequence[int], progress: Callable[[int], None]
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-class Reading(threading.Thread):
-    """Reads what one move needs, to the device and in the form of the weights. Ends with the process."""
+class ExpertReadThread(threading.Thread):
+    """Reads one layer's new experts and prepares them on the device, in the format that the layer keeps its weights
+    in.
+
+    Waits for `previous`, the end of an earlier thread, before it reads. `prepared` or `error` is the outcome. Setting
+    `dropped` makes it stop early; `ended` is set at its end."""
 
     def __init__(
         self,
@@ -94,52 +101,53 @@ class Reading(threading.Thread):
         placement: ExpertPlacement,
         device: torch.device,
         stream: torch.cuda.Stream | None,
-        after: threading.Event,
+        previous: threading.Event,
     ) -> None:
         super().__init__(name=f"experts of layer {layer}", daemon=True)
         self.moe = moe
         self.prepared: PreparedMove | None = None
         self.error: CheckpointError | None = None
-        self.unwanted = threading.Event()
+        self.dropped = threading.Event()
         self.ended = threading.Event()
         self._reader = reader
         self._layer = layer
         self._placement = placement
         self._device = device
         self._stream = stream
-        self._after = after
+        self._previous = previous
 
     def run(self) -> None:
-        self._after.wait()
+        self._previous.wait()
         try:
-            with _beside_steps(self._stream), torch.inference_mode():
+            with _on_stream(self._stream), torch.inference_mode():
                 prepared = self.prepare()
-            self.prepared = prepared  # it is there as a whole
-        except _UnwantedError:
+            self.prepared = prepared  # the steps' thread polls this, so it is set when complete
+        except _DroppedError:
             pass
-        except Exception as error:  # noqa: BLE001 - whatever it is, experts stay where they are and steps go on
+        except Exception as error:  # noqa: BLE001 - after any error experts stay where they are and steps go on
             self.error = CheckpointError(f"the experts of layer {self._layer} could not be moved: {error}")
         finally:
             self.ended.set()
 
     def prepare(self) -> PreparedMove:
-        """Reads now, in the caller's thread."""
+        """Reads and prepares the experts in the calling thread."""
         experts = list(self.moe.arrivals(self._placement).values())
-        stacks = self._reader.read(self._layer, experts, self._go_on)
+        stacks = self._reader.read(self._layer, experts, self._check_dropped)
         one, two, three = (
             stack if stack.device == self._device else on_device(stack, stack.dtype, self._device)
             for stack in stacks
         )
         return self.moe.prepare_move(self._placement, (one, two, three))
 
-    def _go_on(self, elements: int) -> None:
-        if self.unwanted.is_set():
-            raise _UnwantedError
+    def _check_dropped(self, elements: int) -> None:
+        if self.dropped.is_set():
+            raise _DroppedError
 
 
 @contextlib.contextmanager
-def _beside_steps(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Has a GPU copy on `stream`, beside the steps, and waits for it at the end."""
+def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Makes copies to the GPU run on `stream`, concurrently with steps, and waits for them at the end. None: no
+    GPU."""
     if stream is None:
         yield
         return

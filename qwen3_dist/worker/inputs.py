@@ -1,6 +1,6 @@
-"""A step's inputs on one rank: what its plan says, as tensors, and what earlier plans said that still holds.
+"""Builds a step's input tensors on one rank from its plan and from the block tables of earlier plans.
 
-Legend as in `ops/batch.py`: T tokens of the step, S sequences, L rows whose logits are wanted.
+Legend as in `ops/batch.py`: T tokens of the step, S sequences, L rows whose logits are needed.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SequenceStep, StepPlan
 
 
 class StepInputs:
-    """The block tables and the last sampled tokens of all running sequences, by slot, and the batch of each step.
+    """The block tables and last sampled tokens of all running sequences, by slot.
 
-    Tables stay on the device, so that a step's cost does not grow with its context. One row follows those of the
-    slots: every block there is `spare_block`, to which the rows that fill up a CUDA graph write.
+    Tables stay on the device, so building a batch does not take longer with a longer context. The tables have one more
+    row than there are slots. All its entries are `spare_block`, to which padding rows of CUDA graphs write.
     """
 
     def __init__(
         self, max_num_seqs: int, max_blocks: int, block_size: int, device: torch.device, spare_block: int = 0
     ) -> None:
-        """`max_blocks` are those of the longest sequence that may come."""
+        """`max_blocks` is the number of blocks of a sequence of max_model_len tokens."""
         self.last_sampled = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.tables = torch.zeros(max_num_seqs + 1, max_blocks, dtype=torch.int32, device=device)
         self.tables[max_num_seqs].fill_(spare_block)
-        self._blocks: list[list[int]] = [[] for _ in range(max_num_seqs)]  # the tables on the host
+        self._blocks: list[list[int]] = [[] for _ in range(max_num_seqs)]  # the block tables on the host
         self._block_size = block_size
         self._device = device
 
     def batch(self, plan: StepPlan, in_single_tokens: bool = False) -> StepBatch:
-        """The plan's tensors on the device. `in_single_tokens`: each guess is a decode, as CUDA graphs take them."""
-        index, values = self._take_blocks(plan.sequences)
+        """The plan's tensors on the device. `in_single_tokens` makes each draft token a sequence of one token, which
+        CUDA graphs need."""
+        index, values = self._add_blocks(plan.sequences)
         if in_single_tokens:
             plan = plan.in_single_tokens()
         return self._batch(plan, index, values)
 
-    def _take_blocks(self, sequences: Iterable[SequenceStep]) -> tuple[list[int], list[int]]:
-        """Keeps the new blocks on the host; returns where they go in the flat tables, and their ids."""
+    def _add_blocks(self, sequences: Iterable[SequenceStep]) -> tuple[list[int], list[int]]:
+        """Adds new blocks to the tables on the host. Returns their indices in the flat tables, and the block ids."""
         index: list[int] = []
         values: list[int] = []
         width = self.tables.shape[1]
@@ -64,10 +65,10 @@ class StepInputs:
         context_lens = tuple([sequence.start + len(sequence.token_ids) for sequence in sequences])
         starts = [0, *accumulate(query_lens)]
         num_decodes = next((i for i, length in enumerate(query_lens) if length != 1), len(query_lens))
-        positions, places = self._positions(sequences, num_decodes)
-        parts = (token_ids, positions, places, slots, context_lens, starts, _drawn_rows(plan, starts))
+        positions, kv_slots = self._positions(sequences, num_decodes)
+        parts = (token_ids, positions, kv_slots, slots, context_lens, starts, _logits_rows(plan, starts))
         *sent, new_index, new_values = rows_on_device((*parts, index, values), self._device)
-        tokens, positions_at, places_at, rows, lens, begins, logits_rows = sent
+        tokens, positions_at, kv_slots_at, rows, lens, begins, logits_rows = sent
         if index:
             self.tables.view(-1)[new_index] = new_values.int()
         if LAST_SAMPLED in token_ids[:num_decodes]:
@@ -77,7 +78,7 @@ class StepInputs:
         return StepBatch(
             token_ids=tokens,
             positions=positions_at,
-            slots=places_at,
+            slots=kv_slots_at,
             block_tables=self.tables,
             table_rows=rows,
             context_lens=lens,
@@ -93,28 +94,28 @@ class StepInputs:
         )
 
     def _positions(self, sequences: Sequence[SequenceStep], num_decodes: int) -> tuple[list[int], list[int]]:
-        """Each token's position in its sequence, and its place in the cache: block * block_size + offset."""
+        """The position of each token in its sequence, and its slot in the KV cache: block * block_size + offset."""
         size, blocks = self._block_size, self._blocks
         decodes = sequences[:num_decodes]
         positions = [sequence.start for sequence in decodes]
-        places = [
+        kv_slots = [
             blocks[sequence.slot][sequence.start // size] * size + sequence.start % size
             for sequence in decodes
         ]
         for sequence in sequences[num_decodes:]:
             start, end = sequence.start, sequence.start + len(sequence.token_ids)
             positions.extend(range(start, end))
-            places.extend(chain.from_iterable(_runs(blocks[sequence.slot], start, end, size)))
-        return positions, places
+            kv_slots.extend(chain.from_iterable(_runs(blocks[sequence.slot], start, end, size)))
+        return positions, kv_slots
 
     def _adapter_rows(self, plan: StepPlan) -> AdapterRows | None:
         adapters = [sequence.adapter for sequence in plan.sequences for _ in sequence.token_ids]
         return AdapterRows.of(adapters, self._device)
 
     def keep_sampled(self, sampled: Sequence[SequenceStep], tokens: Tensor) -> None:
-        """Keeps the tokens [L] that `sampled` got, all their draws in order, for the steps that follow.
+        """Stores the tokens [L] that were sampled for `sampled`, in their order, as inputs of later steps.
 
-        A sequence with guesses is planned again only when its tokens are known, so they are not kept.
+        Tokens of a sequence with draft tokens are not stored: its next step is planned when they are known.
         """
         if any(part.num_drafted for part in sampled):
             firsts = accumulate((1 + part.num_drafted for part in sampled[:-1]), initial=0)
@@ -125,8 +126,8 @@ class StepInputs:
         self.last_sampled[on_device(slots, torch.int64, self._device)] = tokens
 
 
-def _drawn_rows(plan: StepPlan, starts: Sequence[int]) -> Sequence[int]:
-    """The rows [L] whose logits are wanted: a sequence's last, and the one in front of each guess."""
+def _logits_rows(plan: StepPlan, starts: Sequence[int]) -> Sequence[int]:
+    """The rows [L] whose logits are needed: the last of each sequence, and the row before each draft token."""
     if plan.decodes_only:
         return range(starts[-1])
     rows: list[int] = []
@@ -137,7 +138,7 @@ def _drawn_rows(plan: StepPlan, starts: Sequence[int]) -> Sequence[int]:
 
 
 def _runs(blocks: Sequence[int], start: int, end: int, size: int) -> Iterator[range]:
-    """The places of positions `start` to `end`, a run for each block."""
+    """The KV-cache slots of positions `start` to `end`, a range for each block."""
     for index in range(start // size, -(-end // size)):
         first = blocks[index] * size - index * size
         yield range(first + max(start, index * size), first + min(end, index * size + size))

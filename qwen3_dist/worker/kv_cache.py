@@ -13,17 +13,17 @@ from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops import host_memory
 from qwen3_dist.ops.batch import LayerCache
 
-_HOST_SHARE = 0.3  # of the free host memory, over all ranks of the host
-_SHARE_OF_LEFT = 0.9  # of what other processes left free on a card: steps need some beside the cache
+_HOST_SHARE = 0.3  # share of the free host memory for the caches of all ranks of the host
+_SHARE_OF_LEFT = 0.9  # share of a card's free memory, if other processes use the card; steps need the rest
 
 
 def block_bytes(model: Qwen3Model, block_size: int) -> int:
-    """Bytes of one block on one rank: K and V of `block_size` tokens in all its layers."""
+    """Bytes of one block on one rank: K and V of `block_size` tokens in all layers of the rank."""
     return 2 * len(model.blocks) * prod(_block_shape(model, block_size)) * model.dtype.itemsize
 
 
 def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerCache]:
-    """One zeroed `LayerCache` for each of the rank's layers."""
+    """Allocates one zeroed `LayerCache` for each layer of the rank."""
     shape = (num_blocks, *_block_shape(model, block_size))
     return [
         LayerCache(*(host_memory.zeros(shape, model.dtype, model.device) for _ in range(2)))
@@ -34,12 +34,12 @@ def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerC
 def free_bytes(
     device: torch.device, gpu_memory_utilization: float, ranks: int, free_at_start: int | None = None
 ) -> int:
-    """Bytes a rank may give to its cache, where `ranks` share the memory. Read it when the weights are loaded.
+    """Bytes that a rank may use for its KV cache. Call it after the weights are loaded.
 
-    On a GPU `ranks` are those on its card, and have `gpu_memory_utilization` of the card in all, or most of
-    `free_at_start` where another process left less than that (None: all was free); the last of them to load sees what
-    the others took. On a CPU they are those on its host: an even part of 30 % of what the host (or its cgroup) has
-    free and other engines' caches will not fill.
+    On a GPU, `ranks` ranks share the card. Together they use `gpu_memory_utilization` of it, or 90% of `free_at_start`
+    if other processes use the card and this is less (None: all of the card was free).
+    On a CPU, `ranks` ranks share the host. Together they use 30% of the memory that the host or its cgroup has free,
+    not counting memory that other engines have reserved but not touched yet.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -51,7 +51,9 @@ def free_bytes(
 
 
 def blocks_that_fit(free: int, per_block: int, most_useful: int) -> int:
-    """Blocks of `per_block` bytes in `free` bytes, at most `most_useful`. Raises ResourceError for none."""
+    """The number of blocks of `per_block` bytes in `free` bytes, at most `most_useful`.
+
+    Raises ResourceError if not even one fits."""
     fitting = free // per_block
     if fitting < 1:
         raise ResourceError(

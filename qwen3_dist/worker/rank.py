@@ -1,4 +1,4 @@
-"""A rank, from an empty process to its end (`messages.py` shows the conversation with the engine)."""
+"""The main function of a rank's process (`protocol/messages.py` shows its messages to and from the engine)."""
 
 from __future__ import annotations
 
@@ -16,60 +16,58 @@ from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, connect
 from qwen3_dist.protocol.messages import Failed, Loaded, Loading, RankSpec, Ready
-from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker.rendezvous import Joined, join
 from qwen3_dist.worker.runner import ModelRunner
 from qwen3_dist.worker.shard import count_blocks, load_shard
-from qwen3_dist.worker.step_loop import Doing, run_steps
+from qwen3_dist.worker.step_loop import Activity, run_steps
 
 _PROGRESS_PERIOD_S = 0.1
-_HEARD_WITHIN_S = 5.0  # the engine ends all ranks when one has failed
+_END_WAIT_S = 5.0  # the engine ends all ranks within this time after one has failed
 
 
 def rank_main(spec: RankSpec) -> None:
-    """Runs a rank until its engine says so or goes away. What goes wrong is sent to the engine.
+    """Runs a rank until the engine ends it or is gone. Errors are sent to the engine.
 
-    A rank that has failed, or lost its engine, ends with its process: the others may be in a collective that can no
-    longer complete, and to leave NCCL's groups in order would wait for them. Raises OSError if the engine cannot be
-    reached.
+    After an error, or if the engine is gone, the process exits at once: other ranks may hang in a collective, and
+    leaving NCCL's groups in order would wait for them. Raises OSError if the engine cannot be reached.
     """
     channel = connect(spec.address, spec.secret)
-    doing = Doing()
+    activity = Activity()
     try:
         joined = join(spec, channel)
-        _serve(spec, channel, joined, doing)
+        _serve(spec, channel, joined, activity)
     except ChannelClosedError:
-        _end_process(0)  # the engine is gone, so nobody needs this rank
+        _end_process(0)  # the engine is gone
     except Exception as error:
         with contextlib.suppress(ChannelClosedError):
             details = "" if isinstance(error, QwenDistError) else traceback.format_exc()
-            channel.send(Failed(spec.rank, told(error, spec.rank, doing.what), details))
-            channel.wait_until_closed(_HEARD_WITHIN_S)
+            channel.send(Failed(spec.rank, describe_failure(error, spec.rank, activity.description), details))
+            channel.wait_until_closed(_END_WAIT_S)
         _end_process(1)
     joined.parallel.close()
     channel.close()
 
 
-def told(error: Exception, rank: int, doing: str) -> QwenDistError:
-    """What the engine is told of an error of `rank`, in one sentence."""
+def describe_failure(error: Exception, rank: int, activity: str) -> QwenDistError:
+    """The error that the engine reports for `error` of `rank`, one sentence. `activity` is what the rank was doing."""
     first_line = str(error).strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in first_line.lower():
         return ResourceError(
-            f"rank {rank} ran out of memory while {doing} ({first_line.rstrip('.')}); lower max_num_batched_tokens, "
-            "max_num_seqs or gpu_memory_utilization, or use more ranks"
+            f"rank {rank} ran out of memory while {activity} ({first_line.rstrip('.')}); lower "
+            "max_num_batched_tokens, max_num_seqs or gpu_memory_utilization, or use more ranks"
         )
     if not isinstance(error, QwenDistError):
-        return EngineDeadError(f"rank {rank} failed while {doing}: {type(error).__name__}: {error}")
-    if doing == Doing().what:  # of its host, which may differ from the others
+        return EngineDeadError(f"rank {rank} failed while {activity}: {type(error).__name__}: {error}")
+    if activity == Activity().description:  # the error may concern this host only
         return type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
     return error
 
 
-def _serve(spec: RankSpec, channel: Channel, joined: Joined, doing: Doing) -> None:
-    """Loads the model and runs what the engine asks for until it ends the rank."""
-    doing.what = "loading weights"
+def _serve(spec: RankSpec, channel: Channel, joined: Joined, activity: Activity) -> None:
+    """Loads the model, then runs plans and calls of the engine until it ends the rank."""
+    activity.description = "loading weights"
     path = resolve_model(spec.config.model, spec.config.revision)
     report = _report_to(channel)
     model = load_shard(spec.config, path, spec.placements, joined.parallel, joined.device, report)
@@ -77,14 +75,13 @@ def _serve(spec: RankSpec, channel: Channel, joined: Joined, doing: Doing) -> No
     num_blocks = channel.receive()
     if num_blocks is None:
         return
-    doing.what = "allocating the KV cache and warming up"
-    limits = SchedulerLimits.of(spec.config, joined.device.type, num_blocks)
-    runner = ModelRunner(model, num_blocks, spec.config, limits.max_num_seqs, path)
+    activity.description = "allocating the KV cache and warming up"
+    runner = ModelRunner(model, num_blocks, spec.config, path)
     runner.warm_up()
     freeze_gc_heap()
     channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat))
-    run_steps(channel, runner, joined.device.type == "cuda", doing)
-    runner.close()  # on a clean end, before the process groups are left
+    run_steps(channel, runner, joined.device.type == "cuda", activity)
+    runner.close()
 
 
 def _end_process(code: int) -> NoReturn:
@@ -94,7 +91,7 @@ def _end_process(code: int) -> NoReturn:
 
 
 def _report_to(channel: Channel) -> Progress:
-    """A loader callback that tells the engine now and then, and always at the end."""
+    """A progress callback for the loader that sends Loading at most every _PROGRESS_PERIOD_S, and at the end."""
     last = 0.0
 
     def report(done: int, total: int) -> None:

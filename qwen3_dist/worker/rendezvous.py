@@ -1,4 +1,4 @@
-"""How a rank finds its card and the other ranks, and joins their process groups."""
+"""The start of a rank: sets its card, meets the other ranks and joins the process groups."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 @dataclass(frozen=True)
 class Joined:
-    """A rank that has met the others."""
+    """The result of `join`."""
 
     parallel: ParallelContext
     device: torch.device
@@ -37,16 +37,16 @@ class Joined:
 
 
 def join(spec: RankSpec, channel: Channel) -> Joined:
-    """Reports this rank's host and card, and meets the other ranks as the engine then says.
+    """Sends Hello with this rank's host and card, waits for Start, and joins the process groups.
 
-    Rank 0 hosts the rendezvous, on the address by which it reaches the engine. Raises ResourceError if the GPU or
-    NCCL cannot be used.
+    Rank 0 hosts the rendezvous store, at the address of its connection to the engine. Raises ResourceError if the GPU
+    or NCCL cannot be used.
     """
     host, config = channel.local_host, spec.config
     os.environ.update(config.rank_env)
     device, card = torch.device("cpu"), None
     if spec.device == "cuda":
-        device, card = cards.take_card(spec.card or 0)
+        device, card = cards.set_card(spec.card or 0)
     timeout = timedelta(seconds=config.start_timeout_s)
     world = config.layout.world
     store: dist.TCPStore | None = None
@@ -58,8 +58,8 @@ def join(spec: RankSpec, channel: Channel) -> Joined:
     set_threads(config, start.ranks_on_host)
     if device.type == "cuda" and world > 1 and not start.over_host and not dist.is_nccl_available():
         raise ResourceError(
-            f"torch {torch.__version__} is built without NCCL, over which ranks on several GPUs talk; install a torch "
-            "with NCCL or use a layout of one rank"
+            f"torch {torch.__version__} is built without NCCL, which ranks on several GPUs need; install a torch with "
+            "NCCL or use a layout of one rank"
         )
     if store is None:
         store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
@@ -71,13 +71,13 @@ def join(spec: RankSpec, channel: Channel) -> Joined:
 
 
 def host_id() -> str:
-    """Equal for processes that share a machine and its memory: containers of a machine, and machines of one name, are
-    told apart."""
+    """An id that is equal for processes that share a machine, its shared memory and its process ids. Containers on one
+    machine differ, and so do machines with the same name."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     parts = [socket.gethostname(), boot.read_text().strip() if boot.exists() else ""]
-    for place in ("/dev/shm", "/proc/self/ns/pid"):  # shared memory, and the processes one can watch
+    for path in ("/dev/shm", "/proc/self/ns/pid"):  # the device and inode tell namespaces apart
         with contextlib.suppress(OSError):
-            found = os.stat(place)
+            found = os.stat(path)
             parts.append(f"{found.st_dev}:{found.st_ino}")
     return " ".join(parts)
 
@@ -90,7 +90,8 @@ def _connect(
         rank,
         store,
         device,
-        # NCCL's watchdog ends a rank that waits, so the engine, which names ranks, must lose patience first.
+        # NCCL's watchdog kills a rank that waits too long. The engine's own timeout comes first: it names the late
+        # rank.
         timeout_s=config.step_timeout_s + (0 if device.type == "cpu" or over_host else _NCCL_MARGIN_S),
         staged=over_host,
         dispatch=DispatchOptions(config.dispatch_dtype == "fp8", config.overlap_dispatch_from),
@@ -98,9 +99,10 @@ def _connect(
 
 
 def _use_interface_of(host: str) -> None:
-    """Has gloo listen where the other hosts can reach it, rather than where the hostname points.
+    """Makes gloo listen on the interface with the address `host`, which other hosts can reach. By default gloo uses
+    the address of the hostname, which may be a loopback address.
 
-    An interface that the user chose stays. Raises ResourceError if this host has none of that name.
+    GLOO_SOCKET_IFNAME is kept if it is set. Raises ResourceError if this host has no interface of that name.
     """
     present = [name for _, name in socket.if_nameindex()]
     if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):

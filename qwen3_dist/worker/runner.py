@@ -1,6 +1,6 @@
-"""What one rank does with a plan: build the batch, run the model, sample.
+"""Runs plans on one rank: builds the batch, runs the model, samples.
 
-Legend as in `ops/batch.py`: T tokens of the step, S sequences, L rows whose logits are wanted.
+Legend as in `ops/batch.py`: T tokens of the step, S sequences, L rows whose logits are needed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,16 @@ from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.worker.expert_moves import ExpertMoves
 from qwen3_dist.worker.inputs import StepInputs
 from qwen3_dist.worker.sampling.grammar_matcher import Grammars, Matcher
-from qwen3_dist.worker.sampling.prompt_outputs import Readings
+from qwen3_dist.worker.sampling.prompt_outputs import PromptOutputs
 from qwen3_dist.worker.sampling.sampler import SampledLogprobs
 from qwen3_dist.worker.sampling.sampler_state import Sampled, SamplingState
 from qwen3_dist.worker.warm_up import StepShapes, explained_failures, warm_up_experts
 
 
 class ModelRunner:
-    """One rank's model with its KV cache, and what it keeps of the sequences in `max_num_seqs` slots."""
+    """One rank's model with its KV cache and the state of running sequences, by slot."""
 
-    def __init__(
-        self, model: Qwen3Model, num_blocks: int, config: EngineConfig, max_num_seqs: int, path: Path
-    ) -> None:
+    def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, path: Path) -> None:
         """`path` is the directory that the model was loaded from."""
         self.model = model
         self._config = config
@@ -48,70 +46,73 @@ class ModelRunner:
         self._parallel = model.parallel
         self._tp = model.parallel.tp
         graphs = config.cuda_graphs and can_capture(model)
-        spare = int(graphs or self._device.type == "cuda")  # a block for the rows of padding and of warm-up
+        spare = int(graphs or self._device.type == "cuda")  # the spare block, for padding and warm-up
         self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
-        self._shapes = StepShapes.of(config, model, num_blocks, max_num_seqs)
+        self._shapes = StepShapes.of(config, model, num_blocks)
         max_blocks = -(-self._shapes.max_model_len // config.block_size)
-        self._inputs = StepInputs(max_num_seqs, max_blocks, config.block_size, model.device, num_blocks)
+        self._inputs = StepInputs(
+            self._shapes.max_num_seqs, max_blocks, config.block_size, model.device, num_blocks
+        )
         self._grammars: Grammars | None = None
         self._state = self._new_sampling_state()
         with explained_failures(model.device, self._shapes):
             self._graphs = self._make_graphs() if graphs else None
-        mixtures = [*model.moe_layers.values()]
-        self.backends = model.ops.describe(mixtures[0].experts.weights if mixtures else None)
+        moe_layers = [*model.moe_layers.values()]
+        self.backends = model.ops.describe(moe_layers[0].experts.weights if moe_layers else None)
         if self._device.type == "cuda":
             self.backends += f", CUDA graphs {'on' if graphs else 'off'}"
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepOutput | None:
-        """Starts one step, on a GPU without waiting for it.
-
-        The output is there on tp rank 0 of the last stage, unless its group was idle.
-        """
+        """Starts one step; on a GPU it does not wait for it. Returns the step's output on tp rank 0 of the last stage,
+        None on other ranks and for an idle dp group."""
         in_single_tokens = self._graphs is not None and plan.decodes_only
         batch = self._dispatched(self._inputs.batch(plan, in_single_tokens), plan.exact)
-        readings = None
-        if self._graphs is not None and self._graphs.takes(batch, plan.exact):
+        prompt_outputs = None
+        if self._graphs is not None and self._graphs.can_run(batch, plan.exact):
             logits = self._graphs.run(batch)
         else:
             hidden, logits = self.model(batch, self._cache)
-            if hidden is not None and any(part.reading is not None for part in plan.sequences):
-                readings = Readings(self.model, hidden, plan.sequences)
+            if hidden is not None and any(part.prompt_request is not None for part in plan.sequences):
+                prompt_outputs = PromptOutputs(self.model, hidden, plan.sequences)
         overflow = self.model.take_overflow() if self._may_overflow(batch, plan.exact) else None
         if not plan.sequences or not self._parallel.pipeline.is_last:
             return None
         drawn = self._draw(plan, logits)
         if logits is None or drawn is None:
             return None
-        return StepOutput(plan.step, logits, drawn, readings, overflow)
+        return StepOutput(plan.step, logits, drawn, prompt_outputs, overflow)
 
     @property
     def may_repeat(self) -> bool:
-        """Whether a step's result may be void, since experts' rows have a capacity here. Under pp it holds all."""
+        """Whether a step's result may be void because an all-to-all of fixed capacity overflowed. Under pp the
+        capacity is large enough for all rows."""
         layout, dispatch = self._parallel.layout, self._parallel.dispatch
         has_experts = bool(self.model.config.num_experts) and layout.stage_size > 1
         return has_experts and bool(dispatch.by_capacity) and layout.pp == 1
 
     def _may_overflow(self, batch: StepBatch, exact: bool) -> bool:
-        """Whether experts' rows of the step may not have fitted; the same on all ranks of a stage."""
+        """Whether this step used an all-to-all that may have overflowed; equal on all ranks of a stage."""
         if exact or not self.may_repeat:
             return False
-        if self._graphs is not None and self._graphs.takes(batch, exact):
-            return self._graphs.goes_all_to_all(batch)
+        if self._graphs is not None and self._graphs.can_run(batch, exact):
+            return self._graphs.uses_all_to_all(batch)
         return batch.all_to_all
 
     def _dispatched(self, batch: StepBatch, exact: bool) -> StepBatch:
-        """The batch with how its experts' rows travel; `exact` asks for the way without a capacity."""
+        """The batch with its dispatcher set. `exact` rules out an all-to-all of fixed capacity."""
         by_all_to_all = not exact and self._by_all_to_all(sum(batch.group_tokens))
         return replace(batch, all_to_all=True) if by_all_to_all else batch
 
     def _by_all_to_all(self, tokens: int) -> bool:
-        """Whether experts' rows go by all-to-all in a step of so many tokens, of all dp groups together."""
+        """Whether a step of `tokens`, of all dp groups together, dispatches by all-to-all."""
         model, layout = self.model.config, self._parallel.layout
         return uses_all_to_all(self._config, layout, model, tokens, self._device.type)
 
     def _draw(self, plan: StepPlan, logits: Tensor | None) -> Sampled | None:
-        """Draws what the plan asks for on tp rank 0, and keeps it on all; None on the others."""
+        """Samples on tp rank 0, sends the tokens to the other tp ranks, and stores them as inputs of later steps.
+
+        Returns None on the other tp ranks."""
         if self._tp.rank == 0:
             self._state.admit(plan.sequences)
         sampled = [part for part in plan.sequences if part.sample is not None]
@@ -130,7 +131,7 @@ class ModelRunner:
         return SamplingState(model.config.vocab_size, model.device, self._new_matcher, model.ops)
 
     def _new_matcher(self, setup: SamplingSetup) -> Matcher:
-        """What follows the setup's grammar."""
+        """A matcher at the start of the setup's grammar."""
         assert setup.grammar is not None
         return self._grammars_for(setup.eos_token_ids).matcher(setup.grammar)
 
@@ -140,24 +141,26 @@ class ModelRunner:
         return self._grammars
 
     @property
-    def _draws(self) -> bool:
-        """Whether this rank follows grammars, since it samples."""
+    def _samples(self) -> bool:
+        """Whether this rank samples, so that it needs grammars."""
         return self._tp.rank == 0 and self._parallel.pipeline.is_last
 
     def prepare_grammars(self, eos_token_ids: tuple[int, ...]) -> None:
-        """Builds what all grammars need, which holds up steps for up to a second."""
-        if self._draws:
+        """Builds the tokenizer trie that all grammars share. This may block steps for a second, so call it at
+        start."""
+        if self._samples:
             self._grammars_for(eos_token_ids).prepare()
 
     def build_grammar(self, grammar: str, eos_token_ids: tuple[int, ...]) -> str | None:
-        """Why the grammar cannot be followed, "" if it can and no step waits for it; None while a thread builds it."""
-        return self._grammars_for(eos_token_ids).problem(grammar) if self._draws else ""
+        """Builds a grammar in a thread. Returns None until it is built, then "" or the reason why it cannot be
+        used."""
+        return self._grammars_for(eos_token_ids).problem(grammar) if self._samples else ""
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """On a GPU, runs a step of every kind, so that later ones compile nothing and fit the card's memory.
+        """On a GPU, runs a step of every kind, so that later steps compile no kernel and fit the card's memory.
 
-        Every rank of a layout must call it before its first plan. It leaves nothing behind. Raises ResourceError.
+        Every rank of a layout must call it before its first plan. All state is reset afterwards. Raises ResourceError.
         """
         if self._device.type == "cuda":
             with explained_failures(self._device, self._shapes):
@@ -183,70 +186,76 @@ class ModelRunner:
         return compiled_kernels()
 
     def expert_counts(self) -> dict[int, dict[int, int]]:
-        """Rows that this rank has computed for each expert so far, by layer."""
+        """The number of rows that each expert of this rank has computed so far, by layer."""
         return {layer: moe.rows_by_expert() for layer, moe in self.model.moe_layers.items()}
 
     def prepare_experts(self, layer: int, placement: ExpertPlacement) -> None:
-        """Begins to read what `move_experts` will need to follow `placement`, while steps go on."""
+        """Starts to read the experts that `move_experts` needs for `placement`, while steps go on."""
         self._moves.start(layer, placement)
 
     def experts_arrived(self) -> bool | CheckpointError:
-        """Whether `move_experts` has all that it needs; why if it will never have."""
+        """Whether the experts of `prepare_experts` have been read; the error if they cannot be read."""
         try:
             return self._moves.arrived
         except CheckpointError as error:
             return error
 
     def move_experts(self) -> None:
-        """Puts the experts that have arrived in their places and routes by their placement from the next step on."""
+        """Switches to the placement and the experts of `prepare_experts`, from the next step on."""
         self._moves.finish()
 
     def drop_experts(self) -> None:
-        """Leaves the experts where they are."""
+        """Undoes `prepare_experts`: experts stay where they are."""
         self._moves.drop()
 
     @torch.inference_mode()
     def _make_graphs(self) -> DecodeGraphs:
-        rows, tables = self._shapes.max_draws, self._inputs.tables
-        return DecodeGraphs(self.model, self._cache, rows, tables, self._by_all_to_all)
+        max_rows = self._shapes.max_num_seqs * (1 + self._shapes.num_drafted)
+        return DecodeGraphs(self.model, self._cache, max_rows, self._inputs.tables, self._by_all_to_all)
 
     def close(self) -> None:
-        """Drops the CUDA graphs: NCCL does not give up a communicator that a graph has captured."""
+        """Drops the CUDA graphs. Call it before process groups are left: NCCL keeps a communicator that a graph has
+        captured."""
         self._graphs = None
 
     def run(self, plan: StepPlan) -> StepResult | None:
-        """Runs one step to its end. The result is there where `launch` has an output, None elsewhere."""
+        """Runs one step and returns its result, or None where `launch` returns None."""
         output = self.launch(plan)
         return None if output is None else output.result()
 
 
 class StepOutput:
-    """A launched step's tokens and readings, on their way to the host."""
+    """The tokens, logprobs and prompt outputs of a launched step, which are being copied to the host."""
 
     def __init__(
         self,
         step: int,
         logits: Tensor,
         sampled: Sampled,
-        readings: Readings | None,
+        prompt_outputs: PromptOutputs | None,
         overflow: Tensor | None = None,
     ) -> None:
-        """`overflow` [1] is more than 0 if the step is void."""
+        """`overflow` [1] is above 0 if the step is void."""
         self._step = step
-        self._readings = readings
+        self._prompt_outputs = prompt_outputs
         self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
         self._errors = tuple(sampled.errors.items())
         self._tokens = ToHost(sampled.tokens, *([] if overflow is None else [overflow]))
 
     def ready(self) -> bool:
-        """Whether `result` would not wait."""
+        """Whether `result` returns without waiting."""
         return self._tokens.ready()
 
     def result(self) -> StepResult:
-        """Waits for the device."""
-        tokens, *overflow = self._tokens.arrived()  # and what was sent before them
-        readings = self._readings.on_host() if self._readings is not None else ()
+        """Waits for the device and returns the result."""
+        tokens, *overflow = self._tokens.arrived()  # copies that were started earlier have ended too
+        prompt_outputs = self._prompt_outputs.on_host() if self._prompt_outputs is not None else ()
         overflowed = any(flag.item() > 0 for flag in overflow)
         return StepResult(
-            self._step, tuple(tokens.tolist()), self._logprobs.on_host(), self._errors, readings, overflowed
+            self._step,
+            tuple(tokens.tolist()),
+            self._logprobs.on_host(),
+            self._errors,
+            prompt_outputs,
+            overflowed,
         )

@@ -1,4 +1,4 @@
-"""A rank's part of the model, and the KV cache that fits beside it."""
+"""Loads a rank's part of the model and computes how many KV-cache blocks fit beside it."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ from qwen3_dist.worker import kv_cache
 
 @dataclass(frozen=True)
 class MemoryShare:
-    """The part of a device's memory that is a rank's: ranks on its host or, on a GPU, on its card, and what was free
-    on the card before any of them loaded (None: all of it)."""
+    """How a rank shares its device's memory: `ranks` ranks share the host or, on a GPU, the card. `free_at_start`
+    bytes of the card were free before any of them loaded (None: all of it)."""
 
     ranks: int = 1
     free_at_start: int | None = None
 
 
 def torch_dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
-    """The compute dtype that the settings ask for."""
+    """The compute dtype: the setting, or for "auto" the checkpoint's dtype."""
     return getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
 
 
 def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def set_threads(config: EngineConfig, ranks_on_host: int) -> None:
-    """Has this process compute with as many threads as the settings say, or with its share of the cores among the
-    ranks that the host may hold: `ranks_on_host` of its engine, and other engines' by `ranks_per_host`.
+    """Sets torch's threads to `threads_per_rank` or, by default, to an even share of the host's cores.
 
-    Said in any case: Ray hides all but one core from a worker's OpenMP.
+    The share is among `ranks_on_host` ranks of this engine, or `ranks_per_host` if that is more because of other
+    engines. It must always be set: Ray makes OpenMP use one core only.
     """
     share = max(1, cores() // max(ranks_on_host, config.ranks_per_host or 1))
     torch.set_num_threads(config.threads_per_rank or share)
@@ -60,7 +61,7 @@ def load_shard(
     device: torch.device,
     progress: Progress | None,
 ) -> Qwen3Model:
-    """Loads this rank's part of the checkpoint at `path`, its experts where `placements` says."""
+    """Loads this rank's part of the checkpoint at `path`, with experts placed by `placements`, and finalizes it."""
     model_config = ModelConfig.from_directory(path)
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
     tp = parallel.tp.size
@@ -70,7 +71,7 @@ def load_shard(
     model = load_model(path, model_config, parallel, dtype, device, progress, random, placements, ops)
     finalize(model, int8=config.quantize == "int8")
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what weights left behind when they were laid out anew is the KV cache's
+        torch.cuda.empty_cache()  # frees what finalizing the weights left in torch's allocator, for the KV cache
     load_adapters(config.lora, model)
     return model
 
@@ -88,15 +89,15 @@ def count_blocks(config: EngineConfig, model: Qwen3Model, share: MemoryShare) ->
     longest = min(config.max_model_len or model.config.context_length, model.config.context_length)
     limits = SchedulerLimits.of(config, device.type, num_blocks=free // per_block)
     most_useful = limits.max_num_seqs * -(-longest // config.block_size)
-    if device.type == "cuda":  # of a CPU's memory caches take less than a third
+    if device.type == "cuda":  # a CPU has room: caches take less than a third of its memory
         free -= _step_bytes(config, model, limits)
     return kv_cache.blocks_that_fit(free, per_block, most_useful)
 
 
 def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits) -> int:
-    guesses = config.speculative.k if config.speculative is not None else 0
-    draws = limits.max_num_seqs * (1 + guesses)
-    tokens = max(limits.max_num_batched_tokens, draws)
+    tokens = limits.max_step_tokens
     layout, widens = model.parallel.layout, config.quantize == "int8"
     by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp, model.device.type)
-    return step_bytes(model.config, layout, tokens, draws, model.dtype.itemsize, by_all_to_all, widens)
+    return step_bytes(
+        model.config, layout, tokens, limits.max_samples, model.dtype.itemsize, by_all_to_all, widens
+    )

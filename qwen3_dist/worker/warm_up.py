@@ -1,9 +1,9 @@
-"""Steps that a GPU rank runs before it is ready, so that no later step of any shape compiles a kernel or runs out of
+"""Warm-up: steps that a GPU rank runs before it is ready, so that no later step compiles a kernel or runs out of
 memory.
 
-The kernels' variants depend on a step's sizes by way of their next powers of 2 (`ops/cuda/triton_*`), so steps of such
-sizes meet them all. All ranks of a layout run the same steps, so their collectives come in the same order. Sequences
-have all their blocks in the one that belongs to nobody.
+Which variant of a Triton kernel runs depends on the sizes of a step only through the next power of 2
+(`ops/cuda/triton_*`), so steps of these sizes compile all variants. All ranks of a layout run the same steps, so their
+collectives come in the same order. Sequences write all their KV to the spare block.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch import Tensor
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.model.experts import Experts
-from qwen3_dist.model.step_memory import SCORED_ROWS
+from qwen3_dist.model.step_memory import PROMPT_LOGPROBS_ROWS
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.slices import rows_of_slice
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_limits import SchedulerLimits
-from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptLogprobsSpec, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig
 
 _GREEDY = SampleSpec(temperature=0.0, top_p=1.0, top_k=0, seed=0, position=0, logprobs=None)
-_DRAWS = (  # by each of the ways of `sampler`, and with log-probabilities
+_SAMPLE_SPECS = (  # one for each sampling kernel; the last also has logprobs
     _GREEDY,
     _GREEDY._replace(temperature=1.0),
     _GREEDY._replace(temperature=1.0, top_k=20),
     _GREEDY._replace(temperature=0.7, top_p=0.9, logprobs=2),
 )
-_ADJUSTED = SamplingSetup(
+_SETUP = SamplingSetup(
     min_p=0.1,
     presence_penalty=0.5,
     frequency_penalty=0.5,
     repetition_penalty=1.2,
     logit_bias=((0, 1.0),),
     min_tokens=1,
-    ending=(1,),
+    stop_token_ids=(1,),
     eos_token_ids=(1,),
     bad_words=((2,), (3, 4)),
     logprob_token_ids=(5,),
@@ -56,7 +56,11 @@ _ADJUSTED = SamplingSetup(
 
 @dataclass(frozen=True)
 class StepShapes:
-    """What steps of one engine can be. `spare_block` is nobody's; `guesses` are those of a sequence in a step."""
+    """The possible sizes of an engine's steps.
+
+    `max_tokens` and `max_num_seqs` limit a step of one dp group. A sequence has up to `num_drafted` draft tokens in a
+    step. No sequence owns `spare_block`.
+    """
 
     dp: int
     max_num_seqs: int
@@ -65,87 +69,90 @@ class StepShapes:
     block_size: int
     vocab_size: int
     spare_block: int
-    guesses: int = 0
+    num_drafted: int = 0
     adapters: int = 0
 
     @classmethod
-    def of(cls, config: EngineConfig, model: Qwen3Model, num_blocks: int, max_num_seqs: int) -> StepShapes:
-        """Those of an engine whose cache has `num_blocks` blocks; the one after them is nobody's."""
+    def of(cls, config: EngineConfig, model: Qwen3Model, num_blocks: int) -> StepShapes:
+        """The shapes for a KV cache of `num_blocks` blocks, with the spare block after them."""
         limits = SchedulerLimits.of(config, model.device.type, num_blocks)
-        guesses = config.speculative.k if config.speculative is not None else 0
         longest = config.max_model_len or num_blocks * config.block_size
         return cls(
             dp=model.parallel.layout.dp,
-            max_num_seqs=max_num_seqs,
-            max_tokens=max(limits.max_num_batched_tokens, max_num_seqs * (1 + guesses)),
+            max_num_seqs=limits.max_num_seqs,
+            max_tokens=limits.max_step_tokens,
             max_model_len=min(longest, model.config.context_length),
             block_size=config.block_size,
             vocab_size=model.config.vocab_size,
             spare_block=num_blocks,
-            guesses=guesses,
+            num_drafted=config.speculative.k if config.speculative is not None else 0,
             adapters=len(config.lora.pairs),
         )
 
-    @property
-    def max_draws(self) -> int:
-        return self.max_num_seqs * (1 + self.guesses)
-
     def steps(self) -> Iterator[list[StepPlan]]:
-        """Each step's plans, one for each dp group. The first step is the largest there can be."""
-        yield self._everywhere(self.largest())
+        """Yields the plans of each warm-up step, one for each dp group. The first step is the largest possible."""
+        yield self._for_all_groups(self.largest())
         for size in powers_of_2(self.max_tokens):
             prompts = self._prompts(size, slots=range(self.max_num_seqs))
-            yield self._everywhere(prompts)
-            yield self._everywhere(self._scored(prompts))
+            yield self._for_all_groups(prompts)
+            yield self._for_all_groups(self._with_prompt_logprobs(prompts))
         for size in powers_of_2(self.max_num_seqs):
-            yield self._everywhere(self._decodes(size))
+            yield self._for_all_groups(self._decodes(size))
             if size < self.max_num_seqs:
-                yield self._everywhere([*self._decodes(size), *self._prompts(2, slots=[size])])
-            if self.guesses:
-                yield self._everywhere(self._guessing(size))
-        yield from (self._everywhere(parts) for parts in self._draws())
+                yield self._for_all_groups([*self._decodes(size), *self._prompts(2, slots=[size])])
+            if self.num_drafted:
+                yield self._for_all_groups(self._drafted_decodes(size))
+        yield from (self._for_all_groups(parts) for parts in self._sampling_steps())
         (unsampled,) = (part._replace(sample=None) for part in self._prompts(2, slots=[0]))
-        for reading in (None, PoolingParams(), PoolingParams(logits_of=(0, 1))):
-            yield self._everywhere([unsampled._replace(reading=reading)])
+        for pooling in (None, PoolingParams(), PoolingParams(logits_of=(0, 1))):
+            yield self._for_all_groups([unsampled._replace(prompt_request=pooling)])
         for parts in (self._prompts(2, slots=[0]), self._decodes(1)) if self.adapters else ():
-            yield self._everywhere([part._replace(adapter=1) for part in parts])
+            yield self._for_all_groups([part._replace(adapter=1) for part in parts])
         for size in (1, self.max_tokens) if self.dp > 1 else ():
             busy = tuple(self._prompts(size, slots=range(self.max_num_seqs)))
             yield StepPlan.for_groups(0, [busy, *[()] * (self.dp - 1)])
 
     def repeated(self) -> Iterator[list[StepPlan]]:
-        """Steps that are run again after an overflow: their experts' rows travel as no first try's of the size do."""
+        """Yields steps that run again after an overflow. They use a dispatcher that steps of their size do not use
+        otherwise."""
         sizes = powers_of_2(self.max_tokens)
         prompts = (self._prompts(size, slots=range(self.max_num_seqs)) for size in sizes)
         decodes = map(self._decodes, powers_of_2(self.max_num_seqs))
         for parts in (self.largest(), *prompts, *decodes):
-            yield [plan._replace(exact=True) for plan in self._everywhere(parts)]
+            yield [plan._replace(exact=True) for plan in self._for_all_groups(parts)]
 
     def largest(self) -> list[SequenceStep]:
-        """A step of the most tokens and the most draws, each of which asks for what takes most memory."""
-        long = -(-self.max_tokens // self.max_model_len)  # prompts that fill a step alone
+        """A step with the most tokens and samples, and the sampling parameters that take most memory."""
+        long = -(-self.max_tokens // self.max_model_len)  # the number of prompts that fill a step
         decoding = max(0, self.max_num_seqs - long)
-        first = self._guessing(decoding) if self.guesses else self._decodes(decoding)
+        first = self._drafted_decodes(decoding) if self.num_drafted else self._decodes(decoding)
         left = self.max_tokens - sum(len(part.token_ids) for part in first)
         prompts = self._prompts(max(left, 1), slots=range(decoding, self.max_num_seqs))
-        return [self._drawn(part, _DRAWS[-1], _ADJUSTED) for part in (*first, *self._scored(prompts))]
+        return [
+            self._with_sampling(part, _SAMPLE_SPECS[-1], _SETUP)
+            for part in (*first, *self._with_prompt_logprobs(prompts))
+        ]
 
-    def _draws(self) -> Iterator[list[SequenceStep]]:
-        """Rows that are all drawn in one way, and rows in all ways, plain and adjusted ones and both together."""
-        rows = self._decodes(min(self.max_num_seqs, 2 * len(_DRAWS)))
-        for setup in (None, _ADJUSTED):
-            for spec in _DRAWS:
-                yield [self._drawn(part, spec, setup) for part in rows]
-                yield [self._drawn(part, spec, setup) for part in rows[:1]]
-            yield [self._drawn(part, _DRAWS[at % len(_DRAWS)], setup) for at, part in enumerate(rows)]
-        both = zip(rows, cycle(product((_ADJUSTED, None), _DRAWS)), strict=False)
-        yield [self._drawn(part, spec, setup) for part, (setup, spec) in both]
+    def _sampling_steps(self) -> Iterator[list[SequenceStep]]:
+        """Decodes with each sampling kernel alone and with all of them mixed, without and with sampling state on the
+        rank, and with both kinds together."""
+        rows = self._decodes(min(self.max_num_seqs, 2 * len(_SAMPLE_SPECS)))
+        for setup in (None, _SETUP):
+            for spec in _SAMPLE_SPECS:
+                yield [self._with_sampling(part, spec, setup) for part in rows]
+                yield [self._with_sampling(part, spec, setup) for part in rows[:1]]
+            yield [
+                self._with_sampling(part, _SAMPLE_SPECS[at % len(_SAMPLE_SPECS)], setup)
+                for at, part in enumerate(rows)
+            ]
+        both = zip(rows, cycle(product((_SETUP, None), _SAMPLE_SPECS)), strict=False)
+        yield [self._with_sampling(part, spec, setup) for part, (setup, spec) in both]
 
-    def _everywhere(self, parts: list[SequenceStep]) -> list[StepPlan]:
+    def _for_all_groups(self, parts: list[SequenceStep]) -> list[StepPlan]:
         return StepPlan.for_groups(0, [tuple(parts)] * self.dp)
 
     def _prompts(self, size: int, slots: Sequence[int]) -> list[SequenceStep]:
-        """Prompts of `size` tokens in all, as few as can have them, at most one for each of `slots`."""
+        """As few prompts as possible with `size` tokens in total, at most one for each of `slots`."""
         lengths = [self.max_model_len] * (size // self.max_model_len)
         lengths += [size % self.max_model_len] if size % self.max_model_len else []
         ids = [token % self.vocab_size for token in range(min(size, self.max_model_len))]
@@ -154,12 +161,13 @@ class StepShapes:
         ]
 
     def _decodes(self, count: int) -> list[SequenceStep]:
-        """The first of them is at the last position there is."""
+        """`count` decodes, the first of them at the last possible position."""
         starts = [self.max_model_len - 1, *[min(1, self.max_model_len - 1)] * (count - 1)][:count]
         return [self._part(slot, (LAST_SAMPLED,), start) for slot, start in enumerate(starts)]
 
-    def _guessing(self, count: int) -> list[SequenceStep]:
-        tokens = (0,) * min(1 + self.guesses, self.max_model_len)
+    def _drafted_decodes(self, count: int) -> list[SequenceStep]:
+        """`count` decodes with as many draft tokens as possible."""
+        tokens = (0,) * min(1 + self.num_drafted, self.max_model_len)
         return [self._part(slot, tokens, 0, len(tokens) - 1) for slot in range(count)]
 
     def _part(self, slot: int, tokens: tuple[int, ...], start: int, num_drafted: int = 0) -> SequenceStep:
@@ -174,29 +182,35 @@ class StepShapes:
             num_drafted=num_drafted,
         )
 
-    def _drawn(self, part: SequenceStep, spec: SampleSpec, setup: SamplingSetup | None) -> SequenceStep:
-        """Drawn so; it is another sequence than the one without a setup, which would else go on by it."""
+    def _with_sampling(
+        self, part: SequenceStep, spec: SampleSpec, setup: SamplingSetup | None
+    ) -> SequenceStep:
+        """`part` with other sampling parameters. With a setup it gets another seq_id, since a rank keeps the setup of
+        a sequence for its later steps."""
         seq_id = part.slot if setup is None else part.slot + self.max_num_seqs
         return part._replace(sample=spec, setup=setup, seq_id=seq_id)
 
-    def _scored(self, prompts: list[SequenceStep]) -> list[SequenceStep]:
-        """With the log-probabilities of their tokens, of the last ones where there are many."""
+    def _with_prompt_logprobs(self, prompts: list[SequenceStep]) -> list[SequenceStep]:
+        """`prompts` with prompt logprobs of at most their last 2 * PROMPT_LOGPROBS_ROWS tokens."""
         scored = []
         for part in prompts:
             size = len(part.token_ids)
-            rows = min(size, 2 * SCORED_ROWS)
-            scored.append(part._replace(reading=PromptScores(size - rows, (0,) * rows, top=1)))
+            rows = min(size, 2 * PROMPT_LOGPROBS_ROWS)
+            scored.append(part._replace(prompt_request=PromptLogprobsSpec(size - rows, (0,) * rows, top=1)))
         return scored
 
 
 def powers_of_2(largest: int) -> list[int]:
-    """Those up to `largest`, and `largest` itself."""
+    """The powers of 2 up to `largest`, and `largest` itself."""
     return sorted({*(1 << bit for bit in range(largest.bit_length())), largest} - {0})
 
 
 def warm_up_experts(experts: Experts, choices: int, row: Tensor) -> None:
-    """Computes slices of every size, of rows like `row` [D] whose experts are elsewhere: by all-to-all a rank gets as
-    many rows as the routing gives it. What computes them may change between two powers of 2."""
+    """Runs `experts` on every possible number of rows (up to the next power of 2) that an all-to-all may deliver.
+
+    `row` [D] gives dtype and device, `choices` is the number of experts per token. All rows have ids of -1. Which
+    kernel runs may change just above a power of 2, so these sizes are run too.
+    """
     most = rows_of_slice(choices)
     for rows in sorted({size for power in powers_of_2(most) for size in (power, min(power + 1, most))}):
         ids = torch.full((rows, choices), -1, dtype=torch.int64, device=row.device)
@@ -206,7 +220,7 @@ def warm_up_experts(experts: Experts, choices: int, row: Tensor) -> None:
 
 @contextlib.contextmanager
 def explained_failures(device: torch.device, shapes: StepShapes) -> Iterator[None]:
-    """Too little memory and kernels that fail, before a rank is ready, as one sentence that says what to change."""
+    """Turns out-of-memory errors and failures of Triton kernels during start into a ResourceError of one sentence."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -216,7 +230,7 @@ def explained_failures(device: torch.device, shapes: StepShapes) -> Iterator[Non
         ) from error
     except Exception as error:
         if not (type(error).__module__.startswith("triton") or "Triton Error" in str(error)):
-            raise  # another rank's failure, for example, which comes as a broken connection
+            raise  # for example a broken connection, since another rank has failed
         reason = " ".join(str(error).split())[:500]
         raise ResourceError(
             f"{torch.cuda.get_device_name(device)} does not run a Triton kernel in the shapes of this model: "

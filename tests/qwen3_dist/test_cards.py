@@ -155,7 +155,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_with_what_to_change(
     with pytest.raises(ResourceError, match=sentence):
         local_device("cuda")
     with pytest.raises(ResourceError, match="built without CUDA|hides|driver|nvidia-smi"):
-        cards.take_card(0)  # as a rank of another host does
+        cards.set_card(0)  # as a rank of another host does
     assert local_device("auto") == "cpu"
 
 

@@ -20,7 +20,7 @@ from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel import expert_exchange
 from qwen3_dist.parallel.dispatch import AllToAllDispatcher, DispatchOptions
-from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.worker import runner
 from qwen3_dist.worker.runner import ModelRunner
@@ -81,9 +81,9 @@ def random_step(draw: random.Random, groups: int, number: int) -> list[StepPlan]
         spec = None if kind == "chunk" else SampleSpec(0.0, 1.0, 0, 0, start + tokens, draw.choice((None, 2)))
         blocks = tuple(draw.randrange(64) for _ in range(-(-(start + tokens) // 4)))
         drafted = tokens - 1 if kind == "guesses" else 0
-        scores = PromptScores(0, (1,) * (tokens - 1), 2) if kind == "scores" else None
+        scores = PromptLogprobsSpec(0, (1,) * (tokens - 1), 2) if kind == "scores" else None
         ids = tuple(draw.randrange(99) for _ in range(tokens))
-        return SequenceStep(slot, slot, ids, start, blocks, spec, num_drafted=drafted, reading=scores)
+        return SequenceStep(slot, slot, ids, start, blocks, spec, num_drafted=drafted, prompt_request=scores)
 
     parts = []
     for group in range(groups):
@@ -118,8 +118,10 @@ def history(
             model = Qwen3Model(CONFIG, parallel, TorchOps()).eval().requires_grad_(False)
             for parameter in model.parameters():
                 parameter.normal_(0, 0.2)
-            settings = EngineConfig(model="", block_size=4, moe_dispatch=way, max_model_len=32)
-            mine = ModelRunner(model, 64, settings, max_num_seqs=4, path=Path())
+            settings = EngineConfig(
+                model="", block_size=4, moe_dispatch=way, max_model_len=32, max_num_seqs=4
+            )
+            mine = ModelRunner(model, 64, settings, path=Path())
             for plans in steps:
                 mine.launch(plans[parallel.coords.group])
             assert not record.underway

@@ -115,7 +115,7 @@ def test_a_padded_decode_step_is_the_step_itself(model: Qwen3Model, n: int) -> N
     torch.manual_seed(2)
     for size in (6, n, 5, 6):  # what a step leaves behind must not show in the next
         batch = decodes(size, tables)
-        assert graphs.takes(batch)
+        assert graphs.can_run(batch)
         with torch.inference_mode():
             (_, expected), got = model(batch, cache), graphs.run(batch)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
@@ -142,7 +142,7 @@ def test_guesses_are_decodes_of_their_own_in_a_padded_step(model: Qwen3Model) ->
             graphs = DecodeGraphs(model, cache, 8, inputs.tables)
             model(inputs.batch(first), cache)
             batch = inputs.batch(plan, in_single_tokens=single)
-            assert graphs.takes(batch)
+            assert graphs.can_run(batch)
             logits.append(graphs.run(batch) if single else model(batch, cache)[1])
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
 
@@ -178,10 +178,10 @@ def test_other_steps_are_not_taken(model: Qwen3Model) -> None:
     cache = kv_cache.allocate(model, 129, 4)
     graphs = DecodeGraphs(model, cache, 4, empty_tables())
     step = decodes(3)
-    assert graphs.takes(step)
-    assert not graphs.takes(decodes(5))  # more than were captured
-    assert not graphs.takes(replace(step, decodes_only=False))  # a prompt beside them
-    assert not graphs.takes(replace(step, group_tokens=(3, 5)))  # another group has more
+    assert graphs.can_run(step)
+    assert not graphs.can_run(decodes(5))  # more than were captured
+    assert not graphs.can_run(replace(step, decodes_only=False))  # a prompt beside them
+    assert not graphs.can_run(replace(step, group_tokens=(3, 5)))  # another group has more
 
 
 def check_graphs_of_two_groups(parallel: ParallelContext) -> None:
@@ -203,7 +203,7 @@ def check_graphs_of_two_groups(parallel: ParallelContext) -> None:
         _, expected = alone(replace(step, group_tokens=()), cache)
         graphs = DecodeGraphs(model, cache, 4, tables)
         batch = step if parallel.coords.group == 0 else idle
-        assert graphs.takes(batch)
+        assert graphs.can_run(batch)
         before = sum(sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values())
         got = graphs.run(batch)
         counted = sum(sum(moe.rows_by_expert().values()) for moe in model.moe_layers.values()) - before

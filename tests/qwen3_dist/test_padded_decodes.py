@@ -47,8 +47,8 @@ DECODES = 3  # of those steps
 def make_runner(parallel: ParallelContext, **settings: str) -> ModelRunner:
     path = bundled_path()
     model = load_model(path, ModelConfig.from_directory(path), parallel, torch.float32, CPU)
-    config = EngineConfig(model=str(path), max_model_len=64, **settings)  # type: ignore[arg-type]
-    return ModelRunner(model, 32, config, max_num_seqs=4, path=path)
+    config = EngineConfig(model=str(path), max_model_len=64, max_num_seqs=4, **settings)  # type: ignore[arg-type]
+    return ModelRunner(model, 32, config, path=path)
 
 
 def alone(group: int) -> list[StepResult | None]:
@@ -76,7 +76,7 @@ def check_steps(parallel: ParallelContext, way: str, by_capacity: bool) -> None:
     run = DecodeGraphs.run
 
     def counted(graphs: DecodeGraphs, batch: StepBatch) -> torch.Tensor | None:
-        assert graphs.goes_all_to_all(batch) is (way == "all_to_all")
+        assert graphs.uses_all_to_all(batch) is (way == "all_to_all")
         padded.append(batch.largest_group)
         return run(graphs, batch)
 

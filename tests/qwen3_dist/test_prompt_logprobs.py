@@ -11,7 +11,7 @@ import torch
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.model.reference import load_reference
 from qwen3_dist.protocol.outputs import TokenLogprob
-from qwen3_dist.worker.sampling import prompt_outputs as readings
+from qwen3_dist.worker.sampling import prompt_outputs
 from tests.checkpoints import TIGHT
 
 SHARED = list(range(20, 46))
@@ -102,7 +102,7 @@ def test_choices_share_one_scoring_of_their_prompt(checkpoints: dict[str, Path])
 def test_a_long_prompt_is_scored_a_few_rows_at_a_time(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readings, "SCORED_ROWS", 5)
+    monkeypatch.setattr(prompt_outputs, "PROMPT_LOGPROBS_ROWS", 5)
     with LLM(str(checkpoints["dense"]), use_tqdm=False) as llm:
         outputs = llm.generate(PROMPTS, SCORED, use_tqdm=False)
     for prompt, output in zip(PROMPTS, outputs, strict=True):

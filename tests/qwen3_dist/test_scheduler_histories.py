@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import TokenLogprob
-from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, Reading, StepPlan, StepResult
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptLogprobsSpec, PromptOutput, StepPlan, StepResult
 from qwen3_dist.speculation import Speculation
 from tests.scheduling import BLOCK, EOS, make_scheduler, make_sequence
 
@@ -50,20 +50,26 @@ class FakeRanks:
             for position, token in enumerate(tokens, start=part.start):
                 self._memory[blocks[position // BLOCK], position % BLOCK] = token
         sampled = []
-        readings: list[Reading] = []
+        prompt_outputs: list[PromptOutput] = []
         for part in plan.sequences:
             end = part.start + len(part.token_ids)
             read = self.read(self._blocks[part.slot], end)
-            if isinstance(part.reading, PromptScores):
-                ends = enumerate(part.reading.targets, start=part.start + part.reading.first + 1)
-                readings.append(tuple(TokenLogprob(target, checksum(read[:n]), ()) for n, target in ends))
-            elif part.reading is not None:
-                readings.append(array("f", [checksum(read)]))
+            if isinstance(part.prompt_request, PromptLogprobsSpec):
+                ends = enumerate(
+                    part.prompt_request.targets, start=part.start + part.prompt_request.first + 1
+                )
+                prompt_outputs.append(
+                    tuple(TokenLogprob(target, checksum(read[:n]), ()) for n, target in ends)
+                )
+            elif part.prompt_request is not None:
+                prompt_outputs.append(array("f", [checksum(read)]))
             if part.sample is not None:
                 assert part.sample.position == end - part.num_drafted
                 sampled += [next_token(read[: spec.position]) for spec in part.draws]
                 self._last[part.slot] = -2 if part.num_drafted else sampled[-1]
-        return StepResult(plan.step, tuple(sampled), (None,) * len(sampled), readings=tuple(readings))
+        return StepResult(
+            plan.step, tuple(sampled), (None,) * len(sampled), prompt_outputs=tuple(prompt_outputs)
+        )
 
     def spoil(self, plan: StepPlan) -> None:
         """Makes all that a step left behind wrong."""
@@ -113,7 +119,7 @@ def sequence_of(seq_id: int, number: int, max_tokens: int) -> Sequence:
     return sequence
 
 
-def check_readings(sequence: Sequence) -> None:
+def check_prompt_outputs(sequence: Sequence) -> None:
     """What was read of a prompt is what its tokens make, once each."""
     prompt = sequence.token_ids[: sequence.prompt_len]
     assert sequence.vector == (array("f", [checksum(prompt)]) if sequence.pooling else None)
@@ -190,4 +196,4 @@ def test_no_history_changes_a_token_or_loses_a_block(
         got = sequence.token_ids[sequence.prompt_len :]
         assert got == (output[: len(got)] if sequence.finish_reason == "abort" else output)
         if sequence.finish_reason != "abort":
-            check_readings(sequence)
+            check_prompt_outputs(sequence)

@@ -10,7 +10,7 @@ import torch
 
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.plan_columns import SequenceColumns
-from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.protocol.step_plan import LAST_SAMPLED, PromptLogprobsSpec, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.worker.inputs import StepInputs
 from tests.scheduling import make_scheduler, make_sequence
 from tests.setups import setup
@@ -31,8 +31,10 @@ def test_a_plan_travels_whole() -> None:
             SequenceStep(1, 3, (LAST_SAMPLED,), 9, (), DRAW._replace(logprobs=0), 2, adapter=2),
             SequenceStep(2, 1, (4,), 9, (7,), DRAW, 2, setup=setup(presence_penalty=1.0)),
             SequenceStep(3, 2, (5, 6, 7), 9, (), DRAW._replace(logprobs=5), 3, num_drafted=2),
-            SequenceStep(4, 0, (1, 2, 3, 4), 0, (5, 9, 8), None, reading=PoolingParams()),
-            SequenceStep(5, 4, (1, 2, 3, 4), 4, (6,), None, 1, reading=PromptScores(1, (3, 4), 2)),
+            SequenceStep(4, 0, (1, 2, 3, 4), 0, (5, 9, 8), None, prompt_request=PoolingParams()),
+            SequenceStep(
+                5, 4, (1, 2, 3, 4), 4, (6,), None, 1, prompt_request=PromptLogprobsSpec(1, (3, 4), 2)
+            ),
         ),
     ]
     many = [plan_of(*plan.sequences * 10) for plan in few]

@@ -13,7 +13,7 @@ import pytest
 
 from qwen3_dist.protocol.channel import Channel
 from qwen3_dist.protocol.messages import Answer, Call
-from qwen3_dist.worker.step_loop import Doing, run_steps
+from qwen3_dist.worker.step_loop import Activity, run_steps
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Rank:
     def __init__(self, overlaps: bool) -> None:
         ours, theirs = _connected()
         self.channel, self.device = ours, Device()
-        self.thread = threading.Thread(target=run_steps, args=(theirs, self.device, overlaps, Doing()))
+        self.thread = threading.Thread(target=run_steps, args=(theirs, self.device, overlaps, Activity()))
         self.thread.start()
 
 

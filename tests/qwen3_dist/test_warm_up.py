@@ -32,7 +32,7 @@ SHAPES = StepShapes(
     block_size=4,
     vocab_size=9,
     spare_block=7,
-    guesses=2,
+    num_drafted=2,
 )
 
 
@@ -68,14 +68,14 @@ def test_repeated_steps_have_all_the_sizes_there_are_and_no_capacity() -> None:
     assert {plan.num_tokens for plan in plans if plan.decodes_only} == set(powers_of_2(SHAPES.max_num_seqs))
 
 
-def test_warm_up_meets_prompts_mixes_decodes_guesses_readings_and_idle_groups() -> None:
+def test_warm_up_has_prompts_mixed_steps_decodes_drafts_prompt_outputs_and_idle_groups() -> None:
     plans = [plans for plans in SHAPES.steps()]
     kinds = {
         (
             any(len(part.token_ids) == 1 for part in plan.sequences),
             any(len(part.token_ids) > 1 and not part.num_drafted for part in plan.sequences),
             any(part.num_drafted for part in plan.sequences),
-            any(part.reading is not None for part in plan.sequences),
+            any(part.prompt_request is not None for part in plan.sequences),
         )
         for plan, _ in plans
     }
@@ -90,8 +90,10 @@ def test_sizes_are_the_powers_of_2_and_the_largest(largest: int, sizes: list[int
 
 
 def runner_of(model: Qwen3Model) -> ModelRunner:
-    config = EngineConfig(model="", block_size=4, max_model_len=16, max_num_batched_tokens=24)
-    runner = ModelRunner(model, BLOCKS, config, SEQS, path=Path())
+    config = EngineConfig(
+        model="", block_size=4, max_model_len=16, max_num_batched_tokens=24, max_num_seqs=SEQS
+    )
+    runner = ModelRunner(model, BLOCKS, config, path=Path())
     runner._shapes = replace(runner._shapes, spare_block=BLOCKS - 1)  # a CPU rank has none beyond its own
     return runner
 

@@ -14,7 +14,7 @@ from qwen3_dist.ops.cpu.ops import CpuOps
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.pooling_params import PoolingParams
-from qwen3_dist.protocol.step_plan import PromptScores, SampleSpec, SequenceStep, StepPlan
+from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.weights.loader import load_model
 from qwen3_dist.worker import kv_cache
 from tests.batches import batch_of
@@ -28,8 +28,10 @@ DECODE = SequenceStep(0, 0, (9,), 7, TABLES[0], DRAW)
 GUESSED = SequenceStep(1, 1, (9, 4, 8), 7, TABLES[1], DRAW, num_drafted=2)
 CHUNK = SequenceStep(2, 2, (5, 6, 7, 8), 7, TABLES[2], None)
 ENDED = SequenceStep(3, 3, (1, 2, 3, 4, 5), 7, TABLES[3], DRAW)
-SCORED = SequenceStep(4, 4, (1, 2, 3, 4, 5), 7, TABLES[4], DRAW, reading=PromptScores(1, (3, 4, 5), 1))
-POOLED = SCORED._replace(sample=None, reading=PoolingParams())
+SCORED = SequenceStep(
+    4, 4, (1, 2, 3, 4, 5), 7, TABLES[4], DRAW, prompt_request=PromptLogprobsSpec(1, (3, 4, 5), 1)
+)
+POOLED = SCORED._replace(sample=None, prompt_request=PoolingParams())
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

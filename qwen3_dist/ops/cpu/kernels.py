@@ -59,24 +59,24 @@ class Kernels:
         check_sizes(loaded)
         self._functions = {}
         for name, kinds in _SIGNATURES.items():
-            for ending in ("", "_int8") if name in _PRODUCTS else ("",):
-                function = getattr(loaded, f"{name}_{_DTYPES[dtype]}{ending}")
+            for suffix in ("", "_int8") if name in _PRODUCTS else ("",):
+                function = getattr(loaded, f"{name}_{_DTYPES[dtype]}{suffix}")
                 function.argtypes = [_KINDS[kind] for kind in kinds]
                 function.restype = ctypes.c_long if name in _RETURNING else None
-                self._functions[name + ending] = function
+                self._functions[name + suffix] = function
         self.panel: int = loaded.panel_outputs()
 
     def pack(self, weight: Tensor) -> Tensor:
         """[N, D] or [E, N, D] as products read it: each matrix [N / panel, D, panel], zeros at its ends; see
         `cpu/linear.h`."""
-        ending = "_int8" if weight.dtype == torch.int8 else ""
+        suffix = "_int8" if weight.dtype == torch.int8 else ""
         outputs, inner = weight.shape[-2:]
-        sizes = (-(-outputs // self.panel), self._functions[f"padded{ending}"](inner), self.panel)
+        sizes = (-(-outputs // self.panel), self._functions[f"padded{suffix}"](inner), self.panel)
         stack = weight if weight.dim() == 3 else weight[None]
         shape = (len(stack), *sizes)
         packed = zeros(shape, weight.dtype, weight.device)  # in huge pages, which are read faster
         for matrix, place in zip(stack, packed, strict=True):
-            self.run(f"pack{ending}", matrix.contiguous(), place, outputs, inner)
+            self.run(f"pack{suffix}", matrix.contiguous(), place, outputs, inner)
         return packed if weight.dim() == 3 else packed[0]
 
     def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:

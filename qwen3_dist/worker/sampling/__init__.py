@@ -1,1 +1,1 @@
-"""From logits to tokens, on the rank that samples."""
+"""Sampling: turns logits into tokens on tp rank 0 of the last stage."""

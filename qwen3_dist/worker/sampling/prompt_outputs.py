@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.model.step_memory import SCORED_ROWS
+from qwen3_dist.model.step_memory import PROMPT_LOGPROBS_ROWS
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.transfer import rows_on_device
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import TokenLogprob
-from qwen3_dist.protocol.step_plan import PromptScores, Reading, SequenceStep
+from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, PromptOutput, SequenceStep
 
 
-class Readings:
+class PromptOutputs:
     """Every tp rank of the last stage makes it, since they share the head; rank 0 then has the answers.
 
     Computed on the device at construction; `on_host` waits for them.
@@ -29,19 +29,21 @@ class Readings:
 
     def __init__(self, model: Qwen3Model, hidden: Tensor, steps: Sequence[SequenceStep]) -> None:
         """`hidden` [T, D] is what the model's last block made of `steps`."""
-        self._scores: list[PromptScores] = []
+        self._scores: list[PromptLogprobsSpec] = []
         scored: list[int] = []
         pooled: list[tuple[int, PoolingParams]] = []
         begin = 0
         for step in steps:
-            if isinstance(step.reading, PromptScores):
-                self._scores.append(step.reading)
-                first = begin + step.reading.first
-                scored.extend(range(first, first + len(step.reading.targets)))
-            elif step.reading is not None:
-                pooled.append((begin + len(step.token_ids) - 1, step.reading))
+            if isinstance(step.prompt_request, PromptLogprobsSpec):
+                self._scores.append(step.prompt_request)
+                first = begin + step.prompt_request.first
+                scored.extend(range(first, first + len(step.prompt_request.targets)))
+            elif step.prompt_request is not None:
+                pooled.append((begin + len(step.token_ids) - 1, step.prompt_request))
             begin += len(step.token_ids)
-        self._is_score = [isinstance(step.reading, PromptScores) for step in steps if step.reading]
+        self._is_score = [
+            isinstance(step.prompt_request, PromptLogprobsSpec) for step in steps if step.prompt_request
+        ]
         self._parts = _to_host(self._score(model, hidden, scored)) if scored else []
         self._vectors = _to_host(_pool(model, hidden, pooled)) if pooled else []
 
@@ -51,7 +53,9 @@ class Readings:
         at, wanted = rows_on_device((rows, targets), hidden.device)
         most = min(max(scores.top for scores in self._scores), model.config.vocab_size)
         parts = []
-        for chunk, chunk_wanted in zip(at.split(SCORED_ROWS), wanted.split(SCORED_ROWS), strict=True):
+        for chunk, chunk_wanted in zip(
+            at.split(PROMPT_LOGPROBS_ROWS), wanted.split(PROMPT_LOGPROBS_ROWS), strict=True
+        ):
             logits = model.logits(hidden[chunk])
             if logits is not None:
                 logits = logits.float()
@@ -62,7 +66,7 @@ class Readings:
                 parts.append(((asked - total)[:, 0], ranks, values - total, ids))
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
-    def on_host(self) -> tuple[Reading, ...]:
+    def on_host(self) -> tuple[PromptOutput, ...]:
         """For each step that has a `reading`; call it when the device has finished the step."""
         asked = zip(*(part.tolist() for part in self._parts), strict=True)
         scores = iter(self._scores)
@@ -98,7 +102,7 @@ def _to_host(parts: Iterable[Tensor]) -> list[Tensor]:
     return [part.to("cpu", non_blocking=True) for part in parts]
 
 
-def _scored(scores: PromptScores, asked: Iterator[tuple[Any, ...]]) -> tuple[TokenLogprob, ...]:
+def _scored(scores: PromptLogprobsSpec, asked: Iterator[tuple[Any, ...]]) -> tuple[TokenLogprob, ...]:
     out = []
     for target, (logprob, rank, values, ids) in zip(scores.targets, asked, strict=False):
         top = zip(ids[: scores.top], values[: scores.top], strict=True)

@@ -150,8 +150,8 @@ class _Row:
         self._unread: list[tuple[ToHost, int]] = []
         forbidden = [word[0] for word in setup.bad_words if len(word) == 1]
         bias = dict(setup.logit_bias)
-        self._forbidden, self._ending, self._biased = rows_on_device(
-            (forbidden, setup.ending, list(bias)), penalties.device
+        self._forbidden, self._stop_tokens, self._biased = rows_on_device(
+            (forbidden, setup.stop_token_ids, list(bias)), penalties.device
         )
         self._bias = on_device(list(bias.values()), torch.float32, penalties.device)
 
@@ -176,7 +176,7 @@ class _Row:
         if len(self._biased):
             logits[self._biased] += self._bias
         if self._num_output < self.setup.min_tokens:
-            logits.index_fill_(0, self._ending, -torch.inf)
+            logits.index_fill_(0, self._stop_tokens, -torch.inf)
         if len(self._forbidden):
             logits.index_fill_(0, self._forbidden, -torch.inf)
         for *before, last in self._bad_words:
