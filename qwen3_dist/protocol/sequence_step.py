@@ -76,7 +76,7 @@ class SequenceStep(NamedTuple):
     blocks: SomeBlocks | None = None
 
     @property
-    def draws(self) -> list[SampleSpec]:
+    def sample_specs(self) -> list[SampleSpec]:
         """The spec of each token that the step samples, in order."""
         if self.sample is None:
             return []

@@ -74,7 +74,9 @@ class StepPlan(NamedTuple):
         singles = tuple(
             sequence._replace(token_ids=(token_id,), start=sequence.start + ahead, sample=spec, num_drafted=0)
             for sequence in self.sequences
-            for ahead, (token_id, spec) in enumerate(zip(sequence.token_ids, sequence.draws, strict=True))
+            for ahead, (token_id, spec) in enumerate(
+                zip(sequence.token_ids, sequence.sample_specs, strict=True)
+            )
         )
         return self._replace(sequences=singles)
 

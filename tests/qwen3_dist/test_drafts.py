@@ -127,7 +127,7 @@ def test_right_guesses_and_the_token_after_them_come_in_one_step() -> None:
     plan, (advance,) = step(scheduler, 3, 4, 1, 7)
     (part,) = plan.sequences
     assert part.token_ids == (1, 2, 3, 4, 1, 2, 3, 4, 1) and part.num_drafted == 3
-    assert [spec.position for spec in part.draws] == [6, 7, 8, 9]
+    assert [spec.position for spec in part.sample_specs] == [6, 7, 8, 9]
     assert advance.token_ids == (3, 4, 1, 7)
     assert [logprob.token_id for logprob in advance.logprobs] == [3, 4, 1, 7]
     assert sequence.token_ids == [1, 2, 3, 4, 1, 2, 3, 4, 1, 7] and sequence.num_computed == 9

@@ -65,7 +65,7 @@ class FakeRanks:
                 prompt_outputs.append(array("f", [checksum(read)]))
             if part.sample is not None:
                 assert part.sample.position == end - part.num_drafted
-                sampled += [next_token(read[: spec.position]) for spec in part.draws]
+                sampled += [next_token(read[: spec.position]) for spec in part.sample_specs]
                 self._last[part.slot] = -2 if part.num_drafted else sampled[-1]
         return StepResult(
             plan.step, tuple(sampled), (None,) * len(sampled), prompt_outputs=tuple(prompt_outputs)

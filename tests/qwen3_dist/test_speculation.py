@@ -143,8 +143,8 @@ class Chain:
     def run(self, plan: StepPlan) -> StepResult:
         rows, specs = [], []
         for part in plan.sequences:
-            specs += part.draws
-            rows += part.token_ids[len(part.token_ids) - len(part.draws) :]
+            specs += part.sample_specs
+            rows += part.token_ids[len(part.token_ids) - len(part.sample_specs) :]
         drawn = sample(self._logits[rows], specs, TorchOps()).tolist() if rows else []
         return StepResult(plan.step, tuple(drawn), (None,) * len(drawn))
 

@@ -1,6 +1,6 @@
-"""Which tokens a grammar allows next: what a rank that samples keeps for each sequence with a grammar.
+"""Matches grammars on the rank that samples: masks of the tokens that a grammar allows next.
 
-Legend: V the model's vocab_size, which may be padded past the tokenizer's.
+Legend: V the model's vocab_size, which may be larger than the tokenizer's.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _log = logging.getLogger(__name__)
-_SECONDS_PER_TOKEN = 0.005  # of CPU that a sequence's grammar may take on average,
-_SECONDS_AHEAD = 0.2  # and how far it may be ahead of that
+_SECONDS_PER_TOKEN = 0.005  # CPU time that masks of one sequence may take per token, on average
+_SECONDS_AHEAD = 0.2  # CPU time by which a sequence may exceed that average
 
 
 class Grammars:
-    """Makes matchers over the vocabulary of the checkpoint at `path`, and keeps the grammars built last.
+    """Builds grammars over the vocabulary of the checkpoint at `path` and keeps the most recent ones.
 
-    A grammar takes milliseconds to build and is built in a thread. The tokenizer's trie, which all need, takes a
-    second for 151k tokens, in which no other Python runs: `prepare` it before there are steps that would wait.
+    A grammar is built in a thread, in milliseconds. All grammars share a trie of the tokenizer, which takes a second
+    to build for 151k tokens and holds the GIL: call `prepare` before steps run.
     """
 
     def __init__(self, path: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -41,17 +41,20 @@ class Grammars:
         self._eos_token_ids = list(eos_token_ids)
         self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
         self._tokenizer: Any = None
-        self._built: OrderedDict[str, Future[LLMatcher]] = OrderedDict()  # each at its start; or being built
+        self._built: OrderedDict[str, Future[LLMatcher]] = (
+            OrderedDict()
+        )  # matchers at the start of their grammar
 
     def prepare(self) -> None:
-        """Builds the trie now, if there is a tokenizer and the library. What fails is told again by each matcher."""
+        """Builds the trie now, if the tokenizer and llguidance exist. Logs a failure; each matcher reports it
+        again."""
         if self._file.exists() and importlib.util.find_spec("llguidance") is not None:
             problem = self._builder.submit(self._build_tokenizer).exception()
             if problem is not None:
                 _log.warning("structured_outputs will fail: %s", problem)
 
     def build(self, grammar: str) -> Future[LLMatcher]:
-        """`grammar`, which `compile_grammar` made, at its start; built in a thread if it is none of the last ones."""
+        """A matcher at the start of `grammar` (from `compile_grammar`); built in a thread unless it was kept."""
         building = self._built.pop(grammar, None) or self._builder.submit(self._build, grammar)
         self._built[grammar] = building
         if len(self._built) > KEPT_GRAMMARS:
@@ -59,12 +62,12 @@ class Grammars:
         return building
 
     def problem(self, grammar: str) -> str | None:
-        """Why `grammar` cannot be followed, "" if it can; None while it is built."""
+        """The reason why `grammar` cannot be used, "" if it can; None while it is being built."""
         building = self.build(grammar)
         return Matcher(building, self._eos_token_ids).problem() if building.done() else None
 
     def matcher(self, grammar: str) -> Matcher:
-        """Follows `grammar` from its start."""
+        """A new matcher at the start of `grammar`."""
         return Matcher(self.build(grammar), self._eos_token_ids)
 
     def _build_tokenizer(self) -> None:
@@ -80,15 +83,15 @@ class Grammars:
 
         self._build_tokenizer()
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
-        matcher.compute_bitmask()  # so that what goes wrong at once is known before a sequence begins
+        matcher.compute_bitmask()  # finds errors of the first mask before a sequence begins
         return matcher
 
 
 class Matcher:
-    """One sequence's place in its grammar. No method raises: what went wrong is in `error`.
+    """The position of one sequence in its grammar. No method raises; `error` is the reason of a failure.
 
-    After an error, as at the grammar's end, EOS alone is allowed. The first call waits until the grammar is
-    built. A grammar that takes too long to follow is an error as well, since all sequences of a step wait.
+    After an error only EOS is allowed, as at the grammar's end. The first call waits until the grammar is built. Masks
+    that take too long are an error too, since all sequences of a step wait for them.
     """
 
     def __init__(self, building: Future[LLMatcher], eos_token_ids: Sequence[int]) -> None:
@@ -99,13 +102,13 @@ class Matcher:
         self.error: str | None = None
 
     def fill_mask(self, row: Tensor) -> None:
-        """Writes the tokens allowed next to `row`, int32 [ceil(V / 32)] on the CPU: bit i % 32 of number i // 32."""
+        """Writes the mask of the next token to `row`, int32 [ceil(V / 32)] on the CPU: bit i % 32 of word i // 32."""
         started = time.thread_time()
         size = row.numel() * row.element_size()
         self._call(lambda matcher: matcher.unsafe_compute_mask_ptr(row.data_ptr(), size))
         self._ahead_s = max(0.0, self._ahead_s + time.thread_time() - started - _SECONDS_PER_TOKEN)
         if self._ahead_s > _SECONDS_AHEAD:
-            self.error = "the form of structured_outputs takes too long to follow"
+            self.error = "structured_outputs take too long to compute; use a simpler schema or grammar"
         if self.error is not None:
             row.zero_()
             for token_id in self._eos_token_ids:
@@ -113,17 +116,17 @@ class Matcher:
                 row[token_id // 32] |= bit if bit < 1 << 31 else bit - (1 << 32)
 
     def accept(self, token_id: int) -> None:
-        """Steps over the token that was chosen."""
+        """Advances by the sampled token."""
         self._call(lambda matcher: matcher.consume_token(token_id))
 
     def problem(self) -> str:
-        """Why the grammar cannot be followed from where it stands, "" if it can."""
+        """The reason why the grammar cannot be followed from here, "" if it can."""
         self._call(lambda matcher: None)
         return self.error or ""
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing but EOS can follow."""
+        """Whether only EOS is allowed next."""
         return bool(self._call(lambda matcher: matcher.is_stopped())) or self.error is not None
 
     def _call(self, do: Callable[[LLMatcher], Any]) -> Any:

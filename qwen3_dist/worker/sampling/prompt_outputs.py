@@ -1,6 +1,6 @@
-"""What a step reads of its prompts beside the tokens it draws: log-probabilities of their tokens, and vectors.
+"""Prompt outputs of a step: prompt logprobs, and the vectors of pooling requests.
 
-Legend: T tokens of the step, D emb_dim, V vocab_size, R rows that are scored, P sequences that are pooled.
+Legend: T tokens of the step, D emb_dim, V vocab_size, R rows whose prompt logprobs are wanted, P pooling requests.
 """
 
 from __future__ import annotations
@@ -22,73 +22,80 @@ from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, PromptOutput, Sequ
 
 
 class PromptOutputs:
-    """Every tp rank of the last stage makes it, since they share the head; rank 0 then has the answers.
+    """The prompt outputs of one step. Computing them is collective: every tp rank of the last stage constructs this,
+    and tp rank 0 has the results.
 
-    Computed on the device at construction; `on_host` waits for them.
+    The constructor starts the work on the device; `on_host` returns the results.
     """
 
     def __init__(self, model: Qwen3Model, hidden: Tensor, steps: Sequence[SequenceStep]) -> None:
-        """`hidden` [T, D] is what the model's last block made of `steps`."""
-        self._scores: list[PromptLogprobsSpec] = []
-        scored: list[int] = []
+        """`hidden` [T, D] are the hidden states of the tokens of `steps` after the last block."""
+        self._specs: list[PromptLogprobsSpec] = []
+        logprob_rows: list[int] = []
         pooled: list[tuple[int, PoolingParams]] = []
         begin = 0
         for step in steps:
             if isinstance(step.prompt_request, PromptLogprobsSpec):
-                self._scores.append(step.prompt_request)
+                self._specs.append(step.prompt_request)
                 first = begin + step.prompt_request.first
-                scored.extend(range(first, first + len(step.prompt_request.targets)))
+                logprob_rows.extend(range(first, first + len(step.prompt_request.targets)))
             elif step.prompt_request is not None:
                 pooled.append((begin + len(step.token_ids) - 1, step.prompt_request))
             begin += len(step.token_ids)
-        self._is_score = [
+        self._has_logprobs = [
             isinstance(step.prompt_request, PromptLogprobsSpec) for step in steps if step.prompt_request
         ]
-        self._parts = _to_host(self._score(model, hidden, scored)) if scored else []
+        self._parts = _to_host(self._logprobs(model, hidden, logprob_rows)) if logprob_rows else []
         self._vectors = _to_host(_pool(model, hidden, pooled)) if pooled else []
 
-    def _score(self, model: Qwen3Model, hidden: Tensor, rows: list[int]) -> list[Tensor]:
-        """Log-probabilities and ranks of the targets [R], and values and ids of the likeliest [R, most]."""
-        targets = [target for scores in self._scores for target in scores.targets]
-        at, wanted = rows_on_device((rows, targets), hidden.device)
-        most = min(max(scores.top for scores in self._scores), model.config.vocab_size)
+    def _logprobs(self, model: Qwen3Model, hidden: Tensor, rows: list[int]) -> list[Tensor]:
+        """Returns logprobs [R] and ranks [R] of the targets, and logprobs and ids of the likeliest tokens [R, most].
+
+        Empty on tp ranks other than 0."""
+        targets = [target for spec in self._specs for target in spec.targets]
+        at, target_ids = rows_on_device((rows, targets), hidden.device)
+        most = min(max(spec.top for spec in self._specs), model.config.vocab_size)
         parts = []
-        for chunk, chunk_wanted in zip(
-            at.split(PROMPT_LOGPROBS_ROWS), wanted.split(PROMPT_LOGPROBS_ROWS), strict=True
+        for chunk, chunk_targets in zip(
+            at.split(PROMPT_LOGPROBS_ROWS), target_ids.split(PROMPT_LOGPROBS_ROWS), strict=True
         ):
             logits = model.logits(hidden[chunk])
             if logits is not None:
                 logits = logits.float()
                 total = logits.logsumexp(dim=-1, keepdim=True)
                 values, ids = logits.topk(most, dim=-1)
-                asked = logits.gather(1, chunk_wanted[:, None])
-                ranks = 1 + (logits > asked).sum(dim=-1)
-                parts.append(((asked - total)[:, 0], ranks, values - total, ids))
+                chosen = logits.gather(1, chunk_targets[:, None])
+                ranks = 1 + (logits > chosen).sum(dim=-1)
+                parts.append(((chosen - total)[:, 0], ranks, values - total, ids))
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
     def on_host(self) -> tuple[PromptOutput, ...]:
-        """For each step that has a `reading`; call it when the device has finished the step."""
-        asked = zip(*(part.tolist() for part in self._parts), strict=True)
-        scores = iter(self._scores)
+        """The output of each sequence with a `prompt_request`. Call it when the device has finished the step."""
+        rows = zip(*(part.tolist() for part in self._parts), strict=True)
+        specs = iter(self._specs)
         vectors = iter(self._vectors)
         return tuple(
-            _scored(next(scores), asked) if is_score else array("f", next(vectors).tolist())
-            for is_score in self._is_score
+            _token_logprobs(next(specs), rows) if has_logprobs else array("f", next(vectors).tolist())
+            for has_logprobs in self._has_logprobs
         )
 
 
 def _pool(model: Qwen3Model, hidden: Tensor, pooled: list[tuple[int, PoolingParams]]) -> list[Tensor]:
-    """Of each of P rows its vector, or the logits asked for in its place, which tp rank 0 alone has."""
-    asking = [row for row, params in pooled if params.logits_of]
-    wanted = [params.logits_of for _, params in pooled if params.logits_of]
-    asked, last, *named = rows_on_device((asking, [row for row, _ in pooled], *wanted), hidden.device)
-    logits = model.logits(hidden[asked]) if asking else hidden.new_empty(0)
+    """Returns the vector of each of the P requests, `pooled`: pairs of the row of its last token and its parameters.
+
+    Where `logits_of` is set these logits are the vector. Empty on tp ranks other than 0 if some request has it."""
+    rows_with_logits = [row for row, params in pooled if params.logits_of]
+    token_ids = [params.logits_of for _, params in pooled if params.logits_of]
+    at, last, *columns = rows_on_device(
+        (rows_with_logits, [row for row, _ in pooled], *token_ids), hidden.device
+    )
+    logits = model.logits(hidden[at]) if rows_with_logits else hidden.new_empty(0)
     if logits is None:
         return []
-    answers = (row[ids].float() for row, ids in zip(logits, named, strict=True))
+    selected = (row[ids].float() for row, ids in zip(logits, columns, strict=True))
     normed = model.final_norm(hidden[last]).float()
     return [
-        next(answers) if params.logits_of else _vector(state, params)
+        next(selected) if params.logits_of else _vector(state, params)
         for state, (_, params) in zip(normed, pooled, strict=True)
     ]
 
@@ -102,9 +109,10 @@ def _to_host(parts: Iterable[Tensor]) -> list[Tensor]:
     return [part.to("cpu", non_blocking=True) for part in parts]
 
 
-def _scored(scores: PromptLogprobsSpec, asked: Iterator[tuple[Any, ...]]) -> tuple[TokenLogprob, ...]:
+def _token_logprobs(spec: PromptLogprobsSpec, rows: Iterator[tuple[Any, ...]]) -> tuple[TokenLogprob, ...]:
+    """The prompt logprobs of one sequence, from the next of `rows`."""
     out = []
-    for target, (logprob, rank, values, ids) in zip(scores.targets, asked, strict=False):
-        top = zip(ids[: scores.top], values[: scores.top], strict=True)
+    for target, (logprob, rank, values, ids) in zip(spec.targets, rows, strict=False):
+        top = zip(ids[: spec.top], values[: spec.top], strict=True)
         out.append(TokenLogprob(target, logprob, tuple(top), rank))
     return tuple(out)

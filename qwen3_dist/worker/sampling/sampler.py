@@ -1,8 +1,8 @@
-"""Draws one token per row of logits.
+"""Samples one token per row of logits.
 
-A row's randomness is one uniform number made from (seed, position) by a counter-based hash, put through
-the inverse of the row's cumulative distribution: what a sequence gets depends on nothing else in its
-batch. Legend: L rows, V vocab_size, K kept logprobs.
+The randomness of a row is one uniform number, a hash of (seed, position). The token is the inverse of the row's
+cumulative distribution at that number, so it does not depend on the rest of the batch.
+Legend: L rows, V vocab_size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.protocol.step_plan import SampleSpec
 
 _MASK = (1 << 64) - 1
-_Draw = Callable[[Tensor, DrawSettings], Tensor]  # from logits [L, V] of rows that draw
+_Draw = Callable[[Tensor, DrawSettings], Tensor]  # logits [L, V] -> token ids [L]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -35,16 +35,17 @@ def _mix(x: int) -> int:
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec], ops: Ops) -> Tensor:
-    """One token id [L] per row of logits [L, V]; greedy where the temperature is 0.
+    """Returns token ids [L], one per row of logits [L, V]; greedy where the temperature is 0.
 
-    A row's candidates are ordered only as far as its own settings need, since a whole vocabulary takes long.
+    Rows are grouped by the fastest kernel for their parameters: sorting the whole vocabulary is slow, and few rows
+    need it.
     """
     some_greedy = any(spec.temperature == 0 for spec in specs)
     tokens = ops.greedy(logits) if some_greedy else logits.new_empty(len(specs), dtype=torch.int64)
     rows_of: dict[_Draw, list[int]] = {}
     for row, spec in enumerate(specs):
         if spec.temperature > 0:
-            rows_of.setdefault(_way_to_draw(ops, spec, logits.shape[-1]), []).append(row)
+            rows_of.setdefault(_kernel_for(ops, spec, logits.shape[-1]), []).append(row)
     for draw, rows in rows_of.items():
         if len(rows) == len(specs):
             return draw(logits, _settings(specs, logits))
@@ -65,7 +66,7 @@ def _settings(specs: Sequence[SampleSpec], logits: Tensor) -> DrawSettings:
     return DrawSettings(on_device(columns, torch.float64, logits.device)[:, :, None], top_ks)
 
 
-def _way_to_draw(ops: Ops, spec: SampleSpec, vocab_size: int) -> _Draw:
+def _kernel_for(ops: Ops, spec: SampleSpec, vocab_size: int) -> _Draw:
     if 0 < spec.top_k <= MOST_SELECTED:
         return ops.draw_from_top_k
     cuts = spec.top_p < 1 or 0 < spec.top_k < vocab_size
@@ -73,10 +74,10 @@ def _way_to_draw(ops: Ops, spec: SampleSpec, vocab_size: int) -> _Draw:
 
 
 class SampledLogprobs:
-    """Log-probabilities of a step's sampled tokens and of others, for the rows that ask: the likeliest, and
-    those that `wanted` names by row.
+    """Logprobs of a step's sampled tokens and of the likeliest tokens, for the rows that request them.
 
-    Computed on the device at construction; `on_host` waits for them.
+    `wanted` has further token ids by row. The constructor starts the work on the device; `on_host` returns the
+    results.
     """
 
     def __init__(
@@ -105,14 +106,14 @@ class SampledLogprobs:
             self._parts = [part.to("cpu", non_blocking=True) for part in parts]
 
     def on_host(self) -> tuple[TokenLogprob | None, ...]:
-        """For each row; call it when the device has finished the step."""
-        asked = zip(*(part.tolist() for part in self._parts), strict=True) if self._parts else iter(())
+        """The logprobs of each row, None where none are requested. Call it when the device has finished the step."""
+        rows = zip(*(part.tolist() for part in self._parts), strict=True) if self._parts else iter(())
         out: list[TokenLogprob | None] = []
         for count, wanted in zip(self._counts, self._wanted, strict=True):
             if count is None:
                 out.append(None)
             else:
-                token, logprob, values, ids, named = next(asked)
+                token, logprob, values, ids, named = next(rows)
                 top = dict(zip(ids[:count], values[:count], strict=True))
                 top |= dict(zip(wanted, named, strict=False))
                 out.append(TokenLogprob(token, logprob, tuple(top.items())))

@@ -1,9 +1,9 @@
-"""What the rank that samples keeps of sequences that are not plain, and the draws of a step's mixed rows.
+"""Sampling state of sequences that need more than temperature, top-k and top-p, on the rank that samples.
 
-A sequence's state begins with the setup in its plan and ends when another sequence gets its slot. What
-needs tokens on the host (grammars, bad words of several tokens, thinking budgets) reads the ones of the step
-before just ahead of the draw, when the device already computes this step.
-Legend: L rows of a step, R those of them with a state, V vocab_size.
+A sequence's state starts with the setup in its plan and ends when another sequence gets its slot. Grammars, bad words
+of several tokens and thinking budgets need the sampled tokens on the host. They read the tokens of the last step just
+before they sample, when the device already computes this step.
+Legend: L rows of a step, R rows of sequences with a state, V vocab_size.
 """
 
 from __future__ import annotations
@@ -18,92 +18,104 @@ from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.transfer import ToHost, on_device, rows_on_device
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep
+from qwen3_dist.worker.sampling.output_constraint import NewMatcher, OutputConstraint
 from qwen3_dist.worker.sampling.penalties import Penalties
 from qwen3_dist.worker.sampling.sampler import sample
-from qwen3_dist.worker.sampling.text_form import NewMatcher, TextForm
 
 
 class SamplingState:
-    """The states of one rank, by slot. `new_matcher` makes the follower of a grammar; `ops` draws."""
+    """The states by slot. `new_matcher` makes the matcher of a setup's grammar; `ops` samples."""
 
     def __init__(self, vocab_size: int, device: torch.device, new_matcher: NewMatcher, ops: Ops) -> None:
         self._vocab_size = vocab_size
         self._ops = ops
         self._new_matcher = new_matcher
         self._penalties = Penalties(vocab_size, device)
-        self._rows: dict[int, _Row] = {}
-        self._wide = torch.empty(0, vocab_size, device=device)
+        self._states: dict[int, _SequenceState] = {}
+        self._fp32 = torch.empty(0, vocab_size, device=device)
 
     def admit(self, steps: Sequence[SequenceStep]) -> None:
-        """Takes the setups that a plan carries."""
+        """Creates states for the sequences whose plan has a setup."""
         for step in steps:
             if step.setup is not None:
                 self._forget(step.slot)
-                self._rows[step.slot] = _Row(step.seq_id, step.setup, self._penalties, self._new_matcher)
+                self._states[step.slot] = _SequenceState(
+                    step.seq_id, step.setup, self._penalties, self._new_matcher
+                )
 
     def sample(self, logits: Tensor, steps: Sequence[SequenceStep]) -> Sampled:
-        """One token for each draw of `steps`, whose logits [L, V] are in their order."""
-        specs = [spec for step in steps for spec in step.draws]
-        at = {row: state for row, step in _rows_of(steps) if (state := self._of(step)) is not None}
-        if not at:
+        """Samples one token for each spec of `steps` from logits [L, V], whose rows are in the same order."""
+        specs = [spec for step in steps for spec in step.sample_specs]
+        states = {
+            row: state for row, step in _first_rows(steps) if (state := self._state_of(step)) is not None
+        }
+        if not states:
             return Sampled(sample(logits, specs, self._ops), specs)
-        tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
-        plain = [row for row in range(len(specs)) if row not in at]
-        rows, states = list(at), list(at.values())
-        penalised = [row for row, state in at.items() if state.place is not None]
-        plain_at, rows_at, penalised_at = rows_on_device((plain, rows, penalised), logits.device)
-        if plain:
-            tokens[plain_at] = sample(logits[plain_at], [specs[row] for row in plain], self._ops)
-        drawn = [specs[row] for row in rows]
-        chosen = self._widened(logits if len(rows) == len(specs) else logits[rows_at])
-        tokens[rows_at] = sample(self._adjusted(chosen, states, drawn), drawn, self._ops)
-        self._penalties.add([s.place for s in states if s.place is not None], tokens[penalised_at])
-        arriving = ToHost(tokens) if any(state.reads for state in states) else None
-        for row, state in at.items():
-            state.take(arriving, row)
+        tokens = self._sample_rows(logits, specs, states)
+        on_host = ToHost(tokens) if any(state.needs_tokens for state in states.values()) else None
+        for row, state in states.items():
+            state.add_token(on_host, row)
         return Sampled(
             tokens,
             specs,
-            {row: state.setup.logprob_token_ids for row, state in at.items()},
-            {row: state.error for row, state in at.items() if state.error},
+            {row: state.setup.logprob_token_ids for row, state in states.items()},
+            {row: state.error for row, state in states.items() if state.error},
         )
 
-    def _widened(self, logits: Tensor) -> Tensor:
-        """A copy in fp32, which lasts until the next: fresh memory of this size costs more than what is done in it."""
-        if len(self._wide) < len(logits):
-            self._wide = self._wide.new_empty(max(len(logits), 2 * len(self._wide)), logits.shape[1])
-        return self._wide[: len(logits)].copy_(logits)
+    def _sample_rows(
+        self, logits: Tensor, specs: list[SampleSpec], states: dict[int, _SequenceState]
+    ) -> Tensor:
+        """Samples the rows without a state from their logits, the others from adjusted fp32 copies -> tokens [L]."""
+        tokens = torch.empty(len(specs), dtype=torch.int64, device=logits.device)
+        plain, rows = [row for row in range(len(specs)) if row not in states], list(states)
+        slots = {row: state.penalty_slot for row, state in states.items() if state.penalty_slot is not None}
+        plain_at, rows_at, penalised_at = rows_on_device((plain, rows, list(slots)), logits.device)
+        if plain:
+            tokens[plain_at] = sample(logits[plain_at], [specs[row] for row in plain], self._ops)
+        adjusted_specs = [specs[row] for row in rows]
+        adjusted = self._as_fp32(logits if len(rows) == len(specs) else logits[rows_at])
+        self._adjust(adjusted, list(states.values()), adjusted_specs)
+        tokens[rows_at] = sample(adjusted, adjusted_specs, self._ops)
+        self._penalties.add(list(slots.values()), tokens[penalised_at])
+        return tokens
 
-    def _of(self, step: SequenceStep) -> _Row | None:
-        """The sequence's state; one that another sequence left behind in the slot is forgotten."""
-        state = self._rows.get(step.slot)
+    def _as_fp32(self, logits: Tensor) -> Tensor:
+        """Copies logits to fp32 in a buffer that the next call reuses: allocating it takes longer than sampling."""
+        if len(self._fp32) < len(logits):
+            self._fp32 = self._fp32.new_empty(max(len(logits), 2 * len(self._fp32)), logits.shape[1])
+        return self._fp32[: len(logits)].copy_(logits)
+
+    def _state_of(self, step: SequenceStep) -> _SequenceState | None:
+        """The sequence's state, or None. Removes a state that an earlier sequence left in the slot."""
+        state = self._states.get(step.slot)
         if state is not None and state.seq_id != step.seq_id:
             self._forget(step.slot)
             return None
         return state
 
     def _forget(self, slot: int) -> None:
-        state = self._rows.pop(slot, None)
-        if state is not None and state.place is not None:
-            self._penalties.close(state.place)
+        state = self._states.pop(slot, None)
+        if state is not None and state.penalty_slot is not None:
+            self._penalties.close(state.penalty_slot)
 
-    def _adjusted(self, logits: Tensor, states: list[_Row], specs: list[SampleSpec]) -> Tensor:
-        """Logits [R, V], which are changed, in vLLM's order: bias, what must not come, penalties, form, min-p."""
+    def _adjust(self, logits: Tensor, states: list[_SequenceState], specs: list[SampleSpec]) -> None:
+        """Changes logits [R, V] in place, in vLLM's order: bias, min_tokens and bad words, penalties, structured
+        outputs, min_p."""
         for row, state in zip(logits, states, strict=True):
-            state.bias(row)
-        penalised = [index for index, state in enumerate(states) if state.place is not None]
+            state.apply_bias(row)
+        penalised = [index for index, state in enumerate(states) if state.penalty_slot is not None]
         if penalised:
-            places = [state.place for state in states if state.place is not None]
-            self._penalties.apply(logits, penalised, places, [states[row].setup for row in penalised])
-        self._apply_forms(logits, states)
+            slots = [state.penalty_slot for state in states if state.penalty_slot is not None]
+            self._penalties.apply(logits, penalised, slots, [states[row].setup for row in penalised])
+        self._apply_constraints(logits, states)
         _apply_min_p(logits, [state.setup.min_p for state in states], specs)
-        return logits
 
-    def _apply_forms(self, logits: Tensor, states: list[_Row]) -> None:
-        """Forbids what forms forbid; where nothing would be left, bad words and the like yield to the form."""
+    def _apply_constraints(self, logits: Tensor, states: list[_SequenceState]) -> None:
+        """Masks logits by grammars and thinking budgets. If min_tokens and bad words leave no token that the mask
+        allows, the mask alone decides."""
         masks, rows = [], []
         for index, state in enumerate(states):
-            if state.form is not None and (mask := state.form.mask(self._vocab_size)) is not None:
+            if state.constraint is not None and (mask := state.constraint.mask(self._vocab_size)) is not None:
                 masks.append(mask)
                 rows.append(index)
         if not rows:
@@ -117,8 +129,8 @@ class SamplingState:
 
 
 class Sampled:
-    """A step's tokens [L] with the specs they were drawn by; by row, other tokens whose log-probabilities are
-    asked for, and why a sequence cannot go on."""
+    """A step's sampled tokens [L] and their specs. By row: further token ids whose logprobs are requested, and the
+    reason why a sequence cannot go on."""
 
     def __init__(
         self,
@@ -133,16 +145,16 @@ class Sampled:
         self.errors = errors or {}
 
 
-class _Row:
-    """One sequence that is not plain, from its admission on."""
+class _SequenceState:
+    """The state of one sequence from its admission on."""
 
     def __init__(
         self, seq_id: int, setup: SamplingSetup, penalties: Penalties, new_matcher: NewMatcher
     ) -> None:
         self.seq_id = seq_id
         self.setup = setup
-        self.place = penalties.open(setup.prompt, setup.output) if setup.penalises else None
-        self.form = TextForm.of(setup, new_matcher)
+        self.penalty_slot = penalties.open(setup.prompt, setup.output) if setup.penalises else None
+        self.constraint = OutputConstraint.of(setup, new_matcher)
         self._num_output = len(setup.output)
         self._bad_words = [word for word in setup.bad_words if len(word) > 1]
         self._longest = max(map(len, self._bad_words), default=0)
@@ -157,22 +169,22 @@ class _Row:
 
     @property
     def error(self) -> str | None:
-        return self.form.error if self.form is not None else None
+        return self.constraint.error if self.constraint is not None else None
 
     @property
-    def reads(self) -> bool:
-        """Whether the host must know the sequence's tokens."""
-        return bool(self._bad_words) or self.form is not None
+    def needs_tokens(self) -> bool:
+        """Whether the state depends on the sequence's tokens, so that they must be copied to the host."""
+        return bool(self._bad_words) or self.constraint is not None
 
-    def take(self, tokens: ToHost | None, row: int) -> None:
-        """Takes a token that was drawn, without waiting for the device."""
+    def add_token(self, tokens: ToHost | None, row: int) -> None:
+        """Adds the sampled token in `row` of `tokens`, without waiting for the device."""
         self._num_output += 1
-        if tokens is not None and self.reads:
+        if tokens is not None and self.needs_tokens:
             self._unread.append((tokens, row))
 
-    def bias(self, logits: Tensor) -> None:
-        """Changes logits [V] by the bias and forbids what must not come now."""
-        self._read()
+    def apply_bias(self, logits: Tensor) -> None:
+        """Adds the logit bias to logits [V] and sets tokens to -inf that min_tokens or bad words forbid now."""
+        self._read_tokens()
         if len(self._biased):
             logits[self._biased] += self._bias
         if self._num_output < self.setup.min_tokens:
@@ -183,18 +195,19 @@ class _Row:
             if self._output[len(self._output) - len(before) :] == before:
                 logits[last] = -torch.inf
 
-    def _read(self) -> None:
+    def _read_tokens(self) -> None:
+        """Processes the tokens of earlier steps, waiting for their copies."""
         for tokens, row in self._unread:
             token_id = int(tokens.arrived()[0][row])
-            if self.form is not None:
-                self.form.accept(token_id)
+            if self.constraint is not None:
+                self.constraint.accept(token_id)
             if self._bad_words:
                 self._output = [*self._output[-self._longest :], token_id]
         self._unread.clear()
 
 
-def _rows_of(steps: Sequence[SequenceStep]) -> list[tuple[int, SequenceStep]]:
-    """Each step's first row."""
+def _first_rows(steps: Sequence[SequenceStep]) -> list[tuple[int, SequenceStep]]:
+    """Each sequence with the index of its first row of logits."""
     rows, row = [], 0
     for step in steps:
         rows.append((row, step))
@@ -203,13 +216,13 @@ def _rows_of(steps: Sequence[SequenceStep]) -> list[tuple[int, SequenceStep]]:
 
 
 def _unpacked(masks: Tensor, vocab_size: int) -> Tensor:
-    """int32 [R, ceil(V / 32)], bit i % 32 of number i // 32 for token i -> bool [R, V]."""
+    """Unpacks masks int32 [R, ceil(V / 32)], where bit i % 32 of word i // 32 is token i, to bool [R, V]."""
     bits = torch.arange(32, dtype=torch.int32, device=masks.device)
     return ((masks[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def _apply_min_p(logits: Tensor, min_p: list[float], specs: list[SampleSpec]) -> None:
-    """Forbids tokens less likely than `min_p` times the likeliest, at each row's temperature."""
+    """Sets tokens to -inf that are less likely than `min_p` times the likeliest token, at each row's temperature."""
     least_log = [
         math.log(least) * spec.temperature if least > 0 and spec.temperature > 0 else -math.inf
         for least, spec in zip(min_p, specs, strict=True)

@@ -1,7 +1,7 @@
-"""What the text of one sequence must be: thinking within its budget, then what a grammar allows.
+"""Token masks of one sequence: thinking within its budget, then structured output by a grammar.
 
-No token is forced in another way than by forbidding all others. Masks are int32 [ceil(V / 32)], bit i % 32 of
-number i // 32 for token i.
+A mask is int32 [ceil(V / 32)]; bit i % 32 of word i // 32 says whether token i is allowed. A token is forced by
+forbidding all others.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
     from qwen3_dist.worker.sampling.grammar_matcher import Matcher
 
 NewMatcher = Callable[[SamplingSetup], "Matcher"]
-_BREAKS = 2  # line breaks that may stand between thoughts and the form, as the template writes them
+_BREAKS = (
+    2  # line breaks allowed between </think> and the structured output, as the chat template writes them
+)
 
 
-class TextForm:
-    """Where one sequence stands. `error` says why it cannot be followed any further."""
+class OutputConstraint:
+    """The thinking budget and the grammar of one sequence. `error` says why the grammar cannot be followed further."""
 
     def __init__(self, setup: SamplingSetup, matcher: Matcher | None) -> None:
         self._setup = setup
         self._matcher = matcher
         self._may_think = setup.reasoning == "optional"
         self._thinks = setup.reasoning == "open"
-        self._breaks_left = 0  # line breaks that may still come ahead of the form
+        self._breaks_left = 0  # line breaks still allowed before the structured output
         self._num_thought = 0
         self._unread = setup.output
 
     @classmethod
-    def of(cls, setup: SamplingSetup, new_matcher: NewMatcher) -> TextForm | None:
-        """None where the text is free. The grammar's follower is built in a thread of its own meanwhile."""
+    def of(cls, setup: SamplingSetup, new_matcher: NewMatcher) -> OutputConstraint | None:
+        """The constraint of a new sequence; None if its text is free. The grammar is built in a thread."""
         if setup.grammar is None and setup.thinking_token_budget is None:
             return None
         return cls(setup, new_matcher(setup) if setup.grammar is not None else None)
@@ -45,12 +47,12 @@ class TextForm:
         return self._matcher.error if self._matcher is not None else None
 
     def accept(self, token_id: int) -> None:
-        """Steps over the token that was chosen."""
+        """Advances by the sampled token."""
         self._catch_up()
-        self._step_over(token_id)
+        self._advance(token_id)
 
     def mask(self, vocab_size: int) -> Tensor | None:
-        """The tokens that may come now, on the CPU; None if any may."""
+        """The mask of the next token, on the CPU; None if every token is allowed."""
         self._catch_up()
         budget, thinking = self._setup.thinking_token_budget, self._setup.thinking
         if self._thinks:
@@ -69,12 +71,12 @@ class TextForm:
         return row
 
     def _catch_up(self) -> None:
-        """Steps over what the sequence said before it was preempted."""
+        """Advances by the tokens that were sampled before a preemption."""
         for token_id in self._unread:
-            self._step_over(token_id)
+            self._advance(token_id)
         self._unread = ()
 
-    def _step_over(self, token_id: int) -> None:
+    def _advance(self, token_id: int) -> None:
         thinking = self._setup.thinking
         if self._thinks:
             assert thinking is not None

@@ -19,7 +19,7 @@ from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker.sampling.grammar_matcher import Grammars
-from qwen3_dist.worker.sampling.text_form import TextForm
+from qwen3_dist.worker.sampling.output_constraint import OutputConstraint
 
 PERSON = {
     "type": "object",
@@ -163,7 +163,7 @@ class AfterThoughts:
         (self.one,), (self.two,) = tokenizer.encode("\n"), tokenizer.encode("\n\n")
         self._grammars = Grammars(path, tokenizer.vocab_size, self.eos)
 
-    def form(self, grammar: str, *output: int, budget: int | None = None) -> TextForm:
+    def form(self, grammar: str, *output: int, budget: int | None = None) -> OutputConstraint:
         """The form of a sequence that was admitted, after a preemption, with `output`."""
         outputs = StructuredOutputs(grammar=grammar)
         params = SamplingParams(
@@ -171,13 +171,13 @@ class AfterThoughts:
         )
         setup = make_setup(params, self.tokenizer, self.eos, self.tokenizer.vocab_size)
         assert setup is not None
-        form = TextForm.of(
+        form = OutputConstraint.of(
             setup._replace(output=output), lambda setup: self._grammars.matcher(setup.grammar or "")
         )
         assert form is not None
         return form
 
-    def allowed(self, form: TextForm) -> set[int]:
+    def allowed(self, form: OutputConstraint) -> set[int]:
         mask = form.mask(self.tokenizer.vocab_size)
         assert mask is not None
         bits = (mask[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
