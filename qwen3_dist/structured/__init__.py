@@ -1,1 +1,1 @@
-"""Structured outputs: from what a request asks of its text to grammars. No torch."""
+"""Structured outputs: turns JSON schemas, regular expressions and tools into grammars. Imports no torch."""

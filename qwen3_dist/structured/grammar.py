@@ -1,6 +1,7 @@
-"""From what a request asks of its text's form to a grammar that ranks can follow; checked and bounded here.
+"""Compiles structured outputs to grammars for llguidance, with limits on size and complexity.
 
-A grammar is text in llguidance's own form, so it travels to the ranks as it is. `grammar_matcher` follows it.
+A compiled grammar is text in llguidance's format, which is sent to the ranks. `worker/sampling/grammar_matcher.py`
+matches it.
 """
 
 from __future__ import annotations
@@ -21,34 +22,34 @@ from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.structured.json_schema import (
     NAMES_MAY_REPEAT,
-    fitted,
     has_names_that_may_repeat,
     names_that_may_repeat,
+    normalized,
     subschemas,
     without_options,
 )
 
-MOST_BYTES = 128 << 10  # of one schema, expression, grammar or list of choices
-KEPT_GRAMMARS = 64  # that a rank keeps built, at their start, where they are small
+MOST_BYTES = 128 << 10  # of the source of one schema, expression, grammar or list of choices
+KEPT_GRAMMARS = 64  # built grammars that a rank keeps
 _TOO_COMPLEX = "it is too complex"
-_MOST_PARTS = 500  # of a schema, among which the one to blame is looked for
+_MOST_PARTS = 500  # subschemas that are searched for the cause of an error
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
-_TRIAL_TIMEOUT_S = 30  # it has two seconds of CPU, but maybe has to wait for them
+_TRIAL_TIMEOUT_S = 30  # of wall time; its limit of CPU time is two seconds
 
 
 def compile_grammar(outputs: StructuredOutputs) -> str:
-    """The grammar of `outputs`, as text for `Grammars.matcher`.
+    """Compiles `outputs` to a grammar for `Grammars.matcher`.
 
-    The first time it is tried out in a process of its own, which takes a tenth of a second and at most some
-    seconds: call it in a thread. Raises RequestError for a form that is wrong, too large or beyond the library.
+    A new grammar is tried in a separate process first, which takes a tenth of a second and at most some seconds, so
+    call this in a thread. Raises RequestError for a source that is invalid, too large or not supported by llguidance.
     """
     kind, source = _source(outputs)
     if len(source) > MOST_BYTES:
-        raise _refused(kind, f"its source has {len(source)} bytes, and {MOST_BYTES} are the most")
-    found = _tried.get((kind, source))
+        raise _refused(kind, f"its source has {len(source)} bytes and at most {MOST_BYTES} are allowed")
+    found = _trial_cache.get((kind, source))
     if found is None:
         found = _try_out(kind, source)
-        _tried.put((kind, source), found)
+        _trial_cache.put((kind, source), found)
     grammar, problem = found
     if problem:
         raise _refused(kind, problem)
@@ -56,9 +57,9 @@ def compile_grammar(outputs: StructuredOutputs) -> str:
 
 
 class SchemaFault(NamedTuple):
-    """What the library cannot follow of a schema: the number of the schema, the place in it, and why.
+    """An error in the schema `number` of a list: its place as a dotted path, and the reason.
 
-    `is_lacking` tells what the library has not from what is no schema.
+    `is_lacking`: the schema is valid, but llguidance does not support this part of it.
     """
 
     number: int
@@ -73,9 +74,9 @@ class SchemaFault(NamedTuple):
 
 
 def schema_fault(schemas: Sequence[Any]) -> SchemaFault | None:
-    """The first of `schemas` that the library cannot follow, and where; None if it follows each.
+    """The error of the first of `schemas` that llguidance cannot compile; None if it compiles all of them.
 
-    Takes as long as `compile_grammar` does, or twice that.
+    Takes up to twice as long as `compile_grammar`.
     """
     for number, problem in enumerate(_problems(schemas)):
         if problem:
@@ -84,7 +85,7 @@ def schema_fault(schemas: Sequence[Any]) -> SchemaFault | None:
 
 
 def _place(schema: Any, problem: str) -> str:
-    """Where in `schema` the innermost schemas lie that have the problem; the first of them."""
+    """The dotted path of the first innermost subschema of `schema` that has the problem; "" if none is found."""
     if problem == NAMES_MAY_REPEAT:
         return ".".join(next(names_that_may_repeat(schema), ()))
     parts = dict(itertools.islice(subschemas(schema), _MOST_PARTS))
@@ -97,25 +98,25 @@ def _place(schema: Any, problem: str) -> str:
 
 
 def _problems(schemas: Sequence[Any]) -> list[str]:
-    """What is wrong with each, "" for nothing; no more than were tried, if they take too long."""
+    """The problem of each schema, "" for none. The list is shorter than `schemas` if trying them takes too long."""
     source = json.dumps(schemas)
     repeat = [NAMES_MAY_REPEAT if has_names_that_may_repeat(schema) else "" for schema in schemas]
-    found = _tried.get(("schemas", source.encode()))
+    found = _trial_cache.get(("schemas", source.encode()))
     if found is None:
-        found = json.dumps(_ask_trial("schemas", source).get("problems", ())), ""
-        _tried.put(("schemas", source.encode()), found)
+        found = json.dumps(_run_trial("schemas", source).get("problems", ())), ""
+        _trial_cache.put(("schemas", source.encode()), found)
     return [problem or ours for problem, ours in zip(json.loads(found[0]), repeat, strict=False)]
 
 
 def _schema_problem(problem: str) -> tuple[str, bool]:
-    """What is wrong with a schema in our words, and whether it is that the library lacks something."""
+    """Rewords llguidance's message. Returns it, and whether it says that llguidance lacks support."""
     if problem == NAMES_MAY_REPEAT:
         return problem, True
     lacking = re.fullmatch(r"Unimplemented keys: \[(.*)\]", problem)
     if lacking is not None:
-        return f"the keyword{'s' if ',' in lacking[1] else ''} {lacking[1]} cannot be held", True
+        return f"the keyword{'s' if ',' in lacking[1] else ''} {lacking[1]} cannot be enforced", True
     if problem.startswith("oneOf constraints"):
-        return "oneOf of alternatives that overlap cannot be held", True
+        return "oneOf of alternatives that overlap cannot be enforced", True
     if problem.startswith("Resource '"):
         return f"$ref {problem.split(chr(39))[1]!r} leads out of the schema", False
     lacks = any(
@@ -125,15 +126,15 @@ def _schema_problem(problem: str) -> tuple[str, bool]:
 
 
 def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
-    """Which field is set, and its value as UTF-8 text; JSON for what is not text."""
+    """The name of the field that is set, and its value in UTF-8; JSON if the value is not a string."""
     if outputs.json_object:
         return "json_object", b'{"type": "object"}'
     kind = next(name for name in ("json", "regex", "choice", "grammar") if getattr(outputs, name) is not None)
     value = getattr(outputs, kind)
     if kind == "choice" and not (value and all(isinstance(text, str) for text in value)):
-        raise _refused(kind, "it must be a list of one or more texts")
+        raise _refused(kind, "it must be a list of one or more strings")
     if kind in ("regex", "grammar") and not isinstance(value, str):
-        raise _refused(kind, "it must be text")
+        raise _refused(kind, "it must be a string")
     try:
         if kind in ("regex", "grammar"):
             return kind, value.encode()
@@ -141,7 +142,7 @@ def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
             value = json.loads(value)
             value = without_options(value) if isinstance(value, Mapping) else value
         if kind == "json":
-            value = {} if value is True else fitted(value)
+            value = {} if value is True else normalized(value)
         return kind, json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except RecursionError:
         raise _refused(kind, "it is too deeply nested") from None
@@ -150,13 +151,13 @@ def _source(outputs: StructuredOutputs) -> tuple[str, bytes]:
 
 
 def _try_out(kind: str, source: bytes) -> tuple[str, str]:
-    """The grammar, or a sentence that says what is wrong with it."""
+    """Compiles and tries a source. Returns the grammar and "", or "" and what is wrong with it."""
     if importlib.util.find_spec("llguidance") is None:
         raise RequestError(
             "structured_outputs need the package llguidance; install it beside qwen3_dist",
             param="structured_outputs",
         )
-    answer = _ask_trial("json" if kind == "json_object" else kind, source.decode())
+    answer = _run_trial("json" if kind == "json_object" else kind, source.decode())
     problem = answer.get("problem", "")
     fault = None
     if kind == "json" and problem != _TOO_COMPLEX:
@@ -165,10 +166,10 @@ def _try_out(kind: str, source: bytes) -> tuple[str, str]:
     return answer.get("grammar", ""), fault.sentence if fault else _one_sentence(problem)
 
 
-def _ask_trial(kind: str, source: str) -> dict[str, Any]:
-    """What the process says that tries grammars out."""
+def _run_trial(kind: str, source: str) -> dict[str, Any]:
+    """Runs `grammar_trial.py` in a process and returns its answer."""
     task, command = json.dumps({"kind": kind, "source": source}), [sys.executable, "-P", str(_TRIAL)]
-    with _trials:
+    with _trial_slots:
         try:
             done = subprocess.run(
                 command, input=task, text=True, capture_output=True, timeout=_TRIAL_TIMEOUT_S
@@ -189,7 +190,7 @@ def _refused(kind: str, problem: str) -> RequestError:
 
 
 def _one_sentence(problem: str) -> str:
-    """The library's reason without the source that it quotes."""
+    """llguidance's message without the source that it quotes, at most 200 characters."""
     if "NoExtension" in problem:
         return "no text has this form"
     reason = re.sub(r"(?m)^ *(\d+ \||\^).*\n?", "", problem.replace("<non-verbose/>", ""))
@@ -201,8 +202,9 @@ def _one_sentence(problem: str) -> str:
     return reason if len(reason) <= 200 else f"{reason[:100]} ... {reason[-100:]}"
 
 
-class _Tried:
-    """What was found out about the sources tried last; bounded in number and in bytes."""
+class _TrialCache:
+    """A cache of trials: the grammar and the problem of recent sources, limited in number and in bytes.
+    Thread-safe."""
 
     def __init__(self, most: int = 256, most_bytes: int = 4 << 20) -> None:
         self._most, self._most_bytes = most, most_bytes
@@ -229,5 +231,5 @@ def _size(key: tuple[str, bytes], found: tuple[str, str]) -> int:
     return len(key[1]) + len(found[0]) + len(found[1])
 
 
-_tried = _Tried()
-_trials = threading.BoundedSemaphore(2)
+_trial_cache = _TrialCache()
+_trial_slots = threading.BoundedSemaphore(2)

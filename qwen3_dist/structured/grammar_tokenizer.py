@@ -1,8 +1,8 @@
-"""The tokenizer that grammars are followed with: added tokens such as <tool_call> are no text in it.
+"""The tokenizer for llguidance: the checkpoint's tokenizer, changed so that it never turns text into special tokens.
 
-The library splits text that a grammar forces by the checkpoint's own tokenizer. That one makes one token of the text
-`<tool_call>`, which the library then refuses, since a text never allows a special token. And it composes characters
-(NFC), so that what comes back may not be the text that was forced.
+llguidance tokenizes the text that a grammar forces. The checkpoint's tokenizer turns the text `<tool_call>` into one
+special token, which llguidance then refuses because a text cannot contain special tokens. It also normalizes
+characters (NFC), so the tokens may stand for other text than the grammar forces.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 from qwen3_dist.text.tokenizer import spelled_in_bytes
 
-_SPECIAL = b"\xff"  # how the library marks tokens that are no text; no UTF-8 holds this byte
+_SPECIAL = b"\xff"  # llguidance's prefix of special tokens; UTF-8 never contains this byte
 
 
 def grammar_tokenizer(file: Path) -> str:
-    """The JSON of a tokenizer with the tokens of `file`, a tokenizer.json, that splits text into ordinary ones alone.
+    """Returns the JSON of a tokenizer with the tokens of `file`, a tokenizer.json, that splits text into ordinary
+    tokens only. Grammars can still name special tokens.
 
-    Grammars name special tokens as before. Raises OSError, ValueError or KeyError for a file that is no tokenizer.
+    Raises OSError, ValueError or KeyError if the file is not a tokenizer.
     """
     tokenizer: dict[str, Any] = json.loads(file.read_bytes())
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
@@ -29,5 +30,5 @@ def grammar_tokenizer(file: Path) -> str:
             del vocabulary[content]
         is_special = token["special"] or (content.startswith("<") and content.endswith(">"))
         name = (_SPECIAL if is_special else b"") + content.encode()
-        vocabulary[spelled_in_bytes(name)] = token_id  # no merge makes it, so no text becomes it
+        vocabulary[spelled_in_bytes(name)] = token_id  # no merge produces it, so no text is tokenized to it
     return json.dumps({**tokenizer, "added_tokens": [], "normalizer": None, "post_processor": None})

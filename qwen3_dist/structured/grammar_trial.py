@@ -1,8 +1,8 @@
-"""A process of its own in which a grammar is tried out before the server relies on it.
+"""Tries a grammar in a separate process before the server uses it.
 
-Hostile grammars make the library take minutes, gigabytes or overflow its stack. Here that ends nothing but
-this process. It is run as a file, imports nothing but the library, reads {"kind", "source"} from stdin and
-writes {"grammar"} or {"problem"} to stdout; of the kind "schemas", a list of them, {"problems"} of each.
+A hostile grammar makes llguidance take minutes or gigabytes, or overflow its stack; in this process that does no harm.
+The file is run as a script and imports only llguidance. It reads {"kind", "source"} from stdin and writes {"grammar"}
+or {"problem"} to stdout. For the kind "schemas", whose source is a list of schemas, it writes {"problems"}.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 _CPU_S = 2
 _MEMORY = 1 << 30
-_STACK = 1 << 20  # bytes; ranks follow grammars on stacks of eight times that
+_STACK = 1 << 20  # bytes; threads of ranks have eight times as much
 _STEPS = 64
 
-# What printers of JSON write: a model that is unsure must not fill its answer with blanks.
+# Whitespace between JSON tokens. It is limited, since an unsure model would fill its answer with blanks.
 WHITESPACE = r"\x20|\n[\x20\t]{0,64}"
 _NUMBERED_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//.*|#.*|(<\[)')
 
 
 def parser_limits() -> LLParserLimits:
-    """What the library may spend on one grammar, here and on ranks: about 15 ms and 100 MB at worst."""
+    """llguidance's limits for one grammar, here and on ranks: about 15 ms and 100 MB at worst."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(max_lexer_states=50_000, max_grammar_size=100_000, verbose_errors=False)
 
 
 class _Bytes:
-    """A tokenizer of single bytes, with the tokens that a grammar may name; EOS has no name that it could write."""
+    """A tokenizer of single bytes, EOS, and the special tokens that a grammar may name."""
 
     eos_token_id = 256
     bos_token_id = None
@@ -63,7 +63,7 @@ def _grammar(kind: str, source: str) -> str:
     if not re.search(r"^[ \t]*(?:%llguidance\b|start\s*:)", source, re.MULTILINE):
         source = gbnf_to_lark(source)
     if any(match[1] for match in _NUMBERED_TOKEN.finditer(source)):
-        raise ValueError("tokens cannot be given by number; write <tool_call> or </tool_call>")
+        raise ValueError("token ids are not allowed in grammars; write <tool_call> or </tool_call>")
     return LLMatcher.grammar_from_lark(source)
 
 
@@ -71,8 +71,8 @@ def _literal(text: str) -> str:
     return re.sub(r"[^0-9A-Za-z]", lambda char: f"\\x{{{ord(char[0]):x}}}", text)
 
 
-def _follow(grammar: str) -> str:
-    """What goes wrong along the first steps of one text that `grammar` allows, or ""."""
+def _match_random_text(grammar: str) -> str:
+    """Matches the start of a random text that `grammar` allows. Returns the error, or ""."""
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
     matcher = LLMatcher(LLTokenizer(TokenizerWrapper(_Bytes())), grammar, log_level=0, limits=parser_limits())
@@ -91,8 +91,8 @@ def _try_out(task: dict[str, str]) -> dict[str, Any]:
         return {"problems": [_problem(json.dumps(schema)) for schema in json.loads(task["source"])]}
     try:
         grammar = _grammar(task["kind"], task["source"])
-        problem = _follow(grammar)
-    except Exception as error:  # noqa: BLE001 - the converters raise whatever they stumble on
+        problem = _match_random_text(grammar)
+    except Exception as error:  # noqa: BLE001 - the converters raise errors of many types
         problem = str(error)
     return {"problem": problem} if problem else {"grammar": grammar}
 

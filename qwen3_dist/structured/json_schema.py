@@ -1,6 +1,6 @@
-"""JSON schemas as people send them, made ready for the grammar library, which lacks some keywords.
+"""Normalizes JSON schemas for llguidance, which does not support all keywords.
 
-A schema is walked where schemas stand, so that a property called `not` or an `enum` of objects stays as it is.
+Only subschemas are changed: a property that is called `not`, or the objects of an `enum`, stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen3_dist.text.schema_parts import referenced
 Json = Mapping[str, Any]
 Path = tuple[str, ...]
 
-# Keywords that hold a schema, a list of schemas, or schemas by name.
+# Keywords whose value is a schema, a list of schemas, or an object of schemas.
 _ONE = frozenset(
     {
         "additionalItems",
@@ -37,7 +37,7 @@ _NAMED = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperti
 _ANNOTATIONS = frozenset(
     {
         "$comment",
-        "$schema",  # without it the library knows the keywords of all drafts
+        "$schema",  # without it llguidance accepts the keywords of all drafts
         "default",
         "deprecated",
         "description",
@@ -46,30 +46,32 @@ _ANNOTATIONS = frozenset(
         "readOnly",
         "title",
         "writeOnly",
-        "x-guidance",  # the library's options, which are not for clients
+        "x-guidance",  # options of llguidance, which clients must not set
     }
 )
 _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "dependentSchemas", "if", "not", "oneOf"})
-_BEYOND_AUTOMATA = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")  # look-around and references to groups
+_NOT_REGULAR = re.compile(r"\(\?<?[=!]|\\[1-9]|\\k<")  # look-around and back references
 _EVERYTHING: tuple[Any, ...] = (True, {})
 _LENIENT: Json = {"lenient": True}
 _DEFINED = re.compile(r"#/(?:\$defs|definitions)/")
-_MOST_MOVED = 64  # parts of a schema
-_MOST_WALKED = 10_000  # schemas in it and in what is moved, since a part may be as large as the whole
+_MOST_MOVED = 64  # parts of a schema that are moved to $defs
+_MOST_WALKED = (
+    10_000  # subschemas that are searched for references, since moved parts may be as large as the whole
+)
 _HOLD_TOGETHER = frozenset({"$ref", "allOf", "anyOf", "oneOf"})
 _OPPOSITE = {
     "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
     "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
 }
 _BOUNDS = tuple(key for keys in _OPPOSITE.values() for key in keys)
-_NUMBERS = 2**53  # below it, whole numbers are exact as floats
+_EXACT = 2**53  # whole numbers below it are exact as floats
 NAMES_MAY_REPEAT = (
-    "minProperties cannot be held where more than one name is open, since such names may repeat"
+    "minProperties cannot be enforced where more than one name is open, since such names may repeat"
 )
 
 
 def subschemas(schema: Any, path: Path = ()) -> Iterator[tuple[Path, Json]]:
-    """Every schema in `schema` that is an object, itself first, with the names that lead to it."""
+    """Yields `schema` and all its subschemas that are objects, each with its path. `schema` comes first."""
     if not isinstance(schema, Mapping):
         return
     yield path, schema
@@ -78,10 +80,10 @@ def subschemas(schema: Any, path: Path = ()) -> Iterator[tuple[Path, Json]]:
             yield from subschemas(inner, (*path, key, *name))
 
 
-def fitted(schema: Any) -> Any:
-    """`schema` without what adds nothing for a generator: annotations, nulls, and keywords that allow every value.
+def normalized(schema: Any) -> Any:
+    """`schema` without annotations, nulls, and keywords that allow every value.
 
-    Old drafts' keywords become those of today. What `loosened` made stays loosened.
+    Keywords of old drafts are replaced by current ones. The mark of `loosened` is kept.
     """
     schema = _gathered(schema)
     shared = _shared_bounds(schema)
@@ -91,31 +93,31 @@ def fitted(schema: Any) -> Any:
 
 
 def loosened(schema: Json) -> Json:
-    """`schema` for a caller who does not insist on it: what the library cannot follow is left out, deep in it too."""
+    """`schema` for callers that are not strict: all parts that llguidance cannot enforce are left out."""
     return {**_mapped(_gathered(schema), _without_hard_parts), "x-guidance": _LENIENT}
 
 
 def without_options(schema: Json) -> dict[str, Any]:
-    """`schema` without options of the grammar library: as it is before `loosened`."""
+    """`schema` without options of llguidance, so not `loosened`."""
     return {key: value for key, value in schema.items() if key != "x-guidance"}
 
 
 def has_names_that_may_repeat(schema: Any) -> bool:
-    """Whether `minProperties` somewhere in `schema` counts names that the library may let repeat.
+    """Whether llguidance cannot enforce some `minProperties` in `schema`, because counted names may repeat.
 
-    Names in `properties` come once. Those of `additionalProperties` and `patternProperties` may repeat, but the
-    first of them differs from the required ones.
+    It lets each name of `properties` occur once. Names of `additionalProperties` and `patternProperties` may repeat,
+    but the first of them differs from the required names.
     """
     return next(names_that_may_repeat(schema), None) is not None
 
 
 def names_that_may_repeat(schema: Any) -> Iterator[Path]:
-    """Where the schemas of such names lie in `schema`."""
+    """The paths of the subschemas that `has_names_that_may_repeat` is about."""
     return (path for path, inner in subschemas(schema) if _least_names(inner) > _sure_names(inner))
 
 
 def _inner(key: str, value: Any) -> list[tuple[Path, Any]]:
-    """The schemas in `value` of keyword `key`, with their places in it."""
+    """The subschemas in `value` of keyword `key`, each with its path in it."""
     if key in _NAMED and isinstance(value, Mapping):
         return [((name,), inner) for name, inner in value.items()]
     if key in _LISTED and isinstance(value, list):
@@ -124,7 +126,7 @@ def _inner(key: str, value: Any) -> list[tuple[Path, Any]]:
 
 
 def _mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """`schema` with `change` made of each schema in it, the outer ones first."""
+    """`schema` with `change` applied to it and to each of its subschemas, outer ones first."""
     if not isinstance(schema, Mapping):
         return schema
     changed = change(dict(schema))
@@ -139,7 +141,9 @@ def _mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 
 def _gathered(schema: Any) -> Any:
-    """`schema` with what references in it name elsewhere under `$defs`: there it is walked, and parts may share it."""
+    """`schema` with every referenced part moved to `$defs`, where it is found as a subschema and copied once only.
+
+    Returns `schema` unchanged if that takes too many parts."""
     defined = schema.get("$defs") if isinstance(schema, Mapping) else None
     names: dict[str, str] = {}
     moved: dict[str, Any] = dict(defined) if isinstance(defined, Mapping) else {}
@@ -174,7 +178,7 @@ def _without(schema: Any, *keys: str) -> Json:
 
 
 def _shared_bounds(schema: Any) -> set[tuple[str, Any]]:
-    """All bounds of numbers in `schema`, as (keyword, bound), if any two of its schemas may hold for one number."""
+    """All bounds on numbers in `schema`, as (keyword, bound), if two subschemas may apply to one number; else none."""
     parts = [part for _, part in subschemas(schema)]
     if not any(part.keys() & _HOLD_TOGETHER for part in parts):
         return set()
@@ -194,7 +198,7 @@ def _without_idle(schema: dict[str, Any], shared: set[tuple[str, Any]]) -> dict[
             and not kept.keys() & _IN_PLACE
             and (old != "unevaluatedItems" or "contains" not in kept)
         ):
-            value = kept.pop(old)  # nothing else evaluates what these keywords do not
+            value = kept.pop(old)  # without keywords of _IN_PLACE both keywords mean the same
             kept.setdefault(new, value)
     _anchor(kept)
     _exclude(kept, "exclusiveMinimum", "minimum", shared)
@@ -203,17 +207,17 @@ def _without_idle(schema: dict[str, Any], shared: set[tuple[str, Any]]) -> dict[
 
 
 def _anchor(schema: dict[str, Any]) -> None:
-    """Names the schema as drafts since 2019-09 do."""
+    """Replaces an `id` that is an anchor by `$anchor`, as drafts since 2019-09 have it."""
     for key in ("id", "$id"):
         if str(schema.get(key, "")).startswith("#"):
             schema.setdefault("$anchor", schema.pop(key)[1:])
 
 
 def _exclude(schema: dict[str, Any], exclusive: str, inclusive: str, shared: set[tuple[str, Any]]) -> None:
-    """Makes the library hold the bound `exclusive`, which draft 4 gives as a boolean beside `inclusive`.
+    """Normalizes the exclusive bound of `schema`, which draft 4 gives as a boolean beside the keyword `inclusive`.
 
-    The library allows a whole number that is excluded, where the other bound is less than 1 from it: that of the
-    schema, or one of `shared`. There the bound moves by a millionth of the distance or less.
+    llguidance wrongly allows an excluded whole number if the opposite bound, in this schema or in `shared`, is less
+    than 1 away. In that case the bound is moved by at most a millionth of that distance.
     """
     if isinstance(schema.get(exclusive), bool):
         is_excluded = schema.pop(exclusive)
@@ -232,7 +236,7 @@ def _exclude(schema: dict[str, Any], exclusive: str, inclusive: str, shared: set
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _NUMBERS
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _EXACT
 
 
 def _least_names(schema: Json) -> int:
@@ -242,7 +246,7 @@ def _least_names(schema: Json) -> int:
 
 
 def _sure_names(schema: Json) -> float:
-    """How many names differ for sure, if the library lets an object have as many."""
+    """The number of different names that an object is certain to have if llguidance gives it at least as many."""
     required = schema.get("required")
     if schema.get("additionalProperties") is False and not schema.get("patternProperties"):
         return math.inf
@@ -262,7 +266,7 @@ def _every_string(value: Any, schema: Json) -> bool:
     return not rest and "string" in (kinds if isinstance(kinds, list) else [kinds])
 
 
-# Keywords that may allow everything: whether they do, by their value and the schema around them.
+# Keywords that may have no effect, with a test of the keyword's value and of the schema that contains it.
 _IDLE: dict[str, Callable[[Any, Json], bool]] = {
     "propertyNames": _every_string,
     "uniqueItems": lambda value, schema: value is False or schema.get("maxItems", 2) in (0, 1),
@@ -285,10 +289,10 @@ def _without_hard_parts(schema: dict[str, Any]) -> dict[str, Any]:
     pattern, named = schema.get("pattern"), schema.get("patternProperties")
     if not str(schema.get("$ref", "#")).startswith("#"):
         del schema["$ref"]
-    if isinstance(pattern, str) and _BEYOND_AUTOMATA.search(pattern):
+    if isinstance(pattern, str) and _NOT_REGULAR.search(pattern):
         del schema["pattern"]
-    if isinstance(named, Mapping) and (len(named) > 1 or any(map(_BEYOND_AUTOMATA.search, named))):
-        del schema["patternProperties"]  # those that overlap are beyond the library as well
+    if isinstance(named, Mapping) and (len(named) > 1 or any(map(_NOT_REGULAR.search, named))):
+        del schema["patternProperties"]  # llguidance does not support patterns that overlap
         schema.pop("additionalProperties", None)
     if _least_names(schema) > _sure_names(schema):
         del schema["minProperties"]

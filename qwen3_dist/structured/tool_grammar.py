@@ -1,4 +1,4 @@
-"""Grammars that hold a model to calls of the tools it is offered, in the form in which it was trained to call.
+"""Grammars of tool calls: they restrict the model to valid calls of the given tools, in the format of its training.
 
 json  <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>                       (Qwen3)
 xml   <tool_call>\\n<function=f>\\n<parameter=p>\\n...\\n</parameter>\\n</function>\\n</tool_call>   (Qwen3-Coder)
@@ -15,9 +15,9 @@ from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.structured.grammar import compile_grammar, schema_fault
 from qwen3_dist.structured.grammar_trial import WHITESPACE
 from qwen3_dist.structured.json_schema import (
-    fitted,
     has_names_that_may_repeat,
     loosened,
+    normalized,
     without_options,
 )
 from qwen3_dist.text.schema_parts import alternatives
@@ -28,7 +28,7 @@ from qwen3_dist.text.tool_schemas import ToolSchemas
 Json = Mapping[str, Any]
 _NO_PARAMETERS: Json = {"type": "object", "properties": {}, "additionalProperties": False}
 _XML_END = "\n</parameter>\n"
-_ANY_TEXT = r"/(?s:.*)\n<\/parameter>\n/"  # and the lines that end it
+_ANY_TEXT = r"/(?s:.*)\n<\/parameter>\n/"  # any text up to the closing tag
 _TEXT_WITHOUT_CALLS = r"/(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/"
 
 
@@ -40,13 +40,13 @@ def tool_call_grammar(
     otherwise: Json | None = None,
     text: bool = False,
 ) -> StructuredOutputs:
-    """The form of an answer that calls some of `tools` (OpenAI's objects), or the one that is `named`.
+    """The structured output of an answer that calls `tools` (objects of OpenAI's API), or only the tool `named`.
 
-    There is exactly one call of a named tool, and without `parallel`. The arguments follow the tool's schema, as far
-    as the grammar library can where the tool is not `strict`; in the xml form texts are held to `enum` and `const`
-    alone. A tool without parameters takes none. The answer may be JSON of the schema `otherwise` in place of calls,
-    where that is given; with `text` any text may stand ahead of calls or alone.
-    Raises RequestError (param "tools") for a schema that is none.
+    There is exactly one call if `named` is given or `parallel` is false. Arguments follow the tool's schema; if the
+    tool is not `strict`, as far as llguidance supports it. In the xml form, of a string's schema only `enum` and
+    `const` are enforced. A tool without parameters takes no arguments. With `otherwise`, the answer may be JSON of
+    that schema instead of calls; with `text`, any text may come before the calls or replace them. Raises RequestError
+    (param "tools") for an invalid schema.
     """
     functions = [tool["function"] for tool in tools if named in (None, tool["function"]["name"])]
     bodies = " | ".join(f"f{i}" for i in range(len(functions)))
@@ -58,16 +58,15 @@ def tool_call_grammar(
     if text:
         rules[0] = f"start: TEXT? calls?\nTEXT: {_TEXT_WITHOUT_CALLS}"
     elif otherwise is not None:
-        rules[0] = (
-            f"start: calls | otherwise\notherwise: %json {_spaced(fitted(otherwise), whitespace_pattern=WHITESPACE)}"
-        )
+        schema = _spaced(normalized(otherwise), whitespace_pattern=WHITESPACE)
+        rules[0] = f"start: calls | otherwise\notherwise: %json {schema}"
     for index, function in enumerate(functions):
         rules += _RULES[form](f"f{index}", function, _parameters(function))
     return StructuredOutputs(grammar="\n".join(rules))
 
 
 def compile_tool_calls(tools: Sequence[Json], **options: Any) -> StructuredOutputs:
-    """`tool_call_grammar`, tried out as `compile_grammar` does. Raises RequestError that names the tool to blame."""
+    """Returns `tool_call_grammar` after compiling it. Raises RequestError, which names the tool whose schema fails."""
     form = tool_call_grammar(tools, **options)
     functions = [tool["function"] for tool in tools]
     try:
@@ -77,14 +76,15 @@ def compile_tool_calls(tools: Sequence[Json], **options: Any) -> StructuredOutpu
         problem = str(error).partition(": ")[2]
         raise RequestError(f"tools cannot be used: {problem}", param="tools") from None
     strict = [function for function in functions if function.get("strict")]
-    # The grammar of the xml form has not all that a schema says, and none tells that names may repeat.
+    # Compiling does not find every fault: the xml form leaves parts of a schema out, and names that may repeat
+    # compile.
     if options.get("form") == "xml" or any(has_names_that_may_repeat(_parameters(each)) for each in strict):
         _blame_one_of(strict)
     return form
 
 
 def _blame_one_of(functions: Sequence[Json]) -> None:
-    """Raises RequestError for the first function whose schema the grammar library cannot follow."""
+    """Raises RequestError for the first function whose schema llguidance cannot compile, if there is one."""
     fault = schema_fault([_parameters(function) for function in functions])
     if fault is not None:
         function = functions[fault.number]
@@ -93,17 +93,17 @@ def _blame_one_of(functions: Sequence[Json]) -> None:
 
 
 def _parameters(function: Json) -> Json:
-    """The schema that the arguments follow: an object's, without what adds nothing or is not insisted on."""
+    """The schema of the arguments, normalized, and loosened if the tool is not strict. It is always of an object."""
     parameters = function.get("parameters")
     if parameters is None:
         return _NO_PARAMETERS
     if not isinstance(parameters, Mapping):
-        raise _unusable(function, "its parameters must be a JSON schema, which is an object")
+        raise _unusable(function, "its parameters must be a JSON schema of an object")
     kinds = parameters.get("type", "object")
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         raise _unusable(function, f"the type of its parameters must be object, not {json.dumps(kinds)}")
     try:
-        fit: Json = fitted({**without_options(parameters), "type": "object"})
+        fit: Json = normalized({**without_options(parameters), "type": "object"})
         return fit if function.get("strict") else loosened(fit)
     except RecursionError:
         raise _unusable(function, "its parameters are too deeply nested") from None
@@ -115,9 +115,9 @@ def _json_rules(rule: str, function: Json, parameters: Json) -> list[str]:
 
 
 def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
-    """Parameters come in the schema's order, those that are not required may be missing.
+    """Rules of a call in the xml form: parameters in the order of the schema, optional ones may be missing.
 
-    An optional parameter of a tool that is not strict is left out if readers of the form would mistake its name.
+    An optional parameter whose name or values cannot be parsed back is left out, unless the tool is strict.
     """
     name = function["name"]
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
@@ -126,7 +126,7 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
     if function.get("strict") and alternatives(parameters):
         raise _unusable(
             function,
-            "the XML form of calls cannot hold anyOf or oneOf at the root of its parameters; "
+            "the XML format of calls does not support anyOf or oneOf at the root of its parameters; "
             "leave it out, or make the tool not strict",
         )
     schemas = ToolSchemas([{"name": name, "parameters": parameters}])
@@ -138,7 +138,7 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
         if (values and not texts) or not _as_read(schemas, key, ""):
             if key in required or function.get("strict"):
                 raise _unusable(
-                    function, f"the XML form of calls cannot hold its parameter {key!r}; rename it"
+                    function, f"the XML format of calls cannot contain its parameter {key!r}; rename it"
                 )
             continue
         part = f"{rule}_{index}"
@@ -150,7 +150,8 @@ def _xml_rules(rule: str, function: Json, parameters: Json) -> list[str]:
 
 
 def _xml_value(rule: str, texts: Sequence[str], is_text: bool, schema: Any, parameters: Json) -> list[str]:
-    """One of `texts`, or else a value of `schema` (text as it is, the rest as JSON), and the lines that end it."""
+    """Rules of a parameter's value and its closing tag: one of `texts`, or else a value of `schema`, a string as it is
+    and any other value as JSON."""
     if texts:
         return [f"{rule}: ({' | '.join(map(_literal, texts))}) {_literal(_XML_END)}"]
     if is_text:
@@ -168,14 +169,14 @@ def _xml_text(value: Any) -> str:
 
 
 def _as_read(schemas: ToolSchemas, key: str, text: str) -> list[Any]:
-    """The value that is read where `text` is written for parameter `key` of the tool of `schemas`; [] if none is."""
+    """Parses a call with `text` for parameter `key`. Returns [value], or [] if the call cannot be parsed back."""
     (name,) = schemas.names
     reader = ToolCalls("xml", schemas, only_calls=True)
     written = f"{FUNCTION}{name}>\n{PARAMETER}{key}>\n{text}{_XML_END}{FUNCTION_END}"
     read = reader.push(f"{TOOL_CALL}\n{written}\n{TOOL_CALL_END}") + reader.finish()
     try:
         arguments = json.loads("".join(call.arguments for call in read.tool_calls))
-    except json.JSONDecodeError:  # none, several, or one that is not closed
+    except json.JSONDecodeError:  # no call, several calls, or a call without an end
         return []
     return [arguments[key]] if arguments.keys() == {key} and not read.content else []
 
@@ -184,7 +185,7 @@ _RULES = {"json": _json_rules, "xml": _xml_rules}
 
 
 def _schema(schema: Json) -> str:
-    """As models were trained to write it."""
+    """A JSON schema with the spacing of the model's training data."""
     return _spaced(schema, whitespace_flexible=False, key_separator=": ", item_separator=", ")
 
 

@@ -252,7 +252,7 @@ def test_a_form_that_cannot_be_followed_is_refused_in_one_sentence(name: str) ->
 def test_a_refusal_says_what_the_library_cannot_do() -> None:
     schema = {"properties": {"not": {"type": "string"}, "b": {"anyOf": [{"not": {}}, {"type": "null"}]}}}
     with pytest.raises(
-        RequestError, match='keyword "not" cannot be held at properties.b.anyOf.0; leave it out$'
+        RequestError, match='keyword "not" cannot be enforced at properties.b.anyOf.0; leave it out$'
     ):
         compile_grammar(StructuredOutputs(json=schema))
     with pytest.raises(RequestError, match="look-around.* is not supported$"):

@@ -1,4 +1,4 @@
-"""Schemas as people send them: what adds nothing is ignored, what cannot be held is left out or refused by name."""
+"""Normalizing JSON schemas: keywords without effect are removed, unsupported ones are left out or refused by name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from qwen3_dist.structured.json_schema import (
-    fitted,
     has_names_that_may_repeat,
     loosened,
+    normalized,
     subschemas,
     without_options,
 )
@@ -56,13 +56,13 @@ LACKING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("idle", IDLE)
 def test_what_adds_nothing_is_left_out(idle: dict[str, Any]) -> None:
     kept = {"maxItems": 1} if "maxItems" in idle else {}
-    assert fitted(idle) == kept
-    assert fitted({"properties": {"a": {"items": [idle]}}}) == {"properties": {"a": {"items": [kept]}}}
+    assert normalized(idle) == kept
+    assert normalized({"properties": {"a": {"items": [idle]}}}) == {"properties": {"a": {"items": [kept]}}}
 
 
 @pytest.mark.parametrize("lacking", LACKING)
 def test_what_says_something_is_kept(lacking: dict[str, Any]) -> None:
-    assert fitted(lacking) == lacking
+    assert normalized(lacking) == lacking
 
 
 @pytest.mark.parametrize("keyword", sorted({key for schema in (*IDLE, *LACKING) for key in schema}))
@@ -73,7 +73,7 @@ def test_a_property_or_value_called_like_a_keyword_stays(keyword: str) -> None:
         "const": {keyword: False, "a": None},
         "$defs": {keyword: TEXT},
     }
-    assert fitted(schema) == schema
+    assert normalized(schema) == schema
     assert loosened(schema) == {**schema, "x-guidance": {"lenient": True}}
 
 
@@ -81,13 +81,13 @@ def test_only_what_was_loosened_keeps_an_option_of_the_library() -> None:
     options = {"x-guidance": {"lenient": True, "item_separator": "; "}}
     schema = {"properties": {"x-guidance": TEXT, "a": {**TEXT, **options}}, **options}
     plain = {"properties": {"x-guidance": TEXT, "a": TEXT}}
-    assert fitted(schema) == plain
-    assert fitted(loosened(schema)) == {**plain, "x-guidance": {"lenient": True}}
+    assert normalized(schema) == plain
+    assert normalized(loosened(schema)) == {**plain, "x-guidance": {"lenient": True}}
     assert without_options(schema).keys() == {"properties"}
 
 
 def test_what_old_drafts_name_otherwise_has_the_name_of_today() -> None:
-    assert fitted({"minimum": 3, "exclusiveMinimum": True, "id": "#a"}) == {
+    assert normalized({"minimum": 3, "exclusiveMinimum": True, "id": "#a"}) == {
         "exclusiveMinimum": 3,
         "$anchor": "a",
     }
@@ -96,13 +96,13 @@ def test_what_old_drafts_name_otherwise_has_the_name_of_today() -> None:
 def test_an_excluded_bound_moves_off_bounds_that_hold_with_it_alone() -> None:
     def bound_beside(*others: dict[str, Any]) -> Any:
         items = [{"properties": {"a": {"items": part}}} for part in ({"exclusiveMinimum": 1}, *others)]
-        return fitted({"allOf": items})["allOf"][0]["properties"]["a"]["items"]["exclusiveMinimum"]
+        return normalized({"allOf": items})["allOf"][0]["properties"]["a"]["items"]["exclusiveMinimum"]
 
     assert 1 < bound_beside({"maximum": 1}, {"maximum": 9}, {"exclusiveMaximum": 1.5}) < 1.000001
     for idle in ({"maximum": 2}, {"minimum": 1.5}, {"maximum": 0.5}, {"maximum": {}}, {"const": 1.5}):
         assert bound_beside(idle) == 1
     apart = {"properties": {"a": {"exclusiveMinimum": 1}, "b": {"maximum": 1.5}}}
-    assert fitted(apart) == apart
+    assert normalized(apart) == apart
 
 
 def test_names_may_repeat_where_more_than_one_is_open() -> None:
@@ -118,14 +118,14 @@ def test_names_may_repeat_where_more_than_one_is_open() -> None:
 
 
 def test_properties_that_nothing_else_evaluates_are_additional_ones() -> None:
-    assert fitted({"properties": {"a": TEXT}, "unevaluatedProperties": False}) == {
+    assert normalized({"properties": {"a": TEXT}, "unevaluatedProperties": False}) == {
         "properties": {"a": TEXT},
         "additionalProperties": False,
     }
-    assert fitted({"additionalProperties": TEXT, "unevaluatedProperties": False}) == {
+    assert normalized({"additionalProperties": TEXT, "unevaluatedProperties": False}) == {
         "additionalProperties": TEXT
     }
-    assert fitted({"prefixItems": [TEXT], "unevaluatedItems": False}) == {
+    assert normalized({"prefixItems": [TEXT], "unevaluatedItems": False}) == {
         "prefixItems": [TEXT],
         "items": False,
     }
@@ -161,7 +161,7 @@ def test_what_references_name_outside_of_definitions_is_read_like_them(place: st
         "components": {"schemas": {"P": part}},
         "x y": [part],
     }
-    fit = fitted(schema)
+    fit = normalized(schema)
     reference = fit["properties"]["a"]["$ref"]
     assert fit["$defs"] == {
         reference.rpartition("/")[2]: {"minProperties": 2, "properties": {"n": {"$ref": reference}}}
@@ -171,15 +171,15 @@ def test_what_references_name_outside_of_definitions_is_read_like_them(place: st
 
 def test_a_reference_to_the_whole_leads_to_a_copy_that_parts_can_share() -> None:
     schema = {"properties": {"a": {"$ref": "#"}}, "$defs": {"b": TEXT}}
-    fit = fitted(schema)
+    fit = normalized(schema)
     reference = fit["properties"]["a"]["$ref"]
     assert fit["$defs"] == {
         "b": TEXT,
         reference.rpartition("/")[2]: {"properties": {"a": {"$ref": reference}}},
     }
-    assert fitted(fit) == fit
+    assert normalized(fit) == fit
     for other in ("#/$defs/b", "#/nowhere", "https://example.com/a.json", "#b", {}, None):
-        assert fitted({**schema, "properties": {"a": {"$ref": other}}})["$defs"] == {"b": TEXT}
+        assert normalized({**schema, "properties": {"a": {"$ref": other}}})["$defs"] == {"b": TEXT}
 
 
 def test_a_walk_finds_schemas_and_not_their_values() -> None:
@@ -208,4 +208,4 @@ def test_references_into_parts_that_hold_each_other_do_not_multiply_a_large_sche
         place += "/properties/a"
         references[f"r{depth}"] = {"$ref": place}
     schema = {"type": "object", "properties": {**inner["properties"], **references}}
-    assert len(json.dumps(fitted(schema))) < 2 * len(json.dumps(schema))
+    assert len(json.dumps(normalized(schema))) < 2 * len(json.dumps(schema))

@@ -121,13 +121,13 @@ def test_a_client_gives_the_library_no_options(form: str) -> None:
     for value, allowed in (("[1, 2]", True), ("[1; 2]", False)):
         text = f"<tool_call>\n{call.format(value)}\n</tool_call>"
         assert walker_of(BUNDLED).admits(grammar, text) == allowed
-    with pytest.raises(RequestError, match='"not" cannot be held'):
+    with pytest.raises(RequestError, match='"not" cannot be enforced'):
         compile_grammar(StructuredOutputs(json=json.dumps({"not": {}, "x-guidance": {"lenient": True}})))
 
 
 def test_a_place_deep_in_a_schema_is_named() -> None:
     schema = with_property({"anyOf": [TEXT, {"type": "array", "items": {"not": {}}}]})
-    with pytest.raises(RequestError, match=r'"not" cannot be held at properties\.a\.anyOf\.1\.items;'):
+    with pytest.raises(RequestError, match=r'"not" cannot be enforced at properties\.a\.anyOf\.1\.items;'):
         compile_tool_calls([tool("f", schema, strict=True)])
 
 
