@@ -1,113 +1,93 @@
-"""Zeroed memory for large tensors. On a CPU the kernel gives pages when they are first used: zeroing gigabytes ahead
-of that is most of what starting an engine would take, and in the background it holds up the first steps as long.
+"""Allocates large zeroed tensors. On a CPU the kernel provides each page at its first use: zeroing gigabytes ahead of
+that would be most of an engine's start time.
 
-What the kernel calls free is then partly promised. So each process lists its mappings in a ledger: a file in its
-memory, which others of the same user find among its open files and which ends with it.
+Memory that the kernel calls free may therefore be promised to such tensors. Each process publishes the bytes of its
+mappings in a memory file, which other processes of the same user find among its open files and which ends with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
+import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # bytes from which a tensor has a mapping of its own
-_LEDGER = "qwen3_dist-mappings"
-_Range = tuple[int, int]  # addresses, the second one not in it
+_LARGE = 1 << 20  # bytes from which a tensor gets its own mapping
+_LEDGER = "qwen3_dist-mapped-bytes"
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `torch.zeros`."""
+    """Like `torch.zeros`."""
     size = prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < _LARGE or sys.platform != "linux":
         return torch.zeros(tuple(shape), dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # of a kernel without huge pages
+    with contextlib.suppress(OSError):  # the kernel has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
-    _ledger.add(memory)
+    _ledger.add(size)
+    weakref.finalize(memory, _ledger.remove, size, os.getpid()).atexit = False
     return torch.frombuffer(memory, dtype=dtype).view(*shape)  # keeps the mapping
 
 
 def promised_bytes() -> int:
-    """Bytes that `zeros` of this user's processes, this one too, may yet take from the host."""
+    """Bytes that tensors of `zeros` in all processes of this user may still take from the host."""
     return sum(promised_to(process) for process in Path("/proc").glob("[0-9]*"))
 
 
 def promised_to(process: Path) -> int:
-    """The part of a process, by its folder in /proc; 0 if it ends meanwhile or is another user's."""
+    """The part of one process, given by its directory in /proc; 0 if it has ended or belongs to another user.
+
+    This is its mapped bytes less all its resident anonymous memory. Other memory of the process counts as a part of
+    the mappings that is in use, so the result is too low by at most that: some 100 MiB.
+    """
     try:
-        listed = [_range(line) for line in _ledger_of(process)]
-        return sum(_untouched_parts(process, listed)) if listed else 0
+        mapped = _mapped_bytes(process)
+        resident = re.search(r"RssAnon:\s*(\d+) kB", (process / "status").read_text()) if mapped else None
+        return max(0, mapped - (int(resident[1]) << 10)) if resident else 0
     except OSError:
         return 0
 
 
 class _Ledger:
-    """This process's mappings."""
+    """Publishes the bytes of this process's mappings."""
 
     def __init__(self) -> None:
         self._file: int | None = None
-        self._ranges: dict[int, int] = {}
+        self._bytes = 0
 
-    def add(self, memory: mmap.mmap) -> None:
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._ranges[start] = start + len(memory)
-        weakref.finalize(memory, self._remove, start, os.getpid()).atexit = False
-        self._write()
-
-    def _remove(self, start: int, process: int) -> None:
-        if process == os.getpid():
-            del self._ranges[start]
-            self._write()
-
-    def _write(self) -> None:
+    def add(self, size: int) -> None:
+        self._bytes += size
         if self._file is None:
             self._file = os.memfd_create(_LEDGER)
-        text = "".join(f"{start:x}-{end:x}\n" for start, end in list(self._ranges.items())).encode()
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, text, 0)
+        os.pwrite(self._file, b"%20d" % self._bytes, 0)
 
-    def forget(self) -> None:
-        """In a fork, where mappings are the parent's."""
+    def remove(self, size: int, process: int) -> None:
+        """Removes a mapping that `process` made: in a fork the mappings are the parent's."""
+        if process == os.getpid():
+            self.add(-size)
+
+    def reset(self) -> None:
+        """Starts anew in a forked process."""
         if self._file is not None:
             os.close(self._file)
-        self._file = None
-        self._ranges = {}
+        self._file, self._bytes = None, 0
 
 
 _ledger = _Ledger()
-os.register_at_fork(after_in_child=_ledger.forget)
+os.register_at_fork(after_in_child=_ledger.reset)
 
 
-def _ledger_of(process: Path) -> Iterator[str]:
+def _mapped_bytes(process: Path) -> int:
     for file in (process / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             if os.readlink(file).startswith(f"/memfd:{_LEDGER}"):
-                yield from file.read_text().splitlines()
-
-
-def _untouched_parts(process: Path, listed: Iterable[_Range]) -> Iterator[int]:
-    """Of each of the kernel's mappings, which may join several of ours and others."""
-    lines = (process / "smaps").read_text().splitlines()
-    heads = [number for number, line in enumerate(lines) if "-" in line.split(" ", 1)[0]]
-    for head, end in pairwise([*heads, len(lines)]):
-        first, last = _range(lines[head].split(" ", 1)[0])
-        ours = sum(max(0, min(last, b) - max(first, a)) for a, b in listed)
-        if ours:
-            resident = next(int(line.split()[1]) << 10 for line in lines[head:end] if line.startswith("Rss:"))
-            yield min(ours, last - first - resident)
-
-
-def _range(text: str) -> _Range:
-    start, end = text.split("-")
-    return int(start, 16), int(end, 16)
+                return int(file.read_text() or 0)
+    return 0

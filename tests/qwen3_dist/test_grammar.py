@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import StructuredOutputs
-from qwen3_dist.structured.grammar import _Tried, compile_grammar
+from qwen3_dist.structured.grammar import _TrialCache, compile_grammar
 from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 from tests.walks import BUNDLED, DIRECTORIES, walker_of
 
@@ -274,7 +274,7 @@ def test_what_goes_wrong_on_a_rank_is_a_value_and_ends_the_text() -> None:
 
 
 def test_what_was_tried_is_kept_up_to_a_number_and_a_size() -> None:
-    tried = _Tried(most=3, most_bytes=20)
+    tried = _TrialCache(most=3, most_bytes=20)
     for name in b"abcd":
         tried.put(("regex", bytes([name])), ("g", ""))
         assert tried.get(("regex", b"a"))
