@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) beside a product: y += scale * B (A x), another pair for each row.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of a linear layer: y += scale * B (A x), with A and B chosen by row.
 
-Legend: T tokens of the step, n adapters, P of them in this step, R the largest rank, I inputs, O outputs.
+Legend: T tokens of the step, n adapters, P adapters that this step uses, R the largest rank, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from qwen3_dist.ops.adapter_rows import AdapterRows
 
 
 class LowRank:
-    """What n adapters add to one product on this rank.
+    """The weights of n adapters for one linear layer on this rank.
 
-    `a` is [n, R, I] and `b` [n, R, O], with the adapters' scales in it; both are zero beyond an adapter's own rank.
+    `a` is [n, R, I], `b` is [n, R, O] with the adapters' scales included. Both are zero beyond the rank of an adapter.
     """
 
     def __init__(self, a: Tensor, b: Tensor) -> None:
         self.a, self.b = a, b
 
     def add(self, y: Tensor, x: Tensor, rows: AdapterRows) -> None:
-        """Adds to y [T, O] what the rows' adapters make of x [T, I].
+        """Adds the adapters' outputs for x [T, I] to y [T, O], in place.
 
-        A row is multiplied by all of the step's adapters, and what others made of it left out: two products, and
-        no copy of an adapter for each row.
+        Each row is multiplied by all P adapters and the products with adapters that it does not use are set to 0. That
+        takes two matrix products and copies no weights.
         """
         a, b = self.a[rows.present], self.b[rows.present]
         inner = torch.mm(x, a.flatten(0, 1).t()).unflatten(1, a.shape[:2])
-        y.addmm_(inner.masked_fill_(rows.foreign, 0).flatten(1), b.flatten(0, 1))
+        y.addmm_(inner.masked_fill_(rows.excluded, 0).flatten(1), b.flatten(0, 1))

@@ -1,1 +1,1 @@
-"""The only room that knows devices: kernels for CPUs (`cpu/`) and GPUs (`cuda/`), plain torch for all else."""
+"""All code that depends on the device: kernels for CPUs (`cpu/`) and GPUs (`cuda/`), plain torch for the rest."""

@@ -1,6 +1,6 @@
-"""Which rows of a step belong to which LoRA adapter.
+"""The LoRA adapter of each token of a step.
 
-Legend: T tokens of the step, n adapters, P of them in this step.
+Legend: T tokens of the step, n adapters, P adapters that this step uses.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from qwen3_dist.ops.transfer import rows_on_device
 
 @dataclass(frozen=True)
 class AdapterRows:
-    """Which rows of a step belong to which adapter; a row may belong to none."""
+    """The adapter of each row; a row may have none."""
 
-    present: slice | Tensor  # P of the n adapters: a run of them, or [P] int64
-    foreign: Tensor  # [T, P, 1] bool, rows that are not of the adapter
+    present: slice | Tensor  # the P adapters: a slice of the n adapters, or their indices [P] int64
+    excluded: Tensor  # [T, P, 1] bool, true where the row does not use the adapter
 
     @classmethod
     def of(cls, numbers: Sequence[int], device: torch.device) -> AdapterRows | None:
-        """Of each row's adapter [T], counted from 1, 0 being none; None if no row has one."""
+        """From the adapter number of each row [T], counted from 1; 0 is none. Returns None if no row has an
+        adapter."""
         present = sorted(set(numbers) - {0})
         if not present:
             return None
         asked, there = rows_on_device((numbers, present), device)
-        foreign = asked[:, None, None] != there[:, None]
+        excluded = asked[:, None, None] != there[:, None]
         if present[-1] - present[0] < len(present):
-            return cls(slice(present[0] - 1, present[-1]), foreign)
-        return cls(there - 1, foreign)
+            return cls(slice(present[0] - 1, present[-1]), excluded)
+        return cls(there - 1, excluded)

@@ -1,10 +1,11 @@
-"""What a rank computes with: one interface over devices, and the values that cross it.
+"""`Ops`, the interface of all operations that depend on the device, and the types of its arguments.
 
-`choose.choose_ops` picks a rank's `Ops` once, at its start, and its layers are handed it. `TorchOps` is plain torch,
-right on every device; `CpuOps` and `CudaOps` take kernels in its place where they have some.
+`choose.choose_ops` makes one `Ops` at a rank's start, and layers get it in their constructors. `TorchOps` is plain
+torch and works on every device; `CpuOps` and `CudaOps` replace operations by kernels.
 
 Legend: T tokens or rows, D inputs (emb_dim), N outputs, H heads, G KV groups, d head_dim, I hidden columns, E experts,
-e those of a rank, K experts of a token, L rows of logits, V vocab_size. Activations have the Ops's dtype.
+e experts of this rank, K experts per token, L rows of logits, V vocab_size, v rows of the vocabulary on this rank.
+Activations have the Ops's dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 
 
 class NormWeights(NamedTuple):
-    """What an RMSNorm multiplies and adds, and how it rounds."""
+    """The parameters of an RMSNorm."""
 
     scale: Tensor  # [D]
     eps: float
@@ -29,14 +30,14 @@ class NormWeights(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is Qwen3's own form, without the reference architecture's options."""
+        """Whether this is Qwen3's RMSNorm, without options of the reference architecture. Kernels need that."""
         return self.qwen3_compatible and self.shift is None
 
 
 class Matrix(NamedTuple):
-    """One product's weights."""
+    """The weights of one matrix product."""
 
-    weight: Tensor  # [N, D], or as an Ops has laid it out
+    weight: Tensor  # [N, D], or in the layout of an Ops
     outputs: int  # N
     scale: Tensor | None = None  # fp32 [N] of an int8 weight
     bias: Tensor | None = None  # [N]
@@ -44,14 +45,14 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """At most three matrices that multiply the same input. An Ops may keep them in a form of its own."""
+    """At most three matrices that multiply the same input. An Ops may use a subclass with its own layout."""
 
     parts: tuple[Matrix, ...]
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """A rank's SwiGLU experts, stacked. An Ops may keep them in a form of its own."""
+    """The SwiGLU experts of a rank, stacked. An Ops may use a subclass with its own layout."""
 
     stacks: tuple[Tensor, Tensor, Tensor]  # fc1 and fc2 [e, I, D], fc3 [e, D, I]
     columns: int  # I
@@ -59,20 +60,20 @@ class ExpertWeights:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All of them; an expert's part is at its place in the first dimension of each."""
+        """Stacks and scales; the first dimension of each is the expert."""
         return (*self.stacks, *(self.scales or ()))
 
 
 class DrawSettings(NamedTuple):
-    """What rows of logits are drawn by."""
+    """Sampling parameters of L rows of logits."""
 
     columns: Tensor  # fp64 [4, L, 1]: temperature, top-k (V for all), top-p, a uniform number in [0, 1)
-    top_ks: list[int]  # on the host
+    top_ks: list[int]  # top-k of each row, on the host
 
 
 @dataclass(frozen=True)
 class AttentionParts:
-    """A finished attention layer and the norm before it."""
+    """The finalized weights of an attention layer and of the norm before it."""
 
     norm: NormWeights
     qkv: LinearWeights
@@ -85,7 +86,7 @@ class AttentionParts:
 
 @dataclass(frozen=True)
 class FeedForwardParts:
-    """A finished dense feed-forward layer and the norm before it."""
+    """The finalized weights of a dense feed-forward layer and of the norm before it."""
 
     norm: NormWeights
     gate_up: LinearWeights
@@ -94,20 +95,21 @@ class FeedForwardParts:
 
 @dataclass(frozen=True)
 class MoEParts:
-    """A finished mixture of experts and the norm before it."""
+    """The finalized weights of a MoE layer and of the norm before it."""
 
     norm: NormWeights
     gate: LinearWeights
     experts: ExpertWeights
-    places: Tensor  # [C, E + 1] int64 place of each expert in the stacks, -1 elsewhere; row t looks in table t % C
-    counts: Tensor  # [1 + e] int64, as `Ops.experts` has it
+    # [C, E + 1] int64, index of each expert in the stacks, -1 if it is on another rank; token t uses row t % C
+    places: Tensor
+    counts: Tensor  # [1 + e] int64, see `Ops.experts`
     choices: int
     norm_topk_prob: bool
 
 
 @dataclass(frozen=True)
 class HeadParts:
-    """A finished output head and the norm before it."""
+    """The finalized weights of the output head and of the norm before it."""
 
     norm: NormWeights
     weights: LinearWeights
@@ -117,17 +119,18 @@ BlockParts = tuple[AttentionParts, FeedForwardParts | MoEParts]
 
 
 class BlockKernels(Protocol):
-    """A block's two sublayers, each in one call with the norm before it. Results are partial sums over tp."""
+    """Fused kernels of a transformer block's two sublayers, each with the norm before it. Results are partial sums
+    over tp."""
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
         """x [T, D] -> [T, D]."""
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, D], of a mixture of experts what those of this rank add."""
+        """x [T, D] -> [T, D]; in a MoE layer the sum over this rank's experts."""
 
 
 class StageKernels(Protocol):
-    """All blocks of a pipeline stage."""
+    """A fused kernel of all blocks of a pipeline stage."""
 
     @property
     def blocks(self) -> Sequence[BlockKernels]: ...
@@ -143,40 +146,42 @@ class StageKernels(Protocol):
         group: int,
         operation: int,
     ) -> int:
-        """Makes x [T, D] what the last block makes of it, in one call. `logits` [L, v], if not None, become the head's
-        of `batch.logits_rows`. `group` and `operation` are those of `Communicator.in_kernel`, and so is the result."""
+        """Runs all blocks on x [T, D], in place. Fills `logits` [L, v], if not None, with the head's logits of
+        `batch.logits_rows`. `group`, `operation` and the result are as in `Communicator.in_kernel`."""
 
 
 class Ops(ABC):
-    """Everything that depends on the device. No method makes the host wait for a GPU unless it says so."""
+    """All operations that depend on the device. A method makes the host wait for a GPU only if its docstring says
+    so."""
 
     @abstractmethod
     def describe(self, experts: ExpertWeights | None) -> str:
-        """The device and the kernels that are used, in one line, with the reasons why others are not."""
+        """Describes in one line the device, the kernels in use, and why others are not used."""
 
-    # Weights, once they are loaded
+    # Weights, after loading
 
     @abstractmethod
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
-        """Plain weights in the form in which `linear` is fastest, rounded to int8 if asked."""
+        """Converts plain weights to the layout in which `linear` is fastest, and to int8 if `int8`."""
 
     @abstractmethod
     def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
-        """Plain stacks in the form in which `experts` is fastest, rounded to int8 if asked."""
+        """Converts plain stacks to the layout in which `experts` is fastest, and to int8 if `int8`."""
 
     @abstractmethod
     def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:
-        """Kernels of whole blocks, if there are some for these. The parts' tensors must stay where they are."""
+        """Fused kernels of these blocks; None if there are none. The tensors of the parts must keep their
+        addresses."""
 
     # The model
 
     @abstractmethod
     def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
-        """x [T, D] -> x @ weight^T * scale + bias [T, N] of each part; rows of a result are contiguous."""
+        """x [T, D] -> x @ weight^T * scale + bias [T, N] for each part. Rows of the results are contiguous."""
 
     @abstractmethod
     def embedding(self, ids: Tensor, weights: LinearWeights) -> Tensor:
-        """Rows `ids` [T] int64 of the only part, which is not int8 -> [T, D]."""
+        """Looks up rows `ids` [T] int64 of `weights`, which has one part that is not int8 -> [T, D]."""
 
     @abstractmethod
     def norm(self, x: Tensor, weights: NormWeights) -> Tensor:
@@ -194,49 +199,49 @@ class Ops(ABC):
         cache: LayerCache,
         slots: Tensor,
     ) -> Tensor:
-        """Norms (by q's and k's of `norms`) and rotates q [T, H, d] and k [T, G, d] by cos and sin [T, 1, d], and
-        stores k and v [T, G, d] in their `slots` [T] of the cache. Returns q, in place or not."""
+        """Applies RMSNorm (`norms` of q and k) and RoPE (cos and sin [T, 1, d]) to q [T, H, d] and k [T, G, d], and
+        writes k and v [T, G, d] to their `slots` [T] of the cache. Returns q, which may be changed in place."""
 
     @abstractmethod
     def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
-        """Causal attention of q [T, H, d] over everything its sequences have cached -> [T, H, d]. `window` limits each
-        query to that many latest positions, itself included."""
+        """Causal attention of q [T, H, d] over the KV cache of its sequences -> [T, H, d]. With a sliding `window`
+        each query sees that many positions, its own included."""
 
     @abstractmethod
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up of [T, I], whose rows are contiguous."""
+        """silu(gate) * up, both [T, I] with contiguous rows -> [T, I]."""
 
     @abstractmethod
     def route(self, logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
-        """Ids int64 and weights fp32 [T, K] of the likeliest experts of logits [T, E]: softmax over all in fp32, then
-        top-k; `normed` makes a row's weights add up to 1. Weights are rounded to the logits' dtype."""
+        """Ids int64 and weights fp32 [T, K] of the top experts of router logits [T, E]: softmax over all experts in
+        fp32, then top-k. `normed` makes the weights of a row add up to 1. Weights are rounded to the logits' dtype."""
 
     @abstractmethod
     def experts(
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
     ) -> Tensor:
-        """Sum over a row's choices of routing * expert(x): x [T, D], ids int64 [T, K] of this rank's experts, -1 for
-        none, routing fp32 [T, K] -> [T, D]. How often each id comes, from -1 on, is added to `counts` [1 + e] int64.
-        The host may wait unless `experts_stay_on_device`."""
+        """Sum over the K choices of routing * expert(x) -> [T, D]. x [T, D]; ids int64 [T, K] of this rank's experts,
+        -1 for experts of other ranks; routing fp32 [T, K]. Adds the number of occurrences of each id, from -1 on, to
+        `counts` [1 + e] int64. The host may wait unless `experts_stay_on_device`."""
 
     @abstractmethod
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
-        """Whether `experts` never asks the host, as a CUDA graph needs."""
+        """Whether `experts` runs without the host, which a CUDA graph needs."""
 
-    # Draws, of logits [L, V] in fp32 or the Ops's dtype
+    # Sampling, from logits [L, V] in fp32 or the Ops's dtype
 
     @abstractmethod
     def greedy(self, logits: Tensor) -> Tensor:
-        """The likeliest token id of each row, of equals the first -> int64 [L]. Each row is contiguous."""
+        """The argmax of each row, the first of equal ones -> int64 [L]. Rows are contiguous."""
 
     @abstractmethod
     def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:
-        """Token ids int64 [L] drawn where all rows have a small top-k, among the likeliest in their order."""
+        """Samples token ids int64 [L] for rows with a small top-k, from candidates sorted by logit."""
 
     @abstractmethod
     def draw_from_top_p(self, logits: Tensor, settings: DrawSettings) -> Tensor:
-        """Token ids int64 [L] drawn with any top-k and top-p, among the likeliest in their order."""
+        """Samples token ids int64 [L] for rows with any top-k and top-p, from candidates sorted by logit."""
 
     @abstractmethod
     def draw_from_all(self, logits: Tensor, settings: DrawSettings) -> Tensor:
-        """Token ids int64 [L] drawn from the vocabulary in its order, of rows that top-k and top-p do not cut."""
+        """Samples token ids int64 [L] for rows without top-k and top-p, from the vocabulary in order of ids."""

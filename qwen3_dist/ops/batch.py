@@ -1,7 +1,7 @@
-"""The tensors of one step: every sequence's new tokens side by side, with where their KV goes.
+"""The input tensors of one step: the new tokens of all sequences, concatenated, and the attention metadata.
 
-Legend: T = tokens of this step over all sequences, S = sequences, B = blocks of the
-longest one that may come.
+Legend: T tokens of the step, S sequences, B blocks of a sequence of max_model_len tokens, L rows whose logits are
+needed.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from qwen3_dist.ops.transfer import on_device
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's input on one rank, on the model's device.
+    """The input of one step on one rank, on the model's device.
 
-    Sequences that decode (one new token) come first, so that they can be attended to together.
+    Sequences with one new token (decodes) come first, so that attention can run them as one batch.
     """
 
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64, each token's place in its sequence
-    slots: Tensor  # [T] int64, block * block_size + offset: where each token's K and V are written
+    positions: Tensor  # [T] int64, position of each token in its sequence
+    slots: Tensor  # [T] int64, KV-cache slot of each token: block * block_size + offset
     block_tables: Tensor  # [rows, B] int32, the blocks of all running sequences
     table_rows: Tensor  # [S] int64, each sequence's row of block_tables
     context_lens: Tensor  # [S] int64, tokens of each sequence after this step
-    query_starts: Tensor  # [S + 1] int64, the row where each sequence's tokens begin, and T
+    query_starts: Tensor  # [S + 1] int64, first row of each sequence, and T
     query_lens: tuple[int, ...]  # [S] new tokens of each sequence
-    host_context_lens: tuple[int, ...]  # [S] the same as context_lens, without asking the device
+    host_context_lens: tuple[int, ...]  # [S] context_lens on the host
     num_decodes: int  # leading sequences with exactly one new token
-    all_to_all: bool  # how MoE layers dispatch this step; else every rank sees all tokens
-    logits_rows: Tensor  # [L] int64, rows (of T) whose logits are wanted
-    group_tokens: tuple[int, ...] = ()  # [dp] T of every dp group; MoE layers ask where there are several
-    adapters: AdapterRows | None = None  # if some row of this dp group has one
-    decodes_only: bool = False  # in all dp groups: this is a step that a CUDA graph can hold
+    all_to_all: bool  # the dispatcher of MoE layers in this step; else all-gather
+    logits_rows: Tensor  # [L] int64, rows (of T) whose logits are needed
+    group_tokens: tuple[int, ...] = ()  # [dp] T of every dp group, for MoE layers
+    adapters: AdapterRows | None = None  # None if no row of this dp group has an adapter
+    decodes_only: bool = False  # in all dp groups, so that a CUDA graph can run the step
     padding: Tensor | None = (
         None  # [T] bool, rows that only fill a graph's size; of all groups' rows in MoE layers
     )
 
     @property
     def largest_group(self) -> int:
-        """T of the dp group that has most."""
+        """The largest T of all dp groups."""
         return max(self.group_tokens, default=self.token_ids.shape[0])
 
     def rows_of_groups(self, begin: int, end: int) -> Tensor | None:
-        """int64 rows of tokens `begin` to `end` of every dp group, where each group's are padded to end - begin; None
-        if none is padded. Made once a step."""
+        """Rows int64 of the tokens `begin` to `end` of every dp group, in a tensor where each group is padded to
+        end - begin rows; None if no group is padded. Computed once per step."""
         key, length = (begin, end), end - begin
         if key not in self._rows_of_groups:
             lengths = [min(max(tokens - begin, 0), length) for tokens in self.group_tokens]
@@ -64,8 +64,9 @@ class StepBatch:
         return {}
 
     @cached_property
-    def narrow(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sequence's own table [S, B], context_lens and query_starts as int32, made once a step."""
+    def int32_metadata(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The block table of each sequence [S, B], context_lens [S] and query_starts [S + 1], all int32. Computed once
+        per step."""
         return self.block_tables[self.table_rows], self.context_lens.int(), self.query_starts.int()
 
 

@@ -1,4 +1,4 @@
-"""Which `Ops` a rank computes with: chosen once, at its start, by what its device was found able to do."""
+"""Chooses a rank's `Ops` at its start, from what works on its device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from qwen3_dist.ops.torch_ops import TorchOps
 
 
 class AttentionShape(NamedTuple):
-    """What a rank attends with, which tells whether a kernel of a GPU takes it."""
+    """The sizes of a rank's attention, which decide whether a GPU kernel supports it. `heads` and `groups` are those
+    of the rank."""
 
     heads: int
     groups: int
@@ -26,10 +27,10 @@ class AttentionShape(NamedTuple):
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype, attention: AttentionShape | None = None) -> Ops:
-    """The fastest operations that give right answers on `device` for activations of `dtype`.
+    """The fastest operations that give correct results on `device` for activations of `dtype`.
 
-    On a GPU it tries its kernels on small problems; the log says why one is left out. Without the shape of `attention`
-    a GPU attends by torch.
+    On a GPU it tests each kernel on a small problem and logs why one is not used. Without `attention`, attention on a
+    GPU is plain torch.
     """
     if device.type == "cuda":
         kernels = {each: working_kernels(device, each) for each in (dtype, torch.float32)}

@@ -1,4 +1,4 @@
-"""Tries of kernels at start: the log says why one that does not run here, or computes something else, is left out."""
+"""Tests kernels at start, and logs why a kernel that fails or gives wrong results is not used."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _MOST_CHARACTERS = 500  # of a compiler's message
 
 
 def failure(compute: Callable[[], Tensor], expected: Tensor, tolerance: float) -> str | None:
-    """Why `compute` does not give `expected`, up to an absolute error of `tolerance`; None if it does."""
+    """Returns why `compute` does not give `expected` within an absolute error of `tolerance`; None if it does."""
     try:
         error = (compute().float() - expected.float()).abs().max().item()
-    except Exception as raised:  # whatever it lacks here
+    except Exception as raised:  # a kernel can fail in any way
         return f"{type(raised).__name__}: {' '.join(str(raised).split())[:_MOST_CHARACTERS]}"
-    if error <= tolerance:  # which nan is not
+    if error <= tolerance:  # false for nan
         return None
-    return f"its answer is off by {error:.3g} where {tolerance:.3g} is allowed"
+    return f"its result is off by {error:.3g} where {tolerance:.3g} is allowed"
 
 
 def log_failure(what: str, instead: str, reason: str) -> None:
-    """Warns that `instead` is used, once for each call: callers keep what they found."""
+    """Logs a warning that `what` is not used and `instead` is. Callers cache their result, so it appears once."""
     _log.warning("%s cannot be used here, so %s: %s", what, instead, reason)

@@ -1,4 +1,4 @@
-"""int8 weights."""
+"""Quantization of weights to int8."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor
 
 
 def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric per-channel int8: weight [..., N, D] ~ int8 [..., N, D] * fp32 scale [..., N].
+    """Symmetric per-channel quantization: weight [..., N, D] -> int8 [..., N, D] and fp32 scale [..., N].
 
-    A scale is made of this rank's part of the inputs alone, so layouts that cut inputs elsewhere round
-    elsewhere.
+    A scale covers only this rank's part of the inputs, so results depend slightly on the layout.
     """
     quantized = torch.empty_like(weight, dtype=torch.int8, requires_grad=False)
     scale = weight.detach().abs().amax(dim=-1).float().div_(127).clamp_(min=1e-30)
@@ -18,6 +17,6 @@ def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         each.split(4096)
         for each in (weight.detach().flatten(0, -2), quantized.flatten(0, -2), scale.flatten())
     )
-    for wide, narrow, by in zip(*few_rows, strict=True):  # whose fp32 copies are small
+    for wide, narrow, by in zip(*few_rows, strict=True):  # few rows at a time, so that fp32 copies are small
         narrow.copy_((wide.float() / by[:, None]).round_())
     return quantized, scale

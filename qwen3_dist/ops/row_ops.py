@@ -1,4 +1,4 @@
-"""Norms, and rotations with their cache writes, by a device's kernels where these know the form."""
+"""The part that `CpuOps` and `CudaOps` share: norms and RoPE with KV-cache writes, by kernels of the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen3_dist.ops.torch_ops import TorchOps
 
 
 class RowKernels(Protocol):
-    """What a device's kernels do to rows between products."""
+    """Kernels of a device for norms and RoPE."""
 
     def norm(self, x: Tensor, scale: Tensor, eps: float) -> Tensor: ...
 
@@ -32,7 +32,7 @@ class RowKernels(Protocol):
 
 
 class RowKernelOps(TorchOps):
-    """Takes kernels for norms of Qwen3's own form, and torch for those with the reference architecture's options."""
+    """Uses kernels for Qwen3's norms, and plain torch for norms with options of the reference architecture."""
 
     _kernels: RowKernels | None
 

@@ -1,13 +1,13 @@
-"""How many rows are worked on at once where each takes much memory."""
+"""How many rows are processed at once by operations that need much memory per row."""
 
 from __future__ import annotations
 
-SORTED_ROWS = 32  # of logits that are sorted at once
-# Pairs of a row and one of its experts that are computed at once. Spread over all of 128 experts they are 256 rows for
-# each, for which a product is bound by arithmetic rather than by reading weights, whatever part of them is here.
+SORTED_ROWS = 32  # rows of logits that are sorted at once
+# Pairs of a row and one of its experts that are computed at once. Spread over 128 experts these are 256 rows for each
+# expert, enough for a product to be limited by arithmetic and not by reading weights.
 SLICE_PAIRS = 32768
 
 
 def rows_of_slice(choices: int, groups: int = 1) -> int:
-    """Rows of each of `groups` dp groups whose pairs with `choices` experts each are computed at once."""
+    """Rows of each of `groups` dp groups that are computed at once, with `choices` experts per row."""
     return max(1, SLICE_PAIRS // (choices * groups))

@@ -1,8 +1,7 @@
-"""Attention over KV blocks in plain torch, right on every device: gathers each sequence's blocks first.
+"""Attention over KV blocks in plain torch, for every device: gathers the blocks of each sequence first.
 
+The R heads of a KV group are treated as R query rows of that group, so keys are not repeated in memory.
 Legend: T tokens, S sequences, H query heads, G KV groups (H = G * R), d head_dim, L keys.
-The R heads that share a group are laid beside each other as query rows of that group, so keys are
-never repeated in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 
 
 def gathered_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
-    """`Ops.attention`, a loop over the sequences that do more than decode."""
+    """Implements `Ops.attention`: one batch of all decodes, then a loop over the other sequences."""
     out = torch.empty_like(q)
     n = batch.num_decodes
     if n:
@@ -29,7 +28,7 @@ def gathered_attention(q: Tensor, cache: LayerCache, batch: StepBatch, window: i
 
 
 def _decode(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
-    """One query per sequence: q [S, H, d] over keys gathered and padded to the longest [S, L, G, d]."""
+    """Attention of one query per sequence, q [S, H, d], over keys [S, L, G, d] padded to the longest sequence."""
     n, block_size = q.shape[0], cache.keys.shape[1]
     longest = max(batch.host_context_lens[:n])
     tables = batch.block_tables[batch.table_rows[:n], : -(-longest // block_size)]
@@ -45,7 +44,7 @@ def _decode(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) 
 
 
 def _prefill(q: Tensor, cache: LayerCache, batch: StepBatch, index: int, window: int | None) -> Tensor:
-    """A chunk of one sequence: q [T, H, d], its last query being the sequence's last token."""
+    """Attention of a chunk of one sequence, q [T, H, d], whose last query is the sequence's last token."""
     length, context, block_size = q.shape[0], batch.host_context_lens[index], cache.keys.shape[1]
     table = batch.block_tables[batch.table_rows[index], : -(-context // block_size)]
     k = cache.keys[table].flatten(0, 1)[:context].transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Draws of tokens in plain torch. Legend: L rows, V vocab_size, C candidates of a row."""
+"""Sampling in plain torch. Legend: L rows, V vocab_size, C candidates of a row."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from qwen3_dist.ops.base import DrawSettings, Ops
 
-MOST_SELECTED = 1024  # tokens up to which selecting the likeliest is faster than sorting all
-WIDTH = 64  # logits in a block
+MOST_SELECTED = 1024  # up to this top-k, selecting candidates is faster than sorting all
+WIDTH = 64  # logits of a block of the vocabulary
 
 
 class TorchDraws(Ops):
-    """Where only some of a row's tokens can be drawn, they are found by blocks of the vocabulary."""
+    """The sampling operations of `Ops`. The likeliest tokens are found by the maxima of blocks of the vocabulary."""
 
     def greedy(self, logits: Tensor) -> Tensor:
         if logits.is_cuda:
@@ -29,7 +29,7 @@ class TorchDraws(Ops):
         return ids.gather(1, _draw_from_ordered(weights, None, settings))[:, 0]
 
     def draw_from_top_p(self, logits: Tensor, settings: DrawSettings) -> Tensor:
-        # On a GPU the host would wait for the answer.
+        # On a GPU `_nucleus` would make the host wait.
         found = None if logits.is_cuda else self._nucleus(logits, settings)
         if found is None:
             ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
@@ -38,7 +38,7 @@ class TorchDraws(Ops):
         return ids.gather(1, _draw_from_ordered(weights, total, settings))[:, 0]
 
     def draw_from_all(self, logits: Tensor, settings: DrawSettings) -> Tensor:
-        """First the block is drawn, then the token in it."""
+        """Samples a block of the vocabulary first, then a token in it."""
         logits = logits.float()
         blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), settings)
         blocks = F.pad(blocks, (0, -blocks.shape[-1] % WIDTH)).unflatten(1, (-1, WIDTH))
@@ -51,10 +51,10 @@ class TorchDraws(Ops):
         return (block * WIDTH + token)[:, 0]
 
     def _nucleus(self, logits: Tensor, settings: DrawSettings) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Weights of the likeliest tokens, their ids and the weight of all, if in each row these are enough for
-        top-p."""
+        """The MOST_SELECTED likeliest tokens, if they contain the nucleus (top-p) of each row: their weights and ids,
+        and the total weight of all tokens. Else None."""
         if min(settings.top_ks) < logits.shape[-1]:
-            return None  # so large a top-k that it is not about the likeliest
+            return None  # a top-k above MOST_SELECTED
         logits = logits.float()
         ordered, ids = self._likeliest(logits, MOST_SELECTED)
         weights = _weights(ordered, ordered[:, :1], settings)
@@ -64,9 +64,9 @@ class TorchDraws(Ops):
         return (weights, ids, total) if bool((reached >= top_p * total).all()) else None
 
     def _likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` largest of logits [L, V], of equal ones the first, with their token ids.
+        """The `count` largest of logits [L, V] in order, and their token ids; equal logits by token id.
 
-        All of them lie in the `count` blocks that have the largest maxima.
+        All of them lie in the `count` blocks with the largest maxima.
         """
         count = min(count, logits.shape[-1])
         padded = _whole_blocks(logits)
@@ -78,15 +78,15 @@ class TorchDraws(Ops):
         return values, best.gather(1, at // WIDTH) * WIDTH + at % WIDTH
 
     def _largest_of_blocks(self, logits: Tensor) -> Tensor:
-        """The largest of each block of logits [L, V] -> fp32 [L, V / WIDTH]."""
+        """The maximum of each block of logits [L, V] -> fp32 [L, V / WIDTH]."""
         return logits.unflatten(1, (-1, WIDTH)).amax(dim=-1).float()
 
 
 def _draw_from_ordered(weights: Tensor, total: Tensor | None, settings: DrawSettings) -> Tensor:
-    """The column [L, 1] drawn from weights [L, C], largest first, which are all but what top-p would cut off.
+    """Samples a column [L, 1] of weights [L, C], which are sorted, largest first.
 
-    top-p keeps the fewest tokens that reach p among those that top-k kept, renormalised. `total` [L, 1] is
-    the weight of all tokens where that is more than these.
+    top-p keeps the smallest number of tokens that reach p among the tokens that top-k keeps, renormalised. `total`
+    [L, 1] is the weight of all tokens, if the columns are only a part of them.
     """
     _, top_k, top_p, _ = settings.columns
     ranks = torch.arange(weights.shape[-1], device=weights.device)
@@ -104,7 +104,7 @@ def _whole_blocks(logits: Tensor) -> Tensor:
 
 
 def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """topk of fp32 [L, C] by value, then by place: both are made into one integer."""
+    """topk of fp32 [L, C] by value, then by column: both are combined in one integer."""
     bits = values.view(torch.int32)
     in_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     columns = values.shape[-1]
@@ -114,7 +114,7 @@ def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _weights(logits: Tensor, largest: Tensor, settings: DrawSettings) -> Tensor:
-    """exp(logit / temperature) up to a factor: the largest is 1, so that no temperature overflows or is 0."""
+    """exp((logit - largest) / temperature): at most 1, so that no temperature overflows."""
     temperatures = settings.columns[0].float().clamp_min(torch.finfo(torch.float32).tiny)
     return ((logits - largest) / temperatures).exp()
 
@@ -124,6 +124,7 @@ def _draws(settings: DrawSettings, cumulative: Tensor) -> Tensor:
 
 
 def _column_of(cumulative: Tensor, draws: Tensor) -> Tensor:
-    """The column [L, 1] that holds each draw [L, 1]; the last that has any weight for one at the very end."""
+    """The column [L, 1] where the cumulative weight exceeds each draw [L, 1], at most the last with a weight above
+    0."""
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(cumulative, draws, right=True), last)

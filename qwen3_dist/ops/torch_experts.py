@@ -1,4 +1,4 @@
-"""A rank's experts in plain torch. Legend as in `base.py`."""
+"""The experts of a rank in plain torch. Legend as in `base.py`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ SwiGlu = Callable[[Tensor, tuple[Tensor, ...], "tuple[Tensor | None, ...]"], Ten
 
 
 def counted(ids: Tensor, num_experts: int) -> Tensor:
-    """[1 + e] int64: how often `ids` has each place, from -1 on."""
+    """The number of occurrences of each id in `ids`, from -1 on -> [1 + e] int64."""
     chosen = (ids + 1).flatten()
     return chosen.new_zeros(1 + num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
 
 
 def looped_experts(x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, expert: SwiGlu) -> Tensor:
-    """`Ops.experts` an expert at a time; `expert` computes one on its rows [n, D]. The host waits for the counts."""
+    """Implements `Ops.experts` as a loop over experts; `expert` computes one on its rows [n, D]. The host waits for
+    the counts."""
     rows, choice = (ids >= 0).nonzero(as_tuple=True)
     order = ids[rows, choice].argsort(stable=True)
     rows, choice = rows[order], choice[order]

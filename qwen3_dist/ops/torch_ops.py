@@ -1,4 +1,4 @@
-"""All operations in plain torch, right on every device: what every other `Ops` is tested against and falls back to."""
+"""All operations in plain torch, for every device. Other `Ops` are tested against it and fall back to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from qwen3_dist.ops.torch_experts import counted, looped_experts
 
 
 class TorchOps(TorchDraws):
-    """`reason` says why nothing faster is used."""
+    """`reason` says why no faster Ops is used."""
 
     def __init__(self, reason: str = "") -> None:
         self._reason = reason
@@ -50,7 +50,7 @@ class TorchOps(TorchDraws):
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
         if part.scale is None:
             return F.linear(x, part.weight, part.bias)
-        if x.dtype == torch.float16:  # which sums of whole integers overflow
+        if x.dtype == torch.float16:  # sums of unscaled integers would overflow
             product = F.linear(x, part.weight.to(x.dtype).mul_(part.scale[:, None]))
         else:
             product = F.linear(x, part.weight.to(x.dtype)).mul_(part.scale)
@@ -98,7 +98,7 @@ class TorchOps(TorchDraws):
     def experts(
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
     ) -> Tensor:
-        """Many rows go in slices, so that memory is bounded also where every row chose experts of this rank."""
+        """Computes many rows in slices, which limits memory even if every row chose experts of this rank."""
         x, ids, routing = x.contiguous(), ids.contiguous(), routing.contiguous()
         rows = rows_of_slice(ids.shape[1])
         if len(x) <= rows:
@@ -113,7 +113,7 @@ class TorchOps(TorchDraws):
     def _experts_of_slice(
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
     ) -> Tensor:
-        """`experts` of contiguous rows whose pairs, of whatever experts, fit a step's memory."""
+        """`experts` of at most `rows_of_slice` contiguous rows."""
         counts += counted(ids, len(weights.stacks[0]))
         return looped_experts(x, weights, ids, routing, self._expert)
 
@@ -128,7 +128,7 @@ class TorchOps(TorchDraws):
 
 
 def quantized_linear(weights: LinearWeights) -> LinearWeights:
-    """Plain weights as int8."""
+    """Converts plain weights to int8."""
     return LinearWeights(tuple(_quantized(part) for part in weights.parts))
 
 
@@ -138,17 +138,18 @@ def _quantized(part: Matrix) -> Matrix:
 
 
 def quantized_experts(weights: ExpertWeights) -> ExpertWeights:
-    """Plain stacks as int8."""
+    """Converts plain stacks to int8."""
     (fc1, one), (fc2, two), (fc3, three) = map(as_int8, weights.stacks)
     return ExpertWeights((fc1, fc2, fc3), weights.columns, (one, two, three))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [T, H, d] by its tokens' angles."""
+    """Rotates x [T, H, d] by cos and sin [T, 1, d]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def cpu_threads() -> str:
+    """Describes the CPU threads of a rank."""
     threads = torch.get_num_threads()
     return f"CPU, {threads} thread{'s' if threads > 1 else ''} a rank"

@@ -1,8 +1,8 @@
-"""Values from the host to a device and back, without waiting for what the device still computes.
+"""Copies between the host and a device that do not wait for running kernels.
 
-A GPU takes a copy from ordinary memory only when all before it is done, and the host waits; a copy from pinned memory
-stands in line like any kernel. So a step's inputs are all sent by `on_device` and `rows_on_device`, and what the host
-wants to read comes `ToHost`. On a CPU all of this is what torch does anyway.
+A copy from pageable memory to a GPU makes the host wait for all earlier kernels; a copy from pinned memory is queued
+like a kernel. So all inputs of a step are sent with `on_device` and `rows_on_device`, and results are read with
+`ToHost`. On a CPU these are plain torch.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 
 def on_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers, nested lists of them, or a CPU tensor of `dtype`, as a tensor on `device`."""
+    """Copies numbers, nested lists of numbers, or a CPU tensor of `dtype` to `device`."""
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def rows_on_device(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """Each row as an int64 vector on `device`, all of them sent at once."""
+    """Copies each row to `device` as an int64 vector, all rows in one copy."""
     return on_device([*chain(*rows)], torch.int64, device).split([len(row) for row in rows])
 
 
 class ToHost:
-    """Tensors on their way to the host; `arrived` waits for them and for all that was asked of the device before."""
+    """An asynchronous copy of tensors to the host. `arrived` waits for it and for all earlier work on the stream."""
 
     def __init__(self, *parts: Tensor) -> None:
         self._parts = [part.to("cpu", non_blocking=True) for part in parts]  # into pinned memory
@@ -38,10 +38,11 @@ class ToHost:
             self._sent.record(torch.cuda.current_stream(on_gpu))
 
     def ready(self) -> bool:
-        """Whether `arrived` would not wait."""
+        """Whether `arrived` returns without waiting."""
         return self._sent is None or self._sent.query()
 
     def arrived(self) -> list[Tensor]:
+        """Waits for the copy and returns the tensors on the host."""
         if self._sent is not None:
             self._sent.synchronize()
         return self._parts

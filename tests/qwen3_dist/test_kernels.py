@@ -105,7 +105,7 @@ def test_largest_of_blocks(dtype: torch.dtype, columns: int) -> None:
     x = torch.randn(3, columns).to(dtype)
     x[1] = -torch.inf
     padded = F.pad(x, (0, -columns % 64), value=-torch.inf)
-    assert torch.equal(kernels(dtype).largest(x, 64), padded.unflatten(1, (-1, 64)).amax(dim=-1).float())
+    assert torch.equal(kernels(dtype).block_max(x, 64), padded.unflatten(1, (-1, 64)).amax(dim=-1).float())
 
 
 @pytest.mark.parametrize("columns", [1, 150, 4097, 20000])
@@ -115,7 +115,7 @@ def test_likeliest(dtype: torch.dtype, columns: int) -> None:
     x[2] = x[2].max()
     x[3, -1] = x[3].max() + 1
     expected = [row.eq(row.max()).nonzero()[0].item() for row in x]
-    assert kernels(dtype).likeliest(x).tolist() == expected
+    assert kernels(dtype).argmax(x).tolist() == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 13, 30, 37, 200])

@@ -86,7 +86,7 @@ def test_a_kernel_that_computes_something_else_is_logged_with_its_name_and_error
     monkeypatch.setattr(gpu, "GpuKernels", lambda: kernels)
     assert gpu.working_kernels(CPU, torch.float32) is None
     (record,) = caplog.records
-    assert f"{name}: its answer is off by 2 " in record.getMessage()
+    assert f"{name}: its result is off by 2 " in record.getMessage()
 
 
 @pytest.fixture

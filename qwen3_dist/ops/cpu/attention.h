@@ -1,7 +1,6 @@
-// Attention over KV blocks where they lie, with a running softmax (arXiv 2205.14135): a task is the
-// queries of one KV group for some tokens of one sequence, and takes its keys a chunk at a time.
-// Where the queries are few, reading keys and values is what takes the time. A task then has several groups, so
-// that it reads in the order in which they lie: the CPU foresees no leaps.
+// Paged attention with an online softmax (arXiv 2205.14135). A task is the queries of one KV group for some tokens of
+// one sequence; it processes keys in chunks. With few queries, attention is limited by reading keys and values. A task
+// then has several groups, so that it reads memory sequentially, which the CPU's prefetcher needs.
 #pragma once
 
 #include "chunk.h"
@@ -12,20 +11,20 @@ struct AttentionShape {
     float scale;
 };
 
-constexpr long TASK_ROWS = 512;  // of queries
-constexpr long PART_ROWS = 32;   // of these, whose scores the first cache keeps; what none of them sees is left out
-constexpr long FEW_ROWS = 8;     // up to so many rows of a group, keys and values are used where they lie
-constexpr long FEW_TASKS = 2;    // of few rows that each thread should find
-constexpr float LOWEST = -1e30f;  // below all scores; unlike infinity it may be taken from itself
+constexpr long TASK_ROWS = 512;  // queries of a task
+constexpr long PART_ROWS = 32;   // queries of a part: its scores fit the L1 cache; keys that no query sees are skipped
+constexpr long FEW_ROWS = 8;     // up to this number of rows of a group, keys and values are read in place
+constexpr long FEW_TASKS = 2;    // least number of tasks of few rows for each thread
+constexpr float LOWEST = -1e30f;  // below all scores; unlike with -infinity, LOWEST - LOWEST is 0
 
 template <class T>
 struct Attention {
-    using P = Input<T>;  // what products take
+    using P = Input<T>;  // type of the inputs of products
 
     const T *q, *keys, *values;  // q [T, H, d]; keys, values [blocks, block_size, G, d]
     T* out;                      // [T, H, d]
-    const int* tables;  // [rows, table_width], the blocks of all running sequences
-    const long *table_rows, *context_lens, *starts;  // [S] a sequence's row of tables, [S], [S + 1] its first row of q
+    const int* tables;  // [rows, table_width] block tables of all running sequences
+    const long *table_rows, *context_lens, *starts;  // [S] row of tables, [S], [S + 1] first row of q of each sequence
     AttentionShape shape;
 
     struct Task {
@@ -33,20 +32,21 @@ struct Attention {
     };
 
     long per_group() const { return shape.heads / shape.groups; }
-    // Rows of a task are those of its first group, of each of its tokens in turn, then those of the next.
+    // The offset in q of row r of a task. Rows are ordered by group, then token, then head of the group.
     long row_of(const Task& task, long r) const {
         long rows = task.count * per_group(), token = starts[task.s] + task.first + r % rows / per_group();
         return (token * shape.heads + (task.g + r / rows) * per_group() + r % per_group()) * shape.dim;
     }
-    // Where the K or V of a token lies; those that follow in its block are `stride()` further on each.
+    // The offset of the K or V of a token. Tokens that follow in its block are `stride()` apart.
     long place(const Task& task, long token) const {
         long block = tables[table_rows[task.s] * shape.table_width + token / shape.block_size];
         return ((block * shape.block_size + token % shape.block_size) * shape.groups + task.g) * shape.dim;
     }
     long stride() const { return shape.groups * shape.dim; }
-    long width() const { return (shape.dim + PANEL - 1) / PANEL * PANEL; }  // whole vectors, tiles and panels
+    // dim, padded to whole vectors, tiles and panels
+    long width() const { return (shape.dim + PANEL - 1) / PANEL * PANEL; }
 
-    // Calls f(offset in the chunk, place, tokens) for each run of the chunk's tokens that lie in one block.
+    // Calls f(offset in the chunk, offset in the cache, tokens) for each run of the chunk's tokens in one block.
     template <class F>
     void runs(const Task& task, long key, long n, F f) const {
         for (long at = 0, some; at < n; at += some) {
@@ -59,14 +59,14 @@ struct Attention {
         long dim = shape.dim, window = shape.window, rows = task.count * per_group() * task.groups;
         long whole = (rows + LANES - 1) / LANES * LANES;
         bool few = is_few(task.count);
-        long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens ahead of this step
+        long before = context_lens[task.s] - (starts[task.s + 1] - starts[task.s]);  // tokens before this step
         long last = before + task.first + task.count - 1;
         P* queries = scratch<P>(QUERIES, rows * width());
         float* sums = scratch(SUMS, rows * width());
         float *most = scratch(SEEN, 3 * whole), *mass = most + whole, *shrink = mass + whole;
         long* positions = scratch<long>(POSITIONS, rows);
         for (long r = 0; r < rows; r++) {
-            put_row(q + row_of(task, r), queries + r * width(), dim, width());
+            convert_input(q + row_of(task, r), queries + r * width(), dim, width());
             positions[r] = before + task.first + r % (task.count * per_group()) / per_group();
         }
         std::fill(most, most + whole, LOWEST);
@@ -74,23 +74,25 @@ struct Attention {
         std::fill(sums, sums + rows * width(), 0.0f);
         for (long key = window ? std::max(0L, before + task.first - window + 1) : 0; key <= last; key += CHUNK) {
             long n = std::min(CHUNK, last + 1 - key), depth = few ? n : padded<P>(n);
-            // Of the keys that rows [first, first + some) see, their scores become weights of `depth` values.
-            auto soften_rows = [&](long first, long some, float* scores, auto* weights, long ld) {
+            // Turns the scores of rows [first, first + some) into softmax weights of `depth` values.
+            auto update_softmax_of_rows = [&](long first, long some, float* scores, auto* weights, long ld) {
                 for (long r = first; r < first + some; r += LANES)
-                    soften(std::min<long>(LANES, first + some - r), positions + r, key, n, scores + (r - first) * CHUNK,
-                           weights + (r - first) * ld, ld, depth, most + r, mass + r, shrink + r);
+                    update_softmax(std::min<long>(LANES, first + some - r), positions + r, key, n,
+                                   scores + (r - first) * CHUNK, weights + (r - first) * ld, ld, depth, most + r,
+                                   mass + r, shrink + r);
             };
             if (few) {
                 float* scores = scratch(SCORES, rows * CHUNK);
                 score_in_place(task, key, n, queries, scores);
-                soften_rows(0, rows, scores, scores, CHUNK);
+                update_softmax_of_rows(0, rows, scores, scores, CHUNK);
                 const T* then = keys + place(task, std::min(key + CHUNK, last));
                 add_values_in_place(task, key, n, then, scores, shrink, sums);
                 continue;
             }
-            P *laid = scratch<P>(LAID, CHUNK * width()), *laid_values = scratch<P>(LAID_VALUES, width() * depth);
-            lay_keys(chunk_of(task, keys, key, n), n, width(), laid);
-            lay_values(chunk_of(task, values, key, n), depth, width(), laid_values);
+            P* packed_keys = scratch<P>(PACKED_KEYS, CHUNK * width());
+            P* packed_values = scratch<P>(PACKED_VALUES, width() * depth);
+            pack_keys(chunk_of(task, keys, key, n), n, width(), packed_keys);
+            pack_values(chunk_of(task, values, key, n), depth, width(), packed_values);
             float* scores = scratch(SCORES, PART_ROWS * CHUNK);
             long ldb = ::stride<P>(CHUNK);
             P* weights = scratch<P>(WEIGHTS, PART_ROWS * ldb);
@@ -98,12 +100,13 @@ struct Attention {
                 long some = std::min(PART_ROWS, rows - first);
                 long seen = std::min(n, before + task.first + (first + some - 1) / per_group() + 1 - key);
                 if (seen <= 0) continue;
-                block_product<P>(queries + first * width(), width(), some, laid, panels(seen), width(), scores, CHUNK);
-                soften_rows(first, some, scores, weights, ldb);
+                block_product<P>(queries + first * width(), width(), some, packed_keys, panels(seen), width(), scores,
+                                 CHUNK);
+                update_softmax_of_rows(first, some, scores, weights, ldb);
                 for (long r = first; r < first + some; r++)
                     if (shrink[r] != 1) scale_row(sums + r * width(), shrink[r], width());
                 for (long p = 0; p < panels(dim); p++)
-                    block_product<P, true>(weights, ldb, some, laid_values + p * PANEL * depth, 1, padded<P>(seen),
+                    block_product<P, true>(weights, ldb, some, packed_values + p * PANEL * depth, 1, padded<P>(seen),
                                            sums + first * width() + p * PANEL, width());
             }
         }
@@ -119,8 +122,8 @@ struct Attention {
 
     bool is_few(long tokens) const { return tokens * per_group() <= FEW_ROWS; }
 
-    // Calls f(offset in the chunk, rows, tokens, ahead) for each run of the chunk's tokens that lie in one block: those
-    // of the next, or `then`, which is read after the last, lie `ahead` bytes from them.
+    // Calls f(offset in the chunk, rows, tokens, ahead) for each run of the chunk's tokens in one block. The next run,
+    // or `then` after the last run, is `ahead` bytes further on, for prefetching.
     template <class F>
     void streamed_runs(const Task& task, long key, long n, const T* cache, const T* then, F f) const {
         runs(task, key, n, [&](long at, long from, long some) {
@@ -129,22 +132,22 @@ struct Attention {
         });
     }
 
-    // scores[r][j] = queries[r] . keys[j] for n keys, of few rows.
+    // scores[r][j] = queries[r] . keys[j] for n keys and few rows.
     void score_in_place(const Task& task, long key, long n, const P* queries, float* scores) const {
         long rows = task.count * per_group(), dim = shape.dim;
         const T* then = values + place(task, key);
 #ifdef __AMX_BF16__
         if constexpr (std::is_same_v<T, bf16>)
             if (dim == UnitScores::DIM && (shape.block_size | key) % UNIT_ROWS == 0 && has_matrix_unit()) {
-                bf16* laid = scratch<bf16>(ADDED, task.groups * rows * dim);
+                bf16* columns = scratch<bf16>(QUERY_COLUMNS, task.groups * rows * dim);
                 UnitScores unit(rows);
                 for (long g = 0; g < task.groups; g++)
-                    unit.lay(queries + g * rows * width(), width(), laid + g * rows * dim);
+                    unit.transpose(queries + g * rows * width(), width(), columns + g * rows * dim);
                 return streamed_runs(task, key, n, keys, then, [&](long at, const T* from, long some, long ahead) {
-                    for (long j = 0; j < some; j++) ask(from + j * stride(), task.groups * dim, ahead);
+                    for (long j = 0; j < some; j++) prefetch(from + j * stride(), task.groups * dim, ahead);
                     for (long j = 0; j < some; j += UNIT_ROWS)
                         for (long g = 0; g < task.groups; g++)
-                            unit.score(laid + g * rows * dim, from + j * stride() + g * dim, stride(),
+                            unit.score(columns + g * rows * dim, from + j * stride() + g * dim, stride(),
                                        std::min(UNIT_ROWS, some - j), scores + g * rows * CHUNK + at + j, CHUNK);
                 });
             }
@@ -159,17 +162,17 @@ struct Attention {
     Chunk<T, P> chunk_of(const Task& task, const T* cache, long key, long n) const {
         Chunk<T, P> chunk(scratch<P>(CHUNKED, (CHUNK + 1) * width()), width());
         runs(task, key, n, [&](long at, long from, long some) {
-            for (long j = at; j < at + some; j++, from += stride()) chunk.take(j, cache + from, shape.dim, width());
+            for (long j = at; j < at + some; j++, from += stride()) chunk.set(j, cache + from, shape.dim, width());
         });
         return chunk;
     }
 
-    // The scores of up to LANES queries with n keys from `key` on become `depth` weights each in the queries' running
-    // softmax, whose place may be theirs, and `shrink` what the weights of earlier keys shrink by. A query sees the keys
-    // up to its position.
+    // One step of the online softmax: turns the scores of up to LANES queries with n keys, from `key` on, into `depth`
+    // weights each (`weights` may be `scores`), and sets `shrink` to the factor for the weights of earlier keys. A
+    // query sees the keys up to its position.
     template <class I>
-    void soften(long queries, const long* positions, long key, long n, float* scores, I* weights, long ld, long depth,
-                float* most, float* mass, float* shrink) const {
+    void update_softmax(long queries, const long* positions, long key, long n, float* scores, I* weights, long ld,
+                        long depth, float* most, float* mass, float* shrink) const {
         long from[LANES], to[LANES];
         Vec highest[LANES], total[LANES] = {};
         for (long r = 0; r < LANES; r++) {
@@ -187,7 +190,7 @@ struct Attention {
         store(shrink, by);
         for (long r = 0; r < queries; r++) {
             long j = 0;
-            for (; j < to[r]; j += LANES) {  // those it does not see get the least weight there is, and then none
+            for (; j < to[r]; j += LANES) {  // weights of unseen keys are set to 0 below
                 Vec weight = exp(load(scores + r * CHUNK + j) * shape.scale - peak[r]);
                 total[r] += weight;
                 store(weights + r * ld + j, weight);
@@ -198,7 +201,8 @@ struct Attention {
         store(mass, load(mass) * by + ::sums(total));
     }
 
-    // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j]. What is read next is `then`.
+    // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j]. Prefetches `then`, which is read
+    // next.
     void add_values_in_place(const Task& task, long key, long n, const T* then, const float* weights, float* shrink,
                              float* sums) const {
         long rows = task.count * per_group();
@@ -206,7 +210,7 @@ struct Attention {
             for (long g = 0; g < task.groups; g++)
                 add_all<FEW_ROWS>(rows, weights + g * rows * CHUNK + at, CHUNK, from + g * shape.dim, stride(), some,
                                   shape.dim, ahead, shrink + g * rows, sums + g * rows * width(), width());
-            std::fill(shrink, shrink + task.groups * rows, 1.0f);  // done with the first run
+            std::fill(shrink, shrink + task.groups * rows, 1.0f);  // applied by the first run
         });
     }
 
@@ -215,8 +219,8 @@ struct Attention {
         long step = std::max(1L, TASK_ROWS / per_group());
         long together = std::clamp(shape.sequences * shape.groups / (FEW_TASKS * threads), 1L, shape.groups);
         for (long s = 0; s < shape.sequences; s++)
-            for (long g = 0; g < shape.groups; g++)  // those of one group together, whose keys a cache keeps
-                for (long end = starts[s + 1] - starts[s]; end > 0; end -= step) {  // those with most keys first
+            for (long g = 0; g < shape.groups; g++)  // one group after the other, so that its keys stay in a cache
+                for (long end = starts[s + 1] - starts[s]; end > 0; end -= step) {  // tasks with most keys first
                     long count = std::min(step, end), groups = is_few(count) ? together : 1;
                     if (g % groups == 0)
                         tasks.push_back({s, g, std::min(groups, shape.groups - g), std::max(0L, end - step), count});

@@ -1,5 +1,5 @@
-// A transformer block's two sublayers in one call each, and all blocks of a stage in one: for few tokens, Python
-// between their parts would take as long as the parts. `structs.py` has the same structures, and checks their sizes.
+// A sublayer of a transformer block, or all blocks of a stage, in one call. For few tokens, Python between the
+// operations would take as long as the operations. `structs.py` has the same structures and checks their sizes.
 #pragma once
 
 #include "attention.h"
@@ -7,9 +7,9 @@
 #include "experts.h"
 #include "rows.h"
 
-constexpr long QUICK_ROWS = 8;  // whose sums take less time than waking threads
+constexpr long QUICK_ROWS = 8;  // up to this number of rows, adding them takes less time than waking threads
 
-// Where a step's tokens belong: `Rotation` and `Attention` say what each member is.
+// The attention metadata of a step. The members are described at `Rotation` and `Attention`.
 struct AttentionMetadata {
     const long* slots;
     const int* tables;
@@ -17,11 +17,11 @@ struct AttentionMetadata {
     long tokens, sequences, block_size, width;
 };
 
-// norm, the projections to q, k and v, rotation into the cache, attention, the projection back.
+// norm, q, k and v projections, RoPE and KV-cache writes, attention, output projection.
 template <class T, class W>
 struct AttentionKernel {
-    const T *norm_scale, *q_scale, *k_scale;  // of the norms; q's and k's may be null
-    const W* weights[4];                      // of q, k, v and back, packed
+    const T *norm_scale, *q_scale, *k_scale;  // scales of the norms; q_scale and k_scale may be null
+    const W* weights[4];                      // of q, k, v and the output projection, packed
     const float* scales[4];
     const T* biases[4];
     long dim, heads, groups, head_dim, window;
@@ -51,8 +51,8 @@ struct AttentionKernel {
     }
 };
 
-// Each row's K likeliest experts of logits [R, E] and their weights: softmax over all in fp32, the K weights
-// normed to 1 if asked, and rounded to T.
+// The K top experts of each row of logits [R, E] and their weights: softmax over all experts in fp32, the K weights
+// renormalised to 1 if `normed`, and rounded to T.
 template <class T>
 void route(const T* logits, long rows, long experts, long choices, bool normed, long* ids, float* weights) {
     for (long r = 0; r < rows; r++, ids += choices, weights += choices) {
@@ -69,7 +69,7 @@ void route(const T* logits, long rows, long experts, long choices, bool normed, 
     }
 }
 
-// norm and the dense SwiGLU, as one expert that everybody chose.
+// norm and a dense SwiGLU, computed as one expert that all rows chose.
 template <class T, class W>
 struct FeedForwardKernel {
     const T* norm_scale;
@@ -87,13 +87,14 @@ struct FeedForwardKernel {
     }
 };
 
-// norm, routing, and those of the chosen experts that are here.
+// norm, routing, and the chosen experts that this rank has.
 template <class T, class W>
 struct ExpertsKernel {
     const T *norm_scale, *gate;  // the gate [experts, dim] packed
     const W* weights[3];         // stacks of fc1, fc2, fc3
     const float* scales[3];
-    const long* here;  // [tables, experts + 1] place of each in the stacks, -1 for those elsewhere; by row % tables
+    // [tables, experts + 1] index of each expert in the stacks, -1: on another rank; by row % tables
+    const long* places;
     long* counts;      // [local_experts]
     long tables, experts, local_experts, choices, norms_weights, dim, inner;
     float eps;
@@ -105,7 +106,7 @@ struct ExpertsKernel {
         norm<T>(x, norm_scale, normed, rows, dim, eps, threads);
         linear<T, T>(normed, {{gate, nullptr, nullptr, experts, logits}}, rows, dim, threads);
         route<T>(logits, rows, experts, choices, norms_weights, ids.data(), routing.data());
-        for (long i = 0; i < rows * choices; i++) ids[i] = here[i / choices % tables * (experts + 1) + ids[i]];
+        for (long i = 0; i < rows * choices; i++) ids[i] = places[i / choices % tables * (experts + 1) + ids[i]];
         Experts<T, W>{normed, weights[0], weights[1], weights[2], scales[0], scales[1], scales[2], ids.data(),
                       routing.data(), out, counts, rows, choices, local_experts, dim, inner}
             .run(threads);
@@ -122,7 +123,7 @@ struct Head {
     float eps;
 };
 
-// What the head makes of some rows of what the last block leaves.
+// The logits of some rows of the hidden states after the last block.
 template <class T, class W>
 struct Logits {
     const Head<T, W>* head;
@@ -142,13 +143,12 @@ struct Logits {
 template <class T, class W>
 struct Block {
     const AttentionKernel<T, W>* attention;
-    const FeedForwardKernel<T, W>* dense;  // null in a mixture of experts
+    const FeedForwardKernel<T, W>* dense;  // null in a MoE block
     const ExpertsKernel<T, W>* experts;    // null in a dense block
 };
 
-// Blocks one after the other with their residuals: x [tokens, dim] becomes what the last makes of it. Partial sums of
-// several ranks are added up over their group, which is null for a rank alone; `operation` and what this returns are as
-// in `Group`. `logits` are computed at the end, if it is not null.
+// Runs all blocks with their residuals on x [tokens, dim], in place. Partial sums are all-reduced over `group`, which
+// is null for a single rank; `operation` and the result are as in `Group`. Computes `logits` at the end if not null.
 template <class T, class W>
 long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
                 const AttentionMetadata& metadata, const Logits<T, W>* logits, const Group* group, long operation,

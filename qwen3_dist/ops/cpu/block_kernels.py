@@ -1,5 +1,7 @@
-"""A transformer block's two sublayers, each as one call of a kernel, and all blocks of a stage as one: Python between
-their parts would take as long as the parts do for few tokens, since they leave the caches full of weights.
+"""Block kernels for CPUs: a sublayer of a transformer block, or all blocks of a stage, in one call of C++.
+
+For few tokens, Python between the operations would take as long as the operations themselves, since weights displace
+Python's data from the CPU caches.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from qwen3_dist.ops.cpu.structs import (
 
 
 class CpuBlockKernels:
-    """`BlockKernels` of packed weights, whose norms are plain."""
+    """`BlockKernels` for packed weights and plain norms."""
 
     def __init__(self, kernels: Kernels, block: BlockParts) -> None:
         attention, feed_forward = block
-        self._parts = block  # whose tensors the structures point to
+        self._parts = block  # keeps the tensors that the structures point to
         self._kernels = kernels
         self.int8 = "_int8" if attention.out.parts[0].scale is not None else ""
         self.attention_kernel = _attention_kernel(attention)
@@ -56,7 +58,7 @@ class CpuBlockKernels:
 
 
 class CpuStageKernels:
-    """`StageKernels` of packed weights, whose norms are plain."""
+    """`StageKernels` for packed weights and plain norms."""
 
     def __init__(self, kernels: Kernels, blocks: Sequence[BlockParts], head: HeadParts | None) -> None:
         self.blocks = [CpuBlockKernels(kernels, block) for block in blocks]
@@ -82,22 +84,22 @@ class CpuStageKernels:
         group: int,
         operation: int,
     ) -> int:
-        held = addresses([tensor for cache in caches for tensor in (cache.keys, cache.values)])
+        cache_pointers = addresses([tensor for cache in caches for tensor in (cache.keys, cache.values)])
         metadata = attention_metadata(batch, caches[0])
-        asked = None
+        logits_task = None
         if logits is not None:
             rows = batch.logits_rows
-            asked = Logits(address(self._head), address(rows), len(rows), address(logits))
-        pointers = (address(metadata), address(asked), group)
-        blocks, tables = address(self._structs), address(held)
+            logits_task = Logits(address(self._head), address(rows), len(rows), address(logits))
+        pointers = (address(metadata), address(logits_task), group)
+        blocks, pairs = address(self._structs), address(cache_pointers)
         done: int = self._kernels.run(
-            self._name, blocks, len(self.blocks), x, tables, cos, sin, *pointers, operation
+            self._name, blocks, len(self.blocks), x, pairs, cos, sin, *pointers, operation
         )
         return done
 
 
 def attention_metadata(batch: StepBatch, cache: LayerCache) -> AttentionMetadata:
-    """Where a step's tokens belong. It holds addresses of the batch's tensors."""
+    """The attention metadata of a batch, with addresses of the batch's tensors, which must stay alive."""
     tensors = (
         batch.slots,
         batch.block_tables,
@@ -149,7 +151,7 @@ def _experts_kernel(parts: MoEParts) -> ExpertsKernel:
         gate=address(gate.weight),
         weights=addresses(parts.experts.stacks),
         scales=addresses(parts.experts.scales or (None, None, None)),
-        here=address(parts.places),
+        places=address(parts.places),
         counts=address(parts.counts[1:]),
         tables=len(parts.places),
         experts=gate.outputs,

@@ -1,4 +1,4 @@
-"""Compiles the CPU kernels for this machine, once, into the user's cache or, without one, a temporary folder."""
+"""Compiles the CPU kernels for this machine, once, into the user's cache directory or else a temporary one."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def library() -> Path | None:
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        _log.warning("no C++ compiler is here, so CPU ranks use torch alone, which is slower; install g++")
+        _log.warning("no C++ compiler was found, so CPU ranks use plain torch, which is slower; install g++")
         return None
     try:
         name = f"kernels-{_fingerprint(compiler)}.so"
         cache = _user_cache()
-        if cache is not None and (cache / name).exists():  # maybe where nothing can be written
+        if cache is not None and (cache / name).exists():  # the directory may be read-only
             return cache / name
         folder = cache if cache is not None and _is_writable(cache) else _private_folder()
         built = folder / name
@@ -46,7 +46,7 @@ def library() -> Path | None:
         return built
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        _log.warning("the CPU kernels were not built, so CPU ranks use torch alone: %s", output[-2000:])
+        _log.warning("the CPU kernels could not be built, so CPU ranks use plain torch: %s", output[-2000:])
         return None
 
 
@@ -70,7 +70,7 @@ def _run(*command: str) -> None:
 
 
 def _user_cache() -> Path | None:
-    """The folder in the user's cache; None for a user without a home, as a container's may be."""
+    """This project's directory in the user's cache; None if the user has no home, as in some containers."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3_dist"
     except RuntimeError:
@@ -86,7 +86,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _private_folder() -> Path:
-    """This user's temporary folder, the same one for all of its processes; nobody else may put a library there."""
+    """A temporary directory that all processes of this user share and no other user can write to."""
     folder = Path(tempfile.gettempdir()) / f"qwen3_dist-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -97,7 +97,7 @@ def _private_folder() -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that the result depends on: sources, flags, compiler, torch and the CPU's instruction sets."""
+    """A hash of all that the library depends on: sources, flags, compiler, torch and the CPU's instruction sets."""
     digest = hashlib.sha256(" ".join((*_COMPILE, torch.__version__)).encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.read_bytes())

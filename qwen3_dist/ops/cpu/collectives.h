@@ -1,6 +1,6 @@
-// Collectives of ranks that share memory, on the segment and by the protocol that `parallel/shared_memory.py`
-// describes. Each function takes the number of the group's last operation and returns the number after its own,
-// or -1 where `Group::wait` gave up.
+// Collectives of ranks that share memory. `parallel/shared_memory.py` describes the segment and the protocol. Each
+// function takes the number of the group's last operation and returns the number of its own last one, or -1 if
+// `Group::wait` found that a peer is lost.
 #pragma once
 
 #include <sched.h>
@@ -15,9 +15,10 @@
 #include <immintrin.h>
 #endif
 
-constexpr long FLAG_WORDS = 16;  // from one rank's flag to the next one's
+constexpr long FLAG_WORDS = 16;  // distance between the flags of two ranks
 constexpr int SPINS = 300;       // few, as ranks may outnumber cores
-constexpr std::chrono::milliseconds YIELDING{20};  // a time, as each yield lasts long where cores are wanted
+// a time and no count: a yield takes long if other processes want the core
+constexpr std::chrono::milliseconds YIELDING{20};
 
 #ifdef __F16C__
 struct fp16 {
@@ -39,12 +40,12 @@ inline void store(fp16* p, Vec x) {
 }
 #endif
 
-// Python hands it over as an array of words.
+// `Group` in `structs.py`.
 struct Group {
-    long* flags;                                // last operation that each rank has published
+    long* flags;                                // the last operation that each rank has published
     char* slots;                                // [2, size, slot_bytes]
     long rank, size, slot_bytes;
-    int (*wait)(long peer, long operation);     // waits on, watching the peers; 0 if one of them is lost
+    int (*wait)(long peer, long operation);     // waits further and watches the peers' processes; 0 if one is lost
 
     char* slot(long operation, long peer) const { return slots + (operation % 2 * size + peer) * slot_bytes; }
 
@@ -75,7 +76,8 @@ struct Group {
         return true;
     }
 
-    // Calls put(slot, lo, n), exchanges and calls take(operation, lo, n) for each run of `total` that fits a slot.
+    // For each part [lo, lo + n) of `total` that fits a slot: calls put(slot, lo, n), exchanges, and calls
+    // take(operation, lo, n).
     template <class Put, class Take>
     long rounds(long operation, long total, long capacity, Put put, Take take) const {
         long lo = 0;
@@ -89,8 +91,8 @@ struct Group {
         return operation;
     }
 
-    // out [n] = (addend +) the sum of everybody's numbers, which start `skip` into the slots. The sum is taken in
-    // fp32 in the order of ranks and rounded to T before the addend comes to it.
+    // out [n] = (addend +) the sum over ranks of the numbers from `skip` on in their slots. The sum is in fp32, in rank
+    // order, and is rounded to T before the addend is added.
     template <class T>
     void sum(long operation, long skip, const T* mine, const T* addend, T* out, long n) const {
         std::vector<const T*> parts(size);
@@ -114,7 +116,7 @@ struct Group {
         }
     }
 
-    // out [n] = (addend [n] +) the sum of everybody's x [n]; out may be x or the addend.
+    // out [n] = (addend [n] +) the sum over ranks of x [n]; out may be x or the addend.
     template <class T>
     long all_reduce(long operation, const T* x, const T* addend, T* out, long total) const {
         return rounds(
@@ -123,7 +125,7 @@ struct Group {
             [&](long at, long lo, long n) { sum(at, 0, x + lo, addend ? addend + lo : nullptr, out + lo, n); });
     }
 
-    // out [n] = this rank's piece of the sum of everybody's x [size, n].
+    // out [n] = this rank's piece of the sum over ranks of x [size, n].
     template <class T>
     long reduce_scatter(long operation, const T* x, T* out, long total) const {
         return rounds(
@@ -137,7 +139,8 @@ struct Group {
             });
     }
 
-    // out [rows, size, row bytes] = everybody's x [rows, row bytes]. Null where none is wanted.
+    // out [rows, size, row bytes] = x [rows, row bytes] of all ranks. A rank with a null `out` gets nothing; a rank
+    // contributes its x if it `gives`.
     long gather(long operation, const char* x, char* out, long total, long row, bool gives) const {
         return rounds(
             operation, total, slot_bytes,
@@ -155,7 +158,7 @@ struct Group {
             });
     }
 
-    // x [bytes] = that of rank 0.
+    // x [bytes] = x of rank 0.
     long broadcast(long operation, char* x, long total) const {
         return rounds(
             operation, total, slot_bytes,

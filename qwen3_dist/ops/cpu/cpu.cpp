@@ -1,4 +1,5 @@
-// The C interface of the CPU kernels, each for bf16 and fp32, products also for int8 weights. `kernels.py` declares the same signatures.
+// The C interface of the CPU kernels, for bf16 and fp32; products also for int8 weights. `kernels.py` has the same
+// signatures.
 #include "block_kernels.h"
 
 // clang-format off
@@ -62,11 +63,11 @@ void rotate_##NAME(T* q, const T* k, const T* v, T* keys, T* values, const T* q_
     Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, slots, tokens, heads, groups, dim, float(eps)} \
         .run(int(threads)); \
 } \
-void largest_##NAME(const T* x, float* out, long rows, long columns, long width, long threads) { \
-    largest<T>(x, out, rows, columns, width, int(threads)); \
+void block_max_##NAME(const T* x, float* out, long rows, long columns, long width, long threads) { \
+    block_max<T>(x, out, rows, columns, width, int(threads)); \
 } \
-void likeliest_##NAME(const T* x, long* out, long rows, long columns, long stride, long threads) { \
-    likeliest<T>(x, out, rows, columns, stride, int(threads)); \
+void argmax_##NAME(const T* x, long* out, long rows, long columns, long stride, long threads) { \
+    argmax<T>(x, out, rows, columns, stride, int(threads)); \
 } \
 }
 

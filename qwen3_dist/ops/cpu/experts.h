@@ -1,4 +1,4 @@
-// SwiGLU experts on the rows that chose them.
+// SwiGLU experts of a rank, each on the rows that chose it.
 #pragma once
 
 #include "linear.h"
@@ -6,12 +6,12 @@
 template <class T, class W>
 struct Experts {
     const T* x;                                // [R, D]
-    const W *fc1, *fc2, *fc3;                  // E packed matrices each, [I, D], the same, [D, I]
-    const float *scales1, *scales2, *scales3;  // of their outputs: [E, I], the same, [E, D]; null: 1
-    const long* ids;                           // [R, K] expert of each choice, -1 for none
-    const float* weights;                      // [R, K]; null: all rows chose the one expert there is, with weight 1
+    const W *fc1, *fc2, *fc3;                  // E packed matrices each: [I, D], [I, D], [D, I]
+    const float *scales1, *scales2, *scales3;  // scales of the outputs: [E, I], [E, I], [E, D]; null: 1
+    const long* ids;                           // [R, K] expert of each choice; -1: none
+    const float* weights;                      // [R, K]; null: there is one expert, which all rows chose with weight 1
     T* y;                                      // [R, D]: sum over a row's choices of weight * expert(x)
-    long* counts;                              // [E] to which the choices of each expert are added, or null
+    long* counts;                              // [E] the number of rows of each expert is added to it; may be null
     long rows, choices, experts, dim, inner;
 
     struct Task {
@@ -19,13 +19,13 @@ struct Experts {
     };
 
     void run(int threads) const {
-        run(threads, [&](long row, Input<W>* to) { put_row(x + row * dim, to, dim, padded<W>(dim)); });
+        run(threads, [&](long row, Input<W>* to) { convert_input(x + row * dim, to, dim, padded<W>(dim)); });
     }
 
-    // Pairs of a row and one of its choices, sorted by expert. Experts nobody chose cost nothing. lay(row, to) puts
-    // down a row of inputs.
+    // Computes pairs of a row and one of its choices, sorted by expert. write_input(row, to) writes the inputs of a
+    // row.
     template <class F>
-    void run(int threads, F lay) const {
+    void run(int threads, F write_input) const {
         std::vector<long> start(experts + 1, 0), pairs, place(rows * choices, -1);
         for (long i = 0; i < rows * choices; i++)
             if (ids[i] >= 0) start[ids[i] + 1]++;
@@ -36,7 +36,7 @@ struct Experts {
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long i = 0; i < rows * choices; i++)
             if (ids[i] >= 0) pairs[place[i] = next[ids[i]]++] = i;
-        // Of many rows each task gathers its own, which are then in its core's cache, for all panels.
+        // With many rows each task gathers its own rows, so that they are in its core's cache, and does all panels.
         bool own = total >= 4 * threads * BLOCK_ROWS;
         std::vector<Task> up, down;
         for (long e = 0; e < experts; e++)
@@ -49,7 +49,7 @@ struct Experts {
         Input<W>* hidden = scratch<Input<W>>(HIDDEN, total * stride<W>(inner));
         T* out = weights ? scratch<T>(OUTPUTS, total * dim) : nullptr;
         auto gather = [&](long pair, long count, Input<W>* to) {
-            for (long p = pair; p < pair + count; p++, to += ldx) lay(pairs[p] / choices, to);
+            for (long p = pair; p < pair + count; p++, to += ldx) write_input(pairs[p] / choices, to);
         };
         SharedTasks ups(up.size(), threads), downs(down.size(), threads);
 #pragma omp parallel num_threads(threads)
@@ -69,7 +69,7 @@ struct Experts {
         }
     }
 
-    // All panels for the same rows one after the other, which a cache keeps.
+    // Tasks of the same rows follow each other, so that the rows stay in a cache.
     static void add_tasks(std::vector<Task>& tasks, long expert, long first, long rows, long count, long step) {
         for (long row = 0; row < rows; row += BLOCK_ROWS)
             for (long panel = 0; panel < count; panel += step)
@@ -77,7 +77,7 @@ struct Experts {
                                  std::min(step, count - panel)});
     }
 
-    // Calls f with a task for each few panels whose outputs are computed before they are used.
+    // Splits a task into parts of `panels_at_once` panels and calls f with each.
     template <class F>
     static void parts(Task task, F f) {
         for (long end = task.panel + task.panels; task.panel < end; task.panel += task.panels) {
@@ -86,8 +86,9 @@ struct Experts {
         }
     }
 
-    // The task's part of a product of its expert, whose matrix has so many outputs, with its rows, which begin at `from`;
-    // rows of sums are `task.panels` long. Calls done(row of sums, row of the task, first column, columns) for what is there.
+    // The product of a task's rows, which begin at `from`, with its panels of an expert's matrix of `outputs` outputs.
+    // A row of `sums` has `task.panels` panels. Calls done(row of sums, row of the task, first column, columns) when
+    // columns of a row are complete.
     template <class F>
     void product(const Task& task, const Input<W>* from, const W* w, const float* scales, long outputs, long depth,
                  float* sums, F done) const {
@@ -108,7 +109,7 @@ struct Experts {
         alignas(LINE) float gates[BLOCK_SUMS], values[BLOCK_SUMS];
         long depth = padded<W>(inner), ldx = stride<W>(inner);
         product(task, input, fc1, scales1, inner, padded<W>(dim), gates, [](float*, long, long, long) {});
-        product(task, input, fc2, scales2, inner, padded<W>(dim), values, [&](float* value, long i, long first, long cols) {
+        auto store_hidden = [&](float* value, long i, long first, long cols) {
             float* gate = gates + i * task.panels * PANEL + first;
             long at = task.panel * PANEL + first, some = std::min(cols, depth - at), j = 0;
             Input<W>* to = hidden + (task.pair + i) * ldx + at;
@@ -118,16 +119,17 @@ struct Experts {
                 store_rounded<T>(value + j, product());
                 convert_row(value + j, to + j, some - j);
             }
-        });
+        };
+        product(task, input, fc2, scales2, inner, padded<W>(dim), values, store_hidden);
     }
 
     void project(const Task& task, const Input<W>* hidden, T* out) const {
         alignas(LINE) float sums[BLOCK_SUMS];
-        product(task, hidden + task.pair * stride<W>(inner), fc3, scales3, dim, padded<W>(inner), sums, [&](float* sum, long i, long first, long cols) {
+        auto store_outputs = [&](float* sum, long i, long first, long cols) {
             long at = task.panel * PANEL + first, place = (task.pair + i) * dim + at, some = std::min(cols, dim - at);
-            if (!weights) return convert_row(sum, y + place, some);
-            convert_row(sum, out + place, some);
-        });
+            convert_row(sum, (weights ? out : y) + place, some);
+        };
+        product(task, hidden + task.pair * stride<W>(inner), fc3, scales3, dim, padded<W>(inner), sums, store_outputs);
     }
 
     void add_up(long row, const long* place, const T* out) const {

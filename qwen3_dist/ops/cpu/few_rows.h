@@ -1,21 +1,21 @@
-// Attention's products for a few queries, with keys and values where they lie in the cache. Reading them is what takes
-// the time, so each step asks memory for what the next will read: `ahead` bytes from what this one reads.
+// Products of attention for few queries, with keys and values read in place from the KV cache. Memory limits them, so
+// each step prefetches what a later step reads, `ahead` bytes further on.
 #pragma once
 
 #include "linear.h"
 
-// Asks for what lies `ahead` bytes from the `count` values at p. Inlined, since GCC 12 leaves out calls of a function
-// that does nothing but prefetch.
+// Prefetches what is `ahead` bytes after the `count` values at p. Always inlined, since GCC 12 drops calls of a
+// function that only prefetches.
 template <class T>
-[[gnu::always_inline]] inline void ask(const T* p, long count, long ahead) {
+[[gnu::always_inline]] inline void prefetch(const T* p, long count, long ahead) {
     for (long i = 0; i < count; i += LINE / sizeof(T)) __builtin_prefetch((const char*)(p + i) + ahead, 0, 2);
 }
 
-// sum + a * b for each lane, which holds a float of a or a pair of bf16 of both.
+// sum + a * b in each lane, where a lane is a float, or a pair of bf16 whose products are added.
 template <class T>
-inline Vec multiplied(Vec sum, const float* a, const T* b) { return sum + load(a) * load(b); }
+inline Vec multiply_add(Vec sum, const float* a, const T* b) { return sum + load(a) * load(b); }
 #ifdef __AVX512BF16__
-inline Vec multiplied(Vec sum, const bf16* a, const bf16* b) {
+inline Vec multiply_add(Vec sum, const bf16* a, const bf16* b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
 }
 #endif
@@ -32,10 +32,10 @@ inline void score_rows(const P* queries, long ldq, const T* keys, long ldk, long
     long k = 0;
     for (; k + STEP <= dim; k += STEP)
         for (int j = 0; j < KEYS; j++) {
-            ask(rows[j] + k, STEP, ahead);
+            prefetch(rows[j] + k, STEP, ahead);
             for (int r = 0; r < R; r++) {
                 Vec& sum = acc[r * KEYS + j];
-                sum = multiplied(sum, queries + r * ldq + k, rows[j] + k);
+                sum = multiply_add(sum, queries + r * ldq + k, rows[j] + k);
             }
         }
     Vec found = sums(acc);
@@ -47,7 +47,7 @@ inline void score_rows(const P* queries, long ldq, const T* keys, long ldk, long
         }
 }
 
-// The same for any number of rows and of n keys.
+// scores[r][j] = queries[r] . keys[j] for any number of rows and n keys.
 template <class P, class T>
 inline void score_all(const P* queries, long ldq, long rows, const T* keys, long ldk, long n, long dim, long ahead,
                       float* scores, long lds) {
@@ -72,7 +72,7 @@ inline void add_rows(const float* by, long ldby, const T* rows, long ld, long n,
         }
         for (long j = 0; j < n; j++) {
             const T* row = rows + j * ld + i;
-            ask(row, 2 * LANES, ahead);
+            prefetch(row, 2 * LANES, ahead);
             Vec left = load(row), right = load(row + LANES);
             for (int m = 0; m < M; m++) low[m] += left * by[m * ldby + j], high[m] += right * by[m * ldby + j];
         }
@@ -85,7 +85,7 @@ inline void add_rows(const float* by, long ldby, const T* rows, long ld, long n,
         }
 }
 
-// The same for at most M rows, with each of which it reads `rows` once.
+// `add_rows` for `count` <= M rows of `sum`, which reads `rows` once.
 template <int M, class T>
 inline void add_all(long count, const float* by, long ldby, const T* rows, long ld, long n, long dim, long ahead,
                     const float* shrink, float* sum, long lds) {

@@ -1,4 +1,4 @@
-"""The CPU kernels as functions of tensors, which are contiguous, on the CPU, and of one dtype.
+"""The CPU kernels as functions of tensors. All tensors are contiguous, on the CPU, and of one dtype.
 
 Legend: T tokens or rows, D emb_dim, H heads, G KV groups, d head_dim, K choices, E experts, I columns.
 """
@@ -32,11 +32,11 @@ _SIGNATURES = {
     "experts": "pppppppppppiiiiii",
     "attention": "ppppppppiiiiiiifi",
     "norm": "pppiifi",
-    "largest": "ppiiii",
-    "likeliest": "ppiiii",
+    "block_max": "ppiiii",
+    "argmax": "ppiiii",
     "rotate": "ppppppppppiiiifi",
 }
-# Those that take int8 weights too.
+# Functions that exist for int8 weights too.
 _PRODUCTS = (
     "pack",
     "padded",
@@ -47,12 +47,12 @@ _PRODUCTS = (
     "experts_kernel",
     "blocks",
 )
-_RETURNING = ("padded", "blocks")  # an integer
+_RETURNING = ("padded", "blocks")  # functions that return an integer
 _KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_long, "f": ctypes.c_double}
 
 
 class Kernels:
-    """The compiled functions for one dtype; they run on as many threads as torch does. Weights are packed."""
+    """The compiled functions for one dtype. They use torch's number of threads. Weights are packed (`pack`)."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         loaded = ctypes.CDLL(str(path))
@@ -67,20 +67,20 @@ class Kernels:
         self.panel: int = loaded.panel_outputs()
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[N, D] or [E, N, D] as products read it: each matrix [N / panel, D, panel], zeros at its ends; see
-        `cpu/linear.h`."""
+        """Packs a weight [N, D] or [E, N, D] for products: each matrix becomes [ceil(N / panel), D, panel], padded
+        with zeros; see `cpu/linear.h`."""
         suffix = "_int8" if weight.dtype == torch.int8 else ""
         outputs, inner = weight.shape[-2:]
         sizes = (-(-outputs // self.panel), self._functions[f"padded{suffix}"](inner), self.panel)
         stack = weight if weight.dim() == 3 else weight[None]
         shape = (len(stack), *sizes)
-        packed = zeros(shape, weight.dtype, weight.device)  # in huge pages, which are read faster
+        packed = zeros(shape, weight.dtype, weight.device)  # huge pages, which are faster to read
         for matrix, place in zip(stack, packed, strict=True):
             self.run(f"pack{suffix}", matrix.contiguous(), place, outputs, inner)
         return packed if weight.dim() == 3 else packed[0]
 
     def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:
-        """Rows `ids` [T] int64 of the matrix [N, inner] that was packed -> [T, inner]."""
+        """Rows `ids` [T] int64 of a packed matrix [N, inner] -> [T, inner]."""
         out = packed.new_empty(len(ids), inner)
         self.run("packed_rows", packed, ids, out, len(ids), inner)
         return out
@@ -110,8 +110,8 @@ class Kernels:
         routing: Tensor,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Sum over a row's choices of routing * expert(x): x [T, D], packed stacks, ids int64 and routing fp32 [T, K]
-        -> [T, D]. An id of -1 is no choice. How often each expert was chosen is added to `counts` [E] int64."""
+        """Sum over the K choices of routing * expert(x) -> [T, D]. x [T, D]; `weights` packed; ids int64 [T, K], -1
+        for no expert; routing fp32 [T, K]. Adds the number of rows of each expert to `counts` [E] int64."""
         out = torch.empty_like(x)
         sizes = (*ids.shape, len(weights.stacks[0]), x.shape[1], weights.columns)
         name = "experts" if weights.scales is None else "experts_int8"
@@ -132,8 +132,8 @@ class Kernels:
     ) -> Tensor:
         """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
 
-        Sequence s has rows `starts[s]` to `starts[s + 1]` of q, `context_lens[s]` tokens with these, and its blocks
-        in row `table_rows[s]` of `tables` int32 [rows, B]; the others are int64.
+        Sequence s has rows `starts[s]` to `starts[s + 1]` of q, `context_lens[s]` tokens including these, and its
+        blocks in row `table_rows[s]` of `tables` int32 [rows, B]. The other index tensors are int64.
         """
         out = torch.empty_like(q)
         _, heads, dim = q.shape
@@ -151,20 +151,19 @@ class Kernels:
         self.run("norm", x, scale, out, x.numel() // dim, dim, eps)
         return out
 
-    def largest(self, x: Tensor, width: int) -> Tensor:
-        """The largest of each `width` numbers of a row, x [T, N] -> fp32 [T, ceil(N / width)]."""
+    def block_max(self, x: Tensor, width: int) -> Tensor:
+        """The maximum of each run of `width` numbers of a row, x [T, N] -> fp32 [T, ceil(N / width)]."""
         rows, columns = x.shape
         out = x.new_empty(rows, -(-columns // width), dtype=torch.float32)
-        self.run("largest", x, out, rows, columns, width)
+        self.run("block_max", x, out, rows, columns, width)
         return out
 
-    def likeliest(self, x: Tensor) -> Tensor:
-        """Where the largest number of each row of x [T, N] lies, of equals the first -> int64 [T]. Rows themselves
-        are contiguous."""
+    def argmax(self, x: Tensor) -> Tensor:
+        """The argmax of each row of x [T, N], the first of equal ones -> int64 [T]. Rows are contiguous."""
         rows, columns = x.shape
         assert x.stride(1) == 1
         out = x.new_empty(rows, dtype=torch.int64)
-        self.run("likeliest", x.data_ptr(), out, rows, columns, x.stride(0))
+        self.run("argmax", x.data_ptr(), out, rows, columns, x.stride(0))
         return out
 
     def rotate(
@@ -180,8 +179,8 @@ class Kernels:
         slots: Tensor,
         eps: float,
     ) -> Tensor:
-        """Norms (by the `scales` of q and k) and rotates q [T, H, d] in place and k [T, G, d] into its `slots`
-        [T] of the cache; v [T, G, d] goes there too. cos and sin hold d numbers for each token. Returns q."""
+        """Applies RMSNorm (`scales` of q and k, None for no norm) and RoPE to q [T, H, d], in place, and to k [T, G,
+        d]. Writes k and v [T, G, d] to their `slots` [T] of the cache. cos and sin are [T, 1, d]. Returns q."""
         q_scale, k_scale = scales or (None, None)
         (tokens, heads, dim), groups = q.shape, k.shape[1]
         tensors = (q, k, v, keys, values, q_scale, k_scale, cos, sin, slots)
@@ -189,7 +188,8 @@ class Kernels:
         return q
 
     def run(self, name: str, *values: Tensor | float | None) -> Any:
-        """Calls function `name` with its arguments but the last, the number of threads; gives what it returns."""
+        """Calls function `name` with these arguments and the number of threads, which is its last argument. Returns
+        its result."""
         arguments: list[float | None] = []
         for value in values:
             if isinstance(value, Tensor):
@@ -202,6 +202,6 @@ class Kernels:
 
 @functools.cache
 def load_kernels(dtype: torch.dtype) -> Kernels | None:
-    """The kernels for activations of `dtype`; None where none were built, and for other dtypes."""
+    """The kernels for activations of `dtype`; None if they could not be built or do not support the dtype."""
     path = library() if dtype in _DTYPES else None
     return Kernels(path, dtype) if path is not None else None

@@ -1,10 +1,10 @@
-// Products with packed weights: panels of PANEL outputs, each with its inputs one after the other, so that a
-// product reads its weights in the order in which they lie.
+// Products with packed weights. Weights are packed in panels of PANEL outputs, so that a product reads them
+// sequentially:
 //
 //   multiplied as fp32   [outputs / PANEL][inputs][PANEL]
-//   multiplied as bf16   [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output side by side in a word
+//   multiplied as bf16   [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output in one word
 //
-// What is missing to whole panels, pairs and tiles of the matrix unit is zeros.
+// Outputs and inputs are padded with zeros to whole panels, pairs and tiles of the matrix unit.
 #pragma once
 
 #include <omp.h>
@@ -18,19 +18,19 @@
 #include "narrow_weights.h"
 #include "simd.h"
 
-constexpr long PANEL = 2 * LANES;                    // outputs that a register tile holds
-constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;      // rows that it holds
+constexpr long PANEL = 2 * LANES;                    // outputs of a register tile
+constexpr int TILE_ROWS = LANES == 16 ? 12 : 6;      // rows of a register tile
 constexpr long BLOCK_PANELS = 4;                     // panels of a task
 constexpr long BLOCK_COLS = BLOCK_PANELS * PANEL;
 constexpr long BLOCK_ROWS = 256;                     // rows of a task
-constexpr long BLOCK_SUMS = BLOCK_ROWS * PANEL;      // outputs that are computed before they are used
+constexpr long BLOCK_SUMS = BLOCK_ROWS * PANEL;      // outputs that are computed before they are used further
 
-// How products with weights W take their inputs.
+// The input type of products with weights W.
 template <class W>
 using Input = std::conditional_t<MULTIPLIES_BF16 && std::is_same_v<Wide<W>, bf16>, bf16, float>;
 
 template <class W>
-constexpr long PAIR = std::is_same_v<Wide<W>, bf16> ? 2 : 1;  // inputs side by side
+constexpr long PAIR = std::is_same_v<Wide<W>, bf16> ? 2 : 1;  // inputs of an output in one word
 
 template <class W>
 constexpr long DEPTH_STEP = std::is_same_v<Wide<W>, bf16> ? TILE_INPUTS : 1;
@@ -38,22 +38,27 @@ constexpr long DEPTH_STEP = std::is_same_v<Wide<W>, bf16> ? TILE_INPUTS : 1;
 template <class W>
 inline long padded(long inner) { return (inner + DEPTH_STEP<W> - 1) / DEPTH_STEP<W> * DEPTH_STEP<W>; }
 
-// From one row of inputs to the next: not by a power of two, whose rows would share a few lines of the cache.
+// Distance between rows of inputs. Not a power of two: then all rows would share a few sets of the cache.
 template <class W>
 inline long stride(long depth) { return padded<W>(depth) + (std::is_same_v<Input<W>, bf16> ? TILE_INPUTS : 0); }
 
 inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 
-// Buffers that each thread keeps, since fresh memory costs as much as what happens in it.
-enum Buffer { ROW, QUERIES, SUMS, SCORES, ADDED, WEIGHTS, LAID, LAID_VALUES, SEEN, POSITIONS, CHUNKED, INPUTS, HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, BUFFERS };
+// Buffers of each thread. They are kept, since allocating memory takes as long as the work on it.
+enum Buffer {
+    ROW, QUERIES, SUMS, SCORES, QUERY_COLUMNS, WEIGHTS, PACKED_KEYS, PACKED_VALUES, SEEN, POSITIONS, CHUNKED, INPUTS,
+    HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, BUFFERS
+};
 
-constexpr size_t LINE = 64;  // bytes; what begins elsewhere takes the matrix unit twice as long to load
-constexpr long AHEAD = 8192;  // bytes, from weights that are used to those asked for
-constexpr int ASKING_ROWS = 3;  // for which weights are asked for; for fewer the CPU asks soon enough by itself
-// Rows that the CPU multiplies faster than memory gives weights, but not in one tile, take so few inputs at a time that
-// what is asked for during the first tile arrives during the others.
+constexpr size_t LINE = 64;  // bytes of a cache line; unaligned tiles take the matrix unit twice as long to load
+constexpr long PREFETCH_BYTES = 8192;  // bytes between weights in use and weights that are prefetched
+// from this number of rows on, weights are prefetched; else the hardware prefetcher is enough
+constexpr int PREFETCH_ROWS = 3;
+// Up to WAITING_ROWS rows, memory limits a product. If they take several tiles, these do few inputs at a time, so that
+// weights that the first tile prefetches arrive during the others.
 constexpr long WAITING_ROWS = 20, WAITING_INPUTS = 128;
-constexpr long WIDENED_AFTER = 3 * TILE_ROWS;  // rows to which narrow weights become wide in registers, for each tile anew
+// up to this number of rows, each tile widens narrow weights in registers
+constexpr long WIDENED_AFTER = 3 * TILE_ROWS;
 
 template <class T = float>
 inline T* scratch(Buffer which, size_t count) {
@@ -63,15 +68,15 @@ inline T* scratch(Buffer which, size_t count) {
     return reinterpret_cast<T*>((address + LINE - 1) / LINE * LINE);
 }
 
-// Tasks that threads share: each does those of its own part in turn, since memory is quickest where what is read lies
-// in a row, and then those that others have not come to.
+// Divides tasks among threads: each thread does its own consecutive tasks, which read memory sequentially, and then
+// tasks that other threads have not started.
 class SharedTasks {
 public:
     SharedTasks(long count, int threads) : count(count), next(threads) {
         for (int t = 0; t < threads; t++) next[t] = begin(t);
     }
 
-    // Does tasks until none is left, in each of the threads.
+    // Runs tasks until none is left. Every thread calls it.
     template <class F>
     void run(F f) {
         int threads = int(next.size()), me = omp_get_thread_num();
@@ -101,7 +106,7 @@ void pack(const W* w, W* out, long outputs, long inner, int threads) {
             }
 }
 
-// out [count, inner] = rows `ids` of the matrix that was packed.
+// out [count, inner] = rows `ids` of a packed matrix.
 template <class W>
 void packed_rows(const W* packed, const long* ids, W* out, long count, long inner, int threads) {
     long depth = padded<W>(inner);
@@ -113,7 +118,7 @@ void packed_rows(const W* packed, const long* ids, W* out, long count, long inne
     }
 }
 
-// acc[m][h] += the products of PAIR inputs x[m] with half a panel of weights each.
+// acc[m][h] += PAIR inputs of x[m] times their weights of half panel h.
 template <int M, class W>
 inline void multiply(Vec (&acc)[M][2], const float* x, long ldx, const W* w, long k) {
     Vec low = load(w + k * PANEL), high = load(w + k * PANEL + LANES);
@@ -137,23 +142,23 @@ inline void multiply(Vec (&acc)[M][2], const bf16* x, long ldx, const W* w, long
 }
 #endif
 
-// out[m][n] = x[m] . w[n] for M rows and a panel, or += if it ADDS. Weights are asked for ahead of their turn: for
-// several rows the CPU would wait for memory first and multiply then. Not inlined, since what surrounds it takes registers.
+// out[m][n] = x[m] . w[n] for M rows and a panel, or += if it ADDS. Prefetches weights, since for several rows the CPU
+// would wait for memory and multiply only then. Not inlined, so that it has all registers.
 template <int M, bool ADDS, class W>
 [[gnu::noinline]] void tile(const Input<W>* x, long ldx, const W* w, long depth, float* out, long ldo) {
     Vec acc[M][2] = {};
     for (int m = 0; ADDS && m < M; m++)
         for (int h = 0; h < 2; h++) acc[m][h] = load(out + m * ldo + h * LANES);
     for (long k = 0; k < depth; k += PAIR<W>) {
-        for (size_t at = 0; M >= ASKING_ROWS && at < PANEL * PAIR<W> * sizeof(W); at += LINE)
-            __builtin_prefetch((const char*)(w + k * PANEL) + AHEAD + at, 0, 2);
+        for (size_t at = 0; M >= PREFETCH_ROWS && at < PANEL * PAIR<W> * sizeof(W); at += LINE)
+            __builtin_prefetch((const char*)(w + k * PANEL) + PREFETCH_BYTES + at, 0, 2);
         multiply<M>(acc, x, ldx, w, k);
     }
     for (int m = 0; m < M; m++)
         for (int h = 0; h < 2; h++) store(out + m * ldo + h * LANES, acc[m][h]);
 }
 
-// The same for up to TILE_ROWS rows and `count` panels, one after the other: memory is quickest for what lies in a row.
+// `tile` for up to TILE_ROWS rows and `count` panels, one after the other, so that weights are read sequentially.
 template <class W, bool ADDS, int M = TILE_ROWS>
 inline void tile_of(long rows, const Input<W>* x, long ldx, const W* w, long count, long depth, float* out, long ldo) {
     if constexpr (M > 1)
@@ -171,9 +176,9 @@ inline bool uses_matrix_unit(long rows) {
 #endif
 }
 
-// out[m][n] = x[m] . w[n], or += if it ADDS, for some rows and panels, in tiles of about the same size:
-// a last one of a few rows would cost almost as much as a whole one. Calls done(p, count, m, n) when the outputs of
-// `count` panels from p on are there for rows [m, m + n): what uses them then reads a cache and waits for no other rows.
+// out[m][n] = x[m] . w[n], or += if it ADDS, for some rows and panels. Tiles have about the same size, since a last
+// tile of few rows would cost almost as much as a full one. Calls done(p, count, m, n) as soon as the outputs of
+// `count` panels from p on are complete for rows [m, m + n), while they are in a cache.
 template <class W, bool ADDS = false, class F = decltype(ignore)>
 inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out,
                           long ldo, F done = ignore) {
@@ -206,12 +211,12 @@ inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, lo
             }
 }
 
-// How many panels' outputs are computed before they are used: one's of many rows, for which the first cache has room.
+// The number of panels whose outputs are computed before they are used further, so that they fit the L1 cache.
 inline long panels_at_once(long rows) { return rows * BLOCK_COLS <= BLOCK_SUMS ? BLOCK_PANELS : 1; }
 
-// One row of inputs as products take it, filled up with zeros.
+// Converts a row to the input type of products and pads it with zeros.
 template <class T, class I>
-inline void put_row(const T* x, I* out, long inner, long depth) {
+inline void convert_input(const T* x, I* out, long inner, long depth) {
     convert_row(x, out, inner);
     std::fill(out + inner, out + depth, I{});
 }
@@ -239,7 +244,7 @@ struct Product {
         }
     }
 
-    // A row of sums becomes outputs from `at` on.
+    // Scales, biases and stores a row of sums as the outputs from `at` on.
     void finish(float* row, long m, long at, long cols) const {
         cols = std::min(cols, n - at);
         for (long j = 0; scales && j < cols; j++) row[j] *= scales[at + j];
@@ -248,9 +253,9 @@ struct Product {
     }
 };
 
-// Up to three products of the same inputs in one go: lay(m, to) puts down those of row m as `put_row` does.
+// Up to three products with the same inputs. write_input(m, to) writes the inputs of row m as `convert_input` does.
 template <class T, class W, class F>
-void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
+void linear_of(F write_input, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
     long depth = padded<W>(inner), ldx = stride<W>(inner);
     Input<W>* input = scratch<Input<W>>(INPUTS, m_end * ldx);
     struct Task {
@@ -258,7 +263,8 @@ void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, lo
         long m, rows, panel, count;
     };
     std::vector<Task> tasks;
-    for (long m = 0; m < m_end; m += BLOCK_ROWS)  // one after the other for the same rows, which a cache keeps
+    // tasks of the same rows follow each other, so that the rows stay in a cache
+    for (long m = 0; m < m_end; m += BLOCK_ROWS)
         for (const auto& product : products)
             for (long p = 0; p < panels(product.n); p += BLOCK_PANELS)
                 tasks.push_back({&product, m, std::min(BLOCK_ROWS, m_end - m), p,
@@ -267,7 +273,7 @@ void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, lo
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (long m = 0; m < m_end; m++) lay(m, input + m * ldx);
+        for (long m = 0; m < m_end; m++) write_input(m, input + m * ldx);
         shared.run([&](long t) {
             auto [product, m, rows, panel, count] = tasks[t];
             product->block(input, m, rows, depth, panel, count);
@@ -277,6 +283,6 @@ void linear_of(F lay, const std::vector<Product<T, W>>& products, long m_end, lo
 
 template <class T, class W>
 void linear(const T* x, const std::vector<Product<T, W>>& products, long m_end, long inner, int threads) {
-    auto lay = [&](long m, Input<W>* to) { put_row(x + m * inner, to, inner, padded<W>(inner)); };
-    linear_of<T, W>(lay, products, m_end, inner, threads);
+    auto write_input = [&](long m, Input<W>* to) { convert_input(x + m * inner, to, inner, padded<W>(inner)); };
+    linear_of<T, W>(write_input, products, m_end, inner, threads);
 }

@@ -1,4 +1,4 @@
-"""The operations of a CPU rank by the C++ kernels, on weights that are packed as these read them."""
+"""The operations of a CPU rank: C++ kernels on packed weights."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from qwen3_dist.ops.torch_ops import cpu_threads
 
 @dataclass(frozen=True)
 class PackedLinear(LinearWeights):
-    """Weights in panels, see `cpu/linear.h`; all parts are int8 or none."""
+    """Weights packed in panels (`cpu/linear.h`). Either all parts are int8 or none."""
 
     inner: int  # D
 
 
 @dataclass(frozen=True)
 class PackedExperts(ExpertWeights):
-    """Stacks of matrices in panels, [e, ceil(N / panel), D, panel]."""
+    """Stacks of packed matrices, [e, ceil(N / panel), D, panel]."""
 
 
 class CpuOps(RowKernelOps):
-    """Torch does what weights that are not packed, and norms with options, ask for."""
+    """Uses C++ kernels for packed weights and plain norms, and torch for the rest."""
 
     _kernels: Kernels
 
     def __init__(self, kernels: Kernels, of_fp32: Kernels) -> None:
-        """`kernels` are those of the activations' dtype; adjusted logits are fp32."""
+        """`kernels` are for the activations' dtype, `of_fp32` for fp32 logits."""
         super().__init__()
         self._kernels = kernels
         self._of_fp32 = of_fp32
@@ -93,10 +93,10 @@ class CpuOps(RowKernelOps):
         return self._kernels.experts(x, weights, ids, routing, counts[1:])
 
     def greedy(self, logits: Tensor) -> Tensor:
-        return self._kernels_for(logits).likeliest(logits)
+        return self._kernels_for(logits).argmax(logits)
 
     def _largest_of_blocks(self, logits: Tensor) -> Tensor:
-        return self._kernels_for(logits).largest(logits.contiguous(), WIDTH)
+        return self._kernels_for(logits).block_max(logits.contiguous(), WIDTH)
 
     def _kernels_for(self, logits: Tensor) -> Kernels:
         return self._of_fp32 if logits.dtype == torch.float32 else self._kernels

@@ -1,5 +1,4 @@
-// What happens to each token by itself: norms and rotary embedding. Rounding is to T
-// where the torch form rounds.
+// Operations on single tokens: norms, RoPE, maxima. They round to T in the same places as the plain torch operations.
 #pragma once
 
 #include "linear.h"
@@ -46,9 +45,9 @@ inline float largest(const T* x, long count) {
     return highest;
 }
 
-// out [rows, ceil(columns / width)]: the largest of each `width` numbers of a row of x.
+// out [rows, ceil(columns / width)]: the maximum of each run of `width` numbers of a row of x.
 template <class T>
-void largest(const T* x, float* out, long rows, long columns, long width, int threads) {
+void block_max(const T* x, float* out, long rows, long columns, long width, int threads) {
     long blocks = (columns + width - 1) / width;
 #pragma omp parallel for num_threads(threads)
     for (long b = 0; b < rows * blocks; b++) {
@@ -57,9 +56,9 @@ void largest(const T* x, float* out, long rows, long columns, long width, int th
     }
 }
 
-// out [rows]: where the largest number of a row of x lies, of equals the first. Rows begin `stride` apart.
+// out [rows]: the argmax of each row of x, the first of equal ones. Rows are `stride` apart.
 template <class T>
-void likeliest(const T* x, long* out, long rows, long columns, long stride, int threads) {
+void argmax(const T* x, long* out, long rows, long columns, long stride, int threads) {
     constexpr long PART = 4096;
     long parts = (columns + PART - 1) / PART;
     std::vector<float> most(rows * parts);
@@ -80,16 +79,16 @@ void likeliest(const T* x, long* out, long rows, long columns, long stride, int 
     }
 }
 
-// One row's norm as the inputs of a product.
+// The norm of a row, in the input type of products.
 template <class T, class I>
 inline void norm_input(const T* x, const T* scale, I* to, long dim, long depth, float eps) {
     float* wide = scratch(ROW, dim);
     norm_row(x, scale, wide, dim, eps);
-    put_row(wide, to, dim, depth);
+    convert_input(wide, to, dim, depth);
 }
 
-// q and k of each token: norm per head (unless the scale is null) and rotation by cos, sin [T, d]; k and v
-// go to their slots of the cache, q back to where it was.
+// Norm per head (unless the scale is null) and RoPE by cos and sin [T, d] of q and k. q is changed in place, k and v
+// are written to their slots of the KV cache.
 template <class T>
 struct Rotation {
     T *q, *keys, *values;

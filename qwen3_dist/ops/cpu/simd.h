@@ -1,4 +1,4 @@
-// Vectors of floats as the compiler's own type, so that one source serves AVX2, AVX-512 and others.
+// Vectors of floats in the compiler's vector type, so that the same source compiles for AVX2, AVX-512 and others.
 #pragma once
 
 #include <cmath>
@@ -58,7 +58,7 @@ inline float rounded(float x) {
     return widen(out);
 }
 
-// By name what GCC 12 would make several instructions of.
+// Intrinsics for conversions that GCC 12 compiles to several instructions.
 inline Words widened(Halves x) {
 #if defined(__AVX512F__)
     return (Words)_mm512_cvtepu16_epi32((__m256i)x);
@@ -113,7 +113,7 @@ inline void store_rounded(I* p, Vec x) {
         store(p, rounded<T>(x));
 }
 
-// Of every 2S lanes, the upper S of a change places with the lower S of b.
+// Swaps the upper S of every 2S lanes of a with the lower S of b.
 template <int S, class V, int... L>
 inline void swap_lanes(V& a, V& b, std::integer_sequence<int, L...>) {
     V low = __builtin_shufflevector(a, b, (L & S ? LANES + L - S : L)...);
@@ -121,7 +121,7 @@ inline void swap_lanes(V& a, V& b, std::integer_sequence<int, L...>) {
     a = low;
 }
 
-// For each of LANES vectors, in their order, what `join` makes of its lanes, pair by pair.
+// Reduces the lanes of each of LANES vectors by `join`. Lane i of the result is for vector i.
 template <int S = LANES / 2, class F>
 inline Vec joined(Vec (&x)[LANES], F join) {
     for (int i = 0; i < S; i++) {
@@ -173,8 +173,8 @@ inline float largest(Vec x) {
         return largest<WIDTH / 2>(larger(x, rotated<WIDTH / 2>(x, std::make_integer_sequence<int, LANES>())));
 }
 
-// exp within 4e-7 of itself for -87 < x < 88, the smallest normal number below: 2^n by the exponent's bits, the rest
-// by the polynomial whose greatest relative error over half an octave to each side is the least, 1e-7, with exp(0) = 1.
+// exp(x) with a relative error below 4e-7 for -87 < x < 88, and exp(-87) below that: 2^n by the bits of the exponent,
+// the rest by the minimax polynomial of relative error 1e-7 over half an octave to each side, with exp(0) = 1.
 inline Vec exp(Vec x) {
     x = larger(x, Vec{} - 87.0f);
     Vec n = nearest_whole(x * 1.44269504f), r = x - n * 0.693147181f;
@@ -182,7 +182,7 @@ inline Vec exp(Vec x) {
     return times_power_of_two(power, n);
 }
 
-// x * sigmoid(x), each step rounded to T as torch rounds it.
+// x * sigmoid(x), rounded to T.
 template <class T>
 inline Vec silu(Vec x) { return rounded<T>(x / (exp(smaller(-x, Vec{} + 88.0f)) + 1)); }
 

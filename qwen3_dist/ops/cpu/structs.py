@@ -1,4 +1,4 @@
-"""The C++ kernels' structures, member by member as in their headers. `check_sizes` compares the sizes of both sides.
+"""The structures of the C++ kernels, with the same members as in the headers. `check_sizes` compares the sizes.
 
 Pointers are addresses of tensors, which must stay where they are; 0 is null.
 """
@@ -83,7 +83,7 @@ class ExpertsKernel(ctypes.Structure):
         ("gate", _POINTER),
         ("weights", _POINTER * 3),
         ("scales", _POINTER * 3),
-        ("here", _POINTER),
+        ("places", _POINTER),
         ("counts", _POINTER),
         ("tables", _LONG),
         ("experts", _LONG),
@@ -134,19 +134,19 @@ _ALL = (Group, AttentionMetadata, AttentionKernel, FeedForwardKernel, ExpertsKer
 
 
 def check_sizes(loaded: ctypes.CDLL) -> None:
-    """Raises AssertionError where a structure of the library has another size than here."""
+    """Asserts that each structure has the same size in the library as here."""
     for structure in _ALL:
         theirs, ours = getattr(loaded, f"size_of_{structure.__name__}")(), ctypes.sizeof(structure)
         assert theirs == ours, f"{structure.__name__} has {theirs} bytes in C++ and {ours} in Python"
 
 
 def address(value: Tensor | ctypes.Structure | ctypes.Array | None) -> int:  # type: ignore[type-arg]
-    """Where it lies; 0 for None."""
+    """The address of a tensor's data or of a structure; 0 for None."""
     if value is None:
         return 0
     return value.data_ptr() if isinstance(value, Tensor) else ctypes.addressof(value)
 
 
 def addresses(values: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """An array of pointers, as a member of a structure or on its own."""
+    """An array of pointers to the values."""
     return (_POINTER * len(values))(*map(address, values))

@@ -42,7 +42,7 @@ def flash(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) ->
     """FlashAttention 3 by `torch.nn.attention.varlen.varlen_attn`, once it is activated. Takes any block size."""
     from torch.nn.attention.varlen import varlen_attn
 
-    tables, lens, starts = batch.narrow
+    tables, lens, starts = batch.int32_metadata
     out = varlen_attn(
         q,
         cache.keys,
