@@ -54,7 +54,7 @@ def observe(quantize: bool) -> dict[str, list[str]]:
         moe.move(prepared)
         waits["move"] = list(watch.waits)
         assert moe.placement == placement and watch.operators["aten.index_copy_.default"] == len(
-            prepared.kept
+            prepared.converted
         )
     return waits
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention, split by heads over the tp ranks.
+"""Grouped-query attention, with heads split over the tp ranks.
 
 Legend: T tokens, D emb_dim, H this rank's heads, G this rank's KV groups, d head_dim.
 """
@@ -15,12 +15,12 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 
 
 def kv_groups_per_rank(n_kv_groups: int, tp: int) -> int:
-    """KV groups a rank holds; where tp exceeds them each group is replicated on tp / n_kv_groups ranks."""
+    """KV groups of a rank. If tp is larger than n_kv_groups, each group is replicated on tp / n_kv_groups ranks."""
     return max(1, n_kv_groups // tp)
 
 
 class GroupedQueryAttention(nn.Module):
-    """This rank's heads. The output is a partial sum: adding it up over tp is the caller's part."""
+    """Attention of this rank's heads. The output is a partial sum, which the caller all-reduces over tp."""
 
     def __init__(self, config: ModelConfig, layer: int, tp: int, ops: Ops) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class GroupedQueryAttention(nn.Module):
         self.qkv = LinearGroup(ops, self.W_query, self.W_key, self.W_value)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
-        """x [T, D] -> [T, D], this rank's share of the sum."""
+        """x [T, D] -> partial sum [T, D]."""
         q, k, v = (out.unflatten(1, (-1, self.head_dim)) for out in self.qkv.products(x, batch.adapters))
         norms = (self.q_norm.weights, self.k_norm.weights) if self.q_norm and self.k_norm else None
         q = self._ops.rotate_and_store(q, k, v, norms, cos, sin, cache, batch.slots)

@@ -1,4 +1,4 @@
-"""A rank's SwiGLU experts on the rows it received.
+"""The SwiGLU experts of a rank.
 
 Legend: R rows, K experts per token, D emb_dim, I hidden columns, e experts.
 """
@@ -23,53 +23,54 @@ class Experts(nn.Module):
         self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
         self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
         self.fc3 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim))
-        # [1 + e] int64, tokens so far for each expert after those for experts elsewhere; never on meta.
+        # [1 + e] int64, rows so far for experts of other ranks, then for each expert of this rank; never on meta.
         self.all_counts = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
 
     def forward(self, received: DispatchedTokens) -> Tensor:
-        """Each row's weighted sum over those of its experts that are here -> [R, D]."""
+        """The weighted sum of each row over its experts on this rank -> [R, D]."""
         x, ids, routing = received.tokens, received.expert_ids, received.weights
         self.count_on(x.device)
         return self._ops.experts(x, self.weights, ids, routing, self.all_counts)
 
     @property
     def weights(self) -> ExpertWeights:
-        """As they were loaded, or in the form that the Ops gave them."""
+        """The weights as loaded, or after `finalize` in the layout of the Ops."""
         return self._finalized or ExpertWeights((self.fc1, self.fc2, self.fc3), self._columns)
 
     def finalize(self, int8: bool = False) -> None:
-        """Gives the weights the form that the Ops reads fastest, rounded to int8 if asked."""
+        """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
         self._finalized = self._ops.finalize_experts(self.weights, int8)
-        del self.fc1, self.fc2, self.fc3  # so that memory holds them once
+        del self.fc1, self.fc2, self.fc3  # frees the loaded weights
 
     @property
     def stays_on_device(self) -> bool:
-        """Whether a GPU computes them without asking the host, as a CUDA graph needs."""
+        """Whether a GPU computes the experts without the host, which a CUDA graph needs."""
         return self._ops.experts_stay_on_device(self.weights)
 
     def count_on(self, device: torch.device) -> None:
-        """Keeps `counts` there from now on."""
+        """Moves `counts` to `device`."""
         if self.all_counts.device != device:
             self.all_counts = self.all_counts.to(device)
 
     @property
     def counts(self) -> Tensor:
-        """[e] int64, rows that each expert has computed so far."""
+        """Rows that each expert of this rank has computed so far, [e] int64."""
         return self.all_counts[1:]
 
-    def as_kept(self, stacks: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """`stacks`, fc1 and fc2 [n, I, D] and fc3 [n, D, I] as a checkpoint has them, in the form of
-        `weights.tensors`. Changes nothing here."""
+    def convert(self, stacks: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Converts weights of n experts from the checkpoint's layout (fc1 and fc2 [n, I, D], fc3 [n, D, I]) to that of
+        `weights.tensors`. Does not change this module."""
         if self._finalized is None:
             return stacks
         int8 = self._finalized.scales is not None
         return self._ops.finalize_experts(ExpertWeights(stacks, self._columns), int8).tensors
 
-    def replace(self, places: Tensor, kept: tuple[Tensor, ...]) -> None:
-        """Puts other experts' weights, as `as_kept` made them, in these places [n]; they have computed no rows yet.
+    def replace(self, places: Tensor, converted: tuple[Tensor, ...]) -> None:
+        """Replaces the experts at the indices `places` [n] of the stacks by others, whose weights `convert` returned,
+        and sets their counts to 0.
 
-        Copies alone, of tensors on the weights' device, for which a GPU's host does not wait.
+        All tensors are on the weights' device, so the host does not wait.
         """
-        for old, new in zip(self.weights.tensors, kept, strict=True):
+        for old, new in zip(self.weights.tensors, converted, strict=True):
             old.index_copy_(0, places, new)
         self.counts.index_fill_(0, places, 0)

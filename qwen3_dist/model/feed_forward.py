@@ -1,6 +1,7 @@
-"""The dense SwiGLU feed-forward, and a mixture of such experts split over the ep and etp ranks.
+"""The dense SwiGLU feed-forward layer, and the MoE layer, whose experts are split over the ep and etp ranks.
 
-Legend: T tokens of the dp group's step, N tokens this rank owns, K experts per token, D emb_dim.
+Legend: T tokens of the dp group's step, N tokens that this rank owns, E experts, K experts per token, D emb_dim,
+I hidden columns of this rank, n rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from qwen3_dist.parallel.expert_exchange import capacity
 from qwen3_dist.parallel.send_plan import OverflowFlag
 
-# Of x [n, D], padding [n] and adapters -> [n, D]
+# A norm and the layer after it: x [n, D], padding [n] and adapters -> [n, D]
 Transform = Callable[[Tensor, Tensor | None, AdapterRows | None], Tensor]
 
 
@@ -45,27 +46,27 @@ class FeedForward(nn.Module):
         self.gate_up = LinearGroup(ops, self.fc1, self.fc2)
 
     def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None) -> Tensor:
-        """[T, D] -> [T, D], with the rows' adapters. Rows of `padding` are computed like others."""
+        """x [T, D] -> partial sum [T, D], with the adapters of the rows. `padding` is ignored."""
         gate, up = self.gate_up.products(x, adapters)
         return self.fc3(self._ops.swiglu(gate, up), adapters)
 
 
 @dataclass(frozen=True)
 class PreparedMove:
-    """A placement of experts, with the weights that come to this rank for it, on their device."""
+    """A new placement, with the weights of the n experts that this rank needs for it, on the model's device."""
 
     placement: ExpertPlacement
-    places: Tensor  # [n] int64, where they go in the rank's stack
-    leaving: Tensor  # [n] int64, the experts that are there
-    kept: tuple[Tensor, ...]  # in the form in which the rank keeps its experts
+    places: Tensor  # [n] int64, their indices in the rank's stacks
+    leaving: Tensor  # [n] int64, the experts that they replace
+    converted: tuple[Tensor, ...]  # their weights, from `Experts.convert`
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.places, self.leaving, *self.kept]
+        return [self.places, self.leaving, *self.converted]
 
 
 class MoEFeedForward(nn.Module):
-    """Routes each token to its top experts, wherever they are, and adds up their answers."""
+    """Routes each token to its top K experts on all ranks and adds up their outputs."""
 
     def __init__(
         self,
@@ -75,12 +76,12 @@ class MoEFeedForward(nn.Module):
         ops: Ops,
         overflow: OverflowFlag | None = None,
     ) -> None:
-        """`overflow` learns where rows did not fit the capacity of an exchange."""
+        """`overflow` is set if rows do not fit the capacity of an all-to-all."""
         super().__init__()
         self._ops = ops
         self.placement = placement
         self._ep_rank = parallel.ep.rank
-        # [E] int64, rows of experts from before they left this rank; never on meta.
+        # [E] int64, rows that experts had computed when they left this rank; never on meta.
         self._former_rows = torch.zeros(config.num_experts, dtype=torch.int64, device="cpu")
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
@@ -93,9 +94,9 @@ class MoEFeedForward(nn.Module):
         self._dp = parallel.dp
         self._tp_size = parallel.tp.size
         self._overlap_from = parallel.dispatch.overlap_from
-        # etp ranks exchange rows one for one, so where they are of several dp groups, which may have other
-        # numbers of tokens, all pad to the largest.
-        self._levels = parallel.tp.size % parallel.etp.size != 0
+        # etp ranks exchange equal numbers of rows. If they are in several dp groups, which may have different numbers
+        # of tokens, all pad to the largest.
+        self._pads_to_largest = parallel.tp.size % parallel.etp.size != 0
         self.gate = Linear(config.emb_dim, config.num_experts, False, ops)
         self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns, ops)
 
@@ -110,13 +111,13 @@ class MoEFeedForward(nn.Module):
         return rows
 
     def arrivals(self, placement: ExpertPlacement) -> dict[int, int]:
-        """The experts that this rank needs to follow `placement`, by their places in its stack."""
+        """The experts that this rank must read for `placement`, by their index in its stacks."""
         there = zip(self._hosted, placement.hosted[self._ep_rank], strict=True)
         return {place: new for place, (old, new) in enumerate(there) if old != new}
 
     def prepare_move(self, placement: ExpertPlacement, stacks: tuple[Tensor, Tensor, Tensor]) -> PreparedMove:
-        """What `move` needs: `stacks`, on the weights' device, are the `arrivals` as a checkpoint has them, fc1 and
-        fc2 [n, I, D] and fc3 [n, D, I]. Changes nothing here, so it may run beside a step."""
+        """Prepares `move`. `stacks`, on the weights' device, are the `arrivals` in the checkpoint's layout: fc1 and
+        fc2 [n, I, D], fc3 [n, D, I]. Does not change this module, so steps may run meanwhile."""
         places = list(self.arrivals(placement))
         leaving = [self._hosted[place] for place in places]
         device = stacks[0].device
@@ -124,34 +125,36 @@ class MoEFeedForward(nn.Module):
             placement,
             on_device(places, torch.int64, device),
             on_device(leaving, torch.int64, device),
-            self.experts.as_kept(stacks) if places else (),
+            self.experts.convert(stacks) if places else (),
         )
 
     def move(self, prepared: PreparedMove) -> None:
-        """Routes by another placement from now on. A GPU's host does not wait for it."""
-        if prepared.kept:
+        """Switches to the prepared placement and experts. The host does not wait for a GPU."""
+        if prepared.converted:
             places = prepared.places
             self.experts.count_on(places.device)
             if self._former_rows.device != places.device:
                 self._former_rows = on_device(self._former_rows, torch.int64, places.device)
             self._former_rows.index_add_(0, prepared.leaving, self.experts.counts[places])
-            self.experts.replace(places, prepared.kept)
+            self.experts.replace(places, prepared.converted)
         self.placement = prepared.placement
         self.all_to_all.place(prepared.placement)
         self.all_gather.place(prepared.placement)
 
     def gathered(self, x: Tensor, transform: Transform, batch: StepBatch) -> Tensor:
-        """The form for few tokens: x [T, D], the same on every tp rank -> a partial sum over tp.
+        """The layer by all-gather, for few tokens: x [T, D], equal on all tp ranks -> partial sum [T, D] over tp.
 
-        `transform` is the norm before this layer and its `forward`.
-        With several dp groups every rank gets the tokens of all; `batch` says how many each has.
+        `transform` is the norm before this layer and then `forward`. With several dp groups every rank gathers the
+        tokens of all groups, whose numbers are in `batch`.
         """
         if self._dp.size == 1:
             return transform(x, batch.padding, None)
         longest, groups = batch.largest_group, self._dp.size
         length = min(longest, slices.rows_of_slice(self.num_experts_per_tok, groups))
         parts = []
-        for begin in range(0, longest, length):  # all groups' tokens take dp times the memory of one's
+        for begin in range(
+            0, longest, length
+        ):  # in slices, since tokens of all groups take dp times the memory
             end, padding = min(begin + length, longest), batch.padding
             if padding is not None:
                 padding = padding.view(groups, longest)[:, begin:end].flatten()
@@ -162,8 +165,8 @@ class MoEFeedForward(nn.Module):
     def _gathered(
         self, x: Tensor, transform: Transform, length: int, rows: Tensor | None, padding: Tensor | None
     ) -> Tensor:
-        """`gathered` of some tokens of each dp group, at most `length`. `rows`, if not all groups have as many: where
-        tokens lie among all groups' [dp * length]."""
+        """`gathered` for at most `length` tokens of each dp group. `rows` are the rows of tokens among the gathered
+        [dp * length]; None if all groups have `length` tokens."""
         everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, length - len(x))))
         if rows is None:
             return self._dp.reduce_scatter(transform(everybody, padding, None))
@@ -172,19 +175,21 @@ class MoEFeedForward(nn.Module):
         return self._dp.reduce_scatter(out)[: len(x)]
 
     def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None = None) -> Tensor:
-        """What this rank's experts make of x [n, D]; rows of `padding` [n] go to none. No adapter changes experts."""
+        """x [n, D] -> the sum over this rank's experts [n, D]. Rows of `padding` [n] go to no expert. Adapters do not
+        apply to experts."""
         expert_ids, weights = self.route(x)
         if padding is not None:
             expert_ids = expert_ids.masked_fill(padding[:, None], -1)
         return self.experts(self.all_gather.select(x, expert_ids, weights))
 
     def dispatched(self, x: Tensor, own_rows: range, batch: StepBatch) -> Tensor:
-        """The form for many tokens: x [N, D] of this rank's, `own_rows` of the group's and padding after -> [N, D].
+        """The layer by all-to-all, for many tokens: this rank's tokens x [N, D] -> [N, D].
 
-        Where that gains, in two micro-batches: one's rows travel while the other's experts compute.
+        The first rows of x are the rows `own_rows` of the dp group's tokens; the others are padding. With many tokens
+        there are two micro-batches: one is sent while experts compute the other.
         """
         own, level = len(x), -(-batch.largest_group // self._tp_size)
-        if self._levels:
+        if self._pads_to_largest:
             x = F.pad(x, (0, 0, 0, level - own))
         expert_ids, weights = self.route(x)
         expert_ids[len(own_rows) :] = -1
@@ -206,5 +211,5 @@ class MoEFeedForward(nn.Module):
         return torch.cat([finish() for finish in sums])[:own]
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids int64 and weights fp32 [N, K] of each token of x [N, D]."""
+        """Expert ids int64 and weights fp32 [N, K] of the tokens x [N, D]."""
         return self._ops.route(self.gate(x), self.num_experts_per_tok, self.norm_topk_prob)

@@ -1,5 +1,5 @@
-"""What happens to a loaded model before its first step: weights take the form in which its Ops reads them, and the Ops
-puts kernels of whole sublayers and stages in the place of layers, if it has some."""
+"""Finalizes a loaded model: converts weights to the layout of its Ops, and replaces sublayers and whole stages by
+fused kernels if the Ops has them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 
 
 def finalize(model: Qwen3Model, int8: bool = False) -> None:
-    """Finishes a model whose weights are loaded; they must stay where they are from then on.
+    """Finalizes a model whose weights are loaded. Afterwards weights must keep their addresses.
 
-    `int8` rounds the weights of all products but the routers'. One is done after the other, so that memory holds
-    little more than the weights.
+    `int8` quantizes the weights of all products except the routers. Layers are converted one by one, so that memory
+    holds little more than the weights.
     """
     last = model.parallel.pipeline.is_last
     if last:
@@ -46,7 +46,8 @@ def finalize(model: Qwen3Model, int8: bool = False) -> None:
 def finalize_blocks(
     blocks: Sequence[TransformerBlock], ops: Ops, int8: bool = False, head: HeadParts | None = None
 ) -> StageKernels | None:
-    """`finalize` of some blocks, with the finished `head` that follows them. Returns kernels of all together."""
+    """Finalizes some blocks. `head` is the finalized head after them, if any. Returns fused kernels of all blocks, or
+    None."""
     for block in blocks:
         for weights in _products(block):
             weights.finalize(int8)
@@ -60,7 +61,7 @@ def finalize_blocks(
 
 
 def _products(block: TransformerBlock) -> Iterator[Products | Experts]:
-    """Those that int8 rounds."""
+    """The products of a block that int8 quantizes."""
     yield from (block.att.qkv, block.att.out_proj)
     if isinstance(block.ff, MoEFeedForward):
         yield block.ff.experts
@@ -93,7 +94,7 @@ def _parts(block: TransformerBlock) -> BlockParts:
 
 
 def _replace_sublayers(block: TransformerBlock, kernels: BlockKernels) -> None:
-    """Has the block's sublayers computed by kernels in steps that these know."""
+    """Makes the block use fused kernels in steps without adapters and padding."""
     attend, transform = block.attend, block.transform
 
     def attend_by_kernel(x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
@@ -110,7 +111,7 @@ def _replace_sublayers(block: TransformerBlock, kernels: BlockKernels) -> None:
 
 
 class WholeStage:
-    """All blocks of a stage, and the head after the last, in one call."""
+    """Runs all blocks of a stage, and the head after the last, by one fused kernel."""
 
     def __init__(self, model: Qwen3Model, kernels: StageKernels) -> None:
         self._kernels = kernels
@@ -122,11 +123,11 @@ class WholeStage:
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: list[LayerCache], batch: StepBatch
     ) -> tuple[Tensor, Tensor | None] | None:
-        """x [T, D], which may change -> hidden states [T, D] and, where the head is here, this rank's logits [L, v].
+        """x [T, D] -> hidden states [T, D] and, on the last stage, this rank's logits [L, v]. Changes x in place.
 
-        None for a step that does not go in one call."""
-        apart = self._exchanges_tokens or (self._has_experts and batch.all_to_all)
-        if apart or batch.adapters is not None or batch.padding is not None:
+        Returns None for a step that the kernel does not support: all-to-all, dp groups, adapters or padding."""
+        exchanges = self._exchanges_tokens or (self._has_experts and batch.all_to_all)
+        if exchanges or batch.adapters is not None or batch.padding is not None:
             return None
         logits = None if self._rows is None else x.new_empty(len(batch.logits_rows), self._rows)
         ran = self._tp.in_kernel(

@@ -1,4 +1,4 @@
-"""Products of the tokens of a step with weights, on their own or several of the same input."""
+"""Linear layers, alone or in groups with the same input, which an Ops computes by one call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen3_dist.ops.base import LinearWeights, Matrix, Ops
 
 
 class Products(ABC):
-    """What some layers make of the same input, by one call of an Ops."""
+    """One or more linear layers with the same input."""
 
     _ops: Ops
     _finalized: LinearWeights | None = None
@@ -23,7 +23,7 @@ class Products(ABC):
     def layers(self) -> tuple[Linear, ...]: ...
 
     def products(self, x: Tensor, adapters: AdapterRows | None = None) -> Sequence[Tensor]:
-        """What each layer makes of x [T, in_features], with the rows' adapters."""
+        """x [T, in_features] -> [T, out_features] for each layer, with the adapters of the rows."""
         outs = self._ops.linear(x, self.weights)
         if adapters is not None:
             for layer, out in zip(self.layers, outs, strict=True):
@@ -33,23 +33,23 @@ class Products(ABC):
 
     @property
     def weights(self) -> LinearWeights:
-        """As they were loaded, or in the form that the Ops gave them."""
+        """The weights as loaded, or after `finalize` in the layout of the Ops."""
         if self._finalized is not None:
             return self._finalized
         plain = (Matrix(each.weight, each.out_features, bias=each.bias) for each in self.layers)
         return LinearWeights(tuple(plain))
 
     def finalize(self, int8: bool = False) -> None:
-        """Gives the weights the form that the Ops reads fastest, rounded to int8 if asked."""
+        """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
         self._finalized = self._ops.finalize_linear(self.weights, int8)
         for layer in self.layers:
-            del layer.weight  # so that memory holds them once
+            del layer.weight  # frees the loaded weights
 
 
 class Linear(nn.Linear, Products):
     """[T, in_features] -> [T, out_features]."""
 
-    low_rank: LowRank | None = None  # what adapters add, if there are some for it
+    low_rank: LowRank | None = None  # LoRA weights; None if no adapter changes this layer
 
     def __init__(self, in_features: int, out_features: int, bias: bool, ops: Ops) -> None:
         super().__init__(in_features, out_features, bias)
@@ -64,7 +64,7 @@ class Linear(nn.Linear, Products):
 
 
 class LinearGroup(Products):
-    """At most three layers with the same input, which an Ops may make one product."""
+    """At most three layers with the same input, which an Ops may join to one product."""
 
     def __init__(self, ops: Ops, *layers: Linear) -> None:
         self._ops = ops

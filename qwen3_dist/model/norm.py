@@ -10,10 +10,10 @@ from qwen3_dist.ops.base import NormWeights, Ops
 
 
 class RMSNorm(nn.Module):
-    """Normalises the last dimension: [..., dim] -> the same shape and dtype.
+    """Normalises the last dimension: [..., dim] -> [..., dim] of the same dtype.
 
-    With `config.qwen3_compatible` the mean square is taken in fp32 and the result cast back before `scale`
-    multiplies it, as the released checkpoints were trained; without, all is done in the input's dtype.
+    With `config.qwen3_compatible` the input is normalised in fp32 and cast back before it is multiplied by `scale`, as
+    the released checkpoints were trained. Otherwise all is computed in the input's dtype.
     `config.rms_norm_shift` adds a learned bias after the scale.
     """
 

@@ -1,7 +1,7 @@
-"""The plain, unsharded Qwen3: no cache, no batch, no communication. The oracle of the sharded model.
+"""The plain, unsharded Qwen3 without cache, batch or communication: the oracle for tests of the sharded model.
 
-It follows the reference architecture line by line and shares no layer code with `model.py`, so that
-an error in one cannot hide in the other. Legend: T tokens of one sequence, D emb_dim, V vocab_size,
+It follows the reference architecture line by line and shares no layer code with `transformer.py`, so that an error in
+one does not hide in the other. Legend: T tokens of one sequence, D emb_dim, V vocab_size,
 H heads, G KV groups, d head_dim.
 """
 
@@ -138,7 +138,7 @@ class ReferenceModel(nn.Module):
 
     @torch.inference_mode()
     def generate_greedy(self, prompt: list[int], max_tokens: int) -> list[int]:
-        """The `max_tokens` likeliest next tokens, one full forward pass each."""
+        """Generates `max_tokens` tokens greedily, with a full forward pass for each."""
         ids = list(prompt)
         for _ in range(max_tokens):
             ids.append(int(self(torch.tensor(ids, device=self.tok_emb.weight.device))[-1].argmax()))

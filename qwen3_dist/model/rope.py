@@ -46,22 +46,22 @@ def _yarn(frequencies: Tensor, base: float, head_dim: int, scaling: RopeScaling)
 def rope_tables(
     positions: Tensor, frequencies: Tensor, mscale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, d] in `dtype` for integer `positions` [T]; angles are taken in fp32."""
+    """cos and sin [T, 1, d] in `dtype` for integer `positions` [T]. Angles are computed in fp32."""
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)[:, None, :]
     return (angles.cos() * mscale).to(dtype), (angles.sin() * mscale).to(dtype)
 
 
 class RopeTables:
-    """The rows of `rope_tables` of all positions up to the longest that was asked for, which steps then look up."""
+    """A cache of `rope_tables` for all positions so far; it grows when a longer position is requested."""
 
     def __init__(self, config: ModelConfig) -> None:
-        # On the CPU also while a model is on the meta device: no checkpoint carries them.
+        # Created on the CPU even if the model is built on the meta device: checkpoints do not contain them.
         self._frequencies, self._mscale = rope_frequencies(config)
         self._cos = self._sin = torch.empty(0, device="cpu")
 
     def rows(self, positions: Tensor, longest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, 1, d] for `positions` [T], which are less than `longest`."""
+        """cos and sin [T, 1, d] for `positions` [T], all below `longest`."""
         if len(self._cos) < longest or self._cos.device != positions.device:
             length = max(_FIRST_POSITIONS, 1 << (longest - 1).bit_length())
             everything = torch.arange(length, device=positions.device)
@@ -70,4 +70,4 @@ class RopeTables:
         return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
-_FIRST_POSITIONS = 4096  # for which tables are made at least
+_FIRST_POSITIONS = 4096  # least number of positions of the tables

@@ -1,6 +1,6 @@
-"""Embedding and output head, split by vocabulary over the tp ranks (the last rank's rows are padded).
+"""Embedding and output head, with the vocabulary split over the tp ranks; rows of the last rank are padded.
 
-Legend: T tokens, L rows whose logits are wanted, D emb_dim, V vocab_size, v rows per rank.
+Legend: T tokens, L rows whose logits are needed, D emb_dim, V vocab_size, v rows of the vocabulary per rank.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from qwen3_dist.parallel.communicator import Communicator
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """This rank's rows of the embedding; token ids of other ranks' rows come in by all-reduce."""
+    """This rank's rows of the embedding. An all-reduce adds the rows of other ranks."""
 
     def __init__(self, vocab_size: int, emb_dim: int, tp: Communicator, ops: Ops) -> None:
         rows, per_rank = padded_range(vocab_size, tp.size, tp.rank)
-        # Drawing its first weights would import half of torch, even for a meta tensor.
+        # Weights are passed, since initializing them would import much of torch, even for a meta tensor.
         super().__init__(per_rank, emb_dim, _weight=torch.empty(per_rank, emb_dim))
         self._tp = tp
         self._rows = rows
@@ -27,7 +27,7 @@ class VocabParallelEmbedding(nn.Embedding):
         self._shared: LinearWeights | None = None
 
     def share(self, weights: LinearWeights) -> None:
-        """Looks rows up in those of a head tied to it from now on."""
+        """Uses the finalized weights of the tied head from now on."""
         self._shared = weights
         del self.weight
 
@@ -42,7 +42,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 class VocabParallelHead(Linear):
-    """Logits of this rank's rows, gathered on the group's rank 0, which samples."""
+    """The output head: logits of this rank's rows, gathered on tp rank 0, which samples."""
 
     def __init__(self, emb_dim: int, vocab_size: int, tp: Communicator, ops: Ops) -> None:
         _, per_rank = padded_range(vocab_size, tp.size, tp.rank)
@@ -55,6 +55,6 @@ class VocabParallelHead(Linear):
         return self.gathered(super().forward(x))
 
     def gathered(self, logits: Tensor) -> Tensor | None:
-        """This rank's part [L, v] of the logits -> as `forward`."""
+        """This rank's logits [L, v] -> [L, V] on tp rank 0, None on the others."""
         whole = self._tp.gather(logits)
         return None if whole is None else whole[:, : self._vocab_size]

@@ -90,7 +90,7 @@ def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], qu
     new = tuple(torch.randn(len(places), *shape) for shape in shapes)
     experts = packed(old)
     experts.counts.copy_(torch.arange(4))
-    experts.replace(torch.tensor(places, dtype=torch.int64), experts.as_kept((new[0], new[1], new[2])))
+    experts.replace(torch.tensor(places, dtype=torch.int64), experts.convert((new[0], new[1], new[2])))
     assert experts.counts.tolist() == [0 if place in places else place for place in range(4)]
     mixed = tuple(stack.clone() for stack in old)
     for stack, arrived in zip(mixed, new, strict=True):

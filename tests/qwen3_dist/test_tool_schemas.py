@@ -212,7 +212,7 @@ def test_the_xml_form_holds_parameters_that_stand_elsewhere(
 def test_alternatives_at_the_root_are_refused_of_a_strict_tool_in_xml(keyword: str) -> None:
     schema = {"properties": {"a": TEXT, "b": TEXT}, keyword: [{"required": ["a"]}, {"required": ["b"]}]}
     with pytest.raises(
-        RequestError, match=r"'f': the XML form .* anyOf or oneOf .* make the tool not strict$"
+        RequestError, match=r"'f': the XML format .* anyOf or oneOf .* make the tool not strict$"
     ):
         compile_tool_calls([tool("f", schema, strict=True)], form="xml")
     compile_tool_calls([tool("f", schema)], form="xml")

@@ -1,7 +1,7 @@
-"""Which kernel attends on a GPU: the first of these that gives the right answer on this card.
+"""Chooses the attention backend of a GPU: the first of these that gives correct results on this card.
 
-FlashAttention 3 over block tables, on cards of compute capability 9 where its package is installed; our own Triton
-kernel; plain torch, which copies each sequence's blocks first.
+FlashAttention 3 over block tables, on cards of compute capability 9 with its package installed; our Triton kernel;
+plain torch, which copies the blocks of each sequence first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from qwen3_dist.ops.probe import failure, log_failure
 from qwen3_dist.ops.torch_attention import gathered_attention
 
 Attention = Callable[[Tensor, LayerCache, StepBatch, int | None], Tensor]
-_FLASH_PACKAGE = "flash_attn_interface"  # FlashAttention 3's, which torch registers as its own implementation
+_FLASH_PACKAGE = "flash_attn_interface"  # of FlashAttention 3, which torch can use as its own implementation
 
 
 class Backend(NamedTuple):
-    """A way to attend. `why_not` makes it ready; it gives the reason where that cannot be done."""
+    """An attention backend. `why_not` makes it ready, or returns the reason why it cannot be used."""
 
     name: str
     attend: Attention
@@ -32,14 +32,15 @@ class Backend(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The backend that attends, and why each that was preferred to it does not, in one line."""
+    """The chosen backend, and for each better one the reason, in one line, why it is not used."""
 
     backend: Backend
     reasons: tuple[str, ...]
 
 
 def flash(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
-    """FlashAttention 3 by `torch.nn.attention.varlen.varlen_attn`, once it is activated. Takes any block size."""
+    """FlashAttention 3 through `torch.nn.attention.varlen.varlen_attn`, after `activate_flash`. Supports any block
+    size."""
     from torch.nn.attention.varlen import varlen_attn
 
     tables, lens, starts = batch.int32_metadata
@@ -56,12 +57,12 @@ def flash(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) ->
         seqused_k=lens,
         block_table=tables,
     )
-    assert isinstance(out, Tensor)  # and no pair, since nothing else was asked for
+    assert isinstance(out, Tensor)  # it is a tuple only if more outputs are requested
     return out
 
 
 def activate_flash(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Has torch's attention operators of this process go to FlashAttention 3. Gives the reason where they cannot."""
+    """Makes torch's attention operators in this process use FlashAttention 3. Returns the reason if they cannot."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -76,13 +77,13 @@ def activate_flash(device: torch.device, dtype: torch.dtype) -> str | None:
         if "block_table" not in inspect.signature(varlen_attn).parameters:
             return f"torch {torch.__version__} has no block tables for it"
         activate_flash_attention_impl("FA3")
-    except Exception as error:  # of a package that was built for another torch, too
+    except Exception as error:  # also of a package that was built for another torch
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def triton(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
-    """Decodes with their keys split over the card, then the other sequences."""
+    """Our Triton kernel: decodes with their keys split over several programs, then the other sequences."""
     from qwen3_dist.ops.cuda.triton_attention import attention, splits_for
 
     n, keys, values = batch.num_decodes, cache.keys, cache.values
@@ -107,7 +108,7 @@ PLAIN = Backend("plain torch", gathered_attention)
 def chosen_attention(
     device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, block_size: int
 ) -> Chosen:
-    """The first backend that works for these shapes, found by trying each on a small problem."""
+    """The first backend that works for these shapes. Each is tested on a small problem."""
     query_lens, context_lens = (1, 1, 5), (3, block_size + 1, block_size + 5)
     width = -(-max(context_lens) // block_size)
     blocks = torch.arange(3 * width, device=device).view(3, width)

@@ -1,7 +1,7 @@
-"""How many kernels Triton has compiled in this process.
+"""Counts the kernels that Triton has compiled in this process.
 
-Triton compiles a kernel anew for each combination of constants, dtypes, and of arguments' alignment and divisibility.
-One compilation takes about a second, in which no sequence gets a token, so all are to happen before a rank is ready.
+Triton compiles a variant of a kernel for each combination of constants, dtypes, and alignment and divisibility of
+arguments. A compilation takes about a second and delays all sequences, so all must happen before a rank is ready.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ compiled: Counter[str] = Counter()  # variants by the name of the kernel
 
 
 def compiled_kernels() -> int:
-    """Variants of Triton kernels compiled in this process so far, those from Triton's cache on disk included.
+    """The number of kernel variants compiled in this process so far, including those loaded from Triton's disk cache.
 
-    0 where Triton is not installed.
+    0 if Triton is not installed.
     """
     return compiled.total()
 
 
 def count_compilations() -> None:
-    """Counts every compilation from now on. Needs Triton; a second call changes nothing."""
+    """Starts counting compilations. Needs Triton; a second call has no effect."""
     from triton import knobs
 
     before = knobs.runtime.jit_post_compile_hook

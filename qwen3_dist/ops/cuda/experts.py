@@ -1,4 +1,4 @@
-"""A rank's experts by torch's grouped products. Legend as in `base.py`; P = T * K pairs of a row and a choice."""
+"""The experts of a rank by torch's grouped_mm. Legend as in `base.py`; P = T * K pairs of a row and a choice."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from qwen3_dist.ops.base import ExpertWeights
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 
-# Pairs for each expert up to which a GPU takes our kernel rather than torch's. On an H200 ours was still faster at 256
-# (`benchmarks/results/gpu-check-1xH200.json`); what torch does with more was not measured.
+# Up to this number of pairs per expert, our kernel is used instead of torch's. On an H200 ours was still faster at 256
+# (`benchmarks/results/gpu-check-1xH200.json`); more pairs were not measured.
 FEW_PAIRS = 256
 
 
 def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `grouped_mm` computes on the device alone: bf16 on compute capability 9. Elsewhere torch 2.11 loops on
-    the host."""
+    """Whether `grouped_mm` runs without the host: for bf16 on compute capability 9. Otherwise torch 2.11 runs a loop
+    on the host."""
     return (
         device.type == "cuda"
         and dtype == torch.bfloat16
@@ -26,7 +26,7 @@ def has_grouped_mm(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def takes_grouped_mm(weights: ExpertWeights) -> bool:
-    """Whether the stacks are in a form that `grouped_mm` multiplies: no int8, rows of whole 16 bytes."""
+    """Whether `grouped_mm` supports these stacks: no int8, rows of a multiple of 16 bytes."""
     _, columns, dim = weights.stacks[0].shape
     return weights.scales is None and columns % 8 == dim % 8 == 0
 
@@ -39,11 +39,10 @@ def grouped_experts(
     counts: Tensor,
     kernels: GpuKernels | None,
 ) -> Tensor:
-    """`Ops.experts` by three grouped products over pairs sorted by expert, of which each id from -1 on has `counts`
-    [1 + e].
+    """Implements `Ops.experts` by three grouped products over pairs sorted by expert. `counts` [1 + e] has the number
+    of pairs of each id, from -1 on.
 
-    Nothing waits for the host. Pairs whose expert is elsewhere are sorted to the end, where the products leave them
-    out.
+    The host does not wait. Pairs with experts of other ranks are sorted to the end, which the products skip.
     """
     fc1, fc2, fc3 = (stack.transpose(1, 2) for stack in weights.stacks)
     (rows, choices), experts = ids.shape, fc1.shape[0]

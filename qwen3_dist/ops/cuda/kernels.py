@@ -1,4 +1,5 @@
-"""Kernels for GPU ranks, in Triton; without it torch does the same, in many more launches."""
+"""The Triton kernels of GPU ranks, with tests of each at start. Without them torch is used, with many more
+launches."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from qwen3_dist.ops.probe import failure, log_failure
 
 
 class GpuKernels:
-    """The Triton kernels as functions of tensors on one GPU. Raises where Triton is not installed."""
+    """The Triton kernels as functions of tensors on one GPU. The constructor raises if Triton is not installed."""
 
     def __init__(self) -> None:
         from qwen3_dist.ops.cuda import triton_products, triton_rows, triton_sampling
@@ -31,7 +32,8 @@ class GpuKernels:
 
 @functools.cache
 def working_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
-    """The kernels, if all of them work on small problems of `dtype`. The log says why not."""
+    """The kernels, if all of them give correct results on small problems of `dtype`; else None, and the log says
+    why."""
     what = f"Triton for {str(dtype).removeprefix('torch.')}"
     try:
         kernels = GpuKernels()
@@ -46,12 +48,13 @@ def working_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | No
     return kernels
 
 
-_INSTEAD = "torch computes what lies between products, experts and draws, several times slower"
-_Trial = tuple[str, Callable[[], Tensor], Tensor]  # a kernel's name, what it computes and the answer
+_INSTEAD = "torch runs norms, RoPE, routing, experts and sampling, several times slower"
+_Trial = tuple[str, Callable[[], Tensor], Tensor]  # kernel name, computation, expected result
 
 
 def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> Iterator[_Trial]:
-    """Numbers are such that every dtype holds the answers, all but those of a norm and of silu(1) = 0.7311 exactly."""
+    """Yields a small problem for each kernel. Every dtype represents the expected results exactly, except those of a
+    norm and of silu(1) = 0.7311."""
 
     def full(value: float, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=device)
@@ -66,7 +69,7 @@ def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> It
     yield "swiglu", lambda: kernels.swiglu(ones, ones), full(0.7311, 2, 16)
 
     def turned() -> Tensor:
-        """By a quarter of a circle."""
+        """Rotation by a quarter of a circle."""
         head, cache = ascending.view(1, 1, 16), full(0, 1, 1, 1, 16)
         cos, sin, slots = full(0, 1, 1, 16), full(1, 1, 1, 16), full(0, 1, dtype=torch.int64)
         return kernels.rotate(head, head, head, cache, cache, None, cos, sin, slots, 0.0).flatten()
@@ -76,7 +79,7 @@ def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> It
     yield "route", lambda: kernels.route(logits, 2, True)[0], of([[1, 3]])
 
     def answers() -> Tensor:
-        """Of one row by experts that give silu(1) and twice that, a quarter of each."""
+        """One row with two experts, whose outputs silu(1) and 2 * silu(1) have a weight of a quarter each."""
         eye = torch.eye(16, device=device).to(dtype)
         stacks = (torch.stack([eye, eye]), torch.stack([eye, eye]), torch.stack([eye, 2 * eye]))
         weights, totals = full(0.25, 1, 2, dtype=torch.float32), full(0, 3, dtype=torch.int64)

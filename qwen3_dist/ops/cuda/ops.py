@@ -1,4 +1,4 @@
-"""The operations of a GPU rank: Triton's kernels, the attention that was chosen, and torch for what lacks them."""
+"""The operations of a GPU rank: Triton kernels, the chosen attention backend, and torch for the rest."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from qwen3_dist.ops.row_ops import RowKernelOps
 from qwen3_dist.ops.slices import SORTED_ROWS
 from qwen3_dist.ops.torch_experts import counted
 
-_FEW_ROWS = 64  # of a product with int8 weights, for which widening them first would cost more
+_FEW_ROWS = (
+    64  # up to this number of rows, a kernel reads int8 weights directly; else they are converted first
+)
 
 
 @dataclass(frozen=True)
 class JoinedLinear(LinearWeights):
-    """Weights that lie one after the other, so that all parts are one product, which a GPU launches once."""
+    """Weights whose parts are contiguous, so that all parts are one product with one launch."""
 
     joined: Tensor  # [sum of the parts' outputs, D]
 
     @classmethod
     def of(cls, weights: LinearWeights) -> LinearWeights:
-        """These weights, joined if that can be."""
+        """Joins the parts; returns `weights` unchanged if there is one part, or one has a bias or int8 weights."""
         parts, sizes = weights.parts, [part.outputs for part in weights.parts]
         if len(parts) == 1 or any(part.bias is not None or part.scale is not None for part in parts):
             return weights
@@ -39,7 +41,7 @@ class JoinedLinear(LinearWeights):
 
 
 class CudaOps(RowKernelOps):
-    """Torch does what Triton has no kernel for, and all where its kernels do not work on this card."""
+    """Uses Triton kernels where they exist and work on this card, and torch for the rest."""
 
     _kernels: GpuKernels | None
 
@@ -51,8 +53,8 @@ class CudaOps(RowKernelOps):
         attention: Chosen,
         grouped_mm: bool,
     ) -> None:
-        """`kernels` are those that work, for the activations' dtype and for fp32, which adjusted logits have.
-        `grouped_mm`: torch's runs without the host here."""
+        """`kernels` has the working kernels for the activations' dtype and for fp32 logits, None if they do not work.
+        `grouped_mm`: whether torch's grouped_mm runs without the host on this card."""
         super().__init__()
         self._device = device
         self._kernels = kernels[dtype]

@@ -1,8 +1,8 @@
-"""Attention over KV blocks on a GPU, in Triton, with a running softmax (arXiv 2205.14135).
+"""Paged attention in Triton, with an online softmax (arXiv 2205.14135).
 
-One program attends for some query rows of one KV group: tokens of one sequence times the R heads that
-share the group. Few programs cannot fill a GPU, so the keys of a lone query are split among several
-programs, whose results are weighed together afterwards (Flash-Decoding).
+A program computes some query rows of one KV group; a row is a token of one sequence and one of the R heads of the
+group. The keys of a decode are split among several programs to fill the GPU, and their results are combined by a
+second kernel (Flash-Decoding).
 
 Legend: T tokens, S sequences, H heads, G KV groups (H = G * R), d head_dim, B columns of the block table.
 """
@@ -19,10 +19,12 @@ from qwen3_dist.ops.cuda import compiles
 compiles.count_compilations()
 
 _MOST_SPLITS = 16  # a power of 2
-_KEY_BYTES = 128  # of one number of each key in a tile; more do not fit the smaller cards' memory on the chip
+_KEY_BYTES = (
+    128  # keys of a tile times bytes of a number; more does not fit the shared memory of smaller cards
+)
 
 
-# Tables and lengths come in whatever rows the step has of them; only q, keys and values are worth an alignment.
+# Index tensors may have any alignment, since a step passes slices of them; q, keys and values are aligned.
 @triton.jit(
     do_not_specialize=["window", "width", "tokens"],
     do_not_specialize_on_alignment=["tables", "table_rows", "context_lens", "starts"],
@@ -84,13 +86,13 @@ def _attend(  # type: ignore[no-untyped-def]
     into = out + (split * tokens * H + row_at[:, None]) * D + dims[None, :]
     tl.store(into, result.to(out.dtype.element_ty), mask=real[:, None] & within)
     if SPLITS > 1:
-        # -inf where nothing was seen
+        # -inf if no key was visible
         tl.store(lse + split * tokens * H + row_at, most + tl.log(mass), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _weigh(parts, lse, out, rows, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the splits of a head's keys found, each by the share of its keys in the whole softmax."""
+    """Combines the results of the splits of one head, weighted by their parts of the softmax."""
     row = tl.program_id(0)
     at = tl.arange(0, DIM)
     most = tl.load(lse + row)
@@ -118,8 +120,9 @@ def attention(
 ) -> Tensor:
     """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
 
-    Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`, `context_lens[s]` tokens with these,
-    and its blocks in row `table_rows[s]` of `tables` int32 [rows, B]; the others are int64. All are contiguous.
+    Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`; `context_lens[s]` tokens including
+    these; and its blocks in row `table_rows[s]` of `tables` int32 [rows, B]. The other index tensors are int64. All
+    tensors are contiguous.
     """
     (total, heads, dim), (_, block_size, groups, _) = q.shape, keys.shape
     per_group = heads // groups
@@ -141,7 +144,7 @@ def attention(
 
 
 def splits_for(sequences: int, groups: int, processors: int) -> int:
-    """Programs that share a lone query's keys, so that a GPU of so many multiprocessors is filled twice. A power of 2,
-    since the kernel is compiled for each number."""
+    """The number of programs that share the keys of a decode: enough for two programs per multiprocessor of the GPU. A
+    power of 2, since the kernel is compiled for each number."""
     wanted = min(_MOST_SPLITS, 2 * processors // max(1, sequences * groups))
     return 1 << max(0, wanted.bit_length() - 1)

@@ -1,9 +1,9 @@
-"""Products of rows with the weights of their experts, in Triton, for what torch's own would need the host for.
+"""Grouped matrix products of experts, and products with int8 weights, in Triton.
 
-`torch.nn.functional.grouped_mm` runs on the device alone for bf16 on some cards, and elsewhere as a loop on the host,
-which no CUDA graph can hold; torch has no product with int8 weights that reads them as they are. One kernel does both:
-a tile is some rows of one expert times some of its columns, and each program finds its tile from the experts' counts,
-so nothing waits for the host and experts without rows cost nothing.
+`torch.nn.functional.grouped_mm` runs without the host for bf16 on some cards only; otherwise it is a loop on the host,
+which a CUDA graph cannot hold. torch has no product that reads int8 weights directly. One kernel does both: a tile is
+some rows of one expert times some of its columns. Each program finds its tile from the experts' counts on the device,
+so the host does not wait, and experts without rows cost nothing.
 
 Legend: R rows, K choices of a row, P = R * K pairs, e experts, D inputs, N outputs, I hidden columns.
 """
@@ -24,10 +24,10 @@ _Three = tuple[Tensor, Tensor, Tensor]
 
 @triton.jit
 def _product(a, weights, expert, column, at, inside, N, D, NARROW: tl.constexpr):  # type: ignore[no-untyped-def]
-    """a [ROWS, INNER] times a part of an expert's matrix [N, D] -> [ROWS, COLUMNS]."""
+    """a [ROWS, INNER] times a tile of an expert's matrix [N, D] -> [ROWS, COLUMNS]."""
     place = (expert * N + column[None, :]) * D + at[:, None]
     w = tl.load(weights + place, mask=inside, other=0)
-    if NARROW:  # no card makes bf16 of integers at once
+    if NARROW:  # there is no direct conversion from int8 to bf16
         w = w.to(tl.float32).to(a.dtype)
     return tl.dot(a, w, input_precision="ieee")
 
@@ -38,10 +38,12 @@ def _grouped(  # type: ignore[no-untyped-def]
     EXPERTS: tl.constexpr, WIDE: tl.constexpr, SHARE: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of a tile of one expert's pairs, which lie in `order`; their experts have `counts`.
+    """Computes one tile: some pairs of one expert times some columns. `order` has the pairs sorted by expert, `counts`
+    the number of pairs of each expert, from id -1 on.
 
-    GATED: silu(fc1) * fc2 of the rows of x that pairs came from (SHARE pairs of each), kept in the order of pairs.
-    Otherwise one matrix by what was kept so, put where the pairs came from. SHARE = 0: all `total` rows by one matrix.
+    GATED: silu(fc1) * fc2 of the rows of x; a row has SHARE pairs, and the outputs are in sorted order.
+    Not GATED: one matrix product; inputs are in sorted order, outputs in the original order of the pairs.
+    SHARE = 0: a product of all `total` rows with one matrix.
     """
     tile = tl.program_id(0)
     if EXPERTS == 1 and SHARE == 0:  # a product of all rows with one matrix
@@ -104,7 +106,8 @@ def _summed(answers, ids, weights, out, D, K: tl.constexpr, COLUMNS: tl.constexp
 
 @triton.jit(do_not_specialize=["P"], do_not_specialize_on_alignment=["ids"])
 def _order(ids, counts, totals, order, P, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One id's part of a stable sort of all pairs by id, and how many they are."""
+    """Finds the pairs of one id and writes them to their place in `order`, a stable sort by id. Adds their number to
+    `totals`."""
     mine = tl.program_id(0) - 1
     at = tl.arange(0, BLOCK)
     smaller = tl.zeros([BLOCK], tl.int32)
@@ -125,9 +128,12 @@ def _order(ids, counts, totals, order, P, BLOCK: tl.constexpr):  # type: ignore[
 def experts(
     x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor, weights: Tensor, totals: Tensor
 ) -> Tensor:
-    """Sum over a row's choices of weight * expert(x): contiguous x [R, D], stacks fc1 and fc2 [e, I, D] and fc3
-    [e, D, I] of x's dtype or int8 with fp32 scales [e, I], the same, [e, D]; ids int64 and weights fp32 [R, K] ->
-    [R, D]. An id of -1 is no choice. How often each id is there, from -1 on, is added to `totals` [1 + e] int64."""
+    """Sum over the K choices of weight * expert(x) -> [R, D].
+
+    x [R, D] contiguous; stacks fc1 and fc2 [e, I, D] and fc3 [e, D, I] of x's dtype, or int8 with fp32 scales [e, I],
+    [e, I] and [e, D]; ids int64 [R, K], -1 for none; weights fp32 [R, K]. Adds the number of occurrences of each id,
+    from -1 on, to `totals` [1 + e] int64.
+    """
     dim, choices, (num_experts, columns, _) = x.shape[1], ids.shape[1], stacks[0].shape
     pairs = ids.numel()
     if not pairs:
@@ -143,8 +149,8 @@ def experts(
 
 
 def summed(answers: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The sum over a row's choices of weight * answer, contiguous answers [P, D] and ids and weights [R, K] ->
-    [R, D]. Answers of choices with an id of -1 are not read."""
+    """Sum over the K choices of weight * answer -> [R, D]. answers [P, D], ids and weights [R, K], all contiguous.
+    Answers whose id is -1 are not read."""
     (rows, choices), dim = ids.shape, answers.shape[1]
     out = answers.new_empty(rows, dim)
     if rows:
@@ -153,7 +159,7 @@ def summed(answers: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Contiguous x [R, D] times int8 `weight` [N, D], each output by its fp32 `scale` [N] -> [R, N]."""
+    """x [R, D], contiguous, times int8 `weight` [N, D] with fp32 `scale` [N] of each output -> [R, N]."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     if len(x):
         _launch(x, (weight[None], None), (scale, None), None, None, out, 0)
@@ -181,12 +187,12 @@ def _launch(
     )  # fmt: skip
 
 
-_PROGRAMS = 256  # that fill a card about twice
+_PROGRAMS = 256  # about two for each multiprocessor of a card
 
 
 def _tile(pairs: int, num_experts: int, outputs: int) -> tuple[int, int]:
-    """Rows and columns of a tile. By the next power of 2 of the pairs, so that steps of such sizes meet every variant
-    that a step of any size needs."""
+    """Rows and columns of a tile. They depend on `pairs` only through its next power of 2, so that warm-up with powers
+    of 2 compiles all variants."""
     most = triton.next_power_of_2(pairs)
     rows = 16 if most <= 32 * num_experts else 64
     tiles = min(most, triton.cdiv(most, rows) + num_experts - 1)

@@ -1,7 +1,7 @@
-"""What a GPU does to the rows between products, in Triton: a kernel for what is a dozen in plain torch.
+"""Operations on rows in Triton: norm, RoPE, SwiGLU and routing, one kernel each instead of a dozen in plain torch.
 
-All round as the plain layers do, at each step to the rows' dtype. Legend: T tokens or rows, D numbers of a row,
-H heads, G KV groups, d head_dim, I hidden columns, E experts, K choices.
+All round to the rows' dtype in the same places as plain torch. Legend: T tokens or rows, D numbers of a row, H heads,
+G KV groups, d head_dim, I hidden columns, E experts, K choices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen3_dist.ops.cuda import compiles
 
 compiles.count_compilations()
 
-_COLUMNS = 1024  # of a row that a program of `swiglu` takes
+_COLUMNS = 1024  # columns of a program of `swiglu`
 
 
 @triton.jit
@@ -41,10 +41,10 @@ def norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _turned(  # type: ignore[no-untyped-def]
+def _norm_and_rotate(  # type: ignore[no-untyped-def]
     source, scale, cos, sin, into, eps, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr
 ):
-    """Norms a head's d numbers, rotates them and stores them."""
+    """Applies norm and RoPE to the d numbers of one head and stores them."""
     low = tl.arange(0, HALF)
     here, high = low < D // 2, low + D // 2
     narrow = into.dtype.element_ty
@@ -76,11 +76,13 @@ def _rotate(  # type: ignore[no-untyped-def]
     sin += token * D
     if head < H:
         source, into = q + token * q_stride + head * D, out + (token * H + head) * D
-        _turned(source, q_scale, cos, sin, into, eps, D, HALF, NORMS)
+        _norm_and_rotate(source, q_scale, cos, sin, into, eps, D, HALF, NORMS)
     else:
         group = head - H
         place = (tl.load(slots + token) * G + group) * D
-        _turned(k + token * k_stride + group * D, k_scale, cos, sin, keys + place, eps, D, HALF, NORMS)
+        _norm_and_rotate(
+            k + token * k_stride + group * D, k_scale, cos, sin, keys + place, eps, D, HALF, NORMS
+        )
         at = tl.arange(0, 2 * HALF)
         value = tl.load(v + token * v_stride + group * D + at, mask=at < D)
         tl.store(values + place + at, value, mask=at < D)
@@ -98,13 +100,14 @@ def rotate(
     slots: Tensor,
     eps: float,
 ) -> Tensor:
-    """q [T, H, d], normed by the first of `scales` and rotated; k [T, G, d], treated alike, and v go to their
-    `slots` [T] of the cache [blocks, block_size, G, d]. Heads of a token are contiguous, tokens need not be; cos and
-    sin are [T, 1, d]."""
+    """Applies RMSNorm (`scales` of q and k, None for no norm) and RoPE to q [T, H, d] and k [T, G, d]. Writes k and v
+    [T, G, d] to their `slots` [T] of the cache [blocks, block_size, G, d]. Returns q as a new tensor.
+
+    The heads of a token are contiguous, tokens need not be. cos and sin are [T, 1, d]."""
     (tokens, heads, dim), groups = q.shape, k.shape[1]
     out = q.new_empty(q.shape)
     if tokens:
-        q_scale, k_scale = scales or (cos, cos)  # the latter are not read
+        q_scale, k_scale = scales or (cos, cos)  # without norms the kernel does not read the scales
         _rotate[(tokens, heads + groups)](
             q, k, v, out, keys, values, q_scale, k_scale, cos, sin, slots, eps, q.stride(0), k.stride(0),
             v.stride(0), heads, groups, dim, triton.next_power_of_2(dim) // 2, scales is not None, num_warps=1,
@@ -124,7 +127,7 @@ def _swiglu(gate, up, out, gate_stride, up_stride, I: tl.constexpr, COLUMNS: tl.
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of [T, I], whose rows are contiguous."""
+    """silu(gate) * up, both [T, I] with contiguous rows -> [T, I]."""
     rows, columns = gate.shape
     out = gate.new_empty(rows, columns)
     if rows:
@@ -157,8 +160,8 @@ def _route(  # type: ignore[no-untyped-def]
 
 
 def route(logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
-    """Ids int64 and weights fp32 [T, K] of the `choices` likeliest of contiguous logits [T, E], by a softmax in fp32;
-    `normed` makes a row's weights add up to 1. They are rounded to the logits' dtype."""
+    """Ids int64 and weights fp32 [T, K] of the top `choices` experts of logits [T, E], contiguous, after a softmax in
+    fp32. `normed` makes the weights of a row add up to 1. Weights are rounded to the logits' dtype."""
     tokens, experts = logits.shape
     ids = logits.new_empty(tokens, choices, dtype=torch.int64)
     weights = logits.new_empty(tokens, choices, dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""Draws of tokens on a GPU, in Triton: one kernel for what is thirty in plain torch.
+"""Sampling in Triton: one kernel instead of thirty in plain torch.
 
-Logits are fp32 or narrower, each row's side by side. Legend: L rows, V vocab_size, C candidates of a row.
+Logits are fp32 or narrower, with contiguous rows. Legend: L rows, V vocab_size, C candidates of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qwen3_dist.ops.cuda import compiles
 
 compiles.count_compilations()
 
-# Candidates that a program looks at together: a constant, so that a row's sums do not depend on its batch.
+# Candidates that a program reads at once: a constant, so that a row's sums do not depend on the batch.
 _BLOCK = 1024
 
 
@@ -29,7 +29,7 @@ def _order(logits, keys, stride, V, BLOCK: tl.constexpr):  # type: ignore[no-unt
 
 
 def ordering_keys(logits: Tensor) -> Tensor:
-    """Integers int64 [L, V] that are larger for larger logits [L, V] and, of equal ones, for the first token."""
+    """Sort keys int64 [L, V]: larger for larger logits [L, V], and for equal logits larger for smaller token ids."""
     rows, vocab_size = logits.shape
     keys = logits.new_empty(rows, vocab_size, dtype=torch.int64)
     _order[(rows, triton.cdiv(vocab_size, _BLOCK))](logits, keys, logits.stride(0), vocab_size, _BLOCK)
@@ -38,7 +38,7 @@ def ordering_keys(logits: Tensor) -> Tensor:
 
 @triton.jit
 def _logits(candidates, at, end, ORDERED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32, and -inf from `end` on."""
+    """The logits in fp32, -inf from `end` on."""
     read = tl.load(candidates + at, mask=at < end, other=0)
     if ORDERED:
         bits = (read >> 32).to(tl.int32)
@@ -50,16 +50,16 @@ def _logits(candidates, at, end, ORDERED: tl.constexpr):  # type: ignore[no-unty
 
 @triton.jit
 def _weights(candidates, at, end, largest, temperature, ORDERED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """exp(logit / temperature) of the candidates before `end`, with the largest at 1."""
+    """exp((logit - largest) / temperature) of the candidates before `end`, in fp64; 0 from `end` on."""
     return tl.exp((_logits(candidates, at, end, ORDERED) - largest) / temperature).to(tl.float64)
 
 
-# Candidates are as many as the step's largest top-k, and so is the distance of their rows.
+# C and stride equal the largest top-k of the step, so the kernel is not specialized on them.
 @triton.jit(do_not_specialize=["C", "stride"], do_not_specialize_on_alignment=["settings"])
 def _draw(  # type: ignore[no-untyped-def]
     candidates, settings, out, stride, C, V, ORDERED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of one row: the weight of those that top-k keeps, the first of them that reach top-p, then the one drawn."""
+    """Samples one row: computes the weight of the top-k candidates, cuts them by top-p, then finds the sampled one."""
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     temperature = tl.maximum(tl.load(settings + row).to(tl.float32), 1.1754944e-38)
     end = tl.minimum(tl.load(settings + rows + row), C).to(tl.int32)
@@ -75,7 +75,7 @@ def _draw(  # type: ignore[no-untyped-def]
     for begin in range(BLOCK, end, BLOCK):
         total += tl.sum(_weights(source, begin + each, end, largest, temperature, ORDERED), 0)
 
-    if ORDERED:  # the fewest that reach p
+    if ORDERED:  # keeps the fewest candidates that reach top-p
         reached = top_p * total
         begin, before, here = 0, first * 0, first
         while (before + here < reached) & (begin + BLOCK < end):
@@ -87,7 +87,7 @@ def _draw(  # type: ignore[no-untyped-def]
         end = tl.minimum(end, begin + tl.sum(kept.to(tl.int32), 0))
         total = before + tl.sum(tl.where(begin + each < end, weights, 0.0), 0)
 
-    drawn = tl.minimum(uniform, 1 - 2.220446049250313e-16) * total  # less than the total after rounding, too
+    drawn = tl.minimum(uniform, 1 - 2.220446049250313e-16) * total  # below the total even after rounding
     begin, before = 0, first * 0
     here = tl.sum(_weights(source, each, end, largest, temperature, ORDERED), 0)
     while (before + here <= drawn) & (begin + BLOCK < end):
@@ -104,15 +104,15 @@ def _draw(  # type: ignore[no-untyped-def]
 
 
 def draw_from_ordered(keys: Tensor, vocab_size: int, settings: Tensor) -> Tensor:
-    """Token ids int64 [L] drawn from the likeliest, whose `ordering_keys` [L, C] come largest first.
+    """Samples token ids int64 [L] from the likeliest tokens, given as `ordering_keys` [L, C], largest first.
 
-    `settings` are fp64 [4, L, 1]: temperature, top-k (V or more for all), top-p and a number in [0, 1).
+    `settings` are fp64 [4, L, 1]: temperature, top-k (V or more for all), top-p and a uniform number in [0, 1).
     """
     return _drawn(keys, vocab_size, settings, ordered=True)
 
 
 def draw_from_all(logits: Tensor, settings: Tensor) -> Tensor:
-    """Token ids int64 [L] drawn from all of logits [L, V], in the vocabulary's order; top-k and top-p are not read."""
+    """Samples token ids int64 [L] from logits [L, V] in order of token ids. top-k and top-p are ignored."""
     return _drawn(logits, logits.shape[1], settings, ordered=False)
 
 
