@@ -1,8 +1,8 @@
-"""Qwen3 (dense and Mixture-of-Experts) split over many ranks: the library.
+"""Distributed inference of Qwen3 models (dense and Mixture-of-Experts): the library.
 
     from qwen3_dist import LLM, SamplingParams
 
-Names load on first use, so importing the package costs no torch.
+Names are imported on first use, so that importing the package does not import torch.
 """
 
 from __future__ import annotations

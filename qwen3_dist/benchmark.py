@@ -1,4 +1,4 @@
-"""How fast an engine is: fixed random prompts, fixed output lengths, EOS ignored, greedy."""
+"""Measures the speed of an engine with random prompts and outputs of fixed length: greedy, EOS ignored."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from qwen3_dist.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Workload:
-    """`num_prompts` prompts of `input_len` tokens that share no prefix, and `output_len` tokens from each.
+    """`num_prompts` random prompts of `input_len` tokens, with `output_len` output tokens each.
 
-    `batch_size` of them are in the engine at a time; None: all.
+    Prompts are run in batches of `batch_size`; None: all at once.
     """
 
     num_prompts: int
@@ -35,14 +35,14 @@ class Workload:
 
 @dataclass
 class _Times:
-    """Seconds at which a request came and its tokens were there."""
+    """The time in seconds at which a request began, and at which each token was returned."""
 
     begun: float
     tokens: list[float] = field(default_factory=list)
 
 
 def measure(engine: Engine, workload: Workload) -> dict[str, Any]:
-    """Runs the workload. Times are in ms, rates in tokens per second of the whole run."""
+    """Runs the workload and returns the figures. Times are in ms, rates in tokens per second of the whole run."""
     prompts = workload.prompts(engine.model_config.vocab_size)
     before, started = engine.stats(), time.perf_counter()
     size = workload.batch_size or len(prompts)
@@ -71,7 +71,7 @@ def measure(engine: Engine, workload: Workload) -> dict[str, Any]:
 
 
 def _speculation(before: EngineStats, after: EngineStats) -> dict[str, Any]:
-    """How much was guessed, and what share of it was right; None where nothing was."""
+    """Draft tokens and accepted tokens, and the acceptance rate; None without draft tokens."""
     drafted = after.drafted_tokens - before.drafted_tokens
     accepted = after.accepted_tokens - before.accepted_tokens
     rate = round(accepted / drafted, 3) if drafted else None
@@ -79,7 +79,7 @@ def _speculation(before: EngineStats, after: EngineStats) -> dict[str, Any]:
 
 
 def warm_up(engine: Engine) -> None:
-    """A few steps, so that what is made once is made before the clock runs."""
+    """Runs a few steps, so that one-time work is done before the measurement."""
     _run(engine, [[1, 2, 3, 4]], 4)
 
 

@@ -1,7 +1,7 @@
-"""The model's shape: one frozen `ModelConfig`, read from either spelling of `config.json`.
+"""`ModelConfig`, the shape and numerics of a model, read from `config.json` in either spelling.
 
-Field names are the reference architecture's (`emb_dim`, `n_kv_groups`, ...). HuggingFace's names
-(`hidden_size`, `num_key_value_heads`, ...) are translated on the way in, and nowhere else.
+Field names are those of the reference architecture (`emb_dim`, `n_kv_groups`, ...). HuggingFace's names
+(`hidden_size`, `num_key_value_heads`, ...) are translated here and nowhere else.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _HF_KEYS = {
     "attention_bias": "attention_bias",
     "sliding_window": "sliding_window",
 }
-# What transformers' Qwen3Config / Qwen3MoeConfig assume when the file leaves the key out.
+# Defaults of transformers' Qwen3Config / Qwen3MoeConfig for missing keys.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {
         "vocab_size": 151936,
@@ -72,11 +72,11 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 _HF_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
-# What else changes a model's numbers: the values that Qwen3 has, and what to do about others.
+# Other settings that change a model's outputs: the supported values, and advice for others.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "Qwen3 uses 'silu'"),
-    "is_causal": ((True, None), "tokens see those before them alone"),
-    "use_bidirectional_attention": ((False, None), "tokens see those before them alone"),
+    "is_causal": ((True, None), "only causal attention is"),
+    "use_bidirectional_attention": ((False, None), "only causal attention is"),
     "dual_chunk_attention_config": ((None, {}), "use the config.json without it, or YaRN"),
 }
 _ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3Model", "Qwen3MoeModel")
@@ -162,7 +162,7 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ModelConfig:
-        """Reads `path/config.json`. Raises CheckpointError if it is missing or unreadable."""
+        """Reads `path`/config.json. Raises CheckpointError if it is missing or unreadable."""
         file = Path(path) / "config.json"
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
@@ -176,10 +176,10 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Builds a config from a HuggingFace `config.json` or from the reference's own keys.
+        """Builds a config from the keys of a HuggingFace `config.json` or of the reference architecture.
 
-        Raises CheckpointError for an unsupported `model_type`, quantisation, activation or rope
-        type, and ConfigError for values that make no model.
+        Raises CheckpointError for an unsupported `model_type`, quantisation, activation or RoPE type, and ConfigError
+        for invalid values.
         """
         _refuse_unsupported(raw)
         values = _reference_values(raw) if "emb_dim" in raw else _huggingface_values(raw)
@@ -263,7 +263,7 @@ def _huggingface_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sliding_layers(raw: Mapping[str, Any], moe: bool) -> tuple[int, ...]:
-    """Which layers use the window: all in Qwen3-MoE, those of `layer_types` in dense Qwen3."""
+    """The layers with a sliding window: all layers of Qwen3-MoE, those of `layer_types` in dense Qwen3."""
     n_layers, full = raw["num_hidden_layers"], 0 if moe else raw["max_window_layers"]
     if not isinstance(n_layers, int) or not isinstance(full, int):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Errors a user can act on. Each message is one sentence that says what to change."""
+"""The errors of this project. Each message is one sentence that says what to change."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import Any
 
 
 class QwenDistError(Exception):
-    """Base of every error this project raises on purpose."""
+    """The base class of all errors that this project raises for users."""
 
 
 class ConfigError(QwenDistError, ValueError):
-    """A model config, engine setting or command-line value that cannot be used.
+    """A model config, engine setting or command-line value is invalid.
 
-    `setting` is the path of the setting to blame, outermost name first, where it was read from a mapping.
+    `setting` is the path of the invalid setting, outermost name first, if it was read from a mapping.
     """
 
     setting: tuple[str, ...] = ()
 
 
 class ParallelLayoutError(ConfigError):
-    """A layout that does not divide the model, or that the cluster cannot hold."""
+    """A layout cannot split the model, or does not fit the cluster."""
 
 
 class CheckpointError(QwenDistError):
-    """A checkpoint that is missing, damaged, incomplete or of an unsupported kind."""
+    """A checkpoint is missing, damaged, incomplete or of an unsupported kind."""
 
 
 class RequestError(QwenDistError, ValueError):
-    """A request the engine refuses; `param` names the offending field.
+    """The engine refuses a request. `param` is the name of the invalid field.
 
-    `status` is the HTTP status a server should answer with (400 unless said), `code` OpenAI's word for the error
-    where programs tell it by that.
+    `status` is the HTTP status for a server's answer. `code` is the error's `code` in OpenAI's API, for errors that
+    clients recognise by it.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class RequestError(QwenDistError, ValueError):
 
 
 class ContextLengthError(RequestError):
-    """A prompt, or a prompt and the output that was asked for, for which the context has no room.
+    """A prompt, or a prompt with the requested output, exceeds the context length.
 
-    `prompt_tokens` is the length of the prompt, or at least that long where `at_least` is true, `output_tokens`
-    what was asked to follow it (0 where the prompt alone is too long), and `max_model_len` what the context holds.
+    `prompt_tokens` is the length of the prompt, or a lower bound of it if `at_least`. `output_tokens` is the requested
+    number of output tokens, 0 if the prompt alone is too long. `max_model_len` is the context length.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ContextLengthError(RequestError):
 
 
 class ResourceError(QwenDistError):
-    """The machine or cluster lacks what was asked for (ranks, GPUs, memory, a port)."""
+    """The machine or cluster lacks a resource: ranks, GPUs, memory or a port."""
 
 
 class EngineDeadError(QwenDistError):

@@ -1,4 +1,4 @@
-"""Python's garbage collection in processes that serve."""
+"""Garbage collection in processes of the service."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _AXES = ("tp", "dp", "pp", "ep")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one replica's ranks split the model. `str(layout)` and `Layout.parse` are inverses."""
+    """How the ranks of one replica split the model. `Layout.parse` is the inverse of `str`."""
 
     tp: int = 1
     dp: int = 1
@@ -60,27 +60,27 @@ class Layout:
 
     @property
     def stage_size(self) -> int:
-        """Ranks of one pipeline stage, which share its MoE layers."""
+        """Ranks of one pipeline stage. They share the stage's MoE layers."""
         return self.dp * self.tp
 
     @property
     def etp(self) -> int:
-        """Ranks that share one expert's columns."""
+        """Ranks that share the columns of one expert."""
         return self.stage_size // self.ep
 
     def layers_of(self, stage: int, n_layers: int) -> range:
-        """The layers of a pipeline stage."""
+        """The layers of pipeline stage `stage`."""
         return even_ranges(n_layers, self.pp)[stage]
 
     def coords(self, rank: int) -> RankCoords:
-        """Where `rank` (0 <= rank < world) stands on every axis."""
+        """The coordinates of `rank` (0 <= rank < world)."""
         stage, member = divmod(rank, self.stage_size)
         group, tp_rank = divmod(member, self.tp)
         ep_rank, etp_rank = divmod(member, self.etp)
         return RankCoords(rank, stage, group, tp_rank, ep_rank, etp_rank)
 
     def validate(self, config: ModelConfig) -> None:
-        """Raises ParallelLayoutError, one sentence naming what does work, if `config` cannot be split so."""
+        """Raises ParallelLayoutError if this layout cannot split `config`. The message names sizes that work."""
         for problem in self._problems(config):
             raise ParallelLayoutError(problem)
 
@@ -107,7 +107,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class RankCoords:
-    """A rank's place: pipeline `stage`, data-parallel `group`, and its ranks inside them."""
+    """A rank's pipeline `stage`, its dp `group`, and its ranks within the tp, ep and etp groups."""
 
     rank: int
     stage: int
@@ -118,7 +118,7 @@ class RankCoords:
 
 
 def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:
-    """Every layout of exactly `world` ranks that `config` can be split by."""
+    """All layouts of exactly `world` ranks that can split `config`."""
     layouts = [
         Layout(tp=tp, dp=dp, pp=pp, ep=ep)
         for pp in divisors(world)

@@ -1,4 +1,4 @@
-"""Where a logger writes to, so that messages can name the place."""
+"""Finds the file that a logger writes to, for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA adapters by name: `french=adapters/french` as a value that validates itself."""
+"""The LoRA adapters of an engine, written `french=adapters/french`. Values validate themselves."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _MOST_ADAPTERS = 256
 
 @dataclass(frozen=True)
 class LoraAdapters:
-    """The adapters that every rank loads, as pairs of a name and a directory or hub id; maybe none.
+    """The adapters that every rank loads, as pairs of a name and a directory or hub id.
 
-    `str(adapters)` and `LoraAdapters.parse` are inverses.
+    `LoraAdapters.parse` is the inverse of `str`.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.pairs) > _MOST_ADAPTERS:
-            raise ConfigError(f"lora has {len(self.pairs)} adapters; {_MOST_ADAPTERS} are the most")
+            raise ConfigError(f"lora has {len(self.pairs)} adapters; use at most {_MOST_ADAPTERS}")
         for name, path in self.pairs:
             if not re.fullmatch(r"[\w.:/@+-]{1,128}", name):
                 raise ConfigError(
@@ -51,7 +51,7 @@ class LoraAdapters:
         return [name for name, _ in self.pairs]
 
     def number(self, name: str | None) -> int:
-        """What plans call the adapter: its place from 1 on; 0 is none. Raises RequestError (404)."""
+        """The number of adapter `name` in plans, from 1; 0 for None. Raises RequestError (404) for an unknown name."""
         if name is None:
             return 0
         if name not in self.names:

@@ -1,4 +1,4 @@
-"""What a measurement says about where it was made: hardware, versions, memory."""
+"""Describes the machine of a measurement: hardware, versions, memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "ray", "qwen3-dist")
 
 
 def hardware() -> dict[str, Any]:
-    """CPU, its cores and vector units, memory in GiB, GPUs."""
+    """CPU, cores, vector units, memory in GiB, GPUs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = info.get("flags", "").split()
@@ -32,7 +32,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that matter, and this project's commit where it runs from a clone."""
+    """Versions of Python and of packages, and this project's commit ("unknown" outside a clone)."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mib() -> float:
-    """Most resident memory of this process and its descendants so far, or of the GPU it uses, in MiB."""
+    """Peak resident memory of this process and its descendants in MiB; if it uses a GPU, peak memory of the GPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     parents, peaks = {}, {}
@@ -51,7 +51,7 @@ def peak_memory_mib() -> float:
         try:
             fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         except OSError:
-            continue  # it has just ended
+            continue  # the process has ended
         pid = int(status.parent.name)
         parents[pid] = int(fields["PPid"])
         peaks[pid] = int(fields.get("VmHWM", "0 kB").split()[0]) / 1024

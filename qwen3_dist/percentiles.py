@@ -1,4 +1,4 @@
-"""Percentiles of latencies, linear between samples as numpy's default. Imports no torch."""
+"""Percentiles with linear interpolation, as numpy's default. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]
 
 
 def weighted_percentiles(counts: Mapping[int, int], scale: float = 1.0) -> dict[str, float] | None:
-    """`percentiles` of the keys of `counts`, each of which occurred so many times."""
+    """`percentiles` of the keys of `counts`, where each key occurs as often as its value says."""
     total = sum(counts.values())
     if not total:
         return None
@@ -38,7 +38,7 @@ def weighted_percentiles(counts: Mapping[int, int], scale: float = 1.0) -> dict[
 
 
 def _position(percent: float, count: int) -> tuple[int, float]:
-    """The rank of the sample below the percentile, and how far the percentile is from there to the next."""
+    """The index of the sample below the percentile, and the fraction of the way to the next sample."""
     position = percent / 100 * (count - 1)
     return math.floor(position), position - math.floor(position)
 

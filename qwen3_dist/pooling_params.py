@@ -1,4 +1,4 @@
-"""What a caller may ask of a prompt in place of text that goes on from it; validated once, at construction."""
+"""Parameters of pooling requests, validated at construction."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from qwen3_dist.errors import RequestError
 
 @dataclass(frozen=True)
 class PoolingParams:
-    """The last token's hidden state after the final norm: an embedding of the prompt.
+    """A pooling request returns the hidden state of the last token after the final norm: an embedding of the prompt.
 
-    It is cut to its first `dimensions` numbers where given (Matryoshka, arXiv 2205.13147) and then, if
-    `normalize`, scaled to length 1. With `logits_of` it is the logits of those tokens after the prompt instead.
+    The vector is cut to its first `dimensions` numbers, if given (Matryoshka, arXiv 2205.13147), and then scaled to
+    length 1 if `normalize`. With `logits_of` the vector is the logits of these tokens after the prompt instead.
     """
 
     dimensions: int | None = None

@@ -1,4 +1,4 @@
-"""Progress bars, where tqdm is installed: the library itself does without it."""
+"""Progress bars, if tqdm is installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 
 
 class Bar(Protocol):
-    """The part of `tqdm` that is used here."""
+    """The part of tqdm's interface that is used here."""
 
     n: float
     total: float | None
@@ -31,7 +31,7 @@ class _NoBar:
 
 
 def progress_bar(enabled: bool, **options: Any) -> Bar:
-    """A `tqdm` bar on stderr with these options, or one that shows nothing."""
+    """A tqdm bar on stderr with these options; a bar that shows nothing if not `enabled` or without tqdm."""
     if not enabled:
         return _NoBar()
     try:

@@ -1,4 +1,4 @@
-"""Environment variables of ranks: those that a user gives, and those with which CPU ranks' processes start."""
+"""Environment variables of ranks: the setting `rank_env`, and OpenMP's variables of CPU ranks."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from qwen3_dist.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFUSED = {
-    "CUDA_VISIBLE_DEVICES": "by which each rank is given its GPU",
-    "OMP_NUM_THREADS": "which threads_per_rank decides",
-    "PATH": "which ranks need as it is",
+    "CUDA_VISIBLE_DEVICES": "which the launcher sets for each rank",
+    "OMP_NUM_THREADS": "which threads_per_rank sets",
+    "PATH": "which ranks need unchanged",
     **dict.fromkeys(
         ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-        "which the layout and the engine decide",
+        "which the engine sets",
     ),
 }
 _AT_START = ("LD_", "PYTHON")
 
-# Turns that an idle thread of OpenMP spins before it sleeps, some 20 microseconds. By default it spins for
-# milliseconds, in which it keeps the core from the thread it waits for wherever anything else computes on the host.
+# How often an idle OpenMP thread spins before it sleeps: some 20 microseconds. The default is milliseconds, in which
+# it blocks a core that other threads may need.
 _SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 
 def openmp_environment() -> dict[str, str]:
-    """What OpenMP reads as a rank's process starts; nothing where the operator has said how threads wait."""
+    """OpenMP's variables for the start of a rank's process; empty if the operator has set them."""
     chosen = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys()
     return {} if chosen else dict(_SPIN)
 
 
 def parse_rank_env(given: Any) -> dict[str, str]:
-    """Variables by name, of a mapping, a text NAME=VALUE or a list of such texts. Raises ConfigError."""
+    """Reads a mapping, a string NAME=VALUE or a list of such strings. Returns values by name. Raises ConfigError."""
     if isinstance(given, str):
         given = [given]
     if isinstance(given, Mapping):
@@ -57,7 +57,7 @@ def _check(name: Any, value: Any) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"rank_env must name variables with letters, digits and _, not {name!r}")
     if not isinstance(value, str):
-        raise ConfigError(f"rank_env must give {name} a text, not {value!r}; quote numbers")
+        raise ConfigError(f"the value of {name} in rank_env must be a string, not {value!r}; quote numbers")
     if "\0" in value:
         raise ConfigError(f"rank_env gives {name} a value with a NUL character; leave it out")
     if why := _REFUSED.get(name):

@@ -1,7 +1,7 @@
-"""The rotary position embeddings (RoPE) that a config.json asks for, in every spelling of them.
+"""Reads the settings of rotary position embeddings (RoPE) from a config.json, in every spelling.
 
-transformers wrote `rope_theta` and `rope_scaling` until version 4 and writes `rope_parameters` since version 5.
-Wrong frequencies give fluent, wrong text, so a setting is honoured or refused and never left out.
+transformers writes `rope_theta` and `rope_scaling` up to version 4, and `rope_parameters` since version 5. Wrong
+frequencies give fluent but wrong text, so an unknown setting is an error and never ignored.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _YARN = {"original_max_position_embeddings", "extrapolation_factor", *_NUMBERS, 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN parameters (arXiv 2309.00071), as `rope_scaling` / `rope_parameters` give them.
+    """YaRN parameters (arXiv 2309.00071) with the names of `rope_scaling` / `rope_parameters`.
 
-    `attention_factor` multiplies cos and sin; None means `0.1 * ln(factor) + 1`. `truncate` rounds the range of
-    dimensions between which YaRN goes from keeping to stretching wavelengths to whole dimensions.
+    `attention_factor` multiplies cos and sin; None means `0.1 * ln(factor) + 1`. `truncate` rounds the bounds of
+    YaRN's ramp, between kept and stretched wavelengths, to whole dimensions.
     """
 
     factor: float
@@ -43,17 +43,17 @@ class RopeScaling:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the stretched positions reach."""
+        """The context length with scaling."""
         return int(self.original_context_length * self.factor)
 
 
 def read_rope(
     raw: Mapping[str, Any], base: float | None, context_length: int | None
 ) -> tuple[float | None, RopeScaling | None]:
-    """RoPE's base and YaRN's parameters of the config.json `raw`; None where it gives none.
+    """Returns RoPE's base and YaRN's parameters from the config.json `raw`; None for each that it does not have.
 
-    `base` and `context_length` are what `raw` says outside of `rope_parameters` and `rope_scaling`.
-    Raises CheckpointError for what is not built and ConfigError for values that make no sense.
+    `base` and `context_length` are the values of `raw` outside of `rope_parameters` and `rope_scaling`.
+    Raises CheckpointError for settings that are not supported and ConfigError for invalid values.
     """
     settings = _settings(raw)
     kind = settings.pop("rope_type", "default")
@@ -76,9 +76,9 @@ def read_rope(
 
 
 def _settings(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `rope_parameters` and `rope_scaling` under one spelling; unset ones are absent.
+    """Merges the settings of `rope_parameters` and `rope_scaling`, without those that are null.
 
-    A `rope_scaling` that somebody added, as Qwen's model cards say, to a file with plain `rope_parameters` holds.
+    A file with plain `rope_parameters` may have a `rope_scaling` too, which Qwen's model cards tell users to add.
     """
     newer, older = (_spelled(name, raw.get(name)) for name in ("rope_parameters", "rope_scaling"))
     if older and newer.get("rope_type") == "default":
@@ -134,8 +134,9 @@ def _yarn(settings: dict[str, Any], original: Any, context_length: int | None) -
 
 
 def _attention_factor(numbers: Mapping[str, float], scaled: bool) -> float | None:
-    """What multiplies cos and sin: transformers' `attention_factor` in place of YaRN's own, vLLM's `attn_factor` times
-    YaRN's own (alone unless `scaled`), or the ratio of DeepSeek's `mscale` to `mscale_all_dim`."""
+    """The factor of cos and sin; None for YaRN's default. It is transformers' `attention_factor`, or vLLM's
+    `attn_factor` times YaRN's default (without the default unless `scaled`), or the ratio of DeepSeek's `mscale` and
+    `mscale_all_dim`."""
     whole, part = numbers.get("attention_factor"), numbers.get("attn_factor")
     if whole is not None and part is not None:
         raise ConfigError("RoPE has attention_factor and attn_factor; keep one of them in config.json")

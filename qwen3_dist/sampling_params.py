@@ -1,4 +1,4 @@
-"""What a caller may ask of one generation; validated once, at construction."""
+"""Sampling parameters of a request, validated at construction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_STRINGS, _MOST_TOKENS = 16, 1024  # stop strings; stop tokens, biased toke
 
 @dataclass(frozen=True)
 class StructuredOutputs:
-    """The form that generated text must have; exactly one field is set (names and meanings as in vLLM).
+    """Constraints on the generated text; exactly one field is set (names and meanings as in vLLM).
 
     `json` is a JSON schema, `json_object` any JSON object, `regex` a regular expression that the whole text
     matches, `choice` one of several texts, `grammar` a context-free grammar (Lark or GBNF).
@@ -42,7 +42,7 @@ class StructuredOutputs:
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
-        """The JSON schema, if it is an object; None for other forms."""
+        """The JSON schema, if there is one and it is an object; else None."""
         return (
             {"type": "object"} if self.json_object else self.json if isinstance(self.json, Mapping) else None
         )

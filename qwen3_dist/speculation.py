@@ -1,4 +1,4 @@
-"""How to speculate: `ngram,k=4` as a value that validates itself."""
+"""The setting of speculative decoding, written `ngram,k=4`. Values validate themselves."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MOST_DRAFTED = 32
 
 @dataclass(frozen=True)
 class Speculation:
-    """Prompt lookup (arXiv 2304.04487): up to `k` tokens are guessed after the last `min` to `max` tokens,
-    where the sequence had these before.
+    """Prompt lookup (arXiv 2304.04487): if the last `min` to `max` tokens occurred in the sequence before, up to `k`
+    of the tokens that followed are the draft.
 
-    `str(speculation)` and `Speculation.parse` are inverses.
+    `Speculation.parse` is the inverse of `str`.
     """
 
     k: int = 8
@@ -30,7 +30,7 @@ class Speculation:
 
     @classmethod
     def parse(cls, text: str | Speculation) -> Speculation:
-        """Reads `ngram,k=4,min=2,max=4`, of which all but `ngram` may be missing. Raises ConfigError."""
+        """Reads `ngram,k=4,min=2,max=4`; all parts after `ngram` are optional. Raises ConfigError."""
         if isinstance(text, Speculation):
             return text
         method, *parts = (part.strip() for part in str(text).split(","))

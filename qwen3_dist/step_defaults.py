@@ -1,4 +1,4 @@
-"""Sizes of a step where the settings leave them open. Imports no torch."""
+"""Default limits of a step, by device. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class StepDefaults(NamedTuple):
-    """`throughput_tokens` replaces `max_num_batched_tokens` in performance_mode=throughput. `free_tokens` take as long
-    to compute as a step takes to read the weights: measured on a CPU (Qwen3-0.6B's shape in bf16, a draw after each),
-    by its rates on a GPU."""
+    """`throughput_tokens` replaces `max_num_batched_tokens` in performance_mode=throughput. Computing `free_tokens`
+    tokens takes as long as reading the weights for a step: measured on a CPU (Qwen3-0.6B in bf16, with sampling),
+    derived from a GPU's peak rates."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -16,6 +16,6 @@ class StepDefaults(NamedTuple):
     free_tokens: int
 
 
-# A GPU wants large steps. On a CPU a step of many prompt tokens holds up every decode for seconds, which does not
-# matter if nobody waits for single tokens.
+# A GPU is efficient with large steps. On a CPU a step of many prompt tokens delays all decodes by seconds, which only
+# offline use accepts.
 STEP_DEFAULTS = {"cuda": StepDefaults(256, 8192, 16384, 128), "cpu": StepDefaults(64, 1024, 4096, 8)}

@@ -50,11 +50,11 @@ class RankConnections:
         """Whether no rank has sent a message or ended. Also sends waiting data."""
         return not any(mask & selectors.EVENT_READ for _, mask in self._ready(0))
 
-    def next_message(self, deadline: float, awaited: Callable[[], str]) -> tuple[int, Any]:
+    def next_message(self, deadline: float, late: Callable[[], str]) -> tuple[int, Any]:
         """Returns the next message of any rank, with the rank.
 
-        Raises RankLostError if a rank has failed or ended, or at the deadline (monotonic clock); then `awaited()`
-        says which ranks did not do what.
+        Raises RankLostError if a rank has failed or ended, or at the deadline (monotonic clock); then `late()` is
+        the message: which ranks did not do what.
         """
         while True:
             left = deadline - time.monotonic()
@@ -62,13 +62,14 @@ class RankConnections:
                 if mask & selectors.EVENT_READ:
                     return rank, self._receive(rank)
             if left <= 0:
-                deaf = [rank for rank, channel in self._channels.items() if channel.has_unsent]
-                also = f"; {names(deaf)} stopped reading what the engine sends" if deaf else ""
-                raise RankLostError(EngineDeadError(f"{awaited()}{also}"), Blame.UNKNOWN)
+                stuck = [rank for rank, channel in self._channels.items() if channel.has_unsent]
+                also = f"; {names(stuck)} stopped reading what the engine sends" if stuck else ""
+                raise RankLostError(EngineDeadError(f"{late()}{also}"), Blame.UNKNOWN)
 
     @contextlib.contextmanager
     def reporting_root_cause(self) -> Iterator[None]:
-        """A context that replaces a RankLostError by that of the rank that caused it, as far as ranks report."""
+        """A context that replaces a RankLostError by the error of the rank that caused it, if that rank reports
+        one."""
         try:
             yield
         except RankLostError as loss:

@@ -138,8 +138,8 @@ class MoEFeedForward(nn.Module):
             self._former_rows.index_add_(0, prepared.leaving, self.experts.counts[places])
             self.experts.replace(places, prepared.converted)
         self.placement = prepared.placement
-        self.all_to_all.place(prepared.placement)
-        self.all_gather.place(prepared.placement)
+        self.all_to_all.set_placement(prepared.placement)
+        self.all_gather.set_placement(prepared.placement)
 
     def gathered(self, x: Tensor, transform: Transform, batch: StepBatch) -> Tensor:
         """The layer by all-gather, for few tokens: x [T, D], equal on all tp ranks -> partial sum [T, D] over tp.

@@ -86,7 +86,7 @@ def _parts(block: TransformerBlock) -> BlockParts:
         norm=block.norm2.weights,
         gate=ff.gate.weights,
         experts=ff.experts.weights,
-        places=ff.all_gather.here,
+        places=ff.all_gather.places,
         counts=ff.experts.all_counts,
         choices=ff.num_experts_per_tok,
         norm_topk_prob=ff.norm_topk_prob,

@@ -1,9 +1,9 @@
-"""Collectives over one group of ranks, behind one interface.
+"""The interface of collectives over one group of ranks, and its implementations.
 
-`SingleCommunicator` is a group of one; `TorchCommunicator` runs over a torch.distributed group (NCCL
-or gloo); `StagedCommunicator` takes GPU tensors over the host, for ranks that share a GPU, which NCCL
-refuses; `parallel/shared_memory.py` adds the fast path of CPU ranks on one host. All of them sum in
-an order that is the same on every rank, so replicated tensors stay bit-identical.
+`SingleCommunicator` is a group of one. `TorchCommunicator` uses a torch.distributed group (NCCL or gloo).
+`StagedCommunicator` sends GPU tensors over the host, for ranks that share a GPU, which NCCL refuses.
+`parallel/shared_memory.py` is the fast path for CPU ranks on one host. All of them add in the same order on every
+rank, so that replicated tensors stay bit-identical.
 
 Shapes: n = group size, T = rows (any trailing shape).
 """
@@ -143,7 +143,7 @@ class TorchCommunicator(Communicator):
         self.kind = "NCCL" if device.type == "cuda" else "gloo"
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if not x.numel():  # on every rank, then: an idle dp group's, which not every backend takes
+        if not x.numel():  # of an idle dp group, so on all its ranks; not every backend accepts it
             return x
         x = x.contiguous()
         dist.all_reduce(x, group=self._group)
@@ -191,7 +191,7 @@ class TorchCommunicator(Communicator):
 
         def finish() -> tuple[Tensor, list[int]]:
             work.wait()
-            assert x is not None  # keeps the rows until they have left
+            assert x is not None  # keeps x alive until the rows are sent
             return out, recv_counts
 
         return finish

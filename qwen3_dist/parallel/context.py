@@ -1,4 +1,4 @@
-"""Which groups a rank belongs to: built once per process, then passed explicitly to every layer."""
+"""The process groups of a rank, created once per process and passed explicitly to every layer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ _DEFAULT_DISPATCH = DispatchOptions()
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """One rank's place in a layout and its communicators.
+    """One rank's coordinates in a layout and its communicators, all within its pipeline stage.
 
-    `tp`: the ranks of this rank's attention. `dp`: the ranks of the same heads in all dp groups. `ep`:
-    the ranks that hold the same columns of other experts. `etp`: the ranks that hold other columns of
-    the same experts. All of them are of this rank's pipeline stage.
+    `tp`: ranks of the same dp group. `dp`: ranks with the same heads in all dp groups. `ep`: ranks with the same
+    columns of other experts. `etp`: ranks with other columns of the same experts.
     """
 
     layout: Layout
@@ -40,7 +39,7 @@ class ParallelContext:
     ep: Communicator
     etp: Communicator
     pipeline: Pipeline
-    staged: bool = False  # its collectives go over the host
+    staged: bool = False  # whether collectives go over the host
     dispatch: DispatchOptions = _DEFAULT_DISPATCH
 
     @classmethod
@@ -64,8 +63,8 @@ class ParallelContext:
     ) -> ParallelContext:
         """Joins the other ranks of `layout` through `store`: NCCL on GPUs, else shared memory or gloo.
 
-        Every rank of the world must call this. `shared_memory=False` forces gloo between CPU ranks;
-        `staged` takes tensors of any device over the host, for ranks that share a GPU.
+        Every rank of the world must call this. `shared_memory=False` forces gloo between CPU ranks. `staged` sends
+        tensors of any device over the host, for ranks that share a GPU.
         """
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not staged else "gloo"
         host = torch.device("cpu") if staged else device

@@ -7,9 +7,9 @@ adds up the partial results. Nothing waits for the host. All-to-all, for many to
         ── all-to-all ──▶ experts (this rank's columns): weighted sum per received row ──▶
         all-to-all back ── sum per token ── reduce-scatter over etp
 
-How many rows go where is counted, or a fixed capacity (`send_plan.py`).
-The etp ranks hold other columns of the same experts, so all of them need the token and their partial
-results add up; where etp is 1 both etp steps vanish. A token whose experts share a rank travels once.
+The number of rows for each rank is counted, or is a fixed capacity (`send_plan.py`). etp ranks hold other columns of
+the same experts, so all of them get the token, and their partial results are added; with etp = 1 both etp steps are
+skipped. A token is sent to a rank once, even if several of its experts are there.
 
 Legend: T tokens of the step, N tokens of this rank, K experts per token, R rows received, D emb_dim.
 """
@@ -32,13 +32,13 @@ from qwen3_dist.parallel.expert_exchange import prefers_all_to_all
 from qwen3_dist.parallel.send_plan import CountedRows, OverflowFlag, SendPlan, SlottedRows
 from qwen3_dist.settings import EngineConfig
 
-FP8_BLOCK = 128  # numbers that share a scale
+FP8_BLOCK = 128  # numbers that share an fp8 scale
 
 
 def uses_all_to_all(
     settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int, device: str
 ) -> bool:
-    """Whether a step of `tokens`, of all dp groups together, uses all-to-all on a "cpu" or "cuda"."""
+    """Whether a step of `tokens`, of all dp groups together, dispatches by all-to-all. `device` is "cpu" or "cuda"."""
     if settings.moe_dispatch == "auto":
         return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8", device)
     return settings.moe_dispatch == "all_to_all"
@@ -46,28 +46,27 @@ def uses_all_to_all(
 
 @dataclass(frozen=True)
 class DispatchOptions:
-    """How all-to-all works: with rows as fp8, from how many tokens of a rank on in two overlapping halves, and whether
-    each rank sends as many rows as fit a capacity, which a GPU does without its host, or counts them."""
+    """Options of all-to-all dispatch."""
 
-    fp8: bool = False
-    overlap_from: int = 1024
-    by_capacity: bool | None = None  # None: on GPUs
+    fp8: bool = False  # rows are sent as fp8
+    overlap_from: int = 1024  # from this number of tokens per rank on, two micro-batches overlap
+    by_capacity: bool | None = None  # fixed capacity, without the host, instead of counts; None: on GPUs only
 
 
 @dataclass(frozen=True)
 class DispatchedTokens:
-    """The rows that an ep rank received."""
+    """The rows that an ep rank received, with their routing."""
 
     tokens: Tensor  # [R, D]
-    expert_ids: Tensor  # [R, K] int64, place of each row's experts in this rank's stack; -1: elsewhere
+    expert_ids: Tensor  # [R, K] int64, index of each expert in this rank's stacks; -1: on another rank
     weights: Tensor  # [R, K] fp32 routing weights
 
 
 class _Table:
-    """[C, E] constants on the device they were last used on: row n of a batch looks in table row n % C."""
+    """A routing table [C, E], on the device of its last use. Row n of a batch uses table row n % C."""
 
     def __init__(self, rows: list[list[int]]) -> None:
-        # On the CPU also while a model is built on meta. The last column answers the id -1.
+        # Created on the CPU even if the model is built on the meta device. The last column is for the id -1.
         self.values = torch.tensor([[*row, -1] for row in rows], device="cpu")
 
     def __getitem__(self, expert_ids: Tensor) -> Tensor:
@@ -80,32 +79,32 @@ class _Table:
         return self.values[rows[:, None], expert_ids]
 
     def replace(self, rows: list[list[int]]) -> None:
-        """Other constants of the same shape, in the same place."""
+        """Overwrites the table with other values of the same shape."""
         self.values[:, :-1] = on_device(rows, torch.int64, self.values.device)
 
 
 class AllGatherDispatcher:
-    """Every rank has all tokens already, as tp ranks do, and takes those of its experts."""
+    """Dispatch for ranks that all have all tokens already: each computes the tokens of its experts."""
 
     def __init__(self, placement: ExpertPlacement, ep_rank: int) -> None:
         self._ep_rank = ep_rank
-        self._here = _Table(placement.places_on(ep_rank))
+        self._places = _Table(placement.places_on(ep_rank))
 
     @property
-    def here(self) -> Tensor:
-        """[C, E + 1] place of each expert in this rank's stack, -1 for those elsewhere; by row of the batch."""
-        return self._here.values
+    def places(self) -> Tensor:
+        """The routing table [C, E + 1]: the index of each expert in this rank's stacks, -1 if on another rank."""
+        return self._places.values
 
-    def place(self, placement: ExpertPlacement) -> None:
-        self._here.replace(placement.places_on(self._ep_rank))
+    def set_placement(self, placement: ExpertPlacement) -> None:
+        self._places.replace(placement.places_on(self._ep_rank))
 
     def select(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> DispatchedTokens:
-        """x [T, D] with its routing [T, K], the same on every rank -> what this rank computes."""
-        return DispatchedTokens(x, self._here[expert_ids], weights)
+        """x [T, D] with its routing [T, K], equal on all ranks -> the input of this rank's experts."""
+        return DispatchedTokens(x, self._places[expert_ids], weights)
 
 
 class AllToAllDispatcher:
-    """Each rank sends every other only the tokens it needs. Holds no state of any step."""
+    """Sends each rank only the tokens of its experts. Keeps no state between steps."""
 
     def __init__(
         self,
@@ -116,35 +115,35 @@ class AllToAllDispatcher:
         capacity: Callable[[int], int] | None = None,
         overflow: OverflowFlag | None = None,
     ) -> None:
-        """`capacity` says how many of a rank's rows, given the most of any, have room to each ep rank, and `overflow`
-        learns where they had not; without it rows are counted."""
+        """`capacity(rows)` is the number of rows that a rank can send to each ep rank, if no rank has more than `rows`
+        rows; `overflow` is set if they do not fit. Without `capacity` rows are counted."""
         self._ep = ep
         self._etp = etp
         self._capacity, self._overflow = capacity, overflow or OverflowFlag()
-        self._owner, self._place = _Table(placement.owners), _Table(placement.places)
+        self._owners, self._places = _Table(placement.owners), _Table(placement.places)
         self._fp8 = fp8
 
-    def place(self, placement: ExpertPlacement) -> None:
-        self._owner.replace(placement.owners)
-        self._place.replace(placement.places)
+    def set_placement(self, placement: ExpertPlacement) -> None:
+        self._owners.replace(placement.owners)
+        self._places.replace(placement.places)
 
     @property
     def overlaps(self) -> bool:
-        """Whether what has been started may go on while this rank computes, and starts another dispatch."""
+        """Whether a started dispatch proceeds while this rank computes and starts another dispatch."""
         return self._ep.overlaps and (self._etp.size == 1 or not self._ep.excludes_others)
 
     def dispatch(
         self, x: Tensor, expert_ids: Tensor, weights: Tensor, most_rows: int | None = None
     ) -> tuple[DispatchedTokens, SendPlan | None]:
-        """Sends x [N, D] to the experts [N, K] of its rows; an id of -1 goes nowhere.
+        """Sends x [N, D] to the experts `expert_ids` [N, K] with routing `weights` [N, K]; an id of -1 is no expert.
 
-        N must be equal on the ranks of one etp group, and may be 0 or differ on others. `most_rows`, if the dispatcher
-        has a capacity, is the largest N of all ranks. Rows travel with their routing, in one exchange.
+        N must be equal on the ranks of an etp group; it may be 0. With a capacity, `most_rows` is the largest N of all
+        ranks. Rows and routing are sent in one exchange.
         """
         return self.start_dispatch(x, expert_ids, weights, most_rows)()
 
     def combine(self, expert_out: Tensor, plan: SendPlan | None) -> Tensor:
-        """Sends the received rows' sums [R, D] back to their ranks and adds them up in fp32 -> [N, D]."""
+        """Sends the experts' outputs [R, D] back to the ranks of their tokens and adds them in fp32 -> [N, D]."""
         return self.start_combine(expert_out, plan)()
 
     def start_dispatch(
@@ -152,7 +151,7 @@ class AllToAllDispatcher:
     ) -> Callable[[], tuple[DispatchedTokens, SendPlan | None]]:
         """Starts `dispatch` and returns a function that waits for its result."""
         x, expert_ids, weights = self._gather_columns(x, expert_ids, weights)
-        owners, places = self._owner[expert_ids], self._place[expert_ids]
+        owners, places = self._owners[expert_ids], self._places[expert_ids]
         if self._ep.size == 1:
             everything = DispatchedTokens(x, places, weights), None
             return lambda: everything
@@ -165,7 +164,7 @@ class AllToAllDispatcher:
             assert most_rows is not None
             capacity = self._capacity(most_rows * self._etp.size)
             plan = SlottedRows(owners, self._ep.size, capacity, self._overflow)
-            # An empty slot is a copy of one more row, which goes to no expert.
+            # Empty slots are copies of an additional row that goes to no expert.
             rows = F.pad(rows, (0, 0, 0, 1))
             owners, places = (F.pad(part, (0, 0, 0, 1), value=-1) for part in (owners, places))
         sent = plan.sent_rows
@@ -212,9 +211,9 @@ def _row_bytes(x: Tensor) -> int:
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 numbers of x [M, D] and fp32 scales [M, ceil(D / FP8_BLOCK)], a scale for each run of FP8_BLOCK.
+    """Converts x [M, D] to e4m3 [M, D] with fp32 scales [M, ceil(D / FP8_BLOCK)], one for each FP8_BLOCK numbers.
 
-    The largest of a run becomes e4m3's largest, 448 (the form of DeepEP's fp8 dispatch).
+    The largest number of a block becomes 448, e4m3's largest (as in DeepEP's fp8 dispatch).
     """
     rows, dim = x.shape
     blocks = -(-dim // FP8_BLOCK)

@@ -1,6 +1,6 @@
-"""Chooses between all-gather and all-to-all for a step, and the capacity of an all-to-all. Imports no torch.
+"""Chooses all-gather or all-to-all for a step, and computes the capacity of an all-to-all. Imports no torch.
 
-Both follow from numbers that every rank knows before a step, so all ranks choose alike.
+Both depend only on numbers that every rank knows before the step, so all ranks get the same result.
 Legend: E experts of a layer, K experts of a token, D emb_dim.
 """
 
@@ -11,19 +11,18 @@ from math import ceil, comb, sqrt
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
-# Measured on CPU ranks that share memory (`benchmarks.dispatch`): all-to-all wins from so many tokens of a step on,
-# unless a row goes to almost all ranks: 8 of 64 experts evenly chosen lie on 99.6% of 2 ranks, 91% of 4.
+# Measured on CPU ranks that share memory (`benchmarks.dispatch`): all-to-all is faster from this number of tokens on,
+# unless a row is sent to almost all ranks: 8 evenly chosen experts of 64 are on 99.6% of 2 ranks, 91% of 4.
 CPU_ALL_TO_ALL_FROM = 512
 _SENT_TO_ALMOST_ALL = 0.95
 
-# Derived, not yet measured (`gpu-check --stages nccl` would set both). A layer by all-to-all takes about 50 launches
-# more than one by all-gather (counted by `tests.fake_gpu`), which find slots, pack and unpack rows: 4 us each where no
-# graph holds them. A card receives about 200 GB/s over NVLink; between hosts less, so that all-to-all gains there
-# earlier than this says.
+# Derived, not measured yet (`gpu-check --stages nccl` measures both). A layer by all-to-all has about 50 more launches
+# than by all-gather (counted by `tests.fake_gpu`), of 4 us each outside a CUDA graph. A card receives about 200 GB/s
+# over NVLink. Between hosts it is less, so all-to-all is faster there earlier than computed here.
 CUDA_ALL_TO_ALL_COSTS_S = 200e-6
 CUDA_LINK_BYTES_PER_S = 200e9
 
-# Room for a rank whose experts are chosen so many times as often as the mean, and so many standard deviations more.
+# The capacity allows for experts that are chosen this many times as often as the mean, plus standard deviations.
 _LOAD_MARGIN, _DEVIATIONS = 2, 4
 _ITEM_BYTES = 2  # of an activation on a GPU
 _ROUTING_BYTES = 8  # of an expert's id and weight
@@ -33,10 +32,10 @@ _FP8_RUN = 128  # numbers that share a scale
 def prefers_all_to_all(
     layout: Layout, config: ModelConfig, tokens: float, fp8: bool = False, device: str = "cpu"
 ) -> bool:
-    """Whether a step of `tokens`, of all dp groups together, reaches its experts sooner by all-to-all.
+    """Whether all-to-all is faster than all-gather for a step of `tokens`, of all dp groups together.
 
-    By all-gather every rank has every token. All-to-all sends them where their experts are, which is less unless
-    that is almost everywhere and they travel as wide, but costs more for few. `device` is "cpu" or "cuda".
+    All-gather sends every token to every rank. All-to-all sends less, unless a token has experts on almost all ranks,
+    but costs more for few tokens. `device` is "cpu" or "cuda".
     """
     if not config.num_experts or layout.stage_size == 1:
         return False
@@ -48,8 +47,8 @@ def prefers_all_to_all(
 
 
 def bytes_saved(layout: Layout, config: ModelConfig, tokens: float, fp8: bool = False) -> float:
-    """Bytes that a GPU rank receives less in a layer of a step of `tokens`, of all dp groups, by all-to-all than by
-    all-gather. An all-reduce counts as a reduce-scatter and an all-gather."""
+    """Bytes per layer that a GPU rank receives less by all-to-all than by all-gather, in a step of `tokens` of all dp
+    groups together. An all-reduce counts as a reduce-scatter and an all-gather."""
     of_group = tokens / layout.dp
     own = of_group / layout.tp
     row, routing = config.emb_dim * _ITEM_BYTES, config.num_experts_per_tok * _ROUTING_BYTES
@@ -62,10 +61,10 @@ def bytes_saved(layout: Layout, config: ModelConfig, tokens: float, fp8: bool = 
 
 
 def capacity(layout: Layout, config: ModelConfig, rows: int) -> int:
-    """Rows that a rank can send each ep rank when it has at most `rows`.
+    """Rows that a rank with at most `rows` rows can send to each ep rank.
 
-    That is the share of them that a rank gets whose experts are chosen twice as often as the mean, and four standard
-    deviations; at most all. With pp it is all: nothing overflows, so that no stage must tell the next.
+    This is the share of a rank whose experts are chosen twice as often as the mean, plus four standard deviations, and
+    at most `rows`. With pp it is `rows`: nothing overflows, so that stages need not inform each other.
     """
     if layout.pp > 1:
         return rows
@@ -75,7 +74,8 @@ def capacity(layout: Layout, config: ModelConfig, rows: int) -> int:
 
 
 def chosen_share(experts: int, chosen: int, here: int) -> float:
-    """Chance that one of a token's `chosen` experts, each as likely, is among `here` of all."""
+    """Probability that at least one of a token's `chosen` experts, all equally likely, is among `here` of
+    `experts`."""
     if experts - here < chosen:
         return 1.0
     return 1 - comb(experts - here, chosen) / comb(experts, chosen)

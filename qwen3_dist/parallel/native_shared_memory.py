@@ -1,6 +1,6 @@
-"""The collectives of `shared_memory.py` in C++ (`ops/cpu/collectives.h`): same segment, same protocol.
+"""The collectives of `shared_memory.py` in C++ (`ops/cpu/collectives.h`), with the same segment and protocol.
 
-A small all-reduce in Python takes longer for its dozen calls than for waiting and adding.
+In Python, most of the time of a small all-reduce is spent on a dozen Python calls.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ _WAIT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
 
 def fastest_communicator() -> type[SharedMemoryCommunicator]:
-    """The kind for ranks of this machine: in C++ where the kernels could be built. Kinds can meet in a group."""
+    """The communicator class for ranks of this machine: in C++ if the kernels could be built. Ranks of one group may
+    use different classes."""
     return SharedMemoryCommunicator if library() is None else NativeSharedMemoryCommunicator
 
 
 class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
-    """Sums of other dtypes than those of models, and all-to-all but for its waiting, stay in Python."""
+    """Collectives in C++. Sums of dtypes that models do not use, and all-to-all, are in Python."""
 
     def __init__(
         self, rank: int, size: int, segment: Segment, watchers: dict[int, int], timeout_s: float
@@ -126,7 +127,7 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         self._operation = operation
 
     def _watch_for_kernel(self, peer: int, operation: int) -> int:
-        """What a function calls when a peer is late. An exception cannot pass through it, so `_finish` raises."""
+        """C++ functions call this if a peer is late. They cannot pass exceptions on, so `_finish` raises the error."""
         try:
             self._watch(peer, operation)
         except BaseException as error:
@@ -143,7 +144,7 @@ def _function(loaded: ctypes.CDLL, name: str, suffix: str = "") -> ctypes._Named
 
 
 def _functions(loaded: ctypes.CDLL, name: str) -> dict[torch.dtype, ctypes._NamedFuncPointer]:
-    """By dtype; fp16 is missing where the CPU cannot convert it."""
+    """The variants of a function by dtype. There is none for fp16 if the CPU cannot convert it."""
     return {
         dtype: _function(loaded, name, f"_{suffix}")
         for dtype, suffix in _SUMMED.items()

@@ -1,4 +1,4 @@
-"""Sends activations from a pipeline stage to the next: each rank has one rank before it and one after."""
+"""Sends hidden states from a pipeline stage to the next. Each rank has one peer in the stage before and one after."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_MOST_UNDERWAY = 4  # sends that may be under way before the oldest is waited for
+_MOST_UNDERWAY = 4  # unfinished sends before the oldest is awaited
 
 
 class Pipeline:
-    """A rank's place in its pipeline of `size` stages, and its neighbours' global ranks.
+    """The stage of a rank in a pipeline of `size` stages, and the global ranks of its peers `before` and `after`.
 
-    Between CPUs a send returns at once, so that a stage goes on with its next micro-batch while the one after it
-    still has the last. On NCCL the stream waits until the next stage has taken the rows (the host does not), since no
-    other group may be used while a send is under way. `host` says that tensors must go over the host.
+    Between CPUs a send returns at once, so that a stage can start its next micro-batch before the next stage has
+    received the last. With NCCL the stream (not the host) waits until the rows are received, since no other group may
+    be used during a send. `host`: tensors go over the host.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Pipeline:
         return self.stage == self.size - 1
 
     def send(self, x: Tensor) -> None:
-        """Has the next stage's `receive` return `x`. On a CPU it must not change from now on."""
+        """Sends `x` [rows, D] to the next stage. On a CPU `x` must not change afterwards."""
         x = x.contiguous()
         x = x.cpu() if self._host else x
         work = dist.isend(x, self._after)
@@ -53,7 +53,7 @@ class Pipeline:
             self._underway.popleft()[0].wait()
 
     def receive(self, rows: int, template: Tensor) -> Tensor:
-        """The [rows, D] that the stage before sent, where and of what dtype `template` [D] is."""
+        """Receives [rows, D] from the stage before, with the device and dtype of `template` [D]."""
         x = torch.empty(
             rows, template.shape[0], dtype=template.dtype, device="cpu" if self._host else template.device
         )

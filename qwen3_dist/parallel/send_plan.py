@@ -1,8 +1,8 @@
-"""Which rows an all-to-all sends to which rank: exact counts, or a fixed number of slots (a capacity).
+"""The rows that an all-to-all sends to each rank: exact counts, or a fixed number of slots (a capacity).
 
-Counts are exact, but the host must read them before it can send: right for CPUs. With slots every rank sends every
-other `capacity` rows, empty ones included, so that nothing waits for the host and a CUDA graph can hold it; rows
-beyond are left out, and a flag on the device says so.
+The host must read exact counts before it can send, which suits CPUs. With slots every rank sends `capacity` rows to
+every other, including empty ones. The host does not wait, so a CUDA graph can hold it. Rows that do not fit are
+dropped, and a flag on the device is set.
 
 Legend: N rows of this rank, K experts of a row, n ep ranks, C capacity, M rows sent, R rows received, D emb_dim.
 """
@@ -21,31 +21,32 @@ from qwen3_dist.parallel.communicator import Communicator
 
 
 class OverflowFlag:
-    """Whether an exchange of the step has left rows out; shared by a rank's MoE layers."""
+    """Whether an all-to-all of the step has dropped rows. All MoE layers of a rank share one flag."""
 
     def __init__(self) -> None:
-        # [1] fp32, which every communicator adds up; on the device where it was last used, never on meta.
-        self._left_out = torch.zeros(1, device="cpu")
+        # [1] fp32, since every communicator can add it; on the device of its last use, never on meta.
+        self._dropped = torch.zeros(1, device="cpu")
 
-    def add(self, left_out: Tensor) -> None:
+    def add(self, dropped: Tensor) -> None:
         """Records one exchange's overflow flag, a bool on the device."""
-        if self._left_out.device != left_out.device:
-            self._left_out = on_device(self._left_out, self._left_out.dtype, left_out.device)
-        self._left_out += left_out
+        if self._dropped.device != dropped.device:
+            self._dropped = on_device(self._dropped, self._dropped.dtype, dropped.device)
+        self._dropped += dropped
 
     def reduce_and_clear(self, *groups: Communicator) -> Tensor:
-        """[1] fp32, more than 0 if any rank of the `groups` left rows out since the last call. All of them call it."""
-        total = self._left_out.clone()
-        self._left_out.zero_()
+        """Returns [1] fp32, above 0 if any rank of the `groups` dropped rows since the last call, and clears the flag.
+        All ranks of the groups must call it."""
+        total = self._dropped.clone()
+        self._dropped.zero_()
         for group in groups:
             total = group.all_reduce(total)
         return total
 
 
 class SendPlan(ABC):
-    """One dispatch's rows to other ranks and back; made once, used once."""
+    """The rows of one dispatch and combine. Used once."""
 
-    sent_rows: Tensor  # [M] int64, the row that each sent one is a copy of; N: an empty slot
+    sent_rows: Tensor  # [M] int64, the source row of each sent row; N: an empty slot
     destinations: Tensor  # [M] int64, the ep rank to which it goes
 
     @abstractmethod
@@ -54,14 +55,15 @@ class SendPlan(ABC):
 
     @abstractmethod
     def start_back(self, ep: Communicator, sums: Tensor) -> Callable[[], Tensor]:
-        """Starts sending the received rows' sums [R, D] back; returns a function that waits for each row's [N, D]."""
+        """Starts sending the outputs of received rows [R, D] back. Returns a function that waits for them and returns
+        the sum of each row [N, D]."""
 
 
 class CountedRows(SendPlan):
     """An all-to-all with exact counts, which the host reads before it sends."""
 
     def __init__(self, owners: Tensor, size: int) -> None:
-        """owners [N, K]: the ep rank, of `size`, that each row goes to for each of its experts; -1: none."""
+        """owners [N, K]: the ep rank, of `size` ranks, of each expert of each row; -1: none."""
         self._num_rows = len(owners)
         wanted = wanted_by(owners, size)
         self.destinations, self.sent_rows = wanted.nonzero(as_tuple=True)
@@ -89,13 +91,13 @@ class CountedRows(SendPlan):
 
 
 class SlottedRows(SendPlan):
-    """An all-to-all of `capacity` rows to every rank; rows beyond are left out and flagged."""
+    """An all-to-all of `capacity` rows to every rank. Rows that do not fit are dropped and flagged."""
 
     def __init__(self, owners: Tensor, size: int, capacity: int, overflow: OverflowFlag) -> None:
         """owners [N, K] as for `CountedRows`. `capacity` must be equal on all ranks."""
         num_rows, device = len(owners), owners.device
         wanted = wanted_by(owners, size)
-        places = wanted.cumsum(dim=1) - 1  # [n, N] of each row among those for a rank
+        places = wanted.cumsum(dim=1) - 1  # [n, N] index of each row among the rows for a rank
         if capacity < num_rows:
             overflow.add((wanted & (places >= capacity)).any())
         ranks, nowhere = torch.arange(size, device=device), size * capacity
@@ -104,8 +106,8 @@ class SlottedRows(SendPlan):
         filled = torch.full((nowhere + 1,), num_rows, device=device).scatter_(0, slots.flatten(), rows)
         self.sent_rows = filled[:-1]
         self.destinations = ranks.repeat_interleave(capacity, output_size=nowhere)
-        # A row's sum is over the ranks that it went to: the slot of each of its choices, once a rank. What does not
-        # count is read where the first choice's sum lies, lest another row's NaN be multiplied by 0.
+        # A row's sum is over the slots of its choices, counting each rank once. Other choices have a weight of 0 and
+        # read the slot of the row's first choice, so that NaN of another row is never multiplied by 0.
         self._slots = slots.t().gather(1, owners.clamp(min=0))
         counts = (self._slots < nowhere) & (owners >= 0) & ~repeats(owners)
         self._slots = torch.where(counts, self._slots, self._slots[:, :1].clamp(max=nowhere - 1))

@@ -1,4 +1,4 @@
-"""Reads slices of a checkpoint's safetensors files with little memory beyond what they fill."""
+"""Reads slices of a checkpoint's safetensors files with little extra memory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from qwen3_dist.errors import CheckpointError
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
 _CHUNK_BYTES = 64 << 20
-_REOPEN_BYTES = 128 << 20  # mapped pages that were read count as resident until the file is closed
-# What names lack, and so begin with, in a checkpoint of the transformer without its head.
+_REOPEN_BYTES = 128 << 20  # a file is reopened after so many bytes, since its mapped pages count as resident
+# Names in a checkpoint without a head lack the prefix, so they begin with these.
 _PREFIX, _HEADLESS = "model.", ("embed_tokens.", "layers.", "norm.")
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 class CheckpointFiles:
-    """The tensors of one checkpoint directory, by the names that they have in a model with a head; one that was
-    saved without (Qwen3-Embedding) `is_headless`.
+    """The tensors of one checkpoint directory, by their names in a model with a head. `is_headless`: the checkpoint
+    was saved without a head (Qwen3-Embedding).
 
-    `files` are the files to read, those of `shard_files` if not given. Raises CheckpointError, naming the file, for
-    one that is missing, truncated or not in safetensors format, and for a tensor that two files hold.
+    `files` are the files to read, by default those of `shard_files`. Raises CheckpointError, naming the file, for a
+    file that is missing, truncated or not in safetensors format, and for a tensor that is in two files.
     """
 
     def __init__(self, path: str | Path, files: Mapping[Path, set[str] | None] | None = None) -> None:
@@ -74,9 +74,9 @@ class CheckpointFiles:
         out: Tensor,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Fills `out` (any device and float dtype) with tensor[index], a chunk of rows at a time.
+        """Fills `out` (any device and float dtype) with tensor[index], in chunks of rows.
 
-        `progress` is told how many elements each chunk had.
+        `progress` is called with the number of elements of each chunk.
         """
         self.dtype(name)
         file, shape, code = self._entries[name]
@@ -103,10 +103,10 @@ class CheckpointFiles:
 
 
 def shard_files(path: Path) -> dict[Path, set[str] | None]:
-    """The files of the checkpoint at `path`, each with the tensors to read from it; None is all.
+    """The files of the checkpoint at `path`, each with the names of the tensors to read from it; None: all.
 
-    Those are what the index names. Without an index they are model.safetensors alone, else numbered shards, else all
-    files but those of adapters and of other formats. Raises CheckpointError if one is missing.
+    These are the files of the index. Without an index, they are model.safetensors, else numbered shards, else all
+    files except those of adapters and of other formats. Raises CheckpointError if one is missing.
     """
     if (index := path / "model.safetensors.index.json").exists():
         return _indexed(index)
@@ -129,7 +129,7 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
                 raise ValueError
             shards.setdefault(index.parent / shard, set()).add(name)
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{index} is no weight index; fetch it again") from None
+        raise CheckpointError(f"{index} is not a valid weight index; fetch it again") from None
     for file in shards:
         if not file.exists():
             raise CheckpointError(f"{file} is missing although the index names it; fetch it again")
@@ -154,7 +154,7 @@ def _numbered(path: Path, names: list[str]) -> list[str]:
 
 
 def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Names, shapes and dtypes of one file, with its length checked against them."""
+    """Reads the header (names, shapes, dtypes) of one file and checks the file's length against it."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

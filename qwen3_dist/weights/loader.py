@@ -37,16 +37,15 @@ def load_model(
     placements: Placements | None = None,
     ops: Ops | None = None,
 ) -> Qwen3Model:
-    """Builds this rank's shard on `device`. Padding is zero. `random` weights need no checkpoint.
-    Without `ops` it computes with what `choose_ops` gives.
+    """Builds this rank's shard on `device`. Padding is zero. With `random`, weights need no checkpoint. `ops` are by
+    default those of `choose_ops`.
 
-    Raises CheckpointError naming tensors that are missing, left over or of another shape than
-    `config` says.
+    Raises CheckpointError with the names of tensors that are missing, left over or do not have the shape of `config`.
     """
     files = None if random else CheckpointFiles(path)
     if (
         files and files.is_headless
-    ):  # an embedding model: its head is never used, so the embedding may stand in
+    ):  # an embedding model: its head is never used, so it is tied to the embedding
         config = replace(config, tie_word_embeddings=True)
     plan = WeightPlan(config, parallel.layout, files.names() if files else set(), placements)
     if files:
@@ -74,9 +73,9 @@ def load_model(
 
 
 class ExpertReader:
-    """Reads this rank's columns of single experts of the checkpoint at `path` that `model` was loaded from.
+    """Reads this rank's columns of single experts from the checkpoint at `path`, which `model` was loaded from.
 
-    Headers are read once, with the first expert.
+    Headers are read once, at the first call.
     """
 
     def __init__(self, path: Path, model: Qwen3Model, random: bool) -> None:
@@ -96,10 +95,10 @@ class ExpertReader:
     def read(
         self, layer: int, experts: Sequence[int], progress: Callable[[int], None] = lambda elements: None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """fc1 and fc2 [n, I, D] and fc3 [n, D, I] of `experts` of a layer, on the CPU.
+        """Returns fc1 and fc2 [n, I, D] and fc3 [n, D, I] of `experts` of a layer, on the CPU.
 
-        Random weights are drawn on the model's device, with the values that the model was loaded with.
-        `progress` is told how many elements have come. Raises CheckpointError or OSError.
+        Random weights are generated on the model's device, with the same values as at loading. `progress` is called
+        with numbers of elements that were read. Raises CheckpointError or OSError.
         """
         config, parallel = self._model.config, self._model.parallel
         _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
@@ -133,7 +132,7 @@ def _read(
 
 
 def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
-    """Gives every meta parameter zeroed storage; tied parameters keep sharing theirs."""
+    """Allocates zeroed storage for all meta parameters. Tied parameters share theirs. Returns the tensors by name."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, old in module.named_parameters(recurse=False):
@@ -145,7 +144,7 @@ def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
 
 
 def _may_be_padding(name: str) -> bool:
-    """Parameters that a rank may hold no real part of: biases of rank 0, columns past the end."""
+    """Whether a parameter may consist of padding only: biases that only tp rank 0 has, columns past the end."""
     return name.endswith("out_proj.bias") or ".fc" in name or name in ("tok_emb.weight", "out_head.weight")
 
 

@@ -1,7 +1,7 @@
-"""Loads LoRA adapters in PEFT's format: this rank's part of them, beside the products that they change.
+"""Loads this rank's part of LoRA adapters in PEFT's format.
 
-An adapter's pair for a weight [O, I] is `lora_A` [r, I] and `lora_B` [O, r]. Where the weight is cut by outputs
-B is, where it is cut by inputs A is: so `WeightPlan` says of adapters too which rank reads what.
+An adapter has, for a weight [O, I], the pair `lora_A` [r, I] and `lora_B` [O, r]. If a weight is split by outputs, B
+is; if it is split by inputs, A is. So `WeightPlan` also says which part of an adapter a rank reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qwen3_dist.weights.weight_plan import Piece, WeightPlan
 _CONFIG = "adapter_config.json"
 _ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
 _PREFIX = "base_model.model."
-# What an adapter may say of the kinds of LoRA that are not built, and of those that change the base's weights.
+# Settings of adapter_config.json with the supported values: other kinds of LoRA are not supported.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -53,9 +53,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
-    """Puts this rank's part of every adapter beside the products of `model`, in its dtype.
+    """Loads this rank's part of every adapter into the linear layers of `model`, in the model's dtype.
 
-    Raises what `open_adapters` does.
+    Raises what `open_adapters` raises.
     """
     loaded = open_adapters(adapters, model.config)
     if not loaded:
@@ -79,17 +79,17 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
 
 
 def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
-    """Finds every adapter and looks it over.
+    """Finds and checks every adapter.
 
-    Raises CheckpointError, naming the adapter, for one that is damaged, of a kind that is not built, or for another
-    model than `config`'s.
+    Raises CheckpointError, naming the adapter, if it is damaged, of an unsupported kind, or not for the model of
+    `config`.
     """
     return [Adapter.open(name, path, config) for name, path in adapters.pairs]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter's files, found to be in order; `pairs` are the weights that it changes, as it names them."""
+    """One adapter whose files were checked. `pairs` are the names of the weights that it changes."""
 
     files: CheckpointFiles
     rank: int
@@ -114,7 +114,7 @@ class Adapter:
         return _PREFIX + source.removesuffix(".weight")
 
     def read(self, piece: Piece, a: Tensor, b: Tensor) -> None:
-        """Fills a [R, I] and b [R, O] of this rank's part of a weight as far as this adapter's rank goes."""
+        """Fills a [R, I] and b [R, O], this rank's part of a weight, up to this adapter's rank."""
         outputs, inputs = (*piece.index, slice(None))[:2]
         to_outputs, to_inputs = (*piece.target, slice(None))[:2]
         pair, whole = self.pair_of(piece.source), slice(None)
@@ -125,15 +125,15 @@ class Adapter:
 
 
 def _weights_of(path: Path) -> dict[Path, set[str] | None]:
-    """PEFT's one file of weights; others beside it, such as a merged model's, are not the adapter's."""
+    """The adapter's weight file. Other files in the directory, for example of a merged model, are ignored."""
     file = path / "adapter_model.safetensors"
     if not file.exists():
-        raise CheckpointError(f"{path} holds no {file.name}, which is PEFT's file of weights; save it so")
+        raise CheckpointError(f"{path} holds no {file.name}; save the adapter in PEFT's safetensors format")
     return {file: None}
 
 
 def _products(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The weights that adapters may change."""
+    """The pieces of weights that adapters may change."""
     for piece in pieces:
         module, _, kind = piece.parameter.rpartition(".")
         if kind == "weight" and module.rpartition(".")[2] in _ADAPTED:
@@ -157,7 +157,9 @@ def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
 def _checked_pairs(
     files: CheckpointFiles, config: dict[str, Any], rank: int, shapes: dict[str, tuple[int, ...]]
 ) -> frozenset[str]:
-    """The weights that the files' tensors change, of those whose `shapes` are given; nothing missing or left over."""
+    """The names of the weights that the adapter changes. `shapes` are those of all weights that adapters may change.
+
+    Raises CheckpointError if a tensor is missing, left over or of another shape."""
     expected: dict[str, tuple[int, ...]] = {}
     for pair, (outputs, inputs) in shapes.items():
         expected |= {f"{pair}.lora_A.weight": (rank, inputs), f"{pair}.lora_B.weight": (outputs, rank)}
@@ -183,7 +185,7 @@ def _checked_pairs(
 
 
 def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """The weights that the adapter says it changes, where it says so for all layers."""
+    """The weights that `target_modules` names; none if the config restricts the layers."""
     modules = config.get("target_modules")
     if config.get("layers_to_transform") or config.get("exclude_modules") or not modules:
         return set()

@@ -1,4 +1,4 @@
-"""Weights from a seed in place of a checkpoint, so that a shape can be measured with nothing to download."""
+"""Random weights in place of a checkpoint, for measurements without a download."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from qwen3_dist.weights.weight_plan import Piece
 
-_CHUNK = 1 << 22  # elements drawn at a time: bounds the memory, and lets a rank draw few rows but its own
+_CHUNK = 1 << 22  # elements generated at a time: limits memory, and a rank generates few rows of other ranks
 
 
 def fill(piece: Piece, view: Tensor) -> None:
     """Fills `view`, of the piece's shape, with random weights.
 
-    Values are equal for every layout and, up to rounding, for every dtype on one kind of device. Norms are 1, biases
-    0, matrices uniform with a standard deviation of 1 / sqrt(inputs).
+    On one kind of device, values do not depend on the layout, nor on the dtype except for rounding. Norms are 1,
+    biases 0, matrices uniform with a standard deviation of 1 / sqrt(inputs).
     """
     if len(piece.shape) == 1:
         view.fill_(0.0 if piece.source.endswith("bias") else 1.0)
@@ -35,7 +35,7 @@ def fill(piece: Piece, view: Tensor) -> None:
 
 
 def _int16(seed: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Uniform over all of int16: four of them from each draw, which costs an eighth of drawing floats."""
+    """Uniform int16 numbers, four from each random int64, which takes an eighth of the time of random floats."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(seed.encode()))
     draws = torch.empty(-(-prod(shape) // 4), dtype=torch.int64, device=device)
     draws.random_(-(2**63), None, generator=generator)

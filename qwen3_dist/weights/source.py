@@ -1,4 +1,4 @@
-"""Finds a checkpoint: the bundled one, a directory, or a hub id (downloaded or taken from the cache)."""
+"""Finds a checkpoint: the bundled one, a directory, or a hub id, which is downloaded or found in the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bundled_path() -> Path:
 
 
 def local_path(model: str) -> Path:
-    """The path that `model` would be, ~ being the user's home. Raises CheckpointError for a user without one."""
+    """`model` as a path, with ~ expanded. Raises CheckpointError for ~ if the user has no home."""
     try:
         return Path(model).expanduser()
     except RuntimeError:
@@ -33,8 +33,9 @@ def local_path(model: str) -> Path:
 def canonical_name(model: str) -> str:
     """`model` as a directory or a hub id; "" is the bundled model.
 
-    `bundled` is "", DIR/config.json is DIR, and an official name such as Qwen3-8B is Qwen/Qwen3-8B unless a directory
-    is called so. Anything else stays as it is. Raises CheckpointError for ~ of a user without a home.
+    "bundled" becomes "", DIR/config.json becomes DIR, and an official name such as Qwen3-8B becomes Qwen/Qwen3-8B
+    unless there is a directory of that name. Other names are not changed. Raises CheckpointError for ~ if the user has
+    no home.
     """
     if model in ("", "bundled"):
         return ""
@@ -56,19 +57,16 @@ def may_be_model(text: str) -> bool:
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
-    """Returns the directory of `model`, a name as `canonical_name` reads it; of a hub id, at `revision`.
+    """Returns the directory of `model` (see `canonical_name`), for a hub id at `revision`.
 
-    A commit that the local hub cache holds whole is taken from there, without asking the hub.
-    Raises CheckpointError, in one sentence, if there is none.
+    A commit that is complete in the local hub cache is used without contacting the hub. Raises CheckpointError if
+    there is no such model.
     """
     return _resolve(model, revision, _FILES)
 
 
 def resolve_config(model: str, revision: str | None = None) -> Path:
-    """The directory of `model` as `resolve_model` finds it, of a hub id with its configs alone.
-
-    Raises CheckpointError, in one sentence, if there is none.
-    """
+    """Like `resolve_model`, but downloads only the config files of a hub id."""
     return _resolve(model, revision, _CONFIGS)
 
 
@@ -90,9 +88,9 @@ def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
 
 
 def commit_of(model: str, path: Path) -> str | None:
-    """The commit of the hub id `model` that was found at `path`; None for a model that is no hub id.
+    """The commit of hub id `model` at `path`; None if the model is not a hub id.
 
-    With it as revision, `resolve_model` finds the same files on every host.
+    With the commit as revision, `resolve_model` finds the same files on every host.
     """
     name = canonical_name(model)
     if not name or local_path(name).is_dir():
@@ -101,8 +99,8 @@ def commit_of(model: str, path: Path) -> str | None:
 
 
 def snapshot_of(model: str, revision: str | None) -> Path | None:
-    """A commit's directory in the local hub cache; None if some of its files are not there, or for a branch, which the
-    hub may have moved on."""
+    """The directory of a commit in the local hub cache; None if files are missing, or if `revision` is a branch, which
+    may have changed on the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

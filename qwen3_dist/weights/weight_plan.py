@@ -1,8 +1,7 @@
-"""Which slice of which checkpoint tensor fills which parameter of a rank: the sharding, as a table.
+"""The sharding of weights, as a table: which slice of which checkpoint tensor fills which parameter of a rank.
 
-A checkpoint tensor is split along at most one dimension (expert tensors also by expert). `Split` says
-how; `_LAYER_RULES` and `_MODEL_RULES` say it for every tensor. Legend: D emb_dim, I hidden columns,
-E experts, V vocab_size, H heads, G KV groups, d head_dim.
+A checkpoint tensor is split along at most one dimension; expert tensors are also split by expert. `_LAYER_RULES` and
+`_MODEL_RULES` have the `Split` of every tensor.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ class Piece:
 
 
 class Split(Enum):
-    """What part of a tensor a rank holds, and along which dimension."""
+    """How a tensor is split over ranks."""
 
-    WHOLE = "every rank holds all of it"
-    FIRST = "tp rank 0 holds it, the others zeros: a bias that is added once"
+    WHOLE = "every rank has the whole tensor"
+    FIRST = "tp rank 0 has it, the others zeros: a bias that is added once"
     HEADS = "rows of this rank's heads"
-    KV_GROUPS = "rows of this rank's KV groups, which several ranks may share"
-    HEAD_INPUTS = "columns that this rank's heads feed"
-    COLUMNS = "rows that make this rank's hidden columns"
-    COLUMN_INPUTS = "columns that this rank's hidden columns feed"
-    VOCAB = "rows of this rank's tokens"
+    KV_GROUPS = "rows of this rank's KV groups; several ranks may have the same"
+    HEAD_INPUTS = "columns of this rank's heads"
+    COLUMNS = "rows of this rank's hidden columns"
+    COLUMN_INPUTS = "columns of this rank's hidden columns"
+    VOCAB = "rows of this rank's part of the vocabulary"
 
 
 _Shape = Callable[[ModelConfig], tuple[int, ...]]
@@ -126,7 +125,7 @@ _GATE_RULE: _Rule = (
 
 
 class WeightPlan:
-    """The pieces of every rank for one checkpoint, whose tensor `names` tell which expert form it has."""
+    """The pieces of every rank for one checkpoint. `names` are its tensors, which tell whether experts are fused."""
 
     def __init__(
         self, config: ModelConfig, layout: Layout, names: set[str], placements: Placements | None = None
@@ -137,9 +136,9 @@ class WeightPlan:
         self._names = names
 
     def pieces(self, at: RankCoords) -> Iterator[Piece]:
-        """What the rank at `at` must read, in checkpoint order.
+        """The pieces that the rank at `at` must read, in checkpoint order.
 
-        The embedding is the first stage's, norm and head are the last's; blocks count from the stage's first.
+        The first stage has the embedding, the last the norm and the head. Blocks are numbered within the stage.
         """
         config, last = self._config, at.stage == self._layout.pp - 1
         embeds = at.stage == 0 or (last and config.tie_word_embeddings)
@@ -157,16 +156,16 @@ class WeightPlan:
                 yield from self._experts(*prefixes, at, hosted)
 
     def expert_pieces(self, layer: int, experts: Sequence[int], at: RankCoords) -> Iterator[Piece]:
-        """What a rank must read of these experts of a layer, into stacks named fc1, fc2 and fc3."""
+        """The pieces of these experts of a layer, with target parameters fc1, fc2 and fc3."""
         return self._experts(f"model.layers.{layer}.", "", at, experts)
 
     def expected_names(self) -> set[str]:
-        """Every tensor that some rank reads."""
+        """The names of all tensors that ranks read."""
         everyone = (self._layout.coords(rank) for rank in range(self._layout.world))
         return {piece.source for at in everyone for piece in self.pieces(at)}
 
     def ignorable(self, name: str) -> bool:
-        """Tensors that checkpoints carry and no rank needs: a tied head's copy, old rotary buffers."""
+        """Whether a tensor that no rank reads may be in a checkpoint: a copy of a tied head, old rotary buffers."""
         tied_head = name == "lm_head.weight" and self._config.tie_word_embeddings
         return tied_head or name.endswith("rotary_emb.inv_freq")
 
@@ -184,7 +183,7 @@ class WeightPlan:
         yield Piece(their_prefix + theirs, shape, index, our_prefix + ours, target)
 
     def _part(self, split: Split, shape: tuple[int, ...], at: RankCoords) -> tuple[int, range]:
-        """The dimension that `split` cuts and this rank's real indices along it."""
+        """The dimension of `split`, and this rank's indices along it without padding."""
         config, tp = self._config, self._layout.tp
         if split in (Split.WHOLE, Split.FIRST):
             return 0, range(shape[0])
@@ -227,7 +226,7 @@ class WeightPlan:
 
 
 def _runs(hosted: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Runs of consecutive experts in a stack: which experts, and where they lie in it."""
+    """Yields each run of consecutive experts in a stack: the slice of experts, and their slice of the stack."""
     start = 0
     for place in range(1, len(hosted) + 1):
         if place == len(hosted) or hosted[place] != hosted[place - 1] + 1:
