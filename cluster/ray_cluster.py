@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
+from collections.abc import Iterator
 
 import ray
 
@@ -41,6 +44,18 @@ def connect(address: str | None, num_cpus: int | None = None) -> bool:
             ) from None
         raise ResourceError(f"no Ray cluster can be joined at {address!r}: {error}") from None
     return False
+
+
+@contextlib.contextmanager
+def joined(address: str) -> Iterator[None]:
+    """A context in which this process has joined the cluster at `address`. Raises ResourceError as `connect` does."""
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    connect(address)
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would abort this process
+    try:
+        yield
+    finally:
+        shutdown()
 
 
 def shutdown() -> None:

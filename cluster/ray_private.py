@@ -104,6 +104,11 @@ def delete_application(name: str) -> None:
     serve.delete(name, _blocking=False)
 
 
+def apply_serve_config(config: Any) -> None:
+    """Gives Serve's controller a ServeDeploySchema, as `serve deploy` does over the dashboard, which may not run."""
+    serve_client().deploy_apps(config)
+
+
 def stream_by_grpc(handle: DeploymentHandle, method: str) -> DeploymentHandle:
     """A handle for streaming calls of `method` over gRPC, which costs a third of a stream of Ray objects."""
     return handle.options(

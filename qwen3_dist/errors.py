@@ -15,7 +15,9 @@ class ConfigError(QwenDistError, ValueError):
     `setting` is the path of the invalid setting, outermost name first, if it was read from a mapping.
     """
 
-    setting: tuple[str, ...] = ()
+    def __init__(self, message: str, setting: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.setting = setting
 
 
 class ParallelLayoutError(ConfigError):

@@ -6,8 +6,9 @@ field wants it, since a command line has nothing but text. A type with a classme
 
 from __future__ import annotations
 
+import difflib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass, replace
 from types import NoneType
 from typing import Any, TypeVar
@@ -61,7 +62,7 @@ def read_settings(
     known = {each.name: each for each in fields(cls)}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
-            raise _bad((*path, name), "unknown setting {!r}; known are {}", ", ".join(sorted(known)))
+            raise unknown_setting((*path, name), known)
     types = setting_types(cls)
     read: dict[str, Any] = {}
     for name, value in values.items():
@@ -70,13 +71,13 @@ def read_settings(
         read[name] = parse(value) if parse else read_value(types[name], value, (*path, name), earlier)
     for name, each in known.items():
         if base is None and name not in read and each.default is MISSING and each.default_factory is MISSING:
-            raise _bad((*path, name), "setting {!r} is required")
+            raise ConfigError(f"setting {dotted((*path, name))!r} is required", (*path, name))
     try:
         return cls(**read) if base is None else replace(base, **read)  # type: ignore[type-var]
     except ConfigError as error:
         named = next((name for name in read if str(error).startswith(name)), None)
         error.setting = (*path, named) if named else path
-        error.args = (f"{'.'.join(path)}: {error}" if path else str(error),)
+        error.args = (f"{dotted(path)}: {error}" if path else str(error),)
         raise
 
 
@@ -90,7 +91,7 @@ def read_value(kind: Any, value: Any, path: tuple[str, ...], earlier: Any = None
         return kind.parse(value)
     if is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise _bad(path, "{} must be a mapping, not {!r}", value)
+            raise ConfigError(f"{dotted(path)} must be a mapping, not {value!r}", path)
         return read_settings(typing.cast(type, kind), value, earlier, path)
     if typing.get_origin(kind) is tuple:
         return _read_tuple(typing.get_args(kind), value, path)
@@ -103,15 +104,42 @@ def read_value(kind: Any, value: Any, path: tuple[str, ...], earlier: Any = None
         return value.lower() == "true"
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    raise _bad(path, "{} must be {}, not {!r}", _EXPECTED[kind], value)
+    raise ConfigError(f"{dotted(path)} must be {_EXPECTED[kind]}, not {value!r}", path)
+
+
+def changed_settings(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass that are not at their defaults, as plain values that `read_settings` reads back."""
+    default = type(settings)()
+    return {
+        each.name: plain_value(getattr(settings, each.name))
+        for each in fields(settings)
+        if getattr(settings, each.name) != getattr(default, each.name)
+    }
+
+
+def plain_value(value: Any) -> Any:
+    """A setting as YAML and JSON can hold it."""
+    if hasattr(value, "parse"):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return changed_settings(value)
+    return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+
+
+def unknown_setting(path: tuple[str, ...], known: Iterable[str]) -> ConfigError:
+    """The refusal of a name that is not among the `known` ones, which it tells unless it finds what was meant."""
+    near = difflib.get_close_matches(path[-1], known, 1)
+    if near:
+        return ConfigError(f"unknown setting {dotted(path)!r}; did you mean {near[0]}?", path)
+    return ConfigError(f"unknown setting {dotted(path)!r}; known are {', '.join(sorted(known))}", path)
 
 
 def _read_tuple(members: tuple[Any, ...], value: Any, path: tuple[str, ...]) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise _bad(path, "{} must be a list, not {!r}", value)
+        raise ConfigError(f"{dotted(path)} must be a list, not {value!r}", path)
     kinds = [members[0]] * len(value) if members[-1] is Ellipsis else list(members)
     if len(kinds) != len(value):
-        raise _bad(path, "{} must hold {} values, not {}", len(kinds), len(value))
+        raise ConfigError(f"{dotted(path)} must hold {len(kinds)} values, not {len(value)}", path)
     return tuple(
         read_value(kind, part, (*path, str(place)))
         for place, (kind, part) in enumerate(zip(kinds, value, strict=True))
@@ -136,8 +164,6 @@ def _unset(kind: Any) -> bool:
     return NoneType in typing.get_args(kind)
 
 
-def _bad(path: tuple[str, ...], message: str, *values: object) -> ConfigError:
-    """A ConfigError that blames the setting at `path`, whose dotted name is the message's first value."""
-    error = ConfigError(message.format(".".join(path), *values))
-    error.setting = path
-    return error
+def dotted(path: tuple[str, ...]) -> str:
+    """The name of a nested setting as messages have it: device.memory_bytes."""
+    return ".".join(path)

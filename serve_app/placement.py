@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.launch.ray_ranks import choose_device, cluster_resources, rank_bundles, ranks_per_host
 from qwen3_dist.settings import EngineConfig
-from serve_app.settings import ServiceConfig
+from serve_app.settings import ModelSettings
 
 # All engines together reserve at most this share of the CPUs; `rank_bundles` leaves room for it.
 _ENGINE_SHARE = 0.1
+_RANKS_SHARE = 0.8  # what all ranks together take where they are more than the CPUs, see `rank_bundles`
 
 
 @dataclass(frozen=True)
@@ -31,23 +33,26 @@ class Placement:
         return {"num_cpus": self.bundles[0]["CPU"], "num_gpus": self.bundles[0].get("GPU", 0)}
 
 
-def place(config: ServiceConfig) -> Placement:
-    """Resolves device and executor, and sizes the bundles of a replica for the connected Ray cluster.
+def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placement:
+    """Decides what a replica of `model` reserves on the connected Ray cluster, beside those of all `models`.
 
-    Without a connection (`serve build`) this machine counts as the cluster. If CPU ranks outnumber the cores, each
-    reserves less than one core. Raises ResourceError if `min_replicas` replicas can never fit.
+    Without a cluster (`serve build`) this machine stands in for it. CPU ranks may outnumber the cores,
+    each then reserving less than one. Raises ResourceError if `min_replicas` replicas of each can never fit.
     """
-    engine = config.engine
+    engine, scaling = model.replica.engine, model.scaling
     world = engine.layout.world
-    device = choose_device(engine, config.min_replicas)
-    ranks = rank_bundles(engine, device, config.max_replicas)
+    device = choose_device(engine, scaling.min_replicas)
+    # CPU ranks of other models share the cores, so each takes the part it would have among as many of this model's.
+    as_many = max(1, round(sum(_most_ranks(each) for each in models or [model]) / world))
+    ranks = rank_bundles(engine, device, as_many if device == "cpu" else scaling.max_replicas)
     total = cluster_resources().get("CPU", 0.0)
-    share = math.floor(total * _ENGINE_SHARE / config.max_replicas * 100) / 100
+    replicas = max(1, math.floor(total * _RANKS_SHARE / max(_total(ranks, "CPU"), 0.01)))  # that fit at all
+    share = math.floor(total * _ENGINE_SHARE / replicas * 100) / 100
     engine_bundle = {"CPU": min(1.0, max(0.01, share))}
-    needed = config.min_replicas * (engine_bundle["CPU"] + _total(ranks, "CPU"))
+    needed = scaling.min_replicas * (engine_bundle["CPU"] + _total(ranks, "CPU"))
     if needed > total:
         raise ResourceError(
-            f"{config.min_replicas} replica(s) of {world} rank(s) at {_total(ranks, 'CPU') / world:g} CPUs each need "
+            f"{scaling.min_replicas} replica(s) of {world} rank(s) at {_total(ranks, 'CPU') / world:g} CPUs each need "
             f"{needed:g} CPUs and the Ray cluster has {total:g}; lower cpus_per_rank, min_replicas or the layout"
         )
     # Even a single rank gets its own process: in the replica, answering requests would hold the GIL and delay steps.
@@ -58,9 +63,13 @@ def place(config: ServiceConfig) -> Placement:
     else:
         bundles = [{name: round(engine_bundle.get(name, 0) + _total(ranks, name), 2) for name in ranks[0]}]
     if engine.ranks_per_host is None and device == "cpu":
-        most = ranks_per_host(world * config.max_replicas, _total(ranks, "CPU") / world)
-        engine = dataclasses.replace(engine, ranks_per_host=most)
+        on_host = ranks_per_host(world * as_many, _total(ranks, "CPU") / world)
+        engine = dataclasses.replace(engine, ranks_per_host=on_host)
     return Placement(dataclasses.replace(engine, device=device, executor=executor), bundles)
+
+
+def _most_ranks(model: ModelSettings) -> int:
+    return model.replica.engine.layout.world * model.scaling.max_replicas
 
 
 def _total(bundles: list[dict[str, float]], resource: str) -> float:

@@ -43,7 +43,7 @@ def test_every_name_in_the_documentation_exists(page: Path) -> None:
         "`LLM.expert_loads`",
         "`max_num_sequences_of_all`",
         "`--max-num-sequences`",
-        "    qwen3-dist deploy bundled",
+        "    qwen3-dist launch bundled",
         "    qwen3-dist serve bundled \\\n        --layouts tp=2",
         "`make everything`",
         "`test_that_never_was`",

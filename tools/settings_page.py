@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
-from serve_app.settings import ServiceConfig
+from serve_app.settings import EndpointSettings, IngressSettings, ReplicaSettings, ScalingSettings
 
 _TOP = """
 <!-- Made by tools/settings_page.py from the settings' dataclasses. `make docs` writes it; do not edit. -->
@@ -29,11 +29,18 @@ An unknown name or a value of the wrong type is refused with a sentence that nam
 nothing here, except those that Ray, NCCL and the hub read themselves.
 """
 _PARTS = (
-    ("The service", ServiceConfig, "One model behind one HTTP endpoint, on one or more replicas."),
+    ("The endpoint", EndpointSettings, "Where a service answers. A change needs a new service."),
+    ("The ingress", IngressSettings, "What requests may be and take. A change reloads no model."),
+    (
+        "Scaling",
+        ScalingSettings,
+        "How many replicas a model has, and their health. A change reloads no model.",
+    ),
+    ("Each replica", ReplicaSettings, "What clients see of a model. A change reloads it."),
     (
         "The engine",
         EngineConfig,
-        "One sharded model: its layout, its KV cache, its steps. Each replica has one.",
+        "One sharded model: its layout, its KV cache, its steps. Each replica has one; a change reloads it.",
     ),
 )
 _KINDS = {str: "text", int: "integer", float: "number", bool: "true or false"}

@@ -12,12 +12,28 @@ from typing import TextIO
 
 from qwen3_dist import __version__
 from qwen3_dist.errors import QwenDistError
-from serve_app.cli import bench, calibrate, chat, generate, inspect, plan, serve, simulate, sweep
+from serve_app.cli import (
+    bench,
+    calibrate,
+    chat,
+    config,
+    deploy,
+    generate,
+    inspect,
+    plan,
+    serve,
+    simulate,
+    stop,
+    sweep,
+)
 from serve_app.cli.parser import Parser, VerbParser, did_you_mean
 
 USAGE_ERROR = 2
 _VERBS = {
     "serve": serve,
+    "deploy": deploy,
+    "stop": stop,
+    "config": config,
     "generate": generate,
     "chat": chat,
     "inspect": inspect,

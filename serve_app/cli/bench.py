@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings
 from serve_app.cli.options import MODEL, add_settings, given_settings, positive
 from serve_app.cli.readable import report_lines
-from serve_app.settings import read_service_config
 
 if TYPE_CHECKING:
     from qwen3_dist.benchmark import Workload
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             if args.model:
                 raise ConfigError("give either MODEL or --random-weights, not both")
             settings |= {"model": _config_only(args.random_weights, Path(folder)), "load_format": "random"}
-        config = read_service_config(settings).engine
+        config = read_settings(EngineConfig, settings)
         if config.executor == "auto" and config.layout.world > 1:
             config = dataclasses.replace(config, executor="processes")
         result = _measure(args, config)

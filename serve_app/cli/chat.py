@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from qwen3_dist.errors import ConfigError, RequestError, ResourceError
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings
 from serve_app.cli.options import MODEL, add_settings, given_settings
-from serve_app.settings import read_service_config
 
 HELP = "chat with a model in the terminal; /new starts a new conversation, /exit or Ctrl-D ends"
 Messages = list[dict[str, Any]]
@@ -113,8 +113,8 @@ def _given_sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _local(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
-    """Yields a function that answers with a local engine."""
-    engine = read_service_config(given_settings(args, EngineConfig)).engine
+    """Answers of a model that is loaded here."""
+    engine = read_settings(EngineConfig, given_settings(args, EngineConfig))
     if engine.executor == "auto" and engine.layout.world > 1:
         engine = dataclasses.replace(engine, executor="processes")
     from qwen3_dist.llm import LLM

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import read_settings
 from serve_app.cli.options import MODEL, add_settings, given_settings
-from serve_app.settings import read_service_config
 
 if TYPE_CHECKING:
     from qwen3_dist.protocol.outputs import RequestOutput
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     args.model, args.prompts = _model_and_prompts(args, sys.stdin)
-    engine = read_service_config(given_settings(args, EngineConfig)).engine
+    engine = read_settings(EngineConfig, given_settings(args, EngineConfig))
     if args.chat and any(not isinstance(prompt, str) for prompt in args.prompts):
         raise ConfigError("--chat takes text; give --prompt instead of --prompt-ids")
     from qwen3_dist.text.tokenizer import read_generation_defaults

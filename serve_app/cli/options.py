@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import typing
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
 from serve_app.cli.parser import Switch
+from serve_app.settings import (
+    MODEL_PARTS,
+    SERVICE_PARTS,
+    EndpointSettings,
+    IngressSettings,
+    ReplicaSettings,
+    ScalingSettings,
+)
+from serve_app.settings.file import ServiceSource, service_source
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
@@ -73,6 +84,47 @@ def add_settings(parser: argparse.ArgumentParser, title: str, cls: type, skip: C
             metavar="|".join(choices) if choices else _metavar(kind),
             help=f"{field.metadata['help']} (default: {default or 'empty'})".replace("%", "%%"),
         )
+
+
+def add_service_settings(parser: argparse.ArgumentParser) -> None:
+    """Adds all settings of a service with one model, but the model itself."""
+    add_settings(parser, "endpoint", EndpointSettings)
+    add_settings(parser, "ingress", IngressSettings)
+    add_settings(parser, "scaling", ScalingSettings)
+    add_settings(parser, "each replica", ReplicaSettings, skip=("engine",))
+    add_settings(parser, "engine of each replica", EngineConfig, skip=("model",))
+
+
+def add_config_file(parser: argparse.ArgumentParser) -> None:
+    """Adds the service's file, whose settings the options override."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="file with the settings of a service and of its models; options win",
+    )
+
+
+def add_ray_address(parser: argparse.ArgumentParser) -> None:
+    """Adds the address of the Ray cluster, for verbs that need one that runs."""
+    parser.add_argument(
+        "--ray-address",
+        default="auto",
+        metavar="HOST:PORT",
+        help="Ray cluster to join (default: auto, the running one)",
+    )
+
+
+def given_service(args: argparse.Namespace) -> ServiceSource:
+    """Where the settings of a service come from: `--config` and the other options. Raises ConfigError."""
+    given = given_settings(args, *MODEL_PARTS, *SERVICE_PARTS)
+    if not given["model"]:  # it was left out
+        del given["model"]
+    return service_source(args.config, given)
+
+
+def report(line: str) -> None:
+    """Tells the user how far a command is."""
+    print(f"qwen3-dist: {line}", file=sys.stderr, flush=True)
 
 
 def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:

@@ -6,19 +6,17 @@ import argparse
 import json
 import os
 import signal
-import sys
 import types
 from typing import TextIO
 
-from qwen3_dist.settings import EngineConfig
-from serve_app.cli.options import MODEL, add_settings, given_settings
-from serve_app.settings import ServiceConfig, read_service_config
+from serve_app.cli.options import MODEL, add_config_file, add_service_settings, given_service, report
 
 HELP = "serve a model over an OpenAI-compatible HTTP endpoint until Ctrl-C"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="", help=MODEL)
+    add_config_file(parser)
     parser.add_argument(
         "--ray-address", help="address of a Ray cluster to join, or 'auto' (default: start a local Ray)"
     )
@@ -28,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exit-after-sample", action="store_true", help="end after the sample answers (implies --sample)"
     )
-    add_settings(parser, "service", ServiceConfig, skip=("engine",))
-    add_settings(parser, "engine of each replica", EngineConfig, skip=("model",))
+    add_service_settings(parser)
 
 
 class StopSignals:
@@ -63,24 +60,25 @@ class StopSignals:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    config = read_service_config(given_settings(args, ServiceConfig, EngineConfig))
+    config = given_service(args).read()
     signals = StopSignals()
     from serve_app.cli.sample import show_sample
     from serve_app.launch.service import running_service
 
     try:
-        with running_service(config, args.ray_address, _report, signals.stop_now) as service:
+        with running_service(config, args.ray_address, report, signals.stop_now) as service:
             try:
-                _announce(out, args.json, service.url, config.served_name)
+                model = config.models[0].name
+                _announce(out, args.json, service.url, model)
                 if args.sample or args.exit_after_sample:
-                    show_sample(out, args.json, service.url, config.served_name, config.api_key)
+                    show_sample(out, args.json, service.url, model, config.ingress.api_key)
                 if not args.exit_after_sample:
-                    _report("ready; Ctrl-C ends it")
+                    report("ready; Ctrl-C ends it")
                     service.watch()
             finally:
                 signals.begin_shutdown()
     except KeyboardInterrupt:
-        _report("stopped")
+        report("stopped")
     return 0
 
 
@@ -97,7 +95,3 @@ def _announce(out: TextIO, as_json: bool, url: str, model: str) -> None:
             file=out,
             flush=True,
         )
-
-
-def _report(line: str) -> None:
-    print(f"qwen3-dist: {line}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
 from serve_app.cli.options import add_model_and_cluster, given_cluster
 from serve_app.cli.readable import report_lines
-from serve_app.settings import ServiceConfig
+from serve_app.settings import IngressSettings, ScalingSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from cluster.simulation.service import ServiceSimulation
 
 HELP = "simulate a service with arrivals, scheduling and autoscaling, on predicted step times"
-_SERVICE = {field.name: field.default for field in dataclasses.fields(ServiceConfig)} | {
-    "target_ongoing_requests": ServiceConfig().scaling_target
-}
+_SERVICE = (
+    dataclasses.asdict(ScalingSettings())
+    | dataclasses.asdict(IngressSettings())
+    | {"target_ongoing_requests": ScalingSettings().scaling_target}
+)
 _POISSON = ("rate", "duration", "input_len", "output_len")
 
 

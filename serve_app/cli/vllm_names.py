@@ -62,7 +62,6 @@ _ADVICE = {
     "--no-enable-log-requests": "leave it out, since requests are not logged",
     "--generation-config": "leave it out, since the checkpoint's is used",
     "--swap-space": "leave it out, since no KV cache is swapped",
-    "--config": "use Serve's YAML file with `serve run`",
 }
 _COUNTS = ("--max-model-len", "--max-num-batched-tokens", "--max-num-seqs")
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmM])")

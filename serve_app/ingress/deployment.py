@@ -6,8 +6,9 @@ for a stream, one item of serialised events per engine step.
 
 # No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
+import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
 from typing import Any
@@ -16,7 +17,6 @@ from fastapi import Request, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_private import stream_by_grpc
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.gc_utils import freeze_gc_heap
@@ -29,7 +29,7 @@ from serve_app.apis.messages.request import (
     parse_count_tokens,
     parse_messages,
 )
-from serve_app.apis.models import Models
+from serve_app.apis.models import Model, Models
 from serve_app.apis.openapi import AnthropicError, route
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
@@ -44,7 +44,6 @@ from serve_app.apis.tokens import (
     parse_tokenize,
 )
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
-from serve_app.ingress.dispatch import Dispatcher
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import (
     check_admin_key,
@@ -57,9 +56,9 @@ from serve_app.ingress.http import (
     route_path,
 )
 from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KEEP_ALIVE_COMMENT, KeepAliveStream
-from serve_app.ingress.replica_health import ReplicaHealth
+from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
-from serve_app.settings import ServiceConfig
+from serve_app.settings import REPLICA, IngressConfig, IngressSettings, ServedModel
 
 Items = AsyncGenerator[Any, None]  # a pair of HTTP status and bytes, then bytes
 _LARGE_BODY = 2**16  # bytes; larger bodies are parsed in a thread
@@ -72,23 +71,33 @@ api = make_api()
 class Ingress:
     """The HTTP endpoint: checks requests, passes them to a replica and streams the answers."""
 
-    def __init__(self, config: ServiceConfig, replicas: DeploymentHandle) -> None:
-        self._models = Models((config.served_name, *config.engine.lora.names), int(time.time()))
-        self._config = config
-        self._max_bytes = int(config.max_request_mib * 2**20)
-        self._replicas = replicas
-        answers = stream_by_grpc(replicas, "answer")
-        self._health = ReplicaHealth(
-            lambda: replicas.broadcast("check_health").results_async(return_exceptions=True),
-            config.health_check_period_s,
-            2 * config.health_check_timeout_s,
-        )
-        self._dispatcher = Dispatcher(answers.remote, config.request_timeout_s, self._health.poll_soon)
-        self._admission = Admission(self._max_in_flight, config.max_ongoing_requests)
-        self._stored = ResponseStore(int(config.stored_responses_mib * 2**20), config.stored_responses_s)
+    def __init__(self, replicas: Mapping[str, DeploymentHandle] | None = None) -> None:
+        """`replicas` are those of models in the ingress's own application; others are found by their applications'
+        names. Serve calls `reconfigure` next."""
+        self._own_replicas = dict(replicas or {})
+        self._routes = ModelRoutes(self._find_replicas)
+        self._created = int(time.time())
+        self._settings = IngressSettings()
+        self._admission = Admission(self._max_in_flight, max_per_request=1)
+        self._stored = ResponseStore(0, 0.0)
         self._draining = Draining()
-        self._max_model_len: int | None = None
         freeze_gc_heap()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes up an IngressConfig in its JSON form; requests in flight go on as they began.
+
+        A coroutine, since Serve runs plain functions in threads, where there is no event loop to watch health on.
+        """
+        config = IngressConfig.from_json(user_config)
+        self._settings = settings = config.settings
+        self._routes.configure(config)
+        self._admission.max_per_request = max(model.max_ongoing_requests for model in config.models)
+        self._stored.limit(int(settings.stored_responses_mib * 2**20), settings.stored_responses_s)
+
+    def _find_replicas(self, model: ServedModel) -> DeploymentHandle:
+        if model.application:
+            return serve.get_deployment_handle(REPLICA, model.application)
+        return self._own_replicas[model.name]
 
     def check_request(self, request: Request) -> None:
         """Raises RequestError if the key is missing or wrong (401, 403), if the service is full (429), or if it is
@@ -96,15 +105,15 @@ class Ingress:
         self._draining.check()
         path = route_path(request)
         if path == _REBALANCE:
-            check_admin_key(request, self._config.admin_key, self._config.api_key)
+            check_admin_key(request, self._settings.admin_key, self._settings.api_key)
             return
-        check_key(request, self._config.api_key)
+        check_key(request, self._settings.api_key)
         if request.method == "POST":
             self._admission.check()
 
     def _max_in_flight(self) -> int:
-        replicas = max(self._health.num_healthy, self._config.min_replicas)
-        return replicas * self._config.max_ongoing_requests + self._config.max_queued_requests
+        """This ingress's part of what the service takes: Serve's proxies spread requests evenly."""
+        return math.ceil(self._routes.max_in_flight() / (serve.get_replica_context().world_size or 1))
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
@@ -169,25 +178,46 @@ class Ingress:
     @api.get("/v1/models/", include_in_schema=False)
     async def models(self, request: Request) -> Response:
         """The model list, in Anthropic's form if the request has its `anthropic-version` header."""
-        max_model_len = await self._get_max_model_len()
+        models = await self._models()
         if is_anthropic(request):
-            return json_response(self._models.anthropic_list(max_model_len, request.query_params))
-        return json_response(self._models.openai_list(max_model_len))
+            return json_response(models.anthropic_list(request.query_params))
+        return json_response(models.openai_list())
 
     @api.get("/v1/models/{name:path}", **route("OpenAI, Anthropic: one model"))
     async def model(self, name: str, request: Request) -> Response:
-        name = name.removesuffix("/")
-        self._models.check(name)
-        form = self._models.anthropic_model if is_anthropic(request) else self._models.openai_model
-        return json_response(form(name, await self._get_max_model_len()))
+        models = await self._models()
+        form = models.anthropic_model if is_anthropic(request) else models.openai_model
+        return json_response(form(name.removesuffix("/")))
 
-    @api.get("/health", **route("Whether requests can be answered"))
+    async def _models(self) -> Models:
+        routes = list(self._routes)
+        longest = await asyncio.gather(*(each.longest() for each in routes))
+        return Models(
+            tuple(
+                Model(name, None if name == each.model.name else each.model.name, limit)
+                for each, limit in zip(routes, longest, strict=True)
+                for name in (each.model.name, *each.model.adapters)
+            ),
+            self._created,
+        )
+
+    @api.get("/health", **route("Whether this process lives and no engine is known to be lost"))
     async def health(self) -> Response:
-        """200 if at least one replica was healthy at the last periodic check, else 503. Answers without asking
-        replicas."""
-        if self._health.num_healthy:
-            return json_response({"status": "ok"})
-        raise EngineDeadError("no replica is healthy")
+        """200 unless every model had healthy replicas and has none now. Answers without asking replicas."""
+        if all(each.state == "unhealthy" for each in self._routes):
+            raise EngineDeadError("no replica is healthy")
+        return json_response({"status": "ok"})
+
+    @api.get("/ready", **route("Whether a request sent now would be answered"))
+    async def ready(self, request: Request) -> Response:
+        """The state of each model, or of the one that `?model=` names; 503 unless all are ready."""
+        name = request.query_params.get("model", "")
+        routes = [self._routes.find(name)] if name else list(self._routes)
+        states = {each.model.name: each.state for each in routes}
+        self._draining.check()
+        if waiting := [f"{name!r} is {state}" for name, state in states.items() if state != "ready"]:
+            raise EngineDeadError(f"not ready: {', '.join(waiting)}")
+        return json_response({"status": "ready", "models": states})
 
     @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
     async def ranks(self) -> Response:
@@ -204,18 +234,16 @@ class Ingress:
         """Has each replica rebalance its experts by their load. Answers with the layers that each replica changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
 
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What the replicas of all models answer. Raises EngineDeadError if one is lost."""
+        answers = await asyncio.gather(*(each.ask_all(method) for each in self._routes))
+        return [answer for of_model in answers for answer in of_model]
+
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and ends running ones after `timeout_s` seconds. Returns the number of running
         sequences."""
         self._draining.begin(timeout_s)
         return self._admission.in_flight
-
-    async def _ask_all(self, method: str) -> list[Any]:
-        """Calls `method` on every replica; one result each. Raises EngineDeadError if a replica is lost."""
-        try:
-            return await self._replicas.broadcast(method).results_async()
-        except Exception as error:
-            raise EngineDeadError("a replica was lost or could not answer; ask again") from error
 
     async def _generate(
         self,
@@ -226,12 +254,15 @@ class Ingress:
         """Has a replica answer the request that `parse` reads from the body. `observe` wraps the answer's items."""
         with ExitStack() as resources:
             admitted = resources.enter_context(self._admission.admit())
-            body = await read_body(http_request, self._max_bytes, self._config.body_timeout_s)
+            settings = self._settings
+            body = await read_body(
+                http_request, int(settings.max_request_mib * 2**20), settings.body_timeout_s
+            )
             request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
-            if request.model:
-                self._models.check(request.model)
+            model = self._routes.find(request.model)
             admitted.count(request.num_sequences)
-            answer = self._draining.watch(self._dispatcher.answer(request, request_id(http_request)))
+            resources.enter_context(model.admission.admit()).count(request.num_sequences)
+            answer = self._draining.watch(model.dispatcher.answer(request, request_id(http_request)))
             items = KeepAliveStream(observe(answer))
             streams = isinstance(request, GenerationRequest) and request.stream
             try:
@@ -240,7 +271,7 @@ class Ingress:
                 await items.aclose()
                 raise
             status, first = opening or (HTTPStatus.OK, KEEP_ALIVE_COMMENT)
-            timeout_s = self._config.write_timeout_s
+            timeout_s = settings.write_timeout_s
             if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
                 return self._with_limit(
                     EventStream(first, items, request.error_events, timeout_s, resources.pop_all())
@@ -254,9 +285,3 @@ class Ingress:
         """Adds the header that tells Serve's proxies how many requests may be in flight."""
         response.headers[MAX_IN_FLIGHT_HEADER] = str(self._max_in_flight())
         return response
-
-    async def _get_max_model_len(self) -> int | None:
-        """Most tokens of prompt and output together. Asked of a replica once, then cached."""
-        if self._max_model_len is None:
-            self._max_model_len = next(iter(await self._ask_all("max_model_len")), None)
-        return self._max_model_len

@@ -40,7 +40,7 @@ class Dispatcher:
         pauses_s: tuple[float, ...] = PAUSES_S,
     ) -> None:
         self._send = send
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._on_loss = on_loss
         self._pauses_s = pauses_s
 
@@ -50,7 +50,8 @@ class Dispatcher:
         Retries if the replica is lost before the first item. Raises EngineDeadError if it is lost later or the retries
         are used up, and RequestError on a timeout (408) or a bug (500), which is logged under `request_id`.
         """
-        deadline = asyncio.get_running_loop().time() + self._timeout_s if self._timeout_s else None
+        now = asyncio.get_running_loop().time()
+        deadline = now + self.timeout_s if self.timeout_s else None
         for pause_s in (*self._pauses_s, None):
             begun = False
             try:
@@ -95,7 +96,7 @@ class Dispatcher:
             if not limit.expired():
                 raise
             raise RequestError(
-                f"the request took longer than {self._timeout_s:g} seconds; ask for fewer tokens",
+                f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
                 status=HTTPStatus.REQUEST_TIMEOUT,
             ) from None
 

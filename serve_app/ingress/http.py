@@ -28,8 +28,8 @@ from serve_app.ingress.sending import track_unsent
 
 logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
-_KEYLESS = ("/health", "/version")
-_MAX_ID_LENGTH = 128  # characters of a client's x-request-id that are kept
+_KEYLESS = ("/health", "/ready", "/version")
+_MAX_ID_LENGTH = 128  # of a request's id that its client chose
 Gate = Callable[[Request], None]
 
 

@@ -34,6 +34,7 @@ class ReplicaHealth:
         self._poll_now = asyncio.Event()
         self._answered_at = time.monotonic()
         self.num_healthy = 0
+        self.was_healthy = False  # whether some replica ever was
         self._task = asyncio.create_task(self._watch())
 
     def poll_soon(self) -> None:
@@ -55,6 +56,7 @@ class ReplicaHealth:
         now = time.monotonic()
         if healthy or not late or now - self._answered_at > self._patience_s:
             self.num_healthy = healthy
+            self.was_healthy = self.was_healthy or healthy > 0
             self._answered_at = now
 
     async def _watch(self) -> None:

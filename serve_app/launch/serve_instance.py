@@ -76,24 +76,36 @@ def is_running(application: RunningApplication) -> bool:
 
 
 def check_no_conflict(config: ServiceConfig, instance: ServeInstance) -> None:
-    """Raises ResourceError if an application of `instance` has the service's name or route prefix, and ConfigError if
-    `instance` listens on another host or port than `config` asks for."""
-    if config.name in instance.applications:
+    """Raises ResourceError if `instance` already has an application of the service's names or route prefix, or
+    ConfigError if it listens elsewhere than the service should."""
+    if taken := [name for name in config.applications if name in instance.applications]:
         raise ResourceError(
-            f"this Ray cluster already serves an application named {config.name!r}; choose another --name and "
-            "--route-prefix, or end that one first, by ray.serve.delete() if its `serve` was killed"
+            f"this Ray cluster already serves an application named {taken[0]!r}; choose another --name and "
+            "--route-prefix, or end that one first with `qwen3-dist stop`"
         )
+    require_route(config, instance)
+    require_address(config, instance)
+
+
+def require_route(config: ServiceConfig, instance: ServeInstance) -> None:
+    """Raises ResourceError if another service answers below the route prefix."""
+    endpoint = config.endpoint
     for other in instance.applications.values():
-        if other.route_prefix == config.route_prefix:
+        if other.route_prefix == endpoint.route_prefix and other.name != endpoint.name:
             raise ResourceError(
                 f"application {other.name!r} of this Ray cluster already uses the route prefix "
-                f"{config.route_prefix}; choose "
-                "another --route-prefix"
+                f"{endpoint.route_prefix}; "
+                "choose another --route-prefix"
             )
-    host = _SAME_HOST.get(config.host, config.host)
+
+
+def require_address(config: ServiceConfig, instance: ServeInstance) -> None:
+    """Raises ConfigError if Serve listens elsewhere than the service should."""
+    endpoint = config.endpoint
+    host = _SAME_HOST.get(endpoint.host, endpoint.host)
     if instance.host is not None and (_SAME_HOST.get(instance.host, instance.host), instance.port) != (
         host,
-        config.port,
+        endpoint.port,
     ):
         raise ConfigError(
             f"Ray Serve of this cluster listens on {instance.host}:{instance.port} for all its applications; give "

@@ -20,7 +20,7 @@ from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.failures import log_internal_error
 from serve_app.replica.request_handler import RequestHandler
-from serve_app.settings import ServiceConfig
+from serve_app.settings import ReplicaSettings
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,16 +35,22 @@ class EngineReplica:
     only after three failed health checks.
     """
 
-    def __init__(self, config: ServiceConfig) -> None:
+    def __init__(self, settings: ReplicaSettings) -> None:
         log_library_to_serve()
         self._num_answering = 0
-        self._engine = AsyncEngine(config.engine, parts_per_s=config.parts_per_s, on_death=self._exit_process)
+        self._engine = AsyncEngine(
+            settings.engine, parts_per_s=settings.parts_per_s, on_death=self._exit_process
+        )
         logger.info("the engine is ready on %s", self._engine.backends)
         logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
-        thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+        thinking = settings.enable_thinking
         self._handler = RequestHandler(
-            self._engine, config.served_name, defaults, thinking, config.tool_call_form
+            self._engine,
+            settings.served_name,
+            defaults,
+            {} if thinking is None else {"enable_thinking": thinking},
+            settings.tool_call_form,
         )
         freeze_gc_heap()
 

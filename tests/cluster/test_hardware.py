@@ -92,7 +92,7 @@ def test_a_wrong_number_of_gpus_is_refused(text: str, message: str) -> None:
             "num_devices: 8",
             "devices: 8",
             7,
-            "unknown setting 'devices'; known are between, device, devices_per_node",
+            "unknown setting 'devices'; did you mean device?",
         ),
         ("num_devices: 8\n", "", 1, "setting 'num_devices' is required"),
         ("num_devices: 8", "num_devices: [8]", 7, "num_devices must be a whole number, not ['8']"),

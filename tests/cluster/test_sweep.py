@@ -128,7 +128,7 @@ def test_another_sweeps_directory_is_refused(tmp_path: Path) -> None:
             "input_len: 20",
             "inputs: 20",
             3,
-            "unknown setting 'points.1.inputs'; known are input_len, num_prompts, output_len",
+            "unknown setting 'points.1.inputs'; did you mean input_len?",
         ),
         ("device: cpu", "device: tpu", 4, "device must be one of auto, cpu, cuda, not 'tpu'"),
         ("device: cpu", "repeats: 0", 4, "repeats must be positive, not 0"),

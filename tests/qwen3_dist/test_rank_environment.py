@@ -101,10 +101,10 @@ def test_hosts_of_one_name_are_told_apart(what: str) -> None:
 
 def test_the_environment_of_ranks_can_be_given_as_a_mapping_and_on_the_command_line() -> None:
     wanted = {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5_0=1"}
-    assert read_service_config({"rank_env": wanted}).engine.rank_env == wanted
+    assert read_service_config({"rank_env": wanted}).models[0].replica.engine.rank_env == wanted
     words = ["serve", "--rank-env", "NCCL_DEBUG=INFO", "--rank-env", "NCCL_IB_HCA=mlx5_0=1"]
     given = build_parser().parse_args(words).rank_env
-    assert read_service_config({"rank_env": given}).engine.rank_env == wanted
+    assert read_service_config({"rank_env": given}).models[0].replica.engine.rank_env == wanted
 
 
 @pytest.mark.parametrize(
@@ -179,4 +179,4 @@ def test_replicas_of_a_service_share_the_cores_of_their_host(
     monkeypatch.setattr(ray_ranks, "_nodes", lambda: [{"CPU": 64.0}])
     monkeypatch.setattr(placement, "cluster_resources", lambda: {"CPU": 64.0})
     settings = {"max_replicas": replicas, "layout": layout, "device": "cpu", "cpus_per_rank": 1}
-    assert placement.place(read_service_config(settings)).engine.ranks_per_host == most
+    assert placement.place(read_service_config(settings).models[0]).engine.ranks_per_host == most

@@ -47,7 +47,8 @@ def test_an_error_knows_the_path_of_its_setting() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"modle": "m"}, "unknown setting 'modle'; known are block_size, "),
+        ({"modle": "m"}, "unknown setting 'modle'; did you mean model?"),
+        ({"xyzzy": "m"}, "unknown setting 'xyzzy'; known are block_size, "),
         ({"block_size": "many"}, "block_size must be a whole number, not 'many'"),
         ({"block_size": 1.5}, "block_size must be a whole number, not 1.5"),
         ({"block_size": True}, "block_size must be a whole number, not True"),

@@ -12,9 +12,8 @@ from ray import serve
 
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.weights.source import bundled_path
-from serve_app.app import REPLICA
 from serve_app.launch.service import running_service
-from serve_app.settings import APP_NAME, BUNDLED_NAME, ServiceConfig, read_service_config
+from serve_app.settings import BUNDLED_NAME, REPLICA, ServiceConfig, read_service_config
 from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port
 
@@ -51,9 +50,9 @@ def model() -> str:
 
 
 @pytest.fixture
-def stats(url: str) -> Callable[[], list[EngineStats]]:
+def stats(url: str, service_config: ServiceConfig) -> Callable[[], list[EngineStats]]:
     """Reads every replica's engine statistics. A new handle knows of no replica yet."""
-    handle = serve.get_deployment_handle(REPLICA, APP_NAME)
+    handle = serve.get_deployment_handle(REPLICA, service_config.application(service_config.models[0]))
 
     def read() -> list[EngineStats]:
         deadline = time.monotonic() + 30

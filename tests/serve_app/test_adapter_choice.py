@@ -21,7 +21,7 @@ from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.responses.request import parse_responses
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.cli.options import add_settings, given_settings
-from serve_app.launch.service import check_model
+from serve_app.launch.checks import check_model
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import BUNDLED_NAME, read_service_config
 from tests.adapters import ATTENTION, write_adapter
@@ -95,15 +95,17 @@ def test_a_model_that_is_no_adapter_is_404_and_the_engine_goes_on(handler: Reque
 def test_an_adapter_cannot_have_the_models_name(adapter: Path) -> None:
     with pytest.raises(ConfigError, match=f"lora names {BUNDLED_NAME}, which the model itself"):
         read_service_config({"lora": {BUNDLED_NAME: str(adapter)}})
-    assert read_service_config({"lora": {BUNDLED_NAME: str(adapter)}, "model_name": "m"}).served_name == "m"
+    assert (
+        read_service_config({"lora": {BUNDLED_NAME: str(adapter)}, "model_name": "m"}).models[0].name == "m"
+    )
 
 
 def test_an_adapter_that_does_not_fit_is_refused_before_anything_starts(
     tmp_path: Path, adapter: Path
 ) -> None:
-    check_model(read_service_config({"lora": {"mine": str(adapter)}}))
+    check_model(read_service_config({"lora": {"mine": str(adapter)}}).models[0])
     with pytest.raises(CheckpointError, match="the adapter mine cannot be used"):
-        check_model(read_service_config({"lora": {"mine": str(tmp_path)}}))
+        check_model(read_service_config({"lora": {"mine": str(tmp_path)}}).models[0])
 
 
 def test_the_command_line_takes_an_adapter_at_a_time_or_several() -> None:
@@ -111,5 +113,6 @@ def test_the_command_line_takes_an_adapter_at_a_time_or_several() -> None:
     add_settings(parser, "engine", EngineConfig)
     assert "--lora NAME=PATH" in parser.format_help()
     given = given_settings(parser.parse_args(["--lora", "a=x", "--lora", "b=y,c=z"]), EngineConfig)
-    assert read_service_config(given).engine.lora.names == ["a", "b", "c"]
-    assert read_service_config(given_settings(parser.parse_args([]), EngineConfig)).engine.lora.names == []
+    assert read_service_config(given).models[0].replica.engine.lora.names == ["a", "b", "c"]
+    nothing = given_settings(parser.parse_args([]), EngineConfig)
+    assert read_service_config(nothing).models[0].replica.engine.lora.names == []

@@ -17,7 +17,7 @@ from qwen3_dist.weights.source import bundled_path, canonical_name, may_be_model
 from serve_app.cli import build_parser, generate, main
 from serve_app.cli.options import given_settings
 from serve_app.ingress.http import make_api
-from serve_app.settings import ServiceConfig, read_service_config
+from serve_app.settings import MODEL_PARTS, SERVICE_PARTS, ServiceConfig, read_service_config
 from tests.serve_app.command_line import refusal
 
 
@@ -25,8 +25,12 @@ def parsed(*arguments: str) -> argparse.Namespace:
     return build_parser().parse_args(arguments)
 
 
+def engine(*arguments: str) -> EngineConfig:
+    return served(*arguments).models[0].replica.engine
+
+
 def served(*arguments: str) -> ServiceConfig:
-    return read_service_config(given_settings(parsed("serve", *arguments), ServiceConfig, EngineConfig))
+    return read_service_config(given_settings(parsed("serve", *arguments), *MODEL_PARTS, *SERVICE_PARTS))
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +83,7 @@ def test_a_wrong_option_is_refused_with_what_to_write(
     ],
 )
 def test_parallel_sizes_of_vllm_are_a_layout(arguments: tuple[str, ...], layout: str) -> None:
-    assert served(*arguments).engine.layout == served("--layout", layout).engine.layout
+    assert engine(*arguments).layout == engine("--layout", layout).layout
 
 
 @pytest.mark.parametrize(
@@ -107,8 +111,8 @@ def test_options_of_vllm_are_read_as_ours(theirs: tuple[str, ...], ours: tuple[s
 
 def test_a_switch_needs_no_value_and_takes_no_model_for_one() -> None:
     assert parsed("serve", "--share-gpus", "DIR").model == "DIR"
-    assert served("--share-gpus").engine.share_gpus
-    assert not served("--share-gpus", "false").engine.share_gpus
+    assert engine("--share-gpus").share_gpus
+    assert not engine("--share-gpus", "false").share_gpus
 
 
 def test_the_model_may_be_given_as_an_option_and_after_others() -> None:
@@ -133,8 +137,8 @@ def test_names_of_models_are_the_same_everywhere(tmp_path: Path, monkeypatch: py
     assert resolve_model("bundled") == resolve_model("") == bundled_path()
     assert resolve_model(str(bundled_path() / "config.json")) == bundled_path()
     assert canonical_name("Qwen3-8B") == "Qwen/Qwen3-8B"
-    assert read_service_config({"model": "bundled"}).served_name == "qwen3-bundled"
-    assert read_service_config({"model": "Qwen3-8B"}).served_name == "Qwen/Qwen3-8B"
+    assert read_service_config({"model": "bundled"}).models[0].name == "qwen3-bundled"
+    assert read_service_config({"model": "Qwen3-8B"}).models[0].name == "Qwen/Qwen3-8B"
     (tmp_path / "Qwen3-8B").mkdir()
     assert canonical_name("Qwen3-8B") == "Qwen3-8B"
     (tmp_path / "other.json").touch()

@@ -6,15 +6,16 @@ import pytest
 
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
-from serve_app.settings import BUNDLED_NAME, ServiceConfig, read_service_config
+from serve_app.settings import BUNDLED_NAME, ModelSettings, read_service_config
 
 
 def test_text_from_serve_run_reads_as_the_settings_types() -> None:
-    config = read_service_config(
+    [model] = read_service_config(
         {"layout": "tp=2,ep=2", "max_replicas": "3", "upscale_delay_s": "0.5", "max_model_len": "null"}
-    )
-    assert config.engine.layout == Layout(tp=2, ep=2)
-    assert (config.max_replicas, config.upscale_delay_s, config.engine.max_model_len) == (3, 0.5, None)
+    ).models
+    assert model.replica.engine.layout == Layout(tp=2, ep=2)
+    assert (model.scaling.max_replicas, model.scaling.upscale_delay_s) == (3, 0.5)
+    assert model.replica.engine.max_model_len is None
 
 
 def test_engine_settings_may_be_flat_or_nested() -> None:
@@ -24,7 +25,7 @@ def test_engine_settings_may_be_flat_or_nested() -> None:
 
 
 def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
-    assert read_service_config({"model_name": "7"}).served_name == "7"
+    assert read_service_config({"model_name": "7"}).models[0].name == "7"
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_bad_setting_is_named(args: dict[str, object], sentence: str) -> None:
 
 def test_scaling_aims_for_no_more_requests_than_a_replica_holds() -> None:
     def target(**args: object) -> float:
-        return read_service_config(args).scaling_target
+        return read_service_config(args).models[0].scaling.scaling_target
 
     assert target() == target(max_replicas=2) == 16
     assert target(max_ongoing_requests=8) == target(max_ongoing_requests=8, max_replicas=2) == 8
@@ -67,7 +68,7 @@ def test_a_bad_layout_is_refused_before_anything_starts() -> None:
 def test_the_served_name_is_the_given_one_or_the_models(tmp_path) -> None:
     checkpoint = tmp_path / "Qwen3-Tiny"
     checkpoint.mkdir()
-    assert ServiceConfig().served_name == BUNDLED_NAME
-    assert read_service_config({"model": str(checkpoint)}).served_name == "Qwen3-Tiny"
-    assert read_service_config({"model": "Qwen/Qwen3-0.6B"}).served_name == "Qwen/Qwen3-0.6B"
-    assert read_service_config({"model": str(checkpoint), "model_name": "tiny"}).served_name == "tiny"
+    assert ModelSettings().name == BUNDLED_NAME
+    assert read_service_config({"model": str(checkpoint)}).models[0].name == "Qwen3-Tiny"
+    assert read_service_config({"model": "Qwen/Qwen3-0.6B"}).models[0].name == "Qwen/Qwen3-0.6B"
+    assert read_service_config({"model": str(checkpoint), "model_name": "tiny"}).models[0].name == "tiny"

@@ -116,9 +116,9 @@ def test_a_body_that_takes_too_long_is_408_and_its_connection_is_closed() -> Non
 
 def test_the_key_is_not_printed_with_the_settings() -> None:
     config = read_service_config({"api_key": "very secret"})
-    assert config.api_key == "very secret"
+    assert config.ingress.api_key == "very secret"
     assert "very secret" not in repr(config)
-    assert ServiceConfig().api_key == ""
+    assert ServiceConfig().ingress.api_key == ""
 
 
 def test_a_body_is_json_unless_its_headers_say_otherwise() -> None:

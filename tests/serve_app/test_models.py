@@ -10,34 +10,37 @@ from typing import Any
 import pytest
 from anthropic.types import ModelInfo
 from fastapi import Request
-from openai.types import Model
+from openai.types import Model as OpenAIModel
 
 from qwen3_dist.errors import RequestError
-from serve_app.apis.models import Models
+from serve_app.apis.models import Model, Models
 from serve_app.ingress.deployment import Ingress
 
-MODELS = Models(("base", "one", "two"), 1_700_000_000)
+NAMES = ("base", "one", "two")
+MODELS = Models(
+    (Model("base", None, 4096), Model("one", "base", 4096), Model("two", "base", 4096)), 1_700_000_000
+)
 
 
 def ids(**query: str) -> tuple[list[str], bool]:
-    page = MODELS.anthropic_list(4096, query)
+    page = MODELS.anthropic_list(query)
     names = [model["id"] for model in page["data"]]
     assert (page["first_id"], page["last_id"]) == ((names[0], names[-1]) if names else (None, None))
     return names, page["has_more"]
 
 
 def test_openais_clients_see_its_objects_and_the_model_of_an_adapter() -> None:
-    listed = MODELS.openai_list(4096)
+    listed = MODELS.openai_list()
     assert listed["object"] == "list"
-    models = [Model.model_validate(model) for model in listed["data"]]
+    models = [OpenAIModel.model_validate(model) for model in listed["data"]]
     assert [(model.id, model.object, model.created) for model in models] == [
-        (name, "model", 1_700_000_000) for name in MODELS.names
+        (name, "model", 1_700_000_000) for name in NAMES
     ]
     assert [model["parent"] for model in listed["data"]] == [None, "base", "base"]
 
 
 def test_anthropics_clients_see_its_objects() -> None:
-    (first, *_) = MODELS.anthropic_list(4096, {})["data"]
+    (first, *_) = MODELS.anthropic_list({})["data"]
     model = ModelInfo.model_validate(first)
     assert (model.type, model.display_name, model.max_input_tokens) == ("model", "base", 4096)
     assert first["created_at"] == "2023-11-14T22:13:20Z"
@@ -59,10 +62,10 @@ def test_a_page_of_no_size_is_refused(limit: str) -> None:
 
 @pytest.mark.parametrize("path", ["one", "one/"])
 def test_a_models_path_may_end_with_a_slash(path: str) -> None:
-    async def longest() -> int:
-        return 4096
+    async def models() -> Models:
+        return MODELS
 
-    ingress: Any = SimpleNamespace(_models=MODELS, _longest=longest)
+    ingress: Any = SimpleNamespace(_models=models)
     answer = asyncio.run(Ingress.model(ingress, path, Request({"type": "http", "headers": []})))
     assert json.loads(bytes(answer.body))["id"] == "one"
 
@@ -83,5 +86,5 @@ def test_a_page_lies_between_two_models() -> None:
 @pytest.mark.parametrize("name", ["", "three"])
 def test_no_other_model_is_served(name: Any) -> None:
     with pytest.raises(RequestError, match="use 'base' or 'one' or 'two'") as refused:
-        MODELS.check(name)
+        MODELS.openai_model(name)
     assert (refused.value.status, refused.value.param) == (404, "model")

@@ -25,7 +25,7 @@ from serve_app.launch.serve_instance import (
 )
 from serve_app.launch.service import RunningService
 from serve_app.launch.shutdown import end_unused_serve
-from serve_app.settings import ServiceConfig
+from serve_app.settings import ServiceConfig, read_service_config
 
 FIRST = RunningApplication("qwen3_dist", "/", 100.0)
 
@@ -48,12 +48,13 @@ def test_a_second_service_that_would_touch_the_first_is_refused(
     settings: dict[str, object], words: str
 ) -> None:
     with pytest.raises(QwenDistError, match=words) as refused:
-        check_no_conflict(ServiceConfig(**settings), instance(FIRST))  # type: ignore[arg-type]
+        check_no_conflict(read_service_config(settings), instance(FIRST))
     assert "\n" not in str(refused.value)
 
 
 def test_a_second_service_with_a_name_and_a_prefix_of_its_own_has_a_place() -> None:
-    check_no_conflict(ServiceConfig(name="second", route_prefix="/second", host="localhost"), instance(FIRST))
+    second = {"name": "second", "route_prefix": "/second", "host": "localhost"}
+    check_no_conflict(read_service_config(second), instance(FIRST))
     check_no_conflict(ServiceConfig(), instance())
 
 
@@ -69,7 +70,7 @@ def test_a_second_service_with_a_name_and_a_prefix_of_its_own_has_a_place() -> N
 )
 def test_a_name_or_prefix_that_serve_could_not_use_is_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        ServiceConfig(**{name: value})  # type: ignore[arg-type]
+        read_service_config({name: value})
 
 
 def group(name: str, state: str = "PENDING") -> dict[str, object]:
@@ -115,7 +116,7 @@ def test_a_service_whose_application_is_gone_or_replaced_ends_with_an_error_and_
     monkeypatch.setattr(serve_instance, "running_serve", running_serve)
     monkeypatch.setattr(launch, "_WATCH_S", 0.0)
     with pytest.raises(ResourceError, match=words):
-        RunningService("http://127.0.0.1:8000", FIRST).watch()
+        RunningService("http://127.0.0.1:8000", [FIRST]).watch()
     assert states == [later]
     assert not is_running(FIRST)
 
@@ -143,7 +144,7 @@ def test_a_serve_that_never_answers_again_is_told_as_lost(monkeypatch: pytest.Mo
     monkeypatch.setattr(launch, "_WATCH_S", 0.0)
     monkeypatch.setattr(launch, "_SERVE_LOST_S", 0.0)
     with pytest.raises(ResourceError, match="has not answered"):
-        RunningService("http://127.0.0.1:8000", FIRST).watch()
+        RunningService("http://127.0.0.1:8000", [FIRST]).watch()
 
 
 @pytest.fixture

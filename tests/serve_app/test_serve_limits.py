@@ -12,7 +12,8 @@ import httpx
 import pytest
 from ray import serve
 
-from serve_app.app import REPLICA, build_app
+from serve_app.app import build_app
+from serve_app.settings import REPLICA
 from tests.checkpoints import write_reader
 from tests.serve_app.support import SETTINGS, error_of, wait_for
 

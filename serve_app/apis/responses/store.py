@@ -60,6 +60,12 @@ class ResponseStore:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
+    def limit(self, max_bytes: int, max_idle_s: float) -> None:
+        """Changes how much is kept, and for how long."""
+        with self._lock:
+            self._max_bytes, self._max_idle_s = max_bytes, max_idle_s
+            self._shrink()
+
     @property
     def is_enabled(self) -> bool:
         """Whether the store may keep anything."""
@@ -82,8 +88,7 @@ class ResponseStore:
             if previous is not None:
                 self._entries[previous].num_followers += 1
             self._touch(whole["id"])
-            while self.num_bytes > self._max_bytes:
-                self._remove(next(iter(self._entries)))
+            self._shrink()
 
     def response(self, response_id: str) -> bytes:
         """Returns a response as JSON. Raises RequestError (404)."""
@@ -144,6 +149,10 @@ class ResponseStore:
             raise missing
         self._touch(response_id)
         return entry
+
+    def _shrink(self) -> None:
+        while self.num_bytes > self._max_bytes:
+            self._remove(next(iter(self._entries)))
 
     def _touch(self, response_id: str) -> None:
         """Marks an entry, and then those that it follows, as most recently used."""

@@ -1,0 +1,42 @@
+"""`qwen3-dist config`: the settings a service would have, and where each comes from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TextIO
+
+from serve_app.cli.options import MODEL, add_config_file, add_service_settings, given_service
+
+HELP = "show the effective settings of a file and of options, and where each comes from; starts nothing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="", help=MODEL)
+    add_config_file(parser)
+    parser.add_argument("--changed", action="store_true", help="leave out settings at their defaults")
+    add_service_settings(parser)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    source = given_service(args)
+    config = source.read()
+    settings = [each for each in source.effective(config) if not args.changed or each.source != "default"]
+    if args.json:
+        for each in settings:
+            print(json.dumps(asdict(each)), file=out)
+        return 0
+    several = len(config.models) > 1
+    rows = [
+        (
+            f"{each.model}: {each.name}" if several and each.model else each.name,
+            json.dumps(each.value),
+            each.source,
+        )
+        for each in settings
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
+    for name, value, origin in rows:
+        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}", file=out)
+    return 0

@@ -1,0 +1,126 @@
+"""The models that the ingress answers for, each with the way to its replicas."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray.serve.handle import DeploymentHandle
+
+from cluster.ray_private import stream_by_grpc
+from qwen3_dist.errors import EngineDeadError, RequestError
+from serve_app.apis.models import model_not_found, one_of
+from serve_app.ingress.admission import Admission
+from serve_app.ingress.dispatch import Dispatcher
+from serve_app.ingress.replica_health import ReplicaHealth
+from serve_app.settings import IngressConfig, IngressSettings, ServedModel
+
+State = Literal["starting", "ready", "unhealthy"]
+
+
+@dataclass
+class ModelRoute:
+    """One model: how many requests its replicas take, whether they are healthy, and the way to them."""
+
+    model: ServedModel
+    replicas: DeploymentHandle
+    dispatcher: Dispatcher
+    health: ReplicaHealth
+    admission: Admission = field(init=False)
+    max_queued_requests: int = 0
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        self.admission = Admission(self.max_in_flight, self.model.max_ongoing_requests)
+
+    def configure(self, model: ServedModel, settings: IngressSettings) -> None:
+        """Takes up changed settings of the model and of the ingress."""
+        self.model, self.max_queued_requests = model, settings.max_queued_requests
+        self.admission.max_per_request = model.max_ongoing_requests
+        self.dispatcher.timeout_s = settings.request_timeout_s
+
+    @property
+    def state(self) -> State:
+        """Ready if some replica's engine was well when last asked, unhealthy if one was and none is."""
+        if self.health.num_healthy:
+            return "ready"
+        return "unhealthy" if self.health.was_healthy else "starting"
+
+    def capacity(self) -> int:
+        """Sequences in flight that the replicas take together."""
+        return max(self.health.num_healthy, self.model.min_replicas) * self.model.max_ongoing_requests
+
+    def max_in_flight(self) -> int:
+        """Sequences that may be in flight or wait."""
+        return self.capacity() + self.max_queued_requests
+
+    async def ask_all(self, method: str) -> list[Any]:
+        """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""
+        try:
+            return await self.replicas.broadcast(method).results_async()
+        except Exception as error:
+            raise EngineDeadError(
+                f"a replica of {self.model.name!r} was lost or could not answer; ask again"
+            ) from error
+
+    async def longest(self) -> int | None:
+        """Most tokens of prompt and answer together, as a replica says it, once; None while none can say."""
+        if self.max_model_len is None:
+            with contextlib.suppress(EngineDeadError):
+                self.max_model_len = next(iter(await self.ask_all("max_model_len")), None)
+        return self.max_model_len
+
+
+class ModelRoutes:
+    """The routes by the names of models and of their adapters.
+
+    `find_replicas` returns the handle of a model's replicas.
+    """
+
+    def __init__(self, find_replicas: Callable[[ServedModel], DeploymentHandle]) -> None:
+        self._find_replicas = find_replicas
+        self._routes: dict[tuple[str, str], ModelRoute] = {}
+        self._by_name: dict[str, ModelRoute] = {}
+
+    def __iter__(self) -> Iterator[ModelRoute]:
+        return iter(self._routes.values())
+
+    def configure(self, config: IngressConfig) -> None:
+        """Takes up the models of `config`. A model that was there keeps its route, and what is known of it."""
+        earlier, self._routes, self._by_name = self._routes, {}, {}
+        for model in config.models:
+            key = (model.application, model.name)
+            route = earlier.pop(key, None) or self._new_route(model)
+            route.configure(model, config.settings)
+            self._routes[key] = route
+            self._by_name |= dict.fromkeys((model.name, *model.adapters), route)
+        for gone in earlier.values():
+            gone.health.stop()
+
+    def find(self, name: str) -> ModelRoute:
+        """The route of the model or adapter called `name`; without a name, of the only model. Raises RequestError."""
+        if not name and len(self._routes) == 1:
+            return next(iter(self._routes.values()))
+        if name in self._by_name:
+            return self._by_name[name]
+        names = list(self._by_name)
+        if not name:
+            raise RequestError(f"model is required; use {one_of(names)}", param="model")
+        raise model_not_found(name, names)
+
+    def max_in_flight(self) -> int:
+        """Sequences that may be in flight or wait, of all models together."""
+        queued = max((route.max_queued_requests for route in self), default=0)
+        return sum(route.capacity() for route in self) + queued
+
+    def _new_route(self, model: ServedModel) -> ModelRoute:
+        replicas = self._find_replicas(model)
+        health = ReplicaHealth(
+            lambda: replicas.broadcast("check_health").results_async(return_exceptions=True),
+            model.health_check_period_s,
+            2 * model.health_check_timeout_s,
+        )
+        dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)
+        return ModelRoute(model, replicas, dispatcher, health)

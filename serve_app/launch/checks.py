@@ -1,0 +1,60 @@
+"""What is checked before anything starts: the models' files, and the port."""
+
+from __future__ import annotations
+
+import socket
+
+import ray
+
+from cluster import ray_private
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.engine.engine import check_context
+from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
+from qwen3_dist.weights.lora_loader import open_adapters
+from qwen3_dist.weights.source import resolve_config
+from serve_app.settings import EndpointSettings, ModelSettings
+
+
+def check_model(model: ModelSettings) -> None:
+    """Raises CheckpointError, ConfigError or ParallelLayoutError if the model is missing, or if context, layout or
+    adapters do not fit it or its files cannot be read."""
+    engine = model.replica.engine
+    path = resolve_config(engine.model, engine.revision)
+    model_config = ModelConfig.from_directory(path)
+    engine.layout.validate(model_config)
+    check_context(engine, model_config)
+    read_generation_defaults(path)
+    read_eos_token_ids(path)
+    open_adapters(engine.lora, model_config)
+
+
+def check_model_in_cluster(model: ModelSettings) -> None:
+    """Checks a model where its files are: in the connected Ray cluster. Raises what `check_model` does."""
+    error = ray.get(
+        ray.remote(num_cpus=0, runtime_env={"env_vars": ray_private.DEPLOYMENT_ENVIRONMENT})(_refusal).remote(
+            model
+        )
+    )
+    if error is not None:
+        raise error
+
+
+def _refusal(model: ModelSettings) -> QwenDistError | None:
+    try:
+        check_model(model)
+    except QwenDistError as error:
+        return error
+    return None
+
+
+def check_port(endpoint: EndpointSettings) -> None:
+    """Raises ResourceError if another process listens on the port, or the host is not this machine's."""
+    with socket.socket(socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((endpoint.host, endpoint.port))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot listen on {endpoint.host}:{endpoint.port} ({error.strerror}); choose another --host or --port"
+            ) from None

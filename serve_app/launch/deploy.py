@@ -1,0 +1,152 @@
+"""Deploys services on a running Ray cluster, where they stay after the command ends; changes and stops them there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from cluster import ray_private
+from qwen3_dist.errors import ResourceError
+from serve_app.launch.checks import check_model_in_cluster
+from serve_app.launch.schema import serve_schema
+from serve_app.launch.serve_instance import (
+    find_application,
+    is_running,
+    require_address,
+    require_route,
+    running_serve,
+)
+from serve_app.launch.service import start_serve
+from serve_app.launch.shutdown import delete, drain, end_unused_serve
+from serve_app.launch.startup import wait_until_answering, wait_until_running
+from serve_app.settings import INGRESS, ServiceConfig
+
+_DRAIN_S = 600.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """What deploying changes in one application of Serve."""
+
+    application: str
+    kind: str  # "new", "reloaded", "updated", "unchanged" or "removed"
+    settings: tuple[str, ...] = ()  # the changed arguments that cause a reload
+
+
+def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = True) -> str:
+    """Deploys `config`, or changes the service of its name to it; returns its URL, once it answers if `wait`.
+
+    Replicas of a model are started anew only if what they are built with changed, others take changed limits, keys and
+    scaling as they run. Other applications of the cluster's Serve stay as they are. Raises a QwenDistError if a model
+    or the cluster's Serve does not fit, or with the root cause if the service cannot start.
+    """
+    instance = running_serve()
+    if instance is None:
+        start_serve(config.endpoint)
+    else:
+        require_address(config, instance)
+        require_route(config, instance)
+    for model in config.models:
+        check_model_in_cluster(model)
+    schema = serve_schema(config)
+    deployed = deployed_configs()
+    for change in changes(schema, deployed, config.endpoint.name):
+        report(describe(change))
+    names = set(config.applications)
+    others = [
+        app for name, app in deployed.items() if name not in names and not _is_of(name, config.endpoint.name)
+    ]
+    schema["applications"] += others
+    ray_private.apply_serve_config(ServeDeploySchema.model_validate(schema))
+    if wait:
+        wait_until_running(config, report)
+        return wait_until_answering(config.endpoint)
+    return ""
+
+
+def deployed_configs() -> dict[str, dict[str, Any]]:
+    """The configs of the applications that were deployed by config, by name."""
+    details = (
+        ray_private.serve_client().get_serve_details() if ray_private.serve_client() else {"applications": {}}
+    )
+    return {
+        name: app["deployed_app_config"]
+        for name, app in details["applications"].items()
+        if app.get("deployed_app_config") and app["status"] != ApplicationStatus.DELETING
+    }
+
+
+def changes(
+    schema: Mapping[str, Any], deployed: Mapping[str, Mapping[str, Any]], service: str
+) -> list[Change]:
+    """What applying `schema` changes in the applications of a service, in the order of the schema."""
+    found = []
+    for app in schema["applications"]:
+        before = deployed.get(app["name"])
+        if before is None:
+            found.append(Change(app["name"], "new"))
+            continue
+        args, earlier = app.get("args", {}), before.get("args", {})
+        differing = tuple(sorted(n for n in {*args, *earlier} if args.get(n) != earlier.get(n)))
+        if differing:
+            found.append(Change(app["name"], "reloaded", differing))
+        else:
+            found.append(Change(app["name"], "updated" if _options(app) != _options(before) else "unchanged"))
+    names = {app["name"] for app in schema["applications"]}
+    gone = [name for name in deployed if _is_of(name, service) and name not in names]
+    return [*found, *(Change(name, "removed") for name in gone)]
+
+
+def describe(change: Change) -> str:
+    """One change as a sentence."""
+    return {
+        "new": f"{change.application}: starts",
+        "reloaded": f"{change.application}: loads its model again, for a changed {', '.join(change.settings)}",
+        "updated": f"{change.application}: takes its changed settings as it runs",
+        "unchanged": f"{change.application}: stays as it is",
+        "removed": f"{change.application}: ends",
+    }[change.kind]
+
+
+def stop(
+    name: str, report: Callable[[str], None], stop_now: Callable[[], bool], timeout_s: float = _DRAIN_S
+) -> None:
+    """Ends the service called `name`: refuses new requests, waits `timeout_s` for the running ones, removes it.
+
+    Raises ResourceError if the cluster has no such service. Ends Serve too if nothing else runs in it.
+    """
+    instance = running_serve()
+    found = [app for app in (instance.applications if instance else {}) if app == name or _is_of(app, name)]
+    if not found:
+        running = ", ".join(sorted(instance.applications)) if instance else ""
+        raise ResourceError(
+            f"this Ray cluster has no service called {name!r}; "
+            + (f"it has {running}" if running else "nothing is deployed in it")
+        )
+    applications = [find_application(app) for app in found]
+    if name in found:
+        drain(serve.get_deployment_handle(INGRESS, name), timeout_s, report, stop_now)
+    for application in applications:
+        delete(application, stop_now)
+    deadline = time.monotonic() + 5.0
+    while any(map(is_running, applications)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    end_unused_serve()
+
+
+def _is_of(application: str, service: str) -> bool:
+    """Whether an application holds a model of a service."""
+    return application.startswith(f"{service}--")
+
+
+def _options(app: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an application's deployments by name, as far as they are set."""
+    return {
+        deployment["name"]: {name: value for name, value in deployment.items() if name != "name"}
+        for deployment in app.get("deployments", [])
+    }

@@ -1,0 +1,96 @@
+"""Waits until a deployed service answers, or says why it does not."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from qwen3_dist import errors
+from qwen3_dist.errors import QwenDistError, ResourceError
+from serve_app.launch.serve_instance import unplaced_bundles
+from serve_app.settings import REPLICA, EndpointSettings, ServiceConfig
+
+_POLL_S = 0.2
+_REPORT_S = 5.0
+_ANSWER_TIMEOUT_S = 40.0
+
+
+def wait_until_running(config: ServiceConfig, report: Callable[[str], None]) -> None:
+    """Waits until Serve runs all applications of a service. Raises the root cause of one that fails, ResourceError if
+    a model finds no room in the time it has."""
+    started = reported = time.monotonic()
+    last_placed = {model.name: started for model in config.models}
+    while True:
+        statuses = serve.status().applications
+        for name in config.applications:
+            if name not in statuses:
+                raise ResourceError(f"application {name!r} was deleted while it started; start it again")
+            if statuses[name].status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                deployments = statuses[name].deployments.values()
+                messages = [statuses[name].message, *(deployment.message for deployment in deployments)]
+                raise root_cause("\n".join(messages))
+        if all(statuses[name].status == ApplicationStatus.RUNNING for name in config.applications):
+            return
+        now = time.monotonic()
+        stage = "loading the model"
+        for model in config.models:
+            unplaced = unplaced_bundles(config.application(model), REPLICA)
+            if not unplaced:
+                last_placed[model.name] = now
+                continue
+            stage = f"waiting for room for {unplaced}, {_free()} is free"
+            if now - last_placed[model.name] > model.scaling.placement_timeout_s:
+                raise ResourceError(
+                    f"no room for {unplaced} within {model.scaling.placement_timeout_s:g} s, only {_free()} is free; "
+                    "add nodes, end other jobs or choose a smaller layout"
+                )
+        if now - reported >= _REPORT_S:
+            reported = now
+            report(f"{stage} ({now - started:.0f} s)")
+        time.sleep(_POLL_S)
+
+
+def base_url(endpoint: EndpointSettings) -> str:
+    """Where this machine reaches the service."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(endpoint.host, endpoint.host)
+    return f"http://{host}:{endpoint.port}{endpoint.route_prefix.rstrip('/')}"
+
+
+def wait_until_answering(endpoint: EndpointSettings) -> str:
+    """The service's base URL, once its /ready says 200."""
+    url = base_url(endpoint)
+    deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=_ANSWER_TIMEOUT_S):
+                return url
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            if time.monotonic() > deadline:
+                raise ResourceError(
+                    f"the service runs but {url} does not answer; see Ray Serve's log on the head node"
+                ) from None
+        time.sleep(_POLL_S)
+
+
+def root_cause(message: str) -> QwenDistError:
+    """The error of ours that a Serve status message reports last, traceback and all, or its last line."""
+    found = re.findall(r"qwen3_dist\.errors\.(\w+): (.+)", message)
+    if found:
+        name, sentence = found[-1]
+        return getattr(errors, name, QwenDistError)(sentence)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return QwenDistError(
+        f"the service could not start: {lines[-1] if lines else 'Ray Serve gives no reason'}"
+    )
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))

@@ -1,0 +1,109 @@
+"""A service's YAML file: settings of a service and of its models, with the command line's over them.
+
+    model: Qwen/Qwen3-30B-A3B          # one model, its settings beside the service's
+    layout: tp=4,ep=4
+    host: 0.0.0.0
+
+Several models stand in a list; what stands beside the list holds for all of them:
+
+    max_model_len: 32768
+    models:
+      - {model: Qwen/Qwen3-30B-A3B, layout: "tp=4,ep=4", max_replicas: 2}
+      - {model: Qwen/Qwen3-0.6B}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cluster.yaml_file import YamlFile, read_yaml
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.settings_reader import plain_value
+from serve_app.settings.model import ModelSettings
+from serve_app.settings.service import ServiceConfig, read_service_config
+
+
+@dataclass(frozen=True)
+class EffectiveSetting:
+    """A setting as it holds, and where it comes from. `model` is empty for a setting of the service."""
+
+    model: str
+    name: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class ServiceSource:
+    """Where a service's settings come from: a file, if any, and the command line, which wins."""
+
+    file: YamlFile | None
+    given: Mapping[str, Any]
+
+    def read(self) -> ServiceConfig:
+        """Raises ConfigError, with file and line if the file is to blame."""
+        try:
+            return read_service_config(self._merged())
+        except ConfigError as error:
+            blamed = error.setting[-1] if error.setting else ""
+            if self.file is None or blamed in self.given:
+                raise
+            raise self.file.refusal(error.setting, str(error)) from None
+
+    def effective(self, config: ServiceConfig) -> Iterator[EffectiveSetting]:
+        """All settings of `config`, which was read from here; secrets are not shown."""
+        for part in (config.endpoint, config.ingress):
+            yield from self._of_part("", part, ())
+        for index, model in enumerate(config.models):
+            for part in _parts(model):
+                yield from self._of_part(model.name, part, ("models", str(index)))
+
+    def _of_part(self, model: str, part: Any, path: tuple[str, ...]) -> Iterator[EffectiveSetting]:
+        for field in fields(part):
+            if field.name == "engine":
+                continue
+            value = plain_value(getattr(part, field.name))
+            if field.metadata.get("secret") and value:
+                value = "(secret)"
+            yield EffectiveSetting(model, field.name, value, self._source_of(field.name, path))
+
+    def _source_of(self, name: str, path: tuple[str, ...]) -> str:
+        if name in self.given:
+            return "command line"
+        lines = self.file.lines if self.file is not None else {}
+        for place in ((*path, name), (*path, "engine", name), (name,), ("engine", name)):
+            if self.file is not None and place in lines:
+                return f"{self.file.path}:{lines[place]}"
+        return "default"
+
+    def _merged(self) -> dict[str, Any]:
+        values = dict(self.file.values) if self.file is not None else {}
+        models = values.get("models")
+        if isinstance(models, list) and "model" in self.given:
+            raise ConfigError("the file lists models, so MODEL cannot be given beside it; leave MODEL out")
+        if isinstance(models, list):
+            values["models"] = [
+                {name: value for name, value in model.items() if name not in self.given}
+                if isinstance(model, Mapping)
+                else model
+                for model in models
+            ]
+        return {
+            **values,
+            **{name: value for name, value in self.given.items() if value != "" or name != "model"},
+        }
+
+
+def service_source(path: str | Path | None, given: Mapping[str, Any]) -> ServiceSource:
+    """The settings of the file at `path`, if one is given, and those `given` on the command line.
+
+    Raises ConfigError if the file cannot be read.
+    """
+    return ServiceSource(read_yaml(path) if path else None, given)
+
+
+def _parts(model: ModelSettings) -> tuple[Any, ...]:
+    return model.replica.engine, model.replica, model.scaling

@@ -1,0 +1,133 @@
+"""Settings of one served model: what a replica is built with, and how many replicas there are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+from qwen3_dist.errors import ConfigError
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings_reader import setting
+from qwen3_dist.text.tool_calls.tags import ToolCallForm
+from qwen3_dist.weights.source import canonical_name
+from serve_app.settings.checks import require_not_negative, require_positive
+
+BUNDLED_NAME = "qwen3-bundled"
+_TARGET = 16.0  # requests in flight per replica, where nothing is said
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What one replica is built with. If any of it changes, Serve starts new replicas, which load the model again."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    model_name: str = setting("", "name clients ask for; empty means the hub id or the directory's name")
+    enable_thinking: bool | None = setting(
+        None, "whether models that can think do where a request does not say; null: as their template has it"
+    )
+    tool_calls: str = setting(
+        "auto",
+        "form of the model's tool calls: json as Qwen3's, xml as Qwen3-Coder's; auto is the chat template's",
+        ("auto", "json", "xml"),
+    )
+    stream_parts_per_s: int | None = setting(
+        None,
+        "parts of answers that a replica sends per second; where its tokens are more, parts hold several; "
+        "0: never; null: 500 if ranks compute on the CPUs that send them, else 2500",
+    )
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "stream_parts_per_s")
+        if self.served_name in self.engine.lora.names:
+            raise ConfigError(
+                f"lora names {self.served_name}, which the model itself is called; choose another name"
+            )
+
+    @property
+    def served_name(self) -> str:
+        """The name clients ask for."""
+        model = canonical_name(self.engine.model)
+        if self.model_name or not model:
+            return self.model_name or BUNDLED_NAME
+        return Path(model).resolve().name if Path(model).is_dir() else model
+
+    @property
+    def tool_call_form(self) -> ToolCallForm | None:
+        """The form of tool calls that was set; None if the chat template is to tell it."""
+        return None if self.tool_calls == "auto" else cast(ToolCallForm, self.tool_calls)
+
+    @property
+    def parts_per_s(self) -> float:
+        """Most parts of answers per second, as AsyncEngine takes it, once the device is decided."""
+        by_device = 500 if self.engine.device == "cpu" else 2500
+        return (by_device if self.stream_parts_per_s is None else self.stream_parts_per_s) or math.inf
+
+
+@dataclass(frozen=True)
+class ScalingSettings:
+    """How many replicas a model has and how Serve looks after them. A change reloads nothing."""
+
+    min_replicas: int = setting(1, "engines that always run")
+    max_replicas: int = setting(1, "most engines that load may start")
+    target_ongoing_requests: float | None = setting(
+        None,
+        "requests in flight per replica that scaling aims for; null: 16, or max_ongoing_requests if that is less",
+    )
+    max_ongoing_requests: int = setting(
+        256, "requests in flight that each replica adds to the limit, each choice of each prompt counted"
+    )
+    upscale_delay_s: float = setting(10.0, "seconds of high load before a replica is added")
+    downscale_delay_s: float = setting(300.0, "seconds of low load before a replica is removed")
+    metrics_interval_s: float = setting(2.0, "seconds between two reports of a replica's load")
+    look_back_period_s: float = setting(10.0, "seconds of load that a scaling decision averages")
+    graceful_shutdown_timeout_s: float = setting(
+        600.0, "longest wait for running requests when a replica stops"
+    )
+    health_check_period_s: float = setting(1.0, "seconds between two health checks of a replica")
+    health_check_timeout_s: float = setting(30.0, "longest wait for one health check")
+    placement_timeout_s: float = setting(120.0, "longest wait for the cluster to make room for a replica")
+
+    def __post_init__(self) -> None:
+        require_not_negative(
+            self, "upscale_delay_s", "downscale_delay_s", "graceful_shutdown_timeout_s", "placement_timeout_s"
+        )
+        require_positive(
+            self,
+            "max_replicas",
+            "target_ongoing_requests",
+            "max_ongoing_requests",
+            "metrics_interval_s",
+            "look_back_period_s",
+            "health_check_period_s",
+            "health_check_timeout_s",
+        )
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ConfigError(
+                f"min_replicas={self.min_replicas} must lie between 1 and max_replicas={self.max_replicas}"
+            )
+        target = self.target_ongoing_requests or 0
+        if target > self.max_ongoing_requests and self.max_replicas > self.min_replicas:
+            raise ConfigError(
+                f"target_ongoing_requests={target:g} is more than "
+                f"max_ongoing_requests={self.max_ongoing_requests}, so load could never add a replica"
+            )
+
+    @property
+    def scaling_target(self) -> float:
+        """Requests in flight per replica that scaling aims for."""
+        return min(self.target_ongoing_requests or _TARGET, self.max_ongoing_requests)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """One served model."""
+
+    replica: ReplicaSettings = field(default_factory=ReplicaSettings)
+    scaling: ScalingSettings = field(default_factory=ScalingSettings)
+
+    @property
+    def name(self) -> str:
+        """The name clients ask for."""
+        return self.replica.served_name

@@ -1,0 +1,49 @@
+"""Options of our deployments that Serve changes while replicas run, as plain values of its config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.settings.model import ScalingSettings
+from serve_app.settings.service import ServiceConfig
+
+# At once: of health, ranks, experts; a replica full of requests answers them too.
+_CONTROL_CALLS = 100
+_INGRESS_ONGOING_REQUESTS = 10_000
+# Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
+_INGRESS_OUTLIVES_S = 10.0
+
+
+def scaling_options(scaling: ScalingSettings, max_queued_requests: int) -> dict[str, Any]:
+    """Options of a model's deployment."""
+    return {
+        # The ingress refuses what is too much; what it lets through waits in engines. Beyond this number it would wait
+        # in Serve's router, which looks for room twice a second: engines idled while hundreds waited.
+        "max_ongoing_requests": scaling.max_ongoing_requests + max_queued_requests + _CONTROL_CALLS,
+        "max_queued_requests": -1,
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.scaling_target,
+            "upscale_delay_s": scaling.upscale_delay_s,
+            "downscale_delay_s": scaling.downscale_delay_s,
+            "metrics_interval_s": scaling.metrics_interval_s,
+            "look_back_period_s": scaling.look_back_period_s,
+        },
+        "graceful_shutdown_timeout_s": scaling.graceful_shutdown_timeout_s,
+        "health_check_period_s": scaling.health_check_period_s,
+        "health_check_timeout_s": scaling.health_check_timeout_s,
+    }
+
+
+def ingress_options(config: ServiceConfig, in_one_application: bool = False) -> dict[str, Any]:
+    """Options of the ingress."""
+    scalings = [model.scaling for model in config.models]
+    return {
+        "user_config": config.ingress_config(in_one_application).to_json(),
+        "max_ongoing_requests": _INGRESS_ONGOING_REQUESTS,
+        "num_replicas": config.ingress.ingress_replicas,
+        "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
+        "health_check_period_s": min(scaling.health_check_period_s for scaling in scalings),
+        "health_check_timeout_s": max(scaling.health_check_timeout_s for scaling in scalings),
+    }
