@@ -53,7 +53,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--mod", "m"), "there is no option --mod"),
         (("serve", "a", "b"), "unexpected argument 'b'"),
         (("srve",), "did you mean serve?"),
-        (("dance",), "the verbs are serve, generate"),
+        (("dance",), "the verbs are serve, deploy"),
         (("--layout", "tp=2", "serve"), "option --layout comes before the verb"),
         (("serve", "--seed", "1"), "set seed in each request"),
         (("serve", "--reasoning-parser", "qwen3"), "leave it out"),
