@@ -81,7 +81,7 @@ def test_a_checkpoint_without_a_tokenizer_generates_from_token_ids(
         (["bench", "latency", "--input-len", "4090", "--output-len", "7"], "exceed the context of 4096"),
         (["serve", "--layout", "tp=3"], "n_heads=8 is not divisible by tp=3"),
         (["serve", "--layout", "tp:2"], "where tp=N"),
-        (["serve", "--max-replicas", "many"], "max_replicas must be of type int"),
+        (["serve", "--max-replicas", "many"], "max_replicas must be a whole number"),
         (["serve", "--min-replicas", "2"], "max_replicas=1"),
         (["serve", "--device", "tpu"], "device must be one of"),
         (["serve", "--foo"], "--foo"),

@@ -1,0 +1,142 @@
+"""A service that is deployed beside the shared one, changed while it runs, and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from qwen3_dist.errors import ResourceError
+from serve_app.launch.deploy import deploy, stop
+from serve_app.settings import ServiceConfig, read_service_config
+from tests.serve_app.support import SETTINGS, error_of, wait_for
+
+NAME = "deployed"
+MODEL = {
+    **SETTINGS,
+    "model": "",
+    "layout": "tp=1",
+    "cpus_per_rank": 0.05,
+    "ranks_per_host": 2,
+    "num_blocks": 128,
+    "min_replicas": 1,
+    "max_replicas": 1,
+}
+ASK = {"prompt": "hi", "max_tokens": 2}
+
+
+class Deployed:
+    """The service as a client and an operator see it; `change` deploys it with other settings."""
+
+    def __init__(self, shared: ServiceConfig, url: str) -> None:
+        self._endpoint = {"name": NAME, "route_prefix": f"/{NAME}", "port": shared.endpoint.port}
+        self.url = f"{url}/{NAME}"
+        self.lines: list[str] = []
+
+    def change(self, **settings: Any) -> None:
+        self.lines = []
+        deploy(read_service_config({**MODEL, **self._endpoint, **settings}), self.lines.append)
+
+    def ask(self, key: str = "", **fields: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.post(f"{self.url}/v1/completions", json={**ASK, **fields}, headers=headers, timeout=60)
+
+    def is_full_with_two_streams(self) -> bool:
+        """Whether a request beside two running ones is refused."""
+        endless = {**ASK, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        with contextlib.ExitStack() as streams:
+            for _ in range(2):
+                answer = streams.enter_context(
+                    httpx.stream("POST", f"{self.url}/v1/completions", json=endless, timeout=60)
+                )
+                next(answer.iter_lines())
+            return self.ask().status_code == 429
+
+    def engines(self, key: str = "") -> set[int]:
+        """The processes of all ranks, by which a reload shows."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        answer = httpx.get(f"{self.url}/v1/cluster/ranks", headers=headers, timeout=60)
+        return {rank["pid"] for replica in answer.json()["data"] for rank in replica["ranks"]}
+
+
+@pytest.fixture(scope="module")
+def deployed(service_config: ServiceConfig, url: str) -> Iterator[Deployed]:
+    service = Deployed(service_config, url)
+    service.change()
+    try:
+        yield service
+    finally:
+        with contextlib.suppress(ResourceError):
+            stop(NAME, print, lambda: True)
+
+
+def test_a_changed_key_or_limit_reaches_the_service_and_reloads_no_engine(deployed: Deployed) -> None:
+    engines = deployed.engines()
+    assert len(engines) == 1 and deployed.ask().is_success
+
+    deployed.change(api_key="new key")
+    assert deployed.lines[:2] == [
+        f"{NAME}: takes its changed settings as it runs",
+        f"{NAME}--qwen3-bundled: stays as it is",
+    ]
+    wait_for(lambda: deployed.ask().status_code == 401)
+    assert deployed.ask("new key").is_success and deployed.engines("new key") == engines
+
+    deployed.change(max_request_mib=0.001)
+    wait_for(lambda: deployed.ask(prompt="x" * 2000).status_code == 413)
+    deployed.change(request_timeout_s=0.2)
+    late = {"max_tokens": 4000, "ignore_eos": True}
+    wait_for(lambda: deployed.ask(**late).status_code == 408)
+    deployed.change(max_ongoing_requests=1, max_queued_requests=1)
+    wait_for(deployed.is_full_with_two_streams)
+    assert deployed.engines() == engines
+
+
+def test_scaling_and_the_number_of_ingresses_change_without_a_reload(deployed: Deployed) -> None:
+    deployed.change()
+    engines = deployed.engines()
+    deployed.change(min_replicas=2, max_replicas=2)
+    wait_for(lambda: len(deployed.engines()) == 2, timeout_s=90)
+    assert engines < deployed.engines()
+    deployed.change(ingress_replicas=2)
+    assert (
+        engines == deployed.engines() or wait_for(lambda: deployed.engines() == engines, timeout_s=90) is None
+    )
+
+
+def test_another_model_comes_and_goes_and_the_first_notices_nothing(deployed: Deployed) -> None:
+    deployed.change()
+    wait_for(lambda: len(deployed.engines()) == 1, timeout_s=90)
+    engines = deployed.engines()
+    deployed.change(models=[{}, {"model_name": "second"}])
+    assert f"{NAME}--second: starts" in deployed.lines
+    listed = httpx.get(f"{deployed.url}/v1/models", timeout=60).json()["data"]
+    assert [model["id"] for model in listed] == ["qwen3-bundled", "second"]
+    for name in ("qwen3-bundled", "second"):
+        assert deployed.ask(model=name).json()["model"] == name
+    assert "model is required" in error_of(deployed.ask(), 400)["message"]
+    assert engines < deployed.engines()
+
+    deployed.change()
+    assert f"{NAME}--second: ends" in deployed.lines
+    wait_for(lambda: deployed.engines() == engines)
+    assert error_of(deployed.ask(model="second"), 404)
+
+
+def test_a_changed_engine_is_loaded_again_and_the_command_says_why(deployed: Deployed) -> None:
+    engines = deployed.engines()
+    deployed.change(num_blocks=64)
+    reloaded = f"{NAME}--qwen3-bundled: loads its model again, for a changed num_blocks"
+    assert reloaded in deployed.lines
+    assert not engines & deployed.engines()
+
+
+def test_a_stopped_service_is_gone_and_the_shared_one_answers(deployed: Deployed, url: str) -> None:
+    stop(NAME, print, lambda: False, timeout_s=5)
+    wait_for(lambda: deployed.ask().status_code == 404)
+    assert httpx.get(f"{url}/ready", timeout=30).is_success
+    with pytest.raises(ResourceError, match=f"no service called '{NAME}'"):
+        stop(NAME, print, lambda: True)
