@@ -65,6 +65,8 @@ def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placeme
     if engine.ranks_per_host is None and device == "cpu":
         on_host = ranks_per_host(world * as_many, _total(ranks, "CPU") / world)
         engine = dataclasses.replace(engine, ranks_per_host=on_host)
+    if device == "cpu":
+        engine = dataclasses.replace(engine, cpus_per_rank=round(_total(ranks, "CPU") / world, 2))
     return Placement(dataclasses.replace(engine, device=device, executor=executor), bundles)
 
 

@@ -47,7 +47,7 @@ def observe(quantize: bool) -> dict[str, list[str]]:
         prepared = thread.prepare()
         waits = {"read": list(watch.waits)}
         assert all(tensor.is_cuda for tensor in prepared.tensors)
-        for tables in (moe.all_gather._here, moe.all_to_all._owner, moe.all_to_all._place):
+        for tables in (moe.all_gather._places, moe.all_to_all._owners, moe.all_to_all._places):
             tables.values = tables.values.to("cuda")  # as after a step
         moe.experts.count_on(model.device)
         watch.restart()

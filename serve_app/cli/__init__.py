@@ -23,6 +23,7 @@ from serve_app.cli import (
     plan,
     serve,
     simulate,
+    status,
     stop,
     sweep,
 )
@@ -32,6 +33,7 @@ USAGE_ERROR = 2
 _VERBS = {
     "serve": serve,
     "deploy": deploy,
+    "status": status,
     "stop": stop,
     "config": config,
     "generate": generate,

@@ -40,6 +40,7 @@ class ModelRoute:
         self.model, self.max_queued_requests = model, settings.max_queued_requests
         self.admission.max_per_request = model.max_ongoing_requests
         self.dispatcher.timeout_s = settings.request_timeout_s
+        self.health.period_s, self.health.patience_s = health_times(model)
 
     @property
     def state(self) -> State:
@@ -119,8 +120,12 @@ class ModelRoutes:
         replicas = self._find_replicas(model)
         health = ReplicaHealth(
             lambda: replicas.broadcast("check_health").results_async(return_exceptions=True),
-            model.health_check_period_s,
-            2 * model.health_check_timeout_s,
+            *health_times(model),
         )
         dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)
         return ModelRoute(model, replicas, dispatcher, health)
+
+
+def health_times(model: ServedModel) -> tuple[float, float]:
+    """Seconds between two polls of a model's replicas, and until one that does not answer counts as unhealthy."""
+    return model.health_check_period_s, 2 * model.health_check_timeout_s

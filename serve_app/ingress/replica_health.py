@@ -29,8 +29,8 @@ class ReplicaHealth:
         patience_s: float,
     ) -> None:
         self._ask = ask
-        self._period_s = period_s
-        self._patience_s = patience_s
+        self.period_s = period_s
+        self.patience_s = patience_s
         self._poll_now = asyncio.Event()
         self._answered_at = time.monotonic()
         self.num_healthy = 0
@@ -54,7 +54,7 @@ class ReplicaHealth:
         healthy = sum(answer is None for answer in answers)
         late = [each for each in answers if each is not None and not isinstance(each, _GONE)]
         now = time.monotonic()
-        if healthy or not late or now - self._answered_at > self._patience_s:
+        if healthy or not late or now - self._answered_at > self.patience_s:
             self.num_healthy = healthy
             self.was_healthy = self.was_healthy or healthy > 0
             self._answered_at = now
@@ -64,4 +64,4 @@ class ReplicaHealth:
             await self.refresh()
             self._poll_now.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poll_now.wait(), self._period_s)
+                await asyncio.wait_for(self._poll_now.wait(), self.period_s)

@@ -24,7 +24,8 @@ from serve_app.launch.serve_instance import (
 from serve_app.launch.service import start_serve
 from serve_app.launch.shutdown import delete, drain, end_unused_serve
 from serve_app.launch.startup import wait_until_answering, wait_until_running
-from serve_app.settings import INGRESS, ServiceConfig
+from serve_app.placement import place
+from serve_app.settings import INGRESS, ModelSettings, ServiceConfig
 
 _DRAIN_S = 600.0
 
@@ -41,7 +42,7 @@ class Change:
 def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = True) -> str:
     """Deploys `config`, or changes the service of its name to it; returns its URL, once it answers if `wait`.
 
-    Replicas of a model are started anew only if what they are built with changed, others take changed limits, keys and
+    Replicas of a model restart only if the settings they are built with changed; they take changed limits, keys and
     scaling as they run. Other applications of the cluster's Serve stay as they are. Raises a QwenDistError if a model
     or the cluster's Serve does not fit, or with the root cause if the service cannot start.
     """
@@ -53,8 +54,10 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
         require_route(config, instance)
     for model in config.models:
         check_model_in_cluster(model)
-    schema = serve_schema(config)
     deployed = deployed_configs()
+    schema = serve_schema(config)
+    for model, app in zip(config.models, schema["applications"][1:], strict=True):
+        app["args"] |= _shares_of_cores(config, model, deployed.get(app["name"], {}).get("args", {}))
     for change in changes(schema, deployed, config.endpoint.name):
         report(describe(change))
     names = set(config.applications)
@@ -96,7 +99,8 @@ def changes(
         if differing:
             found.append(Change(app["name"], "reloaded", differing))
         else:
-            found.append(Change(app["name"], "updated" if _options(app) != _options(before) else "unchanged"))
+            same = _options(app) == _options(before) and app["route_prefix"] == before.get("route_prefix")
+            found.append(Change(app["name"], "unchanged" if same else "updated"))
     names = {app["name"] for app in schema["applications"]}
     gone = [name for name in deployed if _is_of(name, service) and name not in names]
     return [*found, *(Change(name, "removed") for name in gone)]
@@ -137,6 +141,25 @@ def stop(
     while any(map(is_running, applications)) and time.monotonic() < deadline:
         time.sleep(0.2)
     end_unused_serve()
+
+
+def _shares_of_cores(
+    config: ServiceConfig, model: ModelSettings, deployed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What each CPU rank of a model reserves, where the settings leave it to us; nothing for ranks on GPUs.
+
+    It depends on the number of replicas and of other models. A model that runs keeps what it has, since another share
+    would mean to load it again.
+    """
+    engine = place(model, config.models).engine
+    if engine.device != "cpu":
+        return {}
+    own = model.replica.engine
+    return {
+        name: deployed.get(name, getattr(engine, name))
+        for name in ("cpus_per_rank", "ranks_per_host")
+        if getattr(own, name) is None
+    }
 
 
 def _is_of(application: str, service: str) -> bool:

@@ -46,7 +46,7 @@ class Deployed:
 
     def is_full_with_two_streams(self) -> bool:
         """Whether a request beside two running ones is refused."""
-        endless = {**ASK, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        endless = {**ASK, "max_tokens": 900, "ignore_eos": True, "stream": True}
         with contextlib.ExitStack() as streams:
             for _ in range(2):
                 answer = streams.enter_context(
@@ -88,7 +88,7 @@ def test_a_changed_key_or_limit_reaches_the_service_and_reloads_no_engine(deploy
     deployed.change(max_request_mib=0.001)
     wait_for(lambda: deployed.ask(prompt="x" * 2000).status_code == 413)
     deployed.change(request_timeout_s=0.2)
-    late = {"max_tokens": 4000, "ignore_eos": True}
+    late = {"max_tokens": 1500, "ignore_eos": True}
     wait_for(lambda: deployed.ask(**late).status_code == 408)
     deployed.change(max_ongoing_requests=1, max_queued_requests=1)
     wait_for(deployed.is_full_with_two_streams)

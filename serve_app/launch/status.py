@@ -1,0 +1,64 @@
+"""The state of the services of a Ray cluster, as Serve and their ingresses tell it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from qwen3_dist.errors import ResourceError
+from serve_app.launch.serve_instance import running_serve, unplaced_bundles
+from serve_app.settings import REPLICA
+
+
+@dataclass(frozen=True)
+class ApplicationState:
+    """One application of Serve: a service's gateway, or one of its models.
+
+    `waits_for` are the bundles for which a replica finds no room in the cluster, as text.
+    """
+
+    name: str
+    status: str
+    route_prefix: str | None
+    running: int
+    starting: int
+    target: int
+    message: str
+    waits_for: str
+
+
+def application_states() -> list[ApplicationState]:
+    """The applications of the cluster's Serve by name; none if no Serve runs. Raises ResourceError if Serve does not
+    answer."""
+    instance = running_serve()
+    if instance is None:
+        return []
+    try:
+        statuses = serve.status().applications
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise ResourceError(f"Ray Serve does not answer ({error}); ask again in a moment") from None
+    found = []
+    for name, status in sorted(statuses.items()):
+        states: dict[str, int] = {}
+        messages = [status.message]
+        for deployment in status.deployments.values():
+            messages.append(deployment.message)
+            for state, count in deployment.replica_states.items():
+                states[state] = states.get(state, 0) + count
+        known = instance.applications.get(name)
+        found.append(
+            ApplicationState(
+                name,
+                str(status.status.value),
+                known.route_prefix if known else None,
+                states.get("RUNNING", 0),
+                states.get("STARTING", 0) + states.get("PENDING_MIGRATION", 0),
+                sum(deployment.target_num_replicas or 0 for deployment in status.deployments.values()),
+                "; ".join(message.strip().splitlines()[-1] for message in messages if message.strip()),
+                unplaced_bundles(name, REPLICA),
+            )
+        )
+    return found
