@@ -31,9 +31,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         return 0
     width = max(len(state.name) for state in states)
     for state in states:
-        replicas = f"{state.running}/{state.target} replicas" + (
-            f", {state.starting} starting" if state.starting else ""
-        )
+        replicas = f"{state.running} running" + (f", {state.starting} starting" if state.starting else "")
         below = f" at {state.route_prefix}" if state.route_prefix else ""
         print(f"{state.name:<{width}}  {state.status:<13}  {replicas}{below}", file=out)
         if state.waits_for:

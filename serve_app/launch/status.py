@@ -25,7 +25,6 @@ class ApplicationState:
     route_prefix: str | None
     running: int
     starting: int
-    target: int
     message: str
     waits_for: str
 
@@ -56,7 +55,6 @@ def application_states() -> list[ApplicationState]:
                 known.route_prefix if known else None,
                 states.get("RUNNING", 0),
                 states.get("STARTING", 0) + states.get("PENDING_MIGRATION", 0),
-                sum(deployment.target_num_replicas or 0 for deployment in status.deployments.values()),
                 "; ".join(message.strip().splitlines()[-1] for message in messages if message.strip()),
                 unplaced_bundles(name, REPLICA),
             )
