@@ -51,6 +51,7 @@ ROOMS = (
     "serve_app.ingress",
     "serve_app.app",
     "serve_app.launch",
+    "serve_app.load_client",
     "serve_app.cli",
     "serve_app",
 )

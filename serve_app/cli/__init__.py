@@ -14,6 +14,7 @@ from qwen3_dist import __version__
 from qwen3_dist.errors import QwenDistError
 from serve_app.cli import (
     bench,
+    bench_serve,
     calibrate,
     chat,
     config,
@@ -40,6 +41,7 @@ _VERBS = {
     "chat": chat,
     "inspect": inspect,
     "bench": bench,
+    "bench serve": bench_serve,
     "plan": plan,
     "calibrate": calibrate,
     "sweep": sweep,
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line. Returns the exit code of the verb; 2, with one sentence on stderr, for a
     QwenDistError."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:2] == ["bench", "serve"]:
+        arguments[:2] = ["bench serve"]
     parser = build_parser()
     if arguments and arguments[0] not in (*_VERBS, "-h", "--help", "--version"):
         parser.error(_unknown_verb(arguments[0]))

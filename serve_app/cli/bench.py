@@ -26,7 +26,9 @@ HELP = "measure throughput (all prompts at once) or latency (one batch after the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "kind", choices=("throughput", "latency"), help="all prompts at once, or batches one after the other"
+        "kind",
+        choices=("throughput", "latency"),
+        help="all prompts at once, or batches one after the other; `bench serve URL` measures a running service",
     )
     parser.add_argument("model", nargs="?", default="", help=MODEL)
     parser.add_argument(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.lora_adapters import LoraAdapters
@@ -55,6 +56,36 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def whole(text: str) -> int:
+    """Raises argparse.ArgumentTypeError for what is not a whole number of at least 0."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def number(
+    low: float, high: float = math.inf, *, above: bool = False, below: bool = False, infinite: bool = False
+) -> Callable[[str], float]:
+    """A reader of numbers from `low` to `high`, without `low` if `above` and without `high` if `below`.
+
+    The reader raises argparse.ArgumentTypeError.
+    """
+    least = f"above {low}" if above else f"of at least {low}"
+    wanted = f"a number {least}{f' and below {high}' if below else ''}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        inside = (value > low if above else value >= low) and (value < high if below else value <= high)
+        if not inside or (math.isinf(value) and not infinite):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
 
 
 def given_cluster(args: argparse.Namespace) -> Cluster:
