@@ -181,7 +181,7 @@ def _words(snippet: str) -> Iterator[str]:
 
 
 def _command_lines(snippet: str) -> Iterator[str]:
-    match = re.match(r"qwen3-dist ([a-z]+)(.*)", snippet)
+    match = re.match(r"qwen3-dist (bench serve|[a-z]+)(.*)", snippet)
     if not match:
         return
     if match[1] not in options():

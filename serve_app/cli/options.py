@@ -73,7 +73,7 @@ def number(
     The reader raises argparse.ArgumentTypeError.
     """
     least = f"above {low}" if above else f"of at least {low}"
-    wanted = f"a number {least}{f' and below {high}' if below else ''}"
+    most = "" if math.isinf(high) else f" and below {high}" if below else f" and at most {high}"
 
     def read(text: str) -> float:
         try:
@@ -82,7 +82,7 @@ def number(
             value = math.nan
         inside = (value > low if above else value >= low) and (value < high if below else value <= high)
         if not inside or (math.isinf(value) and not infinite):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {least}{most}")
         return value
 
     return read

@@ -46,6 +46,7 @@ _ALWAYS = "leave it out, since that is always on"
 _ADVICE = {
     "--seed": "leave it out and set seed in each request",
     "--tokenizer": "leave it out, since the tokenizer is the checkpoint's",
+    "--base-url": "give the URL as the argument",
     "--tokenizer-mode": "leave it out, since the tokenizer is the checkpoint's",
     "--chat-template": "put chat_template.jinja into the checkpoint's directory",
     "--trust-remote-code": "leave it out, since no code of a checkpoint is run",

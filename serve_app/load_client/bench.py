@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -67,8 +67,7 @@ async def measure(options: LoadOptions) -> tuple[dict[str, Any], dict[str, Any]]
     """
     async with Service(options.url, options.api_key) as service:
         model, context = await service.model(options.model)
-        samples, warmups, times = await _samples(options, service, model)
-        _check_context([*samples, *warmups], context)
+        samples, warmups, times = await _samples(options, service, model, context)
         if times is None:
             times = arrival_times(len(samples), options.request_rate, options.burstiness, options.seed)
 
@@ -88,32 +87,20 @@ async def measure(options: LoadOptions) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 async def _samples(
-    options: LoadOptions, service: Service, model: str
+    options: LoadOptions, service: Service, model: str, context: int | None
 ) -> tuple[list[Sample], list[Sample], list[float] | None]:
     """What to measure, what to send before that, and the times of a trace."""
-    count, path = options.num_prompts, Path(options.dataset_path) if options.dataset_path else None
-    shapes: list[Shape] = []
-    turns: list[tuple[str, str]] = []
-    if path and options.dataset_name == "trace":
-        shapes = datasets.read_trace(path, options.trace_speedup, count)
-    elif path:
-        turns = datasets.read_turns(path, options.seed)
-    elif options.dataset_name == "sharegpt":
-        shapes = datasets.sharegpt_shapes(count or 0, options.seed)
-    else:
-        shapes = datasets.random_shapes(
-            count or 0,
-            options.random_input_len,
-            options.random_output_len,
-            options.random_range_ratio,
-            options.random_prefix_len,
-            options.seed,
-        )
+    count, path = options.num_prompts, options.dataset_path
+    from_file = options.dataset_name == "sharegpt" and path is not None
+    shapes = [] if from_file else _shapes(options)
+    _check_context(shapes, context)
+    turns = datasets.read_turns(Path(path), options.seed) if from_file and path else []
     tokens = FileTokens(Path(options.tokenizer)) if options.tokenizer else ServiceTokens(service, model)
     maker = await PromptMaker.create(tokens, options.seed)
-    samples = await maker.samples(shapes) if shapes else await maker.turns(turns, count or 0)
+    samples = await maker.turns(turns, count or 0) if from_file else await maker.samples(shapes)
     if count and len(samples) < count:
         raise ConfigError(f"{path} has {len(samples)} usable requests; lower --num-prompts from {count}")
+    _check_context(samples, context)
     # Prompts of their own, so that no measured one is in a prefix cache.
     like = samples[0]
     names = (f"warm-up {number}" for number in range(options.num_warmups))
@@ -123,13 +110,23 @@ async def _samples(
     return samples, warmups, [shape.arrival_s for shape in shapes] if is_trace else None
 
 
-def _check_context(samples: list[Sample], context: int | None) -> None:
-    lengths = [(sample.input_len, sample.output_len) for sample in samples]
+def _shapes(options: LoadOptions) -> list[Shape]:
+    count = options.num_prompts or 0
+    if options.dataset_name == "trace" and options.dataset_path:
+        return datasets.read_trace(Path(options.dataset_path), options.trace_speedup, options.num_prompts)
+    if options.dataset_name == "sharegpt":
+        return datasets.sharegpt_shapes(count, options.seed)
+    lengths = (options.random_input_len, options.random_output_len, options.random_range_ratio)
+    return datasets.random_shapes(count, *lengths, options.random_prefix_len, options.seed)
+
+
+def _check_context(requests: Sequence[Shape | Sample], context: int | None) -> None:
+    lengths = [(request.input_len, request.output_len) for request in requests]
     too_long = [each for each in lengths if context and sum(each) > context]
     if too_long:
         input_len, output_len = max(too_long, key=sum)
         raise ConfigError(
-            f"{len(too_long)} of {len(samples)} requests exceed the context of {context} tokens, "
+            f"{len(too_long)} of {len(requests)} requests exceed the context of {context} tokens, "
             f"one of them with {input_len} + {output_len}; ask for shorter ones"
         )
 

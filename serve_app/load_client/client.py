@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import aiohttp
 
 from qwen3_dist.errors import ConfigError, ResourceError
 from serve_app.load_client.datasets import Sample
+from serve_app.load_client.prompts import TextRefused
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _TIMEOUT_S = 6 * 3600  # of one request
@@ -90,41 +91,13 @@ class Service:
         try:
             async with self._session.post(self.url + path, json=body) as response:
                 if response.status == HTTPStatus.OK:
-                    await self._read(response.content, outcome)
+                    await read_stream(response.content, outcome, self.clock)
                 else:
                     said = _reason(await response.read())
                     outcome.error = f"HTTP {response.status}: {said or response.reason}"
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, LookupError) as error:
             outcome.error = f"{type(error).__name__}: {error}"
         return outcome
-
-    async def _read(self, content: aiohttp.StreamReader, outcome: Outcome) -> None:
-        usage: Mapping[str, Any] | None = None
-        last: float | None = None
-        async for at, data in events(content, self.clock):
-            if data == b"[DONE]":
-                continue
-            part = json.loads(data)
-            if error := part.get("error"):
-                outcome.error = error.get("message", "") if isinstance(error, dict) else str(error)
-                outcome.error = outcome.error or "the stream ended with an error"
-                return
-            usage = part.get("usage") or usage
-            if not _holds_output(part):
-                continue
-            if last is None:
-                outcome.ttft = at - outcome.started
-            else:
-                outcome.itl.append(at - last)
-            last = at
-        if last is None:
-            outcome.error = "the stream ended without output"
-        elif usage is None:
-            outcome.error = "the stream ended without usage, so its tokens cannot be counted"
-        else:
-            outcome.latency = last - outcome.started
-            outcome.output_tokens = usage["completion_tokens"]
-            outcome.input_tokens = usage.get("prompt_tokens", outcome.input_tokens)
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
         """Status and JSON of a short answer; None if it is not JSON. Raises ResourceError if nothing answers."""
@@ -142,7 +115,10 @@ class Service:
             return response.status, None
 
     async def ask_tokenizer(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The answer of /tokenize or /detokenize. Raises ConfigError if the service has neither or refuses."""
+        """The answer of /tokenize or /detokenize. Raises ConfigError if it has neither, TextRefused if it refuses.
+
+        At most 16 of these questions are asked at a time.
+        """
         async with self._tokenizing:
             status, answer = await self._ask("POST", path, body)
         if status == HTTPStatus.OK and isinstance(answer, Mapping):
@@ -153,7 +129,7 @@ class Service:
                 "give --tokenizer DIR with the model's tokenizer.json"
             )
         said = _reason(json.dumps(answer).encode())
-        raise ConfigError(f"{self.url}{path} refuses a prompt (HTTP {status}: {said})")
+        raise TextRefused(f"{self.url}{path} refuses a prompt (HTTP {status}: {said})")
 
 
 class ServiceTokens:
@@ -173,9 +149,43 @@ class ServiceTokens:
         return str((await self._service.ask_tokenizer("/detokenize", body))["prompt"])
 
 
-async def events(
-    content: aiohttp.StreamReader, clock: Callable[[], float]
-) -> AsyncIterator[tuple[float, bytes]]:
+class Content(Protocol):
+    """A body that is being received, as aiohttp's StreamReader."""
+
+    def iter_any(self) -> AsyncIterator[bytes]: ...
+
+
+async def read_stream(content: Content, outcome: Outcome, clock: Callable[[], float]) -> None:
+    """Fills `outcome` with the times and tokens of a stream of completions or chat completions."""
+    usage: Mapping[str, Any] | None = None
+    last: float | None = None
+    async for at, data in _events(content, clock):
+        if data == b"[DONE]":
+            continue
+        part = json.loads(data)
+        if error := part.get("error"):
+            message = error.get("message") if isinstance(error, Mapping) else error
+            outcome.error = str(message or "the stream ended with an error")
+            return
+        usage = part.get("usage") or usage
+        if not _holds_output(part):
+            continue
+        if last is None:
+            outcome.ttft = at - outcome.started
+        else:
+            outcome.itl.append(at - last)
+        last = at
+    if last is None:
+        outcome.error = "the stream ended without output"
+    elif usage is None:
+        outcome.error = "the stream ended without usage, so its tokens cannot be counted"
+    else:
+        outcome.latency = last - outcome.started
+        outcome.output_tokens = usage["completion_tokens"]
+        outcome.input_tokens = usage.get("prompt_tokens", outcome.input_tokens)
+
+
+async def _events(content: Content, clock: Callable[[], float]) -> AsyncIterator[tuple[float, bytes]]:
     """The data of server-sent events, each with the time at which its last byte was read."""
     rest = b""
     async for piece in content.iter_any():

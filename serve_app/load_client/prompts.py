@@ -18,8 +18,12 @@ _TRIES = 12  # to find a text of an exact length
 _PROBE_WORDS = 200
 
 
+class TextRefused(ConfigError):
+    """A text that a service's tokenizer does not take, being too long for instance."""
+
+
 class Tokens(Protocol):
-    """Text to token ids and back, without the special tokens that a prompt may get around it."""
+    """Text to token ids and back. `encode` raises TextRefused."""
 
     async def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
 
@@ -89,7 +93,12 @@ class PromptMaker:
         return found
 
     async def _lengths(self, prompt: str, answer: str) -> tuple[int, int]:
-        asked, answered = await asyncio.gather(self._tokens.encode(prompt, True), self._tokens.encode(answer))
+        """Tokens of a turn; none, which is below the limits, if the service takes no text as long."""
+        try:
+            asked = await self._tokens.encode(prompt, add_special_tokens=True)
+            answered = await self._tokens.encode(answer)
+        except TextRefused:
+            return 0, 0
         return len(asked), len(answered)
 
     async def prompt(self, name: str, length: int, opening: str = "") -> str:
