@@ -54,6 +54,8 @@ class FakeOpenAI:
         if not self.has_tokenizer:
             raise web.HTTPNotFound
         body = await request.json()
+        if len(body["prompt"].split()) > CONTEXT:
+            return web.json_response({"error": {"message": "the prompt is too long"}}, status=400)
         words = ([BEGIN] if body["add_special_tokens"] else []) + body["prompt"].split()
         return web.json_response(
             {"tokens": [self._words.setdefault(word, len(self._words)) for word in words]}

@@ -123,7 +123,11 @@ def test_a_trace_is_replayed_with_its_lengths(
 def test_prompts_of_a_sharegpt_file_have_the_lengths_of_their_answers(
     fake: FakeOpenAI, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    turns = [("a question of words", "an answer of five words"), ("hi", "too short, since three are too few")]
+    turns = [
+        ("a question of words", "an answer of five words"),
+        ("hi", "a question of two tokens is too short"),
+        ("a question of words", "and " * (CONTEXT + 1)),  # which the service refuses to tokenize
+    ]
     said = [{"conversations": [{"value": value} for value in turn]} for turn in turns]
     file = tmp_path / "sharegpt.json"
     file.write_text(json.dumps(said))
