@@ -147,19 +147,19 @@ def main() -> None:
                 for name, client in clients.items():
                     file = Path(folder) / f"{name}.json"
                     found[name].append(measured(client, file, [*common, f"--seed={turn}"]))
-            rows.append({"server": server, **row(*size, found)})
+            rows.append({"server": server, **row(size, found)})
             print(json.dumps(rows[-1]), flush=True)
     options = [" ".join(workload(*size)) for _, *size in WORKLOADS]
     script_ms = {"ttft": 1e3 * TTFT_S, "itl": 1e3 * ITL_S}
     write("load-client", about, {"options": options, "script_ms": script_ms, "rows": rows})
 
 
-def row(concurrency: int, prompts: int, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def row(size: list[int], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Counts of each turn, medians of the figures over the turns, and their ratio, ours over vLLM's.
 
     Prompt tokens differ a little, since vLLM's random prompts miss their length by some tokens.
     """
-    result: dict[str, Any] = {"max_concurrency": concurrency, "num_prompts": prompts}
+    result: dict[str, Any] = dict(zip(("max_concurrency", "num_prompts"), size, strict=True))
     for name in COUNTS:
         result[name] = {client: [run[name] for run in runs] for client, runs in found.items()}
     for name in (*FIGURES, "client_cpu_s"):
