@@ -187,6 +187,15 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    @property
+    def step_age_s(self) -> float:
+        """Seconds for which the oldest step in flight has run; 0 if none is."""
+        return self._engine.step_age_s
+
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the adapters of running and of waiting sequences."""
+        return self._engine.adapters_in_use()
+
     def shutdown(self) -> None:
         """Fails the requests in flight and ends the ranks. May be called more than once."""
         with self._wake:

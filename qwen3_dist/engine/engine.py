@@ -12,12 +12,15 @@ from pathlib import Path
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
+from qwen3_dist.engine.engine_stats import adapters_in_use, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.engine.scheduler import Advance, Scheduler
 from qwen3_dist.engine.sequence import Sequence
+from qwen3_dist.engine.step_meter import StepMeter
+from qwen3_dist.engine.step_traffic import StepTraffic
 from qwen3_dist.errors import ConfigError, ContextLengthError, RequestError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch import Executor, make_executor, require_device
@@ -94,6 +97,7 @@ class Engine:
         if show_progress:
             print(f"{self.backends}; collectives: {self.collectives}", file=sys.stderr)
         self._in_flight = StepsInFlight(executor, self._renew)
+        self._meter = StepMeter(StepTraffic(config, self.model_config, executor.device))
         self.experts = ExpertBalance(executor, config, placements)
         self.grammars = BuiltGrammars(executor)
         num_blocks = executor.num_blocks
@@ -157,6 +161,8 @@ class Engine:
             sequence.adapter, sequence.cache_salt = adapter, (lora or "").encode()
             self._next_seq_id += 1
             sequences.append(sequence)
+        if not self.has_work:
+            self._meter.work_came()
         group = self._groups[0]
         if len(self._groups) > 1:
             group = min(self._groups, key=lambda group: group.tokens_ahead(sequences[0]))
@@ -218,10 +224,13 @@ class Engine:
         """Plans steps until enough are in flight, then waits for the oldest one and returns its deltas."""
         self.experts.tick()
         while len(self._in_flight) < self._executor.depth and (plans := self._plan()):
+            self._meter.submitted(plans, alone=not self._in_flight)
             self._in_flight.submit(plans)
         outputs: Outputs = {}
         if self._in_flight:
-            for group, (plan, result) in zip(self._groups, self._in_flight.collect(), strict=True):
+            results = self._in_flight.collect()
+            self._meter.collected(others=bool(self._in_flight))
+            for group, (plan, result) in zip(self._groups, results, strict=True):
                 if result is not None:
                     self._add_deltas(outputs, group.update(plan, result))
         self._publish()
@@ -251,25 +260,18 @@ class Engine:
         """The statistics after the last step, `add_request` or `abort`. May be called from any thread."""
         return self._stats
 
+    @property
+    def step_age_s(self) -> float:
+        """Seconds for which the oldest step in flight has run; 0 if none is. May be read from any thread."""
+        return self._meter.step_age_s
+
+    def adapters_in_use(self) -> tuple[list[str], list[str]]:
+        """Names of the adapters of running and of waiting sequences. May be called from any thread."""
+        return adapters_in_use(self._groups, self.config.lora.names)
+
     def _publish(self) -> None:
         """Updates what `stats` returns."""
-        groups = self._groups
-        counts = [group.counts for group in groups]
-        self._stats = EngineStats(
-            num_running=sum(len(group.running) for group in groups),
-            num_waiting=sum(len(group.waiting) for group in groups),
-            free_blocks=sum(group.blocks.num_free for group in groups),
-            cached_blocks=sum(group.blocks.num_cached for group in groups),
-            total_blocks=sum(group.blocks.num_blocks for group in groups),
-            steps=self._num_steps,
-            repeated_steps=self._in_flight.num_repeated,
-            scheduled_sequences=sum(count.scheduled_sequences for count in counts),
-            preemptions=sum(count.preemptions for count in counts),
-            prompt_tokens=sum(count.prompt_tokens for count in counts),
-            cached_prompt_tokens=sum(count.cached_prompt_tokens for count in counts),
-            drafted_tokens=sum(count.drafted_tokens for count in counts),
-            accepted_tokens=sum(count.accepted_tokens for count in counts),
-        )
+        self._stats = read_stats(self._groups, self._meter, self._num_steps, self._in_flight.num_repeated)
 
     def check_integrity(self) -> None:
         """Asserts that no KV block is lost or held twice."""
@@ -292,6 +294,8 @@ class Engine:
                 sequence.take_prompt_logprobs(),
                 sequence.error,
                 sequence.vector,
+                sequence.scheduled_s,
+                self._meter.collected_s,
             )
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:

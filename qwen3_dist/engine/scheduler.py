@@ -18,6 +18,7 @@ budget and of the free blocks. Draft tokens never delay or preempt another seque
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class SchedulerCounts:
     cached_prompt_tokens: int = 0
     drafted_tokens: int = 0  # that were verified
     accepted_tokens: int = 0
+    generation_tokens: int = 0  # sampled and kept
 
 
 class Advance(NamedTuple):
@@ -156,6 +158,7 @@ class Scheduler:
             if sequence is None:
                 continue
             kept = self._keep(sequence, step, result.token_ids[rows])
+            self.counts.generation_tokens += len(kept)
             if error is not None:
                 sequence.error, sequence.finish_reason = error, "error"
             logprobs = tuple(each for each in result.logprobs[rows][: len(kept)] if each is not None)
@@ -282,6 +285,7 @@ class Scheduler:
     def _count_prompt(self, sequence: Sequence) -> None:
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
+            sequence.scheduled_s = time.monotonic()
             self.counts.prompt_tokens += sequence.prompt_len
             self.counts.cached_prompt_tokens += sequence.num_cached
 

@@ -50,6 +50,7 @@ class Sequence:
     num_sent_blocks: int = 0  # leading blocks of the table that were sent to the ranks
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens
     num_registered: int = 0  # leading blocks that are in the prefix cache
+    scheduled_s: float = 0.0  # when it was first admitted, on the monotonic clock
     finish_reason: str | None = None
     error: str | None = None  # why the sequence failed
     num_logprobs_done: int = field(init=False)  # leading tokens whose prompt logprobs are done or not wanted

@@ -23,25 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
-from qwen3_dist.layout import Layout
 from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.parallel.communicator import Communicator
-from qwen3_dist.parallel.expert_exchange import prefers_all_to_all
 from qwen3_dist.parallel.send_plan import CountedRows, OverflowFlag, SendPlan, SlottedRows
-from qwen3_dist.settings import EngineConfig
 
 FP8_BLOCK = 128  # numbers that share an fp8 scale
-
-
-def uses_all_to_all(
-    settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int, device: str
-) -> bool:
-    """Whether a step of `tokens`, of all dp groups together, dispatches by all-to-all. `device` is "cpu" or "cuda"."""
-    if settings.moe_dispatch == "auto":
-        return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8", device)
-    return settings.moe_dispatch == "all_to_all"
 
 
 @dataclass(frozen=True)

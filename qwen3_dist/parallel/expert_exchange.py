@@ -10,6 +10,7 @@ from math import ceil, comb, sqrt
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
+from qwen3_dist.settings import EngineConfig
 
 # Measured on CPU ranks that share memory (`benchmarks.dispatch`): all-to-all is faster from this number of tokens on,
 # unless a row is sent to almost all ranks: 8 evenly chosen experts of 64 are on 99.6% of 2 ranks, 91% of 4.
@@ -46,13 +47,29 @@ def prefers_all_to_all(
     return tokens >= CPU_ALL_TO_ALL_FROM and (layout.dp > 1 or fp8 or sent < _SENT_TO_ALMOST_ALL)
 
 
+def uses_all_to_all(
+    settings: EngineConfig, layout: Layout, config: ModelConfig, tokens: int, device: str
+) -> bool:
+    """Whether a step of `tokens`, of all dp groups together, dispatches by all-to-all. `device` is "cpu" or "cuda"."""
+    if settings.moe_dispatch == "auto":
+        return prefers_all_to_all(layout, config, tokens, settings.dispatch_dtype == "fp8", device)
+    return settings.moe_dispatch == "all_to_all"
+
+
+def exchange_row_bytes(config: ModelConfig, row: int, fp8: bool) -> tuple[int, int]:
+    """Bytes of a token on its way to an expert by all-to-all, where it has `row` bytes as activations: of its numbers,
+    and of its experts' ids and weights."""
+    there = config.emb_dim + 4 * ceil(config.emb_dim / _FP8_RUN) if fp8 else row
+    return there, config.num_experts_per_tok * _ROUTING_BYTES
+
+
 def bytes_saved(layout: Layout, config: ModelConfig, tokens: float, fp8: bool = False) -> float:
     """Bytes per layer that a GPU rank receives less by all-to-all than by all-gather, in a step of `tokens` of all dp
     groups together. An all-reduce counts as a reduce-scatter and an all-gather."""
     of_group = tokens / layout.dp
     own = of_group / layout.tp
-    row, routing = config.emb_dim * _ITEM_BYTES, config.num_experts_per_tok * _ROUTING_BYTES
-    there = config.emb_dim + 4 * ceil(config.emb_dim / _FP8_RUN) if fp8 else row
+    row = config.emb_dim * _ITEM_BYTES
+    there, routing = exchange_row_bytes(config, row, fp8)
     over_tp = 2 * (layout.tp - 1) * own * row
     by_all_gather = 2 * over_tp + 2 * (layout.dp - 1) * of_group * row
     over_etp = (layout.etp - 1) * own * (2 * row + routing)

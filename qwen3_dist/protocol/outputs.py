@@ -22,7 +22,7 @@ class TokenLogprob:
 PromptLogprobs = tuple[TokenLogprob | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would triple what making one costs the engine's thread
 class TokenDelta:
     """The tokens that one step added to choice `index` of a request.
 
@@ -31,6 +31,9 @@ class TokenDelta:
 
     The first delta of choice 0 holds `prompt_logprobs` if they were requested: one entry for each prompt token, None
     for the first. With max_tokens=0 a choice has one delta, without tokens; a pooling request has one with `vector`.
+
+    `scheduled_s` is when the choice was first scheduled and `step_s` when the step ended, on the engine's monotonic
+    clock; 0.0 in a delta that no step made.
     """
 
     index: int
@@ -41,6 +44,8 @@ class TokenDelta:
     prompt_logprobs: PromptLogprobs | None = None
     error: str | None = None
     vector: array[float] | None = None
+    scheduled_s: float = 0.0
+    step_s: float = 0.0
 
     @property
     def is_last(self) -> bool:
@@ -96,11 +101,18 @@ class RequestOutput:
         return self.outputs[0].logprobs
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen for the same reason; nobody changes one
 class EngineStats:
-    """The load of one engine now, and totals since its start.
+    """The load of one engine now, and totals since its start, of all its dp groups together.
 
     No sequence holds the `free_blocks`; `cached_blocks` of them still hold a prefix that can be reused.
+    `prompt_tokens` and `cached_prompt_tokens` count a sequence when it is first scheduled; `generation_tokens` are
+    those sampled and kept, `computed_tokens` those of all steps, prompts and drafts included.
+
+    `dispatched_tokens` counts each token once for each expert chosen for it in each MoE layer. The bytes are those
+    that ranks received from each other, computed from the layout (`engine/step_traffic.py`): by all-reduces over tp,
+    by the exchange of MoE layers, and from one pipeline stage to the next. `wait_for_requests_s` and
+    `wait_for_engine_s` are seconds in which ranks had no step to run, without and with work in the engine.
     """
 
     num_running: int
@@ -116,11 +128,26 @@ class EngineStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     repeated_steps: int = 0  # steps that ran again because an all-to-all of fixed capacity overflowed
+    generation_tokens: int = 0
+    computed_tokens: int = 0
+    last_step_tokens: int = 0
+    last_step_sequences: int = 0
+    dispatched_tokens: int = 0
+    tensor_bytes: float = 0.0
+    expert_bytes: float = 0.0
+    pipeline_bytes: float = 0.0
+    wait_for_requests_s: float = 0.0
+    wait_for_engine_s: float = 0.0
 
     @property
     def mean_batch(self) -> float:
         """Mean number of sequences in a step."""
         return self.scheduled_sequences / self.steps if self.steps else 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV-cache blocks that sequences hold."""
+        return 1 - self.free_blocks / self.total_blocks if self.total_blocks else 0.0
 
     @property
     def prefix_hit_rate(self) -> float:

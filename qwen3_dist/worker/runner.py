@@ -18,7 +18,7 @@ from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.cuda.compiles import compiled_kernels
 from qwen3_dist.ops.transfer import ToHost
-from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.parallel.expert_exchange import uses_all_to_all
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig

@@ -16,7 +16,7 @@ from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.choose import AttentionShape, choose_ops
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.dispatch import uses_all_to_all
+from qwen3_dist.parallel.expert_exchange import uses_all_to_all
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.loader import Progress, load_model

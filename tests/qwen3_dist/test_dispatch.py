@@ -26,8 +26,8 @@ from qwen3_dist.parallel.dispatch import (
     DispatchOptions,
     from_fp8,
     to_fp8,
-    uses_all_to_all,
 )
+from qwen3_dist.parallel.expert_exchange import uses_all_to_all
 from qwen3_dist.parallel.send_plan import OverflowFlag
 from qwen3_dist.settings import EngineConfig
 from tests.batches import random_batch
