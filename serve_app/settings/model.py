@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -38,8 +39,14 @@ class ReplicaSettings:
         "0: never; null: 500 if ranks compute on the CPUs that send them, else 2500",
     )
 
+    metrics_prefix: str = setting(
+        "vllm", "what the names of metrics that vLLM has too begin with, in place of vLLM's own"
+    )
+
     def __post_init__(self) -> None:
         require_not_negative(self, "stream_parts_per_s")
+        if not re.fullmatch(r"[a-zA-Z_]\w*", self.metrics_prefix, re.ASCII):
+            raise ConfigError(f"metrics_prefix must be letters, digits and '_', not {self.metrics_prefix!r}")
         if self.served_name in self.engine.lora.names:
             raise ConfigError(
                 f"lora names {self.served_name}, which the model itself is called; choose another name"
