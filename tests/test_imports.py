@@ -46,6 +46,7 @@ ROOMS = (
     "serve_app.apis.responses",
     "serve_app.apis.messages",
     "serve_app.apis.error_forms",
+    "serve_app.metrics",
     "serve_app.placement",
     "serve_app.replica",
     "serve_app.ingress",

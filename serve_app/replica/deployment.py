@@ -10,6 +10,8 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from ray import serve
+
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
@@ -19,6 +21,9 @@ from serve_app.apis.requests import AnyRequest
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.failures import log_internal_error
+from serve_app.metrics.engine import EngineMetrics
+from serve_app.metrics.ray_export import RayPush
+from serve_app.metrics.values import Snapshot
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import ReplicaSettings
 
@@ -45,12 +50,16 @@ class EngineReplica:
         logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
         thinking = settings.enable_thinking
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._metrics = EngineMetrics(self._engine, settings.served_name, replica, settings.metrics_prefix)
+        self._push = RayPush(self._metrics.read)
         self._handler = RequestHandler(
             self._engine,
             settings.served_name,
             defaults,
             {} if thinking is None else {"enable_thinking": thinking},
             settings.tool_call_form,
+            self._metrics.requests,
         )
         freeze_gc_heap()
 
@@ -89,6 +98,10 @@ class EngineReplica:
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""
         return self._engine.stats()
+
+    async def metrics(self) -> Snapshot:
+        """All metrics of this replica."""
+        return await self._metrics.read()
 
     async def ranks(self) -> dict[str, Any]:
         """The layout, backends and collectives of the engine, and the host, process and GPU of each rank."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -28,6 +29,7 @@ from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 from serve_app.apis.tokens import TextRequest
 from serve_app.failures import log_internal_error
+from serve_app.metrics.requests import RequestMetrics
 from serve_app.replica.pooling import pool
 
 logger = logging.getLogger("ray.serve")
@@ -45,6 +47,7 @@ class _Job:
     lora: str | None
     parser_spec: ParserSpec
     answer: Answer
+    arrival_s: float  # on the monotonic clock
 
 
 class RequestHandler:
@@ -63,7 +66,9 @@ class RequestHandler:
         defaults: Mapping[str, Any],
         template_kwargs: Mapping[str, Any] | None = None,
         tool_calls: ToolCallForm | None = None,
+        metrics: RequestMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or RequestMetrics()
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
@@ -79,9 +84,11 @@ class RequestHandler:
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._renderer))
         if isinstance(request, PoolingRequest):
+            arrival_s = time.monotonic()
             pooled = await pool(
                 self._engine, self._renderer, request, *self._model_and_adapter(request.model)
             )
+            self._metrics.pooled(arrival_s, len(pooled.vectors))
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request)
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
@@ -134,6 +141,7 @@ class RequestHandler:
 
     async def _job(self, request: GenerationRequest) -> _Job:
         """Builds the job. Renders the template and tokenizes in a thread. Raises RequestError."""
+        arrival_s = time.monotonic()
         params = request.params(self._defaults)
         if params.stop and self._engine.tokenizer is None:
             raise RequestError(
@@ -147,7 +155,7 @@ class RequestHandler:
         form = parser_spec.structured_outputs or params.structured_outputs
         params = dataclasses.replace(params, reasoning=parser_spec.reasoning, structured_outputs=form)
         token_ids = [prompt.token_ids for prompt in prompts]
-        return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer)
+        return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer, arrival_s)
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
@@ -188,11 +196,16 @@ class RequestHandler:
         choices = Choices(params, self._engine.tokenizer, job.parser_spec, first_index)
         request_id = uuid.uuid4().hex
         generated = self._engine.generate(prompt, params, request_id, job.priority, job.lora)
+        watch = self._metrics.watch(job.arrival_s, len(prompt), params.n)
         async with aclosing(generated) as steps:
-            async for step in steps:
-                yield choices.advance(step, lambda index: self._engine.abort(request_id, index))
-                if choices.done:
-                    return
+            with watch:
+                async for step in steps:
+                    watch.generated(step)
+                    shown = choices.advance(step, lambda index: self._engine.abort(request_id, index))
+                    watch.shown(shown, first_index)
+                    yield shown
+                    if choices.done:
+                        return
 
 
 async def _merge(streams: Sequence[Steps]) -> Steps:

@@ -1,0 +1,121 @@
+"""Records requests while an engine answers them: latencies, lengths, and how they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+
+from qwen3_dist.errors import RequestError
+from qwen3_dist.protocol.outputs import TokenDelta
+from qwen3_dist.text.choice import ChoiceDelta
+from serve_app.metrics import definitions as names
+from serve_app.metrics.values import Values
+
+_ENDS = ("stop", "length", "abort", "error")
+
+
+class RequestMetrics:
+    """Counts requests of one engine in `values`. A request here is a sequence: one choice of one prompt."""
+
+    def __init__(self, values: Values | None = None) -> None:
+        self.values = values = values or Values()
+        for reason in _ENDS:
+            values.add(names.REQUEST_SUCCESS, 0.0, reason)
+        self.to_first_token = values.histogram(names.TIME_TO_FIRST_TOKEN)
+        self.between_tokens = values.histogram(names.INTER_TOKEN_LATENCY)
+        self.per_output_token = values.histogram(names.TIME_PER_OUTPUT_TOKEN)
+        self.e2e = values.histogram(names.E2E_LATENCY)
+        self.queue = values.histogram(names.QUEUE_TIME)
+        self.prefill = values.histogram(names.PREFILL_TIME)
+        self.decode = values.histogram(names.DECODE_TIME)
+        self.inference = values.histogram(names.INFERENCE_TIME)
+        self.prompt_tokens = values.histogram(names.REQUEST_PROMPT_TOKENS)
+        self.generation_tokens = values.histogram(names.REQUEST_GENERATION_TOKENS)
+
+    def watch(self, arrival_s: float, prompt_tokens: int, n: int) -> PromptWatch:
+        """Watches the `n` choices of a prompt that came at `arrival_s`, on the monotonic clock, and is queued now."""
+        return PromptWatch(self, arrival_s, prompt_tokens, n)
+
+    def pooled(self, arrival_s: float, count: int) -> None:
+        """Counts `count` prompts of a pooling request that ended."""
+        self.values.add(names.REQUEST_SUCCESS, count, "stop")
+        self.e2e.observe(time.monotonic() - arrival_s, count)
+
+
+class _Choice:
+    """One choice while it runs; times are of the engine's clock."""
+
+    __slots__ = ("first_s", "last_s", "scheduled_s", "tokens", "ended")
+
+    def __init__(self) -> None:
+        self.first_s = self.last_s = self.scheduled_s = 0.0
+        self.tokens = 0
+        self.ended = False
+
+
+class PromptWatch:
+    """A context in which the choices of one prompt are generated. Those that have not ended when it ends count as
+    aborted, or as failed if an error ends it; not at all if the request was refused before its first token."""
+
+    def __init__(self, metrics: RequestMetrics, arrival_s: float, prompt_tokens: int, n: int) -> None:
+        self._metrics = metrics
+        self._arrival_s, self._queued_s = arrival_s, time.monotonic()
+        self._prompt_tokens = prompt_tokens
+        self._choices = [_Choice() for _ in range(n)]
+
+    def generated(self, deltas: Iterable[TokenDelta]) -> None:
+        """Takes the deltas of a part as the engine gave them."""
+        metrics = self._metrics
+        for delta in deltas:
+            count, step_s = len(delta.token_ids), delta.step_s
+            choice = self._choices[delta.index]
+            if choice.ended or not step_s:
+                continue
+            if choice.scheduled_s == 0.0:
+                choice.scheduled_s = delta.scheduled_s
+                metrics.queue.observe(max(0.0, delta.scheduled_s - self._queued_s))
+            if not count:
+                continue
+            if choice.tokens:
+                metrics.between_tokens.observe((step_s - choice.last_s) / count, count)
+            else:
+                choice.first_s = step_s
+                metrics.to_first_token.observe(time.monotonic() - self._arrival_s)
+                metrics.prefill.observe(step_s - choice.scheduled_s)
+            choice.last_s = step_s
+            choice.tokens += count
+
+    def shown(self, deltas: Sequence[ChoiceDelta], first_index: int = 0) -> None:
+        """Takes what is shown of the part; the prompt's first choice has `first_index`."""
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                reason = "stop" if delta.finish_reason == "tool_calls" else delta.finish_reason
+                self._end(self._choices[delta.index - first_index], reason)
+
+    def _end(self, choice: _Choice, reason: str) -> None:
+        metrics = self._metrics
+        choice.ended = True
+        metrics.values.add(names.REQUEST_SUCCESS, 1.0, reason if reason in _ENDS else "error")
+        metrics.prompt_tokens.observe(self._prompt_tokens)
+        metrics.generation_tokens.observe(choice.tokens)
+        metrics.e2e.observe(time.monotonic() - self._arrival_s)
+        if choice.tokens:
+            metrics.decode.observe(choice.last_s - choice.first_s)
+            metrics.inference.observe(choice.last_s - choice.scheduled_s)
+        if choice.tokens > 1:
+            metrics.per_output_token.observe((choice.last_s - choice.first_s) / (choice.tokens - 1))
+
+    def __enter__(self) -> PromptWatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        begun = any(choice.scheduled_s for choice in self._choices)
+        if isinstance(error, RequestError) and not begun:
+            return
+        reason = "error" if isinstance(error, Exception) else "abort"
+        for choice in self._choices:
+            if not choice.ended:
+                self._metrics.values.add(names.REQUEST_SUCCESS, 1.0, reason)
