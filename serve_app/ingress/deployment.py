@@ -56,15 +56,20 @@ from serve_app.ingress.http import (
     route_path,
 )
 from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KEEP_ALIVE_COMMENT, KeepAliveStream
+from serve_app.ingress.metrics import IngressMetrics, deployment_meter, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
+from serve_app.metrics.definitions import SEQUENCES_IN_FLIGHT, SEQUENCES_LIMIT
+from serve_app.metrics.exposition import CONTENT_TYPE
+from serve_app.metrics.values import Snapshot, Values
 from serve_app.settings import REPLICA, IngressConfig, IngressSettings, ServedModel
 
 Items = AsyncGenerator[Any, None]  # a pair of HTTP status and bytes, then bytes
 _LARGE_BODY = 2**16  # bytes; larger bodies are parsed in a thread
+_METRICS = "/metrics"
 _REBALANCE = "/v1/cluster/experts/rebalance"
 
-api = make_api()
+api = make_api(meter_of=deployment_meter)
 
 
 @serve.ingress(api)
@@ -81,6 +86,9 @@ class Ingress:
         self._admission = Admission(self._max_in_flight, max_per_request=1)
         self._stored = ResponseStore(0, 0.0)
         self._draining = Draining()
+        ingress = serve.get_replica_context().replica_id.unique_id
+        self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)
+        self._push = self.metrics_of_http.push_to_ray()
         freeze_gc_heap()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -102,14 +110,25 @@ class Ingress:
     def check_request(self, request: Request) -> None:
         """Raises RequestError if the key is missing or wrong (401, 403), if the service is full (429), or if it is
         shutting down (503). Called before the body is read."""
-        self._draining.check()
         path = route_path(request)
+        if path != _METRICS:  # which tells how the service drains
+            self._draining.check()
         if path == _REBALANCE:
             check_admin_key(request, self._settings.admin_key, self._settings.api_key)
             return
         check_key(request, self._settings.api_key)
         if request.method == "POST":
             self._admission.check()
+
+    async def _ask_metrics(self, timeout_s: float) -> list[Snapshot | BaseException]:
+        """The metrics of the replicas of all models, or why one does not tell them."""
+        asked = (each.ask_each("metrics", timeout_s) for each in self._routes)
+        return [answer for of_model in await asyncio.gather(*asked) for answer in of_model]
+
+    def _read_state(self, values: Values) -> None:
+        read_routes(values, self._routes)
+        values.set(SEQUENCES_IN_FLIGHT, self._admission.in_flight)
+        values.set(SEQUENCES_LIMIT, self._max_in_flight())
 
     def _max_in_flight(self) -> int:
         """This ingress's part of what the service takes: Serve's proxies spread requests evenly."""
@@ -218,6 +237,11 @@ class Ingress:
         if waiting := [f"{name!r} is {state}" for name, state in states.items() if state != "ready"]:
             raise EngineDeadError(f"not ready: {', '.join(waiting)}")
         return json_response({"status": "ready", "models": states})
+
+    @api.get(_METRICS, include_in_schema=False)
+    async def metrics(self) -> Response:
+        """For Prometheus: this ingress's metrics and those of all replicas."""
+        return Response(await self.metrics_of_http.page(), media_type=CONTENT_TYPE)
 
     @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
     async def ranks(self) -> Response:

@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 from typing import Any
 
@@ -28,29 +29,37 @@ from serve_app.ingress.sending import track_unsent
 
 logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
-_KEYLESS = ("/health", "/ready", "/version")
+_KEYLESS = ("/health", "/ready", "/version", "/metrics")
 _MAX_ID_LENGTH = 128  # of a request's id that its client chose
 Gate = Callable[[Request], None]
+Meter = Callable[
+    [Request, Send], AbstractContextManager[Send]
+]  # counts a request answered by the send that it gives
 
 
 class Api(FastAPI):
     """An application that calls `gate` for each request before it reads the body.
 
-    If `gate` raises RequestError, `refuse` makes the response.
+    If `gate` raises RequestError, `refuse` makes the response. `meter_of` returns what counts a request.
     """
 
     gate: Gate
+    meter_of: Callable[[Request], Meter]
     refuse: Callable[[Request, RequestError], Response]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             track_unsent(scope, send)
+            scope["app"] = self
             request = Request(scope)
-            try:
-                self.gate(request)
-            except RequestError as error:
-                await self.refuse(request, error)(scope, receive, send)
-                return
+            with self.meter_of(request)(request, send) as send:
+                try:
+                    self.gate(request)
+                except RequestError as error:
+                    await self.refuse(request, error)(scope, receive, send)
+                    return
+                await super().__call__(scope, receive, send)
+            return
         await super().__call__(scope, receive, send)
 
 
@@ -60,7 +69,12 @@ def deployment_gate(request: Request) -> None:
     deployment.check_request(request)
 
 
-def make_api(gate: Gate = deployment_gate) -> Api:
+def unmetered(request: Request) -> Meter:
+    """A meter that counts nothing."""
+    return lambda request, send: nullcontext(send)
+
+
+def make_api(gate: Gate = deployment_gate, meter_of: Callable[[Request], Meter] = unmetered) -> Api:
     """An application without routes. Errors are answered in the error format of the request's API."""
     api = Api(
         title="qwen3_dist",
@@ -86,7 +100,7 @@ def make_api(gate: Gate = deployment_gate) -> Api:
             headers = {"allow": ", ".join(_allowed_methods(request))}
         return refuse(request, RequestError(message, status=error.status_code), headers)
 
-    api.gate, api.refuse = gate, refuse
+    api.gate, api.refuse, api.meter_of = gate, refuse, meter_of
     api.exception_handler(QwenDistError)(answer_error)
     api.exception_handler(Exception)(answer_error)  # which is raised again, for Serve's log
     api.exception_handler(HTTPException)(answer_http_error)

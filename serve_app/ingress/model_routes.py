@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -65,6 +66,20 @@ class ModelRoute:
             raise EngineDeadError(
                 f"a replica of {self.model.name!r} was lost or could not answer; ask again"
             ) from error
+
+    async def ask_each(self, method: str, timeout_s: float) -> list[Any]:
+        """As `ask_all`, but with the exception of each replica that is lost or answers later than `timeout_s` seconds.
+
+        In a thread, where Serve limits the time of each replica by itself.
+        """
+
+        def ask() -> list[Any]:
+            return self.replicas.broadcast(method).results(timeout_s=timeout_s, return_exceptions=True)
+
+        try:
+            return await asyncio.to_thread(ask)
+        except Exception as error:  # noqa: BLE001 - Serve could ask nobody
+            return [error]
 
     async def longest(self) -> int | None:
         """Most tokens of prompt and answer together, as a replica says it, once; None while none can say."""

@@ -35,10 +35,14 @@ class ReplicaHealth:
         self._answered_at = time.monotonic()
         self.num_healthy = 0
         self.was_healthy = False  # whether some replica ever was
+        self.num_lost = 0  # replicas that were found dead, since the start
+        self.num_request_losses = 0
+        self._num_gone = 0
         self._task = asyncio.create_task(self._watch())
 
     def poll_soon(self) -> None:
         """Polls again at once, because a request has just lost its replica."""
+        self.num_request_losses += 1
         self._poll_now.set()
 
     def stop(self) -> None:
@@ -52,6 +56,9 @@ class ReplicaHealth:
         except Exception:  # noqa: BLE001 - whatever failed, no replica answered
             answers = [TimeoutError()]
         healthy = sum(answer is None for answer in answers)
+        gone = sum(isinstance(answer, _GONE) for answer in answers)
+        self.num_lost += max(0, gone - self._num_gone)  # Serve may name a dead replica more than once
+        self._num_gone = gone
         late = [each for each in answers if each is not None and not isinstance(each, _GONE)]
         now = time.monotonic()
         if healthy or not late or now - self._answered_at > self.patience_s:

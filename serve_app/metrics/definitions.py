@@ -181,9 +181,11 @@ HTTP_REFUSED = _counter(
 )
 SEQUENCES_IN_FLIGHT = _gauge("sequences_in_flight", "Sequences that count towards the limit.")
 SEQUENCES_LIMIT = _gauge("sequences_limit", "Sequences beyond which requests are answered 429.")
-REPLICAS_HEALTHY = _gauge("replicas_healthy", "Replicas that were healthy when last asked.")
-REPLICAS_LOST = _counter("replicas_lost", "Replicas that died; Ray Serve starts another for each.")
-REPLICA_LOSSES = _counter("request_replica_losses", "Times that a request lost its replica.")
+REPLICAS_HEALTHY = _gauge("replicas_healthy", "Replicas that were healthy when last asked.", "model_name")
+REPLICAS_LOST = _counter(
+    "replicas_lost", "Replicas that died; Ray Serve starts another for each.", "model_name"
+)
+REPLICA_LOSSES = _counter("request_replica_losses", "Times that a request lost its replica.", "model_name")
 REPLICAS_SILENT = _counter("replicas_silent", "Replicas that did not answer a scrape in time.")
 
 BY_NAME = {definition.name: definition for definition in DEFINITIONS}

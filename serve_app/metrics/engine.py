@@ -20,9 +20,7 @@ _IMBALANCE_TIMEOUT_S = 0.5
 class EngineMetrics:
     """The metrics of one engine, which answers as `model_name` in the Serve replica `replica`."""
 
-    def __init__(
-        self, engine: AsyncEngine, model_name: str, replica: str, prefix: str = VLLM_PREFIX
-    ) -> None:
+    def __init__(self, engine: AsyncEngine, model_name: str, replica: str, prefix: str = VLLM_PREFIX) -> None:
         self._prefix = prefix
         self._engine = engine
         self._labels = {"model_name": model_name, "engine": "0", "replica": replica}
