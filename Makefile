@@ -76,6 +76,9 @@ soak: $(READY)  ## thousands of random requests with aborts, and every layout on
 	$(BIN)/pytest -q -m slow tests/qwen3_dist
 	$(BIN)/pytest -q -m slow tests/serve_app
 
+dashboards: $(READY)  ## scrape a loaded service by Debian's Prometheus and ask it all queries of the dashboards (2 min)
+	$(BIN)/pytest -q -s -m slow tests/serve_app/test_prometheus.py
+
 CLIENTS := .venv/clients
 
 clients: $(READY)  ## install real clients (npm and pip) and run a tool loop of each against the service (slow)
@@ -85,5 +88,5 @@ clients: $(READY)  ## install real clients (npm and pip) and run a tool loop of 
 	$(CLIENTS)/litellm/bin/pip install --quiet litellm==1.110.2
 	$(BIN)/pytest -q -m slow tests/clients
 
-.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak clients
+.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak dashboards clients
 .DEFAULT_GOAL := help

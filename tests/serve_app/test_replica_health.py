@@ -53,6 +53,25 @@ def test_replicas_that_are_too_busy_to_answer_keep_the_health_they_had(late: Any
     assert healthy_after([None], late, patience_s=0.0) == [1, 0]
 
 
+def test_a_replica_that_died_is_counted_once_however_often_serve_still_names_it() -> None:
+    async def lost() -> int:
+        rounds: Any = iter(
+            [[], [None, None], [None, ActorDiedError()], [None, ActorDiedError()], [None, None]]
+        )
+
+        async def ask() -> Answers:
+            answers: Answers = next(rounds)
+            return answers
+
+        health = ReplicaHealth(ask, 3600.0, 60.0)
+        health.stop()
+        for _ in range(5):
+            await health.refresh()
+        return health.num_lost
+
+    assert asyncio.run(lost()) == 1
+
+
 def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
     answers: Answers = [None]
 
