@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from serve_app.cli import build_parser, vllm_names
+from serve_app.metrics.definitions import DEFINITIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,7 +45,7 @@ def problems(text: str) -> list[str]:
     """A sentence for each name in `text` that the code does not have."""
     found = []
     for snippet in snippets(text):
-        for check in (_paths, _modules, _classes, _words, _command_lines, _options, _make, _tests):
+        for check in (_paths, _modules, _metrics, _classes, _words, _command_lines, _options, _make, _tests):
             found += check(snippet)
     return found
 
@@ -150,7 +151,7 @@ def _modules(snippet: str) -> Iterator[str]:
         parts = re.split(r"[.:]", name)
         inside = [n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in _sources()]
         rest = parts[inside[0] :] if inside else parts
-        if (ROOT / name).is_file():  # cluster.yaml
+        if (ROOT / name).is_file() or name in _metric_names():  # cluster.yaml
             continue
         if not inside or (rest and rest[0] not in _members(".".join(parts[: inside[0]]))):
             yield f"there is no {name}"
@@ -159,6 +160,19 @@ def _modules(snippet: str) -> Iterator[str]:
         for word in match[2].split(", "):
             if match[1] not in _sources() or word not in _members(match[1]):
                 yield f"{match[1]} has no {word}"
+
+
+@cache
+def _metric_names() -> set[str]:
+    """Metrics as they are named in queries, with and without the endings of their kinds."""
+    endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("", "_bucket", "_count", "_sum")}
+    return {each.full_name("vllm") + end for each in DEFINITIONS for end in endings[each.kind]}
+
+
+def _metrics(snippet: str) -> Iterator[str]:
+    for name in re.findall(r"\bvllm:\w+", snippet):
+        if name not in _metric_names():
+            yield f"there is no metric {name}"
 
 
 def _classes(snippet: str) -> Iterator[str]:

@@ -46,6 +46,8 @@ def test_every_name_in_the_documentation_exists(page: Path) -> None:
         "    qwen3-dist launch bundled",
         "    qwen3-dist serve bundled \\\n        --layouts tp=2",
         "`make everything`",
+        "`vllm:prompt_tokens`",
+        "`qwen3_dist:no_such_metric`",
         "`test_that_never_was`",
         "```python\nfrom qwen3_dist import LLMs\n```",
     ],

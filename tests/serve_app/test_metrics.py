@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -15,7 +16,9 @@ from starlette.testclient import TestClient
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
+from qwen3_dist.protocol.outputs import TokenDelta
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.apis.completions import parse_completion
 from serve_app.ingress.http import Meter, make_api
 from serve_app.ingress.metrics import IngressMetrics
@@ -25,7 +28,8 @@ from serve_app.metrics.definitions import DEFINITIONS
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.exposition import render
 from serve_app.metrics.ray_export import MOST_OBSERVATIONS, RayExport, middles, sampled
-from serve_app.metrics.values import Histogram, Snapshot, Values
+from serve_app.metrics.requests import RequestMetrics
+from serve_app.metrics.values import Histogram, HistogramCounts, Snapshot, Values
 from serve_app.replica.request_handler import RequestHandler
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -139,6 +143,29 @@ def test_a_step_that_adds_several_tokens_spreads_its_time_over_them() -> None:
     histogram.observe(0.2)
     histogram.observe(7.0)
     assert histogram.read() == ((0, 4, 1), pytest.approx(7.65))
+
+
+def test_tokens_of_one_step_share_its_time_and_those_after_the_end_do_not_count() -> None:
+    metrics = RequestMetrics()
+    arrival_s = time.monotonic()
+    with metrics.watch(arrival_s, prompt_tokens=3, n=1) as watch:
+        watch.generated([TokenDelta(0, (5,), scheduled_s=arrival_s + 1, step_s=arrival_s + 2)])
+        watch.generated([TokenDelta(0, (5, 5, 5), step_s=arrival_s + 5)])
+        watch.shown([ChoiceDelta(0, "", (5,), (), "tool_calls")])
+        watch.generated([TokenDelta(0, (5,), step_s=arrival_s + 6)])
+    told = metrics.values.snapshot({}).values
+
+    def histogram(name: str) -> tuple[int, float]:
+        value = told[name][()]
+        assert isinstance(value, HistogramCounts)
+        return sum(value.counts), value.sum
+
+    assert histogram("inter_token_latency_seconds") == (3, pytest.approx(3.0))
+    assert histogram("request_generation_tokens") == (1, 4)
+    assert histogram("request_prefill_time_seconds") == (1, pytest.approx(1.0))
+    assert histogram("request_decode_time_seconds") == (1, pytest.approx(3.0))
+    assert histogram("request_time_per_output_token_seconds") == (1, pytest.approx(1.0))
+    assert told["request_success"] == {("stop",): 1, ("length",): 0, ("abort",): 0, ("error",): 0}
 
 
 def snapshot(replica: str, running: float) -> Snapshot:
