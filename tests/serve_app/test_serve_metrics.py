@@ -3,6 +3,8 @@ numbers that clients counted."""
 
 from __future__ import annotations
 
+import os
+import signal
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,8 @@ import pytest
 import ray
 
 from serve_app.app import REPLICA
+from serve_app.settings import APP_NAME
+from tests.processes import processes_running
 from tests.serve_app.conftest import ADAPTER
 from tests.serve_app.consumers import GATEWAY, KUBERAY, names_in, ray_dashboard, ttft_policy
 from tests.serve_app.support import wait_for
@@ -202,3 +206,29 @@ def test_ray_has_every_series_that_its_dashboard_and_its_policy_query(
     # Counters arrive in full, a moment later.
     name = "generation_tokens_total"
     wait_for(lambda: total(agent_page(), f"ray_vllm_{name}") >= total(page(), f"vllm:{name}"))
+
+
+def test_a_replica_that_hangs_is_left_out_and_the_page_comes_all_the_same(page: Page) -> None:
+    wait_for(lambda: len(replicas_in(page())) == 1)
+    silent = total(page(), "qwen3_dist:replicas_silent_total")
+    [replica] = processes_running(f"ServeReplica:{APP_NAME}:{REPLICA}")
+    os.kill(replica, signal.SIGSTOP)
+    try:
+        without = page()
+    finally:
+        os.kill(replica, signal.SIGCONT)
+    assert total(without, "qwen3_dist:replicas_silent_total") == silent + 1
+    assert not replicas_in(without) and total(without, "qwen3_dist:http_requests_total") > 0
+    wait_for(lambda: len(replicas_in(page())) == 1)
+
+
+def test_a_replica_that_died_is_counted_and_its_successor_tells_its_own_metrics(
+    http: httpx.Client, page: Page
+) -> None:
+    wait_for(lambda: len(replicas_in(page())) == 1)
+    lost, before = total(page(), "qwen3_dist:replicas_lost_total"), replicas_in(page())
+    [replica] = http.get("/v1/cluster/ranks").json()["data"]
+    os.kill(replica["ranks"][0]["pid"], signal.SIGKILL)
+    wait_for(lambda: total(page(), "qwen3_dist:replicas_lost_total") == lost + 1)
+    wait_for(lambda: len(now := replicas_in(page())) == 1 and now != before, 120)
+    assert total(page(), "qwen3_dist:replicas_lost_total") == lost + 1
