@@ -166,8 +166,10 @@ ROWS: list[Row] = [
                 "Replicas",
                 "short",
                 {
-                    "healthy": "max (qwen3_dist:replicas_healthy{})",
-                    "lost in an hour": "sum (increase(qwen3_dist:replicas_lost_total{}[1h]))",
+                    "healthy, {{model_name}}": "max by (model_name) (qwen3_dist:replicas_healthy{})",
+                    "lost in an hour, {{model_name}}": (
+                        "max by (model_name) (increase(qwen3_dist:replicas_lost_total{}[1h]))"
+                    ),
                     "silent in an hour": "sum (increase(qwen3_dist:replicas_silent_total{}[1h]))",
                 },
             ),

@@ -29,7 +29,7 @@ def labels_of() -> dict[str, set[str]]:
     """The labels of each series that the service tells, under vLLM's prefix."""
     found = {}
     for each in DEFINITIONS:
-        common = (
+        common: set[str] = (
             OF_INGRESSES
             if each.name.startswith(("http_", "sequences_", "replicas_", "request_replica"))
             else OF_REPLICAS

@@ -270,7 +270,10 @@ def test_a_bucket_is_told_to_ray_by_a_value_inside_it() -> None:
 
 
 def ingress_metrics(answers: Sequence[Snapshot | BaseException]) -> IngressMetrics:
-    return IngressMetrics(lambda timeout_s: answers, lambda values: None, "vllm", "i")
+    async def ask(timeout_s: float) -> Sequence[Snapshot | BaseException]:
+        return answers
+
+    return IngressMetrics(ask, lambda values: None, "i")
 
 
 def test_a_replica_that_does_not_answer_is_left_out_and_counted() -> None:

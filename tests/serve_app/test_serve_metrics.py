@@ -14,8 +14,7 @@ import openai
 import pytest
 import ray
 
-from serve_app.app import REPLICA
-from serve_app.settings import APP_NAME
+from serve_app.settings import REPLICA, ServiceConfig
 from tests.processes import processes_running
 from tests.serve_app.conftest import ADAPTER
 from tests.serve_app.consumers import GATEWAY, KUBERAY, names_in, ray_dashboard, ttft_policy
@@ -208,10 +207,13 @@ def test_ray_has_every_series_that_its_dashboard_and_its_policy_query(
     wait_for(lambda: total(agent_page(), f"ray_vllm_{name}") >= total(page(), f"vllm:{name}"))
 
 
-def test_a_replica_that_hangs_is_left_out_and_the_page_comes_all_the_same(page: Page) -> None:
+def test_a_replica_that_hangs_is_left_out_and_the_page_comes_all_the_same(
+    page: Page, service_config: ServiceConfig
+) -> None:
     wait_for(lambda: len(replicas_in(page())) == 1)
+    application = service_config.application(service_config.models[0])
     silent = total(page(), "qwen3_dist:replicas_silent_total")
-    [replica] = processes_running(f"ServeReplica:{APP_NAME}:{REPLICA}")
+    [replica] = processes_running(f"ServeReplica:{application}:{REPLICA}")
     os.kill(replica, signal.SIGSTOP)
     try:
         without = page()
