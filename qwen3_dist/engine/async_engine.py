@@ -192,6 +192,10 @@ class AsyncEngine:
         """Seconds for which the oldest step in flight has run; 0 if none is."""
         return self._engine.step_age_s
 
+    def stalled(self) -> str:
+        """Why a step in flight seems to hang: it has run far longer than those before it; "" if none does."""
+        return self._engine.stalled()
+
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters of running and of waiting sequences."""
         return self._engine.adapters_in_use()

@@ -265,6 +265,10 @@ class Engine:
         """Seconds for which the oldest step in flight has run; 0 if none is. May be read from any thread."""
         return self._meter.step_age_s
 
+    def stalled(self) -> str:
+        """Why the step in flight seems to hang; "" if it does not. May be called from any thread."""
+        return self._meter.stalled()
+
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters of running and of waiting sequences. May be called from any thread."""
         return adapters_in_use(self._groups, self.config.lora.names)

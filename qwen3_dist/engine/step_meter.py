@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from qwen3_dist.engine.step_traffic import StepTraffic
 from qwen3_dist.protocol.step_plan import StepPlan
 
+# A step hangs once it has run for both. A busy host may delay one of 20 ms by seconds, and a prompt's is the longest.
+_STALL_S = 4.0
+_STALL_FACTOR = 20.0
+_DECAY = 0.995  # a step: the longest step counts half after 140 more
+
 
 class StepMeter:
     """Counts steps as they are submitted and collected. A step that runs again counts once.
@@ -25,6 +30,7 @@ class StepMeter:
             time.monotonic()
         )  # when a step ended, and when work came to an idle engine
         self._running_since_s: float | None = None  # when the oldest step in flight could begin
+        self._longest_s = 0.0  # of recent steps, by a maximum that decays
 
     @property
     def traffic(self) -> StepTraffic:
@@ -35,6 +41,16 @@ class StepMeter:
         """Seconds for which the oldest step in flight has run; 0 if none is. May be read from any thread."""
         since = self._running_since_s
         return 0.0 if since is None else time.monotonic() - since
+
+    def stalled(self) -> str:
+        """Why the oldest step in flight seems to hang: it has run longer than any recent step should make it; "" if
+        it does not. May be called from any thread."""
+        age, longest = self.step_age_s, self._longest_s
+        if not longest or age <= max(_STALL_S, _STALL_FACTOR * longest):
+            return ""
+        return (
+            f"a step has run for {age:.1f} s, where recent ones took {longest:.2g} s at most; a rank may hang"
+        )
 
     def work_came(self) -> None:
         """Tells that an engine without work has some."""
@@ -55,4 +71,7 @@ class StepMeter:
     def collected(self, others: bool) -> None:
         """Tells that the oldest step has ended, and whether `others` are in flight."""
         self.collected_s = time.monotonic()
+        if self._running_since_s is not None:
+            took_s = self.collected_s - self._running_since_s
+            self._longest_s = max(took_s, _DECAY * self._longest_s)
         self._running_since_s = self.collected_s if others else None

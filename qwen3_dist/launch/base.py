@@ -13,12 +13,16 @@ from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 
 @dataclass(frozen=True)
 class RankPlace:
-    """Where a rank runs: the name of its host, its process there, and its GPU (None on the CPU)."""
+    """Where a rank runs: the name of its host, its process there, and its GPU (None on the CPU).
+
+    `memory_bytes` is what it held once it was ready: of its GPU, or else of its host.
+    """
 
     rank: int
     host: str
     pid: int
     card: Card | None
+    memory_bytes: int = 0
 
 
 class Executor(ABC):

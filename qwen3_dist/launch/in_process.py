@@ -22,7 +22,7 @@ from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker import cards
 from qwen3_dist.worker.rank import describe_failure
 from qwen3_dist.worker.runner import ModelRunner, StepOutput
-from qwen3_dist.worker.shard import MemoryShare, count_blocks, load_shard, set_threads
+from qwen3_dist.worker.shard import MemoryShare, count_blocks, held_bytes, load_shard, set_threads
 
 
 class InProcessExecutor(Executor):
@@ -51,7 +51,7 @@ class InProcessExecutor(Executor):
         self._runner: ModelRunner | None = runner
         self.backends = runner.backends
         self.collectives = model.parallel.collectives
-        self.ranks = (RankPlace(0, socket.gethostname(), os.getpid(), card),)
+        self.ranks = (RankPlace(0, socket.gethostname(), os.getpid(), card, held_bytes(device)),)
         self._launched: deque[StepOutput] = deque()
 
     def submit(self, plans: Sequence[StepPlan]) -> None:

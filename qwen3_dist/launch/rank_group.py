@@ -14,6 +14,7 @@ import selectors
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
@@ -163,6 +164,10 @@ class RankGroupExecutor(Executor):
         self.num_blocks = min(loaded.num_blocks for loaded in fitting)
         self._ranks.post_all(self.num_blocks)
         ready = self._await_all(Ready, "become ready", None)
+        self.ranks = tuple(
+            replace(place, memory_bytes=each.memory_bytes)
+            for place, each in zip(self.ranks, ready, strict=True)
+        )
         self.backends = ready[0].backends
         self.may_repeat = any(rank.may_repeat for rank in ready)
         self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)

@@ -82,11 +82,13 @@ class Loaded:
 @dataclass(frozen=True)
 class Ready:
     """The rank is ready for plans. `backends` describes the device and its kernels in one line, `collectives` the
-    transport of collectives. `may_repeat`: results may be void (`StepResult.overflowed`)."""
+    transport of collectives. `may_repeat`: results may be void (`StepResult.overflowed`). `memory_bytes` is what the
+    rank holds of its GPU, or else of its host."""
 
     backends: str
     collectives: str = ""
     may_repeat: bool = False
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)

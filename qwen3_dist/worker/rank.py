@@ -20,7 +20,7 @@ from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker.rendezvous import Joined, join
 from qwen3_dist.worker.runner import ModelRunner
-from qwen3_dist.worker.shard import count_blocks, load_shard
+from qwen3_dist.worker.shard import count_blocks, held_bytes, load_shard
 from qwen3_dist.worker.step_loop import Activity, run_steps
 
 _PROGRESS_PERIOD_S = 0.1
@@ -79,7 +79,8 @@ def _serve(spec: RankSpec, channel: Channel, joined: Joined, activity: Activity)
     runner = ModelRunner(model, num_blocks, spec.config, path)
     runner.warm_up()
     freeze_gc_heap()
-    channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat))
+    held = held_bytes(joined.device)
+    channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat, held))
     run_steps(channel, runner, joined.device.type == "cuda", activity)
     runner.close()
 

@@ -101,3 +101,11 @@ def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits
     return step_bytes(
         model.config, layout, tokens, limits.max_samples, model.dtype.itemsize, by_all_to_all, widens
     )
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory that this rank holds: what torch has reserved of its GPU, or else the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0

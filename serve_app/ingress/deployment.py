@@ -6,8 +6,6 @@ for a stream, one item of serialised events per engine step.
 
 # No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
-import math
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
@@ -17,8 +15,6 @@ from fastapi import Request, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from qwen3_dist import __version__
-from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from serve_app.apis.chat.request import ChatBody, parse_chat
 from serve_app.apis.completions import CompletionBody, parse_completion
@@ -29,7 +25,6 @@ from serve_app.apis.messages.request import (
     parse_count_tokens,
     parse_messages,
 )
-from serve_app.apis.models import Model, Models
 from serve_app.apis.openapi import AnthropicError, route
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
@@ -44,44 +39,39 @@ from serve_app.apis.tokens import (
     parse_tokenize,
 )
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
+from serve_app.ingress.api import api
+from serve_app.ingress.cluster_routes import METRICS, REBALANCE, ClusterRoutes
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import (
     check_admin_key,
     check_key,
-    is_anthropic,
     json_response,
-    make_api,
     read_body,
     request_id,
     route_path,
 )
 from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KEEP_ALIVE_COMMENT, KeepAliveStream
-from serve_app.ingress.metrics import IngressMetrics, deployment_meter, read_routes
+from serve_app.ingress.metrics import IngressMetrics, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
 from serve_app.metrics.definitions import SEQUENCES_IN_FLIGHT, SEQUENCES_LIMIT
-from serve_app.metrics.exposition import CONTENT_TYPE
 from serve_app.metrics.values import Snapshot, Values
 from serve_app.settings import REPLICA, IngressConfig, IngressSettings, ServedModel
 
 Items = AsyncGenerator[Any, None]  # a pair of HTTP status and bytes, then bytes
 _LARGE_BODY = 2**16  # bytes; larger bodies are parsed in a thread
-_METRICS = "/metrics"
-_REBALANCE = "/v1/cluster/experts/rebalance"
-
-api = make_api(meter_of=deployment_meter)
 
 
 @serve.ingress(api)
-class Ingress:
+class Ingress(ClusterRoutes):
     """The HTTP endpoint: checks requests, passes them to a replica and streams the answers."""
 
     def __init__(self, replicas: Mapping[str, DeploymentHandle] | None = None) -> None:
         """`replicas` are those of models in the ingress's own application; others are found by their applications'
         names. Serve calls `reconfigure` next."""
+        super().__init__()
         self._own_replicas = dict(replicas or {})
         self._routes = ModelRoutes(self._find_replicas)
-        self._created = int(time.time())
         self._settings = IngressSettings()
         self._admission = Admission(self._max_in_flight, max_per_request=1)
         self._stored = ResponseStore(0, 0.0)
@@ -111,9 +101,9 @@ class Ingress:
         """Raises RequestError if the key is missing or wrong (401, 403), if the service is full (429), or if it is
         shutting down (503). Called before the body is read."""
         path = route_path(request)
-        if path != _METRICS:  # which tells how the service drains
+        if path != METRICS:  # which tells how the service drains
             self._draining.check()
-        if path == _REBALANCE:
+        if path == REBALANCE:
             check_admin_key(request, self._settings.admin_key, self._settings.api_key)
             return
         check_key(request, self._settings.api_key)
@@ -129,10 +119,6 @@ class Ingress:
         read_routes(values, self._routes)
         values.set(SEQUENCES_IN_FLIGHT, self._admission.in_flight)
         values.set(SEQUENCES_LIMIT, self._max_in_flight())
-
-    def _max_in_flight(self) -> int:
-        """This ingress's part of what the service takes: Serve's proxies spread requests evenly."""
-        return math.ceil(self._routes.max_in_flight() / (serve.get_replica_context().world_size or 1))
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
@@ -188,80 +174,6 @@ class Ingress:
     @api.post("/detokenize", **route("vLLM: token ids to text", DetokenizeBody))
     async def detokenize(self, request: Request) -> Response:
         return await self._generate(request, parse_detokenize)
-
-    @api.get("/version", **route("vLLM: the version of this service"))
-    async def version(self) -> Response:
-        return json_response({"version": __version__})
-
-    @api.get("/v1/models", **route("OpenAI, Anthropic: the models that are served"))
-    @api.get("/v1/models/", include_in_schema=False)
-    async def models(self, request: Request) -> Response:
-        """The model list, in Anthropic's form if the request has its `anthropic-version` header."""
-        models = await self._models()
-        if is_anthropic(request):
-            return json_response(models.anthropic_list(request.query_params))
-        return json_response(models.openai_list())
-
-    @api.get("/v1/models/{name:path}", **route("OpenAI, Anthropic: one model"))
-    async def model(self, name: str, request: Request) -> Response:
-        models = await self._models()
-        form = models.anthropic_model if is_anthropic(request) else models.openai_model
-        return json_response(form(name.removesuffix("/")))
-
-    async def _models(self) -> Models:
-        routes = list(self._routes)
-        longest = await asyncio.gather(*(each.longest() for each in routes))
-        return Models(
-            tuple(
-                Model(name, None if name == each.model.name else each.model.name, limit)
-                for each, limit in zip(routes, longest, strict=True)
-                for name in (each.model.name, *each.model.adapters)
-            ),
-            self._created,
-        )
-
-    @api.get("/health", **route("Whether this process lives and no engine is known to be lost"))
-    async def health(self) -> Response:
-        """200 unless every model had healthy replicas and has none now. Answers without asking replicas."""
-        if all(each.state == "unhealthy" for each in self._routes):
-            raise EngineDeadError("no replica is healthy")
-        return json_response({"status": "ok"})
-
-    @api.get("/ready", **route("Whether a request sent now would be answered"))
-    async def ready(self, request: Request) -> Response:
-        """The state of each model, or of the one that `?model=` names; 503 unless all are ready."""
-        name = request.query_params.get("model", "")
-        routes = [self._routes.find(name)] if name else list(self._routes)
-        states = {each.model.name: each.state for each in routes}
-        self._draining.check()
-        if waiting := [f"{name!r} is {state}" for name, state in states.items() if state != "ready"]:
-            raise EngineDeadError(f"not ready: {', '.join(waiting)}")
-        return json_response({"status": "ready", "models": states})
-
-    @api.get(_METRICS, include_in_schema=False)
-    async def metrics(self) -> Response:
-        """For Prometheus: this ingress's metrics and those of all replicas."""
-        return Response(await self.metrics_of_http.page(), media_type=CONTENT_TYPE)
-
-    @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
-    async def ranks(self) -> Response:
-        """Each replica's layout, backends, collectives, and the host, process and GPU of each rank."""
-        return json_response({"object": "list", "data": await self._ask_all("ranks")})
-
-    @api.get("/v1/cluster/experts", **route("The load of each expert"))
-    async def experts(self) -> Response:
-        """Each replica's expert load."""
-        return json_response({"object": "list", "data": await self._ask_all("expert_load")})
-
-    @api.post(_REBALANCE, **route("Rebalances the placement of experts"))
-    async def rebalance_experts(self) -> Response:
-        """Has each replica rebalance its experts by their load. Answers with the layers that each replica changed."""
-        return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
-
-    async def _ask_all(self, method: str) -> list[Any]:
-        """What the replicas of all models answer. Raises EngineDeadError if one is lost."""
-        answers = await asyncio.gather(*(each.ask_all(method) for each in self._routes))
-        return [answer for of_model in answers for answer in of_model]
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and ends running ones after `timeout_s` seconds. Returns the number of running

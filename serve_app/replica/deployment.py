@@ -13,7 +13,7 @@ from typing import Any
 from ray import serve
 
 from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.errors import QwenDistError
+from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.text.tokenizer import read_generation_defaults
@@ -115,10 +115,38 @@ class EngineReplica:
                     "host": rank.host,
                     "pid": rank.pid,
                     "card": {"name": rank.card.name, "uuid": rank.card.uuid} if rank.card else None,
+                    "memory_bytes": rank.memory_bytes,
                 }
                 for rank in self._engine.ranks
             ],
         }
+
+    async def describe(self) -> dict[str, Any]:
+        """This replica's part of `/v1/cluster`: whether its steps go on, its ranks, its load and its counters."""
+        stats = self._engine.stats()
+        stalled = self._engine.stalled()
+        return {
+            "id": serve.get_replica_context().replica_id.unique_id,
+            "healthy": not stalled,
+            "message": stalled,
+            **await self.ranks(),
+            "load": {
+                "num_requests_running": stats.num_running,
+                "num_requests_waiting": stats.num_waiting,
+                "kv_cache_usage": stats.kv_usage,
+                "prompt_tokens": stats.prompt_tokens,
+                "generation_tokens": stats.generation_tokens,
+                "num_preemptions": stats.preemptions,
+                "steps": stats.steps,
+                "step_age_s": self._engine.step_age_s,
+            },
+        }
+
+    async def check_progress(self) -> None:
+        """Raises EngineDeadError once a rank is lost, or while a step takes far longer than those before it."""
+        self._engine.check_health()
+        if stalled := self._engine.stalled():
+            raise EngineDeadError(stalled)
 
     async def expert_load(self) -> dict[str, Any]:
         """Tokens routed to each expert of each MoE layer so far, and the placement of the experts."""

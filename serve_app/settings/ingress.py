@@ -21,6 +21,7 @@ class ServedModel:
     application: str
     adapters: tuple[str, ...]
     min_replicas: int
+    max_replicas: int
     max_ongoing_requests: int
     health_check_period_s: float
     health_check_timeout_s: float

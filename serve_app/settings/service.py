@@ -79,6 +79,7 @@ class ServiceConfig:
                     "" if in_one_application else self.application(model),
                     tuple(model.replica.engine.lora.names),
                     model.scaling.min_replicas,
+                    model.scaling.max_replicas,
                     model.scaling.max_ongoing_requests,
                     model.scaling.health_check_period_s,
                     model.scaling.health_check_timeout_s,

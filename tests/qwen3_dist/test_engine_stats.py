@@ -123,3 +123,21 @@ def test_an_engine_counts_tokens_and_tells_when_each_choice_was_scheduled() -> N
             assert 0 < scheduled < times[0] and times == sorted(set(times))
     finally:
         engine.shutdown()
+
+
+def test_a_step_that_runs_far_longer_than_recent_ones_has_stalled(clock: Clock) -> None:
+    meter = StepMeter(StepTraffic(EngineConfig(), DENSE_CONFIG, "cpu"))
+
+    def run(seconds: float) -> str:
+        meter.submitted([StepPlan(1, (), (7,), False)], alone=True)
+        clock.now += seconds
+        said = meter.stalled()
+        meter.collected(others=False)
+        return said
+
+    assert run(60.0) == ""  # nothing is known yet of how long steps take
+    for _ in range(3000):
+        assert run(0.02) == ""
+    assert run(3.9) == ""
+    assert "a step has run for 100.0 s" in run(100.0)
+    assert meter.stalled() == ""  # it has ended after all

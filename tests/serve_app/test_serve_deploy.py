@@ -48,11 +48,13 @@ class Deployed:
         """Whether a request beside two running ones is refused."""
         endless = {**ASK, "max_tokens": 900, "ignore_eos": True, "stream": True}
         with contextlib.ExitStack() as streams:
+            lines = []  # a dropped iterator would hang up
             for _ in range(2):
                 answer = streams.enter_context(
                     httpx.stream("POST", f"{self.url}/v1/completions", json=endless, timeout=60)
                 )
-                next(answer.iter_lines())
+                lines.append(answer.iter_lines())
+                next(lines[-1])
             return self.ask().status_code == 429
 
     def engines(self, key: str = "") -> set[int]:

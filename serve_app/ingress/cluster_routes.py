@@ -1,0 +1,124 @@
+"""Routes that tell of the service: its models, its health, its replicas and their ranks."""
+
+# No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
+import asyncio
+import math
+import time
+from typing import Any
+
+from fastapi import Request, Response
+from ray import serve
+
+from qwen3_dist import __version__
+from qwen3_dist.errors import EngineDeadError
+from serve_app.apis.models import Model, Models
+from serve_app.apis.openapi import route
+from serve_app.ingress.admission import Admission
+from serve_app.ingress.api import api
+from serve_app.ingress.cluster_view import cluster_view
+from serve_app.ingress.draining import Draining
+from serve_app.ingress.http import is_anthropic, json_response
+from serve_app.ingress.metrics import IngressMetrics
+from serve_app.ingress.model_routes import ModelRoutes
+from serve_app.metrics.exposition import CONTENT_TYPE
+
+METRICS = "/metrics"
+REBALANCE = "/v1/cluster/experts/rebalance"
+
+
+class ClusterRoutes:
+    """The part of the ingress that answers without running a model."""
+
+    _routes: ModelRoutes
+    _draining: Draining
+    _admission: Admission
+    metrics_of_http: IngressMetrics
+
+    def __init__(self) -> None:
+        self._created = int(time.time())
+
+    def _max_in_flight(self) -> int:
+        """This ingress's part of what the service takes: Serve's proxies spread requests evenly."""
+        return math.ceil(self._routes.max_in_flight() / (serve.get_replica_context().world_size or 1))
+
+    @api.get("/version", **route("vLLM: the version of this service"))
+    async def version(self) -> Response:
+        return json_response({"version": __version__})
+
+    @api.get("/v1/models", **route("OpenAI, Anthropic: the models that are served"))
+    @api.get("/v1/models/", include_in_schema=False)
+    async def models(self, request: Request) -> Response:
+        """The model list, in Anthropic's form if the request has its `anthropic-version` header."""
+        models = await self._models()
+        if is_anthropic(request):
+            return json_response(models.anthropic_list(request.query_params))
+        return json_response(models.openai_list())
+
+    @api.get("/v1/models/{name:path}", **route("OpenAI, Anthropic: one model"))
+    async def model(self, name: str, request: Request) -> Response:
+        models = await self._models()
+        form = models.anthropic_model if is_anthropic(request) else models.openai_model
+        return json_response(form(name.removesuffix("/")))
+
+    async def _models(self) -> Models:
+        routes = list(self._routes)
+        longest = await asyncio.gather(*(each.longest() for each in routes))
+        return Models(
+            tuple(
+                Model(name, None if name == each.model.name else each.model.name, limit)
+                for each, limit in zip(routes, longest, strict=True)
+                for name in (each.model.name, *each.model.adapters)
+            ),
+            self._created,
+        )
+
+    @api.get("/health", **route("Whether this process lives and no engine is known to be lost"))
+    async def health(self) -> Response:
+        """200 unless every model had healthy replicas and has none now. Answers without asking replicas."""
+        if all(each.state == "unhealthy" for each in self._routes):
+            raise EngineDeadError("no replica is healthy")
+        return json_response({"status": "ok"})
+
+    @api.get("/ready", **route("Whether a request sent now would be answered"))
+    async def ready(self, request: Request) -> Response:
+        """The state of each model, or of the one that `?model=` names; 503 unless all are ready."""
+        name = request.query_params.get("model", "")
+        routes = [self._routes.find(name)] if name else list(self._routes)
+        states = {each.model.name: each.state for each in routes}
+        self._draining.check()
+        if waiting := [f"{name!r} is {state}" for name, state in states.items() if state != "ready"]:
+            raise EngineDeadError(f"not ready: {', '.join(waiting)}")
+        return json_response({"status": "ready", "models": states})
+
+    @api.get(METRICS, include_in_schema=False)
+    async def metrics(self) -> Response:
+        """For Prometheus: this ingress's metrics and those of all replicas."""
+        return Response(await self.metrics_of_http.page(), media_type=CONTENT_TYPE)
+
+    @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
+    async def ranks(self) -> Response:
+        """Each replica's layout, backends, collectives, and the host, process and GPU of each rank."""
+        return json_response({"object": "list", "data": await self._ask_all("ranks")})
+
+    @api.get("/v1/cluster/experts", **route("The load of each expert"))
+    async def experts(self) -> Response:
+        """Each replica's expert load."""
+        return json_response({"object": "list", "data": await self._ask_all("expert_load")})
+
+    @api.post(REBALANCE, **route("Rebalances the placement of experts"))
+    async def rebalance_experts(self) -> Response:
+        """Has each replica rebalance its experts by their load. Answers with the layers that each replica changed."""
+        return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
+
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What the replicas of all models answer. Raises EngineDeadError if one is lost."""
+        answers = await asyncio.gather(*(each.ask_all(method) for each in self._routes))
+        return [answer for of_model in answers for answer in of_model]
+
+    @api.get("/v1/cluster", **route("What runs: models, replicas, ranks, load"))
+    async def cluster(self) -> Response:
+        """The state of each model and replica, its ranks and its load. Counters begin at a replica's start."""
+        view = await cluster_view(
+            self._routes, self._admission.in_flight, self._max_in_flight(), self._created
+        )
+        return json_response(view)

@@ -1,0 +1,57 @@
+"""What an operator sees at /v1/cluster, /ready and /health, also while a rank hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import httpx
+
+from tests.serve_app.support import wait_for
+
+
+def test_the_cluster_shows_models_replicas_ranks_and_load(http: httpx.Client, model: str) -> None:
+    before = http.get("/v1/cluster").json()["models"][0]["replicas"][0]["load"]
+    answered = http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 3, "ignore_eos": True})
+    assert answered.is_success
+    view = http.get("/v1/cluster").json()
+    [served] = view["models"]
+    assert view["object"] == "cluster" and view["uptime_s"] > 0
+    assert (served["id"], served["status"], served["message"]) == (model, "ready", "")
+    assert served["min_replicas"] == 1 and served["max_replicas"] == 2
+    replica = served["replicas"][0]
+    assert replica["healthy"] and replica["layout"] == "tp=2,ep=2"
+    assert [rank["rank"] for rank in replica["ranks"]] == [0, 1]
+    assert all(rank["memory_bytes"] > 2**20 for rank in replica["ranks"])
+    load = replica["load"]
+    assert load["generation_tokens"] - before["generation_tokens"] == 3
+    assert 0 <= load["kv_cache_usage"] <= 1 and load["num_requests_running"] == 0
+
+
+def test_a_rank_that_hangs_is_unhealthy_as_soon_as_its_step_is_late_and_healthy_once_it_goes_on(
+    http: httpx.Client, model: str
+) -> None:
+    wait_for(lambda: len(http.get("/v1/cluster").json()["models"][0]["replicas"]) == 1, timeout_s=90)
+    [replica] = http.get("/v1/cluster").json()["models"][0]["replicas"]
+    body = {"model": model, "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
+    assert http.post("/v1/completions", json=body).is_success  # from which the engine knows its steps
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(
+            http.post("/v1/completions", json={**body, "max_tokens": 4000}, timeout=90)
+        )
+    )
+    pid = replica["ranks"][1]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        asking.start()
+        wait_for(lambda: http.get("/ready").status_code == 503)
+        assert http.get("/health").status_code == 503
+        [seen] = http.get("/v1/cluster").json()["models"][0]["replicas"]
+        assert not seen["healthy"] and "a step has run for" in seen["message"]
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: http.get("/ready").is_success and http.get("/health").is_success)
+    asking.join(timeout=90)
+    assert answers and answers[0].is_success
