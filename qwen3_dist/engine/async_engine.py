@@ -97,8 +97,10 @@ class AsyncEngine:
         priority: int = 0,
         lora: str | None = None,
         pooling: PoolingParams | None = None,
+        announce: bool = False,
     ) -> AsyncGenerator[list[TokenDelta], None]:
-        """Yields the deltas of each step until all choices of the request are finished.
+        """Yields the deltas of each step until all choices of the request are finished; with `announce` an empty list
+        first, as soon as the request is accepted.
 
         Requests of lower `priority` run first; `lora` names the adapter that the request uses. Raises RequestError
         before the first item if the request is refused, or later if its structured output fails, and EngineDeadError
@@ -119,6 +121,8 @@ class AsyncEngine:
         if not self._post(add):
             self.check_health()
         try:
+            if announce:
+                yield []
             while stream.unfinished:
                 deltas = await stream.next_deltas()
                 failed = next((delta.error for delta in deltas if delta.error is not None), None)

@@ -50,7 +50,7 @@ from serve_app.ingress.http import (
     request_id,
     route_path,
 )
-from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KEEP_ALIVE_COMMENT, KeepAliveStream
+from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KeepAliveStream
 from serve_app.ingress.metrics import IngressMetrics, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
@@ -199,18 +199,19 @@ class Ingress(ClusterRoutes):
             admitted.count(request.num_sequences)
             resources.enter_context(model.admission.admit()).count(request.num_sequences)
             answer = self._draining.watch(model.dispatcher.answer(request, request_id(http_request)))
-            items = KeepAliveStream(observe(answer))
-            streams = isinstance(request, GenerationRequest) and request.stream
+            stream = request if isinstance(request, GenerationRequest) and request.stream else None
+            items = KeepAliveStream(observe(answer), stream.ping if stream else b"")
             try:
-                opening = await items.first(HEADERS_AFTER_S if streams else None)
+                opening = await items.first(HEADERS_AFTER_S if stream else None)
             except BaseException:
                 await items.aclose()
                 raise
-            status, first = opening or (HTTPStatus.OK, KEEP_ALIVE_COMMENT)
+            status, first = opening or (HTTPStatus.OK, b"")
             timeout_s = settings.write_timeout_s
-            if isinstance(request, GenerationRequest) and request.stream and status == HTTPStatus.OK:
+            if stream and status == HTTPStatus.OK:
+                first = first or stream.ping
                 return self._with_limit(
-                    EventStream(first, items, request.error_events, timeout_s, resources.pop_all())
+                    EventStream(first, items, stream.error_events, timeout_s, resources.pop_all())
                 )
             await items.aclose()
         if len(first) > CHUNK_BYTES:

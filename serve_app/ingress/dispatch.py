@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 import grpc
+import pydantic_core
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -21,6 +22,7 @@ logger = logging.getLogger("ray.serve")
 # Waits between retries. Together long enough for a replica whose engine died to have left.
 PAUSES_S = (0.1, 0.3, 1.0, 2.0)
 _LOST = "the replica that ran this request was lost; send it again"
+_ACCEPTED = (HTTPStatus.OK, b"")
 _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -45,20 +47,25 @@ class Dispatcher:
         self._pauses_s = pauses_s
 
     async def answer(self, request: Any, request_id: str) -> AsyncGenerator[Any, None]:
-        """The items of the answer. Closing this generator early cancels the request on the replica.
+        """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
 
-        Retries if the replica is lost before the first item. Raises EngineDeadError if it is lost later or the retries
-        are used up, and RequestError on a timeout (408) or a bug (500), which is logged under `request_id`.
+        The pair of a stream that is accepted has an empty body. Retries if the replica is lost before it has sent more
+        than that. Raises EngineDeadError if it is lost later or the retries are used up, and RequestError on a timeout
+        (408) or a bug (500), which is logged under `request_id`. Closing this generator cancels the request.
         """
         now = asyncio.get_running_loop().time()
         deadline = now + self.timeout_s if self.timeout_s else None
+        accepted = begun = False
         for pause_s in (*self._pauses_s, None):
-            begun = False
             try:
                 async with contextlib.aclosing(self._try(request, request_id, deadline)) as items:
                     async for item in items:
-                        begun = True
-                        yield item
+                        if isinstance(item, tuple) and accepted:
+                            item = part_of(*item)  # of another replica, after the first was lost
+                        accepted = accepted or item == _ACCEPTED
+                        begun = begun or item not in (b"", _ACCEPTED)
+                        if item:
+                            yield item
                 return
             except EngineDeadError:
                 self._on_loss()
@@ -69,12 +76,10 @@ class Dispatcher:
     async def _try(self, request: Any, request_id: str, deadline: float | None) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
         items = self._send(request, request_id)
-        begun = False
         try:
             while (item := await self._in_time(_next(items), deadline)) is not None:
-                if not begun and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
+                if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
                     raise EngineDeadError(_LOST)
-                begun = True
                 yield item
         except QwenDistError:
             raise
@@ -99,6 +104,15 @@ class Dispatcher:
                 f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
                 status=HTTPStatus.REQUEST_TIMEOUT,
             ) from None
+
+
+def part_of(status: int, body: bytes) -> bytes:
+    """The part of a stream that a pair of status and body holds. Raises RequestError for an error, whose status comes
+    too late."""
+    if status == HTTPStatus.OK:
+        return body
+    error = pydantic_core.from_json(body)["error"]
+    raise RequestError(error["message"], error.get("param"), status, error.get("code"))
 
 
 def is_replica_loss(error: Exception) -> bool:

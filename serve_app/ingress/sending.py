@@ -47,6 +47,10 @@ async def _wait_for_client(scope: Scope, timeout_s: float) -> None:
         await asyncio.sleep(_POLL_S)
 
 
+# No proxy may hold parts back: nginx buffers answers unless it is told not to.
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
 class EventStream(StreamingResponse):
     """Server-sent events: `first`, then `items`, which are closed when the stream ends or the client disconnects.
 
@@ -66,7 +70,7 @@ class EventStream(StreamingResponse):
         self._timeout_s = timeout_s
         self._admitted = admitted or nullcontext()
         self._scope: Scope = {}
-        super().__init__((), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        super().__init__((), media_type="text/event-stream", headers=_STREAM_HEADERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope = scope

@@ -92,8 +92,11 @@ class EngineReplica:
             return
         async with aclosing(stream):
             yield HTTPStatus.OK, first
-            async for item in stream:
-                yield item
+            try:
+                async for item in stream:
+                    yield item
+            except EngineDeadError as error:  # before the first event, so that another replica can answer
+                yield error_status(error), to_json(request.error_body(error))
 
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.errors import ContextLengthError, QwenDistError, RequestError
+from qwen3_dist.errors import ContextLengthError, EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ChoiceDelta, Choices, ParserSpec, join
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
@@ -102,16 +102,21 @@ class RequestHandler:
         )
 
     async def stream(self, request: GenerationRequest, request_id: str = "") -> AsyncGenerator[bytes, None]:
-        """Server-sent events, one item per engine step.
+        """Server-sent events, one item per engine step, after an empty item once the request is accepted.
 
-        An error before the first item is raised. A later one becomes an event, since the HTTP status has been sent; if
-        it is a bug, it is logged under `request_id`.
+        An error before the first event is raised, as is the engine's death. A later one becomes an event, since the
+        HTTP status has been sent; if it is a bug, it is logged under `request_id`.
         """
         job = await self._prepare(request)
-        begun = False
+        waiting, begun = len(job.prompts), False
         try:
-            async with aclosing(self._steps(job)) as steps:
+            async with aclosing(self._steps(job, announce=True)) as steps:
                 async for step in steps:
+                    if not step and waiting:
+                        waiting -= 1
+                        if not waiting:
+                            yield b""
+                        continue
                     for delta in step:
                         job.answer.count(delta)
                     events = b"" if begun else job.answer.begin()
@@ -120,7 +125,7 @@ class RequestHandler:
                         yield events
                         begun = True
         except Exception as error:
-            if not begun:
+            if waiting or (not begun and isinstance(error, EngineDeadError)):
                 raise
             known = (
                 error if isinstance(error, QwenDistError) else log_internal_error(error, logger, request_id)
@@ -178,10 +183,10 @@ class RequestHandler:
                 max_tokens,
             )
 
-    async def _steps(self, job: _Job) -> Steps:
+    async def _steps(self, job: _Job, announce: bool = False) -> Steps:
         """The steps of all prompts, interleaved. Choice `i` of prompt `p` has index `p * n + i`."""
         n = job.params.n
-        streams = [self._prompt_steps(job, prompt, p * n) for p, prompt in enumerate(job.prompts)]
+        streams = [self._prompt_steps(job, prompt, p * n, announce) for p, prompt in enumerate(job.prompts)]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
         try:
             async with aclosing(merged):
@@ -190,16 +195,21 @@ class RequestHandler:
         except RequestError as error:
             raise job.request.with_client_names(error) from None
 
-    async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int) -> Steps:
+    async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int, announce: bool) -> Steps:
         """The steps of one prompt until all its choices are done. Closing early aborts the prompt in the engine."""
         params = job.params
         choices = Choices(params, self._engine.tokenizer, job.parser_spec, first_index)
         request_id = uuid.uuid4().hex
-        generated = self._engine.generate(prompt, params, request_id, job.priority, job.lora)
+        generated = self._engine.generate(
+            prompt, params, request_id, job.priority, job.lora, announce=announce
+        )
         watch = self._metrics.watch(job.arrival_s, len(prompt), params.n)
         async with aclosing(generated) as steps:
             with watch:
                 async for step in steps:
+                    if not step:  # the request is accepted
+                        yield []
+                        continue
                     watch.generated(step)
                     shown = choices.advance(step, lambda index: self._engine.abort(request_id, index))
                     watch.shown(shown, first_index)

@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.ingress.dispatch import Dispatcher
 
 WHOLE = [(200, b"head"), b"part"]
@@ -80,6 +81,24 @@ def test_a_request_that_has_shown_nothing_is_sent_again_when_its_replica_is_lost
     assert replicas.got() == WHOLE
     assert (replicas.asked, replicas.losses) == (["id"] * 3, 2)
     assert all(answer.cancelled for answer in replicas.answers)
+
+
+ACCEPTED = (200, b"")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_stream_that_is_accepted_and_has_shown_nothing_is_sent_again(loss: Any) -> None:
+    replicas = Replicas([ACCEPTED, loss], [loss], [ACCEPTED, b"a", b"b"])
+    assert replicas.got() == [ACCEPTED, b"a", b"b"]
+    assert len(replicas.asked) == 3
+
+
+def test_a_stream_that_another_replica_refuses_after_the_first_was_lost_ends_with_the_error() -> None:
+    body = to_json(error_object(RequestError("no", "input", 404, "gone")))
+    replicas = Replicas([ACCEPTED, DEAD], [(404, body)])
+    with pytest.raises(RequestError, match="no") as refused:
+        replicas.got()
+    assert (refused.value.status, refused.value.param) == (404, "input")
 
 
 @pytest.mark.parametrize("loss", LOSSES[:-1])

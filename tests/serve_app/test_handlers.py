@@ -106,7 +106,8 @@ def test_one_item_crosses_per_step_however_many_choices_there_are(engine: AsyncE
     request = completion(n=4, seed=1, temperature=1, max_tokens=10, stream=True, ignore_eos=True)
     items = asyncio.run(collect(handler(engine).stream(request)))
     assert items[-1].endswith(DONE)
-    assert len(items) <= engine.stats().steps - before + 1
+    assert items[0] == b""  # the request is accepted
+    assert len(items) <= engine.stats().steps - before + 2
 
 
 def test_a_whole_answer_is_built_off_the_event_loop(
@@ -129,6 +130,7 @@ def test_leaving_a_stream_frees_every_sequence_of_it(engine: AsyncEngine, prompt
     async def leave_early() -> None:
         request = completion(prompt=prompt, n=2, max_tokens=4000, stream=True, ignore_eos=True)
         stream = handler(engine).stream(request)
+        assert await anext(stream) == b""  # it is accepted
         await anext(stream)
         assert not is_idle(engine)
         await stream.aclose()
@@ -151,10 +153,21 @@ def test_a_refused_prompt_ends_the_others_of_its_request(engine: AsyncEngine) ->
     wait_for(lambda: is_idle(engine))
 
 
+def test_an_engine_that_dies_before_the_first_event_is_raised_so_that_another_answers() -> None:
+    async def outlive(engine: AsyncEngine) -> None:
+        stream = handler(engine).stream(completion(prompt=[5] * 4000, max_tokens=8, stream=True))
+        assert await anext(stream) == b""
+        await asyncio.to_thread(engine.shutdown)
+        await collect(stream)
+
+    with pytest.raises(EngineDeadError):
+        asyncio.run(outlive(started()))
+
+
 def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event() -> None:
     async def outlive(engine: AsyncEngine) -> list[bytes]:
         stream = handler(engine).stream(completion(max_tokens=4000, stream=True, ignore_eos=True))
-        items = [await anext(stream)]
+        items = [await anext(stream), await anext(stream)]
         await asyncio.to_thread(engine.shutdown)
         return items + await collect(stream)
 

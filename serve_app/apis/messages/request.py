@@ -159,6 +159,11 @@ class MessagesRequest(ChatRequest):
     def error_body(self, error: Exception) -> dict[str, Any]:
         return message_error(error)
 
+    @property
+    def ping(self) -> bytes:
+        """Anthropic's event of that name."""
+        return b'event: ping\ndata: {"type": "ping"}\n\n'
+
     def error_events(self, error: Exception) -> bytes:
         return message_error_event(error)
 

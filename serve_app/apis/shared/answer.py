@@ -26,6 +26,9 @@ def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
     return b"%sdata: %s\n\n" % (head, to_json(data))
 
 
+PING = b": ping\n\n"  # a comment line of server-sent events, which clients ignore
+
+
 def error_events(error: Exception) -> bytes:
     """Returns the events that end an OpenAI stream after `error`: the error object, then `[DONE]`."""
     return event(error_object(error), "error") + DONE

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ParserSpec
-from serve_app.apis.shared.answer import Answer, AnswerContext, error_events
+from serve_app.apis.shared.answer import PING, Answer, AnswerContext, error_events
 from serve_app.apis.shared.body import (
     Body,
     Json,
@@ -123,6 +123,11 @@ class GenerationRequest(ABC):
     def error_body(self, error: Exception) -> dict[str, Any]:
         """Returns the JSON body for `error` in the format of this request's API."""
         return error_object(error)
+
+    @property
+    def ping(self) -> bytes:
+        """What keeps a stream's connection alive while its prompt waits or is read."""
+        return PING
 
     def error_events(self, error: Exception) -> bytes:
         """Returns the events that end the stream of a request whose replica died."""
