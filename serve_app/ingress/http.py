@@ -25,6 +25,7 @@ from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.failures import internal_error
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER, OverloadedError
 from serve_app.ingress.docs_page import add_docs
+from serve_app.ingress.page import add_page, is_page
 from serve_app.ingress.sending import track_unsent
 
 logger = logging.getLogger("ray.serve")
@@ -83,6 +84,7 @@ def make_api(gate: Gate = deployment_gate, meter_of: Callable[[Request], Meter] 
         redoc_url=None,
     )
     add_docs(api)
+    add_page(api)
 
     def refuse(request: Request, error: Exception, headers: Mapping[str, str] | None = None) -> Response:
         form = error_form(request.scope["path"], is_anthropic(request))
@@ -152,7 +154,8 @@ def route_path(request: Request) -> str:
 
 def check_key(request: Request, key: str) -> None:
     """Raises RequestError (401) unless the request carries the API `key` or its path needs none."""
-    if key and route_path(request) not in _KEYLESS and not _has_key(request, key):
+    path = route_path(request)
+    if key and path not in _KEYLESS and not is_page(path) and not _has_key(request, key):
         raise RequestError(
             "the API key is missing or wrong; send it as Authorization: Bearer KEY or as x-api-key",
             status=HTTPStatus.UNAUTHORIZED,
