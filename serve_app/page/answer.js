@@ -1,7 +1,7 @@
 // One turn of the conversation as elements. A turn is plain data:
 // {role: "user" | "tool", content} or {role: "assistant", model, content, reasoning, calls, error, stopped, finish,
 // firstS, thoughtS, tokens, perS, running}; times are in seconds.
-import { button, copyButton, count, el, say } from "./dom.js";
+import { brief, button, copyButton, count, el, say } from "./dom.js";
 import { render } from "./markdown.js";
 
 const ENDS = { length: "cut off by the token limit", content_filter: "filtered" };
@@ -39,7 +39,7 @@ function answerView(turn, actions) {
     folded.hidden = !turn.reasoning;
     const isThinking = turn.running && !turn.content && !turn.calls.length;
     folded.classList.toggle("now", isThinking);
-    say(summary, isThinking ? "Thinking…" : `Thought for ${count(turn.thoughtS)} s`);
+    say(summary, isThinking ? "Thinking…" : `Thought for ${brief(turn.thoughtS)}`);
     say(thoughts, turn.reasoning.trim());
     render(text, turn.content);
     showCalls(calls, turn.calls);
@@ -58,7 +58,7 @@ function answerView(turn, actions) {
 
 function factsOf(turn) {
   const facts = [];
-  if (turn.firstS !== undefined) facts.push(`first token after ${count(turn.firstS)} s`);
+  if (turn.firstS !== undefined) facts.push(`first token after ${turn.firstS.toFixed(2)} s`);
   if (turn.tokens !== undefined) facts.push(`${count(turn.tokens)} tokens`);
   if (turn.perS !== undefined) facts.push(`${count(turn.perS)} tokens/s`);
   if (turn.stopped) facts.push("stopped");

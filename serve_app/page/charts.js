@@ -71,10 +71,10 @@ export function lineChart(title, series) {
   return chart;
 }
 
-/** The least of 1, 2, 5, 10, … that is not below `value`. */
+/** The least of 1, 1.5, 2, 3, 5, 8, 10, … that is not below `value`. */
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
+  return [1, 1.5, 2, 3, 5, 8, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
 
 /** A bar of two parts; `set(share, more, words)` fills both, shares of the whole from 0 to 1. */

@@ -65,6 +65,9 @@ export function bytes(value) {
   return value < 2 ** 30 ? `${count(value / 2 ** 20)} MiB` : `${(value / 2 ** 30).toFixed(1)} GiB`;
 }
 
+/** A short time, such as that to the first token. */
+export const brief = (seconds) => (!(seconds >= 0.1) ? "under 0.1 s" : `${seconds.toFixed(seconds < 10 ? 1 : 0)} s`);
+
 export function duration(seconds) {
   if (typeof seconds !== "number") return "–";
   if (seconds < 60) return `${Math.floor(seconds)} s`;

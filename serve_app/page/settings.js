@@ -77,7 +77,9 @@ export function startSettings(saved) {
     write();
     saved();
   };
-  dialog.onclick = (event) => event.target === dialog && dialog.close();
+  dialog.onclick = (event) => {
+    if (event.target === dialog) dialog.close(); // its backdrop
+  };
   dialog.addEventListener("open-it", () => {
     for (const field of fields) field[part(field)] = settings[field.name];
     byId("settings-error").textContent = "";

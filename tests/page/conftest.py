@@ -12,6 +12,7 @@ import pytest
 from tests.page.fake_service import FakeService
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[page]' brings it")
+sync_api.expect.set_options(timeout=20_000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SHOTS = Path(__file__).parents[2] / "build" / "page"
 SIZES = {"wide": (1280, 800), "phone": (390, 844)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import random
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,10 @@ from typing import Any
 
 import uvicorn
 from fastapi import Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
+from starlette.routing import Mount
 
 from qwen3_dist.errors import RequestError
 from serve_app.ingress.http import Api, check_key, json_response, make_api
@@ -28,14 +31,14 @@ LAYERS, EXPERTS = 48, 128
 class FakeService:
     """What tests set (`key`, `cluster`) and read (`asked`, `polls`, `hung_up`)."""
 
-    def __init__(self, root_path: str = "") -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.key = ""
         self.cluster = "moe"  # or "dense", "unhealthy", "old": without the route
         self.asked: list[Json] = []
         self.polls = 0
         self.hung_up = threading.Event()
-        self.url = f"http://127.0.0.1:{free_port()}{root_path}"
-        self._root_path = root_path
+        self.url = f"http://127.0.0.1:{free_port()}{prefix}"
+        self._prefix = prefix
 
     @property
     def api(self) -> Api:
@@ -53,7 +56,8 @@ class FakeService:
     @contextmanager
     def serving(self) -> Iterator[FakeService]:
         port = int(self.url.split(":")[2].split("/")[0])
-        config = uvicorn.Config(self.api, port=port, log_level="warning", root_path=self._root_path)
+        app = Starlette(routes=[Mount(self._prefix, self.api)])
+        config = uvicorn.Config(app, port=port, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -181,13 +185,14 @@ def _replica(poll: int, index: int, healthy: bool) -> Json:
 
 
 def expert_load(index: int) -> Json:
-    """Tokens by layer: some experts are hot, more so in later layers; expert 5 of layer 0 has 4,242 on each replica."""
+    """Tokens by layer: loads differ more in later layers; expert 5 of layer 0 has 4,242 on each replica."""
 
     def tokens(layer: int, expert: int) -> int:
         if (layer, expert) == (0, 5):
             return 4242
-        noise = ((layer * 131 + expert * 71 + index * 7) * 2654435761 % 2**32) / 2**32
-        return int(900 * (0.35 + noise + (0.5 + layer / LAYERS) * max(0.0, noise - 0.9) * 30))
+        draw = random.Random(f"{layer} {expert} {index}")
+        popular = random.Random(f"{layer} {expert}").gammavariate(4 - 2.5 * layer / LAYERS, 1)
+        return int(300 * popular * draw.uniform(0.8, 1.2))
 
     layers = range(LAYERS)
     hosted = [list(range(first, first + EXPERTS // 4)) for first in range(0, EXPERTS, EXPERTS // 4)]
