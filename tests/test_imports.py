@@ -118,9 +118,7 @@ def test_a_module_imports_only_its_own_room_and_those_above_it(module: str) -> N
 
 def test_no_file_is_longer_than_a_reader_keeps_in_mind() -> None:
     folders = (*PACKAGES, "tests", "benchmarks", "tools")
-    files = [
-        file for folder in folders for end in FILES for file in (ROOT / folder).rglob(f"*.{end}")
-    ]
+    files = [file for folder in folders for end in FILES for file in (ROOT / folder).rglob(f"*.{end}")]
     lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in files}
     assert lengths and not {name: lines for name, lines in lengths.items() if lines > 350}
 

@@ -145,7 +145,7 @@ function read(event, turn, times) {
 
 function measure(turn, times) {
   const seconds = (times.last - times.first) / 1000;
-  if (turn.tokens > 1 && seconds > 0) turn.perS = (turn.tokens - 1) / seconds;
+  if (turn.tokens > 1 && seconds > 0.01) turn.perS = (turn.tokens - 1) / seconds;
 }
 
 let isDue = false;

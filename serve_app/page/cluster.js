@@ -79,6 +79,7 @@ function showState(state) {
     cards.get(key).show(replica, rates);
   }
   for (const known of [cards, before]) for (const key of known.keys()) if (!seen.has(key)) known.delete(key);
+  byId("charts").hidden = false;
   if (isKnown) history.push(point);
   while (history.length && now - history[0].t > SPAN_S) history.shift();
   for (const chart of charts) chart.draw(history);

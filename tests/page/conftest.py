@@ -39,7 +39,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """Opens a URL in a browser of its own. The test fails if the page logs an error that it does not expect."""
     contexts, errors = [], []
 
-    def open_url(url: str, size: str = "wide", scheme: str = "light", expected: str = "", **options: Any) -> Any:
+    def open_url(
+        url: str, size: str = "wide", scheme: str = "light", expected: str = "", **options: Any
+    ) -> Any:
         width, height = SIZES[size]
         context = browser.new_context(
             viewport={"width": width, "height": height},

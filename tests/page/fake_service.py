@@ -34,6 +34,7 @@ class FakeService:
     def __init__(self, prefix: str = "") -> None:
         self.key = ""
         self.cluster = "moe"  # or "dense", "unhealthy", "old": without the route
+        self.period_s = 2  # between two readings of the cluster
         self.asked: list[Json] = []
         self.polls = 0
         self.hung_up = threading.Event()
@@ -115,17 +116,17 @@ class FakeService:
         if self.cluster == "old":
             raise HTTPException(404, "Not Found")
         self.polls += 1
-        return json_response(cluster(self.polls, self.cluster))
+        return json_response(cluster(self.polls, self.cluster, self.period_s))
 
     async def experts(self, request: Request) -> Response:
         loads = [] if self.cluster == "dense" else [expert_load(0), expert_load(1)]
         return json_response({"object": "list", "data": loads})
 
 
-def cluster(poll: int, kind: str) -> Json:
-    """What /v1/cluster tells at the `poll`-th reading, two seconds after the one before."""
+def cluster(poll: int, kind: str, period_s: int) -> Json:
+    """What /v1/cluster tells at the `poll`-th reading, `period_s` seconds after the one before."""
     well = kind != "unhealthy"
-    replicas = [_replica(poll, i, well or i == 0) for i in range(1 if kind == "dense" else 2)]
+    replicas = [_replica(poll, i, well or i == 0, period_s) for i in range(1 if kind == "dense" else 2)]
     model = {
         "id": "Qwen3-30B-A3B",
         "status": "ready" if well else "unhealthy",
@@ -140,18 +141,18 @@ def cluster(poll: int, kind: str) -> Json:
     return {
         "object": "cluster",
         "version": "0.1.0",
-        "uptime_s": 8000.5 + 2 * poll,
+        "uptime_s": 8000.5 + period_s * poll,
         "models": [model],
         "ingress": {"replicas": 1, "in_flight": running + 3, "limit": 1256},
     }
 
 
-def _replica(poll: int, index: int, healthy: bool) -> Json:
+def _replica(poll: int, index: int, healthy: bool, period_s: int) -> Json:
     def busy(at: float) -> float:  # from 0 to 1
-        return 0.5 + 0.28 * math.sin(at / 23 + index) + 0.14 * math.sin(at / 5.3) + 0.06 * math.sin(at * 1.7)
+        return 0.5 + 0.28 * math.sin(at / 6 + index) + 0.14 * math.sin(at / 1.9) + 0.06 * math.sin(at * 1.7)
 
-    generated = sum(int(2 * 2600 * busy(at)) for at in range(poll))
-    prompt = sum(int(2 * 9000 * busy(at) ** 3) for at in range(poll))
+    generated = sum(int(period_s * 2600 * busy(at)) for at in range(poll))
+    prompt = sum(int(period_s * 9000 * busy(at) ** 3) for at in range(poll))
     ranks = [
         {
             "rank": rank,
@@ -165,7 +166,7 @@ def _replica(poll: int, index: int, healthy: bool) -> Json:
     load = {
         "num_requests_running": int(64 * busy(poll)),
         "num_requests_waiting": max(0, int(90 * (busy(poll) - 0.7))),
-        "kv_cache_usage": round(0.2 + 0.6 * busy(poll - 6), 3),
+        "kv_cache_usage": round(0.2 + 0.6 * busy(poll - 1), 3),
         "prompt_tokens": prompt,
         "generation_tokens": generated,
         "num_preemptions": 0,

@@ -63,7 +63,15 @@ SCRIPTS: dict[str, list[Part]] = {
     "sky": [*split("reasoning_content", THOUGHTS), (SLOW, 0.2), *split("content", MARKDOWN)],
     "weather": [
         *split("reasoning", "I need the tool."),
-        (CALL, {"index": 0, "id": "call-1", "type": "function", "function": {"name": "get_weather", "arguments": ""}}),
+        (
+            CALL,
+            {
+                "index": 0,
+                "id": "call-1",
+                "type": "function",
+                "function": {"name": "get_weather", "arguments": ""},
+            },
+        ),
         (CALL, {"index": 0, "function": {"arguments": '{"city": "Pa'}}),
         (CALL, {"index": 0, "function": {"arguments": 'ris", "days": 2}'}}),
     ],
@@ -71,7 +79,10 @@ SCRIPTS: dict[str, list[Part]] = {
     "attack": [*split("reasoning_content", ATTACKS, 23), *split("content", ATTACKS, 23)],
     "break": [*split("content", "The answer begins"), (ERROR, "the engine died; ask again")],
     "hang up": split("content", "Half an answ"),
-    "slow": [("content", "one "), *[part for _ in range(600) for part in ((SLOW, 0.1), ("content", "more "))]],
+    "slow": [
+        ("content", "one "),
+        *[part for _ in range(600) for part in ((SLOW, 0.1), ("content", "more "))],
+    ],
     "think long": [("reasoning_content", "Hm. "), (SLOW, 60)],
     "refuse": [],
     "plain": split("content", "Hello! How can I help you?"),

@@ -36,7 +36,9 @@ def set_up(page: Any, **fields: str) -> None:
     page.click("#settings button[type=submit]")
 
 
-def test_an_answer_streams_with_folded_thoughts_and_its_markdown(open_page: Any, service: FakeService) -> None:
+def test_an_answer_streams_with_folded_thoughts_and_its_markdown(
+    open_page: Any, service: FakeService
+) -> None:
     page = open_page(service.url)
     page.select_option("#model", "sailor")
     answer = ask(page, "Why is the sky blue?")

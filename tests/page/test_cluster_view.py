@@ -20,7 +20,9 @@ def test_it_shows_replicas_ranks_and_rates(open_page: Any, service: FakeService)
     expect(page.locator(".replica h3")).to_have_text(["h8qw", "k3fz"])
     expect(page.locator("#tiles")).to_contain_text("of 1,256")
     replica = page.locator(".replica").first
-    expect(replica.locator("[role=meter]").first).to_have_attribute("aria-valuenow", re.compile(r"^[1-9]\d?$"))
+    expect(replica.locator("[role=meter]").first).to_have_attribute(
+        "aria-valuenow", re.compile(r"^[1-9]\d?$")
+    )
     replica.locator("summary").click()
     expect(replica.locator("tbody tr")).to_have_count(4)
     expect(replica.locator("tbody tr").nth(1)).to_contain_text("NVIDIA H200")
@@ -41,7 +43,9 @@ def test_counters_that_begin_anew_make_no_negative_rate(open_page: Any, service:
     service.polls = 0
     wait_for(lambda: service.polls > 3)
     expect(page.locator(".replica .facts").first).to_contain_text(re.compile(r"^\d"))
-    assert "-" not in "".join(page.locator(".plot path").evaluate_all("(all) => all.map((p) => p.getAttribute('d'))"))
+    assert "-" not in "".join(
+        page.locator(".plot path").evaluate_all("(all) => all.map((p) => p.getAttribute('d'))")
+    )
 
 
 def test_experts_are_read_by_pointer_by_keyboard_and_as_a_table(open_page: Any, service: FakeService) -> None:
@@ -65,7 +69,9 @@ def test_experts_are_read_by_pointer_by_keyboard_and_as_a_table(open_page: Any, 
     heat.hover(position={"x": box["width"] - 2, "y": box["height"] - 2})
     expect(value).to_contain_text(f"Layer {LAYERS - 1}, expert {EXPERTS - 1}:")
     expect(value).to_contain_text("on ep rank 3")
-    colours = heat.evaluate("(c) => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size")
+    colours = heat.evaluate(
+        "(c) => new Set(c.getContext('2d').getImageData(0, 0, c.width, c.height).data).size"
+    )
     assert colours > 20
     page.locator("#experts summary").click()
     expect(page.locator("#heat-table tbody tr")).to_have_count(LAYERS)

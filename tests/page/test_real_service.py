@@ -24,7 +24,9 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    config = read_service_config({**SETTINGS, "port": free_port(), "api_key": "sesame", "route_prefix": "/small"})
+    config = read_service_config(
+        {**SETTINGS, "port": free_port(), "api_key": "sesame", "route_prefix": "/small"}
+    )
     with running_service(config) as service:
         yield service.url
 

@@ -54,7 +54,9 @@ def test_no_key_is_asked_for_where_none_is_set_nor_for_health_and_version() -> N
         check_key(request(path, prefix="/second"), "key")
 
 
-@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/docs", "/openapi.json", "/health/x", "/page", "/x"])
+@pytest.mark.parametrize(
+    "path", ["/tokenize", "/detokenize", "/docs", "/openapi.json", "/health/x", "/page", "/x"]
+)
 def test_all_other_paths_ask_for_the_key(path: str) -> None:
     with pytest.raises(RequestError) as refused:
         check_key(request(path), "key")

@@ -63,7 +63,9 @@ def test_a_file_that_the_browser_has_is_not_sent_again() -> None:
     assert client().get("/page/page.css", headers={"if-none-match": '"x"'}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["x.js", "..%2fsettings.py", "%2e%2e/settings.py", "../settings.py", "", "a/b.js"])
+@pytest.mark.parametrize(
+    "path", ["x.js", "..%2fsettings.py", "%2e%2e/settings.py", "../settings.py", "", "a/b.js"]
+)
 def test_nothing_but_the_pages_files_is_served(path: str) -> None:
     answer = client().get(f"/page/{path}", headers={"x-api-key": "key"})
     assert answer.status_code == 404 and b"ServiceConfig" not in answer.content
@@ -73,14 +75,18 @@ def test_nothing_but_the_pages_files_is_served(path: str) -> None:
 def test_a_file_names_no_other_host_and_makes_no_html_of_text(file: Path) -> None:
     text = file.read_text().replace("http://www.w3.org/2000/svg", "")
     assert not re.findall(r"https?:|[\"'(]//", text)
-    assert not re.findall(r"(?:inner|outer)HTML|insertAdjacent|document\.write|\beval\(|new Function|srcdoc", text)
+    assert not re.findall(
+        r"(?:inner|outer)HTML|insertAdjacent|document\.write|\beval\(|new Function|srcdoc", text
+    )
     if file.suffix == ".html":  # the policy forbids inline scripts, styles and handlers
         assert not re.findall(r"<script(?![^>]* src=)|<style|\bstyle=|\bon\w+=", text)
 
 
 def test_scripts_import_only_what_others_export() -> None:
     exported = {
-        script.name: set(re.findall(r"^export (?:async )?(?:function\*?|const|class) (\w+)", script.read_text(), re.M))
+        script.name: set(
+            re.findall(r"^export (?:async )?(?:function\*?|const|class) (\w+)", script.read_text(), re.M)
+        )
         for script in SCRIPTS
     }
     for script in SCRIPTS:
