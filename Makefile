@@ -88,5 +88,9 @@ clients: $(READY)  ## install real clients (npm and pip) and run a tool loop of 
 	$(CLIENTS)/litellm/bin/pip install --quiet litellm==1.110.2
 	$(BIN)/pytest -q -m slow tests/clients
 
-.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak dashboards clients page-check: $(READY) ## click through the page at / in system's Chromium; screenshots go to build/page (slow) $(BIN)/pip --quiet -c constraints.txt -e '.[dev,page]' $(BIN)/pytest -q tests/page page-check
+page-check: $(READY)  ## click through the page at / in the system's Chromium; screenshots go to build/page (slow)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,page]'
+	$(BIN)/pytest -q tests/page
+
+.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak dashboards clients page-check
 .DEFAULT_GOAL := help
