@@ -26,7 +26,7 @@ from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import keep
 from cluster.ray_private import HAPROXY
 from qwen3_dist import LLM, SamplingParams
-from serve_app.launch.service import running_service
+from serve_app.launch.foreground import running_service
 from serve_app.settings import read_service_config
 
 INPUT_LEN = 16

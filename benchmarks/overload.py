@@ -21,7 +21,7 @@ from urllib.parse import urlparse
 
 from benchmarks.record import keep
 from qwen3_dist.percentiles import percentile
-from serve_app.launch.service import running_service
+from serve_app.launch.foreground import running_service
 from serve_app.settings import read_service_config
 
 PORT = 8794

@@ -43,10 +43,10 @@ def setting_types(cls: type) -> dict[str, Any]:
 
 
 def value_type(kind: Any) -> Any:
-    """The type of a setting that is set: `int` for `int | None`."""
+    """`kind` without None: `int` for `int | None`."""
     return (
         next((option for option in typing.get_args(kind) if option is not NoneType), kind)
-        if _unset(kind)
+        if _is_optional(kind)
         else kind
     )
 
@@ -83,7 +83,7 @@ def read_settings(
 
 def read_value(kind: Any, value: Any, path: tuple[str, ...], earlier: Any = None) -> Any:
     """`value` as type `kind` wants it. Raises ConfigError naming `path`, if it cannot be read so."""
-    if _unset(kind):
+    if _is_optional(kind):
         if value is None or (value == "null" and value_type(kind) is not str):
             return None
         kind = value_type(kind)
@@ -159,8 +159,8 @@ def _number(value: Any) -> int | float | None:
     return None
 
 
-def _unset(kind: Any) -> bool:
-    """Whether a setting of this type may be None."""
+def _is_optional(kind: Any) -> bool:
+    """Whether a setting of type `kind` may be None."""
     return NoneType in typing.get_args(kind)
 
 

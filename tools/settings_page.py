@@ -21,16 +21,20 @@ A setting has one name in Python, in YAML and on the command line, where it is a
 `--overlap false`; `null` unsets a setting that may be unset.
 
 - `LLM(model, **settings)` takes the engine's settings.
-- `qwen3-dist serve` and Serve's YAML files take the service's and the engine's, side by side.
+- `qwen3-dist serve`, `deploy` and `config` take all of them, as options or in a file ([Deploy](deploy.md#the-file)).
 - `generate`, `chat` and `bench` take the engine's.
 
-An unknown name or a value of the wrong type is refused with a sentence that names it. `serve`, `generate`, `chat` and
-`bench` also accept vLLM's common options; [Deploy](deploy.md#vllms-options) lists them. Environment variables set
-nothing here, except those that Ray, NCCL and the hub read themselves.
+An unknown name or a value of the wrong type is refused with a sentence that names it. `serve`, `deploy`, `generate`,
+`chat` and `bench` also accept vLLM's common options; [Deploy](deploy.md#vllms-options) lists them. Environment
+variables set nothing here, except those that Ray, NCCL and the hub read themselves.
 """
 _PARTS = (
-    ("The endpoint", EndpointSettings, "Where a service answers. A change needs a new service."),
-    ("The ingress", IngressSettings, "What requests may be and take. A change reloads no model."),
+    (
+        "The endpoint",
+        EndpointSettings,
+        "Where a service answers. `deploy` changes `route_prefix`; another `name`, `host` or `port` is a new service.",
+    ),
+    ("The ingress", IngressSettings, "Limits, keys and stored responses. A change reloads no model."),
     (
         "Scaling",
         ScalingSettings,

@@ -25,10 +25,10 @@ class Drafter:
         self._guess: list[int] = []  # the draft for the positions after `_num_known`
         self._num_known = 0
 
-    def propose(self, token_ids: list[int], most: int, worth: float) -> list[int]:
+    def propose(self, token_ids: list[int], most: int, min_probability: float) -> list[int]:
         """Up to `most` draft tokens to follow `token_ids`, which only grow from call to call.
 
-        By the acceptance rate so far, each is accepted with a probability of at least `worth`.
+        By the acceptance rate so far, each is accepted with a probability of at least `min_probability`.
         """
         self._learn(token_ids)
         at = self._place_of_end(token_ids)
@@ -38,7 +38,7 @@ class Drafter:
         ]  # a short match repeats
         self._num_known = len(token_ids)
         count, chance = 0, self._chance
-        while count < min(most, len(self._guess)) and chance >= worth:
+        while count < min(most, len(self._guess)) and chance >= min_probability:
             count, chance = count + 1, chance * self._chance
         return self._guess[:count]
 

@@ -33,9 +33,8 @@ from qwen3_dist.protocol.sequence_step import SomeBlocks
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SampleSpec, SequenceStep, StepPlan, StepResult
 
-_MOST_FREE = (
-    8  # a step with draft tokens has at most so many times `free_tokens`; beyond, hardly any draft pays
-)
+# A step with draft tokens has at most this many times `free_tokens`; beyond that, hardly any draft token pays.
+_MAX_DRAFT_STEP_FACTOR = 8
 _KEPT_FREE = 100  # one block in so many stays free for running sequences when a new one is admitted
 
 
@@ -102,9 +101,9 @@ class Scheduler:
         """Whether the next step should wait for results: draft tokens are in flight, or probable after the results."""
         if self._limits.speculation is None or self._limits.stages > 1:
             return False
-        worth = self._worth(len(self.running))
+        min_probability = self._min_draft_probability(len(self.running))
         return any(
-            s.num_drafted or s.drafter.propose(s.token_ids, 1, worth)
+            s.num_drafted or s.drafter.propose(s.token_ids, 1, min_probability)
             for s in self.running
             if s.num_pending and s.drafter is not None
         )
@@ -220,7 +219,7 @@ class Scheduler:
                     chunks[sequence] = num_new
                     budget -= num_new
                     break
-                if self._rest_until:  # the blocks of a preempted sequence could not be used either
+                if self._reusable_after:  # the blocks of a preempted sequence could not be used either
                     self._lacks_blocks = True
                     break
                 budget += chunks.pop(self._preempt(self.running[-1]), 0)
@@ -231,13 +230,13 @@ class Scheduler:
         if self._limits.speculation is None:
             return
         rows = sum(len(step.token_ids) for step in steps)
-        most = min(self._limits.max_num_batched_tokens, _MOST_FREE * self._limits.free_tokens)
+        most = min(self._limits.max_num_batched_tokens, _MAX_DRAFT_STEP_FACTOR * self._limits.free_tokens)
         for index, step in enumerate(steps):
             sequence = self._by_id[step.seq_id]
             if step.sample is None or sequence.num_pending > 1 or sequence.drafter is None:
                 continue
             count = min(most - rows, sequence.max_tokens - sequence.num_output - 1)
-            drafts = sequence.drafter.propose(sequence.token_ids, count, self._worth(rows))
+            drafts = sequence.drafter.propose(sequence.token_ids, count, self._min_draft_probability(rows))
             if drafts and self.blocks.reserve(sequence, len(drafts)):
                 sequence.num_drafted = len(drafts)
                 rows += len(drafts)
@@ -248,7 +247,7 @@ class Scheduler:
                     blocks=SomeBlocks(sequence.block_table, len(sequence.block_table)),
                 )
 
-    def _worth(self, rows: int) -> float:
+    def _min_draft_probability(self, rows: int) -> float:
         """The least acceptance probability at which a draft token pays in a step of `rows` tokens.
 
         One more token lengthens the step by a share of 1 / (rows + free_tokens); its probability must add at least
@@ -290,13 +289,13 @@ class Scheduler:
             self.counts.cached_prompt_tokens += sequence.num_cached
 
     @property
-    def _rest_until(self) -> int:
-        """The step that must be settled before freed blocks can be reused, since steps may be run again; 0 if none."""
+    def _reusable_after(self) -> int:
+        """The number of the step that must end before freed blocks are reused, since steps may be run again; 0 if none."""
         return self.counts.steps if self._limits.may_repeat and self._answered < self.counts.steps else 0
 
     def _share_slots(self) -> None:
         """If no slot is free for a request without one, preempts a sequence of a request with several."""
-        may_share = self.waiting and not self._slots and not self._rest_until
+        may_share = self.waiting and not self._slots and not self._reusable_after
         if may_share and (victim := self._shares.owed(self.waiting, self.running)):
             self._preempt(victim)
 
@@ -308,7 +307,7 @@ class Scheduler:
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self.blocks.release(sequence, self._rest_until)
+        self.blocks.release(sequence, self._reusable_after)
         heapq.heappush(self._slots, sequence.slot)
         self._shares.remove(sequence)
         sequence.slot = -1

@@ -61,7 +61,8 @@ class TransformerBlock(nn.Module):
         return self.feed_forward(x, self.attend(x, cos, sin, cache, batch), batch)
 
     def feed_forward(self, x: Tensor, attended: Tensor, batch: StepBatch) -> Tensor:
-        """The rest of the block from attention's partial sums on. Without tokens it is a share of others' experts."""
+        """The rest of the block, from attention's partial sums on. Without own tokens, computes experts for other dp
+        groups."""
         if isinstance(self.ff, MoEFeedForward):
             if batch.all_to_all:
                 return self._dispatch(x, attended, self.ff, batch)

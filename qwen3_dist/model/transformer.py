@@ -47,7 +47,7 @@ class Qwen3Model(nn.Module):
             self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp, ops)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
             TransformerBlock(config, layer, parallel, placements.get(layer), ops, self._overflow)
-            for layer in parallel.layout.layers_of(stage.stage, config.n_layers)
+            for layer in parallel.layout.layers_of(stage.index, config.n_layers)
         )
         if stage.is_last:
             self.final_norm = RMSNorm(config, config.emb_dim, ops)
@@ -57,13 +57,13 @@ class Qwen3Model(nn.Module):
         self._rope = RopeTables(config)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> tuple[Tensor | None, Tensor | None]:
-        """Returns hidden states [T, D] and logits [L, V] of `batch.logits_rows`; both are None on earlier stages and
-        without tokens, logits also on other tp ranks than 0."""
+        """Returns hidden states [T, D] and logits [L, V] of `batch.logits_rows`. Both are None on earlier stages and
+        without tokens; logits are None on tp ranks other than 0."""
         tokens, stage = len(batch.token_ids), self.parallel.pipeline
         if not tokens:
             x = self.activation_template.new_empty(0, self.config.emb_dim)
             for block in self.blocks:
-                block.feed_forward(x, x, batch)
+                block.feed_forward(x, x, batch)  # no tokens here; still join the experts' collectives
             return None, None
         arrived = None if stage.is_first else stage.receive(tokens, self.activation_template)
         x, logits = self.stage(batch, cache, arrived)
@@ -90,12 +90,12 @@ class Qwen3Model(nn.Module):
         return x, self.logits(x[batch.logits_rows]) if self.parallel.pipeline.is_last else None
 
     def logits(self, x: Tensor) -> Tensor | None:
-        """Rows [L, D] of the last block's -> [L, V] on tp rank 0, None on others. All ranks of the stage call it."""
+        """Rows [L, D] of the last block's output -> logits [L, V] on tp rank 0, None on others. All ranks of the stage call it."""
         return self.out_head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def take_overflow(self) -> Tensor:
-        """[1] fp32, more than 0 if some exchange of experts' rows since the last call did not fit its capacity on some
-        rank of this stage, so that what steps made is void. All ranks of the stage call it."""
+        """[1] fp32, more than 0 if an exchange of experts' rows since the last call exceeded its capacity on some rank of
+        this stage; these steps' results must be discarded. All ranks of the stage call it."""
         return self._overflow.reduce_and_clear(self.parallel.tp, self.parallel.dp)
 
     @property

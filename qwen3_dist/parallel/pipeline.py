@@ -12,7 +12,7 @@ _MOST_UNDERWAY = 4  # unfinished sends before the oldest is awaited
 
 
 class Pipeline:
-    """The stage of a rank in a pipeline of `size` stages, and the global ranks of its peers `before` and `after`.
+    """Stage `index` of a pipeline of `size` stages, and the global ranks of this rank's peers `before` and `after`.
 
     Between CPUs a send returns at once, so that a stage can start its next micro-batch before the next stage has
     received the last. With NCCL the stream (not the host) waits until the rows are received, since no other group may
@@ -21,23 +21,23 @@ class Pipeline:
 
     def __init__(
         self,
-        stage: int = 0,
+        index: int = 0,
         size: int = 1,
         before: int = -1,
         after: int = -1,
         host: bool = False,
     ) -> None:
-        self.stage, self.size = stage, size
+        self.index, self.size = index, size
         self._before, self._after, self._host = before, after, host
         self._underway: deque[tuple[dist.Work, Tensor]] = deque()
 
     @property
     def is_first(self) -> bool:
-        return self.stage == 0
+        return self.index == 0
 
     @property
     def is_last(self) -> bool:
-        return self.stage == self.size - 1
+        return self.index == self.size - 1
 
     def send(self, x: Tensor) -> None:
         """Sends `x` [rows, D] to the next stage. On a CPU `x` must not change afterwards."""

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     config = given_service(args).read()
     signals = StopSignals()
     from serve_app.cli.sample import show_sample
-    from serve_app.launch.service import running_service
+    from serve_app.launch.foreground import running_service
 
     try:
         with running_service(config, args.ray_address, report, signals.stop_now) as service:

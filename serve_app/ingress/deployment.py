@@ -122,16 +122,16 @@ class Ingress(ClusterRoutes):
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
-        return await self._generate(request, parse_chat)
+        return await self._forward(request, parse_chat)
 
     @api.post("/v1/completions", **route("OpenAI: completions of text", CompletionBody, streams=True))
     async def completions(self, request: Request) -> Response:
-        return await self._generate(request, parse_completion)
+        return await self._forward(request, parse_completion)
 
     @api.post("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
     async def responses(self, request: Request) -> Response:
         recorder = ResponseRecorder(self._stored)
-        return await self._generate(request, recorder.parse, recorder.record)
+        return await self._forward(request, recorder.parse, recorder.record)
 
     @api.get("/v1/responses/{response_id}", **route("OpenAI: a stored response"))
     async def response(self, response_id: str) -> Response:
@@ -146,34 +146,34 @@ class Ingress(ClusterRoutes):
         "/v1/messages", **route("Anthropic: messages", MessagesBody, streams=True, error=AnthropicError)
     )
     async def messages(self, request: Request) -> Response:
-        return await self._generate(request, parse_messages)
+        return await self._forward(request, parse_messages)
 
     @api.post(
         "/v1/messages/count_tokens",
         **route("Anthropic: the tokens of a prompt", CountTokensBody, error=AnthropicError),
     )
     async def count_tokens(self, request: Request) -> Response:
-        return await self._generate(request, parse_count_tokens)
+        return await self._forward(request, parse_count_tokens)
 
     @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EmbeddingBody))
     async def embeddings(self, request: Request) -> Response:
-        return await self._generate(request, parse_embedding)
+        return await self._forward(request, parse_embedding)
 
     @api.post("/v1/rerank", **route("Cohere and Jina: documents in the order of their relevance", RerankBody))
     async def rerank(self, request: Request) -> Response:
-        return await self._generate(request, parse_rerank)
+        return await self._forward(request, parse_rerank)
 
     @api.post("/v1/score", **route("vLLM: the relevance of texts to others", ScoreBody))
     async def score(self, request: Request) -> Response:
-        return await self._generate(request, parse_score)
+        return await self._forward(request, parse_score)
 
     @api.post("/tokenize", **route("vLLM: text or messages to token ids", TokenizeBody))
     async def tokenize(self, request: Request) -> Response:
-        return await self._generate(request, parse_tokenize)
+        return await self._forward(request, parse_tokenize)
 
     @api.post("/detokenize", **route("vLLM: token ids to text", DetokenizeBody))
     async def detokenize(self, request: Request) -> Response:
-        return await self._generate(request, parse_detokenize)
+        return await self._forward(request, parse_detokenize)
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and ends running ones after `timeout_s` seconds. Returns the number of running
@@ -181,7 +181,7 @@ class Ingress(ClusterRoutes):
         self._draining.begin(timeout_s)
         return self._admission.in_flight
 
-    async def _generate(
+    async def _forward(
         self,
         http_request: Request,
         parse: Callable[[bytes], AnyRequest],

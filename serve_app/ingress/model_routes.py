@@ -45,7 +45,7 @@ class ModelRoute:
 
     @property
     def state(self) -> State:
-        """Ready if some replica's engine was well when last asked, unhealthy if one was and none is."""
+        """Ready if a replica was healthy at the last poll, unhealthy if one ever was and none is now."""
         if self.health.num_healthy:
             return "ready"
         return "unhealthy" if self.health.was_healthy else "starting"

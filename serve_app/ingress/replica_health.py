@@ -1,4 +1,4 @@
-"""Polls the health of the replicas, so that `/health` answers at once from the last result."""
+"""Polls the health of the replicas, so that `/health` and `/ready` answer at once, from the last result."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The process of `qwen3-dist serve`: deploys a service on Ray, watches it and shuts it down."""
+"""Starts, changes, watches and ends services on Ray, for `qwen3-dist serve`, `deploy`, `status` and `stop`."""

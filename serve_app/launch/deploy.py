@@ -13,6 +13,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from cluster import ray_private
 from qwen3_dist.errors import ResourceError
 from serve_app.launch.checks import check_model_in_cluster
+from serve_app.launch.foreground import start_serve
 from serve_app.launch.schema import serve_schema
 from serve_app.launch.serve_instance import (
     find_application,
@@ -21,7 +22,6 @@ from serve_app.launch.serve_instance import (
     require_route,
     running_serve,
 )
-from serve_app.launch.service import start_serve
 from serve_app.launch.shutdown import delete, drain, end_unused_serve
 from serve_app.launch.startup import wait_until_answering, wait_until_running
 from serve_app.placement import place

@@ -1,4 +1,4 @@
-"""Graceful shutdown of one application of Ray Serve: drains its requests, then deletes it."""
+"""Graceful shutdown of a service: drains its ingress, deletes its applications, ends Ray Serve if it is unused."""
 
 from __future__ import annotations
 

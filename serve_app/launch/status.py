@@ -1,4 +1,4 @@
-"""The state of the services of a Ray cluster, as Serve and their ingresses tell it."""
+"""The state of the services of a Ray cluster, as Ray Serve reports it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serve_app.settings import REPLICA
 class ApplicationState:
     """One application of Serve: a service's gateway, or one of its models.
 
-    `waits_for` are the bundles for which a replica finds no room in the cluster, as text.
+    `waits_for`: the bundles for which the cluster has no room, as text.
     """
 
     name: str

@@ -12,9 +12,9 @@ from serve_app.settings.checks import require_not_negative, require_positive
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as the ingress knows it.
+    """One served model, as the ingress needs it.
 
-    `application` is the application of Serve that holds its replicas; empty: the ingress's own.
+    `application` is the Serve application that holds the model's replicas; empty: the ingress's own application.
     """
 
     name: str
@@ -29,21 +29,21 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class IngressSettings:
-    """What every ingress replica is told, at its start and whenever it changes."""
+    """Settings that each ingress replica gets at its start, and again when they change."""
 
-    ingress_replicas: int = setting(1, "processes that speak HTTP; where one is lost the others go on")
+    ingress_replicas: int = setting(1, "processes that speak HTTP; if one is lost, the others go on")
     max_request_mib: float = setting(16.0, "largest HTTP request body in MiB")
     max_queued_requests: int = setting(
-        1000, "requests in flight beyond those, counted likewise; more are answered 429"
+        1000, "sequences that may wait beyond max_ongoing_requests of all replicas; more are answered 429"
     )
     request_timeout_s: float = setting(
-        0.0, "longest time a request may take, then it is answered 408; 0: any"
+        0.0, "longest time a request may take, then it is answered 408; 0: no limit"
     )
     body_timeout_s: float = setting(
-        60.0, "longest time a request's body may take to come, then it is answered 408; 0: any"
+        60.0, "longest time a request's body may take to come, then it is answered 408; 0: no limit"
     )
     write_timeout_s: float = setting(
-        30.0, "longest time a client may leave an answer unread, then its request ends; 0: any"
+        30.0, "longest time a client may leave an answer unread, then its request ends; 0: no limit"
     )
     stored_responses_mib: float = setting(
         256.0, "memory in MiB for responses that later requests may refer to; 0: none are stored"
@@ -54,7 +54,7 @@ class IngressSettings:
     api_key: str = setting("", "key that clients must send; empty: none is asked for", secret=True)
     admin_key: str = setting(
         "",
-        "key for what changes the service; empty: nobody may if there is an api_key, else all may",
+        "key for admin routes; empty: nobody may use them if there is an api_key, else everybody may",
         secret=True,
     )
 

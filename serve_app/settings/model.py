@@ -26,7 +26,7 @@ class ReplicaSettings:
     engine: EngineConfig = field(default_factory=EngineConfig)
     model_name: str = setting("", "name clients ask for; empty means the hub id or the directory's name")
     enable_thinking: bool | None = setting(
-        None, "whether models that can think do where a request does not say; null: as their template has it"
+        None, "default for requests that do not set it; null: the chat template's default"
     )
     tool_calls: str = setting(
         "auto",
@@ -36,7 +36,7 @@ class ReplicaSettings:
     stream_parts_per_s: int | None = setting(
         None,
         "parts of answers that a replica sends per second; where its tokens are more, parts hold several; "
-        "0: never; null: 500 if ranks compute on the CPUs that send them, else 2500",
+        "0: no limit; null: 500 if ranks compute on the CPUs that send them, else 2500",
     )
 
     metrics_prefix: str = setting(

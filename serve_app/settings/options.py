@@ -7,7 +7,7 @@ from typing import Any
 from serve_app.settings.model import ScalingSettings
 from serve_app.settings.service import ServiceConfig
 
-# At once: of health, ranks, experts; a replica full of requests answers them too.
+# Concurrent control calls (health, ranks, experts), allowed even when a replica is full of requests.
 _CONTROL_CALLS = 100
 _INGRESS_ONGOING_REQUESTS = 10_000
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.

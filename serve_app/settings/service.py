@@ -20,10 +20,12 @@ INGRESS, REPLICA = "Ingress", "EngineReplica"  # Serve's names of our deployment
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """Where the service answers. A change needs a new service."""
+    """Where the service answers. `deploy` can change `route_prefix`; the others need a new service."""
 
-    name: str = setting(APP_NAME, "name of the Serve application; each service of a Ray cluster has another")
-    route_prefix: str = setting("/", "path below which the service answers, beside others of its Ray cluster")
+    name: str = setting(
+        APP_NAME, "name of the service, and of its gateway application; unique in a Ray cluster"
+    )
+    route_prefix: str = setting("/", "path below which the service answers; unique in a Ray cluster")
     host: str = setting("127.0.0.1", "address the HTTP server listens on; 0.0.0.0 for every interface")
     port: int = setting(8000, "port the HTTP server listens on")
 
@@ -70,7 +72,7 @@ class ServiceConfig:
         return f"{self.endpoint.name}--" + re.sub(r"[^\w.-]", "-", model.name)
 
     def ingress_config(self, in_one_application: bool = False) -> IngressConfig:
-        """What the ingress is told."""
+        """The config that each ingress replica gets."""
         return IngressConfig(
             self.ingress,
             tuple(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import serve_app.app
-from serve_app.launch.service import running_service
+from serve_app.launch.foreground import running_service
 from serve_app.settings import read_service_config
 from tests.clients.recorder import Recorder, recording
 from tests.clients.scripted import ScriptedReplica, long_checkpoint

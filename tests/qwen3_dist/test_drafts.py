@@ -24,8 +24,8 @@ def drafter(k: int = 4, min: int = 1, max: int = 3) -> Drafter:
     return Drafter(Speculation(k, min, max))
 
 
-def guess(drafter: Drafter, token_ids: list[int], most: int = 99, worth: float = 0.0) -> list[int]:
-    return drafter.propose(token_ids, most, worth)
+def guess(drafter: Drafter, token_ids: list[int], most: int = 99, min_probability: float = 0.0) -> list[int]:
+    return drafter.propose(token_ids, most, min_probability)
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_guesses_follow_a_text_that_grows() -> None:
 def test_more_is_guessed_where_guesses_were_right_and_nothing_where_they_are_not_worth_it() -> None:
     copied, other = drafter(k=8, min=2), drafter(k=8, min=2)
     text = [1, 2, 3, 4, 5, 6, 7, 8]
-    assert len(guess(copied, text + [1, 2], worth=0.4)) == 1
-    assert guess(copied, text + [1, 2], worth=0.6) == []
+    assert len(guess(copied, text + [1, 2], min_probability=0.4)) == 1
+    assert guess(copied, text + [1, 2], min_probability=0.6) == []
     for length in (4, 6, 8):  # a right one after the other, none of them checked by a step
-        guess(copied, text + text[:length], worth=1.0)
-    assert len(guess(copied, text + text, worth=0.4)) > 4
+        guess(copied, text + text[:length], min_probability=1.0)
+    assert len(guess(copied, text + text, min_probability=0.4)) > 4
     for ending in ([1, 2], [1, 2, 9, 1, 2], [1, 2, 9, 1, 2, 8, 1, 2]):
-        guess(other, text + ending, worth=1.0)
-    assert guess(other, text + [1, 2, 9, 1, 2, 8, 1, 2], worth=0.4) == []
+        guess(other, text + ending, min_probability=1.0)
+    assert guess(other, text + [1, 2, 9, 1, 2, 8, 1, 2], min_probability=0.4) == []
 
 
 def test_the_text_form_is_read_and_written() -> None:

@@ -12,7 +12,7 @@ from ray import serve
 
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.weights.source import bundled_path
-from serve_app.launch.service import running_service
+from serve_app.launch.foreground import running_service
 from serve_app.settings import BUNDLED_NAME, REPLICA, ServiceConfig, read_service_config
 from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port

@@ -16,6 +16,7 @@ from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.cli.serve import StopSignals
 from serve_app.launch import serve_instance
 from serve_app.launch import service as launch
+from serve_app.launch.foreground import RunningService
 from serve_app.launch.serve_instance import (
     RunningApplication,
     ServeInstance,
@@ -23,7 +24,6 @@ from serve_app.launch.serve_instance import (
     is_running,
     unplaced_bundles,
 )
-from serve_app.launch.service import RunningService
 from serve_app.launch.shutdown import end_unused_serve
 from serve_app.settings import ServiceConfig, read_service_config
 

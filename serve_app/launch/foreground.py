@@ -1,4 +1,4 @@
-"""Deploys a service on Ray, waits until it answers, and shuts it down."""
+"""A service that lives as long as one process, as `qwen3-dist serve` runs it: deploys, watches, shuts down."""
 
 from __future__ import annotations
 
