@@ -92,8 +92,11 @@ def test_every_route_is_documented_and_every_documented_route_exists() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_yaml_of_a_service_is_accepted(page: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
-        for application in yaml.safe_load(block).get("applications", []):
+        content = yaml.safe_load(block)
+        for application in content.get("applications", []):
             read_service_config(application["args"])
+        if content.keys() & {"model", "models"}:
+            read_service_config(content)
 
 
 def anchors(page: Path) -> set[str]:

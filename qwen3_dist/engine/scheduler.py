@@ -290,7 +290,7 @@ class Scheduler:
 
     @property
     def _reusable_after(self) -> int:
-        """The number of the step that must end before freed blocks are reused, since steps may be run again; 0 if none."""
+        """The number of the step after which freed blocks may be reused, since steps may run again; 0: at once."""
         return self.counts.steps if self._limits.may_repeat and self._answered < self.counts.steps else 0
 
     def _share_slots(self) -> None:

@@ -90,12 +90,13 @@ class Qwen3Model(nn.Module):
         return x, self.logits(x[batch.logits_rows]) if self.parallel.pipeline.is_last else None
 
     def logits(self, x: Tensor) -> Tensor | None:
-        """Rows [L, D] of the last block's output -> logits [L, V] on tp rank 0, None on others. All ranks of the stage call it."""
+        """Rows of the last block's output [L, D] -> logits [L, V] on tp rank 0, None on others. All ranks of the stage
+        call it."""
         return self.out_head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def take_overflow(self) -> Tensor:
-        """[1] fp32, more than 0 if an exchange of experts' rows since the last call exceeded its capacity on some rank of
-        this stage; these steps' results must be discarded. All ranks of the stage call it."""
+        """[1] fp32, more than 0 if an exchange of experts' rows since the last call exceeded its capacity on a rank of this
+        stage; these steps' results must be discarded. All ranks of the stage call it."""
         return self._overflow.reduce_and_clear(self.parallel.tp, self.parallel.dp)
 
     @property
