@@ -1,4 +1,5 @@
-"""The applications of Ray Serve that a typed config becomes: the gateway with the ingress, and one for each model.
+"""The applications of Ray Serve that a typed config becomes: the gateway, which holds the ingress, and one for each
+model.
 
 A model in an application of its own is loaded, changed and removed without the others noticing. `build_app` puts an
 ingress and one model into one application, for `serve run` and Serve's YAML files.
@@ -49,7 +50,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
 
 
 def build_gateway(args: dict[str, Any]) -> serve.Application:
-    """The ingress alone, for flat settings `args` of a whole service. Raises ConfigError."""
+    """The gateway application, for flat settings `args` of a whole service. Raises ConfigError."""
     return gateway(read_service_config(args))
 
 
@@ -65,9 +66,9 @@ def applications(config: ServiceConfig) -> list[serve.RunTarget]:
     Raises ResourceError if the cluster can never hold them.
     """
     endpoint = config.endpoint
-    gate = serve.RunTarget(gateway(config), name=endpoint.name, route_prefix=endpoint.route_prefix)
+    front = serve.RunTarget(gateway(config), name=endpoint.name, route_prefix=endpoint.route_prefix)
     return [
-        gate,
+        front,
         *(
             serve.RunTarget(_replicas(config, model), name=config.application(model), route_prefix=None)
             for model in config.models
@@ -76,7 +77,7 @@ def applications(config: ServiceConfig) -> list[serve.RunTarget]:
 
 
 def gateway(config: ServiceConfig) -> serve.Application:
-    """The ingress, which finds the models' replicas in their own applications."""
+    """The gateway application: an ingress that finds the models' replicas in their own applications."""
     return _ingress(config).bind()
 
 
