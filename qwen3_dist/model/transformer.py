@@ -95,8 +95,8 @@ class Qwen3Model(nn.Module):
         return self.out_head(self.final_norm(x))  # type: ignore[no-any-return]
 
     def take_overflow(self) -> Tensor:
-        """[1] fp32, more than 0 if an exchange of experts' rows since the last call exceeded its capacity on a rank of this
-        stage; these steps' results must be discarded. All ranks of the stage call it."""
+        """[1] fp32, more than 0 if an exchange of experts' rows since the last call exceeded its capacity on a rank of
+        this stage; these steps' results must be discarded. All ranks of the stage call it."""
         return self._overflow.reduce_and_clear(self.parallel.tp, self.parallel.dp)
 
     @property

@@ -28,6 +28,7 @@ from serve_app.placement import place
 from serve_app.settings import INGRESS, ModelSettings, ServiceConfig
 
 _DRAIN_S = 600.0
+_CORE_SHARES = ("cpus_per_rank", "ranks_per_host")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     deployed = deployed_configs()
     schema = serve_schema(config)
     for model, app in zip(config.models, schema["applications"][1:], strict=True):
-        app["args"] |= _shares_of_cores(config, model, deployed.get(app["name"], {}).get("args", {}))
+        app["args"] |= _shares_of_cores(
+            config, model, app["args"], deployed.get(app["name"], {}).get("args", {})
+        )
     for change in changes(schema, deployed, config.endpoint.name):
         report(describe(change))
     names = set(config.applications)
@@ -144,22 +147,19 @@ def stop(
 
 
 def _shares_of_cores(
-    config: ServiceConfig, model: ModelSettings, deployed: Mapping[str, Any]
+    config: ServiceConfig, model: ModelSettings, args: Mapping[str, Any], deployed: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What each CPU rank of a model reserves, where the settings leave it to us; nothing for ranks on GPUs.
+    """The settings by which a model's CPU ranks share cores, as far as the user leaves them unset; none on GPUs.
 
-    It depends on the number of replicas and of other models. A model that runs keeps what it has, since another share
-    would mean to load it again.
+    They depend on the numbers of replicas and of other models. A model whose other `args` are those `deployed` keeps
+    its share, since another one would load the model again.
     """
     engine = place(model, config.models).engine
     if engine.device != "cpu":
         return {}
-    own = model.replica.engine
-    return {
-        name: deployed.get(name, getattr(engine, name))
-        for name in ("cpus_per_rank", "ranks_per_host")
-        if getattr(own, name) is None
-    }
+    unset = [name for name in _CORE_SHARES if getattr(model.replica.engine, name) is None]
+    stays = args == {name: value for name, value in deployed.items() if name not in unset}
+    return {name: (stays and deployed.get(name)) or getattr(engine, name) for name in unset}
 
 
 def _is_of(application: str, service: str) -> bool:
