@@ -87,8 +87,8 @@ def test_experts_that_have_moved_are_held_once_and_their_stream_is_told(
     moves.start(layer, ExpertPlacement(((*hosted[1::-1], *hosted[2:]),)))
     while not moves.arrived:
         time.sleep(0.001)
-    assert moves._reading is not None and moves._reading.prepared is not None
-    read = [weakref.ref(tensor) for tensor in moves._reading.prepared.tensors]
+    assert moves._thread is not None and moves._thread.prepared is not None
+    read = [weakref.ref(tensor) for tensor in moves._thread.prepared.tensors]
     told: list[Any] = []
     monkeypatch.setattr(Tensor, "record_stream", lambda _, stream: told.append(stream))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the steps' stream")
