@@ -30,7 +30,7 @@ from aiohttp import web
 
 from benchmarks.record import run_info, write
 from qwen3_dist.weights.source import bundled_path
-from serve_app.launch.service import running_service
+from serve_app.launch.foreground import running_service
 from serve_app.settings import read_service_config
 
 PORT, SCRIPT_PORT = 8794, 8795
