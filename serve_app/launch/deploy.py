@@ -138,11 +138,12 @@ def stop(
     applications = [find_application(app) for app in found]
     if name in found:
         drain(serve.get_deployment_handle(INGRESS, name), timeout_s, report, stop_now)
-    for application in applications:
-        delete(application, stop_now)
+    delete(applications, stop_now)
     deadline = time.monotonic() + 5.0
     while any(map(is_running, applications)) and time.monotonic() < deadline:
         time.sleep(0.2)
+    if left := [application.name for application in applications if is_running(application)]:
+        report(f"Ray Serve still ends {', '.join(left)}; `qwen3-dist status` shows when it is done")
     end_unused_serve()
 
 

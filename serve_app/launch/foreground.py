@@ -141,8 +141,7 @@ def _deployed(
             ingress = serve.get_deployment_handle(INGRESS, config.endpoint.name)
             drain(ingress, config.graceful_shutdown_timeout_s, report, stop_now)
         if not own_ray:
-            for application in running:
-                delete(application, stop_now)
+            delete(running, stop_now)
 
 
 def start_serve(endpoint: EndpointSettings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ray import serve
 from ray.exceptions import RayError
@@ -55,11 +55,12 @@ def drain(
     time.sleep(_LAST_BYTES_S)
 
 
-def delete(application: RunningApplication, stop_now: Callable[[], bool]) -> None:
-    """Deletes the application. Waits until it is gone, for at most a minute or until `stop_now()` is true."""
-    delete_application(application.name)
+def delete(applications: Sequence[RunningApplication], stop_now: Callable[[], bool]) -> None:
+    """Deletes the applications. Waits until they are gone, for at most a minute or until `stop_now()` is true."""
+    for application in applications:
+        delete_application(application.name)
     deadline = time.monotonic() + _DELETE_S
-    while is_running(application) and not stop_now() and time.monotonic() < deadline:
+    while any(map(is_running, applications)) and not stop_now() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 
