@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.launch.service import running_service
+from serve_app.launch.foreground import running_service
 from serve_app.settings import BUNDLED_NAME, read_service_config
 from tests.page.conftest import sync_api
 from tests.serve_app.support import SETTINGS, free_port
