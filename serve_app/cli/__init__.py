@@ -27,6 +27,7 @@ from serve_app.cli import (
     status,
     stop,
     sweep,
+    top,
 )
 from serve_app.cli.parser import Parser, VerbParser, did_you_mean
 
@@ -35,6 +36,7 @@ _VERBS = {
     "serve": serve,
     "deploy": deploy,
     "status": status,
+    "top": top,
     "stop": stop,
     "config": config,
     "generate": generate,

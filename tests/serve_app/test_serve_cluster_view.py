@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import threading
 
 import httpx
+import pytest
 
+from serve_app.cli import main
 from tests.serve_app.support import wait_for
 
 
@@ -55,3 +59,21 @@ def test_a_rank_that_hangs_is_unhealthy_as_soon_as_its_step_is_late_and_healthy_
     wait_for(lambda: http.get("/ready").is_success and http.get("/health").is_success)
     asking.join(timeout=90)
     assert answers and answers[0].is_success
+
+
+def test_top_shows_the_live_service(url: str, model: str, http: httpx.Client) -> None:
+    assert http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 3}).is_success
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["top", url, "--once"]) == 0
+    first, second, heading, replica, *_, last = out.getvalue().splitlines()
+    assert "sequences in flight" in first and second.startswith(f"{model}: ready, ")
+    assert "KV" in heading and "tp=2,ep=2" in replica
+    assert last.startswith("busiest experts, times the mean: layer ")
+
+
+def test_top_of_what_is_no_service_says_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["top", f"{url}/nothing"]) == 2
+    assert "is this a qwen3-dist service?" in capsys.readouterr().err
+    assert main(["top", "http://127.0.0.1:9"]) == 2
+    assert "no service answers at http://127.0.0.1:9" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""`qwen3-dist top`: a live view of a running service."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from qwen3_dist.errors import ResourceError
+from serve_app.cli.options import number
+
+HELP = "watch a running service: replicas, tokens per second, queue, KV cache, busiest experts"
+_TIMEOUT_S = 10.0
+_CLEAR = "\x1b[H\x1b[J"
+_HEADING = (
+    f"  {'replica':<10} {'layout':<14} {'running':>7} {'waiting':>7} {'KV':>5}"
+    f" {'out tok/s':>9} {'in tok/s':>9} {'steps/s':>8}"
+)
+Json = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="address of the service")
+    parser.add_argument(
+        "--interval", type=number(0, above=True), default=2.0, metavar="S", help="seconds between views"
+    )
+    parser.add_argument("--once", action="store_true", help="show one view and end")
+    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="key of the service")
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    earlier: dict[str, Json] = {}
+    told = time.monotonic()
+    try:
+        while True:
+            view = _read(args, "/v1/cluster")
+            now = time.monotonic()
+            rates = _rates(view, earlier, now - told)
+            earlier, told = {replica["id"]: replica["load"] for replica in _answering(view)}, now
+            if args.json:
+                print(json.dumps(view), file=out, flush=True)
+            else:
+                text = "\n".join([*_lines(view, rates), *_expert_lines(_read(args, "/v1/cluster/experts"))])
+                print(f"{'' if args.once or not out.isatty() else _CLEAR}{text}", file=out, flush=True)
+            if args.once:
+                return 0
+            time.sleep(args.interval)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _read(args: argparse.Namespace, path: str) -> Json:
+    headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    request = urllib.request.Request(args.url.rstrip("/").removesuffix("/v1") + path, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            read: Json = json.load(answer)
+            return read
+    except urllib.error.HTTPError as error:
+        hint = "give --api-key" if error.code == 401 else "is this a qwen3-dist service?"
+        raise ResourceError(f"{args.url} answers {error.code} for {path}; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise ResourceError(f"no service answers at {args.url} ({error}); check the address") from None
+
+
+def _answering(view: Json) -> Iterator[Json]:
+    """The replicas that told their load."""
+    for model in view["models"]:
+        yield from (replica for replica in model["replicas"] if "load" in replica)
+
+
+def _rates(view: Json, earlier: dict[str, Json], seconds: float) -> dict[str, dict[str, float]]:
+    """Tokens and steps a second of each replica since the view before; none for a replica that is new."""
+    return {
+        replica["id"]: {
+            name: (replica["load"][name] - earlier[replica["id"]][name]) / seconds
+            for name in ("prompt_tokens", "generation_tokens", "steps")
+        }
+        for replica in _answering(view)
+        if replica["id"] in earlier
+    }
+
+
+def _lines(view: Json, rates: dict[str, dict[str, float]]) -> Iterator[str]:
+    ingress = view["ingress"]
+    yield f"up {view['uptime_s']:.0f} s, {ingress['in_flight']} of {ingress['limit']} sequences in flight"
+    for model in view["models"]:
+        count = f"{model['replicas_running']} of {model['min_replicas']} to {model['max_replicas']} replicas"
+        yield f"{model['id']}: {model['status']}, {count}"
+        yield _HEADING
+        for replica in model["replicas"]:
+            if "load" not in replica:
+                yield f"  {'?':<10} {replica['message']}"
+                continue
+            load, rate = replica["load"], rates.get(replica["id"], {})
+            shown = [
+                f"{rate[name]:.0f}" if name in rate else "-"
+                for name in ("generation_tokens", "prompt_tokens", "steps")
+            ]
+            yield (
+                f"  {replica['id']:<10} {replica['layout']:<14} {load['num_requests_running']:>7}"
+                f" {load['num_requests_waiting']:>7} {load['kv_cache_usage']:>5.0%}"
+                f" {shown[0]:>9} {shown[1]:>9} {shown[2]:>8}"
+            )
+            if replica["message"]:
+                yield f"  {'':<10} {replica['message']}"
+
+
+def _expert_lines(experts: Json) -> Iterator[str]:
+    """The layers whose busiest expert is furthest above the mean, of all replicas together."""
+    loads: dict[str, list[int]] = {}
+    for replica in experts["data"]:
+        for layer, tokens in replica["tokens"].items():
+            earlier = loads.get(layer, [0] * len(tokens))
+            loads[layer] = [sum(both) for both in zip(earlier, tokens, strict=True)]
+    heat = []
+    for name, counts in loads.items():
+        if total := sum(counts):
+            busiest = max(range(len(counts)), key=counts.__getitem__)
+            heat.append((counts[busiest] * len(counts) / total, name, busiest))
+    if heat:
+        yield "busiest experts, times the mean: " + ", ".join(
+            f"layer {name} expert {expert} {times:.1f}x"
+            for times, name, expert in sorted(heat, reverse=True)[:5]
+        )
