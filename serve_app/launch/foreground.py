@@ -22,6 +22,7 @@ from serve_app.ingress import proxy
 from serve_app.launch.checks import check_model, check_model_in_cluster, check_port
 from serve_app.launch.serve_instance import (
     RunningApplication,
+    ask_replicas,
     check_no_conflict,
     check_not_replaced,
     find_application,
@@ -161,6 +162,6 @@ def _describe_ranks(config: ServiceConfig) -> list[str]:
     lines = []
     for model in config.models:
         replicas = serve.get_deployment_handle(REPLICA, config.application(model))
-        for replica in replicas.broadcast("ranks").results(timeout_s=_ANSWER_S):
+        for replica in ask_replicas(replicas, "ranks", timeout_s=_ANSWER_S):
             lines.append(f"{replica['backends']}; collectives: {replica['collectives']}")
     return list(dict.fromkeys(lines))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 from ray.util import placement_group_table
 
 from cluster.ray_private import replica_name_prefix, serve_client
@@ -111,6 +114,17 @@ def require_address(config: ServiceConfig, instance: ServeInstance) -> None:
             f"Ray Serve of this cluster listens on {instance.host}:{instance.port} for all its applications; give "
             f"--host {instance.host} --port {instance.port}"
         )
+
+
+def ask_replicas(handle: DeploymentHandle, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+    """What all replicas of a deployment answer to a call. Raises what Serve raises if one is lost or late.
+
+    In a thread, since Serve does not wait in one that runs an event loop, as notebooks do.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(
+            lambda: handle.broadcast(method, *arguments).results(timeout_s=timeout_s)
+        ).result()
 
 
 def unplaced_bundles(name: str, deployment: str) -> str:

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from cluster.ray_private import delete_application
-from serve_app.launch.serve_instance import RunningApplication, is_running
+from serve_app.launch.serve_instance import RunningApplication, ask_replicas, is_running
 
 _POLL_S = 0.2
 _ANSWER_S = 5.0
@@ -77,7 +77,7 @@ def end_unused_serve() -> None:
 def _ask_to_drain(ingress: DeploymentHandle, timeout_s: float) -> int | None:
     """Tells the ingress to drain. Returns the number of running sequences; None if no ingress answers."""
     try:
-        running = ingress.broadcast("drain", timeout_s).results(timeout_s=_ANSWER_S)
+        running = ask_replicas(ingress, "drain", timeout_s, timeout_s=_ANSWER_S)
     except Exception:  # noqa: BLE001 - shutdown goes on whatever the error is
         return None
     return sum(running) if running else None
