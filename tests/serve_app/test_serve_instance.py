@@ -14,8 +14,8 @@ from ray.serve.schema import ApplicationStatus
 
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.cli.serve import StopSignals
+from serve_app.launch import foreground as launch
 from serve_app.launch import serve_instance
-from serve_app.launch import service as launch
 from serve_app.launch.foreground import RunningService
 from serve_app.launch.serve_instance import (
     RunningApplication,
