@@ -54,7 +54,7 @@ class ServiceConfig:
         )
         if twice := next((name for name, count in names.items() if count > 1), None):
             raise ConfigError(
-                f"two models or adapters are called {twice!r}; give each a model_name of its own"
+                f"two models or adapters are called {twice!r}; give each a model_name of its own", ("models",)
             )
 
     @property
