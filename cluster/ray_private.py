@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import time
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,28 @@ def delete_application(name: str) -> None:
 def apply_serve_config(config: Any) -> None:
     """Gives Serve's controller a ServeDeploySchema, as `serve deploy` does over the dashboard, which may not run."""
     serve_client().deploy_apps(config)
+
+
+def drain_node(node: str, timeout_s: float) -> None:
+    """Has Ray place nothing more on a node, given by its hex id, and Serve move its replicas away within `timeout_s`.
+
+    The command `ray drain-node` does so too, and takes about a second longer. Raises ResourceError if Ray refuses.
+    """
+    reasons = importlib.import_module("ray.core.generated.autoscaler_pb2").DrainNodeReason
+    client = _find("ray._raylet", "GcsClient")(address=ray.get_runtime_context().gcs_address)
+    deadline_ms = int((time.time() + timeout_s) * 1000)
+    reason = reasons.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, refusal = client.drain_node(node, reason, "the node is being stopped", deadline_ms)
+    if not accepted:
+        raise ResourceError(f"Ray does not drain this node: {refusal}")
+
+
+def living_actors() -> list[tuple[str, str]]:
+    """The node, by its hex id, and the class of each living actor. `ray.util.state` would need the dashboard."""
+    actors = _find("ray._private.state", "actors")().values()
+    return [
+        (actor["Address"]["NodeID"], actor["ActorClassName"]) for actor in actors if actor["State"] == "ALIVE"
+    ]
 
 
 def stream_by_grpc(handle: DeploymentHandle, method: str) -> DeploymentHandle:

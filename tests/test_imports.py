@@ -54,6 +54,7 @@ ROOMS = (
     "serve_app.app",
     "serve_app.launch",
     "serve_app.load_client",
+    "serve_app.render",
     "serve_app.cli",
     "serve_app",
 )

@@ -1,0 +1,1 @@
+"""Files that run a service elsewhere: on Kubernetes, under Slurm, in a container, under systemd."""
