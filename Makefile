@@ -47,6 +47,9 @@ docs: $(READY)  ## build the documentation into build/docs; a broken link fails
 	PYTHONPATH=. $(BIN)/python tools/settings_page.py > docs/settings.md
 	$(BIN)/zensical build
 
+render: $(READY)  ## make the example files for clusters in cluster/deploy/ anew
+	PYTHONPATH=. $(BIN)/python tools/render_examples.py
+
 check: $(READY)  ## format, lint, types, spelling, documentation, import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -92,5 +95,5 @@ page-check: $(READY)  ## click through the page at / in the system's Chromium; s
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,page]'
 	$(BIN)/pytest -q tests/page
 
-.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format check test soak dashboards clients page-check
+.PHONY: help install serve demo docs bench bench-compare bench-cost-model gpu-check eval-bundled format render check test soak dashboards clients page-check
 .DEFAULT_GOAL := help

@@ -43,27 +43,32 @@ def wait_for_nodes(address: str, count: int, timeout_s: float) -> None:
 
 
 def drain_this_node(timeout_s: float) -> bool:
-    """Has Ray place nothing more on this machine's node, and waits until Serve has moved or ended what runs there.
+    """Drains the node of the Ray that runs on this machine, see `drain`. Raises ResourceError."""
+    with joined("auto"):
+        return drain(ray.get_runtime_context().get_node_id(), timeout_s)
+
+
+def drain(node: str, timeout_s: float) -> bool:
+    """Has Ray place nothing more on a node of the connected cluster, and waits until Serve has moved or ended what
+    runs there.
 
     Serve starts replicas elsewhere where there is room, and lets running requests end. The head, whose end is the
     cluster's, is not drained: it waits for the other nodes. Returns whether nothing runs any more after at most
-    `timeout_s` seconds.
+    `timeout_s` seconds. Raises ResourceError if Ray refuses.
     """
     deadline = time.monotonic() + timeout_s
-    with joined("auto"):
-        node = ray.get_runtime_context().get_node_id()
-        is_head = _HEAD in next(each["Resources"] for each in ray.nodes() if each["NodeID"] == node)
-        if not is_head:
-            ray_private.drain_node(node, timeout_s)
+    is_head = _HEAD in next(each["Resources"] for each in ray.nodes() if each["NodeID"] == node)
+    if not is_head:
+        ray_private.drain_node(node, timeout_s)
 
-        def is_empty() -> bool:
-            return not any(
-                (place != node if is_head else place == node) and kind not in _OF_THE_CLUSTER
-                for place, kind in ray_private.living_actors()
-            )
+    def is_empty() -> bool:
+        return not any(
+            (place != node if is_head else place == node) and kind not in _OF_THE_CLUSTER
+            for place, kind in ray_private.living_actors()
+        )
 
-        _wait(is_empty, deadline)
-        return is_empty()
+    _wait(is_empty, deadline)
+    return is_empty()
 
 
 def main(argv: list[str] | None = None) -> int:

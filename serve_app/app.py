@@ -8,13 +8,16 @@ ingress and one model into one application, for `serve run` and Serve's YAML fil
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from cluster import ray_private
-from qwen3_dist.errors import ConfigError
+from qwen3_dist.errors import ConfigError, ResourceError
 from serve_app.ingress.deployment import Ingress
 from serve_app.placement import place
 from serve_app.replica.deployment import EngineReplica
@@ -28,6 +31,8 @@ from serve_app.settings import (
 )
 from serve_app.settings.options import ingress_options, scaling_options
 
+_log = logging.getLogger(__name__)
+_POLL_S = 2.0
 QUIET_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 # A model that fails to load fails the next time too: say so after the first try. Once a replica has
 # run, Serve goes on replacing lost ones whatever this is.
@@ -55,9 +60,22 @@ def build_gateway(args: dict[str, Any]) -> serve.Application:
 
 
 def build_model(args: dict[str, Any]) -> serve.Application:
-    """One model's replicas alone, for flat settings `args` of it. Raises ConfigError, ResourceError."""
+    """One model's replicas alone, for flat settings `args` of it. Raises ConfigError, ResourceError.
+
+    KubeRay deploys as soon as its head is ready and never tries again. So this waits up to `start_timeout_s` for the
+    nodes that a replica needs.
+    """
     config = ServiceConfig((read_model_settings(args),))
-    return _replicas(config, config.models[0])
+    [model] = config.models
+    deadline = time.monotonic() + model.replica.engine.start_timeout_s
+    while True:
+        try:
+            return _replicas(config, model)
+        except ResourceError as error:
+            if not ray.is_initialized() or time.monotonic() > deadline:
+                raise
+            _log.warning("%s waits for nodes: %s", model.name, error)
+        time.sleep(_POLL_S)
 
 
 def applications(config: ServiceConfig) -> list[serve.RunTarget]:

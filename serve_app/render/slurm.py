@@ -28,12 +28,12 @@ cat > "$work/service.yaml" <<'{mark}'
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=${{hosts[0]}}:{port}
-nodes=()
 service=
 
 finish() {{
     trap '' TERM INT
-    [ ${{#nodes[@]}} -eq 0 ] || kill -TERM "${{nodes[@]}}" 2> "$work/kill" || true
+    mapfile -t running < <(jobs -p)
+    [ ${{#running[@]}} -eq 0 ] || kill -TERM "${{running[@]}}" 2> "$work/kill" || true
     wait
     rm -rf "$work"
 }}
@@ -43,19 +43,22 @@ stop() {{
 trap finish EXIT
 trap stop TERM INT
 
-start() {{  # HOST, then arguments of `ray start`
+ray_node() {{  # HOST, then arguments of `ray start`
     local host=$1
     shift
     srun --nodes=1 --ntasks=1 --overlap --nodelist="$host" \\
         ray start --block --disable-usage-stats --num-cpus={cpus} --num-gpus={gpus} "$@" &
-    nodes+=($!)
 }}
-start "${{hosts[0]}}" --head --port={port} --include-dashboard=false
-python -m cluster.nodes wait "$address" 1
+wait_for_nodes() {{  # COUNT. Bash handles a signal while it waits for a background job, but not for a command.
+    python -m cluster.nodes wait "$address" "$1" &
+    wait $!
+}}
+ray_node "${{hosts[0]}}" --head --port={port} --include-dashboard=false
+wait_for_nodes 1
 for host in "${{hosts[@]:1}}"; do
-    start "$host" --address="$address"
+    ray_node "$host" --address="$address"
 done
-python -m cluster.nodes wait "$address" "${{#hosts[@]}}"
+wait_for_nodes "${{#hosts[@]}}"
 
 qwen3-dist serve --config "$work/service.yaml" --ray-address "$address" &
 service=$!
