@@ -1,7 +1,7 @@
 """Waits for the nodes of a Ray cluster, and drains the node of this machine, for scripts that start and end nodes.
 
-    python -m cluster.nodes wait HOST:PORT 2 --timeout-s 300
-    python -m cluster.nodes drain --timeout-s 600
+python -m cluster.nodes wait HOST:PORT 2 --timeout-s 300
+python -m cluster.nodes drain --timeout-s 600
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ EXAMPLES = {
 def rendered(example: str) -> str:
     """What `example`, a key of EXAMPLES, should hold."""
     arguments = [
-        str(DEPLOY / word) if word.startswith("services/") else word for word in shlex.split(EXAMPLES[example])
+        str(DEPLOY / word) if word.startswith("services/") else word
+        for word in shlex.split(EXAMPLES[example])
     ]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):

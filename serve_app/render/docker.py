@@ -32,16 +32,17 @@ RUN python3 -m venv {home}
 
 # The largest layer changes with torch only.
 COPY constraints.txt {home}/src/
-RUN pip install -c {home}/src/constraints.txt torch triton setuptools
+RUN pip install -c {home}/src/constraints.txt torch triton
 
 COPY pyproject.toml README.md LICENSE {home}/src/
 COPY qwen3_dist {home}/src/qwen3_dist
 COPY cluster {home}/src/cluster
 COPY serve_app {home}/src/serve_app
-RUN pip install --no-build-isolation -c {home}/src/constraints.txt {home}/src && rm -r {home}/src
+RUN pip install -c {home}/src/constraints.txt {home}/src \\
+    && rm -r {home}/src
 
 # KubeRay starts Ray in a login shell, which may set PATH anew.
-RUN ln -s {home}/bin/python {home}/bin/ray {home}/bin/serve {home}/bin/qwen3-dist /usr/local/bin/
+RUN echo 'export PATH={home}/bin:$PATH' > /etc/profile.d/qwen3-dist.sh
 
 # Any user may run this image, also one that the platform picks.
 RUN mkdir -p {cache} && chmod 1777 {cache}
@@ -60,6 +61,8 @@ CMD ["serve", "--host", "0.0.0.0"]
 def render(config: ServiceConfig, options: DockerOptions) -> str:
     """The Dockerfile."""
     caches = " \\\n    ".join(f"{name}={value}" for name, value in _CACHES.items())
-    return _DOCKERFILE.format(base=options.base_image, home=HOME, cache=CACHE, caches=caches).replace(
-        ":8000/ready", f":{config.endpoint.port}{config.endpoint.route_prefix.rstrip('/')}/ready"
-    ).replace("EXPOSE 8000", f"EXPOSE {config.endpoint.port}")
+    return (
+        _DOCKERFILE.format(base=options.base_image, home=HOME, cache=CACHE, caches=caches)
+        .replace(":8000/ready", f":{config.endpoint.port}{config.endpoint.route_prefix.rstrip('/')}/ready")
+        .replace("EXPOSE 8000", f"EXPOSE {config.endpoint.port}")
+    )

@@ -129,8 +129,7 @@ def _worker_resources(nodes: NodeOptions, gpus: int) -> dict[str, Any]:
 
 
 def _ready_probe(config: ServiceConfig) -> dict[str, Any]:
-    """The pod gets requests once the service answers over it. A worker without a replica of Serve has no proxy and gets
-    none."""
+    """The pod gets requests once the service answers over it; never, if it has no replica and so no proxy of Serve."""
     path = f"{config.endpoint.route_prefix.rstrip('/')}/ready"
     return {
         "httpGet": {"path": path, "port": "serve"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -12,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from cluster import nodes, ray_private
 from qwen3_dist.errors import ResourceError
+from serve_app.app import build_model
 
 
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 1}, graceful_shutdown_timeout_s=30)
@@ -22,8 +25,6 @@ class Held:
         self._released = False
 
     async def hold(self) -> str:
-        import asyncio
-
         while not self._released:
             await asyncio.sleep(0.05)
         return "ended"
@@ -33,12 +34,12 @@ class Held:
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[str, Cluster]]:
-    """The address of a cluster whose head runs no replicas, and which has a worker with a core."""
+def cluster() -> Iterator[Cluster]:
+    """A cluster of a head that runs no replicas, as KubeRay deploys on, with this process connected to it."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
     try:
-        yield cluster.address, cluster
+        yield cluster
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -46,9 +47,8 @@ def two_nodes() -> Iterator[tuple[str, Cluster]]:
         cluster.shutdown()
 
 
-def test_a_drained_node_ends_its_requests_before_it_is_empty(two_nodes: tuple[str, Cluster]) -> None:
-    address, _ = two_nodes
-    ray.init(address=address, log_to_driver=False)
+def test_a_drained_node_ends_its_requests_before_it_is_empty(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1)
     handle = serve.run(Held.bind(), name="held", route_prefix=None)
     running = handle.hold.remote()
     [worker] = [node["NodeID"] for node in ray.nodes() if nodes._HEAD not in node["Resources"]]
@@ -66,12 +66,21 @@ def test_a_drained_node_ends_its_requests_before_it_is_empty(two_nodes: tuple[st
     assert nodes.drain(head, 60.0)
 
 
-def test_waiting_for_nodes_ends_with_them_or_says_how_many_are_missing(
-    two_nodes: tuple[str, Cluster],
-) -> None:
-    address, _ = two_nodes
-    nodes.wait_for_nodes(address, 2, 60.0)
+def test_waiting_for_nodes_ends_with_them_or_says_how_many_are_missing(cluster: Cluster) -> None:
+    cluster.add_node(num_cpus=1)
+    ray.shutdown()  # it connects by itself
+    nodes.wait_for_nodes(cluster.address, 2, 60.0)
     with pytest.raises(ResourceError, match="has 2 of 3 nodes"):
-        nodes.wait_for_nodes(address, 3, 1.0)
+        nodes.wait_for_nodes(cluster.address, 3, 1.0)
     with pytest.raises(ResourceError, match="no Ray cluster answers"):
         nodes.wait_for_nodes("127.0.0.1:1", 1, 0.1)
+
+
+def test_a_model_that_is_deployed_before_its_nodes_have_joined_waits_for_them(cluster: Cluster) -> None:
+    model = {"layout": "tp=1", "device": "cpu", "cpus_per_rank": 0.5}
+    with pytest.raises(ResourceError, match="need .* CPUs and the Ray cluster has 0"):
+        build_model({**model, "start_timeout_s": 0.1})
+    with ThreadPoolExecutor() as pool:
+        built = pool.submit(build_model, {**model, "start_timeout_s": 120})
+        cluster.add_node(num_cpus=1)
+        assert built.result(timeout=120)

@@ -22,10 +22,13 @@ from tools.render_examples import DEPLOY, rendered
 ROOT = Path(__file__).parent.parent.parent
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 UNKNOWN_USER = 48213
+PYTHON = "/opt/python"  # where others can read it, which may not hold of this machine's
 
 
 def can_unshare() -> bool:
-    return os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    return (
+        os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    )
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
@@ -57,7 +60,8 @@ def script(steps: list[tuple[str, str]], packages: str) -> str:
             lines.append(rest)
             if found := re.search(r"-m venv (\S+)", rest):
                 version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-                lines.append(f"echo {packages} > {found[1]}/lib/{version}/site-packages/here.pth")
+                own = f"{found[1]}/lib/{version}/site-packages"
+                lines += [f"echo {packages} > {own}/here.pth", f"rm -rf {own}/setuptools*"]
     return "\n".join(lines)
 
 
@@ -78,27 +82,31 @@ def test_its_steps_install_a_command_that_any_user_can_run(tmp_path: Path) -> No
     values = environment(steps)
     install = tmp_path / "install.sh"
     install.write_text(script(steps, sysconfig.get_paths()["purelib"]))
-    python = tmp_path / "python"
-    python.mkdir()
-    (python / "python3").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
-    outside = {**values, "PATH": f"{values['PATH']}:{python}", "PIP_NO_INDEX": "1"}
-    outside["PATH"] = f"/opt/qwen3-dist/bin:{python}:/usr/local/bin:/usr/bin:/bin"
+    offline = {
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }  # pip reads the latter's 0 as "no isolation"
+    outside = {**values, **offline, "PATH": f"/opt/qwen3-dist/bin:{PYTHON}/bin:/usr/local/bin:/usr/bin:/bin"}
     source = tmp_path / "source"
     shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache", "tests")
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache", "tests"),
     )
     homeless = " ".join(f"{name}={shlex.quote(value)}" for name, value in values.items() if name != "HOME")
     as_anyone = f"setpriv --reuid={UNKNOWN_USER} --regid={UNKNOWN_USER} --clear-groups env -i {homeless}"
     checks = f"""
 set -eu
-for folder in /opt /usr/local/bin /var/cache; do mount -t tmpfs -o mode=755 tmpfs $folder; done
+for folder in /opt /etc/profile.d /var/cache; do mount -t tmpfs -o mode=755 tmpfs $folder; done
+mkdir {PYTHON}
+mount --bind {sys.base_prefix} {PYTHON}
 cd {source}
 bash {install}
 cd /var/cache/qwen3-dist
 {as_anyone} qwen3-dist --version
 {as_anyone} qwen3-dist config --layout tp=2 --changed
-{as_anyone} /usr/local/bin/python -c 'import serve_app, sys; print(serve_app.__file__)'
-{as_anyone} /usr/local/bin/qwen3-dist generate hello --max-tokens 3 --device cpu
+{as_anyone} PATH=/usr/bin:/bin bash -lc "which qwen3-dist && python -c 'import serve_app; print(serve_app.__file__)'"
+{as_anyone} qwen3-dist generate hello --max-tokens 3 --device cpu
 """
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", checks],
@@ -109,4 +117,5 @@ cd /var/cache/qwen3-dist
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "layout" in done.stdout and "qwen3-dist 0" in done.stdout
+    assert "/opt/qwen3-dist/bin/qwen3-dist" in done.stdout, "a login shell finds the commands"
     assert "/opt/qwen3-dist/lib/" in done.stdout, "the installed package runs, not this tree"
