@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             f"--{foreign[0].replace('_', '-')} is no option of {args.target}; it takes "
             + ", ".join(f"--{name.replace('_', '-')}" for name in sorted(taken))
         )
-    options = [
+    options: list[Any] = [
         read_settings(part, {name: value for name, value in given.items() if name in setting_types(part)})
         for part in parts
     ]

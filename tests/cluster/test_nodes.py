@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import ray
@@ -19,18 +20,12 @@ from serve_app.app import build_model
 
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 1}, graceful_shutdown_timeout_s=30)
 class Held:
-    """Holds a request until it is released."""
+    """Holds a request until a file exists: a draining replica takes no second request that could release it."""
 
-    def __init__(self) -> None:
-        self._released = False
-
-    async def hold(self) -> str:
-        while not self._released:
+    async def hold(self, released: str) -> str:
+        while not Path(released).exists():
             await asyncio.sleep(0.05)
         return "ended"
-
-    async def release(self) -> None:
-        self._released = True
 
 
 @pytest.fixture
@@ -47,10 +42,10 @@ def cluster() -> Iterator[Cluster]:
         cluster.shutdown()
 
 
-def test_a_drained_node_ends_its_requests_before_it_is_empty(cluster: Cluster) -> None:
+def test_a_drained_node_ends_its_requests_before_it_is_empty(cluster: Cluster, tmp_path: Path) -> None:
     cluster.add_node(num_cpus=1)
     handle = serve.run(Held.bind(), name="held", route_prefix=None)
-    running = handle.hold.remote()
+    running = handle.hold.remote(str(tmp_path / "released"))
     [worker] = [node["NodeID"] for node in ray.nodes() if nodes._HEAD not in node["Resources"]]
     [head] = [node["NodeID"] for node in ray.nodes() if nodes._HEAD in node["Resources"]]
     deadline = time.monotonic() + 60
@@ -60,7 +55,7 @@ def test_a_drained_node_ends_its_requests_before_it_is_empty(cluster: Cluster) -
 
     assert not nodes.drain(worker, 1.0), "a request still runs there"
     assert not nodes.drain(head, 0.1), "the head outlives the worker"
-    handle.release.remote().result(timeout_s=60)
+    (tmp_path / "released").touch()
     assert running.result(timeout_s=60) == "ended"
     assert nodes.drain(worker, 60.0)
     assert nodes.drain(head, 60.0)
