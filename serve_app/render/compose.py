@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from serve_app.render.docker import CACHE
@@ -9,13 +10,14 @@ from serve_app.render.options import ComposeOptions, NodeOptions
 from serve_app.render.service import for_cluster, grace_s, service_yaml, to_yaml
 from serve_app.settings import ServiceConfig
 
+_PORT = 8000  # in the container, where Prometheus and the image's health check look for it
 _CONFIG = "/etc/qwen3-dist/service.yaml"
 _PROMETHEUS = "prom/prometheus:v3.5.0"
 _GRAFANA = "grafana/grafana:12.1.0"
 _DATASOURCE = {
     "apiVersion": 1,
     "datasources": [
-        {"name": "Prometheus", "type": "prometheus", "url": "http://prometheus:9090", "isDefault": True}
+        {"name": "Prometheus", "type": "prometheus", "url": "http://service:9090", "isDefault": True}
     ],
 }
 _DASHBOARDS = {
@@ -26,19 +28,23 @@ _DASHBOARDS = {
 
 def render(config: ServiceConfig, options: ComposeOptions) -> str:
     """The file. Raises ConfigError."""
+    published = config.endpoint.port
     config = for_cluster(config, NodeOptions(gpus_per_node=1 if options.gpus else 0))
+    config = replace(config, endpoint=replace(config.endpoint, port=_PORT))
     return to_yaml(
         {
             "name": config.endpoint.name.lower().replace(".", "-"),
             "services": {
-                "service": _service(config, options),
+                "service": _service(config, options, published),
                 "prometheus": {
                     "image": _PROMETHEUS,
+                    # Its file names the service by this machine's own address.
+                    "network_mode": "service:service",
                     "volumes": [
                         "../prometheus:/etc/prometheus:ro",
                         "prometheus:/prometheus",
                     ],
-                    "ports": ["127.0.0.1:9090:9090"],
+                    "depends_on": ["service"],
                 },
                 "grafana": {
                     "image": _GRAFANA,
@@ -68,8 +74,7 @@ def render(config: ServiceConfig, options: ComposeOptions) -> str:
     )
 
 
-def _service(config: ServiceConfig, options: ComposeOptions) -> dict[str, Any]:
-    port = config.endpoint.port
+def _service(config: ServiceConfig, options: ComposeOptions, published: int) -> dict[str, Any]:
     service: dict[str, Any] = {
         "image": options.image,
         "build": {"context": "../../..", "dockerfile": "cluster/deploy/docker/Dockerfile"},
@@ -77,7 +82,7 @@ def _service(config: ServiceConfig, options: ComposeOptions) -> dict[str, Any]:
         "configs": [_mounted("service", _CONFIG)],
         "environment": {"HF_TOKEN": "${HF_TOKEN:-}"},
         "volumes": [f"cache:{CACHE}"],
-        "ports": [f"127.0.0.1:{port}:{port}"],
+        "ports": [f"127.0.0.1:{published}:{_PORT}", "127.0.0.1:9090:9090"],
         "shm_size": f"{options.shm_gib}gb",
         "init": True,
         "stop_grace_period": f"{grace_s(config)}s",

@@ -18,7 +18,7 @@ from serve_app.settings import ModelSettings, ServiceConfig
 
 # Environment of every Ray node of a service.
 ENVIRONMENT = {**ray_private.CLUSTER_ENVIRONMENT, ray_private.PROXY_MIDDLEWARES: proxy.IMPORT_PATH}
-# What a service needs beyond `graceful_shutdown_timeout_s` to end.
+# Seconds that a service needs beyond `graceful_shutdown_timeout_s` to end.
 _END_S = 60
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

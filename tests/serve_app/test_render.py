@@ -91,15 +91,21 @@ def test_what_cannot_run_is_refused(
 def test_the_service_of_a_container_is_reached_from_outside(capsys: pytest.CaptureFixture[str]) -> None:
     compose = yaml.safe_load(printed(capsys, "render", "compose", "--port", "9000"))
     service = yaml.safe_load(compose["configs"]["service"]["content"])
-    assert service == {"device": "cpu", "host": "0.0.0.0", "port": 9000}
-    assert compose["services"]["service"]["ports"] == ["127.0.0.1:9000:9000"]
+    assert service == {"device": "cpu", "host": "0.0.0.0"}
+    assert "127.0.0.1:9000:8000" in compose["services"]["service"]["ports"]
 
 
-def test_compose_mounts_files_of_this_repository(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compose_mounts_files_of_this_repository() -> None:
     compose = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())
     build = compose["services"]["service"]["build"]
     context = (DEPLOY / "compose" / build["context"]).resolve()
     assert (context / build["dockerfile"]).is_file() and (context / "pyproject.toml").is_file()
+    mounted = [volume for service in compose["services"].values() for volume in service["volumes"]]
+    sources = [volume.partition(":")[0] for volume in mounted if volume.startswith("..")]
+    assert sources and all((DEPLOY / "compose" / source).exists() for source in sources)
+    scraped = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"][0]
+    assert scraped["static_configs"][0]["targets"] == ["127.0.0.1:8000"]
+    assert compose["services"]["prometheus"]["network_mode"] == "service:service"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")

@@ -49,6 +49,7 @@ def test_the_job_serves_from_two_nodes_and_leaves_nothing(
         printed(
             capsys,
             *("render", "slurm", "--layout", "dp=2,ep=2", "--device", "cpu", "--port", str(port)),
+            # A node with one CPU has no room for both ranks.
             *("--nodes", "2", "--cpus-per-node", "1", "--ray-port", str(free_port())),
             *("--num-blocks", "128", "--host", "127.0.0.2", "--graceful-shutdown-timeout-s", "20"),
         )
