@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", metavar="URL", help="use the running service at this URL instead of loading a model"
     )
-    parser.add_argument("--api-key", default="none", metavar="KEY", help="API key of the service at --url")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="API key of the service at --url (default: QWEN3_DIST_API_KEY)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of one answer")
     parser.add_argument(
@@ -144,7 +147,8 @@ def _remote(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
 
     base = args.url.rstrip("/").removesuffix("/v1")
     thinking = {"chat_template_kwargs": {"enable_thinking": False}} if args.no_thinking else {}
-    with OpenAI(base_url=f"{base}/v1", api_key=args.api_key) as client:
+    key = args.api_key or os.environ.get("QWEN3_DIST_API_KEY") or "none"
+    with OpenAI(base_url=f"{base}/v1", api_key=key) as client:
         try:
             model = args.model or client.models.list().data[0].id
         except APIStatusError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -146,11 +147,14 @@ def add_ray_address(parser: argparse.ArgumentParser) -> None:
 
 
 def given_service(args: argparse.Namespace) -> ServiceSource:
-    """Where the settings of a service come from: `--config` and the other options. Raises ConfigError."""
+    """Where the settings of a service come from: `--config`, the other options, and keys in environment variables.
+
+    Raises ConfigError.
+    """
     given = given_settings(args, *MODEL_PARTS, *SERVICE_PARTS)
     if not given["model"]:  # it was left out
         del given["model"]
-    return service_source(args.config, given)
+    return service_source(args.config, given, os.environ)
 
 
 def report(line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import ssl
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -26,17 +27,20 @@ _MAX_TOKENS = 160
 _HEADINGS = {"thought": "[thinks] ", "answer": "\n[says] ", "name": "\n[calls] ", "arguments": " with "}
 
 
-def show_sample(out: TextIO, as_json: bool, url: str, model: str, api_key: str) -> None:
+def show_sample(
+    out: TextIO, as_json: bool, url: str, model: str, api_key: str, tls: ssl.SSLContext | None = None
+) -> None:
     """Asks the endpoint at `url` three questions and prints the answers as they stream in.
 
-    Ends with a `curl` command that repeats the first. With `as_json` each answer is one JSON object.
+    Ends with a `curl` command that repeats the first. With `as_json` each answer is one JSON object. `tls` is for an
+    https URL; None is the default.
     """
     for question, thinking, tools in _QUESTIONS:
         if not as_json:
             offered = f"   [{tools[0]['function']['name']} is offered]" if tools else ""
             print(f"\n> {question}{offered}", file=out, flush=True)
         parts = dict.fromkeys(_HEADINGS, "")
-        for part, text in _ask(url, api_key, model, question, thinking, tools):
+        for part, text in _ask(url, api_key, model, question, thinking, tools, tls):
             if text and not as_json:
                 heading = "" if parts[part] else _HEADINGS[part]
                 print(
@@ -76,14 +80,21 @@ def _body(model: str, question: str, thinking: bool, tools: list[dict[str, Any]]
 
 
 def _ask(
-    url: str, api_key: str, model: str, question: str, thinking: bool, tools: list[dict[str, Any]] | None
+    url: str,
+    api_key: str,
+    model: str,
+    question: str,
+    thinking: bool,
+    tools: list[dict[str, Any]] | None,
+    tls: ssl.SSLContext | None,
 ) -> Iterator[tuple[str, str]]:
     """Streams the answer as pairs of part, a key of _HEADINGS, and text."""
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI
 
     body = _body(model, question, thinking, tools)
     extra = {"chat_template_kwargs": body.pop("chat_template_kwargs")}
-    with OpenAI(base_url=f"{url}/v1", api_key=api_key or "none") as client:
+    http_client = DefaultHttpxClient(verify=tls) if tls else None
+    with OpenAI(base_url=f"{url}/v1", api_key=api_key or "none", http_client=http_client) as client:
         for chunk in client.chat.completions.create(**body, extra_body=extra):
             for choice in chunk.choices:
                 yield "thought", getattr(choice.delta, "reasoning", None) or ""

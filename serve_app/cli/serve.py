@@ -9,7 +9,10 @@ import signal
 import types
 from typing import TextIO
 
+from qwen3_dist.errors import ConfigError
 from serve_app.cli.options import MODEL, add_config_file, add_service_settings, given_service, report
+from serve_app.settings import ServiceConfig
+from serve_app.settings.keys import is_hash
 
 HELP = "serve a model over an OpenAI-compatible HTTP endpoint until Ctrl-C"
 
@@ -61,9 +64,12 @@ class StopSignals:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     config = given_service(args).read()
+    if args.sample or args.exit_after_sample:
+        _check_sample_key(config)
     signals = StopSignals()
     from serve_app.cli.sample import show_sample
     from serve_app.launch.foreground import running_service
+    from serve_app.launch.startup import own_tls
 
     try:
         with running_service(config, args.ray_address, report, signals.stop_now) as service:
@@ -71,7 +77,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
                 model = config.models[0].name
                 _announce(out, args.json, service.url, model)
                 if args.sample or args.exit_after_sample:
-                    show_sample(out, args.json, service.url, model, config.ingress.api_key)
+                    key, tls = config.ingress.api_key, own_tls(config.endpoint)
+                    show_sample(out, args.json, service.url, model, key, tls)
                 if not args.exit_after_sample:
                     report("ready; Ctrl-C ends it")
                     service.watch()
@@ -80,6 +87,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     except KeyboardInterrupt:
         report("stopped")
     return 0
+
+
+def _check_sample_key(config: ServiceConfig) -> None:
+    """Raises ConfigError if the questions of --sample would be refused for want of a key."""
+    ingress = config.ingress
+    if is_hash(ingress.api_key) or (ingress.keys_file and not ingress.api_key):
+        raise ConfigError(
+            "--sample needs the key itself as api_key, not a hash or a keys_file; leave --sample out"
+        )
 
 
 def _announce(out: TextIO, as_json: bool, url: str, model: str) -> None:

@@ -14,6 +14,7 @@ _RENAMED = {
     "--distributed-executor-backend": "--executor",
     "--tool-call-parser": "--tool-calls",
     "--root-path": "--route-prefix",
+    "--allowed-origins": "--cors-allow-origins",
     "--timeout-graceful-shutdown": "--graceful-shutdown-timeout-s",
 }
 # vLLM's flags: our boolean setting and its value.
@@ -29,6 +30,7 @@ _SWITCHES = {
 _VALUES = {
     "--dtype": {"half": "float16", "float": "float32"},
     "--load-format": {"dummy": "random", "auto": "checkpoint", "safetensors": "checkpoint"},
+    "--cors-allow-origins": {'["*"]': "*"},
     "--executor": {"mp": "processes", "uni": "in_process"},
     "--tool-calls": {"hermes": "json", "qwen3_coder": "xml", "qwen3_xml": "xml"},
 }

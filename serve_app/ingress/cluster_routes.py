@@ -37,9 +37,13 @@ class ClusterRoutes:
     def __init__(self) -> None:
         self._created = int(time.time())
 
+    def _num_ingresses(self) -> int:
+        """The number of ingress replicas. Serve's proxies spread requests evenly over them."""
+        return serve.get_replica_context().world_size or 1
+
     def _max_in_flight(self) -> int:
-        """This ingress's part of what the service takes: Serve's proxies spread requests evenly."""
-        return math.ceil(self._routes.max_in_flight() / (serve.get_replica_context().world_size or 1))
+        """This ingress's part of what the service takes."""
+        return math.ceil(self._routes.max_in_flight() / self._num_ingresses())
 
     @api.get("/version", **route("vLLM: the version of this service"))
     async def version(self) -> Response:

@@ -6,6 +6,7 @@ for a stream, one item of serialised events per engine step.
 
 # No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack
 from http import HTTPStatus
@@ -38,13 +39,12 @@ from serve_app.apis.tokens import (
     parse_detokenize,
     parse_tokenize,
 )
+from serve_app.ingress.access.control import Access
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
 from serve_app.ingress.api import api
-from serve_app.ingress.cluster_routes import METRICS, REBALANCE, ClusterRoutes
+from serve_app.ingress.cluster_routes import METRICS, ClusterRoutes
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import (
-    check_admin_key,
-    check_key,
     json_response,
     read_body,
     request_id,
@@ -76,6 +76,7 @@ class Ingress(ClusterRoutes):
         self._admission = Admission(self._max_in_flight, max_per_request=1)
         self._stored = ResponseStore(0, 0.0)
         self._draining = Draining()
+        self._access = Access(self._num_ingresses)
         ingress = serve.get_replica_context().replica_id.unique_id
         self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)
         self._push = self.metrics_of_http.push_to_ray()
@@ -88,6 +89,8 @@ class Ingress(ClusterRoutes):
         """
         config = IngressConfig.from_json(user_config)
         self._settings = settings = config.settings
+        self._access.configure(settings)
+        self._access.watch_keys_file()
         self._routes.configure(config)
         self._admission.max_per_request = max(model.max_ongoing_requests for model in config.models)
         self._stored.limit(int(settings.stored_responses_mib * 2**20), settings.stored_responses_s)
@@ -97,18 +100,19 @@ class Ingress(ClusterRoutes):
             return serve.get_deployment_handle(REPLICA, model.application)
         return self._own_replicas[model.name]
 
-    def check_request(self, request: Request) -> None:
-        """Raises RequestError if the key is missing or wrong (401, 403), if the service is full (429), or if it is
-        shutting down (503). Called before the body is read."""
-        path = route_path(request)
-        if path != METRICS:  # which tells how the service drains
+    def check_request(self, request: Request) -> Response | None:
+        """Returns the response to a browser's preflight request, None for others. Called before the body is read.
+
+        Raises RequestError if the key is missing or wrong (401, 403), if the key or the service is at a limit (429),
+        or if the service is shutting down (503).
+        """
+        if route_path(request) != METRICS:  # which tells how the service drains
             self._draining.check()
-        if path == REBALANCE:
-            check_admin_key(request, self._settings.admin_key, self._settings.api_key)
-            return
-        check_key(request, self._settings.api_key)
-        if request.method == "POST":
+        answer = self._access.check(request)
+        if answer is None and request.method == "POST" and not self._access.is_admins(request):
             self._admission.check()
+            self._access.check_limits(request)
+        return answer
 
     async def _ask_metrics(self, timeout_s: float) -> list[Snapshot | BaseException]:
         """The metrics of the replicas of all models, or why one does not tell them."""
@@ -189,16 +193,19 @@ class Ingress(ClusterRoutes):
     ) -> Response:
         """Has a replica answer the request that `parse` reads from the body. `observe` wraps the answer's items."""
         with ExitStack() as resources:
+            resources.enter_context(self._access.running(http_request))
             admitted = resources.enter_context(self._admission.admit())
             settings = self._settings
             body = await read_body(
                 http_request, int(settings.max_request_mib * 2**20), settings.body_timeout_s
             )
             request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
+            request = self._access.with_priority(http_request, request)
             model = self._routes.find(request.model)
             admitted.count(request.num_sequences)
             resources.enter_context(model.admission.admit()).count(request.num_sequences)
-            answer = self._draining.watch(model.dispatcher.answer(request, request_id(http_request)))
+            charge = functools.partial(self._access.charge, http_request)
+            answer = self._draining.watch(model.dispatcher.answer(request, request_id(http_request), charge))
             stream = request if isinstance(request, GenerationRequest) and request.stream else None
             items = KeepAliveStream(observe(answer), stream.ping if stream else b"")
             try:

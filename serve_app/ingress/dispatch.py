@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from serve_app.apis.shared.answer import Counted
 from serve_app.failures import log_internal_error
 
 T = TypeVar("T")
@@ -46,19 +47,23 @@ class Dispatcher:
         self._on_loss = on_loss
         self._pauses_s = pauses_s
 
-    async def answer(self, request: Any, request_id: str) -> AsyncGenerator[Any, None]:
+    async def answer(
+        self, request: Any, request_id: str, charge: Callable[[int], None] = lambda tokens: None
+    ) -> AsyncGenerator[Any, None]:
         """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
 
         The pair of a stream that is accepted has an empty body. Retries if the replica is lost before it has sent more
         than that. Raises EngineDeadError if it is lost later or the retries are used up, and RequestError on a timeout
         (408) or a bug (500), which is logged under `request_id`. Closing this generator cancels the request.
+
+        `charge` is called before each item with the number of tokens that the request has used since the last one.
         """
         now = asyncio.get_running_loop().time()
         deadline = now + self.timeout_s if self.timeout_s else None
         accepted = begun = False
         for pause_s in (*self._pauses_s, None):
             try:
-                async with contextlib.aclosing(self._try(request, request_id, deadline)) as items:
+                async with contextlib.aclosing(self._try(request, request_id, deadline, charge)) as items:
                     async for item in items:
                         if isinstance(item, tuple) and accepted:
                             item = part_of(*item)  # of another replica, after the first was lost
@@ -73,11 +78,17 @@ class Dispatcher:
                     raise
             await self._in_time(asyncio.sleep(pause_s), deadline)
 
-    async def _try(self, request: Any, request_id: str, deadline: float | None) -> AsyncGenerator[Any, None]:
+    async def _try(
+        self, request: Any, request_id: str, deadline: float | None, charge: Callable[[int], None]
+    ) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
         items = self._send(request, request_id)
+        charged = 0
         try:
             while (item := await self._in_time(_next(items), deadline)) is not None:
+                if isinstance(item, Counted):
+                    charge(item.tokens - charged)
+                    item, charged = item
                 if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
                     raise EngineDeadError(_LOST)
                 yield item

@@ -1,4 +1,4 @@
-"""HTTP of the ingress: API keys, bodies up to a limit, JSON responses and error objects.
+"""HTTP of the ingress: the gate before each request, bodies up to a limit, JSON responses and error objects.
 
 This is not in `deployment` because Serve pickles the routes of an ingress while that module is still being imported.
 """
@@ -6,7 +6,6 @@ This is not in `deployment` because Serve pickles the routes of an ingress while
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from ray import serve
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
 from serve_app.apis.error_forms import ANTHROPIC, error_form
@@ -32,7 +31,8 @@ logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
 _KEYLESS = ("/health", "/ready", "/version", "/metrics")
 _MAX_ID_LENGTH = 128  # of a request's id that its client chose
-Gate = Callable[[Request], None]
+_HEADERS = "qwen3_dist.headers"
+Gate = Callable[[Request], Response | None]
 Meter = Callable[
     [Request, Send], AbstractContextManager[Send]
 ]  # counts a request answered by the send that it gives
@@ -41,7 +41,8 @@ Meter = Callable[
 class Api(FastAPI):
     """An application that calls `gate` for each request before it reads the body.
 
-    If `gate` raises RequestError, `refuse` makes the response. `meter_of` returns what counts a request.
+    `gate` may return a response, which ends the request. If it raises RequestError, `refuse` makes the response.
+    `meter_of` returns what counts a request.
     """
 
     gate: Gate
@@ -55,19 +56,37 @@ class Api(FastAPI):
             request = Request(scope)
             with self.meter_of(request)(request, send) as send:
                 try:
-                    self.gate(request)
+                    answer = self.gate(request)
                 except RequestError as error:
-                    await self.refuse(request, error)(scope, receive, send)
+                    answer = self.refuse(request, error)
+                send = _with_headers(scope, send)
+                if answer is not None:
+                    await answer(scope, receive, send)
                     return
                 await super().__call__(scope, receive, send)
             return
         await super().__call__(scope, receive, send)
 
 
-def deployment_gate(request: Request) -> None:
+def _with_headers(scope: Scope, send: Send) -> Send:
+    """A `send` that adds the headers of `add_headers` to the response."""
+    headers = scope.get(_HEADERS)
+    if not headers:
+        return send
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+        await send(message)
+
+    return send_with_headers
+
+
+def deployment_gate(request: Request) -> Response | None:
     """Calls `check_request` of the Serve deployment that runs this code."""
     deployment: Any = serve.get_replica_context().servable_object
-    deployment.check_request(request)
+    answer: Response | None = deployment.check_request(request)
+    return answer
 
 
 def unmetered(request: Request) -> Meter:
@@ -152,36 +171,17 @@ def route_path(request: Request) -> str:
     return path.removeprefix(request.scope.get("root_path", ""))
 
 
-def check_key(request: Request, key: str) -> None:
-    """Raises RequestError (401) unless the request carries the API `key` or its path needs none."""
+def needs_no_key(request: Request) -> bool:
+    """Whether the request's path is answered without a key."""
     path = route_path(request)
-    if key and path not in _KEYLESS and not is_page(path) and not _has_key(request, key):
-        raise RequestError(
-            "the API key is missing or wrong; send it as Authorization: Bearer KEY or as x-api-key",
-            status=HTTPStatus.UNAUTHORIZED,
-        )
+    return path in _KEYLESS or is_page(path)
 
 
-def check_admin_key(request: Request, admin_key: str, api_key: str) -> None:
-    """Raises RequestError (401 or 403) unless the request may use admin routes: it carries the `admin_key`, or the
-    service has neither an `admin_key` nor an `api_key`."""
-    if admin_key and not _has_key(request, admin_key):
-        raise RequestError(
-            "this route needs the admin key; send it as Authorization: Bearer KEY or as x-api-key",
-            status=HTTPStatus.UNAUTHORIZED,
-        )
-    if api_key and not admin_key:
-        raise RequestError(
-            "this route needs an admin key and the service has none; start it with --admin-key",
-            status=HTTPStatus.FORBIDDEN,
-        )
-
-
-def _has_key(request: Request, key: str) -> bool:
-    """Whether the request carries `key`, compared in constant time."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    sent = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-    return hmac.compare_digest(sent.strip().encode(), key.encode())
+def add_headers(request: Request, headers: Mapping[str, str]) -> None:
+    """Adds `headers` to the response of a request, whatever it is; for a gate to call."""
+    request.scope.setdefault(_HEADERS, []).extend(
+        (name.encode(), value.encode("latin-1")) for name, value in headers.items()
+    )
 
 
 async def read_body(request: Request, limit: int, timeout_s: float = 0.0) -> bytes:

@@ -1,19 +1,21 @@
-"""What is checked before anything starts: the models' files, and the port."""
+"""What is checked before anything starts: the models' files, the port, the certificate and the keys file."""
 
 from __future__ import annotations
 
 import socket
+import ssl
 
 import ray
 
 from cluster import ray_private
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.engine import check_context
-from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.lora_loader import open_adapters
 from qwen3_dist.weights.source import resolve_config
-from serve_app.settings import EndpointSettings, ModelSettings
+from serve_app.settings import EndpointSettings, ModelSettings, ServiceConfig
+from serve_app.settings.keys import read_keys
 
 
 def check_model(model: ModelSettings) -> None:
@@ -58,3 +60,25 @@ def check_port(endpoint: EndpointSettings) -> None:
             raise ResourceError(
                 f"cannot listen on {endpoint.host}:{endpoint.port} ({error.strerror}); choose another --host or --port"
             ) from None
+
+
+def check_files(config: ServiceConfig) -> None:
+    """Raises ConfigError if the certificate, its key or the keys file of the service cannot be used."""
+    endpoint = config.endpoint
+    if endpoint.ssl_certfile:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(endpoint.ssl_certfile, endpoint.ssl_keyfile, password=_no_password)
+        except OSError as error:  # ssl.SSLError too
+            raise ConfigError(
+                f"ssl_certfile {endpoint.ssl_certfile} and ssl_keyfile {endpoint.ssl_keyfile} cannot be used "
+                f"({error.strerror or error}); give a certificate and its key as PEM files"
+            ) from None
+    if config.ingress.keys_file:
+        read_keys(config.ingress.keys_file)
+
+
+def _no_password() -> str:
+    raise ConfigError(
+        "ssl_keyfile has a password; give a key without one, in a file that only its owner may read"
+    )

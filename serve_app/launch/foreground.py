@@ -19,7 +19,7 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.worker.cards import local_device
 from serve_app.app import QUIET_LOGGING, applications
 from serve_app.ingress import proxy
-from serve_app.launch.checks import check_model, check_model_in_cluster, check_port
+from serve_app.launch.checks import check_files, check_model, check_model_in_cluster, check_port
 from serve_app.launch.serve_instance import (
     RunningApplication,
     ask_replicas,
@@ -32,6 +32,7 @@ from serve_app.launch.serve_instance import (
 from serve_app.launch.shutdown import delete, drain, end_unused_serve
 from serve_app.launch.startup import wait_until_answering, wait_until_running
 from serve_app.settings import INGRESS, REPLICA, EndpointSettings, ServiceConfig
+from serve_app.settings.options import http_options
 
 _WATCH_S = 1.0
 _SERVE_LOST_S = 60.0  # its controller is restarted within seconds
@@ -82,6 +83,7 @@ def running_service(
             check_model(model)
             local_device(model.replica.engine.device)  # the local Ray has no other GPUs
         check_port(config.endpoint)
+        check_files(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # A Ray that is started here inherits this variable.
     os.environ.setdefault(ray_private.PROXY_MIDDLEWARES, proxy.IMPORT_PATH)
@@ -148,7 +150,7 @@ def _deployed(
 def start_serve(endpoint: EndpointSettings) -> None:
     """Starts the cluster's Serve. Raises ResourceError if it cannot listen there."""
     try:
-        serve.start(http_options={"host": endpoint.host, "port": endpoint.port}, logging_config=QUIET_LOGGING)
+        serve.start(http_options=http_options(endpoint), logging_config=QUIET_LOGGING)
     except RayError as error:  # a proxy's
         reason = str(error).strip().splitlines()[-1]
         raise ResourceError(

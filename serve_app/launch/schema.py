@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen3_dist.settings_reader import changed_settings
 from serve_app.settings import INGRESS, REPLICA, ModelSettings, ServiceConfig
-from serve_app.settings.options import ingress_options, scaling_options
+from serve_app.settings.options import http_options, ingress_options, scaling_options
 
 
 def serve_schema(config: ServiceConfig) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def serve_schema(config: ServiceConfig) -> dict[str, Any]:
     endpoint = config.endpoint
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": endpoint.host, "port": endpoint.port},
+        "http_options": http_options(endpoint),
         "applications": [
             {
                 "name": endpoint.name,

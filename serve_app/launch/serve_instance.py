@@ -34,6 +34,7 @@ class ServeInstance:
     host: str | None
     port: int | None
     applications: dict[str, RunningApplication]
+    certfile: str = ""  # empty: HTTP without TLS
 
 
 def running_serve() -> ServeInstance | None:
@@ -47,7 +48,7 @@ def running_serve() -> ServeInstance | None:
         name: RunningApplication(name, found.get("route_prefix"), found["last_deployed_time_s"])
         for name, found in details["applications"].items()
     }
-    return ServeInstance(http.get("host"), http.get("port"), applications)
+    return ServeInstance(http.get("host"), http.get("port"), applications, http.get("ssl_certfile") or "")
 
 
 def find_application(name: str) -> RunningApplication:
@@ -103,7 +104,7 @@ def require_route(config: ServiceConfig, instance: ServeInstance) -> None:
 
 
 def require_address(config: ServiceConfig, instance: ServeInstance) -> None:
-    """Raises ConfigError if Serve listens elsewhere than the service should."""
+    """Raises ConfigError if Serve listens elsewhere than the service should, or with another certificate."""
     endpoint = config.endpoint
     host = _SAME_HOST.get(endpoint.host, endpoint.host)
     if instance.host is not None and (_SAME_HOST.get(instance.host, instance.host), instance.port) != (
@@ -113,6 +114,12 @@ def require_address(config: ServiceConfig, instance: ServeInstance) -> None:
         raise ConfigError(
             f"Ray Serve of this cluster listens on {instance.host}:{instance.port} for all its applications; give "
             f"--host {instance.host} --port {instance.port}"
+        )
+    if instance.host is not None and instance.certfile != endpoint.ssl_certfile:
+        has = f"uses the certificate {instance.certfile}" if instance.certfile else "speaks HTTP without TLS"
+        raise ConfigError(
+            f"Ray Serve of this cluster {has} for all its applications; give that --ssl-certfile, or none, or end "
+            "Serve first"
         )
 
 

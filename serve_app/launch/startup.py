@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -58,18 +59,38 @@ def wait_until_running(config: ServiceConfig, report: Callable[[str], None]) -> 
 
 
 def base_url(endpoint: EndpointSettings) -> str:
-    """Where this machine reaches the service."""
+    """The URL at which this machine reaches the service."""
+    scheme = "https" if endpoint.ssl_certfile else "http"
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(endpoint.host, endpoint.host)
-    return f"http://{host}:{endpoint.port}{endpoint.route_prefix.rstrip('/')}"
+    return f"{scheme}://{host}:{endpoint.port}{endpoint.route_prefix.rstrip('/')}"
+
+
+def own_tls(endpoint: EndpointSettings) -> ssl.SSLContext | None:
+    """TLS for a client on this machine: it trusts the service's certificate, whatever host that is for.
+
+    A certificate that is on other machines only cannot be checked: then nothing secret should be sent. None without
+    TLS.
+    """
+    if not endpoint.ssl_certfile:
+        return None
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    try:
+        context.load_verify_locations(endpoint.ssl_certfile)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    except OSError:
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def wait_until_answering(endpoint: EndpointSettings) -> str:
     """The service's base URL, once its /ready says 200."""
     url = base_url(endpoint)
+    tls = own_tls(endpoint)
     deadline = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=_ANSWER_TIMEOUT_S):
+            with urllib.request.urlopen(f"{url}/ready", timeout=_ANSWER_TIMEOUT_S, context=tls):
                 return url
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             if time.monotonic() > deadline:

@@ -18,13 +18,14 @@ from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
+from serve_app.apis.shared.answer import Counted
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
-from serve_app.replica.request_handler import RequestHandler
+from serve_app.replica.request_handler import RequestHandler, TokenCount
 from serve_app.settings import ReplicaSettings
 
 logger = logging.getLogger("ray.serve")
@@ -65,7 +66,7 @@ class EngineReplica:
 
     async def answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
         """Yields a pair of HTTP status and body, or, for a stream, a pair of status and first part, then the other
-        parts.
+        parts, each with its token count as `Counted`; errors have none.
 
         Errors are answered, not raised: a dead engine with 503, a bug with 500, logged under `request_id`.
         """
@@ -78,11 +79,13 @@ class EngineReplica:
             self._num_answering -= 1
 
     async def _answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
+        used = TokenCount()
         try:
             if not (isinstance(request, GenerationRequest) and request.stream):
-                yield HTTPStatus.OK, await self._handler.respond(request)
+                body = await self._handler.respond(request, used)
+                yield Counted((HTTPStatus.OK, body), used.total)
                 return
-            stream = self._handler.stream(request, request_id)
+            stream = self._handler.stream(request, request_id, used)
             first = await anext(stream)
         except Exception as error:  # noqa: BLE001 - bugs are answered too
             known = (
@@ -91,10 +94,10 @@ class EngineReplica:
             yield error_status(known), to_json(request.error_body(known))
             return
         async with aclosing(stream):
-            yield HTTPStatus.OK, first
+            yield Counted((HTTPStatus.OK, first), used.total)
             try:
                 async for item in stream:
-                    yield item
+                    yield Counted(item, used.total)
             except EngineDeadError as error:  # before the first event, so that another replica can answer
                 yield error_status(error), to_json(request.error_body(error))
 

@@ -50,6 +50,13 @@ class _Job:
     arrival_s: float  # on the monotonic clock
 
 
+@dataclass
+class TokenCount:
+    """The tokens that a request has used so far: of all its prompts and choices."""
+
+    total: int = 0
+
+
 class RequestHandler:
     """Answers parsed requests with one engine.
 
@@ -76,11 +83,14 @@ class RequestHandler:
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )
 
-    async def respond(self, request: GenerationRequest | PoolingRequest | TextRequest) -> bytes:
-        """The whole answer as JSON, serialised in a thread since it may take long.
+    async def respond(
+        self, request: GenerationRequest | PoolingRequest | TextRequest, used: TokenCount | None = None
+    ) -> bytes:
+        """The whole answer as JSON, serialised in a thread since it may take long. Sets `used`.
 
         Raises RequestError or EngineDeadError.
         """
+        used = used or TokenCount()
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._renderer))
         if isinstance(request, PoolingRequest):
@@ -89,6 +99,7 @@ class RequestHandler:
                 self._engine, self._renderer, request, *self._model_and_adapter(request.model)
             )
             self._metrics.pooled(arrival_s, len(pooled.vectors))
+            used.total = pooled.num_tokens
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request)
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
@@ -97,16 +108,21 @@ class RequestHandler:
                 for delta in step:
                     job.answer.count(delta)
                     deltas[delta.index].append(delta)
+        used.total = job.answer.usage.total
         return await asyncio.to_thread(
             lambda: to_json(job.answer.full_response([join(deltas[index]) for index in sorted(deltas)]))
         )
 
-    async def stream(self, request: GenerationRequest, request_id: str = "") -> AsyncGenerator[bytes, None]:
-        """Server-sent events, one item per engine step, after an empty item once the request is accepted.
+    async def stream(
+        self, request: GenerationRequest, request_id: str = "", used: TokenCount | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """Server-sent events, one item per engine step, after an empty item once the request is accepted. Sets `used`
+        before each item.
 
         An error before the first event is raised, as is the engine's death. A later one becomes an event, since the
         HTTP status has been sent; if it is a bug, it is logged under `request_id`.
         """
+        used = used or TokenCount()
         job = await self._prepare(request)
         waiting, begun = len(job.prompts), False
         try:
@@ -119,6 +135,7 @@ class RequestHandler:
                         continue
                     for delta in step:
                         job.answer.count(delta)
+                    used.total = job.answer.usage.total
                     events = b"" if begun else job.answer.begin()
                     events += b"".join([job.answer.delta(delta) for delta in step])
                     if events:

@@ -15,15 +15,19 @@ Several models stand in a list; what stands beside the list holds for all of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cluster.yaml_file import YamlFile, read_yaml
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings_reader import plain_value
+from serve_app.settings.keys import ADMIN_KEY, API_KEY
 from serve_app.settings.model import ModelSettings
 from serve_app.settings.service import ServiceConfig, read_service_config
+
+# Environment variables of the command line, where a key is not visible as an option is, and their settings.
+KEY_VARIABLES = {"QWEN3_DIST_API_KEY": API_KEY, "QWEN3_DIST_ADMIN_KEY": ADMIN_KEY}
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,12 @@ class EffectiveSetting:
 
 @dataclass(frozen=True)
 class ServiceSource:
-    """Where a service's settings come from: a file, if any, and the command line, which wins."""
+    """Where a service's settings come from: a file, if any, the `environment`, which wins over it, and the command
+    line, which wins over both."""
 
     file: YamlFile | None
     given: Mapping[str, Any]
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self) -> ServiceConfig:
         """Raises ConfigError, with file and line if the file is to blame."""
@@ -49,7 +55,7 @@ class ServiceSource:
             return read_service_config(self._merged())
         except ConfigError as error:
             blamed = error.setting[-1] if error.setting else ""
-            if self.file is None or blamed in self.given:
+            if self.file is None or blamed in {**self.environment, **self.given}:
                 raise
             raise self.file.refusal(error.setting, str(error)) from None
 
@@ -62,17 +68,19 @@ class ServiceSource:
                 yield from self._of_part(model.name, part, ("models", str(index)))
 
     def _of_part(self, model: str, part: Any, path: tuple[str, ...]) -> Iterator[EffectiveSetting]:
-        for field in fields(part):
-            if field.name == "engine":
+        for each in fields(part):
+            if each.name == "engine":
                 continue
-            value = plain_value(getattr(part, field.name))
-            if field.metadata.get("secret") and value:
+            value = plain_value(getattr(part, each.name))
+            if each.metadata.get("secret") and value:
                 value = "(secret)"
-            yield EffectiveSetting(model, field.name, value, self._source_of(field.name, path))
+            yield EffectiveSetting(model, each.name, value, self._source_of(each.name, path))
 
     def _source_of(self, name: str, path: tuple[str, ...]) -> str:
         if name in self.given:
             return "command line"
+        if name in self.environment:
+            return "environment"
         lines = self.file.lines if self.file is not None else {}
         for place in ((*path, name), (*path, "engine", name), (name,), ("engine", name)):
             if self.file is not None and place in lines:
@@ -93,16 +101,22 @@ class ServiceSource:
             ]
         return {
             **values,
+            **self.environment,
             **{name: value for name, value in self.given.items() if value != "" or name != "model"},
         }
 
 
-def service_source(path: str | Path | None, given: Mapping[str, Any]) -> ServiceSource:
-    """The settings of the file at `path`, if one is given, and those `given` on the command line.
+def service_source(
+    path: str | Path | None, given: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> ServiceSource:
+    """The settings of the file at `path`, if one is given, those `given` on the command line, and the keys in the
+    variables of KEY_VARIABLES.
 
     Raises ConfigError if the file cannot be read.
     """
-    return ServiceSource(read_yaml(path) if path else None, given)
+    variables = environment or {}
+    keys = {name: variables[variable] for variable, name in KEY_VARIABLES.items() if variables.get(variable)}
+    return ServiceSource(read_yaml(path) if path else None, given, keys)
 
 
 def _parts(model: ModelSettings) -> tuple[Any, ...]:

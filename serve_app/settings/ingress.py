@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings_reader import read_settings, setting
 from serve_app.settings.checks import require_not_negative, require_positive
+from serve_app.settings.keys import check_hash, hash_key
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,29 @@ class IngressSettings:
     stored_responses_s: float = setting(
         86400.0, "seconds for which a response that is not referred to stays stored"
     )
-    api_key: str = setting("", "key that clients must send; empty: none is asked for", secret=True)
+    api_key: str = setting(
+        "",
+        "key that clients must send, or sha256: and its hash; empty: no key is needed unless there is a keys_file",
+        secret=True,
+    )
     admin_key: str = setting(
         "",
-        "key for admin routes; empty: nobody may use them if there is an api_key, else everybody may",
+        "key for admin routes, or sha256: and its hash; empty: admin keys of the keys_file alone, or everybody if "
+        "the service has no keys",
         secret=True,
+    )
+    keys_file: str = setting(
+        "",
+        "YAML file of keys with names and limits, on each node with an ingress; read again when it changes",
+    )
+    admin_metrics: bool = setting(False, "whether /metrics needs an admin key; otherwise it needs no key")
+    cors_allow_origins: str = setting(
+        "", "origins, separated by commas, whose web pages may use the service from a browser; *: any"
+    )
+    allowed_hosts: str = setting(
+        "",
+        "host names, separated by commas, to which a service without keys answers on loopback addresses, beside "
+        "localhost; *: any",
     )
 
     def __post_init__(self) -> None:
@@ -68,6 +89,22 @@ class IngressSettings:
             "stored_responses_mib",
             "stored_responses_s",
         )
+        check_hash("api_key", self.api_key)
+        check_hash("admin_key", self.admin_key)
+        for origin in listed(self.cors_allow_origins):
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/]+/?", origin):
+                raise ConfigError(
+                    f"cors_allow_origins must be * or origins such as https://example.com, not {origin!r}"
+                )
+
+    def with_hashes(self) -> IngressSettings:
+        """These settings with the hashes of keys in place of the keys."""
+        return replace(self, api_key=hash_key(self.api_key), admin_key=hash_key(self.admin_key))
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The parts, in lower case, of a setting that is separated by commas."""
+    return tuple(part.strip().lower() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)

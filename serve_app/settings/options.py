@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.settings.model import ScalingSettings
-from serve_app.settings.service import ServiceConfig
+from serve_app.settings.service import EndpointSettings, ServiceConfig
 
 # Concurrent control calls (health, ranks, experts), allowed even when a replica is full of requests.
 _CONTROL_CALLS = 100
 _INGRESS_ONGOING_REQUESTS = 10_000
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
+
+
+def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
+    """Options of Serve's HTTP proxies."""
+    tls = {"ssl_certfile": endpoint.ssl_certfile, "ssl_keyfile": endpoint.ssl_keyfile}
+    return {"host": endpoint.host, "port": endpoint.port, **(tls if endpoint.ssl_certfile else {})}
 
 
 def scaling_options(scaling: ScalingSettings, max_queued_requests: int) -> dict[str, Any]:

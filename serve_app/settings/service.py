@@ -28,6 +28,11 @@ class EndpointSettings:
     route_prefix: str = setting("/", "path below which the service answers; unique in a Ray cluster")
     host: str = setting("127.0.0.1", "address the HTTP server listens on; 0.0.0.0 for every interface")
     port: int = setting(8000, "port the HTTP server listens on")
+    ssl_certfile: str = setting(
+        "",
+        "PEM file of the certificate, and of its chain, on each node with a proxy; empty: HTTP without TLS",
+    )
+    ssl_keyfile: str = setting("", "PEM file of the certificate's private key, without a password")
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.-]+", self.name):
@@ -36,6 +41,9 @@ class EndpointSettings:
             raise ConfigError(f"route_prefix must be a path such as / or /small, not {self.route_prefix!r}")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port must lie between 1 and 65535, not {self.port}")
+        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
+            given, missing = ("certfile", "keyfile") if self.ssl_certfile else ("keyfile", "certfile")
+            raise ConfigError(f"ssl_{given} needs ssl_{missing} beside it")
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,9 @@ class ServiceConfig:
         return f"{self.endpoint.name}--" + re.sub(r"[^\w.-]", "-", model.name)
 
     def ingress_config(self, in_one_application: bool = False) -> IngressConfig:
-        """The config that each ingress replica gets."""
+        """The config that each ingress replica gets: with hashes of keys, since Serve's status shows it."""
         return IngressConfig(
-            self.ingress,
+            self.ingress.with_hashes(),
             tuple(
                 ServedModel(
                     model.name,

@@ -19,8 +19,9 @@ from starlette.responses import StreamingResponse
 from starlette.routing import Mount
 
 from qwen3_dist.errors import RequestError
-from serve_app.ingress.http import Api, check_key, json_response, make_api
+from serve_app.ingress.http import Api, json_response, make_api
 from tests.page.scripts import CALL, ERROR, SCRIPTS, SLOW, Part
+from tests.serve_app.gate import access
 from tests.serve_app.support import free_port, wait_for
 
 Json = dict[str, Any]
@@ -43,7 +44,7 @@ class FakeService:
 
     @property
     def api(self) -> Api:
-        api = make_api(lambda request: check_key(request, self.key))
+        api = make_api(lambda request: access(api_key=self.key).check(request))
         routes = {
             "/v1/models": self.models,
             "/v1/cluster": self.show_cluster,

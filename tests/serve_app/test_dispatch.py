@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -14,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from serve_app.apis.shared.answer import Counted
 from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.ingress.dispatch import Dispatcher
 
@@ -73,6 +75,23 @@ class Replicas:
             return [item async for item in dispatcher.answer("request", "id")]
 
         return asyncio.run(collect())
+
+
+@pytest.mark.parametrize(("taken", "tokens"), [(1, 5), (2, 5), (3, 9)])
+def test_tokens_are_charged_as_far_as_parts_were_taken_and_once_for_a_replica_that_was_lost(
+    taken: int, tokens: int
+) -> None:
+    accepted, parts = Counted((200, b""), 0), [Counted(b"a", 5), Counted(b"b", 5), Counted(b"c", 9)]
+    replicas = Replicas([accepted, DEAD], [accepted, *parts])
+    charged: list[int] = []
+
+    async def take() -> list[Any]:
+        dispatcher = Dispatcher(replicas.send, pauses_s=(0.0,))
+        async with aclosing(dispatcher.answer("request", "id", charged.append)) as items:
+            return [await anext(items) for _ in range(taken + 1)]
+
+    assert asyncio.run(take()) == [(200, b""), b"a", b"b", b"c"][: taken + 1]
+    assert sum(charged) == tokens and replicas.answers[1].cancelled
 
 
 @pytest.mark.parametrize("loss", LOSSES)

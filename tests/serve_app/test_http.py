@@ -1,4 +1,4 @@
-"""HTTP around the ingress, without a server: keys, bodies and the form of refusals."""
+"""HTTP around the ingress, without a server: bodies and the form of refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 
 from qwen3_dist.errors import RequestError
 from serve_app.ingress.admission import OverloadedError
-from serve_app.ingress.http import check_admin_key, check_key, error_headers, make_api, read_body
+from serve_app.ingress.http import error_headers, make_api, read_body
 from serve_app.settings import ServiceConfig, read_service_config
 
 
@@ -27,59 +27,6 @@ def request(path: str = "/v1/completions", body: bytes = b"", prefix: str = "", 
 
 def read(asked: Request) -> bytes:
     return asyncio.run(read_body(asked, 100))
-
-
-@pytest.mark.parametrize(
-    "headers", [{"authorization": "Bearer key"}, {"authorization": "bearer  key"}, {"x_api_key": "key"}]
-)
-def test_a_key_is_shown_as_openais_clients_do_or_as_anthropics_do(headers: dict[str, str]) -> None:
-    check_key(request(**headers), "key")
-
-
-@pytest.mark.parametrize(
-    "headers", [{}, {"authorization": "Bearer ke"}, {"authorization": "key"}, {"x_api_key": "clé"}]
-)
-@pytest.mark.parametrize("prefix", ["", "/second"])
-def test_a_missing_or_wrong_key_is_401(headers: dict[str, str], prefix: str) -> None:
-    with pytest.raises(RequestError) as refused:
-        check_key(request(prefix=prefix, **headers), "key")
-    assert refused.value.status == 401
-    assert "key" in str(refused.value)
-
-
-def test_no_key_is_asked_for_where_none_is_set_nor_for_health_and_version() -> None:
-    check_key(request(), "")
-    for path in ("/health", "/version"):
-        check_key(request(path), "key")
-        check_key(request(path, prefix="/second"), "key")
-
-
-@pytest.mark.parametrize(
-    "path", ["/tokenize", "/detokenize", "/docs", "/openapi.json", "/health/x", "/page", "/x"]
-)
-def test_all_other_paths_ask_for_the_key(path: str) -> None:
-    with pytest.raises(RequestError) as refused:
-        check_key(request(path), "key")
-    assert refused.value.status == 401
-    check_key(request(path, x_api_key="key"), "key")
-
-
-@pytest.mark.parametrize(
-    ("admin_key", "api_key", "shown", "status"),
-    [("", "", "", 200), ("", "key", "key", 403), ("admin", "key", "key", 401), ("admin", "", "", 401)],
-)
-def test_what_changes_the_service_needs_the_admin_key_once_any_key_is_set(
-    admin_key: str, api_key: str, shown: str, status: int
-) -> None:
-    asked = request("/v1/cluster/experts/rebalance", x_api_key=shown)
-    if status == 200:
-        check_admin_key(asked, admin_key, api_key)
-        return
-    with pytest.raises(RequestError) as refused:
-        check_admin_key(asked, admin_key, api_key)
-    assert refused.value.status == status
-    if admin_key:
-        check_admin_key(request(x_api_key=admin_key), admin_key, api_key)
 
 
 def test_a_refused_request_is_answered_before_its_body_is_read_in_the_form_of_its_api() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from serve_app.ingress.http import check_key, make_api
+from serve_app.ingress.http import make_api
 from serve_app.ingress.page import FOLDER
+from tests.serve_app.gate import access
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(FOLDER.iterdir())
@@ -23,7 +24,7 @@ TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml", 
 
 
 def client(root_path: str = "") -> TestClient:
-    return TestClient(make_api(lambda request: check_key(request, "key")), root_path=root_path)
+    return TestClient(make_api(access(api_key="key").check), root_path=root_path)
 
 
 def loaded() -> set[str]:

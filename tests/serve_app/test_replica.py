@@ -19,6 +19,7 @@ from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.settings import EngineConfig
 from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
+from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
 from serve_app.replica.deployment import EngineReplica, log_library_to_serve
 from serve_app.replica.request_handler import RequestHandler
@@ -41,10 +42,10 @@ def serve_log(tmp_path: Path) -> Iterator[Path]:
 class Broken:
     """A handler with a bug."""
 
-    async def respond(self, request: Any) -> bytes:
+    async def respond(self, request: Any, used: Any) -> bytes:
         raise TypeError("secret")
 
-    async def stream(self, request: Any, request_id: str) -> AsyncGenerator[bytes, None]:
+    async def stream(self, request: Any, request_id: str, used: Any) -> AsyncGenerator[bytes, None]:
         raise TypeError("secret")
         yield b""
 
@@ -110,6 +111,20 @@ def test_an_engine_that_fails_says_where_its_traceback_is_and_that_it_died(
     assert engine.died.wait(60)  # type: ignore[attr-defined]
     with pytest.raises(EngineDeadError):
         engine.check_health()
+
+
+def test_parts_come_with_the_number_of_tokens_used_so_far(engine: AsyncEngine) -> None:
+    replica = replica_with(RequestHandler(engine, "m", {}))
+    body = {"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 4, "ignore_eos": True}
+    [((_, answer), count)] = answered(replica, parse_completion(json.dumps(body).encode()))
+    assert count == json.loads(answer)["usage"]["total_tokens"] == 3 + 4 * 4
+    parts = answered(replica, parse_completion(json.dumps({**body, "stream": True}).encode()))
+    counts = [part.tokens for part in parts]
+    assert (
+        parts[0] == ((200, b""), 0) and 3 < counts[1] < counts[-1] == 3 + 4 * 4 and counts == sorted(counts)
+    )
+    [((_, answer), count)] = answered(replica, parse_embedding(b'{"input": [[5, 6, 7], [8]]}'))
+    assert count == json.loads(answer)["usage"]["total_tokens"] == 4
 
 
 def test_a_shutdown_is_no_death(engine: AsyncEngine) -> None:

@@ -52,6 +52,17 @@ def test_a_second_service_that_would_touch_the_first_is_refused(
     assert "\n" not in str(refused.value)
 
 
+def test_a_service_with_another_certificate_than_serves_is_refused() -> None:
+    tls = {"ssl_certfile": "cert.pem", "ssl_keyfile": "key.pem"}
+    second = {"name": "second", "route_prefix": "/second"}
+    with pytest.raises(ConfigError, match="speaks HTTP without TLS"):
+        check_no_conflict(read_service_config({**second, **tls}), instance(FIRST))
+    secure = ServeInstance("127.0.0.1", 8000, {FIRST.name: FIRST}, "cert.pem")
+    with pytest.raises(ConfigError, match="uses the certificate cert.pem"):
+        check_no_conflict(read_service_config(second), secure)
+    check_no_conflict(read_service_config({**second, **tls}), secure)
+
+
 def test_a_second_service_with_a_name_and_a_prefix_of_its_own_has_a_place() -> None:
     second = {"name": "second", "route_prefix": "/second", "host": "localhost"}
     check_no_conflict(read_service_config(second), instance(FIRST))

@@ -9,7 +9,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3_dist.text.choice import ChoiceDelta
 from qwen3_dist.text.tokenizer import Tokenizer
@@ -48,6 +48,14 @@ class AnswerContext:
     n: int = 1
 
 
+class Counted(NamedTuple):
+    """An item of an answer on its way from the replica to the ingress, with the number of tokens of all prompts and
+    choices so far."""
+
+    item: Any
+    tokens: int
+
+
 @dataclass
 class Usage:
     """Token counts of a request so far.
@@ -70,12 +78,17 @@ class Usage:
             self._started.add(delta.index // n)
             self.cached += delta.num_cached_tokens
 
+    @property
+    def total(self) -> int:
+        """The tokens of all prompts and choices."""
+        return self.prompt + self.completion
+
     def to_json(self) -> Json:
         """Returns OpenAI's `usage` object."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
+            "total_tokens": self.total,
             "prompt_tokens_details": {"cached_tokens": self.cached},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning},
         }
