@@ -213,10 +213,9 @@ class Ingress(ClusterRoutes):
             except BaseException:
                 await items.aclose()
                 raise
-            status, first = opening or (HTTPStatus.OK, b"")
+            status, first = opening or (HTTPStatus.OK, stream.ping if stream else b"")
             timeout_s = settings.write_timeout_s
             if stream and status == HTTPStatus.OK:
-                first = first or stream.ping
                 return self._with_limit(
                     EventStream(first, items, stream.error_events, timeout_s, resources.pop_all())
                 )

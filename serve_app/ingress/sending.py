@@ -86,7 +86,8 @@ class EventStream(StreamingResponse):
                 await send({"type": "http.response.body", "body": part, "more_body": more})
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send_part(self._first)
+        if self._first:
+            await send_part(self._first)
         try:
             async for item in self._items:
                 await send_part(item)
