@@ -156,6 +156,21 @@ def unsent_messages(send: Any) -> Collection[Any] | None:
     return None
 
 
+def user_config() -> dict[str, Any]:
+    """The user_config of the deployment whose replica this process is, which Serve hands over after its constructor
+    only."""
+    from ray import serve
+
+    return serve.get_replica_context()._deployment_config.user_config or {}
+
+
+def logs_directory() -> str:
+    """The directory of the Ray session's logs on this process's node."""
+    worker: Any = importlib.import_module("ray._private.worker")
+    directory: str = worker._global_node.get_logs_dir_path()
+    return directory
+
+
 def replica_name_prefix(application: str, deployment: str) -> str:
     """The prefix of the names that Serve gives the actors and placement groups of a deployment."""
     return _REPLICA_NAME.format(application, deployment)

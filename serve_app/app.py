@@ -29,7 +29,7 @@ from serve_app.settings import (
     read_model_settings,
     read_service_config,
 )
-from serve_app.settings.options import ingress_options, scaling_options
+from serve_app.settings.options import ingress_options, model_options
 
 _log = logging.getLogger(__name__)
 _POLL_S = 2.0
@@ -110,7 +110,7 @@ def _replicas(config: ServiceConfig, model: ModelSettings) -> serve.Application:
         placement_group_bundles=placement.bundles,
         placement_group_strategy="PACK",
         logging_config=QUIET_LOGGING,
-        **scaling_options(model.scaling, config.ingress.max_queued_requests),
+        **model_options(config, model.scaling),
     )(EngineReplica)
     return deployment.bind(replica)
 

@@ -10,13 +10,9 @@ from qwen3_dist.log_file import log_file
 
 
 def log_internal_error(error: Exception, logger: logging.Logger, request_id: str) -> RequestError:
-    """Logs the traceback of `error` under `request_id`. Returns the error to answer with, of status 500."""
+    """Logs the traceback of `error` under `request_id`. Returns the error to answer with, of status 500, which
+    names the request and the log file."""
     logger.error("request %s failed", request_id, exc_info=error)
-    return internal_error(logger, request_id)
-
-
-def internal_error(logger: logging.Logger, request_id: str) -> RequestError:
-    """An error of status 500 that names the request and the log file that has the traceback."""
     file = log_file(logger)
     place = f"{file.name} in the log directory of Ray Serve" if file else "the standard error of the server"
     return RequestError(

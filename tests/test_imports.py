@@ -39,6 +39,7 @@ ROOMS = (
     "cluster.simulation",
     "serve_app.settings",
     "serve_app.failures",
+    "serve_app.telemetry",
     "serve_app.apis.shared",
     "serve_app.apis.chat",
     "serve_app.apis.completions",

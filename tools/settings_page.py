@@ -9,7 +9,13 @@ from typing import Any
 
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
-from serve_app.settings import EndpointSettings, IngressSettings, ReplicaSettings, ScalingSettings
+from serve_app.settings import (
+    EndpointSettings,
+    IngressSettings,
+    ReplicaSettings,
+    ScalingSettings,
+    TelemetrySettings,
+)
 
 _TOP = """
 <!-- Made by tools/settings_page.py from the settings' dataclasses. `make docs` writes it; do not edit. -->
@@ -35,6 +41,7 @@ _PARTS = (
         "Where a service answers. `deploy` changes `route_prefix`; another `name`, `host` or `port` is a new service.",
     ),
     ("The ingress", IngressSettings, "Limits, keys and stored responses. A change reloads no model."),
+    ("Logs and traces", TelemetrySettings, "What is logged, and where traces go. A change reloads no model."),
     (
         "Scaling",
         ScalingSettings,

@@ -259,7 +259,7 @@ class AsyncEngine:
         except QwenDistError as error:
             self._die(error)
         except Exception as error:
-            _log.exception("the engine failed")
+            _log.exception("the engine failed as it ran %s", ", ".join(self._streams) or "no request")
             place = log_file(_log) or "standard error"
             self._die(
                 EngineDeadError(

@@ -119,8 +119,7 @@ class RankConnections:
             raise RankLostError(EngineDeadError(f"rank {rank} died: {how}"), Blame.OWN) from None
         if isinstance(message, Failed):
             self._selector.unregister(channel)
-            message.log_details()
-            raise RankLostError(message.error, _blame(message.error))
+            raise RankLostError(message.logged(), _blame(message.error))
         return message
 
     def _await_exit_reason(self) -> str | None:

@@ -265,8 +265,7 @@ def _first_words(channel: Channel) -> Hello | None:
         return None
     if isinstance(message, Failed):
         channel.close()
-        message.log_details()
-        raise message.error
+        raise message.logged()
     assert isinstance(message, Hello), message
     return message
 

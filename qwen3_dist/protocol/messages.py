@@ -20,8 +20,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_dist.errors import QwenDistError
+from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.expert_placement import Placements
+from qwen3_dist.log_file import log_file
 from qwen3_dist.protocol.card import Card
 from qwen3_dist.settings import EngineConfig
 
@@ -112,6 +113,13 @@ class Failed:
     error: QwenDistError
     details: str
 
-    def log_details(self) -> None:
+    def logged(self) -> QwenDistError:
+        """The error. A traceback is logged; of a bug, the error says where."""
         if self.details:
             _log.error("rank %d failed:\n%s", self.rank, self.details)
+        if not self.details or not isinstance(
+            self.error, EngineDeadError
+        ):  # which says all, if memory ran out
+            return self.error
+        place = log_file(_log) or "standard error"
+        return type(self.error)(f"{self.error}; {place} has the traceback")

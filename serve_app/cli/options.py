@@ -22,6 +22,7 @@ from serve_app.settings import (
     IngressSettings,
     ReplicaSettings,
     ScalingSettings,
+    TelemetrySettings,
 )
 from serve_app.settings.file import ServiceSource, service_source
 
@@ -122,6 +123,7 @@ def add_service_settings(parser: argparse.ArgumentParser) -> None:
     """Adds all settings of a service with one model, but the model itself."""
     add_settings(parser, "endpoint", EndpointSettings)
     add_settings(parser, "ingress", IngressSettings)
+    add_settings(parser, "logs and traces", TelemetrySettings)
     add_settings(parser, "scaling", ScalingSettings)
     add_settings(parser, "each replica", ReplicaSettings, skip=("engine",))
     add_settings(parser, "engine of each replica", EngineConfig, skip=("model",))

@@ -25,6 +25,9 @@ _SWITCHES = {
     "--no-async-scheduling": ("--overlap", "false"),
     "--enforce-eager": ("--cuda-graphs", "false"),
     "--no-enforce-eager": ("--cuda-graphs", "true"),
+    "--enable-log-requests": ("--log-requests", "true"),
+    "--no-enable-log-requests": ("--log-requests", "false"),
+    "--disable-log-requests": ("--log-requests", "false"),
 }
 # Our option: vLLM's values and ours.
 _VALUES = {
@@ -61,8 +64,6 @@ _ADVICE = {
     "--speculative-config": "use --speculative, as in --speculative ngram,k=4",
     "--enable-eplb": "use --redundant-experts and --rebalance-experts-s",
     "--kv-cache-memory-bytes": "use --kv-cache-gib",
-    "--disable-log-requests": "leave it out, since requests are not logged",
-    "--no-enable-log-requests": "leave it out, since requests are not logged",
     "--generation-config": "leave it out, since the checkpoint's is used",
     "--swap-space": "leave it out, since no KV cache is swapped",
 }

@@ -40,6 +40,7 @@ from serve_app.apis.tokens import (
     parse_tokenize,
 )
 from serve_app.ingress.access.control import Access
+from serve_app.ingress.access_log import access_record
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
 from serve_app.ingress.api import api
 from serve_app.ingress.cluster_routes import METRICS, ClusterRoutes
@@ -47,7 +48,6 @@ from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import (
     json_response,
     read_body,
-    request_id,
     route_path,
 )
 from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KeepAliveStream
@@ -57,6 +57,8 @@ from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
 from serve_app.metrics.definitions import SEQUENCES_IN_FLIGHT, SEQUENCES_LIMIT
 from serve_app.metrics.values import Snapshot, Values
 from serve_app.settings import REPLICA, IngressConfig, IngressSettings, ServedModel
+from serve_app.telemetry.logs import configure_logs
+from serve_app.telemetry.traces import trace_to
 
 Items = AsyncGenerator[Any, None]  # a pair of HTTP status and bytes, then bytes
 _LARGE_BODY = 2**16  # bytes; larger bodies are parsed in a thread
@@ -77,7 +79,9 @@ class Ingress(ClusterRoutes):
         self._stored = ResponseStore(0, 0.0)
         self._draining = Draining()
         self._access = Access(self._num_ingresses)
-        ingress = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        ingress = context.replica_id.unique_id
+        self._process = f"{context.deployment}#{ingress}"
         self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)
         self._push = self.metrics_of_http.push_to_ray()
         freeze_gc_heap()
@@ -91,6 +95,8 @@ class Ingress(ClusterRoutes):
         self._settings = settings = config.settings
         self._access.configure(settings)
         self._access.watch_keys_file()
+        configure_logs(config.telemetry, self._process)
+        trace_to(config.telemetry.traces_url, self._process)
         self._routes.configure(config)
         self._admission.max_per_request = max(model.max_ongoing_requests for model in config.models)
         self._stored.limit(int(settings.stored_responses_mib * 2**20), settings.stored_responses_s)
@@ -204,8 +210,15 @@ class Ingress(ClusterRoutes):
             model = self._routes.find(request.model)
             admitted.count(request.num_sequences)
             resources.enter_context(model.admission.admit()).count(request.num_sequences)
+            record = access_record(http_request.scope)
+            record.model = request.model or model.model.name
+            trace = (record.span.carrier,) if record.span else ()
             charge = functools.partial(self._access.charge, http_request)
-            answer = self._draining.watch(model.dispatcher.answer(request, request_id(http_request), charge))
+            answer = self._draining.watch(
+                model.dispatcher.answer(
+                    request, record.request_id, *trace, charge=charge, on_end=record.end_with
+                )
+            )
             stream = request if isinstance(request, GenerationRequest) and request.stream else None
             items = KeepAliveStream(observe(answer), stream.ping if stream else b"")
             try:

@@ -17,6 +17,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import Counted
 from serve_app.failures import log_internal_error
+from serve_app.telemetry.summary import LastPart, RequestSummary
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -37,7 +38,7 @@ class Dispatcher:
 
     def __init__(
         self,
-        send: Callable[[Any, str], Any],
+        send: Callable[..., Any],
         timeout_s: float = 0.0,
         on_loss: Callable[[], None] = lambda: None,
         pauses_s: tuple[float, ...] = PAUSES_S,
@@ -48,7 +49,12 @@ class Dispatcher:
         self._pauses_s = pauses_s
 
     async def answer(
-        self, request: Any, request_id: str, charge: Callable[[int], None] = lambda tokens: None
+        self,
+        request: Any,
+        request_id: str,
+        *context: Any,
+        charge: Callable[[int], None] = lambda tokens: None,
+        on_end: Callable[[RequestSummary], None] = lambda summary: None,
     ) -> AsyncGenerator[Any, None]:
         """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
 
@@ -56,15 +62,21 @@ class Dispatcher:
         than that. Raises EngineDeadError if it is lost later or the retries are used up, and RequestError on a timeout
         (408) or a bug (500), which is logged under `request_id`. Closing this generator cancels the request.
 
-        `charge` is called before each item with the number of tokens that the request has used since the last one.
+        `charge` is called before each item with the number of tokens that the request has used since the last one,
+        `on_end` with the summary that a replica sends with the last item. `send` gets `context` too.
         """
         now = asyncio.get_running_loop().time()
         deadline = now + self.timeout_s if self.timeout_s else None
         accepted = begun = False
         for pause_s in (*self._pauses_s, None):
             try:
-                async with contextlib.aclosing(self._try(request, request_id, deadline, charge)) as items:
+                tried = self._try(deadline, charge, request, request_id, *context)
+                async with contextlib.aclosing(tried) as items:
                     async for item in items:
+                        part = item[1] if isinstance(item, tuple) else item
+                        if isinstance(part, LastPart):
+                            on_end(part.summary)
+                            item = (item[0], bytes(part)) if isinstance(item, tuple) else bytes(part)
                         if isinstance(item, tuple) and accepted:
                             item = part_of(*item)  # of another replica, after the first was lost
                         accepted = accepted or item == _ACCEPTED
@@ -79,10 +91,15 @@ class Dispatcher:
             await self._in_time(asyncio.sleep(pause_s), deadline)
 
     async def _try(
-        self, request: Any, request_id: str, deadline: float | None, charge: Callable[[int], None]
+        self,
+        deadline: float | None,
+        charge: Callable[[int], None],
+        request: Any,
+        request_id: str,
+        *context: Any,
     ) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
-        items = self._send(request, request_id)
+        items = self._send(request, request_id, *context)
         charged = 0
         try:
             while (item := await self._in_time(_next(items), deadline)) is not None:

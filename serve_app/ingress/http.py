@@ -21,16 +21,16 @@ from starlette.types import Message, Receive, Scope, Send
 from qwen3_dist.errors import QwenDistError, RequestError
 from serve_app.apis.error_forms import ANTHROPIC, error_form
 from serve_app.apis.shared.errors import error_status, to_json
-from serve_app.failures import internal_error
+from serve_app.failures import log_internal_error
+from serve_app.ingress.access_log import access_line, access_record
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER, OverloadedError
 from serve_app.ingress.docs_page import add_docs
 from serve_app.ingress.page import add_page, is_page
-from serve_app.ingress.sending import track_unsent
+from serve_app.ingress.sending import keeps_unsent, track_unsent
 
 logger = logging.getLogger("ray.serve")
 _JSON = "application/json"
 _KEYLESS = ("/health", "/ready", "/version", "/metrics")
-_MAX_ID_LENGTH = 128  # of a request's id that its client chose
 _HEADERS = "qwen3_dist.headers"
 Gate = Callable[[Request], Response | None]
 Meter = Callable[
@@ -54,7 +54,10 @@ class Api(FastAPI):
             track_unsent(scope, send)
             scope["app"] = self
             request = Request(scope)
-            with self.meter_of(request)(request, send) as send:
+            with (
+                access_line(scope, send, adds_header=not keeps_unsent(scope)) as send,
+                self.meter_of(request)(request, send) as send,
+            ):
                 try:
                     answer = self.gate(request)
                 except RequestError as error:
@@ -110,7 +113,9 @@ def make_api(gate: Gate = deployment_gate, meter_of: Callable[[Request], Meter] 
         return json_response(form(error), error_status(error), headers or error_headers(error))
 
     async def answer_error(request: Request, error: Exception) -> Response:
-        known = error if isinstance(error, QwenDistError) else internal_error(logger, request_id(request))
+        known = error
+        if not isinstance(error, QwenDistError):
+            known = log_internal_error(error, logger, request_id(request))
         return refuse(request, known)
 
     async def answer_http_error(request: Request, error: Exception) -> Response:
@@ -123,7 +128,7 @@ def make_api(gate: Gate = deployment_gate, meter_of: Callable[[Request], Meter] 
 
     api.gate, api.refuse, api.meter_of = gate, refuse, meter_of
     api.exception_handler(QwenDistError)(answer_error)
-    api.exception_handler(Exception)(answer_error)  # which is raised again, for Serve's log
+    api.exception_handler(Exception)(answer_error)
     api.exception_handler(HTTPException)(answer_http_error)
     return api
 
@@ -156,8 +161,8 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
 
 
 def request_id(request: Request) -> str:
-    """The x-request-id header. Serve's proxy adds one where the client sent none, and returns it to the client."""
-    return request.headers.get("x-request-id", "")[:_MAX_ID_LENGTH]
+    """The id that the client sent as x-request-id, or a new one."""
+    return access_record(request.scope).request_id
 
 
 def is_anthropic(request: Request) -> bool:

@@ -15,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.ray_private import unsent_messages
 from qwen3_dist.errors import QwenDistError, RequestError
+from serve_app.apis.shared.errors import error_status
+from serve_app.ingress.access_log import access_record
 from serve_app.ingress.keep_alive import KeepAliveStream
 
 MAX_UNSENT_BYTES = 2**16  # unsent bytes of a stream at which no more are taken from the replica
@@ -31,6 +33,11 @@ def track_unsent(scope: Scope, send: Send) -> None:
     unsent = unsent_messages(send)
     if unsent is not None:
         scope[_UNSENT] = unsent
+
+
+def keeps_unsent(scope: Scope) -> bool:
+    """Whether the request came through Serve's own proxy, whose unsent messages `track_unsent` found."""
+    return _UNSENT in scope
 
 
 async def _wait_for_client(scope: Scope, timeout_s: float) -> None:
@@ -93,6 +100,7 @@ class EventStream(StreamingResponse):
                 await send_part(item)
                 await _wait_for_client(self._scope, self._timeout_s)
         except QwenDistError as error:
+            access_record(self._scope).error_status = error_status(error)
             await send_part(self._error_events(error))
         await send_part(b"", more=False)
 

@@ -26,6 +26,7 @@ from serve_app.launch.shutdown import delete, drain, end_unused_serve
 from serve_app.launch.startup import wait_until_answering, wait_until_running
 from serve_app.placement import place
 from serve_app.settings import INGRESS, ModelSettings, ServiceConfig
+from serve_app.telemetry.traces import check_extra
 
 _DRAIN_S = 600.0
 _CORE_SHARES = ("cpus_per_rank", "ranks_per_host")
@@ -47,6 +48,7 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     scaling as they run. Other applications of the cluster's Serve stay as they are. Raises a QwenDistError if a model
     or the cluster's Serve does not fit, or with the root cause if the service cannot start.
     """
+    check_extra(config.telemetry.traces_url)
     instance = running_serve()
     if instance is None:
         start_serve(config.endpoint)

@@ -33,6 +33,7 @@ from serve_app.launch.shutdown import delete, drain, end_unused_serve
 from serve_app.launch.startup import wait_until_answering, wait_until_running
 from serve_app.settings import INGRESS, REPLICA, EndpointSettings, ServiceConfig
 from serve_app.settings.options import http_options
+from serve_app.telemetry.traces import check_extra
 
 _WATCH_S = 1.0
 _SERVE_LOST_S = 60.0  # its controller is restarted within seconds
@@ -78,6 +79,7 @@ def running_service(
     running. In a cluster that was joined, other applications are never touched, and Serve is shut down only if this
     call started it and no other application runs.
     """
+    check_extra(config.telemetry.traces_url)
     if ray_address is None:
         for model in config.models:
             check_model(model)

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen3_dist.settings_reader import changed_settings
 from serve_app.settings import INGRESS, REPLICA, ModelSettings, ServiceConfig
-from serve_app.settings.options import http_options, ingress_options, scaling_options
+from serve_app.settings.options import http_options, ingress_options, model_options
 
 
 def serve_schema(config: ServiceConfig) -> dict[str, Any]:
@@ -39,7 +39,5 @@ def _application(config: ServiceConfig, model: ModelSettings) -> dict[str, Any]:
         "route_prefix": None,
         "import_path": "serve_app.app:build_model",
         "args": {**engine, **replica, "model_name": model.name},
-        "deployments": [
-            {"name": REPLICA, **scaling_options(model.scaling, config.ingress.max_queued_requests)}
-        ],
+        "deployments": [{"name": REPLICA, **model_options(config, model.scaling)}],
     }

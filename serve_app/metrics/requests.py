@@ -46,12 +46,13 @@ class RequestMetrics:
 class _Choice:
     """One choice while it runs; times are of the engine's clock."""
 
-    __slots__ = ("first_s", "last_s", "scheduled_s", "tokens", "ended")
+    __slots__ = ("first_s", "last_s", "scheduled_s", "tokens", "ended", "finish_reason")
 
     def __init__(self) -> None:
         self.first_s = self.last_s = self.scheduled_s = 0.0
         self.tokens = 0
         self.ended = False
+        self.finish_reason = ""
 
 
 class PromptWatch:
@@ -90,8 +91,9 @@ class PromptWatch:
         """Takes what is shown of the part; the prompt's first choice has `first_index`."""
         for delta in deltas:
             if delta.finish_reason is not None:
-                reason = "stop" if delta.finish_reason == "tool_calls" else delta.finish_reason
-                self._end(self._choices[delta.index - first_index], reason)
+                choice = self._choices[delta.index - first_index]
+                choice.finish_reason = delta.finish_reason
+                self._end(choice, "stop" if delta.finish_reason == "tool_calls" else delta.finish_reason)
 
     def _end(self, choice: _Choice, reason: str) -> None:
         metrics = self._metrics
@@ -106,6 +108,24 @@ class PromptWatch:
         if choice.tokens > 1:
             metrics.per_output_token.observe((choice.last_s - choice.first_s) / (choice.tokens - 1))
 
+    @property
+    def finish_reasons(self) -> list[str]:
+        """How the choices ended that did."""
+        return [choice.finish_reason for choice in self._choices if choice.finish_reason]
+
+    @property
+    def stages(self) -> tuple[float, float | None, float | None, float | None]:
+        """When the prompt was queued, when its first choice was scheduled and had its first token, and when the last
+        token of all came; None for what has not happened. On the monotonic clock."""
+        begun = [choice for choice in self._choices if choice.scheduled_s]
+        talking = [choice for choice in begun if choice.tokens]
+        return (
+            self._queued_s,
+            min((choice.scheduled_s for choice in begun), default=None),
+            min((choice.first_s for choice in talking), default=None),
+            max((choice.last_s for choice in talking), default=None),
+        )
+
     def __enter__(self) -> PromptWatch:
         return self
 
@@ -118,4 +138,5 @@ class PromptWatch:
         reason = "error" if isinstance(error, Exception) else "abort"
         for choice in self._choices:
             if not choice.ended:
+                choice.finish_reason = reason
                 self._metrics.values.add(names.REQUEST_SUCCESS, 1.0, reason)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
 from ray import serve
 
+from cluster import ray_private
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.outputs import EngineStats
+from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.shared.answer import Counted
@@ -25,10 +27,14 @@ from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
-from serve_app.replica.request_handler import RequestHandler, TokenCount
-from serve_app.settings import ReplicaSettings
+from serve_app.replica.record import RequestRecord
+from serve_app.replica.request_handler import RequestHandler
+from serve_app.settings import ReplicaSettings, TelemetrySettings
+from serve_app.telemetry.logs import configure_logs
+from serve_app.telemetry.summary import LastPart
+from serve_app.telemetry.traces import flush_traces, trace_to
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger("qwen3_dist.replica")
 
 _LAST_ANSWERS_S = 2.0  # longest wait, after the engine died, until its requests are answered with that error
 _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
@@ -42,7 +48,10 @@ class EngineReplica:
     """
 
     def __init__(self, settings: ReplicaSettings) -> None:
-        log_library_to_serve()
+        context = serve.get_replica_context()
+        self._name = context.replica_id.unique_id
+        self._process = f"{context.deployment}#{self._name}"
+        configure_logs(read_settings(TelemetrySettings, ray_private.user_config()), self._process)
         self._num_answering = 0
         self._engine = AsyncEngine(
             settings.engine, parts_per_s=settings.parts_per_s, on_death=self._exit_process
@@ -51,8 +60,7 @@ class EngineReplica:
         logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
         thinking = settings.enable_thinking
-        replica = serve.get_replica_context().replica_id.unique_id
-        self._metrics = EngineMetrics(self._engine, settings.served_name, replica, settings.metrics_prefix)
+        self._metrics = EngineMetrics(self._engine, settings.served_name, self._name, settings.metrics_prefix)
         self._push = RayPush(self._metrics.read)
         self._handler = RequestHandler(
             self._engine,
@@ -64,42 +72,64 @@ class EngineReplica:
         )
         freeze_gc_heap()
 
-    async def answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Takes up TelemetrySettings; Serve calls it after the start and for each change."""
+        telemetry = read_settings(TelemetrySettings, user_config)
+        configure_logs(telemetry, self._process)
+        trace_to(telemetry.traces_url, self._process)
+        self._handler.log_requests = telemetry.log_requests
+
+    async def answer(
+        self, request: AnyRequest, request_id: str, trace: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Any, None]:
         """Yields a pair of HTTP status and body, or, for a stream, a pair of status and first part, then the other
-        parts, each with its token count as `Counted`; errors have none.
+        parts, each with its token count as `Counted`; errors have none. The last part is a LastPart, with the summary
+        of the request. `trace` has the headers of its trace.
 
         Errors are answered, not raised: a dead engine with 503, a bug with 500, logged under `request_id`.
         """
+        record = RequestRecord(request_id, trace or {}, self._name)
         self._num_answering += 1
         try:
-            async with aclosing(self._answer(request, request_id)) as items:
+            async with aclosing(self._answer(request, record)) as items:
                 async for item in items:
                     yield item
         finally:
             self._num_answering -= 1
+            record.close(request)
 
-    async def _answer(self, request: AnyRequest, request_id: str) -> AsyncGenerator[Any, None]:
-        used = TokenCount()
+    async def _answer(self, request: AnyRequest, record: RequestRecord) -> AsyncGenerator[Any, None]:
+        def part(item: bytes) -> bytes:
+            return LastPart.of(item, record.summary()) if record.ended else item
+
+        def counted(item: Any) -> Counted:
+            return Counted(item, record.usage.total if record.usage else 0)
+
         try:
             if not (isinstance(request, GenerationRequest) and request.stream):
-                body = await self._handler.respond(request, used)
-                yield Counted((HTTPStatus.OK, body), used.total)
+                body = await self._handler.respond(request, record)
+                record.ended = True
+                yield counted((HTTPStatus.OK, part(body)))
                 return
-            stream = self._handler.stream(request, request_id, used)
+            stream = self._handler.stream(request, record)
             first = await anext(stream)
         except Exception as error:  # noqa: BLE001 - bugs are answered too
             known = (
-                error if isinstance(error, QwenDistError) else log_internal_error(error, logger, request_id)
+                error
+                if isinstance(error, QwenDistError)
+                else log_internal_error(error, logger, record.request_id)
             )
-            yield error_status(known), to_json(request.error_body(known))
+            record.ended = record.failed = True
+            yield error_status(known), part(to_json(request.error_body(known)))
             return
         async with aclosing(stream):
-            yield Counted((HTTPStatus.OK, first), used.total)
+            yield counted((HTTPStatus.OK, part(first)))
             try:
                 async for item in stream:
-                    yield Counted(item, used.total)
+                    yield counted(part(item))
             except EngineDeadError as error:  # before the first event, so that another replica can answer
-                yield error_status(error), to_json(request.error_body(error))
+                record.ended = record.failed = True
+                yield error_status(error), part(to_json(request.error_body(error)))
 
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""
@@ -176,6 +206,7 @@ class EngineReplica:
         deadline = time.monotonic() + _LAST_ANSWERS_S
         while self._num_answering and time.monotonic() < deadline:
             time.sleep(_FLUSH_S)
+        flush_traces()
         time.sleep(_FLUSH_S)
         os._exit(1)
 
@@ -183,12 +214,3 @@ class EngineReplica:
         engine = self.__dict__.get("_engine")  # absent if construction failed
         if engine:
             engine.shutdown()
-
-
-def log_library_to_serve() -> None:
-    """Sends the log records of `qwen3_dist` to Serve's log file of this replica."""
-    library = logging.getLogger("qwen3_dist")
-    for handler in logger.handlers:
-        if handler not in library.handlers:
-            library.addHandler(handler)
-    library.propagate = False

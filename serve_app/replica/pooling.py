@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from array import array
+from collections.abc import Callable
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
@@ -13,9 +14,15 @@ from serve_app.apis.shared.prompts import PromptRenderer
 
 
 async def pool(
-    engine: AsyncEngine, renderer: PromptRenderer, request: PoolingRequest, model: str, lora: str | None
+    engine: AsyncEngine,
+    renderer: PromptRenderer,
+    request: PoolingRequest,
+    model: str,
+    lora: str | None,
+    new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
 ) -> PoolingResult:
-    """The vectors of all prompts. The first prompt that fails, or a cancellation, aborts the others.
+    """The vectors of all prompts, run under ids from `new_id`. The first that fails, or a cancellation, aborts the
+    others.
 
     Raises RequestError or EngineDeadError.
     """
@@ -24,9 +31,7 @@ async def pool(
 
     async def vector_of(index: int) -> array[float]:
         try:
-            delta = await engine.pool(
-                prompts[index].token_ids, pooling, uuid.uuid4().hex, request.priority, lora
-            )
+            delta = await engine.pool(prompts[index].token_ids, pooling, new_id(), request.priority, lora)
         except RequestError as error:
             raise request.with_error_path(error, index) from None
         assert delta.vector is not None

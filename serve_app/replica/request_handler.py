@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import time
-import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -22,7 +20,7 @@ from qwen3_dist.errors import ContextLengthError, EngineDeadError, QwenDistError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ChoiceDelta, Choices, ParserSpec, join
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
-from serve_app.apis.shared.answer import Answer, AnswerContext
+from serve_app.apis.shared.answer import Answer, AnswerContext, Usage
 from serve_app.apis.shared.errors import to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest
@@ -31,6 +29,7 @@ from serve_app.apis.tokens import TextRequest
 from serve_app.failures import log_internal_error
 from serve_app.metrics.requests import RequestMetrics
 from serve_app.replica.pooling import pool
+from serve_app.replica.record import RequestRecord
 
 logger = logging.getLogger("ray.serve")
 Steps = AsyncGenerator[list[ChoiceDelta], None]
@@ -47,14 +46,7 @@ class _Job:
     lora: str | None
     parser_spec: ParserSpec
     answer: Answer
-    arrival_s: float  # on the monotonic clock
-
-
-@dataclass
-class TokenCount:
-    """The tokens that a request has used so far: of all its prompts and choices."""
-
-    total: int = 0
+    record: RequestRecord
 
 
 class RequestHandler:
@@ -63,7 +55,7 @@ class RequestHandler:
     `model_name` is the name that the base model is served under; a request with another name selects an adapter.
     `defaults` are the sampling parameters of the checkpoint's generation config. `template_kwargs` are default
     arguments of the chat template. `tool_calls` is the form of the model's tool calls; None detects it from the
-    template.
+    template. While `log_requests` is true, each prompt is logged.
     """
 
     def __init__(
@@ -75,6 +67,7 @@ class RequestHandler:
         tool_calls: ToolCallForm | None = None,
         metrics: RequestMetrics | None = None,
     ) -> None:
+        self.log_requests = False
         self._metrics = metrics or RequestMetrics()
         self._engine = engine
         self._model_name = model_name
@@ -84,46 +77,48 @@ class RequestHandler:
         )
 
     async def respond(
-        self, request: GenerationRequest | PoolingRequest | TextRequest, used: TokenCount | None = None
+        self, request: GenerationRequest | PoolingRequest | TextRequest, record: RequestRecord | None = None
     ) -> bytes:
-        """The whole answer as JSON, serialised in a thread since it may take long. Sets `used`.
+        """The whole answer as JSON, serialised in a thread since it may take long. `record` takes what happens.
 
         Raises RequestError or EngineDeadError.
         """
-        used = used or TokenCount()
+        record = record or RequestRecord()
+        record.model = self._model_and_adapter(request.model)[0]
         if isinstance(request, TextRequest):
             return to_json(await asyncio.to_thread(request.respond, self._renderer))
         if isinstance(request, PoolingRequest):
-            arrival_s = time.monotonic()
             pooled = await pool(
-                self._engine, self._renderer, request, *self._model_and_adapter(request.model)
+                self._engine,
+                self._renderer,
+                request,
+                *self._model_and_adapter(request.model),
+                record.engine_id,
             )
-            self._metrics.pooled(arrival_s, len(pooled.vectors))
-            used.total = pooled.num_tokens
+            record.usage = Usage(pooled.num_tokens)
+            self._metrics.pooled(record.arrival_s, len(pooled.vectors))
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
-        job = await self._prepare(request)
+        job = await self._prepare(request, record)
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
             async for step in steps:
                 for delta in step:
                     job.answer.count(delta)
                     deltas[delta.index].append(delta)
-        used.total = job.answer.usage.total
         return await asyncio.to_thread(
             lambda: to_json(job.answer.full_response([join(deltas[index]) for index in sorted(deltas)]))
         )
 
     async def stream(
-        self, request: GenerationRequest, request_id: str = "", used: TokenCount | None = None
+        self, request: GenerationRequest, record: RequestRecord | None = None
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events, one item per engine step, after an empty item once the request is accepted. Sets `used`
-        before each item.
+        """Server-sent events, one item per engine step, after an empty item once the request is accepted.
 
         An error before the first event is raised, as is the engine's death. A later one becomes an event, since the
-        HTTP status has been sent; if it is a bug, it is logged under `request_id`.
+        HTTP status has been sent; if it is a bug, it is logged under the record's id. `record` takes what happens.
         """
-        used = used or TokenCount()
-        job = await self._prepare(request)
+        record = record or RequestRecord()
+        job = await self._prepare(request, record)
         waiting, begun = len(job.prompts), False
         try:
             async with aclosing(self._steps(job, announce=True)) as steps:
@@ -135,7 +130,6 @@ class RequestHandler:
                         continue
                     for delta in step:
                         job.answer.count(delta)
-                    used.total = job.answer.usage.total
                     events = b"" if begun else job.answer.begin()
                     events += b"".join([job.answer.delta(delta) for delta in step])
                     if events:
@@ -145,39 +139,48 @@ class RequestHandler:
             if waiting or (not begun and isinstance(error, EngineDeadError)):
                 raise
             known = (
-                error if isinstance(error, QwenDistError) else log_internal_error(error, logger, request_id)
+                error
+                if isinstance(error, QwenDistError)
+                else log_internal_error(error, logger, record.request_id)
             )
+            record.ended = record.failed = True
             yield job.answer.fail(known)
             return
+        record.ended = True
         yield job.answer.end()
 
     def _model_and_adapter(self, name: str) -> tuple[str, str | None]:
         """The model name for the answer, and the adapter to use; None for the base model."""
         return name or self._model_name, name if name not in ("", self._model_name) else None
 
-    async def _prepare(self, request: GenerationRequest) -> _Job:
+    async def _prepare(self, request: GenerationRequest, record: RequestRecord) -> _Job:
         try:
-            return await self._job(request)
+            return await self._job(request, record)
         except RequestError as error:
             raise request.with_client_names(error) from None
 
-    async def _job(self, request: GenerationRequest) -> _Job:
+    async def _job(self, request: GenerationRequest, record: RequestRecord) -> _Job:
         """Builds the job. Renders the template and tokenizes in a thread. Raises RequestError."""
-        arrival_s = time.monotonic()
         params = request.params(self._defaults)
         if params.stop and self._engine.tokenizer is None:
             raise RequestError(
                 "stop needs a tokenizer, which this model lacks; use stop_token_ids", param="stop"
             )
         name, lora = self._model_and_adapter(request.model)
+        record.model, record.params, record.stream = name, params, request.stream
         prompts, parser_spec = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_context(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
-        answer = request.answer(AnswerContext(name, self._engine.tokenizer, prompts, params.n))
+        answer = request.answer(
+            AnswerContext(name, self._engine.tokenizer, prompts, params.n, record.request_id)
+        )
+        record.usage = answer.usage
+        if self.log_requests:
+            record.log_request(prompts, params)
         form = parser_spec.structured_outputs or params.structured_outputs
         params = dataclasses.replace(params, reasoning=parser_spec.reasoning, structured_outputs=form)
         token_ids = [prompt.token_ids for prompt in prompts]
-        return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer, arrival_s)
+        return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer, record)
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
@@ -216,11 +219,12 @@ class RequestHandler:
         """The steps of one prompt until all its choices are done. Closing early aborts the prompt in the engine."""
         params = job.params
         choices = Choices(params, self._engine.tokenizer, job.parser_spec, first_index)
-        request_id = uuid.uuid4().hex
+        request_id = job.record.engine_id()
         generated = self._engine.generate(
             prompt, params, request_id, job.priority, job.lora, announce=announce
         )
-        watch = self._metrics.watch(job.arrival_s, len(prompt), params.n)
+        watch = self._metrics.watch(job.record.arrival_s, len(prompt), params.n)
+        job.record.watches.append(watch)
         async with aclosing(generated) as steps:
             with watch:
                 async for step in steps:

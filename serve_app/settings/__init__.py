@@ -14,6 +14,7 @@ from serve_app.settings.service import (
     read_model_settings,
     read_service_config,
 )
+from serve_app.settings.telemetry import TelemetrySettings
 
 __all__ = [
     "APP_NAME",
@@ -30,6 +31,7 @@ __all__ = [
     "ScalingSettings",
     "ServedModel",
     "ServiceConfig",
+    "TelemetrySettings",
     "flat_names",
     "read_model_settings",
     "read_service_config",

@@ -61,7 +61,7 @@ class ServiceSource:
 
     def effective(self, config: ServiceConfig) -> Iterator[EffectiveSetting]:
         """All settings of `config`, which was read from here; secrets are not shown."""
-        for part in (config.endpoint, config.ingress):
+        for part in (config.endpoint, config.ingress, config.telemetry):
             yield from self._of_part("", part, ())
         for index, model in enumerate(config.models):
             for part in _parts(model):

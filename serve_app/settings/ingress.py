@@ -11,6 +11,7 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings_reader import read_settings, setting
 from serve_app.settings.checks import require_not_negative, require_positive
 from serve_app.settings.keys import check_hash, hash_key
+from serve_app.settings.telemetry import TelemetrySettings
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,11 @@ def listed(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class IngressConfig:
-    """The ingress's settings and the models it answers for: Serve's user_config of the ingress."""
+    """The ingress's settings, the models it answers for, logs and traces: Serve's user_config of the ingress."""
 
     settings: IngressSettings = field(default_factory=IngressSettings)
     models: tuple[ServedModel, ...] = ()
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as Serve keeps and compares them; `from_json` reads them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from serve_app.settings.model import ScalingSettings
@@ -20,12 +21,15 @@ def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
     return {"host": endpoint.host, "port": endpoint.port, **(tls if endpoint.ssl_certfile else {})}
 
 
-def scaling_options(scaling: ScalingSettings, max_queued_requests: int) -> dict[str, Any]:
+def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, Any]:
     """Options of a model's deployment."""
     return {
+        "user_config": asdict(config.telemetry),
         # The ingress refuses what is too much; what it lets through waits in engines. Beyond this number it would wait
         # in Serve's router, which looks for room twice a second: engines idled while hundreds waited.
-        "max_ongoing_requests": scaling.max_ongoing_requests + max_queued_requests + _CONTROL_CALLS,
+        "max_ongoing_requests": scaling.max_ongoing_requests
+        + config.ingress.max_queued_requests
+        + _CONTROL_CALLS,
         "max_queued_requests": -1,
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,

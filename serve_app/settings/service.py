@@ -13,6 +13,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import read_settings, setting, setting_types, unknown_setting
 from serve_app.settings.ingress import IngressConfig, IngressSettings, ServedModel
 from serve_app.settings.model import ModelSettings, ReplicaSettings, ScalingSettings
+from serve_app.settings.telemetry import TelemetrySettings
 
 APP_NAME = "qwen3_dist"
 INGRESS, REPLICA = "Ingress", "EngineReplica"  # Serve's names of our deployments
@@ -53,6 +54,7 @@ class ServiceConfig:
     models: tuple[ModelSettings, ...] = (ModelSettings(),)
     ingress: IngressSettings = field(default_factory=IngressSettings)
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -96,12 +98,13 @@ class ServiceConfig:
                 )
                 for model in self.models
             ),
+            self.telemetry,
         )
 
 
 # The settings of a model stand side by side in files, arguments and options, as do those of a service.
 MODEL_PARTS = (EngineConfig, ReplicaSettings, ScalingSettings)
-SERVICE_PARTS = (IngressSettings, EndpointSettings)
+SERVICE_PARTS = (IngressSettings, EndpointSettings, TelemetrySettings)
 
 
 def flat_names(*parts: type) -> set[str]:
@@ -121,9 +124,9 @@ def read_service_config(args: Mapping[str, Any]) -> ServiceConfig:
         raise ConfigError(f"models must be a list of mappings, not {models!r}")
     shared = {name: value for name, value in args.items() if name != "models"}
     of_service = flat_names(*SERVICE_PARTS)
-    ingress, endpoint = _read_parts({n: v for n, v in shared.items() if n in of_service}, *SERVICE_PARTS)
+    parts = _read_parts({n: v for n, v in shared.items() if n in of_service}, *SERVICE_PARTS)
     shared = {name: value for name, value in shared.items() if name not in of_service}
-    return ServiceConfig(tuple(_read_models(shared, models)), ingress, endpoint)
+    return ServiceConfig(tuple(_read_models(shared, models)), *parts)
 
 
 def _read_models(shared: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> Iterator[ModelSettings]:

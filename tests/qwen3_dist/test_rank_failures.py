@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -169,6 +170,22 @@ def test_a_rank_that_cannot_read_to_the_end_says_so(
     failing(failing_ranks.rank_1_ends_as_it_loads)
     with pytest.raises(EngineDeadError, match="rank 1 failed while loading weights: EOFError: the file ends"):
         start(config(checkpoints["dense"]))
+
+
+def test_a_ranks_traceback_lies_in_the_file_that_the_error_names(
+    nursery: None, checkpoints: dict[str, Path], failing: Callable[..., None], tmp_path: Path
+) -> None:
+    log = logging.FileHandler(tmp_path / "replica.log")
+    logging.getLogger("qwen3_dist").addHandler(log)
+    try:
+        failing(failing_ranks.rank_1_ends_as_it_loads)
+        with pytest.raises(EngineDeadError, match=f"{tmp_path}/replica.log has the traceback"):
+            start(config(checkpoints["dense"]))
+    finally:
+        logging.getLogger("qwen3_dist").removeHandler(log)
+        log.close()
+    logged = (tmp_path / "replica.log").read_text()
+    assert "rank 1 failed:" in logged and "Traceback" in logged and "EOFError: the file ends" in logged
 
 
 def test_a_rank_that_is_killed_is_named_once_with_the_signal(

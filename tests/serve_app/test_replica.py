@@ -21,8 +21,11 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
-from serve_app.replica.deployment import EngineReplica, log_library_to_serve
+from serve_app.replica.deployment import EngineReplica
+from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
+from serve_app.settings import TelemetrySettings
+from serve_app.telemetry.logs import configure_logs
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -34,7 +37,11 @@ def serve_log(tmp_path: Path) -> Iterator[Path]:
     target = logging.FileHandler(file)
     handler = logging.handlers.MemoryHandler(100, flushLevel=logging.ERROR, target=target)
     logging.getLogger("ray.serve").addHandler(handler)
+    library = logging.getLogger("qwen3_dist")
+    handlers = list(library.handlers)
+    configure_logs(TelemetrySettings(), "test")
     yield file
+    library.handlers, library.propagate = handlers, True
     logging.getLogger("ray.serve").removeHandler(handler)
     target.close()
 
@@ -42,10 +49,10 @@ def serve_log(tmp_path: Path) -> Iterator[Path]:
 class Broken:
     """A handler with a bug."""
 
-    async def respond(self, request: Any, used: Any) -> bytes:
+    async def respond(self, request: Any, record: RequestRecord) -> bytes:
         raise TypeError("secret")
 
-    async def stream(self, request: Any, request_id: str, used: Any) -> AsyncGenerator[bytes, None]:
+    async def stream(self, request: Any, record: RequestRecord) -> AsyncGenerator[bytes, None]:
         raise TypeError("secret")
         yield b""
 
@@ -54,6 +61,7 @@ def replica_with(handler: Any) -> EngineReplica:
     replica = EngineReplica.__new__(EngineReplica)
     replica._handler = handler
     replica._num_answering = 0
+    replica._name = "r1"
     return replica
 
 
@@ -97,17 +105,13 @@ def broken_step() -> Any:
 def test_an_engine_that_fails_says_where_its_traceback_is_and_that_it_died(
     engine: AsyncEngine, serve_log: Path
 ) -> None:
-    library = logging.getLogger("qwen3_dist")
-    handlers = list(library.handlers)
-    log_library_to_serve()
     replica = replica_with(RequestHandler(engine, "m", {}))
     engine._engine.step = broken_step  # type: ignore[method-assign]
-    try:
-        [(status, body)] = answered(replica, parse_completion(b'{"prompt": [5], "max_tokens": 5}'))
-    finally:
-        library.handlers, library.propagate = handlers, True
+    [(status, body)] = answered(replica, parse_completion(b'{"prompt": [5], "max_tokens": 5}'))
     assert status == 503 and str(serve_log) in json.loads(body)["error"]["message"]
-    assert "TypeError: a step went wrong" in serve_log.read_text()
+    logged = serve_log.read_text()
+    assert "TypeError: a step went wrong" in logged
+    assert "the engine failed as it ran request-7-" in logged
     assert engine.died.wait(60)  # type: ignore[attr-defined]
     with pytest.raises(EngineDeadError):
         engine.check_health()

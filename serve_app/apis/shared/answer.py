@@ -39,13 +39,14 @@ class AnswerContext:
     """What an answer needs beside the deltas.
 
     `model` is the name that the answer reports. The request has `n` choices for each of `prompts`. `tokenizer` is
-    None for a checkpoint without one.
+    None for a checkpoint without one. `request_id` is the id of the HTTP request; empty if there is none.
     """
 
     model: str
     tokenizer: Tokenizer | None
     prompts: list[Prompt]
     n: int = 1
+    request_id: str = ""
 
 
 class Counted(NamedTuple):

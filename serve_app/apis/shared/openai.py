@@ -49,7 +49,7 @@ class OpenAIAnswer(Answer):
         super().__init__(context)
         # A checkpoint without a tokenizer yields no text, so its answers always include token ids.
         self.options = options if context.tokenizer else replace(options, token_ids=True)
-        self._id = f"{self.prefix}-{self.unique}"
+        self._id = f"{self.prefix}-{context.request_id or self.unique}"
         self._created = int(time.time())
 
     def delta(self, delta: ChoiceDelta) -> bytes:
