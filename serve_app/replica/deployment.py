@@ -123,7 +123,7 @@ class EngineReplica:
             yield error_status(known), part(to_json(request.error_body(known)))
             return
         async with aclosing(stream):
-            yield counted((HTTPStatus.OK, part(first)))
+            yield Counted((HTTPStatus.OK, first), 0)  # it is accepted
             try:
                 async for item in stream:
                     yield counted(part(item))

@@ -87,7 +87,7 @@ def test_tokens_are_charged_as_far_as_parts_were_taken_and_once_for_a_replica_th
 
     async def take() -> list[Any]:
         dispatcher = Dispatcher(replicas.send, pauses_s=(0.0,))
-        async with aclosing(dispatcher.answer("request", "id", charged.append)) as items:
+        async with aclosing(dispatcher.answer("request", "id", charge=charged.append)) as items:
             return [await anext(items) for _ in range(taken + 1)]
 
     assert asyncio.run(take()) == [(200, b""), b"a", b"b", b"c"][: taken + 1]
