@@ -42,6 +42,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> bool:
                 "RAY_AUTH_MODE=token here and put the cluster's token in ~/.ray/auth_token or RAY_AUTH_TOKEN, or "
                 "start both with RAY_AUTH_MODE=disabled"
             ) from None
+        if address == "auto":
+            raise ResourceError(
+                "no Ray runs on this machine; start one with `ray start --head`, or give --ray-address HOST:PORT"
+            ) from None
         raise ResourceError(f"no Ray cluster can be joined at {address!r}: {error}") from None
     return False
 

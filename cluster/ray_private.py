@@ -132,6 +132,14 @@ def living_actors() -> list[tuple[str, str]]:
     ]
 
 
+def deployment_handle(deployment: str, application: str) -> DeploymentHandle:
+    """The handle of a deployment, also before Serve has registered it: applications of one config come up in any
+    order, and `serve.get_deployment_handle` alone would raise KeyError."""
+    from ray import serve
+
+    return serve.get_deployment_handle(deployment, application, _check_exists=False)
+
+
 def stream_by_grpc(handle: DeploymentHandle, method: str) -> DeploymentHandle:
     """A handle for streaming calls of `method` over gRPC, which costs a third of a stream of Ray objects."""
     return handle.options(

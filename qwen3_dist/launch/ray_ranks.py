@@ -79,7 +79,7 @@ def rank_bundles(config: EngineConfig, device: str, replicas: int = 1) -> list[d
         cpus = 1.0 if share >= 1 else max(0.01, int(share * 100) / 100)
         if cpus < 1 and device == "cpu":
             _log.warning(
-                "%d CPU ranks share %g CPUs: this works, and is slower than one core per rank",
+                "%d CPU ranks share 80%% of %g CPUs: this works, and is slower than one core per rank",
                 ranks,
                 total,
             )

@@ -56,16 +56,26 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 def _read(args: argparse.Namespace, path: str) -> Json:
     headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    request = urllib.request.Request(args.url.rstrip("/").removesuffix("/v1") + path, headers=headers)
+    base = args.url if "://" in args.url else f"http://{args.url}"
+    request = urllib.request.Request(base.rstrip("/").removesuffix("/v1") + path, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             read: Json = json.load(answer)
             return read
     except urllib.error.HTTPError as error:
-        hint = "give --api-key" if error.code == 401 else "is this a qwen3-dist service?"
+        hint = "give --api-key" if error.code == 401 else _message(error) or "is this a qwen3-dist service?"
         raise ResourceError(f"{args.url} answers {error.code} for {path}; {hint}") from None
     except (OSError, ValueError) as error:
-        raise ResourceError(f"no service answers at {args.url} ({error}); check the address") from None
+        reason = getattr(error, "reason", error)
+        raise ResourceError(f"no service answers at {args.url} ({reason}); check the address") from None
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """The sentence of an error of the service; "" if it is another server's."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def _answering(view: Json) -> Iterator[Json]:

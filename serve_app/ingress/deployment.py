@@ -16,6 +16,7 @@ from fastapi import Request, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from cluster.ray_private import deployment_handle
 from qwen3_dist.gc_utils import freeze_gc_heap
 from serve_app.apis.chat.request import ChatBody, parse_chat
 from serve_app.apis.completions import CompletionBody, parse_completion
@@ -103,7 +104,7 @@ class Ingress(ClusterRoutes):
 
     def _find_replicas(self, model: ServedModel) -> DeploymentHandle:
         if model.application:
-            return serve.get_deployment_handle(REPLICA, model.application)
+            return deployment_handle(REPLICA, model.application)
         return self._own_replicas[model.name]
 
     def check_request(self, request: Request) -> Response | None:

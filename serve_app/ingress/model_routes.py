@@ -105,15 +105,18 @@ class ModelRoutes:
 
     def configure(self, config: IngressConfig) -> None:
         """Takes up the models of `config`. A model that was there keeps its route, and what is known of it."""
-        earlier, self._routes, self._by_name = self._routes, {}, {}
+        routes: dict[tuple[str, str], ModelRoute] = {}
+        by_name: dict[str, ModelRoute] = {}
         for model in config.models:
             key = (model.application, model.name)
-            route = earlier.pop(key, None) or self._new_route(model)
+            routes[key] = route = self._routes.get(key) or self._new_route(model)
+            by_name |= dict.fromkeys((model.name, *model.adapters), route)
+        gone = [route for key, route in self._routes.items() if key not in routes]
+        self._routes, self._by_name = routes, by_name
+        for model, route in zip(config.models, routes.values(), strict=True):
             route.configure(model, config.settings)
-            self._routes[key] = route
-            self._by_name |= dict.fromkeys((model.name, *model.adapters), route)
-        for gone in earlier.values():
-            gone.health.stop()
+        for route in gone:
+            route.health.stop()
 
     def find(self, name: str) -> ModelRoute:
         """The route of the model or adapter called `name`; without a name, of the only model. Raises RequestError."""

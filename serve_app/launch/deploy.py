@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray import serve
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from cluster import ray_private
@@ -50,13 +49,13 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     """
     check_extra(config.telemetry.traces_url)
     instance = running_serve()
-    if instance is None:
-        start_serve(config.endpoint)
-    else:
+    if instance is not None:
         require_address(config, instance)
         require_route(config, instance)
     for model in config.models:
         check_model_in_cluster(model)
+    if instance is None:
+        start_serve(config.endpoint)
     deployed = deployed_configs()
     schema = serve_schema(config)
     for model, app in zip(config.models, schema["applications"][1:], strict=True):
@@ -129,17 +128,24 @@ def stop(
 
     Raises ResourceError if the cluster has no such service. Ends Serve too if nothing else runs in it.
     """
+    service, is_model, _ = name.partition("--")
+    if is_model:
+        raise ResourceError(
+            f"{name} is a model of the service {service}; remove it from the service's file and deploy that"
+        )
     instance = running_serve()
     found = [app for app in (instance.applications if instance else {}) if app == name or _is_of(app, name)]
     if not found:
-        running = ", ".join(sorted(instance.applications)) if instance else ""
+        running = (
+            ", ".join(sorted(app for app in instance.applications if "--" not in app)) if instance else ""
+        )
         raise ResourceError(
             f"this Ray cluster has no service called {name!r}; "
             + (f"it has {running}" if running else "nothing is deployed in it")
         )
     applications = [find_application(app) for app in found]
     if name in found:
-        drain(serve.get_deployment_handle(INGRESS, name), timeout_s, report, stop_now)
+        drain(ray_private.deployment_handle(INGRESS, name), timeout_s, report, stop_now)
     delete(applications, stop_now)
     deadline = time.monotonic() + 5.0
     while any(map(is_running, applications)) and time.monotonic() < deadline:

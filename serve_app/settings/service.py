@@ -36,8 +36,8 @@ class EndpointSettings:
     ssl_keyfile: str = setting("", "PEM file of the certificate's private key, without a password")
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+", self.name):
-            raise ConfigError(f"name must be letters, digits, '_', '-' and '.', not {self.name!r}")
+        if not re.fullmatch(r"[\w.-]+", self.name) or "--" in self.name:
+            raise ConfigError(f"name must be letters, digits, '_', '.' and single '-', not {self.name!r}")
         if not re.fullmatch(r"/|(/[\w.~-]+)+", self.route_prefix):
             raise ConfigError(f"route_prefix must be a path such as / or /small, not {self.route_prefix!r}")
         if not 1 <= self.port <= 65535:

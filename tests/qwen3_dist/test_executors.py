@@ -236,7 +236,7 @@ def test_cpu_ranks_may_outnumber_cores_with_one_warning(
     config = EngineConfig(layout=Layout(tp=4))
     assert rank_bundles(config, "cpu", replicas=2) == [{"CPU": 0.8}]
     assert [record.message for record in caplog.records] == [
-        "8 CPU ranks share 2 CPUs: this works, and is slower than one core per rank"
+        "8 CPU ranks share 80% of 2 CPUs: this works, and is slower than one core per rank"
     ]
     assert rank_bundles(EngineConfig(layout=Layout(tp=2, dp=2)), "cpu") == [{"CPU": 0.8}] * 2
 

@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.ray_private import deployment_handle
 from qwen3_dist.errors import ResourceError
 from serve_app.launch.deploy import deploy, stop
-from serve_app.settings import ServiceConfig, read_service_config
+from serve_app.settings import REPLICA, ServiceConfig, read_service_config
 from tests.serve_app.support import SETTINGS, error_of, wait_for
 
 NAME = "deployed"
@@ -128,6 +129,10 @@ def test_another_model_comes_and_goes_and_the_first_notices_nothing(deployed: De
     assert error_of(deployed.ask(model="second"), 404)
 
 
+def test_an_ingress_may_hear_of_a_model_before_serve_does(deployed: Deployed) -> None:
+    assert deployment_handle(REPLICA, f"{NAME}--not-yet-there") is not None
+
+
 def test_a_changed_engine_is_loaded_again_and_the_command_says_why(deployed: Deployed) -> None:
     engines = deployed.engines()
     deployed.change(num_blocks=64)
@@ -142,3 +147,5 @@ def test_a_stopped_service_is_gone_and_the_shared_one_answers(deployed: Deployed
     assert httpx.get(f"{url}/ready", timeout=30).is_success
     with pytest.raises(ResourceError, match=f"no service called '{NAME}'"):
         stop(NAME, print, lambda: True)
+    with pytest.raises(ResourceError, match=f"{NAME}--second is a model of the service {NAME}; remove it"):
+        stop(f"{NAME}--second", print, lambda: True)
