@@ -40,7 +40,7 @@ from serve_app.apis.tokens import (
     parse_detokenize,
     parse_tokenize,
 )
-from serve_app.ingress.access.control import Access
+from serve_app.ingress.access.control import Access, key_name
 from serve_app.ingress.access_log import access_record
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
 from serve_app.ingress.api import api
@@ -115,7 +115,10 @@ class Ingress(ClusterRoutes):
         """
         if route_path(request) != METRICS:  # which tells how the service drains
             self._draining.check()
-        answer = self._access.check(request)
+        try:
+            answer = self._access.check(request)
+        finally:
+            access_record(request.scope).key_name = key_name(request)
         if answer is None and request.method == "POST" and not self._access.is_admins(request):
             self._admission.check()
             self._access.check_limits(request)
