@@ -74,6 +74,6 @@ def test_top_shows_the_live_service(url: str, model: str, http: httpx.Client) ->
 
 def test_top_of_what_is_no_service_says_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["top", f"{url}/nothing"]) == 2
-    assert "is this a qwen3-dist service?" in capsys.readouterr().err
+    assert "answers 404 for /v1/cluster" in capsys.readouterr().err
     assert main(["top", "http://127.0.0.1:9"]) == 2
     assert "no service answers at http://127.0.0.1:9" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_refusals_have_a_line_and_an_id_too(http: httpx.Client, log: Log) -> Non
 def test_a_client_that_leaves_has_a_line_and_the_replica_tells_its_tokens(
     http: httpx.Client, log: Log
 ) -> None:
-    body = {**BODY, "stream": True, "max_tokens": 400, "ignore_eos": True}
+    body = {**BODY, "stream": True, "max_tokens": 3500, "ignore_eos": True}
     with http.stream("POST", CHAT, json=body, headers={"X-Request-Id": "leaver"}) as answer:
         next(line for line in answer.iter_lines() if line.startswith("data:"))
     [line] = log.wait_for("leaver", "qwen3_dist.access")
