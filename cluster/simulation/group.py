@@ -190,6 +190,7 @@ class Group:
         if running:
             scheduler.counts.steps += cycles
             scheduler.counts.scheduled_sequences += cycles * len(running)
+            scheduler.counts.generation_tokens += cycles * len(running)
 
     def _cycles_that_fit(self, cycles: int) -> int:
         """`cycles`, or fewer if there are not enough free blocks for all running sequences."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from importlib.metadata import version
 from typing import Any
-
-import ray
 
 from qwen3_dist import __version__
 from serve_app.apis.shared.answer import Json
@@ -24,7 +23,7 @@ async def cluster_view(routes: ModelRoutes, in_flight: int, limit: int, created:
     return {
         "object": "cluster",
         "version": __version__,
-        "ray_version": ray.__version__,
+        "ray_version": version("ray"),
         "uptime_s": time.time() - created,
         "models": list(models),
         "ingress": {"in_flight": in_flight, "limit": limit},

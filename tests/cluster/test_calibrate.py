@@ -110,7 +110,7 @@ def test_a_real_calibration_writes_a_file_that_predicts(tmp_path: Path) -> None:
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         pytest.param(
             ("--device", "cuda"),
-            "torch sees no GPU here",
+            "torch sees no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
