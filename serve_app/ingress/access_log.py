@@ -19,7 +19,7 @@ logger = logging.getLogger("qwen3_dist.access")
 _RECORD = "qwen3_dist.access"
 _MAX_ID_LENGTH = 128  # characters of a client's x-request-id that are kept
 _PROBES = ("/health", "/ready", "/version", "/metrics")  # whose lines have the level debug
-_CLIENT_LEFT = 499  # the status of requests whose client left before an answer, as nginx has it
+CLIENT_LEFT = 499  # the status of requests whose client left before an answer, as nginx has it
 _ID_HEADER = b"x-request-id"
 _NO_COUNTS = RequestSummary()
 
@@ -39,7 +39,7 @@ class AccessRecord:
     key_name: str = ""
     model: str = ""
     summary: RequestSummary | None = None
-    status: int = _CLIENT_LEFT
+    status: int = CLIENT_LEFT
     error_status: int | None = None
     answered: bool = False  # whether the whole answer was sent
     started_s: float = field(default_factory=time.monotonic)

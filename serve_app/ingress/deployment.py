@@ -74,7 +74,7 @@ class Ingress(ClusterRoutes):
         names. Serve calls `reconfigure` next."""
         super().__init__()
         self._own_replicas = dict(replicas or {})
-        self._routes = ModelRoutes(self._find_replicas)
+        self._routes = ModelRoutes(self._find_replicas, self._num_ingresses)
         self._settings = IngressSettings()
         self._admission = Admission(self._max_in_flight, max_per_request=1)
         self._stored = ResponseStore(0, 0.0)
@@ -93,8 +93,9 @@ class Ingress(ClusterRoutes):
         A coroutine, since Serve runs plain functions in threads, where there is no event loop to watch health on.
         """
         config = IngressConfig.from_json(user_config)
-        self._settings = settings = config.settings
-        self._access.configure(settings)
+        settings = config.settings
+        self._access.configure(settings)  # first, since it refuses a keys file that it cannot read
+        self._settings = settings
         self._access.watch_keys_file()
         configure_logs(config.telemetry, self._process)
         trace_to(config.telemetry.traces_url, self._process)

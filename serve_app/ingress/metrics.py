@@ -13,6 +13,8 @@ from fastapi import Request
 from ray import serve
 from starlette.types import Message, Send
 
+from serve_app.ingress.access_log import CLIENT_LEFT
+from serve_app.ingress.admission import REFUSE_FOR_HEADER
 from serve_app.ingress.http import Meter, route_path
 from serve_app.ingress.model_routes import ModelRoute
 from serve_app.metrics import definitions as names
@@ -23,13 +25,13 @@ from serve_app.metrics.values import Snapshot, Values
 logger = logging.getLogger("ray.serve")
 ANSWER_TIMEOUT_S = 3.0  # of a replica; Prometheus gives a scrape 10 s by default
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-_CLIENT_LEFT = "499"  # the status of requests whose client left before an answer, as nginx has it
+_OVERLOADED = REFUSE_FOR_HEADER.encode()
 _REASONS = {
     HTTPStatus.UNAUTHORIZED: "key",
     HTTPStatus.FORBIDDEN: "key",
     HTTPStatus.REQUEST_TIMEOUT: "timeout",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "too_large",
-    HTTPStatus.TOO_MANY_REQUESTS: "overloaded",
+    HTTPStatus.TOO_MANY_REQUESTS: "key_limit",
     HTTPStatus.SERVICE_UNAVAILABLE: "unavailable",
 }
 
@@ -77,17 +79,15 @@ class IngressMetrics:
     def request(self, request: Request, send: Send) -> Iterator[Send]:
         """A context in which a request is answered through the `send` that it gives."""
         values = self.values
-        status, streams = _CLIENT_LEFT, False
+        status, streams, reason = CLIENT_LEFT, False, ""
 
         async def observed(message: Message) -> None:
-            nonlocal status, streams
+            nonlocal status, streams, reason
             if message["type"] == "http.response.start":
-                status = str(int(message["status"]))
-                streams = (
-                    dict(message.get("headers", ()))
-                    .get(b"content-type", b"")
-                    .startswith(b"text/event-stream")
-                )
+                headers = dict(message.get("headers", ()))
+                status = int(message["status"])
+                streams = headers.get(b"content-type", b"").startswith(b"text/event-stream")
+                reason = "overloaded" if _OVERLOADED in headers else _REASONS.get(status, "")
                 values.add(names.HTTP_STREAMS, float(streams))
             await send(message)
 
@@ -98,8 +98,8 @@ class IngressMetrics:
             values.add(names.HTTP_IN_FLIGHT, -1.0)
             values.add(names.HTTP_STREAMS, -float(streams))
             method = request.method if request.method in _METHODS else "other"
-            values.add(names.HTTP_REQUESTS, 1.0, _route(request), method, status)
-            if reason := _REASONS.get(HTTPStatus(int(status))) if status != _CLIENT_LEFT else None:
+            values.add(names.HTTP_REQUESTS, 1.0, _route(request), method, str(status))
+            if reason:
                 values.add(names.HTTP_REFUSED, 1.0, reason)
 
     def _read(self) -> Snapshot:

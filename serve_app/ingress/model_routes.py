@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,7 @@ class ModelRoute:
     replicas: DeploymentHandle
     dispatcher: Dispatcher
     health: ReplicaHealth
+    num_ingresses: Callable[[], int] = lambda: 1
     admission: Admission = field(init=False)
     max_queued_requests: int = 0
     max_model_len: int | None = None
@@ -55,8 +57,8 @@ class ModelRoute:
         return max(self.health.num_healthy, self.model.min_replicas) * self.model.max_ongoing_requests
 
     def max_in_flight(self) -> int:
-        """Sequences that may be in flight or wait."""
-        return self.capacity() + self.max_queued_requests
+        """Sequences that may be in flight or wait in this ingress: an even share of those of all ingresses."""
+        return math.ceil((self.capacity() + self.max_queued_requests) / self.num_ingresses())
 
     async def ask_all(self, method: str) -> list[Any]:
         """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""
@@ -92,11 +94,15 @@ class ModelRoute:
 class ModelRoutes:
     """The routes by the names of models and of their adapters.
 
-    `find_replicas` returns the handle of a model's replicas.
+    `find_replicas` returns the handle of a model's replicas, `num_ingresses` the number of ingresses that share them.
     """
 
-    def __init__(self, find_replicas: Callable[[ServedModel], DeploymentHandle]) -> None:
-        self._find_replicas = find_replicas
+    def __init__(
+        self,
+        find_replicas: Callable[[ServedModel], DeploymentHandle],
+        num_ingresses: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self._find_replicas, self._num_ingresses = find_replicas, num_ingresses
         self._routes: dict[tuple[str, str], ModelRoute] = {}
         self._by_name: dict[str, ModelRoute] = {}
 
@@ -141,7 +147,7 @@ class ModelRoutes:
             *health_times(model),
         )
         dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)
-        return ModelRoute(model, replicas, dispatcher, health)
+        return ModelRoute(model, replicas, dispatcher, health, self._num_ingresses)
 
 
 def health_times(model: ServedModel) -> tuple[float, float]:

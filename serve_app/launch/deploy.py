@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -147,9 +146,6 @@ def stop(
     if name in found:
         drain(ray_private.deployment_handle(INGRESS, name), timeout_s, report, stop_now)
     delete(applications, stop_now)
-    deadline = time.monotonic() + 5.0
-    while any(map(is_running, applications)) and time.monotonic() < deadline:
-        time.sleep(0.2)
     if left := [application.name for application in applications if is_running(application)]:
         report(f"Ray Serve still ends {', '.join(left)}; `qwen3-dist status` shows when it is done")
     end_unused_serve()

@@ -177,7 +177,9 @@ HTTP_REQUESTS = _counter("http_requests", "HTTP requests answered.", "route", "m
 HTTP_IN_FLIGHT = _gauge("http_requests_in_flight", "HTTP requests in flight.")
 HTTP_STREAMS = _gauge("http_streams_in_flight", "Streamed answers in flight.")
 HTTP_REFUSED = _counter(
-    "http_refused", "HTTP requests refused: key, timeout, too_large, overloaded, unavailable.", "reason"
+    "http_refused",
+    "HTTP requests refused: key, key_limit, timeout, too_large, overloaded, unavailable.",
+    "reason",
 )
 SEQUENCES_IN_FLIGHT = _gauge("sequences_in_flight", "Sequences that count towards the limit.")
 SEQUENCES_LIMIT = _gauge("sequences_limit", "Sequences beyond which requests are answered 429.")

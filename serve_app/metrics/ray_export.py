@@ -101,10 +101,13 @@ class RayPush:
         self._task.cancel()
 
     async def _run(self) -> None:
+        fails = False
         while True:
             await asyncio.sleep(PUSH_EVERY_S)
             try:
                 await asyncio.to_thread(self._export.push, await self._read())
-            except Exception:
-                logger.exception("metrics cannot be passed on to Ray, so its agent will not have them")
-                return
+                fails = False
+            except Exception:  # the next push may succeed, and it includes what this one missed
+                if not fails:
+                    logger.exception("metrics cannot be passed on to Ray; trying again every second")
+                fails = True

@@ -136,7 +136,7 @@ class RequestHandler:
                         yield events
                         begun = True
         except Exception as error:
-            if waiting or (not begun and isinstance(error, EngineDeadError)):
+            if not begun and (waiting or isinstance(error, EngineDeadError)):
                 raise
             known = (
                 error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,13 +58,24 @@ class ServiceConfig:
     def __post_init__(self) -> None:
         if not self.models:
             raise ConfigError("models must hold at least one model")
-        names = Counter(
-            name for model in self.models for name in (model.name, *model.replica.engine.lora.names)
-        )
-        if twice := next((name for name, count in names.items() if count > 1), None):
-            raise ConfigError(
-                f"two models or adapters are called {twice!r}; give each a model_name of its own", ("models",)
-            )
+        taken: dict[str, str] = {}  # application of Serve: the model that has it
+        names: set[str] = set()
+        for index, model in enumerate(self.models):
+            setting = ("models", str(index))
+            for name in (model.name, *model.replica.engine.lora.names):
+                if name in names:
+                    raise ConfigError(
+                        f"two models or adapters are called {name!r}; give each a model_name of its own",
+                        setting,
+                    )
+                names.add(name)
+            other = taken.setdefault(self.application(model), model.name)
+            if other != model.name:
+                raise ConfigError(
+                    f"the model names {other!r} and {model.name!r} differ only in characters that Ray Serve does not "
+                    "take; give each a model_name of letters, digits, '_', '.' and '-'",
+                    setting,
+                )
 
     @property
     def applications(self) -> list[str]:

@@ -20,6 +20,8 @@ from qwen3_dist.protocol.outputs import TokenDelta
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.apis.completions import parse_completion
+from serve_app.ingress.access.limits import KeyLimitError
+from serve_app.ingress.admission import OverloadedError
 from serve_app.ingress.http import Meter, make_api
 from serve_app.ingress.metrics import IngressMetrics
 from serve_app.metrics import definitions as names
@@ -292,6 +294,10 @@ def test_requests_are_counted_by_route_method_and_status() -> None:
     def gate(request: Request) -> None:
         if "key" in request.query_params:
             raise RequestError("no key", status=401)
+        if "full" in request.query_params:
+            raise OverloadedError(limit=1, retry_after_s=1)
+        if "limit" in request.query_params:
+            raise KeyLimitError("too much", 1)
 
     def meter_of(request: Request) -> Meter:
         return metrics.request
@@ -308,6 +314,8 @@ def test_requests_are_counted_by_route_method_and_status() -> None:
         "/nowhere/2",
         "/plain?key",
         "/things/c?key",
+        "/plain?full",
+        "/plain?limit",
     ):
         client.get(path)
     client.request("SPY", "/plain")
@@ -320,4 +328,6 @@ def test_requests_are_counted_by_route_method_and_status() -> None:
     assert total(page, requests, route="/plain", method="other", status="405") == 1
     assert total(page, requests, route="other", status="401") == 1
     assert total(page, "qwen3_dist:http_refused_total", reason="key") == 2
+    for reason in ("overloaded", "key_limit"):
+        assert total(page, "qwen3_dist:http_refused_total", reason=reason) == 1
     assert total(page, "qwen3_dist:http_requests_in_flight") == 0

@@ -67,7 +67,13 @@ def test_every_setting_tells_its_source_and_no_secret(file: Path, capsys: pytest
         ("max_replicas: 3", "max_replicas: many", 5, "max_replicas must be a whole number, not 'many'"),
         ("max_replicas: 3", "port: 1", 5, "port is a setting of the service, not of a model"),
         ("    max_model_len: 256", "    max_model_len: 0", 8, "max_model_len must be positive, not 0"),
-        ("    model_name: second\n", "", 5, "two models or adapters are called 'qwen3-bundled'"),
+        ("    model_name: second\n", "", 6, "two models or adapters are called 'qwen3-bundled'"),
+        (
+            "model_name: second",
+            "model_name: qwen3/bundled",
+            6,
+            "'qwen3-bundled' and 'qwen3/bundled' differ only",
+        ),
         ("host: 0.0.0.0", "host: [a]", 1, "host must be text, not ['a']"),
     ],
 )
