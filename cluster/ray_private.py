@@ -7,6 +7,7 @@ them. Ray Serve is imported only in functions that need it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 import time
@@ -74,6 +75,10 @@ def check_serve() -> None:
     _find("ray.serve.context", "_get_global_client")
     _find("ray.serve.context", "_set_global_client")
     _find("ray.serve._private.handle_options", "DynamicHandleOptions", "_by_reference")
+    _find("ray.serve._private.router", "AsyncioRouter", "request_router")
+    _find("ray.serve._private.request_router", "RequestRouter", "curr_replicas")
+    _find("ray.serve.handle", "DeploymentHandle", "_init_router")
+    _find("ray.serve.handle", "DeploymentBroadcastResponse", "_fetch_replica_results_async")
     queue = _find("ray.serve._private.http_util", "MessageQueue")()
     if not hasattr(queue, "_message_queue"):
         raise _gone("ray.serve._private.http_util.MessageQueue()._message_queue")
@@ -138,6 +143,31 @@ def deployment_handle(deployment: str, application: str) -> DeploymentHandle:
     from ray import serve
 
     return serve.get_deployment_handle(deployment, application, _check_exists=False)
+
+
+def running_replicas(handle: DeploymentHandle) -> tuple[str, ...]:
+    """The ids of a deployment's running replicas, as this process was last told; none before it was told.
+
+    The context's `world_size` is the setting `num_replicas`: it does not follow autoscaling, nor deaths. Call this on
+    the event loop of the process, on which the handle's router runs.
+    """
+    router = handle._init_router()._asyncio_router.request_router  # type: ignore[attr-defined]
+    return tuple(replica.unique_id for replica in router.curr_replicas) if router else ()
+
+
+async def broadcast(handle: DeploymentHandle, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+    """What all running replicas of a deployment answer to a call, in any order: for one that is lost, or later than
+    `timeout_s` seconds, an exception. Raises what Serve raises if it could ask nobody.
+
+    Serve's own `results_async` gives up on all of them when one is late, and its `results` needs a thread for each.
+    """
+    sent = handle.broadcast(method, *arguments)
+    results = await asyncio.wait_for(sent._fetch_replica_results_async(), timeout_s)
+
+    async def answer(result: Any) -> Any:
+        return await asyncio.wait_for(result.get_async(), timeout_s)
+
+    return await asyncio.gather(*map(answer, results), return_exceptions=True)
 
 
 def stream_by_grpc(handle: DeploymentHandle, method: str) -> DeploymentHandle:

@@ -44,13 +44,15 @@ class OverloadedError(RequestError):
 class Admission:
     """Counts the sequences in flight: each choice of each prompt of each request.
 
-    A request is admitted while fewer than `limit()` sequences are in flight, whatever its own size, so that small
-    requests cannot starve a large one. A request counts as at most `max_per_request` sequences, so that one request
-    cannot fill the service.
+    `limit()` is what the service takes, `num_ingresses()` how many ingresses share it evenly. A request is admitted
+    while fewer than this ingress's share are in flight, whatever its own size, so that small requests cannot starve a
+    large one. A request counts as at most `max_per_request` sequences, so that one request cannot fill the service.
     """
 
-    def __init__(self, limit: Callable[[], int], max_per_request: int) -> None:
-        self._limit = limit
+    def __init__(
+        self, limit: Callable[[], int], max_per_request: int, num_ingresses: Callable[[], int] = lambda: 1
+    ) -> None:
+        self._limit, self._num_ingresses = limit, num_ingresses
         self.max_per_request = max_per_request
         self.in_flight = 0
         self._ended = 0.0
@@ -58,9 +60,12 @@ class Admission:
 
     def check(self, own: int = 0) -> None:
         """Raises OverloadedError if the limit is reached, not counting `own`: sequences of the request itself."""
-        limit = self._limit()
-        if self.in_flight - own >= limit:
-            raise OverloadedError(limit, self._retry_after_s())
+        if self.in_flight - own >= self.share():
+            raise OverloadedError(self._limit(), self._retry_after_s())
+
+    def share(self) -> int:
+        """Sequences that this ingress takes."""
+        return math.ceil(self._limit() / self._num_ingresses())
 
     def admit(self) -> Admitted:
         """A context for one request, which counts as one sequence until `count` is called. Raises OverloadedError."""

@@ -2,12 +2,10 @@
 
 # No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
-import math
 import time
 from typing import Any
 
 from fastapi import Request, Response
-from ray import serve
 
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
@@ -15,11 +13,12 @@ from serve_app.apis.models import Model, Models
 from serve_app.apis.openapi import route
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.api import api
-from serve_app.ingress.cluster_view import cluster_view
+from serve_app.ingress.cluster_view import IngressState, cluster_view
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import is_anthropic, json_response
 from serve_app.ingress.metrics import IngressMetrics
 from serve_app.ingress.model_routes import ModelRoutes
+from serve_app.ingress.peers import Peers
 from serve_app.metrics.exposition import CONTENT_TYPE
 
 METRICS = "/metrics"
@@ -30,6 +29,7 @@ class ClusterRoutes:
     """The part of the ingress that answers without running a model."""
 
     _routes: ModelRoutes
+    _peers: Peers
     _draining: Draining
     _admission: Admission
     metrics_of_http: IngressMetrics
@@ -39,11 +39,16 @@ class ClusterRoutes:
 
     def _num_ingresses(self) -> int:
         """The number of ingress replicas. Serve's proxies spread requests evenly over them."""
-        return serve.get_replica_context().world_size or 1
+        return self._peers.count()
 
     def _max_in_flight(self) -> int:
-        """This ingress's part of what the service takes."""
-        return math.ceil(self._routes.max_in_flight() / self._num_ingresses())
+        """Sequences that may be in flight or wait in all ingresses together."""
+        return self._routes.max_in_flight()
+
+    def _state(self) -> IngressState:
+        """What `/v1/cluster` tells of this ingress."""
+        uptime_s = time.time() - self._created
+        return IngressState(self._peers.me, self._admission.in_flight, self._admission.share(), uptime_s)
 
     @api.get("/version", **route("vLLM: the version of this service"))
     async def version(self) -> Response:
@@ -88,6 +93,7 @@ class ClusterRoutes:
         """The state of each model, or of the one that `?model=` names; 503 unless all are ready."""
         name = request.query_params.get("model", "")
         routes = [self._routes.find(name)] if name else list(self._routes)
+        await asyncio.gather(*(each.health.known() for each in routes))  # this ingress may have just started
         states = {each.model.name: each.state for each in routes}
         self._draining.check()
         if waiting := [f"{name!r} is {state}" for name, state in states.items() if state != "ready"]:
@@ -96,7 +102,7 @@ class ClusterRoutes:
 
     @api.get(METRICS, include_in_schema=False)
     async def metrics(self) -> Response:
-        """For Prometheus: this ingress's metrics and those of all replicas."""
+        """For Prometheus: the metrics of all ingresses and of all replicas."""
         return Response(await self.metrics_of_http.page(), media_type=CONTENT_TYPE)
 
     @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
@@ -122,7 +128,4 @@ class ClusterRoutes:
     @api.get("/v1/cluster", **route("What runs: models, replicas, ranks, load"))
     async def cluster(self) -> Response:
         """The state of each model and replica, its ranks and its load. Counters begin at a replica's start."""
-        view = await cluster_view(
-            self._routes, self._admission.in_flight, self._max_in_flight(), self._created
-        )
-        return json_response(view)
+        return json_response(await cluster_view(self._routes, self._state(), self._peers))

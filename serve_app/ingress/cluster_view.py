@@ -1,33 +1,68 @@
-"""What `/v1/cluster` tells: every model, replica and rank of a service as one JSON object."""
+"""What `/v1/cluster` tells: every ingress, model, replica and rank of a service as one JSON object."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3_dist import __version__
 from serve_app.apis.shared.answer import Json
 from serve_app.ingress.model_routes import ModelRoute, ModelRoutes
+from serve_app.ingress.peers import Peers, values
 
 _ANSWER_TIMEOUT_S = 5.0
 
 
-async def cluster_view(routes: ModelRoutes, in_flight: int, limit: int, created: int) -> Json:
-    """Asks all replicas at once; one that does not answer in five seconds is listed with the reason.
+class IngressState(NamedTuple):
+    """What one ingress tells of itself: sequences in flight, the most it takes, and the seconds since its start."""
 
-    `in_flight` and `limit` are sequences of the ingress that asks; `created` is its start in Unix seconds.
+    ingress: str
+    in_flight: int
+    limit: int
+    uptime_s: float
+
+
+async def cluster_view(routes: ModelRoutes, own: IngressState, peers: Peers) -> Json:
+    """Asks all replicas and the other ingresses at once; one that does not answer in five seconds is listed with the
+    reason.
+
+    `own` is the state of the ingress that asks.
     """
-    models = await asyncio.gather(*map(_model_view, routes))
+    told, *models = await asyncio.gather(
+        peers.ask("state", timeout_s=_ANSWER_TIMEOUT_S), *map(_model_view, routes)
+    )
+    states: list[IngressState] = [own, *values(told)]
     return {
         "object": "cluster",
         "version": __version__,
         "ray_version": version("ray"),
-        "uptime_s": time.time() - created,
-        "models": list(models),
-        "ingress": {"in_flight": in_flight, "limit": limit},
+        "uptime_s": max(state.uptime_s for state in states),
+        "models": models,
+        "ingress": {
+            "in_flight": sum(state.in_flight for state in states),
+            "limit": sum(state.limit for state in states),
+            "replicas": [
+                *(_ingress_view(state) for state in states),
+                *(_lost_view(each) for each in told if isinstance(each, BaseException)),
+            ],
+        },
     }
+
+
+def _ingress_view(state: IngressState) -> Json:
+    return {
+        "id": state.ingress,
+        "healthy": True,
+        "message": "",
+        "in_flight": state.in_flight,
+        "limit": state.limit,
+        "uptime_s": state.uptime_s,
+    }
+
+
+def _lost_view(error: BaseException) -> Json:
+    return {"id": None, "healthy": False, "message": str(error) or type(error).__name__}
 
 
 async def _model_view(route: ModelRoute) -> Json:
@@ -49,6 +84,6 @@ async def _model_view(route: ModelRoute) -> Json:
 
 def _replica_view(answer: Any) -> Json:
     if isinstance(answer, BaseException):
-        return {"id": None, "healthy": False, "message": str(answer) or type(answer).__name__, "ranks": []}
+        return {**_lost_view(answer), "ranks": []}
     view: Json = answer
     return view

@@ -30,9 +30,10 @@ from serve_app.apis.messages.request import (
 from serve_app.apis.openapi import AnthropicError, route
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.rerank import RerankBody, ScoreBody, parse_rerank, parse_score
+from serve_app.apis.responses.not_stored import NotStoredError
 from serve_app.apis.responses.recorder import ResponseRecorder
 from serve_app.apis.responses.request import ResponsesBody
-from serve_app.apis.responses.store import ResponseStore
+from serve_app.apis.responses.shared_store import SharedStore
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.tokens import (
     DetokenizeBody,
@@ -54,7 +55,9 @@ from serve_app.ingress.http import (
 from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KeepAliveStream
 from serve_app.ingress.metrics import IngressMetrics, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
+from serve_app.ingress.peers import Peers, Told
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
+from serve_app.ingress.shared_responses import SharedResponses
 from serve_app.metrics.definitions import SEQUENCES_IN_FLIGHT, SEQUENCES_LIMIT
 from serve_app.metrics.values import Snapshot, Values
 from serve_app.settings import REPLICA, IngressConfig, IngressSettings, ServedModel
@@ -76,14 +79,18 @@ class Ingress(ClusterRoutes):
         self._own_replicas = dict(replicas or {})
         self._routes = ModelRoutes(self._find_replicas, self._num_ingresses)
         self._settings = IngressSettings()
-        self._admission = Admission(self._max_in_flight, max_per_request=1)
-        self._stored = ResponseStore(0, 0.0)
+        self._admission = Admission(self._max_in_flight, 1, self._num_ingresses)
         self._draining = Draining()
         self._access = Access(self._num_ingresses)
         context = serve.get_replica_context()
         ingress = context.replica_id.unique_id
         self._process = f"{context.deployment}#{ingress}"
+        self._peers = Peers(lambda: deployment_handle(context.deployment, context.app_name), ingress)
+        self._stored = SharedStore(0, 0.0)
+        self._shared = SharedResponses(self._stored, self._peers)
         self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)
+        self._peers.offer("metrics", self.metrics_of_http.read)
+        self._peers.offer("state", self._state)
         self._push = self.metrics_of_http.push_to_ray()
         freeze_gc_heap()
 
@@ -102,6 +109,7 @@ class Ingress(ClusterRoutes):
         self._routes.configure(config)
         self._admission.max_per_request = max(model.max_ongoing_requests for model in config.models)
         self._stored.limit(int(settings.stored_responses_mib * 2**20), settings.stored_responses_s)
+        self._shared.copy_once()
 
     def _find_replicas(self, model: ServedModel) -> DeploymentHandle:
         if model.application:
@@ -126,14 +134,22 @@ class Ingress(ClusterRoutes):
         return answer
 
     async def _ask_metrics(self, timeout_s: float) -> list[Snapshot | BaseException]:
-        """The metrics of the replicas of all models, or why one does not tell them."""
-        asked = (each.ask_each("metrics", timeout_s) for each in self._routes)
-        return [answer for of_model in await asyncio.gather(*asked) for answer in of_model]
+        """The metrics of the other ingresses and of the replicas of all models, or why one does not tell them."""
+        others, *of_models = await asyncio.gather(
+            self._peers.ask("metrics", timeout_s=timeout_s),
+            *(each.ask_each("metrics", timeout_s) for each in self._routes),
+        )
+        told = [each.value if isinstance(each, Told) else each for each in others]
+        return told + [answer for of_model in of_models for answer in of_model]
+
+    async def answer_peer(self, asker: str, only: str, name: str, arguments: tuple[Any, ...]) -> Told | None:
+        """Answers a call of another ingress."""
+        return self._peers.answer(asker, only, name, arguments)
 
     def _read_state(self, values: Values) -> None:
         read_routes(values, self._routes)
         values.set(SEQUENCES_IN_FLIGHT, self._admission.in_flight)
-        values.set(SEQUENCES_LIMIT, self._max_in_flight())
+        values.set(SEQUENCES_LIMIT, self._admission.share())
 
     @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
@@ -145,16 +161,16 @@ class Ingress(ClusterRoutes):
 
     @api.post("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
     async def responses(self, request: Request) -> Response:
-        recorder = ResponseRecorder(self._stored)
+        recorder = ResponseRecorder(self._stored, self._shared.hand_over)
         return await self._forward(request, recorder.parse, recorder.record)
 
     @api.get("/v1/responses/{response_id}", **route("OpenAI: a stored response"))
     async def response(self, response_id: str) -> Response:
-        return json_response(self._stored.response(response_id))
+        return json_response(await self._shared.response(response_id))
 
     @api.delete("/v1/responses/{response_id}", **route("OpenAI: forgets a stored response"))
     async def delete_response(self, response_id: str) -> Response:
-        self._stored.delete(response_id)
+        await self._shared.delete(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     @api.post(
@@ -210,7 +226,7 @@ class Ingress(ClusterRoutes):
             body = await read_body(
                 http_request, int(settings.max_request_mib * 2**20), settings.body_timeout_s
             )
-            request = parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
+            request = await self._parse(parse, body)
             request = self._access.with_priority(http_request, request)
             model = self._routes.find(request.model)
             admitted.count(request.num_sequences)
@@ -242,7 +258,18 @@ class Ingress(ClusterRoutes):
             return self._with_limit(LargeResponse(first, status, timeout_s))
         return self._with_limit(json_response(first, status))
 
+    async def _parse(self, parse: Callable[[bytes], AnyRequest], body: bytes) -> AnyRequest:
+        """Parses a body, with the stored responses of other ingresses as far as it refers to them."""
+        asked: set[str] = set()
+        while True:
+            try:
+                return parse(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse, body)
+            except NotStoredError as missing:
+                if missing.response_id in asked or not await self._shared.find(missing.response_id):
+                    raise
+                asked.add(missing.response_id)
+
     def _with_limit(self, response: Response) -> Response:
-        """Adds the header that tells Serve's proxies how many requests may be in flight."""
+        """Adds the header that tells Serve's proxies how many requests may be in flight in the whole service."""
         response.headers[MAX_IN_FLIGHT_HEADER] = str(self._max_in_flight())
         return response

@@ -23,10 +23,10 @@ from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot, Values
 
 logger = logging.getLogger("ray.serve")
-ANSWER_TIMEOUT_S = 3.0  # of a replica; Prometheus gives a scrape 10 s by default
+ANSWER_TIMEOUT_S = 3.0  # of a replica or an ingress; Prometheus gives a scrape 10 s by default
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _OVERLOADED = REFUSE_FOR_HEADER.encode()
-_REASONS = {
+_REASONS: dict[int, str] = {
     HTTPStatus.UNAUTHORIZED: "key",
     HTTPStatus.FORBIDDEN: "key",
     HTTPStatus.REQUEST_TIMEOUT: "timeout",
@@ -39,7 +39,8 @@ _REASONS = {
 class IngressMetrics:
     """Counts HTTP requests, and answers scrapes.
 
-    `ask` returns each replica's snapshot, or an exception for one that did not answer within so many seconds.
+    `ask` returns the snapshot of each replica and of each other ingress, or an exception for one that did not answer
+    within so many seconds.
     `read_state` sets what is counted elsewhere in the values it is given, just before they are read.
     """
 
@@ -61,19 +62,21 @@ class IngressMetrics:
         """Begins to pass the ingress's own metrics on to Ray."""
 
         async def read() -> Snapshot:
-            return self._read()
+            return self.read()
 
         return RayPush(read)
 
     async def page(self) -> bytes:
-        """All metrics of this ingress and of the replicas that answer, in Prometheus's text format."""
+        """All metrics of this ingress, and of the others and the replicas that answer, in Prometheus's text format."""
         answers = await self._ask(ANSWER_TIMEOUT_S)
         silent = [each for each in answers if isinstance(each, BaseException)]
         if silent:
             self.values.add(names.REPLICAS_SILENT, len(silent))
-            logger.warning("%d replica(s) did not tell their metrics: %r", len(silent), silent[0])
+            logger.warning(
+                "%d replica(s) or ingress(es) did not tell their metrics: %r", len(silent), silent[0]
+            )
         told = [each for each in answers if isinstance(each, Snapshot)]
-        return await asyncio.to_thread(render, [self._read(), *told])
+        return await asyncio.to_thread(render, [self.read(), *told])
 
     @contextmanager
     def request(self, request: Request, send: Send) -> Iterator[Send]:
@@ -102,7 +105,8 @@ class IngressMetrics:
             if reason:
                 values.add(names.HTTP_REFUSED, 1.0, reason)
 
-    def _read(self) -> Snapshot:
+    def read(self) -> Snapshot:
+        """The metrics of this ingress now."""
         self._read_state(self.values)
         return self.values.snapshot(self._labels)
 

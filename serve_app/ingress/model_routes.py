@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -36,7 +35,7 @@ class ModelRoute:
     max_model_len: int | None = None
 
     def __post_init__(self) -> None:
-        self.admission = Admission(self.max_in_flight, self.model.max_ongoing_requests)
+        self.admission = Admission(self.max_in_flight, self.model.max_ongoing_requests, self.num_ingresses)
 
     def configure(self, model: ServedModel, settings: IngressSettings) -> None:
         """Takes up changed settings of the model and of the ingress."""
@@ -57,8 +56,8 @@ class ModelRoute:
         return max(self.health.num_healthy, self.model.min_replicas) * self.model.max_ongoing_requests
 
     def max_in_flight(self) -> int:
-        """Sequences that may be in flight or wait in this ingress: an even share of those of all ingresses."""
-        return math.ceil((self.capacity() + self.max_queued_requests) / self.num_ingresses())
+        """Sequences that may be in flight or wait in all ingresses together."""
+        return self.capacity() + self.max_queued_requests
 
     async def ask_all(self, method: str) -> list[Any]:
         """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""

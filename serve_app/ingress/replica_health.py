@@ -32,6 +32,7 @@ class ReplicaHealth:
         self.period_s = period_s
         self.patience_s = patience_s
         self._poll_now = asyncio.Event()
+        self._polled = asyncio.Event()
         self._answered_at = time.monotonic()
         self.num_healthy = 0
         self.was_healthy = False  # whether some replica ever was
@@ -65,6 +66,11 @@ class ReplicaHealth:
             self.num_healthy = healthy
             self.was_healthy = self.was_healthy or healthy > 0
             self._answered_at = now
+        self._polled.set()
+
+    async def known(self) -> None:
+        """Waits for the first poll, which takes at most ANSWER_TIMEOUT_S seconds."""
+        await self._polled.wait()
 
     async def _watch(self) -> None:
         while True:

@@ -188,6 +188,8 @@ REPLICAS_LOST = _counter(
     "replicas_lost", "Replicas that died; Ray Serve starts another for each.", "model_name"
 )
 REPLICA_LOSSES = _counter("request_replica_losses", "Times that a request lost its replica.", "model_name")
-REPLICAS_SILENT = _counter("replicas_silent", "Replicas that did not answer a scrape in time.")
+REPLICAS_SILENT = _counter(
+    "replicas_silent", "Replicas of models and of the ingress that did not answer a scrape in time."
+)
 
 BY_NAME = {definition.name: definition for definition in DEFINITIONS}

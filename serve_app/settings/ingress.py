@@ -35,7 +35,15 @@ class ServedModel:
 class IngressSettings:
     """Settings that each ingress replica gets at its start, and again when they change."""
 
-    ingress_replicas: int = setting(1, "processes that speak HTTP; if one is lost, the others go on")
+    ingress_replicas: int = setting(
+        1, "processes that speak HTTP and always run; if one is lost, the others go on"
+    )
+    max_ingress_replicas: int | None = setting(
+        None, "most processes that speak HTTP that load may start; null: as many as ingress_replicas"
+    )
+    ingress_target_requests: float = setting(
+        200.0, "requests in flight per process that speaks HTTP that scaling aims for, open streams counted"
+    )
     max_request_mib: float = setting(16.0, "largest HTTP request body in MiB")
     max_queued_requests: int = setting(
         1000, "sequences that may wait beyond max_ongoing_requests of all replicas; more are answered 429"
@@ -81,7 +89,14 @@ class IngressSettings:
     )
 
     def __post_init__(self) -> None:
-        require_positive(self, "ingress_replicas", "max_request_mib", "max_queued_requests")
+        require_positive(
+            self, "ingress_replicas", "ingress_target_requests", "max_request_mib", "max_queued_requests"
+        )
+        if self.most_ingress_replicas < self.ingress_replicas:
+            raise ConfigError(
+                f"max_ingress_replicas={self.max_ingress_replicas} must not be less than "
+                f"ingress_replicas={self.ingress_replicas}"
+            )
         require_not_negative(
             self,
             "request_timeout_s",
@@ -97,6 +112,11 @@ class IngressSettings:
                 raise ConfigError(
                     f"cors_allow_origins must be * or origins such as https://example.com, not {origin!r}"
                 )
+
+    @property
+    def most_ingress_replicas(self) -> int:
+        """Most processes that speak HTTP."""
+        return self.ingress_replicas if self.max_ingress_replicas is None else self.max_ingress_replicas
 
     def with_hashes(self) -> IngressSettings:
         """These settings with the hashes of keys in place of the keys."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from serve_app.settings.ingress import IngressSettings
 from serve_app.settings.model import ScalingSettings
 from serve_app.settings.service import EndpointSettings, ServiceConfig
 
 # Concurrent control calls (health, ranks, experts), allowed even when a replica is full of requests.
 _CONTROL_CALLS = 100
 _INGRESS_ONGOING_REQUESTS = 10_000
+_DELAYS = ("upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s")
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
 
@@ -35,10 +38,7 @@ def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, 
             "min_replicas": scaling.min_replicas,
             "max_replicas": scaling.max_replicas,
             "target_ongoing_requests": scaling.scaling_target,
-            "upscale_delay_s": scaling.upscale_delay_s,
-            "downscale_delay_s": scaling.downscale_delay_s,
-            "metrics_interval_s": scaling.metrics_interval_s,
-            "look_back_period_s": scaling.look_back_period_s,
+            **{name: getattr(scaling, name) for name in _DELAYS},
         },
         "graceful_shutdown_timeout_s": scaling.graceful_shutdown_timeout_s,
         "health_check_period_s": scaling.health_check_period_s,
@@ -52,8 +52,22 @@ def ingress_options(config: ServiceConfig, in_one_application: bool = False) -> 
     return {
         "user_config": config.ingress_config(in_one_application).to_json(),
         "max_ongoing_requests": _INGRESS_ONGOING_REQUESTS,
-        "num_replicas": config.ingress.ingress_replicas,
+        **_ingress_scaling(config.ingress, scalings),
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
         "health_check_period_s": min(scaling.health_check_period_s for scaling in scalings),
         "health_check_timeout_s": max(scaling.health_check_timeout_s for scaling in scalings),
+    }
+
+
+def _ingress_scaling(ingress: IngressSettings, models: Sequence[ScalingSettings]) -> dict[str, Any]:
+    """How many ingresses Serve runs: a fixed number, or by load with the delays of the model that waits longest."""
+    if ingress.most_ingress_replicas == ingress.ingress_replicas:
+        return {"num_replicas": ingress.ingress_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": ingress.ingress_replicas,
+            "max_replicas": ingress.most_ingress_replicas,
+            "target_ongoing_requests": ingress.ingress_target_requests,
+            **{name: max(getattr(scaling, name) for scaling in models) for name in _DELAYS},
+        }
     }

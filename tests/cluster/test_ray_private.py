@@ -16,7 +16,7 @@ from qwen3_dist.errors import ResourceError
 
 ROOT = Path(__file__).parent.parent.parent
 PRIVATE = re.compile(
-    r"""\bray[\w.]*\._|["']RAY_(?!TMPDIR)\w+["']|_by_reference|_message_queue|_global_client|\b_blocking="""
+    r"""\bray[\w.]*\._|["']RAY_(?!TMPDIR)\w+["']|_by_reference|_message_queue|_global_client|\b_blocking=|_init_router|_asyncio_router|_fetch_replica"""
 )
 
 

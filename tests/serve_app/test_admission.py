@@ -70,6 +70,21 @@ def test_a_request_larger_than_the_limit_is_admitted_where_there_is_room_and_cou
     assert admission.in_flight == 0
 
 
+def test_an_ingress_takes_its_share_and_tells_the_limit_of_the_service() -> None:
+    ingresses = [1]
+    admission = Admission(lambda: 5, max_per_request=9, num_ingresses=lambda: ingresses[0])
+    with admission.admit() as running:
+        running.count(3)
+        admission.check()
+        ingresses[0] = 2
+        assert admission.share() == 3
+        with pytest.raises(OverloadedError) as refused:
+            admission.check()
+        assert refused.value.limit == 5
+        ingresses[0] = 1  # one was lost: what it took is this one's now
+        admission.check()
+
+
 def test_clients_are_told_to_come_again_when_those_in_flight_have_probably_ended() -> None:
     admission = Admission(lambda: 1, max_per_request=1)
     with admission.admit(), pytest.raises(OverloadedError) as refused:

@@ -7,6 +7,7 @@ import pytest
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
 from serve_app.settings import BUNDLED_NAME, ModelSettings, read_service_config
+from serve_app.settings.options import ingress_options
 
 
 def test_text_from_serve_run_reads_as_the_settings_types() -> None:
@@ -43,11 +44,37 @@ def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
         ({"target_ongoing_requests": 0}, "target_ongoing_requests must be positive, not 0"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda"),
         ({"engine": "tp=2"}, "engine must be a mapping"),
+        (
+            {"ingress_replicas": 2, "max_ingress_replicas": 1},
+            "max_ingress_replicas=1 must not be less than ingress_replicas=2",
+        ),
+        ({"ingress_target_requests": 0}, "ingress_target_requests must be positive, not 0"),
     ],
 )
 def test_a_bad_setting_is_named(args: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_service_config(args)
+
+
+def test_ingresses_are_as_many_as_was_set_or_follow_the_load() -> None:
+    def options(**args: object) -> dict[str, object]:
+        return ingress_options(read_service_config(args))
+
+    fixed = options(ingress_replicas=2)
+    assert fixed["num_replicas"] == 2 and "autoscaling_config" not in fixed
+    assert options(ingress_replicas=2, max_ingress_replicas=2)["num_replicas"] == 2
+    models = [{"model_name": "a", "upscale_delay_s": 3}, {"model_name": "b", "downscale_delay_s": 500}]
+    scaled = options(max_ingress_replicas=4, ingress_target_requests=50, upscale_delay_s=2, models=models)
+    assert "num_replicas" not in scaled
+    assert scaled["autoscaling_config"] == {
+        "min_replicas": 1,
+        "max_replicas": 4,
+        "target_ongoing_requests": 50,
+        "upscale_delay_s": 3,
+        "downscale_delay_s": 500,
+        "metrics_interval_s": 2,
+        "look_back_period_s": 10,
+    }
 
 
 def test_scaling_aims_for_no_more_requests_than_a_replica_holds() -> None:

@@ -115,6 +115,8 @@ GATE, MODEL = "qwen3_dist", "qwen3_dist--qwen3-bundled"
         {"request_timeout_s": 3},
         {"max_replicas": 2},
         {"ingress_replicas": 2},
+        {"max_ingress_replicas": 3},
+        {"max_ingress_replicas": 3, "ingress_target_requests": 9},
     ],
 )
 def test_what_is_told_to_a_running_service_reloads_no_model(settings: dict[str, object]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
@@ -17,10 +17,15 @@ _LAST_EVENTS = (b"event: response.completed\n", b"event: response.incomplete\n")
 
 
 class ResponseRecorder:
-    """Parses one request with `store`, and adds its answer there unless the client sets `store: false`."""
+    """Parses one request with `store`, and adds its answer there unless the client sets `store: false`.
 
-    def __init__(self, store: ResponseStore) -> None:
-        self._store = store
+    `on_added` is awaited with the response's id before the client gets the end of the answer.
+    """
+
+    def __init__(
+        self, store: ResponseStore, on_added: Callable[[str], Awaitable[None]] | None = None
+    ) -> None:
+        self._store, self._on_added = store, on_added
         self._parsed: ParsedResponsesRequest | None = None
 
     def parse(self, body: bytes) -> ResponsesRequest:
@@ -40,7 +45,9 @@ class ResponseRecorder:
                 if parsed and parsed.is_stored and status == HTTPStatus.OK:
                     response = _last_response(part) if parsed.request.stream else part
                     if response is not None:
-                        self._store.add(response, parsed.items, parsed.previous, parsed.history)
+                        added = self._store.add(response, parsed.items, parsed.previous, parsed.history)
+                        if self._on_added:
+                            await self._on_added(added)
                 yield item
 
 

@@ -1,7 +1,8 @@
 """Stores responses in the ingress's memory, for OpenAI's `store` and `previous_response_id`.
 
-A service has one ingress, which sees all requests, so any later request finds a stored response, whichever replica
-answers it. A restart of the ingress loses all stored responses; requests for them are answered 404.
+The ingress sees all requests, so any later request finds a stored response, whichever replica answers it. Several
+ingresses hand each other copies (`shared_store`). A response is lost when all ingresses are; requests for it are then
+answered 404.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
 import pydantic_core
 
 from qwen3_dist.errors import RequestError
+from serve_app.apis.responses.not_stored import item_not_found, previous_not_found, response_not_found
 from serve_app.apis.shared.errors import to_json
 
 Json = dict[str, Any]
-_OVERHEAD = 1024  # bytes of an entry beside its JSON
+ENTRY_OVERHEAD = 1024  # bytes of an entry beside its JSON
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A stored response, its output items, and the input `items` it answered, which follow the response `previous`.
 
     They are JSON bytes, which garbage collection does not traverse. `last_used` is in seconds of the store's clock.
@@ -41,7 +42,7 @@ class _Entry:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.response or b"") + len(self.output) + len(self.items) + _OVERHEAD
+        return len(self.response or b"") + len(self.output) + len(self.items) + ENTRY_OVERHEAD
 
 
 class ResponseStore:
@@ -57,7 +58,7 @@ class ResponseStore:
         self._max_idle_s = max_idle_s
         self._clock = clock
         self.num_bytes = 0
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._lock = threading.Lock()
 
     def limit(self, max_bytes: int, max_idle_s: float) -> None:
@@ -71,24 +72,22 @@ class ResponseStore:
         """Whether the store may keep anything."""
         return self._max_bytes > 0
 
-    def add(self, response: bytes, items: list[Json], previous: str | None, history: list[Json]) -> None:
-        """Adds a `response` in JSON, which answers the input `items` after the response `previous`.
+    def add(self, response: bytes, items: list[Json], previous: str | None, history: list[Json]) -> str:
+        """Adds a `response` in JSON, which answers the input `items` after the response `previous`. Returns its id.
 
         `history` is the conversation of `previous`, which may have been evicted meanwhile.
         """
         whole = pydantic_core.from_json(response)
+        response_id: str = whole["id"]
         output = to_json(whole["output"])
         with self._lock:
             if previous not in self._entries:
                 previous, items = None, [*history, *items]
-            self._remove(whole["id"])
-            entry = _Entry(response, output, to_json(items), previous, self._clock())
-            self._entries[whole["id"]] = entry
-            self.num_bytes += entry.num_bytes
-            if previous is not None:
-                self._entries[previous].num_followers += 1
-            self._touch(whole["id"])
+            self._remove(response_id)
+            self._insert(response_id, Entry(response, output, to_json(items), previous, self._clock()))
+            self._touch(response_id)
             self._shrink()
+        return response_id
 
     def response(self, response_id: str) -> bytes:
         """Returns a response as JSON. Raises RequestError (404)."""
@@ -112,7 +111,7 @@ class ResponseStore:
         if response_id is None:
             return []
         with self._lock:
-            self._lookup(response_id, _previous_not_found(response_id))
+            self._lookup(response_id, previous_not_found(response_id))
             turns = [(entry.items, entry.output) for _, entry in self._chain(response_id)]
         parts = [part for turn in reversed(turns) for part in turn]
         return [item for part in parts for item in pydantic_core.from_json(part)]
@@ -127,9 +126,9 @@ class ResponseStore:
 
     def _referenced_item(self, item_id: str, outputs: dict[str, dict[str, Json]]) -> Json:
         """Returns an output item. `outputs` caches output items by response id and item id."""
-        missing = _item_not_found(item_id)
         _, _, rest = item_id.partition("_")
         response_id = f"resp_{rest.partition('_')[0]}"  # an item's id contains its response's id
+        missing = item_not_found(response_id, item_id)
         if response_id not in outputs:
             with self._lock:
                 output = self._lookup(response_id, missing).output
@@ -139,16 +138,25 @@ class ResponseStore:
             raise missing
         return item
 
-    def _lookup(self, response_id: str, missing: RequestError) -> _Entry:
+    def _lookup(self, response_id: str, missing: RequestError) -> Entry:
         """Evicts expired entries, then returns an entry as the last used. Raises `missing` if absent or deleted."""
-        now = self._clock()
-        while self._entries and next(iter(self._entries.values())).last_used < now - self._max_idle_s:
-            self._remove(next(iter(self._entries)))
+        self._expire()
         entry = self._entries.get(response_id)
         if entry is None or entry.response is None:
             raise missing
         self._touch(response_id)
         return entry
+
+    def _insert(self, response_id: str, entry: Entry) -> None:
+        self._entries[response_id] = entry
+        self.num_bytes += entry.num_bytes
+        if entry.previous is not None:
+            self._entries[entry.previous].num_followers += 1
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._entries and next(iter(self._entries.values())).last_used < now - self._max_idle_s:
+            self._remove(next(iter(self._entries)))
 
     def _shrink(self) -> None:
         while self.num_bytes > self._max_bytes:
@@ -161,7 +169,7 @@ class ResponseStore:
             entry.last_used = now
             self._entries.move_to_end(name)
 
-    def _chain(self, response_id: str) -> Iterator[tuple[str, _Entry]]:
+    def _chain(self, response_id: str) -> Iterator[tuple[str, Entry]]:
         """Yields an entry, then the one that it follows, and so on."""
         name: str | None = response_id
         while name is not None:
@@ -179,28 +187,6 @@ class ResponseStore:
                 previous.num_followers -= 1
                 if previous.response is None and not previous.num_followers:
                     response_id = entry.previous
-
-
-def response_not_found(response_id: str) -> RequestError:
-    return RequestError(f"Response with id '{response_id}' not found.", status=HTTPStatus.NOT_FOUND)
-
-
-def _previous_not_found(response_id: str) -> RequestError:
-    return RequestError(
-        f"Previous response with id '{response_id}' not found.",
-        "previous_response_id",
-        HTTPStatus.NOT_FOUND,
-        "previous_response_not_found",
-    )
-
-
-def _item_not_found(item_id: str) -> RequestError:
-    return RequestError(
-        f"Item with id '{item_id}' not found. Items are not persisted when `store` is set to false. Try again with "
-        "`store` set to true, or remove this item from your input.",
-        "input",
-        HTTPStatus.NOT_FOUND,
-    )
 
 
 DISABLED_STORE = ResponseStore(0, 0)
