@@ -1,4 +1,4 @@
-"""Middleware of Serve's HTTP proxies that refuses requests early while the service is overloaded.
+"""Middlewares of Serve's HTTP proxies; the one here refuses requests early while the service is overloaded.
 
 A refusal by the ingress costs some milliseconds, and an overloaded service refuses hundreds of requests a second. So
 each proxy counts its own requests in flight and refuses those beyond the limit that the service last reported. When
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.apis.error_forms import ANTHROPIC, error_form
 from serve_app.apis.shared.errors import to_json
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER, OverloadedError, with_jitter
+from serve_app.ingress.lost_requests import LostRequestMiddleware
 
 IMPORT_PATH = "serve_app.ingress.proxy.middlewares"  # for Serve's setting
 _PROBE_PERIOD_S = 1.0  # a full proxy lets one request through this often, since the limit may have grown
@@ -27,8 +28,8 @@ _MAX_PATHS = 64
 
 
 def middlewares() -> list[Middleware]:
-    """The middlewares that Serve adds to each of its proxies."""
-    return [Middleware(OverloadMiddleware)]
+    """The middlewares that Serve adds to each of its proxies, the innermost first."""
+    return [Middleware(LostRequestMiddleware), Middleware(OverloadMiddleware)]
 
 
 @dataclass

@@ -8,12 +8,14 @@ copies what the others have. A service with one ingress sends nothing.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from serve_app.apis.responses.not_stored import NotStoredError, response_not_found
 from serve_app.apis.responses.shared_store import SharedStore, Turn
 from serve_app.ingress.peers import Peers, Told, values
 
+logger = logging.getLogger("ray.serve")
 _HAND_OVER_S = 0.5  # for which the end of an answer waits until the others have it
 _ANSWER_S = 5.0
 _COPY_S = 30.0
@@ -94,6 +96,9 @@ class SharedResponses:
         while not self._peers.is_known:
             await asyncio.sleep(_POLL_S)
         answers = await self._peers.ask("ids", timeout_s=_COPY_S)
+        for error in answers:
+            if isinstance(error, BaseException):
+                logger.warning("not all stored responses of another ingress are here yet: %r", error)
         for told in sorted(
             (each for each in answers if isinstance(each, Told)), key=lambda each: -len(each.value)
         ):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from serve_app.settings.ingress import IngressSettings
 from serve_app.settings.model import ScalingSettings
 from serve_app.settings.service import EndpointSettings, ServiceConfig
 
@@ -52,22 +50,14 @@ def ingress_options(config: ServiceConfig, in_one_application: bool = False) -> 
     return {
         "user_config": config.ingress_config(in_one_application).to_json(),
         "max_ongoing_requests": _INGRESS_ONGOING_REQUESTS,
-        **_ingress_scaling(config.ingress, scalings),
+        # Also for a fixed number: Serve restarts replicas when autoscaling comes or goes.
+        "autoscaling_config": {
+            "min_replicas": config.ingress.ingress_replicas,
+            "max_replicas": config.ingress.most_ingress_replicas,
+            "target_ongoing_requests": config.ingress.ingress_target_requests,
+            **{name: max(getattr(scaling, name) for scaling in scalings) for name in _DELAYS},
+        },
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
         "health_check_period_s": min(scaling.health_check_period_s for scaling in scalings),
         "health_check_timeout_s": max(scaling.health_check_timeout_s for scaling in scalings),
-    }
-
-
-def _ingress_scaling(ingress: IngressSettings, models: Sequence[ScalingSettings]) -> dict[str, Any]:
-    """How many ingresses Serve runs: a fixed number, or by load with the delays of the model that waits longest."""
-    if ingress.most_ingress_replicas == ingress.ingress_replicas:
-        return {"num_replicas": ingress.ingress_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": ingress.ingress_replicas,
-            "max_replicas": ingress.most_ingress_replicas,
-            "target_ongoing_requests": ingress.ingress_target_requests,
-            **{name: max(getattr(scaling, name) for scaling in models) for name in _DELAYS},
-        }
     }

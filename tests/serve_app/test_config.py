@@ -57,16 +57,17 @@ def test_a_bad_setting_is_named(args: dict[str, object], sentence: str) -> None:
 
 
 def test_ingresses_are_as_many_as_was_set_or_follow_the_load() -> None:
-    def options(**args: object) -> dict[str, object]:
-        return ingress_options(read_service_config(args))
+    def scaling(**args: object) -> dict[str, object]:
+        options = ingress_options(read_service_config(args))
+        assert "num_replicas" not in options  # Serve restarts replicas when autoscaling comes or goes
+        found: dict[str, object] = options["autoscaling_config"]
+        return found
 
-    fixed = options(ingress_replicas=2)
-    assert fixed["num_replicas"] == 2 and "autoscaling_config" not in fixed
-    assert options(ingress_replicas=2, max_ingress_replicas=2)["num_replicas"] == 2
+    for fixed in (scaling(ingress_replicas=2), scaling(ingress_replicas=2, max_ingress_replicas=2)):
+        assert (fixed["min_replicas"], fixed["max_replicas"]) == (2, 2)
     models = [{"model_name": "a", "upscale_delay_s": 3}, {"model_name": "b", "downscale_delay_s": 500}]
-    scaled = options(max_ingress_replicas=4, ingress_target_requests=50, upscale_delay_s=2, models=models)
-    assert "num_replicas" not in scaled
-    assert scaled["autoscaling_config"] == {
+    scaled = scaling(max_ingress_replicas=4, ingress_target_requests=50, upscale_delay_s=2, models=models)
+    assert scaled == {
         "min_replicas": 1,
         "max_replicas": 4,
         "target_ongoing_requests": 50,

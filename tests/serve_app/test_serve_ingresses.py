@@ -28,13 +28,13 @@ MODEL = {
     "layout": "tp=1",
     "cpus_per_rank": 0.05,
     "ranks_per_host": 2,
-    "num_blocks": 256,
+    "num_blocks": 1024,
     "max_replicas": 1,
     "name": NAME,
     "route_prefix": f"/{NAME}",
 }
 ASK = {"prompt": "hi", "max_tokens": 2}
-ENDLESS = {**ASK, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+LONG = {**ASK, "ignore_eos": True}
 
 
 class Ingresses:
@@ -81,21 +81,23 @@ class Ingresses:
 
 
 class Stream:
-    """A streamed answer that a thread reads to its end; `is_whole` tells whether the end came."""
+    """A long answer, streamed or at once, that a thread reads to its end; `is_whole` tells whether the end came."""
 
-    def __init__(self, url: str) -> None:
-        self.begun, self.is_whole = threading.Event(), False
-        self._thread = threading.Thread(target=self._read, args=(url,))
+    def __init__(self, url: str, stream: bool = True) -> None:
+        self.begun, self.is_whole, self.status = threading.Event(), False, 0
+        self._thread = threading.Thread(target=self._read, args=(url, stream))
         self._thread.start()
 
-    def _read(self, url: str) -> None:
+    def _read(self, url: str, stream: bool) -> None:
+        body = {**LONG, "stream": stream, "max_tokens": 900 if stream else 300}
         with (
             contextlib.suppress(httpx.HTTPError),
-            httpx.stream("POST", f"{url}/v1/completions", json=ENDLESS, timeout=120) as answer,
+            httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer,
         ):
+            self.status = answer.status_code
             for line in answer.iter_lines():
                 self.begun.set()
-                self.is_whole = self.is_whole or line == "data: [DONE]"
+                self.is_whole = line == "data: [DONE]" or (self.is_whole or not stream)
         self.begun.set()
 
     def ended_whole(self) -> bool:
@@ -159,6 +161,8 @@ def test_a_killed_ingress_takes_its_own_streams_with_it_and_nothing_else(service
     while not streams or min(state.in_flight for state in service.states(2).values()) < 2:
         streams.append(Stream(service.url))
         assert streams[-1].begun.wait(60) and len(streams) < 40
+    asked = [Stream(service.url, stream=False) for _ in range(8)]
+    wait_for(lambda: sum(state.in_flight for state in service.states(2).values()) == len(streams) + 8)
     before = service.states(2)
     victim, _ = processes_running(f"ServeReplica:{NAME}:{INGRESS}")
     os.kill(victim, signal.SIGKILL)
@@ -167,6 +171,7 @@ def test_a_killed_ingress_takes_its_own_streams_with_it_and_nothing_else(service
     whole = [stream.ended_whole() for stream in streams]
     after = service.states(2)
     [left], [new] = ids & set(after), set(after) - ids
+    assert [each.status for each in asked if each.ended_whole()] == [200] * 8
     print(f"\n{whole.count(True)} of {len(whole)} streams went on; {statuses}; {found}")
     assert whole.count(True) == before[left].in_flight
     assert statuses == [200] * 10 and found == [200] * 6
@@ -180,13 +185,16 @@ def test_a_killed_ingress_takes_its_own_streams_with_it_and_nothing_else(service
 def test_load_adds_an_ingress_and_idleness_removes_it_and_no_engine_notices(service: Ingresses) -> None:
     engines = service.engines()
     stored = service.http.post("/v1/responses", json={"input": "Hello!", "max_output_tokens": 3}).json()
+    ids = set(service.states(2))
     service.change(ingress_replicas=1, max_ingress_replicas=2, ingress_target_requests=2)
+    assert len(service.states(1).keys() & ids) == 1  # it is one of the two that ran
     [alone] = service.states(1).values()
     assert alone.limit == 1256
     streams = [Stream(service.url) for _ in range(5)]
     both = service.states(2)
     limits = wait_for(lambda: {state.limit for state in service.states(2).values()} == {628}, timeout_s=30)
     assert limits and alone.ingress in both
+    wait_for(lambda: all(stored["id"] in ids for ids in service.ask("ids").values()))
     assert all(stream.ended_whole() for stream in streams)
     [left] = service.states(1).values()
     wait_for(lambda: service.ask("state")[left.ingress].limit == 1256)

@@ -1,0 +1,115 @@
+"""Requests whose ingress is lost are sent to another one, as long as nothing of the answer was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from serve_app.ingress import proxy
+from serve_app.ingress.lost_requests import MAX_KEPT_BYTES, LostRequestMiddleware
+
+BODY = [b"{", b"}"]
+
+
+class Serve:
+    """Serve's proxy: loses the first `losses` requests after it has read their bodies, and answers the others.
+
+    It changes the scope and goes on to listen for a client that leaves, as Serve does.
+    """
+
+    def __init__(self, losses: int, breaks: bool = False) -> None:
+        self.losses, self.breaks = losses, breaks
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert scope["path"] == "/x" and scope["headers"] == [(b"a", b"b")]
+        scope["path"] = "changed"
+        scope["headers"].append((b"c", b"d"))
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message["body"], message["more_body"]
+        self.bodies.append(body)
+        listening = asyncio.create_task(receive())
+        await asyncio.sleep(0)
+        try:
+            lost = len(self.bodies) <= self.losses
+            if not lost or self.breaks:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+            if not lost:
+                await send({"type": "http.response.body", "body": b"fine", "more_body": False})
+        finally:
+            listening.cancel()
+
+
+class Client:
+    """Sends `parts` of a body and then leaves, or waits if it is `patient`."""
+
+    def __init__(self, parts: list[bytes], patient: bool = True) -> None:
+        self._parts, self._patient = list(parts), patient
+        self.answer: list[Any] = []
+
+    async def receive(self) -> Any:
+        if self._parts:
+            part = self._parts.pop(0)
+            more = bool(self._parts) or not self._patient
+            return {"type": "http.request", "body": part, "more_body": more}
+        if self._patient:
+            await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.answer.append(message)
+
+
+def exchange(serve: Serve, client: Client, method: str = "POST") -> tuple[int, bytes] | None:
+    scope = {"type": "http", "method": method, "path": "/x", "headers": [(b"a", b"b")]}
+    asyncio.run(LostRequestMiddleware(serve)(scope, client.receive, client.send))
+    if not client.answer:
+        return None
+    return client.answer[0]["status"], b"".join(each["body"] for each in client.answer[1:])
+
+
+@pytest.mark.parametrize("losses", [0, 1, 2])
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_a_lost_request_is_sent_again_whole(losses: int, method: str) -> None:
+    serve = Serve(losses)
+    assert exchange(serve, Client(BODY), method) == (200, b"fine")
+    assert serve.bodies == [b"{}"] * (losses + 1)
+
+
+def test_a_request_that_is_lost_again_and_again_is_answered_503() -> None:
+    serve, client = Serve(9), Client(BODY)
+    answer = exchange(serve, client)
+    assert answer and answer[0] == 503 and len(serve.bodies) == 3
+    assert "was lost; send it again" in json.loads(answer[1])["error"]["message"]
+    assert (b"retry-after", b"1") in client.answer[0]["headers"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "method"),
+    [([b"x" * MAX_KEPT_BYTES, b"x"], "POST"), ([b"x", b"x" * MAX_KEPT_BYTES], "POST"), (BODY, "DELETE")],
+)
+def test_a_request_that_cannot_be_repeated_is_answered_503(parts: list[bytes], method: str) -> None:
+    serve = Serve(1)
+    answer = exchange(serve, Client(parts), method)
+    assert answer and answer[0] == 503 and len(serve.bodies) == 1
+
+
+def test_an_answer_that_began_is_not_repeated() -> None:
+    serve = Serve(1, breaks=True)
+    assert exchange(serve, Client(BODY)) == (200, b"") and len(serve.bodies) == 1
+
+
+def test_a_client_that_left_gets_no_answer() -> None:
+    serve = Serve(0)
+    assert exchange(serve, Client(BODY, patient=False)) is None and not serve.bodies
+
+
+def test_serve_wraps_it_first_so_that_a_repeated_request_counts_once_towards_the_limit() -> None:
+    assert [each.cls for each in proxy.middlewares()] == [LostRequestMiddleware, proxy.OverloadMiddleware]
