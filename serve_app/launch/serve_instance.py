@@ -123,14 +123,19 @@ def require_address(config: ServiceConfig, instance: ServeInstance) -> None:
         )
 
 
-def ask_replicas(handle: DeploymentHandle, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-    """What all replicas of a deployment answer to a call. Raises what Serve raises if one is lost or late.
+def ask_replicas(
+    handle: DeploymentHandle, method: str, *arguments: Any, timeout_s: float, return_exceptions: bool = False
+) -> list[Any]:
+    """What all replicas of a deployment answer to a call. Raises what Serve raises if one is lost or late, or returns
+    it in place of the answer.
 
     In a thread, since Serve does not wait in one that runs an event loop, as notebooks do.
     """
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(
-            lambda: handle.broadcast(method, *arguments).results(timeout_s=timeout_s)
+            lambda: handle.broadcast(method, *arguments).results(
+                timeout_s=timeout_s, return_exceptions=return_exceptions
+            )
         ).result()
 
 

@@ -75,9 +75,10 @@ def end_unused_serve() -> None:
 
 
 def _ask_to_drain(ingress: DeploymentHandle, timeout_s: float) -> int | None:
-    """Tells the ingress to drain. Returns the number of running sequences; None if no ingress answers."""
+    """Tells all ingresses to drain. Returns the number of running sequences of those that answer; None if none does."""
     try:
-        running = ask_replicas(ingress, "drain", timeout_s, timeout_s=_ANSWER_S)
+        answers = ask_replicas(ingress, "drain", timeout_s, timeout_s=_ANSWER_S, return_exceptions=True)
     except Exception:  # noqa: BLE001 - shutdown goes on whatever the error is
         return None
+    running = [each for each in answers if not isinstance(each, BaseException)]
     return sum(running) if running else None

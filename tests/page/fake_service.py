@@ -144,7 +144,7 @@ def cluster(poll: int, kind: str, period_s: int) -> Json:
         "version": "0.1.0",
         "uptime_s": 8000.5 + period_s * poll,
         "models": [model],
-        "ingress": {"replicas": 1, "in_flight": running + 3, "limit": 1256},
+        "ingress": {"replicas": [], "in_flight": running + 3, "limit": 1256},
     }
 
 
