@@ -75,7 +75,7 @@ def end_unused_serve() -> None:
 
 
 def _ask_to_drain(ingress: DeploymentHandle, timeout_s: float) -> int | None:
-    """Tells all ingresses to drain. Returns the number of running sequences of those that answer; None if none does."""
+    """Tells all ingresses to drain. Returns the running sequences of those that answer; None if none does."""
     try:
         answers = ask_replicas(ingress, "drain", timeout_s, timeout_s=_ANSWER_S, return_exceptions=True)
     except Exception:  # noqa: BLE001 - shutdown goes on whatever the error is
