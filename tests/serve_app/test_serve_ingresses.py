@@ -89,7 +89,7 @@ class Stream:
         self._thread.start()
 
     def _read(self, url: str, stream: bool) -> None:
-        body = {**LONG, "stream": stream, "max_tokens": 900 if stream else 300}
+        body = {**LONG, "stream": stream, "max_tokens": 600 if stream else 200}
         with (
             contextlib.suppress(httpx.HTTPError),
             httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer,
@@ -161,9 +161,9 @@ def test_a_killed_ingress_takes_its_own_streams_with_it_and_nothing_else(service
     while not streams or min(state.in_flight for state in service.states(2).values()) < 2:
         streams.append(Stream(service.url))
         assert streams[-1].begun.wait(60) and len(streams) < 40
+    before = service.states(2)
     asked = [Stream(service.url, stream=False) for _ in range(8)]
     wait_for(lambda: sum(state.in_flight for state in service.states(2).values()) == len(streams) + 8)
-    before = service.states(2)
     victim, _ = processes_running(f"ServeReplica:{NAME}:{INGRESS}")
     os.kill(victim, signal.SIGKILL)
     statuses = [service.http.post("/v1/completions", json=ASK).status_code for _ in range(10)]

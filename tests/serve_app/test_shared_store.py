@@ -172,5 +172,6 @@ def test_of_what_is_gone_meanwhile_nothing_is_copied() -> None:
     ids = one.ids()
     one.delete("resp_b")
     assert one.turns(ids, MIB)[0] is None
+    assert len(one.turns(one.ids() * 3, 1)) == 1 and len(one.turns(one.ids() * 3, MIB)) == 3
     copied(one, other)
     assert json.loads(other.response("resp_a"))["id"] == "resp_a"
