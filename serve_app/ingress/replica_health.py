@@ -49,6 +49,7 @@ class ReplicaHealth:
     def stop(self) -> None:
         """Stops polling."""
         self._task.cancel()
+        self._polled.set()
 
     async def refresh(self) -> None:
         """Polls all replicas once."""
@@ -69,7 +70,7 @@ class ReplicaHealth:
         self._polled.set()
 
     async def known(self) -> None:
-        """Waits for the first poll, which takes at most ANSWER_TIMEOUT_S seconds."""
+        """Waits for the first poll, which takes at most ANSWER_TIMEOUT_S seconds, or for `stop`."""
         await self._polled.wait()
 
     async def _watch(self) -> None:

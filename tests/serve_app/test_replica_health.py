@@ -88,3 +88,38 @@ def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
             await asyncio.sleep(0)
 
     asyncio.run(asyncio.wait_for(lose(), 60))
+
+
+@pytest.mark.parametrize("answers", [[None], RuntimeError("the controller is away")])
+def test_the_first_poll_can_be_waited_for_whatever_comes_of_it(answers: Any) -> None:
+    async def number() -> int:
+        asked = asyncio.Event()
+
+        async def ask() -> Answers:
+            await asked.wait()
+            if isinstance(answers, Exception):
+                raise answers
+            return list(answers)
+
+        health = ReplicaHealth(ask, 3600.0, 60.0)
+        waits = asyncio.create_task(health.known())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not waits.done()
+        asked.set()
+        await waits
+        health.stop()
+        return health.num_healthy
+
+    assert asyncio.run(number()) == (1 if isinstance(answers, list) else 0)
+
+
+def test_nobody_waits_for_the_health_of_a_model_that_was_removed() -> None:
+    async def run() -> None:
+        health = ReplicaHealth(lambda: asyncio.Future(), 3600.0, 60.0)
+        waits = asyncio.create_task(health.known())
+        await asyncio.sleep(0)
+        health.stop()
+        await waits
+
+    asyncio.run(run())

@@ -210,6 +210,18 @@ def test_load_adds_an_ingress_and_idleness_removes_it_and_no_engine_notices(serv
     assert service.engines() == engines
 
 
+def test_a_request_of_the_only_ingress_is_answered_by_its_successor(service: Ingresses) -> None:
+    service.change(ingress_replicas=1)
+    [before] = service.states(1)
+    asked = [Stream(service.url, 200, stream=False) for _ in range(3)]
+    wait_for(lambda: service.states(1)[before].in_flight == 3)
+    [victim] = processes_running(f"ServeReplica:{NAME}:{INGRESS}")
+    os.kill(victim, signal.SIGKILL)
+    assert [each.status for each in asked if each.ended_whole()] == [200] * 3
+    [after] = service.states(1)
+    assert after != before
+
+
 def test_all_ingresses_drain(service: Ingresses) -> None:
     service.change(ingress_replicas=2)
     service.states(2)
