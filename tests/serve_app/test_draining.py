@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_request_whose_client_leaves_while_the_service_drains_is_closed() -> N
 class FakeIngress:
     """A handle of ingresses that have so many requests left at each call, or fail."""
 
-    def __init__(self, *running: list[int] | Exception) -> None:
+    def __init__(self, *running: list[Any] | Exception) -> None:
         self.running = list(running)
         self.given_s: list[float] = []
 
@@ -92,7 +93,8 @@ class FakeIngress:
         self.given_s.append(timeout_s)
         return SimpleNamespace(results=self.results)
 
-    def results(self, timeout_s: float) -> list[int]:
+    def results(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
         running = self.running.pop(0) if len(self.running) > 1 else self.running[0]
         if isinstance(running, Exception):
             raise running
@@ -108,6 +110,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += seconds
 
     monkeypatch.setattr(shutdown, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+
+
+def test_an_ingress_that_hangs_or_is_lost_does_not_end_the_requests_of_the_others() -> None:
+    ingress = FakeIngress(*[[TimeoutError(), 2]] * 40, [ConnectionError(), 1], [0])
+    shutdown.drain(ingress, 600.0, lambda line: None, lambda: False)  # type: ignore[arg-type]
+    assert len(ingress.given_s) == 42
 
 
 def test_the_end_waits_for_running_requests_and_says_so_once() -> None:
