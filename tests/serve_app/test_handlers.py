@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -179,33 +178,6 @@ def test_an_engine_that_dies_mid_stream_ends_it_with_an_error_event() -> None:
     assert done == DONE.strip()
     with pytest.raises(EngineDeadError):
         respond(engine)
-
-
-def test_a_prompt_that_fails_after_another_has_begun_ends_the_stream_with_an_error_event(
-    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first_began = asyncio.Event()
-    generate = engine.generate
-
-    async def fail_on_7(prompt: list[int], *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
-        if prompt == [7]:
-            await first_began.wait()
-            raise RequestError("the adapter is gone")
-        async with aclosing(generate(prompt, *args, **options)) as steps:
-            async for step in steps:
-                yield step
-
-    async def read() -> list[bytes]:
-        monkeypatch.setattr(engine, "generate", fail_on_7)
-        items = []
-        async for item in handler(engine).stream(
-            completion(prompt=[[5, 6], [7]], max_tokens=4000, stream=True)
-        ):
-            items.append(item)
-            first_began.set()
-        return items
-
-    assert b"the adapter is gone" in asyncio.run(read())[-1]
 
 
 def test_a_checkpoint_without_a_tokenizer_answers_with_token_ids(wordless: AsyncEngine) -> None:
