@@ -281,11 +281,14 @@ class AsyncEngine:
             if stream := self._streams.get(request_id):
                 stream.held += deltas
         now = time.monotonic()
+        parts: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[TokenDelta]]]] = {}
         for stream in self._streams.values():
             if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
-                self._send(stream, stream.held)
+                parts.setdefault(stream.loop, []).append((stream, stream.held))
                 stream.held = []
                 stream.due = now + len(self._streams) / self._parts_per_s
+        for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
+            _call(loop, _put_all, of_loop)
 
     def _die(self, error: QwenDistError) -> None:
         with self._wake:
@@ -301,5 +304,14 @@ class AsyncEngine:
 
     @staticmethod
     def _send(stream: _Stream, item: list[TokenDelta] | QwenDistError) -> None:
-        with contextlib.suppress(RuntimeError):  # the caller's event loop is closed: nobody is listening
-            stream.loop.call_soon_threadsafe(stream.queue.put_nowait, item)
+        _call(stream.loop, stream.queue.put_nowait, item)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
+    with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is listening
+        loop.call_soon_threadsafe(function, argument)
+
+
+def _put_all(parts: list[tuple[_Stream, list[TokenDelta]]]) -> None:
+    for stream, deltas in parts:
+        stream.queue.put_nowait(deltas)
