@@ -50,6 +50,7 @@ ROOMS = (
     "serve_app.apis.error_forms",
     "serve_app.metrics",
     "serve_app.placement",
+    "serve_app.part_frames",
     "serve_app.replica",
     "serve_app.ingress",
     "serve_app.app",

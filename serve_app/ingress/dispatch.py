@@ -17,6 +17,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import Counted
 from serve_app.failures import log_internal_error
+from serve_app.ingress.part_client import PartClient
+from serve_app.part_frames import PartsAt
 from serve_app.telemetry.summary import LastPart, RequestSummary
 
 T = TypeVar("T")
@@ -47,6 +49,7 @@ class Dispatcher:
         self.timeout_s = timeout_s
         self._on_loss = on_loss
         self._pauses_s = pauses_s
+        self._parts = PartClient()
 
     async def answer(
         self,
@@ -102,13 +105,14 @@ class Dispatcher:
         items = self._send(request, request_id, *context)
         charged = 0
         try:
-            while (item := await self._in_time(_next(items), deadline)) is not None:
-                if isinstance(item, Counted):
-                    charge(item.tokens - charged)
-                    item, charged = item
-                if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
-                    raise EngineDeadError(_LOST)
-                yield item
+            async with contextlib.aclosing(self._received(items)) as received:
+                while (item := await self._in_time(anext(received, None), deadline)) is not None:
+                    if isinstance(item, Counted):
+                        charge(item.tokens - charged)
+                        item, charged = item
+                    if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
+                        raise EngineDeadError(_LOST)
+                    yield item
         except QwenDistError:
             raise
         except Exception as error:
@@ -119,6 +123,21 @@ class Dispatcher:
         finally:
             with contextlib.suppress(Exception):  # cancelling raises the error of a failed request again
                 items.cancel()
+
+    async def _received(self, items: Any) -> AsyncGenerator[Any, None]:
+        """The items of a call, and the parts of a stream, which come on a connection of their own."""
+        while (item := await _next(items)) is not None:
+            at = item.item[1] if isinstance(item, Counted) and isinstance(item.item, tuple) else None
+            if not isinstance(at, PartsAt):
+                yield item
+                continue
+            yield Counted(_ACCEPTED, 0)
+            async with (
+                self._parts.receive(at) as receiver,
+                contextlib.aclosing(receiver.until(_next(items))) as parts,
+            ):
+                async for part in parts:
+                    yield part
 
     async def _in_time(self, work: Awaitable[T], deadline: float | None) -> T:
         """Awaits `work`. Raises RequestError (408) if it takes until `deadline`, a time of the event loop's clock."""

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+import ray
 from ray import serve
 
 from cluster import ray_private
@@ -27,6 +28,8 @@ from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
+from serve_app.part_frames import PartsSent
+from serve_app.replica.part_server import PartServer
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import ReplicaSettings, TelemetrySettings
@@ -70,6 +73,7 @@ class EngineReplica:
             settings.tool_call_form,
             self._metrics.requests,
         )
+        self._parts = PartServer(ray.util.get_node_ip_address())
         freeze_gc_heap()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -82,9 +86,11 @@ class EngineReplica:
     async def answer(
         self, request: AnyRequest, request_id: str, trace: Mapping[str, str] | None = None
     ) -> AsyncGenerator[Any, None]:
-        """Yields a pair of HTTP status and body, or, for a stream, a pair of status and first part, then the other
-        parts, each with its token count as `Counted`; errors have none. The last part is a LastPart, with the summary
-        of the request. `trace` has the headers of its trace.
+        """Yields a pair of HTTP status and body, in a `Counted` that has the request's tokens; errors have none.
+
+        For a stream that is accepted the body is a PartsAt, which tells where its parts are to be had, each as
+        `Counted`, and the next item is PartsSent. The last part, or the body, is a LastPart, with the summary of the
+        request. `trace` has the headers of its trace.
 
         Errors are answered, not raised: a dead engine with 503, a bug with 500, logged under `request_id`.
         """
@@ -112,7 +118,7 @@ class EngineReplica:
                 yield counted((HTTPStatus.OK, part(body)))
                 return
             stream = self._handler.stream(request, record)
-            first = await anext(stream)
+            await anext(stream)  # empty: it is accepted
         except Exception as error:  # noqa: BLE001 - bugs are answered too
             known = (
                 error
@@ -123,13 +129,17 @@ class EngineReplica:
             yield error_status(known), part(to_json(request.error_body(known)))
             return
         async with aclosing(stream):
-            yield Counted((HTTPStatus.OK, first), 0)  # it is accepted
-            try:
-                async for item in stream:
-                    yield counted(part(item))
-            except EngineDeadError as error:  # before the first event, so that another replica can answer
-                record.ended = record.failed = True
-                yield error_status(error), part(to_json(request.error_body(error)))
+            await self._parts.start()
+            with self._parts.sender() as sender:
+                yield Counted((HTTPStatus.OK, sender.at), 0)  # it is accepted
+                try:
+                    async for item in stream:
+                        await sender.send(counted(part(item)))
+                except EngineDeadError as error:  # before the first event, so that another replica can answer
+                    record.ended = record.failed = True
+                    yield error_status(error), part(to_json(request.error_body(error)))
+                else:
+                    yield PartsSent(sender.num_parts)
 
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""

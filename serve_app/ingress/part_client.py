@@ -1,0 +1,157 @@
+"""The ingress's side of the connections that carry the parts of streams (`serve_app/part_frames.py`)."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from qwen3_dist.errors import EngineDeadError
+from serve_app.apis.shared.answer import Counted
+from serve_app.part_frames import COMMAND, HOLD, LENGTH, SEND, PartsAt, PartsSent
+from serve_app.telemetry.summary import LastPart
+
+MAX_UNREAD_BYTES = 2**16  # of one stream, at which the replica is told to hold it
+_LOST = "the connection to the replica that ran this request was lost; send it again"
+
+
+class PartClient:
+    """The connections of this ingress, one to each replica that has sent it parts."""
+
+    def __init__(self) -> None:
+        self._connections: dict[tuple[str, int], asyncio.Task[_Connection]] = {}
+
+    @asynccontextmanager
+    async def receive(self, at: PartsAt) -> AsyncIterator[PartReceiver]:
+        """A context in which the parts of a stream arrive. Raises EngineDeadError if the replica is not reached."""
+        connection = await self._connect(at)
+        receiver = PartReceiver(connection, at.stream)
+        connection.receivers[at.stream] = receiver
+        connection.command(SEND, at.stream)
+        try:
+            yield receiver
+        finally:
+            del connection.receivers[at.stream]
+
+    async def _connect(self, at: PartsAt) -> _Connection:
+        key = (at.host, at.port)
+        if key not in self._connections:
+            self._connections[key] = asyncio.create_task(self._open(at))
+        try:
+            return await asyncio.shield(self._connections[key])
+        except OSError as error:
+            self._connections.pop(key, None)
+            raise EngineDeadError(f"{_LOST} ({error})") from None
+
+    async def _open(self, at: PartsAt) -> _Connection:
+        def forget() -> None:
+            self._connections.pop((at.host, at.port), None)
+
+        loop = asyncio.get_running_loop()
+        transport, connection = await loop.create_connection(lambda: _Connection(forget), at.host, at.port)
+        transport.write(at.secret)
+        return connection
+
+
+class PartReceiver:
+    """The parts of one stream that have arrived and were not taken yet."""
+
+    def __init__(self, connection: _Connection, stream: int) -> None:
+        self._connection, self._stream = connection, stream
+        self._parts: list[Counted] = []
+        self._size = 0
+        self._num_parts = 0
+        self._is_held = self._is_lost = False
+        self._changed = asyncio.Event()
+
+    def put(self, part: Counted) -> None:
+        """Adds a part that has arrived."""
+        self._parts.append(part)
+        self._num_parts += 1
+        self._size += len(part.item)
+        if self._size > MAX_UNREAD_BYTES and not self._is_held:
+            self._is_held = True
+            self._connection.command(HOLD, self._stream)
+        self._changed.set()
+
+    def lose(self) -> None:
+        """Says that no more parts will arrive."""
+        self._is_lost = True
+        self._changed.set()
+
+    async def until(self, ending: Awaitable[Any]) -> AsyncGenerator[Any, None]:
+        """The parts of the stream until `ending` returns PartsSent and all of these have arrived. What arrived since
+        the last part comes as one part. If `ending` returns something else, that is the last item.
+
+        Raises what `ending` raises, and EngineDeadError if the connection is lost.
+        """
+        end: asyncio.Future[Any] = asyncio.ensure_future(ending)
+        end.add_done_callback(lambda _: self._changed.set())
+        try:
+            while True:
+                if self._parts:
+                    yield self._take()
+                elif end.done() and not isinstance(end.result(), PartsSent):
+                    if end.result() is not None:
+                        yield end.result()
+                    return
+                elif end.done() and end.result().num_parts == self._num_parts:
+                    return
+                elif self._is_lost:
+                    raise EngineDeadError(_LOST)
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()
+        finally:
+            if not end.cancel() and not end.cancelled():
+                end.exception()  # asyncio warns of exceptions that nobody looked at
+
+    def _take(self) -> Counted:
+        parts, self._parts, self._size = self._parts, [], 0
+        if self._is_held:
+            self._is_held = False
+            self._connection.command(SEND, self._stream)
+        *_, (last, tokens) = parts
+        joined = last if len(parts) == 1 else b"".join(part.item for part in parts)
+        return Counted(
+            LastPart.of(joined, last.summary) if isinstance(last, LastPart) else joined,
+            tokens,
+        )
+
+
+class _Connection(asyncio.Protocol):
+    """The connection to one replica. `forget` is called when it is lost."""
+
+    def __init__(self, forget: Any) -> None:
+        self._forget = forget
+        self._received = bytearray()
+        self.receivers: dict[int, PartReceiver] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+
+    def command(self, command: int, stream: int) -> None:
+        """Tells the replica to send a stream's parts, or to hold them."""
+        self._transport.write(COMMAND.pack(command, stream))
+
+    def data_received(self, data: bytes) -> None:
+        received = self._received
+        received += data
+        start = 0
+        while len(received) - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(received, start)
+            end = start + LENGTH.size + length
+            if len(received) < end:
+                break
+            for stream, part in pickle.loads(memoryview(received)[start + LENGTH.size : end]):
+                if receiver := self.receivers.get(stream):
+                    receiver.put(part)
+            start = end
+        del received[:start]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._forget()
+        for receiver in list(self.receivers.values()):
+            receiver.lose()

@@ -1,0 +1,169 @@
+"""The connection that carries the parts of all streams from a replica to an ingress, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import pytest
+import uvloop
+
+from qwen3_dist.errors import EngineDeadError
+from serve_app.apis.shared.answer import Counted
+from serve_app.ingress.part_client import MAX_UNREAD_BYTES, PartClient
+from serve_app.part_frames import PartsAt, PartsSent
+from serve_app.replica.part_server import PartSender, PartServer
+from serve_app.telemetry.summary import LastPart, RequestSummary
+
+Run: TypeAlias = Callable[[Callable[[PartServer, PartClient], Awaitable[Any]]], Any]
+SUMMARY = RequestSummary("replica", "m", 3, 4)
+
+
+async def serve(sender: PartSender, parts: list[Counted]) -> PartsSent:
+    for part in parts:
+        await sender.send(part)
+    return PartsSent(sender.num_parts)
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Runs a test in each of the event loops that Serve may use."""
+
+    def run(test: Callable[[PartServer, PartClient], Awaitable[Any]]) -> Any:
+        async def main() -> Any:
+            server = PartServer("127.0.0.1")
+            await server.start()
+            return await asyncio.wait_for(test(server, PartClient()), 30)
+
+        with asyncio.Runner(loop_factory=request.param) as runner:
+            return runner.run(main())
+
+    return run
+
+
+@asynccontextmanager
+async def stream(
+    server: PartServer, client: PartClient, parts: list[Counted]
+) -> AsyncIterator[AsyncGenerator[Any, None]]:
+    with server.sender() as sender:
+        async with client.receive(sender.at) as receiver:
+            yield receiver.until(serve(sender, parts))
+
+
+def counted(*parts: bytes) -> list[Counted]:
+    return [Counted(part, tokens) for tokens, part in enumerate(parts, 1)]
+
+
+async def collect(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
+
+
+def test_the_parts_of_many_streams_arrive_whole_and_in_order(run: Run) -> None:
+    sent = [[b"%d-%d " % (stream, part) for part in range(50)] for stream in range(20)]
+
+    async def test(server: PartServer, client: PartClient) -> list[list[Counted]]:
+        async def one(parts: list[bytes]) -> list[Counted]:
+            async with stream(server, client, counted(*parts)) as items:
+                return await collect(items)
+
+        got = await asyncio.gather(*map(one, sent))
+        assert len(client._connections) == 1
+        return got
+
+    got = run(test)
+    assert [b"".join(part.item for part in parts) for parts in got] == [b"".join(parts) for parts in sent]
+    assert {parts[-1].tokens for parts in got} == {50}
+
+
+def test_what_arrives_while_nobody_reads_comes_as_one_part_with_the_last_summary(run: Run) -> None:
+    last = LastPart.of(b"c", SUMMARY)
+
+    async def test(server: PartServer, client: PartClient) -> list[Counted]:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                end = await serve(sender, [*counted(b"a", b"b"), Counted(last, 9)])
+                while receiver._num_parts < 3:
+                    await asyncio.sleep(0.001)
+                return await collect(receiver.until(asyncio.sleep(0, end)))
+
+    [part] = run(test)
+    assert part == (b"abc", 9) and part.item.summary == SUMMARY
+
+
+def test_a_stream_that_nobody_reads_is_held_and_others_go_on(run: Run) -> None:
+    big = counted(*[bytes(MAX_UNREAD_BYTES // 4)] * 4000)
+
+    async def test(server: PartServer, client: PartClient) -> tuple[int, int]:
+        with server.sender() as slow:
+            async with client.receive(slow.at) as receiver:
+                sending = asyncio.create_task(serve(slow, big))
+                async with stream(server, client, counted(b"x")) as items:
+                    assert await collect(items) == [(b"x", 1)]
+                while not receiver._is_held:
+                    await asyncio.sleep(0.001)
+                for _ in range(100):  # turns in which more could arrive
+                    async with stream(server, client, counted(b"y")) as items:
+                        await collect(items)
+                held_at = slow.num_parts
+                got = await collect(receiver.until(sending))
+                return held_at, sum(len(part.item) for part in got)
+
+    held_at, size = run(test)
+    assert held_at < 200 and size == 4000 * (MAX_UNREAD_BYTES // 4)
+
+
+def test_an_error_after_some_parts_is_the_last_item(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> list[Any]:
+        with server.sender() as sender:
+
+            async def fail() -> tuple[int, bytes]:
+                await sender.send(Counted(b"a", 1))
+                return 503, b"dead"
+
+            async with client.receive(sender.at) as receiver:
+                return await collect(receiver.until(fail()))
+
+    assert run(test)[-1] == (503, b"dead")
+
+
+def test_a_lost_connection_is_a_lost_replica_and_the_next_stream_connects_again(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> list[Any]:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                await serve(sender, counted(b"a"))
+                assert sender._connection is not None
+                sender._connection._transport.abort()
+                with pytest.raises(EngineDeadError, match="was lost"):
+                    await collect(receiver.until(asyncio.Event().wait()))
+        async with stream(server, client, counted(b"x")) as items:
+            return await collect(items)
+
+    assert run(test) == [(b"x", 1)]
+
+
+def test_nothing_is_told_to_who_does_not_know_the_secret(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            wrong = PartsAt(sender.at.host, sender.at.port, bytes(16), sender.at.stream)
+            async with client.receive(wrong) as receiver:
+                sending = asyncio.create_task(serve(sender, counted(b"a")))
+                with pytest.raises(EngineDeadError):
+                    await collect(receiver.until(asyncio.Event().wait()))
+            assert sender.num_parts == 0
+            sending.cancel()
+
+    run(test)
+
+
+def test_a_replica_that_is_not_reached_is_lost(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        assert server._listening is not None
+        with server.sender() as sender:
+            server._listening.result().close()
+            with pytest.raises(EngineDeadError):
+                async with client.receive(sender.at):
+                    pass
+
+    run(test)
