@@ -103,7 +103,7 @@ class LLM:
         state = reasoning_state(prompt, template.source(), template_kwargs)
         token_ids = self._token_ids(prompt, add_special_tokens=False)
         setup = self._prepare(prompt, token_ids, params, None).setup
-        parser_spec = ParserSpec(state, new_parser=lambda begins: AnswerParser(Reasoning(begins), None))
+        parser_spec = ParserSpec(state, new_parser=lambda begins, _: AnswerParser(Reasoning(begins), None))
         choices = Choices(params, tokenizer, parser_spec)
         engine.add_request("0", token_ids, params, setup=setup)
         try:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs
+from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
 from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.log_file import log_file
@@ -98,25 +98,32 @@ class AsyncEngine:
         lora: str | None = None,
         pooling: PoolingParams | None = None,
         announce: bool = False,
+        resume: Resumed | None = None,
     ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yields the deltas of each step until all choices of the request are finished; with `announce` an empty list
         first, as soon as the request is accepted.
+
+        With `resume` the choices that it names go on after the output tokens that another engine generated for them,
+        and have deltas of what follows alone; other choices are not run. All that decides a token is rebuilt from
+        these tokens, so with a seed in `params` the output is that of one engine.
 
         Requests of lower `priority` run first; `lora` names the adapter that the request uses. Raises RequestError
         before the first item if the request is refused, or later if its structured output fails, and EngineDeadError
         if the engine dies. Leaving the iterator early (aclose, cancellation) aborts the request within a step.
         """
         self.check_health()
-        self._engine.check(prompt_token_ids, params, lora, pooling)
+        self._engine.check(prompt_token_ids, params, lora, pooling, resume)
         prepare = self._engine.prepare
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
         if setup is not None:
             await self._await_grammar(setup)
-        stream = _Stream(asyncio.get_running_loop(), unfinished=params.n)
+        stream = _Stream(asyncio.get_running_loop(), unfinished=params.n if resume is None else len(resume))
 
         def add() -> None:
             self._streams[request_id] = stream
-            self._engine.add_request(request_id, prompt_token_ids, params, priority, lora, setup, pooling)
+            arguments = (request_id, prompt_token_ids, params, priority, lora, setup, pooling, resume)
+            if ended := self._engine.add_request(*arguments):
+                self._send(stream, ended)
 
         if not self._post(add):
             self.check_health()

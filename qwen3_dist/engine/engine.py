@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import secrets
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from qwen3_dist.engine.engine_stats import adapters_in_use, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
+from qwen3_dist.engine.request_checks import check_context, check_output, check_prompt, max_model_len
 from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.engine.scheduler import Advance, Scheduler
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.engine.step_traffic import StepTraffic
-from qwen3_dist.errors import ConfigError, ContextLengthError, RequestError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch import Executor, make_executor, require_device
 from qwen3_dist.pooling_params import PoolingParams
@@ -41,6 +42,7 @@ from qwen3_dist.weights.source import commit_of, resolve_model
 
 PROMPT_ONLY = SamplingParams(max_tokens=0)
 Outputs = dict[str, list[TokenDelta]]  # the deltas of one step by request id
+Resumed = Mapping[int, IntSequence[int]]  # the output tokens so far of each choice that goes on
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Engine:
         self.experts = ExpertBalance(executor, config, placements)
         self.grammars = BuiltGrammars(executor)
         num_blocks = executor.num_blocks
-        self.max_model_len = _max_model_len(config, self.model_config, num_blocks * config.block_size)
+        self.max_model_len = max_model_len(config, self.model_config, num_blocks * config.block_size)
         limits = SchedulerLimits.of(config, executor.device, num_blocks, executor.may_repeat)
         self._groups = [
             Scheduler(
@@ -133,19 +135,24 @@ class Engine:
         lora: str | None = None,
         setup: SamplingSetup | None = None,
         pooling: PoolingParams | None = None,
-    ) -> None:
+        resume: Resumed | None = None,
+    ) -> list[TokenDelta]:
         """Queues a request. Lower `priority` runs first; `lora` names its adapter; `setup` is what `prepare` returned
         for `params`. A pooling request has `pooling` and the params `PROMPT_ONLY`.
 
+        With `resume` the choices that it names go on after the output tokens that it has for them, as another engine
+        would have gone on that had the same seed; other choices are not run. Returns the deltas, without tokens, of
+        choices whose output is complete already.
+
         Raises RequestError and changes nothing if the prompt cannot be run.
         """
-        room = self.check(prompt_token_ids, params, lora, pooling)
+        room = self.check(prompt_token_ids, params, lora, pooling, resume)
         adapter = self.config.lora.number(lora)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        sequences = []
-        for index in range(params.n):
+        sequences, ended = [], []
+        for index in range(params.n) if resume is None else resume:
             tokens = list(prompt_token_ids)
             sequence = Sequence(
                 self._next_seq_id,
@@ -160,7 +167,13 @@ class Engine:
             sequence.setup, sequence.pooling = setup, pooling
             sequence.adapter, sequence.cache_salt = adapter, (lora or "").encode()
             self._next_seq_id += 1
-            sequences.append(sequence)
+            sequence.resume(resume[index] if resume else (), self._eos_token_ids)
+            if sequence.finish_reason is None:
+                sequences.append(sequence)
+            else:
+                ended.append(TokenDelta(index, (), (), sequence.finish_reason))
+        if not sequences:
+            return ended
         if not self.has_work:
             self._meter.work_came()
         group = self._groups[0]
@@ -170,6 +183,7 @@ class Engine:
             group.add(sequence)
         self._requests[request_id] = _Request(group, sequences)
         self._publish()
+        return ended
 
     def check(
         self,
@@ -177,36 +191,17 @@ class Engine:
         params: SamplingParams,
         lora: str | None = None,
         pooling: PoolingParams | None = None,
+        resume: Resumed | None = None,
     ) -> int:
         """The number of tokens that can follow the prompt. Raises RequestError if the prompt is empty, too long or has
-        ids outside the vocabulary, if `pooling` asks for too many dimensions, or if there is no adapter `lora`."""
+        ids outside the vocabulary, if `pooling` asks for too many dimensions, if there is no adapter `lora`, or if an
+        output in `resume` cannot go on here."""
         self.config.lora.number(lora)
-        longest = self.model_config.emb_dim
-        if pooling is not None and (pooling.dimensions or 1) > longest:
-            raise RequestError(
-                f"dimensions={pooling.dimensions} is more than the {longest} of this model; ask for at most "
-                f"{longest}",
-                param="dimensions",
-            )
-        if not prompt_token_ids:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        generates = params.max_tokens != 0
-        if len(prompt_token_ids) + generates > self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt_token_ids)} tokens and the context holds {self.max_model_len}"
-                f"{', the output included' if generates else ''}; shorten the prompt",
-                "prompt",
-                len(prompt_token_ids),
-                self.max_model_len,
-                output_tokens=int(len(prompt_token_ids) == self.max_model_len),
-            )
-        vocab_size = self.model_config.vocab_size
-        foreign = next((t for t in prompt_token_ids if not 0 <= t < vocab_size), None)
-        if foreign is not None:
-            raise RequestError(
-                f"token id {foreign} is outside the vocabulary of {vocab_size}", param="prompt"
-            )
-        return self.max_model_len - len(prompt_token_ids)
+        config, context = self.model_config, self.max_model_len
+        check_prompt(prompt_token_ids, params, pooling, config, context)
+        for output in (resume or {}).values():
+            check_output(output, prompt_token_ids, params, config, context, self._eos_token_ids)
+        return context - len(prompt_token_ids)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request, or its choice `index`, and frees its blocks. Returns False if it had ended already."""
@@ -316,26 +311,6 @@ def _pinned(config: EngineConfig, path: Path) -> EngineConfig:
     """The config with the exact commit at `path`, so that ranks on all hosts load the same files."""
     commit = commit_of(config.model, path)
     return config if commit is None else replace(config, revision=commit)
-
-
-def check_context(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Raises ConfigError if `config` asks for a longer context than the model has."""
-    if config.max_model_len is not None and config.max_model_len > model_config.context_length:
-        raise ConfigError(
-            f"max_model_len={config.max_model_len} exceeds the model's context of {model_config.context_length}"
-        )
-
-
-def _max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tokens: int) -> int:
-    wanted = config.max_model_len
-    if wanted is None:
-        return min(model_config.context_length, capacity_tokens)
-    if wanted > capacity_tokens:
-        raise ConfigError(
-            f"max_model_len={wanted} does not fit the KV cache of {capacity_tokens} tokens; lower it or give "
-            "the cache more memory"
-        )
-    return wanted
 
 
 @contextlib.contextmanager

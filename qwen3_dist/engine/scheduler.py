@@ -283,7 +283,7 @@ class Scheduler:
 
     def _count_prompt(self, sequence: Sequence) -> None:
         if sequence.num_cached is None:
-            sequence.num_cached = sequence.num_computed
+            sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
             sequence.scheduled_s = time.monotonic()
             self.counts.prompt_tokens += sequence.prompt_len
             self.counts.cached_prompt_tokens += sequence.num_cached

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.drafts import Drafter
@@ -139,10 +140,23 @@ class Sequence:
     def append(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         """Adds a sampled token and sets `finish_reason` if it is the last."""
         self.token_ids.append(token_id)
-        # No token can follow a complete structured output.
-        ignores_eos = self.params.ignore_eos and self.params.structured_outputs is None
-        is_eos = token_id in eos_token_ids and not ignores_eos
-        if is_eos or token_id in self.params.stop_token_ids:
+        if is_stop(token_id, self.params, eos_token_ids):
             self.finish_reason = "stop"
         elif self.num_output >= self.max_tokens:
             self.finish_reason = "length"
+
+    def resume(self, output: IntSequence[int], eos_token_ids: frozenset[int]) -> None:
+        """Adds the `output` so far of another engine, before the sequence is scheduled. Its tokens are computed again,
+        as after a preemption. Sets `finish_reason` if the last one ended the sequence."""
+        if output:
+            self.token_ids += output[:-1]
+            self.append(output[-1], eos_token_ids)
+            # Whoever got the output got the prompt logprobs with its first token.
+            self.num_logprobs_done, self._prompt_logprobs_taken = self.prompt_len, True
+
+
+def is_stop(token_id: int, params: SamplingParams, eos_token_ids: frozenset[int]) -> bool:
+    """Whether a sequence ends with `token_id`, wherever it comes."""
+    # No token can follow a complete structured output.
+    ignores_eos = params.ignore_eos and params.structured_outputs is None
+    return (token_id in eos_token_ids and not ignores_eos) or token_id in params.stop_token_ids

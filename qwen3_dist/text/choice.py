@@ -40,15 +40,15 @@ class ChoiceDelta:
 class ParserSpec:
     """How to parse the text of a choice.
 
-    `reasoning` is the reasoning state at its start, as in SamplingParams. `new_parser` makes the choice's parser from
-    that state; None leaves all text content. `structured_outputs` replaces that of the request, unless None.
-    `reports_tool_calls` changes the finish reason "stop" of a choice with tool calls to "tool_calls". A choice ends
-    after `max_tool_calls` calls.
+    `reasoning` is the reasoning state at its start, as in SamplingParams. `new_parser` makes a choice's parser from
+    that state and the choice's index; None leaves all text content. `structured_outputs` replaces that of the request,
+    unless None. `reports_tool_calls` changes the finish reason "stop" of a choice with tool calls to "tool_calls". A
+    choice ends after `max_tool_calls` calls.
     """
 
     reasoning: str = "none"
     structured_outputs: StructuredOutputs | None = None
-    new_parser: Callable[[str], OutputParser] | None = None
+    new_parser: Callable[[str, int], OutputParser] | None = None
     reports_tool_calls: bool = True
     max_tool_calls: int | None = None
 
@@ -88,7 +88,7 @@ class Choice:
         """Adds a step's tokens. A stop string that they complete ends the choice before that string."""
         assert not self.done
         if self._parser is None and self._text and self._spec.new_parser and delta.token_ids:
-            self._parser = self._spec.new_parser(self._reasoning_state(delta))
+            self._parser = self._spec.new_parser(self._reasoning_state(delta), self._index)
         text, reason, stopped_by = "", delta.finish_reason, self._stop_token(delta)
         if self._text:
             num_tokens = self._text.num_tokens
@@ -165,6 +165,11 @@ class Choices:
     @property
     def done(self) -> bool:
         return all(choice.done for choice in self._choices)
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The engine's indexes of the choices that are not done."""
+        return [index for index, choice in enumerate(self._choices) if not choice.done]
 
     def advance(self, deltas: Iterable[TokenDelta], abort: Callable[[int], object]) -> list[ChoiceDelta]:
         """Returns the text deltas of one step, for choices that were not done before it.

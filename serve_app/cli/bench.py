@@ -82,7 +82,8 @@ def _check_length(workload: Workload, context: int) -> None:
 def _measure(args: argparse.Namespace, config: EngineConfig) -> dict[str, object]:
     from qwen3_dist.benchmark import Workload, measure, warm_up
     from qwen3_dist.config import ModelConfig
-    from qwen3_dist.engine.engine import Engine, check_context
+    from qwen3_dist.engine.engine import Engine
+    from qwen3_dist.engine.request_checks import check_context
     from qwen3_dist.weights.source import resolve_model
 
     batch_size = args.batch_size if args.kind == "latency" else None

@@ -9,7 +9,7 @@ import ray
 
 from cluster import ray_private
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.engine import check_context
+from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.lora_loader import open_adapters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 from qwen3_dist.errors import RequestError
@@ -46,6 +46,7 @@ class RequestMetrics:
 class _Choice:
     """One choice while it runs; times are of the engine's clock."""
 
+    # `first_s` stays 0 if another engine generated the first token.
     __slots__ = ("first_s", "last_s", "scheduled_s", "tokens", "ended", "finish_reason")
 
     def __init__(self) -> None:
@@ -64,6 +65,12 @@ class PromptWatch:
         self._arrival_s, self._queued_s = arrival_s, time.monotonic()
         self._prompt_tokens = prompt_tokens
         self._choices = [_Choice() for _ in range(n)]
+
+    def resume(self, num_tokens: Mapping[int, int]) -> None:
+        """Another engine generated `num_tokens` of the choices that go on, by their index, and all of the others."""
+        for index, choice in enumerate(self._choices):
+            choice.ended = index not in num_tokens
+            choice.tokens, choice.last_s = num_tokens.get(index, 0), self._queued_s
 
     def generated(self, deltas: Iterable[TokenDelta]) -> None:
         """Takes the deltas of a part as the engine gave them."""
@@ -102,10 +109,10 @@ class PromptWatch:
         metrics.prompt_tokens.observe(self._prompt_tokens)
         metrics.generation_tokens.observe(choice.tokens)
         metrics.e2e.observe(time.monotonic() - self._arrival_s)
-        if choice.tokens:
+        if choice.first_s:
             metrics.decode.observe(choice.last_s - choice.first_s)
             metrics.inference.observe(choice.last_s - choice.scheduled_s)
-        if choice.tokens > 1:
+        if choice.first_s and choice.tokens > 1:
             metrics.per_output_token.observe((choice.last_s - choice.first_s) / (choice.tokens - 1))
 
     @property
@@ -118,7 +125,7 @@ class PromptWatch:
         """When the prompt was queued, when its first choice was scheduled and had its first token, and when the last
         token of all came; None for what has not happened. On the monotonic clock."""
         begun = [choice for choice in self._choices if choice.scheduled_s]
-        talking = [choice for choice in begun if choice.tokens]
+        talking = [choice for choice in begun if choice.first_s]
         return (
             self._queued_s,
             min((choice.scheduled_s for choice in begun), default=None),

@@ -24,6 +24,7 @@ from serve_app.apis.requests import AnyRequest
 from serve_app.apis.shared.answer import Counted
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.apis.shared.resume import Resume
 from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
@@ -84,32 +85,40 @@ class EngineReplica:
         self._handler.log_requests = telemetry.log_requests
 
     async def answer(
-        self, request: AnyRequest, request_id: str, trace: Mapping[str, str] | None = None
+        self,
+        request: AnyRequest,
+        request_id: str,
+        trace: Mapping[str, str] | None = None,
+        resume: Resume | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Yields a pair of HTTP status and body, in a `Counted` that has the request's tokens; errors have none.
 
         For a stream that is accepted the body is a PartsAt, which tells where its parts are to be had, each as
         `Counted`, and the next item is PartsSent. The last part, or the body, is a LastPart, with the summary of the
-        request. `trace` has the headers of its trace.
+        request. `trace` has the headers of its trace. With `resume` the parts follow those that the client has; the
+        token counts include what it has.
 
-        Errors are answered, not raised: a dead engine with 503, a bug with 500, logged under `request_id`.
+        Errors are answered, not raised: a bug with 500, logged under `request_id`, a dead engine with 503 wherever the
+        stream is, so that another replica can go on with it.
         """
         record = RequestRecord(request_id, trace or {}, self._name)
         self._num_answering += 1
         try:
-            async with aclosing(self._answer(request, record)) as items:
+            async with aclosing(self._answer(request, record, resume)) as items:
                 async for item in items:
                     yield item
         finally:
             self._num_answering -= 1
             record.close(request)
 
-    async def _answer(self, request: AnyRequest, record: RequestRecord) -> AsyncGenerator[Any, None]:
+    async def _answer(
+        self, request: AnyRequest, record: RequestRecord, resume: Resume | None
+    ) -> AsyncGenerator[Any, None]:
         def part(item: bytes) -> bytes:
             return LastPart.of(item, record.summary()) if record.ended else item
 
         def counted(item: Any) -> Counted:
-            return Counted(item, record.usage.total if record.usage else 0)
+            return Counted(item, record.usage.total if record.usage else 0, record.sent)
 
         try:
             if not (isinstance(request, GenerationRequest) and request.stream):
@@ -117,7 +126,7 @@ class EngineReplica:
                 record.ended = True
                 yield counted((HTTPStatus.OK, part(body)))
                 return
-            stream = self._handler.stream(request, record)
+            stream = self._handler.stream(request, record, resume)
             await anext(stream)  # empty: it is accepted
         except Exception as error:  # noqa: BLE001 - bugs are answered too
             known = (
@@ -131,11 +140,11 @@ class EngineReplica:
         async with aclosing(stream):
             await self._parts.start()
             with self._parts.sender() as sender:
-                yield Counted((HTTPStatus.OK, sender.at), 0)  # it is accepted
+                yield Counted((HTTPStatus.OK, sender.at), 0, (), record.fingerprint)  # it is accepted
                 try:
                     async for item in stream:
                         await sender.send(counted(part(item)))
-                except EngineDeadError as error:  # before the first event, so that another replica can answer
+                except EngineDeadError as error:
                     record.ended = record.failed = True
                     yield error_status(error), part(to_json(request.error_body(error)))
                 else:

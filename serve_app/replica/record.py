@@ -16,6 +16,7 @@ from serve_app.apis.requests import AnyRequest
 from serve_app.apis.shared.answer import Usage
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.prompts import Prompt
+from serve_app.apis.shared.resume import Sent
 from serve_app.metrics.requests import PromptWatch
 from serve_app.telemetry.summary import RequestSummary
 from serve_app.telemetry.traces import record_request
@@ -34,6 +35,8 @@ class RequestRecord:
     stream: bool = False
     params: SamplingParams | None = None
     usage: Usage | None = None
+    sent: Sent = ()  # what the stream's last item adds to what the client has
+    fingerprint: str = ""  # of the checkpoint
     watches: list[PromptWatch] = field(default_factory=list)
     ended: bool = False  # whether the answer's next part is its last
     failed: bool = False

@@ -13,26 +13,39 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ChoiceDelta, Choices, ParserSpec, join
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
-from serve_app.apis.shared.answer import Answer, AnswerContext, Usage
+from qwen3_dist.weights.fingerprint import fingerprint
+from serve_app.apis.shared.answer import Answer, AnswerContext, Identity, Usage
 from serve_app.apis.shared.errors import to_json
-from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.apis.shared.generation import GenerationRequest, with_identity
 from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer
+from serve_app.apis.shared.resume import Resume, Sent
 from serve_app.apis.tokens import TextRequest
 from serve_app.failures import log_internal_error
 from serve_app.metrics.requests import RequestMetrics
 from serve_app.replica.pooling import pool
 from serve_app.replica.record import RequestRecord
+from serve_app.replica.resuming import check_model, replay, resumed, sent_of
 
 logger = logging.getLogger("ray.serve")
-Steps = AsyncGenerator[list[ChoiceDelta], None]
+
+
+class _Step(NamedTuple):
+    """What one part of the engine's output adds: for the client to see, and for another replica to go on after."""
+
+    shown: list[ChoiceDelta]
+    sent: Sent
+
+
+_ACCEPTED = _Step([], ())
+Steps = AsyncGenerator[_Step, None]
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,23 @@ class _Job:
     params: SamplingParams
     priority: int
     lora: str | None
-    parser_spec: ParserSpec
+    choices: list[Choices]  # of each prompt
     answer: Answer
     record: RequestRecord
+    resume: Resume | None
+
+    @property
+    def num_running(self) -> int:
+        """The number of prompts with unfinished choices."""
+        return sum(not choices.done for choices in self.choices)
+
+    def params_of(self, p: int) -> SamplingParams:
+        """The parameters of prompt `p`. Without a seed of the client's, each choice of each prompt has a seed of its
+        own, made from the request's identity."""
+        identity = self.request.identity
+        if identity is None or self.params.seed is not None:
+            return self.params
+        return dataclasses.replace(self.params, seed=identity.seed + p * self.params.n)
 
 
 class RequestHandler:
@@ -72,6 +99,7 @@ class RequestHandler:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
+        self._fingerprint = fingerprint(engine.model_path)
         self._renderer = PromptRenderer(
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )
@@ -102,7 +130,7 @@ class RequestHandler:
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
             async for step in steps:
-                for delta in step:
+                for delta in step.shown:
                     job.answer.count(delta)
                     deltas[delta.index].append(delta)
         return await asyncio.to_thread(
@@ -110,33 +138,42 @@ class RequestHandler:
         )
 
     async def stream(
-        self, request: GenerationRequest, record: RequestRecord | None = None
+        self, request: GenerationRequest, record: RequestRecord | None = None, resume: Resume | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events, one item per engine step, after an empty item once the request is accepted.
 
-        An error before the first event is raised, as is the engine's death. A later one becomes an event, since the
+        With `resume` the events are those that follow what the client has. The request must have the identity that it
+        had then. Before each item, `record.sent` becomes what the item adds to what the client has.
+
+        An error before the first event is raised, as is the engine's death. Another one becomes an event, since the
         HTTP status has been sent; if it is a bug, it is logged under the record's id. `record` takes what happens.
         """
         record = record or RequestRecord()
-        job = await self._prepare(request, record)
-        waiting, begun = len(job.prompts), False
+        job = await self._prepare(request, record, resume)
+        answer = job.answer
+        waiting, begun, has_events = job.num_running, False, resume is not None and bool(resume.choices)
+        if not waiting:
+            yield b""
+        sent: Sent = ()
         try:
             async with aclosing(self._steps(job, announce=True)) as steps:
                 async for step in steps:
-                    if not step and waiting:
+                    if step is _ACCEPTED:
                         waiting -= 1
                         if not waiting:
                             yield b""
                         continue
-                    for delta in step:
-                        job.answer.count(delta)
-                    events = b"" if begun else job.answer.begin()
-                    events += b"".join([job.answer.delta(delta) for delta in step])
+                    for delta in step.shown:
+                        answer.count(delta)
+                    sent += step.sent
+                    events = b"" if has_events else answer.begin()
+                    events += b"".join([answer.delta(delta) for delta in step.shown])
                     if events:
+                        record.sent, sent = sent, ()
                         yield events
-                        begun = True
+                        begun = has_events = True
         except Exception as error:
-            if not begun and (waiting or isinstance(error, EngineDeadError)):
+            if isinstance(error, EngineDeadError) or (waiting and not begun):
                 raise
             known = (
                 error
@@ -144,22 +181,25 @@ class RequestHandler:
                 else log_internal_error(error, logger, record.request_id)
             )
             record.ended = record.failed = True
-            yield job.answer.fail(known)
+            record.sent = ()
+            yield answer.fail(known)
             return
-        record.ended = True
-        yield job.answer.end()
+        record.ended, record.sent = True, sent
+        yield answer.end()
 
     def _model_and_adapter(self, name: str) -> tuple[str, str | None]:
         """The model name for the answer, and the adapter to use; None for the base model."""
         return name or self._model_name, name if name not in ("", self._model_name) else None
 
-    async def _prepare(self, request: GenerationRequest, record: RequestRecord) -> _Job:
+    async def _prepare(
+        self, request: GenerationRequest, record: RequestRecord, resume: Resume | None = None
+    ) -> _Job:
         try:
-            return await self._job(request, record)
+            return await self._job(with_identity(request), record, resume)
         except RequestError as error:
             raise request.with_client_names(error) from None
 
-    async def _job(self, request: GenerationRequest, record: RequestRecord) -> _Job:
+    async def _job(self, request: GenerationRequest, record: RequestRecord, resume: Resume | None) -> _Job:
         """Builds the job. Renders the template and tokenizes in a thread. Raises RequestError."""
         params = request.params(self._defaults)
         if params.stop and self._engine.tokenizer is None:
@@ -168,11 +208,15 @@ class RequestHandler:
             )
         name, lora = self._model_and_adapter(request.model)
         record.model, record.params, record.stream = name, params, request.stream
+        record.fingerprint = self._fingerprint + dict(self._engine.config.lora.pairs).get(lora or "", "")
+        if resume:
+            check_model(resume, record.fingerprint)
         prompts, parser_spec = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_context(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
+        identity = request.identity or Identity()
         answer = request.answer(
-            AnswerContext(name, self._engine.tokenizer, prompts, params.n, record.request_id)
+            AnswerContext(name, self._engine.tokenizer, prompts, params.n, record.request_id, identity)
         )
         record.usage = answer.usage
         if self.log_requests:
@@ -180,7 +224,12 @@ class RequestHandler:
         form = parser_spec.structured_outputs or params.structured_outputs
         params = dataclasses.replace(params, reasoning=parser_spec.reasoning, structured_outputs=form)
         token_ids = [prompt.token_ids for prompt in prompts]
-        return _Job(request, token_ids, params, request.priority, lora, parser_spec, answer, record)
+        choices = [
+            Choices(params, self._engine.tokenizer, parser_spec, p * params.n) for p in range(len(prompts))
+        ]
+        if resume and resume.choices:
+            await asyncio.to_thread(replay, resume, answer, choices, params)
+        return _Job(request, token_ids, params, request.priority, lora, choices, answer, record, resume)
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
@@ -205,8 +254,8 @@ class RequestHandler:
 
     async def _steps(self, job: _Job, announce: bool = False) -> Steps:
         """The steps of all prompts, interleaved. Choice `i` of prompt `p` has index `p * n + i`."""
-        n = job.params.n
-        streams = [self._prompt_steps(job, prompt, p * n, announce) for p, prompt in enumerate(job.prompts)]
+        running = [p for p, choices in enumerate(job.choices) if not choices.done]
+        streams = [self._prompt_steps(job, p, announce) for p in running]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
         try:
             async with aclosing(merged):
@@ -215,26 +264,30 @@ class RequestHandler:
         except RequestError as error:
             raise job.request.with_client_names(error) from None
 
-    async def _prompt_steps(self, job: _Job, prompt: list[int], first_index: int, announce: bool) -> Steps:
-        """The steps of one prompt until all its choices are done. Closing early aborts the prompt in the engine."""
-        params = job.params
-        choices = Choices(params, self._engine.tokenizer, job.parser_spec, first_index)
+    async def _prompt_steps(self, job: _Job, p: int, announce: bool) -> Steps:
+        """The steps of prompt `p` until all its choices are done. Closing early aborts the prompt in the engine."""
+        prompt, choices, n = job.prompts[p], job.choices[p], job.params.n
+        first_index, repeats_logprobs = p * n, job.answer.repeats_logprobs
+        params = job.params_of(p)
         request_id = job.record.engine_id()
+        resume = resumed(job.resume, choices, first_index) if job.resume else None
         generated = self._engine.generate(
-            prompt, params, request_id, job.priority, job.lora, announce=announce
+            prompt, params, request_id, job.priority, job.lora, announce=announce, resume=resume
         )
-        watch = self._metrics.watch(job.record.arrival_s, len(prompt), params.n)
+        watch = self._metrics.watch(job.record.arrival_s, len(prompt), n)
+        if resume is not None:
+            watch.resume({index: len(output) for index, output in resume.items()})
         job.record.watches.append(watch)
         async with aclosing(generated) as steps:
             with watch:
                 async for step in steps:
                     if not step:  # the request is accepted
-                        yield []
+                        yield _ACCEPTED
                         continue
                     watch.generated(step)
                     shown = choices.advance(step, lambda index: self._engine.abort(request_id, index))
                     watch.shown(shown, first_index)
-                    yield shown
+                    yield _Step(shown, sent_of(step, first_index, repeats_logprobs))
                     if choices.done:
                         return
 

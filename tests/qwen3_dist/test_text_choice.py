@@ -17,7 +17,7 @@ WORDS = "<think>a b c</think>the sea and the wind"
 class Shouts:
     """Takes each exclamation mark for a whole tool call, and holds back full stops."""
 
-    def __init__(self, reasoning: str) -> None:
+    def __init__(self, reasoning: str, choice: int) -> None:
         self.reasoning = reasoning
         self._held = ""
         self._calls = 0
@@ -69,8 +69,8 @@ def test_a_form_that_begins_with_the_text_of_a_mark_has_not_thought(
 ) -> None:
     made: list[Shouts] = []
 
-    def new_parser(reasoning: str) -> Shouts:
-        made.append(Shouts(reasoning))
+    def new_parser(reasoning: str, choice: int) -> Shouts:
+        made.append(Shouts(reasoning, choice))
         return made[-1]
 
     form = StructuredOutputs(regex=".*") if has_form else None

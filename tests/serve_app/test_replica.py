@@ -21,6 +21,7 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.shared.resume import Resume
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
@@ -52,7 +53,9 @@ class Broken:
     async def respond(self, request: Any, record: RequestRecord) -> bytes:
         raise TypeError("secret")
 
-    async def stream(self, request: Any, record: RequestRecord) -> AsyncGenerator[bytes, None]:
+    async def stream(
+        self, request: Any, record: RequestRecord, resume: Resume | None = None
+    ) -> AsyncGenerator[bytes, None]:
         raise TypeError("secret")
         yield b""
 
@@ -120,14 +123,16 @@ def test_an_engine_that_fails_says_where_its_traceback_is_and_that_it_died(
 def test_parts_come_with_the_number_of_tokens_used_so_far(engine: AsyncEngine) -> None:
     replica = replica_with(RequestHandler(engine, "m", {}))
     body = {"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 4, "ignore_eos": True}
-    [((_, answer), count)] = answered(replica, parse_completion(json.dumps(body).encode()))
+    [((_, answer), count, *_)] = answered(replica, parse_completion(json.dumps(body).encode()))
     assert count == json.loads(answer)["usage"]["total_tokens"] == 3 + 4 * 4
     parts = answered(replica, parse_completion(json.dumps({**body, "stream": True}).encode()))
     counts = [part.tokens for part in parts]
     assert (
-        parts[0] == ((200, b""), 0) and 3 < counts[1] < counts[-1] == 3 + 4 * 4 and counts == sorted(counts)
+        parts[0][:2] == ((200, b""), 0)
+        and 3 < counts[1] < counts[-1] == 3 + 4 * 4
+        and counts == sorted(counts)
     )
-    [((_, answer), count)] = answered(replica, parse_embedding(b'{"input": [[5, 6, 7], [8]]}'))
+    [((_, answer), count, *_)] = answered(replica, parse_embedding(b'{"input": [[5, 6, 7], [8]]}'))
     assert count == json.loads(answer)["usage"]["total_tokens"] == 4
 
 

@@ -16,10 +16,11 @@ from qwen3_dist.structured.tool_grammar import compile_tool_calls
 from qwen3_dist.text.choice import ParserSpec
 from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
+from qwen3_dist.text.tool_calls.call_ids import call_ids
 from qwen3_dist.text.tool_calls.stream import ToolCalls
 from qwen3_dist.text.tool_calls.tags import ToolCallForm, tool_call_form
 from serve_app.apis.chat.answer import ChatAnswer
-from serve_app.apis.shared.answer import Answer, AnswerContext
+from serve_app.apis.shared.answer import Answer, AnswerContext, Identity
 from serve_app.apis.shared.body import Json, Must, Range, about, read_body, validate, without_nulls
 from serve_app.apis.shared.conversation import (
     Messages,
@@ -133,10 +134,12 @@ class ChatRequest(GenerationRequest):
         source = renderer.template.source(bool(self.tools))
         state = reasoning_state(prompt.text, source, self.variables(renderer))
         form = (renderer.tool_calls or tool_call_form(source)) if self.tools else None
+        identity = self.identity or Identity()
 
-        def new_parser(reasoning: str) -> AnswerParser:
+        def new_parser(reasoning: str, choice: int) -> AnswerParser:
             required = self.tool_choice == "required"
-            calls = ToolCalls(form, self.tools, only_calls=required) if form else None
+            ids = call_ids(identity.unique, choice).__next__
+            calls = ToolCalls(form, self.tools, ids, only_calls=required) if form else None
             return AnswerParser(Reasoning(reasoning), calls)
 
         return ParserSpec(

@@ -40,9 +40,10 @@ class ResponseAnswer(BlockAnswer):
         self._echoed_fields = echoed_fields
         self._called_tools = called_tools
         self._input: CustomInput | None = None  # of the open custom tool call
-        self._created = int(time.time())
+        self._created = context.identity.created
         self._output: list[Json] = []
         self._scores = TextLogprobs(context.tokenizer) if logprobs and context.tokenizer else None
+        self.repeats_logprobs = self._scores is not None
         self._delta_scores: list[Json] = []  # of the current delta
         self._num_events = 0
 

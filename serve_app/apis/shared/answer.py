@@ -5,6 +5,8 @@ CONTRIBUTING.md lists the steps that add an API.
 
 from __future__ import annotations
 
+import secrets
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from qwen3_dist.text.choice import ChoiceDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.apis.shared.prompts import Prompt
+from serve_app.apis.shared.resume import Sent
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -35,6 +38,16 @@ def error_events(error: Exception) -> bytes:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What would differ if one request were answered twice: the `unique` id and the creation time (seconds since the
+    epoch) of its answer, and the `seed` of its draws, which a seed of the client's replaces."""
+
+    unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    seed: int = field(default_factory=lambda: secrets.randbits(62))  # room for the indexes of choices
+
+
+@dataclass(frozen=True)
 class AnswerContext:
     """What an answer needs beside the deltas.
 
@@ -47,14 +60,21 @@ class AnswerContext:
     prompts: list[Prompt]
     n: int = 1
     request_id: str = ""
+    identity: Identity = field(default_factory=Identity)
 
 
 class Counted(NamedTuple):
     """An item of an answer on its way from the replica to the ingress, with the number of tokens of all prompts and
-    choices so far."""
+    choices so far.
+
+    `sent` has what a stream's item adds to what the client has (see `Resume`), `model` in its first item what the
+    replica serves.
+    """
 
     item: Any
     tokens: int
+    sent: Sent = ()
+    model: str = ""
 
 
 @dataclass
@@ -100,13 +120,15 @@ class Answer(ABC):
 
     The caller passes every delta to `count` first. A stream is `begin()`, then `delta(d)` for each delta, then
     `end()`, or `fail(error)` if generation fails after the stream began. `full_response` serializes an answer that
-    is not streamed.
+    is not streamed. `repeats_logprobs`: the last events have the log-probabilities of all tokens again.
     """
+
+    repeats_logprobs = False
 
     def __init__(self, context: AnswerContext) -> None:
         self.context = context
         self.usage = Usage(sum(len(prompt.token_ids) for prompt in context.prompts))
-        self.unique = uuid.uuid4().hex
+        self.unique = context.identity.unique
 
     def count(self, delta: ChoiceDelta) -> None:
         """Adds the tokens of `delta` to `usage`."""

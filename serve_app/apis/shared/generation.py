@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ParserSpec
-from serve_app.apis.shared.answer import PING, Answer, AnswerContext, error_events
+from serve_app.apis.shared.answer import PING, Answer, AnswerContext, Identity, error_events
 from serve_app.apis.shared.body import (
     Body,
     Json,
@@ -77,7 +77,8 @@ class GenerationRequest(ABC):
     """A parsed request that generates text.
 
     `model` is "" if the client named none. `sampling` holds the SamplingParams fields that the client set.
-    `client_names` maps a SamplingParams field to the body's field, where their names differ.
+    `client_names` maps a SamplingParams field to the body's field, where their names differ. `identity` is None until
+    `with_identity` fixes it.
     """
 
     model: str
@@ -86,6 +87,7 @@ class GenerationRequest(ABC):
     stream: bool
     options: AnswerOptions
     priority: int
+    identity: Identity | None = None
 
     @abstractmethod
     def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
@@ -132,6 +134,15 @@ class GenerationRequest(ABC):
     def error_events(self, error: Exception) -> bytes:
         """Returns the events that end the stream of a request whose replica died."""
         return error_events(error)
+
+
+Request = TypeVar("Request", bound=GenerationRequest)
+
+
+def with_identity(request: Request) -> Request:
+    """Returns `request` with its identity fixed: answered twice, by whichever replica, its answers have the same id,
+    creation time and draws."""
+    return request if request.identity else replace(request, identity=Identity())
 
 
 def generation_fields(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +49,7 @@ class OpenAIAnswer(Answer):
         # A checkpoint without a tokenizer yields no text, so its answers always include token ids.
         self.options = options if context.tokenizer else replace(options, token_ids=True)
         self._id = f"{self.prefix}-{context.request_id or self.unique}"
-        self._created = int(time.time())
+        self._created = context.identity.created
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         usage: Json = {}

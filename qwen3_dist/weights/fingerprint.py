@@ -1,0 +1,36 @@
+"""Tells checkpoints apart without reading all of their weights."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights.files import shard_files
+
+_SIDECARS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
+_SAMPLE_BYTES = 2**14
+
+
+def fingerprint(path: Path) -> str:
+    """Returns a digest of the checkpoint at `path`: of its small files, and of the size, start, middle and end of each
+    file of weights. Where the checkpoint lies makes no difference."""
+    digest = blake2b(digest_size=16)
+    for name in _SIDECARS:
+        if (file := path / name).exists():
+            digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
+    try:
+        shards = sorted(shard_files(path))
+    except CheckpointError:  # only random weights do without
+        shards = []
+    for file in shards:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for start in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
