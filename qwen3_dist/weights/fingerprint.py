@@ -15,10 +15,10 @@ _SIDECARS = (
 _SAMPLE_BYTES = 2**14
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, *settings: object) -> str:
     """Returns a digest of the checkpoint at `path`: of its small files, and of the size, start, middle and end of each
-    file of weights. Where the checkpoint lies makes no difference."""
-    digest = blake2b(digest_size=16)
+    file of weights, and of `settings`. Where the checkpoint lies makes no difference."""
+    digest = blake2b(repr(settings).encode(), digest_size=16)
     for name in _SIDECARS:
         if (file := path / name).exists():
             digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import ContextLengthError, EngineDeadError, QwenDistError, RequestError
@@ -35,17 +35,10 @@ from serve_app.replica.record import RequestRecord
 from serve_app.replica.resuming import check_model, replay, resumed, sent_of
 
 logger = logging.getLogger("ray.serve")
-
-
-class _Step(NamedTuple):
-    """What one part of the engine's output adds: for the client to see, and for another replica to go on after."""
-
-    shown: list[ChoiceDelta]
-    sent: Sent
-
-
-_ACCEPTED = _Step([], ())
-Steps = AsyncGenerator[_Step, None]
+# What each part of the engine's output adds: for the client to see, and for another replica to go on after.
+Step = tuple[list[ChoiceDelta], Sent]
+Steps = AsyncGenerator[Step, None]
+_ACCEPTED: Step = ([], ())  # the request is accepted
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class RequestHandler:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
-        self._fingerprint = fingerprint(engine.model_path)
+        self._fingerprint = fingerprint(engine.model_path, dict(template_kwargs or {}), tool_calls)
         self._renderer = PromptRenderer(
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )
@@ -130,7 +123,7 @@ class RequestHandler:
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
         async with aclosing(self._steps(job)) as steps:
             async for step in steps:
-                for delta in step.shown:
+                for delta in step[0]:
                     job.answer.count(delta)
                     deltas[delta.index].append(delta)
         return await asyncio.to_thread(
@@ -163,11 +156,12 @@ class RequestHandler:
                         if not waiting:
                             yield b""
                         continue
-                    for delta in step.shown:
+                    shown, covered = step
+                    for delta in shown:
                         answer.count(delta)
-                    sent += step.sent
+                    sent += covered
                     events = b"" if has_events else answer.begin()
-                    events += b"".join([answer.delta(delta) for delta in step.shown])
+                    events += b"".join([answer.delta(delta) for delta in shown])
                     if events:
                         record.sent, sent = sent, ()
                         yield events
@@ -287,7 +281,7 @@ class RequestHandler:
                     watch.generated(step)
                     shown = choices.advance(step, lambda index: self._engine.abort(request_id, index))
                     watch.shown(shown, first_index)
-                    yield _Step(shown, sent_of(step, first_index, repeats_logprobs))
+                    yield shown, sent_of(step, first_index, repeats_logprobs)
                     if choices.done:
                         return
 

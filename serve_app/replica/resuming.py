@@ -15,17 +15,17 @@ from serve_app.apis.shared.resume import Resume, Sent
 
 def sent_of(deltas: Iterable[TokenDelta], first_index: int, with_logprobs: bool) -> Sent:
     """Returns what `deltas` of a prompt, whose first choice has `first_index`, add to what the client has."""
-    return tuple(
-        [
+    return (
+        *[
             (
-                first_index + delta.index,
-                delta.token_ids,
-                delta.finish_reason,
-                delta.num_cached_tokens,
-                delta.logprobs if with_logprobs else (),
+                first_index + d.index,
+                d.token_ids,
+                d.finish_reason,
+                d.num_cached_tokens,
+                d.logprobs if with_logprobs else (),
             )
-            for delta in deltas
-        ]
+            for d in deltas
+        ],
     )
 
 

@@ -136,8 +136,8 @@ def replicas() -> Iterator[list[EngineReplica]]:
 
 def some_cuts(num_parts: int, name: str) -> list[int]:
     """After none of `num_parts`, the first, all but the last, and some in between, other ones for each case."""
-    inner = range(2, num_parts - 1)
-    return sorted({0, 1, num_parts - 1, *random.Random(name).sample(inner, min(9, len(inner)))})
+    inner, most = range(2, num_parts - 1), 15 if name in ("stop strings", "characters", "calls") else 4
+    return sorted({0, 1, num_parts - 1, *random.Random(name).sample(inner, min(most, len(inner)))})
 
 
 def scored(data: bytes) -> tuple[bytes, list[float]]:

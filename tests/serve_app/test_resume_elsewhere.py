@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.text.chat_template import ChatTemplate
+from qwen3_dist.weights.fingerprint import fingerprint
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.shared.answer import Counted
 from serve_app.apis.shared.generation import with_identity
+from serve_app.apis.shared.prompts import PromptRenderer
 from serve_app.metrics import definitions as names
 from serve_app.metrics.requests import RequestMetrics
 from serve_app.replica.deployment import EngineReplica
@@ -215,6 +219,24 @@ def test_an_accepted_request_has_the_same_answer_whoever_gives_it(replica: Engin
     assert len({tuple(ids) for ids in said}) == 4  # each choice of each prompt has draws of its own
     assert texts(drawn.data) != texts(first.data)
     assert accepted.params({}).seed is None  # logs and traces tell what the client asked
+
+
+def test_a_prompt_that_tells_the_time_tells_that_of_the_acceptance(engine: AsyncEngine) -> None:
+    template = ChatTemplate({"default": "{{ strftime_now('%Y') }}"}, {})
+    renderer = PromptRenderer(engine.tokenizer, template, 4096)
+    assert asked("chat").prompts(renderer)[0].text == "2023"
+
+
+def test_checkpoints_and_settings_are_told_apart(tmp_path: Path) -> None:
+    first = shutil.copytree(bundled_path(), tmp_path / "first")
+    second = shutil.copytree(bundled_path(), tmp_path / "second")
+    assert fingerprint(first) == fingerprint(second) != fingerprint(first, {"enable_thinking": False})
+    for name, place in (("model.safetensors", -100), ("tokenizer.json", 5000), ("generation_config.json", 9)):
+        before, file = fingerprint(second), second / name
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1
+        file.write_bytes(data)
+        assert fingerprint(second) != before
 
 
 def test_a_choice_that_goes_on_is_counted_once_and_has_no_second_first_token(engine: AsyncEngine) -> None:

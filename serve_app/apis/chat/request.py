@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -121,7 +122,12 @@ class ChatRequest(GenerationRequest):
             raise RequestError(
                 f"this model has no {missing}, so it cannot chat; use /v1/completions", param="messages"
             )
-        rendered = renderer.template.render(self.messages, self.tools or None, **self.variables(renderer))
+        variables = self.variables(renderer)
+        if (
+            self.identity
+        ):  # a template that shows the time shows the same one whenever the request is answered
+            variables = {"strftime_now": datetime.fromtimestamp(self.identity.created).strftime, **variables}
+        rendered = renderer.template.render(self.messages, self.tools or None, **variables)
         return [renderer.tokenize(rendered, "messages", self.add_special_tokens)]
 
     def variables(self, renderer: PromptRenderer) -> Json:

@@ -185,7 +185,7 @@ class ResponseAnswer(BlockAnswer):
             "id": f"resp_{self.unique}",
             "object": "response",
             "created_at": self._created,
-            "completed_at": int(time.time()) if status == "completed" else None,
+            "completed_at": max(self._created, int(time.time())) if status == "completed" else None,
             "model": self.context.model,
             "status": status,
             "error": error,
