@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from cluster.yaml_mistakes import explain, glued_colon
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.settings_reader import read_settings
 
@@ -47,12 +49,12 @@ def read_yaml(path: str | Path) -> YamlFile:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise ConfigError(
-            f"{path}:{line}: this is not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
+        (line, column), advice = explain(error, text)
+        raise ConfigError(f"{path}:{line}:{column}: this is not valid YAML; {advice}") from None
     if not isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.ScalarNode) and (glued := glued_colon(text)) is not None:
+            line, column = glued
+            raise ConfigError(f"{path}:{line}:{column}: this is not valid YAML; put a space after the colon")
         raise ConfigError(f"{path}:1: a mapping `key: value` is expected at the top")
     file = YamlFile(str(path), {}, {})
     file.values.update(_plain(file, node, ()))
@@ -69,6 +71,10 @@ def _plain(file: YamlFile, node: yaml.Node, setting: SettingPath) -> Any:
     values: dict[str, Any] = {}
     for key, value in node.value:
         inner = (*setting, str(key.value))
+        if re.match(r"-\w", inner[-1]):
+            raise ConfigError(
+                f"{file.path}:{key.start_mark.line + 1}: put a space after the dash of {inner[-1]}"
+            )
         if inner[-1] in values:
             file.lines[inner] = value.start_mark.line + 1
             raise file.refusal(inner, f"{'.'.join(inner)} is given twice; keep one")

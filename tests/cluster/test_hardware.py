@@ -121,7 +121,7 @@ def test_a_wrong_number_of_gpus_is_refused(text: str, message: str) -> None:
         ("step_overhead_s: 0", "preset: V100", 11, "there is no preset 'V100'"),
         ("step_overhead_s: 0", "shared_host: maybe", 11, "shared_host must be true or false, not 'maybe'"),
         ("memory_utilization: 1", "row_rates: [[4, 1e9], [1, 1e9]]", 6, "row_rates must be pairs"),
-        ("inside: {", "inside: {{", 10, "this is not valid YAML"),
+        ("inside: {", "inside: {{", 9, "9: this is not valid YAML; close the { that begins here"),
     ],
 )
 def test_a_wrong_file_is_refused_with_line_and_reason(
@@ -131,7 +131,7 @@ def test_a_wrong_file_is_refused_with_line_and_reason(
     file = written(tmp_path, PLAIN_FILE.replace(old, new))
     with pytest.raises(ConfigError) as refused:
         read_cluster(file)
-    assert str(refused.value).startswith(f"{file}:{line}: ")
+    assert str(refused.value).startswith(f"{file}:{line}:")
     assert reason in str(refused.value)
 
 

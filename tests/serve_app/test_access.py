@@ -142,7 +142,7 @@ def test_a_file_that_is_replaced_within_a_tick_of_its_clock_is_read_again(keys_f
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("keys:\n  - {name: a, key: x\n", r"keys.yaml:3: this is not valid YAML"),
+        ("keys:\n  - {name: a, key: x\n", r"keys.yaml:2:5: this is not valid YAML; close the {"),
         ("keys:\n  - {name: a, key: x, limit: 3}\n", r"keys.yaml:2: unknown setting 'keys.0.limit'"),
         ("keys:\n  - name: a\n", r"keys.yaml:2: .*key of 'a' must be a key"),
         ("keys:\n  - name: a\n    key: sha256:12\n", r"keys.yaml:3: .*key must have 64 digits"),
