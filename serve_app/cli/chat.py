@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import Any, TextIO
 
 from qwen3_dist.errors import ConfigError, RequestError, ResourceError
@@ -152,7 +153,7 @@ def _remote(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
         try:
             model = args.model or client.models.list().data[0].id
         except APIStatusError as error:
-            raise RequestError(_message(error)) from None
+            raise RequestError(_refusal(error)) from None
         except APIError as error:
             raise ResourceError(f"no service answers at {args.url} ({error}); check --url") from None
 
@@ -164,13 +165,20 @@ def _remote(args: argparse.Namespace) -> Iterator[Callable[[Messages], Pieces]]:
                         reasoning = getattr(choice.delta, "reasoning", None)
                         yield from (piece for piece in _parts(reasoning, choice.delta.content) if piece[1])
             except APIError as error:
-                raise RequestError(_message(error)) from None
+                raise RequestError(_refusal(error)) from None
 
         yield answer
 
 
 def _parts(reasoning: str | None, text: str | None) -> tuple[tuple[str, str], tuple[str, str]]:
     return ("thought", reasoning or ""), ("answer", text or "")
+
+
+def _refusal(error: Exception) -> str:
+    """Why the service refused a request, and for a missing or wrong key how to give one here."""
+    if getattr(error, "status_code", None) == HTTPStatus.UNAUTHORIZED:
+        return "the service wants an API key, or another one; give it with --api-key or in QWEN3_DIST_API_KEY"
+    return _message(error)
 
 
 def _message(error: Exception) -> str:

@@ -10,6 +10,8 @@ import pytest
 
 from qwen3_dist.errors import RequestError
 from serve_app.cli import build_parser, chat, main
+from tests.serve_app.command_line import refusal
+from tests.serve_app.fake_openai import KEY, MODEL, fake_openai
 
 GREEDY = ("chat", "--device", "cpu", "--num-blocks", "64", "--temperature", "0", "--max-tokens", "80")
 
@@ -69,3 +71,20 @@ def test_a_service_that_does_not_answer_is_one_sentence(capsys: pytest.CaptureFi
     assert "no service answers at http://127.0.0.1:9/v1" in line
     assert main(["chat", "--url", "http://127.0.0.1:9", "--layout", "tp=2"]) == 2
     assert "leave these out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", [(), (MODEL,)])
+def test_a_service_that_wants_a_key_is_told_how_to_give_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: tuple[str, ...]
+) -> None:
+    monkeypatch.delenv("QWEN3_DIST_API_KEY", raising=False)
+    with fake_openai() as service:
+        service.needs_key = True
+        for key in ((), ("--api-key", "wrong")):
+            monkeypatch.setattr("sys.stdin", io.StringIO("Hello!\n"))
+            line = refusal(capsys, "chat", *model, "--url", service.url, *key)
+            assert "--api-key or in QWEN3_DIST_API_KEY" in line
+        monkeypatch.setattr("sys.stdin", io.StringIO())
+        assert main(["chat", *model, "--url", service.url, "--api-key", KEY]) == 0
+        monkeypatch.setenv("QWEN3_DIST_API_KEY", KEY)
+        assert main(["chat", *model, "--url", service.url]) == 0
