@@ -70,6 +70,17 @@ def resolve_config(model: str, revision: str | None = None) -> Path:
     return _resolve(model, revision, _CONFIGS)
 
 
+def config_at_hand(model: str, revision: str | None = None) -> Path | None:
+    """Like `resolve_config`, but asks no hub: None for a hub id whose config.json is not in the local hub cache."""
+    name = canonical_name(model)
+    if not name or not _HUB_ID.fullmatch(name) or local_path(name).exists():
+        return _resolve(model, revision, _CONFIGS)
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
     given, model = model, canonical_name(model)
     if not model:

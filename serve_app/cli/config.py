@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from typing import TextIO
 
-from serve_app.cli.options import MODEL, add_config_file, add_service_settings, given_service
+from serve_app.cli.options import MODEL, add_config_file, add_service_settings, given_service, report
 
-HELP = "show the effective settings of a file and of options, and where each comes from; starts nothing"
+HELP = "show and check the effective settings of a file and of options, and where each comes from; starts nothing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     source = given_service(args)
     config = source.read()
+    from serve_app.launch.model_check import check_model_at_hand
+
+    for model in config.models:
+        if not check_model_at_hand(model):
+            report(
+                f"{model.replica.engine.model} was not checked against layout, context and adapters, since its "
+                "config.json is not on this machine; `serve` and `deploy` check it"
+            )
     settings = [each for each in source.effective(config) if not args.changed or each.source != "default"]
     if args.json:
         for each in settings:

@@ -8,27 +8,10 @@ import ssl
 import ray
 
 from cluster import ray_private
-from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
-from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
-from qwen3_dist.weights.lora_loader import open_adapters
-from qwen3_dist.weights.source import resolve_config
+from serve_app.launch.model_check import check_model
 from serve_app.settings import EndpointSettings, ModelSettings, ServiceConfig
 from serve_app.settings.keys import read_keys
-
-
-def check_model(model: ModelSettings) -> None:
-    """Raises CheckpointError, ConfigError or ParallelLayoutError if the model is missing, or if context, layout or
-    adapters do not fit it or its files cannot be read."""
-    engine = model.replica.engine
-    path = resolve_config(engine.model, engine.revision)
-    model_config = ModelConfig.from_directory(path)
-    engine.layout.validate(model_config)
-    check_context(engine, model_config)
-    read_generation_defaults(path)
-    read_eos_token_ids(path)
-    open_adapters(engine.lora, model_config)
 
 
 def check_model_in_cluster(model: ModelSettings) -> None:

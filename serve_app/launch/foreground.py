@@ -19,7 +19,8 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.worker.cards import local_device
 from serve_app.app import QUIET_LOGGING, applications
 from serve_app.ingress import proxy
-from serve_app.launch.checks import check_files, check_model, check_model_in_cluster, check_port
+from serve_app.launch.checks import check_files, check_model_in_cluster, check_port
+from serve_app.launch.model_check import check_model
 from serve_app.launch.serve_instance import (
     RunningApplication,
     ask_replicas,

@@ -21,7 +21,7 @@ from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.responses.request import parse_responses
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.cli.options import add_settings, given_settings
-from serve_app.launch.checks import check_model
+from serve_app.launch.model_check import check_model
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import BUNDLED_NAME, read_service_config
 from tests.adapters import ATTENTION, write_adapter
