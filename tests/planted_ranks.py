@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qwen3_dist.model import feed_forward
 from qwen3_dist.model.feed_forward import MoEFeedForward
+from qwen3_dist.model.rope import RopeTables
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.protocol.messages import RankSpec
@@ -110,4 +111,17 @@ def rank_with_room_for_few_rows(spec: RankSpec) -> None:
     """Experts' rows travel in slots, as on a GPU, with room for a third of them: most steps overflow."""
     rendezvous.DispatchOptions = partial(DispatchOptions, by_capacity=True)  # type: ignore[attr-defined, misc]
     feed_forward.capacity = lambda layout, config, rows: -(-rows // 3)  # type: ignore[attr-defined]
+    rank_main(spec)
+
+
+def rank_of_which_the_second_is_slow(spec: RankSpec) -> None:
+    """Rank 1 sleeps in each step, between two collectives."""
+    rows = RopeTables.rows
+
+    def slow(self: RopeTables, *arguments: object) -> object:
+        if spec.rank == 1:
+            time.sleep(0.05)
+        return rows(self, *arguments)  # type: ignore[arg-type]
+
+    RopeTables.rows = slow  # type: ignore[method-assign, assignment]
     rank_main(spec)

@@ -129,6 +129,11 @@ ROWS: list[Row] = [
                     )
                 },
             ),
+            (
+                "Ranks' own part of steps: others wait for the longest",
+                "percentunit",
+                {"rank {{rank}}, {{replica}}": rate("qwen3_dist:rank_own_seconds_total", "rank, replica")},
+            ),
             ("Bytes between ranks", "Bps", {"{{exchange}}": rate("qwen3_dist:wire_bytes_total", "exchange")}),
             (
                 "Tokens dispatched to experts",

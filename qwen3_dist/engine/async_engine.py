@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
 from qwen3_dist.engine.expert_load import ExpertLoad
+from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
@@ -189,6 +190,10 @@ class AsyncEngine:
     async def rebalance_experts(self) -> list[int]:
         """Moves experts to balance the load since the last call; returns the layers that changed. Steps go on."""
         return await self._ask(self._engine.experts.begin)
+
+    async def rank_pace(self) -> RankPace | None:
+        """How long a step takes each rank without waiting for others; None if that is not known."""
+        return await self._ask(lambda answer: answer(self._engine.paces.read()))
 
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine cannot serve requests any more."""

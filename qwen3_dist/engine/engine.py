@@ -17,6 +17,7 @@ from qwen3_dist.engine.engine_stats import adapters_in_use, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
+from qwen3_dist.engine.rank_pace import RankPaces
 from qwen3_dist.engine.request_checks import check_context, check_output, check_prompt, max_model_len
 from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.engine.scheduler import Advance, Scheduler
@@ -101,17 +102,13 @@ class Engine:
         self._in_flight = StepsInFlight(executor, self._renew)
         self._meter = StepMeter(StepTraffic(config, self.model_config, executor.device))
         self.experts = ExpertBalance(executor, config, placements)
-        self.grammars = BuiltGrammars(executor)
+        self.grammars, self.paces = BuiltGrammars(executor), RankPaces(executor)
         num_blocks = executor.num_blocks
         self.max_model_len = max_model_len(config, self.model_config, num_blocks * config.block_size)
         limits = SchedulerLimits.of(config, executor.device, num_blocks, executor.may_repeat)
+        blocks = num_blocks, config.block_size, config.prefix_caching
         self._groups = [
-            Scheduler(
-                BlockManager(num_blocks, config.block_size, config.prefix_caching),
-                limits,
-                self._eos_token_ids,
-            )
-            for _ in range(config.layout.dp)
+            Scheduler(BlockManager(*blocks), limits, self._eos_token_ids) for _ in range(config.layout.dp)
         ]
         self._publish()
 

@@ -18,7 +18,7 @@ class StepMeter:
     """Counts steps as they are submitted and collected. A step that runs again counts once.
 
     Ranks wait for requests while there is no work, and for the engine while there is work and no step in flight. How
-    long they wait for each other inside a step only they could measure, and they do not.
+    long they wait for each other inside a step only they can measure (`rank_pace.py`).
     """
 
     def __init__(self, traffic: StepTraffic) -> None:

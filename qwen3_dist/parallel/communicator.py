@@ -1,6 +1,7 @@
 """The interface of collectives over one group of ranks, and its implementations.
 
-`SingleCommunicator` is a group of one. `TorchCommunicator` uses a torch.distributed group (NCCL or gloo).
+`SingleCommunicator` is a group of one. `TorchCommunicator` uses a torch.distributed group (NCCL, or gloo, whose time
+`GlooCommunicator` measures).
 `StagedCommunicator` sends GPU tensors over the host, for ranks that share a GPU, which NCCL refuses.
 `parallel/shared_memory.py` is the fast path for CPU ranks on one host. All of them add in the same order on every
 rank, so that replicated tensors stay bit-identical.
@@ -10,12 +11,16 @@ Shapes: n = group size, T = rows (any trailing shape).
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Communicator(ABC):
@@ -28,6 +33,12 @@ class Communicator(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
+
+    @property
+    def waited_s(self) -> float | None:
+        """Seconds for which this rank has waited for others in the group's collectives so far; None if the host cannot
+        know, since a GPU runs the collectives."""
+        return None
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -100,6 +111,10 @@ class SingleCommunicator(Communicator):
 
     def __init__(self) -> None:
         super().__init__(rank=0, size=1)
+
+    @property
+    def waited_s(self) -> float:
+        return 0.0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -202,6 +217,47 @@ class TorchCommunicator(Communicator):
             torch.cuda.synchronize(self._device)
 
 
+class GlooCommunicator(TorchCommunicator):
+    """Collectives of CPU tensors. A rank waits for the others, and for the network, in each."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(group, torch.device("cpu"))
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        return self._waited_s
+
+    def _waiting(self, collective: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        try:
+            return collective()
+        finally:
+            self._waited_s += time.perf_counter() - began
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._waiting(lambda: TorchCommunicator.all_reduce(self, x))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._waiting(lambda: TorchCommunicator.all_gather(self, x))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self._waiting(lambda: TorchCommunicator.reduce_scatter(self, x))
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        return self._waiting(lambda: TorchCommunicator.gather(self, x))
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return self._waiting(lambda: TorchCommunicator.broadcast(self, x))
+
+    def start_all_to_all(
+        self, x: Tensor, send_counts: Sequence[int], recv_counts: Sequence[int] | None = None
+    ) -> Callable[[], tuple[Tensor, list[int]]]:
+        start = TorchCommunicator.start_all_to_all
+        arriving = self._waiting(lambda: start(self, x, send_counts, recv_counts))
+        return lambda: self._waiting(arriving)
+
+
 class StagedCommunicator(Communicator):
     """Collectives of tensors on `device` through a group of their hosts: for checks, not for speed."""
 
@@ -211,6 +267,10 @@ class StagedCommunicator(Communicator):
         super().__init__(host.rank, host.size)
         self._host = host
         self._device = device
+
+    @property
+    def waited_s(self) -> float | None:
+        return self._host.waited_s
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._host.all_reduce(x.cpu()).to(self._device)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from qwen3_dist.layout import Layout, RankCoords
 from qwen3_dist.parallel.communicator import (
     Communicator,
+    GlooCommunicator,
     SingleCommunicator,
     StagedCommunicator,
     TorchCommunicator,
@@ -93,6 +94,13 @@ class ParallelContext:
             kinds = ["over the host" if self.staged else "NCCL" if "nccl" in dist.get_backend() else "gloo"]
         return " and ".join(kinds) or "none: one rank"
 
+    @property
+    def waited_s(self) -> float | None:
+        """Seconds for which this rank has waited for other ranks so far; None if the host cannot know."""
+        parts = [group.waited_s for group in {self.tp, self.dp, self.ep, self.etp}]
+        known = [part for part in (*parts, self.pipeline.waited_s) if part is not None]
+        return sum(known) if len(known) > len(parts) else None
+
     def close(self) -> None:
         for communicator in {self.tp, self.dp, self.ep, self.etp}:
             communicator.close()
@@ -128,4 +136,4 @@ def _join(
         communicator = connect_shared_memory(group, fastest_communicator(), timeout_s=timeout_s)
         if communicator is not None:
             return communicator
-    return TorchCommunicator(group, device)
+    return GlooCommunicator(group) if device.type == "cpu" else TorchCommunicator(group, device)

@@ -6,6 +6,7 @@ In Python, most of the time of a small all-reduce is spent on a dozen Python cal
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 
 import torch
@@ -50,6 +51,9 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
         self._broadcast_rounds = _function(loaded, "broadcast")
         self._all_reduces = _functions(loaded, "all_reduce")
         self._reduce_scatters = _functions(loaded, "reduce_scatter")
+        self._ticks = loaded.now_in_ticks
+        self._ticks.argtypes, self._ticks.restype = [], ctypes.c_long
+        self._first_tick, self._began_s = self._ticks(), time.perf_counter()
         self._lost: BaseException | None = None
         self._callback = _WAIT(self._watch_for_kernel)
         callback = ctypes.cast(self._callback, ctypes.c_void_p).value or 0
@@ -63,6 +67,11 @@ class NativeSharedMemoryCommunicator(SharedMemoryCommunicator):
             wait=callback,
         )
         self._group = ctypes.addressof(self._group_struct)
+
+    @property
+    def waited_s(self) -> float:
+        waited, elapsed = self._group_struct.waited_ticks, self._ticks() - self._first_tick
+        return waited / elapsed * (time.perf_counter() - self._began_s) if waited else 0.0
 
     def all_reduce(self, x: Tensor) -> Tensor:
         function = self._all_reduces.get(x.dtype)

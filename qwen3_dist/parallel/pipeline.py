@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import torch
@@ -30,6 +31,7 @@ class Pipeline:
         self.index, self.size = index, size
         self._before, self._after, self._host = before, after, host
         self._underway: deque[tuple[dist.Work, Tensor]] = deque()
+        self.waited_s: float | None = 0.0  # for other stages so far; None if the host cannot know
 
     @property
     def is_first(self) -> bool:
@@ -50,12 +52,22 @@ class Pipeline:
             return
         self._underway.append((work, x))
         if len(self._underway) > _MOST_UNDERWAY:
+            began = time.perf_counter()
             self._underway.popleft()[0].wait()
+            self._add_wait(x, began)
 
     def receive(self, rows: int, template: Tensor) -> Tensor:
         """Receives [rows, D] from the stage before, with the device and dtype of `template` [D]."""
         x = torch.empty(
             rows, template.shape[0], dtype=template.dtype, device="cpu" if self._host else template.device
         )
+        began = time.perf_counter()
         dist.recv(x, self._before)
+        self._add_wait(x, began)
         return x.to(template.device)
+
+    def _add_wait(self, x: Tensor, began_s: float) -> None:
+        if x.is_cuda or self.waited_s is None:
+            self.waited_s = None
+        else:
+            self.waited_s += time.perf_counter() - began_s

@@ -172,6 +172,11 @@ class SharedMemoryCommunicator(Communicator):
             self._poll.register(descriptor, select.POLLIN)
         self._timeout_s = timeout_s
         self._operation = 0
+        self._waited_s = 0.0
+
+    @property
+    def waited_s(self) -> float:
+        return self._waited_s
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -289,7 +294,9 @@ class SharedMemoryCommunicator(Communicator):
         flags[self.rank * step] = operation
         for peer in range(self.size):
             if flags[peer * step] < operation:
+                began = time.perf_counter()
                 self._wait(peer, operation)
+                self._waited_s += time.perf_counter() - began
 
     def _wait(self, peer: int, operation: int) -> None:
         flags, step = self._segment.flags, _LINE // 8

@@ -26,6 +26,7 @@ from qwen3_dist.worker import kv_cache
 from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.worker.expert_moves import ExpertMoves
 from qwen3_dist.worker.inputs import StepInputs
+from qwen3_dist.worker.own_time import OwnTime
 from qwen3_dist.worker.sampling.grammar_matcher import Grammars, Matcher
 from qwen3_dist.worker.sampling.prompt_outputs import PromptOutputs
 from qwen3_dist.worker.sampling.sampler import SampledLogprobs
@@ -45,6 +46,7 @@ class ModelRunner:
         self._device = model.device
         self._parallel = model.parallel
         self._tp = model.parallel.tp
+        self.own_time = OwnTime(model.parallel)
         graphs = config.cuda_graphs and can_capture(model)
         spare = int(graphs or self._device.type == "cuda")  # the spare block, for padding and warm-up
         self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
@@ -180,6 +182,10 @@ class ModelRunner:
             moe.experts.counts.zero_()
         self._inputs.last_sampled.zero_()
         self._state = self._new_sampling_state()
+
+    def read_own_time(self) -> tuple[int, float] | None:
+        """What `OwnTime.read` says of the steps since the start."""
+        return self.own_time.read()
 
     def compiled_kernels(self) -> int:
         """Variants of Triton kernels compiled in this rank's process so far."""

@@ -50,7 +50,9 @@ def run_steps(channel: Channel, runner: ModelRunner, overlaps: bool, activity: A
             channel.send(Answer(getattr(runner, message.method)(*message.arguments)))
             continue
         activity.description = f"running step {message.step}"
+        began_s = time.perf_counter()
         output = runner.launch(message)
+        runner.own_time.add(time.perf_counter() - began_s)
         if output is not None:
             launched.append(output)
             if not overlaps:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from qwen3_dist.errors import ResourceError
 from serve_app.cli.options import number
 
-HELP = "watch a running service: replicas, tokens per second, queue, KV cache, busiest experts"
+HELP = "watch a running service: replicas, tokens per second, queue, KV cache, slowest ranks, busiest experts"
 _TIMEOUT_S = 10.0
 _CLEAR = "\x1b[H\x1b[J"
 _HEADING = (
@@ -117,6 +117,8 @@ def _lines(view: Json, rates: dict[str, dict[str, float]]) -> Iterator[str]:
                 f" {load['num_requests_waiting']:>7} {load['kv_cache_usage']:>5.0%}"
                 f" {shown[0]:>9} {shown[1]:>9} {shown[2]:>8}"
             )
+            if slowest := replica.get("slowest_rank"):
+                yield f"  {'':<10} slowest rank {slowest['rank']} ({slowest['excess']:+.0%})"
             if replica["message"]:
                 yield f"  {'':<10} {replica['message']}"
 

@@ -166,6 +166,12 @@ RANK_WAIT = _counter(
     "Seconds in which ranks had no step to run, since there were no requests or the engine had not planned it.",
     "waits_for",
 )
+RANK_OWN = _counter(
+    "rank_own_seconds",
+    "Seconds that a rank worked on steps itself, not waiting for others; they wait for the rank with most. Not told "
+    "by ranks whose collectives NCCL carries; read every 10 s.",
+    "rank",
+)
 EXPERT_IMBALANCE = _gauge(
     "expert_imbalance",
     "Tokens of the busiest expert-parallel rank over the mean, by MoE layer, since the start; read every 10 s.",

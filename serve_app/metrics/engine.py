@@ -13,8 +13,8 @@ from serve_app.metrics.definitions import VLLM_PREFIX
 from serve_app.metrics.requests import RequestMetrics
 from serve_app.metrics.values import Snapshot, Values
 
-_IMBALANCE_EVERY_S = 10.0
-_IMBALANCE_TIMEOUT_S = 0.5
+_ASK_EVERY_S = 10.0
+_ANSWER_TIMEOUT_S = 0.5
 
 
 class EngineMetrics:
@@ -26,7 +26,7 @@ class EngineMetrics:
         self._labels = {"model_name": model_name, "engine": "0", "replica": replica}
         self.values = Values()
         self.requests = RequestMetrics(self.values)
-        self._next_imbalance_s = 0.0
+        self._next_question_s = 0.0
         config = engine.config
         self.values.set(
             names.CACHE_CONFIG,
@@ -42,7 +42,7 @@ class EngineMetrics:
     async def read(self) -> Snapshot:
         """All metrics of the replica now."""
         self._read_engine()
-        await self._read_imbalance()
+        await self._ask_ranks()
         return self.values.snapshot(self._labels, self._prefix)
 
     def _read_engine(self) -> None:
@@ -82,12 +82,19 @@ class EngineMetrics:
                 names.LORA_REQUESTS, time.time(), str(len(adapters)), ",".join(running), ",".join(waiting)
             )
 
-    async def _read_imbalance(self) -> None:
-        """Asks the ranks for their experts' load, which they tell between two steps, now and then."""
-        if self._engine.config.layout.ep == 1 or time.monotonic() < self._next_imbalance_s:
+    async def _ask_ranks(self) -> None:
+        """Asks the ranks for their experts' load and their pace, which they tell between two steps, now and then."""
+        layout = self._engine.config.layout
+        if layout.world == 1 or time.monotonic() < self._next_question_s:
             return
-        self._next_imbalance_s = time.monotonic() + _IMBALANCE_EVERY_S
+        self._next_question_s = time.monotonic() + _ASK_EVERY_S
         with contextlib.suppress(TimeoutError, QwenDistError):  # the step is long, or the engine has died
-            load = await asyncio.wait_for(self._engine.expert_load(), _IMBALANCE_TIMEOUT_S)
-            for layer, imbalance in load.imbalance.items():
-                self.values.set(names.EXPERT_IMBALANCE, imbalance, str(layer))
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                pace = await self._engine.rank_pace()
+                for rank, seconds in enumerate(pace.total_s if pace else ()):
+                    self.values.set(names.RANK_OWN, seconds, str(rank))
+                if layout.ep == 1:
+                    return
+                load = await self._engine.expert_load()
+                for layer, imbalance in load.imbalance.items():
+                    self.values.set(names.EXPERT_IMBALANCE, imbalance, str(layer))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -15,6 +17,7 @@ from ray import serve
 
 from cluster import ray_private
 from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.outputs import EngineStats
@@ -41,6 +44,7 @@ from serve_app.telemetry.traces import flush_traces, trace_to
 logger = logging.getLogger("qwen3_dist.replica")
 
 _LAST_ANSWERS_S = 2.0  # longest wait, after the engine died, until its requests are answered with that error
+_PACE_TIMEOUT_S = 0.5  # the ranks answer between two steps
 _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 
 
@@ -75,6 +79,7 @@ class EngineReplica:
             self._metrics.requests,
         )
         self._parts = PartServer(ray.util.get_node_ip_address())
+        self._pace: RankPace | None = None
         freeze_gc_heap()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -177,14 +182,21 @@ class EngineReplica:
         }
 
     async def describe(self) -> dict[str, Any]:
-        """This replica's part of `/v1/cluster`: whether its steps go on, its ranks, its load and its counters."""
+        """This replica's part of `/v1/cluster`: whether its steps go on, its ranks and the slowest of them, its load
+        and its counters."""
         stats = self._engine.stats()
         stalled = self._engine.stalled()
+        await self._read_pace()
+        view, pace = await self.ranks(), self._pace
+        if pace is not None:
+            for rank, step_s in zip(view["ranks"], pace.step_s, strict=True):
+                rank["own_step_s"] = step_s
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
             "healthy": not stalled,
             "message": stalled,
-            **await self.ranks(),
+            **view,
+            "slowest_rank": {"rank": pace.slowest, "excess": pace.excess} if pace else None,
             "load": {
                 "num_requests_running": stats.num_running,
                 "num_requests_waiting": stats.num_waiting,
@@ -196,6 +208,12 @@ class EngineReplica:
                 "step_age_s": self._engine.step_age_s,
             },
         }
+
+    async def _read_pace(self) -> None:
+        """Asks the ranks for their pace. If a step is long, or the engine has died, the last one stays."""
+        if self._engine.config.layout.world > 1:
+            with contextlib.suppress(TimeoutError, QwenDistError):
+                self._pace = await asyncio.wait_for(self._engine.rank_pace(), _PACE_TIMEOUT_S)
 
     async def check_progress(self) -> None:
         """Raises EngineDeadError once a rank is lost, or while a step takes far longer than those before it."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.channel import Channel
 from qwen3_dist.protocol.messages import Answer, Call
+from qwen3_dist.worker.own_time import OwnTime
 from qwen3_dist.worker.step_loop import Activity, run_steps
 
 
@@ -27,6 +29,7 @@ class Device:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.finished: set[int] = set()
+        self.own_time = OwnTime(ParallelContext.single())
 
     def launch(self, plan: Plan) -> Any:
         self.log.append(f"launch {plan.step}")

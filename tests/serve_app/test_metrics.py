@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.errors import RequestError
+from qwen3_dist.layout import Layout
 from qwen3_dist.protocol.outputs import TokenDelta
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.choice import ChoiceDelta
@@ -118,6 +121,19 @@ def test_a_stop_string_counts_as_stop_although_the_engine_was_told_to_abort(
     page = page_of(metrics)
     assert total(page, "vllm:request_success_total", finished_reason="length") == 1
     assert total(page, "vllm:request_success_total", finished_reason="stop") == 1
+
+
+def test_ranks_own_time_is_a_counter_by_rank(
+    metrics: EngineMetrics, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def pace() -> RankPace:
+        return RankPace((0.1, 0.2), (1.5, 3.0))
+
+    assert b"rank_own_seconds" not in page_of(metrics)  # one rank waits for none
+    monkeypatch.setattr(engine, "config", replace(engine.config, layout=Layout(tp=2)))
+    monkeypatch.setattr(engine, "rank_pace", pace)
+    page = page_of(metrics)
+    assert [total(page, "qwen3_dist:rank_own_seconds_total", rank=rank) for rank in "01"] == [1.5, 3.0]
 
 
 def test_a_client_that_leaves_counts_as_abort(handler: RequestHandler, metrics: EngineMetrics) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import threading
 
@@ -28,6 +29,8 @@ def test_the_cluster_shows_models_replicas_ranks_and_load(http: httpx.Client, mo
     assert replica["healthy"] and replica["layout"] == "tp=2,ep=2"
     assert [rank["rank"] for rank in replica["ranks"]] == [0, 1]
     assert all(rank["memory_bytes"] > 2**20 for rank in replica["ranks"])
+    slowest, own_s = replica["slowest_rank"], [rank["own_step_s"] for rank in replica["ranks"]]
+    assert own_s[slowest["rank"]] == max(own_s) > 0 and slowest["excess"] >= 0
     load = replica["load"]
     assert load["generation_tokens"] - before["generation_tokens"] == 3
     assert 0 <= load["kv_cache_usage"] <= 1 and load["num_requests_running"] == 0
@@ -66,7 +69,8 @@ def test_top_shows_the_live_service(url: str, model: str, http: httpx.Client) ->
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main(["top", url, "--once"]) == 0
-    first, second, heading, replica, *_, last = out.getvalue().splitlines()
+    first, second, heading, replica, slowest, *_, last = out.getvalue().splitlines()
+    assert re.fullmatch(r"\s+slowest rank [01] \(\+\d+%\)", slowest)
     assert "sequences in flight" in first and second.startswith(f"{model}: ready, ")
     assert "KV" in heading and "tp=2,ep=2" in replica
     assert last.startswith("busiest experts, times the mean: layer ")

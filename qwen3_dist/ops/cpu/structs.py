@@ -24,6 +24,7 @@ class Group(ctypes.Structure):
         ("size", _LONG),
         ("slot_bytes", _LONG),
         ("wait", _POINTER),
+        ("waited_ticks", _LONG),
     )
 
 
