@@ -26,6 +26,9 @@ def connect(address: str | None, num_cpus: int | None = None) -> bool:
     A local Ray ends with this process, even if this process is killed. Returns whether one was started. Raises
     ResourceError if nothing answers at `address`, if the cluster refuses our token, or if Ray does not start.
     """
+    # Serve's client tells each of its calls at level INFO. It sets this level itself when it is imported, so import it
+    # before.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if ray.is_initialized():
         return False
     if address is None:

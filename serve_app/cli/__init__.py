@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     run: Callable[[argparse.Namespace, TextIO], int] = args.run
     out = sys.stdout
+    _name_warnings()
     try:
         with contextlib.redirect_stdout(sys.stderr):  # keep the output of Ray and others out of the results
             return run(args, out)
@@ -78,6 +80,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _Warnings(logging.Handler):
+    """Prints warnings of ours as `qwen3-dist: ...` to the standard error of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"qwen3-dist: {self.format(record)}", file=sys.stderr, flush=True)
+
+
+def _name_warnings() -> None:
+    """Without a handler Python prints them bare, between the lines of other libraries."""
+    for name in ("qwen3_dist", "cluster", "serve_app"):
+        log = logging.getLogger(name)
+        if not any(isinstance(handler, _Warnings) for handler in log.handlers):
+            log.addHandler(_Warnings(logging.WARNING))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -87,7 +86,6 @@ def running_service(
             local_device(model.replica.engine.device)  # the local Ray has no other GPUs
         check_port(config.endpoint)
         check_files(config)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # A Ray that is started here inherits this variable.
     os.environ.setdefault(ray_private.PROXY_MIDDLEWARES, proxy.IMPORT_PATH)
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import re
 from pathlib import Path
 
@@ -230,3 +231,10 @@ def test_the_docs_page_loads_nothing_from_elsewhere() -> None:
             assert loaded and "://" not in " ".join(loaded)
             assert all(client.get(path).status_code == 200 for path in loaded)
         assert client.get("/openapi.json").status_code == 200
+
+
+def test_warnings_of_ours_begin_like_our_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert main(["config", "--changed"]) == 0
+    logging.getLogger("qwen3_dist.launch.ray_ranks").warning("%d ranks share cores", 2)
+    assert capsys.readouterr().err == "qwen3-dist: 2 ranks share cores\n"
