@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray import serve
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from cluster import ray_private
@@ -35,7 +36,7 @@ class Change:
     """What deploying changes in one application of Serve."""
 
     application: str
-    kind: str  # "new", "reloaded", "updated", "unchanged" or "removed"
+    kind: str  # "new", "reloaded", "updated", "unchanged", "failed" or "removed"
     settings: tuple[str, ...] = ()  # the changed arguments that cause a reload
 
 
@@ -55,14 +56,18 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
         check_model_in_cluster(model)
     if instance is None:
         start_serve(config.endpoint)
-    deployed = deployed_configs()
+    deployed, failed = deployed_configs(), failed_applications()
     schema = serve_schema(config)
     for model, app in zip(config.models, schema["applications"][1:], strict=True):
         app["args"] |= _shares_of_cores(
             config, model, app["args"], deployed.get(app["name"], {}).get("args", {})
         )
-    for change in changes(schema, deployed, config.endpoint.name):
+    changed = changes(schema, deployed, config.endpoint.name, failed)
+    for change in changed:
         report(describe(change))
+    # Serve would do nothing for them: it compares settings and not how the application is.
+    again = [find_application(change.application) for change in changed if change.kind == "failed"]
+    delete(again, stop_now=lambda: False)
     names = set(config.applications)
     others = [
         app for name, app in deployed.items() if name not in names and not _is_of(name, config.endpoint.name)
@@ -87,10 +92,32 @@ def deployed_configs() -> dict[str, dict[str, Any]]:
     }
 
 
+def failed_applications() -> set[str]:
+    """The applications that do not run and that Serve does not mend: their deployment failed, or all replicas are
+    lost."""
+    return {
+        name
+        for name, status in serve.status().applications.items()
+        if status.status == ApplicationStatus.DEPLOY_FAILED
+        or (
+            status.status == ApplicationStatus.UNHEALTHY
+            and not any(
+                count and state == "RUNNING"
+                for deployment in status.deployments.values()
+                for state, count in deployment.replica_states.items()
+            )
+        )
+    }
+
+
 def changes(
-    schema: Mapping[str, Any], deployed: Mapping[str, Mapping[str, Any]], service: str
+    schema: Mapping[str, Any],
+    deployed: Mapping[str, Mapping[str, Any]],
+    service: str,
+    failed: Collection[str] = (),
 ) -> list[Change]:
-    """What applying `schema` changes in the applications of a service, in the order of the schema."""
+    """What applying `schema` changes in the applications of a service, in the order of the schema. Of those that have
+    `failed`, Serve itself starts only those anew whose arguments changed."""
     found = []
     for app in schema["applications"]:
         before = deployed.get(app["name"])
@@ -101,6 +128,8 @@ def changes(
         differing = tuple(sorted(n for n in {*args, *earlier} if args.get(n) != earlier.get(n)))
         if differing:
             found.append(Change(app["name"], "reloaded", differing))
+        elif app["name"] in failed:
+            found.append(Change(app["name"], "failed"))
         else:
             same = _options(app) == _options(before) and app["route_prefix"] == before.get("route_prefix")
             found.append(Change(app["name"], "unchanged" if same else "updated"))
@@ -116,6 +145,7 @@ def describe(change: Change) -> str:
         "reloaded": f"{change.application}: loads its model again, for a changed {', '.join(change.settings)}",
         "updated": f"{change.application}: takes its changed settings as it runs",
         "unchanged": f"{change.application}: stays as it is",
+        "failed": f"{change.application}: has failed, so it ends and starts again",
         "removed": f"{change.application}: ends",
     }[change.kind]
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import ray
 
 from cluster.ray_private import deployment_handle
-from qwen3_dist.errors import ResourceError
+from qwen3_dist.errors import QwenDistError, ResourceError
 from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import REPLICA, ServiceConfig, read_service_config
+from tests.serve_app.command_line import qwen3_dist
 from tests.serve_app.support import SETTINGS, error_of, wait_for
 
 NAME = "deployed"
@@ -141,6 +144,26 @@ def test_a_changed_engine_is_loaded_again_and_the_command_says_why(deployed: Dep
     assert not engines & deployed.engines()
 
 
+def test_a_gateway_that_failed_is_deployed_again_though_no_setting_changed(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    deployed.change()
+    engines = deployed.engines()
+    keys = tmp_path / "keys.yaml"
+    with pytest.raises(QwenDistError, match="keys.yaml"):
+        deployed.change(keys_file=str(keys))
+    keys.write_text("keys:\n  - {name: a, key: good}\n")
+    deployed.change(keys_file=str(keys))
+    assert deployed.lines[:2] == [
+        f"{NAME}: has failed, so it ends and starts again",
+        f"{NAME}--qwen3-bundled: stays as it is",
+    ]
+    assert deployed.ask("good").is_success and deployed.ask().status_code == 401
+    assert deployed.engines("good") == engines
+    deployed.change()
+    assert deployed.lines[0] == f"{NAME}: takes its changed settings as it runs"
+
+
 def test_a_stopped_service_is_gone_and_the_shared_one_answers(deployed: Deployed, url: str) -> None:
     stop(NAME, print, lambda: False, timeout_s=5)
     wait_for(lambda: deployed.ask().status_code == 404)
@@ -149,3 +172,22 @@ def test_a_stopped_service_is_gone_and_the_shared_one_answers(deployed: Deployed
         stop(NAME, print, lambda: True)
     with pytest.raises(ResourceError, match=f"{NAME}--second is a model of the service {NAME}; remove it"):
         stop(f"{NAME}--second", print, lambda: True)
+
+
+def test_the_commands_say_their_own_sentences_and_nothing_of_serve(
+    service_config: ServiceConfig, url: str
+) -> None:
+    cluster = ("--ray-address", ray.get_runtime_context().gcs_address)
+    where = ("--name", "quiet", "--route-prefix", "/quiet", "--port", str(service_config.endpoint.port))
+    small = ("--device", "cpu", "--num-blocks", "64", "--cpus-per-rank", "0.05")
+    commands = [
+        qwen3_dist("deploy", *where, *small, *cluster),
+        qwen3_dist("status", *cluster),
+        qwen3_dist("stop", "--name", "quiet", *cluster),
+    ]
+    for command in commands:
+        assert command.returncode == 0, command.stderr
+        lines = [line for line in command.stderr.splitlines() if "network_util.cc" not in line]  # of C++ code
+        assert all(line.startswith("qwen3-dist: ") for line in lines), command.stderr
+    deployed, status, stopped = (command.stdout for command in commands)
+    assert "is ready at" in deployed and "quiet--qwen3-bundled" in status and stopped == "quiet has ended\n"

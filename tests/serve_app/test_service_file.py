@@ -9,10 +9,12 @@ import pytest
 
 from qwen3_dist.errors import ConfigError
 from serve_app.cli import main
-from serve_app.launch.deploy import changes
+from serve_app.launch.deploy import changes, describe
 from serve_app.launch.schema import serve_schema
 from serve_app.settings import read_service_config
 from serve_app.settings.file import service_source
+from tests.checkpoints import DENSE, MOE
+from tests.serve_app.command_line import refusal
 
 FILE = """\
 host: 0.0.0.0
@@ -98,6 +100,83 @@ def test_a_model_beside_a_list_of_models_is_refused(file: Path) -> None:
         service_source(file, {"model": "bundled"}).read()
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "advice"),
+    [
+        ("models:\n\t- model: a\n", "2:1", "put spaces in place of the tab"),
+        ("port: 1\nhost:0.0.0.0\n", "2:5", "put a space after the colon"),
+        ("host:0.0.0.0\nport: 1\n", "1:5", "put a space after the colon"),
+        ("host:0.0.0.0\n", "1:5", "put a space after the colon"),
+        ("port: 1\nlayout\nhost: a\n", "2:1", "write `name: value`, with a colon and a space"),
+        ("host: a\n  port: 1\n", "2:7", "indent the line as far as the one above"),
+        ("model_name: a: b\n", "1:14", "put quotes around the value that has a colon in it"),
+        ("models:\n  - model: a\n   port: 1\n", "3:4", "indent the line as far as the others of its mapping"),
+        ('host: "a\nport: 1\n', "1:7", "close the quote that begins here"),
+        ("models: [a, b\nport: 1\n", "1:9", "close the [ that begins here with ]"),
+        ("models: {a: b\nport: 1\n", "1:9", "close the { that begins here with }"),
+        ("lora: {a: b}}\n", "1:13", "remove the bracket that closes nothing"),
+        ("api_key: @x\n", "1:10", "put quotes around the value that begins with @"),
+        ("cors_allow_origins: *\n", "1:21", "put quotes around the value that begins with * or &"),
+        ("host: 'a' b\n", "1:11", "put quotes around the whole value"),
+        ("port: 1\n---\nport: 2\n", "2:1", "keep one document"),
+        ("host: a\x07\n", "1:8", "remove the control character U+0007"),
+        ('host: "\\w"\n', "1:9", "use single quotes, in which a backslash is a plain character"),
+        ("models:\n  -model: a\n", "2", "put a space after the dash of -model"),
+    ],
+)
+def test_a_file_that_is_no_yaml_is_refused_with_what_to_change(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, place: str, advice: str
+) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(text)
+    line = refusal(capsys, "config", "--config", str(file))
+    assert line.startswith(f"qwen3-dist: {file}:{place}: ") and advice in line
+
+
+def checkpoint(folder: Path, **config: object) -> str:
+    (folder / "config.json").write_text(json.dumps({**DENSE, "model_type": "qwen3", **config}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        ({}, ["--layout", "tp=3"], "n_heads=8 is not divisible by tp=3"),
+        ({}, ["--layout", "tp=2,ep=2"], "ep=2 needs a MoE checkpoint"),
+        ({**MOE, "model_type": "qwen3_moe"}, ["--layout", "dp=16,ep=16"], "ep=16 is more than num_experts=8"),
+        ({}, ["--max-model-len", "999999"], "exceeds the model's context"),
+        ({}, ["--lora", "a=/no/such/adapter"], "/no/such/adapter"),
+    ],
+)
+def test_config_refuses_what_serve_refuses_of_a_model(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, object],
+    options: list[str],
+    words: str,
+) -> None:
+    model = checkpoint(tmp_path, **config)
+    assert main(["config", model]) == 0 and not capsys.readouterr().err
+    line = refusal(capsys, "config", model, *options)
+    assert words in line and line == refusal(capsys, "serve", model, *options)
+
+
+def test_config_says_which_models_it_could_not_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "/no/such/model is neither a directory" in refusal(capsys, "config", "/no/such/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: pytest.fail("the hub was asked"))
+    assert main(["config", "org/model", "--layout", "tp=3", "--json"]) == 0
+    assert "org/model was not checked" in capsys.readouterr().err
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--model" / "refs").mkdir()
+    (tmp_path / "models--org--model" / "refs" / "main").write_text("a" * 40)
+    checkpoint(snapshot)
+    assert "is not divisible by tp=3" in refusal(capsys, "config", "org/model", "--layout", "tp=3")
+
+
 def kinds(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[str, tuple[str, ...]]]:
     deployed = {app["name"]: app for app in serve_schema(read_service_config(before))["applications"]}
     schema = serve_schema(read_service_config(after))
@@ -136,3 +215,11 @@ def test_what_a_replica_is_built_with_reloads_its_model_alone() -> None:
     }
     assert kinds(before, {"models": [{}]})["qwen3_dist--second"] == ("removed", ())
     assert kinds({"models": [{}]}, before)["qwen3_dist--second"] == ("new", ())
+
+
+def test_what_failed_is_deployed_again_even_if_nothing_changed() -> None:
+    schema = serve_schema(read_service_config({}))
+    deployed = {app["name"]: app for app in schema["applications"]}
+    found = changes(schema, deployed, "qwen3_dist", failed={GATE})
+    assert [(each.application, each.kind) for each in found] == [(GATE, "failed"), (MODEL, "unchanged")]
+    assert "starts again" in describe(found[0])
