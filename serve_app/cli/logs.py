@@ -7,7 +7,8 @@ import contextlib
 import time
 from typing import TextIO
 
-from serve_app.cli.options import add_ray_address, positive
+from qwen3_dist.errors import ResourceError
+from serve_app.cli.options import add_ray_address, positive, report
 from serve_app.settings import APP_NAME
 
 HELP = "print the log lines of a service, from all nodes of its Ray cluster"
@@ -33,12 +34,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from serve_app.launch.logs import ServiceLogs
 
     with joined(args.ray_address), contextlib.suppress(KeyboardInterrupt):
-        logs = ServiceLogs(args.name)
+        logs, printed = ServiceLogs(args.name), 0
         while True:
             for entry in logs.new_entries(None if args.request_id else args.last):
                 if args.request_id in entry.text:
                     print(entry.text, file=out, flush=True)
+                    printed += 1
             if not args.follow:
+                if missing := logs.missing():
+                    raise ResourceError(missing)
+                if not printed:
+                    report(
+                        f"no line names request {args.request_id}" if args.request_id else "the log is empty"
+                    )
                 break
             time.sleep(_PERIOD_S)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from cluster import ray_private
 from serve_app.settings import INGRESS, REPLICA
 
 _TIME = re.compile(r'(?:\{"time":")?(\d{4}-\d\d-\d\dT[\d:.]+Z)')
+_FILE = re.compile(rf"replica_(?P<application>.+)_(?:{INGRESS}|{REPLICA})_[^_./]+\.log(?:\.(?P<age>\d+))?")
 _ANSWER_S = 30.0
 
 
@@ -28,10 +30,12 @@ class Entry:
 
 @dataclass
 class Reading:
-    """What a node told: new entries, and how many bytes of each file, by inode, are known now."""
+    """What a node told: new entries, how many bytes of each file, by inode, are known now, and which services have
+    files there."""
 
     entries: list[Entry] = field(default_factory=list)
     known: dict[int, int] = field(default_factory=dict)
+    services: set[str] = field(default_factory=set)
 
 
 class ServiceLogs:
@@ -40,6 +44,14 @@ class ServiceLogs:
     def __init__(self, name: str) -> None:
         self._name = name
         self._known: dict[str, dict[int, int]] = {}
+        self._services: set[str] = set()
+
+    def missing(self) -> str:
+        """Why nothing was found, once `new_entries` was called; "" if the service has a log."""
+        if self._name in self._services:
+            return ""
+        others = ", ".join(sorted(self._services)) or "none"
+        return f"no node of this Ray cluster has a log of a service called {self._name!r}; those with logs: {others}"
 
     def new_entries(self, most: int | None = None) -> list[Entry]:
         """The entries since the last call by time, of each file at first only the last `most`.
@@ -62,6 +74,7 @@ class ServiceLogs:
             except ray.exceptions.RayError:  # the node left
                 continue
             self._known[asked[answer]] = reading.known
+            self._services |= reading.services
             entries += reading.entries
         return sorted(entries, key=lambda entry: entry.time)
 
@@ -74,14 +87,19 @@ def read_logs(name: str, known: Mapping[int, int], most: int | None) -> Reading:
 def read_files(directory: Path, name: str, known: Mapping[int, int], most: int | None) -> Reading:
     """What the files of a service in `directory`, rotated ones too, hold beyond the bytes that are `known`."""
     reading = Reading()
-    ours = re.compile(
-        rf"replica_{re.escape(name)}(--[^/]*)?_({INGRESS}|{REPLICA})_[^_./]+\.log(\.(?P<age>\d+))?"
-    )
-    found = [(match, path) for path in directory.glob("replica_*") if (match := ours.fullmatch(path.name))]
-    for _, path in sorted(found, key=lambda each: -int(each[0]["age"] or 0)):
+    found = []
+    for path in directory.glob("replica_*"):
+        if match := _FILE.fullmatch(path.name):
+            service, _, _ = match["application"].partition("--")
+            reading.services.add(service)
+            if service == name:
+                found.append((int(match["age"] or 0), path))
+    for _, path in sorted(found, key=lambda each: -each[0]):
         with path.open("rb") as file:
-            inode = path.stat().st_ino
-            start = known.get(inode, 0)
+            status = os.fstat(file.fileno())
+            inode, start = status.st_ino, known.get(status.st_ino, 0)
+            if start > status.st_size:  # another file, which got the inode of one that was removed
+                start = 0
             file.seek(start)
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]  # a line that is being written comes next time

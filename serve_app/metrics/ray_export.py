@@ -107,7 +107,9 @@ class RayPush:
             try:
                 await asyncio.to_thread(self._export.push, await self._read())
                 fails = False
-            except Exception:  # the next push may succeed, and it includes what this one missed
+            except Exception as error:  # the next push may succeed, and it includes what this one missed
+                if isinstance(error, RuntimeError) and "after shutdown" in str(error):
+                    return  # of the loop's threads: the process ends
                 if not fails:
                     logger.exception("metrics cannot be passed on to Ray; trying again every second")
                 fails = True

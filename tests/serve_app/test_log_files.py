@@ -47,3 +47,17 @@ def test_what_is_known_is_not_told_again_even_once_the_file_has_rotated(tmp_path
     file.rename(f"{file}.1")
     file.write_text(line(3, "three"))
     assert texts(tmp_path, reading.known) == ["two", "three"]
+
+
+def test_a_file_that_got_the_inode_of_a_removed_one_is_read_from_its_beginning(tmp_path: Path) -> None:
+    file = tmp_path / f"replica_{NAME}_Ingress_a1.log"
+    file.write_text(line(1, "one") + line(2, "two"))
+    known = read_files(tmp_path, NAME, {}, None).known
+    file.write_text(line(3, "three"))  # which keeps the inode
+    assert texts(tmp_path, known) == ["three"]
+
+
+def test_a_reading_names_all_services_with_files(tmp_path: Path) -> None:
+    for name in ("a_Ingress_x", "a--m_EngineReplica_y", "b.c--Qwen-Qwen3_EngineReplica_z"):
+        (tmp_path / f"replica_{name}.log").touch()
+    assert read_files(tmp_path, "nothing", {}, None).services == {"a", "b.c"}
