@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.types import Message, Scope, Send
 
+from serve_app.apis.shared.answer import Counted
 from serve_app.telemetry.summary import RequestSummary, milliseconds
 from serve_app.telemetry.traces import ServerSpan, server_span
 
@@ -20,6 +21,7 @@ _RECORD = "qwen3_dist.access"
 _MAX_ID_LENGTH = 128  # characters of a client's x-request-id that are kept
 _PROBES = ("/health", "/ready", "/version", "/metrics")  # whose lines have the level debug
 CLIENT_LEFT = 499  # the status of requests whose client left before an answer, as nginx has it
+_SERVER_ERROR = 500
 _ID_HEADER = b"x-request-id"
 _NO_COUNTS = RequestSummary()
 
@@ -39,6 +41,7 @@ class AccessRecord:
     key_name: str = ""
     model: str = ""
     summary: RequestSummary | None = None
+    counted: Counted | None = None
     status: int = CLIENT_LEFT
     error_status: int | None = None
     answered: bool = False  # whether the whole answer was sent
@@ -48,9 +51,25 @@ class AccessRecord:
         """Takes the counts of the replica."""
         self.summary = summary
 
+    def count(self, item: Counted) -> None:
+        """Takes the counts of a part, which hold if no summary comes."""
+        self.counted = item._replace(item=None)
+
+    def _counts(self) -> RequestSummary:
+        """The replica's summary; else what it has counted until the request was aborted."""
+        if self.summary is not None or self.counted is None:
+            return self.summary or _NO_COUNTS
+        _, tokens, prompt_tokens, cached_tokens = self.counted
+        return RequestSummary(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=max(0, tokens - prompt_tokens),
+            cached_tokens=cached_tokens,
+            finish_reasons=("error" if (self.error_status or 0) >= _SERVER_ERROR else "abort",),
+        )
+
     def fields(self) -> dict[str, Any]:
         """The fields of the request's line. All lines have all of them."""
-        counts = self.summary or _NO_COUNTS
+        counts = self._counts()
         return {
             "request_id": self.request_id,
             "method": self.method,

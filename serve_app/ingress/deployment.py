@@ -237,7 +237,12 @@ class Ingress(ClusterRoutes):
             charge = functools.partial(self._access.charge, http_request)
             answer = self._draining.watch(
                 model.dispatcher.answer(
-                    request, record.request_id, *trace, charge=charge, on_end=record.end_with
+                    request,
+                    record.request_id,
+                    *trace,
+                    charge=charge,
+                    on_count=record.count,
+                    on_end=record.end_with,
                 )
             )
             stream = request if isinstance(request, GenerationRequest) and request.stream else None

@@ -25,6 +25,8 @@ T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 # Waits between retries. Together long enough for a replica whose engine died to have left.
 PAUSES_S = (0.1, 0.3, 1.0, 2.0)
+# If a client leaves, Serve cancels the calls of its request to replicas, and about then the request itself.
+CLIENT_LEAVES_S = 0.2
 _LOST = "the replica that ran this request was lost; send it again"
 _ACCEPTED = (HTTPStatus.OK, b"")
 _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -57,6 +59,7 @@ class Dispatcher:
         request_id: str,
         *context: Any,
         charge: Callable[[int], None] = lambda tokens: None,
+        on_count: Callable[[Counted], None] = lambda item: None,
         on_end: Callable[[RequestSummary], None] = lambda summary: None,
     ) -> AsyncGenerator[Any, None]:
         """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
@@ -66,14 +69,15 @@ class Dispatcher:
         (408) or a bug (500), which is logged under `request_id`. Closing this generator cancels the request.
 
         `charge` is called before each item with the number of tokens that the request has used since the last one,
-        `on_end` with the summary that a replica sends with the last item. `send` gets `context` too.
+        `on_count` with the item and its counts, and `on_end` with the summary that a replica sends with the last item.
+        `send` gets `context` too.
         """
         now = asyncio.get_running_loop().time()
         deadline = now + self.timeout_s if self.timeout_s else None
         accepted = begun = False
         for pause_s in (*self._pauses_s, None):
             try:
-                tried = self._try(deadline, charge, request, request_id, *context)
+                tried = self._try(deadline, charge, on_count, request, request_id, *context)
                 async with contextlib.aclosing(tried) as items:
                     async for item in items:
                         part = item[1] if isinstance(item, tuple) else item
@@ -97,6 +101,7 @@ class Dispatcher:
         self,
         deadline: float | None,
         charge: Callable[[int], None],
+        on_count: Callable[[Counted], None],
         request: Any,
         request_id: str,
         *context: Any,
@@ -109,7 +114,8 @@ class Dispatcher:
                 while (item := await self._in_time(anext(received, None), deadline)) is not None:
                     if isinstance(item, Counted):
                         charge(item.tokens - charged)
-                        item, charged = item
+                        on_count(item)
+                        item, charged = item.item, item.tokens
                     if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
                         raise EngineDeadError(_LOST)
                     yield item
@@ -131,7 +137,7 @@ class Dispatcher:
             if not isinstance(at, PartsAt):
                 yield item
                 continue
-            yield Counted(_ACCEPTED, 0)
+            yield item._replace(item=_ACCEPTED)
             async with (
                 self._parts.receive(at) as receiver,
                 contextlib.aclosing(receiver.until(_next(items))) as parts,
@@ -177,4 +183,5 @@ async def _next(items: AsyncIterator[Any]) -> Any:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
+        await asyncio.sleep(CLIENT_LEAVES_S)  # where this task may be cancelled
         raise EngineDeadError(_LOST) from None

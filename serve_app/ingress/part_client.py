@@ -113,11 +113,13 @@ class PartReceiver:
         if self._is_held:
             self._is_held = False
             self._connection.command(SEND, self._stream)
-        *_, (last, tokens) = parts
-        joined = last if len(parts) == 1 else b"".join(part.item for part in parts)
-        return Counted(
-            LastPart.of(joined, last.summary) if isinstance(last, LastPart) else joined,
-            tokens,
+        last = parts[-1]
+        if len(parts) == 1:
+            return last
+        joined = b"".join(part.item for part in parts)
+        return last._replace(
+            item=LastPart.of(joined, last.item.summary) if isinstance(last.item, LastPart) else joined,
+            sent=tuple(delta for part in parts for delta in part.sent),
         )
 
 

@@ -123,7 +123,10 @@ class EngineReplica:
             return LastPart.of(item, record.summary()) if record.ended else item
 
         def counted(item: Any) -> Counted:
-            return Counted(item, record.usage.total if record.usage else 0, record.sent)
+            usage = record.usage
+            if usage is None:
+                return Counted(item, 0, sent=record.sent)
+            return Counted(item, usage.total, usage.prompt, usage.cached, record.sent)
 
         try:
             if not (isinstance(request, GenerationRequest) and request.stream):
@@ -143,9 +146,11 @@ class EngineReplica:
             yield error_status(known), part(to_json(request.error_body(known)))
             return
         async with aclosing(stream):
+            prompt_tokens = record.usage.prompt if record.usage else 0
             await self._parts.start()
             with self._parts.sender() as sender:
-                yield Counted((HTTPStatus.OK, sender.at), 0, (), record.fingerprint)  # it is accepted
+                at = (HTTPStatus.OK, sender.at)  # it is accepted
+                yield Counted(at, 0, prompt_tokens, model=record.fingerprint)
                 try:
                     async for item in stream:
                         await sender.send(counted(part(item)))

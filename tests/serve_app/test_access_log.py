@@ -14,6 +14,7 @@ import pytest
 from fastapi import Request, Response
 
 from qwen3_dist.errors import RequestError
+from serve_app.apis.shared.answer import Counted
 from serve_app.ingress.access_log import access_record
 from serve_app.ingress.http import Api, make_api
 from serve_app.telemetry.formats import formatter
@@ -203,6 +204,22 @@ def test_a_client_that_leaves_before_the_end_is_said_to(api: Api, lines: Lines) 
 
     asyncio.run(leave())
     assert (lines.only()["status"], lines.only()["client_gone"]) == (499, True)
+
+
+@pytest.mark.parametrize(("error_status", "reason"), [(None, "abort"), (408, "abort"), (503, "error")])
+def test_a_line_without_a_summary_has_what_was_counted_until_then(
+    error_status: int | None, reason: str
+) -> None:
+    record = access_record({"type": "http", "method": "POST", "path": "/", "headers": []})
+    record.error_status = error_status
+    assert record.fields()["finish_reasons"] == ()
+    for tokens in (0, 9):
+        record.count(Counted(b"part", tokens, 7, 4))
+    told = record.fields()
+    assert [told[f"{kind}_tokens"] for kind in ("prompt", "completion", "cached")] == [7, 2, 4]
+    assert told["finish_reasons"] == (reason,)
+    record.end_with(SUMMARY)
+    assert record.fields()["finish_reasons"] == ("stop", "length")
 
 
 def test_a_bugs_traceback_lies_in_the_file_that_the_answer_names(

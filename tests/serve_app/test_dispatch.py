@@ -17,6 +17,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import Counted
 from serve_app.apis.shared.errors import error_object, to_json
+from serve_app.ingress import dispatch
 from serve_app.ingress.dispatch import Dispatcher
 
 WHOLE = [(200, b"head"), b"part"]
@@ -84,14 +85,16 @@ def test_tokens_are_charged_as_far_as_parts_were_taken_and_once_for_a_replica_th
     accepted, parts = Counted((200, b""), 0), [Counted(b"a", 5), Counted(b"b", 5), Counted(b"c", 9)]
     replicas = Replicas([accepted, DEAD], [accepted, *parts])
     charged: list[int] = []
+    counted: list[Counted] = []
 
     async def take() -> list[Any]:
         dispatcher = Dispatcher(replicas.send, pauses_s=(0.0,))
-        async with aclosing(dispatcher.answer("request", "id", charge=charged.append)) as items:
+        answer = dispatcher.answer("request", "id", charge=charged.append, on_count=counted.append)
+        async with aclosing(answer) as items:
             return [await anext(items) for _ in range(taken + 1)]
 
     assert asyncio.run(take()) == [(200, b""), b"a", b"b", b"c"][: taken + 1]
-    assert sum(charged) == tokens and replicas.answers[1].cancelled
+    assert sum(charged) == counted[-1].tokens == tokens and replicas.answers[1].cancelled
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -110,6 +113,34 @@ def test_a_stream_that_is_accepted_and_has_shown_nothing_is_sent_again(loss: Any
     replicas = Replicas([ACCEPTED, loss], [loss], [ACCEPTED, b"a", b"b"])
     assert replicas.got() == [ACCEPTED, b"a", b"b"]
     assert len(replicas.asked) == 3
+
+
+def test_a_call_that_is_cancelled_since_the_client_left_is_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "CLIENT_LEAVES_S", 60.0)
+
+    async def leave() -> None:
+        cancels = asyncio.Event()
+
+        async def tell() -> None:
+            cancels.set()
+
+        replicas = Replicas([ACCEPTED, b"a", tell, asyncio.CancelledError()])
+        answer = Dispatcher(replicas.send, on_loss=replicas.lose).answer("request", "id")
+
+        async def read() -> None:
+            async for _ in answer:
+                pass
+
+        reading = asyncio.create_task(read())
+        await cancels.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        assert replicas.losses == 0
+
+    asyncio.run(leave())
 
 
 def test_a_stream_that_another_replica_refuses_after_the_first_was_lost_ends_with_the_error() -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 
 from serve_app.launch.logs import ServiceLogs
 from serve_app.settings import INGRESS, REPLICA, ServiceConfig
 from tests.serve_app.collector import running_collector
+from tests.serve_app.command_line import qwen3_dist
 from tests.serve_app.support import wait_for
 
 CHAT = "/v1/chat/completions"
@@ -74,16 +79,21 @@ def test_refusals_have_a_line_and_an_id_too(http: httpx.Client, log: Log) -> Non
     assert "status=404" in log.wait_for(made, "qwen3_dist.access")[0]
 
 
-def test_a_client_that_leaves_has_a_line_and_the_replica_tells_its_tokens(
-    http: httpx.Client, log: Log
+def test_a_client_that_leaves_has_a_line_with_its_tokens_until_then(
+    http: httpx.Client, log: Log, model: str
 ) -> None:
     body = {**BODY, "stream": True, "max_tokens": 3500, "ignore_eos": True}
     with http.stream("POST", CHAT, json=body, headers={"X-Request-Id": "leaver"}) as answer:
-        next(line for line in answer.iter_lines() if line.startswith("data:"))
+        parts = (line for line in answer.iter_lines() if line.startswith("data:"))
+        for _ in range(5):
+            next(parts)
     [line] = log.wait_for("leaver", "qwen3_dist.access")
-    assert words(line)["client_gone"] == "True"
+    told = words(line)
+    assert (told["client_gone"], told["finish_reasons"], told["model"]) == ("True", "abort", model), line
     [early] = log.wait_for("leaver", "ended early")
-    assert int(words(early)["completion_tokens"]) > 0 and words(early)["finish_reasons"] == "abort"
+    assert words(early)["finish_reasons"] == "abort"
+    assert told["prompt_tokens"] == words(early)["prompt_tokens"] != "0"
+    assert 3 <= int(told["completion_tokens"]) <= int(words(early)["completion_tokens"])
 
 
 @pytest.fixture
@@ -122,13 +132,14 @@ def test_form_and_prompts_change_as_the_service_runs(
 
 
 def test_ingress_and_replica_send_one_trace_to_a_collector(
-    http: httpx.Client, configure: Callable[..., None]
+    http: httpx.Client, configure: Callable[..., None], model: str
 ) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
     with running_collector() as collector:
         configure(otlp_traces_endpoint=collector.url)
-        http.post(CHAT, json=BODY, headers={"traceparent": f"00-{trace}-{parent}-01"})
+        answer = http.post(CHAT, json=BODY, headers={"traceparent": f"00-{trace}-{parent}-01"})
+        assert answer.is_success
 
         def found() -> dict[str, Any]:
             spans = {span.name: span for span, _ in collector.spans() if span.trace_id.hex() == trace}
@@ -140,5 +151,51 @@ def test_ingress_and_replica_send_one_trace_to_a_collector(
         assert server.parent_span_id.hex() == parent
         assert chat.parent_span_id == server.span_id
         assert all(spans[name].parent_span_id == chat.span_id for name in ("queue", "prefill", "decode"))
-        assert server.start_time_unix_nano <= chat.start_time_unix_nano
+        times = [server.start_time_unix_nano, chat.start_time_unix_nano]
+        for name in ("queue", "prefill", "decode"):
+            times += [spans[name].start_time_unix_nano, spans[name].end_time_unix_nano]
+        assert times == sorted(times)
+        told = {each.key: each.value for each in chat.attributes}
+        assert told["gen_ai.operation.name"].string_value == "chat"
+        assert told["gen_ai.request.model"].string_value == model
+        assert (
+            told["gen_ai.request.max_tokens"].int_value == told["gen_ai.usage.output_tokens"].int_value == 4
+        )
+        assert told["gen_ai.usage.input_tokens"].int_value == answer.json()["usage"]["prompt_tokens"]
+        reasons = told["gen_ai.response.finish_reasons"].array_value.values
+        assert [reason.string_value for reason in reasons] == ["length"]
         configure()
+
+
+def our_lines(stderr: str) -> list[str]:
+    """Lines of standard error but those of Ray's C++ code, which without a network warns before it can be told not
+    to."""
+    return [line for line in stderr.splitlines() if "network_util.cc" not in line]
+
+
+def test_the_command_prints_a_requests_lines_follows_new_ones_and_names_a_missing_service(
+    http: httpx.Client, service_config: ServiceConfig, log: Log
+) -> None:
+    cluster = ("--ray-address", ray.get_runtime_context().gcs_address)
+    where = ("logs", "--name", service_config.endpoint.name, *cluster)
+    http.post(CHAT, json=BODY, headers={"X-Request-Id": "told-1"})
+    log.wait_for("told-1", "qwen3_dist.access")
+    told = qwen3_dist(*where, "--request-id", "told-1")
+    assert (told.returncode, our_lines(told.stderr)) == (0, [])
+    [line] = told.stdout.splitlines()
+    assert "qwen3_dist.access" in line and words(line)["request_id"] == "told-1"
+
+    command = [sys.executable, "-m", "serve_app", *where, "--follow", "--request-id", "told-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        assert following.stdout.readline() == line + "\n"
+        http.post(CHAT, json=BODY, headers={"X-Request-Id": "told-2"})
+        assert words(following.stdout.readline())["request_id"] == "told-2"
+        following.send_signal(signal.SIGINT)
+        assert (following.stdout.read(), following.wait(timeout=60)) == ("", 0)
+
+    nobody = qwen3_dist(*where, "--request-id", "never-asked")
+    assert (nobody.returncode, nobody.stdout) == (0, "")
+    assert our_lines(nobody.stderr) == ["qwen3-dist: no line names request never-asked"]
+    missing = qwen3_dist("logs", "--name", "nothing", *cluster)
+    assert missing.returncode == 2 and "a service called 'nothing'; those with logs: " in missing.stderr

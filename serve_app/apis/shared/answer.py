@@ -65,7 +65,7 @@ class AnswerContext:
 
 class Counted(NamedTuple):
     """An item of an answer on its way from the replica to the ingress, with the number of tokens of all prompts and
-    choices so far.
+    choices so far, and how many of them are those of the prompts, and are prompt tokens found in the prefix cache.
 
     `sent` has what a stream's item adds to what the client has (see `Resume`), `model` in its first item what the
     replica serves.
@@ -73,6 +73,8 @@ class Counted(NamedTuple):
 
     item: Any
     tokens: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     sent: Sent = ()
     model: str = ""
 
