@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwen3_dist.ops.cpu.build import library
-from qwen3_dist.parallel.communicator import Communicator, TorchCommunicator
+from qwen3_dist.parallel.communicator import Communicator, GlooCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.native_shared_memory import NativeSharedMemoryCommunicator, fastest_communicator
 from qwen3_dist.parallel.shared_memory import (
@@ -205,7 +205,7 @@ def test_ranks_of_one_host_take_shared_memory_and_leave_no_file_of_it() -> None:
 
 def test_without_shared_memory_ranks_take_gloo() -> None:
     printed = run_ranks(check_kinds, "tp=2", shared_memory=False)
-    assert printed == [f"{TorchCommunicator.__name__} [2, 1, 2]\n"] * 2
+    assert printed == [f"{GlooCommunicator.__name__} [2, 1, 2]\n"] * 2
 
 
 @pytest.mark.parametrize("check", [check_survivors, check_survivors_in_python])
