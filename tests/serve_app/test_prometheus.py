@@ -44,7 +44,7 @@ class Prometheus:
         return result
 
     def get(self, path: str) -> Any:
-        return httpx.get(f"{self.url}/api/v1/{path}", timeout=30).json()["data"]
+        return httpx.get(f"{self.url}/api/v1/{path}", timeout=30).raise_for_status().json()["data"]
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def prometheus(url: str, tmp_path: Path) -> Iterator[Prometheus]:
 def is_up(server: Prometheus) -> bool:
     try:
         return [target["health"] for target in server.get("targets")["activeTargets"]] == ["up", "up"]
-    except httpx.TransportError:
+    except httpx.HTTPError:  # nobody listens yet, or 503 while it starts
         return False
 
 
