@@ -128,8 +128,8 @@ function modelSection(id) {
   section.show = (model) => {
     badge.className = `badge ${model.status ?? ""}`;
     say(badge, model.status ?? "unknown");
-    const range = model.max_replicas === undefined ? "" : `, from ${model.min_replicas} to ${model.max_replicas}`;
-    say(scale, `${count(model.replicas_running)} of ${count(model.replicas_target)} replicas run${range}`);
+    const range = `${count(model.min_replicas)} to ${count(model.max_replicas)}`;
+    say(scale, `${count(model.replicas_running)} of ${range} replicas run`);
     say(problem, model.message ?? "");
     arrange(grid, (model.replicas ?? []).map((replica) => cards.get(`${id}/${replica.id}`)));
   };

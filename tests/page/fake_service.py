@@ -133,7 +133,6 @@ def cluster(poll: int, kind: str, period_s: int) -> Json:
         "status": "ready" if well else "unhealthy",
         "message": "" if well else "replica k3fz lost rank 2 on node-b",
         "replicas_running": len(replicas),
-        "replicas_target": len(replicas),
         "min_replicas": 1,
         "max_replicas": 3,
         "replicas": replicas,

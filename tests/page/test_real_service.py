@@ -55,6 +55,7 @@ def test_the_bundled_model_is_asked_and_its_experts_are_shown(
     keep(page, "real-chat")
     page.click("nav a >> nth=1")
     expect(page.locator("#heat")).to_be_visible()
+    expect(page.locator("#models .title .faint")).to_have_text("1 of 1 to 2 replicas run")
     page.locator("#heat").focus()
     expect(page.locator("#heat-value")).to_contain_text(re.compile(r"Layer \d+, expert 0: [\d,]+ tokens"))
     keep(page, "real-cluster")
