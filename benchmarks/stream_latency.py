@@ -126,7 +126,9 @@ async def http_clients(url: str, clients: int, seconds: float) -> Times:
         payload = json.dumps(body).encode()
         request = f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
         loop = asyncio.get_running_loop()
-        _, reader = await loop.create_connection(lambda: _Reader(request), address.hostname, address.port)
+        _, reader = await loop.create_connection(
+            lambda: _Reader(request), str(address.hostname), address.port or 80
+        )
         await reader.done
         assert len(reader.parts) > 0.8 * tokens, (len(reader.parts), tokens, reader.seen[-500:])
         return reader.parts

@@ -59,11 +59,11 @@ class AccessRecord:
         """The replica's summary; else what it has counted until the request was aborted."""
         if self.summary is not None or self.counted is None:
             return self.summary or _NO_COUNTS
-        _, tokens, prompt_tokens, cached_tokens = self.counted
+        counted = self.counted
         return RequestSummary(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=max(0, tokens - prompt_tokens),
-            cached_tokens=cached_tokens,
+            prompt_tokens=counted.prompt_tokens,
+            completion_tokens=max(0, counted.tokens - counted.prompt_tokens),
+            cached_tokens=counted.cached_tokens,
             finish_reasons=("error" if (self.error_status or 0) >= _SERVER_ERROR else "abort",),
         )
 

@@ -34,7 +34,7 @@ from serve_app.apis.responses.not_stored import NotStoredError
 from serve_app.apis.responses.recorder import ResponseRecorder
 from serve_app.apis.responses.request import ResponsesBody
 from serve_app.apis.responses.shared_store import SharedStore
-from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.apis.shared.generation import GenerationRequest, with_identity
 from serve_app.apis.tokens import (
     DetokenizeBody,
     TokenizeBody,
@@ -228,6 +228,8 @@ class Ingress(ClusterRoutes):
             )
             request = await self._parse(parse, body)
             request = self._access.with_priority(http_request, request)
+            if isinstance(request, GenerationRequest):
+                request = with_identity(request)  # so that another replica can go on with it
             model = self._routes.find(request.model)
             admitted.count(request.num_sequences)
             resources.enter_context(model.admission.admit()).count(request.num_sequences)

@@ -1,4 +1,4 @@
-"""Sends requests to replicas, retries those whose replica was lost, and enforces the request timeout."""
+"""Sends requests to replicas, has others go on where a replica was lost, and enforces the request timeout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import chain, repeat
 from typing import Any, TypeVar
 
 import grpc
@@ -16,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.resume import Resume
 from serve_app.failures import log_internal_error
 from serve_app.ingress.part_client import PartClient
 from serve_app.part_frames import PartsAt
@@ -23,21 +26,42 @@ from serve_app.telemetry.summary import LastPart, RequestSummary
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
-# Waits between retries. Together long enough for a replica whose engine died to have left.
+# Waits between tries; the last one is repeated.
 PAUSES_S = (0.1, 0.3, 1.0, 2.0)
 # If a client leaves, Serve cancels the calls of its request to replicas, and about then the request itself.
 CLIENT_LEAVES_S = 0.2
+_MAX_DEATHS = 1  # a request that ran on more replicas when they were lost may have killed them
+_PING_PERIOD_S = 10.0  # proxies close connections that are idle for a minute
 _LOST = "the replica that ran this request was lost; send it again"
 _ACCEPTED = (HTTPStatus.OK, b"")
 _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+@dataclass
+class _Progress:
+    """How far a request got, over all replicas that ran it.
+
+    `runs` while a replica has it; `lost_s` is when the last one was lost, until another has it, by the event loop's
+    clock. `deaths` counts the replicas that were lost while they ran it. `accepted`, `begun` and `ended` tell what the
+    client has seen: the status of a stream, a part of the answer, the last part.
+    """
+
+    resume: Resume = field(default_factory=Resume)
+    charged: int = 0
+    runs: bool = False
+    lost_s: float | None = None
+    deaths: int = 0
+    accepted: bool = False
+    begun: bool = False
+    ended: bool = False
 
 
 class Dispatcher:
     """Sends requests to replicas with `send`, which takes a request and its id and returns the answer's items: a pair
     of HTTP status and body, then the parts of a stream.
 
-    A request may take `timeout_s` seconds, retries included; 0 means no limit. `on_loss` is called for each lost
-    replica.
+    A request may take `timeout_s` seconds, retries included; 0 means no limit. After the loss of its replica it waits
+    `resume_timeout_s` seconds for another one. `on_loss` is called for each lost replica.
     """
 
     def __init__(
@@ -46,9 +70,10 @@ class Dispatcher:
         timeout_s: float = 0.0,
         on_loss: Callable[[], None] = lambda: None,
         pauses_s: tuple[float, ...] = PAUSES_S,
+        resume_timeout_s: float = 300.0,
     ) -> None:
         self._send = send
-        self.timeout_s = timeout_s
+        self.timeout_s, self.resume_timeout_s = timeout_s, resume_timeout_s
         self._on_loss = on_loss
         self._pauses_s = pauses_s
         self._parts = PartClient()
@@ -64,9 +89,10 @@ class Dispatcher:
     ) -> AsyncGenerator[Any, None]:
         """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
 
-        The pair of a stream that is accepted has an empty body. Retries if the replica is lost before it has sent more
-        than that. Raises EngineDeadError if it is lost later or the retries are used up, and RequestError on a timeout
-        (408) or a bug (500), which is logged under `request_id`. Closing this generator cancels the request.
+        The pair of a stream that is accepted has an empty body. If the replica is lost, another one goes on where the
+        client's part of the stream ends; pings come while that takes long. Raises EngineDeadError if no replica takes
+        the request in time. Raises RequestError on a timeout (408), on a bug, which is logged under `request_id` (500),
+        and if two replicas were lost while they ran the request (500). Closing this generator cancels the request.
 
         `charge` is called before each item with the number of tokens that the request has used since the last one,
         `on_count` with the item and its counts, and `on_end` with the summary that a replica sends with the last item.
@@ -74,31 +100,63 @@ class Dispatcher:
         """
         now = asyncio.get_running_loop().time()
         deadline = now + self.timeout_s if self.timeout_s else None
-        accepted = begun = False
-        for pause_s in (*self._pauses_s, None):
+        progress = _Progress()
+        pauses = chain(self._pauses_s, repeat(self._pauses_s[-1]))
+        while True:
             try:
-                tried = self._try(deadline, charge, on_count, request, request_id, *context)
+                tried = self._try(progress, deadline, charge, on_count, request, request_id, *context)
+                tried = _with_pings(tried, request.ping) if progress.begun else tried
                 async with contextlib.aclosing(tried) as items:
                     async for item in items:
                         part = item[1] if isinstance(item, tuple) else item
                         if isinstance(part, LastPart):
+                            progress.ended = True
                             on_end(part.summary)
                             item = (item[0], bytes(part)) if isinstance(item, tuple) else bytes(part)
-                        if isinstance(item, tuple) and accepted:
+                        if isinstance(item, tuple) and progress.accepted:
                             item = part_of(*item)  # of another replica, after the first was lost
-                        accepted = accepted or item == _ACCEPTED
-                        begun = begun or item not in (b"", _ACCEPTED)
+                        progress.accepted = progress.accepted or item == _ACCEPTED
+                        progress.begun = progress.begun or item not in (b"", _ACCEPTED)
                         if item:
                             yield item
                 return
             except EngineDeadError:
                 self._on_loss()
-                if begun or pause_s is None:
-                    raise
-            await self._in_time(asyncio.sleep(pause_s), deadline)
+                if progress.ended:
+                    return
+                self._check_loss(progress, request_id)
+            await self._in_time(asyncio.sleep(next(pauses)), deadline, progress)
+
+    def _check_loss(self, progress: _Progress, request_id: str) -> None:
+        """Notes that the replica was lost. Raises what the client is told if the request is not tried again."""
+        now = asyncio.get_running_loop().time()
+        progress.lost_s = progress.lost_s or now
+        if progress.runs:
+            progress.runs = False
+            progress.deaths += 1
+            logger.warning("request %s lost its replica and waits for another", request_id)
+        if progress.deaths > _MAX_DEATHS:
+            logger.error(
+                "request %s ran on %d replicas when they were lost; it is not tried again",
+                request_id,
+                progress.deaths,
+            )
+            raise RequestError(
+                f"{progress.deaths} replicas were lost while they ran this request, so it is not tried again",
+                status=HTTPStatus.INTERNAL_SERVER_ERROR,
+            )
+        if now - progress.lost_s >= self.resume_timeout_s:
+            raise self._not_resumed()
+
+    def _not_resumed(self) -> EngineDeadError:
+        return EngineDeadError(
+            f"the replica that ran this request was lost, and no other took it within {self.resume_timeout_s:g} s; "
+            "send it again"
+        )
 
     async def _try(
         self,
+        progress: _Progress,
         deadline: float | None,
         charge: Callable[[int], None],
         on_count: Callable[[Counted], None],
@@ -107,24 +165,30 @@ class Dispatcher:
         *context: Any,
     ) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
-        items = self._send(request, request_id, *context)
-        charged = 0
+        resume = {"resume": progress.resume} if progress.begun else {}
+        items = self._send(request, request_id, *context, **resume)
         try:
             async with contextlib.aclosing(self._received(items)) as received:
-                while (item := await self._in_time(anext(received, None), deadline)) is not None:
+                while (item := await self._in_time(anext(received, None), deadline, progress)) is not None:
+                    if isinstance(item, str):  # RUNNING
+                        progress.runs, progress.lost_s = True, None
+                        continue
                     if isinstance(item, Counted):
-                        charge(item.tokens - charged)
+                        charge(max(0, item.tokens - progress.charged))
+                        progress.charged = max(item.tokens, progress.charged)
+                        progress.resume.model = progress.resume.model or item.model
+                        progress.resume.add(item.sent)
                         on_count(item)
-                        item, charged = item.item, item.tokens
+                        item = item.item
                     if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
                         raise EngineDeadError(_LOST)
+                    progress.runs, progress.lost_s = True, None
                     yield item
         except QwenDistError:
             raise
         except Exception as error:
             if not is_replica_loss(error):
                 raise log_internal_error(error, logger, request_id) from None
-            logger.warning("request %s lost its replica: %s", request_id, error)
             raise EngineDeadError(_LOST) from None
         finally:
             with contextlib.suppress(Exception):  # cancelling raises the error of a failed request again
@@ -145,18 +209,41 @@ class Dispatcher:
                 async for part in parts:
                     yield part
 
-    async def _in_time(self, work: Awaitable[T], deadline: float | None) -> T:
-        """Awaits `work`. Raises RequestError (408) if it takes until `deadline`, a time of the event loop's clock."""
+    async def _in_time(self, work: Awaitable[T], deadline: float | None, progress: _Progress) -> T:
+        """Awaits `work`. Raises RequestError (408) if it takes until `deadline`, a time of the event loop's clock, and
+        EngineDeadError if a request that lost its replica waits too long for another."""
+        resume_by = None if progress.lost_s is None else progress.lost_s + self.resume_timeout_s
+        end = min((each for each in (deadline, resume_by) if each is not None), default=None)
         try:
-            async with asyncio.timeout_at(deadline) as limit:
+            async with asyncio.timeout_at(end) as limit:
                 return await work
         except TimeoutError:
             if not limit.expired():
                 raise
+            if end == resume_by:
+                raise self._not_resumed() from None
             raise RequestError(
                 f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
                 status=HTTPStatus.REQUEST_TIMEOUT,
             ) from None
+
+
+async def _with_pings(items: AsyncGenerator[Any, None], ping: bytes) -> AsyncGenerator[Any, None]:
+    """The `items`, and pings while the first of them is awaited."""
+    async with contextlib.aclosing(items):
+        first = asyncio.ensure_future(anext(items, None))
+        try:
+            while not first.done():
+                await asyncio.wait([first], timeout=_PING_PERIOD_S)
+                if not first.done():
+                    yield ping
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+        if first.result() is not None:
+            yield first.result()
+        async for item in items:
+            yield item
 
 
 def part_of(status: int, body: bytes) -> bytes:

@@ -42,6 +42,7 @@ class ModelRoute:
         self.model, self.max_queued_requests = model, settings.max_queued_requests
         self.admission.max_per_request = model.max_ongoing_requests
         self.dispatcher.timeout_s = settings.request_timeout_s
+        self.dispatcher.resume_timeout_s = settings.resume_timeout_s
         self.health.period_s, self.health.patience_s = health_times(model)
 
     @property

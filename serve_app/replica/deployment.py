@@ -24,7 +24,7 @@ from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
-from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.answer import RUNNING, Counted
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.resume import Resume
@@ -96,7 +96,7 @@ class EngineReplica:
         trace: Mapping[str, str] | None = None,
         resume: Resume | None = None,
     ) -> AsyncGenerator[Any, None]:
-        """Yields a pair of HTTP status and body, in a `Counted` that has the request's tokens; errors have none.
+        """Yields RUNNING, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
 
         For a stream that is accepted the body is a PartsAt, which tells where its parts are to be had, each as
         `Counted`, and the next item is PartsSent. The last part, or the body, is a LastPart, with the summary of the
@@ -130,6 +130,8 @@ class EngineReplica:
 
         try:
             if not (isinstance(request, GenerationRequest) and request.stream):
+                self._engine.check_health()
+                yield RUNNING
                 body = await self._handler.respond(request, record)
                 record.ended = True
                 yield counted((HTTPStatus.OK, part(body)))

@@ -51,6 +51,10 @@ class IngressSettings:
     request_timeout_s: float = setting(
         0.0, "longest time a request may take, then it is answered 408; 0: no limit"
     )
+    resume_timeout_s: float = setting(
+        300.0,
+        "longest time that a request whose replica was lost waits for another, then it fails; 0: it fails at once",
+    )
     body_timeout_s: float = setting(
         60.0, "longest time a request's body may take to come, then it is answered 408; 0: no limit"
     )
@@ -100,6 +104,7 @@ class IngressSettings:
         require_not_negative(
             self,
             "request_timeout_s",
+            "resume_timeout_s",
             "body_timeout_s",
             "write_timeout_s",
             "stored_responses_mib",

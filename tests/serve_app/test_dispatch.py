@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -15,11 +17,14 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.answer import RUNNING, Counted
+from serve_app.apis.shared.resume import Resume
 from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.ingress import dispatch
 from serve_app.ingress.dispatch import Dispatcher
+from serve_app.telemetry.summary import LastPart, RequestSummary
 
+REQUEST = SimpleNamespace(ping=b": ping\n\n")
 WHOLE = [(200, b"head"), b"part"]
 DEAD = (503, b"the engine died")
 LOSSES: list[Any] = [
@@ -32,7 +37,7 @@ LOSSES: list[Any] = [
 
 
 class Answer:
-    """Items of a replica; those that are exceptions are raised."""
+    """Items of a replica; those that are exceptions are raised, those that are functions awaited."""
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._items = iter(items)
@@ -48,6 +53,7 @@ class Answer:
             raise item
         if callable(item):
             await item()
+            return await anext(self)
         return item
 
     def cancel(self) -> None:
@@ -61,19 +67,23 @@ class Replicas:
         self.answers = [Answer(items) for items in answers]
         self.asked: list[str] = []
         self.losses = 0
+        self.resumes: list[Resume | None] = []
 
-    def send(self, request: Any, request_id: str) -> Answer:
+    def send(self, request: Any, request_id: str, resume: Resume | None = None) -> Answer:
         self.asked.append(request_id)
+        self.resumes.append(copy.deepcopy(resume))
         return self.answers[len(self.asked) - 1]
 
     def lose(self) -> None:
         self.losses += 1
 
-    def got(self, timeout_s: float = 0.0, pauses_s: tuple[float, ...] = (0.0, 0.0)) -> list[Any]:
-        dispatcher = Dispatcher(self.send, timeout_s, self.lose, pauses_s)
+    def got(
+        self, timeout_s: float = 0.0, pauses_s: tuple[float, ...] = (0.0,), resume_s: float = 60.0
+    ) -> list[Any]:
+        dispatcher = Dispatcher(self.send, timeout_s, self.lose, pauses_s, resume_s)
 
         async def collect() -> list[Any]:
-            return [item async for item in dispatcher.answer("request", "id")]
+            return [item async for item in dispatcher.answer(REQUEST, "id")]
 
         return asyncio.run(collect())
 
@@ -151,19 +161,63 @@ def test_a_stream_that_another_replica_refuses_after_the_first_was_lost_ends_wit
     assert (refused.value.status, refused.value.param) == (404, "input")
 
 
-@pytest.mark.parametrize("loss", LOSSES[:-1])
-def test_a_stream_that_has_begun_is_not_sent_again(loss: Any) -> None:
-    replicas = Replicas([*WHOLE, loss], WHOLE)
-    with pytest.raises(EngineDeadError, match="the replica that ran this request was lost; send it again"):
-        replicas.got()
-    assert len(replicas.asked) == 1
+def part(text: bytes, tokens: int, *token_ids: int) -> Counted:
+    return Counted(text, tokens, sent=((0, token_ids, None, 0, ()),))
 
 
-def test_tries_are_bounded() -> None:
-    replicas = Replicas(*[[loss] for loss in LOSSES])
-    with pytest.raises(EngineDeadError):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_stream_that_has_begun_goes_on_at_another_replica(loss: Any) -> None:
+    accepted = Counted(ACCEPTED, 0, model="checkpoint")
+    replicas = Replicas([accepted, part(b"a", 5, 1, 2), loss], [DEAD], [accepted, part(b"b", 6, 3)])
+    assert replicas.got() == [ACCEPTED, b"a", b"b"]
+    first, *others = replicas.resumes
+    assert first is None
+    for resume in others:
+        assert resume is not None and resume.model == "checkpoint"
+        assert resume.choices[0].token_ids.tolist() == [1, 2]
+
+
+def test_a_request_that_two_replicas_were_lost_with_is_not_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    replicas = Replicas([ACCEPTED, b"a", DEAD], [DEAD], [ACCEPTED, DEAD], [ACCEPTED, b"b"])
+    with pytest.raises(RequestError, match="2 replicas were lost while they ran this request") as told:
         replicas.got()
-    assert len(replicas.asked) == 3
+    assert told.value.status == 500 and len(replicas.asked) == 3
+    assert any("id ran on 2 replicas" in record.getMessage() for record in caplog.records)
+
+
+def test_so_is_one_that_is_not_streamed() -> None:
+    replicas = Replicas([RUNNING, DEAD], [DEAD], [RUNNING, DEAD], [RUNNING, (200, b"whole")])
+    with pytest.raises(RequestError, match="not tried again"):
+        replicas.got()
+    replicas = Replicas([RUNNING, DEAD], [DEAD], [DEAD], [RUNNING, (200, b"whole")])
+    assert replicas.got() == [(200, b"whole")]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_request_that_no_replica_takes_in_time_fails(hangs: bool) -> None:
+    then = [lambda: asyncio.sleep(60)] if hangs else [DEAD]
+    replicas = Replicas([ACCEPTED, b"a", DEAD], *[then] * 1000)
+    with pytest.raises(EngineDeadError, match="no other took it within 0.05 s; send it again"):
+        replicas.got(resume_s=0.05, pauses_s=(0.001,))
+    assert len(replicas.asked) >= 2
+
+
+def test_pings_come_while_a_begun_stream_waits_for_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_PING_PERIOD_S", 0.001)
+    accepted = [lambda: asyncio.sleep(0.05), ACCEPTED]
+    replicas = Replicas([ACCEPTED, b"a", DEAD], [*accepted, b"b"])
+    _, a, *pings, b = replicas.got()
+    assert (a, b) == (b"a", b"b") and pings and set(pings) == {REQUEST.ping}
+
+
+def test_a_replica_that_is_lost_after_the_last_part_costs_nothing() -> None:
+    last = LastPart.of(b"b", RequestSummary())
+    replicas = Replicas(
+        [ACCEPTED, b"a", Counted(last, 5), AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata())]
+    )
+    assert replicas.got() == [ACCEPTED, b"a", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +261,7 @@ def test_a_deployment_that_is_not_there_is_a_loss() -> None:
 
     gone = DeploymentUnavailableError(DeploymentID("replica"))
     with pytest.raises(EngineDeadError):
-        Replicas([gone], [gone], [gone]).got()
+        Replicas([gone]).got(resume_s=0.0)
 
 
 @pytest.mark.parametrize("items", [[DEAD], [lambda: asyncio.sleep(60)]])

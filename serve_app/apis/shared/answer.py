@@ -63,6 +63,9 @@ class AnswerContext:
     identity: Identity = field(default_factory=Identity)
 
 
+RUNNING = "running"  # the first item of an answer that is not streamed: the replica has the request
+
+
 class Counted(NamedTuple):
     """An item of an answer on its way from the replica to the ingress, with the number of tokens of all prompts and
     choices so far, and how many of them are those of the prompts, and are prompt tokens found in the prefix cache.
