@@ -91,8 +91,8 @@ class Dispatcher:
 
         The pair of a stream that is accepted has an empty body. If the replica is lost, another one goes on where the
         client's part of the stream ends; pings come while that takes long. Raises EngineDeadError if no replica takes
-        the request in time. Raises RequestError on a timeout (408), on a bug, which is logged under `request_id` (500),
-        and if two replicas were lost while they ran the request (500). Closing this generator cancels the request.
+        the request in time. Raises RequestError on a timeout (408), on a bug (500; logged under `request_id`), and
+        if two replicas were lost while they ran the request (500). Closing this generator cancels the request.
 
         `charge` is called before each item with the number of tokens that the request has used since the last one,
         `on_count` with the item and its counts, and `on_end` with the summary that a replica sends with the last item.

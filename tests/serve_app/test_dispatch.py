@@ -18,8 +18,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import RUNNING, Counted
-from serve_app.apis.shared.resume import Resume
 from serve_app.apis.shared.errors import error_object, to_json
+from serve_app.apis.shared.resume import Resume
 from serve_app.ingress import dispatch
 from serve_app.ingress.dispatch import Dispatcher
 from serve_app.telemetry.summary import LastPart, RequestSummary
