@@ -3,9 +3,11 @@
 # No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request, Response
+from ray import serve
 
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
@@ -13,9 +15,10 @@ from serve_app.apis.models import Model, Models
 from serve_app.apis.openapi import route
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.api import api
+from serve_app.ingress.changes import ReloadBody, ScaleBody, parse_reload, parse_scale, reload, scale
 from serve_app.ingress.cluster_view import IngressState, cluster_view
 from serve_app.ingress.draining import Draining
-from serve_app.ingress.http import is_anthropic, json_response
+from serve_app.ingress.http import is_anthropic, json_response, read_body
 from serve_app.ingress.metrics import IngressMetrics
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.peers import Peers
@@ -23,6 +26,7 @@ from serve_app.metrics.exposition import CONTENT_TYPE
 
 METRICS = "/metrics"
 REBALANCE = "/v1/cluster/experts/rebalance"
+_MAX_ADMIN_BODY, _ADMIN_BODY_S = 2**16, 30.0  # bytes, seconds
 
 
 class ClusterRoutes:
@@ -119,6 +123,25 @@ class ClusterRoutes:
     async def rebalance_experts(self) -> Response:
         """Has each replica rebalance its experts by their load. Answers with the layers that each replica changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
+
+    @api.post("/v1/cluster/scale", **route("Changes the numbers of replicas of a model", ScaleBody))
+    async def scale(self, request: Request) -> Response:
+        """Until the next `deploy`, which brings back the numbers of its file."""
+        to = parse_scale(await self._read(request))
+        return json_response(await self._change(to.model, scale, to))
+
+    @api.post("/v1/cluster/reload", **route("Replaces the replicas of a model by new ones", ReloadBody))
+    async def reload(self, request: Request) -> Response:
+        """Each new replica reads the checkpoint. Requests go on at other replicas, or wait for the new ones."""
+        return json_response(await self._change(parse_reload(await self._read(request)), reload))
+
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S)
+
+    async def _change(self, model: str, change: Callable[..., Any], *arguments: Any) -> Any:
+        served = self._routes.find(model).model
+        gateway = serve.get_replica_context().app_name
+        return await asyncio.to_thread(change, gateway, served.application, served.name, *arguments)
 
     async def _ask_all(self, method: str) -> list[Any]:
         """What the replicas of all models answer. Raises EngineDeadError if one is lost."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus
 
 from cluster import ray_private
 from qwen3_dist.errors import ResourceError
+from serve_app.deployed import apply_configs, deployed_configs
 from serve_app.launch.checks import check_model_in_cluster
 from serve_app.launch.foreground import start_serve
 from serve_app.launch.schema import serve_schema
@@ -59,9 +60,9 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     deployed, failed = deployed_configs(), failed_applications()
     schema = serve_schema(config)
     for model, app in zip(config.models, schema["applications"][1:], strict=True):
-        app["args"] |= _shares_of_cores(
-            config, model, app["args"], deployed.get(app["name"], {}).get("args", {})
-        )
+        before = deployed.get(app["name"], {})
+        app["args"] |= _shares_of_cores(config, model, app["args"], before.get("args", {}))
+        app["runtime_env"] = before.get("runtime_env", {})  # has the time of the last reload
     changed = changes(schema, deployed, config.endpoint.name, failed)
     for change in changed:
         report(describe(change))
@@ -73,23 +74,11 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
         app for name, app in deployed.items() if name not in names and not _is_of(name, config.endpoint.name)
     ]
     schema["applications"] += others
-    ray_private.apply_serve_config(ServeDeploySchema.model_validate(schema))
+    apply_configs(**schema)
     if wait:
         wait_until_running(config, report)
         return wait_until_answering(config.endpoint)
     return ""
-
-
-def deployed_configs() -> dict[str, dict[str, Any]]:
-    """The configs of the applications that were deployed by config, by name."""
-    details = (
-        ray_private.serve_client().get_serve_details() if ray_private.serve_client() else {"applications": {}}
-    )
-    return {
-        name: app["deployed_app_config"]
-        for name, app in details["applications"].items()
-        if app.get("deployed_app_config") and app["status"] != ApplicationStatus.DELETING
-    }
 
 
 def failed_applications() -> set[str]:

@@ -65,7 +65,8 @@ class Deployed:
         """The processes of all ranks, by which a reload shows."""
         headers = {"authorization": f"Bearer {key}"} if key else {}
         answer = httpx.get(f"{self.url}/v1/cluster/ranks", headers=headers, timeout=60)
-        return {rank["pid"] for replica in answer.json()["data"] for rank in replica["ranks"]}
+        replicas = answer.json()["data"] if answer.is_success else []  # 503 while one of them goes
+        return {rank["pid"] for replica in replicas for rank in replica["ranks"]}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,40 @@ def test_a_changed_key_or_limit_reaches_the_service_and_reloads_no_engine(deploy
     deployed.change(max_ongoing_requests=1, max_queued_requests=1)
     wait_for(deployed.is_full_with_two_streams)
     assert deployed.engines() == engines
+
+
+def test_admins_scale_and_reload_a_model_by_http(deployed: Deployed) -> None:
+    def admin(route: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{deployed.url}/v1/cluster/{route}", json=body, timeout=60)
+
+    deployed.change()
+    engines = deployed.engines()
+    told = admin("scale", min_replicas=2)
+    assert told.json() == {
+        "object": "cluster.scale",
+        "model": "qwen3-bundled",
+        "min_replicas": 2,
+        "max_replicas": 2,
+    }
+    wait_for(lambda: len(deployed.engines()) == 2, timeout_s=90)
+    assert engines < deployed.engines()
+    assert admin("scale", min_replicas=1).is_success
+    wait_for(lambda: len(deployed.engines()) == 1, timeout_s=90)
+
+    before = deployed.engines()
+    assert admin("reload").is_success
+    assert deployed.ask(max_tokens=500, ignore_eos=True).is_success  # which waits for the new replica
+    wait_for(lambda: len(deployed.engines()) == 1 and not before & deployed.engines(), timeout_s=90)
+    after = deployed.engines()
+    deployed.change()
+    assert deployed.lines[1] == f"{NAME}--qwen3-bundled: stays as it is" and deployed.engines() == after
+
+    assert "color" in error_of(admin("scale", min_replicas=1, color="red"), 400)["message"]
+    assert admin("reload", model="other").status_code == 404
+    assert (
+        "max_replicas=1 must not be less"
+        in error_of(admin("scale", min_replicas=2, max_replicas=1), 400)["message"]
+    )
 
 
 def test_scaling_and_the_number_of_ingresses_change_without_a_reload(deployed: Deployed) -> None:
