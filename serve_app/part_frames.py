@@ -8,6 +8,8 @@ own, which costs several times as much (`benchmarks/stream_latency.py`).
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from struct import Struct
 from typing import NamedTuple
 
@@ -30,3 +32,21 @@ class PartsSent(NamedTuple):
     """The end of a stream: the number of parts that were sent for it."""
 
     num_parts: int
+
+
+# So a peer whose machine is gone, or a connection that a firewall has forgotten, is noticed within a minute.
+_DEAD_AFTER_S, _IDLE_S, _PROBE_PERIOD_S = 60, 20, 10
+
+
+def end_if_dead(transport: asyncio.Transport) -> None:
+    """Has the system end a connection whose peer no longer acknowledges anything, also while nothing is sent."""
+    connection = transport.get_extra_info("socket")
+    for level, name, value in (
+        (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
+        (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _IDLE_S),
+        (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_PERIOD_S),
+        (socket.IPPROTO_TCP, "TCP_KEEPCNT", (_DEAD_AFTER_S - _IDLE_S) // _PROBE_PERIOD_S),
+        (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", _DEAD_AFTER_S * 1000),
+    ):
+        if hasattr(socket, name):  # some are Linux's
+            connection.setsockopt(level, getattr(socket, name), value)

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
-from serve_app.part_frames import COMMAND, HOLD, LENGTH, SEND, PartsAt, PartsSent
+from serve_app.part_frames import COMMAND, HOLD, LENGTH, SEND, PartsAt, PartsSent, end_if_dead
 from serve_app.telemetry.summary import LastPart
 
+CONNECT_TIMEOUT_S = 10.0
 MAX_UNREAD_BYTES = 2**16  # of one stream, at which the replica is told to hold it
 _LOST = "the connection to the replica that ran this request was lost; send it again"
 
@@ -28,6 +29,8 @@ class PartClient:
         """A context in which the parts of a stream arrive. Raises EngineDeadError if the replica is not reached."""
         connection = await self._connect(at)
         receiver = PartReceiver(connection, at.stream)
+        if connection.is_lost:
+            receiver.lose()
         connection.receivers[at.stream] = receiver
         connection.command(SEND, at.stream)
         try:
@@ -42,15 +45,18 @@ class PartClient:
         try:
             return await asyncio.shield(self._connections[key])
         except OSError as error:
-            self._connections.pop(key, None)
-            raise EngineDeadError(f"{_LOST} ({error})") from None
+            raise EngineDeadError(f"{_LOST} ({error or type(error).__name__})") from None
 
     async def _open(self, at: PartsAt) -> _Connection:
         def forget() -> None:
             self._connections.pop((at.host, at.port), None)
 
-        loop = asyncio.get_running_loop()
-        transport, connection = await loop.create_connection(lambda: _Connection(forget), at.host, at.port)
+        create = asyncio.get_running_loop().create_connection(lambda: _Connection(forget), at.host, at.port)
+        try:
+            transport, connection = await asyncio.wait_for(create, CONNECT_TIMEOUT_S)
+        except OSError:
+            forget()
+            raise
         transport.write(at.secret)
         return connection
 
@@ -94,8 +100,9 @@ class PartReceiver:
                 if self._parts:
                     yield self._take()
                 elif end.done() and not isinstance(end.result(), PartsSent):
-                    if end.result() is not None:
-                        yield end.result()
+                    if end.result() is None:
+                        raise EngineDeadError(_LOST)
+                    yield end.result()
                     return
                 elif end.done() and end.result().num_parts == self._num_parts:
                     return
@@ -129,10 +136,12 @@ class _Connection(asyncio.Protocol):
     def __init__(self, forget: Any) -> None:
         self._forget = forget
         self._received = bytearray()
+        self.is_lost = False
         self.receivers: dict[int, PartReceiver] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        end_if_dead(self._transport)
 
     def command(self, command: int, stream: int) -> None:
         """Tells the replica to send a stream's parts, or to hold them."""
@@ -154,6 +163,7 @@ class _Connection(asyncio.Protocol):
         del received[:start]
 
     def connection_lost(self, error: Exception | None) -> None:
+        self.is_lost = True
         self._forget()
         for receiver in list(self.receivers.values()):
             receiver.lose()

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from itertools import count
 from typing import cast
 
+from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
-from serve_app.part_frames import COMMAND, LENGTH, SECRET_BYTES, SEND, PartsAt
+from serve_app.part_frames import COMMAND, LENGTH, SECRET_BYTES, SEND, PartsAt, end_if_dead
 
+CONNECT_TIMEOUT_S = 60.0  # an ingress asks for the parts of a stream as soon as it knows of it
 _MAX_OUTBOX_BYTES = 2**18  # made in one turn of the event loop
 
 
@@ -41,9 +43,11 @@ class PartServer:
         host, port = self._listening.result().sockets[0].getsockname()[:2]
         number = next(self._numbers)
         self._senders[number] = sender = PartSender(PartsAt(host, port, self._secret, number))
+        timer = asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_S, sender.lose_unless_connected)
         try:
             yield sender
         finally:
+            timer.cancel()
             del self._senders[number]
             sender.connect(None)
 
@@ -64,12 +68,19 @@ class PartSender:
         self.num_parts = 0
         self._connection: _Connection | None = None
         self._is_held = True
+        self._is_lost = False
         self._may_send = asyncio.Event()
 
     async def send(self, part: Counted) -> None:
-        """Sends a part, once the ingress takes parts of this stream."""
+        """Sends a part, once the ingress takes parts of this stream.
+
+        Raises EngineDeadError if the ingress has closed its connection, or none asks in time: it may have been killed,
+        and then nobody cancels its requests.
+        """
         while not self._may_send.is_set():
             await self._may_send.wait()
+        if self._is_lost:
+            raise EngineDeadError("the connection to the ingress that asked for this stream was lost")
         assert self._connection is not None
         self._connection.put(self.at.stream, part)
         self.num_parts += 1
@@ -83,6 +94,17 @@ class PartSender:
             connection.senders.add(self)
         self.update()
 
+    def lose(self) -> None:
+        """Says that nobody takes parts any more."""
+        self.connect(None)
+        self._is_lost = True
+        self._may_send.set()
+
+    def lose_unless_connected(self) -> None:
+        """Says that nobody takes parts, if no ingress has asked for them yet."""
+        if self._connection is None:
+            self.lose()
+
     def hold(self, is_held: bool) -> None:
         """Sends no parts while `is_held`."""
         self._is_held = is_held
@@ -90,7 +112,9 @@ class PartSender:
 
     def update(self) -> None:
         """Decides again whether parts may be sent."""
-        if self._connection is not None and self._connection.is_writable and not self._is_held:
+        if self._is_lost or (
+            self._connection is not None and self._connection.is_writable and not self._is_held
+        ):
             self._may_send.set()
         else:
             self._may_send.clear()
@@ -110,6 +134,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
+        end_if_dead(self._transport)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -161,7 +186,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         for sender in list(self.senders):
-            sender.connect(None)
+            sender.lose()
 
     def _update_senders(self) -> None:
         for sender in self.senders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
 from serve_app.ingress.part_client import MAX_UNREAD_BYTES, PartClient
 from serve_app.part_frames import PartsAt, PartsSent
+from serve_app.replica import part_server
 from serve_app.replica.part_server import PartSender, PartServer
 from serve_app.telemetry.summary import LastPart, RequestSummary
 
@@ -89,7 +91,7 @@ def test_what_arrives_while_nobody_reads_comes_as_one_part_with_the_last_summary
                 return await collect(receiver.until(asyncio.sleep(0, end)))
 
     [part] = run(test)
-    assert part == (b"abc", 9) and part.item.summary == SUMMARY
+    assert (bytes(part.item), part.tokens) == (b"abc", 9) and part.item.summary == SUMMARY
 
 
 def test_a_stream_that_nobody_reads_is_held_and_others_go_on(run: Run) -> None:
@@ -100,7 +102,7 @@ def test_a_stream_that_nobody_reads_is_held_and_others_go_on(run: Run) -> None:
             async with client.receive(slow.at) as receiver:
                 sending = asyncio.create_task(serve(slow, big))
                 async with stream(server, client, counted(b"x")) as items:
-                    assert await collect(items) == [(b"x", 1)]
+                    assert await collect(items) == counted(b"x")
                 while not receiver._is_held:
                     await asyncio.sleep(0.001)
                 for _ in range(100):  # turns in which more could arrive
@@ -140,7 +142,7 @@ def test_a_lost_connection_is_a_lost_replica_and_the_next_stream_connects_again(
         async with stream(server, client, counted(b"x")) as items:
             return await collect(items)
 
-    assert run(test) == [(b"x", 1)]
+    assert run(test) == counted(b"x")
 
 
 def test_nothing_is_told_to_who_does_not_know_the_secret(run: Run) -> None:
@@ -167,3 +169,71 @@ def test_a_replica_that_is_not_reached_is_lost(run: Run) -> None:
                     pass
 
     run(test)
+
+
+def test_a_stream_whose_ingress_is_gone_ends(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                await serve(sender, counted(b"a"))
+                receiver._connection._transport.abort()
+                with pytest.raises(EngineDeadError, match="the ingress"):
+                    while True:
+                        await serve(sender, counted(b"b"))
+                        await asyncio.sleep(0)
+
+    run(test)
+
+
+def test_a_stream_ends_for_which_no_ingress_asks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                await serve(sender, counted(b"x"))
+                sender.lose_unless_connected()
+                assert await collect(receiver.until(serve(sender, []))) == counted(b"x")
+        monkeypatch.setattr(part_server, "CONNECT_TIMEOUT_S", 0.0)
+        with server.sender() as sender, pytest.raises(EngineDeadError, match="the ingress"):
+            await serve(sender, counted(b"a"))
+
+    run(test)
+
+
+def test_a_connection_that_is_lost_before_the_stream_is_awaited_is_a_lost_replica(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                lost = receiver._connection
+            lost.connection_lost(None)
+            client._connections[sender.at.host, sender.at.port] = asyncio.ensure_future(
+                asyncio.sleep(0, lost)
+            )
+            with pytest.raises(EngineDeadError, match="was lost"):
+                async with client.receive(sender.at) as receiver:
+                    await collect(receiver.until(asyncio.Event().wait()))
+
+    run(test)
+
+
+def test_a_call_that_returns_nothing_is_a_lost_replica(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                with pytest.raises(EngineDeadError, match="was lost"):
+                    await collect(receiver.until(asyncio.sleep(0)))
+
+    run(test)
+
+
+def test_the_system_ends_connections_to_machines_that_are_gone(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> list[int]:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                await serve(sender, counted(b"a"))
+                assert sender._connection is not None
+                return [
+                    end._transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                    for end in (receiver._connection, sender._connection)
+                ]
+
+    assert run(test) == [1, 1]
