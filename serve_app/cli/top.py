@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from qwen3_dist.errors import ResourceError
-from serve_app.cli.options import number
+from serve_app.cli.options import number, report
 
 HELP = "watch a running service: replicas, tokens per second, queue, KV cache, slowest ranks, busiest experts"
 _TIMEOUT_S = 10.0
@@ -21,6 +21,7 @@ _HEADING = (
     f"  {'replica':<10} {'layout':<14} {'running':>7} {'waiting':>7} {'KV':>5}"
     f" {'out tok/s':>9} {'in tok/s':>9} {'steps/s':>8}"
 )
+_KEY_VARIABLES = ("QWEN3_DIST_API_KEY", "OPENAI_API_KEY")
 Json = dict[str, Any]
 
 
@@ -30,23 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--interval", type=number(0, above=True), default=2.0, metavar="S", help="seconds between views"
     )
     parser.add_argument("--once", action="store_true", help="show one view and end")
-    parser.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY", ""), help="key of the service")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"key of the service (default: {_KEY_VARIABLES[0]} or {_KEY_VARIABLES[1]} of the environment)",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    earlier: dict[str, Json] = {}
-    told = time.monotonic()
+    watched = _Watched(args)
+    clear = "" if args.once or args.json or not out.isatty() else _CLEAR
+    began = False
     try:
         while True:
-            view = _read(args, "/v1/cluster")
-            now = time.monotonic()
-            rates = _rates(view, earlier, now - told)
-            earlier, told = {replica["id"]: replica["load"] for replica in _answering(view)}, now
-            if args.json:
-                print(json.dumps(view), file=out, flush=True)
-            else:
-                text = "\n".join([*_lines(view, rates), *_expert_lines(_read(args, "/v1/cluster/experts"))])
-                print(f"{'' if args.once or not out.isatty() else _CLEAR}{text}", file=out, flush=True)
+            try:
+                print(f"{clear}{watched.view()}", file=out, flush=True)
+                began = True
+            except ResourceError as error:
+                if not began:
+                    raise
+                if clear:  # the service may come back
+                    print(f"{clear}{error}", file=out, flush=True)
+                else:
+                    report(str(error))
             if args.once:
                 return 0
             time.sleep(args.interval)
@@ -54,8 +61,33 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         return 0
 
 
+class _Watched:
+    """A service, and what it told at the last view, from which its rates follow."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._earlier: dict[str, Json] = {}
+        self._told = time.monotonic()
+
+    def view(self) -> str:
+        """What is to be seen now, as text or JSON. Raises ResourceError if the service does not tell."""
+        view = _read(self._args, "/v1/cluster")
+        now = time.monotonic()
+        rates = _rates(view, self._earlier, now - self._told)
+        self._earlier = {replica["id"]: replica["load"] for replica in _answering(view)}
+        self._told = now
+        if self._args.json:
+            return json.dumps(view)
+        try:
+            experts = list(_expert_lines(_read(self._args, "/v1/cluster/experts")))
+        except ResourceError:  # a replica was lost, as the view tells
+            experts = ["busiest experts: unknown, since not all replicas answer"]
+        return "\n".join([*_lines(view, rates), *experts])
+
+
 def _read(args: argparse.Namespace, path: str) -> Json:
-    headers = {"authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    key = args.api_key or next((os.environ[name] for name in _KEY_VARIABLES if os.environ.get(name)), "")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     base = args.url if "://" in args.url else f"http://{args.url}"
     request = urllib.request.Request(base.rstrip("/").removesuffix("/v1") + path, headers=headers)
     try:
@@ -63,7 +95,11 @@ def _read(args: argparse.Namespace, path: str) -> Json:
             read: Json = json.load(answer)
             return read
     except urllib.error.HTTPError as error:
-        hint = "give --api-key" if error.code == 401 else _message(error) or "is this a qwen3-dist service?"
+        hint = (
+            f"give --api-key, or {_KEY_VARIABLES[0]} in the environment"
+            if error.code == 401
+            else _message(error) or "is this a qwen3-dist service?"
+        )
         raise ResourceError(f"{args.url} answers {error.code} for {path}; {hint}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
