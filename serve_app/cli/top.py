@@ -141,7 +141,7 @@ def _lines(view: Json, rates: dict[str, dict[str, float]]) -> Iterator[str]:
         yield _HEADING
         for replica in model["replicas"]:
             if "load" not in replica:
-                yield f"  {'?':<10} {replica['message']}"
+                yield f"  {'?':<10} {_first_line(replica['message'])}"
                 continue
             load, rate = replica["load"], rates.get(replica["id"], {})
             shown = [
@@ -156,7 +156,12 @@ def _lines(view: Json, rates: dict[str, dict[str, float]]) -> Iterator[str]:
             if slowest := replica.get("slowest_rank"):
                 yield f"  {'':<10} slowest rank {slowest['rank']} ({slowest['excess']:+.0%})"
             if replica["message"]:
-                yield f"  {'':<10} {replica['message']}"
+                yield f"  {'':<10} {_first_line(replica['message'])}"
+
+
+def _first_line(message: str) -> str:
+    """The first line of a message, which may be one of Ray's with many."""
+    return message.strip().partition("\n")[0]
 
 
 def _expert_lines(experts: Json) -> Iterator[str]:
