@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from serve_app.ingress.replica_health import ReplicaHealth
 from serve_app.settings import IngressConfig, IngressSettings, ServedModel
 
 State = Literal["starting", "ready", "unhealthy"]
+_ANSWER_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ModelRoute:
     num_ingresses: Callable[[], int] = lambda: 1
     admission: Admission = field(init=False)
     max_queued_requests: int = 0
-    max_model_len: int | None = None
+    _longest: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.max_in_flight, self.model.max_ongoing_requests, self.num_ingresses)
@@ -84,11 +84,13 @@ class ModelRoute:
             return [error]
 
     async def longest(self) -> int | None:
-        """Most tokens of prompt and answer together, as a replica says it, once; None while none can say."""
-        if self.max_model_len is None:
-            with contextlib.suppress(EngineDeadError):
-                self.max_model_len = next(iter(await self.ask_all("max_model_len")), None)
-        return self.max_model_len
+        """Most tokens of prompt and answer together that every replica takes; while none tells it, what was told last.
+
+        Replicas are asked each time: a changed engine has another limit, and no ingress hears of the change.
+        """
+        told = await self.ask_each("max_model_len", _ANSWER_TIMEOUT_S)
+        self._longest = min((each for each in told if isinstance(each, int)), default=self._longest)
+        return self._longest
 
 
 class ModelRoutes:
