@@ -83,7 +83,7 @@ class EchoActor:
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     executor = RankGroupExecutor(EngineConfig(layout=Layout(tp=2)), EchoLauncher())
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     actor: Any = ray.remote(EchoActor).remote()
     rows = []
     for sequences in (1, 16, 64):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,8 +52,15 @@ def raylets() -> list[str]:
 
 
 def test_a_cluster_started_here_ends_here_and_a_joined_one_does_not() -> None:
+    """Also where `ray start` has left a note of another cluster, which Ray joins unless it is told not to."""
     command = [sys.executable, "-c", BOTH]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short, since Ray's sockets are in it
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        environment = {**os.environ, "RAY_TMPDIR": folder}
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
     assert ended.returncode == 0, ended.stderr
     port = ended.stdout.strip().rpartition(":")[2]
     deadline = time.monotonic() + 20

@@ -25,7 +25,7 @@ LAYOUT = Layout(tp=2)
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
     end_nursery()
-    ray.init(num_cpus=6, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
