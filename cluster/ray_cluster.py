@@ -84,7 +84,7 @@ def _start(num_cpus: int | None) -> None:
         try:
             with _guard.watching_children(), ray_private.own_process_groups():
                 ray.init(
-                    address="local",  # otherwise Ray joins the last cluster that `ray start` has noted, also a dead one
+                    address="local",  # else Ray joins the last cluster that `ray start` has noted, also a dead one
                     num_cpus=num_cpus,
                     include_dashboard=False,
                     logging_level=logging.ERROR,
