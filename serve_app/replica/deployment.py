@@ -129,9 +129,9 @@ class EngineReplica:
             return Counted(item, usage.total, usage.prompt, usage.cached, record.sent)
 
         try:
+            self._engine.check_health()
+            yield RUNNING  # whatever follows may be what kills this process
             if not (isinstance(request, GenerationRequest) and request.stream):
-                self._engine.check_health()
-                yield RUNNING
                 body = await self._handler.respond(request, record)
                 record.ended = True
                 yield counted((HTTPStatus.OK, part(body)))

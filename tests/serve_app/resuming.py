@@ -6,6 +6,8 @@ import asyncio
 import json
 import pickle
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from serve_app.apis.shared.answer import Counted, Identity
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.resume import Resume
 from serve_app.metrics.requests import RequestMetrics
+from serve_app.part_frames import PartsSent
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.request_handler import RequestHandler
 
@@ -37,11 +40,18 @@ def asked(api: str, **fields: Any) -> GenerationRequest:
     return replace(request, identity=Identity("0123456789abcdef" * 2, 1_700_000_000, 2**40))
 
 
+class Replica(EngineReplica):
+    """A replica whose engine outlives it."""
+
+    def __del__(self) -> None:
+        pass
+
+
 def replica_of(engine: AsyncEngine, metrics: RequestMetrics | None = None, **defaults: Any) -> EngineReplica:
     """A replica whose answers are greedy by default."""
-    replica = EngineReplica.__new__(EngineReplica)
+    replica = Replica.__new__(Replica)
     replica._handler = RequestHandler(engine, "m", {"temperature": 0, **defaults}, metrics=metrics)
-    replica._num_answering, replica._name = 0, "r"
+    replica._engine, replica._num_answering, replica._name = engine, 0, "r"
     return replica
 
 
@@ -77,12 +87,36 @@ class Client:
         return replace(self, model=first.model, parts=[*self.parts, *rest])
 
 
+class Parts:
+    """Appends the parts of streams to `items`, in place of a PartServer."""
+
+    at, num_parts = b"", 0
+
+    def __init__(self, items: list[Any]) -> None:
+        self._items = items
+
+    async def start(self) -> None:
+        pass
+
+    @contextmanager
+    def sender(self) -> Iterator[Parts]:
+        yield self
+
+    async def send(self, part: Counted) -> None:
+        self._items.append(part)
+
+
 def answered(replica: EngineReplica, request: GenerationRequest, resume: Resume | None) -> list[Any]:
-    """The items that a replica gives to the ingress."""
+    """The items and parts that a replica gives to the ingress."""
 
     async def collect() -> list[Any]:
         given = pickle.loads(pickle.dumps((request, resume)))
-        return [item async for item in replica.answer(given[0], "request-7", {}, given[1])]
+        items: list[Any] = []
+        replica._parts = Parts(items)  # type: ignore[assignment]
+        async for item in replica.answer(given[0], "request-7", {}, given[1]):
+            if not isinstance(item, str | PartsSent):
+                items.append(item)
+        return items
 
     return asyncio.run(collect())
 

@@ -21,12 +21,15 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.shared.answer import RUNNING
 from serve_app.apis.shared.resume import Resume
+from serve_app.part_frames import PartsSent
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import TelemetrySettings
 from serve_app.telemetry.logs import configure_logs
+from tests.serve_app.resuming import Parts, Replica
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -60,9 +63,16 @@ class Broken:
         yield b""
 
 
-def replica_with(handler: Any) -> EngineReplica:
-    replica = EngineReplica.__new__(EngineReplica)
-    replica._handler = handler
+class Healthy:
+    """An engine of which nothing else is asked."""
+
+    def check_health(self) -> None:
+        pass
+
+
+def replica_with(handler: Any, engine: Any = None) -> EngineReplica:
+    replica = Replica.__new__(Replica)
+    replica._engine, replica._handler = engine or Healthy(), handler
     replica._num_answering = 0
     replica._name = "r1"
     return replica
@@ -70,7 +80,12 @@ def replica_with(handler: Any) -> EngineReplica:
 
 def answered(replica: EngineReplica, request: Any) -> list[Any]:
     async def collect() -> list[Any]:
-        return [item async for item in replica.answer(request, "request-7")]
+        items: list[Any] = []
+        replica._parts = Parts(items)  # type: ignore[assignment]
+        async for item in replica.answer(request, "request-7"):
+            if not isinstance(item, str | PartsSent):
+                items.append(item)
+        return items
 
     return asyncio.run(collect())
 
@@ -88,6 +103,16 @@ def test_a_bug_is_500_in_the_apis_form_with_the_requests_id_and_the_logs_name(
     assert "secret" not in error["message"]
     logged = serve_log.read_text()
     assert "request-7" in logged and "Traceback" in logged and "TypeError: secret" in logged
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replica_says_that_it_has_a_request_before_the_request_can_kill_it(stream: bool) -> None:
+    request = parse_chat(json.dumps({"messages": USER, "stream": stream}).encode())
+
+    async def first() -> Any:
+        return await anext(replica_with(Broken()).answer(request, "request-7"))
+
+    assert asyncio.run(first()) == RUNNING
 
 
 @pytest.fixture

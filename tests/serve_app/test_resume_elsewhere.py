@@ -17,14 +17,14 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.weights.fingerprint import fingerprint
 from qwen3_dist.weights.source import bundled_path
-from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.answer import RUNNING
 from serve_app.apis.shared.generation import with_identity
 from serve_app.apis.shared.prompts import PromptRenderer
 from serve_app.metrics import definitions as names
 from serve_app.metrics.requests import RequestMetrics
 from serve_app.replica.deployment import EngineReplica
 from tests.adapters import ATTENTION, write_adapter
-from tests.serve_app.resuming import Client, answered, asked, by_choice, replica_of
+from tests.serve_app.resuming import Client, Parts, answered, asked, by_choice, replica_of
 from tests.serve_app.support import server_events
 
 DRAWN: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}
@@ -194,14 +194,17 @@ def test_an_engine_that_dies_hands_its_streams_over(replica: EngineReplica) -> N
     request = asked("chat", max_tokens=300, ignore_eos=True, **DRAWN)
 
     async def outlive() -> tuple[Client, Any]:
-        answer = replica_of(dying).answer(request, "request-7")
-        begun = Client(request, (await anext(answer)).model)
-        async for item in answer:
-            if not isinstance(item, Counted):
-                return begun, item
-            begun.parts.append(item)
-            await asyncio.to_thread(dying.shutdown)
-        raise AssertionError("the stream ended")
+        parts: list[Any] = []
+        mortal = replica_of(dying)
+        mortal._parts = Parts(parts)  # type: ignore[assignment]
+        answer = mortal.answer(request, "request-7")
+        assert await anext(answer) == RUNNING
+        begun = Client(request, (await anext(answer)).model, parts)
+        end = asyncio.ensure_future(anext(answer))
+        while not parts:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(dying.shutdown)
+        return begun, await end
 
     begun, (status, body) = asyncio.run(outlive())
     assert status == 503 and b"shut down" in body
@@ -209,7 +212,13 @@ def test_an_engine_that_dies_hands_its_streams_over(replica: EngineReplica) -> N
 
 
 def test_an_accepted_request_has_the_same_answer_whoever_gives_it(replica: EngineReplica) -> None:
-    asks = {"prompt": ["the sea", "the sea"], "n": 2, "max_tokens": 20, "return_token_ids": True, **DRAWN}
+    asks = {
+        "prompt": ["the sea", "the sea"],
+        "n": 2,
+        "max_tokens": 20,
+        "return_token_ids": True,
+        "temperature": 2.0,
+    }
     request = replace(asked("completions", **asks), identity=None)
     accepted, other = with_identity(request), with_identity(request)
     assert with_identity(accepted) is accepted

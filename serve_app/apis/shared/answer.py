@@ -63,7 +63,7 @@ class AnswerContext:
     identity: Identity = field(default_factory=Identity)
 
 
-RUNNING = "running"  # the first item of an answer that is not streamed: the replica has the request
+RUNNING = "running"  # the first item of an answer: the replica has the request
 
 
 class Counted(NamedTuple):
