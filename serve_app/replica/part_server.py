@@ -15,6 +15,7 @@ from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
 from serve_app.part_frames import COMMAND, LENGTH, SECRET_BYTES, SEND, PartsAt, end_if_dead
 
+SECRET_TIMEOUT_S = 10.0  # a connection that has not sent the secret by then is closed
 CONNECT_TIMEOUT_S = 60.0  # an ingress asks for the parts of a stream as soon as it knows of it
 _MAX_OUTBOX_BYTES = 2**18  # made in one turn of the event loop
 
@@ -135,6 +136,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         end_if_dead(self._transport)
+        self._timer = asyncio.get_running_loop().call_later(SECRET_TIMEOUT_S, self._transport.abort)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -145,6 +147,7 @@ class _Connection(asyncio.Protocol):
                 self._transport.abort()
                 return
             self._is_known = True
+            self._timer.cancel()
             del self._received[:SECRET_BYTES]
         while len(self._received) >= COMMAND.size:
             command, stream = COMMAND.unpack_from(self._received)
@@ -185,6 +188,7 @@ class _Connection(asyncio.Protocol):
         self._update_senders()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
         for sender in list(self.senders):
             sender.lose()
 

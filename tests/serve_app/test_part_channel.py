@@ -237,3 +237,21 @@ def test_the_system_ends_connections_to_machines_that_are_gone(run: Run) -> None
                 ]
 
     assert run(test) == [1, 1]
+
+
+def test_who_sends_no_secret_is_not_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(server: PartServer, client: PartClient) -> bytes:
+        with server.sender() as sender:
+            async with stream(server, client, counted(b"x")) as items:
+                assert await collect(items) == counted(b"x")
+            monkeypatch.setattr(part_server, "SECRET_TIMEOUT_S", 0.0)
+            reader, writer = await asyncio.open_connection(sender.at.host, sender.at.port)
+            writer.write(bytes(3))
+            try:
+                return await reader.read()
+            except ConnectionResetError:
+                return b""
+            finally:
+                writer.close()
+
+    assert run(test) == b""
