@@ -1,0 +1,262 @@
+"""Kills and stops parts of a service under load, and compares each answer with the undisturbed one.
+
+    python -m benchmarks.chaos [--clients 16] [--times 3] [--faults kill-rank stop-rank kill-replica] [--replicas 2]
+
+A fault is `none`, or kill (SIGKILL), stop (SIGSTOP) or term (SIGTERM) of a rank, a replica or an ingress.
+
+A client asks for one answer after the other: chats with tools, a schema, thinking, two choices and log-probabilities,
+completions of several prompts with stop strings, responses and messages; greedy and seeded, streamed and not. Each
+answer is asked for once before the first fault. One row is printed for each kind of fault: answers that were lost
+(ended by an error or unfinished), that changed, and for how long streams paused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.chaos_answers import MODEL, LostError, difference, read_stream, requests, without_ids
+from serve_app.launch.foreground import running_service
+from serve_app.settings import INGRESS, REPLICA, read_service_config
+
+PORT = 8795
+PAUSE_S = 1.0  # streams that paused for less count as undisturbed
+RECOVERY_S = 120.0
+
+
+@dataclass
+class Fault:
+    """What clients saw of the faults of one kind."""
+
+    answers: int = 0
+    lost: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
+    pauses_s: list[float] = field(default_factory=list)
+    recoveries_s: list[float] = field(default_factory=list)
+
+    def row(self, name: str) -> str:
+        """One row of the table, whose columns HEAD names."""
+        pauses = sorted(self.pauses_s)
+        paused = f"{statistics.median(pauses):.1f} | {pauses[-1]:.1f}" if pauses else "- | -"
+        whole = f"{max(self.recoveries_s):.1f}" if self.recoveries_s else "-"
+        counts = f"{self.answers} | {len(self.lost)} | {len(self.changed)} | {len(pauses)}"
+        return f"| {name} | {counts} | {paused} | {whole} |"
+
+
+HEAD = (
+    "| fault | answers | lost | changed | paused | p50 s | worst s | all replicas back, s |\n"
+    + "|---" * 8
+    + "|"
+)
+
+
+class Load:
+    """Clients that ask one request after the other, until `end`."""
+
+    def __init__(self, url: str) -> None:
+        self._http = httpx.AsyncClient(
+            base_url=url, timeout=RECOVERY_S, limits=httpx.Limits(max_connections=None)
+        )
+        self._expected: dict[str, Any] = {}
+        self._requests = requests()
+        self.fault, self.fault_s = Fault(), float("inf")
+        self.ended = False
+
+    async def ask(self, name: str, path: str, body: dict[str, Any]) -> tuple[Any, float]:
+        """The answer, and the longest time between two of its parts since the fault. Raises LostError."""
+        if not body.get("stream"):
+            answer = await self._http.post(path, json=body)
+            if answer.status_code != HTTPStatus.OK:
+                raise LostError(f"{answer.status_code} {answer.text}")
+            return without_ids(answer.json()), 0.0
+        data, last, pause = b"", time.monotonic(), 0.0
+        async with self._http.stream("POST", path, json=body) as answer:
+            if answer.status_code != HTTPStatus.OK:
+                raise LostError(f"{answer.status_code} {(await answer.aread()).decode()}")
+            async for part in answer.aiter_bytes():
+                now = time.monotonic()
+                if data and part != b": ping\n\n":
+                    if now > self.fault_s:
+                        pause = max(pause, now - max(last, self.fault_s))
+                    last = now
+                data += part
+        return read_stream(path, data), pause
+
+    async def expect(self) -> None:
+        """Asks for each answer once."""
+        for request in self._requests:
+            self._expected[request[0]], _ = await self.ask(*request)
+
+    async def client(self, number: int) -> None:
+        """Asks one request after the other, beginning with that of this number, until `ended`."""
+        for name, path, body in self._turns(number):
+            if self.ended:
+                return
+            try:
+                answer, pause = await self.ask(name, path, body)
+            except (LostError, httpx.HTTPError) as error:
+                self.fault.lost.append(f"{name}: {error!r}"[:400])
+                await asyncio.sleep(0.5)
+                continue
+            finally:
+                self.fault.answers += 1
+            if answer != self._expected[name]:
+                self.fault.changed.append(f"{name}: {difference(self._expected[name], answer)}")
+            if pause > PAUSE_S:
+                self.fault.pauses_s.append(pause)
+
+    def _turns(self, number: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        while True:
+            yield self._requests[number % len(self._requests)]
+            number += 1
+
+    async def view(self) -> dict[str, Any]:
+        """The service's view of itself, in which the models are one."""
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                answer = await self._http.get("/v1/cluster", timeout=15)
+                if answer.status_code == HTTPStatus.OK:
+                    found: dict[str, Any] = answer.json()
+                    return found
+            await asyncio.sleep(0.2)
+
+    async def ranks(self) -> list[list[int]]:
+        """Process ids of the ranks of each healthy replica."""
+        [model] = (await self.view())["models"]
+        return [[rank["pid"] for rank in each["ranks"]] for each in model["replicas"] if each["healthy"]]
+
+    async def left(self) -> tuple[int, int]:
+        """Sequences that the ingresses and the engines still have, some time after the last answer."""
+        for _ in range(40):
+            view = await self.view()
+            [model] = view["models"]
+            loads = [each["load"] for each in model["replicas"] if "load" in each]
+            held = sum(each["num_requests_running"] + each["num_requests_waiting"] for each in loads)
+            if (found := (view["ingress"]["in_flight"], held)) == (0, 0):
+                break
+            await asyncio.sleep(0.25)
+        return found
+
+
+def titled(words: str) -> list[int]:
+    """Processes that this one has started, of whose titles `words` is a part."""
+    found, left = [], [os.getpid()]
+    while left:
+        for file in Path(f"/proc/{left.pop()}/task").glob("*/children"):
+            try:
+                children = [int(child) for child in file.read_text().split()]
+            except OSError:
+                continue
+            left += children
+            for child in children:
+                path = Path(f"/proc/{child}/cmdline")
+                if path.exists() and words in path.read_text(errors="replace"):
+                    found.append(child)
+    return found
+
+
+def _signal(kind: str, ranks: list[list[int]]) -> None:
+    """Sends the signal that `kind` names to one process."""
+    action, _, what = kind.partition("-")
+    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[action]
+    title = INGRESS if what == "ingress" else REPLICA
+    pids = random.choice(ranks) if what == "rank" else titled(f":{title}")
+    os.kill(random.choice(pids), number)
+
+
+async def strike(load: Load, kind: str, replicas: int, seconds: float) -> None:
+    """One fault, then waits until all replicas are back and answers flow again."""
+    await asyncio.sleep(seconds)
+    before = await load.ranks()
+    load.fault_s = time.monotonic()
+    if kind != "none":
+        _signal(kind, before)
+        deadline = load.fault_s + RECOVERY_S
+        known = {pid for pids in before for pid in pids}
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            now = await load.ranks()
+            if len(now) >= replicas and (
+                kind.endswith("ingress") or {pid for pids in now for pid in pids} != known
+            ):
+                break
+        load.fault.recoveries_s.append(time.monotonic() - load.fault_s)
+    await asyncio.sleep(seconds)
+
+
+async def run(url: str, args: argparse.Namespace) -> dict[str, Fault]:
+    """Runs all faults, each under the load of so many clients."""
+    load = Load(url)
+    began = time.monotonic()
+    await load.expect()
+    print(f"each answer once: {time.monotonic() - began:.1f} s", flush=True)
+    found: dict[str, Fault] = {}
+    for kind in args.faults:
+        for _ in range(args.times):
+            load.fault, load.fault_s, load.ended = found.setdefault(kind, Fault()), float("inf"), False
+            clients = [asyncio.create_task(load.client(number)) for number in range(args.clients)]
+            await strike(load, kind, args.replicas, args.seconds)
+            load.ended = True
+            await asyncio.gather(*clients)
+        fault = found[kind]
+        print(fault.row(kind), flush=True)
+        for line in [*fault.lost[:6], *fault.changed[:6]]:
+            print("   ", line, flush=True)
+        print("    lost:", collections.Counter(each.partition(":")[0] for each in fault.lost), flush=True)
+        print("    left in ingresses and engines:", await load.left(), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--times", type=int, default=3, help="faults of each kind")
+    parser.add_argument("--seconds", type=float, default=5.0, help="before and after each fault")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--layout", default="tp=1")
+    parser.add_argument(
+        "--faults", nargs="+", default=["none", "kill-rank", "stop-rank", "kill-replica", "stop-replica"]
+    )
+    args = parser.parse_args()
+    settings = {
+        "port": PORT,
+        "model_name": MODEL,
+        "layout": args.layout,
+        "device": "cpu",
+        "dtype": "float32",
+        "num_blocks": 2048,
+        "threads_per_rank": 1,
+        "min_replicas": args.replicas,
+        "max_replicas": args.replicas,
+        "cpus_per_rank": 0.1,
+        "prefix_caching": False,  # usage tells of cached tokens
+        "ingress_replicas": args.ingresses,
+        "step_timeout_s": 10,  # a stopped rank and a stopped replica are found after these times
+        "health_check_timeout_s": 5,
+    }
+    with running_service(read_service_config(settings), report=print) as service:
+        found = asyncio.run(run(service.url, args))
+    print(HEAD)
+    for kind, fault in found.items():
+        print(fault.row(kind))
+
+
+if __name__ == "__main__":
+    main()
