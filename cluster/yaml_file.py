@@ -70,6 +70,11 @@ def _plain(file: YamlFile, node: yaml.Node, setting: SettingPath) -> Any:
         return None if node.tag.endswith(":null") else node.value
     values: dict[str, Any] = {}
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(
+                f"{file.path}:{key.start_mark.line + 1}: this is no name of a setting; if it is a template of another "
+                "tool, fill it in first, and put quotes around text that begins with a bracket"
+            )
         inner = (*setting, str(key.value))
         if re.match(r"-\w", inner[-1]):
             raise ConfigError(

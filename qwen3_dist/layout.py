@@ -40,8 +40,10 @@ class Layout:
         """Reads `tp=2,ep=2` (any order, missing axes are 1). Raises ParallelLayoutError."""
         if isinstance(text, Layout):
             return text
+        if not isinstance(text, str):
+            raise ParallelLayoutError(f"layout must be text such as tp=2,ep=2, not {text!r}")
         sizes: dict[str, int] = {}
-        for part in filter(None, (part.strip() for part in str(text).split(","))):
+        for part in filter(None, (part.strip() for part in text.split(","))):
             match = re.fullmatch(r"(tp|dp|pp|ep)\s*=\s*(\d+)", part)
             if not match or match[1] in sizes:
                 raise ParallelLayoutError(

@@ -68,7 +68,11 @@ def read_settings(
     for name, value in values.items():
         parse = known[name].metadata.get("parse")
         earlier = getattr(base, name) if base is not None else None
-        read[name] = parse(value) if parse else read_value(types[name], value, (*path, name), earlier)
+        try:
+            read[name] = parse(value) if parse else read_value(types[name], value, (*path, name), earlier)
+        except ConfigError as error:
+            error.setting = error.setting or (*path, name)
+            raise
     for name, each in known.items():
         if base is None and name not in read and each.default is MISSING and each.default_factory is MISSING:
             raise ConfigError(f"setting {dotted((*path, name))!r} is required", (*path, name))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
+from serve_app.cli import vllm_names
 from serve_app.cli.parser import Switch
 from serve_app.settings import (
     MODEL_PARTS,
@@ -156,7 +157,7 @@ def given_service(args: argparse.Namespace) -> ServiceSource:
     given = given_settings(args, *MODEL_PARTS, *SERVICE_PARTS)
     if not given["model"]:  # it was left out
         del given["model"]
-    return service_source(args.config, given, os.environ)
+    return service_source(args.config, given, os.environ, vllm_names.instead_of)
 
 
 def report(line: str) -> None:

@@ -81,6 +81,21 @@ def advice(name: str) -> str:
     return _ADVICE.get(name, "")
 
 
+def instead_of(setting: str) -> str:
+    """What a file says in place of vLLM's `setting`, such as tensor_parallel_size; "" for all other names."""
+    name = "--" + setting.replace("_", "-")
+    if name in _AXES:
+        return f"write layout: {_AXES[name]}=N"
+    if name in _EXPERT_PARALLEL:
+        return "write the expert-parallel size into the layout, as in layout: tp=N,ep=N"
+    if name in _RENAMED:
+        return f"write {_setting(_RENAMED[name])}"
+    if name in _SWITCHES:
+        ours, value = _SWITCHES[name]
+        return f"write {_setting(ours)}: {value}"
+    return advice(name)
+
+
 def translate(args: list[str], known: Container[str], note: Callable[[str], None]) -> list[str]:
     """Translates vLLM's options in `args` to ours, if `known` has our option; leaves all others as they are.
 
@@ -125,6 +140,10 @@ def translate(args: list[str], known: Container[str], note: Callable[[str], None
 def names() -> Iterator[str]:
     """All option names of vLLM that are translated or answered with advice."""
     yield from (*_RENAMED, *_SWITCHES, *_AXES, *_EXPERT_PARALLEL, *_ADVICE)
+
+
+def _setting(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def _with_dashes(name: str, known: Container[str]) -> str:

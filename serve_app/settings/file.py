@@ -14,7 +14,7 @@ Several models stand in a list; what stands beside the list holds for all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class ServiceSource:
     file: YamlFile | None
     given: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    instead_of: Callable[[str], str] = lambda name: ""  # advice for a name of vLLM's; "" for every other name
 
     def read(self) -> ServiceConfig:
         """Raises ConfigError, with file and line if the file is to blame."""
@@ -57,7 +58,9 @@ class ServiceSource:
             blamed = error.setting[-1] if error.setting else ""
             if self.file is None or blamed in {**self.environment, **self.given}:
                 raise
-            raise self.file.refusal(error.setting, str(error)) from None
+            advice = self.instead_of(blamed)
+            reason = f"{blamed} is vLLM's name; {advice}" if advice else str(error)
+            raise self.file.refusal(error.setting, reason) from None
 
     def effective(self, config: ServiceConfig) -> Iterator[EffectiveSetting]:
         """All settings of `config`, which was read from here; secrets are not shown."""
@@ -107,16 +110,19 @@ class ServiceSource:
 
 
 def service_source(
-    path: str | Path | None, given: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    path: str | Path | None,
+    given: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    instead_of: Callable[[str], str] = lambda name: "",
 ) -> ServiceSource:
     """The settings of the file at `path`, if one is given, those `given` on the command line, and the keys in the
-    variables of KEY_VARIABLES.
+    variables of KEY_VARIABLES. `instead_of` is advice for a name of vLLM's in the file, "" for every other name.
 
     Raises ConfigError if the file cannot be read.
     """
     variables = environment or {}
     keys = {name: variables[variable] for variable, name in KEY_VARIABLES.items() if variables.get(variable)}
-    return ServiceSource(read_yaml(path) if path else None, given, keys)
+    return ServiceSource(read_yaml(path) if path else None, given, keys, instead_of)
 
 
 def _parts(model: ModelSettings) -> tuple[Any, ...]:

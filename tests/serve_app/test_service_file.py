@@ -77,6 +77,15 @@ def test_every_setting_tells_its_source_and_no_secret(file: Path, capsys: pytest
             "'qwen3-bundled' and 'qwen3/bundled' differ only",
         ),
         ("host: 0.0.0.0", "host: [a]", 1, "host must be text, not ['a']"),
+        ('layout: "tp=2"', 'layout: "tp=2,ep=4"', 5, "ep=4 does not divide dp*tp=2; ep=1, 2 work"),
+        (
+            "max_model_len: 512",
+            "layout: {tp: 2}",
+            3,
+            "layout must be text such as tp=2,ep=2, not {'tp': '2'}",
+        ),
+        ("max_model_len: 512", "lora: [nothing]", 3, "lora"),
+        ("max_model_len: 512", "{{ length }}: 1", 3, "this is no name of a setting; if it is a template"),
     ],
 )
 def test_a_wrong_file_is_refused_with_line_and_reason(
@@ -87,6 +96,27 @@ def test_a_wrong_file_is_refused_with_line_and_reason(
     with pytest.raises(ConfigError) as refused:
         service_source(file, {}).read()
     assert str(refused.value).startswith(f"{file}:{line}: ") and reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "advice"),
+    [
+        ("tensor_parallel_size: 2", "tensor_parallel_size is vLLM's name; write layout: tp=N"),
+        ("data-parallel-size: 2", "data-parallel-size is vLLM's name; write layout: dp=N"),
+        ("enable_expert_parallel: true", "write the expert-parallel size into the layout"),
+        ("served_model_name: a", "served_model_name is vLLM's name; write model_name"),
+        ("enforce_eager: true", "enforce_eager is vLLM's name; write cuda_graphs: false"),
+        ("trust_remote_code: true", "leave it out, since no code of a checkpoint is run"),
+        ("xyzzy: 1", "unknown setting 'xyzzy'; known are "),
+    ],
+)
+def test_vllms_name_of_a_setting_is_answered_with_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, advice: str
+) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text(f"model: bundled\n{setting}\n")
+    line = refusal(capsys, "config", "--config", str(file))
+    assert line.startswith(f"qwen3-dist: {file}:2: ") and advice in line
 
 
 def test_a_wrong_option_is_not_blamed_on_the_file(file: Path) -> None:
