@@ -126,7 +126,8 @@ def test_admins_scale_and_reload_a_model_by_http(deployed: Deployed) -> None:
     wait_for(lambda: len(deployed.engines()) == 1 and not before & deployed.engines(), timeout_s=90)
     after = deployed.engines()
     deployed.change()
-    assert deployed.lines[1] == f"{NAME}--qwen3-bundled: stays as it is" and deployed.engines() == after
+    assert deployed.lines[1] == f"{NAME}--qwen3-bundled: stays as it is"
+    wait_for(lambda: deployed.engines() == after)
 
     assert "color" in error_of(admin("scale", min_replicas=1, color="red"), 400)["message"]
     assert admin("reload", model="other").status_code == 404
