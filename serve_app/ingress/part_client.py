@@ -144,8 +144,10 @@ class _Connection(asyncio.Protocol):
         end_if_dead(self._transport)
 
     def command(self, command: int, stream: int) -> None:
-        """Tells the replica to send a stream's parts, or to hold them."""
-        self._transport.write(COMMAND.pack(command, stream))
+        """Tells the replica to send a stream's parts, or to hold them. Does nothing once the connection is closed, on
+        which uvloop would raise RuntimeError."""
+        if not self._transport.is_closing():
+            self._transport.write(COMMAND.pack(command, stream))
 
     def data_received(self, data: bytes) -> None:
         received = self._received

@@ -175,7 +175,8 @@ class _Connection(asyncio.Protocol):
         frame = pickle.dumps(self._outbox, pickle.HIGHEST_PROTOCOL)
         was_full = not self.is_writable
         self._outbox, self._outbox_bytes = [], 0
-        self._transport.write(LENGTH.pack(len(frame)) + frame)  # may call pause_writing
+        if not self._transport.is_closing():  # uvloop raises RuntimeError then
+            self._transport.write(LENGTH.pack(len(frame)) + frame)  # may call pause_writing
         if was_full:
             self._update_senders()
 

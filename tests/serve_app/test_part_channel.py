@@ -255,3 +255,23 @@ def test_who_sends_no_secret_is_not_kept(run: Run, monkeypatch: pytest.MonkeyPat
                 writer.close()
 
     assert run(test) == b""
+
+
+def test_what_arrived_is_read_after_the_connection_was_lost_also_of_a_held_stream(run: Run) -> None:
+    big = counted(bytes(2 * MAX_UNREAD_BYTES))
+
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                await serve(sender, big)
+                while not receiver._is_held:
+                    await asyncio.sleep(0.001)
+                receiver._connection._transport.abort()
+                while not receiver._is_lost:
+                    await asyncio.sleep(0.001)
+                items = receiver.until(asyncio.Event().wait())
+                assert await anext(items) == big[0]
+                with pytest.raises(EngineDeadError, match="was lost"):
+                    await anext(items)
+
+    run(test)
