@@ -94,7 +94,7 @@ class Load:
                         pause = max(pause, now - max(last, self.fault_s))
                     last = now
                 data += part
-        return read_stream(path, data), pause
+        return without_ids(read_stream(path, data)), pause
 
     async def expect(self) -> None:
         """Asks for each answer once."""

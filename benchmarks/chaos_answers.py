@@ -108,7 +108,9 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
 
 
 def without_ids(value: Any) -> Any:
-    """JSON without what differs between two answers to one request."""
+    """JSON without what differs between two answers to one request; log-probabilities differ in their last digits."""
+    if isinstance(value, float):
+        return round(value, 3)
     if isinstance(value, dict):
         dropped = {"id", "created", "created_at", "completed_at", "system_fingerprint", "call_id", "item_id"}
         return {key: without_ids(item) for key, item in value.items() if key not in dropped}
