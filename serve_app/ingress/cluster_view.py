@@ -6,6 +6,8 @@ import asyncio
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from ray.serve.exceptions import DeploymentUnavailableError
+
 from qwen3_dist import __version__
 from serve_app.apis.shared.answer import Json
 from serve_app.ingress.model_routes import ModelRoute, ModelRoutes
@@ -62,7 +64,10 @@ def _ingress_view(state: IngressState) -> Json:
 
 
 def _lost_view(error: BaseException) -> Json:
-    return {"id": None, "healthy": False, "message": str(error) or type(error).__name__}
+    message = str(error) or type(error).__name__
+    if isinstance(error, DeploymentUnavailableError):  # its text is the deployment's name alone
+        message = "no replica runs; `qwen3-dist status` shows what the next one waits for"
+    return {"id": None, "healthy": False, "message": message}
 
 
 async def _model_view(route: ModelRoute) -> Json:

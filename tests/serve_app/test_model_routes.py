@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from serve_app.ingress.cluster_view import IngressState, cluster_view
 from serve_app.ingress.model_routes import ModelRoute
 from serve_app.settings import ServedModel
+
+
+class Alone:
+    """An ingress without others."""
+
+    async def ask(self, name: str, timeout_s: float) -> list[Any]:
+        return []
+
 
 MODEL = ServedModel("m", "", (), 1, 2, 4, 1.0, 30.0)
 
@@ -18,12 +30,23 @@ class Replicas:
         self.told = told
 
     def broadcast(self, method: str) -> Replicas:
-        assert method == "max_model_len"
+        assert method in ("max_model_len", "describe")
         return self
 
     def results(self, timeout_s: float, return_exceptions: bool) -> list[Any]:
         assert timeout_s > 0 and return_exceptions
         return list(self.told)
+
+
+def test_a_model_without_replicas_is_shown_with_where_to_look() -> None:
+    unused = cast(Any, None)
+    lost = DeploymentUnavailableError(cast(Any, "gone"))
+    health = cast(Any, SimpleNamespace(num_healthy=0, was_healthy=True))
+    route = ModelRoute(MODEL, cast(Any, Replicas(lost)), dispatcher=unused, health=health)
+    view = asyncio.run(cluster_view(cast(Any, [route]), IngressState("i", 0, 4, 1.0), cast(Any, Alone())))
+    [model] = view["models"]
+    assert model["status"] == "unhealthy" and model["replicas_running"] == 0
+    assert model["message"].startswith("no replica runs; `qwen3-dist status`")
 
 
 def test_the_longest_sequence_is_what_every_replica_takes_now() -> None:
