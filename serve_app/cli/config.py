@@ -22,10 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     source = given_service(args)
     config = source.read()
-    from serve_app.launch.model_check import check_model_at_hand
+    from serve_app.launch.model_check import check_each, check_model_at_hand
 
-    for model in config.models:
-        if not check_model_at_hand(model):
+    at_hand = check_each(config.models, check_model_at_hand)
+    for model, checked in zip(config.models, at_hand, strict=True):
+        if not checked:
             report(
                 f"{model.replica.engine.model} was not checked against layout, context and adapters, since its "
                 "config.json is not on this machine; `serve` and `deploy` check it"

@@ -6,12 +6,16 @@ import socket
 import ssl
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import ray_private
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.launch.model_check import check_model
 from serve_app.settings import EndpointSettings, ModelSettings, ServiceConfig
 from serve_app.settings.keys import read_keys
+
+_ANSWER_S = 30.0
 
 
 def check_model_in_cluster(model: ModelSettings) -> None:
@@ -31,6 +35,35 @@ def _refusal(model: ModelSettings) -> QwenDistError | None:
     except QwenDistError as error:
         return error
     return None
+
+
+def check_keys_in_cluster(config: ServiceConfig) -> None:
+    """Raises ConfigError if no node of the connected Ray cluster can use the keys file: an ingress that cannot read it
+    ends, and with it a service that runs. Which nodes get an ingress, Ray Serve alone decides."""
+    if not config.ingress.keys_file:
+        return
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    asked = [
+        ray.remote(_keys_refusal)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(config.ingress.keys_file)
+        for node in nodes
+    ]
+    done, late = ray.wait(asked, num_returns=len(asked), timeout=_ANSWER_S)
+    try:
+        reasons = ray.get(done)
+    except RayError:  # a node left meanwhile
+        return
+    if all(reasons) and not late:
+        raise ConfigError(f"no node can use the keys_file: {reasons[0]}")
+
+
+def _keys_refusal(path: str) -> str:
+    try:
+        read_keys(path)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def check_port(endpoint: EndpointSettings) -> None:

@@ -12,8 +12,9 @@ from ray.serve.schema import ApplicationStatus
 from cluster import ray_private
 from qwen3_dist.errors import ResourceError
 from serve_app.deployed import apply_configs, deployed_configs
-from serve_app.launch.checks import check_model_in_cluster
+from serve_app.launch.checks import check_keys_in_cluster, check_model_in_cluster
 from serve_app.launch.foreground import start_serve
+from serve_app.launch.model_check import check_each
 from serve_app.launch.schema import serve_schema
 from serve_app.launch.serve_instance import (
     find_application,
@@ -45,16 +46,16 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     """Deploys `config`, or changes the service of its name to it; returns its URL, once it answers if `wait`.
 
     Replicas of a model restart only if the settings they are built with changed; they take changed limits, keys and
-    scaling as they run. Other applications of the cluster's Serve stay as they are. Raises a QwenDistError if a model
-    or the cluster's Serve does not fit, or with the root cause if the service cannot start.
+    scaling as they run. Other applications of the cluster's Serve stay as they are. Raises a QwenDistError if a model,
+    the keys file or the cluster's Serve does not fit, or with the root cause if the service cannot start.
     """
     check_extra(config.telemetry.traces_url)
     instance = running_serve()
     if instance is not None:
         require_address(config, instance)
         require_route(config, instance)
-    for model in config.models:
-        check_model_in_cluster(model)
+    check_each(config.models, check_model_in_cluster)
+    check_keys_in_cluster(config)
     if instance is None:
         start_serve(config.endpoint)
     deployed, failed = deployed_configs(), failed_applications()

@@ -18,8 +18,8 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.worker.cards import local_device
 from serve_app.app import QUIET_LOGGING, applications
 from serve_app.ingress import proxy
-from serve_app.launch.checks import check_files, check_model_in_cluster, check_port
-from serve_app.launch.model_check import check_model
+from serve_app.launch.checks import check_files, check_keys_in_cluster, check_model_in_cluster, check_port
+from serve_app.launch.model_check import check_each, check_model
 from serve_app.launch.serve_instance import (
     RunningApplication,
     ask_replicas,
@@ -81,8 +81,8 @@ def running_service(
     """
     check_extra(config.telemetry.traces_url)
     if ray_address is None:
+        check_each(config.models, check_model)
         for model in config.models:
-            check_model(model)
             local_device(model.replica.engine.device)  # the local Ray has no other GPUs
         check_port(config.endpoint)
         check_files(config)
@@ -96,8 +96,8 @@ def running_service(
         if existing is not None:
             check_no_conflict(config, existing)
         if ray_address is not None:
-            for model in config.models:
-                check_model_in_cluster(model)
+            check_each(config.models, check_model_in_cluster)
+            check_keys_in_cluster(config)
         try:
             targets = applications(config)
             for model in config.models:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.request_checks import check_context
+from qwen3_dist.errors import QwenDistError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.lora_loader import open_adapters
 from qwen3_dist.weights.source import config_at_hand, resolve_config
 from serve_app.settings import ModelSettings
+
+T = TypeVar("T")
+
+
+def check_each(models: Sequence[ModelSettings], check: Callable[[ModelSettings], T]) -> list[T]:
+    """What `check` returns for each of a service's models. Its refusals begin with the model's name if there are
+    several."""
+    found = []
+    for model in models:
+        try:
+            found.append(check(model))
+        except QwenDistError as error:
+            if len(models) > 1:
+                error.args = (f"{model.name}: {error}",)
+            raise
+    return found
 
 
 def check_model(model: ModelSettings) -> None:

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from cluster.ray_private import deployment_handle
-from qwen3_dist.errors import QwenDistError, ResourceError
+from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import REPLICA, ServiceConfig, read_service_config
 from tests.serve_app.command_line import qwen3_dist
@@ -60,6 +60,11 @@ class Deployed:
                 lines.append(answer.iter_lines())
                 next(lines[-1])
             return self.ask().status_code == 429
+
+    def longest(self) -> int:
+        """What /v1/models tells of the only model."""
+        [model] = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
+        return int(model["max_model_len"])
 
     def engines(self, key: str = "") -> set[int]:
         """The processes of all ranks, by which a reload shows."""
@@ -174,15 +179,31 @@ def test_an_ingress_may_hear_of_a_model_before_serve_does(deployed: Deployed) ->
 
 def test_a_changed_engine_is_loaded_again_and_the_command_says_why(deployed: Deployed) -> None:
     engines = deployed.engines()
-    deployed.change(num_blocks=64)
-    reloaded = f"{NAME}--qwen3-bundled: loads its model again, for a changed num_blocks"
+    assert deployed.longest() == 2048
+    deployed.change(num_blocks=64, max_model_len=512)
+    reloaded = f"{NAME}--qwen3-bundled: loads its model again, for a changed max_model_len, num_blocks"
     assert reloaded in deployed.lines
+    assert deployed.longest() == 512
     assert not engines & deployed.engines()
 
 
-def test_a_gateway_that_failed_is_deployed_again_though_no_setting_changed(
+def test_a_keys_file_that_no_node_can_use_is_refused_and_the_service_goes_on(
     deployed: Deployed, tmp_path: Path
 ) -> None:
+    deployed.change()
+    keys = tmp_path / "keys.yaml"
+    with pytest.raises(ConfigError, match="no node can use the keys_file: .*keys.yaml cannot be read"):
+        deployed.change(keys_file=str(keys))
+    keys.write_text("keys:\n  - {name: a, kee: good}\n")
+    with pytest.raises(ConfigError, match="keys.yaml:2: unknown setting 'keys.0.kee'"):
+        deployed.change(keys_file=str(keys))
+    assert deployed.lines == [] and deployed.ask().is_success
+
+
+def test_a_gateway_that_failed_is_deployed_again_though_no_setting_changed(
+    deployed: Deployed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.launch.deploy.check_keys_in_cluster", lambda config: None)
     deployed.change()
     engines = deployed.engines()
     keys = tmp_path / "keys.yaml"

@@ -191,6 +191,15 @@ def test_config_refuses_what_serve_refuses_of_a_model(
     assert words in line and line == refusal(capsys, "serve", model, *options)
 
 
+def test_of_several_models_the_one_that_does_not_fit_is_named(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(FILE + "    layout: tp=3\n")
+    line = refusal(capsys, "config", "--config", str(file))
+    assert line.startswith("qwen3-dist: second: n_heads=8 is not divisible by tp=3")
+    assert line == refusal(capsys, "serve", "--config", str(file))
+
+
 def test_config_says_which_models_it_could_not_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
