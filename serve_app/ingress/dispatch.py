@@ -42,8 +42,9 @@ class _Progress:
     """How far a request got, over all replicas that ran it.
 
     `runs` while a replica has it; `lost_s` is when the last one was lost, until another has it, by the event loop's
-    clock. `deaths` counts the replicas that were lost while they ran it. `accepted`, `begun` and `ended` tell what the
-    client has seen: the status of a stream, a part of the answer, the last part.
+    clock. `deaths` counts the last replicas in a row that may have died of it: of those that were lost while they ran
+    it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended` tell what the client
+    has seen: the status of a stream, a part of the answer, the last part.
     """
 
     resume: Resume = field(default_factory=Resume)
@@ -51,6 +52,7 @@ class _Progress:
     runs: bool = False
     lost_s: float | None = None
     deaths: int = 0
+    progressed: bool = False
     accepted: bool = False
     begun: bool = False
     ended: bool = False
@@ -132,8 +134,8 @@ class Dispatcher:
         now = asyncio.get_running_loop().time()
         progress.lost_s = progress.lost_s or now
         if progress.runs:
-            progress.runs = False
-            progress.deaths += 1
+            progress.deaths = 1 if progress.progressed else progress.deaths + 1
+            progress.runs = progress.progressed = False
             logger.warning("request %s lost its replica and waits for another", request_id)
         if progress.deaths > _MAX_DEATHS:
             logger.error(
@@ -178,6 +180,7 @@ class Dispatcher:
                         progress.charged = max(item.tokens, progress.charged)
                         progress.resume.model = progress.resume.model or item.model
                         progress.resume.add(item.sent)
+                        progress.progressed = progress.progressed or bool(item.sent)
                         on_count(item)
                         item = item.item
                     if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:

@@ -187,7 +187,12 @@ def test_a_request_that_two_replicas_were_lost_with_is_not_tried_again(
     assert any("id ran on 2 replicas" in record.getMessage() for record in caplog.records)
 
 
-def test_so_is_one_that_is_not_streamed() -> None:
+def test_a_stream_that_got_further_on_each_replica_is_tried_on_the_next() -> None:
+    replicas = Replicas(*[[ACCEPTED, part(b"%d" % n, n, n), DEAD] for n in range(1, 6)], [ACCEPTED, b"end"])
+    assert replicas.got() == [ACCEPTED, b"1", b"2", b"3", b"4", b"5", b"end"]
+
+
+def test_a_whole_answer_that_two_replicas_were_lost_with_is_not_tried_again() -> None:
     replicas = Replicas([RUNNING, DEAD], [DEAD], [RUNNING, DEAD], [RUNNING, (200, b"whole")])
     with pytest.raises(RequestError, match="not tried again"):
         replicas.got()
