@@ -1,11 +1,10 @@
-"""Changes of a running service that admins ask for: how many replicas a model has, and new replicas of it.
+"""Changes of a running service that admins ask for: how many replicas a model has.
 
-They change what was deployed, so they last until the next `deploy`, which brings back what its file says.
+It changes what was deployed, so it lasts until the next `deploy`, which brings back what its file says.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -15,15 +14,8 @@ from serve_app.apis.shared.body import Body, Json, Range, about, read_body
 from serve_app.deployed import Config, apply_configs, deployed_configs
 from serve_app.settings import INGRESS, REPLICA
 
-RELOADS = "QWEN3_DIST_RELOADED_AT"  # environment of replicas, by which Serve sees that it must start new ones
 _Model = Annotated[str, about("Name of the served model; optional if there is one.")]
 _Replicas = Annotated[int, Range(1, 10_000)]
-
-
-class ReloadBody(Body):
-    """A body of /v1/cluster/reload."""
-
-    model: _Model = ""
 
 
 class ScaleBody(Body):
@@ -57,11 +49,6 @@ def parse_scale(body: bytes) -> Scale:
     return Scale(read.model, read.min_replicas, most)
 
 
-def parse_reload(body: bytes) -> str:
-    """The name of the model, or "". Raises RequestError."""
-    return read_body(ReloadBody, body).model
-
-
 def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
     """Gives the model `name`, whose replicas are in `application`, other numbers of replicas. Blocks for Serve's
     controller. Raises RequestError."""
@@ -73,16 +60,6 @@ def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
             model |= numbers
     apply_configs(configs.values())
     return {"object": "cluster.scale", "model": name, **numbers}
-
-
-def reload(gateway: str, application: str, name: str) -> Json:
-    """Has Serve start new replicas of the model `name` in `application`, and end those before. Blocks for Serve's
-    controller. Raises RequestError."""
-    configs = _configs(gateway, application)
-    environment = configs[application].setdefault("runtime_env", {}).setdefault("env_vars", {})
-    environment[RELOADS] = f"{time.time():.3f}"
-    apply_configs(configs.values())
-    return {"object": "cluster.reload", "model": name}
 
 
 def _configs(*applications: str) -> dict[str, Config]:

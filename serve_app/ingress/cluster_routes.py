@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: FastAPI evaluates the annotations of the routes.
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request, Response
@@ -15,7 +14,7 @@ from serve_app.apis.models import Model, Models
 from serve_app.apis.openapi import route
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.api import api
-from serve_app.ingress.changes import ReloadBody, ScaleBody, parse_reload, parse_scale, reload, scale
+from serve_app.ingress.changes import ScaleBody, parse_scale, scale
 from serve_app.ingress.cluster_view import IngressState, cluster_view
 from serve_app.ingress.draining import Draining
 from serve_app.ingress.http import is_anthropic, json_response, read_body
@@ -127,21 +126,10 @@ class ClusterRoutes:
     @api.post("/v1/cluster/scale", **route("Changes the numbers of replicas of a model", ScaleBody))
     async def scale(self, request: Request) -> Response:
         """Until the next `deploy`, which brings back the numbers of its file."""
-        to = parse_scale(await self._read(request))
-        return json_response(await self._change(to.model, scale, to))
-
-    @api.post("/v1/cluster/reload", **route("Replaces the replicas of a model by new ones", ReloadBody))
-    async def reload(self, request: Request) -> Response:
-        """Each new replica reads the checkpoint. Requests go on at other replicas, or wait for the new ones."""
-        return json_response(await self._change(parse_reload(await self._read(request)), reload))
-
-    async def _read(self, request: Request) -> bytes:
-        return await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S)
-
-    async def _change(self, model: str, change: Callable[..., Any], *arguments: Any) -> Any:
-        served = self._routes.find(model).model
+        to = parse_scale(await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S))
+        served = self._routes.find(to.model).model
         gateway = serve.get_replica_context().app_name
-        return await asyncio.to_thread(change, gateway, served.application, served.name, *arguments)
+        return json_response(await asyncio.to_thread(scale, gateway, served.application, served.name, to))
 
     async def _ask_all(self, method: str) -> list[Any]:
         """What the replicas of all models answer. Raises EngineDeadError if one is lost."""

@@ -63,7 +63,6 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     for model, app in zip(config.models, schema["applications"][1:], strict=True):
         before = deployed.get(app["name"], {})
         app["args"] |= _shares_of_cores(config, model, app["args"], before.get("args", {}))
-        app["runtime_env"] = before.get("runtime_env", {})  # has the time of the last reload
     changed = changes(schema, deployed, config.endpoint.name, failed)
     for change in changed:
         report(describe(change))

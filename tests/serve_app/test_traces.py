@@ -19,12 +19,12 @@ from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.ingress.access_log import access_record
 from serve_app.ingress.http import make_api
-from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import TelemetrySettings
 from serve_app.telemetry import traces
 from serve_app.telemetry.summary import RequestSummary
 from tests.serve_app.collector import Collector, running_collector
+from tests.serve_app.resuming import Parts, Replica
 
 memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -54,18 +54,25 @@ def engine() -> Iterator[AsyncEngine]:
 
 
 def answer(engine: AsyncEngine, request: Any, most: int | None = None) -> None:
-    """Has a replica answer `request`, of which the client takes `most` items."""
-    replica = EngineReplica.__new__(EngineReplica)
-    replica._handler = RequestHandler(engine, "m", {})
+    """Has a replica answer `request`. The client of a stream leaves after `most` parts."""
+    replica = Replica.__new__(Replica)
+    replica._engine, replica._handler = engine, RequestHandler(engine, "m", {})
     replica._num_answering, replica._name = 0, "r1"
+    parts: list[Any] = []
+    replica._parts = Parts(parts)  # type: ignore[assignment]
 
     async def take() -> None:
         items = replica.answer(request, "id-1", {"traceparent": TRACEPARENT})
-        taken = 0
-        async for _ in items:
-            taken += 1
-            if taken == most:
-                break
+
+        async def read() -> None:
+            async for _ in items:
+                pass
+
+        reading = asyncio.create_task(read())
+        while not reading.done() and (most is None or len(parts) < most):
+            await asyncio.sleep(0.001)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
         await items.aclose()
 
     asyncio.run(take())
