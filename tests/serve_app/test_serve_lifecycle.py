@@ -118,18 +118,18 @@ def test_the_death_of_a_rank_costs_no_request_and_changes_no_text(
 
     wait_for(healthy)
     expected = ask()
-    whole = httpx.post(f"{url}/v1/completions", json=long_request(model), timeout=120).json()["choices"][0][
-        "text"
-    ]
+    whole = httpx.post(
+        f"{url}/v1/completions", json=long_request(model, max_tokens=1500), timeout=120
+    ).json()["choices"][0]["text"]
     waiting: list[httpx.Response] = []
     unary = threading.Thread(
         target=lambda: waiting.append(
-            httpx.post(f"{url}/v1/completions", json=long_request(model), timeout=120)
+            httpx.post(f"{url}/v1/completions", json=long_request(model, max_tokens=1500), timeout=120)
         )
     )
     unary.start()
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json=long_request(model, stream=True), timeout=120
+        "POST", f"{url}/v1/completions", json=long_request(model, max_tokens=1500, stream=True), timeout=120
     ) as stream:
         lines = (line for line in stream.iter_lines() if line)
         first = next(lines)
