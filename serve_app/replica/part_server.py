@@ -21,7 +21,7 @@ _MAX_OUTBOX_BYTES = 2**18  # made in one turn of the event loop
 
 
 class PartServer:
-    """Listens on a free port of `host` for the ingresses, from the first `open` on."""
+    """Listens on a free port of `host` for the ingresses, from `start` on."""
 
     def __init__(self, host: str) -> None:
         self._host = host

@@ -15,6 +15,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.messages.request import parse_messages
+from serve_app.apis.requests import AnyRequest
 from serve_app.apis.responses.request import parse_responses
 from serve_app.apis.shared.answer import Counted, Identity
 from serve_app.apis.shared.generation import GenerationRequest
@@ -106,7 +107,7 @@ class Parts:
         self._items.append(part)
 
 
-def answered(replica: EngineReplica, request: GenerationRequest, resume: Resume | None) -> list[Any]:
+def answered(replica: EngineReplica, request: AnyRequest, resume: Resume | None = None) -> list[Any]:
     """The items and parts that a replica gives to the ingress."""
 
     async def collect() -> list[Any]:

@@ -23,13 +23,12 @@ from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.shared.answer import RUNNING
 from serve_app.apis.shared.resume import Resume
-from serve_app.part_frames import PartsSent
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.settings import TelemetrySettings
 from serve_app.telemetry.logs import configure_logs
-from tests.serve_app.resuming import Parts, Replica
+from tests.serve_app.resuming import Replica, answered
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -76,18 +75,6 @@ def replica_with(handler: Any, engine: Any = None) -> EngineReplica:
     replica._num_answering = 0
     replica._name = "r1"
     return replica
-
-
-def answered(replica: EngineReplica, request: Any) -> list[Any]:
-    async def collect() -> list[Any]:
-        items: list[Any] = []
-        replica._parts = Parts(items)  # type: ignore[assignment]
-        async for item in replica.answer(request, "request-7"):
-            if not isinstance(item, str | PartsSent):
-                items.append(item)
-        return items
-
-    return asyncio.run(collect())
 
 
 @pytest.mark.parametrize("stream", [False, True])
