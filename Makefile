@@ -59,23 +59,24 @@ check: $(READY)  ## format, lint, types, spelling, documentation, import directi
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/zensical build
-	$(BIN)/pytest -q tests/test_imports.py tests/test_docs.py
+	$(BIN)/pytest -q $(CHECKS)
 
-# Three lanes of about one length run at once on two cores: tests that wait for Ray most of the time, and so leave the
-# cores to the others; kernels and ranks; `check` and all others. Ray starts in the first alone, one at a time.
-RAY_TESTS := tests/cluster $(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
-RANK_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py gpu_steps.py \
-	gpu_compiles.py gpu_moves.py gpu_check.py gpu_path.py model_parity.py communicators.py \
-	sampling_state.py expert_placement.py)
+# Two lanes run at once. Tests that start Ray, or ask a service, wait most of the time and are one lane, since one Ray at a
+# time is enough for two cores. `check` and all other tests are the second. `tests/test_lanes.py` fails if a file is in
+# no lane or in both, or starts Ray in the second.
+RAY_TESTS := $(addprefix tests/cluster/test_,nodes.py ray_cluster.py) \
+	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
+SERVICE_TESTS := $(sort $(wildcard tests/serve_app/test_serve_*.py) \
+	$(addprefix tests/serve_app/test_,cli.py bench_serve.py recorded_clients.py prometheus.py))
+CHECKS := tests/test_imports.py tests/test_docs.py tests/test_lanes.py
+OF_OTHER_VERBS := tests/soak tests/clients tests/page
+OTHER_TESTS := tests $(addprefix --ignore=,$(RAY_TESTS) $(SERVICE_TESTS) $(CHECKS) $(OF_OTHER_VERBS))
 LANE := pytest -q --durations 12
 
 test: $(READY)  ## everything CI runs
-	{ $(MAKE) check && nice $(BIN)/$(LANE) tests/qwen3_dist \
-		$(addprefix --ignore=,$(RAY_TESTS) $(RANK_TESTS)); } > .venv/others.log 2>&1 & others=$$!; \
-	nice $(BIN)/$(LANE) $(RANK_TESTS) > .venv/ranks.log 2>&1 & ranks=$$!; \
-	$(BIN)/$(LANE) tests/serve_app; serve=$$?; $(BIN)/$(LANE) $(RAY_TESTS); ray=$$?; \
-	wait $$ranks; ranks=$$?; wait $$others; others=$$?; cat .venv/ranks.log .venv/others.log; \
-	exit $$((serve + ray + ranks + others))
+	{ $(MAKE) check && nice $(BIN)/$(LANE) $(OTHER_TESTS); } > .venv/others.log 2>&1 & others=$$!; \
+	$(BIN)/$(LANE) $(SERVICE_TESTS); service=$$?; $(BIN)/$(LANE) $(RAY_TESTS); ray=$$?; \
+	wait $$others; others=$$?; cat .venv/others.log; exit $$((service + ray + others))
 
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak

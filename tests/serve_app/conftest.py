@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -18,6 +19,7 @@ from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port
 
 ADAPTER = "sailor"
+METRICS_PERIOD_S = 1  # in which Ray's processes send their metrics to its agent, by default each 10 s
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,10 @@ def service_config(tmp_path_factory: pytest.TempPathFactory) -> ServiceConfig:
 
 @pytest.fixture(scope="session")
 def url(service_config: ServiceConfig) -> Iterator[str]:
-    with running_service(service_config) as service:
+    with contextlib.ExitStack() as running:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("RAY_metrics_report_interval_ms", str(1000 * METRICS_PERIOD_S))
+            service = running.enter_context(running_service(service_config))
         yield service.url
 
 

@@ -16,7 +16,7 @@ import ray
 
 from serve_app.settings import REPLICA, ServiceConfig
 from tests.processes import processes_running
-from tests.serve_app.conftest import ADAPTER
+from tests.serve_app.conftest import ADAPTER, METRICS_PERIOD_S
 from tests.serve_app.consumers import GATEWAY, KUBERAY, names_in, ray_dashboard, ttft_policy
 from tests.serve_app.support import wait_for
 from tests.serve_app.test_metrics import samples, total
@@ -189,7 +189,7 @@ def test_ray_has_every_series_that_its_dashboard_and_its_policy_query(
         now = agent_page()
         return None if wanted - {name for name, _ in samples(now)} else now
 
-    now = wait_for(told, 60)
+    now = wait_for(told, pause_s=METRICS_PERIOD_S)
     for name in sorted(name for name in wanted if name.startswith("ray_vllm")):
         labels = [dict(pairs) for (sample, pairs) in samples(now) if sample == name]
         assert all({"model_name", "WorkerId", "engine", "replica"} <= set(each) for each in labels), name
@@ -204,7 +204,10 @@ def test_ray_has_every_series_that_its_dashboard_and_its_policy_query(
     assert workers & serving
     # Counters arrive in full, a moment later.
     name = "generation_tokens_total"
-    wait_for(lambda: total(agent_page(), f"ray_vllm_{name}") >= total(page(), f"vllm:{name}"))
+    wait_for(
+        lambda: total(agent_page(), f"ray_vllm_{name}") >= total(page(), f"vllm:{name}"),
+        pause_s=METRICS_PERIOD_S,
+    )
 
 
 def test_a_replica_that_hangs_is_left_out_and_the_page_comes_all_the_same(

@@ -1,0 +1,59 @@
+"""Every test file runs in exactly one lane of `make test`, and Ray starts in the first alone."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/**/test_*.py"))
+# What starts Ray, and the fixtures of the service that `tests/serve_app/conftest.py` starts.
+NEEDS_RAY = re.compile(
+    r"ray\.init\(|initialize_head|executor=\"ray\"|ray\.serve\.scripts|\"deploy\", \*where"
+    r"|\b(url: str|http: httpx\.Client|client: openai\.OpenAI|service_config: ServiceConfig)\b"
+)
+
+
+@functools.cache
+def words(variable: str) -> list[str]:
+    """What a variable of the Makefile holds."""
+    command = ["make", "--no-print-directory", f"--eval=show: ; @echo $({variable})", "show"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+def is_named(file: str, *variables: str) -> bool:
+    """Whether a variable names the file or its folder."""
+    places = [place for variable in variables for place in words(variable)]
+    return any(file == place or file.startswith(f"{place}/") for place in places)
+
+
+def is_in_first_lane(file: str) -> bool:
+    return is_named(file, "SERVICE_TESTS", "RAY_TESTS")
+
+
+def is_in_second_lane(file: str) -> bool:
+    ignored = [word.removeprefix("--ignore=") for word in words("OTHER_TESTS")]
+    return is_named(file, "OTHER_TESTS") and not any(
+        file == place or file.startswith(f"{place}/") for place in ignored if place != "tests"
+    )
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_file_runs_once(file: str) -> None:
+    runs = [is_in_first_lane(file), is_in_second_lane(file)]
+    assert sum([*runs, is_named(file, "CHECKS"), is_named(file, "OF_OTHER_VERBS")]) == 1, runs
+
+
+@pytest.mark.parametrize("variable", ["RAY_TESTS", "SERVICE_TESTS", "CHECKS", "OF_OTHER_VERBS"])
+def test_the_makefile_names_files_that_there_are(variable: str) -> None:
+    assert words(variable) and all((ROOT / place).exists() for place in words(variable))
+
+
+def test_ray_starts_in_the_first_lane_alone() -> None:
+    starting = [file for file in FILES if NEEDS_RAY.search((ROOT / file).read_text())]
+    assert len(starting) > 20
+    assert [file for file in starting if is_in_second_lane(file)] == []
