@@ -61,20 +61,22 @@ check: $(READY)  ## format, lint, types, spelling, documentation, import directi
 	$(BIN)/zensical build
 	$(BIN)/pytest -q $(CHECKS)
 
-# Two lanes run at once. Tests that start Ray, or ask a service, wait most of the time and are one lane, since one Ray at a
-# time is enough for two cores. `check` and all other tests are the second. `tests/test_lanes.py` fails if a file is in
-# no lane or in both, or starts Ray in the second.
+# Two lanes run at once. What starts Ray, or asks a service, waits most of the time and is one lane: one Ray at a time is
+# enough for two cores. `check` and all other tests are the second, in two runs because some files of two folders have
+# the same name. `tests/test_lanes.py` fails if a file runs never or twice, or starts Ray in the second lane.
 RAY_TESTS := $(addprefix tests/cluster/test_,nodes.py ray_cluster.py) \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 SERVICE_TESTS := $(sort $(wildcard tests/serve_app/test_serve_*.py) \
 	$(addprefix tests/serve_app/test_,cli.py bench_serve.py recorded_clients.py prometheus.py))
 CHECKS := tests/test_imports.py tests/test_docs.py tests/test_lanes.py
 OF_OTHER_VERBS := tests/soak tests/clients tests/page
-OTHER_TESTS := tests $(addprefix --ignore=,$(RAY_TESTS) $(SERVICE_TESTS) $(CHECKS) $(OF_OTHER_VERBS))
+SERVE_APP_TESTS := tests/serve_app $(addprefix --ignore=,$(SERVICE_TESTS))
+OTHER_TESTS := tests $(addprefix --ignore=,tests/serve_app $(RAY_TESTS) $(CHECKS) $(OF_OTHER_VERBS))
 LANE := pytest -q --durations 12
 
 test: $(READY)  ## everything CI runs
-	{ $(MAKE) check && nice $(BIN)/$(LANE) $(OTHER_TESTS); } > .venv/others.log 2>&1 & others=$$!; \
+	{ $(MAKE) check && nice $(BIN)/$(LANE) $(OTHER_TESTS); rest=$$?; nice $(BIN)/$(LANE) $(SERVE_APP_TESTS) && \
+		exit $$rest; } > .venv/others.log 2>&1 & others=$$!; \
 	$(BIN)/$(LANE) $(SERVICE_TESTS); service=$$?; $(BIN)/$(LANE) $(RAY_TESTS); ray=$$?; \
 	wait $$others; others=$$?; cat .venv/others.log; exit $$((service + ray + others))
 

@@ -64,16 +64,17 @@ class _Rank:
 
 
 @functools.cache
-def _nursery() -> Nursery:
+def kept_nursery() -> Nursery:
+    """The process that forks ranks for all tests: it imports torch once, for seconds of CPU time."""
     return Nursery()
 
 
 @atexit.register
 def end_nursery() -> None:
-    """Ends the process that forks ranks; the next `run_ranks` makes another."""
-    if _nursery.cache_info().currsize:
-        _nursery().close()
-        _nursery.cache_clear()
+    """Ends the process that forks ranks; the next test that needs one makes another."""
+    if kept_nursery.cache_info().currsize:
+        kept_nursery().close()
+        kept_nursery.cache_clear()
 
 
 def run_ranks(
@@ -101,14 +102,14 @@ def run_ranks(
             )
             for rank in range(world)
         ]
-        pids = _nursery().launch(_main, ranks)
+        pids = kept_nursery().launch(_main, ranks)
         try:
             deadline = time.monotonic() + timeout_s
-            while None in (codes := _nursery().exit_codes(pids)):
+            while None in (codes := kept_nursery().exit_codes(pids)):
                 assert time.monotonic() < deadline, f"ranks still run after {timeout_s:g} s: {codes}"
                 time.sleep(0.02)
         finally:
-            _nursery().end(pids)
+            kept_nursery().end(pids)
         failures = [
             Path(rank.complaints).read_text() or f"rank {rank.rank} ended with code {code}"
             for rank, code in zip(ranks, codes, strict=True)

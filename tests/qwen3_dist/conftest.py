@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_dist.launch.processes import shared_nursery
+from qwen3_dist.launch import processes
 from tests.checkpoints import write_checkpoint
 from tests.forks import Forks
+from tests.ranks import kept_nursery
 
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[None]:
-    with shared_nursery():
+    """Engines of the module start their ranks from the process that `run_ranks` uses too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_shared", kept_nursery())
         yield
 
 

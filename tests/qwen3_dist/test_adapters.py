@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError, ConfigError, RequestError
-from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.model.lora import LowRank
 from qwen3_dist.ops.adapter_rows import AdapterRows
@@ -36,6 +34,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "dense": {"moe": False, "intermediate_size": 99},
     "moe": {"moe": True, "mlp_only_layers": [1], "intermediate_size": 99},
 }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,6 @@ class Family:
     base: Path
     lora: dict[str, str]
     merged: dict[str | None, list[RequestOutput]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 import transformers
 
 from qwen3_dist import LLM, ModelConfig, SamplingParams
-from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.layout import valid_layouts
 from qwen3_dist.model.reference import load_reference
 from qwen3_dist.text.chat_template import ChatTemplate
@@ -30,6 +28,7 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def bundled_tokenizer() -> Tokenizer:
@@ -51,12 +50,6 @@ PROMPTS = [
     prompt("What is the weather in Paris?", thinking=False, tools=[WEATHER]),
     prompt("Tell me a story about a fox.", thinking=False),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
 
 
 @pytest.fixture(scope="module")

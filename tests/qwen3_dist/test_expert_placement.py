@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,12 @@ from hypothesis import strategies as st
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.expert_placement import ExpertPlacement
-from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.model.reference import ReferenceModel, load_reference
 from tests.checkpoints import write_checkpoint
 
 PROMPTS = [list(range(3, 40)), [7, 1, 150, 198, 0], [42], list(range(100, 120))]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def test_uneven_experts_are_placed_in_runs_that_differ_by_one() -> None:
@@ -73,12 +72,6 @@ def test_every_expert_is_placed_and_no_rank_has_one_twice(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("moe"), moe=True, mlp_only_layers=[1], num_experts=10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
 
 
 def routed(reference: ReferenceModel, sequences: list[list[int]]) -> dict[int, list[int]]:

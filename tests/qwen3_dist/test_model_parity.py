@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.layout import valid_layouts
 from qwen3_dist.model.reference import load_reference
 from tests.checkpoints import DENSE, MOE, write_checkpoint
@@ -31,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [list(range(3, 40)), [7, 1, 150, 198, 0], [42], list(range(100, 120))]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=3)
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,12 +84,6 @@ def answers_of_reference(checkpoint: Path) -> list[tuple[list[int], Tensor]]:
         logits = reference(torch.tensor(prompt + token_ids))[len(prompt) - 1 : -1]
         answers.append((token_ids, logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]))
     return answers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
 
 
 def layouts(kind: str, *worlds: int) -> list[str]:

@@ -14,7 +14,6 @@ from jsonschema import Draft202012Validator
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.errors import RequestError
-from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.sampling_params import StructuredOutputs
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import resolve_model
@@ -38,12 +37,7 @@ TIGHT: dict[str, Any] = {
     "use_tqdm": False,
 }
 ASK = [{"role": "user", "content": "What is 47 + 38?"}]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery() -> Iterator[None]:
-    with shared_nursery():
-        yield
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.fixture(scope="module", params=["tp=1", "tp=2,ep=2", "dp=2,ep=2"])

@@ -45,6 +45,7 @@ CASES = {
     ),
     "scored names": SamplingParams(**DRAWN, logprob_token_ids=(4, 9)),
 }
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def started(**settings: Any) -> AsyncEngine:

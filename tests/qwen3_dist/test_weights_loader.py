@@ -25,6 +25,7 @@ from tests.ranks import ROOT
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 PROMPT = [3, 1, 150, 42, 7, 7, 9]
 Tensors = dict[str, torch.Tensor]
+pytestmark = pytest.mark.usefixtures("nursery")
 
 
 def load(path: Path) -> Qwen3Model:
