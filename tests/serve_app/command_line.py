@@ -11,7 +11,7 @@ import pytest
 from serve_app.cli import main
 
 ENGINE = ("--device", "cpu", "--dtype", "float32", "--num-blocks", "256")
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 def qwen3_dist(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -40,7 +40,7 @@ def free_port() -> int:
             return port
 
 
-def wait_for(what: Callable[[], Any], timeout_s: float = 60.0, pause_s: float = 0.05) -> Any:
+def wait_for(what: Callable[[], Any], timeout_s: float = 120.0, pause_s: float = 0.05) -> Any:
     """The first true value of `what()`; fails after a generous time that only a fault exceeds."""
     deadline = time.monotonic() + timeout_s
     while not (value := what()):

@@ -39,7 +39,7 @@ def test_the_cluster_shows_models_replicas_ranks_and_load(http: httpx.Client, mo
 def test_a_rank_that_hangs_is_unhealthy_as_soon_as_its_step_is_late_and_healthy_once_it_goes_on(
     http: httpx.Client, model: str
 ) -> None:
-    wait_for(lambda: len(http.get("/v1/cluster").json()["models"][0]["replicas"]) == 1, timeout_s=90)
+    wait_for(lambda: len(http.get("/v1/cluster").json()["models"][0]["replicas"]) == 1)
     [replica] = http.get("/v1/cluster").json()["models"][0]["replicas"]
     body = {"model": model, "prompt": "hi", "max_tokens": 400, "ignore_eos": True}
     assert http.post("/v1/completions", json=body).is_success  # from which the engine knows its steps

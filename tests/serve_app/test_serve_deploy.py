@@ -120,10 +120,10 @@ def test_admins_scale_a_model_by_http(deployed: Deployed) -> None:
         "min_replicas": 2,
         "max_replicas": 2,
     }
-    wait_for(lambda: len(deployed.engines()) == 2, timeout_s=90)
+    wait_for(lambda: len(deployed.engines()) == 2)
     assert engines < deployed.engines()
     assert admin("scale", min_replicas=1).is_success
-    wait_for(lambda: len(deployed.engines()) == 1, timeout_s=90)
+    wait_for(lambda: len(deployed.engines()) == 1)
 
     assert "min_replicas" in error_of(admin("scale", min_replicas=0), 400)["message"]
     assert admin("scale", model="other", min_replicas=1).status_code == 404
@@ -137,17 +137,15 @@ def test_scaling_and_the_number_of_ingresses_change_without_a_reload(deployed: D
     deployed.change()
     engines = deployed.engines()
     deployed.change(min_replicas=2, max_replicas=2)
-    wait_for(lambda: len(deployed.engines()) == 2, timeout_s=90)
+    wait_for(lambda: len(deployed.engines()) == 2)
     assert engines < deployed.engines()
     deployed.change(ingress_replicas=2)
-    assert (
-        engines == deployed.engines() or wait_for(lambda: deployed.engines() == engines, timeout_s=90) is None
-    )
+    assert engines == deployed.engines() or wait_for(lambda: deployed.engines() == engines) is None
 
 
 def test_another_model_comes_and_goes_and_the_first_notices_nothing(deployed: Deployed) -> None:
     deployed.change()
-    wait_for(lambda: len(deployed.engines()) == 1, timeout_s=90)
+    wait_for(lambda: len(deployed.engines()) == 1)
     engines = deployed.engines()
     deployed.change(models=[{}, {"model_name": "second"}])
     assert f"{NAME}--second: starts" in deployed.lines

@@ -199,7 +199,7 @@ def test_load_adds_an_ingress_and_idleness_removes_it_and_no_engine_notices(serv
     assert alone.limit == 1256
     streams = [Stream(service.url, 3500) for _ in range(5)]
     both = service.states(2)
-    limits = wait_for(lambda: {state.limit for state in service.states(2).values()} == {628}, timeout_s=30)
+    limits = wait_for(lambda: {state.limit for state in service.states(2).values()} == {628})
     assert limits and alone.ingress in both
     wait_for(lambda: all(stored["id"] in ids for ids in service.ask("ids").values()))
     for stream in streams:

@@ -94,12 +94,12 @@ def test_load_adds_a_replica_and_idleness_removes_it(
     for client in clients:
         client.start()
     try:
-        wait_for(lambda: len(stats()) == 2, timeout_s=90)
+        wait_for(lambda: len(stats()) == 2)
     finally:
         enough.set()
         for client in clients:
             client.join()
-    wait_for(lambda: len(stats()) == 1, timeout_s=90)
+    wait_for(lambda: len(stats()) == 1)
     wait_for(lambda: len(rank_processes()) == 2)
 
 
@@ -142,7 +142,7 @@ def test_the_death_of_a_rank_costs_no_request_and_changes_no_text(
     unary.join()
     assert waiting[0].status_code == 200, waiting[0].text
     assert waiting[0].json()["choices"][0]["text"] == whole
-    wait_for(healthy, timeout_s=120)
+    wait_for(healthy)
     assert ask() == expected
     assert not set(ranks) & set(rank_processes())
 

@@ -69,7 +69,7 @@ def test_a_yaml_file_deploys_the_service(
             env={**os.environ, "QWEN3_DIST_TEST": mark},
         )
     try:
-        wait_for(answered, timeout_s=120)
+        wait_for(answered)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
