@@ -25,6 +25,14 @@ def wait_until_gone(words: str) -> None:
         time.sleep(0.1)
 
 
+def wait_until_none_has(entry: str, timeout_s: float = 60.0) -> None:
+    """Waits until no process has the environment entry `NAME=value`. Fails with the commands of those that stay."""
+    deadline = time.monotonic() + timeout_s
+    while left := with_environment(entry):
+        assert time.monotonic() < deadline, [f"{pid} {command(pid)}" for pid in left]
+        time.sleep(0.1)
+
+
 def descendants(pid: int) -> list[int]:
     """Processes that `pid` started, and those that they started."""
     children = [

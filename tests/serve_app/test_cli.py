@@ -20,9 +20,9 @@ import pytest
 from qwen3_dist.llm import LLM
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.weights.source import resolve_model
-from tests.processes import with_environment
+from tests.processes import wait_until_none_has
 from tests.serve_app.command_line import ENGINE, TIMEOUT_S, printed, qwen3_dist, refusal
-from tests.serve_app.support import free_port, wait_for
+from tests.serve_app.support import free_port
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2,ep=2"])
@@ -132,7 +132,7 @@ def test_a_port_that_is_taken_while_ray_starts_is_refused_in_one_sentence_too() 
         )
         assert result.returncode == 2, result.stderr
         assert "choose another --host or --port" in result.stderr.strip().splitlines()[-1]
-        wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark}"))
+        wait_until_none_has(f"QWEN3_DIST_TEST={mark}")
 
 
 def test_a_damaged_checkpoint_names_its_damage_through_serve_and_leaves_nothing(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_names_its_damage_through_serve_and_leaves_nothing(
     result = qwen3_dist(*arguments, env=mark)
     assert result.returncode == 2
     assert "model.safetensors" in result.stderr.strip().splitlines()[-1]
-    wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}"))
+    wait_until_none_has(f"QWEN3_DIST_TEST={mark['QWEN3_DIST_TEST']}")
 
 
 @pytest.mark.parametrize(
@@ -197,6 +197,6 @@ def test_serve_shows_a_sample_and_leaves_nothing_when_it_ends(ending: signal.Sig
     assert worked_sum["thought"].startswith("47 + 38") and worked_sum["answer"] == "47 + 38 = 85"
     assert call["tool_call"] == {"name": "get_weather", "arguments": {"city": "Paris"}}
     assert repeat["event"] == "repeat" and f":{port}/v1/chat" in repeat["curl"]
-    wait_for(lambda: not with_environment(f"QWEN3_DIST_TEST={mark}"))
+    wait_until_none_has(f"QWEN3_DIST_TEST={mark}")
     with socket.socket() as caller:  # closed connections may linger on the port, a listener may not
         assert caller.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED

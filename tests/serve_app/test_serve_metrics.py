@@ -190,15 +190,16 @@ def test_ray_has_every_series_that_its_dashboard_and_its_policy_query(
         return None if wanted - {name for name, _ in samples(now)} else now
 
     now = wait_for(told, pause_s=METRICS_PERIOD_S)
+    found = samples(now)  # a page of thousands, which takes a second to parse
     for name in sorted(name for name in wanted if name.startswith("ray_vllm")):
-        labels = [dict(pairs) for (sample, pairs) in samples(now) if sample == name]
+        labels = [dict(pairs) for (sample, pairs) in found if sample == name]
         assert all({"model_name", "WorkerId", "engine", "replica"} <= set(each) for each in labels), name
     assert total(now, "ray_vllm_num_requests_swapped", model_name=model) == 0
     # The dashboard joins metrics of the engine with Serve's by the worker.
-    workers = {dict(pairs)["WorkerId"] for (n, pairs) in samples(now) if n == "ray_vllm_prompt_tokens_total"}
+    workers = {dict(pairs)["WorkerId"] for (n, pairs) in found if n == "ray_vllm_prompt_tokens_total"}
     serving = {
         dict(pairs)["WorkerId"]
-        for (n, pairs) in samples(now)
+        for (n, pairs) in found
         if n == "ray_serve_deployment_request_counter_total" and dict(pairs)["deployment"] == REPLICA
     }
     assert workers & serving
