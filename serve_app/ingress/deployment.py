@@ -229,7 +229,7 @@ class Ingress(ClusterRoutes):
             request = await self._parse(parse, body)
             request = self._access.with_priority(http_request, request)
             if isinstance(request, GenerationRequest):
-                request = with_identity(request)  # so that another replica can go on with it
+                request = with_identity(request, access_record(http_request.scope).request_id)
             model = self._routes.find(request.model)
             admitted.count(request.num_sequences)
             resources.enter_context(model.admission.admit()).count(request.num_sequences)

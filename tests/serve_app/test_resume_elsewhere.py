@@ -230,6 +230,15 @@ def test_an_accepted_request_has_the_same_answer_whoever_gives_it(replica: Engin
     assert accepted.params({}).seed is None  # logs and traces tell what the client asked
 
 
+def test_a_request_that_is_sent_again_with_its_id_gets_the_same_draws(replica: EngineReplica) -> None:
+    asks = {"prompt": "the sea", "max_tokens": 20, "return_token_ids": True, "temperature": 2.0}
+    request = replace(asked("completions", **asks), identity=None)
+    first, again, other = (
+        texts(Client(with_identity(request, request_id)).read(replica).data) for request_id in ("a", "a", "b")
+    )
+    assert first == again != other
+
+
 def test_a_prompt_that_tells_the_time_tells_that_of_the_acceptance(engine: AsyncEngine) -> None:
     template = ChatTemplate({"default": "{{ strftime_now('%Y') }}"}, {})
     renderer = PromptRenderer(engine.tokenizer, template, 4096)

@@ -5,6 +5,7 @@ CONTRIBUTING.md lists the steps that add an API.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import time
 import uuid
@@ -37,6 +38,9 @@ def error_events(error: Exception) -> bytes:
     return event(error_object(error), "error") + DONE
 
 
+_SEED_BITS = 62  # room for the indexes of choices
+
+
 @dataclass(frozen=True)
 class Identity:
     """What would differ if one request were answered twice: the `unique` id and the creation time (seconds since the
@@ -44,7 +48,13 @@ class Identity:
 
     unique: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
-    seed: int = field(default_factory=lambda: secrets.randbits(62))  # room for the indexes of choices
+    seed: int = field(default_factory=lambda: secrets.randbits(_SEED_BITS))
+
+
+def seed_of(request_id: str) -> int:
+    """A seed that follows from the id of a request."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> (64 - _SEED_BITS)
 
 
 @dataclass(frozen=True)

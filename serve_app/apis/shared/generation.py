@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ParserSpec
-from serve_app.apis.shared.answer import PING, Answer, AnswerContext, Identity, error_events
+from serve_app.apis.shared.answer import PING, Answer, AnswerContext, Identity, error_events, seed_of
 from serve_app.apis.shared.body import (
     Body,
     Json,
@@ -139,10 +139,16 @@ class GenerationRequest(ABC):
 Request = TypeVar("Request", bound=GenerationRequest)
 
 
-def with_identity(request: Request) -> Request:
+def with_identity(request: Request, request_id: str = "") -> Request:
     """Returns `request` with its identity fixed: answered twice, by whichever replica, its answers have the same id,
-    creation time and draws."""
-    return request if request.identity else replace(request, identity=Identity())
+    creation time and draws.
+
+    The seed of the draws follows from `request_id`, so that a client that sends a request again with the same
+    `X-Request-Id`, after a proxy was lost, gets the same text.
+    """
+    if request.identity:
+        return request
+    return replace(request, identity=Identity(seed=seed_of(request_id)) if request_id else Identity())
 
 
 def generation_fields(
