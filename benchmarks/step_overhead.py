@@ -20,7 +20,7 @@ from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.launch.rank_group import RankGroupExecutor
 from qwen3_dist.layout import Layout
 from qwen3_dist.protocol.channel import connect
-from qwen3_dist.protocol.messages import Hello, Loaded, RankSpec, Ready
+from qwen3_dist.protocol.messages import Hello, Loaded, RankSpec, Ready, StatusHello
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 
@@ -40,7 +40,8 @@ def answer(plan: StepPlan) -> StepResult:
 
 def echo_rank(spec: RankSpec) -> None:
     """A rank without a model: rank 0 answers every plan at once."""
-    channel = connect(spec.address, spec.secret)
+    channel, status = (connect(spec.address, spec.secret) for _ in range(2))
+    status.send(StatusHello(spec.rank))
     channel.send(Hello(spec.rank, 0, channel.local_host, "host", "host", None, 1))
     channel.receive()
     channel.send(Loaded(1))

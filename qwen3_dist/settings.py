@@ -119,6 +119,11 @@ class EngineConfig:
     )
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
+    watchdog_timeout_s: float | None = setting(
+        None,
+        "a rank hangs, and counts as dead, if it answers nothing for about so long during a step, or if a step makes "
+        "no progress for so long and for 20 times the longest recent step; 4 s on CPUs and 20 s on GPUs if unset",
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
@@ -143,6 +148,7 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "rebalance_experts_s",
+            "watchdog_timeout_s",
         ):
             value = getattr(self, name)
             _require(value is None or value > 0, name, "positive", value)
@@ -160,6 +166,10 @@ class EngineConfig:
             )
         if self.placement == "current" and self.executor in ("processes", "in_process"):
             raise ConfigError(f"placement=current needs executor=ray, not {self.executor}")
+
+    def watchdog_s(self, device: str) -> float:
+        """`watchdog_timeout_s`, or its default for ranks on `device`: a GPU may compile a kernel during a step."""
+        return self.watchdog_timeout_s or (4.0 if device == "cpu" else 20.0)
 
 
 def runs_in_process(config: EngineConfig) -> bool:

@@ -113,3 +113,28 @@ def ranks_over_gloo(spec: RankSpec) -> None:
     """As ranks of several hosts are."""
     ParallelContext.connect = partial(ParallelContext.connect, shared_memory=False)  # type: ignore[method-assign]
     rank_main(spec)
+
+
+def rank_1_sleeps_in_a_step(spec: RankSpec) -> None:
+    """In its fourth step, for ever; its other threads run on."""
+    if spec.rank == 1:
+        steps, launch = [], ModelRunner.launch
+
+        def sleeps(runner: ModelRunner, plan: Any) -> Any:
+            steps.append(plan)
+            if len(steps) == 4:
+                time.sleep(100_000)
+            return launch(runner, plan)
+
+        ModelRunner.launch = sleeps  # type: ignore[method-assign]
+    rank_main(spec)
+
+
+def rank_1_sleeps_in_a_step_over_gloo(spec: RankSpec) -> None:
+    ParallelContext.connect = partial(ParallelContext.connect, shared_memory=False)  # type: ignore[method-assign]
+    rank_1_sleeps_in_a_step(spec)
+
+
+def ranks_that_end_in_their_first_step(spec: RankSpec) -> None:
+    ModelRunner.launch = lambda *_: os._exit(9)  # type: ignore[method-assign,assignment]
+    rank_main(spec)

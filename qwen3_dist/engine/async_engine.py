@@ -10,13 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
 from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.engine.rank_pace import RankPace
+from qwen3_dist.engine.request_stream import RequestStream, call_soon, put_all
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.launch.base import RankPlace, Recovery
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
@@ -30,38 +31,15 @@ _IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
 _BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle
 
 
-@dataclass(eq=False)
-class _Stream:
-    """The queue of one request's deltas, on the event loop of its caller."""
-
-    loop: asyncio.AbstractEventLoop
-    held: list[TokenDelta] = field(default_factory=list)
-    due: float = 0.0  # when the next part may be sent
-    queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
-    unfinished: int = 1
-
-    async def next_deltas(self) -> list[TokenDelta]:
-        """Waits for deltas and returns all since the last call. A caller slower than the engine gets several steps at
-        once, so it has less work for each. Raises EngineDeadError after the last delta before the engine's death."""
-        taken: list[TokenDelta] = []
-        while not taken or not self.queue.empty():
-            item = await self.queue.get()
-            if not isinstance(item, QwenDistError):
-                taken += item
-            elif taken:
-                self.queue.put_nowait(item)  # nothing follows it, so the next call finds it
-                break
-            else:
-                raise EngineDeadError(str(item))
-        return taken
-
-
 class AsyncEngine:
     """An engine whose constructor blocks until the model is loaded on all ranks. Raises what `Engine` raises.
 
     All callers together get at most about `parts_per_s` parts a second, not counting first and last parts of a
-    request; above that rate a part holds the tokens of several steps. The engine's thread calls `on_death` after the
-    engine has died, failed its requests and ended its ranks, but not after `shutdown`.
+    request; above that rate a part holds the tokens of several steps.
+
+    If a rank is lost, all requests fail with EngineDeadError and so do new ones, until another rank has taken its
+    place. If none can, the engine dies: its thread calls `on_death` after it has ended its ranks, but not after
+    `shutdown`.
     """
 
     def __init__(
@@ -71,22 +49,24 @@ class AsyncEngine:
         parts_per_s: float = math.inf,
         on_death: Callable[[], None] | None = None,
     ) -> None:
-        self._engine = Engine(config, show_progress, grammars_ahead=True)
+        self._engine = Engine(config, show_progress, grammars_ahead=True, recovers=True)
         self._on_death = on_death
         self._parts_per_s = parts_per_s
         self.config = config
         self.backends, self.collectives = self._engine.backends, self._engine.collectives
-        self.ranks = self._engine.ranks
         self.model_path = self._engine.model_path
         self.model_config = self._engine.model_config
         self.tokenizer = self._engine.tokenizer
         self.chat_template = self._engine.chat_template
         self.max_model_len = self._engine.max_model_len
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, RequestStream] = {}
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
+        self._replies: set[Callable[[QwenDistError], None]] = set()  # to what `_ask` waits for
         self._stopping = False
         self._death: QwenDistError | None = None
+        self.recovers = False  # whether a lost rank is being replaced
+        self.recoveries: list[Recovery] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -118,16 +98,18 @@ class AsyncEngine:
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
         if setup is not None:
             await self._await_grammar(setup)
-        stream = _Stream(asyncio.get_running_loop(), unfinished=params.n if resume is None else len(resume))
+        stream = RequestStream(
+            asyncio.get_running_loop(), unfinished=params.n if resume is None else len(resume)
+        )
 
         def add() -> None:
             self._streams[request_id] = stream
             arguments = (request_id, prompt_token_ids, params, priority, lora, setup, pooling, resume)
             if ended := self._engine.add_request(*arguments):
-                self._send(stream, ended)
+                stream.send(ended)
 
-        if not self._post(add):
-            self.check_health()
+        if death := self._post(add):
+            raise EngineDeadError(str(death))
         try:
             if announce:
                 yield []
@@ -141,9 +123,14 @@ class AsyncEngine:
                 stream.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
         finally:
+            self._post(lambda: self._forget(request_id, stream))
+
+    def _forget(self, request_id: str, stream: RequestStream) -> None:
+        """Ends a request whose caller is done with it, unless its id has come again, as it may after a recovery."""
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
             if stream.unfinished:
-                self._post(lambda: self._engine.abort(request_id))
-            self._post(lambda: self._streams.pop(request_id, None))
+                self._engine.abort(request_id)
 
     async def _await_grammar(self, setup: SamplingSetup) -> None:
         """Waits until the ranks have built the setup's grammar. Steps of other requests go on meanwhile."""
@@ -179,7 +166,7 @@ class AsyncEngine:
         def end() -> None:
             stream = self._streams.get(request_id)
             if self._engine.abort(request_id, index) and stream is not None:
-                self._send(stream, [TokenDelta(index, (), (), "abort")])
+                stream.send([TokenDelta(index, (), (), "abort")])
 
         self._post(end)
 
@@ -195,8 +182,13 @@ class AsyncEngine:
         """How long a step takes each rank without waiting for others; None if that is not known."""
         return await self._ask(lambda answer: answer(self._engine.paces.read()))
 
+    @property
+    def ranks(self) -> tuple[RankPlace, ...]:
+        """Where each rank runs."""
+        return self._engine.ranks
+
     def check_health(self) -> None:
-        """Raises EngineDeadError if the engine cannot serve requests any more."""
+        """Raises EngineDeadError if the engine cannot serve requests, any more or while it `recovers`."""
         if self._death is not None:
             raise EngineDeadError(str(self._death))
 
@@ -224,19 +216,17 @@ class AsyncEngine:
         self._thread.join()
         self._engine.shutdown()
 
-    def _post(self, action: Callable[[], object]) -> bool:
-        """Makes the engine's thread run `action` between two steps. Returns False if the engine has died."""
+    def _post(self, action: Callable[[], object]) -> QwenDistError | None:
+        """Makes the engine's thread run `action` between two steps. If the engine has died, returns why instead."""
         with self._wake:
-            if self._death is not None:
-                return False
-            self._inbox.append(action)
-            self._wake.notify()
-            return True
+            if self._death is None:
+                self._inbox.append(action)
+                self._wake.notify()
+            return self._death
 
     async def _ask(self, question: Callable[[Callable[[T | QwenDistError], None]], None]) -> T:
         """Returns what the engine's thread answers to `question`, at once or some steps later. Raises the answer if it
-        is an error."""
-        self.check_health()
+        is an error, EngineDeadError if the engine dies."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T | QwenDistError] = loop.create_future()
 
@@ -245,19 +235,33 @@ class AsyncEngine:
                 answer.set_result(value)
 
         def reply(value: T | QwenDistError) -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's event loop is closed
-                loop.call_soon_threadsafe(tell, value)
+            self._replies.discard(reply)
+            call_soon(loop, tell, value)
 
-        self._post(lambda: question(reply))
-        while not answer.done():
-            self.check_health()
-            await asyncio.wait([answer], timeout=_IDLE_CHECK_S)
-        value = answer.result()
+        def ask() -> None:
+            self._replies.add(reply)
+            question(reply)
+
+        if death := self._post(ask):
+            raise EngineDeadError(str(death))
+        value = await answer
         if isinstance(value, QwenDistError):
             raise value
         return value
 
     def _run(self) -> None:
+        while True:
+            error, can_recover = self._run_until_death()
+            self._fail_requests(error)
+            if not can_recover or not self._recover():
+                break
+        self._engine.shutdown()
+        if self._on_death is not None and not self._stopping:
+            self._on_death()
+
+    def _run_until_death(self) -> tuple[QwenDistError, bool]:
+        """Runs steps until the engine dies or is shut down. Returns why, and whether lost ranks may be replaced."""
+        steps = self._engine.stats().steps
         try:
             while not self._stopping:
                 self._do_inbox()
@@ -267,19 +271,35 @@ class AsyncEngine:
                     self._engine.experts.tick()
                 else:
                     self._engine.check_health()
-            self._die(EngineDeadError("the engine was shut down"))
+            return EngineDeadError("the engine was shut down"), False
         except QwenDistError as error:
-            self._die(error)
+            # Ranks that are lost before the first step after a recovery would be lost after the next one too.
+            return error, not self.recoveries or self._engine.stats().steps > steps
         except Exception as error:
             _log.exception("the engine failed as it ran %s", ", ".join(self._streams) or "no request")
             place = log_file(_log) or "standard error"
-            self._die(
-                EngineDeadError(
-                    f"the engine failed: {type(error).__name__}: {error}; {place} has the traceback"
-                )
-            )
-        if self._on_death is not None and not self._stopping:
-            self._on_death()
+            failure = f"the engine failed: {type(error).__name__}: {error}; {place} has the traceback"
+            return EngineDeadError(failure), False
+
+    def _recover(self) -> bool:
+        """Replaces lost ranks. Returns whether the engine serves again."""
+        self.recovers = True
+        try:
+            recovery = self._engine.recover()
+        except QwenDistError as error:
+            _log.error("lost ranks were not replaced: %s", error)
+            return False
+        except Exception:
+            _log.exception("lost ranks were not replaced")
+            return False
+        else:
+            self.recoveries.append(recovery)
+            _log.warning("%s", recovery)
+            with self._wake:
+                self._death = None
+            return True
+        finally:
+            self.recovers = False
 
     def _do_inbox(self) -> None:
         with self._wake:
@@ -293,16 +313,17 @@ class AsyncEngine:
             if stream := self._streams.get(request_id):
                 stream.held += deltas
         now = time.monotonic()
-        parts: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, list[TokenDelta]]]] = {}
+        parts: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, list[TokenDelta]]]] = {}
         for stream in self._streams.values():
             if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
                 parts.setdefault(stream.loop, []).append((stream, stream.held))
                 stream.held = []
                 stream.due = now + len(self._streams) / self._parts_per_s
         for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
-            _call(loop, _put_all, of_loop)
+            call_soon(loop, put_all, of_loop)
 
-    def _die(self, error: QwenDistError) -> None:
+    def _fail_requests(self, error: QwenDistError) -> None:
+        """Tells all who wait for the engine that it has died."""
         with self._wake:
             self._death = error
         while self._inbox:  # new requests among them get a stream, which is failed below
@@ -310,20 +331,8 @@ class AsyncEngine:
                 self._inbox.popleft()()
         for stream in self._streams.values():
             if stream.held:
-                self._send(stream, stream.held)
-            self._send(stream, error)
-        self._engine.shutdown()
-
-    @staticmethod
-    def _send(stream: _Stream, item: list[TokenDelta] | QwenDistError) -> None:
-        _call(stream.loop, stream.queue.put_nowait, item)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
-    with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is listening
-        loop.call_soon_threadsafe(function, argument)
-
-
-def _put_all(parts: list[tuple[_Stream, list[TokenDelta]]]) -> None:
-    for stream, deltas in parts:
-        stream.queue.put_nowait(deltas)
+                stream.send(stream.held)
+            stream.send(error)
+        self._streams.clear()
+        for reply in list(self._replies):
+            reply(EngineDeadError(str(error)))

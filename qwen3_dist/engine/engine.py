@@ -20,12 +20,11 @@ from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.rank_pace import RankPaces
 from qwen3_dist.engine.request_checks import check_context, check_output, check_prompt, max_model_len
 from qwen3_dist.engine.request_setup import make_setup
-from qwen3_dist.engine.scheduler import Advance, Scheduler
+from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.engine.step_traffic import StepTraffic
-from qwen3_dist.expert_placement import Placements
-from qwen3_dist.launch import Executor, make_executor, require_device
+from qwen3_dist.launch import Executor, Recovery, make_executor, require_device
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
@@ -57,13 +56,18 @@ class _Request:
 class Engine:
     """A loaded model that turns requests into tokens, one step at a time.
 
-    With `grammars_ahead` the ranks prepare at start what all grammars need, so that no step waits for it later.
+    With `grammars_ahead` the ranks prepare at start what all grammars need, so that no step waits for it later. With
+    `recovers` ranks stay after the loss of one, for `recover`.
     Raises CheckpointError, ParallelLayoutError, ConfigError or ResourceError if `config` cannot run here; then no rank
     is left behind.
     """
 
     def __init__(
-        self, config: EngineConfig, show_progress: bool = False, grammars_ahead: bool = False
+        self,
+        config: EngineConfig,
+        show_progress: bool = False,
+        grammars_ahead: bool = False,
+        recovers: bool = False,
     ) -> None:
         require_device(config)
         path = resolve_model(config.model, config.revision)
@@ -83,33 +87,47 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._next_seq_id = 0
         self._num_steps = 0
+        self._grammars_ahead = grammars_ahead
         with _loading_bar(show_progress) as progress:
             self._executor: Executor = make_executor(_pinned(config, path), placements, progress)
+        executor = self._executor
+        executor.keeps_ranks = recovers
+        traffic = StepTraffic(config, self.model_config, executor.device)
+        self._meter = StepMeter(traffic, config.watchdog_s(executor.device))
+        self._in_flight = StepsInFlight(executor, self._renew)
+        self.experts, self.paces = ExpertBalance(executor, config, placements), RankPaces(executor)
         try:
-            self._use_ranks(placements, show_progress)
-            if grammars_ahead:
-                self._executor.call("prepare_grammars", tuple(self._eos_token_ids))
+            self._use_ranks([SchedulerCounts() for _ in range(config.layout.dp)])
         except BaseException:
             self._executor.shutdown()
             raise
-
-    def _use_ranks(self, placements: Placements, show_progress: bool) -> None:
-        """Creates the parts that depend on the started ranks."""
-        config, executor = self.config, self._executor
-        self.backends, self.collectives, self.ranks = executor.backends, executor.collectives, executor.ranks
         if show_progress:
             print(f"{self.backends}; collectives: {self.collectives}", file=sys.stderr)
-        self._in_flight = StepsInFlight(executor, self._renew)
-        self._meter = StepMeter(StepTraffic(config, self.model_config, executor.device))
-        self.experts = ExpertBalance(executor, config, placements)
-        self.grammars, self.paces = BuiltGrammars(executor), RankPaces(executor)
+
+    def recover(self) -> Recovery:
+        """Replaces the ranks that were lost and drops all requests. Raises EngineDeadError if that does not work; then
+        only `shutdown` is left."""
+        recovery = self._executor.recover(self.experts.settled)
+        self._requests.clear()
+        for part in (self._meter, self._in_flight, self.experts, self.paces):
+            part.restart()
+        self._use_ranks([group.counts for group in self._groups])
+        return recovery
+
+    def _use_ranks(self, counts: Iterable[SchedulerCounts]) -> None:
+        """Creates the parts that depend on what the ranks can hold, for each dp group with its counts so far."""
+        config, executor = self.config, self._executor
+        self.backends, self.collectives, self.ranks = executor.backends, executor.collectives, executor.ranks
+        self.grammars = BuiltGrammars(executor)
         num_blocks = executor.num_blocks
         self.max_model_len = max_model_len(config, self.model_config, num_blocks * config.block_size)
         limits = SchedulerLimits.of(config, executor.device, num_blocks, executor.may_repeat)
         blocks = num_blocks, config.block_size, config.prefix_caching
         self._groups = [
-            Scheduler(BlockManager(*blocks), limits, self._eos_token_ids) for _ in range(config.layout.dp)
+            Scheduler(BlockManager(*blocks), limits, self._eos_token_ids, each) for each in counts
         ]
+        if self._grammars_ahead:
+            executor.call("prepare_grammars", tuple(self._eos_token_ids))
         self._publish()
 
     @property
@@ -220,7 +238,7 @@ class Engine:
             self._in_flight.submit(plans)
         outputs: Outputs = {}
         if self._in_flight:
-            results = self._in_flight.collect()
+            results = self._in_flight.collect(self._meter.limit_s)
             self._meter.collected(others=bool(self._in_flight))
             for group, (plan, result) in zip(self._groups, results, strict=True):
                 if result is not None:

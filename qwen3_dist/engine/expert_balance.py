@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.expert_load import ExpertLoad
-from qwen3_dist.errors import CheckpointError
+from qwen3_dist.errors import CheckpointError, EngineDeadError
 from qwen3_dist.expert_placement import ExpertPlacement, Placements
 from qwen3_dist.launch.base import Executor
 from qwen3_dist.settings import EngineConfig
@@ -60,10 +60,22 @@ class ExpertBalance:
         self._move: _Move | None = None
         self._next_poll_s = 0.0
 
+    def restart(self) -> None:
+        """Tells that the ranks count from 0 again, and that what was going on will not be finished."""
+        self._rebalances.clear()
+        self._before.clear()
+
     @property
     def is_busy(self) -> bool:
         """Whether experts are being moved, so that `tick` must be called even if no step runs."""
         return bool(self._rebalances)
+
+    @property
+    def settled(self) -> Placements:
+        """Where the experts lie. Raises EngineDeadError while a layer is moved: ranks may have switched or not."""
+        if self._move is not None:
+            raise EngineDeadError(f"a rank was lost while the experts of layer {self._move.layer} were moved")
+        return self._placements
 
     def tick(self) -> None:
         """Continues moves, and starts those due by `rebalance_experts_s`. Never waits for ranks that read."""
@@ -151,8 +163,8 @@ class ExpertBalance:
             self._executor.call("drop_experts")
             self._rebalances.popleft().done(failed)
         elif all(answers):
-            self._move = None
             self._executor.call("move_experts")
+            self._move = None
             self._placements[move.layer] = move.placement
             rebalance.changed.append(move.layer)
 

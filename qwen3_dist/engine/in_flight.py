@@ -33,6 +33,10 @@ class StepsInFlight:
         self._exact_left = 0
         self.num_repeated = 0  # steps that were run again
 
+    def restart(self) -> None:
+        """Forgets all steps, which no rank will answer."""
+        self._steps.clear()
+
     def __len__(self) -> int:
         return len(self._steps)
 
@@ -43,9 +47,12 @@ class StepsInFlight:
         self._executor.submit(plans)
         self._steps.append(list(plans))
 
-    def collect(self) -> list[tuple[StepPlan, StepResult | None]]:
-        """Waits for the oldest step. Returns each dp group's plan and result; None is the result of an empty plan."""
-        results = self._executor.collect()
+    def collect(self, limit_s: float | None) -> list[tuple[StepPlan, StepResult | None]]:
+        """Waits for the oldest step. Returns each dp group's plan and result; None is the result of an empty plan.
+
+        `limit_s` is that of `Executor.collect`.
+        """
+        results = self._executor.collect(limit_s)
         if any(result is not None and result.overflowed for result in results):
             self._run_again()
             results = self._executor.collect()

@@ -45,6 +45,13 @@ class RankPaces:
         self._read_s = 0.0
         self._before: list[tuple[int, float]] = [(0, 0.0)] * len(executor.ranks)
         self._pace: RankPace | None = None
+        self._earlier_s = (0.0,) * len(executor.ranks)  # before ranks were replaced
+
+    def restart(self) -> None:
+        """Tells that the ranks count from 0 again."""
+        self._before = [(0, 0.0)] * len(self._before)
+        if self._pace is not None:
+            self._earlier_s = self._pace.total_s
 
     def read(self) -> RankPace | None:
         """The pace since the last reading, or of the last steps before it if there were none; None if there is one
@@ -65,7 +72,7 @@ class RankPaces:
                     (own_s - earlier_s) / (steps - earlier)
                     for (steps, own_s), (earlier, earlier_s) in zip(told, self._before, strict=True)
                 ),
-                tuple(own_s for _, own_s in told),
+                tuple(earlier + own_s for earlier, (_, own_s) in zip(self._earlier_s, told, strict=True)),
             )
             self._before = told
         return self._pace

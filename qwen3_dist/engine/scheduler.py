@@ -63,9 +63,16 @@ class Advance(NamedTuple):
 class Scheduler:
     """The waiting and running sequences of one dp group, both in scheduling order."""
 
-    def __init__(self, blocks: BlockManager, limits: SchedulerLimits, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        limits: SchedulerLimits,
+        eos_token_ids: frozenset[int],
+        counts: SchedulerCounts | None = None,
+    ) -> None:
+        """`counts` are those of a scheduler that this one follows."""
         self.blocks = blocks
-        self.counts = SchedulerCounts()
+        self.counts = counts or SchedulerCounts()
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._limits = limits
@@ -75,7 +82,7 @@ class Scheduler:
             range(limits.max_num_seqs)
         )  # free slots; a heap, so that the lowest are used first
         self._shares = SlotShares()
-        self._answered = 0  # steps whose results were processed
+        self._answered = self.counts.steps  # steps whose results were processed
         self._lacks_blocks = False  # whether a running sequence waits for blocks that cannot be freed yet
 
     @property

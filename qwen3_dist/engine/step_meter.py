@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 from qwen3_dist.engine.step_traffic import StepTraffic
 from qwen3_dist.protocol.step_plan import StepPlan
 
-# A step hangs once it has run for both. A busy host may delay one of 20 ms by seconds, and a prompt's is the longest.
-_STALL_S = 4.0
-_STALL_FACTOR = 20.0
+_HUNG_FACTOR = 20.0  # a step hangs once it has run for so many times the longest recent one
 _DECAY = 0.995  # a step: the longest step counts half after 140 more
 
 
@@ -21,8 +20,10 @@ class StepMeter:
     long they wait for each other inside a step only they can measure (`rank_pace.py`).
     """
 
-    def __init__(self, traffic: StepTraffic) -> None:
+    def __init__(self, traffic: StepTraffic, watchdog_s: float) -> None:
+        """A step does not count as hung before `watchdog_s`: a busy host may delay one of 20 ms by seconds."""
         self._traffic = traffic
+        self._watchdog_s = watchdog_s
         self.computed_tokens = 0
         self.last_tokens = self.last_sequences = 0  # of the step submitted last
         self.wait_for_requests_s = self.wait_for_engine_s = 0.0
@@ -30,7 +31,16 @@ class StepMeter:
             time.monotonic()
         )  # when a step ended, and when work came to an idle engine
         self._running_since_s: float | None = None  # when the oldest step in flight could begin
-        self._longest_s = 0.0  # of recent steps, by a maximum that decays
+        self._in_flight: deque[int] = deque()  # tokens of each step in flight, of the dp group with most
+        # Maxima over recent steps, which decay.
+        self._longest_s = 0.0
+        self._most_tokens = 0.0
+
+    def restart(self) -> None:
+        """Forgets the steps in flight, which no rank will answer."""
+        self._in_flight.clear()
+        self._running_since_s = None
+        self.collected_s = time.monotonic()
 
     @property
     def traffic(self) -> StepTraffic:
@@ -45,12 +55,24 @@ class StepMeter:
     def stalled(self) -> str:
         """Why the oldest step in flight seems to hang: it has run longer than any recent step should make it; "" if
         it does not. May be called from any thread."""
-        age, longest = self.step_age_s, self._longest_s
-        if not longest or age <= max(_STALL_S, _STALL_FACTOR * longest):
+        age, limit = self.step_age_s, self.limit_s
+        if limit is None or age <= limit:
             return ""
-        return (
-            f"a step has run for {age:.1f} s, where recent ones took {longest:.2g} s at most; a rank may hang"
-        )
+        usual = f"recent ones took {self._longest_s:.2g} s at most"
+        return f"a step has run for {age:.1f} s, where {usual}; a rank may hang"
+
+    @property
+    def limit_s(self) -> float | None:
+        """The seconds after which the oldest step in flight counts as hung; None before the first step has ended. A
+        step of more tokens than any recent one may take longer in proportion. May be read from any thread."""
+        longest, most = self._longest_s, self._most_tokens
+        if not longest:
+            return None
+        try:
+            tokens = self._in_flight[0]
+        except IndexError:  # it has just ended
+            tokens = 0
+        return max(self._watchdog_s, _HUNG_FACTOR * longest * max(1.0, tokens / most))
 
     def work_came(self) -> None:
         """Tells that an engine without work has some."""
@@ -62,6 +84,7 @@ class StepMeter:
         self.last_sequences = sum(len(plan.sequences) for plan in plans)
         self.computed_tokens += self.last_tokens
         self._traffic.add(self.last_tokens)
+        self._in_flight.append(max(plans[0].group_tokens))
         if alone:
             now = self._running_since_s = time.monotonic()
             work_s = max(self.collected_s, self._work_s)
@@ -74,4 +97,5 @@ class StepMeter:
         if self._running_since_s is not None:
             took_s = self.collected_s - self._running_since_s
             self._longest_s = max(took_s, _DECAY * self._longest_s)
+            self._most_tokens = max(self._in_flight.popleft(), _DECAY * self._most_tokens)
         self._running_since_s = self.collected_s if others else None

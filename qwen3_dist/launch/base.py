@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.expert_placement import Placements
 from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 
@@ -25,6 +27,26 @@ class RankPlace:
     memory_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """The ranks that were replaced, how long that took, and the bytes of weights that the new ones read."""
+
+    ranks: tuple[int, ...]
+    seconds: float
+    bytes_read: int
+
+    def __str__(self) -> str:
+        verb = "were" if len(self.ranks) > 1 else "was"
+        return (
+            f"{names(self.ranks)} {verb} replaced in {self.seconds:.1f} s and read {self.bytes_read:,} bytes"
+        )
+
+
+def names(ranks: Collection[int]) -> str:
+    """ "rank 3", or "ranks 0, 1, 3"."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, sorted(ranks)))}"
+
+
 class Executor(ABC):
     """A loaded model on `layout.world` ranks, with `num_blocks` KV-cache blocks on each.
 
@@ -33,10 +55,11 @@ class Executor(ABC):
     `ranks` are in rank order.
 
     Steps run and are collected in the order in which they are submitted. Up to `depth` may be in flight: more than one
-    if ranks can run a step while the engine plans the next. If a rank is lost, all ranks end and every call raises
-    EngineDeadError.
+    if ranks can run a step while the engine plans the next. If a rank is lost, every call raises EngineDeadError, and
+    all ranks end, unless `keeps_ranks`: then the others wait a few seconds for `recover`.
     """
 
+    keeps_ranks = False
     may_repeat = False  # whether a result may be void (`overflowed`), so that its step must run again
     num_blocks: int
     device: str
@@ -50,8 +73,11 @@ class Executor(ABC):
         """Makes all ranks run a step after those submitted before. Does not wait for its result."""
 
     @abstractmethod
-    def collect(self) -> list[StepResult | None]:
-        """Waits for the oldest step not yet collected and returns its results."""
+    def collect(self, limit_s: float | None = None) -> list[StepResult | None]:
+        """Waits for the oldest step not yet collected and returns its results.
+
+        A step that makes no progress after `limit_s` counts as hung, and the rank that the others wait for as lost.
+        """
 
     def execute(self, plans: Sequence[StepPlan]) -> list[StepResult | None]:
         """Runs one step and returns its results."""
@@ -65,6 +91,14 @@ class Executor(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raises EngineDeadError if a rank has died since the last step. Cheap; call it when idle."""
+
+    def recover(self, placements: Placements | None) -> Recovery:
+        """After the loss of ranks, starts others in their place, with experts placed by `placements`; the rest keep
+        their weights. The KV cache is empty afterwards.
+
+        Raises EngineDeadError if that does not work; `shutdown` is all that is left then.
+        """
+        raise EngineDeadError("this engine has no other process that could be started again")
 
     @abstractmethod
     def shutdown(self) -> None:

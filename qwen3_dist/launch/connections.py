@@ -10,9 +10,11 @@ from enum import IntEnum
 from typing import Any
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.launch.base import names
+from qwen3_dist.launch.rank_watch import RankWatch
 from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, pack
-from qwen3_dist.protocol.messages import Failed
+from qwen3_dist.protocol.messages import Failed, Hello
 
 _ROOT_CAUSE_WAIT_S = 1.0  # how long to wait for other ranks to report the root cause
 _MESSAGE_S = 30.0  # for the rest of a message that has begun
@@ -30,6 +32,25 @@ class RankConnections:
     def add(self, rank: int, channel: Channel) -> None:
         self._channels[rank] = channel
         self._selector.register(channel, selectors.EVENT_READ, rank)
+
+    def drop(self, rank: int) -> None:
+        """Closes the channel of a lost rank."""
+        channel = self._channels.pop(rank)
+        if channel.fileno() in self._selector.get_map():
+            self._selector.unregister(channel)
+        channel.close()
+
+    def await_hello(self, rank: int, timeout_s: float) -> Hello:
+        """Waits for the Hello of a rank that joins again; what it sent before that is void. Raises EngineDeadError."""
+        channel, deadline = self._channels[rank], time.monotonic() + timeout_s
+        try:
+            while not isinstance(message := channel.receive(max(0.01, deadline - time.monotonic())), Hello):
+                pass
+        except (ChannelClosedError, TimeoutError):
+            raise EngineDeadError(f"rank {rank} did not join again within {timeout_s:g} s") from None
+        if channel.fileno() not in self._selector.get_map():
+            self._selector.register(channel, selectors.EVENT_READ, rank)
+        return message
 
     @property
     def ranks(self) -> Collection[int]:
@@ -50,17 +71,21 @@ class RankConnections:
         """Whether no rank has sent a message or ended. Also sends waiting data."""
         return not any(mask & selectors.EVENT_READ for _, mask in self._ready(0))
 
-    def next_message(self, deadline: float, late: Callable[[], str]) -> tuple[int, Any]:
+    def next_message(
+        self, deadline: float, late: Callable[[], str], watch: RankWatch | None = None
+    ) -> tuple[int, Any]:
         """Returns the next message of any rank, with the rank.
 
-        Raises RankLostError if a rank has failed or ended, or at the deadline (monotonic clock); then `late()` is
-        the message: which ranks did not do what.
+        Raises RankLostError if a rank has failed or ended, if `watch` finds that one hangs, or at the deadline
+        (monotonic clock); then `late()` is the message: which ranks did not do what.
         """
         while True:
             left = deadline - time.monotonic()
-            for rank, mask in self._ready(max(0.0, left)):
+            for rank, mask in self._ready(max(0.0, min(left, watch.period_s) if watch else left)):
                 if mask & selectors.EVENT_READ:
                     return rank, self._receive(rank)
+            if watch and (hang := watch.look()):
+                raise RankLostError(EngineDeadError(hang.message), Blame.OWN, hang.ranks)
             if left <= 0:
                 stuck = [rank for rank, channel in self._channels.items() if channel.has_unsent]
                 also = f"; {names(stuck)} stopped reading what the engine sends" if stuck else ""
@@ -116,10 +141,10 @@ class RankConnections:
             self._selector.unregister(channel)
             reason = self._await_exit_reason() or "its process ended"
             how = reason.removeprefix(f"rank {rank}: ")
-            raise RankLostError(EngineDeadError(f"rank {rank} died: {how}"), Blame.OWN) from None
+            raise RankLostError(EngineDeadError(f"rank {rank} died: {how}"), Blame.OWN, [rank]) from None
         if isinstance(message, Failed):
             self._selector.unregister(channel)
-            raise RankLostError(message.logged(), _blame(message.error))
+            raise RankLostError(message.logged(), _blame(message.error), [rank])
         return message
 
     def _await_exit_reason(self) -> str | None:
@@ -145,13 +170,8 @@ class RankConnections:
         silent = [key.data for key in self._selector.get_map().values()]
         if cause.blame is Blame.PROBABLE and "timed out" in str(cause).lower() and silent:
             found = f"{names(silent)} kept the others waiting: {cause}"
-            return RankLostError(EngineDeadError(found), Blame.PROBABLE)
+            return RankLostError(EngineDeadError(found), Blame.PROBABLE, silent)
         return cause
-
-
-def names(ranks: Collection[int]) -> str:
-    """ "rank 3", or "ranks 0, 1, 3"."""
-    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, sorted(ranks)))}"
 
 
 class Blame(IntEnum):
@@ -172,9 +192,10 @@ def _blame(error: QwenDistError) -> Blame:
 
 
 class RankLostError(Exception):
-    """A rank is lost. `blame` says how certain it is that `error` is the cause."""
+    """`ranks` are lost; none if it is not known which. `blame` says how certain it is that `error` is the cause."""
 
-    def __init__(self, error: QwenDistError, blame: Blame) -> None:
+    def __init__(self, error: QwenDistError, blame: Blame, ranks: Collection[int] = ()) -> None:
         super().__init__(str(error))
         self.error = error
         self.blame = blame
+        self.ranks = ranks

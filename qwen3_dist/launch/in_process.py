@@ -62,7 +62,7 @@ class InProcessExecutor(Executor):
         assert output is not None
         self._launched.append(output)
 
-    def collect(self) -> list[StepResult | None]:
+    def collect(self, limit_s: float | None = None) -> list[StepResult | None]:
         with self._card, _explained_out_of_memory("running a step"):
             return [self._launched.popleft().result()]
 

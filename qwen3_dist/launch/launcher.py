@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from qwen3_dist.errors import ResourceError
 from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.worker.rank import rank_main
 
@@ -22,6 +23,11 @@ class Launcher(ABC):
     @abstractmethod
     def launch(self, specs: list[RankSpec]) -> None:
         """Starts every rank. Raises ResourceError if there is no room for them."""
+
+    def replace(self, spec: RankSpec) -> None:
+        """Ends the process of the rank of `spec`, if it still runs, and starts another in its place. Raises
+        ResourceError if that is not possible."""
+        raise ResourceError("ranks of this kind cannot be replaced")
 
     @abstractmethod
     def exit_reason(self) -> str | None:

@@ -110,9 +110,15 @@ class ProcessLauncher(Launcher):
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._nursery = _shared or Nursery()
-        if self._num_cards:
-            specs = [replace(spec, card=spec.rank % self._num_cards) for spec in specs]
-        self._pids = self._nursery.launch(self.main, specs)
+        self._pids = self._nursery.launch(self.main, [self._on_card(spec) for spec in specs])
+
+    def replace(self, spec: RankSpec) -> None:
+        assert self._nursery is not None
+        self._nursery.end([self._pids[spec.rank]])
+        [self._pids[spec.rank]] = self._nursery.launch(self.main, [self._on_card(spec)])
+
+    def _on_card(self, spec: RankSpec) -> RankSpec:
+        return replace(spec, card=spec.rank % self._num_cards) if self._num_cards else spec
 
     def exit_reason(self) -> str | None:
         assert self._nursery is not None

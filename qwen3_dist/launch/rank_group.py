@@ -13,16 +13,17 @@ import secrets
 import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.expert_placement import Placements
-from qwen3_dist.launch.base import Executor, RankPlace
+from qwen3_dist.launch.base import Executor, RankPlace, Recovery, names
 from qwen3_dist.launch.card_use import use_of_cards
-from qwen3_dist.launch.connections import RankConnections, RankLostError, names
+from qwen3_dist.launch.connections import Blame, RankConnections, RankLostError
 from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.rank_watch import RankWatch
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, ChannelListener, pack
 from qwen3_dist.protocol.messages import (
     Answer,
@@ -33,7 +34,9 @@ from qwen3_dist.protocol.messages import (
     Loading,
     RankSpec,
     Ready,
+    Rejoin,
     Start,
+    StatusHello,
 )
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
@@ -41,6 +44,7 @@ from qwen3_dist.weights.loader import Progress
 
 _log = logging.getLogger(__name__)
 _STOP_WAIT_S = 3.0
+_REJOIN_S = 15.0  # for a rank to leave its step and its groups
 _HELLO_S = 30.0  # from a rank's first byte to the end of its first message
 
 
@@ -60,9 +64,11 @@ class RankGroupExecutor(Executor):
         self._launcher = launcher
         self._deadline = time.monotonic() + config.start_timeout_s
         self._ranks = RankConnections(launcher.exit_reason)
+        self._watch = RankWatch(config.watchdog_s(launcher.device))
         self._submitted: deque[Sequence[StepPlan]] = deque()
         self._results: list[deque[StepResult]] = [deque() for _ in range(config.layout.dp)]
         self._death: QwenDistError | None = None
+        self._lost: Collection[int] = ()
         self.device = launcher.device
         self.depth = config.layout.pp if config.layout.pp > 1 else 2 if config.overlap else 1
         try:
@@ -78,8 +84,9 @@ class RankGroupExecutor(Executor):
             self._ranks.post(rank, packed[self._config.layout.coords(rank).group])
         self._submitted.append(plans)
 
-    def collect(self) -> list[StepResult | None]:
+    def collect(self, limit_s: float | None = None) -> list[StepResult | None]:
         self._raise_if_dead()
+        self._watch.begin(limit_s)
         plans = self._submitted.popleft()
         deadline = time.monotonic() + self._config.step_timeout_s
         answering = [bool(plan.sequences) for plan in plans]
@@ -95,7 +102,7 @@ class RankGroupExecutor(Executor):
 
         with self._losing_ranks():
             while not all(map(bool, itertools.compress(self._results, answering))):
-                self._keep_result(*self._ranks.next_message(deadline, awaited))
+                self._keep_result(*self._ranks.next_message(deadline, awaited, self._watch))
         results = [
             arrived.popleft() if answers else None
             for arrived, answers in zip(self._results, answering, strict=True)
@@ -111,10 +118,11 @@ class RankGroupExecutor(Executor):
         def awaited() -> str:
             return self._late(self._ranks.ranks - answers.keys(), f"answer {method}")
 
+        self._watch.begin(limit_s=None)
         self._ranks.post_all(Call(method, arguments))
         with self._losing_ranks():
             while len(answers) < len(self._ranks.ranks):
-                rank, message = self._ranks.next_message(deadline, awaited)
+                rank, message = self._ranks.next_message(deadline, awaited, self._watch)
                 if isinstance(message, Answer):
                     answers[rank] = message.value
                 else:
@@ -135,6 +143,7 @@ class RankGroupExecutor(Executor):
             self._ranks.await_ends(_STOP_WAIT_S)
         self._launcher.stop()
         self._ranks.close()
+        self._watch.close()
 
     def _keep_result(self, rank: int, message: Any) -> None:
         assert isinstance(message, StepResult), message
@@ -143,27 +152,62 @@ class RankGroupExecutor(Executor):
     def _late(self, ranks: Iterable[int], what: str) -> str:
         return f"{names(list(ranks))} did not {what} within {self._config.step_timeout_s:g} s"
 
-    def _start(self, progress: Progress | None) -> None:
-        secret = secrets.token_bytes(32)
-        world = self._config.layout.world
-        listener = ChannelListener(self._launcher.host, secret)
+    def recover(self, placements: Placements | None) -> Recovery:
+        started = time.monotonic()
+        lost, self._lost = self._lost, ()
+        if not lost:
+            raise EngineDeadError("it is not known which rank was lost")
+        if self.device != "cpu":
+            raise EngineDeadError("ranks on GPUs cannot leave a collective that waits for a lost rank")
+        for rank in lost:
+            self._ranks.drop(rank)
+            self._watch.drop(rank)
+        self._death, self._placements = None, placements or {}
+        self._deadline = started + self._config.start_timeout_s
+        self._submitted.clear()
+        for results in self._results:
+            results.clear()
         try:
-            self._launcher.launch(
-                [
-                    RankSpec(
-                        rank, self._config, self._placements, self._launcher.device, listener.address, secret
-                    )
-                    for rank in range(world)
-                ]
-            )
-            hellos = self._accept_all(listener, world)
+            self._ranks.post_all(Rejoin())
+            with self._listening() as listener:
+                for spec in self._specs(listener, lost):
+                    self._launcher.replace(spec)
+                kept = [self._ranks.await_hello(rank, _REJOIN_S) for rank in self._ranks.ranks]
+                new = self._accept_all(listener, lost)
+            bytes_read = self._meet([*kept, *new], progress=None)
+        except QwenDistError as error:
+            self._death = error
+            raise
+        return Recovery(tuple(sorted(lost)), time.monotonic() - started, bytes_read)
+
+    def _start(self, progress: Progress | None) -> None:
+        with self._listening() as listener:
+            ranks = range(self._config.layout.world)
+            self._launcher.launch(self._specs(listener, ranks))
+            hellos = self._accept_all(listener, ranks)
+        self._meet(hellos, progress)
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[ChannelListener]:
+        listener = ChannelListener(self._launcher.host, secrets.token_bytes(32))
+        try:
+            yield listener
         finally:
             listener.close()
-        self._introduce(hellos)
-        fitting = self._await_all(Loaded, "load its part of the model", progress)
+
+    def _specs(self, listener: ChannelListener, ranks: Iterable[int]) -> list[RankSpec]:
+        device, at = self._launcher.device, (listener.address, listener.secret)
+        return [RankSpec(rank, self._config, self._placements, device, *at) for rank in ranks]
+
+    def _meet(self, hellos: list[Hello], progress: Progress | None) -> int:
+        """Makes the ranks join their groups, load what they have not, and become ready. Returns the bytes that they
+        read."""
+        self._introduce(sorted(hellos, key=lambda hello: hello.rank))
+        loading: dict[int, Loading] = {}
+        fitting = self._await_all(Loaded, "load its part of the model", loading, progress)
         self.num_blocks = min(loaded.num_blocks for loaded in fitting)
         self._ranks.post_all(self.num_blocks)
-        ready = self._await_all(Ready, "become ready", None)
+        ready = self._await_all(Ready, "become ready", loading)
         self.ranks = tuple(
             replace(place, memory_bytes=each.memory_bytes)
             for place, each in zip(self.ranks, ready, strict=True)
@@ -171,25 +215,30 @@ class RankGroupExecutor(Executor):
         self.backends = ready[0].backends
         self.may_repeat = any(rank.may_repeat for rank in ready)
         self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
+        return sum(each.done_bytes for each in loading.values())
 
-    def _accept_all(self, listener: ChannelListener, world: int) -> list[Hello]:
-        """The Hello of each rank, in rank order. Raises the error of a rank that fails instead."""
+    def _accept_all(self, listener: ChannelListener, ranks: Collection[int]) -> list[Hello]:
+        """The Hello of each new rank, once each has made both its connections. Raises the error of a rank that fails
+        instead."""
         hellos: dict[int, Hello] = {}
         with selectors.DefaultSelector() as waiting:
             waiting.register(listener, selectors.EVENT_READ)
-            while len(hellos) < world:
+            while len(hellos) < len(ranks) or not self._watch.has(ranks):
                 for key, _ in waiting.select(timeout=0.2):
                     if key.fileobj is listener:
                         if channel := listener.accept(timeout_s=0.2):
                             waiting.register(channel, selectors.EVENT_READ, channel)
                         continue
                     waiting.unregister(key.fileobj)
-                    if hello := _first_words(key.data):
+                    hello = _first_words(key.data)
+                    if isinstance(hello, StatusHello):
+                        self._watch.add(hello.rank, key.data)
+                    elif hello:
                         hellos[hello.rank] = hello
                         self._ranks.add(hello.rank, key.data)
                 self.check()
-                self._check_start(set(range(world)) - set(hellos))
-        return [hellos[rank] for rank in range(world)]
+                self._check_start(set(ranks) - set(hellos))
+        return [*hellos.values()]
 
     def _check_start(self, missing: set[int]) -> None:
         """Raises EngineDeadError or ResourceError if the `missing` ranks will not start any more."""
@@ -211,9 +260,10 @@ class RankGroupExecutor(Executor):
             start = Start(at, on_host[hello.host_id], ranks_on_card, free, use.over_host)
             self._ranks.post(hello.rank, pack(start))
 
-    def _await_all(self, kind: type, what: str, progress: Progress | None) -> list[Any]:
-        """Waits for a message of type `kind` from every rank. Reports the progress of loading meanwhile."""
-        loading: dict[int, Loading] = {}
+    def _await_all(
+        self, kind: type, what: str, loading: dict[int, Loading], progress: Progress | None = None
+    ) -> list[Any]:
+        """Waits for a message of type `kind` from every rank. Keeps how far `loading` is, and reports it."""
         said: dict[int, Any] = {}
 
         def awaited() -> str:
@@ -237,26 +287,24 @@ class RankGroupExecutor(Executor):
 
     @contextlib.contextmanager
     def _losing_ranks(self) -> Iterator[None]:
-        """A context in which the loss of a rank ends the whole group, with the root cause as the error."""
+        """A context in which the loss of a rank stops the whole group, with the root cause as the error: the other
+        ranks cannot finish a step without the lost one. They end, unless they are kept for `recover`."""
         try:
             with self._ranks.reporting_root_cause():
                 yield
         except RankLostError as loss:
-            self._die(loss.error)
-
-    def _die(self, error: QwenDistError) -> NoReturn:
-        """Ends the whole group: the other ranks cannot finish a step without the lost one."""
-        self._death = error
-        _log.error("the engine stops: %s", error)
-        self.shutdown()
-        raise error
+            self._death, self._lost = loss.error, loss.ranks if loss.blame <= Blame.PROBABLE else ()
+            _log.error("the engine stops: %s", loss.error)
+            if not self.keeps_ranks:
+                self.shutdown()
+            raise loss.error from None
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
             raise EngineDeadError(str(self._death))
 
 
-def _first_words(channel: Channel) -> Hello | None:
+def _first_words(channel: Channel) -> Hello | StatusHello | None:
     """A rank's first message; None if it ends without one. Raises the error of a rank that has failed."""
     try:
         message = channel.receive(_HELLO_S)
@@ -266,7 +314,7 @@ def _first_words(channel: Channel) -> Hello | None:
     if isinstance(message, Failed):
         channel.close()
         raise message.logged()
-    assert isinstance(message, Hello), message
+    assert isinstance(message, Hello | StatusHello), message
     return message
 
 

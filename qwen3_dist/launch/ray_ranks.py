@@ -182,8 +182,8 @@ class RayLauncher(Launcher):
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self.host = ray.util.get_node_ip_address()
-        self._actors: list[Any] = []
-        self._runs: list[Any] = []
+        self._actors: dict[int, Any] = {}  # by rank
+        self._runs: dict[int, Any] = {}
         self._own_group: PlacementGroup | None = None
         if config.placement == "current":
             self._group, self._first_bundle = _current_group(config.layout), 1
@@ -196,32 +196,39 @@ class RayLauncher(Launcher):
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._wait_for_place()
-        bundles = self._bundles_by_node()
-        together = len(specs) // len(bundles)
+        for spec, bundle in zip(specs, self._bundles_of_ranks(len(specs)), strict=True):
+            self._start(spec, bundle, len(specs))
+
+    def replace(self, spec: RankSpec) -> None:
+        ray.kill(self._actors[spec.rank])
+        world = len(self._actors)
+        self._start(spec, self._bundles_of_ranks(world)[spec.rank], world)
+
+    def _start(self, spec: RankSpec, bundle: int, world: int) -> None:
+        together = world // (len(self._group.bundle_specs) - self._first_bundle)
         variables = {**(openmp_environment() if self.device == "cpu" else {}), **self._config.rank_env}
-        for spec in specs:
-            bundle = bundles[spec.rank // together]
-            reserved = self._group.bundle_specs[bundle]
-            actor = (
-                ray.remote(RankActor)
-                .options(
-                    max_restarts=0,
-                    max_task_retries=0,
-                    num_cpus=reserved.get("CPU", 0) / together,
-                    num_gpus=part_of_card(reserved["GPU"], together) if self.device == "cuda" else 0,
-                    runtime_env={"env_vars": variables} if variables else None,
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        placement_group=self._group, placement_group_bundle_index=bundle
-                    ),
-                )
-                .remote()
+        reserved = self._group.bundle_specs[bundle]
+        actor = (
+            ray.remote(RankActor)
+            .options(
+                max_restarts=0,
+                max_task_retries=0,
+                num_cpus=reserved.get("CPU", 0) / together,
+                num_gpus=part_of_card(reserved["GPU"], together) if self.device == "cuda" else 0,
+                runtime_env={"env_vars": variables} if variables else None,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self._group, placement_group_bundle_index=bundle
+                ),
             )
-            self._actors.append(actor)
-            self._runs.append(actor.run.remote(self.main, spec))  # type: ignore[attr-defined]
+            .remote()
+        )
+        self._actors[spec.rank] = actor
+        self._runs[spec.rank] = actor.run.remote(self.main, spec)  # type: ignore[attr-defined]
 
     def exit_reason(self) -> str | None:
-        ended, _ = ray.wait(self._runs, num_returns=len(self._runs), timeout=0) if self._runs else ([], [])
-        for rank, run in enumerate(self._runs):
+        runs = [*self._runs.values()]
+        ended, _ = ray.wait(runs, num_returns=len(runs), timeout=0) if runs else ([], [])
+        for rank, run in self._runs.items():
             try:
                 if run in ended:
                     ray.get(run)
@@ -230,9 +237,9 @@ class RayLauncher(Launcher):
         return None
 
     def stop(self) -> None:
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
-        self._actors, self._runs = [], []
+        self._actors, self._runs = {}, {}
         if self._own_group is not None:
             remove_placement_group(self._own_group)
             self._own_group = None
@@ -250,12 +257,13 @@ class RayLauncher(Launcher):
                 )
             _log.warning("waiting for %s; free in the cluster: %s", needed, free)
 
-    def _bundles_by_node(self) -> list[int]:
-        """The ranks' bundles grouped by node, the first bundle's node first, so that neighbouring ranks share a node.
-        PACK keeps no such order."""
+    def _bundles_of_ranks(self, world: int) -> list[int]:
+        """The bundle of each rank. Bundles are grouped by node, the first bundle's node first, so that neighbouring
+        ranks share a node. PACK keeps no such order."""
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         bundles = range(self._first_bundle, len(self._group.bundle_specs))
         order: dict[str, int] = {}
         for bundle in bundles:
             order.setdefault(nodes[bundle], len(order))
-        return sorted(bundles, key=lambda bundle: order[nodes[bundle]])
+        by_node = sorted(bundles, key=lambda bundle: order[nodes[bundle]])
+        return [by_node[rank // (world // len(by_node))] for rank in range(world)]

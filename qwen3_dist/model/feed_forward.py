@@ -110,6 +110,11 @@ class MoEFeedForward(nn.Module):
         rows.update(dict(zip(self._hosted, self.experts.counts.tolist(), strict=True)))
         return rows
 
+    def reset_counts(self) -> None:
+        """Sets `rows_by_expert` to 0."""
+        self.experts.counts.zero_()
+        self._former_rows.zero_()
+
     def arrivals(self, placement: ExpertPlacement) -> dict[int, int]:
         """The experts that this rank must read for `placement`, by their index in its stacks."""
         there = zip(self._hosted, placement.hosted[self._ep_rank], strict=True)

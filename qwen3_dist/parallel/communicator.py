@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qwen3_dist.errors import EngineDeadError
+
 T = TypeVar("T")
 
 
@@ -39,6 +41,12 @@ class Communicator(ABC):
         """Seconds for which this rank has waited for others in the group's collectives so far; None if the host cannot
         know, since a GPU runs the collectives."""
         return None
+
+    @property
+    def progress(self) -> tuple[int, tuple[int, ...]]:
+        """How many collectives this rank has entered, and which ranks of the world have not entered the last of them;
+        0 and none where that cannot be seen. May be read from any thread."""
+        return 0, ()
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -103,7 +111,14 @@ class Communicator(ABC):
         """Returns when every rank of the group has called it."""
 
     def close(self) -> None:
-        """Frees what the group holds outside this process."""
+        """Frees what the group holds outside this process. Ranks that wait for this one in the group fail."""
+
+    def become(self, other: Communicator) -> None:
+        """Takes the place of a group that was closed: whoever holds this object uses the group of `other` from now on.
+        Raises EngineDeadError if that is of another kind."""
+        if type(self) is not type(other):
+            raise EngineDeadError(f"ranks met over {other.kind} after they had met over {self.kind}")
+        self.__dict__ = other.__dict__  # one state: what C++ calls back on `other` is seen here
 
 
 class SingleCommunicator(Communicator):
@@ -271,6 +286,10 @@ class StagedCommunicator(Communicator):
     @property
     def waited_s(self) -> float | None:
         return self._host.waited_s
+
+    @property
+    def progress(self) -> tuple[int, tuple[int, ...]]:
+        return self._host.progress
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._host.all_reduce(x.cpu()).to(self._device)

@@ -88,7 +88,7 @@ class ParallelContext:
     @property
     def collectives(self) -> str:
         """The transport of this rank's collectives, in a few words."""
-        groups = {self.tp, self.dp, self.ep, self.etp}
+        groups = set(self._groups)
         kinds = sorted({group.kind for group in groups} - {""})
         if self.pipeline.size > 1 and not kinds:
             kinds = ["over the host" if self.staged else "NCCL" if "nccl" in dist.get_backend() else "gloo"]
@@ -97,12 +97,33 @@ class ParallelContext:
     @property
     def waited_s(self) -> float | None:
         """Seconds for which this rank has waited for other ranks so far; None if the host cannot know."""
-        parts = [group.waited_s for group in {self.tp, self.dp, self.ep, self.etp}]
+        parts = [group.waited_s for group in set(self._groups)]
         known = [part for part in (*parts, self.pipeline.waited_s) if part is not None]
         return sum(known) if len(known) > len(parts) else None
 
+    @property
+    def progress(self) -> tuple[int, tuple[int, ...]]:
+        """How many collectives in shared memory this rank has entered, and the ranks that it awaits in one. May be
+        read from any thread."""
+        parts = [group.progress for group in set(self._groups)]
+        awaited = {rank for _, behind in parts for rank in behind}
+        return sum(entered for entered, _ in parts), tuple(sorted(awaited))
+
+    def become(self, other: ParallelContext) -> None:
+        """Takes the place of a context that was closed: everything built with it uses the groups of `other`, of the
+        same rank and layout. Raises EngineDeadError if they are of other kinds."""
+        replaced = {mine: theirs for mine, theirs in zip(self._groups, other._groups, strict=True)}
+        for mine, theirs in replaced.items():
+            mine.become(theirs)
+
+    @property
+    def _groups(self) -> tuple[Communicator, ...]:
+        return self.tp, self.dp, self.ep, self.etp
+
     def close(self) -> None:
-        for communicator in {self.tp, self.dp, self.ep, self.etp}:
+        """Leaves all groups. Ranks that wait for this one in a collective fail."""
+        self.pipeline.forget()  # what holds a group keeps its connections open
+        for communicator in set(self._groups):
             communicator.close()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -41,6 +41,10 @@ class Pipeline:
     def is_last(self) -> bool:
         return self.index == self.size - 1
 
+    def forget(self) -> None:
+        """Forgets sends to a stage that is gone."""
+        self._underway.clear()
+
     def send(self, x: Tensor) -> None:
         """Sends `x` [rows, D] to the next stage. On a CPU `x` must not change afterwards."""
         x = x.contiguous()

@@ -3,7 +3,7 @@
 Gloo takes over a millisecond for a small all-reduce between two one-thread ranks; this takes tens of
 microseconds, and in C++ (`native_shared_memory.py`) a few. The segment of a group of n ranks is double-buffered:
 
-    flags   [n]          last operation each rank has published (a cache line apart)
+    flags   [n, 2]       last operation each rank has published, and whether it has left (a cache line apart)
     header  [2, n, 1+n]  int64: rounds this rank needs, rows for each destination (all-to-all only)
     slots   [2, n, slot] bytes of payload
 
@@ -178,6 +178,13 @@ class SharedMemoryCommunicator(Communicator):
     def waited_s(self) -> float:
         return self._waited_s
 
+    @property
+    def progress(self) -> tuple[int, tuple[int, ...]]:
+        entered = self._segment.flags[:: _LINE // 8].tolist()
+        mine = entered[self.rank]
+        behind = (peer for peer in range(self.size) if entered[peer] < mine)
+        return mine, tuple(self.world_ranks[peer] for peer in behind)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         flat = x.view(-1)
@@ -263,6 +270,7 @@ class SharedMemoryCommunicator(Communicator):
         self._exchange()
 
     def close(self) -> None:
+        self._segment.flags[self.rank * _LINE // 8 + 1] = 1
         for descriptor in self._watchers:
             os.close(descriptor)
         self._watchers = {}
@@ -322,11 +330,12 @@ class SharedMemoryCommunicator(Communicator):
             now = time.monotonic()
             if now >= next_check:
                 ended = [self._watchers[descriptor] for descriptor, _ in self._poll.poll(0)]
+                ended += [rank for rank in range(self.size) if flags[rank * step + 1]]
                 lost = [
                     rank for rank in ended if flags[rank * step] < operation
                 ]  # others ended after their part
                 if lost:
-                    raise PeerLostError(f"the process of rank {self.world_ranks[lost[0]]} ended")
+                    raise PeerLostError(f"rank {self.world_ranks[lost[0]]} ended or left the group")
                 next_check = now + _LIVENESS_PERIOD_S
             if now > deadline:
                 late = self.world_ranks[peer]

@@ -134,7 +134,7 @@ class ChannelListener:
 
     def __init__(self, host: str, secret: bytes) -> None:
         assert len(secret) == _SECRET_BYTES
-        self._secret = secret
+        self.secret = secret
         self._socket = socket.create_server((host, 0), family=_family(host))
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
 
@@ -154,7 +154,7 @@ class ChannelListener:
             offered = sock.recv(_SECRET_BYTES, socket.MSG_WAITALL)
         except OSError:
             offered = b""
-        if not hmac.compare_digest(offered, self._secret):
+        if not hmac.compare_digest(offered, self.secret):
             sock.close()
             return None
         sock.settimeout(None)

@@ -11,7 +11,11 @@ rank                                   engine
 ◀──────────── plan, Call, plan, ...   (None: end)
 ── result, Answer, ... ─────────────▶  (results: from tp rank 0 of the last stage only)
 
-A rank that fails sends Failed instead.
+A rank that fails sends Failed instead. On a second connection, which it begins with StatusHello, a thread of the rank
+answers each StatusRequest with a RankStatus: the engine asks while a step is late.
+
+If a rank is lost, the engine sends Rejoin to the others, which keep the model: all begin with Hello again, and only
+the new rank loads weights.
 """
 
 from __future__ import annotations
@@ -58,6 +62,33 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class StatusHello:
+    """The first message on the second connection of a rank."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class StatusRequest:
+    """Asks for a RankStatus."""
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What a rank's main thread does.
+
+    `operations` counts the collectives in shared memory that the rank has entered, `awaited` are the ranks that have
+    not entered the last of them in some group; 0 and none where NCCL or gloo carries collectives. `stack` is a Python
+    traceback.
+    """
+
+    activity: str
+    operations: int
+    awaited: tuple[int, ...]
+    stack: str
+
+
+@dataclass(frozen=True)
 class Start:
     """How to join the other ranks. `ranks_on_card` ranks share this rank's card, which had `card_free_bytes` of free
     memory before any of them loaded. `over_host`: collectives of GPU tensors go through host memory."""
@@ -98,6 +129,11 @@ class Call:
 
     method: str
     arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Rejoin:
+    """Another rank was lost: leave the groups, say Hello again, and join the others and the lost rank's successor."""
 
 
 @dataclass(frozen=True)

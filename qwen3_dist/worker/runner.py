@@ -179,7 +179,7 @@ class ModelRunner:
         for moe in moe_layers[:1]:  # all are of one shape
             warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.activation_template)
         for moe in moe_layers:
-            moe.experts.counts.zero_()
+            moe.reset_counts()
         self._inputs.last_sampled.zero_()
         self._state = self._new_sampling_state()
 

@@ -13,7 +13,7 @@ import time
 from collections import deque
 
 from qwen3_dist.protocol.channel import Channel
-from qwen3_dist.protocol.messages import Answer, Call
+from qwen3_dist.protocol.messages import Answer, Call, Rejoin
 from qwen3_dist.worker.runner import ModelRunner, StepOutput
 
 _POLL_S = 5e-5  # between two polls of the device and the channel; steps take milliseconds
@@ -26,8 +26,9 @@ class Activity:
         self.description = "starting"
 
 
-def run_steps(channel: Channel, runner: ModelRunner, overlaps: bool, activity: Activity) -> None:
-    """Runs plans and calls until the engine sends None. The engine limits the number of plans in flight.
+def run_steps(channel: Channel, runner: ModelRunner, overlaps: bool, activity: Activity) -> Rejoin | None:
+    """Runs plans and calls until the engine sends Rejoin or None, which is returned. The engine limits the number of
+    plans in flight.
 
     `overlaps` (GPUs): a launch returns while its step runs, so the next plan is launched before results are awaited.
     Otherwise a step is finished when its launch returns. Raises ChannelClosedError if the engine is gone.
@@ -41,8 +42,8 @@ def run_steps(channel: Channel, runner: ModelRunner, overlaps: bool, activity: A
                 time.sleep(_POLL_S)
             continue
         message = channel.receive()
-        if message is None:
-            return
+        if message is None or isinstance(message, Rejoin):
+            return message
         if isinstance(message, Call):
             while launched:
                 channel.send(launched.popleft().result())

@@ -145,7 +145,7 @@ class ModelRoutes:
     def _new_route(self, model: ServedModel) -> ModelRoute:
         replicas = self._find_replicas(model)
         health = ReplicaHealth(
-            lambda: replicas.broadcast("check_progress").results_async(return_exceptions=True),
+            lambda: replicas.broadcast("problem").results_async(return_exceptions=True),
             *health_times(model),
         )
         dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)

@@ -9,22 +9,20 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from ray.exceptions import RayActorError
 
-from qwen3_dist.errors import EngineDeadError
-
 ANSWER_TIMEOUT_S = 5.0
-_GONE = (EngineDeadError, RayActorError)
 
 
 class ReplicaHealth:
     """Polls all replicas every `period_s` seconds in a task of the running event loop.
 
-    `ask` returns None for each healthy replica and an exception for each other. If no replica answers, because all are
-    busy, the last result stays valid for `patience_s` seconds: by then Serve has replaced a replica that hangs.
+    `ask` returns for each replica why it is not healthy, "" if it is, or the exception of the call. If no replica
+    answers, because all are busy, the last result stays valid for `patience_s` seconds: by then Serve has replaced a
+    replica that hangs.
     """
 
     def __init__(
         self,
-        ask: Callable[[], Awaitable[Sequence[BaseException | None]]],
+        ask: Callable[[], Awaitable[Sequence[str | BaseException]]],
         period_s: float,
         patience_s: float,
     ) -> None:
@@ -57,11 +55,11 @@ class ReplicaHealth:
             answers = await asyncio.wait_for(self._ask(), ANSWER_TIMEOUT_S)
         except Exception:  # noqa: BLE001 - whatever failed, no replica answered
             answers = [TimeoutError()]
-        healthy = sum(answer is None for answer in answers)
-        gone = sum(isinstance(answer, _GONE) for answer in answers)
+        healthy = answers.count("")
+        gone = sum(isinstance(answer, RayActorError) for answer in answers)
         self.num_lost += max(0, gone - self._num_gone)  # Serve may name a dead replica more than once
         self._num_gone = gone
-        late = [each for each in answers if each is not None and not isinstance(each, _GONE)]
+        late = [each for each in answers if not isinstance(each, str | RayActorError)]
         now = time.monotonic()
         if healthy or not late or now - self._answered_at > self.patience_s:
             self.num_healthy = healthy

@@ -60,6 +60,7 @@ class EngineMetrics:
             (names.DRAFT_TOKENS, stats.drafted_tokens),
             (names.ACCEPTED_TOKENS, stats.accepted_tokens),
             (names.STEPS, stats.steps),
+            (names.RANK_REPLACEMENTS, sum(len(each.ranks) for each in self._engine.recoveries)),
             (names.REPEATED_STEPS, stats.repeated_steps),
             (names.STEP_SEQUENCES, stats.scheduled_sequences),
             (names.STEP_TOKENS, stats.computed_tokens),

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
 
@@ -44,6 +45,7 @@ from serve_app.telemetry.traces import flush_traces, trace_to
 logger = logging.getLogger("qwen3_dist.replica")
 
 _LAST_ANSWERS_S = 2.0  # longest wait, after the engine died, until its requests are answered with that error
+_RECOVERIES_TOLD = 10  # the last ones
 _PACE_TIMEOUT_S = 0.5  # the ranks answer between two steps
 _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 
@@ -51,6 +53,7 @@ _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 class EngineReplica:
     """One engine. Construction loads the model.
 
+    While the engine replaces a lost rank, the replica refuses requests with 503, so that another one answers them.
     When the engine dies, the replica ends its own process: Serve replaces a dead process at once, but an unhealthy one
     only after three failed health checks.
     """
@@ -192,7 +195,7 @@ class EngineReplica:
         """This replica's part of `/v1/cluster`: whether its steps go on, its ranks and the slowest of them, its load
         and its counters."""
         stats = self._engine.stats()
-        stalled = self._engine.stalled()
+        problem = await self.problem()
         await self._read_pace()
         view, pace = await self.ranks(), self._pace
         if pace is not None:
@@ -200,9 +203,10 @@ class EngineReplica:
                 rank["own_step_s"] = step_s
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
-            "healthy": not stalled,
-            "message": stalled,
+            "healthy": not problem,
+            "message": problem,
             **view,
+            "recoveries": [asdict(each) for each in self._engine.recoveries[-_RECOVERIES_TOLD:]],
             "slowest_rank": {"rank": pace.slowest, "excess": pace.excess} if pace else None,
             "load": {
                 "num_requests_running": stats.num_running,
@@ -222,11 +226,14 @@ class EngineReplica:
             with contextlib.suppress(TimeoutError, QwenDistError):
                 self._pace = await asyncio.wait_for(self._engine.rank_pace(), _PACE_TIMEOUT_S)
 
-    async def check_progress(self) -> None:
-        """Raises EngineDeadError once a rank is lost, or while a step takes far longer than those before it."""
-        self._engine.check_health()
-        if stalled := self._engine.stalled():
-            raise EngineDeadError(stalled)
+    async def problem(self) -> str:
+        """Why this replica is not healthy: it has lost a rank, or a step takes far longer than those before it; "" if
+        it is."""
+        try:
+            self._engine.check_health()
+        except EngineDeadError as error:
+            return f"a lost rank is being replaced: {error}" if self._engine.recovers else str(error)
+        return self._engine.stalled()
 
     async def expert_load(self) -> dict[str, Any]:
         """Tokens routed to each expert of each MoE layer so far, and the placement of the experts."""
@@ -241,8 +248,9 @@ class EngineReplica:
         return self._engine.max_model_len
 
     async def check_health(self) -> None:
-        """Raises EngineDeadError once a rank is lost; Serve then replaces this replica."""
-        self._engine.check_health()
+        """Raises EngineDeadError once a rank is lost for good; Serve then replaces this replica."""
+        if not self._engine.recovers:
+            self._engine.check_health()
 
     def _exit_process(self) -> None:
         """Ends this process after the requests that failed with the engine have been answered."""

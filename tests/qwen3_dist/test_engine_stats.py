@@ -82,7 +82,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 
 def test_ranks_wait_for_requests_until_work_comes_and_for_the_engine_from_then_on(clock: Clock) -> None:
-    meter = StepMeter(StepTraffic(EngineConfig(), DENSE_CONFIG, "cpu"))
+    meter = StepMeter(StepTraffic(EngineConfig(), DENSE_CONFIG, "cpu"), 4.0)
     plans = [StepPlan(1, (), (7,), False)]
     clock.now = 110.0
     meter.work_came()
@@ -126,7 +126,7 @@ def test_an_engine_counts_tokens_and_tells_when_each_choice_was_scheduled() -> N
 
 
 def test_a_step_that_runs_far_longer_than_recent_ones_has_stalled(clock: Clock) -> None:
-    meter = StepMeter(StepTraffic(EngineConfig(), DENSE_CONFIG, "cpu"))
+    meter = StepMeter(StepTraffic(EngineConfig(), DENSE_CONFIG, "cpu"), 4.0)
 
     def run(seconds: float) -> str:
         meter.submitted([StepPlan(1, (), (7,), False)], alone=True)

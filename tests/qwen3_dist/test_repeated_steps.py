@@ -40,7 +40,7 @@ class OverflowingRanks(Executor):
             result = result._replace(token_ids=(5,) * len(result.token_ids), overflowed=True)
         self._results.append(result)
 
-    def collect(self) -> list[StepResult | None]:
+    def collect(self, limit_s: float | None = None) -> list[StepResult | None]:
         return [self._results.popleft()]
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
@@ -69,7 +69,7 @@ def test_no_overflow_changes_a_token(
     while scheduler.has_work or steps:
         while len(steps) < depth and (plan := scheduler.schedule()) is not None:
             steps.submit([plan])
-        ((plan, result),) = steps.collect()
+        ((plan, result),) = steps.collect(None)
         assert result is not None and not result.overflowed
         scheduler.update(plan, result)
         for sequence in sequences:

@@ -144,7 +144,7 @@ def test_the_death_of_a_rank_costs_no_request_and_changes_no_text(
     assert waiting[0].json()["choices"][0]["text"] == whole
     wait_for(healthy)
     assert ask() == expected
-    assert not set(ranks) & set(rank_processes())
+    assert len(set(ranks) & set(rank_processes())) == 1  # the other one kept its process
 
 
 def test_build_app_serves_beside_others_through_serve_run(url: str) -> None:

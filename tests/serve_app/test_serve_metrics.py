@@ -229,12 +229,13 @@ def test_a_replica_that_hangs_is_left_out_and_the_page_comes_all_the_same(
 
 
 def test_a_replica_that_died_is_counted_and_its_successor_tells_its_own_metrics(
-    http: httpx.Client, page: Page
+    page: Page, service_config: ServiceConfig
 ) -> None:
     wait_for(lambda: len(replicas_in(page())) == 1)
     lost, before = total(page(), "qwen3_dist:replicas_lost_total"), replicas_in(page())
-    [replica] = http.get("/v1/cluster/ranks").json()["data"]
-    os.kill(replica["ranks"][0]["pid"], signal.SIGKILL)
+    application = service_config.application(service_config.models[0])
+    [replica] = processes_running(f"ServeReplica:{application}:{REPLICA}")
+    os.kill(replica, signal.SIGKILL)
     wait_for(lambda: total(page(), "qwen3_dist:replicas_lost_total") == lost + 1)
     wait_for(lambda: len(now := replicas_in(page())) == 1 and now != before)
     assert total(page(), "qwen3_dist:replicas_lost_total") == lost + 1

@@ -1,0 +1,217 @@
+"""An engine that lost a rank: the others keep their process and weights, and a new one takes the lost one's place."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_dist import EngineConfig, Layout, SamplingParams
+from qwen3_dist.engine.async_engine import AsyncEngine
+from qwen3_dist.engine.engine import Outputs
+from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.launch.launcher import Launcher
+from qwen3_dist.launch.processes import shared_nursery
+from tests import failing_ranks
+from tests.ranks import end_nursery
+
+NUM_TOKENS = 24
+DRAWN = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=7, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[None]:
+    end_nursery()
+    with shared_nursery():
+        yield
+
+
+def config(checkpoint: Path, layout: str, **settings: Any) -> EngineConfig:
+    placed: dict[str, Any] = {"executor": "processes", "num_blocks": 64, "dtype": "float32", **settings}
+    return EngineConfig(str(checkpoint), layout=Layout.parse(layout), **placed)
+
+
+async def until_it_serves(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(120.0):
+        while True:
+            try:
+                return engine.check_health()
+            except EngineDeadError:
+                await asyncio.sleep(0.01)
+
+
+async def tokens_of(engine: AsyncEngine, resume: list[int] | None = None) -> AsyncIterator[int]:
+    resumed = None if resume is None else {0: resume}
+    async for deltas in engine.generate([5, 6, 7, 8], DRAWN, "r", resume=resumed):
+        for delta in deltas:
+            for token in delta.token_ids:
+                yield token
+
+
+async def undisturbed(engine: AsyncEngine) -> list[int]:
+    return [token async for token in tokens_of(engine)]
+
+
+def before_step(engine: AsyncEngine, number: int, act: Callable[[], None]) -> None:
+    """Has the engine's thread call `act` before it runs its step `number` from now."""
+    step, numbers = engine._engine.step, itertools.count(1)
+
+    def counted() -> Outputs:
+        if next(numbers) == number:
+            act()
+        return step()
+
+    engine._engine.step = counted  # type: ignore[method-assign]
+
+
+async def across_a_loss(engine: AsyncEngine, lose: Callable[[], None]) -> list[int]:
+    """The tokens of a request in the middle of which `lose` is called, and which goes on after the recovery."""
+    tokens: list[int] = []
+    before_step(engine, 10, lose)
+    with pytest.raises(EngineDeadError):
+        async for token in tokens_of(engine):
+            tokens.append(token)
+    assert 5 < len(tokens) < NUM_TOKENS - 5
+    await until_it_serves(engine)
+    return tokens + [token async for token in tokens_of(engine, resume=tokens)]
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "lost", "signal_number"),
+    [
+        ("dense", "tp=1", 0, signal.SIGKILL),
+        ("dense", "tp=2", 0, signal.SIGKILL),
+        ("dense", "tp=2", 1, signal.SIGSTOP),
+        ("moe", "tp=2,ep=2,dp=2", 3, signal.SIGKILL),
+        ("dense", "tp=2,pp=2", 0, signal.SIGKILL),
+        ("dense", "tp=2,pp=2", 3, signal.SIGSTOP),
+    ],
+)
+def test_one_new_rank_takes_the_place_of_a_lost_one(
+    nursery: None, checkpoints: dict[str, Path], model: str, layout: str, lost: int, signal_number: int
+) -> None:
+    async def check() -> None:
+        engine = AsyncEngine(config(checkpoints[model], layout))
+        try:
+            expected = await undisturbed(engine)
+            before = [rank.pid for rank in engine.ranks]
+            assert await across_a_loss(engine, lambda: os.kill(before[lost], signal_number)) == expected
+            assert engine.stats().generation_tokens >= 2 * NUM_TOKENS, "the totals began anew"
+            after = [rank.pid for rank in engine.ranks]
+            assert [rank for rank in range(len(before)) if before[rank] != after[rank]] == [lost]
+            [recovery] = engine.recoveries
+            whole = (checkpoints[model] / "model.safetensors").stat().st_size
+            assert recovery.ranks == (lost,)
+            assert 0 < recovery.bytes_read < (0.8 if len(before) > 1 else 1.1) * whole
+        finally:
+            engine.shutdown()
+
+    asyncio.run(check())
+
+
+def test_an_idle_engine_replaces_a_lost_rank_too(nursery: None, checkpoints: dict[str, Path]) -> None:
+    async def check() -> None:
+        engine = AsyncEngine(config(checkpoints["dense"], "tp=2"))
+        try:
+            expected = await undisturbed(engine)
+            os.kill(engine.ranks[0].pid, signal.SIGKILL)
+            while not engine.recoveries:
+                await asyncio.sleep(0.01)
+            await until_it_serves(engine)
+            assert await undisturbed(engine) == expected
+        finally:
+            engine.shutdown()
+
+    asyncio.run(check())
+
+
+def test_ranks_that_were_moved_experts_have_them_after_a_loss(
+    nursery: None, checkpoints: dict[str, Path]
+) -> None:
+    """The new rank loads the experts of its predecessor and not those of the start."""
+
+    async def check() -> None:
+        engine = AsyncEngine(config(checkpoints["moe"], "tp=2,ep=2", redundant_experts=2))
+        try:
+            expected = await undisturbed(engine)
+            assert await engine.rebalance_experts(), "nothing has moved"
+            moved = (await engine.expert_load()).placements
+            lost = engine.ranks[1].pid
+            assert await across_a_loss(engine, lambda: os.kill(lost, signal.SIGKILL)) == expected
+            load = await engine.expert_load()
+            assert load.placements == moved
+            assert all(sum(tokens) for tokens in load.tokens.values())
+        finally:
+            engine.shutdown()
+
+    asyncio.run(check())
+
+
+def test_who_waits_for_the_engine_is_told_of_a_loss(nursery: None, checkpoints: dict[str, Path]) -> None:
+    async def check() -> None:
+        engine = AsyncEngine(config(checkpoints["moe"], "tp=2,ep=2"))
+        try:
+            os.kill(engine.ranks[1].pid, signal.SIGSTOP)
+            waits = [engine.expert_load(), engine.rebalance_experts(), engine.rank_pace()]
+            answers = await asyncio.gather(*waits, return_exceptions=True)
+            assert [type(answer) for answer in answers] == 3 * [EngineDeadError]
+            await until_it_serves(engine)
+            assert await engine.expert_load()
+        finally:
+            engine.shutdown()
+
+    asyncio.run(check())
+
+
+def test_an_engine_dies_that_loses_a_rank_again_before_its_next_step(
+    nursery: None, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = threading.Event()
+
+    async def check() -> None:
+        engine = AsyncEngine(config(checkpoints["dense"], "tp=2"), on_death=died.set)
+        try:
+            monkeypatch.setattr(
+                Launcher, "main", staticmethod(failing_ranks.ranks_that_end_in_their_first_step)
+            )
+            lost = engine.ranks[1].pid
+            await across_a_loss(engine, lambda: os.kill(lost, signal.SIGKILL))
+        except EngineDeadError:
+            assert await asyncio.to_thread(died.wait, 60.0)
+            assert len(engine.recoveries) == 1 and not engine.recovers
+            return
+        finally:
+            engine.shutdown()
+        raise AssertionError("the engine has served with a rank that ends in its first step")
+
+    asyncio.run(check())
+
+
+def test_an_engine_dies_if_no_rank_can_take_the_place(
+    nursery: None, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died = threading.Event()
+
+    async def check() -> None:
+        engine = AsyncEngine(config(checkpoints["dense"], "tp=2"), on_death=died.set)
+        try:
+            monkeypatch.setattr(
+                Launcher, "main", staticmethod(failing_ranks.rank_1_ends_before_it_says_anything)
+            )
+            pids = [rank.pid for rank in engine.ranks]
+            os.kill(pids[1], signal.SIGKILL)
+            assert await asyncio.to_thread(died.wait, 60.0)
+            with pytest.raises(EngineDeadError, match="rank 1 died: its process ended by SIGKILL"):
+                engine.check_health()
+            assert not Path(f"/proc/{pids[0]}").exists(), "the rank that was left still runs"
+        finally:
+            engine.shutdown()
+
+    asyncio.run(check())
