@@ -1,26 +1,29 @@
-"""Kills and stops parts of a service under load, and compares each answer with the undisturbed one.
+"""Kills, stops and changes parts of a service under load, and compares each answer with the undisturbed one.
 
     python -m benchmarks.chaos [--clients 16] [--times 3] [--faults kill-rank stop-rank kill-replica] [--replicas 2]
 
-A fault is `none`, or kill (SIGKILL), stop (SIGSTOP) or term (SIGTERM) of a rank, a replica or an ingress.
+A fault is `none`; kill (SIGKILL), stop (SIGSTOP) or term (SIGTERM) of a rank, a replica, an ingress, Serve's proxy or
+its controller; `roll`, a deployment that loads the model anew; or `scale`, which takes a replica away and gives it
+back.
 
 A client asks for one answer after the other: chats with tools, a schema, thinking, two choices and log-probabilities,
 completions of several prompts with stop strings, responses and messages; greedy and seeded, streamed and not. Each
-answer is asked for once before the first fault. One row is printed for each kind of fault: answers that were lost
-(ended by an error or unfinished), that changed, and for how long streams paused.
+answer is asked for once before the first fault. A client whose connection breaks, or that is told to try again, sends
+the request again with its `X-Request-Id`. One row is printed for each kind of fault: requests that were sent again,
+answers that were lost all the same, that changed, and for how long streams paused.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import os
 import random
 import signal
 import statistics
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -29,11 +32,14 @@ from typing import Any
 
 import httpx
 
-from benchmarks.chaos_answers import MODEL, LostError, difference, read_stream, requests, without_ids
-from serve_app.launch.foreground import running_service
+from benchmarks.chaos_answers import MODEL, LostError, difference, read_stream, requests, same, without_ids
+from cluster import ray_cluster, ray_private
+from serve_app.ingress import proxy
+from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import INGRESS, REPLICA, read_service_config
 
 PORT = 8795
+TRIES = 4  # of a client whose connection breaks
 PAUSE_S = 1.0  # streams that paused for less count as undisturbed
 RECOVERY_S = 120.0
 
@@ -43,6 +49,7 @@ class Fault:
     """What clients saw of the faults of one kind."""
 
     answers: int = 0
+    again: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     pauses_s: list[float] = field(default_factory=list)
@@ -53,13 +60,15 @@ class Fault:
         pauses = sorted(self.pauses_s)
         paused = f"{statistics.median(pauses):.1f} | {pauses[-1]:.1f}" if pauses else "- | -"
         whole = f"{max(self.recoveries_s):.1f}" if self.recoveries_s else "-"
-        counts = f"{self.answers} | {len(self.lost)} | {len(self.changed)} | {len(pauses)}"
+        counts = (
+            f"{self.answers} | {len(self.again)} | {len(self.lost)} | {len(self.changed)} | {len(pauses)}"
+        )
         return f"| {name} | {counts} | {paused} | {whole} |"
 
 
 HEAD = (
-    "| fault | answers | lost | changed | paused | p50 s | worst s | all replicas back, s |\n"
-    + "|---" * 8
+    "| fault | answers | sent again | lost | changed | paused | p50 s | worst s | all back, s |\n"
+    + "|---" * 9
     + "|"
 )
 
@@ -76,15 +85,18 @@ class Load:
         self.fault, self.fault_s = Fault(), float("inf")
         self.ended = False
 
-    async def ask(self, name: str, path: str, body: dict[str, Any]) -> tuple[Any, float]:
+    async def ask(
+        self, name: str, path: str, body: dict[str, Any], request_id: str = ""
+    ) -> tuple[Any, float]:
         """The answer, and the longest time between two of its parts since the fault. Raises LostError."""
+        headers = {"X-Request-Id": request_id} if request_id else {}
         if not body.get("stream"):
-            answer = await self._http.post(path, json=body)
+            answer = await self._http.post(path, json=body, headers=headers)
             if answer.status_code != HTTPStatus.OK:
                 raise LostError(f"{answer.status_code} {answer.text}")
             return without_ids(answer.json()), 0.0
         data, last, pause = b"", time.monotonic(), 0.0
-        async with self._http.stream("POST", path, json=body) as answer:
+        async with self._http.stream("POST", path, json=body, headers=headers) as answer:
             if answer.status_code != HTTPStatus.OK:
                 raise LostError(f"{answer.status_code} {(await answer.aread()).decode()}")
             async for part in answer.aiter_bytes():
@@ -106,15 +118,19 @@ class Load:
         for name, path, body in self._turns(number):
             if self.ended:
                 return
-            try:
-                answer, pause = await self.ask(name, path, body)
-            except (LostError, httpx.HTTPError) as error:
-                self.fault.lost.append(f"{name}: {error!r}"[:400])
-                await asyncio.sleep(0.5)
-                continue
-            finally:
-                self.fault.answers += 1
-            if answer != self._expected[name]:
+            request_id = f"chaos-{uuid.uuid4().hex}"
+            for left in reversed(range(TRIES)):
+                try:
+                    answer, pause = await self.ask(name, path, body, request_id)
+                    break
+                except (LostError, httpx.HTTPError) as error:
+                    kept = self.fault.again if left else self.fault.lost
+                    kept.append(f"{name}: {error!r}"[:400])
+                    await asyncio.sleep(1.0)
+            else:
+                answer, pause = None, 0.0
+            self.fault.answers += 1
+            if answer is not None and not same(answer, self._expected[name]):
                 self.fault.changed.append(f"{name}: {difference(self._expected[name], answer)}")
             if pause > PAUSE_S:
                 self.fault.pauses_s.append(pause)
@@ -169,38 +185,69 @@ def titled(words: str) -> list[int]:
     return found
 
 
+TITLES = {
+    "replica": f":{REPLICA}",
+    "ingress": f":{INGRESS}",
+    "proxy": "ProxyActor",
+    "controller": "ServeController",
+}
+
+
 def _signal(kind: str, ranks: list[list[int]]) -> None:
     """Sends the signal that `kind` names to one process."""
     action, _, what = kind.partition("-")
     number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[action]
-    title = INGRESS if what == "ingress" else REPLICA
-    pids = random.choice(ranks) if what == "rank" else titled(f":{title}")
+    pids = random.choice(ranks) if what == "rank" else titled(TITLES[what])
     os.kill(random.choice(pids), number)
 
 
-async def strike(load: Load, kind: str, replicas: int, seconds: float) -> None:
+class Service:
+    """The service that is disturbed. `change` deploys it with other settings."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._settings = settings
+        self.url = self.change()
+
+    def change(self, **settings: Any) -> str:
+        self._settings |= settings
+        return deploy(read_service_config(self._settings), report=print)
+
+    def roll(self) -> None:
+        """Loads the model anew, for one KV block more."""
+        self.change(num_blocks=self._settings["num_blocks"] + 1)
+
+    def scale(self) -> None:
+        """Takes a replica away, and gives it back."""
+        replicas = self._settings["min_replicas"]
+        for number in (replicas - 1, replicas):
+            self.change(min_replicas=number, max_replicas=number)
+
+
+async def strike(load: Load, service: Service, kind: str, replicas: int, seconds: float) -> None:
     """One fault, then waits until all replicas are back and answers flow again."""
     await asyncio.sleep(seconds)
     before = await load.ranks()
     load.fault_s = time.monotonic()
-    if kind != "none":
+    if kind in ("roll", "scale"):
+        await asyncio.to_thread(getattr(service, kind))
+    elif kind != "none":
         _signal(kind, before)
+    if kind != "none":
         deadline = load.fault_s + RECOVERY_S
         known = {pid for pids in before for pid in pids}
+        changes = kind.endswith(("rank", "replica"))
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
             now = await load.ranks()
-            if len(now) >= replicas and (
-                kind.endswith("ingress") or {pid for pids in now for pid in pids} != known
-            ):
+            if len(now) >= replicas and not (changes and {pid for pids in now for pid in pids} == known):
                 break
         load.fault.recoveries_s.append(time.monotonic() - load.fault_s)
     await asyncio.sleep(seconds)
 
 
-async def run(url: str, args: argparse.Namespace) -> dict[str, Fault]:
+async def run(service: Service, args: argparse.Namespace) -> dict[str, Fault]:
     """Runs all faults, each under the load of so many clients."""
-    load = Load(url)
+    load = Load(service.url)
     began = time.monotonic()
     await load.expect()
     print(f"each answer once: {time.monotonic() - began:.1f} s", flush=True)
@@ -209,14 +256,13 @@ async def run(url: str, args: argparse.Namespace) -> dict[str, Fault]:
         for _ in range(args.times):
             load.fault, load.fault_s, load.ended = found.setdefault(kind, Fault()), float("inf"), False
             clients = [asyncio.create_task(load.client(number)) for number in range(args.clients)]
-            await strike(load, kind, args.replicas, args.seconds)
+            await strike(load, service, kind, args.replicas, args.seconds)
             load.ended = True
             await asyncio.gather(*clients)
         fault = found[kind]
         print(fault.row(kind), flush=True)
-        for line in [*fault.lost[:6], *fault.changed[:6]]:
+        for line in [*fault.again[:3], *fault.lost[:6], *fault.changed[:6]]:
             print("   ", line, flush=True)
-        print("    lost:", collections.Counter(each.partition(":")[0] for each in fault.lost), flush=True)
         print("    left in ingresses and engines:", await load.left(), flush=True)
     return found
 
@@ -232,10 +278,24 @@ def main() -> None:
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--layout", default="tp=1")
     parser.add_argument(
-        "--faults", nargs="+", default=["none", "kill-rank", "stop-rank", "kill-replica", "stop-replica"]
+        "--faults",
+        nargs="+",
+        default=[
+            *(
+                "none",
+                "kill-rank",
+                "stop-rank",
+                "kill-replica",
+                "stop-replica",
+                "term-replica",
+                "kill-ingress",
+            ),
+            *("kill-proxy", "kill-controller", "roll", "scale"),
+        ],
     )
     args = parser.parse_args()
     settings = {
+        "name": "chaos",
         "port": PORT,
         "model_name": MODEL,
         "layout": args.layout,
@@ -248,11 +308,16 @@ def main() -> None:
         "cpus_per_rank": 0.1,
         "prefix_caching": False,  # usage tells of cached tokens
         "ingress_replicas": args.ingresses,
-        "step_timeout_s": 10,  # a stopped rank and a stopped replica are found after these times
-        "health_check_timeout_s": 5,
+        "health_check_timeout_s": 5,  # a stopped replica is found after this time
+        "graceful_shutdown_timeout_s": 60,
     }
-    with running_service(read_service_config(settings), report=print) as service:
-        found = asyncio.run(run(service.url, args))
+    os.environ.setdefault(ray_private.PROXY_MIDDLEWARES, proxy.IMPORT_PATH)
+    ray_cluster.connect(None)
+    try:
+        found = asyncio.run(run(Service(settings), args))
+        stop(settings["name"], print, stop_now=lambda: False)
+    finally:
+        ray_cluster.shutdown()
     print(HEAD)
     for kind, fault in found.items():
         print(fault.row(kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -108,9 +109,7 @@ def merge(into: dict[str, Any], delta: dict[str, Any]) -> None:
 
 
 def without_ids(value: Any) -> Any:
-    """JSON without what differs between two answers to one request; log-probabilities differ in their last digits."""
-    if isinstance(value, float):
-        return round(value, 3)
+    """JSON without what differs between two answers to one request."""
     if isinstance(value, dict):
         dropped = {"id", "created", "created_at", "completed_at", "system_fingerprint", "call_id", "item_id"}
         return {key: without_ids(item) for key, item in value.items() if key not in dropped}
@@ -155,14 +154,25 @@ def read_stream(path: str, data: bytes) -> Any:
     return found
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two answers are equal, log-probabilities but for their last digits."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, abs_tol=1e-3)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
 def difference(one: Any, other: Any) -> str:
     """Where two answers first differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
-            if one.get(key) != other.get(key):
+            if not same(one.get(key), other.get(key)):
                 return f"{key}: {difference(one.get(key), other.get(key))}"
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return next(difference(a, b) for a, b in zip(one, other, strict=True) if a != b)
+        return next(difference(a, b) for a, b in zip(one, other, strict=True) if not same(a, b))
     if isinstance(one, str) and isinstance(other, str):
         at = len(os.path.commonprefix([one, other]))
         return f"at {at}: {one[at : at + 80]!r} became {other[at : at + 80]!r}"
