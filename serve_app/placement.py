@@ -37,11 +37,11 @@ def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placeme
     """Decides what a replica of `model` reserves on the connected Ray cluster, beside those of all `models`.
 
     Without a cluster (`serve build`) this machine stands in for it. CPU ranks may outnumber the cores,
-    each then reserving less than one. Raises ResourceError if `min_replicas` replicas of each can never fit.
+    each then reserving less than one. Raises ResourceError if `min_replicas` replicas, or one, can never fit.
     """
     engine, scaling = model.replica.engine, model.scaling
-    world = engine.layout.world
-    device = choose_device(engine, scaling.min_replicas)
+    world, least = engine.layout.world, max(1, scaling.min_replicas)
+    device = choose_device(engine, least)
     # CPU ranks of other models share the cores, so each takes the part it would have among as many of this model's.
     as_many = max(1, round(sum(_most_ranks(each) for each in models or [model]) / world))
     ranks = rank_bundles(engine, device, as_many if device == "cpu" else scaling.max_replicas)
@@ -49,10 +49,10 @@ def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placeme
     replicas = max(1, math.floor(total * _RANKS_SHARE / max(_total(ranks, "CPU"), 0.01)))  # that fit at all
     share = math.floor(total * _ENGINE_SHARE / replicas * 100) / 100
     engine_bundle = {"CPU": min(1.0, max(0.01, share))}
-    needed = scaling.min_replicas * (engine_bundle["CPU"] + _total(ranks, "CPU"))
+    needed = least * (engine_bundle["CPU"] + _total(ranks, "CPU"))
     if needed > total:
         raise ResourceError(
-            f"{scaling.min_replicas} replica(s) of {world} rank(s) at {_total(ranks, 'CPU') / world:g} CPUs each need "
+            f"{least} replica(s) of {world} rank(s) at {_total(ranks, 'CPU') / world:g} CPUs each need "
             f"{needed:g} CPUs and the Ray cluster has {total:g}; lower cpus_per_rank, min_replicas or the layout"
         )
     # Even a single rank gets its own process: in the replica, answering requests would hold the GIL and delay steps.

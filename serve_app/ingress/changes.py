@@ -22,7 +22,7 @@ class ScaleBody(Body):
     """A body of /v1/cluster/scale."""
 
     model: _Model = ""
-    min_replicas: Annotated[_Replicas, about("Engines that always run.")]
+    min_replicas: Annotated[int, Range(0, 10_000), about("Engines that always run.")]
     max_replicas: (
         Annotated[_Replicas, about("Most engines that load may start; min_replicas by default.")] | None
     ) = None
@@ -40,7 +40,7 @@ class Scale:
 def parse_scale(body: bytes) -> Scale:
     """Raises RequestError."""
     read = read_body(ScaleBody, body)
-    most = read.min_replicas if read.max_replicas is None else read.max_replicas
+    most = max(1, read.min_replicas) if read.max_replicas is None else read.max_replicas
     if most < read.min_replicas:
         raise RequestError(
             f"max_replicas={most} must not be less than min_replicas={read.min_replicas}",

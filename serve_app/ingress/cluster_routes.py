@@ -93,14 +93,14 @@ class ClusterRoutes:
 
     @api.get("/ready", **route("Whether a request sent now would be answered"))
     async def ready(self, request: Request) -> Response:
-        """The state of each model, or of the one that `?model=` names; 503 unless all are ready."""
+        """The state of each model, or of the one that `?model=` names; 503 unless all are ready or asleep."""
         name = request.query_params.get("model", "")
         routes = [self._routes.find(name)] if name else list(self._routes)
         await asyncio.gather(*(each.health.known() for each in routes))  # this ingress may have just started
-        states = {each.model.name: each.state for each in routes}
         self._draining.check()
-        if waiting := [f"{name!r} is {state}" for name, state in states.items() if state != "ready"]:
+        if waiting := [f"{each.model.name!r} is {each.state}" for each in routes if not each.answers]:
             raise EngineDeadError(f"not ready: {', '.join(waiting)}")
+        states = {each.model.name: each.state for each in routes}
         return json_response({"status": "ready", "models": states})
 
     @api.get(METRICS, include_in_schema=False)

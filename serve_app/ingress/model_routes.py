@@ -17,7 +17,7 @@ from serve_app.ingress.dispatch import Dispatcher
 from serve_app.ingress.replica_health import ReplicaHealth
 from serve_app.settings import IngressConfig, IngressSettings, ServedModel
 
-State = Literal["starting", "ready", "unhealthy"]
+State = Literal["starting", "ready", "asleep", "unhealthy"]
 _ANSWER_TIMEOUT_S = 5.0
 
 
@@ -46,15 +46,23 @@ class ModelRoute:
         self.health.period_s, self.health.patience_s = health_times(model)
 
     @property
+    def answers(self) -> bool:
+        """Whether a request sent now would be answered."""
+        return self.state in ("ready", "asleep")
+
+    @property
     def state(self) -> State:
-        """Ready if a replica was healthy at the last poll, unhealthy if one ever was and none is now."""
+        """Ready if a replica was healthy at the last poll, unhealthy if one ever was and none is now. A model that may
+        have no replica is asleep instead: the next request starts one."""
         if self.health.num_healthy:
             return "ready"
+        if not self.model.min_replicas:
+            return "asleep"
         return "unhealthy" if self.health.was_healthy else "starting"
 
     def capacity(self) -> int:
-        """Sequences in flight that the replicas take together."""
-        return max(self.health.num_healthy, self.model.min_replicas) * self.model.max_ongoing_requests
+        """Sequences in flight that the replicas take together, or the one that the next request starts."""
+        return max(1, self.health.num_healthy, self.model.min_replicas) * self.model.max_ongoing_requests
 
     def max_in_flight(self) -> int:
         """Sequences that may be in flight or wait in all ingresses together."""

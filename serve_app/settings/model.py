@@ -76,7 +76,11 @@ class ReplicaSettings:
 class ScalingSettings:
     """How many replicas a model has and how Serve looks after them. A change reloads nothing."""
 
-    min_replicas: int = setting(1, "engines that always run")
+    min_replicas: int = setting(
+        1,
+        "engines that always run; with 0 the last one ends after downscale_delay_s without requests, and the next "
+        "request waits until another has loaded the model",
+    )
     max_replicas: int = setting(1, "most engines that load may start")
     target_ongoing_requests: float | None = setting(
         None,
@@ -110,9 +114,9 @@ class ScalingSettings:
             "health_check_period_s",
             "health_check_timeout_s",
         )
-        if not 1 <= self.min_replicas <= self.max_replicas:
+        if not 0 <= self.min_replicas <= self.max_replicas:
             raise ConfigError(
-                f"min_replicas={self.min_replicas} must lie between 1 and max_replicas={self.max_replicas}"
+                f"min_replicas={self.min_replicas} must lie between 0 and max_replicas={self.max_replicas}"
             )
         target = self.target_ongoing_requests or 0
         if target > self.max_ongoing_requests and self.max_replicas > self.min_replicas:

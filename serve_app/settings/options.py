@@ -34,6 +34,8 @@ def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, 
         "max_queued_requests": -1,
         "autoscaling_config": {
             "min_replicas": scaling.min_replicas,
+            # A deployment shows whether the model loads, also if it may sleep.
+            **({} if scaling.min_replicas else {"initial_replicas": 1}),
             "max_replicas": scaling.max_replicas,
             "target_ongoing_requests": scaling.scaling_target,
             **{name: getattr(scaling, name) for name in _DELAYS},

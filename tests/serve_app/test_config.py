@@ -34,7 +34,7 @@ def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
     [
         ({"max_replica": 2}, "unknown setting 'max_replica'"),
         ({"max_replicas": "many"}, "max_replicas must be a whole number, not 'many'"),
-        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas=3 must lie between 1 and max_replicas=2"),
+        ({"min_replicas": 3, "max_replicas": 2}, "min_replicas=3 must lie between 0 and max_replicas=2"),
         ({"port": 70000}, "port must lie between 1 and 65535"),
         ({"downscale_delay_s": -1}, "downscale_delay_s must not be negative"),
         (
