@@ -39,7 +39,7 @@ from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import INGRESS, REPLICA, read_service_config
 
 PORT = 8795
-TRIES = 4  # of a client whose connection breaks
+TRIES = 30  # of a client whose connection breaks, a second apart
 PAUSE_S = 1.0  # streams that paused for less count as undisturbed
 RECOVERY_S = 120.0
 

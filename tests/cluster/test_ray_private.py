@@ -48,7 +48,8 @@ def test_this_version_of_serve_has_them() -> None:
     ],
 )
 def test_this_version_of_ray_reads_the_setting(name: str) -> None:
-    assert hasattr(constants, name) or name == ray_constants.RAY_WORKER_NICENESS
+    names = (name, name.removeprefix("RAY_SERVE_"))
+    assert any(hasattr(constants, each) for each in names) or name == ray_constants.RAY_WORKER_NICENESS
 
 
 @pytest.mark.parametrize(("holder", "name"), [(context, "_get_global_client"), (http_util, "MessageQueue")])
