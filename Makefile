@@ -61,24 +61,30 @@ check: $(READY)  ## format, lint, types, spelling, documentation, import directi
 	$(BIN)/zensical build
 	$(BIN)/pytest -q $(CHECKS)
 
-# Two lanes run at once. What starts Ray, or asks a service, waits most of the time and is one lane: one Ray at a time is
-# enough for two cores. `check` and all other tests are the second, in two runs because some files of two folders have
-# the same name. `tests/test_lanes.py` fails if a file runs never or twice, or starts Ray in the second lane.
+# Three lanes run at once. What starts Ray, or asks a service, waits most of the time and is the first lane: one Ray at a
+# time is enough for two cores. Kernels, ranks and the server without Ray are the second, in two runs because some files
+# of two folders have the same name; `check` and all other tests the third. `tests/test_lanes.py` fails if a file runs
+# never or twice, or starts Ray in another lane than the first.
 RAY_TESTS := $(addprefix tests/cluster/test_,nodes.py ray_cluster.py) \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 SERVICE_TESTS := $(sort $(wildcard tests/serve_app/test_serve_*.py) \
 	$(addprefix tests/serve_app/test_,cli.py bench_serve.py recorded_clients.py prometheus.py))
+RANK_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py gpu_steps.py \
+	gpu_compiles.py gpu_moves.py gpu_check.py gpu_path.py model_parity.py communicators.py \
+	sampling_state.py expert_placement.py)
 CHECKS := tests/test_imports.py tests/test_docs.py tests/test_lanes.py
 OF_OTHER_VERBS := tests/soak tests/clients tests/page
 SERVE_APP_TESTS := tests/serve_app $(addprefix --ignore=,$(SERVICE_TESTS))
-OTHER_TESTS := tests $(addprefix --ignore=,tests/serve_app $(RAY_TESTS) $(CHECKS) $(OF_OTHER_VERBS))
+OTHER_TESTS := tests $(addprefix --ignore=,tests/serve_app $(RAY_TESTS) $(RANK_TESTS) $(CHECKS) $(OF_OTHER_VERBS))
 LANE := pytest -q --durations 12
 
 test: $(READY)  ## everything CI runs
-	{ $(MAKE) check && nice $(BIN)/$(LANE) $(OTHER_TESTS); rest=$$?; nice $(BIN)/$(LANE) $(SERVE_APP_TESTS) && \
-		exit $$rest; } > .venv/others.log 2>&1 & others=$$!; \
+	{ $(MAKE) check && nice $(BIN)/$(LANE) $(OTHER_TESTS); } > .venv/others.log 2>&1 & others=$$!; \
+	{ nice $(BIN)/$(LANE) $(SERVE_APP_TESTS); app=$$?; nice $(BIN)/$(LANE) $(RANK_TESTS) && exit $$app; } \
+		> .venv/ranks.log 2>&1 & ranks=$$!; \
 	$(BIN)/$(LANE) $(SERVICE_TESTS); service=$$?; $(BIN)/$(LANE) $(RAY_TESTS); ray=$$?; \
-	wait $$others; others=$$?; cat .venv/others.log; exit $$((service + ray + others))
+	wait $$ranks; ranks=$$?; wait $$others; others=$$?; cat .venv/ranks.log .venv/others.log; \
+	exit $$((service + ray + ranks + others))
 
 soak: $(READY)  ## thousands of random requests with aborts, and every layout on the fake card (many minutes)
 	$(BIN)/pytest -q -s tests/soak
