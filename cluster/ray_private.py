@@ -32,8 +32,8 @@ CLUSTER_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
-# Environment of the actors of our deployments. Serve runs three event loops in three threads: its own, the router's and
-# the deployment's. Our deployments never block theirs, so one loop suffices, and items cross fewer threads.
+# Environment of the actors of our deployments. Serve runs three event loops in three threads: its own, the router's
+# and the deployment's. Our deployments never block theirs, so one loop suffices, and items cross fewer threads.
 DEPLOYMENT_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,22 +13,13 @@ from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.launch import rank_watch
 from qwen3_dist.launch.launcher import Launcher
-from qwen3_dist.launch.processes import shared_nursery
 from qwen3_dist.launch.rank_watch import Hang, RankWatch
 from qwen3_dist.protocol.channel import Channel, ChannelListener, connect
 from qwen3_dist.protocol.messages import RankSpec, RankStatus
 from tests import failing_ranks
-from tests.ranks import end_nursery
 
 _SECRET = bytes(32)
 GREEDY = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[None]:
-    end_nursery()
-    with shared_nursery():
-        yield
 
 
 def started(checkpoint: Path, layout: str = "tp=2") -> LLM:

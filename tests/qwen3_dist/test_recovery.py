@@ -7,7 +7,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,10 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.engine import Outputs
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.launch.launcher import Launcher
-from qwen3_dist.launch.processes import shared_nursery
 from tests import failing_ranks
-from tests.ranks import end_nursery
 
 NUM_TOKENS = 24
 DRAWN = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=7, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[None]:
-    end_nursery()
-    with shared_nursery():
-        yield
 
 
 def config(checkpoint: Path, layout: str, **settings: Any) -> EngineConfig:
