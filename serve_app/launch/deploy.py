@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
-from ray.serve.schema import ApplicationStatus
 
 from cluster import ray_private
 from qwen3_dist.errors import ResourceError
@@ -24,7 +23,7 @@ from serve_app.launch.serve_instance import (
     running_serve,
 )
 from serve_app.launch.shutdown import delete, drain, end_unused_serve
-from serve_app.launch.startup import wait_until_answering, wait_until_running
+from serve_app.launch.startup import has_failed, wait_until_answering, wait_until_running
 from serve_app.placement import place
 from serve_app.settings import INGRESS, ModelSettings, ServiceConfig
 from serve_app.telemetry.traces import check_extra
@@ -82,21 +81,8 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
 
 
 def failed_applications() -> set[str]:
-    """The applications that do not run and that Serve does not mend: their deployment failed, or all replicas are
-    lost."""
-    return {
-        name
-        for name, status in serve.status().applications.items()
-        if status.status == ApplicationStatus.DEPLOY_FAILED
-        or (
-            status.status == ApplicationStatus.UNHEALTHY
-            and not any(
-                count and state == "RUNNING"
-                for deployment in status.deployments.values()
-                for state, count in deployment.replica_states.items()
-            )
-        )
-    }
+    """The applications that do not run and that Serve does not mend."""
+    return {name for name, status in serve.status().applications.items() if has_failed(status)}
 
 
 def changes(

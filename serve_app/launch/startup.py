@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from qwen3_dist import errors
 from qwen3_dist.errors import QwenDistError, ResourceError
@@ -21,6 +21,29 @@ from serve_app.settings import REPLICA, EndpointSettings, ServiceConfig
 _POLL_S = 0.2
 _REPORT_S = 5.0
 _ANSWER_TIMEOUT_S = 40.0
+_COMES_UP = ("RUNNING", "STARTING", "UPDATING", "RECOVERING", "PENDING_MIGRATION")  # states of replicas
+_START_FAILED = "REPLICA_STARTUP_FAILED"  # every start since the last replica ran
+
+
+def has_failed(status: ApplicationStatusOverview) -> bool:
+    """Whether an application does not run and Serve does not mend it.
+
+    Serve calls an application UNHEALTHY also while it starts a replica in place of one that was lost. That one has not
+    failed, unless every start fails.
+    """
+    if status.status == ApplicationStatus.DEPLOY_FAILED:
+        return True
+    if status.status != ApplicationStatus.UNHEALTHY:
+        return False
+    return any(
+        deployment.status_trigger == _START_FAILED
+        for deployment in status.deployments.values()
+        if deployment.status == "UNHEALTHY"
+    ) or not any(
+        count and state in _COMES_UP
+        for deployment in status.deployments.values()
+        for state, count in deployment.replica_states.items()
+    )
 
 
 def wait_until_running(config: ServiceConfig, report: Callable[[str], None]) -> None:
@@ -33,7 +56,7 @@ def wait_until_running(config: ServiceConfig, report: Callable[[str], None]) -> 
         for name in config.applications:
             if name not in statuses:
                 raise ResourceError(f"application {name!r} was deleted while it started; start it again")
-            if statuses[name].status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            if has_failed(statuses[name]):
                 deployments = statuses[name].deployments.values()
                 messages = [statuses[name].message, *(deployment.message for deployment in deployments)]
                 raise root_cause("\n".join(messages))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import ray
+from ray import serve
 
 from cluster.ray_private import deployment_handle
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
@@ -231,6 +234,18 @@ def test_a_gateway_that_failed_is_deployed_again_though_no_setting_changed(
     assert deployed.engines("good") == engines
     deployed.change()
     assert deployed.lines[0] == f"{NAME}: takes its changed settings as it runs"
+
+
+def test_a_deploy_while_a_lost_replica_is_replaced_waits_for_the_other_one(deployed: Deployed) -> None:
+    deployed.change()
+    [rank] = wait_for(lambda: len(e := deployed.engines()) == 1 and e)
+    os.kill(rank, signal.SIGKILL)
+    model = f"{NAME}--qwen3-bundled"
+    wait_for(lambda: serve.status().applications[model].status == "UNHEALTHY")
+    deployed.change()
+    assert f"{model}: stays as it is" in deployed.lines
+    assert serve.status().applications[model].status == "RUNNING"
+    assert deployed.ask().is_success and rank not in deployed.engines()
 
 
 def test_a_stopped_service_is_gone_and_the_shared_one_answers(deployed: Deployed, url: str) -> None:
