@@ -16,6 +16,8 @@ _RENAMED = {
     "--root-path": "--route-prefix",
     "--allowed-origins": "--cors-allow-origins",
     "--timeout-graceful-shutdown": "--graceful-shutdown-timeout-s",
+    "--api-server-count": "--ingress-replicas",
+    "-asc": "--ingress-replicas",
 }
 # vLLM's flags: our boolean setting and its value.
 _SWITCHES = {

@@ -103,6 +103,9 @@ def test_parallel_sizes_of_vllm_are_a_layout(arguments: tuple[str, ...], layout:
         (("--enforce-eager",), ("--cuda-graphs", "false")),
         (("--max-model-len", "4k"), ("--max-model-len", "4000")),
         (("--max-num-batched-tokens=2K",), ("--max-num-batched-tokens", "2048")),
+        (("--api-server-count", "4"), ("--ingress-replicas", "4")),
+        (("--api_server_count=4",), ("--ingress-replicas", "4")),
+        (("-asc", "4"), ("--ingress-replicas", "4")),
         (("--gpu_memory_utilization", "0.5"), ("--gpu-memory-utilization", "0.5")),
     ],
 )
