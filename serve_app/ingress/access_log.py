@@ -30,7 +30,8 @@ _NO_COUNTS = RequestSummary()
 class AccessRecord:
     """What is known of a request so far. `key_name` and `model` are empty while unknown.
 
-    `error_status` is the HTTP status of an error that came after the answer's headers.
+    `error_status` is the HTTP status of an error that came after the answer's headers. `resumed` counts how often a
+    replica took the request in place of one that was lost; `first_token_s` is since the start, for streams alone.
     """
 
     request_id: str
@@ -44,6 +45,8 @@ class AccessRecord:
     counted: Counted | None = None
     status: int = CLIENT_LEFT
     error_status: int | None = None
+    resumed: int = 0
+    first_token_s: float | None = None
     answered: bool = False  # whether the whole answer was sent
     started_s: float = field(default_factory=time.monotonic)
 
@@ -54,6 +57,12 @@ class AccessRecord:
     def count(self, item: Counted) -> None:
         """Takes the counts of a part, which hold if no summary comes."""
         self.counted = item._replace(item=None)
+        if item.sent and self.first_token_s is None:
+            self.first_token_s = time.monotonic() - self.started_s
+
+    def resume(self) -> None:
+        """Notes that a replica has the request in place of one that was lost."""
+        self.resumed += 1
 
     def _counts(self) -> RequestSummary:
         """The replica's summary; else what it has counted until the request was aborted."""
@@ -70,13 +79,17 @@ class AccessRecord:
     def fields(self) -> dict[str, Any]:
         """The fields of the request's line. All lines have all of them."""
         counts = self._counts()
+        told = counts.fields()
+        if self.resumed and self.first_token_s is not None:  # another replica than the last one sent it
+            told["ttft_ms"] = milliseconds(self.first_token_s)
         return {
             "request_id": self.request_id,
             "method": self.method,
             "path": self.path,
             "status": self.status,
             "key": self.key_name,
-            **counts.fields(),
+            **told,
+            "resumed": self.resumed or None,
             "model": counts.model or self.model,
             "e2e_ms": milliseconds(time.monotonic() - self.started_s),
             "client": self.client,

@@ -245,6 +245,7 @@ class Ingress(ClusterRoutes):
                     charge=charge,
                     on_count=record.count,
                     on_end=record.end_with,
+                    on_resume=record.resume,
                 )
             )
             stream = request if isinstance(request, GenerationRequest) and request.stream else None

@@ -41,21 +41,29 @@ _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 class _Progress:
     """How far a request got, over all replicas that ran it.
 
-    `runs` while a replica has it; `lost_s` is when the last one was lost, until another has it, by the event loop's
-    clock. `deaths` counts the last replicas in a row that may have died of it: of those that were lost while they ran
-    it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended` tell what the client
-    has seen: the status of a stream, a part of the answer, the last part.
+    `runs` while a replica has it, `ran` once one had it; `lost_s` is when the last one was lost, until another has it,
+    by the event loop's clock. `deaths` counts the last replicas in a row that may have died of it: of those that were
+    lost while they ran it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended`
+    tell what the client has seen: the status of a stream, a part of the answer, the last part.
     """
 
     resume: Resume = field(default_factory=Resume)
     charged: int = 0
     runs: bool = False
+    ran: bool = False
     lost_s: float | None = None
     deaths: int = 0
     progressed: bool = False
     accepted: bool = False
     begun: bool = False
     ended: bool = False
+
+    def taken(self) -> bool:
+        """Notes that a replica has the request. Returns whether it has it in place of one that was lost."""
+        again = self.ran and not self.runs
+        self.runs = self.ran = True
+        self.lost_s = None
+        return again
 
 
 class Dispatcher:
@@ -88,6 +96,7 @@ class Dispatcher:
         charge: Callable[[int], None] = lambda tokens: None,
         on_count: Callable[[Counted], None] = lambda item: None,
         on_end: Callable[[RequestSummary], None] = lambda summary: None,
+        on_resume: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[Any, None]:
         """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
 
@@ -98,6 +107,7 @@ class Dispatcher:
 
         `charge` is called before each item with the number of tokens that the request has used since the last one,
         `on_count` with the item and its counts, and `on_end` with the summary that a replica sends with the last item.
+        `on_resume` is called when a replica has the request in place of one that was lost.
         `send` gets `context` too.
         """
         now = asyncio.get_running_loop().time()
@@ -106,7 +116,9 @@ class Dispatcher:
         pauses = chain(self._pauses_s, repeat(self._pauses_s[-1]))
         while True:
             try:
-                tried = self._try(progress, deadline, charge, on_count, request, request_id, *context)
+                tried = self._try(
+                    progress, deadline, charge, on_count, on_resume, request, request_id, *context
+                )
                 tried = _with_pings(tried, request.ping) if progress.begun else tried
                 async with contextlib.aclosing(tried) as items:
                     async for item in items:
@@ -148,12 +160,20 @@ class Dispatcher:
                 status=HTTPStatus.INTERNAL_SERVER_ERROR,
             )
         if now - progress.lost_s >= self.resume_timeout_s:
-            raise self._not_resumed()
+            raise self._not_resumed(progress)
 
-    def _not_resumed(self) -> EngineDeadError:
+    def _not_resumed(self, progress: _Progress) -> EngineDeadError:
+        limit_s = self.resume_timeout_s
+        if not progress.ran:
+            return EngineDeadError(
+                f"no replica took this request within {limit_s:g} s; send it again"
+                if limit_s
+                else "the model's replica was just lost; send the request again"
+            )
+        if not limit_s:
+            return EngineDeadError(_LOST)
         return EngineDeadError(
-            f"the replica that ran this request was lost, and no other took it within {self.resume_timeout_s:g} s; "
-            "send it again"
+            f"the replica that ran this request was lost, and no other took it within {limit_s:g} s; send it again"
         )
 
     async def _try(
@@ -162,6 +182,7 @@ class Dispatcher:
         deadline: float | None,
         charge: Callable[[int], None],
         on_count: Callable[[Counted], None],
+        on_resume: Callable[[], None],
         request: Any,
         request_id: str,
         *context: Any,
@@ -173,7 +194,8 @@ class Dispatcher:
             async with contextlib.aclosing(self._received(items)) as received:
                 while (item := await self._in_time(anext(received, None), deadline, progress)) is not None:
                     if isinstance(item, str):  # RUNNING
-                        progress.runs, progress.lost_s = True, None
+                        if progress.taken():
+                            on_resume()
                         continue
                     if isinstance(item, Counted):
                         charge(max(0, item.tokens - progress.charged))
@@ -185,7 +207,8 @@ class Dispatcher:
                         item = item.item
                     if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
                         raise EngineDeadError(_LOST)
-                    progress.runs, progress.lost_s = True, None
+                    if progress.taken():
+                        on_resume()
                     yield item
         except QwenDistError:
             raise
@@ -224,7 +247,7 @@ class Dispatcher:
             if not limit.expired():
                 raise
             if end == resume_by:
-                raise self._not_resumed() from None
+                raise self._not_resumed(progress) from None
             raise RequestError(
                 f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
                 status=HTTPStatus.REQUEST_TIMEOUT,

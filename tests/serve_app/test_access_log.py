@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ FIELDS = [
     "ttft_ms",
     "finish_reasons",
     "replica",
+    "resumed",
     "e2e_ms",
     "client",
     "client_gone",
@@ -132,6 +134,7 @@ def test_the_line_has_the_same_keys_whatever_happened(api: Api, lines: Lines) ->
             "ttft_ms": 4.0,
             "finish_reasons": ["stop", "length"],
             "replica": "r1",
+            "resumed": None,
             "client_gone": False,
             "error_status": None,
         }
@@ -220,6 +223,22 @@ def test_a_line_without_a_summary_has_what_was_counted_until_then(
     assert told["finish_reasons"] == (reason,)
     record.end_with(SUMMARY)
     assert record.fields()["finish_reasons"] == ("stop", "length")
+
+
+def test_a_line_says_how_often_a_request_was_resumed_and_when_its_first_token_came() -> None:
+    record = access_record({"type": "http", "method": "POST", "path": "/", "headers": []})
+    record.started_s -= 2.0
+    record.count(Counted(b"part", 8, 7, sent=((0, (5,), None, 0, ()),)))
+    assert record.fields()["resumed"] is None
+    record.resume()
+    record.resume()
+    record.end_with(replace(SUMMARY, first_token_s=None))
+    told = record.fields()
+    assert told["resumed"] == 2 and 2000 <= told["ttft_ms"] <= told["e2e_ms"]
+    line = logging.LogRecord("log", logging.INFO, "f", 1, "request", None, None)
+    line.fields = told
+    assert " resumed=2 " in formatter("text", "p").format(line)
+    assert json.loads(formatter("json", "p").format(line))["resumed"] == 2
 
 
 def test_a_bugs_traceback_lies_in_the_file_that_the_answer_names(

@@ -200,6 +200,36 @@ def test_a_whole_answer_that_two_replicas_were_lost_with_is_not_tried_again() ->
     assert replicas.got() == [(200, b"whole")]
 
 
+def test_it_is_told_how_often_a_replica_took_the_request_of_one_that_was_lost() -> None:
+    first = [RUNNING, ACCEPTED, part(b"a", 1, 1), DEAD]
+    replicas = Replicas(first, [DEAD], [RUNNING, ACCEPTED, part(b"b", 2, 2), DEAD], [RUNNING, ACCEPTED, b"c"])
+    resumed: list[None] = []
+
+    async def take() -> list[Any]:
+        answer = Dispatcher(replicas.send, pauses_s=(0.0,)).answer(
+            REQUEST, "id", on_resume=lambda: resumed.append(None)
+        )
+        return [item async for item in answer]
+
+    assert asyncio.run(take()) == [ACCEPTED, b"a", b"b", b"c"] and len(resumed) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "resume_s", "words"),
+    [
+        ([DEAD], 0.0, "the model's replica was just lost; send the request again"),
+        ([DEAD], 0.01, "no replica took this request within 0.01 s; send it again"),
+        ([RUNNING, DEAD], 0.0, "the replica that ran this request was lost; send it again"),
+    ],
+)
+def test_a_request_that_failed_for_want_of_a_replica_is_told_what_happened(
+    first: list[Any], resume_s: float, words: str
+) -> None:
+    with pytest.raises(EngineDeadError) as told:
+        Replicas(first, *[[DEAD]] * 1000).got(resume_s=resume_s, pauses_s=(0.001,))
+    assert str(told.value) == words
+
+
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_request_that_no_replica_takes_in_time_fails(hangs: bool) -> None:
     then = [lambda: asyncio.sleep(60)] if hangs else [DEAD]
