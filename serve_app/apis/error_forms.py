@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve_app.apis.messages.answer import message_error
+from serve_app.apis.messages.answer import message_error, message_error_event
+from serve_app.apis.responses.answer import response_error_event
+from serve_app.apis.shared.answer import error_events
 from serve_app.apis.shared.errors import error_object
 
 ANTHROPIC = "anthropic-version"  # a header that all clients of Anthropic's API send
 _ANTHROPIC_PATHS = ("/v1/messages", "/v1/messages/count_tokens")
+_RESPONSES_PATH = "/v1/responses"
 
 
 def error_form(path: str, names_anthropic: bool) -> Callable[[Exception], dict[str, Any]]:
@@ -19,3 +22,10 @@ def error_form(path: str, names_anthropic: bool) -> Callable[[Exception], dict[s
     both APIs have, such as /v1/models.
     """
     return message_error if names_anthropic or path.endswith(_ANTHROPIC_PATHS) else error_object
+
+
+def stream_error_form(path: str) -> Callable[[Exception], bytes]:
+    """Returns the function that makes the events that end a stream of `path` after an error."""
+    if path.endswith(_ANTHROPIC_PATHS):
+        return message_error_event
+    return response_error_event if path.endswith(_RESPONSES_PATH) else error_events

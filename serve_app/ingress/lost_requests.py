@@ -1,7 +1,8 @@
 """Middleware of Serve's HTTP proxies that sends a request again whose ingress was lost before it began to answer.
 
 Serve's proxy picks another ingress only for requests that the lost one had not accepted yet. Of the others it sends no
-answer at all, by which this middleware knows them. So a lost ingress costs streams that had begun, and nothing else.
+answer at all, or none of the rest, by which this middleware knows them. So a lost ingress costs streams that had
+begun, and nothing else. These end with an error event, in the form of their API.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3_dist.errors import EngineDeadError
-from serve_app.apis.error_forms import ANTHROPIC, error_form
+from serve_app.apis.error_forms import ANTHROPIC, error_form, stream_error_form
 from serve_app.apis.shared.errors import to_json
 
+_LOST = "the process that had this request was lost; send it again"
 _TRIES = 3
 _REPEATED = ("GET", "HEAD", "POST")  # methods; a DELETE that came through would be 404 the second time
 MAX_KEPT_BYTES = 2**20  # of a request's body; a longer one is not sent again
 
 
 class LostRequestMiddleware:
-    """Sends lost requests again; those that cannot be, or are lost again and again, are answered 503."""
+    """Sends lost requests again; those that cannot be, or are lost again and again, are answered 503. Streams that had
+    begun end with an error event."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,17 +35,24 @@ class LostRequestMiddleware:
             await self._app(scope, receive, send)
             return
         body = _Body(receive)
-        begun = False
+        begun = streams = False
 
         async def observed(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, streams
             begun = True
+            if message["type"] == "http.response.start":
+                streams = _is_event_stream(message)
+            elif not message.get("more_body", False):
+                streams = False
             body.forget()
             await send(message)
 
         for _ in range(_TRIES if scope["method"] in _REPEATED else 1):
             # Serve changes the scope of a request that it routes.
             await self._app({**scope, "headers": list(scope["headers"])}, body.receive, observed)
+            if streams and not body.client_left:  # each message before had whole events
+                events = stream_error_form(scope["path"])(EngineDeadError(_LOST))
+                await send({"type": "http.response.body", "body": events, "more_body": False})
             if begun or body.client_left:
                 return
             if not body.rewind():
@@ -86,8 +96,14 @@ class _Body:
         return self._kept is not None
 
 
+def _is_event_stream(start: Message) -> bool:
+    """Whether an answer that begins so is a stream of events."""
+    headers = {name.lower(): value for name, value in start.get("headers", ())}
+    return headers.get(b"content-type", b"").startswith(b"text/event-stream")
+
+
 def _refusal(scope: Scope) -> Response:
-    error = EngineDeadError("the process that had this request was lost; send it again")
+    error = EngineDeadError(_LOST)
     is_anthropic = any(name.lower() == ANTHROPIC.encode() for name, _ in scope["headers"])
     return Response(
         to_json(error_form(scope["path"], is_anthropic)(error)),

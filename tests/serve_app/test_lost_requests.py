@@ -20,12 +20,13 @@ class Serve:
     It changes the scope and goes on to listen for a client that leaves, as Serve does.
     """
 
-    def __init__(self, losses: int, breaks: bool = False) -> None:
-        self.losses, self.breaks = losses, breaks
+    def __init__(self, losses: int, breaks: bool = False, part: bytes = b"", kind: str = "") -> None:
+        self.losses, self.breaks, self.part = losses, breaks, part
+        self.headers = [(b"Content-Type", kind.encode())] if kind else []
         self.bodies: list[bytes] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        assert scope["path"] == "/x" and scope["headers"] == [(b"a", b"b")]
+        assert scope["headers"] == [(b"a", b"b")]
         scope["path"] = "changed"
         scope["headers"].append((b"c", b"d"))
         body, more = b"", True
@@ -40,7 +41,9 @@ class Serve:
         try:
             lost = len(self.bodies) <= self.losses
             if not lost or self.breaks:
-                await send({"type": "http.response.start", "status": 200, "headers": []})
+                await send({"type": "http.response.start", "status": 200, "headers": self.headers})
+            if self.part:
+                await send({"type": "http.response.body", "body": self.part, "more_body": True})
             if not lost:
                 await send({"type": "http.response.body", "body": b"fine", "more_body": False})
         finally:
@@ -67,8 +70,10 @@ class Client:
         self.answer.append(message)
 
 
-def exchange(serve: Serve, client: Client, method: str = "POST") -> tuple[int, bytes] | None:
-    scope = {"type": "http", "method": method, "path": "/x", "headers": [(b"a", b"b")]}
+def exchange(
+    serve: Serve, client: Client, method: str = "POST", path: str = "/x"
+) -> tuple[int, bytes] | None:
+    scope = {"type": "http", "method": method, "path": path, "headers": [(b"a", b"b")]}
     asyncio.run(LostRequestMiddleware(serve)(scope, client.receive, client.send))
     if not client.answer:
         return None
@@ -104,6 +109,36 @@ def test_a_request_that_cannot_be_repeated_is_answered_503(parts: list[bytes], m
 def test_an_answer_that_began_is_not_repeated() -> None:
     serve = Serve(1, breaks=True)
     assert exchange(serve, Client(BODY)) == (200, b"") and len(serve.bodies) == 1
+
+
+STREAM = "text/event-stream; charset=utf-8"
+LOST = "the process that had this request was lost; send it again"
+
+
+@pytest.mark.parametrize(
+    ("path", "lines"),
+    [
+        ("/a/v1/chat/completions", [b"event: error", b"data: {", b"", b"data: [DONE]", b"", b""]),
+        ("/v1/messages", [b"event: error", b'data: {"type":"error"', b"", b""]),
+        ("/v1/responses", [b"event: error", b'data: {"type":"error"', b"", b""]),
+    ],
+)
+def test_a_stream_that_began_ends_with_an_error_event_of_its_api(path: str, lines: list[bytes]) -> None:
+    serve, client = Serve(1, breaks=True, part=b"data: 1\n\n", kind=STREAM), Client(BODY)
+    answer = exchange(serve, client, path=path)
+    assert answer is not None and len(serve.bodies) == 1
+    part, *told = answer[1].split(b"\n\n", 1)
+    assert part == b"data: 1"
+    found = told[0].split(b"\n")
+    assert all(line.startswith(start) for line, start in zip(found, lines, strict=True)), found
+    assert LOST in found[1].decode()
+    assert client.answer[-1]["more_body"] is False
+
+
+def test_a_stream_that_ended_and_an_answer_in_one_piece_get_no_event() -> None:
+    assert exchange(Serve(0, part=b"data: 1\n\n", kind=STREAM), Client(BODY)) == (200, b"data: 1\n\nfine")
+    lost = Serve(1, breaks=True, part=b"{", kind="application/json")
+    assert exchange(lost, Client(BODY)) == (200, b"{")
 
 
 def test_a_client_that_left_gets_no_answer() -> None:

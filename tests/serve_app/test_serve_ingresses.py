@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -84,6 +85,7 @@ class Stream:
 
     def __init__(self, url: str, tokens: int = 900, stream: bool = True) -> None:
         self.begun, self.is_whole, self.status = threading.Event(), False, 0
+        self.error = ""
         self._leaving = threading.Event()
         body = {**ASK, "ignore_eos": True, "max_tokens": tokens, "stream": stream}
         self._thread = threading.Thread(target=self._read, args=(url, body, stream))
@@ -99,6 +101,8 @@ class Stream:
                 self.begun.set()
                 if self._leaving.is_set():
                     return
+                if line.startswith('data: {"error"'):
+                    self.error = json.loads(line.removeprefix("data: "))["error"]["message"]
                 self.is_whole = line == "data: [DONE]" or (self.is_whole or not stream)
         self.begun.set()
 
@@ -109,7 +113,7 @@ class Stream:
 
     def ended_whole(self) -> bool:
         self._thread.join(timeout=120)
-        return self.is_whole
+        return self.is_whole and not self.error
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +186,8 @@ def test_a_killed_ingress_takes_its_own_streams_with_it_and_nothing_else(service
     print(f"\n{whole.count(True)} of {len(whole)} streams went on; {statuses}; {found}")
     assert before[left].in_flight <= whole.count(True) < len(streams)
     assert statuses == [200] * 10 and found == [200] * 6
+    broken = {stream.error for stream, is_whole in zip(streams, whole, strict=True) if not is_whole}
+    assert broken == {"the process that had this request was lost; send it again"}
     assert service.engines() == engines
     wait_for(lambda: stored["id"] in service.ask("ids")[new])
     counts = wait_for(lambda: len(c := service.requests_by_ingress()) == 2 and c)
