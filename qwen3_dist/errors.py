@@ -6,14 +6,16 @@ from typing import Any
 
 
 class QwenDistError(Exception):
-    """The base class of all errors that this project raises for users."""
+    """The base class of all errors that this project raises for users.
+
+    `setting` is the path of the setting to blame, outermost name first; empty if there is none, or it is not known.
+    """
+
+    setting: tuple[str, ...] = ()
 
 
 class ConfigError(QwenDistError, ValueError):
-    """A model config, engine setting or command-line value is invalid.
-
-    `setting` is the path of the invalid setting, outermost name first, if it was read from a mapping.
-    """
+    """A model config, engine setting or command-line value is invalid."""
 
     def __init__(self, message: str, setting: tuple[str, ...] = ()) -> None:
         super().__init__(message)

@@ -22,9 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     source = given_service(args)
     config = source.read()
-    from serve_app.launch.model_check import check_each, check_model_at_hand
+    from serve_app.launch.model_check import check_each, check_keys_file, check_model_at_hand
 
-    at_hand = check_each(config.models, check_model_at_hand)
+    with source.with_lines():
+        at_hand = check_each(config.models, check_model_at_hand)
+        check_keys_file(config.ingress)
     for model, checked in zip(config.models, at_hand, strict=True):
         if not checked:
             report(

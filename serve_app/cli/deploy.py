@@ -27,11 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    config = given_service(args).read()
+    source = given_service(args)
+    config = source.read()
     from cluster.ray_cluster import joined
     from serve_app.launch.deploy import deploy
 
-    with joined(args.ray_address):
+    with joined(args.ray_address), source.with_lines():
         url = deploy(config, report, wait=not args.no_wait)
     models = [model.name for model in config.models]
     if args.json:

@@ -63,7 +63,8 @@ class StopSignals:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    config = given_service(args).read()
+    source = given_service(args)
+    config = source.read()
     if args.sample or args.exit_after_sample:
         _check_sample_key(config)
     signals = StopSignals()
@@ -72,7 +73,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from serve_app.launch.startup import own_tls
 
     try:
-        with running_service(config, args.ray_address, report, signals.stop_now) as service:
+        with (
+            source.with_lines(),
+            running_service(config, args.ray_address, report, signals.stop_now) as service,
+        ):
             try:
                 model = config.models[0].name
                 _announce(out, args.json, service.url, model)

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import ray_private
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
-from serve_app.launch.model_check import check_model
+from serve_app.launch.model_check import check_keys_file, check_model
 from serve_app.settings import EndpointSettings, ModelSettings, ServiceConfig
 from serve_app.settings.keys import read_keys
 
@@ -55,7 +55,7 @@ def check_keys_in_cluster(config: ServiceConfig) -> None:
     except RayError:  # a node left meanwhile
         return
     if all(reasons) and not late:
-        raise ConfigError(f"no node can use the keys_file: {reasons[0]}")
+        raise ConfigError(f"no node can use the keys_file: {reasons[0]}", ("keys_file",))
 
 
 def _keys_refusal(path: str) -> str:
@@ -90,8 +90,7 @@ def check_files(config: ServiceConfig) -> None:
                 f"ssl_certfile {endpoint.ssl_certfile} and ssl_keyfile {endpoint.ssl_keyfile} cannot be used "
                 f"({error.strerror or error}); give a certificate and its key as PEM files"
             ) from None
-    if config.ingress.keys_file:
-        read_keys(config.ingress.keys_file)
+    check_keys_file(config.ingress)
 
 
 def _no_password() -> str:

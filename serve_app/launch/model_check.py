@@ -1,32 +1,36 @@
-"""What is checked of a model before anything starts, by its config.json. Imports no Ray."""
+"""What is checked before anything starts: a model, by its config.json, and the keys file. Imports no Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.request_checks import check_context
-from qwen3_dist.errors import QwenDistError
+from qwen3_dist.errors import ConfigError, QwenDistError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.lora_loader import open_adapters
 from qwen3_dist.weights.source import config_at_hand, resolve_config
-from serve_app.settings import ModelSettings
+from serve_app.settings import IngressSettings, ModelSettings
+from serve_app.settings.keys import read_keys
 
 T = TypeVar("T")
 
 
 def check_each(models: Sequence[ModelSettings], check: Callable[[ModelSettings], T]) -> list[T]:
     """What `check` returns for each of a service's models. Its refusals begin with the model's name if there are
-    several."""
+    several, and tell which setting of which model is to blame."""
     found = []
-    for model in models:
+    for index, model in enumerate(models):
         try:
             found.append(check(model))
         except QwenDistError as error:
             if len(models) > 1:
                 error.args = (f"{model.name}: {error}",)
+            if error.setting:
+                error.setting = ("models", str(index), *error.setting)
             raise
     return found
 
@@ -50,8 +54,31 @@ def check_model_at_hand(model: ModelSettings) -> bool:
 def _check_files(model: ModelSettings, path: Path) -> None:
     engine = model.replica.engine
     model_config = ModelConfig.from_directory(path)
-    engine.layout.validate(model_config)
-    check_context(engine, model_config)
+    with _blaming("layout"):
+        engine.layout.validate(model_config)
+    with _blaming("max_model_len"):
+        check_context(engine, model_config)
     read_generation_defaults(path)
     read_eos_token_ids(path)
-    open_adapters(engine.lora, model_config)
+    with _blaming("lora"):
+        open_adapters(engine.lora, model_config)
+
+
+def check_keys_file(ingress: IngressSettings) -> None:
+    """Raises ConfigError if there is a keys file and it cannot be used."""
+    if not ingress.keys_file:
+        return
+    try:
+        read_keys(ingress.keys_file)
+    except ConfigError as error:
+        raise ConfigError(f"the keys_file cannot be used: {error}", ("keys_file",)) from None
+
+
+@contextmanager
+def _blaming(setting: str) -> Iterator[None]:
+    """A context whose refusals are blamed on `setting`."""
+    try:
+        yield
+    except QwenDistError as error:
+        error.setting = (setting,)
+        raise

@@ -15,12 +15,13 @@ Several models stand in a list; what stands beside the list holds for all of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from cluster.yaml_file import YamlFile, read_yaml
-from qwen3_dist.errors import ConfigError
+from qwen3_dist.errors import ConfigError, QwenDistError
 from qwen3_dist.settings_reader import plain_value
 from serve_app.settings.keys import ADMIN_KEY, API_KEY
 from serve_app.settings.model import ModelSettings
@@ -61,6 +62,20 @@ class ServiceSource:
             advice = self.instead_of(blamed)
             reason = f"{blamed} is vLLM's name; {advice}" if advice else str(error)
             raise self.file.refusal(error.setting, reason) from None
+
+    @contextmanager
+    def with_lines(self) -> Iterator[None]:
+        """A context in which errors that blame a setting get the file and its line, if the file gives the setting."""
+        try:
+            yield
+        except QwenDistError as error:
+            if self.file is None or not error.setting:
+                raise
+            *path, name = error.setting
+            source = self._source_of(name, tuple(path))
+            if not source.startswith(f"{self.file.path}:"):
+                raise
+            raise ConfigError(f"{source}: {error}") from None
 
     def effective(self, config: ServiceConfig) -> Iterator[EffectiveSetting]:
         """All settings of `config`, which was read from here; secrets are not shown."""

@@ -196,8 +196,48 @@ def test_of_several_models_the_one_that_does_not_fit_is_named(
 ) -> None:
     file.write_text(FILE + "    layout: tp=3\n")
     line = refusal(capsys, "config", "--config", str(file))
-    assert line.startswith("qwen3-dist: second: n_heads=8 is not divisible by tp=3")
+    assert line.startswith(f"qwen3-dist: {file}:9: second: n_heads=8 is not divisible by tp=3")
     assert line == refusal(capsys, "serve", "--config", str(file))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("max_model_len: 512", "layout: tp=3", 3, "n_heads=8 is not divisible by tp=3"),
+        ("max_model_len: 512", "max_model_len: 99999", 3, "max_model_len=99999 exceeds the model's context"),
+        ("max_model_len: 256", "lora: {a: /no/such/adapter}", 8, "/no/such/adapter"),
+        ('layout: "tp=2"', "engine: {layout: tp=3}", 5, "n_heads=8 is not divisible by tp=3"),
+    ],
+)
+def test_a_setting_that_does_not_fit_the_model_is_told_with_its_line(
+    file: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, line: int, words: str
+) -> None:
+    file.write_text(FILE.replace(old, new))
+    told = refusal(capsys, "config", "--config", str(file))
+    assert told.startswith(f"qwen3-dist: {file}:{line}: ") and words in told
+    assert told == refusal(capsys, "serve", "--config", str(file))
+
+
+def test_a_layout_of_the_command_line_is_not_blamed_on_the_file(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(capsys, "config", "--config", str(file), "--layout", "tp=3")
+    assert told.startswith("qwen3-dist: qwen3-bundled: n_heads=8 is not divisible by tp=3")
+
+
+def test_a_keys_file_that_cannot_be_used_is_told_with_the_line_that_names_it(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "keys.yaml"
+    file.write_text(FILE.replace("api_key: very secret", f"keys_file: {keys}"))
+    start = f"qwen3-dist: {file}:2: the keys_file cannot be used: {keys}"
+    told = refusal(capsys, "config", "--config", str(file))
+    assert told.startswith(f"{start} cannot be read (No such file or directory)")
+    assert told == refusal(capsys, "serve", "--config", str(file))
+    keys.write_text("keys:\n  - {name: a, kee: good}\n")
+    assert refusal(capsys, "config", "--config", str(file)).startswith(f"{start}:2: unknown setting")
+    keys.write_text("keys:\n  - {name: a, key: good}\n")
+    assert main(["config", "--config", str(file)]) == 0
 
 
 def test_config_says_which_models_it_could_not_check(
