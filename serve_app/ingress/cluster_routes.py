@@ -21,6 +21,7 @@ from serve_app.ingress.http import is_anthropic, json_response, read_body
 from serve_app.ingress.metrics import IngressMetrics
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.peers import Peers
+from serve_app.ingress.reload import Reload, ReloadBody, parse_reload
 from serve_app.metrics.exposition import CONTENT_TYPE
 
 METRICS = "/metrics"
@@ -35,6 +36,7 @@ class ClusterRoutes:
     _peers: Peers
     _draining: Draining
     _admission: Admission
+    _reload: Reload
     metrics_of_http: IngressMetrics
 
     def __init__(self) -> None:
@@ -51,7 +53,8 @@ class ClusterRoutes:
     def _state(self) -> IngressState:
         """What `/v1/cluster` tells of this ingress."""
         uptime_s = time.time() - self._created
-        return IngressState(self._peers.me, self._admission.in_flight, self._admission.share(), uptime_s)
+        in_flight, limit = self._admission.in_flight, self._admission.share()
+        return IngressState(self._peers.me, in_flight, limit, uptime_s, self._reload.model)
 
     @api.get("/version", **route("vLLM: the version of this service"))
     async def version(self) -> Response:
@@ -130,6 +133,12 @@ class ClusterRoutes:
         served = self._routes.find(to.model).model
         gateway = serve.get_replica_context().app_name
         return json_response(await asyncio.to_thread(scale, gateway, served.application, served.name, to))
+
+    @api.post("/v1/cluster/reload", **route("Loads a model again, replica by replica", ReloadBody))
+    async def reload(self, request: Request) -> Response:
+        """Each replica in turn leaves and is replaced; its requests go on elsewhere. Answers when this has begun."""
+        name = parse_reload(await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S))
+        return json_response(await self._reload.begin(self._routes.find(name)))
 
     async def _ask_all(self, method: str) -> list[Any]:
         """What the replicas of all models answer. Raises EngineDeadError if one is lost."""

@@ -17,12 +17,14 @@ _ANSWER_TIMEOUT_S = 5.0
 
 
 class IngressState(NamedTuple):
-    """What one ingress tells of itself: sequences in flight, the most it takes, and the seconds since its start."""
+    """What one ingress tells of itself: sequences in flight, the most it takes, the seconds since its start, and the
+    model of the reload that it leads."""
 
     ingress: str
     in_flight: int
     limit: int
     uptime_s: float
+    reloading: str = ""
 
 
 async def cluster_view(routes: ModelRoutes, own: IngressState, peers: Peers) -> Json:
@@ -35,6 +37,8 @@ async def cluster_view(routes: ModelRoutes, own: IngressState, peers: Peers) -> 
         peers.ask("state", timeout_s=_ANSWER_TIMEOUT_S), *map(_model_view, routes)
     )
     states: list[IngressState] = [own, *values(told)]
+    for model in models:
+        model["reloading"] = any(model["id"] == state.reloading for state in states)
     return {
         "object": "cluster",
         "version": __version__,

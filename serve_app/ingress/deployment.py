@@ -56,6 +56,7 @@ from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KeepAliveStream
 from serve_app.ingress.metrics import IngressMetrics, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.peers import Peers, Told
+from serve_app.ingress.reload import Reload
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
 from serve_app.ingress.shared_responses import SharedResponses
 from serve_app.metrics.definitions import SEQUENCES_IN_FLIGHT, SEQUENCES_LIMIT
@@ -86,6 +87,7 @@ class Ingress(ClusterRoutes):
         ingress = context.replica_id.unique_id
         self._process = f"{context.deployment}#{ingress}"
         self._peers = Peers(lambda: deployment_handle(context.deployment, context.app_name), ingress)
+        self._reload = Reload(self._peers)
         self._stored = SharedStore(0, 0.0)
         self._shared = SharedResponses(self._stored, self._peers)
         self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.answer import LEFT, Counted
 from serve_app.apis.shared.resume import Resume
 from serve_app.failures import log_internal_error
 from serve_app.ingress.part_client import PartClient
@@ -64,6 +64,11 @@ class _Progress:
         self.runs = self.ran = True
         self.lost_s = None
         return again
+
+    def left(self) -> None:
+        """Notes that the replica was told to leave, so it has not died of the request."""
+        self.deaths = 0 if self.progressed else self.deaths
+        self.runs = self.progressed = False
 
 
 class Dispatcher:
@@ -206,6 +211,8 @@ class Dispatcher:
                         on_count(item)
                         item = item.item
                     if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
+                        if item[1] == LEFT:
+                            progress.left()
                         raise EngineDeadError(_LOST)
                     if progress.taken():
                         on_resume()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -25,7 +26,7 @@ from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
-from serve_app.apis.shared.answer import RUNNING, Counted
+from serve_app.apis.shared.answer import LEFT, RUNNING, Counted
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.resume import Resume
@@ -46,6 +47,7 @@ logger = logging.getLogger("qwen3_dist.replica")
 
 _LAST_ANSWERS_S = 2.0  # longest wait, after the engine died, until its requests are answered with that error
 _RECOVERIES_TOLD = 10  # the last ones
+_LEAVE_S = 10.0  # longest wait for the engine of a replica that leaves
 _PACE_TIMEOUT_S = 0.5  # the ranks answer between two steps
 _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 
@@ -55,8 +57,10 @@ class EngineReplica:
 
     While the engine replaces a lost rank, the replica refuses requests with 503, so that another one answers them.
     When the engine dies, the replica ends its own process: Serve replaces a dead process at once, but an unhealthy one
-    only after three failed health checks.
+    only after three failed health checks. It does so too if it is told to leave.
     """
+
+    _leaves = False
 
     def __init__(self, settings: ReplicaSettings) -> None:
         context = serve.get_replica_context()
@@ -64,9 +68,7 @@ class EngineReplica:
         self._process = f"{context.deployment}#{self._name}"
         configure_logs(read_settings(TelemetrySettings, ray_private.user_config()), self._process)
         self._num_answering = 0
-        self._engine = AsyncEngine(
-            settings.engine, parts_per_s=settings.parts_per_s, on_death=self._exit_process
-        )
+        self._engine = AsyncEngine(settings.engine, parts_per_s=settings.parts_per_s, on_death=self._die)
         logger.info("the engine is ready on %s", self._engine.backends)
         logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
@@ -107,7 +109,7 @@ class EngineReplica:
         token counts include what it has.
 
         Errors are answered, not raised: a bug with 500, logged under `request_id`, a dead engine with 503 wherever the
-        stream is, so that another replica can go on with it.
+        stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves.
         """
         record = RequestRecord(request_id, trace or {}, self._name)
         self._num_answering += 1
@@ -131,6 +133,12 @@ class EngineReplica:
                 return Counted(item, 0, sent=record.sent)
             return Counted(item, usage.total, usage.prompt, usage.cached, record.sent)
 
+        def failed(error: QwenDistError) -> tuple[int, bytes]:
+            record.ended = record.failed = True
+            if self._leaves and isinstance(error, EngineDeadError):
+                return HTTPStatus.SERVICE_UNAVAILABLE, LEFT
+            return error_status(error), part(to_json(request.error_body(error)))
+
         try:
             self._engine.check_health()
             yield RUNNING  # whatever follows may be what kills this process
@@ -147,8 +155,7 @@ class EngineReplica:
                 if isinstance(error, QwenDistError)
                 else log_internal_error(error, logger, record.request_id)
             )
-            record.ended = record.failed = True
-            yield error_status(known), part(to_json(request.error_body(known)))
+            yield failed(known)
             return
         async with aclosing(stream):
             prompt_tokens = record.usage.prompt if record.usage else 0
@@ -160,8 +167,7 @@ class EngineReplica:
                     async for item in stream:
                         await sender.send(counted(part(item)))
                 except EngineDeadError as error:
-                    record.ended = record.failed = True
-                    yield error_status(error), part(to_json(request.error_body(error)))
+                    yield failed(error)
                 else:
                     yield PartsSent(sender.num_parts)
 
@@ -252,9 +258,26 @@ class EngineReplica:
         if not self._engine.recovers:
             self._engine.check_health()
 
+    async def leave(self, replica: str) -> bool:
+        """Has this replica end if it is called `replica`; returns whether it is. Its requests go on elsewhere."""
+        if replica == self._name and not self._leaves:
+            self._leaves = True
+            logger.warning("this replica was told to leave; Serve starts another")
+            threading.Thread(target=self._leave, daemon=True).start()
+        return replica == self._name
+
+    def _leave(self) -> None:
+        ending = threading.Thread(target=self._engine.shutdown, daemon=True)
+        ending.start()
+        ending.join(_LEAVE_S)
+        self._exit_process()
+
+    def _die(self) -> None:
+        logger.error("the engine died; this replica exits and Serve starts another")
+        self._exit_process()
+
     def _exit_process(self) -> None:
         """Ends this process after the requests that failed with the engine have been answered."""
-        logger.error("the engine died; this replica exits and Serve starts another")
         deadline = time.monotonic() + _LAST_ANSWERS_S
         while self._num_answering and time.monotonic() < deadline:
             time.sleep(_FLUSH_S)

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.apis.shared.answer import RUNNING, Counted
+from serve_app.apis.shared.answer import LEFT, RUNNING, Counted
 from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.apis.shared.resume import Resume
 from serve_app.ingress import dispatch
@@ -228,6 +228,19 @@ def test_a_request_that_failed_for_want_of_a_replica_is_told_what_happened(
     with pytest.raises(EngineDeadError) as told:
         Replicas(first, *[[DEAD]] * 1000).got(resume_s=resume_s, pauses_s=(0.001,))
     assert str(told.value) == words
+
+
+def test_a_replica_that_was_told_to_leave_did_not_die_of_its_request() -> None:
+    told = (503, LEFT)
+    replicas = Replicas(*[[RUNNING, told]] * 4, [RUNNING, (200, b"whole")])
+    assert replicas.got() == [(200, b"whole")]
+    replicas = Replicas([RUNNING, DEAD], [RUNNING, told], [RUNNING, DEAD], [RUNNING, (200, b"whole")])
+    with pytest.raises(RequestError, match="2 replicas were lost while they ran this request"):
+        replicas.got()
+    streams = Replicas(
+        [RUNNING, DEAD], [RUNNING, ACCEPTED, part(b"a", 1, 1), told], [RUNNING, DEAD], [RUNNING, b"b"]
+    )
+    assert streams.got() == [ACCEPTED, b"a", b"b"]
 
 
 @pytest.mark.parametrize("hangs", [False, True])

@@ -21,7 +21,7 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
-from serve_app.apis.shared.answer import RUNNING
+from serve_app.apis.shared.answer import LEFT, RUNNING
 from serve_app.apis.shared.resume import Resume
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.record import RequestRecord
@@ -170,3 +170,29 @@ def test_a_replica_leaves_once_it_has_answered_those_it_failed(monkeypatch: pyte
 
     asyncio.run(answer_late())
     assert left == [1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_replica_that_is_told_to_leave_passes_its_requests_on(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    replica = replica_with(RequestHandler(engine, "m", {}), engine)
+    left = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: left.set())
+    body = {"prompt": [5], "max_tokens": 1500, "ignore_eos": True, "stream": stream}
+    run = engine._engine.step
+
+    async def tell() -> list[bool]:
+        return [await replica.leave("another"), await replica.leave("r1"), await replica.leave("r1")]
+
+    def step() -> Any:
+        if not replica._leaves:
+            assert asyncio.run(tell()) == [False, True, True]
+        return run()
+
+    engine._engine.step = step  # type: ignore[method-assign]
+    last = answered(replica, parse_completion(json.dumps(body).encode()))[-1]
+    assert last == (503, LEFT)
+    assert left.wait(60)
+    assert not engine.died.is_set()  # type: ignore[attr-defined]
+    assert answered(replica, parse_completion(b'{"prompt": [5]}')) == [(503, LEFT)]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +137,50 @@ def test_admins_scale_a_model_by_http(deployed: Deployed) -> None:
         "max_replicas=1 must not be less"
         in error_of(admin("scale", min_replicas=2, max_replicas=1), 400)["message"]
     )
+
+
+def test_a_reload_renews_each_replica_loses_no_request_and_outlasts_a_deploy(deployed: Deployed) -> None:
+    def admin(**body: Any) -> httpx.Response:
+        return httpx.post(f"{deployed.url}/v1/cluster/reload", json=body, timeout=60)
+
+    def model() -> dict[str, Any]:
+        view = httpx.get(f"{deployed.url}/v1/cluster", timeout=60).json()
+        return dict(view["models"][0])
+
+    long = {"max_tokens": 900, "ignore_eos": True, "temperature": 1.0}
+    deployed.change(min_replicas=2, max_replicas=2)
+    engines = wait_for(lambda: len(e := deployed.engines()) == 2 and e, timeout_s=90)
+    expected = [deployed.ask(seed=seed, **long).json()["choices"][0]["text"] for seed in range(4)]
+    texts: list[list[str]] = [[] for _ in expected]
+    with contextlib.ExitStack() as streams, ThreadPoolExecutor() as pool:
+        opened = []
+        for seed in range(4):
+            body = {**ASK, **long, "seed": seed, "stream": True}
+            answer = streams.enter_context(
+                httpx.stream("POST", f"{deployed.url}/v1/completions", json=body, timeout=180)
+            )
+            opened.append(answer.iter_lines())
+            texts[seed].append(next(opened[-1]))
+        unary = pool.submit(deployed.ask, seed=0, **long)
+        told = admin()
+        assert told.json()["object"] == "cluster.reload" and len(told.json()["replicas"]) == 2
+        assert "are being reloaded" in error_of(admin(), 409)["message"]
+        assert model()["reloading"] is True
+        for text, lines in zip(texts, opened, strict=True):
+            text.extend(lines)
+        assert unary.result().json()["choices"][0]["text"] == expected[0]
+    for text, whole in zip(texts, expected, strict=True):
+        *events, done = [line.removeprefix("data: ") for line in text if line.startswith("data: ")]
+        assert done == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == whole
+    page = httpx.get(f"{deployed.url}/metrics", timeout=60).text  # streams were told to go on elsewhere
+    assert re.search(r"^qwen3_dist:request_replica_losses_total\{[^}]*\} [1-9]", page, re.MULTILINE)
+    wait_for(lambda: not model()["reloading"], timeout_s=120)
+    renewed = wait_for(lambda: len(e := deployed.engines()) == 2 and e, timeout_s=90)
+    assert not engines & renewed
+    deployed.change(min_replicas=2, max_replicas=2)
+    assert deployed.lines[1] == f"{NAME}--qwen3-bundled: stays as it is" and deployed.engines() == renewed
+    assert error_of(admin(model="other"), 404)
 
 
 def test_scaling_and_the_number_of_ingresses_change_without_a_reload(deployed: Deployed) -> None:

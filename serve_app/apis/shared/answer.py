@@ -74,6 +74,7 @@ class AnswerContext:
 
 
 RUNNING = "running"  # the first item of an answer: the replica has the request
+LEFT = b"left"  # the body of a 503 of a replica that was told to leave: the request is not to blame
 
 
 class Counted(NamedTuple):
