@@ -68,9 +68,8 @@ class Scheduler:
         blocks: BlockManager,
         limits: SchedulerLimits,
         eos_token_ids: frozenset[int],
-        counts: SchedulerCounts | None = None,
+        counts: SchedulerCounts | None = None,  # of a scheduler that this one follows
     ) -> None:
-        """`counts` are those of a scheduler that this one follows."""
         self.blocks = blocks
         self.counts = counts or SchedulerCounts()
         self.waiting: list[Sequence] = []
@@ -78,9 +77,7 @@ class Scheduler:
         self._limits = limits
         self._eos_token_ids = eos_token_ids
         self._by_id: dict[int, Sequence] = {}
-        self._slots = list(
-            range(limits.max_num_seqs)
-        )  # free slots; a heap, so that the lowest are used first
+        self._slots = [*range(limits.max_num_seqs)]  # free ones; a heap, so that the lowest are used first
         self._shares = SlotShares()
         self._answered = self.counts.steps  # steps whose results were processed
         self._lacks_blocks = False  # whether a running sequence waits for blocks that cannot be freed yet
@@ -327,11 +324,9 @@ class Scheduler:
         tokens += [LAST_SAMPLED] * (num_new - len(tokens))
         sample = None
         if end == sequence.num_tokens:
-            params = sequence.params
             if sequence.max_tokens:
-                sample = SampleSpec(
-                    params.temperature, params.top_p, params.top_k, sequence.seed, end, params.logprobs
-                )
+                ask = sequence.params
+                sample = SampleSpec(ask.temperature, ask.top_p, ask.top_k, sequence.seed, end, ask.logprobs)
             sequence.num_pending += 1
         prompt_request = sequence.next_prompt_request(start, end)
         sequence.num_computed = end
