@@ -76,8 +76,10 @@ class RankWatch:
         late = [rank for rank, silent_s in self._silent_s.items() if silent_s > self._silence_s]
         if late:
             self._log_stacks()
-            how = f"did not answer for {self._silence_s:.2g} s: stopped, or not reachable"
-            return Hang(late, f"{names(late)} {how}")
+            silence_s = self._silence_s
+            return Hang(
+                late, f"{names(late)} did not answer for {silence_s:.2g} s: stopped, or not reachable"
+            )
         if self._limit_s is None or self._age_s <= self._limit_s or self._unmoved_s < self._idle_s:
             return None
         self._log_stacks()
@@ -116,8 +118,11 @@ class RankWatch:
         causes = causes or [rank for rank, status in statuses.items() if _COLLECTIVES not in status.stack]
         causes = causes or list(statuses)
         waiting = " and kept the others waiting" if len(causes) < len(statuses) else ""
-        how = f"made no progress while {statuses[causes[0]].activity}{waiting} for {self._age_s:.1f} s"
-        return Hang(causes, f"{names(causes)} {how}; the log has the stacks of all ranks")
+        message = (
+            f"{names(causes)} made no progress while {statuses[causes[0]].activity}{waiting} for {self._age_s:.1f} s; "
+            "the log has the stacks of all ranks"
+        )
+        return Hang(causes, message)
 
     def _log_stacks(self) -> None:
         for rank, status in sorted(self._statuses.items()):
