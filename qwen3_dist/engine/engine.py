@@ -92,11 +92,11 @@ class Engine:
             self._executor: Executor = make_executor(_pinned(config, path), placements, progress)
         executor = self._executor
         executor.keeps_ranks = recovers
-        traffic = StepTraffic(config, self.model_config, executor.device)
-        self._meter = StepMeter(traffic, config.watchdog_s(executor.device))
-        self._in_flight = StepsInFlight(executor, self._renew)
-        self.experts, self.paces = ExpertBalance(executor, config, placements), RankPaces(executor)
         try:
+            traffic = StepTraffic(config, self.model_config, executor.device)
+            self._meter = StepMeter(traffic, config.watchdog_s(executor.device))
+            self._in_flight = StepsInFlight(executor, self._renew)
+            self.experts, self.paces = ExpertBalance(executor, config, placements), RankPaces(executor)
             self._use_ranks([SchedulerCounts() for _ in range(config.layout.dp)])
         except BaseException:
             self._executor.shutdown()

@@ -42,9 +42,9 @@ def test_statistics_are_those_of_the_last_step_while_another_runs(
     engine.step()
     collect, seen = engine._executor.collect, []
 
-    def collecting() -> object:
+    def collecting(limit_s: float | None) -> object:
         seen.append(engine.stats())
-        return collect()
+        return collect(limit_s)
 
     before = engine.stats()
     monkeypatch.setattr(engine._executor, "collect", collecting)

@@ -21,6 +21,7 @@ from cluster.ray_private import deployment_handle
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import REPLICA, ServiceConfig, read_service_config
+from tests.processes import processes_running
 from tests.serve_app.command_line import qwen3_dist
 from tests.serve_app.support import SETTINGS, error_of, wait_for
 
@@ -286,8 +287,9 @@ def test_a_gateway_that_failed_is_deployed_again_though_no_setting_changed(
 def test_a_deploy_while_a_lost_replica_is_replaced_waits_for_the_other_one(deployed: Deployed) -> None:
     deployed.change()
     [rank] = wait_for(lambda: len(e := deployed.engines()) == 1 and e)
-    os.kill(rank, signal.SIGKILL)
     model = f"{NAME}--qwen3-bundled"
+    [replica] = processes_running(f"ServeReplica:{model}:{REPLICA}")
+    os.kill(replica, signal.SIGKILL)
     wait_for(lambda: serve.status().applications[model].status == "UNHEALTHY")
     deployed.change()
     assert f"{model}: stays as it is" in deployed.lines

@@ -229,13 +229,18 @@ def test_a_replica_that_hangs_is_left_out_and_the_page_comes_all_the_same(
 
 
 def test_a_replica_that_died_is_counted_and_its_successor_tells_its_own_metrics(
-    page: Page, service_config: ServiceConfig
+    http: httpx.Client, page: Page, service_config: ServiceConfig
 ) -> None:
     wait_for(lambda: len(replicas_in(page())) == 1)
     lost, before = total(page(), "qwen3_dist:replicas_lost_total"), replicas_in(page())
     application = service_config.application(service_config.models[0])
     [replica] = processes_running(f"ServeReplica:{application}:{REPLICA}")
-    os.kill(replica, signal.SIGKILL)
-    wait_for(lambda: total(page(), "qwen3_dist:replicas_lost_total") == lost + 1)
+    asked = {"prompt": "hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with http.stream("POST", "/v1/completions", json=asked) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(replica, signal.SIGKILL)
+        wait_for(lambda: total(page(), "qwen3_dist:replicas_lost_total") == lost + 1)
+        assert [*filter(None, lines)][-1] == "data: [DONE]"
     wait_for(lambda: len(now := replicas_in(page())) == 1 and now != before)
     assert total(page(), "qwen3_dist:replicas_lost_total") == lost + 1
