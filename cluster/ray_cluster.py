@@ -68,6 +68,9 @@ def joined(address: str) -> Iterator[None]:
 def shutdown() -> None:
     """Leaves the cluster. A local Ray is ended with all its processes."""
     global _guard
+    ray_private.forbid_implicit_start()
+    if ray.is_initialized():  # threads of Serve's handles go on, and fail
+        logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     ray.shutdown()
     if _guard is not None:
         _guard.end_all()

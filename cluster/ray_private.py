@@ -72,6 +72,7 @@ def own_process_groups() -> Iterator[None]:
 
 def check_serve() -> None:
     """Raises ResourceError if this version of Ray Serve lacks a private name that the service uses."""
+    _find("ray._private.auto_init_hook", "enable_auto_connect")
     _find("ray.serve.context", "_get_global_client")
     _find("ray.serve.context", "_set_global_client")
     _find("ray.serve._private.handle_options", "DynamicHandleOptions", "_by_reference")
@@ -93,6 +94,14 @@ def serve_client() -> Any:
     from ray.serve import context
 
     return context._get_global_client(raise_if_no_controller_running=False)
+
+
+def forbid_implicit_start() -> None:
+    """Makes calls of Ray fail in a process that is in no cluster. By default they join the last cluster that somebody
+    has noted on this machine, or start one: also those of threads of Serve's handles that outlive `ray.shutdown`."""
+    from ray._private import auto_init_hook
+
+    auto_init_hook.enable_auto_connect = False
 
 
 def forget_serve() -> None:

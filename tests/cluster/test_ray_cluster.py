@@ -35,6 +35,11 @@ ray_cluster.shutdown()
 subprocess.run([sys.executable, "-c", joiner], check=True, timeout=60)
 assert ray.cluster_resources()["CPU"] == 1  # the joiner left, the cluster stays
 ray_cluster.shutdown()
+try:
+    ray.put(1)  # as threads of Serve's handles do, which end with the process
+    raise SystemExit("a call has started a Ray")
+except ray.exceptions.RaySystemError:
+    assert not ray.is_initialized()
 print(address)
 """
 
