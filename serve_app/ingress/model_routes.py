@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_private import stream_by_grpc
+from cluster.ray_private import running_replicas, stream_by_grpc
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.models import model_not_found, one_of
 from serve_app.ingress.admission import Admission
@@ -152,10 +152,13 @@ class ModelRoutes:
 
     def _new_route(self, model: ServedModel) -> ModelRoute:
         replicas = self._find_replicas(model)
-        health = ReplicaHealth(
-            lambda: replicas.broadcast("problem").results_async(return_exceptions=True),
-            *health_times(model),
-        )
+
+        async def problems() -> list[Any]:
+            if not running_replicas(replicas):  # Serve would wait for one
+                return []
+            return await replicas.broadcast("problem").results_async(return_exceptions=True)
+
+        health = ReplicaHealth(problems, *health_times(model))
         dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)
         return ModelRoute(model, replicas, dispatcher, health, self._num_ingresses)
 
