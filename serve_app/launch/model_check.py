@@ -54,13 +54,13 @@ def check_model_at_hand(model: ModelSettings) -> bool:
 def _check_files(model: ModelSettings, path: Path) -> None:
     engine = model.replica.engine
     model_config = ModelConfig.from_directory(path)
-    with _blaming("layout"):
+    with _error_path("layout"):
         engine.layout.validate(model_config)
-    with _blaming("max_model_len"):
+    with _error_path("max_model_len"):
         check_context(engine, model_config)
     read_generation_defaults(path)
     read_eos_token_ids(path)
-    with _blaming("lora"):
+    with _error_path("lora"):
         open_adapters(engine.lora, model_config)
 
 
@@ -75,8 +75,8 @@ def check_keys_file(ingress: IngressSettings) -> None:
 
 
 @contextmanager
-def _blaming(setting: str) -> Iterator[None]:
-    """A context whose refusals are blamed on `setting`."""
+def _error_path(setting: str) -> Iterator[None]:
+    """A context whose refusals name `setting` as their path."""
     try:
         yield
     except QwenDistError as error:
