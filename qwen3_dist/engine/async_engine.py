@@ -208,6 +208,10 @@ class AsyncEngine:
         """Names of the adapters of running and of waiting sequences."""
         return self._engine.adapters_in_use()
 
+    def queued_tokens(self) -> int:
+        """Tokens that sequences which wait to be scheduled need computed."""
+        return self._engine.queued_tokens()
+
     def shutdown(self) -> None:
         """Fails the requests in flight and ends the ranks. May be called more than once."""
         with self._wake:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
-from qwen3_dist.engine.engine_stats import adapters_in_use, read_stats
+from qwen3_dist.engine.engine_stats import adapters_in_use, queued_tokens, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
@@ -282,6 +282,10 @@ class Engine:
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters of running and of waiting sequences. May be called from any thread."""
         return adapters_in_use(self._groups, self.config.lora.names)
+
+    def queued_tokens(self) -> int:
+        """Tokens of waiting sequences. May be called from any thread."""
+        return queued_tokens(self._groups)
 
     def _publish(self) -> None:
         """Updates what `stats` returns."""

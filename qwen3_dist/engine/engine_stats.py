@@ -40,6 +40,13 @@ def read_stats(groups: Items[Scheduler], meter: StepMeter, steps: int, repeated_
     )
 
 
+def queued_tokens(groups: Items[Scheduler]) -> int:
+    """Tokens that sequences which wait to be scheduled need computed, prefixes in the cache among them. May be called
+    from any thread."""
+    waiting = (sequence for group in groups for sequence in tuple(group.waiting))
+    return sum(sequence.num_tokens - sequence.num_computed for sequence in waiting)
+
+
 def adapters_in_use(groups: Items[Scheduler], names: Items[str]) -> tuple[list[str], list[str]]:
     """Of the adapters `names`: those of running and those of waiting sequences, in the order of `names`. May be called
     from any thread."""

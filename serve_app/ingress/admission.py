@@ -41,6 +41,17 @@ class OverloadedError(RequestError):
         self.refuse_for_ms = 100 * retry_after_s
 
 
+class QueueFullError(RequestError):
+    """Too many tokens wait to be computed (429). The client may retry after `retry_after_s` seconds."""
+
+    def __init__(self, waiting: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"about {waiting} tokens of other requests wait already; retry in {retry_after_s} s",
+            status=HTTPStatus.TOO_MANY_REQUESTS,
+        )
+        self.retry_after_s = retry_after_s
+
+
 class Admission:
     """Counts the sequences in flight: each choice of each prompt of each request.
 
@@ -61,7 +72,7 @@ class Admission:
     def check(self, own: int = 0) -> None:
         """Raises OverloadedError if the limit is reached, not counting `own`: sequences of the request itself."""
         if self.in_flight - own >= self.share():
-            raise OverloadedError(self._limit(), self._retry_after_s())
+            raise OverloadedError(self._limit(), self.retry_after_s())
 
     def share(self) -> int:
         """Sequences that this ingress takes."""
@@ -77,7 +88,7 @@ class Admission:
         self.in_flight -= num_sequences
         self._ended += num_sequences
 
-    def _retry_after_s(self) -> int:
+    def retry_after_s(self) -> int:
         """Roughly the seconds until all sequences in flight have ended, at the recent rate of ended sequences."""
         now = time.monotonic()
         elapsed = now - self._ended_since

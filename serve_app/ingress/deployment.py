@@ -233,6 +233,8 @@ class Ingress(ClusterRoutes):
             if isinstance(request, GenerationRequest):
                 request = with_identity(request, access_record(http_request.scope).request_id)
             model = self._routes.find(request.model)
+            if isinstance(request, GenerationRequest):
+                model.queue(len(body))
             admitted.count(request.num_sequences)
             resources.enter_context(model.admission.admit()).count(request.num_sequences)
             record = access_record(http_request.scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,13 +13,14 @@ from ray.serve.handle import DeploymentHandle
 from cluster.ray_private import running_replicas, stream_by_grpc
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.models import model_not_found, one_of
-from serve_app.ingress.admission import Admission
+from serve_app.ingress.admission import Admission, QueueFullError
 from serve_app.ingress.dispatch import Dispatcher
 from serve_app.ingress.replica_health import ReplicaHealth
 from serve_app.settings import IngressConfig, IngressSettings, ServedModel
 
 State = Literal["starting", "ready", "asleep", "unhealthy"]
 _ANSWER_TIMEOUT_S = 5.0
+_BYTES_OF_TOKEN = 4  # of a body, about
 
 
 @dataclass
@@ -32,6 +34,7 @@ class ModelRoute:
     num_ingresses: Callable[[], int] = lambda: 1
     admission: Admission = field(init=False)
     max_queued_requests: int = 0
+    max_queued_tokens: int | None = None
     _longest: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -40,6 +43,7 @@ class ModelRoute:
     def configure(self, model: ServedModel, settings: IngressSettings) -> None:
         """Takes up changed settings of the model and of the ingress."""
         self.model, self.max_queued_requests = model, settings.max_queued_requests
+        self.max_queued_tokens = settings.max_queued_tokens
         self.admission.max_per_request = model.max_ongoing_requests
         self.dispatcher.timeout_s = settings.request_timeout_s
         self.dispatcher.resume_timeout_s = settings.resume_timeout_s
@@ -67,6 +71,15 @@ class ModelRoute:
     def max_in_flight(self) -> int:
         """Sequences that may be in flight or wait in all ingresses together."""
         return self.capacity() + self.max_queued_requests
+
+    def queue(self, body_bytes: int) -> None:
+        """Counts the tokens of a request as waiting, until the next poll tells how many do. Raises QueueFullError if
+        others wait and there would be too many."""
+        waiting, tokens = self.health.queued_tokens, body_bytes // _BYTES_OF_TOKEN
+        limit = (self.max_queued_tokens or math.inf) * max(1, self.health.num_healthy)
+        if waiting and waiting + tokens > limit:
+            raise QueueFullError(waiting, self.admission.retry_after_s())
+        self.health.queued_tokens += tokens
 
     async def ask_all(self, method: str) -> list[Any]:
         """What every replica answers to a call without arguments. Raises EngineDeadError if one is lost."""
@@ -153,12 +166,12 @@ class ModelRoutes:
     def _new_route(self, model: ServedModel) -> ModelRoute:
         replicas = self._find_replicas(model)
 
-        async def problems() -> list[Any]:
+        async def statuses() -> list[Any]:
             if not running_replicas(replicas):  # Serve would wait for one
                 return []
-            return await replicas.broadcast("problem").results_async(return_exceptions=True)
+            return await replicas.broadcast("status").results_async(return_exceptions=True)
 
-        health = ReplicaHealth(problems, *health_times(model))
+        health = ReplicaHealth(statuses, *health_times(model))
         dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)
         return ModelRoute(model, replicas, dispatcher, health, self._num_ingresses)
 

@@ -38,6 +38,7 @@ from serve_app.part_frames import PartsSent
 from serve_app.replica.part_server import PartServer
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
+from serve_app.replica_status import ReplicaStatus
 from serve_app.settings import ReplicaSettings, TelemetrySettings
 from serve_app.telemetry.logs import configure_logs
 from serve_app.telemetry.summary import LastPart
@@ -201,7 +202,7 @@ class EngineReplica:
         """This replica's part of `/v1/cluster`: whether its steps go on, its ranks and the slowest of them, its load
         and its counters."""
         stats = self._engine.stats()
-        problem = await self.problem()
+        problem = self._problem()
         await self._read_pace()
         view, pace = await self.ranks(), self._pace
         if pace is not None:
@@ -232,9 +233,12 @@ class EngineReplica:
             with contextlib.suppress(TimeoutError, QwenDistError):
                 self._pace = await asyncio.wait_for(self._engine.rank_pace(), _PACE_TIMEOUT_S)
 
-    async def problem(self) -> str:
-        """Why this replica is not healthy: it has lost a rank, or a step takes far longer than those before it; "" if
-        it is."""
+    async def status(self) -> ReplicaStatus:
+        """What ingresses poll. This replica is not healthy if it has lost a rank, or if a step takes far longer than
+        those before it."""
+        return ReplicaStatus(self._problem(), self._engine.queued_tokens())
+
+    def _problem(self) -> str:
         try:
             self._engine.check_health()
         except EngineDeadError as error:

@@ -48,6 +48,11 @@ class IngressSettings:
     max_queued_requests: int = setting(
         1000, "sequences that may wait beyond max_ongoing_requests of all replicas; more are answered 429"
     )
+    max_queued_tokens: int | None = setting(
+        None,
+        "tokens of prompts that may wait in each replica's engine; a request that comes while others wait and would "
+        "make it more is answered 429; null: any number",
+    )
     request_timeout_s: float = setting(
         0.0, "longest time a request may take, then it is answered 408; 0: no limit"
     )
@@ -94,7 +99,12 @@ class IngressSettings:
 
     def __post_init__(self) -> None:
         require_positive(
-            self, "ingress_replicas", "ingress_target_requests", "max_request_mib", "max_queued_requests"
+            self,
+            "ingress_replicas",
+            "ingress_target_requests",
+            "max_request_mib",
+            "max_queued_requests",
+            "max_queued_tokens",
         )
         if self.most_ingress_replicas < self.ingress_replicas:
             raise ConfigError(

@@ -6,8 +6,10 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from serve_app.ingress.admission import QueueFullError
 from serve_app.ingress.cluster_view import IngressState, cluster_view
 from serve_app.ingress.model_routes import ModelRoute
 from serve_app.settings import ServedModel
@@ -64,3 +66,21 @@ def test_the_longest_sequence_is_what_every_replica_takes_now() -> None:
     assert longest(TimeoutError(), 1024) == 1024
     assert longest(2048) == 2048
     assert longest(TimeoutError()) == longest() == 2048
+
+
+def test_tokens_that_wait_in_engines_refuse_more_of_them() -> None:
+    unused = cast(Any, None)
+    health = cast(Any, SimpleNamespace(num_healthy=2, was_healthy=True, queued_tokens=0))
+    route = ModelRoute(MODEL, cast(Any, Replicas()), dispatcher=unused, health=health)
+    route.max_queued_tokens = 100
+    route.queue(body_bytes=4_000)  # alone, so it may be as long as it likes
+    with pytest.raises(
+        QueueFullError, match="about 1000 tokens of other requests wait already; retry in 1 s"
+    ):
+        route.queue(body_bytes=40)
+    health.queued_tokens = 150  # of two replicas, at the next poll
+    route.queue(body_bytes=160)
+    with pytest.raises(QueueFullError):
+        route.queue(body_bytes=80)
+    route.max_queued_tokens = None
+    route.queue(body_bytes=4_000_000)

@@ -9,8 +9,10 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from serve_app.ingress.replica_health import ReplicaHealth
+from serve_app.replica_status import ReplicaStatus
 
-Answers = list[str | BaseException]
+Answers = list[ReplicaStatus | BaseException]
+WELL = ReplicaStatus("")
 
 
 def healthy_after(*rounds: Answers | Exception, patience_s: float = 60.0) -> list[int]:
@@ -38,7 +40,9 @@ def healthy_after(*rounds: Answers | Exception, patience_s: float = 60.0) -> lis
 
 
 def test_replicas_that_answer_are_healthy_until_their_engine_or_actor_is_dead() -> None:
-    assert healthy_after(["", ""], ["", "a step has run for 9 s"], [ActorDiedError()], []) == [
+    assert healthy_after(
+        [WELL, WELL], [WELL, ReplicaStatus("a step has run for 9 s")], [ActorDiedError()], []
+    ) == [
         2,
         1,
         0,
@@ -48,14 +52,20 @@ def test_replicas_that_answer_are_healthy_until_their_engine_or_actor_is_dead() 
 
 @pytest.mark.parametrize("late", [TimeoutError(), [TimeoutError()], RuntimeError("the controller is away")])
 def test_replicas_that_are_too_busy_to_answer_keep_the_health_they_had(late: Any) -> None:
-    assert healthy_after([""], late, late, [""]) == [1, 1, 1, 1]
-    assert healthy_after([""], late, patience_s=0.0) == [1, 0]
+    assert healthy_after([WELL], late, late, [WELL]) == [1, 1, 1, 1]
+    assert healthy_after([WELL], late, patience_s=0.0) == [1, 0]
 
 
 def test_a_replica_that_died_is_counted_once_however_often_serve_still_names_it() -> None:
     async def lost() -> int:
         rounds: Any = iter(
-            [[], ["", ""], ["", ActorDiedError()], ["", ActorDiedError()], ["", "a rank was lost"]]
+            [
+                [],
+                [WELL, WELL],
+                [WELL, ActorDiedError()],
+                [WELL, ActorDiedError()],
+                [WELL, ReplicaStatus("a rank was lost")],
+            ]
         )
 
         async def ask() -> Answers:
@@ -72,7 +82,7 @@ def test_a_replica_that_died_is_counted_once_however_often_serve_still_names_it(
 
 
 def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
-    answers: Answers = [""]
+    answers: Answers = [WELL]
 
     async def ask() -> Answers:
         return answers
@@ -81,7 +91,7 @@ def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
         health = ReplicaHealth(ask, 3600.0, 60.0)
         while health.num_healthy != 1:
             await asyncio.sleep(0)
-        answers[:] = ["a rank was lost"]
+        answers[:] = [ReplicaStatus("a rank was lost")]
         health.poll_soon()
         while health.num_healthy:
             await asyncio.sleep(0)
@@ -89,7 +99,7 @@ def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
     asyncio.run(asyncio.wait_for(lose(), 60))
 
 
-@pytest.mark.parametrize("answers", [[""], RuntimeError("the controller is away")])
+@pytest.mark.parametrize("answers", [[WELL], RuntimeError("the controller is away")])
 def test_the_first_poll_can_be_waited_for_whatever_comes_of_it(answers: Any) -> None:
     async def number() -> int:
         asked = asyncio.Event()

@@ -68,6 +68,18 @@ class Deployed:
                 next(lines[-1])
             return self.ask().status_code == 429
 
+    def is_full_of_prompts(self) -> bool:
+        """Whether a short request is refused while a long prompt waits for the blocks that another one holds."""
+        large = {"prompt": [5] * 1500, "max_tokens": 500, "ignore_eos": True}
+        with ThreadPoolExecutor() as pool:
+            others = [pool.submit(self.ask, **large) for _ in range(2)]
+            while not any(other.done() for other in others):
+                refused = self.ask()
+                if refused.status_code == 429 and "about 1500 tokens" in refused.text:
+                    assert int(refused.headers["retry-after"]) > 0
+                    return True
+        return False
+
     def longest(self) -> int:
         """What /v1/models tells of the only model."""
         [model] = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
@@ -109,6 +121,8 @@ def test_a_changed_key_or_limit_reaches_the_service_and_reloads_no_engine(deploy
     deployed.change(request_timeout_s=0.2)
     late = {"max_tokens": 1500, "ignore_eos": True}
     wait_for(lambda: deployed.ask(**late).status_code == 408)
+    deployed.change(max_queued_tokens=1400)
+    wait_for(deployed.is_full_of_prompts)
     deployed.change(max_ongoing_requests=1, max_queued_requests=1)
     wait_for(deployed.is_full_with_two_streams)
     assert deployed.engines() == engines
