@@ -51,6 +51,7 @@ ROOMS = (
     "serve_app.metrics",
     "serve_app.placement",
     "serve_app.part_frames",
+    "serve_app.replica_status",
     "serve_app.deployed",
     "serve_app.replica",
     "serve_app.ingress",
