@@ -175,6 +175,9 @@ ROWS: list[Row] = [
                     "lost in an hour, {{model_name}}": (
                         "max by (model_name) (increase(qwen3_dist:replicas_lost_total{}[1h]))"
                     ),
+                    "ranks replaced in an hour, {{model_name}}": (
+                        "sum by (model_name) (increase(qwen3_dist:rank_replacements_total{}[1h]))"
+                    ),
                     "silent in an hour": "sum (increase(qwen3_dist:replicas_silent_total{}[1h]))",
                 },
             ),
