@@ -96,6 +96,7 @@ class StepMeter:
         self.collected_s = time.monotonic()
         if self._running_since_s is not None:
             took_s = self.collected_s - self._running_since_s
-            self._longest_s = max(took_s, _DECAY * self._longest_s)
+            # In this order: `limit_s`, in another thread, divides by the first once it sees the second.
             self._most_tokens = max(self._in_flight.popleft(), _DECAY * self._most_tokens)
+            self._longest_s = max(took_s, _DECAY * self._longest_s)
         self._running_since_s = self.collected_s if others else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ DRAWN = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=7, ignore_eo
 def config(checkpoint: Path, layout: str, **settings: Any) -> EngineConfig:
     placed: dict[str, Any] = {"executor": "processes", "num_blocks": 64, "dtype": "float32", **settings}
     return EngineConfig(str(checkpoint), layout=Layout.parse(layout), **placed)
+
+
+@contextlib.contextmanager
+def started(settings: EngineConfig, on_death: Callable[[], None] | None = None) -> Iterator[AsyncEngine]:
+    engine = AsyncEngine(settings, on_death=on_death)
+    try:
+        yield engine
+    finally:
+        engine.shutdown()
 
 
 async def until_it_serves(engine: AsyncEngine) -> None:
@@ -89,8 +99,7 @@ def test_one_new_rank_takes_the_place_of_a_lost_one(
     nursery: None, checkpoints: dict[str, Path], model: str, layout: str, lost: int, signal_number: int
 ) -> None:
     async def check() -> None:
-        engine = AsyncEngine(config(checkpoints[model], layout))
-        try:
+        with started(config(checkpoints[model], layout)) as engine:
             expected = await undisturbed(engine)
             before = [rank.pid for rank in engine.ranks]
             assert await across_a_loss(engine, lambda: os.kill(before[lost], signal_number)) == expected
@@ -101,24 +110,19 @@ def test_one_new_rank_takes_the_place_of_a_lost_one(
             whole = (checkpoints[model] / "model.safetensors").stat().st_size
             assert recovery.ranks == (lost,)
             assert 0 < recovery.bytes_read < (0.8 if len(before) > 1 else 1.1) * whole
-        finally:
-            engine.shutdown()
 
     asyncio.run(check())
 
 
 def test_an_idle_engine_replaces_a_lost_rank_too(nursery: None, checkpoints: dict[str, Path]) -> None:
     async def check() -> None:
-        engine = AsyncEngine(config(checkpoints["dense"], "tp=2"))
-        try:
+        with started(config(checkpoints["dense"], "tp=2")) as engine:
             expected = await undisturbed(engine)
             os.kill(engine.ranks[0].pid, signal.SIGKILL)
             while not engine.recoveries:
                 await asyncio.sleep(0.01)
             await until_it_serves(engine)
             assert await undisturbed(engine) == expected
-        finally:
-            engine.shutdown()
 
     asyncio.run(check())
 
@@ -129,8 +133,7 @@ def test_ranks_that_were_moved_experts_have_them_after_a_loss(
     """The new rank loads the experts of its predecessor and not those of the start."""
 
     async def check() -> None:
-        engine = AsyncEngine(config(checkpoints["moe"], "tp=2,ep=2", redundant_experts=2))
-        try:
+        with started(config(checkpoints["moe"], "tp=2,ep=2", redundant_experts=2)) as engine:
             expected = await undisturbed(engine)
             assert await engine.rebalance_experts(), "nothing has moved"
             moved = (await engine.expert_load()).placements
@@ -139,24 +142,19 @@ def test_ranks_that_were_moved_experts_have_them_after_a_loss(
             load = await engine.expert_load()
             assert load.placements == moved
             assert all(sum(tokens) for tokens in load.tokens.values())
-        finally:
-            engine.shutdown()
 
     asyncio.run(check())
 
 
 def test_who_waits_for_the_engine_is_told_of_a_loss(nursery: None, checkpoints: dict[str, Path]) -> None:
     async def check() -> None:
-        engine = AsyncEngine(config(checkpoints["moe"], "tp=2,ep=2"))
-        try:
+        with started(config(checkpoints["moe"], "tp=2,ep=2")) as engine:
             os.kill(engine.ranks[1].pid, signal.SIGSTOP)
             waits = [engine.expert_load(), engine.rebalance_experts(), engine.rank_pace()]
             answers = await asyncio.gather(*waits, return_exceptions=True)
             assert [type(answer) for answer in answers] == 3 * [EngineDeadError]
             await until_it_serves(engine)
             assert await engine.expert_load()
-        finally:
-            engine.shutdown()
 
     asyncio.run(check())
 
@@ -167,20 +165,14 @@ def test_an_engine_dies_that_loses_a_rank_again_before_its_next_step(
     died = threading.Event()
 
     async def check() -> None:
-        engine = AsyncEngine(config(checkpoints["dense"], "tp=2"), on_death=died.set)
-        try:
-            monkeypatch.setattr(
-                Launcher, "main", staticmethod(failing_ranks.ranks_that_end_in_their_first_step)
-            )
+        with started(config(checkpoints["dense"], "tp=2"), on_death=died.set) as engine:
+            main = staticmethod(failing_ranks.ranks_that_end_in_their_first_step)
+            monkeypatch.setattr(Launcher, "main", main)
             lost = engine.ranks[1].pid
-            await across_a_loss(engine, lambda: os.kill(lost, signal.SIGKILL))
-        except EngineDeadError:
+            with pytest.raises(EngineDeadError):
+                await across_a_loss(engine, lambda: os.kill(lost, signal.SIGKILL))
             assert await asyncio.to_thread(died.wait, 60.0)
             assert len(engine.recoveries) == 1 and not engine.recovers
-            return
-        finally:
-            engine.shutdown()
-        raise AssertionError("the engine has served with a rank that ends in its first step")
 
     asyncio.run(check())
 
@@ -191,8 +183,7 @@ def test_an_engine_dies_if_no_rank_can_take_the_place(
     died = threading.Event()
 
     async def check() -> None:
-        engine = AsyncEngine(config(checkpoints["dense"], "tp=2"), on_death=died.set)
-        try:
+        with started(config(checkpoints["dense"], "tp=2"), on_death=died.set) as engine:
             monkeypatch.setattr(
                 Launcher, "main", staticmethod(failing_ranks.rank_1_ends_before_it_says_anything)
             )
@@ -202,7 +193,5 @@ def test_an_engine_dies_if_no_rank_can_take_the_place(
             with pytest.raises(EngineDeadError, match="rank 1 died: its process ended by SIGKILL"):
                 engine.check_health()
             assert not Path(f"/proc/{pids[0]}").exists(), "the rank that was left still runs"
-        finally:
-            engine.shutdown()
 
     asyncio.run(check())
