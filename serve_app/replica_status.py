@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 
 class ReplicaStatus(NamedTuple):
-    """Why the replica is not healthy, "" if it is, and how many tokens of prompts wait in its engine."""
+    """The state of the replica with the id `replica` and the Ray actor `actor`.
+
+    `problem` says why it is not healthy, "" if it is. `queued_tokens` of prompts wait in its engine, and it has
+    `num_requests` sequences, running or waiting.
+    """
 
     problem: str
     queued_tokens: int = 0
+    num_requests: int = 0
+    replica: str = ""
+    actor: str = ""

@@ -28,18 +28,18 @@ from qwen3_dist.settings import EngineConfig
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
-_BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle
+_BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle, or on a recovery
 
 
 class AsyncEngine:
     """An engine whose constructor blocks until the model is loaded on all ranks. Raises what `Engine` raises.
 
-    All callers together get at most about `parts_per_s` parts a second, not counting first and last parts of a
-    request; above that rate a part holds the tokens of several steps.
+    All callers together get about `parts_per_s` parts a second at most, beside the first and last of each request;
+    above that rate a part holds the tokens of several steps.
 
     If a rank is lost, all requests fail with EngineDeadError and so do new ones, until another rank has taken its
-    place. If none can, the engine dies: its thread calls `on_death` after it has ended its ranks, but not after
-    `shutdown`.
+    place, for which `recovered` waits. If none can, the engine dies: its thread calls `on_death` after it has ended
+    its ranks, but not after `shutdown`.
     """
 
     def __init__(
@@ -187,6 +187,17 @@ class AsyncEngine:
         """Where each rank runs."""
         return self._engine.ranks
 
+    async def recovered(self) -> None:
+        """Waits while the engine `recovers`. Raises EngineDeadError if it cannot serve requests any more."""
+        while self.recovers:
+            await asyncio.sleep(_BUSY_CHECK_S)
+        self.check_health()
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the engine cannot serve requests any more."""
+        return self._death is not None and not self.recovers
+
     def check_health(self) -> None:
         """Raises EngineDeadError if the engine cannot serve requests, any more or while it `recovers`."""
         if self._death is not None:
@@ -255,9 +266,9 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while True:
-            error, can_recover = self._run_until_death()
+            error, self.recovers = self._run_until_death()
             self._fail_requests(error)
-            if not can_recover or not self._recover():
+            if not self.recovers or not self._recover():
                 break
         self._engine.shutdown()
         if self._on_death is not None and not self._stopping:
@@ -287,14 +298,11 @@ class AsyncEngine:
 
     def _recover(self) -> bool:
         """Replaces lost ranks. Returns whether the engine serves again."""
-        self.recovers = True
         try:
             recovery = self._engine.recover()
-        except QwenDistError as error:
-            _log.error("lost ranks were not replaced: %s", error)
-            return False
-        except Exception:
-            _log.exception("lost ranks were not replaced")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine dies
+            is_bug = not isinstance(error, QwenDistError)
+            _log.error("lost ranks were not replaced: %s", error, exc_info=is_bug)
             return False
         else:
             self.recoveries.append(recovery)

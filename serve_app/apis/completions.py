@@ -13,6 +13,7 @@ from qwen3_dist.sampling_params import MAX_LOGPROBS, SamplingParams
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.apis.shared.answer import Answer, AnswerContext
 from serve_app.apis.shared.body import Json, Range, about, read_body
+from serve_app.apis.shared.errors import to_json
 from serve_app.apis.shared.generation import GenerationBody, GenerationRequest, generation_fields
 from serve_app.apis.shared.openai import AnswerOptions, OpenAIAnswer, logprob
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer, Prompts, as_prompts
@@ -61,6 +62,9 @@ class CompletionRequest(GenerationRequest):
             else Prompt(prompt)
             for prompt in self.inputs
         ]
+
+    def prompt_bytes(self) -> bytes:
+        return to_json([self.model, *self.inputs])
 
     def answer(self, context: AnswerContext) -> Answer:
         return CompletionAnswer(context, self.options)

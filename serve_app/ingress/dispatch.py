@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -17,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.apis.shared.answer import LEFT, Counted
+from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
 from serve_app.apis.shared.resume import Resume
 from serve_app.failures import log_internal_error
 from serve_app.ingress.part_client import PartClient
@@ -44,7 +45,8 @@ class _Progress:
     `runs` while a replica has it, `ran` once one had it; `lost_s` is when the last one was lost, until another has it,
     by the event loop's clock. `deaths` counts the last replicas in a row that may have died of it: of those that were
     lost while they ran it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended`
-    tell what the client has seen: the status of a stream, a part of the answer, the last part.
+    tell what the client has seen: the status of a stream, a part of the answer, the last part. `replica` is the id of
+    the replica that has told last that it has the request; `replica_died` unless that one has said why it gives it up.
     """
 
     resume: Resume = field(default_factory=Resume)
@@ -57,6 +59,8 @@ class _Progress:
     accepted: bool = False
     begun: bool = False
     ended: bool = False
+    replica: str = ""
+    replica_died: bool = True
 
     def taken(self) -> bool:
         """Notes that a replica has the request. Returns whether it has it in place of one that was lost."""
@@ -76,22 +80,31 @@ class Dispatcher:
     of HTTP status and body, then the parts of a stream.
 
     A request may take `timeout_s` seconds, retries included; 0 means no limit. After the loss of its replica it waits
-    `resume_timeout_s` seconds for another one. `on_loss` is called for each lost replica.
+    `resume_timeout_s` seconds for another one. `on_loss` is called with the id of a replica that a request has lost,
+    "" if it is not known, and whether that replica is dead.
     """
 
     def __init__(
         self,
         send: Callable[..., Any],
         timeout_s: float = 0.0,
-        on_loss: Callable[[], None] = lambda: None,
+        on_loss: Callable[[str, bool], None] = lambda replica, is_dead: None,
         pauses_s: tuple[float, ...] = PAUSES_S,
         resume_timeout_s: float = 300.0,
     ) -> None:
         self._send = send
         self.timeout_s, self.resume_timeout_s = timeout_s, resume_timeout_s
-        self._on_loss = on_loss
+        self.on_loss = on_loss
+        self._calls: dict[str, set[Any]] = defaultdict(
+            set
+        )  # by the replica that runs them, "" if none has told
         self._pauses_s = pauses_s
         self._parts = PartClient()
+
+    def lose(self, replica: str) -> None:
+        """Has the requests of `replica` go on elsewhere, and those that no replica has told yet that it has them."""
+        for call in [*self._calls[replica], *self._calls[""]]:
+            call.cancel()
 
     async def answer(
         self,
@@ -140,7 +153,7 @@ class Dispatcher:
                             yield item
                 return
             except EngineDeadError:
-                self._on_loss()
+                self.on_loss(progress.replica, progress.replica_died)
                 if progress.ended:
                     return
                 self._check_loss(progress, request_id)
@@ -194,11 +207,16 @@ class Dispatcher:
     ) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
         resume = {"resume": progress.resume} if progress.begun else {}
+        progress.replica, progress.replica_died = "", True
         items = self._send(request, request_id, *context, **resume)
+        self._calls[""].add(items)
         try:
             async with contextlib.aclosing(self._received(items)) as received:
                 while (item := await self._in_time(anext(received, None), deadline, progress)) is not None:
-                    if isinstance(item, str):  # RUNNING
+                    if isinstance(item, Running):
+                        self._calls[""].discard(items)
+                        self._calls[item.replica].add(items)
+                        progress.replica = item.replica
                         if progress.taken():
                             on_resume()
                         continue
@@ -211,6 +229,7 @@ class Dispatcher:
                         on_count(item)
                         item = item.item
                     if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
+                        progress.replica_died = item[1] == DIED
                         if item[1] == LEFT:
                             progress.left()
                         raise EngineDeadError(_LOST)
@@ -224,6 +243,7 @@ class Dispatcher:
                 raise log_internal_error(error, logger, request_id) from None
             raise EngineDeadError(_LOST) from None
         finally:
+            self._calls[progress.replica].discard(items)
             with contextlib.suppress(Exception):  # cancelling raises the error of a failed request again
                 items.cancel()
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_private import running_replicas, stream_by_grpc
+from cluster.ray_private import broadcast, running_replicas, stream_by_grpc
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.models import model_not_found, one_of
 from serve_app.ingress.admission import Admission, QueueFullError
 from serve_app.ingress.dispatch import Dispatcher
-from serve_app.ingress.replica_health import ReplicaHealth
+from serve_app.ingress.replica_health import ANSWER_TIMEOUT_S, Poll, ReplicaHealth
+from serve_app.ingress.replica_table import table_of
 from serve_app.settings import IngressConfig, IngressSettings, ServedModel
 
 State = Literal["starting", "ready", "asleep", "unhealthy"]
@@ -166,13 +167,16 @@ class ModelRoutes:
     def _new_route(self, model: ServedModel) -> ModelRoute:
         replicas = self._find_replicas(model)
 
-        async def statuses() -> list[Any]:
-            if not running_replicas(replicas):  # Serve would wait for one
-                return []
-            return await replicas.broadcast("status").results_async(return_exceptions=True)
+        async def poll() -> Poll:
+            running = running_replicas(replicas)
+            if not running:  # Serve would wait for one
+                return Poll((), [])
+            return Poll(running, await broadcast(replicas, "status", timeout_s=ANSWER_TIMEOUT_S))
 
-        health = ReplicaHealth(statuses, *health_times(model))
-        dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote, on_loss=health.poll_soon)
+        table = table_of(replicas.app_name, replicas.deployment_name)
+        dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote)
+        health = ReplicaHealth(poll, *health_times(model), table, on_silent=dispatcher.lose)
+        dispatcher.on_loss = health.lose_request
         return ModelRoute(model, replicas, dispatcher, health, self._num_ingresses)
 
 

@@ -26,7 +26,7 @@ from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
 from serve_app.apis.requests import AnyRequest
-from serve_app.apis.shared.answer import LEFT, RUNNING, Counted
+from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.resume import Resume
@@ -56,9 +56,9 @@ _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 class EngineReplica:
     """One engine. Construction loads the model.
 
-    While the engine replaces a lost rank, the replica refuses requests with 503, so that another one answers them.
-    When the engine dies, the replica ends its own process: Serve replaces a dead process at once, but an unhealthy one
-    only after three failed health checks. It does so too if it is told to leave.
+    While the engine replaces a lost rank, requests that it ran are answered 503, so that another replica goes on with
+    them, and new ones wait. When the engine dies, the replica ends its own process: Serve replaces a dead process at
+    once, but an unhealthy one only after three failed health checks. It does so too if it is told to leave.
     """
 
     _leaves = False
@@ -102,7 +102,7 @@ class EngineReplica:
         trace: Mapping[str, str] | None = None,
         resume: Resume | None = None,
     ) -> AsyncGenerator[Any, None]:
-        """Yields RUNNING, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
+        """Yields Running, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
 
         For a stream that is accepted the body is a PartsAt, which tells where its parts are to be had, each as
         `Counted`, and the next item is PartsSent. The last part, or the body, is a LastPart, with the summary of the
@@ -110,7 +110,8 @@ class EngineReplica:
         token counts include what it has.
 
         Errors are answered, not raised: a bug with 500, logged under `request_id`, a dead engine with 503 wherever the
-        stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves.
+        stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves, DIED
+        if it ends.
         """
         record = RequestRecord(request_id, trace or {}, self._name)
         self._num_answering += 1
@@ -136,13 +137,13 @@ class EngineReplica:
 
         def failed(error: QwenDistError) -> tuple[int, bytes]:
             record.ended = record.failed = True
-            if self._leaves and isinstance(error, EngineDeadError):
-                return HTTPStatus.SERVICE_UNAVAILABLE, LEFT
+            if isinstance(error, EngineDeadError) and (self._leaves or self._engine.has_died):
+                return HTTPStatus.SERVICE_UNAVAILABLE, LEFT if self._leaves else DIED
             return error_status(error), part(to_json(request.error_body(error)))
 
         try:
-            self._engine.check_health()
-            yield RUNNING  # whatever follows may be what kills this process
+            await self._engine.recovered()
+            yield Running(self._name)  # whatever follows may be what kills this process
             if not (isinstance(request, GenerationRequest) and request.stream):
                 body = await self._handler.respond(request, record)
                 record.ended = True
@@ -236,7 +237,14 @@ class EngineReplica:
     async def status(self) -> ReplicaStatus:
         """What ingresses poll. This replica is not healthy if it has lost a rank, or if a step takes far longer than
         those before it."""
-        return ReplicaStatus(self._problem(), self._engine.queued_tokens())
+        stats = self._engine.stats()
+        return ReplicaStatus(
+            self._problem(),
+            self._engine.queued_tokens(),
+            stats.num_running + stats.num_waiting,
+            self._name,
+            ray.get_runtime_context().get_actor_id() or "",
+        )
 
     def _problem(self) -> str:
         try:
@@ -259,7 +267,7 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Raises EngineDeadError once a rank is lost for good; Serve then replaces this replica."""
-        if not self._engine.recovers:
+        if self._engine.has_died:
             self._engine.check_health()
 
     async def leave(self, replica: str) -> bool:

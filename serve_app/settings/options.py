@@ -14,6 +14,7 @@ _INGRESS_ONGOING_REQUESTS = 10_000
 _DELAYS = ("upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s")
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
+_ROUTER = "serve_app.ingress.router.ReplicaRouter"
 
 
 def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, 
             "target_ongoing_requests": scaling.scaling_target,
             **{name: getattr(scaling, name) for name in _DELAYS},
         },
+        "request_router_config": {"request_router_class": _ROUTER},
         "graceful_shutdown_timeout_s": scaling.graceful_shutdown_timeout_s,
         "health_check_period_s": scaling.health_check_period_s,
         "health_check_timeout_s": scaling.health_check_timeout_s,

@@ -17,7 +17,7 @@ from serve_app.apis.completions import parse_completion
 from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.requests import AnyRequest
 from serve_app.apis.responses.request import parse_responses
-from serve_app.apis.shared.answer import Counted, Identity
+from serve_app.apis.shared.answer import Counted, Identity, Running
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.resume import Resume
 from serve_app.metrics.requests import RequestMetrics
@@ -115,7 +115,7 @@ def answered(replica: EngineReplica, request: AnyRequest, resume: Resume | None 
         items: list[Any] = []
         replica._parts = Parts(items)  # type: ignore[assignment]
         async for item in replica.answer(given[0], "request-7", {}, given[1]):
-            if not isinstance(item, str | PartsSent):
+            if not isinstance(item, Running | PartsSent):
                 items.append(item)
         return items
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import aclosing
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,16 +15,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
-from serve_app.apis.shared.answer import LEFT, RUNNING, Counted
+from serve_app.apis.shared.answer import LEFT, Counted
 from serve_app.apis.shared.errors import error_object, to_json
-from serve_app.apis.shared.resume import Resume
 from serve_app.ingress import dispatch
 from serve_app.ingress.dispatch import Dispatcher
 from serve_app.telemetry.summary import LastPart, RequestSummary
+from tests.serve_app.scripted_replicas import ACCEPTED, DEAD, REQUEST, RUNNING, WHOLE, Replicas
 
-REQUEST = SimpleNamespace(ping=b": ping\n\n")
-WHOLE = [(200, b"head"), b"part"]
-DEAD = (503, b"the engine died")
 LOSSES: list[Any] = [
     ActorUnavailableError("gone", b"0123456789abcdef"),
     ActorDiedError(),
@@ -34,58 +29,6 @@ LOSSES: list[Any] = [
     asyncio.CancelledError(),
     DEAD,
 ]
-
-
-class Answer:
-    """Items of a replica; those that are exceptions are raised, those that are functions awaited."""
-
-    def __init__(self, items: Iterable[Any]) -> None:
-        self._items = iter(items)
-        self.cancelled = False
-
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> Any:
-        await asyncio.sleep(0)
-        item = next(self._items, StopAsyncIteration())
-        if isinstance(item, BaseException):
-            raise item
-        if callable(item):
-            await item()
-            return await anext(self)
-        return item
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class Replicas:
-    """Each request gets the next of `answers`."""
-
-    def __init__(self, *answers: Iterable[Any]) -> None:
-        self.answers = [Answer(items) for items in answers]
-        self.asked: list[str] = []
-        self.losses = 0
-        self.resumes: list[Resume | None] = []
-
-    def send(self, request: Any, request_id: str, resume: Resume | None = None) -> Answer:
-        self.asked.append(request_id)
-        self.resumes.append(copy.deepcopy(resume))
-        return self.answers[len(self.asked) - 1]
-
-    def lose(self) -> None:
-        self.losses += 1
-
-    def got(
-        self, timeout_s: float = 0.0, pauses_s: tuple[float, ...] = (0.0,), resume_s: float = 60.0
-    ) -> list[Any]:
-        dispatcher = Dispatcher(self.send, timeout_s, self.lose, pauses_s, resume_s)
-
-        async def collect() -> list[Any]:
-            return [item async for item in dispatcher.answer(REQUEST, "id")]
-
-        return asyncio.run(collect())
 
 
 @pytest.mark.parametrize(("taken", "tokens"), [(1, 5), (2, 5), (3, 9)])
@@ -113,9 +56,6 @@ def test_a_request_that_has_shown_nothing_is_sent_again_when_its_replica_is_lost
     assert replicas.got() == WHOLE
     assert (replicas.asked, replicas.losses) == (["id"] * 3, 2)
     assert all(answer.cancelled for answer in replicas.answers)
-
-
-ACCEPTED = (200, b"")
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -21,7 +21,7 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
-from serve_app.apis.shared.answer import LEFT, RUNNING
+from serve_app.apis.shared.answer import DIED, LEFT, Running
 from serve_app.apis.shared.resume import Resume
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.record import RequestRecord
@@ -65,7 +65,7 @@ class Broken:
 class Healthy:
     """An engine of which nothing else is asked."""
 
-    def check_health(self) -> None:
+    async def recovered(self) -> None:
         pass
 
 
@@ -99,7 +99,7 @@ def test_a_replica_says_that_it_has_a_request_before_the_request_can_kill_it(str
     async def first() -> Any:
         return await anext(replica_with(Broken()).answer(request, "request-7"))
 
-    assert asyncio.run(first()) == RUNNING
+    assert asyncio.run(first()) == Running("r1")
 
 
 @pytest.fixture
@@ -120,10 +120,9 @@ def broken_step() -> Any:
 def test_an_engine_that_fails_says_where_its_traceback_is_and_that_it_died(
     engine: AsyncEngine, serve_log: Path
 ) -> None:
-    replica = replica_with(RequestHandler(engine, "m", {}))
+    replica = replica_with(RequestHandler(engine, "m", {}), engine)
     engine._engine.step = broken_step  # type: ignore[method-assign]
-    [(status, body)] = answered(replica, parse_completion(b'{"prompt": [5], "max_tokens": 5}'))
-    assert status == 503 and str(serve_log) in json.loads(body)["error"]["message"]
+    assert answered(replica, parse_completion(b'{"prompt": [5], "max_tokens": 5}')) == [(503, DIED)]
     logged = serve_log.read_text()
     assert "TypeError: a step went wrong" in logged
     assert "the engine failed as it ran request-7-" in logged

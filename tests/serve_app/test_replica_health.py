@@ -3,114 +3,131 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from serve_app.ingress.replica_health import ReplicaHealth
+from serve_app.ingress import replica_health
+from serve_app.ingress.replica_health import Poll, ReplicaHealth
+from serve_app.ingress.replica_table import ReplicaTable
 from serve_app.replica_status import ReplicaStatus
 
-Answers = list[ReplicaStatus | BaseException]
-WELL = ReplicaStatus("")
+A, B = (ReplicaStatus("", replica=name, actor=f"actor of {name}") for name in "ab")
+B_IS_ILL = B._replace(problem="a step has run for 9 s")
 
 
-def healthy_after(*rounds: Answers | Exception, patience_s: float = 60.0) -> list[int]:
-    """The number of healthy replicas after each round of answers."""
+def died(actor: str) -> ActorDiedError:
+    error = ActorDiedError()
+    error.actor_id = actor
+    return error
 
-    async def collect() -> list[int]:
-        given = iter([[], *rounds])
 
-        async def ask() -> Answers:
+def watched(ask: Callable[[], Awaitable[Poll]], patience_s: float = 60.0, **options: Any) -> ReplicaHealth:
+    return ReplicaHealth(ask, 3600.0, patience_s, ReplicaTable(), **options)
+
+
+def after(
+    *rounds: list[Any] | Exception, running: tuple[str, ...] = ("a", "b"), **options: Any
+) -> list[tuple[int, int]]:
+    """The numbers of healthy and of lost replicas after each round of answers."""
+
+    async def collect() -> list[tuple[int, int]]:
+        given = iter(rounds)
+
+        async def ask() -> Poll:
             answers = next(given)
             if isinstance(answers, Exception):
                 raise answers
-            return answers
+            return Poll(running, answers)
 
-        health = ReplicaHealth(ask, 3600.0, patience_s)
+        health = watched(ask, **options)
         health.stop()  # asked below instead
-        await health.refresh()
         numbers = []
         for _ in rounds:
             await health.refresh()
-            numbers.append(health.num_healthy)
+            numbers.append((health.num_healthy, health.num_lost))
         return numbers
 
     return asyncio.run(collect())
 
 
 def test_replicas_that_answer_are_healthy_until_their_engine_or_actor_is_dead() -> None:
-    assert healthy_after(
-        [WELL, WELL], [WELL, ReplicaStatus("a step has run for 9 s")], [ActorDiedError()], []
-    ) == [
-        2,
-        1,
-        0,
-        0,
-    ]
+    numbers = after([A, B], [A, B_IS_ILL], [died("actor of a"), died("actor of b")], [])
+    assert [healthy for healthy, _ in numbers] == [2, 1, 0, 0]
 
 
-@pytest.mark.parametrize("late", [TimeoutError(), [TimeoutError()], RuntimeError("the controller is away")])
+@pytest.mark.parametrize(
+    "late",
+    [
+        TimeoutError(),
+        [TimeoutError()],
+        [ActorUnavailableError("busy", None)],
+        RuntimeError("the controller is away"),
+    ],
+)
 def test_replicas_that_are_too_busy_to_answer_keep_the_health_they_had(late: Any) -> None:
-    assert healthy_after([WELL], late, late, [WELL]) == [1, 1, 1, 1]
-    assert healthy_after([WELL], late, patience_s=0.0) == [1, 0]
+    assert after([A], late, late, [A]) == [(1, 0)] * 4
+    assert after([A], late, patience_s=0.0) == [(1, 0), (0, 0)]
 
 
 def test_a_replica_that_died_is_counted_once_however_often_serve_still_names_it() -> None:
-    async def lost() -> int:
-        rounds: Any = iter(
-            [
-                [],
-                [WELL, WELL],
-                [WELL, ActorDiedError()],
-                [WELL, ActorDiedError()],
-                [WELL, ReplicaStatus("a rank was lost")],
-            ]
-        )
-
-        async def ask() -> Answers:
-            answers: Answers = next(rounds)
-            return answers
-
-        health = ReplicaHealth(ask, 3600.0, 60.0)
-        health.stop()
-        for _ in range(5):
-            await health.refresh()
-        return health.num_lost
-
-    assert asyncio.run(lost()) == 1
+    dead = died("actor of b")
+    numbers = after([A, B], [A, dead], [A, dead], [A, B_IS_ILL], [A, died("one that never answered")])
+    assert [lost for _, lost in numbers] == [0, 1, 1, 1, 2]
 
 
-def test_a_lost_request_has_all_replicas_asked_at_once() -> None:
-    answers: Answers = [WELL]
+@pytest.mark.parametrize(("is_dead", "lost"), [(True, 1), (False, 0)])
+def test_a_request_that_lost_its_replica_has_all_asked_at_once_and_counts_the_dead(
+    is_dead: bool, lost: int
+) -> None:
+    answers = [A]
 
-    async def ask() -> Answers:
-        return answers
+    async def ask() -> Poll:
+        return Poll(("a",), answers)
 
-    async def lose() -> None:
-        health = ReplicaHealth(ask, 3600.0, 60.0)
+    async def lose() -> int:
+        health = watched(ask)
         while health.num_healthy != 1:
             await asyncio.sleep(0)
-        answers[:] = [ReplicaStatus("a rank was lost")]
-        health.poll_soon()
+        answers[:] = [A._replace(problem="a rank was lost")]
+        health.lose_request("a", is_dead)
+        health.lose_request("a", is_dead)
         while health.num_healthy:
             await asyncio.sleep(0)
+        assert health.num_request_losses == 2
+        health.stop()
+        return health.num_lost
 
-    asyncio.run(asyncio.wait_for(lose(), 60))
+    assert asyncio.run(asyncio.wait_for(lose(), 60)) == lost
 
 
-@pytest.mark.parametrize("answers", [[WELL], RuntimeError("the controller is away")])
+@pytest.mark.parametrize(
+    ("silent_s", "other", "expected"), [(0.0, A, ["b", "b"]), (60.0, A, []), (0.0, B_IS_ILL, [])]
+)
+def test_a_silent_replica_is_given_up_while_another_is_healthy(
+    silent_s: float, other: ReplicaStatus, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_health, "SILENT_S", silent_s)
+    silent: list[str] = []
+    other = other._replace(replica="a")
+    after([other, B], [other, TimeoutError()], [other, TimeoutError()], [other, B], on_silent=silent.append)
+    assert silent == expected
+
+
+@pytest.mark.parametrize("answers", [[A], RuntimeError("the controller is away")])
 def test_the_first_poll_can_be_waited_for_whatever_comes_of_it(answers: Any) -> None:
     async def number() -> int:
         asked = asyncio.Event()
 
-        async def ask() -> Answers:
+        async def ask() -> Poll:
             await asked.wait()
             if isinstance(answers, Exception):
                 raise answers
-            return list(answers)
+            return Poll(("a",), answers)
 
-        health = ReplicaHealth(ask, 3600.0, 60.0)
+        health = watched(ask)
         waits = asyncio.create_task(health.known())
         for _ in range(5):
             await asyncio.sleep(0)
@@ -125,7 +142,7 @@ def test_the_first_poll_can_be_waited_for_whatever_comes_of_it(answers: Any) -> 
 
 def test_nobody_waits_for_the_health_of_a_model_that_was_removed() -> None:
     async def run() -> None:
-        health = ReplicaHealth(lambda: asyncio.Future(), 3600.0, 60.0)
+        health = watched(lambda: asyncio.Future())
         waits = asyncio.create_task(health.known())
         await asyncio.sleep(0)
         health.stop()

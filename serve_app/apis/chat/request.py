@@ -31,6 +31,7 @@ from serve_app.apis.shared.conversation import (
     template_messages,
     template_tools,
 )
+from serve_app.apis.shared.errors import to_json
 from serve_app.apis.shared.generation import GenerationBody, GenerationRequest, generation_fields
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 
@@ -129,6 +130,9 @@ class ChatRequest(GenerationRequest):
             variables = {"strftime_now": datetime.fromtimestamp(self.identity.created).strftime, **variables}
         rendered = renderer.template.render(self.messages, self.tools or None, **variables)
         return [renderer.tokenize(rendered, "messages", self.add_special_tokens)]
+
+    def prompt_bytes(self) -> bytes:
+        return to_json([self.model, self.tools, self.messages])
 
     def variables(self, renderer: PromptRenderer) -> Json:
         """Returns the template's variables other than messages and tools."""

@@ -73,8 +73,14 @@ class AnswerContext:
     identity: Identity = field(default_factory=Identity)
 
 
-RUNNING = "running"  # the first item of an answer: the replica has the request
 LEFT = b"left"  # the body of a 503 of a replica that was told to leave: the request is not to blame
+DIED = b"died"  # the body of a 503 of a replica that ends because its engine died
+
+
+class Running(NamedTuple):
+    """The first item of an answer: the replica of that id has the request."""
+
+    replica: str
 
 
 class Counted(NamedTuple):

@@ -97,6 +97,10 @@ class GenerationRequest(ABC):
         too long.
         """
 
+    @abstractmethod
+    def prompt_bytes(self) -> bytes:
+        """Returns bytes that begin alike for requests whose prompts begin alike."""
+
     @property
     def num_sequences(self) -> int:
         """The number of choices over all prompts."""

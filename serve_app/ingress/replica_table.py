@@ -1,0 +1,76 @@
+"""What an ingress knows of a model's replicas, and the order in which it would have them take a request."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from threading import Lock
+
+from serve_app.ingress.prefix_memory import PrefixMemory
+from serve_app.replica_status import ReplicaStatus
+
+TOKENS_OF_REQUEST = 256  # as many tokens of waiting prompts count as much as a sequence that a replica has
+MAX_SHARED_TOKENS = 8192  # so a shared prefix draws a replica at most 32 requests more than others have
+BYTES_OF_TOKEN = 4  # of a prompt, about
+
+
+class ReplicaTable:
+    """The event loop writes what polls tell, the thread of Serve's router reads it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._prefixes = PrefixMemory()
+        self._load: dict[str, int] = {}  # in tokens, at the last poll
+        self._sent: Counter[str] = Counter()  # tokens since
+        self._avoided: set[str] = set()
+
+    def update(self, told: Iterable[ReplicaStatus], silent: Iterable[str]) -> None:
+        """Takes up a poll: what replicas told, and the ids of those that did not answer."""
+        with self._lock:
+            told = list(told)
+            self._load = {
+                status.replica: status.queued_tokens + TOKENS_OF_REQUEST * status.num_requests
+                for status in told
+            }
+            self._sent.clear()
+            self._avoided = {status.replica for status in told if status.problem} | set(silent)
+
+    def avoid(self, replica: str) -> None:
+        """Sends `replica` nothing, while there are others, until a poll finds it healthy."""
+        with self._lock:
+            self._avoided.add(replica)
+
+    def forget(self, replica: str) -> None:
+        """Notes that `replica` is gone."""
+        with self._lock:
+            self._avoided.add(replica)
+            self._prefixes.forget(replica)
+
+    def choose(self, replicas: Sequence[str], prompt: bytes) -> list[str]:
+        """The ids of the `replicas` that may take a request, the best first, which is counted as having it.
+
+        The best has the fewest tokens to compute before the request's first token: those of other requests, and those
+        of its `prompt` that it has not computed before.
+        """
+        with self._lock:
+            usable = [each for each in replicas if each not in self._avoided] or list(replicas)
+            shared = self._prefixes.shared_bytes(prompt, usable)
+            tokens = {each: min(shared[each] // BYTES_OF_TOKEN, MAX_SHARED_TOKENS) for each in usable}
+            random.shuffle(usable)  # those that are equal take turns
+            usable.sort(key=lambda each: self._load_of(each) - tokens[each])
+            best = usable[0]
+            self._prefixes.add(prompt, best)
+            self._sent[best] += TOKENS_OF_REQUEST + len(prompt) // BYTES_OF_TOKEN - tokens[best]
+            return usable
+
+    def _load_of(self, replica: str) -> int:
+        return self._load.get(replica, 0) + self._sent[replica]
+
+
+_tables: dict[tuple[str, str], ReplicaTable] = {}
+
+
+def table_of(application: str, deployment: str) -> ReplicaTable:
+    """This process's table of a deployment's replicas."""
+    return _tables.setdefault((application, deployment), ReplicaTable())

@@ -1,0 +1,56 @@
+"""What is told of the replicas that requests lose, and what is lost with a replica."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from serve_app.apis.shared.answer import DIED, LEFT, Running
+from serve_app.ingress.dispatch import Dispatcher
+from tests.serve_app.scripted_replicas import DEAD, REQUEST, RUNNING, WHOLE, Answer, Replicas
+
+
+@pytest.mark.parametrize(
+    ("tries", "lost"),
+    [
+        ([[DEAD]], [("", False)]),
+        ([[RUNNING, DEAD]], [("r1", False)]),
+        ([[RUNNING, (503, DIED)]], [("r1", True)]),
+        ([[RUNNING, (503, LEFT)]], [("r1", False)]),
+        ([[RUNNING, ActorDiedError()], [(503, LEFT)]], [("r1", True), ("", False)]),
+    ],
+)
+def test_the_replica_that_a_request_lost_is_told_and_whether_it_died(tries: Any, lost: Any) -> None:
+    replicas = Replicas(*tries, WHOLE)
+    assert replicas.got() == WHOLE and replicas.lost == lost
+
+
+@pytest.mark.parametrize("begun", [[], [RUNNING], [RUNNING, (200, b"head")]])
+def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(begun: list[Any]) -> None:
+    class Hangs(Answer):
+        def cancel(self) -> None:
+            super().cancel()
+            given_up.set()
+
+    given_up = asyncio.Event()
+
+    async def hang() -> None:
+        dispatcher.lose("r2")
+        assert given_up.is_set() == (not begun)
+        dispatcher.lose("r1")
+        await given_up.wait()
+        raise asyncio.CancelledError
+
+    replicas = Replicas(begun, [Running("r2"), (200, b"whole")])
+    replicas.answers[0] = Hangs([*begun, hang])
+    dispatcher = Dispatcher(replicas.send, on_loss=replicas.lose, pauses_s=(0.0,))
+
+    async def collect() -> list[Any]:
+        return [item async for item in dispatcher.answer(REQUEST, "id")]
+
+    assert asyncio.run(asyncio.wait_for(collect(), 60))[-1] in ((200, b"whole"), b"whole")
+    assert replicas.lost == [("r1" if begun else "", True)]
+    assert not any(dispatcher._calls.values())
