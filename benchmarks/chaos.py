@@ -3,8 +3,9 @@
     python -m benchmarks.chaos [--clients 16] [--times 3] [--faults kill-rank stop-rank kill-replica] [--replicas 2]
 
 A fault is `none`; kill (SIGKILL), stop (SIGSTOP) or term (SIGTERM) of a rank, a replica, an ingress, Serve's proxy or
-its controller; `roll`, a deployment that loads the model anew; or `scale`, which takes a replica away and gives it
-back.
+its controller; `drop`, which breaks the connections between an ingress and a replica (as root, with `ss`); `roll`, a
+deployment that loads the model anew; `layout`, which gives replicas one rank each and then their layout again; or
+`scale`, which takes a replica away and gives it back.
 
 A client asks for one answer after the other: chats with tools, a schema, thinking, two choices and log-probabilities,
 completions of several prompts with stop strings, responses and messages; greedy and seeded, streamed and not. Each
@@ -22,6 +23,7 @@ import os
 import random
 import signal
 import statistics
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -38,6 +40,10 @@ from serve_app.ingress import proxy
 from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import INGRESS, REPLICA, read_service_config
 
+FAULTS = (
+    *("none", "kill-rank", "stop-rank", "kill-replica", "stop-replica", "term-replica", "kill-ingress"),
+    *("kill-proxy", "kill-controller", "drop", "roll", "layout", "scale"),
+)
 PORT = 8795
 TRIES = 30  # of a client whose connection breaks, a second apart
 PAUSE_S = 1.0  # streams that paused for less count as undisturbed
@@ -201,6 +207,24 @@ def _signal(kind: str, ranks: list[list[int]]) -> None:
     os.kill(random.choice(pids), number)
 
 
+def _sockets(state: str, pid: int) -> list[tuple[str, str]]:
+    """The local and the peer's port of each TCP socket of a process in `state`."""
+    lines = subprocess.run(["ss", "-tnpH", "state", state], capture_output=True, text=True, check=True).stdout
+    columns = [line.split() for line in lines.splitlines() if f"pid={pid}," in line]
+    return [(local.rpartition(":")[2], peer.rpartition(":")[2]) for _, _, local, peer, *_ in columns]
+
+
+def _drop() -> None:
+    """Breaks all connections between one ingress and one replica."""
+    ingress, replica = (random.choice(titled(TITLES[each])) for each in ("ingress", "replica"))
+    served = {port for port, _ in _sockets("listening", replica)}
+    found = [port for port, peer in _sockets("established", ingress) if peer in served]
+    for port in found:
+        subprocess.run(["ss", "-K", "sport", "=", port], capture_output=True, check=True)
+    left = {port for port, _ in _sockets("established", ingress)}
+    assert found and not left & set(found), "ss did not close the connections"
+
+
 class Service:
     """The service that is disturbed. `change` deploys it with other settings."""
 
@@ -216,6 +240,12 @@ class Service:
         """Loads the model anew, for one KV block more."""
         self.change(num_blocks=self._settings["num_blocks"] + 1)
 
+    def layout(self) -> None:
+        """Loads the model with one rank, and again with its layout."""
+        usual = self._settings["layout"]
+        for layout in ("tp=1", usual):
+            self.change(layout=layout)
+
     def scale(self) -> None:
         """Takes a replica away, and gives it back."""
         replicas = self._settings["min_replicas"]
@@ -228,8 +258,10 @@ async def strike(load: Load, service: Service, kind: str, replicas: int, seconds
     await asyncio.sleep(seconds)
     before = await load.ranks()
     load.fault_s = time.monotonic()
-    if kind in ("roll", "scale"):
+    if kind in ("roll", "layout", "scale"):
         await asyncio.to_thread(getattr(service, kind))
+    elif kind == "drop":
+        _drop()
     elif kind != "none":
         _signal(kind, before)
     if kind != "none":
@@ -280,18 +312,7 @@ def main() -> None:
     parser.add_argument(
         "--faults",
         nargs="+",
-        default=[
-            *(
-                "none",
-                "kill-rank",
-                "stop-rank",
-                "kill-replica",
-                "stop-replica",
-                "term-replica",
-                "kill-ingress",
-            ),
-            *("kill-proxy", "kill-controller", "roll", "scale"),
-        ],
+        default=FAULTS,
     )
     args = parser.parse_args()
     settings = {

@@ -6,6 +6,7 @@ ep * etp = dp * tp        the MoE layers of one stage run over all its dp * tp r
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,6 +130,18 @@ def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:
         for ep in (divisors(dp * tp) if config.num_experts else [1])
     ]
     return [layout for layout in layouts if layout.fits(config)]
+
+
+def nearest_layout(config: ModelConfig, wanted: Layout) -> Layout:
+    """The layout that can split `config` and is nearest to `wanted`: of as many ranks, or else of the most below."""
+
+    def distance(layout: Layout) -> float:
+        return sum(abs(math.log(getattr(layout, axis) / getattr(wanted, axis))) for axis in _AXES)
+
+    for world in range(wanted.world, 0, -1):
+        if layouts := valid_layouts(config, world):
+            return min(layouts, key=distance)
+    raise AssertionError("one rank holds any model")
 
 
 def even_ranges(total: int, parts: int) -> list[range]:

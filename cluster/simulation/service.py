@@ -1,7 +1,6 @@
 """The simulated service: it routes requests to replicas, and starts and stops replicas with the load.
 
-Routing follows Ray Serve: of two replicas chosen at random, the one with fewer ongoing requests gets the request,
-which then waits in that replica's engine.
+The replica with the fewest ongoing requests gets a request, which then waits in that replica's engine.
 """
 
 from __future__ import annotations
@@ -154,14 +153,9 @@ class _Service:
         self._await_step(replica)
 
     def _route(self) -> Replica:
-        """Chooses a replica by power of two choices."""
-        running = self._running
-        if len(running) == 1:
-            return running[0]
-        first = self._rng.randrange(len(running))
-        second = self._rng.randrange(len(running) - 1)
-        other = running[second + (second >= first)]
-        return min(running[first], other, key=lambda replica: replica.ongoing)
+        """Chooses the replica with the fewest requests, at random among equals."""
+        fewest = min(replica.ongoing for replica in self._running)
+        return self._rng.choice([replica for replica in self._running if replica.ongoing == fewest])
 
     def _step(self, replica: Replica, now_s: float) -> None:
         finished = replica.finish_step(now_s)

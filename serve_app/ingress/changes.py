@@ -1,4 +1,4 @@
-"""Changes of a running service that admins ask for: how many replicas a model has.
+"""Changes of a running service that admins ask for: how many replicas a model has, and the layout of each.
 
 It changes what was deployed, so it lasts until the next `deploy`, which brings back what its file says.
 """
@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
-from qwen3_dist.errors import RequestError
+from qwen3_dist.errors import ParallelLayoutError, RequestError, ResourceError
+from qwen3_dist.layout import Layout
 from serve_app.apis.shared.body import Body, Json, Range, about, read_body
 from serve_app.deployed import Config, apply_configs, deployed_configs
+from serve_app.placement import place
 from serve_app.settings import INGRESS, REPLICA
+from serve_app.settings.service import read_model_settings
 
 _Model = Annotated[str, about("Name of the served model; optional if there is one.")]
+_LEAST_CPUS = 0.01  # of a rank
+_NUMBERS = ("min_replicas", "max_replicas")
 _Replicas = Annotated[int, Range(1, 10_000)]
 
 
@@ -22,44 +27,82 @@ class ScaleBody(Body):
     """A body of /v1/cluster/scale."""
 
     model: _Model = ""
-    min_replicas: Annotated[int, Range(0, 10_000), about("Engines that always run.")]
+    min_replicas: Annotated[int, Range(0, 10_000), about("Engines that always run.")] | None = None
     max_replicas: (
         Annotated[_Replicas, about("Most engines that load may start; min_replicas by default.")] | None
     ) = None
+    layout: Annotated[str, about("How each engine's ranks split the model, as dp=2,ep=2.")] | None = None
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas a model has."""
+    """How many replicas a model has, and their layout; None stays as it is."""
 
     model: str
-    min_replicas: int
-    max_replicas: int
+    replicas: tuple[int, int] | None
+    layout: Layout | None = None
 
 
 def parse_scale(body: bytes) -> Scale:
     """Raises RequestError."""
     read = read_body(ScaleBody, body)
+    layout = None if read.layout is None else _parse_layout(read.layout)
+    if read.min_replicas is None:
+        if layout is None or read.max_replicas is not None:
+            raise RequestError("min_replicas is required, or layout alone", param="min_replicas")
+        return Scale(read.model, None, layout)
     most = max(1, read.min_replicas) if read.max_replicas is None else read.max_replicas
     if most < read.min_replicas:
         raise RequestError(
             f"max_replicas={most} must not be less than min_replicas={read.min_replicas}",
             param="max_replicas",
         )
-    return Scale(read.model, read.min_replicas, most)
+    return Scale(read.model, (read.min_replicas, most), layout)
+
+
+def _parse_layout(text: str) -> Layout:
+    try:
+        return Layout.parse(text)
+    except ParallelLayoutError as error:
+        raise RequestError(str(error), param="layout") from None
 
 
 def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
-    """Gives the model `name`, whose replicas are in `application`, other numbers of replicas. Blocks for Serve's
-    controller. Raises RequestError."""
+    """Gives the model `name`, whose replicas are in `application`, other numbers of replicas or another layout, with
+    which its replicas start anew one after the other. Blocks for Serve's controller. Raises RequestError."""
     configs = _configs(gateway, application)
-    numbers = {"min_replicas": to.min_replicas, "max_replicas": to.max_replicas}
-    _deployment(configs[application], REPLICA)["autoscaling_config"] |= numbers
-    for model in _deployment(configs[gateway], INGRESS)["user_config"]["models"]:
-        if model["name"] == name:
-            model |= numbers
+    changed: Json = {}
+    if to.replicas is not None:
+        changed = dict(zip(_NUMBERS, to.replicas, strict=True))
+        _deployment(configs[application], REPLICA)["autoscaling_config"] |= changed
+        for model in _deployment(configs[gateway], INGRESS)["user_config"]["models"]:
+            if model["name"] == name:
+                model |= changed
+    if to.layout is not None:
+        changed["layout"] = str(to.layout)
+        configs[application]["args"] = _with_layout(configs[application], to.layout)
     apply_configs(configs.values())
-    return {"object": "cluster.scale", "model": name, **numbers}
+    return {"object": "cluster.scale", "model": name, **changed}
+
+
+def _with_layout(application: Config, layout: Layout) -> Json:
+    """The arguments of a model's application with another layout; CPU ranks share the same cores as before. Raises
+    RequestError if the cluster cannot hold it."""
+    numbers = _deployment(application, REPLICA)["autoscaling_config"]
+    scaling = {name: numbers[name] for name in _NUMBERS}
+    args = application["args"]
+    before = read_model_settings(args).replica.engine
+    more = layout.world / before.layout.world
+    args |= {"layout": str(layout)}
+    if before.cpus_per_rank is not None:
+        args["cpus_per_rank"] = max(_LEAST_CPUS, round(before.cpus_per_rank / more, 2))
+    if before.ranks_per_host is not None:
+        args["ranks_per_host"] = max(1, round(before.ranks_per_host * more))
+    try:
+        place(read_model_settings({**args, **scaling}))
+    except ResourceError as error:
+        raise RequestError(f"layout={layout} does not fit: {error}", param="layout") from None
+    return args
 
 
 def _configs(*applications: str) -> dict[str, Config]:

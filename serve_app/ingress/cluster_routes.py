@@ -126,11 +126,16 @@ class ClusterRoutes:
         """Has each replica rebalance its experts by their load. Answers with the layers that each replica changed."""
         return json_response({"object": "list", "data": await self._ask_all("rebalance_experts")})
 
-    @api.post("/v1/cluster/scale", **route("Changes the numbers of replicas of a model", ScaleBody))
+    @api.post(
+        "/v1/cluster/scale", **route("Changes the numbers of replicas of a model, or their layout", ScaleBody)
+    )
     async def scale(self, request: Request) -> Response:
-        """Until the next `deploy`, which brings back the numbers of its file."""
+        """Until the next `deploy`, which brings back what its file says."""
         to = parse_scale(await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S))
-        served = self._routes.find(to.model).model
+        found = self._routes.find(to.model)
+        served = found.model
+        if to.layout is not None:
+            await found.check_layout(str(to.layout))
         gateway = serve.get_replica_context().app_name
         return json_response(await asyncio.to_thread(scale, gateway, served.application, served.name, to))
 

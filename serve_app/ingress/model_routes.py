@@ -105,6 +105,19 @@ class ModelRoute:
         except Exception as error:  # noqa: BLE001 - Serve could ask nobody
             return [error]
 
+    async def check_layout(self, layout: str) -> None:
+        """Raises RequestError if the model cannot have `layout`, EngineDeadError if no replica can tell."""
+        told: list[Any] = []
+        if running_replicas(self.replicas):
+            told = await broadcast(self.replicas, "check_layout", layout, timeout_s=_ANSWER_TIMEOUT_S)
+        problems = [each for each in told if isinstance(each, str)]
+        if not problems:
+            raise EngineDeadError(
+                f"no replica of {self.model.name!r} can tell whether the layout fits; ask again"
+            )
+        if problems[0]:
+            raise RequestError(problems[0], param="layout")
+
     async def longest(self) -> int | None:
         """Most tokens of prompt and answer together that every replica takes; while none tells it, what was told last.
 

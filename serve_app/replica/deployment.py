@@ -20,8 +20,9 @@ from ray import serve
 from cluster import ray_private
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.rank_pace import RankPace
-from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.errors import EngineDeadError, ParallelLayoutError, QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
+from qwen3_dist.layout import Layout, nearest_layout
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
@@ -260,6 +261,15 @@ class EngineReplica:
     async def rebalance_experts(self) -> list[int]:
         """Rebalances experts by the load since the last rebalancing. Returns the layers that changed."""
         return await self._engine.rebalance_experts()
+
+    async def check_layout(self, layout: str) -> str:
+        """Why the model cannot have `layout`, and the nearest that it can have; "" if it can."""
+        config, wanted = self._engine.model_config, Layout.parse(layout)
+        try:
+            wanted.validate(config)
+        except ParallelLayoutError as error:
+            return f"{error}; layout={nearest_layout(config, wanted)} is the nearest that fits"
+        return ""
 
     async def max_model_len(self) -> int:
         """Most tokens of prompt and output together."""

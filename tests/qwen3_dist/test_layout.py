@@ -8,7 +8,7 @@ import pytest
 
 from qwen3_dist import Layout, ModelConfig
 from qwen3_dist.errors import ParallelLayoutError
-from qwen3_dist.layout import even_ranges, padded_range, valid_layouts
+from qwen3_dist.layout import even_ranges, nearest_layout, padded_range, valid_layouts
 from qwen3_dist.parallel.context import _groups_of
 from qwen3_dist.parallel.expert_exchange import bytes_saved, capacity, prefers_all_to_all
 
@@ -151,3 +151,19 @@ def test_all_rows_have_room_where_an_overflow_could_not_be_told() -> None:
     assert 250 < capacity(Layout(dp=64, ep=64), QWEN3_235B, 1000) < 320  # 8 of 128, and 2 of a rank's, twice
     for rows in (0, 1, 2, 3, 17):
         assert capacity(Layout(dp=64, ep=64), QWEN3_235B, rows) <= rows
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted", "nearest"),
+    [
+        (DENSE, "tp=3", "dp=3"),
+        (DENSE, "tp=2,dp=2,ep=2", "tp=2,dp=2"),
+        (MOE, "dp=16,ep=16", "dp=16,ep=8"),
+        (MOE, "pp=7", "dp=7"),
+        (MOE, "tp=2,ep=2", "tp=2,ep=2"),
+    ],
+)
+def test_the_nearest_layout_has_as_many_ranks_and_its_axes_are_near(
+    config: ModelConfig, wanted: str, nearest: str
+) -> None:
+    assert str(nearest_layout(config, Layout.parse(wanted))) == nearest

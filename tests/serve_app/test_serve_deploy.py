@@ -19,85 +19,12 @@ from ray import serve
 
 from cluster.ray_private import deployment_handle
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
-from serve_app.launch.deploy import deploy, stop
-from serve_app.settings import REPLICA, ServiceConfig, read_service_config
+from serve_app.launch.deploy import stop
+from serve_app.settings import REPLICA, ServiceConfig
 from tests.processes import processes_running
 from tests.serve_app.command_line import qwen3_dist
-from tests.serve_app.support import SETTINGS, error_of, wait_for
-
-NAME = "deployed"
-MODEL = {
-    **SETTINGS,
-    "model": "",
-    "layout": "tp=1",
-    "cpus_per_rank": 0.05,
-    "ranks_per_host": 2,
-    "num_blocks": 128,
-    "min_replicas": 1,
-    "max_replicas": 1,
-}
-ASK = {"prompt": "hi", "max_tokens": 2}
-
-
-class Deployed:
-    """The service as a client and an operator see it; `change` deploys it with other settings."""
-
-    def __init__(self, shared: ServiceConfig, url: str) -> None:
-        self._endpoint = {"name": NAME, "route_prefix": f"/{NAME}", "port": shared.endpoint.port}
-        self.url = f"{url}/{NAME}"
-        self.lines: list[str] = []
-
-    def change(self, **settings: Any) -> None:
-        self.lines = []
-        deploy(read_service_config({**MODEL, **self._endpoint, **settings}), self.lines.append)
-
-    def ask(self, key: str = "", **fields: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx.post(f"{self.url}/v1/completions", json={**ASK, **fields}, headers=headers, timeout=60)
-
-    def is_full_with_two_streams(self) -> bool:
-        """Whether a request beside two running ones is refused."""
-        endless = {**ASK, "max_tokens": 900, "ignore_eos": True, "stream": True}
-        with contextlib.ExitStack() as streams:
-            lines = []  # a dropped iterator would hang up
-            for _ in range(2):
-                answer = streams.enter_context(
-                    httpx.stream("POST", f"{self.url}/v1/completions", json=endless, timeout=60)
-                )
-                lines.append(answer.iter_lines())
-                next(lines[-1])
-            return self.ask().status_code == 429
-
-    def is_full_of_prompts(self) -> bool:
-        """Whether a short request is refused while a long prompt waits for the blocks that another one holds."""
-
-        def insist(token: int) -> httpx.Response:
-            large = {"prompt": [token] * 1500, "max_tokens": 500, "ignore_eos": True}
-            while (answer := self.ask(**large)).status_code == 429:
-                pass
-            return answer
-
-        with ThreadPoolExecutor() as pool:
-            others = [pool.submit(insist, token) for token in (5, 6)]
-            while not all(other.done() for other in others):
-                refused = self.ask()
-                found = re.search(r"about (\d+) tokens of other requests wait already", refused.text)
-                if found and int(found[1]) >= 1500:  # told by the engine
-                    assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
-                    return True
-        return False
-
-    def longest(self) -> int:
-        """What /v1/models tells of the only model."""
-        [model] = httpx.get(f"{self.url}/v1/models", timeout=60).json()["data"]
-        return int(model["max_model_len"])
-
-    def engines(self, key: str = "") -> set[int]:
-        """The processes of all ranks, by which a reload shows."""
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        answer = httpx.get(f"{self.url}/v1/cluster/ranks", headers=headers, timeout=60)
-        replicas = answer.json()["data"] if answer.is_success else []  # 503 while one of them goes
-        return {rank["pid"] for replica in replicas for rank in replica["ranks"]}
+from tests.serve_app.deployed_service import ASK, NAME, Deployed
+from tests.serve_app.support import error_of, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +86,42 @@ def test_admins_scale_a_model_by_http(deployed: Deployed) -> None:
         "max_replicas=1 must not be less"
         in error_of(admin("scale", min_replicas=2, max_replicas=1), 400)["message"]
     )
+
+
+def test_admins_change_a_models_layout_and_streams_go_on_in_it(deployed: Deployed) -> None:
+    def scale(**body: Any) -> httpx.Response:
+        return httpx.post(f"{deployed.url}/v1/cluster/scale", json=body, timeout=60)
+
+    def layouts() -> list[str]:
+        view = httpx.get(f"{deployed.url}/v1/cluster", timeout=60).json()
+        return [replica["layout"] for replica in view["models"][0]["replicas"]]
+
+    deployed.change()
+    long = {**ASK, "max_tokens": 900, "ignore_eos": True}
+    expected = deployed.ask(**long).json()["choices"][0]["text"]
+    for layout, message in (
+        ("tp=3", "tp=3; tp=1, 2, 4 work; layout=tp=2 is the nearest that fits"),
+        ("ep=2", "ep=2 does not divide"),
+        ("two", "where tp=N, dp=N, pp=N or ep=N"),
+        ("dp=4000", "does not fit: 1 replica(s) of 4000 rank(s)"),
+    ):
+        assert message in error_of(scale(layout=layout), 400)["message"]
+    assert "min_replicas is required" in error_of(scale(max_replicas=2), 400)["message"]
+    assert layouts() == ["tp=1"]
+    with httpx.stream(
+        "POST", f"{deployed.url}/v1/completions", json={**long, "stream": True}, timeout=180
+    ) as answer:
+        lines = answer.iter_lines()
+        begun = [next(lines)]
+        told = scale(layout="tp=2").json()
+        assert told == {"object": "cluster.scale", "model": "qwen3-bundled", "layout": "tp=2"}
+        events = [*begun, *lines]
+    wait_for(lambda: layouts() == ["tp=2"])
+    assert events.pop() == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+    deployed.change()
+    wait_for(lambda: layouts() == ["tp=1"])
 
 
 def test_a_reload_renews_each_replica_loses_no_request_and_outlasts_a_deploy(deployed: Deployed) -> None:
