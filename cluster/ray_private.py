@@ -73,6 +73,7 @@ def own_process_groups() -> Iterator[None]:
 def check_serve() -> None:
     """Raises ResourceError if this version of Ray Serve lacks a private name that the service uses."""
     _find("ray._private.auto_init_hook", "enable_auto_connect")
+    _find("ray._private.state", "available_resources_per_node")
     _find("ray.serve.context", "_get_global_client")
     _find("ray.serve.context", "_set_global_client")
     _find("ray.serve._private.handle_options", "DynamicHandleOptions", "_by_reference")
@@ -144,6 +145,12 @@ def living_actors() -> list[tuple[str, str]]:
     return [
         (actor["Address"]["NodeID"], actor["ActorClassName"]) for actor in actors if actor["State"] == "ALIVE"
     ]
+
+
+def free_resources() -> list[dict[str, float]]:
+    """What is free on each node. `ray.available_resources` has the sums alone."""
+    per_node: dict[str, dict[str, float]] = _find("ray._private.state", "available_resources_per_node")()
+    return [dict(free) for free in per_node.values()]
 
 
 def deployment_handle(deployment: str, application: str) -> DeploymentHandle:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.ray_private import free_resources
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.launch.ray_ranks import choose_device, cluster_resources, rank_bundles, ranks_per_host
 from qwen3_dist.settings import EngineConfig
@@ -68,6 +69,32 @@ def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placeme
     if device == "cpu":
         engine = dataclasses.replace(engine, cpus_per_rank=round(_total(ranks, "CPU") / world, 2))
     return Placement(dataclasses.replace(engine, device=device, executor=executor), bundles)
+
+
+def surge_percent(model: ModelSettings, placement: Placement) -> int:
+    """The replicas that a deployment starts before old ones end, in percent of `min_replicas`."""
+    if model.scaling.max_surge_percent is not None:
+        return model.scaling.max_surge_percent
+    if placement.engine.device == "cpu":
+        return 0
+    replicas = max(1, model.scaling.min_replicas)
+    return min(replicas, _room(placement.bundles, free_resources(), replicas)) * 100 // replicas
+
+
+def _room(bundles: list[dict[str, float]], nodes: list[dict[str, float]], most: int) -> int:
+    """How many replicas of these bundles fit on nodes with so much free, at most `most`."""
+    for number in range(most):
+        for bundle in bundles:
+            node = next((free for free in nodes if _holds(free, bundle)), None)
+            if node is None:
+                return number
+            for name, amount in bundle.items():
+                node[name] = node.get(name, 0.0) - amount
+    return most
+
+
+def _holds(free: Mapping[str, float], bundle: Mapping[str, float]) -> bool:
+    return all(free.get(name, 0.0) >= amount for name, amount in bundle.items() if amount)
 
 
 def _most_ranks(model: ModelSettings) -> int:

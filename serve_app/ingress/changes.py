@@ -13,7 +13,7 @@ from qwen3_dist.errors import ParallelLayoutError, RequestError, ResourceError
 from qwen3_dist.layout import Layout
 from serve_app.apis.shared.body import Body, Json, Range, about, read_body
 from serve_app.deployed import Config, apply_configs, deployed_configs
-from serve_app.placement import place
+from serve_app.placement import place, surge_percent
 from serve_app.settings import INGRESS, REPLICA
 from serve_app.settings.service import read_model_settings
 
@@ -88,8 +88,8 @@ def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
 def _with_layout(application: Config, layout: Layout) -> Json:
     """The arguments of a model's application with another layout; CPU ranks share the same cores as before. Raises
     RequestError if the cluster cannot hold it."""
-    numbers = _deployment(application, REPLICA)["autoscaling_config"]
-    scaling = {name: numbers[name] for name in _NUMBERS}
+    deployment = _deployment(application, REPLICA)
+    scaling = {name: deployment["autoscaling_config"][name] for name in _NUMBERS}
     args = application["args"]
     before = read_model_settings(args).replica.engine
     more = layout.world / before.layout.world
@@ -98,10 +98,13 @@ def _with_layout(application: Config, layout: Layout) -> Json:
         args["cpus_per_rank"] = max(_LEAST_CPUS, round(before.cpus_per_rank / more, 2))
     if before.ranks_per_host is not None:
         args["ranks_per_host"] = max(1, round(before.ranks_per_host * more))
+    model = read_model_settings({**args, **scaling})
     try:
-        place(read_model_settings({**args, **scaling}))
+        placement = place(model)
     except ResourceError as error:
         raise RequestError(f"layout={layout} does not fit: {error}", param="layout") from None
+    if placement.engine.device != "cpu":
+        deployment["max_surge_percent"] = surge_percent(model, placement)
     return args
 
 

@@ -10,7 +10,8 @@ from ray import serve
 
 from cluster import ray_private
 from qwen3_dist.errors import ResourceError
-from serve_app.deployed import apply_configs, deployed_configs
+from qwen3_dist.settings import EngineConfig
+from serve_app.deployed import Config, apply_configs, deployed_configs
 from serve_app.launch.checks import check_keys_in_cluster, check_model_in_cluster
 from serve_app.launch.foreground import start_serve
 from serve_app.launch.model_check import check_each
@@ -24,7 +25,7 @@ from serve_app.launch.serve_instance import (
 )
 from serve_app.launch.shutdown import delete, drain, end_unused_serve
 from serve_app.launch.startup import has_failed, wait_until_answering, wait_until_running
-from serve_app.placement import place
+from serve_app.placement import place, surge_percent
 from serve_app.settings import INGRESS, ModelSettings, ServiceConfig
 from serve_app.telemetry.traces import check_extra
 
@@ -61,7 +62,10 @@ def deploy(config: ServiceConfig, report: Callable[[str], None], wait: bool = Tr
     schema = serve_schema(config)
     for model, app in zip(config.models, schema["applications"][1:], strict=True):
         before = deployed.get(app["name"], {})
-        app["args"] |= _shares_of_cores(config, model, app["args"], before.get("args", {}))
+        placement = place(model, config.models)
+        app["args"] |= _shares_of_cores(model, placement.engine, app["args"], before.get("args", {}))
+        if before:
+            _set_surge(app, before, surge_percent(model, placement))
     changed = changes(schema, deployed, config.endpoint.name, failed)
     for change in changed:
         report(describe(change))
@@ -156,15 +160,22 @@ def stop(
     end_unused_serve()
 
 
+def _set_surge(app: Config, before: Config, percent: int) -> None:
+    """Sets how many new replicas start before old ones end, if `app` is loaded again; else it stays as it was."""
+    [deployment], [earlier] = app["deployments"], before["deployments"]
+    if app["args"] == before["args"]:
+        percent = earlier.get("max_surge_percent", percent)
+    deployment["max_surge_percent"] = percent
+
+
 def _shares_of_cores(
-    config: ServiceConfig, model: ModelSettings, args: Mapping[str, Any], deployed: Mapping[str, Any]
+    model: ModelSettings, engine: EngineConfig, args: Mapping[str, Any], deployed: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The settings by which a model's CPU ranks share cores, as far as the user leaves them unset; none on GPUs.
 
     They depend on the numbers of replicas and of other models. A model whose other `args` are those `deployed` keeps
     its share, since another one would load the model again.
     """
-    engine = place(model, config.models).engine
     if engine.device != "cpu":
         return {}
     unset = [name for name in _CORE_SHARES if getattr(model.replica.engine, name) is None]

@@ -99,6 +99,11 @@ class ScalingSettings:
     health_check_period_s: float = setting(1.0, "seconds between two health checks of a replica")
     health_check_timeout_s: float = setting(30.0, "longest wait for one health check")
     placement_timeout_s: float = setting(120.0, "longest wait for the cluster to make room for a replica")
+    max_surge_percent: int | None = setting(
+        None,
+        "replicas, in percent of those that run, that a deployment starts before old ones end; with 0 an old one ends "
+        "first; null: as many as GPUs are free for, and 0 on CPUs, where two would share the memory",
+    )
 
     def __post_init__(self) -> None:
         require_not_negative(
@@ -114,6 +119,8 @@ class ScalingSettings:
             "health_check_period_s",
             "health_check_timeout_s",
         )
+        if not 0 <= (self.max_surge_percent or 0) <= 100:
+            raise ConfigError(f"max_surge_percent={self.max_surge_percent} must lie between 0 and 100")
         if not 0 <= self.min_replicas <= self.max_replicas:
             raise ConfigError(
                 f"min_replicas={self.min_replicas} must lie between 0 and max_replicas={self.max_replicas}"

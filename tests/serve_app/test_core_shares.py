@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.launch.deploy import _shares_of_cores
 from serve_app.launch.schema import serve_schema
+from serve_app.placement import place
 from serve_app.settings import read_service_config
 
 ONE = {"model": "bundled", "layout": "tp=2", "device": "cpu"}
@@ -16,7 +17,9 @@ def args_of_first(models: list[dict[str, Any]], deployed: dict[str, Any]) -> dic
     """The arguments with which the first of `models` is deployed, where `deployed` were those before."""
     config = read_service_config({"models": models})
     args = serve_schema(config)["applications"][1]["args"]
-    return {**args, **_shares_of_cores(config, config.models[0], args, deployed)}
+    [model, *_] = config.models
+    engine = place(model, config.models).engine
+    return {**args, **_shares_of_cores(model, engine, args, deployed)}
 
 
 def test_a_model_that_stays_keeps_its_share_when_another_comes() -> None:

@@ -227,7 +227,13 @@ def test_an_ingress_may_hear_of_a_model_before_serve_does(deployed: Deployed) ->
 def test_a_changed_engine_is_loaded_again_and_the_command_says_why(deployed: Deployed) -> None:
     engines = deployed.engines()
     assert deployed.longest() == 2048
-    deployed.change(num_blocks=64, max_model_len=512)
+    with ThreadPoolExecutor() as pool:
+        change = pool.submit(deployed.change, num_blocks=64, max_model_len=512, max_surge_percent=100)
+        ready = set()  # the old engine ends only when the new one serves
+        while not change.done():
+            ready.add(httpx.get(f"{deployed.url}/ready", timeout=60).status_code)
+        change.result()
+    assert ready == {200}
     reloaded = f"{NAME}--qwen3-bundled: loads its model again, for a changed max_model_len, num_blocks"
     assert reloaded in deployed.lines
     assert deployed.longest() == 512
