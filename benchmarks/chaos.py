@@ -175,7 +175,7 @@ class Load:
 
 
 def titled(words: str) -> list[int]:
-    """Processes that this one has started, of whose titles `words` is a part."""
+    """Processes that this one has started and nobody has stopped, of whose titles `words` is a part."""
     found, left = [], [os.getpid()]
     while left:
         for file in Path(f"/proc/{left.pop()}/task").glob("*/children"):
@@ -185,9 +185,11 @@ def titled(words: str) -> list[int]:
                 continue
             left += children
             for child in children:
-                path = Path(f"/proc/{child}/cmdline")
-                if path.exists() and words in path.read_text(errors="replace"):
-                    found.append(child)
+                path = Path(f"/proc/{child}")
+                with contextlib.suppress(OSError):  # it has ended
+                    stopped = "State:\tT" in (path / "status").read_text()
+                    if not stopped and words in (path / "cmdline").read_text(errors="replace"):
+                        found.append(child)
     return found
 
 

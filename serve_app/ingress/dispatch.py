@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import grpc
 import pydantic_core
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
@@ -316,10 +316,10 @@ def is_replica_loss(error: Exception) -> bool:
 
 
 async def _next(items: AsyncIterator[Any]) -> Any:
-    """The next item; None after the last. Raises EngineDeadError if the replica cancelled the call, not the client."""
+    """The next item; None after the last. Raises EngineDeadError if the call was cancelled, and not by the client."""
     try:
         return await anext(items, None)
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, RequestCancelledError):
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise

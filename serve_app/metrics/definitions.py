@@ -192,7 +192,7 @@ SEQUENCES_IN_FLIGHT = _gauge("sequences_in_flight", "Sequences that count toward
 SEQUENCES_LIMIT = _gauge("sequences_limit", "Sequences beyond which requests are answered 429.")
 REPLICAS_HEALTHY = _gauge("replicas_healthy", "Replicas that were healthy when last asked.", "model_name")
 REPLICAS_LOST = _counter(
-    "replicas_lost", "Replicas that died; Ray Serve starts another for each.", "model_name"
+    "replicas_lost", "Replicas that died or hung; Ray Serve starts another for each.", "model_name"
 )
 REPLICA_LOSSES = _counter("request_replica_losses", "Times that a request lost its replica.", "model_name")
 REPLICAS_SILENT = _counter(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import RequestCancelledError
 
 from serve_app.apis.shared.answer import DIED, LEFT, Running
 from serve_app.ingress.dispatch import Dispatcher
@@ -28,8 +29,11 @@ def test_the_replica_that_a_request_lost_is_told_and_whether_it_died(tries: Any,
     assert replicas.got() == WHOLE and replicas.lost == lost
 
 
+@pytest.mark.parametrize("cancelled", [asyncio.CancelledError(), RequestCancelledError("id")])
 @pytest.mark.parametrize("begun", [[], [RUNNING], [RUNNING, (200, b"head")]])
-def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(begun: list[Any]) -> None:
+def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(
+    begun: list[Any], cancelled: BaseException
+) -> None:
     class Hangs(Answer):
         def cancel(self) -> None:
             super().cancel()
@@ -42,7 +46,7 @@ def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(begun: list[Any]
         assert given_up.is_set() == (not begun)
         dispatcher.lose("r1")
         await given_up.wait()
-        raise asyncio.CancelledError
+        raise cancelled
 
     replicas = Replicas(begun, [Running("r2"), (200, b"whole")])
     replicas.answers[0] = Hangs([*begun, hang])
