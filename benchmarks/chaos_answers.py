@@ -118,7 +118,8 @@ def without_ids(value: Any) -> Any:
 
 def read_stream(path: str, data: bytes) -> Any:
     """What the events of a whole stream add up to. Raises LostError."""
-    blocks = [block for block in data.decode().split("\n\n") if block and not block.startswith(":")]
+    pings = (":", "event: ping")  # they come while a stream waits
+    blocks = [block for block in data.decode().split("\n\n") if block and not block.startswith(pings)]
     lines = [line for block in blocks for line in block.split("\n") if line.startswith("data: ")]
     for block in blocks:
         if block.startswith("event: error"):

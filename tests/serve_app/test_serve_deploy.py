@@ -100,7 +100,7 @@ def test_admins_change_a_models_layout_and_streams_go_on_in_it(deployed: Deploye
     long = {**ASK, "max_tokens": 900, "ignore_eos": True}
     expected = deployed.ask(**long).json()["choices"][0]["text"]
     for layout, message in (
-        ("tp=3", "tp=3; tp=1, 2, 4 work; layout=tp=2 is the nearest that fits"),
+        ("tp=3", "tp=3; tp=1, 2, 4, 8 work; layout=dp=3 is the nearest that fits"),
         ("ep=2", "ep=2 does not divide"),
         ("two", "where tp=N, dp=N, pp=N or ep=N"),
         ("dp=4000", "does not fit: 1 replica(s) of 4000 rank(s)"),
