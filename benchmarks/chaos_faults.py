@@ -86,7 +86,7 @@ class Nodes:
     def kill_one(self) -> None:
         """Kills the raylet of a node that is not the head, with which the node's processes end, and adds a node."""
         node = self._others.pop(0)
-        node.kill_raylet(allow_graceful=False)
+        node.kill_raylet()
         self._cluster.remove_node(node, allow_graceful=False)
         self._others.append(self._cluster.add_node(**_NODE))
 
