@@ -15,16 +15,20 @@ _HASH_BYTES = 8
 
 
 class PrefixMemory:
-    """Remembers the newest `max_prefixes` prefixes, by their hashes."""
+    """Remembers the newest `max_prefixes` prefixes, by their hashes, in about 130 bytes each."""
 
     def __init__(self, max_prefixes: int = _MAX_PREFIXES) -> None:
         self._max_prefixes = max_prefixes
-        self._replicas: OrderedDict[bytes, set[str]] = OrderedDict()
+        self._replicas: OrderedDict[bytes, frozenset[str]] = OrderedDict()
+        self._same: dict[frozenset[str], frozenset[str]] = {}  # equal sets are one object
 
     def add(self, prompt: bytes, replica: str) -> None:
         """Notes that `replica` computes `prompt`."""
         for _, key in _prefixes(prompt):
-            self._replicas.setdefault(key, set()).add(replica)
+            known = self._replicas.get(key, frozenset())
+            if replica not in known:
+                known = self._one(known | {replica})
+            self._replicas[key] = known
             self._replicas.move_to_end(key)
         while len(self._replicas) > self._max_prefixes:
             self._replicas.popitem(last=False)
@@ -41,8 +45,12 @@ class PrefixMemory:
 
     def forget(self, replica: str) -> None:
         """Notes that `replica` is gone, and its cache with it."""
-        for known in self._replicas.values():
-            known.discard(replica)
+        self._same.clear()
+        for key, known in self._replicas.items():
+            self._replicas[key] = self._one(known - {replica})
+
+    def _one(self, replicas: frozenset[str]) -> frozenset[str]:
+        return self._same.setdefault(replicas, replicas)
 
 
 def _prefixes(prompt: bytes) -> list[tuple[int, bytes]]:
