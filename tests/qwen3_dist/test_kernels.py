@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -254,6 +255,23 @@ def test_without_a_working_compiler_torch_serves_and_one_line_says_so(
         assert len(caplog.records) == 1 and "plain torch" in caplog.text
     finally:
         build.library.cache_clear()
+
+
+def test_kernels_are_built_beside_compiled_python(
+    fast_build: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = tmp_path / "sources"
+    shutil.copytree(build._SOURCES, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fast_build))
+    built = build.library()
+    (sources / "__pycache__").mkdir()
+    (sources / "__pycache__" / "kernels.pyc").touch()
+    build.library.cache_clear()
+    assert built is not None and build.library() == built
+    (sources / "cpu.cpp").write_text("// another source")
+    build.library.cache_clear()
+    assert build.library() not in (None, built)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def _private_folder() -> Path:
 def _fingerprint(compiler: str) -> str:
     """A hash of all that the library depends on: sources, flags, compiler, torch and the CPU's instruction sets."""
     digest = hashlib.sha256(" ".join((*_COMPILE, torch.__version__)).encode())
-    for source in sorted(_SOURCES.iterdir()):
+    for source in sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h"))):  # beside them lie Python's files
         digest.update(source.read_bytes())
     digest.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
