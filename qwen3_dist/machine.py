@@ -9,21 +9,26 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 _TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _PACKAGES = ("torch", "ray", "qwen3-dist")
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def hardware() -> dict[str, Any]:
     """CPU, cores, vector units, memory in GiB, GPUs."""
+    import torch
+
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = info.get("flags", "").split()
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": info.get("model name", platform.machine()),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "cpu_family": int(info.get("cpu family", 0)),
         "vector_units": [flag for flag in _TELLING_FLAGS if flag in flags],
         "memory_gib": round(pages / 2**30, 1),
@@ -44,6 +49,8 @@ def versions() -> dict[str, str]:
 
 def peak_memory_mib() -> float:
     """Peak resident memory of this process and its descendants in MiB; if it uses a GPU, peak memory of the GPU."""
+    import torch
+
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     parents, peaks = {}, {}

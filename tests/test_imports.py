@@ -148,6 +148,15 @@ def test_the_scheduler_and_the_values_need_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_service_imports_torch_only_where_its_ranks_run() -> None:
+    parts = [
+        f"serve_app.{name}"
+        for name in ("launch.foreground", "app", "ingress.deployment", "replica.deployment")
+    ]
+    code = f"import sys, {', '.join(parts)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def requirements(name: str, found: set[str]) -> set[str]:
     """`name` and all that it requires, as normalised distribution names."""
     name = re.sub(r"[-_.]+", "-", name).lower()

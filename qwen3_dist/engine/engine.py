@@ -27,6 +27,7 @@ from qwen3_dist.engine.step_traffic import StepTraffic
 from qwen3_dist.launch import Executor, Recovery, make_executor, require_device
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
+from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_limits import SchedulerLimits
@@ -36,8 +37,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.sidecars import read_eos_token_ids
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.weights.loader import Progress
-from qwen3_dist.weights.lora_loader import open_adapters
+from qwen3_dist.weights.adapter_files import open_adapters
 from qwen3_dist.weights.source import commit_of, resolve_model
 
 PROMPT_ONLY = SamplingParams(max_tokens=0)

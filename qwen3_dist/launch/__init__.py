@@ -1,4 +1,5 @@
-"""Starts and drives ranks. `make_executor` picks the executor; Ray is imported only if ranks run as Ray actors."""
+"""Starts and drives ranks. `make_executor` picks the executor; Ray is imported only if ranks run as Ray actors,
+and torch only if they do not."""
 
 from __future__ import annotations
 
@@ -7,14 +8,15 @@ import importlib.util
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch.base import Executor, Recovery
+from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.settings import EngineConfig, runs_in_process
-from qwen3_dist.weights.loader import Progress
-from qwen3_dist.worker.cards import local_device
 
 
 def require_device(config: EngineConfig) -> None:
     """Raises ResourceError if ranks must run on GPUs of this host and torch sees none."""
     if config.device == "cuda" and (runs_in_process(config) or not _in_ray(config)):
+        from qwen3_dist.worker.cards import local_device
+
         local_device(config.device)
 
 

@@ -15,9 +15,9 @@ from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch.base import Executor, RankPlace
 from qwen3_dist.launch.card_use import use_of_cards
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.weights.loader import Progress
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker import cards
 from qwen3_dist.worker.rank import describe_failure

@@ -7,7 +7,13 @@ from collections.abc import Callable
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.protocol.messages import RankSpec
-from qwen3_dist.worker.rank import rank_main
+
+
+def rank_main(spec: RankSpec) -> None:
+    """Runs a rank. Torch is imported in the rank's process, and not in that of an engine whose ranks are elsewhere."""
+    from qwen3_dist.worker import rank
+
+    rank.rank_main(spec)
 
 
 class Launcher(ABC):

@@ -32,6 +32,7 @@ from qwen3_dist.protocol.messages import (
     Hello,
     Loaded,
     Loading,
+    Progress,
     RankSpec,
     Ready,
     Rejoin,
@@ -40,7 +41,6 @@ from qwen3_dist.protocol.messages import (
 )
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.weights.loader import Progress
 
 _log = logging.getLogger(__name__)
 _STOP_WAIT_S = 3.0

@@ -29,10 +29,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.layout import Layout
+from qwen3_dist.machine import cores
 from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.rank_env import openmp_environment
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.worker.shard import cores
 
 _log = logging.getLogger(__name__)
 _NOTICE_PERIOD_S = 10.0

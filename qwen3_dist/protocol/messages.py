@@ -21,6 +21,7 @@ the new rank loads weights.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ from qwen3_dist.protocol.card import Card
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]  # (bytes filled so far, bytes of this rank's shard)
 
 
 @dataclass(frozen=True)

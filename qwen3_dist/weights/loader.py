@@ -19,11 +19,10 @@ from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.weights import random_weights
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.weight_plan import Piece, WeightPlan
-
-Progress = Callable[[int, int], None]  # (bytes filled so far, bytes of this rank's shard)
 
 
 def load_model(

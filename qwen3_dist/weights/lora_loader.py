@@ -1,55 +1,20 @@
-"""Loads this rank's part of LoRA adapters in PEFT's format.
+"""Loads this rank's part of LoRA adapters.
 
-An adapter has, for a weight [O, I], the pair `lora_A` [r, I] and `lora_B` [O, r]. If a weight is split by outputs, B
-is; if it is split by inputs, A is. So `WeightPlan` also says which part of an adapter a rank reads.
+If a weight is split by outputs, `lora_B` is; if it is split by inputs, `lora_A` is. So `WeightPlan` also says which
+part of an adapter a rank reads.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from qwen3_dist.config import ModelConfig
-from qwen3_dist.errors import CheckpointError
-from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.model.linear import Linear
 from qwen3_dist.model.lora import LowRank
 from qwen3_dist.model.transformer import Qwen3Model
-from qwen3_dist.text.sidecars import read_json_object
-from qwen3_dist.weights.files import CheckpointFiles
-from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.weights.adapter_files import Adapter, adapted_pieces, open_adapters
 from qwen3_dist.weights.weight_plan import Piece, WeightPlan
-
-_CONFIG = "adapter_config.json"
-_ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
-_PREFIX = "base_model.model."
-# Settings of adapter_config.json with the supported values: other kinds of LoRA are not supported.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "arrow_config": (None, {}),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
 
 
 def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
@@ -62,7 +27,7 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
         return
     largest = max(adapter.rank for adapter in loaded)
     plan = WeightPlan(model.config, model.parallel.layout, set())
-    for piece in _products(plan.pieces(model.parallel.coords)):
+    for piece in adapted_pieces(plan.pieces(model.parallel.coords)):
         adapting = [adapter.pair_of(piece.source) in adapter.pairs for adapter in loaded]
         if not any(adapting):
             continue
@@ -74,132 +39,17 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
         )
         for place, adapter in enumerate(loaded):
             if adapting[place]:
-                adapter.read(piece, a[place], b[place])
+                _read(adapter, piece, a[place], b[place])
         layer.low_rank = LowRank(a, b)
 
 
-def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
-    """Finds and checks every adapter.
-
-    Raises CheckpointError, naming the adapter, if it is damaged, of an unsupported kind, or not for the model of
-    `config`.
-    """
-    return [Adapter.open(name, path, config) for name, path in adapters.pairs]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter whose files were checked. `pairs` are the names of the weights that it changes."""
-
-    files: CheckpointFiles
-    rank: int
-    scale: float
-    pairs: frozenset[str]
-
-    @classmethod
-    def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
-        everything = WeightPlan(model_config, Layout(), set()).pieces(Layout().coords(0))
-        shapes = {cls.pair_of(piece.source): piece.shape for piece in _products(everything)}
-        try:
-            directory = resolve_model(path)
-            config = read_json_object(directory / _CONFIG)
-            rank, scale = _rank_and_scale(config)
-            files = CheckpointFiles(directory, _weights_of(directory))
-            return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
-        except CheckpointError as error:
-            raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
-
-    @staticmethod
-    def pair_of(source: str) -> str:
-        return _PREFIX + source.removesuffix(".weight")
-
-    def read(self, piece: Piece, a: Tensor, b: Tensor) -> None:
-        """Fills a [R, I] and b [R, O], this rank's part of a weight, up to this adapter's rank."""
-        outputs, inputs = (*piece.index, slice(None))[:2]
-        to_outputs, to_inputs = (*piece.target, slice(None))[:2]
-        pair, whole = self.pair_of(piece.source), slice(None)
-        self.files.read(f"{pair}.lora_A.weight", (whole, inputs), a[: self.rank, to_inputs])
-        out = torch.empty(b[0, to_outputs].shape[0], self.rank)
-        self.files.read(f"{pair}.lora_B.weight", (outputs, whole), out)
-        b[: self.rank, to_outputs] = out.mul_(self.scale).t().to(b)
-
-
-def _weights_of(path: Path) -> dict[Path, set[str] | None]:
-    """The adapter's weight file. Other files in the directory, for example of a merged model, are ignored."""
-    file = path / "adapter_model.safetensors"
-    if not file.exists():
-        raise CheckpointError(f"{path} holds no {file.name}; save the adapter in PEFT's safetensors format")
-    return {file: None}
-
-
-def _products(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The pieces of weights that adapters may change."""
-    for piece in pieces:
-        module, _, kind = piece.parameter.rpartition(".")
-        if kind == "weight" and module.rpartition(".")[2] in _ADAPTED:
-            yield piece
-
-
-def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
-    if not config:
-        raise CheckpointError(f"it has no {_CONFIG}; give the directory of an adapter in PEFT's format")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key, neutral[0]) not in neutral:
-            raise CheckpointError(f"{_CONFIG} has {key}={config[key]!r}, which is not supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise CheckpointError(f"{_CONFIG} has r={rank!r} where a positive integer is expected")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise CheckpointError(f"{_CONFIG} has lora_alpha={alpha!r} where a number is expected")
-    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _checked_pairs(
-    files: CheckpointFiles, config: dict[str, Any], rank: int, shapes: dict[str, tuple[int, ...]]
-) -> frozenset[str]:
-    """The names of the weights that the adapter changes. `shapes` are those of all weights that adapters may change.
-
-    Raises CheckpointError if a tensor is missing, left over or of another shape."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for pair, (outputs, inputs) in shapes.items():
-        expected |= {f"{pair}.lora_A.weight": (rank, inputs), f"{pair}.lora_B.weight": (outputs, rank)}
-    for name in sorted(files.names()):
-        if name not in expected:
-            raise CheckpointError(
-                f"it changes {name.removeprefix(_PREFIX)}; adapters may change the q, k, v and o_proj of attention "
-                "and the gate, up and down_proj of dense layers"
-            )
-        if files.shape(name) != expected[name]:
-            raise CheckpointError(
-                f"{name} has shape {list(files.shape(name))} where model and {_CONFIG} make it {list(expected[name])}"
-            )
-        files.dtype(name)
-    if not files.names():
-        raise CheckpointError("adapter_model.safetensors holds no tensor; train or fetch the adapter again")
-    pairs = frozenset(name.rpartition(".lora_")[0] for name in files.names())
-    missing = {f"{pair}.lora_{ab}.weight" for pair in pairs | _targets(config, shapes) for ab in "AB"}
-    missing -= files.names()
-    if missing:
-        raise CheckpointError(f"it lacks {min(missing)}; fetch it again")
-    return pairs
-
-
-def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """The weights that `target_modules` names; none if the config restricts the layers."""
-    modules = config.get("target_modules")
-    if config.get("layers_to_transform") or config.get("exclude_modules") or not modules:
-        return set()
-    if modules == "all-linear":
-        return set(shapes)
-    if isinstance(modules, str):  # a regular expression of whole names
-        try:
-            targets = {pair for pair in shapes if re.fullmatch(modules, pair.removeprefix(_PREFIX))}
-        except re.error as error:
-            raise CheckpointError(f"{_CONFIG} has target_modules={modules!r}: {error}") from None
-        modules = [] if targets else [modules]
-    else:
-        targets = {pair for pair in shapes for module in modules if f".{pair}".endswith(f".{module}")}
-    for module in modules:
-        if not any(f".{pair}".endswith(f".{module}") for pair in shapes):
-            raise CheckpointError(f"{_CONFIG} targets {module!r}, which adapters may not change here")
-    return targets
+def _read(adapter: Adapter, piece: Piece, a: Tensor, b: Tensor) -> None:
+    """Fills a [R, I] and b [R, O], this rank's part of a weight, up to the adapter's rank."""
+    rank = adapter.rank
+    outputs, inputs = (*piece.index, slice(None))[:2]
+    to_outputs, to_inputs = (*piece.target, slice(None))[:2]
+    pair, whole = adapter.pair_of(piece.source), slice(None)
+    adapter.files.read(f"{pair}.lora_A.weight", (whole, inputs), a[:rank, to_inputs])
+    out = torch.empty(b[0, to_outputs].shape[0], rank)
+    adapter.files.read(f"{pair}.lora_B.weight", (outputs, whole), out)
+    b[:rank, to_outputs] = out.mul_(adapter.scale).t().to(b)

@@ -15,8 +15,16 @@ import torch
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, connect
-from qwen3_dist.protocol.messages import Failed, Loaded, Loading, RankSpec, Ready, Rejoin, StatusHello
-from qwen3_dist.weights.loader import Progress
+from qwen3_dist.protocol.messages import (
+    Failed,
+    Loaded,
+    Loading,
+    Progress,
+    RankSpec,
+    Ready,
+    Rejoin,
+    StatusHello,
+)
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker.rendezvous import Joined, join
 from qwen3_dist.worker.runner import ModelRunner

@@ -10,6 +10,7 @@ import torch
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import Placements
+from qwen3_dist.machine import cores
 from qwen3_dist.model.attention import kv_groups_per_rank
 from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.step_memory import step_bytes
@@ -17,9 +18,10 @@ from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.choose import AttentionShape, choose_ops
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.expert_exchange import uses_all_to_all
+from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.weights.loader import Progress, load_model
+from qwen3_dist.weights.loader import load_model
 from qwen3_dist.weights.lora_loader import load_adapters
 from qwen3_dist.worker import kv_cache
 
@@ -36,11 +38,6 @@ class MemoryShare:
 def torch_dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
     """The compute dtype: the setting, or for "auto" the checkpoint's dtype."""
     return getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def set_threads(config: EngineConfig, ranks_on_host: int) -> None:

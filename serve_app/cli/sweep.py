@@ -93,8 +93,8 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
         for layout in layouts:
             layout.validate(config)
         return list(dict.fromkeys(layouts))
+    from qwen3_dist.machine import cores
     from qwen3_dist.worker.cards import local_device
-    from qwen3_dist.worker.shard import cores
 
     devices = cores()
     if local_device(device) == "cuda":

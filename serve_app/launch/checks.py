@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
@@ -64,6 +65,17 @@ def _keys_refusal(path: str) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def check_device(device: str) -> None:
+    """Checks `device` ("auto", "cpu" or "cuda") for a local Ray, which has no GPUs of other hosts.
+
+    Raises ResourceError for "cuda" if torch sees no GPU. Torch is imported only where it has something to say.
+    """
+    if device == "cuda" or (device == "auto" and Path("/dev/nvidiactl").exists()):
+        from qwen3_dist.worker.cards import local_device
+
+        local_device(device)
 
 
 def check_port(endpoint: EndpointSettings) -> None:

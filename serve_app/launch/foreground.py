@@ -15,10 +15,15 @@ from ray.serve.exceptions import RayServeException
 
 from cluster import ray_cluster, ray_private
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.worker.cards import local_device
 from serve_app.app import QUIET_LOGGING, applications
 from serve_app.ingress import proxy
-from serve_app.launch.checks import check_files, check_keys_in_cluster, check_model_in_cluster, check_port
+from serve_app.launch.checks import (
+    check_device,
+    check_files,
+    check_keys_in_cluster,
+    check_model_in_cluster,
+    check_port,
+)
 from serve_app.launch.model_check import check_each, check_model
 from serve_app.launch.serve_instance import (
     RunningApplication,
@@ -83,7 +88,7 @@ def running_service(
     if ray_address is None:
         check_each(config.models, check_model)
         for model in config.models:
-            local_device(model.replica.engine.device)  # the local Ray has no other GPUs
+            check_device(model.replica.engine.device)
         check_port(config.endpoint)
         check_files(config)
     # A Ray that is started here inherits this variable.

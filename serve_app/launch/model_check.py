@@ -11,7 +11,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.errors import ConfigError, QwenDistError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
-from qwen3_dist.weights.lora_loader import open_adapters
+from qwen3_dist.weights.adapter_files import open_adapters
 from qwen3_dist.weights.source import config_at_hand, resolve_config
 from serve_app.settings import IngressSettings, ModelSettings
 from serve_app.settings.keys import read_keys

@@ -22,7 +22,7 @@ from qwen3_dist.protocol.outputs import RequestOutput
 from qwen3_dist.protocol.step_plan import SampleSpec, SequenceStep, StepPlan
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import read_settings
-from qwen3_dist.weights.lora_loader import Adapter
+from qwen3_dist.weights.adapter_files import Adapter
 from tests.adapters import ATTENTION, EVERYTHING, merge, write_adapter
 from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint

@@ -1,0 +1,160 @@
+"""Finds and checks LoRA adapters in PEFT's format. An adapter has, for a weight [O, I], the pair `lora_A` [r, I] and
+`lora_B` [O, r]. Imports no torch, since engines check adapters before ranks load them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.layout import Layout
+from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.text.sidecars import read_json_object
+from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.weights.weight_plan import Piece, WeightPlan
+
+_CONFIG = "adapter_config.json"
+_ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
+_PREFIX = "base_model.model."
+# Settings of adapter_config.json with the supported values: other kinds of LoRA are not supported.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "arrow_config": (None, {}),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
+    """Finds and checks every adapter.
+
+    Raises CheckpointError, naming the adapter, if it is damaged, of an unsupported kind, or not for the model of
+    `config`.
+    """
+    return [Adapter.open(name, path, config) for name, path in adapters.pairs]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter whose files were checked. `pairs` are the names of the weights that it changes."""
+
+    files: CheckpointFiles
+    rank: int
+    scale: float
+    pairs: frozenset[str]
+
+    @classmethod
+    def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
+        everything = WeightPlan(model_config, Layout(), set()).pieces(Layout().coords(0))
+        shapes = {cls.pair_of(piece.source): piece.shape for piece in adapted_pieces(everything)}
+        try:
+            directory = resolve_model(path)
+            config = read_json_object(directory / _CONFIG)
+            rank, scale = _rank_and_scale(config)
+            files = CheckpointFiles(directory, _weights_of(directory))
+            return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
+        except CheckpointError as error:
+            raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
+
+    @staticmethod
+    def pair_of(source: str) -> str:
+        return _PREFIX + source.removesuffix(".weight")
+
+
+def _weights_of(path: Path) -> dict[Path, set[str] | None]:
+    """The adapter's weight file. Other files in the directory, for example of a merged model, are ignored."""
+    file = path / "adapter_model.safetensors"
+    if not file.exists():
+        raise CheckpointError(f"{path} holds no {file.name}; save the adapter in PEFT's safetensors format")
+    return {file: None}
+
+
+def adapted_pieces(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    """The pieces of weights that adapters may change."""
+    for piece in pieces:
+        module, _, kind = piece.parameter.rpartition(".")
+        if kind == "weight" and module.rpartition(".")[2] in _ADAPTED:
+            yield piece
+
+
+def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
+    if not config:
+        raise CheckpointError(f"it has no {_CONFIG}; give the directory of an adapter in PEFT's format")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key, neutral[0]) not in neutral:
+            raise CheckpointError(f"{_CONFIG} has {key}={config[key]!r}, which is not supported")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise CheckpointError(f"{_CONFIG} has r={rank!r} where a positive integer is expected")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise CheckpointError(f"{_CONFIG} has lora_alpha={alpha!r} where a number is expected")
+    return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _checked_pairs(
+    files: CheckpointFiles, config: dict[str, Any], rank: int, shapes: dict[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """The names of the weights that the adapter changes. `shapes` are those of all weights that adapters may change.
+
+    Raises CheckpointError if a tensor is missing, left over or of another shape."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for pair, (outputs, inputs) in shapes.items():
+        expected |= {f"{pair}.lora_A.weight": (rank, inputs), f"{pair}.lora_B.weight": (outputs, rank)}
+    for name in sorted(files.names()):
+        if name not in expected:
+            raise CheckpointError(
+                f"it changes {name.removeprefix(_PREFIX)}; adapters may change the q, k, v and o_proj of attention "
+                "and the gate, up and down_proj of dense layers"
+            )
+        if files.shape(name) != expected[name]:
+            raise CheckpointError(
+                f"{name} has shape {list(files.shape(name))} where model and {_CONFIG} make it {list(expected[name])}"
+            )
+        files.dtype(name)
+    if not files.names():
+        raise CheckpointError("adapter_model.safetensors holds no tensor; train or fetch the adapter again")
+    pairs = frozenset(name.rpartition(".lora_")[0] for name in files.names())
+    missing = {f"{pair}.lora_{ab}.weight" for pair in pairs | _targets(config, shapes) for ab in "AB"}
+    missing -= files.names()
+    if missing:
+        raise CheckpointError(f"it lacks {min(missing)}; fetch it again")
+    return pairs
+
+
+def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """The weights that `target_modules` names; none if the config restricts the layers."""
+    modules = config.get("target_modules")
+    if config.get("layers_to_transform") or config.get("exclude_modules") or not modules:
+        return set()
+    if modules == "all-linear":
+        return set(shapes)
+    if isinstance(modules, str):  # a regular expression of whole names
+        try:
+            targets = {pair for pair in shapes if re.fullmatch(modules, pair.removeprefix(_PREFIX))}
+        except re.error as error:
+            raise CheckpointError(f"{_CONFIG} has target_modules={modules!r}: {error}") from None
+        modules = [] if targets else [modules]
+    else:
+        targets = {pair for pair in shapes for module in modules if f".{pair}".endswith(f".{module}")}
+    for module in modules:
+        if not any(f".{pair}".endswith(f".{module}") for pair in shapes):
+            raise CheckpointError(f"{_CONFIG} targets {module!r}, which adapters may not change here")
+    return targets
