@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from qwen3_dist.errors import ResourceError
+from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.rank_env import openmp_environment
@@ -33,6 +34,7 @@ from multiprocessing.connection import Connection
 
 pipe = Connection(int(sys.argv[1]))
 try:
+    import qwen3_dist.worker.rank
     from qwen3_dist.launch.processes import serve_nursery
 except BaseException as error:
     pipe.send((False, f"{type(error).__name__}: {error}"))
@@ -252,5 +254,6 @@ def _in_a_line(error: BaseException) -> str:
 def serve_nursery(pipe: Connection) -> None:
     """The main function of a nursery's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine handles Ctrl-C
+    freeze_gc_heap()  # or each rank's collections would visit, and so copy, what was imported before the fork
     with contextlib.suppress(OSError):
         _Nurse().serve(pipe)
