@@ -1,9 +1,12 @@
-"""What must be so before any test module is imported."""
+"""What must be so before any test module is imported, and the process from which ranks are forked."""
 
 import os
 import signal
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from qwen3_dist.rank_env import openmp_environment
 from tests.processes import RUN
@@ -16,3 +19,14 @@ if not Path("/dev/nvidia0").exists():  # Triton's kernels are interpreted withou
 
 # A shell's background job ignores Ctrl-C and so would all it starts, and there are tests of Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[None]:
+    """Engines of the module start their ranks from the process that `run_ranks` uses too."""
+    from qwen3_dist.launch import processes
+    from tests.ranks import kept_nursery
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_shared", kept_nursery())
+        yield

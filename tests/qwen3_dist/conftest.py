@@ -1,4 +1,4 @@
-"""What tests of whole engines share: small checkpoints, and one process from which their ranks are forked."""
+"""What tests of whole engines share: small checkpoints, and runs of kernels on a card that is not there."""
 
 from __future__ import annotations
 
@@ -7,18 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_dist.launch import processes
 from tests.checkpoints import write_checkpoint
 from tests.forks import Forks
-from tests.ranks import kept_nursery
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[None]:
-    """Engines of the module start their ranks from the process that `run_ranks` uses too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "_shared", kept_nursery())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -143,6 +143,7 @@ def test_a_model_with_int8_weights_is_the_model_of_the_rounded_weights(
     assert got == pytest.approx(first_logprobs(path, "none", "tp=1"), abs=1e-3)
 
 
+@pytest.mark.usefixtures("nursery")
 @pytest.mark.parametrize(("moe", "layout"), [(False, "tp=2"), (True, "tp=2"), (True, "tp=2,ep=2")])
 def test_a_sharded_model_rounds_its_own_part_and_stays_close(tmp_path: Path, moe: bool, layout: str) -> None:
     path = write_checkpoint(tmp_path, moe=moe)

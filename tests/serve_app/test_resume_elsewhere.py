@@ -62,6 +62,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(tmp_path_factory.mktemp("adapter"), bundled_path(), ATTENTION)
 
 
+@pytest.mark.usefixtures("nursery")
 @pytest.mark.parametrize("layout", ["tp=2", "dp=2,ep=2"])
 def test_it_goes_on_in_another_layout(replica: EngineReplica, layout: str) -> None:
     other = started(layout=layout, executor="processes", prefix_caching=False)
