@@ -90,3 +90,7 @@ class ResourceError(QwenDistError):
 
 class EngineDeadError(QwenDistError):
     """The engine lost a rank or was shut down; its requests cannot be finished."""
+
+
+class PeerLostError(EngineDeadError):
+    """Another rank of the group died or stopped answering."""

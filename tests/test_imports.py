@@ -153,6 +153,7 @@ def test_a_service_imports_torch_only_where_its_ranks_run() -> None:
         f"serve_app.{name}"
         for name in ("launch.foreground", "app", "ingress.deployment", "replica.deployment")
     ]
+    parts += ["qwen3_dist.launch.rank_group", "qwen3_dist.launch.ray_ranks"]  # the executor of a replica
     code = f"import sys, {', '.join(parts)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Iterator
 from enum import IntEnum
 from typing import Any
 
-from qwen3_dist.errors import EngineDeadError, QwenDistError
+from qwen3_dist.errors import EngineDeadError, PeerLostError, QwenDistError
 from qwen3_dist.launch.base import names
 from qwen3_dist.launch.rank_watch import RankWatch
-from qwen3_dist.parallel.shared_memory import PeerLostError
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, pack
 from qwen3_dist.protocol.messages import Failed, Hello
 

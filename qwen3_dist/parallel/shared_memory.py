@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.errors import PeerLostError
 from qwen3_dist.parallel.communicator import Communicator
 
 _DIRECTORY = Path("/dev/shm")
@@ -37,10 +37,6 @@ _LINE = 128  # bytes between flags, so that no two ranks write one cache line (o
 _SPINS = 400
 _YIELDING_S = 0.02  # a time and no count: a yield takes long if other processes want the core
 _LIVENESS_PERIOD_S = 0.1
-
-
-class PeerLostError(EngineDeadError):
-    """Another rank of the group died or stopped answering."""
 
 
 def supported() -> bool:
