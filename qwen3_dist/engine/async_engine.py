@@ -20,7 +20,7 @@ from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from qwen3_dist.launch.base import RankPlace, Recovery
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
-from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
+from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
@@ -219,9 +219,9 @@ class AsyncEngine:
         """Names of the adapters of running and of waiting sequences."""
         return self._engine.adapters_in_use()
 
-    def queued_tokens(self) -> int:
-        """Tokens that sequences which wait to be scheduled need computed."""
-        return self._engine.queued_tokens()
+    def load(self) -> EngineLoad:
+        """What waits and runs now."""
+        return self._engine.load()
 
     def shutdown(self) -> None:
         """Fails the requests in flight and ends the ranks. May be called more than once."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
-from qwen3_dist.engine.engine_stats import adapters_in_use, queued_tokens, read_stats
+from qwen3_dist.engine.engine_stats import adapters_in_use, read_load, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
@@ -28,7 +28,7 @@ from qwen3_dist.launch import Executor, Recovery, make_executor, require_device
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import progress_bar
 from qwen3_dist.protocol.messages import Progress
-from qwen3_dist.protocol.outputs import EngineStats, TokenDelta
+from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.protocol.step_plan import StepPlan
@@ -283,9 +283,9 @@ class Engine:
         """Names of the adapters of running and of waiting sequences. May be called from any thread."""
         return adapters_in_use(self._groups, self.config.lora.names)
 
-    def queued_tokens(self) -> int:
-        """Tokens of waiting sequences. May be called from any thread."""
-        return queued_tokens(self._groups)
+    def load(self) -> EngineLoad:
+        """What waits and runs now. May be called from any thread."""
+        return read_load(self._groups)
 
     def _publish(self) -> None:
         """Updates what `stats` returns."""

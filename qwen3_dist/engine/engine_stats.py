@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Items
 
 from qwen3_dist.engine.scheduler import Scheduler
 from qwen3_dist.engine.step_meter import StepMeter
-from qwen3_dist.protocol.outputs import EngineStats
+from qwen3_dist.percentiles import percentile
+from qwen3_dist.protocol.outputs import EngineLoad, EngineStats
 
 
 def read_stats(groups: Items[Scheduler], meter: StepMeter, steps: int, repeated_steps: int) -> EngineStats:
@@ -40,11 +42,18 @@ def read_stats(groups: Items[Scheduler], meter: StepMeter, steps: int, repeated_
     )
 
 
-def queued_tokens(groups: Items[Scheduler]) -> int:
-    """Tokens that sequences which wait to be scheduled need computed, prefixes in the cache among them. May be called
-    from any thread."""
-    waiting = (sequence for group in groups for sequence in tuple(group.waiting))
-    return sum(sequence.num_tokens - sequence.num_computed for sequence in waiting)
+def read_load(groups: Items[Scheduler]) -> EngineLoad:
+    """What waits and runs now. May be called from any thread."""
+    waiting = [sequence for group in groups for sequence in tuple(group.waiting)]
+    running = [sequence for group in groups for sequence in tuple(group.running)]
+    now = time.monotonic()
+    waits_s = sorted(now - sequence.arrival_s for sequence in waiting if not sequence.scheduled_s)
+    return EngineLoad(
+        sum(sequence.num_tokens - sequence.num_computed for sequence in waiting),
+        sum(sequence.num_tokens for sequence in running),
+        sum(group.blocks.capacity_tokens for group in groups),
+        percentile(waits_s, 50) if waits_s else 0.0,
+    )
 
 
 def adapters_in_use(groups: Items[Scheduler], names: Items[str]) -> tuple[list[str], list[str]]:

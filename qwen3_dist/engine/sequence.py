@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class Sequence:
     num_sent_blocks: int = 0  # leading blocks of the table that were sent to the ranks
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks of known tokens
     num_registered: int = 0  # leading blocks that are in the prefix cache
+    arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0  # when it was first admitted, on the monotonic clock
     finish_reason: str | None = None
     error: str | None = None  # why the sequence failed

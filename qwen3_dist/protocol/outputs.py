@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,20 @@ class RequestOutput:
     @property
     def logprobs(self) -> list[TokenLogprob] | None:
         return self.outputs[0].logprobs
+
+
+class EngineLoad(NamedTuple):
+    """The load of one engine, in tokens, of all its dp groups together.
+
+    `queued_tokens` are those that waiting sequences need computed, prefixes in the cache among them; `running_tokens`
+    those that running sequences consist of. The KV cache holds `capacity_tokens`. Half of the sequences that wait for
+    the first time have waited for `median_wait_s` seconds.
+    """
+
+    queued_tokens: int
+    running_tokens: int
+    capacity_tokens: int
+    median_wait_s: float
 
 
 @dataclass(slots=True)  # not frozen for the same reason; nobody changes one

@@ -138,6 +138,8 @@ def _lines(view: Json, rates: dict[str, dict[str, float]]) -> Iterator[str]:
     for model in view["models"]:
         count = f"{model['replicas_running']} of {model['min_replicas']} to {model['max_replicas']} replicas"
         yield f"{model['id']}: {model['status']}, {count}"
+        if model.get("waits_for"):
+            yield f"  a replica waits for room for {model['waits_for']}"
         yield _HEADING
         for replica in model["replicas"]:
             if "load" not in replica:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist import __version__
 from serve_app.apis.shared.answer import Json
 from serve_app.ingress.model_routes import ModelRoute, ModelRoutes
 from serve_app.ingress.peers import Peers, values
+from serve_app.settings import REPLICA
+from serve_app.waiting import unplaced_bundles
 
 _ANSWER_TIMEOUT_S = 5.0
 
@@ -75,20 +79,33 @@ def _lost_view(error: BaseException) -> Json:
 
 
 async def _model_view(route: ModelRoute) -> Json:
-    answers = await route.ask_each("describe", _ANSWER_TIMEOUT_S)
+    answers, waits_for = await asyncio.gather(
+        route.ask_each("describe", _ANSWER_TIMEOUT_S), _waits_for(route.replicas.app_name)
+    )
     replicas = [_replica_view(answer) for answer in answers]
     problems = [replica["message"] for replica in replicas if replica["message"]]
+    if waits_for:
+        problems.append(f"a replica waits for room for {waits_for}")
     return {
         "id": route.model.name,
         "adapters": list(route.model.adapters),
         "application": route.model.application,
         "status": route.state,
         "message": "; ".join(problems),
+        "waits_for": waits_for,
         "replicas_running": sum(replica["healthy"] for replica in replicas),
         "min_replicas": route.model.min_replicas,
         "max_replicas": route.model.max_replicas,
         "replicas": replicas,
     }
+
+
+async def _waits_for(application: str) -> str:
+    """What a replica waits for room for; "" also while Ray's head does not answer, since the service goes on then."""
+    asking = asyncio.to_thread(unplaced_bundles, application, REPLICA)
+    with contextlib.suppress(TimeoutError, RayError):
+        return await asyncio.wait_for(asking, _ANSWER_TIMEOUT_S)
+    return ""
 
 
 def _replica_view(answer: Any) -> Json:

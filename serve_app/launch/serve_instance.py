@@ -9,9 +9,8 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.util import placement_group_table
 
-from cluster.ray_private import replica_name_prefix, serve_client
+from cluster.ray_private import serve_client
 from qwen3_dist.errors import ConfigError, ResourceError
 from serve_app.settings import ServiceConfig
 
@@ -137,12 +136,3 @@ def ask_replicas(
                 timeout_s=timeout_s, return_exceptions=return_exceptions
             )
         ).result()
-
-
-def unplaced_bundles(name: str, deployment: str) -> str:
-    """The bundles of a pending replica of application `name`, as text; "" if no replica waits for resources."""
-    prefix = replica_name_prefix(name, deployment)
-    for group in placement_group_table().values():
-        if group["state"] == "PENDING" and group["name"].startswith(prefix):
-            return ", ".join(str(bundle) for bundle in group["bundles"].values())
-    return ""

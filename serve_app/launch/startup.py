@@ -9,14 +9,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from qwen3_dist import errors
 from qwen3_dist.errors import QwenDistError, ResourceError
-from serve_app.launch.serve_instance import unplaced_bundles
 from serve_app.settings import REPLICA, EndpointSettings, ServiceConfig
+from serve_app.waiting import unplaced_bundles
 
 _POLL_S = 0.2
 _REPORT_S = 5.0
@@ -69,10 +68,10 @@ def wait_until_running(config: ServiceConfig, report: Callable[[str], None]) -> 
             if not unplaced:
                 last_placed[model.name] = now
                 continue
-            stage = f"waiting for room for {unplaced}, {_free()} is free"
+            stage = f"waiting for room for {unplaced}"
             if now - last_placed[model.name] > model.scaling.placement_timeout_s:
                 raise ResourceError(
-                    f"no room for {unplaced} within {model.scaling.placement_timeout_s:g} s, only {_free()} is free; "
+                    f"no room within {model.scaling.placement_timeout_s:g} s for {unplaced}; "
                     "add nodes, end other jobs or choose a smaller layout"
                 )
         if now - reported >= _REPORT_S:
@@ -133,8 +132,3 @@ def root_cause(message: str) -> QwenDistError:
     return QwenDistError(
         f"the service could not start: {lines[-1] if lines else 'Ray Serve gives no reason'}"
     )
-
-
-def _free() -> str:
-    free = ray.available_resources()
-    return ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))

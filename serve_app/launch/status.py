@@ -9,15 +9,16 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from qwen3_dist.errors import ResourceError
-from serve_app.launch.serve_instance import running_serve, unplaced_bundles
+from serve_app.launch.serve_instance import running_serve
 from serve_app.settings import REPLICA
+from serve_app.waiting import unplaced_bundles
 
 
 @dataclass(frozen=True)
 class ApplicationState:
     """One application of Serve: a service's gateway, or one of its models.
 
-    `waits_for`: the bundles for which the cluster has no room, as text.
+    `waits_for`: the bundles for which the cluster has no room, and the resource that they lack, as text.
     """
 
     name: str

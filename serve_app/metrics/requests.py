@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
 from qwen3_dist.errors import RequestError
+from qwen3_dist.percentiles import percentile
 from qwen3_dist.protocol.outputs import TokenDelta
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.metrics import definitions as names
 from serve_app.metrics.values import Values
 
+_FIRST_TOKENS_KEPT = 1000
 _ENDS = ("stop", "length", "abort", "error")
 
 
@@ -32,10 +35,23 @@ class RequestMetrics:
         self.inference = values.histogram(names.INFERENCE_TIME)
         self.prompt_tokens = values.histogram(names.REQUEST_PROMPT_TOKENS)
         self.generation_tokens = values.histogram(names.REQUEST_GENERATION_TOKENS)
+        self._first_tokens: deque[tuple[float, float]] = deque(maxlen=_FIRST_TOKENS_KEPT)
 
     def watch(self, arrival_s: float, prompt_tokens: int, n: int) -> PromptWatch:
         """Watches the `n` choices of a prompt that came at `arrival_s`, on the monotonic clock, and is queued now."""
         return PromptWatch(self, arrival_s, prompt_tokens, n)
+
+    def count_first_token(self, ttft_s: float) -> None:
+        """Counts a request whose first token came now, after `ttft_s` seconds."""
+        self.to_first_token.observe(ttft_s)
+        self._first_tokens.append((time.monotonic(), ttft_s))
+
+    def recent_ttft_s(self, period_s: float) -> float:
+        """The time within which nine of ten requests had their first token, of those that had it in the last
+        `period_s` seconds; 0 if none had."""
+        since = time.monotonic() - period_s
+        recent = sorted(ttft_s for at_s, ttft_s in self._first_tokens if at_s > since)
+        return percentile(recent, 90) if recent else 0.0
 
     def pooled(self, arrival_s: float, count: int) -> None:
         """Counts `count` prompts of a pooling request that ended."""
@@ -89,7 +105,7 @@ class PromptWatch:
                 metrics.between_tokens.observe((step_s - choice.last_s) / count, count)
             else:
                 choice.first_s = step_s
-                metrics.to_first_token.observe(time.monotonic() - self._arrival_s)
+                metrics.count_first_token(time.monotonic() - self._arrival_s)
                 metrics.prefill.observe(step_s - choice.scheduled_s)
             choice.last_s = step_s
             choice.tokens += count

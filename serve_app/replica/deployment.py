@@ -36,11 +36,12 @@ from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
 from serve_app.part_frames import PartsSent
+from serve_app.replica.load import shares_of_targets
 from serve_app.replica.part_server import PartServer
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
 from serve_app.replica_status import ReplicaStatus
-from serve_app.settings import ReplicaSettings, TelemetrySettings
+from serve_app.settings import LiveSettings, ReplicaSettings
 from serve_app.telemetry.logs import configure_logs
 from serve_app.telemetry.summary import LastPart
 from serve_app.telemetry.traces import flush_traces, trace_to
@@ -68,7 +69,9 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
         self._process = f"{context.deployment}#{self._name}"
-        configure_logs(read_settings(TelemetrySettings, ray_private.user_config()), self._process)
+        live = read_settings(LiveSettings, ray_private.user_config())
+        configure_logs(live.telemetry, self._process)
+        self._targets = live.targets
         self._num_answering = 0
         self._engine = AsyncEngine(settings.engine, parts_per_s=settings.parts_per_s, on_death=self._die)
         logger.info("the engine is ready on %s", self._engine.backends)
@@ -90,8 +93,9 @@ class EngineReplica:
         freeze_gc_heap()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Takes up TelemetrySettings; Serve calls it after the start and for each change."""
-        telemetry = read_settings(TelemetrySettings, user_config)
+        """Takes up LiveSettings; Serve calls it after the start and for each change."""
+        live = read_settings(LiveSettings, user_config)
+        telemetry, self._targets = live.telemetry, live.targets
         configure_logs(telemetry, self._process)
         trace_to(telemetry.traces_url, self._process)
         self._handler.log_requests = telemetry.log_requests
@@ -241,7 +245,7 @@ class EngineReplica:
         stats = self._engine.stats()
         return ReplicaStatus(
             self._problem(),
-            self._engine.queued_tokens(),
+            self._engine.load().queued_tokens,
             stats.num_running + stats.num_waiting,
             self._name,
             ray.get_runtime_context().get_actor_id() or "",
@@ -253,6 +257,10 @@ class EngineReplica:
         except EngineDeadError as error:
             return f"a lost rank is being replaced: {error}" if self._engine.recovers else str(error)
         return self._engine.stalled()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The load for Serve's scaling (`serve_app/scaling.py`)."""
+        return shares_of_targets(self._targets, self._engine, self._metrics.requests)
 
     async def expert_load(self) -> dict[str, Any]:
         """Tokens routed to each expert of each MoE layer so far, and the placement of the experts."""

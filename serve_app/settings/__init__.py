@@ -1,7 +1,14 @@
 """The settings of a service, in parts by who needs them: ranks, replicas, the ingress, Serve."""
 
 from serve_app.settings.ingress import IngressConfig, IngressSettings, ServedModel
-from serve_app.settings.model import BUNDLED_NAME, ModelSettings, ReplicaSettings, ScalingSettings
+from serve_app.settings.model import (
+    BUNDLED_NAME,
+    LiveSettings,
+    LoadTargets,
+    ModelSettings,
+    ReplicaSettings,
+    ScalingSettings,
+)
 from serve_app.settings.service import (
     APP_NAME,
     INGRESS,
@@ -26,6 +33,8 @@ __all__ = [
     "EndpointSettings",
     "IngressConfig",
     "IngressSettings",
+    "LiveSettings",
+    "LoadTargets",
     "ModelSettings",
     "ReplicaSettings",
     "ScalingSettings",

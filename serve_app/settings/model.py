@@ -14,6 +14,7 @@ from qwen3_dist.settings_reader import setting
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from qwen3_dist.weights.source import canonical_name
 from serve_app.settings.checks import require_not_negative, require_positive
+from serve_app.settings.telemetry import TelemetrySettings
 
 BUNDLED_NAME = "qwen3-bundled"
 _TARGET = 16.0  # requests in flight per replica, where nothing is said
@@ -89,6 +90,19 @@ class ScalingSettings:
     max_ongoing_requests: int = setting(
         256, "requests in flight that each replica adds to the limit, each choice of each prompt counted"
     )
+    target_tokens: int | None = setting(
+        None,
+        "tokens of waiting and running sequences per replica that scaling aims for; null: they do not count",
+    )
+    target_kv_usage: float | None = setting(
+        None,
+        "share of each replica's KV cache that scaling aims for, with what waiting sequences will need; null: it does "
+        "not count",
+    )
+    target_ttft_s: float | None = setting(
+        None,
+        "seconds to the first token, in nine of ten requests, above which replicas are added; null: they do not count",
+    )
     upscale_delay_s: float = setting(10.0, "seconds of high load before a replica is added")
     downscale_delay_s: float = setting(300.0, "seconds of low load before a replica is removed")
     metrics_interval_s: float = setting(2.0, "seconds between two reports of a replica's load")
@@ -114,6 +128,9 @@ class ScalingSettings:
             "max_replicas",
             "target_ongoing_requests",
             "max_ongoing_requests",
+            "target_tokens",
+            "target_kv_usage",
+            "target_ttft_s",
             "metrics_interval_s",
             "look_back_period_s",
             "health_check_period_s",
@@ -125,6 +142,8 @@ class ScalingSettings:
             raise ConfigError(
                 f"min_replicas={self.min_replicas} must lie between 0 and max_replicas={self.max_replicas}"
             )
+        if (self.target_kv_usage or 0) > 1:
+            raise ConfigError(f"target_kv_usage must be a share of at most 1, not {self.target_kv_usage!r}")
         target = self.target_ongoing_requests or 0
         if target > self.max_ongoing_requests and self.max_replicas > self.min_replicas:
             raise ConfigError(
@@ -136,6 +155,28 @@ class ScalingSettings:
     def scaling_target(self) -> float:
         """Requests in flight per replica that scaling aims for."""
         return min(self.target_ongoing_requests or _TARGET, self.max_ongoing_requests)
+
+    @property
+    def load_targets(self) -> LoadTargets:
+        """What scaling aims for beside the requests in flight."""
+        return LoadTargets(self.target_tokens, self.target_kv_usage, self.target_ttft_s)
+
+
+@dataclass(frozen=True)
+class LoadTargets:
+    """The load per replica that scaling aims for; what is None does not count."""
+
+    tokens: int | None = None
+    kv_usage: float | None = None
+    ttft_s: float | None = None
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """What a replica takes up as it runs: Serve's user_config of it."""
+
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
+    targets: LoadTargets = field(default_factory=LoadTargets)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from serve_app.settings.model import ScalingSettings
+from serve_app.settings.model import LiveSettings, ScalingSettings
 from serve_app.settings.service import EndpointSettings, ServiceConfig
 
 # Concurrent control calls (health, ranks, experts), allowed even when a replica is full of requests.
 _CONTROL_CALLS = 100
 _INGRESS_ONGOING_REQUESTS = 10_000
 _DELAYS = ("upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s")
+_LOAD_POLICY = "serve_app.scaling:load_policy"
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
 _ROUTER = "serve_app.ingress.router.ReplicaRouter"
@@ -26,7 +27,7 @@ def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
 def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, Any]:
     """Options of a model's deployment."""
     return {
-        "user_config": asdict(config.telemetry),
+        "user_config": asdict(LiveSettings(config.telemetry, scaling.load_targets)),
         # The ingress refuses what is too much; what it lets through waits in engines. Beyond this number it would wait
         # in Serve's router, which looks for room twice a second: engines idled while hundreds waited.
         "max_ongoing_requests": scaling.max_ongoing_requests
@@ -40,6 +41,8 @@ def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, 
             "max_replicas": scaling.max_replicas,
             "target_ongoing_requests": scaling.scaling_target,
             **{name: getattr(scaling, name) for name in _DELAYS},
+            # Also without targets: Serve loads the model again where the policy changes.
+            "policy": {"policy_function": _LOAD_POLICY},
         },
         "request_router_config": {"request_router_class": _ROUTER},
         "max_surge_percent": scaling.max_surge_percent or 0,

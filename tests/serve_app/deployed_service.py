@@ -30,9 +30,9 @@ ASK = {"prompt": "hi", "max_tokens": 2}
 class Deployed:
     """The service as a client and an operator see it; `change` deploys it with other settings."""
 
-    def __init__(self, shared: ServiceConfig, url: str) -> None:
-        self._endpoint = {"name": NAME, "route_prefix": f"/{NAME}", "port": shared.endpoint.port}
-        self.url = f"{url}/{NAME}"
+    def __init__(self, shared: ServiceConfig, url: str, name: str = NAME) -> None:
+        self._endpoint = {"name": name, "route_prefix": f"/{name}", "port": shared.endpoint.port}
+        self.url = f"{url}/{name}"
         self.lines: list[str] = []
 
     def change(self, **settings: Any) -> None:

@@ -28,6 +28,8 @@ MODEL = ServedModel("m", "", (), 1, 2, 4, 1.0, 30.0)
 class Replicas:
     """A deployment's handle; `told` is what its replicas answer."""
 
+    app_name = "app"
+
     def __init__(self, *told: Any) -> None:
         self.told = told
 
@@ -40,7 +42,9 @@ class Replicas:
         return list(self.told)
 
 
-def test_a_model_without_replicas_is_shown_with_where_to_look() -> None:
+def test_a_model_without_replicas_is_shown_with_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = {"app": "{'GPU': 8.0}; there is too little GPU (8 needed, 4 free)"}
+    monkeypatch.setattr("serve_app.ingress.cluster_view.unplaced_bundles", lambda app, deployment: rooms[app])
     unused = cast(Any, None)
     lost = DeploymentUnavailableError(cast(Any, "gone"))
     health = cast(Any, SimpleNamespace(num_healthy=0, was_healthy=True))
@@ -49,6 +53,8 @@ def test_a_model_without_replicas_is_shown_with_where_to_look() -> None:
     [model] = view["models"]
     assert model["status"] == "unhealthy" and model["replicas_running"] == 0
     assert model["message"].startswith("no replica runs; `qwen3-dist status`")
+    assert model["message"].endswith(f"; a replica waits for room for {rooms['app']}")
+    assert model["waits_for"] == rooms["app"]
 
 
 def test_the_longest_sequence_is_what_every_replica_takes_now() -> None:

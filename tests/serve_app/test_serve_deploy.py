@@ -178,29 +178,6 @@ def test_scaling_and_the_number_of_ingresses_change_without_a_reload(deployed: D
     assert engines == deployed.engines() or wait_for(lambda: deployed.engines() == engines) is None
 
 
-def test_a_model_that_nobody_asks_sleeps_and_the_next_request_wakes_it(deployed: Deployed) -> None:
-    def ready() -> tuple[int, dict[str, str]]:
-        answer = httpx.get(f"{deployed.url}/ready", timeout=60)
-        return answer.status_code, answer.json().get("models", {})
-
-    deployed.change()
-    [awake] = deployed.engines()
-    longest = deployed.longest()
-    deployed.change(min_replicas=0)
-    assert deployed.lines[1] == f"{NAME}--qwen3-bundled: takes its changed settings as it runs"
-    wait_for(lambda: ready() == (200, {"qwen3-bundled": "asleep"}), timeout_s=90)
-    wait_for(lambda: deployed.engines() == set(), timeout_s=90)
-    assert httpx.get(f"{deployed.url}/health", timeout=60).is_success and deployed.longest() == longest
-
-    asked = {**ASK, "stream": True}
-    with httpx.stream("POST", f"{deployed.url}/v1/completions", json=asked, timeout=120) as answer:
-        assert answer.status_code == 200
-        lines = [line for line in answer.iter_lines() if line]
-    assert lines[0] == ": ping" and lines[-1] == "data: [DONE]"
-    wait_for(lambda: ready()[1] == {"qwen3-bundled": "ready"})
-    assert len(deployed.engines() - {awake}) == 1
-
-
 def test_another_model_comes_and_goes_and_the_first_notices_nothing(deployed: Deployed) -> None:
     deployed.change()
     wait_for(lambda: len(deployed.engines()) == 1)

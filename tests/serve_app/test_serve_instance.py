@@ -22,7 +22,6 @@ from serve_app.launch.serve_instance import (
     ServeInstance,
     check_no_conflict,
     is_running,
-    unplaced_bundles,
 )
 from serve_app.launch.shutdown import end_unused_serve
 from serve_app.settings import ServiceConfig, read_service_config
@@ -82,27 +81,6 @@ def test_a_second_service_with_a_name_and_a_prefix_of_its_own_has_a_place() -> N
 def test_a_name_or_prefix_that_serve_could_not_use_is_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=name):
         read_service_config({name: value})
-
-
-def group(name: str, state: str = "PENDING") -> dict[str, object]:
-    return {"name": name, "state": state, "bundles": {0: {"CPU": 1000.0}}}
-
-
-@pytest.mark.parametrize(
-    ("groups", "found"),
-    [
-        ([group("")], ""),
-        ([group("SERVE_REPLICA::other#EngineReplica#x1")], ""),
-        ([group("SERVE_REPLICA::mine#Other#x1")], ""),
-        ([group("SERVE_REPLICA::mine#EngineReplica#x1", "CREATED")], ""),
-        ([group("somebody's"), group("SERVE_REPLICA::mine#EngineReplica#x1")], "{'CPU': 1000.0}"),
-    ],
-)
-def test_only_a_placement_group_of_our_own_deployment_waits_for_room(
-    monkeypatch: pytest.MonkeyPatch, groups: list[dict[str, object]], found: str
-) -> None:
-    monkeypatch.setattr(serve_instance, "placement_group_table", lambda: dict(enumerate(groups)))
-    assert unplaced_bundles("mine", "EngineReplica") == found
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def configure(url: str, service_config: ServiceConfig) -> Iterator[Callable[...,
 
     def change(**telemetry: Any) -> None:
         ingress.broadcast("reconfigure", {**config, "telemetry": telemetry}).results(timeout_s=30)
-        replica.broadcast("reconfigure", telemetry).results(timeout_s=30)
+        replica.broadcast("reconfigure", {"telemetry": telemetry}).results(timeout_s=30)
 
     yield change
     change()

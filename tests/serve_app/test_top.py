@@ -24,6 +24,7 @@ VIEW = {
             "replicas_running": 0,
             "min_replicas": 1,
             "max_replicas": 1,
+            "waits_for": "{'GPU': 8.0}",
             "replicas": [{"id": None, "healthy": False, "message": "rank 1 died\nof many\nlines"}],
         }
     ],
@@ -88,7 +89,8 @@ def test_a_lost_replica_is_shown_and_ends_no_view(
 ) -> None:
     assert main(["top", service.url, "--once"]) == 0
     shown = capsys.readouterr().out
-    assert "m: unhealthy, 0 of 1 to 1 replicas" in shown and "rank 1 died\nbusiest" in shown
+    assert "m: unhealthy, 0 of 1 to 1 replicas\n  a replica waits for room for {'GPU': 8.0}\n" in shown
+    assert "rank 1 died\nbusiest" in shown
     assert "busiest experts: unknown, since not all replicas answer" in shown
 
 
