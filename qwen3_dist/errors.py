@@ -84,6 +84,17 @@ class ContextLengthError(RequestError):
         return ContextLengthError(message, param, *lengths)
 
 
+class QueueTimeoutError(RequestError):
+    """A request has waited `timeout_s` seconds in the engine's queue, the most that it may, without running (429)."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the request waited {timeout_s:g} s for its turn; send it again later", status=429)
+        self.timeout_s = timeout_s
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.timeout_s,)
+
+
 class ResourceError(QwenDistError):
     """The machine or cluster lacks a resource: ranks, GPUs, memory or a port."""
 

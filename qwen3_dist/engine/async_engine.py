@@ -16,12 +16,13 @@ from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
 from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.engine.request_stream import RequestStream, call_soon, put_all
-from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
+from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError, RequestError
 from qwen3_dist.launch.base import RankPlace, Recovery
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
+from qwen3_dist.request_terms import DEFAULT_TERMS, RequestTerms
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 
@@ -75,7 +76,7 @@ class AsyncEngine:
         prompt_token_ids: list[int],
         params: SamplingParams,
         request_id: str,
-        priority: int = 0,
+        terms: RequestTerms = DEFAULT_TERMS,
         lora: str | None = None,
         pooling: PoolingParams | None = None,
         announce: bool = False,
@@ -88,9 +89,9 @@ class AsyncEngine:
         and have deltas of what follows alone; other choices are not run. All that decides a token is rebuilt from
         these tokens, so with a seed in `params` the output is that of one engine.
 
-        Requests of lower `priority` run first; `lora` names the adapter that the request uses. Raises RequestError
-        before the first item if the request is refused, or later if its structured output fails, and EngineDeadError
-        if the engine dies. Leaving the iterator early (aclose, cancellation) aborts the request within a step.
+        It runs on `terms`, with the adapter `lora`. Raises RequestError if the request is refused or its structured
+        output fails, QueueTimeoutError if it has waited too long, and EngineDeadError if the engine dies. Leaving the
+        iterator early (aclose, cancellation) aborts the request within a step.
         """
         self.check_health()
         self._engine.check(prompt_token_ids, params, lora, pooling, resume)
@@ -98,31 +99,30 @@ class AsyncEngine:
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
         if setup is not None:
             await self._await_grammar(setup)
-        stream = RequestStream(
-            asyncio.get_running_loop(), unfinished=params.n if resume is None else len(resume)
-        )
+        unfinished = params.n if resume is None else len(resume)
+        stream = RequestStream(asyncio.get_running_loop(), unfinished=unfinished)
 
         def add() -> None:
             self._streams[request_id] = stream
-            arguments = (request_id, prompt_token_ids, params, priority, lora, setup, pooling, resume)
+            arguments = (request_id, prompt_token_ids, params, terms, lora, setup, pooling, resume)
             if ended := self._engine.add_request(*arguments):
                 stream.send(ended)
 
+        def refuse() -> None:
+            if self._streams.get(request_id) is stream and self._engine.abort_unbegun(request_id):
+                stream.send(QueueTimeoutError(terms.queue_timeout_s))
+
         if death := self._post(add):
             raise EngineDeadError(str(death))
+        if terms.queue_timeout_s and resume is None:
+            stream.call_later(terms.queue_timeout_s, lambda: self._post(refuse))
         try:
             if announce:
                 yield []
             while stream.unfinished:
-                deltas = await stream.next_deltas()
-                failed = next((delta.error for delta in deltas if delta.error is not None), None)
-                if failed is not None:
-                    if good := [delta for delta in deltas if delta.error is None]:
-                        yield good
-                    raise RequestError(failed)
-                stream.unfinished -= sum(delta.finish_reason is not None for delta in deltas)
-                yield deltas
+                yield await stream.next_deltas()
         finally:
+            stream.cancel_call()
             self._post(lambda: self._forget(request_id, stream))
 
     def _forget(self, request_id: str, stream: RequestStream) -> None:
@@ -151,11 +151,11 @@ class AsyncEngine:
         prompt_token_ids: list[int],
         pooling: PoolingParams,
         request_id: str,
-        priority: int = 0,
+        terms: RequestTerms = DEFAULT_TERMS,
         lora: str | None = None,
     ) -> TokenDelta:
         """Runs a pooling request and returns its only delta. Raises what `generate` does; cancelling aborts it."""
-        steps = self.generate(prompt_token_ids, PROMPT_ONLY, request_id, priority, lora, pooling)
+        steps = self.generate(prompt_token_ids, PROMPT_ONLY, request_id, terms, lora, pooling)
         async with contextlib.aclosing(steps):
             [delta] = await anext(steps)
             return delta

@@ -32,6 +32,7 @@ from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.protocol.step_plan import StepPlan
+from qwen3_dist.request_terms import DEFAULT_TERMS, RequestTerms
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
@@ -47,10 +48,11 @@ Resumed = Mapping[int, IntSequence[int]]  # the output tokens so far of each cho
 
 @dataclass(frozen=True)
 class _Request:
-    """The unfinished choices of a request, and the dp group that runs them all, since they share the prompt's KV."""
+    """The unfinished of a request's `count` choices, and the dp group that runs all: they share the prompt's KV."""
 
     group: Scheduler
     sequences: list[Sequence]
+    count: int
 
 
 class Engine:
@@ -146,14 +148,14 @@ class Engine:
         request_id: str,
         prompt_token_ids: list[int],
         params: SamplingParams,
-        priority: int = 0,
+        terms: RequestTerms = DEFAULT_TERMS,
         lora: str | None = None,
         setup: SamplingSetup | None = None,
         pooling: PoolingParams | None = None,
         resume: Resumed | None = None,
     ) -> list[TokenDelta]:
-        """Queues a request. Lower `priority` runs first; `lora` names its adapter; `setup` is what `prepare` returned
-        for `params`. A pooling request has `pooling` and the params `PROMPT_ONLY`.
+        """Queues a request on `terms`. `lora` names its adapter; `setup` is what `prepare` returned for `params`. A
+        pooling request has `pooling` and the params `PROMPT_ONLY`.
 
         With `resume` the choices that it names go on after the output tokens that it has for them, as another engine
         would have gone on that had the same seed; other choices are not run. Returns the deltas, without tokens, of
@@ -162,25 +164,23 @@ class Engine:
         Raises RequestError and changes nothing if the prompt cannot be run.
         """
         room = self.check(prompt_token_ids, params, lora, pooling, resume)
-        adapter = self.config.lora.number(lora)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
         seed = secrets.randbits(63) if params.seed is None else params.seed
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         sequences, ended = [], []
         for index in range(params.n) if resume is None else resume:
-            tokens = list(prompt_token_ids)
             sequence = Sequence(
                 self._next_seq_id,
                 request_id,
                 index,
-                tokens,
+                list(prompt_token_ids),
                 params,
                 (seed + index + 2**63) % 2**64 - 2**63,  # 64 bits, with a sign
                 max_tokens,
-                priority,
+                terms.priority,
             )
-            sequence.setup, sequence.pooling = setup, pooling
-            sequence.adapter, sequence.cache_salt = adapter, (lora or "").encode()
+            sequence.setup, sequence.pooling, sequence.client = setup, pooling, terms.client
+            sequence.adapter, sequence.cache_salt = self.config.lora.number(lora), terms.salt(lora)
             self._next_seq_id += 1
             sequence.resume(resume[index] if resume else (), self._eos_token_ids)
             if sequence.finish_reason is None:
@@ -191,12 +191,11 @@ class Engine:
             return ended
         if not self.has_work:
             self._meter.work_came()
-        group = self._groups[0]
-        if len(self._groups) > 1:
-            group = min(self._groups, key=lambda group: group.tokens_ahead(sequences[0]))
+        groups = self._groups
+        group = min(groups, key=lambda one: one.tokens_ahead(sequences[0])) if len(groups) > 1 else groups[0]
         for sequence in sequences:
             group.add(sequence)
-        self._requests[request_id] = _Request(group, sequences)
+        self._requests[request_id] = _Request(group, sequences, len(sequences))
         self._publish()
         return ended
 
@@ -217,6 +216,13 @@ class Engine:
         for output in (resume or {}).values():
             check_output(output, prompt_token_ids, params, config, context, self._eos_token_ids)
         return context - len(prompt_token_ids)
+
+    def abort_unbegun(self, request_id: str) -> bool:
+        """Ends a request of which no choice was ever scheduled. Returns False if one was, or if it had ended."""
+        request = self._requests.get(request_id)
+        if request is None or len(request.sequences) < request.count:
+            return False
+        return not any(each.scheduled_s for each in request.sequences) and self.abort(request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request, or its choice `index`, and frees its blocks. Returns False if it had ended already."""

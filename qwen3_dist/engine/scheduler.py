@@ -5,8 +5,8 @@ large a chunk as the budget leaves; then waiting sequences are admitted while th
 is free, the scheduler preempts the lowest-priority sequence; its tokens, output included, are recomputed later.
 
 Sequences are ordered by priority and arrival (`scheduling_key`). No sequence starves: a priority counts as fewer than
-MAX_PRIORITY_STEPS steps of arrival, so a waiting sequence overtakes everything that arrives later than that.
-`slot_shares` keeps a request with many choices from occupying all slots.
+MAX_PRIORITY_STEPS steps of arrival, so a waiting sequence overtakes everything of its client that arrives later than
+that. `slot_shares` keeps a request with many choices, and a client with many requests, from occupying all slots.
 
 A step may be planned before the results of earlier steps are known (`num_pending` of a sequence). Under pipeline
 parallelism these steps are the micro-batches: each takes a share of the decoding sequences that await no result.
@@ -98,6 +98,7 @@ class Scheduler:
             sequence.drafter = Drafter(self._limits.speculation)
         sequence.arrival = self.counts.steps
         insort(self.waiting, sequence, key=scheduling_key)
+        self._shares.clients.add(sequence.client)
         self._by_id[sequence.seq_id] = sequence
 
     @property

@@ -36,7 +36,8 @@ class Sequence:
     max_tokens: int
     priority: int = 0
     adapter: int = 0  # number of the LoRA adapter in plans; 0 is none
-    cache_salt: bytes = b""  # keeps prefix hits within sequences of the same adapter
+    client: str = ""  # who sent it; waiting sequences of different clients take turns
+    cache_salt: bytes = b""  # keeps prefix hits within sequences of one adapter and one salt of clients
     setup: SamplingSetup | None = None  # None if sampling needs no state on the ranks
     pooling: PoolingParams | None = None
     prompt_len: int = field(init=False)

@@ -78,7 +78,7 @@ def parse_embedding(body: bytes) -> EmbeddingRequest:
         )
     return EmbeddingRequest(
         given.model,
-        given.priority,
+        given.terms,
         inputs=inputs,
         is_list=inputs is given.input,
         params=PoolingParams(given.dimensions, given.normalize),

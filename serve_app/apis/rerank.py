@@ -146,7 +146,7 @@ def parse_rerank(body: bytes) -> RerankRequest:
     documents = [each if isinstance(each, str) else each["text"] for each in given.documents]
     return RerankRequest(
         given.model,
-        given.priority,
+        given.terms,
         queries=[given.query] * len(documents),
         documents=documents,
         instruction=given.instruction,
@@ -169,7 +169,7 @@ def parse_score(body: bytes) -> ScoreRequest:
         )
     return ScoreRequest(
         given.model,
-        given.priority,
+        given.terms,
         queries=queries * (len(documents) // len(queries)),
         documents=documents,
         instruction=given.instruction,

@@ -41,6 +41,12 @@ class OverloadedError(RequestError):
         self.refuse_for_ms = 100 * retry_after_s
 
 
+def queue_headers(retry_after_s: int) -> dict[str, str]:
+    """Headers of a 429 for a wait in engines that is too long. Proxies refuse no other request for it; metrics count
+    it as overload."""
+    return {"retry-after": str(retry_after_s), REFUSE_FOR_HEADER: "0"}
+
+
 class QueueFullError(RequestError):
     """Too many tokens wait to be computed (429). The client may retry after `retry_after_s` seconds."""
 

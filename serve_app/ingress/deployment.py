@@ -43,7 +43,7 @@ from serve_app.apis.tokens import (
 )
 from serve_app.ingress.access.control import Access, key_name
 from serve_app.ingress.access_log import access_record
-from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission
+from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission, queue_headers
 from serve_app.ingress.api import api
 from serve_app.ingress.cluster_routes import METRICS, ClusterRoutes
 from serve_app.ingress.draining import Draining
@@ -52,7 +52,7 @@ from serve_app.ingress.http import (
     read_body,
     route_path,
 )
-from serve_app.ingress.keep_alive import HEADERS_AFTER_S, KeepAliveStream
+from serve_app.ingress.keep_alive import KeepAliveStream, headers_after_s
 from serve_app.ingress.metrics import IngressMetrics, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.peers import Peers, Told
@@ -229,7 +229,7 @@ class Ingress(ClusterRoutes):
                 http_request, int(settings.max_request_mib * 2**20), settings.body_timeout_s
             )
             request = await self._parse(parse, body)
-            request = self._access.with_priority(http_request, request)
+            request = self._access.with_terms(http_request, request)
             if isinstance(request, GenerationRequest):
                 request = with_identity(request, access_record(http_request.scope).request_id)
             model = self._routes.find(request.model)
@@ -255,7 +255,7 @@ class Ingress(ClusterRoutes):
             stream = request if isinstance(request, GenerationRequest) and request.stream else None
             items = KeepAliveStream(observe(answer), stream.ping if stream else b"")
             try:
-                opening = await items.first(HEADERS_AFTER_S if stream else None)
+                opening = await items.first(headers_after_s(settings.queue_timeout_s) if stream else None)
             except BaseException:
                 await items.aclose()
                 raise
@@ -268,7 +268,9 @@ class Ingress(ClusterRoutes):
             await items.aclose()
         if len(first) > CHUNK_BYTES:
             return self._with_limit(LargeResponse(first, status, timeout_s))
-        return self._with_limit(json_response(first, status))
+        late = status == HTTPStatus.TOO_MANY_REQUESTS  # it has waited too long in an engine's queue
+        headers = queue_headers(model.admission.retry_after_s()) if late else None
+        return self._with_limit(json_response(first, status, headers))
 
     async def _parse(self, parse: Callable[[bytes], AnyRequest], body: bytes) -> AnyRequest:
         """Parses a body, with the stored responses of other ingresses as far as it refers to them."""

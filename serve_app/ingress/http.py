@@ -23,7 +23,13 @@ from serve_app.apis.error_forms import ANTHROPIC, error_form
 from serve_app.apis.shared.errors import error_status, to_json
 from serve_app.failures import log_internal_error
 from serve_app.ingress.access_log import access_line, access_record
-from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, REFUSE_FOR_HEADER, OverloadedError
+from serve_app.ingress.admission import (
+    MAX_IN_FLIGHT_HEADER,
+    REFUSE_FOR_HEADER,
+    OverloadedError,
+    QueueFullError,
+    queue_headers,
+)
 from serve_app.ingress.docs_page import add_docs
 from serve_app.ingress.page import add_page, is_page
 from serve_app.ingress.sending import keeps_unsent, track_unsent
@@ -153,6 +159,8 @@ def error_headers(error: Exception) -> Mapping[str, str] | None:
             MAX_IN_FLIGHT_HEADER: error.limit,
         }
         return {name: str(value) for name, value in values.items()}
+    if isinstance(error, QueueFullError):
+        return queue_headers(error.retry_after_s)
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return {"retry-after": str(getattr(error, "retry_after_s", 1))}
     if status == HTTPStatus.REQUEST_TIMEOUT:  # OpenAI clients retry a 408 unless told not to

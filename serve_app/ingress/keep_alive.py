@@ -9,10 +9,17 @@ from typing import Any
 from serve_app.apis.shared.answer import PING
 from serve_app.ingress.dispatch import part_of
 
-HEADERS_AFTER_S = (
+_HEADERS_AFTER_S = (
     3.0  # an error before that, or before the request is accepted, still gets its own HTTP status
 )
+_TOLD_S = 1.0  # in which a replica tells that a request has waited too long
 KEEP_ALIVE_PERIOD_S = 10.0  # proxies close connections that are idle for a minute
+
+
+def headers_after_s(queue_timeout_s: float) -> float:
+    """Seconds after which a stream's headers are sent though it has not begun. With a queue timeout they wait for it,
+    so that a request that has waited too long gets an HTTP status of its own."""
+    return max(_HEADERS_AFTER_S, queue_timeout_s + _TOLD_S if queue_timeout_s else 0.0)
 
 
 class KeepAliveStream:

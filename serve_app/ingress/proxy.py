@@ -88,8 +88,9 @@ class OverloadMiddleware:
         headers = dict(start["headers"])
         limit = int(headers.pop(MAX_IN_FLIGHT_HEADER.encode(), 0))
         refuse_for_ms = int(headers.pop(REFUSE_FOR_HEADER.encode(), 0))
+        others = {**start, "headers": list(headers.items())}
         if not limit:
-            return start
+            return others
         if path not in self._limits and len(self._limits) >= _MAX_PATHS:
             self._limits.clear()
         known = self._limits.setdefault(path, _PathLimit(limit, probe_s=time.monotonic() + _PROBE_PERIOD_S))
@@ -97,7 +98,7 @@ class OverloadMiddleware:
         if refuse_for_ms:
             known.refuse_until_s = time.monotonic() + refuse_for_ms / 1000
             known.retry_after_s = int(headers[b"retry-after"])
-        return {**start, "headers": list(headers.items())}
+        return others
 
 
 def _refusal(scope: Scope, known: _PathLimit) -> Response:

@@ -31,7 +31,7 @@ async def pool(
 
     async def vector_of(index: int) -> array[float]:
         try:
-            delta = await engine.pool(prompts[index].token_ids, pooling, new_id(), request.priority, lora)
+            delta = await engine.pool(prompts[index].token_ids, pooling, new_id(), request.terms, lora)
         except RequestError as error:
             raise request.with_error_path(error, index) from None
         assert delta.vector is not None

@@ -48,7 +48,6 @@ class _Job:
     request: GenerationRequest
     prompts: list[list[int]]
     params: SamplingParams
-    priority: int
     lora: str | None
     choices: list[Choices]  # of each prompt
     answer: Answer
@@ -133,7 +132,8 @@ class RequestHandler:
     async def stream(
         self, request: GenerationRequest, record: RequestRecord | None = None, resume: Resume | None = None
     ) -> AsyncGenerator[bytes, None]:
-        """Server-sent events, one item per engine step, after an empty item once the request is accepted.
+        """Server-sent events, one item per engine step, after an empty item once the request is accepted, or once it
+        runs if it may wait only so long.
 
         With `resume` the events are those that follow what the client has. The request must have the identity that it
         had then. Before each item, `record.sent` becomes what the item adds to what the client has.
@@ -149,12 +149,13 @@ class RequestHandler:
             yield b""
         sent: Sent = ()
         try:
-            async with aclosing(self._steps(job, announce=True)) as steps:
+            async with aclosing(self._steps(job, announce=not request.terms.queue_timeout_s)) as steps:
                 async for step in steps:
-                    if step is _ACCEPTED:
-                        waiting -= 1
+                    if waiting:
+                        waiting = waiting - 1 if step is _ACCEPTED else 0
                         if not waiting:
                             yield b""
+                    if step is _ACCEPTED:
                         continue
                     shown, covered = step
                     for delta in shown:
@@ -223,7 +224,7 @@ class RequestHandler:
         ]
         if resume and resume.choices:
             await asyncio.to_thread(replay, resume, answer, choices, params)
-        return _Job(request, token_ids, params, request.priority, lora, choices, answer, record, resume)
+        return _Job(request, token_ids, params, lora, choices, answer, record, resume)
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
@@ -266,7 +267,7 @@ class RequestHandler:
         request_id = job.record.engine_id()
         resume = resumed(job.resume, choices, first_index) if job.resume else None
         generated = self._engine.generate(
-            prompt, params, request_id, job.priority, job.lora, announce=announce, resume=resume
+            prompt, params, request_id, job.request.terms, job.lora, announce=announce, resume=resume
         )
         watch = self._metrics.watch(job.record.arrival_s, len(prompt), n)
         if resume is not None:

@@ -53,6 +53,14 @@ class IngressSettings:
         "tokens of prompts that may wait in each replica's engine; a request that comes while others wait and would "
         "make it more is answered 429; null: any number",
     )
+    queue_timeout_s: float = setting(
+        0.0,
+        "longest time a request may wait in an engine's queue before it runs, then it is answered 429; 0: no limit",
+    )
+    cache_per_key: bool = setting(
+        False,
+        "whether prompts share cached prefixes only with prompts of the same key, as if the key were their salt",
+    )
     request_timeout_s: float = setting(
         0.0, "longest time a request may take, then it is answered 408; 0: no limit"
     )
@@ -113,6 +121,7 @@ class IngressSettings:
             )
         require_not_negative(
             self,
+            "queue_timeout_s",
             "request_timeout_s",
             "resume_timeout_s",
             "body_timeout_s",
@@ -120,6 +129,11 @@ class IngressSettings:
             "stored_responses_mib",
             "stored_responses_s",
         )
+        if 0 < self.request_timeout_s <= self.queue_timeout_s:
+            raise ConfigError(
+                f"queue_timeout_s={self.queue_timeout_s:g} must be less than "
+                f"request_timeout_s={self.request_timeout_s:g}, which would end the request first"
+            )
         check_hash("api_key", self.api_key)
         check_hash("admin_key", self.admin_key)
         for origin in listed(self.cors_allow_origins):

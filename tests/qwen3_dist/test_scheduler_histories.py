@@ -114,6 +114,7 @@ def sequence_of(seq_id: int, number: int, max_tokens: int) -> Sequence:
     scored = {"prompt_logprobs": 0} if number % 4 == 0 else {}
     sequence = make_sequence(seq_id, prompt_of(number), max_tokens, number % 3 - 1, **scored)
     sequence.request_id = str(number % 7)  # some are of one request, and share its slots
+    sequence.client = str(number % 3)
     if max_tokens == 0 and number % 2:
         sequence.pooling = PoolingParams()
     return sequence

@@ -49,6 +49,14 @@ def test_a_model_name_that_looks_like_a_number_stays_text() -> None:
             "max_ingress_replicas=1 must not be less than ingress_replicas=2",
         ),
         ({"ingress_target_requests": 0}, "ingress_target_requests must be positive, not 0"),
+        ({"target_kv_usage": 1.5}, "target_kv_usage must be a share of at most 1, not 1.5"),
+        ({"target_tokens": 0}, "target_tokens must be positive, not 0"),
+        ({"target_ttft_s": -1}, "target_ttft_s must be positive, not -1"),
+        ({"queue_timeout_s": -1}, "queue_timeout_s must not be negative"),
+        (
+            {"queue_timeout_s": 60, "request_timeout_s": 60},
+            "queue_timeout_s=60 must be less than request_timeout_s=60, which would end the request first",
+        ),
     ],
 )
 def test_a_bad_setting_is_named(args: dict[str, object], sentence: str) -> None:

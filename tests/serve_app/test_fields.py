@@ -247,7 +247,7 @@ def effect(request: Any, renderer: PromptRenderer) -> str:
     assert isinstance(request, GenerationRequest)
     [prompt, *_] = prompts = request.prompts(renderer)
     params = dataclasses.replace(request.params({}), spaces_between_special_tokens=True)  # nothing reads that
-    seen = [params, request.model, request.stream, request.options, request.priority, prompts]
+    seen = [params, request.model, request.stream, request.options, request.terms, prompts]
     spec = request.parser_spec(renderer, prompt)
     seen.append(dataclasses.replace(spec, new_parser=None))
     if isinstance(request, ResponsesRequest):

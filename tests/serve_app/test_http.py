@@ -11,7 +11,7 @@ import pytest
 from fastapi import APIRouter, Request, Response
 
 from qwen3_dist.errors import RequestError
-from serve_app.ingress.admission import OverloadedError
+from serve_app.ingress.admission import REFUSE_FOR_HEADER, OverloadedError, QueueFullError
 from serve_app.ingress.http import error_headers, make_api, read_body
 from serve_app.settings import ServiceConfig, read_service_config
 
@@ -49,6 +49,10 @@ def test_a_refused_request_is_answered_before_its_body_is_read_in_the_form_of_it
         start, body = asyncio.run(ask(path))
         assert start["status"] == 429 and (b"retry-after", b"7") in start["headers"]
         assert json.loads(body["body"])["error"]["type"] == kind
+
+
+def test_a_full_queue_is_told_as_overload_and_proxies_pass_other_requests_on() -> None:
+    assert error_headers(QueueFullError(5000, 7)) == {"retry-after": "7", REFUSE_FOR_HEADER: "0"}
 
 
 def test_a_body_that_takes_too_long_is_408_and_its_connection_is_closed() -> None:

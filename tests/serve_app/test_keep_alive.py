@@ -11,7 +11,7 @@ import pytest
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.shared.answer import PING
 from serve_app.apis.shared.errors import error_object, to_json
-from serve_app.ingress.keep_alive import KeepAliveStream
+from serve_app.ingress.keep_alive import KeepAliveStream, headers_after_s
 
 
 class Answer:
@@ -41,6 +41,11 @@ def test_a_first_part_that_is_there_in_time_is_no_late_one() -> None:
         return await stream.first(None), [part async for part in stream]
 
     assert asyncio.run(run()) == ((200, b"a"), [b"b"])
+
+
+def test_headers_wait_for_the_queue_timeout() -> None:
+    assert headers_after_s(0.0) == headers_after_s(1.0) == 3.0
+    assert headers_after_s(30.0) > 30.0
 
 
 def test_comments_come_ahead_of_a_late_first_part() -> None:

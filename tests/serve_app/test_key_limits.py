@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qwen3_dist.request_terms import RequestTerms
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.ingress.access.control import Access
@@ -119,10 +120,28 @@ def test_a_key_limits_priority(tmp_path: Path) -> None:
         asked = request(x_api_key=key)
         found.check(asked)
         raw = json.dumps({"prompt": "hi", **body}).encode()
-        return found.with_priority(asked, parse_completion(raw)).priority
+        return found.with_terms(asked, parse_completion(raw)).terms.priority
 
     assert [priority("b"), priority("b", priority=-9), priority("b", priority=7)] == [5, 5, 7]
     assert [priority("a"), priority("a", priority=-9)] == [0, -9]
     asked = request(x_api_key="b")
     found.check(asked)
-    assert found.with_priority(asked, parse_embedding(b'{"input": "hi"}')).priority == 5
+    assert found.with_terms(asked, parse_embedding(b'{"input": "hi"}')).terms.priority == 5
+
+
+def test_a_request_has_the_terms_of_its_key_and_of_the_service(tmp_path: Path) -> None:
+    keys_file = tmp_path / "keys.yaml"
+    keys_file.write_text("keys:\n  - {name: alice, key: a}\n  - {name: bob, key: b}\n")
+
+    def terms(key: str, salt: str | None, **settings: Any) -> RequestTerms:
+        found = access(keys_file=str(keys_file), **settings)
+        asked = request(x_api_key=key)
+        found.check(asked)
+        body = json.dumps({"prompt": "hi", "cache_salt": salt}).encode()
+        return found.with_terms(asked, parse_completion(body)).terms
+
+    assert terms("a", None) == RequestTerms(client="alice")
+    assert terms("a", "s", queue_timeout_s=7.0) == RequestTerms(0, "alice", "s", 7.0)
+    salts = {terms(key, salt, cache_per_key=True).cache_salt for key in "ab" for salt in (None, "s", "t")}
+    assert len(salts) == 6
+    assert access().with_terms(request(), parse_completion(b'{"prompt": "hi"}')).terms == RequestTerms()

@@ -68,7 +68,13 @@ def test_what_the_service_tells_proxies_does_not_reach_clients() -> None:
     async def run() -> None:
         service = Service()
         service.end.set()
-        assert await ask(OverloadMiddleware(service)) == (200, {b"x-request-id": b"1"}, b"of the service")
+        app = OverloadMiddleware(service)
+        assert await ask(app) == (200, {b"x-request-id": b"1"}, b"of the service")
+        service.limit = 0  # it tells none with some refusals, after which others are passed on
+        told = {b"x-request-id": b"2", b"retry-after": b"7"}
+        assert await ask(app) == (429, told, b"of the service")
+        service.limit = 2
+        assert (await ask(app))[0] == 200
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -60,6 +61,31 @@ def test_a_changed_key_or_limit_reaches_the_service_and_reloads_no_engine(deploy
     deployed.change(max_ongoing_requests=1, max_queued_requests=1)
     wait_for(deployed.is_full_with_two_streams)
     assert deployed.engines() == engines
+
+
+def test_a_request_that_waits_too_long_for_its_turn_is_refused_with_when_to_return(
+    deployed: Deployed,
+) -> None:
+    large = {"max_tokens": 500, "ignore_eos": True}  # with its prompt, it leaves no blocks for another one
+
+    def outcome(stream: bool, token: int) -> str:
+        answer = deployed.ask(prompt=[token] * 1500, stream=stream, **large)
+        if "the request waited 0.1 s for its turn" in answer.text:
+            assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
+            return "too late"
+        assert answer.status_code == 200 or "already has 2 sequences" in answer.text  # the limit of before
+        return "answered" if answer.is_success else "refused"
+
+    deployed.change(queue_timeout_s=0.1)
+    for stream in (True, False):
+        seen: set[str] = set()
+        while not seen >= {"answered", "too late"}:
+            with ThreadPoolExecutor() as pool:
+                seen |= set(pool.map(functools.partial(outcome, stream), (5, 6, 7)))
+    page = httpx.get(f"{deployed.url}/metrics", timeout=60).text
+    assert re.search(r'^qwen3_dist:http_refused_total\{[^}]*reason="overloaded"\} [1-9]', page, re.MULTILINE)
+    deployed.change()
+    assert deployed.ask().is_success
 
 
 def test_admins_scale_a_model_by_http(deployed: Deployed) -> None:

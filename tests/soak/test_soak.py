@@ -12,6 +12,7 @@ from qwen3_dist import SamplingParams
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.layout import Layout
 from qwen3_dist.model.reference import load_reference
+from qwen3_dist.request_terms import RequestTerms
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.speculation import Speculation
 from tests.checkpoints import write_checkpoint
@@ -67,7 +68,9 @@ def test_after_thousands_of_requests_every_block_is_free_and_every_token_right(
                 for _ in range(rng.randint(0, 3) if added < REQUESTS and len(asked) < 60 else 0):
                     which, length = rng.randrange(PROMPTS), rng.randint(1, LENGTH)
                     params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
-                    engine.add_request(str(added), prompts[which], params, priority=rng.randint(-2, 2))
+                    engine.add_request(
+                        str(added), prompts[which], params, RequestTerms(priority=rng.randint(-2, 2))
+                    )
                     asked[str(added)], got[str(added)] = which, []
                     added += 1
                 if asked and rng.random() < 0.1:

@@ -24,6 +24,7 @@ from serve_app.apis.shared.answer import Answer, AnswerContext
 from serve_app.apis.shared.body import (
     Body,
     ByTag,
+    CacheSalt,
     Filled,
     Json,
     ModelName,
@@ -135,6 +136,7 @@ class MessagesBody(CountTokensBody):
         None
     )
     metadata: Annotated[Json, ignored("abuse by single users is not monitored.")] | None = None
+    cache_salt: CacheSalt | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def parse_messages(body: bytes) -> MessagesRequest:
     """Parses a body of /v1/messages. Raises RequestError."""
     given = read_body(MessagesBody, body)
     chat = _chat(given)
-    chat |= {name: getattr(given, name) for name in ("temperature", "top_p", "top_k", "stream")}
+    chat |= {name: getattr(given, name) for name in ("temperature", "top_p", "top_k", "stream", "cache_salt")}
     chat["stop"] = given.stop_sequences
     if given.output_config and (form := given.output_config.format):
         schema = {"schema": form["schema"], "strict": True}

@@ -28,6 +28,7 @@ from serve_app.apis.shared.body import (
     Body,
     ByTag,
     ByType,
+    CacheSalt,
     Filled,
     Json,
     ModelName,
@@ -116,6 +117,7 @@ class ResponsesBody(Body):
         | None
     ) = None
     store: Annotated[bool, about("Whether later requests may refer to the response.")] = True
+    cache_salt: CacheSalt | None = None
 
 
 _ECHOED_FIELDS = (
@@ -207,7 +209,7 @@ def _tools(body: ResponsesBody, conversation: list[Json]) -> list[Mapping[str, A
 
 def _chat(body: ResponsesBody, conversation: list[Json], tools: list[Mapping[str, Any]]) -> Json:
     """Returns the body of /v1/chat/completions for `conversation`, the stored and the new input items."""
-    same_fields = ("model", "temperature", "top_p", "stream", "parallel_tool_calls")
+    same_fields = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "cache_salt")
     chat = {name: getattr(body, name) for name in same_fields}
     chat["max_tokens"] = body.max_output_tokens
     chat["messages"] = chat_conversation(body.instructions, conversation) or [_EMPTY]

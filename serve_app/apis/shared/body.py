@@ -296,4 +296,5 @@ ModelName = Annotated[str, about("Name of the served model or of an adapter; the
 Priority = Annotated[
     int, Range(-(2**31), 2**31 - 1), about("Requests with a lower number are scheduled first.")
 ]
+CacheSalt = Annotated[Filled, about("Prompts share cached prefixes only with prompts of the same salt.")]
 User = Annotated[str, ignored("abuse by single users is not monitored.")]

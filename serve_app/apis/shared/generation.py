@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from qwen3_dist.errors import RequestError
+from qwen3_dist.request_terms import RequestTerms
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.text.choice import ParserSpec
 from serve_app.apis.shared.answer import PING, Answer, AnswerContext, Identity, error_events, seed_of
@@ -16,7 +17,6 @@ from serve_app.apis.shared.body import (
     Body,
     Json,
     ModelName,
-    Priority,
     Range,
     User,
     about,
@@ -27,6 +27,7 @@ from serve_app.apis.shared.openai import AnswerOptions
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer
 from serve_app.apis.shared.sampling import SamplingBody
 from serve_app.apis.shared.structure import StructureBody, structured_outputs
+from serve_app.apis.shared.terms import TermsBody
 from serve_app.apis.shared.validation_errors import short
 
 
@@ -40,14 +41,13 @@ class _StreamOptions(Body):
 _NO_OPTIONS = _StreamOptions()
 
 
-class GenerationBody(SamplingBody, StructureBody):
+class GenerationBody(SamplingBody, StructureBody, TermsBody):
     """The fields that bodies of chat and text completions share."""
 
     model: ModelName = ""
     stream: Annotated[bool, about("Answers with server-sent events.")] = False
     stream_options: Annotated[_StreamOptions, about("Options of a stream; requires stream.")] | None = None
     best_of: Annotated[int, Range(1), about("Must equal n, since choices are not ranked.")] | None = None
-    priority: Priority = 0
     user: User = ""
     return_token_ids: Annotated[bool, about("Adds token ids to each choice.")] = False
     return_tokens_as_token_ids: Annotated[
@@ -86,7 +86,7 @@ class GenerationRequest(ABC):
     client_names: Mapping[str, str]
     stream: bool
     options: AnswerOptions
-    priority: int
+    terms: RequestTerms
     identity: Identity | None = None
 
     @abstractmethod
@@ -179,7 +179,7 @@ def generation_fields(
         "client_names": names,
         "stream": body.stream,
         "options": _answer_options(body, num_logprobs is not None),
-        "priority": body.priority,
+        "terms": body.terms,
     }
 
 

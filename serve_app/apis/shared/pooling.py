@@ -13,18 +13,19 @@ from pydantic import model_validator
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.pooling_params import PoolingParams
-from serve_app.apis.shared.body import Body, Json, ModelName, Priority, User
+from qwen3_dist.request_terms import RequestTerms
+from serve_app.apis.shared.body import Json, ModelName, User
 from serve_app.apis.shared.errors import error_object
 from serve_app.apis.shared.prompts import Prompt, PromptRenderer
+from serve_app.apis.shared.terms import TermsBody
 
 MOST_INPUTS = 2048  # OpenAI's limit
 
 
-class PoolingBody(Body):
+class PoolingBody(TermsBody):
     """The fields that all bodies of pooling requests share."""
 
     model: ModelName = ""
-    priority: Priority = 0
     user: User = ""
 
     @model_validator(mode="after")
@@ -60,7 +61,7 @@ class PoolingRequest(ABC):
     """A parsed request for vectors: for each prompt, an embedding or logits of its last token's hidden state."""
 
     model: str
-    priority: int
+    terms: RequestTerms
     stream = False
 
     @property

@@ -17,6 +17,7 @@ from typing import TypeVar
 from fastapi import Request, Response
 
 from qwen3_dist.errors import ConfigError, RequestError
+from qwen3_dist.request_terms import RequestTerms
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.ingress.access.limits import Clock, KeyLimits
@@ -127,17 +128,21 @@ class Access:
         if known := _known(request):
             known.limits.charge(tokens)
 
-    def with_priority(self, request: Request, parsed: T) -> T:
-        """Returns the parsed request with the best priority that its key allows."""
-        known = _known(request)
-        best = known.key.min_priority if known else None
-        if (
-            best is None
-            or not isinstance(parsed, GenerationRequest | PoolingRequest)
-            or parsed.priority >= best
-        ):
+    def with_terms(self, request: Request, parsed: T) -> T:
+        """Returns the parsed request on the terms of its key and of the service: with the best priority that the key
+        allows, and the key's name as the client."""
+        if not isinstance(parsed, GenerationRequest | PoolingRequest):
             return parsed
-        return dataclasses.replace(parsed, priority=best)
+        known, terms, settings = _known(request), parsed.terms, self._settings
+        best = known.key.min_priority if known else None
+        name = known.key.name if known else ""
+        terms = RequestTerms(
+            terms.priority if best is None else max(best, terms.priority),
+            name,
+            f"{name}/{terms.cache_salt}" if settings.cache_per_key and name else terms.cache_salt,
+            settings.queue_timeout_s,
+        )
+        return dataclasses.replace(parsed, terms=terms)
 
     def is_admins(self, request: Request) -> bool:
         """Whether the request is for an admin route."""

@@ -1,0 +1,26 @@
+"""How an engine treats a request, whatever it computes. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RequestTerms:
+    """Requests of lower `priority` run first; among equals those of different `client`s take turns.
+
+    Prompts share cached prefixes only with prompts of the same `cache_salt`. A request that has waited
+    `queue_timeout_s` seconds without running is refused; 0: no limit.
+    """
+
+    priority: int = 0
+    client: str = ""
+    cache_salt: str = ""
+    queue_timeout_s: float = 0.0
+
+    def salt(self, lora: str | None) -> bytes:
+        """What the hashes of cached blocks begin with: each pair of a salt and an adapter has its own."""
+        return repr((lora, self.cache_salt)).encode() if lora or self.cache_salt else b""
+
+
+DEFAULT_TERMS = RequestTerms()
