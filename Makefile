@@ -30,6 +30,9 @@ bench: $(READY)  ## measure collectives, kernels, step overhead, time to the fir
 chaos: $(READY)  ## kill and stop ranks and replicas under load, and compare each answer with the undisturbed one
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
+load: $(READY)  ## half an hour of mixed load with bad clients, then goodput at 1, 2, 4 and 10 times the capacity
+	$(BIN)/python -m benchmarks.load $(ARGS)
+
 bench-compare: $(READY)  ## this project against transformers and, with VLLM_PYTHON= and LLAMA_PYTHON=, its peers
 	$(BIN)/python -m benchmarks.compare $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
 		$(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON)) $(ARGS)
@@ -107,5 +110,5 @@ page-check: $(READY)  ## click through the page at / in the system's Chromium; s
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,page]'
 	$(BIN)/pytest -q tests/page
 
-.PHONY: help install serve demo docs bench chaos bench-compare bench-cost-model gpu-check eval-bundled format render check test soak dashboards clients page-check
+.PHONY: help install serve demo docs bench chaos load bench-compare bench-cost-model gpu-check eval-bundled format render check test soak dashboards clients page-check
 .DEFAULT_GOAL := help

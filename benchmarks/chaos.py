@@ -76,12 +76,12 @@ HEAD = (
 class Load:
     """Clients that ask one request after the other, until `end`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, asked: list[tuple[str, str, dict[str, Any]]] | None = None) -> None:
         self._http = httpx.AsyncClient(
             base_url=url, timeout=RECOVERY_S, limits=httpx.Limits(max_connections=None)
         )
         self._expected: dict[str, Any] = {}
-        self._requests = requests()
+        self._requests = asked or requests()
         self.fault, self.fault_s = Fault(), float("inf")
         self.ended = False
 
