@@ -117,8 +117,9 @@ class Memory:
 
 
 def name_of(title: str) -> str:
-    """A process's title without folders."""
-    return " ".join(word.rpartition("/")[2] for word in title.split())[:60]
+    """The first two words of a process's title that are no options, without folders."""
+    words = [word.rpartition("/")[2] for word in title.split() if not word.startswith("-")]
+    return " ".join(words[:2])
 
 
 def service_processes() -> dict[int, str]:
