@@ -41,6 +41,10 @@ class EngineConfig:
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
     quantize: str = setting("none", "int8: weights as 8-bit integers with a scale per output", QUANTIZATIONS)
+    deterministic: bool = setting(
+        False,
+        "tokens and log-probabilities are the same bits for every layout and batch, on one kind of device; slower",
+    )
     executor: str = setting(
         "auto",
         "how ranks are started; auto is in_process for one rank (in a service: processes), else ray",
@@ -163,6 +167,11 @@ class EngineConfig:
         if self.executor == "in_process" and self.layout.world > 1:
             raise ConfigError(
                 f"executor in_process runs one rank and layout {self.layout} has more; use executor=processes"
+            )
+        if self.deterministic and self.dispatch_dtype == "fp8":
+            raise ConfigError(
+                "deterministic needs dispatch_dtype=auto: with fp8 a token is rounded only where it travels, which "
+                "depends on the layout"
             )
         if self.placement == "current" and self.executor in ("processes", "in_process"):
             raise ConfigError(f"placement=current needs executor=ray, not {self.executor}")

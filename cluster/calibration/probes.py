@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3_dist.model.experts import Experts
+from qwen3_dist.model.experts import Experts, ExpertShape
 from qwen3_dist.ops.base import LinearWeights, Matrix
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.choose import AttentionShape, choose_ops
@@ -88,7 +88,9 @@ def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
     """Seconds of one layer of experts for `tokens` tokens with random routing."""
     ops = choose_ops(device, torch.bfloat16)
     with device:
-        experts = Experts(_EXPERTS, sizes.inner, sizes.expert_columns, ops).to(torch.bfloat16)
+        experts = Experts(_EXPERTS, ExpertShape.of_columns(sizes.inner, sizes.expert_columns), ops).to(
+            torch.bfloat16
+        )
     experts.requires_grad_(False)
     for stack in (experts.fc1, experts.fc2, experts.fc3):
         stack.normal_(0, 0.02)

@@ -44,7 +44,8 @@ class InProcessExecutor(Executor):
         self.depth = 2 if config.overlap and device.type == "cuda" else 1
         with _explained_out_of_memory("loading the model"):
             path = resolve_model(config.model, config.revision)
-            model = load_shard(config, path, placements, ParallelContext.single(), device, progress)
+            parallel = ParallelContext.single(config.deterministic)
+            model = load_shard(config, path, placements, parallel, device, progress)
             self.num_blocks = count_blocks(config, model, memory)
             runner = ModelRunner(model, self.num_blocks, config, path)
             runner.warm_up()

@@ -24,7 +24,8 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.send_plan import OverflowFlag
 
-# Of x [T, D], cos, sin [T, d], the cache and the batch: this rank's partial sums of attention [T, D]
+# Of x [T, D], cos, sin [T, d], the cache and the batch: this rank's partial sums of attention [T, D], or in
+# deterministic mode the whole sums
 Attend = Callable[[Tensor, Tensor, Tensor, LayerCache, StepBatch], Tensor]
 
 
@@ -43,15 +44,15 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.layer = layer
         self._tp = parallel.tp
+        self._deterministic = parallel.deterministic
         self.norm1 = RMSNorm(config, config.emb_dim, ops)
-        self.att = GroupedQueryAttention(config, layer, parallel.tp.size, ops)
+        self.att = GroupedQueryAttention(config, layer, parallel, ops)
         self.norm2 = RMSNorm(config, config.emb_dim, ops)
         self.ff: FeedForward | MoEFeedForward
         if placement is not None:
             self.ff = MoEFeedForward(config, parallel, placement, ops, overflow)
         else:
-            _, columns = padded_range(config.hidden_dim, parallel.tp.size, parallel.tp.rank)
-            self.ff = FeedForward(config.emb_dim, columns, ops)
+            self.ff = FeedForward(config, parallel, ops)
         # Each with the norm before it. `finalize` may put kernels in their place.
         self.attend: Attend = partial(_after_norm, self.norm1, self.att)
         self.transform: Transform = partial(_after_norm, self.norm2, self.ff)
@@ -66,19 +67,31 @@ class TransformerBlock(nn.Module):
         if isinstance(self.ff, MoEFeedForward):
             if batch.all_to_all:
                 return self._dispatch(x, attended, self.ff, batch)
-            x = self._tp.add_all_reduced(x, attended)
-            return self._tp.add_all_reduced(x, self.ff.gathered(x, self.transform, batch))
+            x = self._added(x, attended)
+            outputs = self.ff.gathered(x, self.transform, batch)
+            if self._deterministic:
+                return x + self.ff.total(self._tp.all_reduce(outputs))
+            return self._tp.add_all_reduced(x, outputs)
         if not len(x):
             return x
-        x = self._tp.add_all_reduced(x, attended)
-        return self._tp.add_all_reduced(x, self.transform(x, None, batch.adapters))
+        x = self._added(x, attended)
+        return self._added(x, self.transform(x, None, batch.adapters))
+
+    def _added(self, x: Tensor, output: Tensor) -> Tensor:
+        """x + the output of attention or of a dense layer [T, D], a partial sum of this rank or, in deterministic mode, the
+        whole."""
+        return x + output if self._deterministic else self._tp.add_all_reduced(x, output)
 
     def _dispatch(self, x: Tensor, attended: Tensor, moe: MoEFeedForward, batch: StepBatch) -> Tensor:
         """Tokens travel to their experts: each tp rank owns N of them, so that none is routed twice."""
         total = len(x)
         rows, chunk = padded_range(total, self._tp.size, self._tp.rank)
-        own = F.pad(x[rows.start : rows.stop], (0, 0, 0, chunk - len(rows)))  # [N, D]
-        own = own + self._tp.reduce_scatter(F.pad(attended, (0, 0, 0, chunk * self._tp.size - total)))
+        if self._deterministic:
+            own = (x + attended)[rows.start : rows.stop]
+        else:
+            own = F.pad(x[rows.start : rows.stop], (0, 0, 0, chunk - len(rows)))
+            own = own + self._tp.reduce_scatter(F.pad(attended, (0, 0, 0, chunk * self._tp.size - total)))
+        own = F.pad(own, (0, 0, 0, chunk - len(own)))  # [N, D]
         own = own + moe.dispatched(self.norm2(own), rows, batch)
         return self._tp.all_gather(own)[:total]
 

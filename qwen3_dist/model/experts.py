@@ -5,24 +5,65 @@ Legend: R rows, K experts per token, D emb_dim, I hidden columns, e experts.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.layout import padded_range
 from qwen3_dist.ops.base import ExpertWeights, Ops
+from qwen3_dist.parallel.communicator import Communicator
+from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchedTokens
 
 
-class Experts(nn.Module):
-    """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I]."""
+class ExpertShape(NamedTuple):
+    """The sizes of a rank's part of an expert: fc1 and fc2 [columns, emb_dim], fc3 [outputs, inputs].
 
-    def __init__(self, num_experts: int, emb_dim: int, hidden_dim: int, ops: Ops) -> None:
+    etp ranks split the hidden columns. In deterministic mode a rank's fc3 has the columns of all as inputs, and a part
+    of the outputs.
+    """
+
+    emb_dim: int
+    columns: int
+    outputs: int
+    inputs: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, parallel: ParallelContext) -> ExpertShape:
+        emb_dim, hidden_dim, etp = config.emb_dim, config.moe_hidden_dim, parallel.etp
+        _, columns = padded_range(hidden_dim, etp.size, etp.rank)
+        if not parallel.deterministic:
+            return cls.of_columns(emb_dim, columns)
+        _, outputs = padded_range(emb_dim, etp.size, etp.rank)
+        return cls(emb_dim, columns, outputs, hidden_dim)
+
+    @classmethod
+    def of_columns(cls, emb_dim: int, columns: int) -> ExpertShape:
+        """Some hidden columns of an expert with all of its inputs and outputs."""
+        return cls(emb_dim, columns, emb_dim, columns)
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """The shapes of fc1, fc2 and fc3."""
+        wide = (self.columns, self.emb_dim)
+        return wide, wide, (self.outputs, self.inputs)
+
+
+class Experts(nn.Module):
+    """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I] or as `ExpertShape` says."""
+
+    def __init__(self, num_experts: int, shape: ExpertShape, ops: Ops) -> None:
         super().__init__()
         self._ops = ops
-        self._columns = hidden_dim
+        self._shape = shape
+        self._columns = shape.columns
         self._finalized: ExpertWeights | None = None
-        self.fc1 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
-        self.fc2 = nn.Parameter(torch.empty(num_experts, hidden_dim, emb_dim))
-        self.fc3 = nn.Parameter(torch.empty(num_experts, emb_dim, hidden_dim))
+        self.fc1, self.fc2, self.fc3 = (
+            nn.Parameter(torch.empty(num_experts, *sizes)) for sizes in shape.matrices
+        )
         # [1 + e] int64, rows so far for experts of other ranks, then for each expert of this rank; never on meta.
         self.all_counts = torch.zeros(num_experts + 1, dtype=torch.int64, device="cpu")
 
@@ -31,6 +72,20 @@ class Experts(nn.Module):
         x, ids, routing = received.tokens, received.expert_ids, received.weights
         self.count_on(x.device)
         return self._ops.experts(x, self.weights, ids, routing, self.all_counts)
+
+    def contributions(self, received: DispatchedTokens, etp: Communicator) -> Tensor:
+        """In deterministic mode: each choice's weighted output, side by side -> [R, K * D]. It is 0 where the expert
+        is on another rank, or the column is in the part of another rank of `etp`; so sums over ranks are exact."""
+        ids, shape = received.expert_ids.flatten(), self._shape
+        x = received.tokens.repeat_interleave(received.expert_ids.shape[1], dim=0)
+        self.count_on(x.device)
+        hidden = self._ops.expert_hidden(x, self.weights, ids, self.all_counts)
+        hidden = etp.all_gather_columns(hidden, shape.inputs)
+        routing = received.weights.flatten()
+        outputs = self._ops.expert_outputs(hidden, self.weights, ids, routing, shape.outputs)
+        before = etp.rank * shape.outputs
+        whole = F.pad(outputs, (before, (etp.size - 1) * shape.outputs - before))[:, : shape.emb_dim]
+        return whole.reshape(len(received.tokens), -1)
 
     @property
     def weights(self) -> ExpertWeights:

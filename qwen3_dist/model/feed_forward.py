@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import padded_range
-from qwen3_dist.model.experts import Experts
-from qwen3_dist.model.linear import Linear, LinearGroup
+from qwen3_dist.model.experts import Experts, ExpertShape
+from qwen3_dist.model.linear import Linear, LinearGroup, RowParallel
 from qwen3_dist.ops import slices
 from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
+from qwen3_dist.parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher, DispatchedTokens
 from qwen3_dist.parallel.expert_exchange import capacity
 from qwen3_dist.parallel.send_plan import OverflowFlag
 
@@ -35,18 +35,21 @@ Transform = Callable[[Tensor, Tensor | None, AdapterRows | None], Tensor]
 
 
 class FeedForward(nn.Module):
-    """`fc3(silu(fc1(x)) * fc2(x))` over this rank's hidden columns: a partial sum over tp."""
+    """`fc3(silu(fc1(x)) * fc2(x))` over this rank's hidden columns: a partial sum over tp, or in deterministic mode
+    the whole."""
 
-    def __init__(self, emb_dim: int, hidden_dim: int, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, parallel: ParallelContext, ops: Ops) -> None:
         super().__init__()
         self._ops = ops
-        self.fc1 = Linear(emb_dim, hidden_dim, False, ops)
-        self.fc2 = Linear(emb_dim, hidden_dim, False, ops)
-        self.fc3 = Linear(hidden_dim, emb_dim, False, ops)
+        emb_dim, tp = config.emb_dim, parallel.tp
+        _, columns = padded_range(config.hidden_dim, tp.size, tp.rank)
+        self.fc1 = Linear(emb_dim, columns, False, ops)
+        self.fc2 = Linear(emb_dim, columns, False, ops)
+        self.fc3 = RowParallel(config.hidden_dim, emb_dim, False, ops, tp, parallel.deterministic)
         self.gate_up = LinearGroup(ops, self.fc1, self.fc2)
 
     def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None) -> Tensor:
-        """x [T, D] -> partial sum [T, D], with the adapters of the rows. `padding` is ignored."""
+        """x [T, D] -> partial or whole sum [T, D], with the adapters of the rows. `padding` is ignored."""
         gate, up = self.gate_up.products(x, adapters)
         return self.fc3(self._ops.swiglu(gate, up), adapters)
 
@@ -85,20 +88,21 @@ class MoEFeedForward(nn.Module):
         self._former_rows = torch.zeros(config.num_experts, dtype=torch.int64, device="cpu")
         self.num_experts_per_tok = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
         fits = partial(capacity, parallel.layout, config) if parallel.dispatch.by_capacity else None
         self.all_to_all = AllToAllDispatcher(
             parallel.ep, parallel.etp, placement, parallel.dispatch.fp8, fits, overflow
         )
         self.all_gather = AllGatherDispatcher(placement, parallel.ep.rank)
-        self._dp = parallel.dp
+        self._dp, self._etp = parallel.dp, parallel.etp
         self._tp_size = parallel.tp.size
+        self._deterministic = parallel.deterministic
         self._overlap_from = parallel.dispatch.overlap_from
         # etp ranks exchange equal numbers of rows. If they are in several dp groups, which may have different numbers
         # of tokens, all pad to the largest.
         self._pads_to_largest = parallel.tp.size % parallel.etp.size != 0
         self.gate = Linear(config.emb_dim, config.num_experts, False, ops)
-        self.experts = Experts(len(placement.hosted[parallel.ep.rank]), config.emb_dim, columns, ops)
+        shape = ExpertShape.of(config, parallel)
+        self.experts = Experts(len(placement.hosted[parallel.ep.rank]), shape, ops)
 
     @property
     def _hosted(self) -> tuple[int, ...]:
@@ -147,7 +151,8 @@ class MoEFeedForward(nn.Module):
         self.all_gather.set_placement(prepared.placement)
 
     def gathered(self, x: Tensor, transform: Transform, batch: StepBatch) -> Tensor:
-        """The layer by all-gather, for few tokens: x [T, D], equal on all tp ranks -> partial sum [T, D] over tp.
+        """The layer by all-gather, for few tokens: x [T, D], equal on all tp ranks -> what `total` takes when it has
+        been all-reduced over tp.
 
         `transform` is the norm before this layer and then `forward`. With several dp groups every rank gathers the
         tokens of all groups, whose numbers are in `batch`.
@@ -175,17 +180,36 @@ class MoEFeedForward(nn.Module):
         everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, length - len(x))))
         if rows is None:
             return self._dp.reduce_scatter(transform(everybody, padding, None))
-        out = torch.zeros_like(everybody)
-        out[rows] = transform(everybody[rows], None, None)
+        answers = transform(everybody[rows], None, None)
+        out = answers.new_zeros(len(everybody), answers.shape[1])
+        out[rows] = answers
         return self._dp.reduce_scatter(out)[: len(x)]
 
     def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None = None) -> Tensor:
-        """x [n, D] -> the sum over this rank's experts [n, D]. Rows of `padding` [n] go to no expert. Adapters do not
-        apply to experts."""
+        """x [n, D] -> the outputs of this rank's experts, as `_outputs`. Rows of `padding` [n] go to no expert.
+        Adapters do not apply to experts."""
         expert_ids, weights = self.route(x)
         if padding is not None:
             expert_ids = expert_ids.masked_fill(padding[:, None], -1)
-        return self.experts(self.all_gather.select(x, expert_ids, weights))
+        return self._outputs(self.all_gather.select(x, expert_ids, weights))
+
+    def _outputs(self, received: DispatchedTokens) -> Tensor:
+        """The sum over this rank's experts [R, D], or in deterministic mode each choice's output [R, K * D], 0 for
+        experts of other ranks: then ranks only exchange outputs, and `total` adds them up in the order of choices."""
+        return (
+            self.experts.contributions(received, self._etp) if self._deterministic else self.experts(received)
+        )
+
+    def total(self, combined: Tensor) -> Tensor:
+        """What all ranks' experts gave, combined -> the sum of each token [n, D]."""
+        if not self._deterministic:
+            return combined
+        sums = combined.new_zeros(
+            len(combined), combined.shape[1] // self.num_experts_per_tok, dtype=torch.float32
+        )
+        for choice in combined.chunk(self.num_experts_per_tok, dim=1):
+            sums += choice
+        return sums.to(combined.dtype)
 
     def dispatched(self, x: Tensor, own_rows: range, batch: StepBatch) -> Tensor:
         """The layer by all-to-all, for many tokens: this rank's tokens x [N, D] -> [N, D].
@@ -212,8 +236,8 @@ class MoEFeedForward(nn.Module):
         started = [self.all_to_all.start_dispatch(*part, most_rows) for part in parts]
         for arriving in started:
             received, plan = arriving()
-            sums.append(self.all_to_all.start_combine(self.experts(received), plan))
-        return torch.cat([finish() for finish in sums])[:own]
+            sums.append(self.all_to_all.start_combine(self._outputs(received), plan))
+        return self.total(torch.cat([finish() for finish in sums])[:own])
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids int64 and weights fp32 [N, K] of the tokens x [N, D]."""

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from qwen3_dist.layout import padded_range
 from qwen3_dist.model.lora import LowRank
 from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.base import LinearWeights, Matrix, Ops
+from qwen3_dist.parallel.communicator import Communicator
 
 
 class Products(ABC):
@@ -73,3 +75,27 @@ class LinearGroup(Products):
     @property
     def layers(self) -> tuple[Linear, ...]:
         return self._layers
+
+
+class RowParallel(Linear):
+    """A layer whose inputs are split over `group`: [T, this rank's inputs] -> partial sum [T, outputs].
+
+    In deterministic mode it returns the whole sum: the ranks exchange their inputs, each computes its part of the
+    outputs from all inputs, and they exchange the outputs. No sum is split, so none depends on the number of ranks.
+    """
+
+    def __init__(
+        self, in_features: int, outputs: int, bias: bool, ops: Ops, group: Communicator, deterministic: bool
+    ) -> None:
+        """`in_features` are those of all ranks, without padding."""
+        _, inputs = padded_range(in_features, group.size, group.rank)
+        _, own_outputs = padded_range(outputs, group.size, group.rank)
+        shape = (in_features, own_outputs) if deterministic else (inputs, outputs)
+        super().__init__(*shape, bias, ops)
+        self._group, self._deterministic, self._outputs = group, deterministic, outputs
+
+    def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
+        if not self._deterministic:
+            return super().forward(x, adapters)
+        inputs = self._group.all_gather_columns(x, self.in_features)
+        return self._group.all_gather_columns(super().forward(inputs, adapters), self._outputs)

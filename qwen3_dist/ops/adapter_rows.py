@@ -20,6 +20,7 @@ class AdapterRows:
 
     present: slice | Tensor  # the P adapters: a slice of the n adapters, or their indices [P] int64
     excluded: Tensor  # [T, P, 1] bool, true where the row does not use the adapter
+    numbers: tuple[int, ...]  # [P] indices of the adapters, on the host
 
     @classmethod
     def of(cls, numbers: Sequence[int], device: torch.device) -> AdapterRows | None:
@@ -30,6 +31,7 @@ class AdapterRows:
             return None
         asked, there = rows_on_device((numbers, present), device)
         excluded = asked[:, None, None] != there[:, None]
+        numbers = tuple(number - 1 for number in present)
         if present[-1] - present[0] < len(present):
-            return cls(slice(present[0] - 1, present[-1]), excluded)
-        return cls(there - 1, excluded)
+            return cls(slice(present[0] - 1, present[-1]), excluded, numbers)
+        return cls(there - 1, excluded, numbers)

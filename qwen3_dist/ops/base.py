@@ -224,6 +224,21 @@ class Ops(ABC):
         -1 for experts of other ranks; routing fp32 [T, K]. Adds the number of occurrences of each id, from -1 on, to
         `counts` [1 + e] int64. The host may wait unless `experts_stay_on_device`."""
 
+    # In deterministic mode `experts` in two halves, one row for each choice of a token: ranks that split an expert's
+    # columns exchange the hidden columns in between, and nobody adds up outputs of some experts only.
+
+    @abstractmethod
+    def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
+        """silu(fc1 x) * fc2 x by each row's expert -> [T, I]. x [T, D]; ids int64 [T], -1 for experts of other ranks,
+        whose rows are arbitrary. Adds to `counts` and makes the host wait as `experts` does."""
+
+    @abstractmethod
+    def expert_outputs(
+        self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
+    ) -> Tensor:
+        """routing * fc3 hidden by each row's expert -> [T, outputs], both factors rounded to the Ops's dtype; 0 where
+        the id is -1. hidden [T, I]; ids int64 [T]; routing fp32 [T]."""
+
     @abstractmethod
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
         """Whether `experts` runs without the host, which a CUDA graph needs."""
@@ -233,6 +248,10 @@ class Ops(ABC):
     @abstractmethod
     def greedy(self, logits: Tensor) -> Tensor:
         """The argmax of each row, the first of equal ones -> int64 [L]. Rows are contiguous."""
+
+    @abstractmethod
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of each row, fp32 [L, V]."""
 
     @abstractmethod
     def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.ops.base import DrawSettings, Ops
+from qwen3_dist.ops.slices import SORTED_ROWS
 
 MOST_SELECTED = 1024  # up to this top-k, selecting candidates is faster than sorting all
 WIDTH = 64  # logits of a block of the vocabulary
@@ -23,6 +24,9 @@ class TorchDraws(Ops):
         rows = torch.arange(len(logits), device=logits.device)
         return block * WIDTH + padded.unflatten(1, (-1, WIDTH))[rows, block].argmax(dim=-1)
 
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(dim=-1)
+
     def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         candidates, ids = self._likeliest(logits, min(max(settings.top_ks), logits.shape[-1]))
         weights = _weights(candidates, candidates[:, :1], settings)
@@ -32,17 +36,19 @@ class TorchDraws(Ops):
         # On a GPU `_nucleus` would make the host wait.
         found = None if logits.is_cuda else self._nucleus(logits, settings)
         if found is None:
-            ordered, ids = logits.float().sort(dim=-1, descending=True, stable=True)
-            found = _weights(ordered, ordered[:, :1], settings), ids, None
+            logits = logits.float()
+            ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+            total = _total(_weights(logits, ordered[:, :1], settings))
+            total *= settings.columns[1] >= logits.shape[-1]
+            found = _weights(ordered, ordered[:, :1], settings), ids, total
         weights, ids, total = found
         return ids.gather(1, _draw_from_ordered(weights, total, settings))[:, 0]
 
     def draw_from_all(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """Samples a block of the vocabulary first, then a token in it."""
         logits = logits.float()
-        blocks = _weights(logits, logits.amax(dim=-1, keepdim=True), settings)
-        blocks = F.pad(blocks, (0, -blocks.shape[-1] % WIDTH)).unflatten(1, (-1, WIDTH))
-        cumulative = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        weights = _weights(logits, logits.amax(dim=-1, keepdim=True), settings)
+        blocks, cumulative = _cumulative_blocks(weights)
         draws = _draws(settings, cumulative)
         block = _column_of(cumulative, draws)
         before = F.pad(cumulative, (1, 0)).gather(1, block)
@@ -50,7 +56,7 @@ class TorchDraws(Ops):
         token = _column_of(inside.cumsum(dim=-1, dtype=torch.float64), draws - before)
         return (block * WIDTH + token)[:, 0]
 
-    def _nucleus(self, logits: Tensor, settings: DrawSettings) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def _nucleus(self, logits: Tensor, settings: DrawSettings) -> tuple[Tensor, Tensor, Tensor] | None:
         """The MOST_SELECTED likeliest tokens, if they contain the nucleus (top-p) of each row: their weights and ids,
         and the total weight of all tokens. Else None."""
         if min(settings.top_ks) < logits.shape[-1]:
@@ -58,7 +64,7 @@ class TorchDraws(Ops):
         logits = logits.float()
         ordered, ids = self._likeliest(logits, MOST_SELECTED)
         weights = _weights(ordered, ordered[:, :1], settings)
-        total = _weights(logits, ordered[:, :1], settings).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        total = _total(_weights(logits, ordered[:, :1], settings))
         reached = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
         _, _, top_p, _ = settings.columns
         return (weights, ids, total) if bool((reached >= top_p * total).all()) else None
@@ -71,10 +77,10 @@ class TorchDraws(Ops):
         count = min(count, logits.shape[-1])
         padded = _whole_blocks(logits)
         blocks = padded.unflatten(1, (-1, WIDTH))
-        _, best = _ordered_topk(self._largest_of_blocks(padded), min(count, blocks.shape[1]))
+        _, best = ordered_topk(self._largest_of_blocks(padded), min(count, blocks.shape[1]))
         best = best.sort(dim=-1).values
         rows = torch.arange(len(logits), device=logits.device)[:, None]
-        values, at = _ordered_topk(blocks[rows, best].float().flatten(1), count)
+        values, at = ordered_topk(blocks[rows, best].float().flatten(1), count)
         return values, best.gather(1, at // WIDTH) * WIDTH + at % WIDTH
 
     def _largest_of_blocks(self, logits: Tensor) -> Tensor:
@@ -86,13 +92,16 @@ def _draw_from_ordered(weights: Tensor, total: Tensor | None, settings: DrawSett
     """Samples a column [L, 1] of weights [L, C], which are sorted, largest first.
 
     top-p keeps the smallest number of tokens that reach p among the tokens that top-k keeps, renormalised. `total`
-    [L, 1] is the weight of all tokens, if the columns are only a part of them.
+    [L, 1] is the weight of all tokens, 0 in rows with a top-k; None if all rows have one.
     """
     _, top_k, top_p, _ = settings.columns
     ranks = torch.arange(weights.shape[-1], device=weights.device)
     kept = ranks < top_k
     cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
-    reached = top_p * (cumulative[:, -1:] if total is None else total)
+    all_kept = cumulative[:, -1:]
+    if total is not None:
+        all_kept = torch.where(total > 0, total, all_kept)
+    reached = top_p * all_kept
     kept &= (cumulative - weights < reached) | (ranks == 0)
     cumulative = (weights * kept).cumsum(dim=-1, dtype=torch.float64)
     return _column_of(cumulative, _draws(settings, cumulative))
@@ -103,14 +112,31 @@ def _whole_blocks(logits: Tensor) -> Tensor:
     return F.pad(logits, (0, padding), value=-torch.inf) if padding else logits
 
 
-def _ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """topk of fp32 [L, C] by value, then by column: both are combined in one integer."""
+def ordered_topk(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """topk of fp32 [L, C] by value, then by column. Few rows at a time, which limits memory."""
+    if len(values) > SORTED_ROWS:
+        parts = zip(*(ordered_topk(few, count) for few in values.split(SORTED_ROWS)), strict=True)
+        found, at = map(torch.cat, parts)
+        return found, at
+    # value and column in one integer
     bits = values.view(torch.int32)
     in_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     columns = values.shape[-1]
     keys = (in_order.long() << 32) + torch.arange(columns - 1, -1, -1, device=values.device)
     at = columns - 1 - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
     return values.gather(1, at), at
+
+
+def _cumulative_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [L, V] in blocks [L, B, WIDTH], the last padded with 0, and the cumulative sums of blocks, fp64 [L, B].
+    A row's sums do not depend on other rows."""
+    blocks = F.pad(weights, (0, -weights.shape[-1] % WIDTH)).unflatten(1, (-1, WIDTH))
+    return blocks, blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+
+
+def _total(weights: Tensor) -> Tensor:
+    """The sum of each row of weights [L, V] -> fp64 [L, 1]."""
+    return _cumulative_blocks(weights)[1][:, -1:]
 
 
 def _weights(logits: Tensor, largest: Tensor, settings: DrawSettings) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,18 +21,24 @@ def counted(ids: Tensor, num_experts: int) -> Tensor:
 def looped_experts(x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, expert: SwiGlu) -> Tensor:
     """Implements `Ops.experts` as a loop over experts; `expert` computes one on its rows [n, D]. The host waits for
     the counts."""
-    rows, choice = (ids >= 0).nonzero(as_tuple=True)
-    order = ids[rows, choice].argsort(stable=True)
-    rows, choice = rows[order], choice[order]
-    counts = torch.bincount(ids[rows, choice], minlength=len(weights.stacks[0])).tolist()
+    choices = ids.shape[1]
     out = torch.zeros_like(x, dtype=torch.float32)
-    start = 0
-    for number, count in enumerate(counts):
-        if count:
-            pairs = slice(start, start + count)
-            matrices = tuple(stack[number] for stack in weights.stacks)
-            scales = tuple(scale[number] for scale in weights.scales) if weights.scales else (None,) * 3
-            answers = expert(x[rows[pairs]], matrices, scales)
-            out.index_add_(0, rows[pairs], answers.float() * routing[rows[pairs], choice[pairs], None])
-            start += count
+    for number, pairs in pairs_by_expert(ids.flatten(), len(weights.stacks[0])):
+        rows = pairs // choices
+        answers = expert(x[rows], *matrices_of(weights, number))
+        out.index_add_(0, rows, answers.float() * routing.flatten()[pairs, None])
     return out.to(x.dtype)
+
+
+def pairs_by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Each expert that occurs in ids [P], with the indices where it does, in their order. The host waits."""
+    counts = torch.bincount(ids + 1, minlength=1 + experts).tolist()
+    for number, pairs in enumerate(ids.argsort(stable=True).split(counts), start=-1):
+        if number >= 0 and len(pairs):
+            yield number, pairs
+
+
+def matrices_of(weights: ExpertWeights, number: int) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """fc1, fc2 and fc3 of one expert, and their scales, None without int8."""
+    scales = tuple(scale[number] for scale in weights.scales) if weights.scales else (None,) * 3
+    return tuple(stack[number] for stack in weights.stacks), scales

@@ -22,7 +22,7 @@ from qwen3_dist.ops.quantize import as_int8
 from qwen3_dist.ops.slices import rows_of_slice
 from qwen3_dist.ops.torch_attention import gathered_attention
 from qwen3_dist.ops.torch_draws import TorchDraws
-from qwen3_dist.ops.torch_experts import counted, looped_experts
+from qwen3_dist.ops.torch_experts import counted, looped_experts, matrices_of, pairs_by_expert
 
 
 class TorchOps(TorchDraws):
@@ -122,6 +122,26 @@ class TorchOps(TorchDraws):
             Matrix(matrix, len(matrix), scale) for matrix, scale in zip(matrices, scales, strict=True)
         )
         return self._product(F.silu(self._product(x, fc1)) * self._product(x, fc2), fc3)
+
+    def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
+        counts += counted(ids, len(weights.stacks[0]))
+        out = x.new_zeros(len(x), weights.columns)
+        for number, rows in pairs_by_expert(ids, len(weights.stacks[0])):
+            (fc1, fc2, _), (one, two, _) = matrices_of(weights, number)
+            gate = self._product(x[rows], Matrix(fc1, len(fc1), one))
+            up = self._product(x[rows], Matrix(fc2, len(fc2), two))
+            out[rows] = F.silu(gate) * up
+        return out
+
+    def expert_outputs(
+        self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
+    ) -> Tensor:
+        out = hidden.new_zeros(len(hidden), outputs)
+        for number, rows in pairs_by_expert(ids, len(weights.stacks[0])):
+            (_, _, fc3), (_, _, scale) = matrices_of(weights, number)
+            product = self._product(hidden[rows], Matrix(fc3, outputs, scale))
+            out[rows] = (product.float() * routing[rows, None]).to(out.dtype)
+        return out
 
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
         return False

@@ -60,6 +60,13 @@ class Communicator(ABC):
     def all_gather(self, x: Tensor) -> Tensor:
         """[T, ...] of equal shape on every rank -> [n * T, ...], in rank order."""
 
+    def all_gather_columns(self, x: Tensor, columns: int) -> Tensor:
+        """[T, C] of equal shape on every rank -> the first `columns` of [T, n * C], side by side in rank order."""
+        if self.size == 1:
+            return x
+        parts = self.all_gather(x).view(self.size, *x.shape)
+        return parts.transpose(0, 1).flatten(1)[:, :columns].contiguous()
+
     @abstractmethod
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """[n * T, ...] -> [T, ...]: this rank's slice of the sum. `x` may be overwritten."""

@@ -42,13 +42,15 @@ class ParallelContext:
     pipeline: Pipeline
     staged: bool = False  # whether collectives go over the host
     dispatch: DispatchOptions = _DEFAULT_DISPATCH
+    deterministic: bool = False  # whether each sum is computed whole by one rank
 
     @classmethod
-    def single(cls) -> ParallelContext:
+    def single(cls, deterministic: bool = False) -> ParallelContext:
         """The context of an unsharded model."""
         alone = SingleCommunicator()
         layout = Layout()
-        return cls(layout, layout.coords(0), alone, alone, alone, alone, Pipeline())
+        groups = alone, alone, alone, alone
+        return cls(layout, layout.coords(0), *groups, Pipeline(), deterministic=deterministic)
 
     @classmethod
     def connect(
@@ -61,6 +63,7 @@ class ParallelContext:
         shared_memory: bool = True,
         staged: bool = False,
         dispatch: DispatchOptions = _DEFAULT_DISPATCH,
+        deterministic: bool = False,
     ) -> ParallelContext:
         """Joins the other ranks of `layout` through `store`: NCCL on GPUs, else shared memory or gloo.
 
@@ -83,7 +86,7 @@ class ParallelContext:
         if dispatch.by_capacity is None:
             dispatch = replace(dispatch, by_capacity=device.type == "cuda")
         pipeline = Pipeline(at.stage, layout.pp, rank - stage_size, rank + stage_size, host=staged)
-        return cls(layout, at, tp, dp, ep, etp, pipeline, staged, dispatch)
+        return cls(layout, at, tp, dp, ep, etp, pipeline, staged, dispatch, deterministic)
 
     @property
     def collectives(self) -> str:

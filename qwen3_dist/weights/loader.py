@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.expert_placement import Placements
-from qwen3_dist.layout import padded_range
+from qwen3_dist.model.experts import ExpertShape
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.choose import choose_ops
@@ -46,7 +46,8 @@ def load_model(
         files and files.is_headless
     ):  # an embedding model: its head is never used, so it is tied to the embedding
         config = replace(config, tie_word_embeddings=True)
-    plan = WeightPlan(config, parallel.layout, files.names() if files else set(), placements)
+    names = files.names() if files else set()
+    plan = WeightPlan(config, parallel.layout, names, placements, parallel.deterministic)
     if files:
         _check_names(path, files, plan)
     ops = ops or choose_ops(device, dtype)
@@ -88,8 +89,8 @@ class ExpertReader:
 
     @cached_property
     def _plan(self) -> WeightPlan:
-        names = self._files.names() if self._files else set()
-        return WeightPlan(self._model.config, self._model.parallel.layout, names)
+        names, parallel = self._files.names() if self._files else set(), self._model.parallel
+        return WeightPlan(self._model.config, parallel.layout, names, deterministic=parallel.deterministic)
 
     def read(
         self, layer: int, experts: Sequence[int], progress: Callable[[int], None] = lambda elements: None
@@ -99,13 +100,12 @@ class ExpertReader:
         Random weights are generated on the model's device, with the same values as at loading. `progress` is called
         with numbers of elements that were read. Raises CheckpointError or OSError.
         """
-        config, parallel = self._model.config, self._model.parallel
-        _, columns = padded_range(config.moe_hidden_dim, parallel.etp.size, parallel.etp.rank)
+        parallel = self._model.parallel
+        shape = ExpertShape.of(self._model.config, parallel)
         device = self._model.device if self._random else "cpu"
-        wide, tall = (len(experts), columns, config.emb_dim), (len(experts), config.emb_dim, columns)
         stacks = {
-            name: torch.zeros(shape, dtype=self._model.dtype, device=device)
-            for name, shape in (("fc1", wide), ("fc2", wide), ("fc3", tall))
+            name: torch.zeros(len(experts), *sizes, dtype=self._model.dtype, device=device)
+            for name, sizes in zip(("fc1", "fc2", "fc3"), shape.matrices, strict=True)
         }
         if experts:
             for piece in self._plan.expert_pieces(layer, experts, parallel.coords):
@@ -143,8 +143,9 @@ def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
 
 
 def _may_be_padding(name: str) -> bool:
-    """Whether a parameter may consist of padding only: biases that only tp rank 0 has, columns past the end."""
-    return name.endswith("out_proj.bias") or ".fc" in name or name in ("tok_emb.weight", "out_head.weight")
+    """Whether a parameter may consist of padding only: biases that only tp rank 0 has, outputs or columns past the
+    end."""
+    return ".out_proj." in name or ".fc" in name or name in ("tok_emb.weight", "out_head.weight")
 
 
 def _check_names(path: Path, files: CheckpointFiles, plan: WeightPlan) -> None:

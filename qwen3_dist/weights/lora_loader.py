@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.model.linear import Linear
-from qwen3_dist.model.lora import LowRank
+from qwen3_dist.model.lora import DeterministicLowRank, LowRank
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.weights.adapter_files import Adapter, adapted_pieces, open_adapters
 from qwen3_dist.weights.weight_plan import Piece, WeightPlan
@@ -26,7 +26,8 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
     if not loaded:
         return
     largest = max(adapter.rank for adapter in loaded)
-    plan = WeightPlan(model.config, model.parallel.layout, set())
+    deterministic = model.parallel.deterministic
+    plan = WeightPlan(model.config, model.parallel.layout, set(), deterministic=deterministic)
     for piece in adapted_pieces(plan.pieces(model.parallel.coords)):
         adapting = [adapter.pair_of(piece.source) in adapter.pairs for adapter in loaded]
         if not any(adapting):
@@ -40,7 +41,7 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
         for place, adapter in enumerate(loaded):
             if adapting[place]:
                 _read(adapter, piece, a[place], b[place])
-        layer.low_rank = LowRank(a, b)
+        layer.low_rank = DeterministicLowRank(a, b, model.ops) if deterministic else LowRank(a, b)
 
 
 def _read(adapter: Adapter, piece: Piece, a: Tensor, b: Tensor) -> None:

@@ -28,6 +28,11 @@ class Piece:
     parameter: str
     target: Index
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the rank's part is padding alone."""
+        return any(part.start is not None and part.start == part.stop for part in self.index)
+
 
 class Split(Enum):
     """How a tensor is split over ranks."""
@@ -40,6 +45,11 @@ class Split(Enum):
     COLUMNS = "rows of this rank's hidden columns"
     COLUMN_INPUTS = "columns of this rank's hidden columns"
     VOCAB = "rows of this rank's part of the vocabulary"
+    OUTPUTS = "rows of this rank's part of the outputs"
+
+
+# In deterministic mode no product is split by its inputs.
+_DETERMINISTIC = dict.fromkeys((Split.HEAD_INPUTS, Split.COLUMN_INPUTS, Split.FIRST), Split.OUTPUTS)
 
 
 _Shape = Callable[[ModelConfig], tuple[int, ...]]
@@ -128,8 +138,14 @@ class WeightPlan:
     """The pieces of every rank for one checkpoint. `names` are its tensors, which tell whether experts are fused."""
 
     def __init__(
-        self, config: ModelConfig, layout: Layout, names: set[str], placements: Placements | None = None
+        self,
+        config: ModelConfig,
+        layout: Layout,
+        names: set[str],
+        placements: Placements | None = None,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self._placements = placements or even_placements(config, layout.ep)
         self._config = config
         self._layout = layout
@@ -153,11 +169,11 @@ class WeightPlan:
                 yield from self._apply(rule, *prefixes, at)
             if moe:
                 hosted = self._placements[layer].hosted[at.ep_rank]
-                yield from self._experts(*prefixes, at, hosted)
+                yield from self._expert_pieces(*prefixes, at, hosted)
 
     def expert_pieces(self, layer: int, experts: Sequence[int], at: RankCoords) -> Iterator[Piece]:
         """The pieces of these experts of a layer, with target parameters fc1, fc2 and fc3."""
-        return self._experts(f"model.layers.{layer}.", "", at, experts)
+        return self._expert_pieces(f"model.layers.{layer}.", "", at, experts)
 
     def expected_names(self) -> set[str]:
         """The names of all tensors that ranks read."""
@@ -171,6 +187,7 @@ class WeightPlan:
 
     def _apply(self, rule: _Rule, their_prefix: str, our_prefix: str, at: RankCoords) -> Iterator[Piece]:
         theirs, ours, split, shape_of, condition = rule
+        split = _DETERMINISTIC.get(split, split) if self._deterministic else split
         if not condition(self._config) or (split is Split.FIRST and at.tp_rank != 0):
             return
         shape = shape_of(self._config)
@@ -194,25 +211,32 @@ class WeightPlan:
         dim = 1 if split in (Split.HEAD_INPUTS, Split.COLUMN_INPUTS) else 0
         return dim, padded_range(shape[dim], tp, at.tp_rank)[0]
 
+    def _expert_pieces(
+        self, theirs: str, ours: str, at: RankCoords, hosted: Sequence[int]
+    ) -> Iterator[Piece]:
+        return (piece for piece in self._experts(theirs, ours, at, hosted) if not piece.is_empty)
+
     def _experts(self, theirs: str, ours: str, at: RankCoords, hosted: Sequence[int]) -> Iterator[Piece]:
         config = self._config
-        part, _ = padded_range(config.moe_hidden_dim, self._layout.etp, at.etp_rank)
-        columns, filled = slice(part.start, part.stop), slice(0, len(part))
         everything = slice(None)
+        columns, filled = self._slices(config.moe_hidden_dim, at)
+        # of the down projection: the slices of the whole, and those of this rank's part
+        outputs, inputs, to_outputs, to_inputs = everything, columns, everything, filled
+        if self._deterministic:
+            outputs, to_outputs = self._slices(config.emb_dim, at)
+            inputs, to_inputs = everything, everything
         ours = f"{ours}ff.experts." if ours else ""
-        if not part:
-            return
         if f"{theirs}mlp.experts.gate_up_proj" in self._names:
             inner = config.moe_hidden_dim
             gate_up = (config.num_experts, 2 * inner, config.emb_dim)
             down = (config.num_experts, config.emb_dim, inner)
-            ups = slice(inner + part.start, inner + part.stop)
+            ups = slice(inner + columns.start, inner + columns.stop)
             for experts, stack in _runs(hosted):
                 source, target = f"{theirs}mlp.experts.gate_up_proj", (stack, filled, everything)
                 yield Piece(source, gate_up, (experts, columns, everything), f"{ours}fc1", target)
                 yield Piece(source, gate_up, (experts, ups, everything), f"{ours}fc2", target)
-                source, target = f"{theirs}mlp.experts.down_proj", (stack, everything, filled)
-                yield Piece(source, down, (experts, everything, columns), f"{ours}fc3", target)
+                source, target = f"{theirs}mlp.experts.down_proj", (stack, to_outputs, to_inputs)
+                yield Piece(source, down, (experts, outputs, inputs), f"{ours}fc3", target)
             return
         wide, tall = (config.moe_hidden_dim, config.emb_dim), (config.emb_dim, config.moe_hidden_dim)
         for place, expert in enumerate(hosted):
@@ -221,8 +245,13 @@ class WeightPlan:
             for name, fc in (("gate_proj", "fc1"), ("up_proj", "fc2")):
                 target = (at_place, filled, everything)
                 yield Piece(f"{base}{name}.weight", wide, (columns,), f"{ours}{fc}", target)
-            target = (at_place, everything, filled)
-            yield Piece(f"{base}down_proj.weight", tall, (everything, columns), f"{ours}fc3", target)
+            target = (at_place, to_outputs, to_inputs)
+            yield Piece(f"{base}down_proj.weight", tall, (outputs, inputs), f"{ours}fc3", target)
+
+    def _slices(self, dim: int, at: RankCoords) -> tuple[slice, slice]:
+        """An etp rank's part of `dim` columns, and the same counted from its first, without padding."""
+        part, _ = padded_range(dim, self._layout.etp, at.etp_rank)
+        return slice(part.start, part.stop), slice(0, len(part))
 
 
 def _runs(hosted: Sequence[int]) -> Iterator[tuple[slice, slice]]:

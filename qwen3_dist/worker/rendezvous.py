@@ -95,6 +95,7 @@ def _connect(
         timeout_s=config.step_timeout_s + (0 if device.type == "cpu" or over_host else _NCCL_MARGIN_S),
         staged=over_host,
         dispatch=DispatchOptions(config.dispatch_dtype == "fp8", config.overlap_dispatch_from),
+        deterministic=config.deterministic,
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.ops.cuda.compiles import compiled_kernels
 from qwen3_dist.ops.transfer import ToHost
@@ -83,7 +84,7 @@ class ModelRunner:
         drawn = self._draw(plan, logits)
         if logits is None or drawn is None:
             return None
-        return StepOutput(plan.step, logits, drawn, prompt_outputs, overflow)
+        return StepOutput(plan.step, logits, drawn, prompt_outputs, overflow, self.model.ops)
 
     @property
     def may_repeat(self) -> bool:
@@ -176,7 +177,9 @@ class ModelRunner:
             output = self.launch(plans[self._parallel.coords.group])
             if output is not None:
                 output.result()
-        for moe in moe_layers[:1]:  # all are of one shape
+        for moe in moe_layers[
+            : not self._parallel.deterministic
+        ]:  # all are of one shape; there, any rows compile all
             warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.activation_template)
         for moe in moe_layers:
             moe.reset_counts()
@@ -239,12 +242,15 @@ class StepOutput:
         logits: Tensor,
         sampled: Sampled,
         prompt_outputs: PromptOutputs | None,
-        overflow: Tensor | None = None,
+        overflow: Tensor | None,
+        ops: Ops,
     ) -> None:
         """`overflow` [1] is above 0 if the step is void."""
         self._step = step
         self._prompt_outputs = prompt_outputs
-        self._logprobs = SampledLogprobs(logits, sampled.tokens, sampled.specs, sampled.logprob_token_ids)
+        self._logprobs = SampledLogprobs(
+            logits, sampled.tokens, sampled.specs, ops, sampled.logprob_token_ids
+        )
         self._errors = tuple(sampled.errors.items())
         self._tokens = ToHost(sampled.tokens, *([] if overflow is None else [overflow]))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ConfigError
-from qwen3_dist.model.experts import Experts
+from qwen3_dist.model.experts import Experts, ExpertShape
 from qwen3_dist.ops import slices
 from qwen3_dist.ops.base import ExpertWeights
 from qwen3_dist.ops.choose import choose_ops
@@ -55,7 +55,7 @@ def test_slices_of_a_large_batch_give_the_same_sums(way: str, monkeypatch: pytes
     kernels = {torch.float32: GpuKernels() if way == "triton" else None}
     of_gpu = CudaOps(torch.device("cpu"), torch.float32, kernels, Chosen(PLAIN, ()), way == "grouped")
     ops = TorchOps() if way == "looped" else of_gpu
-    layer = Experts(5, 32, 24, ops).requires_grad_(False)
+    layer = Experts(5, ExpertShape.of_columns(32, 24), ops).requires_grad_(False)
     for parameter in layer.parameters():
         parameter.normal_(0, 0.2)
     ids = torch.randint(-1, 5, (11, 3))
@@ -80,7 +80,7 @@ def test_packed_experts_are_replaced_in_their_places_alone(places: list[int], qu
     ops = choose_ops(torch.device("cpu"), torch.float32)
 
     def packed(stacks: tuple[torch.Tensor, ...]) -> Experts:
-        experts = Experts(4, 32, 24, ops).requires_grad_(False)
+        experts = Experts(4, ExpertShape.of_columns(32, 24), ops).requires_grad_(False)
         for parameter, stack in zip(experts.parameters(), stacks, strict=True):
             parameter.copy_(stack)
         experts.finalize(int8=quantized)

@@ -278,7 +278,7 @@ def test_kernels_are_built_beside_compiled_python(
 def fast_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A compiler that makes empty libraries, no home, and the folder for temporary files."""
     monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/true")
-    monkeypatch.setattr(build, "_build", lambda compiler, built: built.touch())
+    monkeypatch.setattr(build, "_build", lambda compiler, flags, built: built.touch())
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     (tmp_path / "tmp").mkdir()

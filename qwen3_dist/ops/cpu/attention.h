@@ -14,6 +14,7 @@ struct AttentionShape {
 constexpr long TASK_ROWS = 512;  // queries of a task
 constexpr long PART_ROWS = 32;   // queries of a part: its scores fit the L1 cache; keys that no query sees are skipped
 constexpr long FEW_ROWS = 8;     // up to this number of rows of a group, keys and values are read in place
+constexpr long FIXED_ROWS = 64;  // queries of a group in a task that reads keys in place in deterministic mode
 constexpr long FEW_TASKS = 2;    // least number of tasks of few rows for each thread
 constexpr float LOWEST = -1e30f;  // below all scores; unlike with -infinity, LOWEST - LOWEST is 0
 
@@ -72,7 +73,9 @@ struct Attention {
         std::fill(most, most + whole, LOWEST);
         std::fill(mass, mass + whole, 0.0f);
         std::fill(sums, sums + rows * width(), 0.0f);
-        for (long key = window ? std::max(0L, before + task.first - window + 1) : 0; key <= last; key += CHUNK) {
+        long seen_from = window ? std::max(0L, before + task.first - window + 1) : 0;
+        if (FIXED_WAY) seen_from = seen_from / CHUNK * CHUNK;  // chunks begin where they do in any other task
+        for (long key = seen_from; key <= last; key += CHUNK) {
             long n = std::min(CHUNK, last + 1 - key), depth = few ? n : padded<P>(n);
             // Turns the scores of rows [first, first + some) into softmax weights of `depth` values.
             auto update_softmax_of_rows = [&](long first, long some, float* scores, auto* weights, long ld) {
@@ -120,7 +123,7 @@ struct Attention {
         for (long i = 0; i < n; i += LANES) store(row + i, load(row + i) * by);
     }
 
-    bool is_few(long tokens) const { return tokens * per_group() <= FEW_ROWS; }
+    bool is_few(long tokens) const { return FIXED_WAY || tokens * per_group() <= FEW_ROWS; }
 
     // Calls f(offset in the chunk, rows, tokens, ahead) for each run of the chunk's tokens in one block. The next run,
     // or `then` after the last run, is `ahead` bytes further on, for prefetching.
@@ -138,7 +141,7 @@ struct Attention {
         const T* then = values + place(task, key);
 #ifdef __AMX_BF16__
         if constexpr (std::is_same_v<T, bf16>)
-            if (dim == UnitScores::DIM && (shape.block_size | key) % UNIT_ROWS == 0 && has_matrix_unit()) {
+            if (!FIXED_WAY && dim == UnitScores::DIM && (shape.block_size | key) % UNIT_ROWS == 0 && has_matrix_unit()) {
                 bf16* columns = scratch<bf16>(QUERY_COLUMNS, task.groups * rows * dim);
                 UnitScores unit(rows);
                 for (long g = 0; g < task.groups; g++)
@@ -208,15 +211,17 @@ struct Attention {
         long rows = task.count * per_group();
         streamed_runs(task, key, n, values, then, [&](long at, const T* from, long some, long ahead) {
             for (long g = 0; g < task.groups; g++)
-                add_all<FEW_ROWS>(rows, weights + g * rows * CHUNK + at, CHUNK, from + g * shape.dim, stride(), some,
-                                  shape.dim, ahead, shrink + g * rows, sums + g * rows * width(), width());
+                for (long r = g * rows; r < (g + 1) * rows; r += FEW_ROWS)
+                    add_all<FEW_ROWS>(std::min(FEW_ROWS, (g + 1) * rows - r), weights + r * CHUNK + at, CHUNK,
+                                      from + g * shape.dim, stride(), some, shape.dim, ahead, shrink + r,
+                                      sums + r * width(), width());
             std::fill(shrink, shrink + task.groups * rows, 1.0f);  // applied by the first run
         });
     }
 
     void run(int threads) const {
         std::vector<Task> tasks;
-        long step = std::max(1L, TASK_ROWS / per_group());
+        long step = std::max(1L, (FIXED_WAY ? FIXED_ROWS : TASK_ROWS) / per_group());
         long together = std::clamp(shape.sequences * shape.groups / (FEW_TASKS * threads), 1L, shape.groups);
         for (long s = 0; s < shape.sequences; s++)
             for (long g = 0; g < shape.groups; g++)  // one group after the other, so that its keys stay in a cache

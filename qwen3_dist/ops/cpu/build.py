@@ -18,13 +18,17 @@ import torch
 
 _log = logging.getLogger(__name__)
 _SOURCES = Path(__file__).parent
-_COMPILE = ("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-fopenmp", "-fPIC")
+_COMPILE = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_FAST = ("-ffast-math", "-fno-finite-math-only")
+# For deterministic mode: the compiler keeps the order of sums, so that it is the same in each copy of a loop it makes.
+_FIXED = ("-DDETERMINISTIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _TIMEOUT_S = 300.0
 
 
 @functools.cache
-def library() -> Path | None:
+def library(deterministic: bool = False) -> Path | None:
     """The compiled kernels, built now if they are not in the cache; None, with a warning, if that fails.
+    `deterministic` builds those whose result for a row does not depend on the rows around it.
 
     Ranks that start together wait for the first of them to build.
     """
@@ -33,7 +37,8 @@ def library() -> Path | None:
         _log.warning("no C++ compiler was found, so CPU ranks use plain torch, which is slower; install g++")
         return None
     try:
-        name = f"kernels-{_fingerprint(compiler)}.so"
+        flags = (*_COMPILE, *(_FIXED if deterministic else _FAST))
+        name = f"kernels-{_fingerprint(compiler, flags)}.so"
         cache = _user_cache()
         if cache is not None and (cache / name).exists():  # the directory may be read-only
             return cache / name
@@ -42,7 +47,7 @@ def library() -> Path | None:
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not built.exists():
-                _build(compiler, built)
+                _build(compiler, flags, built)
         return built
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
@@ -50,10 +55,10 @@ def library() -> Path | None:
         return None
 
 
-def _build(compiler: str, built: Path) -> None:
+def _build(compiler: str, flags: tuple[str, ...], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as work:
         compiled, linked = Path(work) / "cpu.o", Path(work) / "cpu.so"
-        _run(compiler, *_COMPILE, "-c", str(_SOURCES / "cpu.cpp"), "-o", str(compiled))
+        _run(compiler, *flags, "-c", str(_SOURCES / "cpu.cpp"), "-o", str(compiled))
         # Linked without -ffast-math, which would change how the whole process rounds denormals, and with
         # torch's own OpenMP: two of them would keep two pools of spinning threads.
         _run(compiler, "-shared", str(compiled), "-o", str(linked), *_openmp(), "-lm")
@@ -96,9 +101,9 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="qwen3_dist-"))
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     """A hash of all that the library depends on: sources, flags, compiler, torch and the CPU's instruction sets."""
-    digest = hashlib.sha256(" ".join((*_COMPILE, torch.__version__)).encode())
+    digest = hashlib.sha256(" ".join((*flags, torch.__version__)).encode())
     for source in sorted((*_SOURCES.glob("*.cpp"), *_SOURCES.glob("*.h"))):  # beside them lie Python's files
         digest.update(source.read_bytes())
     digest.update(subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout)

@@ -41,10 +41,31 @@ void experts_##NAME(const T* x, const W* fc1, const W* fc2, const W* fc3, const 
                   inner} \
         .run(int(threads)); \
 } \
+void expert_hidden_##NAME(const T* x, const W* fc1, const W* fc2, const float* scales1, const float* scales2, \
+                          const long* ids, T* to, long* counts, long rows, long experts, long dim, long inner, \
+                          long threads) { \
+    Experts<T, W>{x, fc1, fc2, nullptr, scales1, scales2, nullptr, ids, nullptr, nullptr, counts, rows, 1, experts, dim, \
+                  inner} \
+        .hidden_columns(to, int(threads)); \
+} \
+void expert_outputs_##NAME(const T* hidden, const W* fc3, const float* scales3, const long* ids, const float* weights, \
+                           T* y, long rows, long experts, long dim, long inner, long threads) { \
+    Experts<T, W>{nullptr, nullptr, nullptr, fc3, nullptr, nullptr, scales3, ids, weights, y, nullptr, rows, 1, experts, \
+                  dim, inner} \
+        .outputs(hidden, int(threads)); \
+} \
 }
 
 #define KERNELS(T, NAME) \
 extern "C" { \
+void swiglu_##NAME(const T* gate, const T* up, T* out, long rows, long columns, long gate_stride, long up_stride, \
+                   long threads) { \
+    swiglu<T>(gate, up, out, rows, columns, gate_stride, up_stride, int(threads)); \
+} \
+void route_##NAME(const T* logits, long* ids, float* weights, long rows, long experts, long choices, long normed, \
+                  long threads) { \
+    route<T>(logits, rows, experts, choices, normed, ids, weights); \
+} \
 void packed_rows_##NAME(const T* packed, const long* ids, T* out, long count, long inner, long threads) { \
     packed_rows<T>(packed, ids, out, count, inner, int(threads)); \
 } \

@@ -26,16 +26,9 @@ struct Experts {
     // row.
     template <class F>
     void run(int threads, F write_input) const {
-        std::vector<long> start(experts + 1, 0), pairs, place(rows * choices, -1);
-        for (long i = 0; i < rows * choices; i++)
-            if (ids[i] >= 0) start[ids[i] + 1]++;
-        for (long e = 0; counts && e < experts; e++) counts[e] += start[e + 1];
-        for (long e = 0; e < experts; e++) start[e + 1] += start[e];
-        long total = start[experts];
-        pairs.resize(total);
-        std::vector<long> next(start.begin(), start.end() - 1);
-        for (long i = 0; i < rows * choices; i++)
-            if (ids[i] >= 0) pairs[place[i] = next[ids[i]]++] = i;
+        const Sorted by_expert = sorted();
+        const auto &start = by_expert.start, &pairs = by_expert.pairs, &place = by_expert.place;
+        long total = pairs.size();
         // With many rows each task gathers its own rows, so that they are in its core's cache, and does all panels.
         bool own = total >= 4 * threads * BLOCK_ROWS;
         std::vector<Task> up, down;
@@ -67,6 +60,73 @@ struct Experts {
 #pragma omp for
             for (long r = 0; r < (weights ? rows : 0); r++) add_up(r, place.data() + r * choices, out);
         }
+    }
+
+    // The two halves of `run`, for deterministic mode: ranks that split an expert's columns exchange what lies between.
+    // A row has one choice. to [R, I]: the hidden columns of each row; rows without expert are not written.
+    void hidden_columns(T* to, int threads) const {
+        const Sorted by_expert = sorted();
+        const auto &start = by_expert.start, &pairs = by_expert.pairs;
+        long total = pairs.size(), ldx = stride<W>(dim), ldh = stride<W>(inner);
+        std::vector<Task> up = tasks(start, panels(inner));
+        Input<W>*input = scratch<Input<W>>(INPUTS, total * ldx), *hidden = scratch<Input<W>>(HIDDEN, total * ldh);
+        SharedTasks ups(up.size(), threads);
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for
+            for (long p = 0; p < total; p++) convert_input(x + pairs[p] * dim, input + p * ldx, dim, padded<W>(dim));
+            ups.run([&](long t) {
+                parts(up[t], [&](const Task& task) { gate_up(task, input + up[t].pair * ldx, hidden); });
+            });
+#pragma omp barrier
+#pragma omp for
+            for (long p = 0; p < total; p++) convert_row(hidden + p * ldh, to + pairs[p] * inner, inner);
+        }
+    }
+
+    // y [R, D] = weight * output of each row's expert for its hidden columns `from` [R, I]; 0 for rows without expert.
+    void outputs(const T* from, int threads) const {
+        const Sorted by_expert = sorted();
+        const auto &start = by_expert.start, &pairs = by_expert.pairs, &place = by_expert.place;
+        long total = pairs.size(), ldh = stride<W>(inner);
+        std::vector<Task> down = tasks(start, panels(dim));
+        Input<W>* hidden = scratch<Input<W>>(HIDDEN, total * ldh);
+        T* out = scratch<T>(OUTPUTS, total * dim);
+        SharedTasks downs(down.size(), threads);
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for
+            for (long p = 0; p < total; p++)
+                convert_input(from + pairs[p] * inner, hidden + p * ldh, inner, padded<W>(inner));
+            downs.run([&](long t) { parts(down[t], [&](const Task& task) { project(task, hidden, out); }); });
+#pragma omp barrier
+#pragma omp for
+            for (long r = 0; r < rows; r++) add_up(r, place.data() + r, out);
+        }
+    }
+
+    // The pairs of a row and one of its choices sorted by expert, where each expert's pairs start, and each pair's place
+    // among the sorted ones, -1 without an expert. Adds to `counts`.
+    struct Sorted {
+        std::vector<long> start, pairs, place;
+    };
+    Sorted sorted() const {
+        std::vector<long> start(experts + 1, 0), place(rows * choices, -1);
+        for (long i = 0; i < rows * choices; i++)
+            if (ids[i] >= 0) start[ids[i] + 1]++;
+        for (long e = 0; counts && e < experts; e++) counts[e] += start[e + 1];
+        for (long e = 0; e < experts; e++) start[e + 1] += start[e];
+        std::vector<long> pairs(start[experts]), next(start.begin(), start.end() - 1);
+        for (long i = 0; i < rows * choices; i++)
+            if (ids[i] >= 0) pairs[place[i] = next[ids[i]]++] = i;
+        return {start, pairs, place};
+    }
+
+    std::vector<Task> tasks(const std::vector<long>& start, long count) const {
+        std::vector<Task> all;
+        for (long e = 0; e < experts; e++)
+            if (long rows = start[e + 1] - start[e]) add_tasks(all, e, start[e], rows, count, BLOCK_PANELS);
+        return all;
     }
 
     // Tasks of the same rows follow each other, so that the rows stay in a cache.

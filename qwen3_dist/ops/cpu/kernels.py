@@ -30,6 +30,10 @@ _SIGNATURES = {
     "feed_forward_kernel": "pppii",
     "experts_kernel": "pppii",
     "experts": "pppppppppppiiiiii",
+    "expert_hidden": "ppppppppiiii",
+    "expert_outputs": "ppppppiiii",
+    "swiglu": "pppiiii",
+    "route": "pppiiii",
     "attention": "ppppppppiiiiiiifi",
     "norm": "pppiifi",
     "block_max": "ppiiii",
@@ -42,6 +46,8 @@ _PRODUCTS = (
     "padded",
     "linear",
     "experts",
+    "expert_hidden",
+    "expert_outputs",
     "attention_kernel",
     "feed_forward_kernel",
     "experts_kernel",
@@ -118,6 +124,43 @@ class Kernels:
         scales = weights.scales or (None, None, None)
         self.run(name, x, *weights.stacks, *scales, ids, routing, out, counts, *sizes)
         return out
+
+    def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
+        """silu(fc1 x) * fc2 x by the expert of each row -> [T, I]. x [T, D]; `weights` packed; ids int64 [T], -1 for
+        no expert, whose row is 0. Adds the number of rows of each expert to `counts` [E] int64."""
+        fc1, fc2, _ = weights.stacks
+        one, two, _ = weights.scales or (None, None, None)
+        out = x.new_zeros(len(x), weights.columns)
+        name = "expert_hidden" if one is None else "expert_hidden_int8"
+        self.run(name, x, fc1, fc2, one, two, ids, out, counts, len(x), len(fc1), x.shape[1], weights.columns)
+        return out
+
+    def expert_outputs(
+        self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
+    ) -> Tensor:
+        """routing * fc3 hidden by the expert of each row -> [T, outputs]. hidden [T, I]; ids int64 [T], -1 for no
+        expert, whose row is 0; routing fp32 [T]."""
+        fc3, scale = weights.stacks[2], weights.scales[2] if weights.scales else None
+        out = hidden.new_empty(len(hidden), outputs)
+        name = "expert_outputs" if scale is None else "expert_outputs_int8"
+        self.run(name, hidden, fc3, scale, ids, routing, out, len(hidden), len(fc3), outputs, hidden.shape[1])
+        return out
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, both [T, I] with contiguous rows -> [T, I]."""
+        assert gate.stride(1) == up.stride(1) == 1
+        out = gate.new_empty(gate.shape)
+        sizes = (*gate.shape, gate.stride(0), up.stride(0))
+        self.run("swiglu", gate.data_ptr(), up.data_ptr(), out, *sizes)
+        return out
+
+    def route(self, logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
+        """Ids int64 and weights fp32 [T, K] of the top experts of logits [T, E], as `Ops.route`."""
+        tokens, experts = logits.shape
+        ids = logits.new_empty(tokens, choices, dtype=torch.int64)
+        weights = logits.new_empty(tokens, choices, dtype=torch.float32)
+        self.run("route", logits, ids, weights, tokens, experts, choices, normed)
+        return ids, weights
 
     def attention(
         self,
@@ -201,7 +244,7 @@ class Kernels:
 
 
 @functools.cache
-def load_kernels(dtype: torch.dtype) -> Kernels | None:
+def load_kernels(dtype: torch.dtype, deterministic: bool = False) -> Kernels | None:
     """The kernels for activations of `dtype`; None if they could not be built or do not support the dtype."""
-    path = library() if dtype in _DTYPES else None
+    path = library(deterministic) if dtype in _DTYPES else None
     return Kernels(path, dtype) if path is not None else None

@@ -170,7 +170,7 @@ inline void ignore(long, long, long, long) {}
 
 inline bool uses_matrix_unit(long rows) {
 #ifdef __AMX_BF16__
-    return rows > 1 && has_matrix_unit();
+    return (rows > 1 || FIXED_WAY) && has_matrix_unit();
 #else
     return false;
 #endif
@@ -183,7 +183,7 @@ template <class W, bool ADDS = false, class F = decltype(ignore)>
 inline void block_product(const Input<W>* x, long ldx, long rows, const W* w, long count, long depth, float* out,
                           long ldo, F done = ignore) {
     if constexpr (IS_NARROW<W>)
-        if (rows > WIDENED_AFTER || (rows > TILE_ROWS && uses_matrix_unit(rows))) {
+        if (rows > WIDENED_AFTER || ((rows > TILE_ROWS || FIXED_WAY) && uses_matrix_unit(rows))) {
             auto wide = scratch<Wide<W>>(WIDENED, PANEL * depth);
             for (long p = 0; p < count; p++) {
                 widen_weights(w + p * PANEL * depth, wide, PANEL * depth);

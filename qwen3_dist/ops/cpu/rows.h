@@ -35,6 +35,24 @@ inline void add_row(T* x, const T* y, long dim) {
     for (; i < dim; i++) narrow(widen(x[i]) + widen(y[i]), x[i]);
 }
 
+// out = silu(gate) * up [rows, columns]; rows of gate and up are `stride` apart. The last numbers are a whole vector too:
+// a number's place in a row changes no bit of it.
+template <class T>
+void swiglu(const T* gate, const T* up, T* out, long rows, long columns, long gate_stride, long up_stride, int threads) {
+    auto vector = [](const T* g, const T* u, T* to) { store(to, silu<T>(load(g)) * load(u)); };
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (long r = 0; r < rows; r++) {
+        const T *g = gate + r * gate_stride, *u = up + r * up_stride;
+        T *to = out + r * columns, last[3][LANES] = {};
+        long i = 0, rest = columns % LANES * sizeof(T);
+        for (; i + LANES <= columns; i += LANES) vector(g + i, u + i, to + i);
+        memcpy(last[0], g + i, rest);
+        memcpy(last[1], u + i, rest);
+        vector(last[0], last[1], last[2]);
+        memcpy(to + i, last[2], rest);
+    }
+}
+
 template <class T>
 inline float largest(const T* x, long count) {
     Vec most = Vec{} - INFINITY;

@@ -11,6 +11,14 @@
 #include <immintrin.h>
 #endif
 
+// Compiled for deterministic mode: the result of a row is the same bits for any number of rows around it. There each
+// operation has one way to compute, whichever would be fastest.
+#ifdef DETERMINISTIC
+constexpr bool FIXED_WAY = true;
+#else
+constexpr bool FIXED_WAY = false;
+#endif
+
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else

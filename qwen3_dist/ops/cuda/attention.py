@@ -100,6 +100,17 @@ def triton(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def unsplit(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
+    """Our Triton kernel in deterministic mode: one program computes a query with all of its keys, in tiles of one
+    size."""
+    from qwen3_dist.ops.cuda.triton_attention import FIXED_ROWS, attention
+
+    metadata = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
+    longest = max(batch.query_lens)
+    return attention(q, cache.keys, cache.values, *metadata, window, longest, fixed_rows=FIXED_ROWS)
+
+
+UNSPLIT = Backend("Triton", unsplit)
 BACKENDS = (Backend("FlashAttention 3", flash, activate_flash), Backend("Triton", triton))
 PLAIN = Backend("plain torch", gathered_attention)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,22 +26,30 @@ class GpuKernels:
         self.experts = triton_products.experts
         self.summed = triton_products.summed
         self.linear_int8 = triton_products.linear_int8
+        self.fixed_linear = triton_products.fixed_linear
+        self.expert_hidden = triton_products.expert_hidden
+        self.expert_outputs = triton_products.expert_outputs
         self.ordering_keys = triton_sampling.ordering_keys
         self.draw_from_ordered = triton_sampling.draw_from_ordered
         self.draw_from_all = triton_sampling.draw_from_all
 
 
 @functools.cache
-def working_kernels(device: torch.device, dtype: torch.dtype) -> GpuKernels | None:
+def working_kernels(
+    device: torch.device, dtype: torch.dtype, deterministic: bool = False
+) -> GpuKernels | None:
     """The kernels, if all of them give correct results on small problems of `dtype`; else None, and the log says
-    why."""
+    why. Those of deterministic mode are tried only if it is on."""
     what = f"Triton for {str(dtype).removeprefix('torch.')}"
     try:
         kernels = GpuKernels()
     except Exception as error:
         log_failure(what, _INSTEAD, f"{type(error).__name__}: {error}")
         return None
-    for name, compute, expected in _trials(kernels, device, dtype):
+    trials = chain(
+        _trials(kernels, device, dtype), _fixed_trials(kernels, device, dtype) if deterministic else ()
+    )
+    for name, compute, expected in trials:
         reason = failure(compute, expected, tolerance=1e-2)
         if reason is not None:
             log_failure(what, _INSTEAD, f"{name}: {reason}")
@@ -96,3 +105,16 @@ def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> It
         return kernels.draw_from_ordered(keys, 4, settings)
 
     yield "draw_from_ordered", drawn, of([[1]])[0]
+
+
+def _fixed_trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> Iterator[_Trial]:
+    """As `_trials`, for the kernels that only deterministic mode uses."""
+    ones = torch.ones(2, 16, dtype=dtype, device=device)
+    eye = torch.eye(16, device=device).to(dtype)
+    stacks, ids = (torch.stack([eye, 2 * eye]),) * 3, torch.tensor([1, -1], device=device)
+    yield "fixed_linear", lambda: kernels.fixed_linear(ones, eye, None), ones
+    totals = ids.new_zeros(3)
+    hidden = lambda: kernels.expert_hidden(ones, stacks, None, ids, totals)[:1]  # noqa: E731
+    yield "expert_hidden", hidden, torch.full((1, 16), 4 * 0.8808, device=device)  # silu(2) * 2
+    outputs = torch.tensor([[2.0], [0.0]], device=device).expand(2, 16)
+    yield "expert_outputs", lambda: kernels.expert_outputs(ones, stacks[2], None, ids), outputs

@@ -19,6 +19,7 @@ from qwen3_dist.ops.cuda import compiles
 compiles.count_compilations()
 
 _MOST_SPLITS = 16  # a power of 2
+FIXED_ROWS = 16  # query rows of a program in deterministic mode
 _KEY_BYTES = (
     128  # keys of a tile times bytes of a number; more does not fit the shared memory of smaller cards
 )
@@ -56,6 +57,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
     end = tl.minimum(before + (tile * ROWS + ROWS - 1) // R + 1, length)
     begin = tl.where(window > 0, tl.maximum(before + tile * ROWS // R - window + 1, 0), 0)
+    begin = begin // KEYS * KEYS  # keys are added up in the same runs whichever query a tile begins with
     span = tl.cdiv(end - begin, SPLITS * KEYS) * KEYS
     low = begin + split * span
     high = tl.minimum(low + span, end)
@@ -117,16 +119,17 @@ def attention(
     window: int | None,
     longest: int,
     splits: int = 1,
+    fixed_rows: int | None = None,
 ) -> Tensor:
     """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
 
     Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`; `context_lens[s]` tokens including
     these; and its blocks in row `table_rows[s]` of `tables` int32 [rows, B]. The other index tensors are int64. All
-    tensors are contiguous.
+    tensors are contiguous. `fixed_rows` are the query rows of a program, by default as many as `longest` suggests.
     """
     (total, heads, dim), (_, block_size, groups, _) = q.shape, keys.shape
     per_group = heads // groups
-    rows = max(16, min(64, triton.next_power_of_2(longest * per_group)))
+    rows = fixed_rows or max(16, min(64, triton.next_power_of_2(longest * per_group)))
     tiles = triton.cdiv(longest * per_group, rows)
     out = torch.empty_like(q)
     parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)

@@ -134,18 +134,56 @@ def experts(
     [e, I] and [e, D]; ids int64 [R, K], -1 for none; weights fp32 [R, K]. Adds the number of occurrences of each id,
     from -1 on, to `totals` [1 + e] int64.
     """
-    dim, choices, (num_experts, columns, _) = x.shape[1], ids.shape[1], stacks[0].shape
+    dim, choices, columns = x.shape[1], ids.shape[1], stacks[0].shape[1]
     pairs = ids.numel()
     if not pairs:
         return torch.zeros_like(x)
-    order = ids.new_empty(pairs)
-    counts = ids.new_empty(1 + num_experts, dtype=torch.int32)
-    _order[(1 + num_experts,)](ids, counts, totals, order, pairs, 1024)
+    order, counts = _sorted(ids, totals)
     hidden, answers = x.new_empty(pairs, columns), x.new_empty(pairs, dim)
     one, two, three = scales or (None, None, None)
     _launch(x, (stacks[0], stacks[1]), (one, two), order, counts, hidden, choices)
     _launch(hidden, (stacks[2], None), (three, None), order, counts, answers, choices)
     return summed(answers, ids, weights)
+
+
+def _sorted(ids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """The indices int64 [P] that sort ids [P] stably, and the number of occurrences of each id, from -1 on, int32
+    [1 + e]. Adds these to `totals` [1 + e] int64."""
+    order, counts = ids.new_empty(ids.numel()), ids.new_empty(len(totals), dtype=torch.int32)
+    _order[(len(totals),)](ids, counts, totals, order, ids.numel(), 1024)
+    return order, counts
+
+
+def expert_hidden(x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor, totals: Tensor) -> Tensor:
+    """silu(fc1 x) * fc2 x by each row's expert -> [P, I], with the tile of deterministic mode. x [P, D] contiguous,
+    ids int64 [P], -1 for none, whose rows are arbitrary. The others as in `experts`."""
+    out = x.new_empty(len(x), stacks[0].shape[1])
+    if not len(x):
+        return out
+    order, counts = _sorted(ids, totals)
+    by_expert, (one, two, _) = torch.empty_like(out), scales or (None, None, None)
+    _launch(x, stacks[:2], (one, two), order, counts, by_expert, 1, FIXED_TILE)
+    out[order] = by_expert
+    return out
+
+
+def expert_outputs(hidden: Tensor, stack: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
+    """fc3 hidden by each row's expert -> [P, N], 0 where the id is -1, with the tile of deterministic mode. hidden
+    [P, I] contiguous, `stack` [e, N, I] with fp32 `scale` [e, N] if it is int8, ids int64 [P]."""
+    out = hidden.new_zeros(len(hidden), stack.shape[1])
+    if len(hidden):
+        order, counts = _sorted(ids, ids.new_zeros(1 + len(stack)))
+        _launch(hidden[order], (stack, None), (scale, None), order, counts, out, 1, FIXED_TILE)
+    return out
+
+
+def fixed_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """x [R, D], contiguous, times `weight` [N, D], int8 with fp32 `scale` [N] or of x's dtype -> [R, N], with the tile
+    of deterministic mode."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    if len(x):
+        _launch(x, (weight[None], None), (scale, None), None, None, out, 0, FIXED_TILE)
+    return out
 
 
 def summed(answers: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -174,10 +212,11 @@ def _launch(
     counts: Tensor | None,
     out: Tensor,
     share: int,
+    tile: tuple[int, int] | None = None,
 ) -> None:
     (weights, other), (scale, other_scale) = stacks, scales
     (num_experts, outputs, inner), pairs = weights.shape, len(out)
-    rows, columns = _tile(pairs, num_experts, outputs)
+    rows, columns = tile or _tile(pairs, num_experts, outputs)
     grid = (min(pairs, triton.cdiv(pairs, rows) + num_experts - 1), triton.cdiv(outputs, columns))
     _grouped[grid](
         x, weights, other, scale, other_scale, order, counts, out, pairs, outputs, inner,
@@ -187,6 +226,9 @@ def _launch(
     )  # fmt: skip
 
 
+# Rows and columns of each tile in deterministic mode. A card's instructions for a tile depend on its size, and the
+# order of sums depends on the instructions.
+FIXED_TILE = (64, 64)
 _PROGRAMS = 256  # about two for each multiprocessor of a card
 
 

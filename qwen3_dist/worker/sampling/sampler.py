@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.ops.base import DrawSettings, Ops
-from qwen3_dist.ops.torch_draws import MOST_SELECTED
+from qwen3_dist.ops.torch_draws import MOST_SELECTED, ordered_topk
 from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.protocol.step_plan import SampleSpec
@@ -85,6 +85,7 @@ class SampledLogprobs:
         logits: Tensor,
         tokens: Tensor,
         specs: Sequence[SampleSpec],
+        ops: Ops,
         wanted: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         self._wanted = [tuple((wanted or {}).get(row, ())) for row in range(len(specs))]
@@ -96,13 +97,13 @@ class SampledLogprobs:
         self._parts: list[Tensor] = []
         if rows:
             at = on_device(rows, torch.int64, logits.device)
-            logprobs = logits[at].float().log_softmax(dim=-1)
+            logprobs = ops.log_softmax(logits[at])
             most = min(max(count for count in self._counts if count is not None), logits.shape[-1])
             chosen = logprobs.gather(1, tokens[at, None])[:, 0]
             width = max(len(self._wanted[row]) for row in rows)
             ids = [(*self._wanted[row], *(0,) * (width - len(self._wanted[row]))) for row in rows]
             named = on_device(ids, torch.int64, logits.device).view(len(rows), width)
-            parts = (tokens[at], chosen, *logprobs.topk(most, dim=-1), logprobs.gather(1, named))
+            parts = (tokens[at], chosen, *ordered_topk(logprobs, most), logprobs.gather(1, named))
             self._parts = [part.to("cpu", non_blocking=True) for part in parts]
 
     def on_host(self) -> tuple[TokenLogprob | None, ...]:

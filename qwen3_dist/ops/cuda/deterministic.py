@@ -1,0 +1,52 @@
+"""The operations of a GPU rank in deterministic mode. `docs/parallelism.md` describes the mode.
+
+A row's result is the same bits for any number of rows and ranks: products are our Triton kernel with one tile size,
+and a query's keys are never split over programs. cuBLAS, `grouped_mm` and FlashAttention are not used, since they
+choose how to compute by the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.ops.base import ExpertWeights, LinearWeights, Matrix
+from qwen3_dist.ops.cuda.attention import UNSPLIT, Chosen
+from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.cuda.ops import CudaOps
+
+
+class DeterministicCudaOps(CudaOps):
+    """`CudaOps` that use Triton kernels alone. All of them must work."""
+
+    _kernels: GpuKernels
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, kernels: Mapping[torch.dtype, GpuKernels | None]
+    ) -> None:
+        super().__init__(device, dtype, kernels, Chosen(UNSPLIT, ()), grouped_mm=False)
+
+    def describe(self, experts: ExpertWeights | None) -> str:
+        return f"{super().describe(experts)}, deterministic"
+
+    def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
+        return super(CudaOps, self).finalize_linear(weights, int8)  # parts are not joined: each is a product
+
+    def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
+        return [self._product(x, part) for part in weights.parts]
+
+    def _product(self, x: Tensor, part: Matrix) -> Tensor:
+        product = self._kernels.fixed_linear(x.contiguous(), part.weight, part.scale)
+        return product if part.bias is None else product + part.bias
+
+    def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
+        return self._kernels.expert_hidden(x.contiguous(), weights.stacks, weights.scales, ids, counts)
+
+    def expert_outputs(
+        self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
+    ) -> Tensor:
+        scale = weights.scales[2] if weights.scales else None
+        answers = self._kernels.expert_outputs(hidden.contiguous(), weights.stacks[2], scale, ids)
+        return (answers.float() * routing[:, None]).to(answers.dtype)
