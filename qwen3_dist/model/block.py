@@ -78,8 +78,8 @@ class TransformerBlock(nn.Module):
         return self._added(x, self.transform(x, None, batch.adapters))
 
     def _added(self, x: Tensor, output: Tensor) -> Tensor:
-        """x + the output of attention or of a dense layer [T, D], a partial sum of this rank or, in deterministic mode, the
-        whole."""
+        """x + the output of attention or of a dense layer [T, D], which is whole in deterministic mode, and else a
+        partial sum."""
         return x + output if self._deterministic else self._tp.add_all_reduced(x, output)
 
     def _dispatch(self, x: Tensor, attended: Tensor, moe: MoEFeedForward, batch: StepBatch) -> Tensor:

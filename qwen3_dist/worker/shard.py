@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.errors import ConfigError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.machine import cores
 from qwen3_dist.model.attention import kv_groups_per_rank
 from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.model.transformer import Qwen3Model
-from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.choose import AttentionShape, choose_ops, deterministic_ops
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.expert_exchange import uses_all_to_all
@@ -67,7 +65,7 @@ def load_shard(
     groups = kv_groups_per_rank(model_config.n_kv_groups, tp)
     attention = AttentionShape(model_config.n_heads // tp, groups, model_config.head_dim, config.block_size)
     if parallel.deterministic:
-        ops = _deterministic_ops(device, dtype, model_config)
+        ops = deterministic_ops(device, dtype)
     else:
         ops = choose_ops(device, dtype, attention)
     model = load_model(path, model_config, parallel, dtype, device, progress, random, placements, ops)
@@ -76,16 +74,6 @@ def load_shard(
         torch.cuda.empty_cache()  # frees what finalizing the weights left in torch's allocator, for the KV cache
     load_adapters(config.lora, model)
     return model
-
-
-def _deterministic_ops(device: torch.device, dtype: torch.dtype, config: ModelConfig) -> Ops:
-    """Raises ConfigError where the mode is not supported."""
-    if config.rms_norm_shift or not config.qwen3_compatible:
-        raise ConfigError(
-            "deterministic supports Qwen3's RMSNorm alone; set deterministic=false for a model with rms_norm_shift or "
-            "without qwen3_compatible"
-        )
-    return deterministic_ops(device, dtype)
 
 
 def count_blocks(config: EngineConfig, model: Qwen3Model, share: MemoryShare) -> int:

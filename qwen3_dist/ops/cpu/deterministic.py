@@ -1,8 +1,8 @@
 """The operations of a CPU rank in deterministic mode. `docs/parallelism.md` describes the mode.
 
 A row's result is the same bits for any number of rows, threads and ranks. The kernels are compiled for that
-(`FIXED_WAY` in `cpu/simd.h`). torch's products and its sigmoid are not used: how torch computes a number depends on the
-number of rows, or on where the number lies in a vector.
+(`FIXED_WAY` in `cpu/simd.h`). torch's products and its sigmoid are not used: how torch computes a number depends on
+the number of rows, or on where the number lies in a vector.
 """
 
 from __future__ import annotations

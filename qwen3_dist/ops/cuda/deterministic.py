@@ -41,6 +41,9 @@ class DeterministicCudaOps(CudaOps):
         product = self._kernels.fixed_linear(x.contiguous(), part.weight, part.scale)
         return product if part.bias is None else product + part.bias
 
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        return self._kernels.log_softmax(logits.contiguous())
+
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
         return self._kernels.expert_hidden(x.contiguous(), weights.stacks, weights.scales, ids, counts)
 

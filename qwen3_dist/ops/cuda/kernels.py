@@ -29,6 +29,7 @@ class GpuKernels:
         self.fixed_linear = triton_products.fixed_linear
         self.expert_hidden = triton_products.expert_hidden
         self.expert_outputs = triton_products.expert_outputs
+        self.log_softmax = triton_sampling.log_softmax
         self.ordering_keys = triton_sampling.ordering_keys
         self.draw_from_ordered = triton_sampling.draw_from_ordered
         self.draw_from_all = triton_sampling.draw_from_all
@@ -117,4 +118,6 @@ def _fixed_trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype)
     hidden = lambda: kernels.expert_hidden(ones, stacks, None, ids, totals)[:1]  # noqa: E731
     yield "expert_hidden", hidden, torch.full((1, 16), 4 * 0.8808, device=device)  # silu(2) * 2
     outputs = torch.tensor([[2.0], [0.0]], device=device).expand(2, 16)
+    logits = torch.zeros(1, 16, dtype=dtype, device=device)
+    yield "log_softmax", lambda: kernels.log_softmax(logits), torch.full((1, 16), -2.7726, device=device)
     yield "expert_outputs", lambda: kernels.expert_outputs(ones, stacks[2], None, ids), outputs

@@ -103,6 +103,30 @@ def _draw(  # type: ignore[no-untyped-def]
     tl.store(out + row, token)
 
 
+@triton.jit
+def _log_softmax(logits, out, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    each = tl.arange(0, BLOCK)
+    source = logits + row * V
+    largest = tl.max(_logits(source, each, V, False), 0)
+    for begin in range(BLOCK, V, BLOCK):
+        largest = tl.maximum(largest, tl.max(_logits(source, begin + each, V, False), 0))
+    total = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, V, BLOCK):
+        total += tl.exp(_logits(source, begin + each, V, False) - largest)
+    shift = largest + tl.log(tl.sum(total, 0))
+    for begin in range(0, V, BLOCK):
+        at = begin + each
+        tl.store(out + row * V + at, _logits(source, at, V, False) - shift, mask=at < V)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities fp32 [L, V] of logits [L, V], contiguous. One program adds up a row."""
+    out = logits.new_empty(logits.shape, dtype=torch.float32)
+    _log_softmax[(len(logits),)](logits, out, logits.shape[1], _BLOCK)
+    return out
+
+
 def draw_from_ordered(keys: Tensor, vocab_size: int, settings: Tensor) -> Tensor:
     """Samples token ids int64 [L] from the likeliest tokens, given as `ordering_keys` [L, C], largest first.
 
