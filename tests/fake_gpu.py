@@ -192,22 +192,32 @@ def _address(x: Tensor) -> int:
     return (1 << 20) + x.storage_offset() * x.element_size()
 
 
-def connected(layout: str, stage: int = 0) -> ParallelContext:
+def connected(layout: str, stage: int = 0, deterministic: bool = False) -> ParallelContext:
     """The first rank of a layout's `stage`; the other ranks are not there, and answer at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from qwen3_dist.layout import Layout
 
     if layout == "tp=1":
-        return ParallelContext.single()
+        return ParallelContext.single(deterministic)
     start = dist.init_process_group
     with patch.object(dist, "init_process_group", lambda _, **options: start("fake", **options)):
         parsed = Layout.parse(layout)
-        return ParallelContext.connect(parsed, stage * parsed.stage_size, FakeStore(), torch.device("cuda"))
+        rank = stage * parsed.stage_size
+        return ParallelContext.connect(
+            parsed, rank, FakeStore(), torch.device("cuda"), deterministic=deterministic
+        )
 
 
 def observe(
-    model: str, card: int, quantize: str | None, dtype: str, layout: str, stage: int, dispatch: str
+    model: str,
+    card: int,
+    quantize: str | None,
+    dtype: str,
+    layout: str,
+    stage: int,
+    dispatch: str,
+    deterministic: bool,
 ) -> dict[str, dict[str, Any]]:
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
@@ -296,7 +306,7 @@ def observe(
                 "bytes": watch.peak_bytes - held,
             }
 
-        built = built_model(config, getattr(torch, dtype), connected(layout, stage), quantize)
+        built = built_model(config, getattr(torch, dtype), connected(layout, stage, deterministic), quantize)
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
@@ -339,6 +349,7 @@ def main() -> None:
     parser.add_argument("--layout", default="tp=1")
     parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--dispatch", default="auto")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
     phases = observe(**vars(options))

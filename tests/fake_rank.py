@@ -12,6 +12,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.cuda.attention import BACKENDS, Chosen
+from qwen3_dist.ops.cuda.deterministic import DeterministicCudaOps
 from qwen3_dist.ops.cuda.experts import has_grouped_mm
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps
@@ -31,10 +32,12 @@ def without_numbers() -> Iterator[None]:
         yield
 
 
-def triton_ops(dtype: torch.dtype) -> CudaOps:
+def triton_ops(dtype: torch.dtype, deterministic: bool = False) -> CudaOps:
     """All of Triton's kernels, which a rank chooses by what they compute."""
     device, kernels = torch.device("cuda"), GpuKernels()
     by_dtype = dict.fromkeys((dtype, torch.float32), kernels)
+    if deterministic:
+        return DeterministicCudaOps(device, dtype, by_dtype)
     return CudaOps(device, dtype, by_dtype, Chosen(BACKENDS[-1], ()), has_grouped_mm(device, dtype))
 
 
@@ -44,7 +47,11 @@ def built_model(
     """A rank's model as it comes from a checkpoint, on the card."""
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):
-        model = Qwen3Model(config, parallel, triton_ops(dtype)).eval().requires_grad_(False)
+        model = (
+            Qwen3Model(config, parallel, triton_ops(dtype, parallel.deterministic))
+            .eval()
+            .requires_grad_(False)
+        )
     torch.set_default_dtype(torch.float32)
     finalize(model, int8=quantize is not None)
     return model

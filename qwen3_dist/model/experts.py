@@ -77,9 +77,10 @@ class Experts(nn.Module):
         """In deterministic mode: each choice's weighted output, side by side -> [R, K * D]. It is 0 where the expert
         is on another rank, or the column is in the part of another rank of `etp`; so sums over ranks are exact."""
         ids, shape = received.expert_ids.flatten(), self._shape
-        x = received.tokens.repeat_interleave(received.expert_ids.shape[1], dim=0)
-        self.count_on(x.device)
-        hidden = self._ops.expert_hidden(x, self.weights, ids, self.all_counts)
+        self.count_on(ids.device)
+        pairs = received.tokens.repeat_interleave(received.expert_ids.shape[1], dim=0)
+        hidden = self._ops.expert_hidden(pairs, self.weights, ids, self.all_counts)
+        del pairs  # frees memory
         hidden = etp.all_gather_columns(hidden, shape.inputs)
         routing = received.weights.flatten()
         outputs = self._ops.expert_outputs(hidden, self.weights, ids, routing, shape.outputs)

@@ -30,11 +30,13 @@ def step_bytes(
     item_bytes: float,
     all_to_all: bool,
     widens: bool = False,
+    deterministic: bool = False,
 ) -> int:
     """An upper bound in bytes for a step of `tokens` tokens and `samples` samples in each dp group.
 
     An activation takes `item_bytes`. `all_to_all`: the step dispatches by all-to-all. `widens`: weights are int8 and
-    are converted to the activations' dtype for products of many rows.
+    are converted to the activations' dtype for products of many rows. In `deterministic` mode each row has an output
+    for each of its experts, until all are there.
     """
     heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)
     attention = (3 * heads + 2 * groups) * config.head_dim  # q, k, v; q after RoPE; the output
@@ -44,8 +46,11 @@ def step_bytes(
     if config.num_experts:
         rows, copies = _expert_rows(config, layout, tokens, all_to_all)
         columns = -(-config.moe_hidden_dim // layout.etp)
-        pairs = config.num_experts_per_tok * min(rows, slices.rows_of_slice(config.num_experts_per_tok))
+        at_once = rows if deterministic else min(rows, slices.rows_of_slice(config.num_experts_per_tok))
+        pairs = config.num_experts_per_tok * at_once
         blocks += pairs * 3 * (columns + config.emb_dim) + rows * copies * config.emb_dim
+        if deterministic:  # columns of all ranks; outputs that were sent back, and have arrived
+            blocks += pairs * (config.moe_hidden_dim - columns + 2 * all_to_all * config.emb_dim)
         routing = rows * config.num_experts_per_tok * _PAIR_BYTES
     logits = samples * (2 * item_bytes + _SAMPLED_BYTES)
     logits += max(

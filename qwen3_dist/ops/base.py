@@ -254,6 +254,10 @@ class Ops(ABC):
         """Log-probabilities of each row, fp32 [L, V]."""
 
     @abstractmethod
+    def likeliest(self, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest of logprobs fp32 [L, V] in order, and their token ids: both [L, count]."""
+
+    @abstractmethod
     def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         """Samples token ids int64 [L] for rows with a small top-k, from candidates sorted by logit."""
 

@@ -27,6 +27,9 @@ class TorchDraws(Ops):
     def log_softmax(self, logits: Tensor) -> Tensor:
         return logits.float().log_softmax(dim=-1)
 
+    def likeliest(self, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return logprobs.topk(count, dim=-1)
+
     def draw_from_top_k(self, logits: Tensor, settings: DrawSettings) -> Tensor:
         candidates, ids = self._likeliest(logits, min(max(settings.top_ks), logits.shape[-1]))
         weights = _weights(candidates, candidates[:, :1], settings)

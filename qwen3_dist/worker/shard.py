@@ -64,10 +64,7 @@ def load_shard(
     tp = parallel.tp.size
     groups = kv_groups_per_rank(model_config.n_kv_groups, tp)
     attention = AttentionShape(model_config.n_heads // tp, groups, model_config.head_dim, config.block_size)
-    if parallel.deterministic:
-        ops = deterministic_ops(device, dtype)
-    else:
-        ops = choose_ops(device, dtype, attention)
+    ops = deterministic_ops(device, dtype) if parallel.deterministic else choose_ops(device, dtype, attention)
     model = load_model(path, model_config, parallel, dtype, device, progress, random, placements, ops)
     finalize(model, int8=config.quantize == "int8")
     if device.type == "cuda":
@@ -99,7 +96,14 @@ def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits
     layout, widens = model.parallel.layout, config.quantize == "int8"
     by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp, model.device.type)
     return step_bytes(
-        model.config, layout, tokens, limits.max_samples, model.dtype.itemsize, by_all_to_all, widens
+        model.config,
+        layout,
+        tokens,
+        limits.max_samples,
+        model.dtype.itemsize,
+        by_all_to_all,
+        widens,
+        model.parallel.deterministic,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.base import BlockParts, ExpertWeights, HeadParts, StageKernels
 from qwen3_dist.ops.cpu.ops import CpuOps
+from qwen3_dist.ops.torch_draws import ordered_topk
 
 
 class DeterministicCpuOps(CpuOps):
@@ -29,6 +30,9 @@ class DeterministicCpuOps(CpuOps):
 
     def route(self, logits: Tensor, choices: int, normed: bool) -> tuple[Tensor, Tensor]:
         return self._kernels.route(logits, choices, normed)
+
+    def likeliest(self, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return ordered_topk(logprobs, count)
 
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
         return self._kernels.expert_hidden(x, weights, ids, counts[1:])

@@ -16,6 +16,7 @@ from qwen3_dist.ops.base import ExpertWeights, LinearWeights, Matrix
 from qwen3_dist.ops.cuda.attention import UNSPLIT, Chosen
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps
+from qwen3_dist.ops.torch_draws import ordered_topk
 
 
 class DeterministicCudaOps(CudaOps):
@@ -44,6 +45,9 @@ class DeterministicCudaOps(CudaOps):
     def log_softmax(self, logits: Tensor) -> Tensor:
         return self._kernels.log_softmax(logits.contiguous())
 
+    def likeliest(self, logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return ordered_topk(logprobs, count)
+
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
         return self._kernels.expert_hidden(x.contiguous(), weights.stacks, weights.scales, ids, counts)
 
@@ -52,4 +56,4 @@ class DeterministicCudaOps(CudaOps):
     ) -> Tensor:
         scale = weights.scales[2] if weights.scales else None
         answers = self._kernels.expert_outputs(hidden.contiguous(), weights.stacks[2], scale, ids)
-        return (answers.float() * routing[:, None]).to(answers.dtype)
+        return self._kernels.summed(answers, ids[:, None], routing[:, None])

@@ -168,9 +168,9 @@ def expert_hidden(x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor,
 
 
 def expert_outputs(hidden: Tensor, stack: Tensor, scale: Tensor | None, ids: Tensor) -> Tensor:
-    """fc3 hidden by each row's expert -> [P, N], 0 where the id is -1, with the tile of deterministic mode. hidden
-    [P, I] contiguous, `stack` [e, N, I] with fp32 `scale` [e, N] if it is int8, ids int64 [P]."""
-    out = hidden.new_zeros(len(hidden), stack.shape[1])
+    """fc3 hidden by each row's expert -> [P, N], with the tile of deterministic mode. hidden [P, I] contiguous,
+    `stack` [e, N, I] with fp32 `scale` [e, N] if it is int8, ids int64 [P], -1 for none, whose rows are arbitrary."""
+    out = hidden.new_empty(len(hidden), stack.shape[1])
     if len(hidden):
         order, counts = _sorted(ids, ids.new_zeros(1 + len(stack)))
         _launch(hidden[order], (stack, None), (scale, None), order, counts, out, 1, FIXED_TILE)

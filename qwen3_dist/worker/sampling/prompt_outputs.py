@@ -15,7 +15,6 @@ from torch import Tensor
 
 from qwen3_dist.model.step_memory import PROMPT_LOGPROBS_ROWS
 from qwen3_dist.model.transformer import Qwen3Model
-from qwen3_dist.ops.torch_draws import ordered_topk
 from qwen3_dist.ops.transfer import rows_on_device
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import TokenLogprob
@@ -62,10 +61,11 @@ class PromptOutputs:
         ):
             logits = model.logits(hidden[chunk])
             if logits is not None:
-                logprobs = model.ops.log_softmax(logits)
+                ops = model.ops
+                logprobs = ops.log_softmax(logits)
                 chosen = logprobs.gather(1, chunk_targets[:, None])
                 ranks = 1 + (logprobs > chosen).sum(dim=-1)
-                parts.append((chosen[:, 0], ranks, *ordered_topk(logprobs, most)))
+                parts.append((chosen[:, 0], ranks, *ops.likeliest(logprobs, most)))
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]
 
     def on_host(self) -> tuple[PromptOutput, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.ops.base import DrawSettings, Ops
-from qwen3_dist.ops.torch_draws import MOST_SELECTED, ordered_topk
+from qwen3_dist.ops.torch_draws import MOST_SELECTED
 from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.protocol.step_plan import SampleSpec
@@ -103,7 +103,7 @@ class SampledLogprobs:
             width = max(len(self._wanted[row]) for row in rows)
             ids = [(*self._wanted[row], *(0,) * (width - len(self._wanted[row]))) for row in rows]
             named = on_device(ids, torch.int64, logits.device).view(len(rows), width)
-            parts = (tokens[at], chosen, *ordered_topk(logprobs, most), logprobs.gather(1, named))
+            parts = (tokens[at], chosen, *ops.likeliest(logprobs, most), logprobs.gather(1, named))
             self._parts = [part.to("cpu", non_blocking=True) for part in parts]
 
     def on_host(self) -> tuple[TokenLogprob | None, ...]:
