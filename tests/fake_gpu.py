@@ -203,22 +203,11 @@ def connected(layout: str, stage: int = 0, deterministic: bool = False) -> Paral
     start = dist.init_process_group
     with patch.object(dist, "init_process_group", lambda _, **options: start("fake", **options)):
         parsed = Layout.parse(layout)
-        rank = stage * parsed.stage_size
-        return ParallelContext.connect(
-            parsed, rank, FakeStore(), torch.device("cuda"), deterministic=deterministic
-        )
+        where = parsed, stage * parsed.stage_size, FakeStore(), torch.device("cuda")
+        return ParallelContext.connect(*where, deterministic=deterministic)
 
 
-def observe(
-    model: str,
-    card: int,
-    quantize: str | None,
-    dtype: str,
-    layout: str,
-    stage: int,
-    dispatch: str,
-    deterministic: bool,
-) -> dict[str, dict[str, Any]]:
+def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What a rank's phases ask of the card: operators and kernels by name, and where its host waits."""
     from benchmarks.compare.checkpoints import SHAPES
     from qwen3_dist.config import ModelConfig
@@ -232,7 +221,8 @@ def observe(
     from tests.fake_rank import built_model, without_numbers
     from tests.setups import setup
 
-    config = ModelConfig.from_dict({**SHAPES[model], "num_hidden_layers": LAYERS})
+    layout, quantize, dispatch = asked.layout, asked.quantize, asked.dispatch
+    config = ModelConfig.from_dict({**SHAPES[asked.model], "num_hidden_layers": LAYERS})
     greedy = SampleSpec(0.0, 1.0, 0, 0, 40, None)
     drawn = [
         greedy._replace(temperature=0.7, top_p=0.9, logprobs=3),
@@ -290,7 +280,7 @@ def observe(
         ),
     )
     phases: dict[str, dict[str, Any]] = {}
-    with fake_gpu(card) as watch, contextlib.ExitStack() as stack:
+    with fake_gpu(asked.card) as watch, contextlib.ExitStack() as stack:
         stack.enter_context(without_numbers())
 
         @contextlib.contextmanager
@@ -306,7 +296,8 @@ def observe(
                 "bytes": watch.peak_bytes - held,
             }
 
-        built = built_model(config, getattr(torch, dtype), connected(layout, stage, deterministic), quantize)
+        parallel = connected(layout, asked.stage, asked.deterministic)
+        built = built_model(config, getattr(torch, asked.dtype), parallel, quantize)
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
@@ -320,16 +311,13 @@ def observe(
                 runner = ModelRunner(built, 64, settings, path=Path())
             ending = "" if graphs else " without graphs"
             steps = {"prompts": prompts, "first decodes": decodes, "decodes": decodes, "sampled": sampled}
-            for name, asked in steps.items():
+            for name, step_of in steps.items():
                 with phase(name + ending):
-                    runner.launch(asked)
-        for name, asked in {
-            "formed": formed,
-            "prompt outputs": with_prompt_requests,
-            "largest": largest,
-        }.items():
+                    runner.launch(step_of)
+        others = {"formed": formed, "prompt outputs": with_prompt_requests, "largest": largest}
+        for name, step_of in others.items():
             with phase(name):
-                runner.launch(asked)
+                runner.launch(step_of)
     cache = blocks * kv_cache.block_bytes(built, 1)
     drawn_here = built.parallel.pipeline.is_last
     phases["start"] |= {"weights_bytes": weights, "cache_bytes": cache, "draws": len(drawn) * drawn_here}
@@ -352,7 +340,7 @@ def main() -> None:
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    phases = observe(**vars(options))
+    phases = observe(options)
     json.dump(phases, sys.stdout, indent=1)
 
 

@@ -90,7 +90,7 @@ def test_uniform_numbers_are_spread_evenly_and_differ_by_seed() -> None:
 
 def test_logprobs_are_those_of_the_raw_logits_likeliest_first() -> None:
     specs = [spec(logprobs=2), spec(), spec(logprobs=0)]
-    sampled = SampledLogprobs(LOGITS.expand(3, -1), torch.tensor([0, 3, 4]), specs)
+    sampled = SampledLogprobs(LOGITS.expand(3, -1), torch.tensor([0, 3, 4]), specs, OPS)
     with_top, absent, with_none = sampled.on_host()
     assert with_top is not None and with_none is not None and absent is None
     assert with_top.token_id == 0 and with_top.logprob == pytest.approx(float(LOGITS[0]), abs=1e-5)
