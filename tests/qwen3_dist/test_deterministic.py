@@ -1,4 +1,4 @@
-"""Deterministic mode, whole models in bf16: every answer is the same bits for every layout and batch.
+"""Deterministic mode, whole models in bf16 and fp32: every answer is the same bits for every layout and batch.
 
 What one rank answers in large steps is compared with what layouts answer whose settings are drawn at random: chunks of
 prompts beside decodes, preemption, cached prefixes, drafts, other dispatchers and another order of requests.
@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
     },
     "moe": {"moe": True, **ODD, **EXPERTS, "mlp_only_layers": [1]},
-    "moe of 3 KV groups": {"moe": True, **ODD, **EXPERTS, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "moe fp32": {"moe": True, **ODD, **EXPERTS, "num_attention_heads": 6, "num_key_value_heads": 3},
 }
 CASES = [
     ("dense", "tp=1"),
@@ -46,8 +46,8 @@ CASES = [
     ("moe", "tp=2,ep=2"),
     ("moe", "dp=2"),  # an expert's columns are split over dp groups
     ("moe", "tp=2,dp=2,ep=2"),
-    ("moe of 3 KV groups", "tp=3"),
-    ("moe of 3 KV groups", "dp=2,pp=2,ep=2"),
+    ("moe fp32", "tp=3"),
+    ("moe fp32", "dp=2,pp=2,ep=2"),
 ]
 SHARED = [5, 9, 2, 7] * 5
 PROMPTS = [[*SHARED, 60 + i, 3] for i in range(3)] + [[7], [8, 1, 198, 0], list(range(100, 145))]
@@ -83,7 +83,7 @@ def answers(
     with LLM(
         str(path),
         deterministic=True,
-        dtype="bfloat16",
+        dtype="float32" if "fp32" in kind else "bfloat16",
         quantize="int8" if "int8" in kind else "none",
         layout=layout,
         executor="in_process" if Layout.parse(layout).world == 1 else "processes",
