@@ -14,7 +14,7 @@ from qwen3_dist.text.parsed import OutputParser, Parsed, ToolCallDelta
 from qwen3_dist.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would triple what making one costs; nobody changes one
 class ChoiceDelta:
     """What one step adds to choice `index`.
 
@@ -139,6 +139,8 @@ class Choice:
 
     def _limit_calls(self, parts: tuple[ToolCallDelta, ...]) -> tuple[ToolCallDelta, ...]:
         """Returns `parts` without calls beyond `max_tool_calls`."""
+        if not parts:
+            return ()
         limit = self._spec.max_tool_calls
         shown = tuple(part for part in parts if limit is None or part.index < limit)
         self._num_calls = max([self._num_calls, *(part.index + 1 for part in shown)])
@@ -161,10 +163,11 @@ class Choices:
         first_index: int = 0,
     ) -> None:
         self._choices = [Choice(first_index + i, params, tokenizer, spec) for i in range(params.n)]
+        self._num_running = params.n
 
     @property
     def done(self) -> bool:
-        return all(choice.done for choice in self._choices)
+        return not self._num_running
 
     @property
     def unfinished(self) -> list[int]:
@@ -185,8 +188,10 @@ class Choices:
             if choice.done:
                 continue
             shown.append(choice.advance(delta))
-            if choice.done and delta.finish_reason is None:
-                abort(delta.index)
+            if choice.done:
+                self._num_running -= 1
+                if delta.finish_reason is None:
+                    abort(delta.index)
         return shown
 
 

@@ -41,6 +41,7 @@ class TextStream:
         self._stop = tuple(stop)
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._has_part = False  # whether the decoder holds a part of a character
         self._held = ""  # the longest suffix of the text that may become a stop string
         self._shown: list[str] = []
 
@@ -57,7 +58,7 @@ class TextStream:
         """Adds the next tokens. Returns the text that is safe to send, "" once a stop string has matched."""
         shown = ""
         for token_id in token_ids:
-            if self.stopped:
+            if self.stopped_by is not None:
                 break
             self.num_tokens += 1
             if token_id not in self._skipped:
@@ -71,9 +72,15 @@ class TextStream:
     def _advance(self, data: bytes, final: bool) -> str:
         if self.stopped:
             return ""
+        if not (self._stop or self._has_part or final) and data.isascii():  # most tokens
+            self._shown.append(text := data.decode("ascii"))
+            return text
         text = self._held + self._utf8.decode(data, final)
-        if self._utf8.getstate()[0][:2] in _SURROGATES:
+        part = self._utf8.getstate()[0]
+        if part[:2] in _SURROGATES:
             text += self._utf8.decode(b"", True)
+            part = b""
+        self._has_part = bool(part)
         matches = [
             (text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stop if stop in text
         ]

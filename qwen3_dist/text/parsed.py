@@ -20,7 +20,9 @@ class ToolCallDelta:
     arguments: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(
+    slots=True
+)  # not frozen, which would triple what making one for each token costs; nobody changes one
 class Parsed:
     """What a piece of generated text adds to content, reasoning and tool calls."""
 

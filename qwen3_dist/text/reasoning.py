@@ -40,6 +40,7 @@ class Reasoning:
             "open": self._read_first_thought,
         }[state]
         self._unread = ""
+        self._is_over = False  # whether all that follows is content
 
     @property
     def is_thinking(self) -> bool:
@@ -48,12 +49,15 @@ class Reasoning:
 
     def push(self, text: str) -> Parsed:
         """Adds `text`. Returns what is certain so far."""
+        if self._is_over:
+            return Parsed(text)
         self._unread += text
         shown = Parsed()
         step = None
         while step != self._step:
             step = self._step
             shown += step()
+        self._is_over = step == self._read_content
         return shown
 
     def finish(self) -> Parsed:
