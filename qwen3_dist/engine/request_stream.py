@@ -16,15 +16,17 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class RequestStream:
-    """The queue of one request's deltas, on the event loop of its caller."""
+    """One request's deltas on their way to the event loop of its caller. One task waits for them."""
 
     loop: asyncio.AbstractEventLoop
     held: list[TokenDelta] = field(default_factory=list)
     due: float = 0.0  # when the next part may be sent
-    queue: asyncio.Queue[list[TokenDelta] | QwenDistError] = field(default_factory=asyncio.Queue)
     unfinished: int = 1
     _timer: asyncio.TimerHandle | None = None
+    _arrived: list[TokenDelta] = field(default_factory=list)
+    _end: QwenDistError | None = None  # why nothing more arrives
     _failed: str | None = None  # why a choice failed
+    _waiter: asyncio.Future[None] | None = None
 
     async def next_deltas(self) -> list[TokenDelta]:
         """Waits for deltas and returns all since the last call. A caller slower than the engine gets several steps at
@@ -32,22 +34,34 @@ class RequestStream:
         sent, and EngineDeadError after the last delta before the engine's death."""
         if self._failed is not None:
             raise RequestError(self._failed)
-        taken: list[TokenDelta] = []
-        while not taken or not self.queue.empty():
-            item = await self.queue.get()
-            if not isinstance(item, QwenDistError):
-                taken += item
-            elif taken:
-                self.queue.put_nowait(item)  # nothing follows it, so the next call finds it
-                break
-            else:
-                raise item if isinstance(item, QueueTimeoutError) else EngineDeadError(str(item))
-        self._failed = next((delta.error for delta in taken if delta.error is not None), None)
-        if self._failed is not None:
-            good = [delta for delta in taken if delta.error is None]
-            return good or await self.next_deltas()
-        self.unfinished -= sum(delta.finish_reason is not None for delta in taken)
-        return taken
+        while not self._arrived:
+            if self._end is not None:
+                raise self._end if isinstance(self._end, QueueTimeoutError) else EngineDeadError(str(self._end))
+            self._waiter = self.loop.create_future()
+            await self._waiter
+        taken, self._arrived = self._arrived, []
+        self._count_ended(taken)
+        if self._failed is None:
+            return taken
+        good = [delta for delta in taken if delta.error is None]
+        return good or await self.next_deltas()
+
+    def _count_ended(self, deltas: list[TokenDelta]) -> None:
+        """Counts the choices that end with `deltas`, and keeps why one failed."""
+        for delta in deltas:
+            if delta.error is not None:
+                self._failed = self._failed or delta.error
+            elif delta.finish_reason is not None:
+                self.unfinished -= 1
+
+    def put(self, item: list[TokenDelta] | QwenDistError) -> None:
+        """Adds deltas, or why nothing follows, on the event loop."""
+        if isinstance(item, QwenDistError):
+            self._end = item
+        else:
+            self._arrived += item
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def call_later(self, delay_s: float, call: Callable[[], object]) -> None:
         """Calls `call` on the event loop after `delay_s` seconds, unless `cancel_call` comes first."""
@@ -59,8 +73,8 @@ class RequestStream:
             self._timer.cancel()
 
     def send(self, item: list[TokenDelta] | QwenDistError) -> None:
-        """Puts an item into the queue, from another thread."""
-        call_soon(self.loop, self.queue.put_nowait, item)
+        """Adds an item, from another thread."""
+        call_soon(self.loop, self.put, item)
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
@@ -70,6 +84,6 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], 
 
 
 def put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
-    """Puts each stream's deltas into its queue, on the event loop of all these streams."""
+    """Adds each stream's deltas, on the event loop of all these streams."""
     for stream, deltas in parts:
-        stream.queue.put_nowait(deltas)
+        stream.put(deltas)
