@@ -123,6 +123,9 @@ class CompletionAnswer(OpenAIAnswer):
             [replace(choice, prompt_logprobs=scores[i // n]) for i, choice in enumerate(choices)]
         )
 
+    def is_plain(self, delta: ChoiceDelta) -> bool:
+        return super().is_plain(delta) and delta.index in self._texts and not delta.reasoning
+
     def choice(self, delta: ChoiceDelta) -> Json:
         prompt_logprobs = self.prompt_logprobs(delta)
         return {

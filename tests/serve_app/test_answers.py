@@ -59,6 +59,39 @@ def test_the_role_comes_first_and_alone(tokenizer: Tokenizer) -> None:
     assert answer.end() == DONE
 
 
+@pytest.mark.parametrize("answer_of", [ChatAnswer, CompletionAnswer])
+@pytest.mark.parametrize(
+    "options",
+    [
+        AnswerOptions(),
+        AnswerOptions(include_usage=True),
+        AnswerOptions(include_usage=True, continuous_usage_stats=True),
+        AnswerOptions(token_ids=True),
+        AnswerOptions(reasoning=False),
+        AnswerOptions(echo=True),
+    ],
+)
+def test_a_chunk_of_text_alone_is_made_as_all_others_are(
+    tokenizer: Tokenizer, answer_of: type[ChatAnswer | CompletionAnswer], options: AnswerOptions
+) -> None:
+    said = [
+        *[delta(text) for text in ("a", 'b"\n\0', "海\u2028", "\0", "")],
+        *[delta(reasoning=text) for text in ("Hm", "\0", "")],
+        delta("both", reasoning="at once"),
+        delta("scored", logprobs=(TokenLogprob(5, -1.0),)),
+        delta(tool_calls=(ToolCallDelta(0, "call_1", "tide", "{}"),)),
+        delta("other", index=1),
+        delta("other", index=1),
+        delta("end", "stop"),
+    ]
+    context = context_of(tokenizer, n=2)
+    quick, plain = answer_of(context, options), answer_of(context, options)
+    for each in said:
+        quick.count(each)
+        plain.count(each)
+        assert quick.delta(each) == plain._chunks(each), each
+
+
 def test_streamed_calls_join_to_the_whole_ones(tokenizer: Tokenizer) -> None:
     deltas = [delta(tool_calls=(part,)) for part in CALL] + [delta(finish_reason="tool_calls")]
     answer = ChatAnswer(context_of(tokenizer), AnswerOptions())

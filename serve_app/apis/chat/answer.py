@@ -41,6 +41,10 @@ class ChatAnswer(OpenAIAnswer):
         scores = self.prompt_logprobs(choices[0])
         return super().full_response(choices) | ({} if scores is None else {"prompt_logprobs": scores})
 
+    def is_plain(self, delta: ChoiceDelta) -> bool:
+        shows = self.options.reasoning or not delta.reasoning
+        return super().is_plain(delta) and delta.index in self._begun and shows
+
     def choice(self, delta: ChoiceDelta) -> Json:
         text = self._echoed + delta.text
         has_no_content = not text and (delta.reasoning or delta.tool_calls)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from qwen3_dist.protocol.outputs import TokenLogprob
 from qwen3_dist.text.choice import ChoiceDelta
 from serve_app.apis.shared.answer import DONE, Answer, AnswerContext, Json, event
+from serve_app.apis.shared.errors import to_json
+
+_PLACE = "\0"  # in an event, where the text of others comes; no name has it
 
 
 def logprob(value: float) -> float:
@@ -50,8 +53,32 @@ class OpenAIAnswer(Answer):
         self.options = options if context.tokenizer else replace(options, token_ids=True)
         self._id = f"{self.prefix}-{context.request_id or self.unique}"
         self._created = context.identity.created
+        self._around: dict[tuple[int, bool], list[bytes]] = {}  # the JSON around the text of plain chunks
+        self._may_be_plain = not (self.options.token_ids or self.options.continuous_usage_stats)
 
     def delta(self, delta: ChoiceDelta) -> bytes:
+        if not (self._may_be_plain and self.is_plain(delta)):
+            return self._chunks(delta)
+        # Chunks of a choice differ in their text alone, so the JSON around it is made once.
+        kind = (delta.index, bool(delta.reasoning))
+        around = self._around.get(kind)
+        if around is None:
+            like = ChoiceDelta(
+                delta.index, _PLACE if delta.text else "", (), (), None, _PLACE if delta.reasoning else ""
+            )
+            around = self._around[kind] = self._chunks(like).split(to_json(_PLACE))
+        return to_json(delta.text or delta.reasoning).join(around)
+
+    def is_plain(self, delta: ChoiceDelta) -> bool:
+        """Whether `delta` becomes one chunk that has its text, or its reasoning, and nothing else of it."""
+        return (
+            (not delta.reasoning if delta.text else bool(delta.reasoning))
+            and delta.finish_reason is None
+            and not delta.logprobs
+            and not delta.tool_calls
+        )
+
+    def _chunks(self, delta: ChoiceDelta) -> bytes:
         usage: Json = {}
         if self.options.include_usage:
             usage["usage"] = self.usage.to_json() if self.options.continuous_usage_stats else None
