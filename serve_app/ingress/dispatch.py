@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import chain, repeat
 from typing import Any, TypeVar
@@ -19,9 +18,9 @@ from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledErr
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
-from serve_app.apis.shared.resume import Resume
 from serve_app.failures import log_internal_error
-from serve_app.ingress.part_client import PartClient
+from serve_app.ingress.part_client import PartClient, PartReceiver
+from serve_app.ingress.progress import Progress
 from serve_app.part_frames import PartsAt
 from serve_app.telemetry.summary import LastPart, RequestSummary
 
@@ -36,43 +35,6 @@ _PING_PERIOD_S = 10.0  # proxies close connections that are idle for a minute
 _LOST = "the replica that ran this request was lost; send it again"
 _ACCEPTED = (HTTPStatus.OK, b"")
 _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
-
-@dataclass
-class _Progress:
-    """How far a request got, over all replicas that ran it.
-
-    `runs` while a replica has it, `ran` once one had it; `lost_s` is when the last one was lost, until another has it,
-    by the event loop's clock. `deaths` counts the last replicas in a row that may have died of it: of those that were
-    lost while they ran it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended`
-    tell what the client has seen: the status of a stream, a part of the answer, the last part. `replica` is the id of
-    the replica that has told last that it has the request; `replica_died` unless that one has said why it gives it up.
-    """
-
-    resume: Resume = field(default_factory=Resume)
-    charged: int = 0
-    runs: bool = False
-    ran: bool = False
-    lost_s: float | None = None
-    deaths: int = 0
-    progressed: bool = False
-    accepted: bool = False
-    begun: bool = False
-    ended: bool = False
-    replica: str = ""
-    replica_died: bool = True
-
-    def taken(self) -> bool:
-        """Notes that a replica has the request. Returns whether it has it in place of one that was lost."""
-        again = self.ran and not self.runs
-        self.runs = self.ran = True
-        self.lost_s = None
-        return again
-
-    def left(self) -> None:
-        """Notes that the replica was told to leave, so it has not died of the request."""
-        self.deaths = 0 if self.progressed else self.deaths
-        self.runs = self.progressed = False
 
 
 class Dispatcher:
@@ -130,7 +92,7 @@ class Dispatcher:
         """
         now = asyncio.get_running_loop().time()
         deadline = now + self.timeout_s if self.timeout_s else None
-        progress = _Progress()
+        progress = Progress()
         pauses = chain(self._pauses_s, repeat(self._pauses_s[-1]))
         while True:
             try:
@@ -159,7 +121,7 @@ class Dispatcher:
                 self._check_loss(progress, request_id)
             await self._in_time(asyncio.sleep(next(pauses)), deadline, progress)
 
-    def _check_loss(self, progress: _Progress, request_id: str) -> None:
+    def _check_loss(self, progress: Progress, request_id: str) -> None:
         """Notes that the replica was lost. Raises what the client is told if the request is not tried again."""
         now = asyncio.get_running_loop().time()
         progress.lost_s = progress.lost_s or now
@@ -180,7 +142,7 @@ class Dispatcher:
         if now - progress.lost_s >= self.resume_timeout_s:
             raise self._not_resumed(progress)
 
-    def _not_resumed(self, progress: _Progress) -> EngineDeadError:
+    def _not_resumed(self, progress: Progress) -> EngineDeadError:
         limit_s = self.resume_timeout_s
         if not progress.ran:
             return EngineDeadError(
@@ -196,7 +158,7 @@ class Dispatcher:
 
     async def _try(
         self,
-        progress: _Progress,
+        progress: Progress,
         deadline: float | None,
         charge: Callable[[int], None],
         on_count: Callable[[Counted], None],
@@ -210,9 +172,16 @@ class Dispatcher:
         progress.replica, progress.replica_died = "", True
         items = self._send(request, request_id, *context, **resume)
         self._calls[""].add(items)
+        parts: PartReceiver | None = None
         try:
-            async with contextlib.aclosing(self._received(items)) as received:
-                while (item := await self._in_time(anext(received, None), deadline, progress)) is not None:
+            async with contextlib.AsyncExitStack() as receiving:
+                while True:
+                    if parts is None:
+                        item = await self._in_time(_next(items), deadline, progress)
+                    else:
+                        item = await anext(parts, None)
+                    if item is None:
+                        return
                     if isinstance(item, Running):
                         self._calls[""].discard(items)
                         self._calls[item.replica].add(items)
@@ -221,21 +190,24 @@ class Dispatcher:
                             on_resume()
                         continue
                     if isinstance(item, Counted):
-                        charge(max(0, item.tokens - progress.charged))
-                        progress.charged = max(item.tokens, progress.charged)
-                        progress.resume.model = progress.resume.model or item.model
-                        progress.resume.add(item.sent)
-                        progress.progressed = progress.progressed or bool(item.sent)
+                        charge(progress.count(item))
                         on_count(item)
                         item = item.item
-                    if isinstance(item, tuple) and item[0] == HTTPStatus.SERVICE_UNAVAILABLE:
-                        progress.replica_died = item[1] == DIED
-                        if item[1] == LEFT:
+                    status, body = item if isinstance(item, tuple) else (HTTPStatus.OK, item)
+                    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                        progress.replica_died = body == DIED
+                        if body == LEFT:
                             progress.left()
                         raise EngineDeadError(_LOST)
-                    if progress.taken():
+                    if not progress.runs and progress.taken():
                         on_resume()
-                    yield item
+                    if isinstance(body, PartsAt):
+                        yield _ACCEPTED
+                        opened = receiving.enter_async_context(self._parts.receive(body))
+                        receiver = await self._in_time(opened, deadline, progress)
+                        parts = receiver.until(_next(items), deadline, self._too_long())
+                    else:
+                        yield item
         except QwenDistError:
             raise
         except Exception as error:
@@ -247,22 +219,7 @@ class Dispatcher:
             with contextlib.suppress(Exception):  # cancelling raises the error of a failed request again
                 items.cancel()
 
-    async def _received(self, items: Any) -> AsyncGenerator[Any, None]:
-        """The items of a call, and the parts of a stream, which come on a connection of their own."""
-        while (item := await _next(items)) is not None:
-            at = item.item[1] if isinstance(item, Counted) and isinstance(item.item, tuple) else None
-            if not isinstance(at, PartsAt):
-                yield item
-                continue
-            yield item._replace(item=_ACCEPTED)
-            async with (
-                self._parts.receive(at) as receiver,
-                contextlib.aclosing(receiver.until(_next(items))) as parts,
-            ):
-                async for part in parts:
-                    yield part
-
-    async def _in_time(self, work: Awaitable[T], deadline: float | None, progress: _Progress) -> T:
+    async def _in_time(self, work: Awaitable[T], deadline: float | None, progress: Progress) -> T:
         """Awaits `work`. Raises RequestError (408) if it takes until `deadline`, a time of the event loop's clock, and
         EngineDeadError if a request that lost its replica waits too long for another."""
         resume_by = None if progress.lost_s is None else progress.lost_s + self.resume_timeout_s
@@ -275,10 +232,13 @@ class Dispatcher:
                 raise
             if end == resume_by:
                 raise self._not_resumed(progress) from None
-            raise RequestError(
-                f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
-                status=HTTPStatus.REQUEST_TIMEOUT,
-            ) from None
+            raise self._too_long() from None
+
+    def _too_long(self) -> RequestError:
+        return RequestError(
+            f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
+            status=HTTPStatus.REQUEST_TIMEOUT,
+        )
 
 
 async def _with_pings(items: AsyncGenerator[Any, None], ping: bytes) -> AsyncGenerator[Any, None]:

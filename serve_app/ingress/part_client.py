@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
@@ -36,6 +36,7 @@ class PartClient:
         try:
             yield receiver
         finally:
+            receiver.close()
             del connection.receivers[at.stream]
 
     async def _connect(self, at: PartsAt) -> _Connection:
@@ -62,7 +63,7 @@ class PartClient:
 
 
 class PartReceiver:
-    """The parts of one stream that have arrived and were not taken yet."""
+    """The parts of one stream that have arrived and were not taken yet. Iterates over them after `until`."""
 
     def __init__(self, connection: _Connection, stream: int) -> None:
         self._connection, self._stream = connection, stream
@@ -70,7 +71,10 @@ class PartReceiver:
         self._size = 0
         self._num_parts = 0
         self._is_held = self._is_lost = False
-        self._changed = asyncio.Event()
+        self._end: asyncio.Future[Any] | None = None
+        self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, part: Counted) -> None:
         """Adds a part that has arrived."""
@@ -80,40 +84,66 @@ class PartReceiver:
         if self._size > MAX_UNREAD_BYTES and not self._is_held:
             self._is_held = True
             self._connection.command(HOLD, self._stream)
-        self._changed.set()
+        self._wake()
 
     def lose(self) -> None:
         """Says that no more parts will arrive."""
         self._is_lost = True
-        self._changed.set()
+        self._wake()
 
-    async def until(self, ending: Awaitable[Any]) -> AsyncGenerator[Any, None]:
+    def until(
+        self, ending: Awaitable[Any], limit_s: float | None = None, late: Exception | None = None
+    ) -> Self:
         """The parts of the stream until `ending` returns PartsSent and all of these have arrived. What arrived since
         the last part comes as one part. If `ending` returns something else, that is the last item.
 
-        Raises what `ending` raises, and EngineDeadError if the connection is lost.
+        They raise what `ending` raises, EngineDeadError if the connection is lost, and `late` once nothing has arrived
+        at `limit_s`, a time of the event loop's clock, or later. `close` cancels `ending`.
         """
-        end: asyncio.Future[Any] = asyncio.ensure_future(ending)
-        end.add_done_callback(lambda _: self._changed.set())
-        try:
-            while True:
-                if self._parts:
-                    yield self._take()
-                elif end.done() and not isinstance(end.result(), PartsSent):
-                    if end.result() is None:
-                        raise EngineDeadError(_LOST)
-                    yield end.result()
-                    return
-                elif end.done() and end.result().num_parts == self._num_parts:
-                    return
-                elif self._is_lost:
+        self._end = asyncio.ensure_future(ending)
+        self._end.add_done_callback(lambda _: self._wake())
+        if limit_s is not None and late is not None:
+            self._timer = asyncio.get_running_loop().call_at(limit_s, self._fail, late)
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        while not self._parts:
+            if self._end is None:
+                raise StopAsyncIteration
+            if self._end.done():
+                result = self._end.result()
+                if result is None:
                     raise EngineDeadError(_LOST)
-                else:
-                    self._changed.clear()
-                    await self._changed.wait()
-        finally:
-            if not end.cancel() and not end.cancelled():
-                end.exception()  # asyncio warns of exceptions that nobody looked at
+                if not isinstance(result, PartsSent):
+                    self._end = None
+                    return result
+                if result.num_parts == self._num_parts:
+                    raise StopAsyncIteration
+            if self._is_lost:
+                raise EngineDeadError(_LOST)
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._take()
+
+    def close(self) -> None:
+        """Ends what `until` has begun."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._end is not None and not self._end.cancel() and not self._end.cancelled():
+            self._end.exception()  # asyncio warns of exceptions that nobody looked at
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _take(self) -> Counted:
         parts, self._parts, self._size = self._parts, [], 0
@@ -160,7 +190,7 @@ class _Connection(asyncio.Protocol):
                 break
             for stream, part in pickle.loads(memoryview(received)[start + LENGTH.size : end]):
                 if receiver := self.receivers.get(stream):
-                    receiver.put(part)
+                    receiver.put(Counted._make(part))
             start = end
         del received[:start]
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ class RequestHandler:
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
         job = await self._prepare(request, record)
         deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
-        async with aclosing(self._steps(job)) as steps:
+        async with self._steps(job) as steps:
             async for step in steps:
                 for delta in step[0]:
                     job.answer.count(delta)
@@ -149,7 +149,7 @@ class RequestHandler:
             yield b""
         sent: Sent = ()
         try:
-            async with aclosing(self._steps(job, announce=not request.terms.queue_timeout_s)) as steps:
+            async with self._steps(job, announce=not request.terms.queue_timeout_s) as steps:
                 async for step in steps:
                     if waiting:
                         waiting = waiting - 1 if step is _ACCEPTED else 0
@@ -162,7 +162,8 @@ class RequestHandler:
                         answer.count(delta)
                     sent += covered
                     events = b"" if has_events else answer.begin()
-                    events += b"".join([answer.delta(delta) for delta in shown])
+                    for delta in shown:
+                        events += answer.delta(delta)
                     if events:
                         record.sent, sent = sent, ()
                         yield events
@@ -247,15 +248,15 @@ class RequestHandler:
                 max_tokens,
             )
 
-    async def _steps(self, job: _Job, announce: bool = False) -> Steps:
-        """The steps of all prompts, interleaved. Choice `i` of prompt `p` has index `p * n + i`."""
+    @asynccontextmanager
+    async def _steps(self, job: _Job, announce: bool = False) -> AsyncGenerator[Steps, None]:
+        """A context with the steps of all prompts, interleaved. Choice `i` of prompt `p` has index `p * n + i`."""
         running = [p for p, choices in enumerate(job.choices) if not choices.done]
         streams = [self._prompt_steps(job, p, announce) for p in running]
         merged = streams[0] if len(streams) == 1 else _merge(streams)
         try:
             async with aclosing(merged):
-                async for step in merged:
-                    yield step
+                yield merged
         except RequestError as error:
             raise job.request.with_client_names(error) from None
 

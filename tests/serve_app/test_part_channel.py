@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 import uvloop
 
-from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.shared.answer import Counted
 from serve_app.ingress.part_client import MAX_UNREAD_BYTES, PartClient
 from serve_app.part_frames import PartsAt, PartsSent
@@ -221,6 +221,37 @@ def test_a_call_that_returns_nothing_is_a_lost_replica(run: Run) -> None:
             async with client.receive(sender.at) as receiver:
                 with pytest.raises(EngineDeadError, match="was lost"):
                     await collect(receiver.until(asyncio.sleep(0)))
+
+    run(test)
+
+
+def test_a_stream_that_waits_too_long_ends_with_the_given_error_after_what_arrived(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> list[Any]:
+        with server.sender() as sender:
+            async with client.receive(sender.at) as receiver:
+                await serve(sender, counted(b"a"))
+                while not receiver._num_parts:
+                    await asyncio.sleep(0.001)
+                now = asyncio.get_running_loop().time()
+                items = receiver.until(asyncio.Event().wait(), now, RequestError("too late"))
+                await asyncio.sleep(0.001)
+                got = [await anext(items)]
+                with pytest.raises(RequestError, match="too late"):
+                    await anext(items)
+                return got
+
+    assert run(test) == counted(b"a")
+
+
+def test_the_call_of_a_stream_that_nobody_reads_any_more_is_cancelled(run: Run) -> None:
+    async def test(server: PartServer, client: PartClient) -> None:
+        with server.sender() as sender:
+            sending = asyncio.ensure_future(asyncio.Event().wait())
+            async with client.receive(sender.at) as receiver:
+                receiver.until(sending)
+                await asyncio.sleep(0)
+            await asyncio.wait([sending])
+            assert sending.cancelled() and not client._connections[sender.at[:2]].result().receivers
 
     run(test)
 

@@ -1,0 +1,56 @@
+"""How far a request got, in the eyes of the ingress that has replicas answer it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.resume import Resume
+
+
+@dataclass
+class Progress:
+    """How far one request got, over all replicas that ran it.
+
+    `runs` while a replica has it, `ran` once one had it; `lost_s` is when the last one was lost, until another has it,
+    by the event loop's clock. `deaths` counts the last replicas in a row that may have died of it: of those that were
+    lost while they ran it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended`
+    tell what the client has seen: the status of a stream, a part of the answer, the last part. `replica` is the id of
+    the replica that has told last that it has the request; `replica_died` unless that one has said why it gives it up.
+    """
+
+    resume: Resume = field(default_factory=Resume)
+    charged: int = 0
+    runs: bool = False
+    ran: bool = False
+    lost_s: float | None = None
+    deaths: int = 0
+    progressed: bool = False
+    accepted: bool = False
+    begun: bool = False
+    ended: bool = False
+    replica: str = ""
+    replica_died: bool = True
+
+    def taken(self) -> bool:
+        """Notes that a replica has the request. Returns whether it has it in place of one that was lost."""
+        again = self.ran and not self.runs
+        self.runs = self.ran = True
+        self.lost_s = None
+        return again
+
+    def count(self, item: Counted) -> int:
+        """Notes what a part covers. Returns the tokens that it adds to those that were charged."""
+        added = max(0, item.tokens - self.charged)
+        self.charged += added
+        resume = self.resume
+        resume.model = resume.model or item.model
+        if item.sent:
+            resume.add(item.sent)
+            self.progressed = True
+        return added
+
+    def left(self) -> None:
+        """Notes that the replica was told to leave, so it has not died of the request."""
+        self.deaths = 0 if self.progressed else self.deaths
+        self.runs = self.progressed = False
