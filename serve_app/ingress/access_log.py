@@ -56,7 +56,7 @@ class AccessRecord:
 
     def count(self, item: Counted) -> None:
         """Takes the counts of a part, which hold if no summary comes."""
-        self.counted = item._replace(item=None)
+        self.counted = item
         if item.sent and self.first_token_s is None:
             self.first_token_s = time.monotonic() - self.started_s
 

@@ -241,19 +241,17 @@ class Ingress(ClusterRoutes):
             record.model = request.model or model.model.name
             trace = (record.span.carrier,) if record.span else ()
             charge = functools.partial(self._access.charge, http_request)
-            answer = self._draining.watch(
-                model.dispatcher.answer(
-                    request,
-                    record.request_id,
-                    *trace,
-                    charge=charge,
-                    on_count=record.count,
-                    on_end=record.end_with,
-                    on_resume=record.resume,
-                )
+            answer = model.dispatcher.answer(
+                request,
+                record.request_id,
+                *trace,
+                charge=charge,
+                on_count=record.count,
+                on_end=record.end_with,
+                on_resume=record.resume,
             )
             stream = request if isinstance(request, GenerationRequest) and request.stream else None
-            items = KeepAliveStream(observe(answer), stream.ping if stream else b"")
+            items = KeepAliveStream(self._draining.watch(observe(answer)), stream.ping if stream else b"")
             try:
                 opening = await items.first(headers_after_s(settings.queue_timeout_s) if stream else None)
             except BaseException:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any
 
 from serve_app.apis.shared.answer import PING
 from serve_app.ingress.dispatch import part_of
+from serve_app.ingress.draining import Watched
 
 _HEADERS_AFTER_S = (
     3.0  # an error before that, or before the request is accepted, still gets its own HTTP status
@@ -30,7 +31,10 @@ class KeepAliveStream:
     """
 
     def __init__(
-        self, items: AsyncGenerator[Any, None], ping: bytes = PING, period_s: float = KEEP_ALIVE_PERIOD_S
+        self,
+        items: AsyncGenerator[Any, None] | Watched,
+        ping: bytes = PING,
+        period_s: float = KEEP_ALIVE_PERIOD_S,
     ) -> None:
         self._items = items
         self._ping = ping
@@ -51,9 +55,12 @@ class KeepAliveStream:
     def __aiter__(self) -> KeepAliveStream:
         return self
 
-    async def __anext__(self) -> bytes:
+    def __anext__(self) -> Awaitable[bytes]:
         """Raises RequestError if the request failed before its first part, else the errors of `items`."""
-        while not self._begun:
+        return self._items.__anext__() if self._begun else self._until_begun()
+
+    async def _until_begun(self) -> bytes:
+        while True:
             self._next = self._next or asyncio.ensure_future(anext(self._items))
             await asyncio.wait([self._next], timeout=self._period_s)
             if not self._next.done():
@@ -63,8 +70,6 @@ class KeepAliveStream:
             if part:
                 self._begun = True
                 return part
-        part = await anext(self._items)
-        return part
 
     async def aclose(self) -> None:
         """Cancels the request if it is not done."""

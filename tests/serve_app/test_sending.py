@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from ray.serve._private.http_util import MessageQueue
+from starlette.requests import ClientDisconnect
 
 from serve_app.apis.shared.answer import error_events
 from serve_app.ingress.sending import CHUNK_BYTES, MAX_UNSENT_BYTES, EventStream, LargeResponse, track_unsent
@@ -98,6 +99,43 @@ def test_a_client_that_reads_slowly_gets_all_and_little_waits_for_it() -> None:
 
     assert asyncio.run(run()) == b"first" + 100 * PART
     assert most <= MAX_UNSENT_BYTES + len(PART)
+
+
+def test_a_send_that_waits_for_a_client_that_is_gone_ends_and_those_before_do_not_count() -> None:
+    parts, connection = Parts(), Connection()
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if message.get("body") == PART and len(sent) > 20:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.005)
+
+    async def run() -> None:
+        scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+        track_unsent(scope, send)
+        stream = EventStream(b"first", parts.items(1000), error_events, 0.05)
+        with pytest.raises(ClientDisconnect):
+            await asyncio.wait_for(stream(scope, connection.receive, send), 10)
+
+    asyncio.run(run())
+    assert len(sent) == 21 and parts.closed
+
+
+def test_what_looks_at_answers_sees_the_first_message_and_the_last() -> None:
+    parts, connection = Parts(), Connection()
+    seen: list[Any] = []
+
+    async def observed(message: Any) -> None:
+        seen.append((message["type"], message.get("body"), message.get("more_body")))
+        await connection.send(message)
+
+    asyncio.run(
+        EventStream(b"first", parts.items(2), error_events)(connection.scope, connection.receive, observed)
+    )
+    assert [kind for kind, _, _ in seen] == ["http.response.start", "http.response.body"]
+    assert seen[-1] == ("http.response.body", b"", False)
+    assert connection.read() == b"first" + 2 * PART
 
 
 @pytest.mark.parametrize("size", [CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
