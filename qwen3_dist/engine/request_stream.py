@@ -36,7 +36,9 @@ class RequestStream:
             raise RequestError(self._failed)
         while not self._arrived:
             if self._end is not None:
-                raise self._end if isinstance(self._end, QueueTimeoutError) else EngineDeadError(str(self._end))
+                raise (
+                    self._end if isinstance(self._end, QueueTimeoutError) else EngineDeadError(str(self._end))
+                )
             self._waiter = self.loop.create_future()
             await self._waiter
         taken, self._arrived = self._arrived, []

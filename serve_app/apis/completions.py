@@ -64,7 +64,7 @@ class CompletionRequest(GenerationRequest):
         ]
 
     def prompt_bytes(self) -> bytes:
-        return to_json([self.model, *self.inputs])
+        return to_json([self.model, self.terms.cache_salt, *self.inputs])
 
     def answer(self, context: AnswerContext) -> Answer:
         return CompletionAnswer(context, self.options)

@@ -119,7 +119,8 @@ def chat(*texts: str, **fields: Any) -> Any:
 def test_prompts_that_begin_alike_have_bytes_that_begin_alike() -> None:
     one, two = chat("Hello", "there").prompt_bytes(), chat("Hello", "there", "x", seed=1).prompt_bytes()
     assert two.startswith(one.rstrip(b"]}"))
-    assert chat("Hello", model="adapter").prompt_bytes()[:12] != one[:12]
+    for apart in ({"model": "adapter"}, {"cache_salt": "mine"}):
+        assert chat("Hello", **apart).prompt_bytes()[:12] != one[:12]
     given = [parse_completion(json.dumps({"prompt": each}).encode()) for each in ("abc", "abcd", [1, 2])]
     assert given[1].prompt_bytes().startswith(given[0].prompt_bytes()[:-2])
     assert b"1,2" in given[2].prompt_bytes()

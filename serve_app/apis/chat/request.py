@@ -132,7 +132,7 @@ class ChatRequest(GenerationRequest):
         return [renderer.tokenize(rendered, "messages", self.add_special_tokens)]
 
     def prompt_bytes(self) -> bytes:
-        return to_json([self.model, self.tools, self.messages])
+        return to_json([self.model, self.terms.cache_salt, self.tools, self.messages])
 
     def variables(self, renderer: PromptRenderer) -> Json:
         """Returns the template's variables other than messages and tools."""

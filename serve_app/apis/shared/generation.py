@@ -99,7 +99,7 @@ class GenerationRequest(ABC):
 
     @abstractmethod
     def prompt_bytes(self) -> bytes:
-        """Returns bytes that begin alike for requests whose prompts begin alike."""
+        """Returns bytes that begin alike for requests whose prompts begin alike and may share cached prefixes."""
 
     @property
     def num_sequences(self) -> int:
