@@ -4,8 +4,9 @@
 
 A fault is `none`; kill (SIGKILL), stop (SIGSTOP) or term (SIGTERM) of a rank, a replica, an ingress, Serve's proxy or
 its controller; `drop`, which breaks the connections between an ingress and a replica (as root, with `ss`); `roll`, a
-deployment that loads the model anew; `layout`, which gives replicas one rank each and then their layout again; or
-`scale`, which takes a replica away and gives it back.
+deployment that loads the model anew; `layout`, which gives replicas one rank each and then their layout again;
+`scale`, which takes a replica away and gives it back; or, with --nodes, `kill-raylet`: a node is lost, and another
+one has room.
 
 A client asks for one answer after the other: chats with tools, a schema, thinking, two choices and log-probabilities,
 completions of several prompts with stop strings, responses and messages; greedy and seeded, streamed and not. Each
@@ -20,30 +21,23 @@ import argparse
 import asyncio
 import contextlib
 import os
-import random
-import signal
 import statistics
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks.chaos_answers import MODEL, LostError, difference, read_stream, requests, same, without_ids
+from benchmarks.chaos_faults import FAULTS, Nodes, Service
 from cluster import ray_cluster, ray_private
+from qwen3_dist.layout import Layout
 from serve_app.ingress import proxy
-from serve_app.launch.deploy import deploy, stop
-from serve_app.settings import INGRESS, REPLICA, read_service_config
+from serve_app.launch.deploy import stop
 
-FAULTS = (
-    *("none", "kill-rank", "stop-rank", "kill-replica", "stop-replica", "term-replica", "kill-ingress"),
-    *("kill-proxy", "kill-controller", "drop", "roll", "layout", "scale"),
-)
 PORT = 8795
 TRIES = 30  # of a client whose connection breaks, a second apart
 PAUSE_S = 1.0  # streams that paused for less count as undisturbed
@@ -174,102 +168,16 @@ class Load:
         return found
 
 
-def titled(words: str) -> list[int]:
-    """Processes that this one has started and nobody has stopped, of whose titles `words` is a part."""
-    found, left = [], [os.getpid()]
-    while left:
-        for file in Path(f"/proc/{left.pop()}/task").glob("*/children"):
-            try:
-                children = [int(child) for child in file.read_text().split()]
-            except OSError:
-                continue
-            left += children
-            for child in children:
-                path = Path(f"/proc/{child}")
-                with contextlib.suppress(OSError):  # it has ended
-                    stopped = "State:\tT" in (path / "status").read_text()
-                    if not stopped and words in (path / "cmdline").read_text(errors="replace"):
-                        found.append(child)
-    return found
-
-
-TITLES = {
-    "replica": f":{REPLICA}",
-    "ingress": f":{INGRESS}",
-    "proxy": "ProxyActor",
-    "controller": "ServeController",
-}
-
-
-def _signal(kind: str, ranks: list[list[int]]) -> None:
-    """Sends the signal that `kind` names to one process."""
-    action, _, what = kind.partition("-")
-    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[action]
-    pids = random.choice(ranks) if what == "rank" else titled(TITLES[what])
-    os.kill(random.choice(pids), number)
-
-
-def _sockets(state: str, pid: int) -> list[tuple[str, str]]:
-    """The local and the peer's port of each TCP socket of a process in `state`."""
-    lines = subprocess.run(["ss", "-tnpH", "state", state], capture_output=True, text=True, check=True).stdout
-    columns = [line.split() for line in lines.splitlines() if f"pid={pid}," in line]
-    return [(local.rpartition(":")[2], peer.rpartition(":")[2]) for _, _, local, peer, *_ in columns]
-
-
-def _drop() -> None:
-    """Breaks all connections between one ingress and one replica."""
-    ingress, replica = (random.choice(titled(TITLES[each])) for each in ("ingress", "replica"))
-    served = {port for port, _ in _sockets("listening", replica)}
-    found = [port for port, peer in _sockets("established", ingress) if peer in served]
-    for port in found:
-        subprocess.run(["ss", "-K", "sport", "=", port], capture_output=True, check=True)
-    left = {port for port, _ in _sockets("established", ingress)}
-    assert found and not left & set(found), "ss did not close the connections"
-
-
-class Service:
-    """The service that is disturbed. `change` deploys it with other settings."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self._settings = settings
-        self.url = self.change()
-
-    def change(self, **settings: Any) -> str:
-        self._settings |= settings
-        return deploy(read_service_config(self._settings), report=print)
-
-    def roll(self) -> None:
-        """Loads the model anew, for one KV block more."""
-        self.change(num_blocks=self._settings["num_blocks"] + 1)
-
-    def layout(self) -> None:
-        """Loads the model with one rank, and again with its layout."""
-        usual = self._settings["layout"]
-        for layout in ("tp=1", usual):
-            self.change(layout=layout)
-
-    def scale(self) -> None:
-        """Takes a replica away, and gives it back."""
-        replicas = self._settings["min_replicas"]
-        for number in (replicas - 1, replicas):
-            self.change(min_replicas=number, max_replicas=number)
-
-
 async def strike(load: Load, service: Service, kind: str, replicas: int, seconds: float) -> None:
     """One fault, then waits until all replicas are back and answers flow again."""
     await asyncio.sleep(seconds)
     before = await load.ranks()
     load.fault_s = time.monotonic()
-    if kind in ("roll", "layout", "scale"):
-        await asyncio.to_thread(getattr(service, kind))
-    elif kind == "drop":
-        _drop()
-    elif kind != "none":
-        _signal(kind, before)
+    await asyncio.to_thread(service.strike, kind, before)
     if kind != "none":
         deadline = load.fault_s + RECOVERY_S
         known = {pid for pids in before for pid in pids}
-        changes = kind.endswith(("rank", "replica"))
+        changes = kind.endswith(("rank", "replica", "raylet"))
         while time.monotonic() < deadline:
             await asyncio.sleep(0.2)
             now = await load.ranks()
@@ -311,11 +219,8 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--layout", default="tp=1")
-    parser.add_argument(
-        "--faults",
-        nargs="+",
-        default=FAULTS,
-    )
+    parser.add_argument("--faults", nargs="+", default=FAULTS)
+    parser.add_argument("--nodes", action="store_true", help="one Ray node for each replica and fault")
     args = parser.parse_args()
     settings = {
         "name": "chaos",
@@ -328,19 +233,22 @@ def main() -> None:
         "threads_per_rank": 1,
         "min_replicas": args.replicas,
         "max_replicas": args.replicas,
-        "cpus_per_rank": 0.1,
+        "cpus_per_rank": (0.8 if args.nodes else 0.2) / Layout.parse(args.layout).world,
         "prefix_caching": False,  # usage tells of cached tokens
         "ingress_replicas": args.ingresses,
         "health_check_timeout_s": 5,  # a stopped replica is found after this time
         "graceful_shutdown_timeout_s": 60,
     }
     os.environ.setdefault(ray_private.PROXY_MIDDLEWARES, proxy.IMPORT_PATH)
-    ray_cluster.connect(None)
+    nodes = Nodes(args.replicas + args.times) if args.nodes else None
+    ray_cluster.connect(nodes.address if nodes else None)
     try:
-        found = asyncio.run(run(Service(settings), args))
+        found = asyncio.run(run(Service(settings, nodes), args))
         stop(settings["name"], print, stop_now=lambda: False)
     finally:
         ray_cluster.shutdown()
+        if nodes:
+            nodes.end()
     print(HEAD)
     for kind, fault in found.items():
         print(fault.row(kind))
