@@ -57,9 +57,8 @@ class Dispatcher:
         self._send = send
         self.timeout_s, self.resume_timeout_s = timeout_s, resume_timeout_s
         self.on_loss = on_loss
-        self._calls: dict[str, set[Any]] = defaultdict(
-            set
-        )  # by the replica that runs them, "" if none has told
+        # By the replica that runs them, "" if none has told that it does.
+        self._calls: dict[str, set[Any]] = defaultdict(set)
         self._pauses_s = pauses_s
         self._parts = PartClient()
 
