@@ -15,6 +15,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.responses import answer as response_answer
+from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.replica.deployment import EngineReplica
 from tests.serve_app.resuming import Client, asked, by_choice, replica_of
 
@@ -140,6 +141,14 @@ def some_cuts(num_parts: int, name: str) -> list[int]:
     return sorted({0, 1, num_parts - 1, *random.Random(name).sample(inner, min(most, len(inner)))})
 
 
+def in_parts(request: GenerationRequest, replica: EngineReplica) -> Client:
+    """The whole stream in more than three parts; on a busy machine several steps may come as one."""
+    for _ in range(20):
+        if len((whole := Client(request).read(replica)).parts) > 3:
+            return whole
+    raise AssertionError("no stream had more than three parts")
+
+
 def scored(data: bytes) -> tuple[bytes, list[float]]:
     """The stream without its log-probabilities, and these: tokens that were sent are read in other chunks than they
     were generated in, which may change the last bits of what follows."""
@@ -150,9 +159,9 @@ def scored(data: bytes) -> tuple[bytes, list[float]]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_stream_that_goes_on_elsewhere_is_the_same(name: str, replicas: list[EngineReplica]) -> None:
     api, fields = CASES[name]
-    whole = Client(asked(api, **fields)).read(replicas[0])
+    whole = in_parts(asked(api, **fields), replicas[0])
     expected, scores = scored(whole.data)
-    assert b"event: error" not in whole.data and len(whole.parts) > 3
+    assert b"event: error" not in whole.data
     for cut in some_cuts(len(whole.parts), name):
         once = whole.up_to(cut).read(replicas[1])
         twice = once.up_to((cut + len(once.parts)) // 2).read(replicas[0])
