@@ -17,7 +17,7 @@ def test_it_shows_replicas_ranks_and_rates(open_page: Any, service: FakeService)
     page = open_page(f"{service.url}/#cluster")
     expect(page.locator("#models h2")).to_have_text("Qwen3-30B-A3B")
     expect(page.locator("#models .badge").first).to_have_text("ready")
-    expect(page.locator("#models .title .faint")).to_have_text("2 of 1 to 3 replicas run")
+    expect(page.locator("#models .title .faint").first).to_have_text("2 of 1 to 3 replicas run")
     expect(page.locator(".replica h3")).to_have_text(["h8qw", "k3fz"])
     expect(page.locator("#tiles")).to_contain_text("of 1,256")
     replica = page.locator(".replica").first
