@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
 
+from benchmarks.processes import is_stopped, started
 from serve_app.launch.deploy import deploy
 from serve_app.settings import INGRESS, REPLICA, read_service_config
 
@@ -22,24 +21,10 @@ FAULTS = (
 _NODE: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False}
 
 
-def titled(words: str, root: int = 0) -> list[int]:
+def titled(words: str, root: int | None = None) -> list[int]:
     """Processes that `root`, this process by default, has started and nobody has stopped, of whose titles `words` is a
     part."""
-    found, left = [], [root or os.getpid()]
-    while left:
-        for file in Path(f"/proc/{left.pop()}/task").glob("*/children"):
-            try:
-                children = [int(child) for child in file.read_text().split()]
-            except OSError:
-                continue
-            left += children
-            for child in children:
-                path = Path(f"/proc/{child}")
-                with contextlib.suppress(OSError):  # it has ended
-                    stopped = "State:\tT" in (path / "status").read_text()
-                    if not stopped and words in (path / "cmdline").read_text(errors="replace"):
-                        found.append(child)
-    return found
+    return [pid for pid, title in started(root).items() if words in title and not is_stopped(pid)]
 
 
 TITLES = {

@@ -45,7 +45,8 @@ CLIENTS = {"cancel": 4, "read_slowly": 2, "never_read": 4, "babble": 2, "idle": 
 SLOW_HEADERS, SLOW_BODIES = 50, 4
 _SAMPLE_S = 2.0
 _WARM_UP_S = 30.0  # in which processes open the connections that they keep
-_SETTLE_S = 8.0  # in which the proxy closes connections of clients that are gone
+_SETTLE_S = 30.0  # longest wait for the proxy to close the connections of clients that are gone
+_STEADY_S = 3.0  # without a change of the sockets, after which they have settled
 _RAYS_OWN = 2  # sockets of a process that come and go
 _MIB = 2**20
 # What may become of bad clients. Bytes that begin no request may be answered, or waited for to end.
@@ -195,17 +196,32 @@ def run_clients(url: str, good: int, seconds: float) -> dict[str, Any]:
 def soak(url: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The first part. Returns its figures, and what was wrong."""
     run_clients(url, args.clients, _WARM_UP_S)
-    time.sleep(_SETTLE_S)
+    settle()
     before = {pid: (name_of(title), open_sockets(pid)) for pid, title in service_processes().items()}
     ranks, memory = asyncio.run(ranks_of(url)), Memory()
     with memory:
         found = run_clients(url, args.clients, 60 * args.minutes)
     sequences = asyncio.run(held(url))
-    time.sleep(_SETTLE_S)
+    settle()
     wrong = [*problems(found), *leftovers(before)]
     if sequences != (0, 0):
         wrong.append(f"sequences left in ingresses and engines: {sequences}")
     return {**found, "memory": list(memory.rows(ranks))}, wrong
+
+
+def settle() -> None:
+    """Waits until the service's processes open and close no sockets any more."""
+    now = time.monotonic()
+    deadline, steady_since, last = now + _SETTLE_S, now, sockets_of_service()
+    while now < min(deadline, steady_since + _STEADY_S):
+        time.sleep(0.25)
+        now, sockets = time.monotonic(), sockets_of_service()
+        if sockets != last:
+            steady_since, last = now, sockets
+
+
+def sockets_of_service() -> dict[int, int]:
+    return {pid: open_sockets(pid) for pid in service_processes()}
 
 
 def problems(found: dict[str, Any]) -> Iterator[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 _PROC = Path("/proc")
 
 
-def started() -> dict[int, str]:
-    """The title of each process that this one has started, and that those have started."""
+def started(root: int | None = None) -> dict[int, str]:
+    """The title of each process that `root`, this process by default, has started, and that those have started."""
     found: dict[int, str] = {}
-    left = [os.getpid()]
+    left = [root or os.getpid()]
     while left:
         for file in (_PROC / str(left.pop()) / "task").glob("*/children"):
             for child in map(int, _read(file).split()):
@@ -20,6 +20,11 @@ def started() -> dict[int, str]:
                 if title := _read(_PROC / str(child) / "cmdline").replace("\0", " ").strip():
                     found[child] = title
     return found
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped, as by SIGSTOP."""
+    return "State:\tT" in _read(_PROC / str(pid) / "status")
 
 
 def private_bytes(pid: int) -> int:

@@ -13,6 +13,8 @@ _GROWTH = 1.25
 _MAX_PREFIXES = 2**16
 _HASH_BYTES = 8
 
+Prefixes = list[tuple[int, bytes]]  # their lengths and hashes, the shortest first
+
 
 class PrefixMemory:
     """Remembers the newest `max_prefixes` prefixes, by their hashes, in about 130 bytes each."""
@@ -22,9 +24,9 @@ class PrefixMemory:
         self._replicas: OrderedDict[bytes, frozenset[str]] = OrderedDict()
         self._same: dict[frozenset[str], frozenset[str]] = {}  # equal sets are one object
 
-    def add(self, prompt: bytes, replica: str) -> None:
+    def add(self, prompt: Prefixes, replica: str) -> None:
         """Notes that `replica` computes `prompt`."""
-        for _, key in _prefixes(prompt):
+        for _, key in prompt:
             known = self._replicas.get(key, frozenset())
             if replica not in known:
                 known = self._one(known | {replica})
@@ -33,10 +35,10 @@ class PrefixMemory:
         while len(self._replicas) > self._max_prefixes:
             self._replicas.popitem(last=False)
 
-    def shared_bytes(self, prompt: bytes, replicas: Collection[str]) -> dict[str, int]:
+    def shared_bytes(self, prompt: Prefixes, replicas: Collection[str]) -> dict[str, int]:
         """For each of `replicas` the bytes that `prompt` begins with and that it has computed before."""
         shared = dict.fromkeys(replicas, 0)
-        for length, key in _prefixes(prompt):
+        for length, key in prompt:
             known = self._replicas.get(key)
             if known is None:
                 break
@@ -53,13 +55,13 @@ class PrefixMemory:
         return self._same.setdefault(replicas, replicas)
 
 
-def _prefixes(prompt: bytes) -> list[tuple[int, bytes]]:
-    """The lengths and hashes of the prefixes of `prompt` that are remembered, the shortest first."""
+def prefixes_of(prompt: bytes) -> Prefixes:
+    """The prefixes of `prompt` that are remembered."""
     lengths = chain(
         (_STEP_BYTES * step for step in range(1, _STEPS + 1)),
         (int(_STEP_BYTES * _STEPS * _GROWTH**step) for step in count(1)),
     )
-    prefixes: list[tuple[int, bytes]] = []
+    prefixes: Prefixes = []
     digest, start = blake2b(digest_size=_HASH_BYTES), 0
     for length in lengths:
         if length > len(prompt):

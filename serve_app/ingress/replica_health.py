@@ -89,7 +89,7 @@ class ReplicaHealth:
         silent = set(poll.running) - {status.replica for status in told} - set(dead)
         healthy = sum(not status.problem for status in told)
         self.queued_tokens = sum(status.queued_tokens for status in told)
-        self._table.update(told, silent)
+        self._table.update(told, silent.union(dead))
         now = time.monotonic()
         if healthy or len(told) + len(dead) == len(poll.answers) or now - self._answered_at > self.patience_s:
             self.num_healthy = healthy

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from threading import Lock
 
-from serve_app.ingress.prefix_memory import PrefixMemory
+from serve_app.ingress.prefix_memory import PrefixMemory, prefixes_of
 from serve_app.replica_status import ReplicaStatus
 
 TOKENS_OF_REQUEST = 256  # as many tokens of waiting prompts count as much as a sequence that a replica has
@@ -25,10 +25,9 @@ class ReplicaTable:
         self._sent: Counter[str] = Counter()  # tokens since
         self._avoided: set[str] = set()
 
-    def update(self, told: Iterable[ReplicaStatus], silent: Iterable[str]) -> None:
+    def update(self, told: Sequence[ReplicaStatus], silent: Iterable[str]) -> None:
         """Takes up a poll: what replicas told, and the ids of those that did not answer."""
         with self._lock:
-            told = list(told)
             self._load = {
                 status.replica: status.queued_tokens + TOKENS_OF_REQUEST * status.num_requests
                 for status in told
@@ -53,14 +52,15 @@ class ReplicaTable:
         The best has the fewest tokens to compute before the request's first token: those of other requests, and those
         of its `prompt` that it has not computed before.
         """
+        prefixes = prefixes_of(prompt)
         with self._lock:
             usable = [each for each in replicas if each not in self._avoided] or list(replicas)
-            shared = self._prefixes.shared_bytes(prompt, usable)
+            shared = self._prefixes.shared_bytes(prefixes, usable)
             tokens = {each: min(shared[each] // BYTES_OF_TOKEN, MAX_SHARED_TOKENS) for each in usable}
             random.shuffle(usable)  # those that are equal take turns
             usable.sort(key=lambda each: self._load_of(each) - tokens[each])
             best = usable[0]
-            self._prefixes.add(prompt, best)
+            self._prefixes.add(prefixes, best)
             self._sent[best] += TOKENS_OF_REQUEST + len(prompt) // BYTES_OF_TOKEN - tokens[best]
             return usable
 

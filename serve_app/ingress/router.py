@@ -13,7 +13,7 @@ from serve_app.ingress.replica_table import table_of
 class ReplicaRouter(RequestRouter):
     """Chooses among healthy replicas by their load and by the prompts that they have computed before.
 
-    Ray Serve makes one for each handle, in a process that the settings of the model's deployment name it to.
+    Ray Serve makes one for each handle of a model's deployment, whose options name this class.
     """
 
     async def choose_replicas(

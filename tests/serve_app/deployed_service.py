@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
-from serve_app.launch.deploy import deploy
+from qwen3_dist.errors import ResourceError
+from serve_app.launch.deploy import deploy, stop
 from serve_app.settings import ServiceConfig, read_service_config
 from tests.serve_app.support import SETTINGS
 
@@ -86,3 +88,15 @@ class Deployed:
         answer = httpx.get(f"{self.url}/v1/cluster/ranks", headers=headers, timeout=60)
         replicas = answer.json()["data"] if answer.is_success else []  # 503 while one of them goes
         return {rank["pid"] for replica in replicas for rank in replica["ranks"]}
+
+
+@contextlib.contextmanager
+def deployed_beside(shared: ServiceConfig, url: str, name: str = NAME) -> Iterator[Deployed]:
+    """A context in which a service called `name` runs beside the shared one, which answers at `url`."""
+    service = Deployed(shared, url, name)
+    service.change()
+    try:
+        yield service
+    finally:
+        with contextlib.suppress(ResourceError):
+            stop(name, print, lambda: True)

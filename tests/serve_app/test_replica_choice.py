@@ -15,7 +15,7 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.shared.generation import GenerationRequest
-from serve_app.ingress.prefix_memory import PrefixMemory
+from serve_app.ingress.prefix_memory import PrefixMemory, prefixes_of
 from serve_app.ingress.replica_table import MAX_SHARED_TOKENS, TOKENS_OF_REQUEST, ReplicaTable, table_of
 from serve_app.ingress.router import ReplicaRouter
 from serve_app.replica_status import ReplicaStatus
@@ -96,18 +96,18 @@ def test_a_replica_that_is_gone_draws_nothing() -> None:
 
 def test_the_oldest_prefixes_are_forgotten() -> None:
     memory = PrefixMemory(max_prefixes=3)
-    memory.add(prompt(0, 600), "a")  # two prefixes
-    assert memory.shared_bytes(prompt(0, 10_000), ["a", "b"]) == {"a": 512, "b": 0}
-    memory.add(prompt(1, 600), "b")
-    assert memory.shared_bytes(prompt(1, 600), ["a", "b"]) == {"a": 0, "b": 512}
-    assert memory.shared_bytes(prompt(0, 600), ["a"]) == {"a": 0}
+    memory.add(prefixes_of(prompt(0, 600)), "a")  # two prefixes
+    assert memory.shared_bytes(prefixes_of(prompt(0, 10_000)), ["a", "b"]) == {"a": 512, "b": 0}
+    memory.add(prefixes_of(prompt(1, 600)), "b")
+    assert memory.shared_bytes(prefixes_of(prompt(1, 600)), ["a", "b"]) == {"a": 0, "b": 512}
+    assert memory.shared_bytes(prefixes_of(prompt(0, 600)), ["a"]) == {"a": 0}
 
 
 @pytest.mark.parametrize("length", [0, 255, 256, 8_192, 9_000, 100_000, 1_000_000])
 def test_most_of_a_prompt_is_recognised(length: int) -> None:
     memory = PrefixMemory()
-    memory.add(prompt(0, length), "a")
-    shared = memory.shared_bytes(prompt(0, length) + b"tail", ["a"])["a"]
+    memory.add(prefixes_of(prompt(0, length)), "a")
+    shared = memory.shared_bytes(prefixes_of(prompt(0, length) + b"tail"), ["a"])["a"]
     assert min(length - 255, 0.8 * length) <= shared <= length
 
 

@@ -78,6 +78,25 @@ def test_a_replica_that_died_is_counted_once_however_often_serve_still_names_it(
     assert [lost for _, lost in numbers] == [0, 1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("answer", [died("actor of b"), B_IS_ILL, TimeoutError()])
+def test_a_replica_that_is_dead_ill_or_silent_takes_no_request(answer: Any) -> None:
+    table = ReplicaTable()
+
+    async def poll() -> None:
+        rounds = iter([[A, B], [A, answer]])
+
+        async def ask() -> Poll:
+            return Poll(("a", "b"), next(rounds))
+
+        health = ReplicaHealth(ask, 3600.0, 60.0, table)
+        health.stop()
+        for _ in range(2):
+            await health.refresh()
+
+    asyncio.run(poll())
+    assert table.choose(["a", "b"], b"") == ["a"]
+
+
 @pytest.mark.parametrize(("is_dead", "lost"), [(True, 1), (False, 0)])
 def test_a_request_that_lost_its_replica_has_all_asked_at_once_and_counts_the_dead(
     is_dead: bool, lost: int

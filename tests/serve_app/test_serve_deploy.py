@@ -24,19 +24,14 @@ from serve_app.launch.deploy import stop
 from serve_app.settings import REPLICA, ServiceConfig
 from tests.processes import processes_running
 from tests.serve_app.command_line import qwen3_dist
-from tests.serve_app.deployed_service import ASK, NAME, Deployed
+from tests.serve_app.deployed_service import ASK, NAME, Deployed, deployed_beside
 from tests.serve_app.support import error_of, wait_for
 
 
 @pytest.fixture(scope="module")
 def deployed(service_config: ServiceConfig, url: str) -> Iterator[Deployed]:
-    service = Deployed(service_config, url)
-    service.change()
-    try:
+    with deployed_beside(service_config, url) as service:
         yield service
-    finally:
-        with contextlib.suppress(ResourceError):
-            stop(NAME, print, lambda: True)
 
 
 def test_a_changed_key_or_limit_reaches_the_service_and_reloads_no_engine(deployed: Deployed) -> None:

@@ -12,11 +12,9 @@ import pytest
 import ray
 from ray.util import placement_group, remove_placement_group
 
-from qwen3_dist.errors import ResourceError
-from serve_app.launch.deploy import stop
 from serve_app.settings import ServiceConfig
 from tests.serve_app.command_line import qwen3_dist
-from tests.serve_app.deployed_service import ASK, Deployed
+from tests.serve_app.deployed_service import ASK, Deployed, deployed_beside
 from tests.serve_app.support import wait_for
 
 NAME = "scaled"
@@ -25,13 +23,8 @@ MANY_REQUESTS = {"max_replicas": 2, "target_ongoing_requests": 100}
 
 @pytest.fixture(scope="module")
 def deployed(service_config: ServiceConfig, url: str) -> Iterator[Deployed]:
-    service = Deployed(service_config, url, NAME)
-    service.change()
-    try:
+    with deployed_beside(service_config, url, NAME) as service:
         yield service
-    finally:
-        with contextlib.suppress(ResourceError):
-            stop(NAME, print, lambda: True)
 
 
 @contextlib.contextmanager
