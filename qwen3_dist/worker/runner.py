@@ -177,9 +177,9 @@ class ModelRunner:
             output = self.launch(plans[self._parallel.coords.group])
             if output is not None:
                 output.result()
-        for moe in moe_layers[
-            : not self._parallel.deterministic
-        ]:  # all are of one shape; there, any rows compile all
+        # In deterministic mode any number of rows has compiled all kernels.
+        if moe_layers and not self._parallel.deterministic:
+            moe = moe_layers[0]  # all are of one shape
             warm_up_experts(moe.experts, moe.num_experts_per_tok, self.model.activation_template)
         for moe in moe_layers:
             moe.reset_counts()
