@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from qwen3_dist.parallel.communicator import GlooCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.worker import rank
@@ -113,6 +117,38 @@ def ranks_over_gloo(spec: RankSpec) -> None:
     """As ranks of several hosts are."""
     ParallelContext.connect = partial(ParallelContext.connect, shared_memory=False)  # type: ignore[method-assign]
     rank_main(spec)
+
+
+def ranks_that_wait_as_in_nccl(spec: RankSpec) -> None:
+    """A collective that another rank does not enter, since it was lost, waits until its groups are aborted."""
+    ends: list[threading.Event] = []
+
+    def waits(_: GlooCommunicator, collective: Any) -> Any:
+        results: list[Any] = []
+        end = threading.Event()
+        ends.append(end)
+
+        def run() -> None:
+            with contextlib.suppress(RuntimeError), torch.inference_mode():
+                results.append(collective())
+                end.set()
+
+        threading.Thread(target=run, daemon=True).start()
+        end.wait()
+        ends.remove(end)
+        if not results:
+            raise RuntimeError("aborted")
+        return results[0]
+
+    def abort() -> None:
+        dist.destroy_process_group()
+        for end in ends:
+            end.set()
+
+    distributed_c10d._abort_process_group = abort  # type: ignore[assignment]
+    GlooCommunicator._waiting = waits  # type: ignore[method-assign]
+    ParallelContext._uses_nccl = property(lambda _: dist.is_initialized())  # type: ignore[assignment, method-assign]
+    ranks_over_gloo(spec)
 
 
 def rank_1_sleeps_in_a_step(spec: RankSpec) -> None:

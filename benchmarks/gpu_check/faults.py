@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
     fault = partial(a_rank_fails, setting, "tp=2")
     yield PlannedCheck("a rank runs out of memory", partial(fault, "out of memory"), 15)
     yield PlannedCheck("a rank is killed", partial(fault, "killed"), 15)
+    yield PlannedCheck("a killed rank is replaced", partial(a_rank_is_replaced, setting, "tp=2"), 40)
     yield PlannedCheck("a clean end leaves nothing", partial(_clean_end, setting, "tp=2"), 15)
     yield PlannedCheck("a card that another process fills", partial(_full_card, setting), 15)
     for name, (settings, said) in _bad_settings(setting).items():
@@ -68,6 +70,25 @@ def a_rank_fails(setting: Setting, layout: str, how: str) -> Figures:
     require(named in message, f"the error does not say {named!r}: {message}", **figures)
     late = f"the error arrived after {seconds:.1f} s; at most {_ERROR_WITHIN_S:g} s are allowed"
     require(seconds <= _ERROR_WITHIN_S, late, **figures)
+    return {**figures, **before.require_nothing_left()}
+
+
+def a_rank_is_replaced(setting: Setting, layout: str) -> Figures:
+    """The last rank is killed and the others wait for it in a collective. They must keep their processes, a new rank
+    must take its place, and tokens must be as before."""
+    before = _Leftovers(setting)
+    path = small_checkpoint("dense", setting)
+    with running(setting, path, layout, recovers=True, dtype="float32", num_blocks=64) as engine:
+        expected = generate(engine, [_PROMPT], 16)[0].token_ids
+        pids = [rank.pid for rank in engine.ranks]
+        os.kill(pids[-1], signal.SIGKILL)
+        _message(lambda: generate(engine, [_PROMPT], 16))
+        recovery = engine.recover()
+        kept = [rank.pid for rank in engine.ranks][:-1]
+        again = generate(engine, [_PROMPT], 16)[0].token_ids
+    figures: Figures = {"replaced_s": round(recovery.seconds, 2), "bytes_read": recovery.bytes_read}
+    require(kept == pids[:-1], "ranks that were not lost were started anew", **figures)
+    require(again == expected, "tokens differ after a rank was replaced", **figures)
     return {**figures, **before.require_nothing_left()}
 
 
@@ -203,4 +224,4 @@ def _message(call: Callable[[], object]) -> str:
         call()
     except QwenDistError as error:
         return str(error)
-    raise CheckFailed("a prompt that cannot run was accepted")
+    raise CheckFailed("what cannot work raised no error")

@@ -82,7 +82,9 @@ def shape_only(name: str, shape: dict[str, Any], setting: Setting) -> Path:
 
 
 @contextlib.contextmanager
-def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any) -> Iterator[Engine]:
+def running(
+    setting: Setting, model: Path, layout: str = "tp=1", recovers: bool = False, **settings: Any
+) -> Iterator[Engine]:
     """A context with an engine of `model`. Several ranks run in processes, and share GPUs if there are too few."""
     world = Layout.parse(layout).world
     own: dict[str, Any] = {
@@ -100,7 +102,7 @@ def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any
         own["share_gpus"] = True
     if not setting.on_gpu:
         own["threads_per_rank"] = 1  # more threads would slow each other down on busy cores
-    engine = Engine(read_settings(EngineConfig, own | settings))
+    engine = Engine(read_settings(EngineConfig, own | settings), recovers=recovers)
     try:
         yield engine
     finally:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_check.check import CheckSkipped, Figures, PlannedCheck, Setting, require
-from benchmarks.gpu_check.faults import a_rank_fails
+from benchmarks.gpu_check.faults import a_rank_fails, a_rank_is_replaced
 from benchmarks.gpu_check.graphs import as_without_graphs
 from benchmarks.gpu_check.models import A3B, running, shape_only, small_checkpoint, small_shape
 from benchmarks.gpu_check.on_ranks import compare_collectives
@@ -54,6 +54,8 @@ def checks(setting: Setting) -> Iterator[PlannedCheck]:
             yield PlannedCheck(f"{layout}, ways to experts by size", partial(_ways, setting, layout), 25)
     fails = partial(a_rank_fails, setting, f"tp={world}", "out of memory")
     yield PlannedCheck("a rank runs out of memory", fails, 15)
+    replaced = partial(a_rank_is_replaced, setting, f"tp={world}")
+    yield PlannedCheck("a killed rank is replaced", replaced, 45)
     yield PlannedCheck("a service over all ranks", partial(_service, setting, world), 45)
 
 

@@ -157,8 +157,6 @@ class RankGroupExecutor(Executor):
         lost, self._lost = self._lost, ()
         if not lost:
             raise EngineDeadError("it is not known which rank was lost")
-        if self.device != "cpu":
-            raise EngineDeadError("ranks on GPUs cannot leave a collective that waits for a lost rank")
         for rank in lost:
             self._ranks.drop(rank)
             self._watch.drop(rank)
@@ -168,6 +166,7 @@ class RankGroupExecutor(Executor):
         for results in self._results:
             results.clear()
         try:
+            self._watch.abort_collectives()
             self._ranks.post_all(Rejoin())
             with self._listening() as listener:
                 for spec in self._specs(listener, lost):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Collection, Iterable
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 
 from qwen3_dist.launch.base import names
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, pack
-from qwen3_dist.protocol.messages import RankStatus, StatusRequest
+from qwen3_dist.protocol.messages import AbortCollectives, RankStatus, StatusRequest
 
 _log = logging.getLogger(__name__)
 _PERIOD_S = 0.25
 _FIRST_S = 1.0  # ranks are asked once a step has run for so long
 _COLLECTIVES = "/qwen3_dist/parallel/"  # in the stack of a rank that waits in a collective
 _REQUEST = pack(StatusRequest())
+_ABORT = pack(AbortCollectives())
 _ANSWER_S = 5.0  # for the rest of an answer that has begun
 
 
@@ -50,6 +52,12 @@ class RankWatch:
         """Forgets a lost rank."""
         if channel := self._channels.pop(rank, None):
             channel.close()
+
+    def abort_collectives(self) -> None:
+        """Ends the collectives in which ranks may wait for a lost one."""
+        for channel in self._channels.values():
+            with contextlib.suppress(ChannelClosedError):  # the rank's other channel says why it ended
+                channel.post(_ABORT)
 
     def has(self, ranks: Iterable[int]) -> bool:
         """Whether all `ranks` were added."""

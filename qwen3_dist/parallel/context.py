@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from qwen3_dist.layout import Layout, RankCoords
 from qwen3_dist.parallel.communicator import (
@@ -94,7 +95,7 @@ class ParallelContext:
         groups = set(self._groups)
         kinds = sorted({group.kind for group in groups} - {""})
         if self.pipeline.size > 1 and not kinds:
-            kinds = ["over the host" if self.staged else "NCCL" if "nccl" in dist.get_backend() else "gloo"]
+            kinds = ["over the host" if self.staged else "NCCL" if self._uses_nccl else "gloo"]
         return " and ".join(kinds) or "none: one rank"
 
     @property
@@ -120,8 +121,19 @@ class ParallelContext:
             mine.become(theirs)
 
     @property
+    def _uses_nccl(self) -> bool:
+        return not self.staged and dist.is_initialized() and "nccl" in dist.get_backend()
+
+    @property
     def _groups(self) -> tuple[Communicator, ...]:
         return self.tp, self.dp, self.ep, self.etp
+
+    def abort(self) -> None:
+        """Ends the collectives that wait inside NCCL for a lost rank, with void results, and leaves NCCL's groups. May
+        be called from any thread. Other collectives fail by themselves when a rank is lost.
+        """
+        if self._uses_nccl:
+            distributed_c10d._abort_process_group()
 
     def close(self) -> None:
         """Leaves all groups. Ranks that wait for this one in a collective fail."""

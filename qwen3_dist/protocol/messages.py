@@ -77,6 +77,11 @@ class StatusRequest:
 
 
 @dataclass(frozen=True)
+class AbortCollectives:
+    """Another rank was lost: end the collectives that wait for it. Rejoin follows on the first connection."""
+
+
+@dataclass(frozen=True)
 class RankStatus:
     """What a rank's main thread does.
 

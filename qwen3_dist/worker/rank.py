@@ -50,7 +50,7 @@ def rank_main(spec: RankSpec) -> None:
         status = StatusThread(status_channel, activity)
         joined = join(spec, channel)
         status.parallel = joined.parallel
-        _serve(spec, channel, joined, activity)
+        _serve(spec, channel, joined, status, activity)
     except ChannelClosedError:
         _end_process(0)  # the engine is gone
     except Exception as error:
@@ -83,7 +83,9 @@ def describe_failure(error: Exception, rank: int, activity: str) -> QwenDistErro
     return error
 
 
-def _serve(spec: RankSpec, channel: Channel, joined: Joined, activity: Activity) -> None:
+def _serve(
+    spec: RankSpec, channel: Channel, joined: Joined, status: StatusThread, activity: Activity
+) -> None:
     """Loads the model, then runs plans and calls of the engine until it ends the rank. The model stays where another
     rank is lost and replaced."""
     activity.description = "loading weights"
@@ -108,6 +110,7 @@ def _serve(spec: RankSpec, channel: Channel, joined: Joined, activity: Activity)
         if again is None:
             return
         activity.description = "joining again"
+        status.await_abort()
         joined.parallel.close()  # ranks that still wait for this one in a step fail
         joined.parallel.become(join(spec, channel).parallel)
         for moe in model.moe_layers.values():

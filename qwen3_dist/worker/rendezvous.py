@@ -24,6 +24,8 @@ from qwen3_dist.worker import cards
 from qwen3_dist.worker.shard import MemoryShare, set_threads
 
 _NCCL_MARGIN_S = 30.0
+# The engine finds ranks that are lost or hang, and the others stay. NCCL's own watchdog would end their processes.
+_NO_NCCL_WATCHDOG = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
@@ -64,6 +66,7 @@ def join(spec: RankSpec, channel: Channel) -> Joined:
     if store is None:
         store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
     _use_interface_of(host)
+    os.environ.setdefault(*_NO_NCCL_WATCHDOG)
     parallel = _connect(config, spec.rank, store, device, start.over_host)
     if card is None:
         return Joined(parallel, device, MemoryShare(start.ranks_on_host))

@@ -1,4 +1,4 @@
-"""A thread of a rank that tells the engine what the main thread does, while a step is late."""
+"""A thread of a rank that serves the engine while the main thread may be stuck in a step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import sys
 import threading
 import traceback
 
+from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError
-from qwen3_dist.protocol.messages import RankStatus
+from qwen3_dist.protocol.messages import AbortCollectives, RankStatus
 from qwen3_dist.worker.step_loop import Activity
+
+_ABORT_S = 15.0
 
 
 class StatusThread:
-    """Answers each StatusRequest that arrives at `channel`, until the engine closes the channel.
+    """Answers each StatusRequest that arrives at `channel` and obeys each AbortCollectives, until the engine closes the
+    channel.
 
     Kernels and collectives release Python's lock, so a rank that is stuck in one answers; a process that is stopped
     does not.
@@ -24,14 +28,30 @@ class StatusThread:
         self._channel = channel
         self._activity = activity
         self._main = threading.current_thread().ident
+        self._aborted = threading.Event()
         self.parallel: ParallelContext | None = None  # once the rank has joined its groups
         threading.Thread(target=self._answer, name="rank status", daemon=True).start()
+
+    def await_abort(self) -> None:
+        """Waits until the collectives of a lost rank have ended; the main thread may then join new groups. Raises
+        EngineDeadError if they do not end."""
+        if not self._aborted.wait(_ABORT_S):
+            raise EngineDeadError(f"collectives did not end within {_ABORT_S:g} s after a rank was lost")
+        self._aborted.clear()
 
     def _answer(self) -> None:
         with contextlib.suppress(ChannelClosedError):
             while True:
-                self._channel.receive()
-                self._channel.send(self._status())
+                if isinstance(self._channel.receive(), AbortCollectives):
+                    self._abort()
+                    self._aborted.set()
+                else:
+                    self._channel.send(self._status())
+        self._abort()  # the engine is gone: the main thread must come to its channel, and end
+
+    def _abort(self) -> None:
+        if self.parallel:
+            self.parallel.abort()
 
     def _status(self) -> RankStatus:
         frame = sys._current_frames().get(self._main or 0)

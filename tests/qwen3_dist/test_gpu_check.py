@@ -64,7 +64,12 @@ def test_a_stage_whose_process_ends_early_has_failed_although_its_code_is_0(tmp_
 
 
 @pytest.mark.parametrize(
-    ("stage", "words"), [("parity", "moe, tp=2,ep=2, bfloat16"), ("faults", "a rank runs out of memory")]
+    ("stage", "words"),
+    [
+        ("parity", "moe, tp=2,ep=2, bfloat16"),
+        ("faults", "a rank runs out of memory"),
+        ("faults", "a killed rank is replaced"),
+    ],
 )
 def test_a_stage_runs_on_a_cpu(stage: str, words: str, tmp_path: Path) -> None:
     done = run_stage(STAGES[stage], "cpu", tmp_path, only=words)

@@ -114,6 +114,22 @@ def test_one_new_rank_takes_the_place_of_a_lost_one(
     asyncio.run(check())
 
 
+def test_ranks_that_wait_in_nccl_are_woken(
+    nursery: None, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's collectives do not fail when a rank is lost. A stand-in, since this machine may have no GPU."""
+    monkeypatch.setattr(Launcher, "main", staticmethod(failing_ranks.ranks_that_wait_as_in_nccl))
+
+    async def check() -> None:
+        with started(config(checkpoints["moe"], "tp=2,ep=2,dp=2")) as engine:
+            expected = await undisturbed(engine)
+            lost = engine.ranks[3].pid
+            assert await across_a_loss(engine, lambda: os.kill(lost, signal.SIGKILL)) == expected
+            assert [recovery.ranks for recovery in engine.recoveries] == [(3,)]
+
+    asyncio.run(check())
+
+
 def test_an_idle_engine_replaces_a_lost_rank_too(nursery: None, checkpoints: dict[str, Path]) -> None:
     async def check() -> None:
         with started(config(checkpoints["dense"], "tp=2")) as engine:
