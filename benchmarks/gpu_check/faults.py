@@ -78,7 +78,7 @@ def a_rank_is_replaced(setting: Setting, layout: str) -> Figures:
     must take its place, and tokens must be as before."""
     before = _Leftovers(setting)
     path = small_checkpoint("dense", setting)
-    with running(setting, path, layout, recovers=True, dtype="float32", num_blocks=64) as engine:
+    with running(setting, path, layout, dtype="float32", num_blocks=64) as engine:
         expected = generate(engine, [_PROMPT], 16)[0].token_ids
         pids = [rank.pid for rank in engine.ranks]
         os.kill(pids[-1], signal.SIGKILL)

@@ -82,10 +82,9 @@ def shape_only(name: str, shape: dict[str, Any], setting: Setting) -> Path:
 
 
 @contextlib.contextmanager
-def running(
-    setting: Setting, model: Path, layout: str = "tp=1", recovers: bool = False, **settings: Any
-) -> Iterator[Engine]:
-    """A context with an engine of `model`. Several ranks run in processes, and share GPUs if there are too few."""
+def running(setting: Setting, model: Path, layout: str = "tp=1", **settings: Any) -> Iterator[Engine]:
+    """A context with an engine of `model`, which can replace ranks. Several ranks run in processes, and share GPUs if
+    there are too few."""
     world = Layout.parse(layout).world
     own: dict[str, Any] = {
         "model": str(model),
@@ -102,7 +101,7 @@ def running(
         own["share_gpus"] = True
     if not setting.on_gpu:
         own["threads_per_rank"] = 1  # more threads would slow each other down on busy cores
-    engine = Engine(read_settings(EngineConfig, own | settings), recovers=recovers)
+    engine = Engine(read_settings(EngineConfig, own | settings), recovers=world > 1)
     try:
         yield engine
     finally:

@@ -17,8 +17,8 @@ _ABORT_S = 15.0
 
 
 class StatusThread:
-    """Answers each StatusRequest that arrives at `channel` and obeys each AbortCollectives, until the engine closes the
-    channel.
+    """Answers each StatusRequest that arrives at `channel`, and ends collectives at each AbortCollectives, until the
+    engine closes the channel.
 
     Kernels and collectives release Python's lock, so a rank that is stuck in one answers; a process that is stopped
     does not.
