@@ -62,7 +62,8 @@ def _write(task: Task, event: dict[str, Any]) -> None:
 
 def main() -> None:
     task = Task(**json.loads(sys.argv[1]))
-    faulthandler.dump_traceback_later(task.dump_s)
+    left_s = task.dump_at_s - time.monotonic()  # the start may have taken long
+    faulthandler.dump_traceback_later(max(0.1, left_s))
     for check in run_checks(task):
         _write(task, asdict(check))
         print(check.line, flush=True)

@@ -43,7 +43,7 @@ class Task:
     folder: str  # checkpoints, shared by all stages
     events: str  # file that gets a line when a check begins or ends
     limit_s: float
-    dump_s: float  # seconds after which the stacks of all threads are written to stderr
+    dump_at_s: float  # when the stacks of all threads are written to stderr, by time.monotonic()
     layers: int
     only: str = ""
 
@@ -55,9 +55,9 @@ def run_stage(
     limit_s = stage.limit_s(device) * time_factor
     events, stderr = folder / f"{stage.name}.events", folder / f"{stage.name}.stderr"
     events.write_text("")
-    dump_s = max(limit_s / 2, limit_s - _STACKS_BEFORE_S)
-    task = Task(stage.module, device, str(folder), str(events), limit_s, dump_s, layers, only)
     started = time.monotonic()
+    dump_at_s = started + max(limit_s / 2, limit_s - _STACKS_BEFORE_S)
+    task = Task(stage.module, device, str(folder), str(events), limit_s, dump_at_s, layers, only)
     command = [sys.executable, "-m", "benchmarks.gpu_check.stage", json.dumps(asdict(task))]
     one_thread = (
         {} if device == "cuda" else {"OMP_NUM_THREADS": "1"}
