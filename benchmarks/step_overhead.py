@@ -11,6 +11,7 @@ import argparse
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -67,7 +68,7 @@ class EchoLauncher(Launcher):
             process.stdin.close()
             self._processes.append(process)
 
-    def exit_reason(self) -> str | None:
+    def exit_reason(self, seats: Mapping[int, int]) -> str | None:
         return None
 
     def stop(self) -> None:

@@ -13,3 +13,9 @@ def freeze_gc_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def collect_frozen_heap() -> None:
+    """Frees the garbage among the objects that `freeze_gc_heap` excluded, too."""
+    gc.unfreeze()
+    gc.collect()

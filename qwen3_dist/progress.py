@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self
 
 
@@ -40,3 +42,15 @@ def progress_bar(enabled: bool, **options: Any) -> Bar:
         return _NoBar()
     bar: Bar = tqdm(**options)
     return bar
+
+
+@contextlib.contextmanager
+def loading_bar(enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A callback for the bytes that are loaded and those to load, which draws a bar on stderr."""
+    with progress_bar(enabled, desc="loading weights", unit="B", unit_scale=True) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update

@@ -122,6 +122,10 @@ class EngineConfig:
         parse=parse_rank_env,
     )
     start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
+    replacement_timeout_s: float = setting(
+        30.0,
+        "longest wait for another rank to start in place of a lost one; then the engine goes on with fewer dp groups",
+    )
     step_timeout_s: float = setting(300.0, "longest wait for one step before the ranks count as dead")
     watchdog_timeout_s: float | None = setting(
         None,
@@ -139,6 +143,7 @@ class EngineConfig:
             "block_size",
             "overlap_dispatch_from",
             "start_timeout_s",
+            "replacement_timeout_s",
             "step_timeout_s",
         ):
             _require(getattr(self, name) > 0, name, "positive", getattr(self, name))

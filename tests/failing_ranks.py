@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from qwen3_dist.errors import CheckpointError
 from qwen3_dist.parallel.communicator import GlooCommunicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import RankSpec
@@ -173,4 +174,44 @@ def rank_1_sleeps_in_a_step_over_gloo(spec: RankSpec) -> None:
 
 def ranks_that_end_in_their_first_step(spec: RankSpec) -> None:
     ModelRunner.launch = lambda *_: os._exit(9)  # type: ignore[method-assign,assignment]
+    rank_main(spec)
+
+
+def refused(spec: RankSpec) -> bool:
+    """Whether a file beside the checkpoint says that no rank may start."""
+    return (Path(spec.config.model) / "refused").exists()
+
+
+def ranks_that_end_while_refused(spec: RankSpec) -> None:
+    if refused(spec):
+        os._exit(7)
+    rank_main(spec)
+
+
+def ranks_that_end_while_refused_and_wait_as_in_nccl(spec: RankSpec) -> None:
+    if refused(spec):
+        os._exit(7)
+    ranks_that_wait_as_in_nccl(spec)
+
+
+def ranks_that_sleep_while_refused(spec: RankSpec) -> None:
+    """As an actor for which Ray finds no room."""
+    while refused(spec):
+        time.sleep(0.1)
+    rank_main(spec)
+
+
+def ranks_that_cannot_load_while_refused(spec: RankSpec) -> None:
+    if refused(spec):
+
+        def unreadable(*_: Any) -> None:
+            raise CheckpointError("model.safetensors cannot be read")
+
+        rank.load_shard = unreadable  # type: ignore[assignment]
+    rank_main(spec)
+
+
+def rank_2_ends_as_it_starts_and_others_while_refused(spec: RankSpec) -> None:
+    if refused(spec) or (spec.attempt and spec.rank == 2):
+        os._exit(7)
     rank_main(spec)

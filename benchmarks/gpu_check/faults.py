@@ -83,7 +83,7 @@ def a_rank_is_replaced(setting: Setting, layout: str) -> Figures:
         pids = [rank.pid for rank in engine.ranks]
         os.kill(pids[-1], signal.SIGKILL)
         _message(lambda: generate(engine, [_PROMPT], 16))
-        recovery = engine.recover()
+        recovery = engine.recover("a rank was killed", replaces=True)
         kept = [rank.pid for rank in engine.ranks][:-1]
         again = generate(engine, [_PROMPT], 16)[0].token_ids
     figures: Figures = {"replaced_s": round(recovery.seconds, 2), "bytes_read": recovery.bytes_read}

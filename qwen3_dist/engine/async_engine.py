@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
@@ -15,9 +14,10 @@ from typing import TypeVar
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
 from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.engine.rank_pace import RankPace
-from qwen3_dist.engine.request_stream import RequestStream, call_soon, put_all
+from qwen3_dist.engine.regrouping import Absence, Recovery
+from qwen3_dist.engine.request_stream import RequestStream, call_soon, send_due
 from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError, RequestError
-from qwen3_dist.launch.base import RankPlace, Recovery
+from qwen3_dist.launch.base import RankPlace
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
@@ -38,9 +38,9 @@ class AsyncEngine:
     All callers together get about `parts_per_s` parts a second at most, beside the first and last of each request;
     above that rate a part holds the tokens of several steps.
 
-    If a rank is lost, all requests fail with EngineDeadError and so do new ones, until another rank has taken its
-    place, for which `recovered` waits. If none can, the engine dies: its thread calls `on_death` after it has ended
-    its ranks, but not after `shutdown`.
+    If a rank is lost, all requests fail with EngineDeadError and so do new ones, until another has taken its place or
+    the engine runs without it, for which `recovered` waits; so it is when absent ranks come back. If neither works,
+    the engine dies: its thread calls `on_death` after it has ended its ranks, but not after `shutdown`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AsyncEngine:
         self._replies: set[Callable[[QwenDistError], None]] = set()  # to what `_ask` waits for
         self._stopping = False
         self._death: QwenDistError | None = None
-        self.recovers = False  # whether a lost rank is being replaced
+        self.recovers = False  # whether the ranks change
         self.recoveries: list[Recovery] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -187,6 +187,11 @@ class AsyncEngine:
         """Where each rank runs."""
         return self._engine.ranks
 
+    @property
+    def absence(self) -> Absence | None:
+        """The ranks without which the engine runs; None if it has all."""
+        return self._engine.regrouping.absence
+
     async def recovered(self) -> None:
         """Waits while the engine `recovers`. Raises EngineDeadError if it cannot serve requests any more."""
         while self.recovers:
@@ -266,20 +271,24 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while True:
+            steps = self._engine.collected_steps
             error, self.recovers = self._run_until_death()
             self._fail_requests(error)
-            if not self.recovers or not self._recover():
+            # Ranks that are lost before the first step after a recovery would be lost after the next one too.
+            replaces = not self.recoveries or self._engine.collected_steps > steps
+            if not self.recovers or not self._recover(error, replaces):
                 break
         self._engine.shutdown()
         if self._on_death is not None and not self._stopping:
             self._on_death()
 
     def _run_until_death(self) -> tuple[QwenDistError, bool]:
-        """Runs steps until the engine dies or is shut down. Returns why, and whether lost ranks may be replaced."""
-        steps = self._engine.stats().steps
+        """Runs steps until the engine dies, ends or takes ranks back. Returns why, and whether it may `_recover`."""
         try:
             while not self._stopping:
                 self._do_inbox()
+                if not self._engine.experts.is_busy:  # else nobody knows where they lie
+                    self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
                 elif self._engine.experts.is_busy:
@@ -288,25 +297,24 @@ class AsyncEngine:
                     self._engine.check_health()
             return EngineDeadError("the engine was shut down"), False
         except QwenDistError as error:
-            # Ranks that are lost before the first step after a recovery would be lost after the next one too.
-            return error, not self.recoveries or self._engine.stats().steps > steps
+            return error, True
         except Exception as error:
             _log.exception("the engine failed as it ran %s", ", ".join(self._streams) or "no request")
             place = log_file(_log) or "standard error"
             failure = f"the engine failed: {type(error).__name__}: {error}; {place} has the traceback"
             return EngineDeadError(failure), False
 
-    def _recover(self) -> bool:
-        """Replaces lost ranks. Returns whether the engine serves again."""
+    def _recover(self, error: QwenDistError, replaces: bool) -> bool:
+        """Changes the ranks. Returns whether the engine serves again."""
         try:
-            recovery = self._engine.recover()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the engine dies
-            is_bug = not isinstance(error, QwenDistError)
-            _log.error("lost ranks were not replaced: %s", error, exc_info=is_bug)
+            recovery = self._engine.recover(str(error), replaces)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, the engine dies
+            _log.error("the engine ends: %s", failure, exc_info=not isinstance(failure, QwenDistError))
             return False
         else:
             self.recoveries.append(recovery)
             _log.warning("%s", recovery)
+            self.config, self.max_model_len = self._engine.config, self._engine.max_model_len
             with self._wake:
                 self._death = None
             return True
@@ -324,15 +332,7 @@ class AsyncEngine:
         for request_id, deltas in outputs.items():
             if stream := self._streams.get(request_id):
                 stream.held += deltas
-        now = time.monotonic()
-        parts: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, list[TokenDelta]]]] = {}
-        for stream in self._streams.values():
-            if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
-                parts.setdefault(stream.loop, []).append((stream, stream.held))
-                stream.held = []
-                stream.due = now + len(self._streams) / self._parts_per_s
-        for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
-            call_soon(loop, put_all, of_loop)
+        send_due(self._streams.values(), self._parts_per_s)
 
     def _fail_requests(self, error: QwenDistError) -> None:
         """Tells all who wait for the engine that it has died."""

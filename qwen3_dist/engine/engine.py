@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +12,21 @@ from pathlib import Path
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
-from qwen3_dist.engine.engine_stats import adapters_in_use, read_load, read_stats
+from qwen3_dist.engine.engine_stats import adapters_in_use, counts_of_groups, read_load, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.rank_pace import RankPaces
+from qwen3_dist.engine.regrouping import Recovery, Regrouping
 from qwen3_dist.engine.request_checks import check_context, check_output, check_prompt, max_model_len
 from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.engine.step_traffic import StepTraffic
-from qwen3_dist.launch import Executor, Recovery, make_executor, require_device
+from qwen3_dist.launch import Executor, make_executor, require_device
 from qwen3_dist.pooling_params import PoolingParams
-from qwen3_dist.progress import progress_bar
-from qwen3_dist.protocol.messages import Progress
+from qwen3_dist.progress import loading_bar
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_limits import SchedulerLimits
@@ -90,8 +89,9 @@ class Engine:
         self._next_seq_id = 0
         self._num_steps = 0
         self._grammars_ahead = grammars_ahead
-        with _loading_bar(show_progress) as progress:
-            self._executor: Executor = make_executor(_pinned(config, path), placements, progress)
+        pinned = _pinned(config, path)
+        with loading_bar(show_progress) as progress:
+            self._executor: Executor = make_executor(pinned, placements, progress)
         executor = self._executor
         executor.keeps_ranks = recovers
         try:
@@ -99,6 +99,7 @@ class Engine:
             self._meter = StepMeter(traffic, config.watchdog_s(executor.device))
             self._in_flight = StepsInFlight(executor, self._renew)
             self.experts, self.paces = ExpertBalance(executor, config, placements), RankPaces(executor)
+            self.regrouping = Regrouping(executor, pinned, self.model_config, placements)
             self._use_ranks([SchedulerCounts() for _ in range(config.layout.dp)])
         except BaseException:
             self._executor.shutdown()
@@ -106,14 +107,18 @@ class Engine:
         if show_progress:
             print(f"{self.backends}; collectives: {self.collectives}", file=sys.stderr)
 
-    def recover(self) -> Recovery:
-        """Replaces the ranks that were lost and drops all requests. Raises EngineDeadError if that does not work; then
-        only `shutdown` is left."""
-        recovery = self._executor.recover(self.experts.settled)
+    def recover(self, cause: str, replaces: bool) -> Recovery:
+        """Replaces the ranks that were lost, or goes on without them, and drops all requests; see `Regrouping`. Raises
+        QwenDistError if that does not work; then only `shutdown` is left."""
+        recovery, ranks = self.regrouping.recover(self.experts.settled, cause, replaces)
+        layout = ranks.config.layout
+        self.config = replace(self.config, layout=layout)
         self._requests.clear()
-        for part in (self._meter, self._in_flight, self.experts, self.paces):
-            part.restart()
-        self._use_ranks([group.counts for group in self._groups])
+        self._in_flight.restart()
+        self._meter.restart(StepTraffic(self.config, self.model_config, self._executor.device))
+        self.experts.restart(ranks.config, ranks.placements)
+        self.paces.restart()
+        self._use_ranks(counts_of_groups([group.counts for group in self._groups], layout.dp))
         return recovery
 
     def _use_ranks(self, counts: Iterable[SchedulerCounts]) -> None:
@@ -265,6 +270,11 @@ class Engine:
         self._num_steps += 1
         return StepPlan.for_groups(self._num_steps, [plan.sequences if plan else () for plan in planned])
 
+    @property
+    def collected_steps(self) -> int:
+        """Steps that all ranks have run to their end."""
+        return self._meter.collected_steps
+
     def _renew(self, group: int, plan: StepPlan, renewed: set[int]) -> StepPlan:
         return self._groups[group].renew(plan, renewed)
 
@@ -336,15 +346,3 @@ def _pinned(config: EngineConfig, path: Path) -> EngineConfig:
     """The config with the exact commit at `path`, so that ranks on all hosts load the same files."""
     commit = commit_of(config.model, path)
     return config if commit is None else replace(config, revision=commit)
-
-
-@contextlib.contextmanager
-def _loading_bar(enabled: bool) -> Iterator[Progress]:
-    """A progress callback for the loader that draws a bar on stderr."""
-    with progress_bar(enabled, desc="loading weights", unit="B", unit_scale=True) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 
-from qwen3_dist.engine.scheduler import Scheduler
+from qwen3_dist.engine.scheduler import Scheduler, SchedulerCounts
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.percentiles import percentile
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats
@@ -40,6 +40,15 @@ def read_stats(groups: Items[Scheduler], meter: StepMeter, steps: int, repeated_
         wait_for_requests_s=meter.wait_for_requests_s,
         wait_for_engine_s=meter.wait_for_engine_s,
     )
+
+
+def counts_of_groups(counts: Items[SchedulerCounts], groups: int) -> list[SchedulerCounts]:
+    """The counts of so many dp groups, with the same totals as those of the groups before."""
+    kept = [SchedulerCounts(**vars(each)) for each in counts[:groups]]
+    for each in counts[groups:]:
+        for name, count in vars(each).items():
+            setattr(kept[0], name, getattr(kept[0], name) + count)
+    return [*kept, *(SchedulerCounts() for _ in range(groups - len(kept)))]
 
 
 def read_load(groups: Items[Scheduler]) -> EngineLoad:

@@ -60,8 +60,10 @@ class ExpertBalance:
         self._move: _Move | None = None
         self._next_poll_s = 0.0
 
-    def restart(self) -> None:
-        """Tells that the ranks count from 0 again, and that what was going on will not be finished."""
+    def restart(self, config: EngineConfig, placements: Placements) -> None:
+        """Tells that the ranks count from 0 again, in what layout and where experts lie, and that what was going on
+        will not be finished."""
+        self._config, self._placements = config, dict(placements)
         self._rebalances.clear()
         self._before.clear()
 

@@ -48,10 +48,16 @@ class RankPaces:
         self._earlier_s = (0.0,) * len(executor.ranks)  # before ranks were replaced
 
     def restart(self) -> None:
-        """Tells that the ranks count from 0 again."""
-        self._before = [(0, 0.0)] * len(self._before)
-        if self._pace is not None:
-            self._earlier_s = self._pace.total_s
+        """Tells that the ranks count from 0 again, and that there may be more or fewer."""
+        world = len(self._executor.ranks)
+        self._before = [(0, 0.0)] * world
+        totals = () if self._pace is None else self._pace.total_s
+        earlier_s = (
+            *totals,
+            *self._earlier_s[len(totals) :],
+        )  # of ranks that have left, too, for their return
+        self._earlier_s = (*earlier_s, *(0.0,) * (world - len(earlier_s)))
+        self._known, self._pace = world > 1, None
 
     def read(self) -> RankPace | None:
         """The pace since the last reading, or of the last steps before it if there were none; None if there is one
@@ -72,7 +78,7 @@ class RankPaces:
                     (own_s - earlier_s) / (steps - earlier)
                     for (steps, own_s), (earlier, earlier_s) in zip(told, self._before, strict=True)
                 ),
-                tuple(earlier + own_s for earlier, (_, own_s) in zip(self._earlier_s, told, strict=True)),
+                tuple(earlier + own_s for earlier, (_, own_s) in zip(self._earlier_s, told, strict=False)),
             )
             self._before = told
         return self._pace

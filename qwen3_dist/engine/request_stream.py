@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -85,7 +86,21 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], 
         loop.call_soon_threadsafe(function, argument)
 
 
-def put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
+def send_due(streams: Collection[RequestStream], parts_per_s: float) -> None:
+    """Sends what the streams hold and is due, from another thread: so that all get about `parts_per_s` parts a second
+    at most, beside last ones."""
+    now = time.monotonic()
+    parts: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, list[TokenDelta]]]] = {}
+    for stream in streams:
+        if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
+            parts.setdefault(stream.loop, []).append((stream, stream.held))
+            stream.held = []
+            stream.due = now + len(streams) / parts_per_s
+    for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
+        call_soon(loop, _put_all, of_loop)
+
+
+def _put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
     """Adds each stream's deltas, on the event loop of all these streams."""
     for stream, deltas in parts:
         stream.put(deltas)

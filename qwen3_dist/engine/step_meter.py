@@ -24,7 +24,7 @@ class StepMeter:
         """A step does not count as hung before `watchdog_s`: a busy host may delay one of 20 ms by seconds."""
         self._traffic = traffic
         self._watchdog_s = watchdog_s
-        self.computed_tokens = 0
+        self.computed_tokens = self.collected_steps = 0
         self.last_tokens = self.last_sequences = 0  # of the step submitted last
         self.wait_for_requests_s = self.wait_for_engine_s = 0.0
         self.collected_s = self._work_s = (
@@ -36,8 +36,10 @@ class StepMeter:
         self._longest_s = 0.0
         self._most_tokens = 0.0
 
-    def restart(self) -> None:
-        """Forgets the steps in flight, which no rank will answer."""
+    def restart(self, traffic: StepTraffic) -> None:
+        """Forgets the steps in flight, which no rank will answer. `traffic` counts on from now on."""
+        traffic.total = self._traffic.total
+        self._traffic = traffic
         self._in_flight.clear()
         self._running_since_s = None
         self.collected_s = time.monotonic()
@@ -94,6 +96,7 @@ class StepMeter:
     def collected(self, others: bool) -> None:
         """Tells that the oldest step has ended, and whether `others` are in flight."""
         self.collected_s = time.monotonic()
+        self.collected_steps += 1
         if self._running_since_s is not None:
             took_s = self.collected_s - self._running_since_s
             # In this order: `limit_s`, in another thread, divides by the first once it sees the second.

@@ -7,7 +7,7 @@ import importlib.util
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.expert_placement import Placements
-from qwen3_dist.launch.base import Executor, Recovery
+from qwen3_dist.launch.base import Executor, Grouping
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.settings import EngineConfig, runs_in_process
 
@@ -52,4 +52,4 @@ def _has_ray() -> bool:
     return importlib.util.find_spec("ray") is not None
 
 
-__all__ = ["Executor", "Recovery", "make_executor", "require_device"]
+__all__ = ["Executor", "Grouping", "make_executor", "require_device"]

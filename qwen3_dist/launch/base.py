@@ -11,6 +11,7 @@ from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
+from qwen3_dist.settings import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,13 @@ class RankPlace:
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """The ranks that were replaced, how long that took, and the bytes of weights that the new ones read."""
+class Grouping:
+    """The ranks of an engine: their layout, in `config`, where experts lie, and the seat of each rank, in rank order.
+    Seats are numbered as the ranks of the layout that the engine was started with."""
 
-    ranks: tuple[int, ...]
-    seconds: float
-    bytes_read: int
-
-    def __str__(self) -> str:
-        verb = "were" if len(self.ranks) > 1 else "was"
-        return (
-            f"{names(self.ranks)} {verb} replaced in {self.seconds:.1f} s and read {self.bytes_read:,} bytes"
-        )
+    config: EngineConfig
+    placements: Placements
+    seats: tuple[int, ...]
 
 
 def names(ranks: Collection[int]) -> str:
@@ -56,7 +52,7 @@ class Executor(ABC):
 
     Steps run and are collected in the order in which they are submitted. Up to `depth` may be in flight: more than one
     if ranks can run a step while the engine plans the next. If a rank is lost, every call raises EngineDeadError, and
-    all ranks end, unless `keeps_ranks`: then the others wait a few seconds for `recover`.
+    all ranks end, unless `keeps_ranks`: then the others wait a few seconds for `regroup`.
     """
 
     keeps_ranks = False
@@ -92,13 +88,39 @@ class Executor(ABC):
     def check(self) -> None:
         """Raises EngineDeadError if a rank has died since the last step. Cheap; call it when idle."""
 
-    def recover(self, placements: Placements | None) -> Recovery:
-        """After the loss of ranks, starts others in their place, with experts placed by `placements`; the rest keep
-        their weights. The KV cache is empty afterwards.
+    @property
+    def lost_seats(self) -> frozenset[int]:
+        """The seats of the ranks whose loss, or whose failure to start, was the cause of the last error; empty if they
+        are not known."""
+        return frozenset()
 
-        Raises EngineDeadError if that does not work; `shutdown` is all that is left then.
+    def regroup(self, to: Grouping, wait_s: float) -> int:
+        """Makes the ranks those of `to`. Ranks that run and have a seat in `to` keep their processes, and the weights
+        that they need there. Others are started, or were invited to the same grouping and have arrived. The
+        KV cache is empty afterwards. Returns the bytes of weights that were read.
+
+        Raises QwenDistError if a rank is lost meanwhile, or does not start within `wait_s`: `lost_seats` tells which,
+        and another `regroup` may follow, or `shutdown`.
         """
         raise EngineDeadError("this engine has no other process that could be started again")
+
+    def invite(self, to: Grouping, wait_s: float) -> None:
+        """Starts the ranks of `to` that do not run, while steps go on. Raises ResourceError if that is not possible;
+        `dismiss` must follow."""
+        raise EngineDeadError("this engine has no other process that could be started again")
+
+    def arrived(self) -> bool:
+        """Whether all ranks that were invited are there, ready for `regroup`. Does not wait. Raises QwenDistError if
+        one does not start within the time of `invite`; `dismiss` must follow."""
+        return False
+
+    @property
+    def missing_seats(self) -> frozenset[int]:
+        """The seats of the invited ranks that do not start, or that have not yet."""
+        return frozenset()
+
+    def dismiss(self) -> None:
+        """Ends the ranks that were invited, if any."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import selectors
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -39,11 +39,21 @@ class RankConnections:
             self._selector.unregister(channel)
         channel.close()
 
-    def await_hello(self, rank: int, timeout_s: float) -> Hello:
-        """Waits for the Hello of a rank that joins again; what it sent before that is void. Raises EngineDeadError."""
-        channel, deadline = self._channels[rank], time.monotonic() + timeout_s
+    def renumber(self, ranks: Mapping[int, int]) -> None:
+        """Gives the ranks, by their old numbers, new ones."""
+        self._channels = {new: self._channels[old] for old, new in ranks.items()}
+        for rank, channel in self._channels.items():
+            if channel.fileno() in self._selector.get_map():
+                self._selector.modify(channel, self._selector.get_key(channel).events, rank)
+
+    def await_hello(self, rank: int, attempt: int, timeout_s: float) -> Hello:
+        """Waits for the Hello with which a rank answers Rejoin; what it sent before that is void. Raises
+        EngineDeadError if the rank sends nothing for `timeout_s`."""
+        channel = self._channels[rank]
         try:
-            while not isinstance(message := channel.receive(max(0.01, deadline - time.monotonic())), Hello):
+            while not (
+                isinstance(message := channel.receive(timeout_s), Hello) and message.attempt == attempt
+            ):
                 pass
         except (ChannelClosedError, TimeoutError):
             raise EngineDeadError(f"rank {rank} did not join again within {timeout_s:g} s") from None

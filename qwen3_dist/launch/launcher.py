@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.protocol.messages import RankSpec
@@ -17,7 +17,8 @@ def rank_main(spec: RankSpec) -> None:
 
 
 class Launcher(ABC):
-    """Starts one process per `RankSpec` and can end them all."""
+    """Starts the processes of ranks and can end them. Each has a seat: a place for one rank, with its card or its part
+    of a bundle. Seats are numbered as the ranks of the layout that the launcher was made for."""
 
     host: str
     """The address at which ranks reach the engine's host."""
@@ -28,16 +29,21 @@ class Launcher(ABC):
 
     @abstractmethod
     def launch(self, specs: list[RankSpec]) -> None:
-        """Starts every rank. Raises ResourceError if there is no room for them."""
+        """Starts every rank, each at the seat of its number. Raises ResourceError if there is no room for them."""
 
-    def replace(self, spec: RankSpec) -> None:
-        """Ends the process of the rank of `spec`, if it still runs, and starts another in its place. Raises
-        ResourceError if that is not possible."""
+    def replace(self, spec: RankSpec, seat: int) -> None:
+        """Starts a process for the rank of `spec` at a seat; one that still runs there ends. Raises ResourceError if
+        that is not possible."""
         raise ResourceError("ranks of this kind cannot be replaced")
 
+    def end(self, seats: Iterable[int]) -> None:
+        """Ends the processes at these seats, if there are any."""
+        raise ResourceError("ranks of this kind cannot be ended one by one")
+
     @abstractmethod
-    def exit_reason(self) -> str | None:
-        """Which rank's process has ended, and why; None if none has, as far as the launcher knows."""
+    def exit_reason(self, seats: Mapping[int, int]) -> str | None:
+        """Which rank's process has ended, and why, among the ranks with these seats; None if none has, as far as the
+        launcher knows."""
 
     @abstractmethod
     def stop(self) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, TypeVar
@@ -108,28 +108,34 @@ class ProcessLauncher(Launcher):
         self.device = local_device(config.device)
         self._num_cards = _count_cards(config) if self.device == "cuda" else 0
         self._nursery: Nursery | None = None
-        self._pids: list[int] = []
+        self._pids: dict[int, int] = {}  # by seat
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._nursery = _shared or Nursery()
-        self._pids = self._nursery.launch(self.main, [self._on_card(spec) for spec in specs])
+        pids = self._nursery.launch(self.main, [self._on_card(spec, spec.rank) for spec in specs])
+        self._pids = dict(zip((spec.rank for spec in specs), pids, strict=True))
 
-    def replace(self, spec: RankSpec) -> None:
+    def replace(self, spec: RankSpec, seat: int) -> None:
         assert self._nursery is not None
-        self._nursery.end([self._pids[spec.rank]])
-        [self._pids[spec.rank]] = self._nursery.launch(self.main, [self._on_card(spec)])
+        self.end([seat])
+        [self._pids[seat]] = self._nursery.launch(self.main, [self._on_card(spec, seat)])
 
-    def _on_card(self, spec: RankSpec) -> RankSpec:
-        return replace(spec, card=spec.rank % self._num_cards) if self._num_cards else spec
-
-    def exit_reason(self) -> str | None:
+    def end(self, seats: Iterable[int]) -> None:
         assert self._nursery is not None
+        self._nursery.end([self._pids.pop(seat) for seat in seats if seat in self._pids])
+
+    def _on_card(self, spec: RankSpec, seat: int) -> RankSpec:
+        return replace(spec, card=seat % self._num_cards) if self._num_cards else spec
+
+    def exit_reason(self, seats: Mapping[int, int]) -> str | None:
+        assert self._nursery is not None
+        pids = {rank: self._pids[seat] for rank, seat in seats.items() if seat in self._pids}
         try:
-            codes = self._nursery.exit_codes(self._pids)
-            words = self._nursery.last_words(self._pids)
+            codes = self._nursery.exit_codes([*pids.values()])
+            words = self._nursery.last_words([*pids.values()])
         except ResourceError as error:
             return str(error)
-        for rank, (code, word) in enumerate(zip(codes, words, strict=True)):
+        for rank, code, word in zip(pids, codes, words, strict=True):
             if code:
                 how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
                 return f"rank {rank}: {word or f'its process ended {how}'}"
@@ -140,7 +146,7 @@ class ProcessLauncher(Launcher):
         if nursery is None:
             return
         if nursery is _shared:
-            nursery.end(self._pids)
+            nursery.end([*self._pids.values()])
         else:
             nursery.close()
 

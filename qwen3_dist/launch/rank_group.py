@@ -9,35 +9,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import secrets
-import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
+from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.expert_placement import Placements
-from qwen3_dist.launch.base import Executor, RankPlace, Recovery, names
+from qwen3_dist.launch.arrivals import Arrivals
+from qwen3_dist.launch.base import Executor, Grouping, RankPlace, names
 from qwen3_dist.launch.card_use import use_of_cards
 from qwen3_dist.launch.connections import Blame, RankConnections, RankLostError
 from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.launch.rank_watch import RankWatch
-from qwen3_dist.protocol.channel import Channel, ChannelClosedError, ChannelListener, pack
+from qwen3_dist.protocol.channel import pack
 from qwen3_dist.protocol.messages import (
     Answer,
     Call,
-    Failed,
     Hello,
     Loaded,
     Loading,
     Progress,
-    RankSpec,
     Ready,
     Rejoin,
     Start,
-    StatusHello,
 )
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
@@ -45,7 +41,6 @@ from qwen3_dist.settings import EngineConfig
 _log = logging.getLogger(__name__)
 _STOP_WAIT_S = 3.0
 _REJOIN_S = 15.0  # for a rank to leave its step and its groups
-_HELLO_S = 30.0  # from a rank's first byte to the end of its first message
 
 
 class RankGroupExecutor(Executor):
@@ -60,19 +55,21 @@ class RankGroupExecutor(Executor):
     ) -> None:
         """Without `placements` experts are placed evenly."""
         self._config = config
-        self._placements = placements or {}
         self._launcher = launcher
+        self._seats = {rank: rank for rank in range(config.layout.world)}
+        self._attempt = 0  # to make the ranks meet
+        self._invited: Arrivals | None = None
         self._deadline = time.monotonic() + config.start_timeout_s
-        self._ranks = RankConnections(launcher.exit_reason)
+        self._ranks = RankConnections(lambda: launcher.exit_reason(self._seats))
         self._watch = RankWatch(config.watchdog_s(launcher.device))
         self._submitted: deque[Sequence[StepPlan]] = deque()
         self._results: list[deque[StepResult]] = [deque() for _ in range(config.layout.dp)]
         self._death: QwenDistError | None = None
-        self._lost: Collection[int] = ()
+        self._lost: frozenset[int] = frozenset()  # seats
         self.device = launcher.device
         self.depth = config.layout.pp if config.layout.pp > 1 else 2 if config.overlap else 1
         try:
-            self._start(progress)
+            self._start(Grouping(config, placements or {}, tuple(self._seats)), progress)
         except BaseException:
             self.shutdown()
             raise
@@ -141,6 +138,8 @@ class RankGroupExecutor(Executor):
             self._death = EngineDeadError("the engine was shut down")
             self._ranks.post_all(None)
             self._ranks.await_ends(_STOP_WAIT_S)
+        if self._invited is not None:
+            self._invited.close()
         self._launcher.stop()
         self._ranks.close()
         self._watch.close()
@@ -152,51 +151,104 @@ class RankGroupExecutor(Executor):
     def _late(self, ranks: Iterable[int], what: str) -> str:
         return f"{names(list(ranks))} did not {what} within {self._config.step_timeout_s:g} s"
 
-    def recover(self, placements: Placements | None) -> Recovery:
-        started = time.monotonic()
-        lost, self._lost = self._lost, ()
-        if not lost:
-            raise EngineDeadError("it is not known which rank was lost")
-        for rank in lost:
-            self._ranks.drop(rank)
-            self._watch.drop(rank)
-        self._death, self._placements = None, placements or {}
-        self._deadline = started + self._config.start_timeout_s
-        self._submitted.clear()
-        for results in self._results:
-            results.clear()
+    @property
+    def lost_seats(self) -> frozenset[int]:
+        return self._lost
+
+    def regroup(self, to: Grouping, wait_s: float) -> int:
+        self._keep_ranks_of(to)
+        self._attempt += 1
+        self._death, self._lost = None, frozenset()
+        self._deadline = time.monotonic() + self._config.start_timeout_s
         try:
             self._watch.abort_collectives()
-            self._ranks.post_all(Rejoin())
-            with self._listening() as listener:
-                for spec in self._specs(listener, lost):
-                    self._launcher.replace(spec)
-                kept = [self._ranks.await_hello(rank, _REJOIN_S) for rank in self._ranks.ranks]
-                new = self._accept_all(listener, lost)
-            bytes_read = self._meet([*kept, *new], progress=None)
+            for rank in self._ranks.ranks:
+                self._ranks.post(rank, pack(Rejoin(rank, to.config, to.placements, self._attempt)))
+            arrivals = self._new_ranks_of(to, wait_s)
+            with contextlib.closing(arrivals):
+                kept = [self._await_hello(rank) for rank in self._ranks.ranks]
+                there = False
+                while not there:
+                    self.check()
+                    with self._losing(arrivals):
+                        there = arrivals.poll(0.2)
+                new = arrivals.hand_over(self._ranks, self._watch)
+            return self._meet([*kept, *new], progress=None)
         except QwenDistError as error:
             self._death = error
             raise
-        return Recovery(tuple(sorted(lost)), time.monotonic() - started, bytes_read)
 
-    def _start(self, progress: Progress | None) -> None:
-        with self._listening() as listener:
-            ranks = range(self._config.layout.world)
-            self._launcher.launch(self._specs(listener, ranks))
-            hellos = self._accept_all(listener, ranks)
-        self._meet(hellos, progress)
+    def invite(self, to: Grouping, wait_s: float) -> None:
+        seats = {rank: seat for rank, seat in enumerate(to.seats) if seat not in self._seats.values()}
+        self._attempt += 1
+        self._invited = Arrivals(self._launcher, to, seats, wait_s, self._attempt)
+        self._invited.launch()
+
+    def arrived(self) -> bool:
+        return self._invited is not None and self._invited.poll(0.0)
+
+    @property
+    def missing_seats(self) -> frozenset[int]:
+        return self._invited.missing_seats if self._invited is not None else frozenset()
+
+    def dismiss(self) -> None:
+        invited, self._invited = self._invited, None
+        if invited is not None:
+            invited.end()
+
+    def _keep_ranks_of(self, to: Grouping) -> None:
+        """Lets go of the ranks that were lost or have no seat in `to`, and numbers the others as `to` does."""
+        ranks = {seat: rank for rank, seat in enumerate(to.seats)}
+        staying = ranks.keys() - self._lost
+        connected = {*self._ranks.ranks}
+        kept = {rank: ranks[self._seats[rank]] for rank in connected if self._seats[rank] in staying}
+        for rank in connected - kept.keys():
+            self._ranks.drop(rank)
+            self._watch.drop(rank)
+        self._launcher.end([seat for seat in self._seats.values() if seat not in ranks])
+        self._ranks.renumber(kept)
+        self._watch.renumber(kept)
+        self._config, self._seats = to.config, dict(enumerate(to.seats))
+        self._submitted.clear()
+        self._results = [deque() for _ in range(to.config.layout.dp)]
+
+    def _new_ranks_of(self, to: Grouping, wait_s: float) -> Arrivals:
+        """The ranks of `to` that were not kept: those that were invited, or else others, which are launched."""
+        seats = {rank: seat for rank, seat in self._seats.items() if rank not in self._ranks.ranks}
+        invited, self._invited = self._invited, None
+        if invited is not None and invited.are(to, seats):
+            return invited
+        if invited is not None:
+            invited.end()
+        arrivals = Arrivals(self._launcher, to, seats, wait_s, self._attempt)
+        with self._losing(arrivals):
+            arrivals.launch()
+        return arrivals
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[ChannelListener]:
-        listener = ChannelListener(self._launcher.host, secrets.token_bytes(32))
+    def _losing(self, arrivals: Arrivals) -> Iterator[None]:
         try:
-            yield listener
-        finally:
-            listener.close()
+            yield
+        except QwenDistError:
+            self._lost = arrivals.missing_seats
+            arrivals.close()
+            raise
 
-    def _specs(self, listener: ChannelListener, ranks: Iterable[int]) -> list[RankSpec]:
-        device, at = self._launcher.device, (listener.address, listener.secret)
-        return [RankSpec(rank, self._config, self._placements, device, *at) for rank in ranks]
+    def _await_hello(self, rank: int) -> Hello:
+        try:
+            return self._ranks.await_hello(rank, self._attempt, _REJOIN_S)
+        except QwenDistError:
+            self._lost = frozenset([self._seats[rank]])
+            raise
+
+    def _start(self, to: Grouping, progress: Progress | None) -> None:
+        arrivals = Arrivals(self._launcher, to, self._seats, self._config.start_timeout_s)
+        with contextlib.closing(arrivals):
+            self._launcher.launch(arrivals.specs())
+            while not arrivals.poll(0.2):
+                pass
+            hellos = arrivals.hand_over(self._ranks, self._watch)
+        self._meet(hellos, progress)
 
     def _meet(self, hellos: list[Hello], progress: Progress | None) -> int:
         """Makes the ranks join their groups, load what they have not, and become ready. Returns the bytes that they
@@ -215,36 +267,6 @@ class RankGroupExecutor(Executor):
         self.may_repeat = any(rank.may_repeat for rank in ready)
         self.collectives = self.collectives or _joined_words(rank.collectives for rank in ready)
         return sum(each.done_bytes for each in loading.values())
-
-    def _accept_all(self, listener: ChannelListener, ranks: Collection[int]) -> list[Hello]:
-        """The Hello of each new rank, once each has made both its connections. Raises the error of a rank that fails
-        instead."""
-        hellos: dict[int, Hello] = {}
-        with selectors.DefaultSelector() as waiting:
-            waiting.register(listener, selectors.EVENT_READ)
-            while len(hellos) < len(ranks) or not self._watch.has(ranks):
-                for key, _ in waiting.select(timeout=0.2):
-                    if key.fileobj is listener:
-                        if channel := listener.accept(timeout_s=0.2):
-                            waiting.register(channel, selectors.EVENT_READ, channel)
-                        continue
-                    waiting.unregister(key.fileobj)
-                    hello = _first_words(key.data)
-                    if isinstance(hello, StatusHello):
-                        self._watch.add(hello.rank, key.data)
-                    elif hello:
-                        hellos[hello.rank] = hello
-                        self._ranks.add(hello.rank, key.data)
-                self.check()
-                self._check_start(set(ranks) - set(hellos))
-        return [*hellos.values()]
-
-    def _check_start(self, missing: set[int]) -> None:
-        """Raises EngineDeadError or ResourceError if the `missing` ranks will not start any more."""
-        if missing and (reason := self._launcher.exit_reason()):
-            raise EngineDeadError(f"a rank ended before it was ready: {reason}")
-        if missing and time.monotonic() > self._deadline:
-            raise ResourceError(f"{names(missing)} did not start within {self._config.start_timeout_s:g} s")
 
     def _introduce(self, hellos: list[Hello]) -> None:
         """Sends Start to every rank: the rendezvous address, who shares its host and card, how collectives travel."""
@@ -287,12 +309,14 @@ class RankGroupExecutor(Executor):
     @contextlib.contextmanager
     def _losing_ranks(self) -> Iterator[None]:
         """A context in which the loss of a rank stops the whole group, with the root cause as the error: the other
-        ranks cannot finish a step without the lost one. They end, unless they are kept for `recover`."""
+        ranks cannot finish a step without the lost one. They end, unless they are kept for `regroup`."""
         try:
             with self._ranks.reporting_root_cause():
                 yield
         except RankLostError as loss:
-            self._death, self._lost = loss.error, loss.ranks if loss.blame <= Blame.PROBABLE else ()
+            self._death = loss.error
+            known = loss.ranks if loss.blame <= Blame.PROBABLE else ()
+            self._lost = frozenset(self._seats[rank] for rank in known)
             _log.error("the engine stops: %s", loss.error)
             if not self.keeps_ranks:
                 self.shutdown()
@@ -301,20 +325,6 @@ class RankGroupExecutor(Executor):
     def _raise_if_dead(self) -> None:
         if self._death is not None:
             raise EngineDeadError(str(self._death))
-
-
-def _first_words(channel: Channel) -> Hello | StatusHello | None:
-    """A rank's first message; None if it ends without one. Raises the error of a rank that has failed."""
-    try:
-        message = channel.receive(_HELLO_S)
-    except (ChannelClosedError, TimeoutError):
-        channel.close()  # the launcher knows why
-        return None
-    if isinstance(message, Failed):
-        channel.close()
-        raise message.logged()
-    assert isinstance(message, Hello | StatusHello), message
-    return message
 
 
 def _joined_words(said: Iterable[str]) -> str:

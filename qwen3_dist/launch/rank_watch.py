@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from qwen3_dist.launch.base import names
@@ -59,9 +59,9 @@ class RankWatch:
             with contextlib.suppress(ChannelClosedError):  # the rank's other channel says why it ended
                 channel.post(_ABORT)
 
-    def has(self, ranks: Iterable[int]) -> bool:
-        """Whether all `ranks` were added."""
-        return self._channels.keys() >= set(ranks)
+    def renumber(self, ranks: Mapping[int, int]) -> None:
+        """Gives the ranks, by their old numbers, new ones."""
+        self._channels = {new: self._channels[old] for old, new in ranks.items() if old in self._channels}
 
     def begin(self, limit_s: float | None) -> None:
         """Tells that the engine begins to wait for a step; without a limit only silent ranks hang."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -182,8 +182,9 @@ class RayLauncher(Launcher):
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self.host = ray.util.get_node_ip_address()
-        self._actors: dict[int, Any] = {}  # by rank
+        self._actors: dict[int, Any] = {}  # by seat
         self._runs: dict[int, Any] = {}
+        self._bundles: list[int] = []  # of each seat; it stays when Ray places a lost node's bundle elsewhere
         self._own_group: PlacementGroup | None = None
         if config.placement == "current":
             self._group, self._first_bundle = _current_group(config.layout), 1
@@ -196,16 +197,13 @@ class RayLauncher(Launcher):
 
     def launch(self, specs: list[RankSpec]) -> None:
         self._wait_for_place()
-        for spec, bundle in zip(specs, self._bundles_of_ranks(len(specs)), strict=True):
-            self._start(spec, bundle, len(specs))
+        self._bundles = self._bundles_of_seats(len(specs))
+        for spec in specs:
+            self.replace(spec, spec.rank)
 
-    def replace(self, spec: RankSpec) -> None:
-        ray.kill(self._actors[spec.rank])
-        world = len(self._actors)
-        self._start(spec, self._bundles_of_ranks(world)[spec.rank], world)
-
-    def _start(self, spec: RankSpec, bundle: int, world: int) -> None:
-        together = world // (len(self._group.bundle_specs) - self._first_bundle)
+    def replace(self, spec: RankSpec, seat: int) -> None:
+        self.end([seat])
+        bundle, together = self._bundles[seat], len(self._bundles) // len(set(self._bundles))
         variables = {**(openmp_environment() if self.device == "cpu" else {}), **self._config.rank_env}
         reserved = self._group.bundle_specs[bundle]
         actor = (
@@ -222,13 +220,19 @@ class RayLauncher(Launcher):
             )
             .remote()
         )
-        self._actors[spec.rank] = actor
-        self._runs[spec.rank] = actor.run.remote(self.main, spec)  # type: ignore[attr-defined]
+        self._actors[seat] = actor
+        self._runs[seat] = actor.run.remote(self.main, spec)  # type: ignore[attr-defined]
 
-    def exit_reason(self) -> str | None:
-        runs = [*self._runs.values()]
-        ended, _ = ray.wait(runs, num_returns=len(runs), timeout=0) if runs else ([], [])
-        for rank, run in self._runs.items():
+    def end(self, seats: Iterable[int]) -> None:
+        for seat in seats:
+            if seat in self._actors:
+                ray.kill(self._actors.pop(seat))
+                del self._runs[seat]
+
+    def exit_reason(self, seats: Mapping[int, int]) -> str | None:
+        runs = {rank: self._runs[seat] for rank, seat in seats.items() if seat in self._runs}
+        ended, _ = ray.wait([*runs.values()], num_returns=len(runs), timeout=0) if runs else ([], [])
+        for rank, run in runs.items():
             try:
                 if run in ended:
                     ray.get(run)
@@ -237,9 +241,7 @@ class RayLauncher(Launcher):
         return None
 
     def stop(self) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
-        self._actors, self._runs = {}, {}
+        self.end([*self._actors])
         if self._own_group is not None:
             remove_placement_group(self._own_group)
             self._own_group = None
@@ -257,8 +259,8 @@ class RayLauncher(Launcher):
                 )
             _log.warning("waiting for %s; free in the cluster: %s", needed, free)
 
-    def _bundles_of_ranks(self, world: int) -> list[int]:
-        """The bundle of each rank. Bundles are grouped by node, the first bundle's node first, so that neighbouring
+    def _bundles_of_seats(self, world: int) -> list[int]:
+        """The bundle of each seat. Bundles are grouped by node, the first bundle's node first, so that neighbouring
         ranks share a node. PACK keeps no such order."""
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         bundles = range(self._first_bundle, len(self._group.bundle_specs))

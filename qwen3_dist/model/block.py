@@ -48,11 +48,14 @@ class TransformerBlock(nn.Module):
         self.norm1 = RMSNorm(config, config.emb_dim, ops)
         self.att = GroupedQueryAttention(config, layer, parallel, ops)
         self.norm2 = RMSNorm(config, config.emb_dim, ops)
-        self.ff: FeedForward | MoEFeedForward
         if placement is not None:
-            self.ff = MoEFeedForward(config, parallel, placement, ops, overflow)
+            self.use(MoEFeedForward(config, parallel, placement, ops, overflow))
         else:
-            self.ff = FeedForward(config, parallel, ops)
+            self.use(FeedForward(config, parallel, ops))
+
+    def use(self, ff: FeedForward | MoEFeedForward) -> None:
+        """Makes `ff` the feed-forward layer. No fused kernels compute the block any more."""
+        self.ff = ff
         # Each with the norm before it. `finalize` may put kernels in their place.
         self.attend: Attend = partial(_after_norm, self.norm1, self.att)
         self.transform: Transform = partial(_after_norm, self.norm2, self.ff)

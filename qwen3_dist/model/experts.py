@@ -5,6 +5,8 @@ Legend: R rows, K experts per token, D emb_dim, I hidden columns, e experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import padded_range
 from qwen3_dist.ops.base import ExpertWeights, Ops
+from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchedTokens
@@ -97,6 +100,23 @@ class Experts(nn.Module):
         """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
         self._finalized = self._ops.finalize_experts(self.weights, int8)
         del self.fc1, self.fc2, self.fc3  # frees the loaded weights
+
+    def take(
+        self, other: Experts, places: Sequence[int | None], stacks: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """In place of loading and `finalize`: this module gets the experts at the indices `places` of `other`, which
+        is finalized, and where that is None the next of `stacks`, which are in the checkpoint's layout."""
+        converted = other.convert(stacks) if None in places else other.weights.tensors
+        taken = []
+        for theirs, new in zip(other.weights.tensors, converted, strict=True):
+            mine, arriving = zeros((len(places), *theirs.shape[1:]), theirs.dtype, theirs.device), iter(new)
+            for place, there in enumerate(places):
+                mine[place].copy_(next(arriving) if there is None else theirs[there])
+            taken.append(mine)
+        one, two, three = taken[:3]
+        scales = (taken[3], taken[4], taken[5]) if other.weights.scales is not None else None
+        self._finalized = replace(other.weights, stacks=(one, two, three), scales=scales)
+        del self.fc1, self.fc2, self.fc3
 
     @property
     def stays_on_device(self) -> bool:

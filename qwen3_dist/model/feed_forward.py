@@ -105,13 +105,14 @@ class MoEFeedForward(nn.Module):
         self.experts = Experts(len(placement.hosted[parallel.ep.rank]), shape, ops)
 
     @property
-    def _hosted(self) -> tuple[int, ...]:
+    def hosted(self) -> tuple[int, ...]:
+        """The experts of this rank, in the order of its stacks."""
         return self.placement.hosted[self._ep_rank]
 
     def rows_by_expert(self) -> dict[int, int]:
         """Rows that this rank has computed for each expert that it hosts or has hosted."""
         rows = Counter({expert: count for expert, count in enumerate(self._former_rows.tolist()) if count})
-        rows.update(dict(zip(self._hosted, self.experts.counts.tolist(), strict=True)))
+        rows.update(dict(zip(self.hosted, self.experts.counts.tolist(), strict=True)))
         return rows
 
     def reset_counts(self) -> None:
@@ -121,14 +122,14 @@ class MoEFeedForward(nn.Module):
 
     def arrivals(self, placement: ExpertPlacement) -> dict[int, int]:
         """The experts that this rank must read for `placement`, by their index in its stacks."""
-        there = zip(self._hosted, placement.hosted[self._ep_rank], strict=True)
+        there = zip(self.hosted, placement.hosted[self._ep_rank], strict=True)
         return {place: new for place, (old, new) in enumerate(there) if old != new}
 
     def prepare_move(self, placement: ExpertPlacement, stacks: tuple[Tensor, Tensor, Tensor]) -> PreparedMove:
         """Prepares `move`. `stacks`, on the weights' device, are the `arrivals` in the checkpoint's layout: fc1 and
         fc2 [n, I, D], fc3 [n, D, I]. Does not change this module, so steps may run meanwhile."""
         places = list(self.arrivals(placement))
-        leaving = [self._hosted[place] for place in places]
+        leaving = [self.hosted[place] for place in places]
         device = stacks[0].device
         return PreparedMove(
             placement,

@@ -32,13 +32,20 @@ def finalize(model: Qwen3Model, int8: bool = False) -> None:
     `int8` quantizes the weights of all products except the routers. Layers are converted one by one, so that memory
     holds little more than the weights.
     """
-    last = model.parallel.pipeline.is_last
-    if last:
+    if model.parallel.pipeline.is_last:
         model.out_head.finalize(int8)
         if model.config.tie_word_embeddings and not int8:
             model.tok_emb.share(model.out_head.weights)
+    _convert(model.blocks, int8)
+    fuse(model)
+
+
+def fuse(model: Qwen3Model) -> None:
+    """Replaces sublayers, and the whole stage, of a model whose weights are converted by fused kernels, if its Ops has
+    them."""
+    last = model.parallel.pipeline.is_last
     head = HeadParts(model.final_norm.weights, model.out_head.weights) if last else None
-    kernels = finalize_blocks(model.blocks, model.ops, int8, head)
+    kernels = _fuse_blocks(model.blocks, model.ops, head)
     if kernels is not None:
         model.whole_stage = WholeStage(model, kernels)
 
@@ -48,11 +55,19 @@ def finalize_blocks(
 ) -> StageKernels | None:
     """Finalizes some blocks. `head` is the finalized head after them, if any. Returns fused kernels of all blocks, or
     None."""
+    _convert(blocks, int8)
+    return _fuse_blocks(blocks, ops, head)
+
+
+def _convert(blocks: Sequence[TransformerBlock], int8: bool) -> None:
     for block in blocks:
         for weights in _products(block):
             weights.finalize(int8)
         if isinstance(block.ff, MoEFeedForward):
             block.ff.gate.finalize()
+
+
+def _fuse_blocks(blocks: Sequence[TransformerBlock], ops: Ops, head: HeadParts | None) -> StageKernels | None:
     kernels = ops.fuse([_parts(block) for block in blocks], head)
     if kernels is not None:
         for block, of_block in zip(blocks, kernels.blocks, strict=True):

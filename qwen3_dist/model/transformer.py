@@ -41,12 +41,12 @@ class Qwen3Model(nn.Module):
         super().__init__()
         self.config, self.parallel, self.ops = config, parallel, ops
         placements = placements or even_placements(config, parallel.ep.size)
-        self._overflow = OverflowFlag()
+        self.overflow = OverflowFlag()
         stage, tied = parallel.pipeline, config.tie_word_embeddings
         if stage.is_first or (stage.is_last and tied):
             self.tok_emb = VocabParallelEmbedding(config.vocab_size, config.emb_dim, parallel.tp, ops)
         self.blocks = nn.ModuleList(  # type: ignore[assignment]
-            TransformerBlock(config, layer, parallel, placements.get(layer), ops, self._overflow)
+            TransformerBlock(config, layer, parallel, placements.get(layer), ops, self.overflow)
             for layer in parallel.layout.layers_of(stage.index, config.n_layers)
         )
         if stage.is_last:
@@ -97,7 +97,7 @@ class Qwen3Model(nn.Module):
     def take_overflow(self) -> Tensor:
         """[1] fp32, more than 0 if an exchange of experts' rows since the last call exceeded its capacity on a rank of
         this stage; these steps' results must be discarded. All ranks of the stage call it."""
-        return self._overflow.reduce_and_clear(self.parallel.tp, self.parallel.dp)
+        return self.overflow.reduce_and_clear(self.parallel.tp, self.parallel.dp)
 
     @property
     def moe_layers(self) -> dict[int, MoEFeedForward]:

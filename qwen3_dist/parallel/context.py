@@ -120,6 +120,13 @@ class ParallelContext:
         for mine, theirs in replaced.items():
             mine.become(theirs)
 
+    def with_tp_of(self, closed: ParallelContext) -> ParallelContext:
+        """This context with the tp communicator of a `closed` one in place of its own: what was built with that uses
+        the tp group of this context from now on."""
+        closed.tp.become(self.tp)
+        tp, dp, ep, etp = (closed.tp if group is self.tp else group for group in self._groups)
+        return replace(self, tp=tp, dp=dp, ep=ep, etp=etp)
+
     @property
     def _uses_nccl(self) -> bool:
         return not self.staged and dist.is_initialized() and "nccl" in dist.get_backend()

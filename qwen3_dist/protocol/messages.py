@@ -14,15 +14,15 @@ rank                                   engine
 A rank that fails sends Failed instead. On a second connection, which it begins with StatusHello, a thread of the rank
 answers each StatusRequest with a RankStatus: the engine asks while a step is late.
 
-If a rank is lost, the engine sends Rejoin to the others, which keep the model: all begin with Hello again, and only
-the new rank loads weights.
+If a rank is lost, the engine sends Rejoin to the others: all begin with Hello again. They keep the model, and only the
+new rank loads weights, unless the layout changes. A rank that waits for Start or for num_blocks may get Rejoin too.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError
@@ -39,7 +39,8 @@ Progress = Callable[[int, int], None]  # (bytes filled so far, bytes of this ran
 @dataclass(frozen=True)
 class RankSpec:
     """The arguments of a rank's process. `device` is "cpu" or "cuda". `card` is the index of the rank's GPU among
-    those visible to its process; None until the launcher or the rank's process sets it."""
+    those visible to its process; None until the launcher or the rank's process sets it. `attempt` numbers the engine's
+    attempts to make ranks meet."""
 
     rank: int
     config: EngineConfig
@@ -48,6 +49,15 @@ class RankSpec:
     address: tuple[str, int]
     secret: bytes
     card: int | None = None
+    attempt: int = 0
+
+    def moved(self, to: Rejoin) -> RankSpec:
+        """The spec of this process as the rank that `to` makes it."""
+        return replace(self, rank=to.rank, config=to.config, placements=to.placements, attempt=to.attempt)
+
+    def is_placed_as(self, other: RankSpec) -> bool:
+        """Whether both are the same rank of one layout, so that they hold the same weights but for moved experts."""
+        return (self.rank, self.config.layout) == (other.rank, other.config.layout)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Hello:
     host_id: str
     card: Card | None
     store_port: int | None
+    attempt: int = 0  # that of RankSpec or Rejoin
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Rejoin:
-    """Another rank was lost: leave the groups, say Hello again, and join the others and the lost rank's successor."""
+    """Other ranks were lost or come back: leave the groups, say Hello again, and join as `rank` of the layout in
+    `config`, with experts placed by `placements`."""
+
+    rank: int
+    config: EngineConfig
+    placements: Placements
+    attempt: int
 
 
 @dataclass(frozen=True)

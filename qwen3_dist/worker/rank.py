@@ -8,12 +8,15 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
-from qwen3_dist.gc_utils import freeze_gc_heap
+from qwen3_dist.gc_utils import collect_frozen_heap, freeze_gc_heap
+from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, connect
 from qwen3_dist.protocol.messages import (
     Failed,
@@ -26,6 +29,7 @@ from qwen3_dist.protocol.messages import (
     StatusHello,
 )
 from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.worker.regroup import keeps_its_part, regroup
 from qwen3_dist.worker.rendezvous import Joined, join
 from qwen3_dist.worker.runner import ModelRunner
 from qwen3_dist.worker.shard import count_blocks, held_bytes, load_shard
@@ -43,29 +47,111 @@ def rank_main(spec: RankSpec) -> None:
     leaving NCCL's groups in order would wait for them. Raises OSError if the engine cannot be reached.
     """
     channel = connect(spec.address, spec.secret)
-    activity = Activity()
+    rank = _Rank(spec, channel)
     try:
         status_channel = connect(spec.address, spec.secret)
         status_channel.send(StatusHello(spec.rank))
-        status = StatusThread(status_channel, activity)
-        joined = join(spec, channel)
-        status.parallel = joined.parallel
-        _serve(spec, channel, joined, status, activity)
+        rank.serve(StatusThread(status_channel, rank.activity))
     except ChannelClosedError:
         _end_process(0)  # the engine is gone
     except Exception as error:
         with contextlib.suppress(ChannelClosedError):
-            channel.send(_failed(spec, error, activity))
+            channel.send(rank.failed(error))
             channel.wait_until_closed(_END_WAIT_S)
         _end_process(1)
-    joined.parallel.close()
     channel.close()
 
 
-def _failed(spec: RankSpec, error: Exception, activity: Activity) -> Failed:
-    """The message that tells the engine of `error`, which is being handled."""
-    details = "" if isinstance(error, QwenDistError) else traceback.format_exc()
-    return Failed(spec.rank, describe_failure(error, spec.rank, activity.description), details)
+class _Rank:
+    """A rank as the engine sees it. `spec` changes where the engine changes its layout or the rank's place in it."""
+
+    def __init__(self, spec: RankSpec, channel: Channel) -> None:
+        self.spec = spec
+        self.activity = Activity()
+        self._channel = channel
+
+    def failed(self, error: Exception) -> Failed:
+        """The message that tells the engine of `error`, which is being handled."""
+        rank, details = self.spec.rank, "" if isinstance(error, QwenDistError) else traceback.format_exc()
+        return Failed(rank, describe_failure(error, rank, self.activity.description), details)
+
+    def serve(self, status: StatusThread) -> None:
+        """Loads the model, then runs plans and calls of the engine until it ends the rank. The model stays where
+        another rank is lost and replaced, and as much of it as possible where the layout changes."""
+        channel = self._channel
+        joined = self._join(self.spec, status)
+        model, path = None, resolve_model(self.spec.config.model, self.spec.config.revision)
+        while True:
+            status.parallel = joined.parallel
+            self.spec = joined.spec
+            if model is None:
+                self.activity.description = "loading weights"
+                report = _report_to(channel)
+                config, placements = self.spec.config, self.spec.placements
+                model = load_shard(config, path, placements, joined.parallel, joined.device, report)
+                blocks = count_blocks(config, model, joined.memory)
+            channel.send(Loaded(blocks))
+            message = channel.receive()
+            if isinstance(message, int):
+                blocks = message
+                message = self._run(model, blocks, path, joined)
+            if message is None:
+                joined.parallel.close()
+                return
+            self.activity.description = "joining again"
+            status.await_abort()
+            joined.parallel.close()  # ranks that still wait for this one in a step fail
+            again = self._join(self.spec.moved(message), status)
+            if again.spec.is_placed_as(self.spec):
+                joined.parallel.become(again.parallel)
+                joined = replace(again, parallel=joined.parallel)
+                for moe in model.moe_layers.values():
+                    moe.reset_counts()  # as in the new rank
+            elif keeps_its_part(model, again.parallel):
+                self.activity.description = "loading experts"
+                random, report = again.spec.config.load_format == "random", _report_to(channel)
+                regroup(model, again.parallel, again.spec.placements, path, random, report)
+                joined = replace(again, parallel=model.parallel)
+                blocks = count_blocks(again.spec.config, model, again.memory)
+            else:
+                joined, model = again, None
+                collect_frozen_heap()  # frees the weights
+
+    def _join(self, spec: RankSpec, status: StatusThread) -> Joined:
+        """As `join`, again for each Rejoin that comes meanwhile, since a rank that was to join did not start."""
+        while isinstance(joined := join(spec, self._channel), Rejoin):
+            status.await_abort()
+            spec = spec.moved(joined)
+        return joined
+
+    def _run(self, model: Qwen3Model, blocks: int, path: Path, joined: Joined) -> Rejoin | None:
+        """Runs plans and calls with a KV cache of so many blocks, until the engine ends the rank (None) or has it join
+        others."""
+        self.activity.description = "allocating the KV cache and warming up"
+        runner = ModelRunner(model, blocks, self.spec.config, path)
+        runner.warm_up()
+        freeze_gc_heap()
+        held = held_bytes(joined.device)
+        self._channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat, held))
+        message = self._run_steps(runner)
+        runner.close()
+        return message
+
+    def _run_steps(self, runner: ModelRunner) -> Rejoin | None:
+        """As `run_steps`. If a step fails, as it does when another rank is lost, tells the engine and waits for
+        Rejoin; without one this process ends."""
+        channel = self._channel
+        try:
+            return run_steps(channel, runner, runner.model.device.type == "cuda", self.activity)
+        except ChannelClosedError:
+            raise
+        except Exception as error:
+            channel.send(self.failed(error))
+            with contextlib.suppress(TimeoutError):
+                while (message := channel.receive(_END_WAIT_S)) is not None:
+                    if isinstance(message, Rejoin):
+                        return message
+            _end_process(1)
 
 
 def describe_failure(error: Exception, rank: int, activity: str) -> QwenDistError:
@@ -81,56 +167,6 @@ def describe_failure(error: Exception, rank: int, activity: str) -> QwenDistErro
     if activity == Activity().description:  # the error may concern this host only
         return type(error)(f"rank {rank} on {socket.gethostname()}: {error}")
     return error
-
-
-def _serve(
-    spec: RankSpec, channel: Channel, joined: Joined, status: StatusThread, activity: Activity
-) -> None:
-    """Loads the model, then runs plans and calls of the engine until it ends the rank. The model stays where another
-    rank is lost and replaced."""
-    activity.description = "loading weights"
-    path = resolve_model(spec.config.model, spec.config.revision)
-    report = _report_to(channel)
-    model = load_shard(spec.config, path, spec.placements, joined.parallel, joined.device, report)
-    blocks = count_blocks(spec.config, model, joined.memory)
-    while True:
-        channel.send(Loaded(blocks))
-        blocks = channel.receive()
-        if blocks is None:
-            return
-        activity.description = "allocating the KV cache and warming up"
-        runner = ModelRunner(model, blocks, spec.config, path)
-        runner.warm_up()
-        freeze_gc_heap()
-        held = held_bytes(joined.device)
-        channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat, held))
-        again = _run_steps(spec, channel, runner, activity)
-        runner.close()
-        del runner  # frees the KV cache
-        if again is None:
-            return
-        activity.description = "joining again"
-        status.await_abort()
-        joined.parallel.close()  # ranks that still wait for this one in a step fail
-        joined.parallel.become(join(spec, channel).parallel)
-        for moe in model.moe_layers.values():
-            moe.reset_counts()  # as in the new rank
-
-
-def _run_steps(spec: RankSpec, channel: Channel, runner: ModelRunner, activity: Activity) -> Rejoin | None:
-    """As `run_steps`. If a step fails, as it does when another rank is lost, tells the engine and waits for Rejoin;
-    without one this process ends."""
-    try:
-        return run_steps(channel, runner, runner.model.device.type == "cuda", activity)
-    except ChannelClosedError:
-        raise
-    except Exception as error:
-        channel.send(_failed(spec, error, activity))
-        with contextlib.suppress(TimeoutError):
-            while (message := channel.receive(_END_WAIT_S)) is not None:
-                if isinstance(message, Rejoin):
-                    return message
-        _end_process(1)
 
 
 def _end_process(code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from qwen3_dist.errors import ResourceError
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.protocol.channel import Channel
-from qwen3_dist.protocol.messages import Hello, RankSpec, Start
+from qwen3_dist.protocol.messages import Hello, RankSpec, Rejoin, Start
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.worker import cards
 from qwen3_dist.worker.shard import MemoryShare, set_threads
@@ -31,15 +31,17 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 @dataclass(frozen=True)
 class Joined:
-    """The result of `join`."""
+    """The groups that the rank of `spec` has joined."""
 
+    spec: RankSpec
     parallel: ParallelContext
     device: torch.device
     memory: MemoryShare
 
 
-def join(spec: RankSpec, channel: Channel) -> Joined:
-    """Sends Hello with this rank's host and card, waits for Start, and joins the process groups.
+def join(spec: RankSpec, channel: Channel) -> Joined | Rejoin:
+    """Sends Hello with this rank's host and card, waits for Start, and joins the process groups. Returns what comes in
+    place of Start, if that is Rejoin.
 
     Rank 0 hosts the rendezvous store, at the address of its connection to the engine. Raises ResourceError if the GPU
     or NCCL cannot be used.
@@ -55,8 +57,12 @@ def join(spec: RankSpec, channel: Channel) -> Joined:
     if spec.rank == 0:
         store = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
     port = store.port if store else None
-    channel.send(Hello(spec.rank, os.getpid(), host, socket.gethostname(), host_id(), card, port))
-    start: Start = channel.receive()
+    channel.send(
+        Hello(spec.rank, os.getpid(), host, socket.gethostname(), host_id(), card, port, spec.attempt)
+    )
+    start: Start | Rejoin = channel.receive()
+    if isinstance(start, Rejoin):
+        return start
     set_threads(config, start.ranks_on_host)
     if device.type == "cuda" and world > 1 and not start.over_host and not dist.is_nccl_available():
         raise ResourceError(
@@ -69,8 +75,8 @@ def join(spec: RankSpec, channel: Channel) -> Joined:
     os.environ.setdefault(*_NO_NCCL_WATCHDOG)
     parallel = _connect(config, spec.rank, store, device, start.over_host)
     if card is None:
-        return Joined(parallel, device, MemoryShare(start.ranks_on_host))
-    return Joined(parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes))
+        return Joined(spec, parallel, device, MemoryShare(start.ranks_on_host))
+    return Joined(spec, parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes))
 
 
 def host_id() -> str:

@@ -28,23 +28,24 @@ class StatusThread:
         self._channel = channel
         self._activity = activity
         self._main = threading.current_thread().ident
-        self._aborted = threading.Event()
+        self._aborted = threading.Semaphore(
+            0
+        )  # counts, since the engine may try several times to make ranks meet
         self.parallel: ParallelContext | None = None  # once the rank has joined its groups
         threading.Thread(target=self._answer, name="rank status", daemon=True).start()
 
     def await_abort(self) -> None:
-        """Waits until the collectives of a lost rank have ended; the main thread may then join new groups. Raises
+        """Waits until collectives were ended, once for each Rejoin; the main thread may then join new groups. Raises
         EngineDeadError if they do not end."""
-        if not self._aborted.wait(_ABORT_S):
+        if not self._aborted.acquire(timeout=_ABORT_S):
             raise EngineDeadError(f"collectives did not end within {_ABORT_S:g} s after a rank was lost")
-        self._aborted.clear()
 
     def _answer(self) -> None:
         with contextlib.suppress(ChannelClosedError):
             while True:
                 if isinstance(self._channel.receive(), AbortCollectives):
                     self._abort()
-                    self._aborted.set()
+                    self._aborted.release()
                 else:
                     self._channel.send(self._status())
         self._abort()  # the engine is gone: the main thread must come to its channel, and end

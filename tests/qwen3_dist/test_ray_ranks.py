@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qwen3_dist import EngineConfig, Layout
+from qwen3_dist.engine import regrouping
 from qwen3_dist.errors import EngineDeadError, ResourceError
 from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.launch.rank_group import RankGroupExecutor
 from qwen3_dist.launch.ray_ranks import RayLauncher
 from tests import failing_ranks
 from tests.ranks import end_nursery
+from tests.recovering import PROMPT, across_a_loss, config, started, undisturbed, whole_tokens
 
 LAYOUT = Layout(tp=2)
 
@@ -93,3 +97,34 @@ def test_an_actor_that_fails_before_its_first_message_is_told_with_its_rank_and_
     with pytest.raises(EngineDeadError, match=sentence) as caught:
         RankGroupExecutor(config, RayLauncher(config))
     print(caught.value)
+
+
+def test_dp_groups_leave_while_an_actor_does_not_start_and_come_back(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an actor does for which Ray has no place: it is waited for, and then the engine goes on without it."""
+    monkeypatch.setattr(regrouping, "_FIRST_PAUSE_S", 0.5)
+    monkeypatch.setattr(regrouping, "_LAST_PAUSE_S", 1.0)
+    main = failing_ranks.ranks_that_sleep_while_refused
+    monkeypatch.setattr(Launcher, "main", staticmethod(main))
+    refusal = checkpoints["moe"] / "refused"
+
+    async def check() -> None:
+        settings = config(checkpoints["moe"], "dp=2,ep=2", executor="ray", replacement_timeout_s=8.0)
+        with started(settings) as engine:
+            expected = await undisturbed(engine)
+            before = [rank.pid for rank in engine.ranks]
+            refusal.touch()
+            assert await across_a_loss(engine, lambda: os.kill(before[0], signal.SIGKILL)) == expected
+            assert engine.absence is not None and engine.absence.ranks == (0,)
+            assert "rank 0 did not start within 8 s" in engine.absence.reason
+            assert [rank.pid for rank in engine.ranks] == before[1:]
+            refusal.unlink()
+            async with asyncio.timeout(120.0):
+                while engine.absence is not None or engine.recovers:
+                    assert (await whole_tokens(engine, PROMPT))[0] == expected
+            assert str(engine.config.layout) == "dp=2,ep=2"
+            assert [rank.pid for rank in engine.ranks][1:] == before[1:]
+            assert await undisturbed(engine) == expected
+
+    asyncio.run(check())

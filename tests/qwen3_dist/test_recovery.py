@@ -3,85 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from qwen3_dist import EngineConfig, Layout, SamplingParams
-from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.engine.engine import Outputs
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.launch.launcher import Launcher
 from tests import failing_ranks
-
-NUM_TOKENS = 24
-DRAWN = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=7, ignore_eos=True)
-
-
-def config(checkpoint: Path, layout: str, **settings: Any) -> EngineConfig:
-    placed: dict[str, Any] = {"executor": "processes", "num_blocks": 64, "dtype": "float32", **settings}
-    return EngineConfig(str(checkpoint), layout=Layout.parse(layout), **placed)
-
-
-@contextlib.contextmanager
-def started(settings: EngineConfig, on_death: Callable[[], None] | None = None) -> Iterator[AsyncEngine]:
-    engine = AsyncEngine(settings, on_death=on_death)
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-
-
-async def until_it_serves(engine: AsyncEngine) -> None:
-    async with asyncio.timeout(120.0):
-        while True:
-            try:
-                return engine.check_health()
-            except EngineDeadError:
-                await asyncio.sleep(0.01)
-
-
-async def tokens_of(engine: AsyncEngine, resume: list[int] | None = None) -> AsyncIterator[int]:
-    resumed = None if resume is None else {0: resume}
-    async for deltas in engine.generate([5, 6, 7, 8], DRAWN, "r", resume=resumed):
-        for delta in deltas:
-            for token in delta.token_ids:
-                yield token
-
-
-async def undisturbed(engine: AsyncEngine) -> list[int]:
-    return [token async for token in tokens_of(engine)]
-
-
-def before_step(engine: AsyncEngine, number: int, act: Callable[[], None]) -> None:
-    """Has the engine's thread call `act` before it runs its step `number` from now."""
-    step, numbers = engine._engine.step, itertools.count(1)
-
-    def counted() -> Outputs:
-        if next(numbers) == number:
-            act()
-        return step()
-
-    engine._engine.step = counted  # type: ignore[method-assign]
-
-
-async def across_a_loss(engine: AsyncEngine, lose: Callable[[], None]) -> list[int]:
-    """The tokens of a request in the middle of which `lose` is called, and which goes on after the recovery."""
-    tokens: list[int] = []
-    before_step(engine, 10, lose)
-    with pytest.raises(EngineDeadError):
-        async for token in tokens_of(engine):
-            tokens.append(token)
-    assert 5 < len(tokens) < NUM_TOKENS - 5
-    await until_it_serves(engine)
-    return tokens + [token async for token in tokens_of(engine, resume=tokens)]
+from tests.recovering import (
+    NUM_TOKENS,
+    across_a_loss,
+    config,
+    started,
+    undisturbed,
+    until_it_serves,
+)
 
 
 @pytest.mark.parametrize(
