@@ -178,6 +178,7 @@ ROWS: list[Row] = [
                     "ranks replaced in an hour, {{model_name}}": (
                         "sum by (model_name) (increase(qwen3_dist:rank_replacements_total{}[1h]))"
                     ),
+                    "ranks absent, {{model_name}}": "sum by (model_name) (qwen3_dist:ranks_absent{})",
                     "silent in an hour": "sum (increase(qwen3_dist:replicas_silent_total{}[1h]))",
                 },
             ),

@@ -9,9 +9,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from qwen3_dist.errors import ResourceError
-from serve_app.launch.serve_instance import running_serve
+from serve_app.launch.serve_instance import ask_replicas, running_serve
+from serve_app.replica_status import ReplicaStatus
 from serve_app.settings import REPLICA
 from serve_app.waiting import unplaced_bundles
+
+_ANSWER_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def application_states() -> list[ApplicationState]:
             messages.append(deployment.message)
             for state, count in deployment.replica_states.items():
                 states[state] = states.get(state, 0) + count
+        messages += _absences(name) if REPLICA in status.deployments and states.get("RUNNING") else []
         known = instance.applications.get(name)
         found.append(
             ApplicationState(
@@ -61,3 +65,14 @@ def application_states() -> list[ApplicationState]:
             )
         )
     return found
+
+
+def _absences(application: str) -> list[str]:
+    """Which ranks each replica of a model goes without, and why; of replicas that answer and lack some."""
+    handle = serve.get_deployment_handle(REPLICA, application)
+    try:
+        told = ask_replicas(handle, "status", timeout_s=_ANSWER_TIMEOUT_S, return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError):
+        return []
+    statuses = [each for each in told if isinstance(each, ReplicaStatus)]
+    return [f"{each.replica} {each.absence}" for each in statuses if each.absence]

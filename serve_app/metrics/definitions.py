@@ -146,6 +146,7 @@ _counter, _gauge, _histogram = (_defining(kind, True) for kind in ("counter", "g
 
 STEPS = _counter("steps", "Steps of the engine.")
 RANK_REPLACEMENTS = _counter("rank_replacements", "Lost ranks that others replaced, without a reload.")
+RANKS_ABSENT = _gauge("ranks_absent", "Ranks without which the engine runs, since no others can be had.")
 REPEATED_STEPS = _counter("repeated_steps", "Steps run again because an all-to-all's capacity overflowed.")
 STEP_SEQUENCES = _counter("step_sequences", "Sequences in all steps; over steps it is the mean batch size.")
 STEP_TOKENS = _counter("step_tokens", "Tokens in all steps: of prompts, decodes and drafts.")

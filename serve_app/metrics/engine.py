@@ -46,7 +46,7 @@ class EngineMetrics:
         return self.values.snapshot(self._labels, self._prefix)
 
     def _read_engine(self) -> None:
-        stats, values = self._engine.stats(), self.values
+        stats, values, absence = self._engine.stats(), self.values, self._engine.absence
         queries = stats.prompt_tokens if self._engine.config.prefix_caching else 0
         for definition, value in (
             (names.NUM_RUNNING, stats.num_running),
@@ -60,7 +60,8 @@ class EngineMetrics:
             (names.DRAFT_TOKENS, stats.drafted_tokens),
             (names.ACCEPTED_TOKENS, stats.accepted_tokens),
             (names.STEPS, stats.steps),
-            (names.RANK_REPLACEMENTS, sum(len(each.ranks) for each in self._engine.recoveries)),
+            (names.RANK_REPLACEMENTS, self._ranks_replaced()),
+            (names.RANKS_ABSENT, len(absence.ranks) if absence else 0),
             (names.REPEATED_STEPS, stats.repeated_steps),
             (names.STEP_SEQUENCES, stats.scheduled_sequences),
             (names.STEP_TOKENS, stats.computed_tokens),
@@ -82,6 +83,9 @@ class EngineMetrics:
             values.set(
                 names.LORA_REQUESTS, time.time(), str(len(adapters)), ",".join(running), ",".join(waiting)
             )
+
+    def _ranks_replaced(self) -> int:
+        return sum(len(each.ranks) for each in self._engine.recoveries if each.change == "replaced")
 
     async def _ask_ranks(self) -> None:
         """Asks the ranks for their experts' load and their pace, which they tell between two steps, now and then."""

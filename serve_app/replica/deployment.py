@@ -58,7 +58,7 @@ _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 class EngineReplica:
     """One engine. Construction loads the model.
 
-    While the engine replaces a lost rank, requests that it ran are answered 503, so that another replica goes on with
+    While the ranks of the engine change, requests that it ran are answered 503, so that another replica goes on with
     them, and new ones wait. When the engine dies, the replica ends its own process: Serve replaces a dead process at
     once, but an unhealthy one only after three failed health checks. It does so too if it is told to leave.
     """
@@ -208,17 +208,20 @@ class EngineReplica:
         """This replica's part of `/v1/cluster`: whether its steps go on, its ranks and the slowest of them, its load
         and its counters."""
         stats = self._engine.stats()
-        problem = self._problem()
+        problem, absence = self._problem(), self._engine.absence
         await self._read_pace()
         view, pace = await self.ranks(), self._pace
-        if pace is not None:
+        if pace is not None and len(pace.step_s) == len(
+            view["ranks"]
+        ):  # else ranks have left or come back since
             for rank, step_s in zip(view["ranks"], pace.step_s, strict=True):
                 rank["own_step_s"] = step_s
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
             "healthy": not problem,
-            "message": problem,
+            "message": problem or str(absence or ""),
             **view,
+            "absence": asdict(absence) if absence else None,
             "recoveries": [asdict(each) for each in self._engine.recoveries[-_RECOVERIES_TOLD:]],
             "slowest_rank": {"rank": pace.slowest, "excess": pace.excess} if pace else None,
             "load": {
@@ -249,13 +252,14 @@ class EngineReplica:
             stats.num_running + stats.num_waiting,
             self._name,
             ray.get_runtime_context().get_actor_id() or "",
+            str(self._engine.absence or ""),
         )
 
     def _problem(self) -> str:
         try:
             self._engine.check_health()
         except EngineDeadError as error:
-            return f"a lost rank is being replaced: {error}" if self._engine.recovers else str(error)
+            return f"ranks change: {error}" if self._engine.recovers else str(error)
         return self._engine.stalled()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

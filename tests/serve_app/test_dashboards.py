@@ -136,6 +136,7 @@ FIRING = {
     "KvCacheNearlyFull": {'vllm:kv_cache_usage_perc{replica="r"}': "0.95x20"},
     "RequestsWait": {'vllm:num_requests_waiting{replica="r"}': "11x20"},
     "Preemptions": {'vllm:num_preemptions_total{replica="r"}': "0+60x20"},
+    "RanksAbsent": {'qwen3_dist:ranks_absent{replica="r"}': "2x20"},
     "ServerErrors": {
         'qwen3_dist:http_requests_total{status="200"}': "0+90x20",
         'qwen3_dist:http_requests_total{status="503"}': "0+10x20",
@@ -160,6 +161,7 @@ QUIET = {
     'qwen3_dist:http_requests_total{status="503"}': "0+1x20",
     'vllm:request_success_total{finished_reason="stop"}': "0+900x20",
     'vllm:request_success_total{finished_reason="error"}': "0+1x20",
+    'qwen3_dist:ranks_absent{replica="r"}': "0 2 2 2 0 2 2 2 0 2 2 2 0 2 2 2 0 2 2 2 0",
     "qwen3_dist:replicas_lost_total": "3x20",
     "qwen3_dist:replicas_healthy": "1x20",
     'qwen3_dist:step_age_seconds{replica="r"}': "50x20",

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ray import serve
 from cluster.ray_private import deployment_handle
 from qwen3_dist.errors import ConfigError, QwenDistError, ResourceError
 from serve_app.launch.deploy import stop
+from serve_app.launch.status import application_states
 from serve_app.settings import REPLICA, ServiceConfig
 from tests.processes import processes_running
 from tests.serve_app.command_line import qwen3_dist
@@ -109,13 +110,42 @@ def test_admins_scale_a_model_by_http(deployed: Deployed) -> None:
     )
 
 
-def test_admins_change_a_models_layout_and_streams_go_on_in_it(deployed: Deployed) -> None:
+def test_streams_go_on_in_another_layout_by_an_admin_and_for_want_of_a_rank(deployed: Deployed) -> None:
     def scale(**body: Any) -> httpx.Response:
         return httpx.post(f"{deployed.url}/v1/cluster/scale", json=body, timeout=60)
 
-    def layouts() -> list[str | None]:
+    def replicas() -> list[dict[str, Any]]:
         view = httpx.get(f"{deployed.url}/v1/cluster", timeout=60).json()
-        return [replica.get("layout") for replica in view["models"][0]["replicas"]]
+        return list(view["models"][0]["replicas"])
+
+    def layouts() -> list[str | None]:
+        return [replica.get("layout") for replica in replicas()]
+
+    def text_across(change: Callable[[], None]) -> str:
+        """The text of a stream in the middle of which `change` is called."""
+        with httpx.stream(
+            "POST", f"{deployed.url}/v1/completions", json={**long, "stream": True}, timeout=180
+        ) as answer:
+            lines = filter(None, answer.iter_lines())
+            begun = [next(lines)]
+            change()
+            events = [*begun, *lines]
+        assert events.pop() == "data: [DONE]"
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+        return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+    def change_layout() -> None:
+        told = scale(layout="dp=2,ep=2").json()
+        assert told == {"object": "cluster.scale", "model": "qwen3-bundled", "layout": "dp=2,ep=2"}
+
+    def lose_a_rank_for_good() -> None:
+        """Kills a rank, and whatever starts in its place."""
+        known = {*processes_running("RankActor")}
+        os.kill(replicas()[0]["ranks"][0]["pid"], signal.SIGKILL)
+        while not replicas()[0].get("absence"):
+            for pid in {*processes_running("RankActor")} - known:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     deployed.change()
     long = {**ASK, "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -129,18 +159,18 @@ def test_admins_change_a_models_layout_and_streams_go_on_in_it(deployed: Deploye
         assert message in error_of(scale(layout=layout), 400)["message"]
     assert "min_replicas is required" in error_of(scale(max_replicas=2), 400)["message"]
     assert layouts() == ["tp=1"]
-    with httpx.stream(
-        "POST", f"{deployed.url}/v1/completions", json={**long, "stream": True}, timeout=180
-    ) as answer:
-        lines = filter(None, answer.iter_lines())
-        begun = [next(lines)]
-        told = scale(layout="tp=2").json()
-        assert told == {"object": "cluster.scale", "model": "qwen3-bundled", "layout": "tp=2"}
-        events = [*begun, *lines]
-    wait_for(lambda: layouts() == ["tp=2"])
-    assert events.pop() == "data: [DONE]"
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected
+    assert text_across(change_layout) == expected
+    wait_for(lambda: layouts() == ["dp=2,ep=2"])
+    assert text_across(lose_a_rank_for_good) == expected
+    [replica] = replicas()
+    assert replica["healthy"] and replica["layout"] == "tp=1" and len(replica["ranks"]) == 1
+    assert replica["absence"]["configured"] == "dp=2,ep=2" and replica["absence"]["ranks"] == [0]
+    assert replica["message"].startswith("runs without rank 0 of layout dp=2,ep=2: rank 0 died")
+    [state] = [state for state in application_states() if state.name == f"{NAME}--qwen3-bundled"]
+    assert f"{replica['id']} {replica['message']}" in state.message
+    page = httpx.get(f"{deployed.url}/metrics", timeout=60).text
+    for metric in (r"ranks_absent\{[^}]*\} 1\.0", r"rank_replacements_total\{[^}]*\} 0\.0"):
+        assert re.search(f"^qwen3_dist:{metric}$", page, re.MULTILINE)
     deployed.change()
     wait_for(lambda: layouts() == ["tp=1"])
 
