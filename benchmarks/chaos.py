@@ -5,8 +5,9 @@
 A fault is `none`; kill (SIGKILL), stop (SIGSTOP) or term (SIGTERM) of a rank, a replica, an ingress, Serve's proxy or
 its controller; `drop`, which breaks the connections between an ingress and a replica (as root, with `ss`); `roll`, a
 deployment that loads the model anew; `layout`, which gives replicas one rank each and then their layout again;
-`scale`, which takes a replica away and gives it back; or, with --nodes, `kill-raylet`: a node is lost, and another
-one has room.
+`scale`, which takes a replica away and gives it back; with a --layout of several dp groups, `groups`: a rank is
+killed, and so is each that starts in its place, until the replica goes on without the dp group; with --nodes,
+`kill-raylet`: a node is lost, and another one has room.
 
 A client asks for one answer after the other: chats with tools, a schema, thinking, two choices and log-probabilities,
 completions of several prompts with stop strings, responses and messages; greedy and seeded, streamed and not. Each

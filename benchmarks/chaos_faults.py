@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
+import time
 from typing import Any
 
+import httpx
 from ray.cluster_utils import Cluster
 
 from benchmarks.processes import is_stopped, started
@@ -94,6 +97,8 @@ class Service:
         """One fault. `ranks` are the processes of each replica's ranks."""
         if kind in ("roll", "layout", "scale"):
             getattr(self, kind)()
+        elif kind == "groups":
+            self.groups(ranks)
         elif kind == "drop":
             _drop()
         elif kind == "kill-raylet":
@@ -115,6 +120,24 @@ class Service:
         usual = self._settings["layout"]
         for layout in ("tp=1", usual):
             self.change(layout=layout)
+
+    def groups(self, ranks: list[list[int]]) -> None:
+        """Kills a rank, and those that start in its place, until its replica goes on without its dp group; then waits
+        until the replica has it again."""
+        known = {pid for pids in ranks for pid in pids}
+        os.kill(random.choice(random.choice(ranks)), signal.SIGKILL)
+        while not self._lacks_ranks():
+            for pid in set(titled("RankActor")) - known:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        while self._lacks_ranks():
+            time.sleep(0.5)
+
+    def _lacks_ranks(self) -> bool:
+        """Whether a replica goes without ranks."""
+        view = httpx.get(f"{self.url}/v1/cluster", timeout=15).json()
+        return any(each.get("absence") for model in view["models"] for each in model["replicas"])
 
     def scale(self) -> None:
         """Takes a replica away, and gives it back."""
