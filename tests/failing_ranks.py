@@ -188,7 +188,8 @@ def ranks_that_end_while_refused(spec: RankSpec) -> None:
     rank_main(spec)
 
 
-def ranks_that_end_while_refused_and_wait_as_in_nccl(spec: RankSpec) -> None:
+def ranks_that_end_and_wait_as_in_nccl(spec: RankSpec) -> None:
+    """Which end while they are refused."""
     if refused(spec):
         os._exit(7)
     ranks_that_wait_as_in_nccl(spec)

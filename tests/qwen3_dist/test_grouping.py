@@ -12,6 +12,7 @@ from qwen3_dist.engine.engine_stats import counts_of_groups
 from qwen3_dist.engine.grouping import goes_without, grouping_without
 from qwen3_dist.engine.scheduler import SchedulerCounts
 from qwen3_dist.errors import EngineDeadError, ResourceError
+from qwen3_dist.parallel.context import ParallelContext
 
 MOE = ModelConfig(
     vocab_size=64,
@@ -82,3 +83,11 @@ def test_the_counts_of_groups_that_leave_stay_in_the_totals() -> None:
     [both] = counts_of_groups(before, 1)
     assert (both.steps, both.prompt_tokens) == (8, 5) and before[0].steps == 3
     assert [each.steps for each in counts_of_groups(before, 4)] == [3, 4, 1, 0]
+
+
+def test_what_holds_the_tp_group_uses_the_new_one_after_a_change() -> None:
+    old, new = ParallelContext.single(), ParallelContext.single()
+    new.tp.kind = "of the new layout"
+    held = new.with_tp_of(old)
+    assert held.tp is old.tp and old.tp.kind == "of the new layout"
+    assert held.ep is old.tp, "one group must not have two communicators, of which one goes stale"

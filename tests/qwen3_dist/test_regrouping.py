@@ -70,7 +70,7 @@ async def asked_until(
         ),
         ("moe", "tp=2,dp=2,ep=4", 1, "tp=2,ep=2", [2, 3], "ranks_that_sleep_while_refused", 0.5, {}),
         ("moe", "dp=2", 0, "tp=1", [1], "ranks_that_cannot_load_while_refused", 1.1, {}),
-        ("moe", "dp=2,ep=2", 1, "tp=1", [0], "ranks_that_end_while_refused_and_wait_as_in_nccl", 0.5, {}),
+        ("moe", "tp=2,dp=2,ep=4", 3, "tp=2,ep=2", [0, 1], "ranks_that_end_and_wait_as_in_nccl", 0.5, {}),
         ("dense", "dp=2,pp=2", 2, "pp=2", [1, 3], "ranks_that_end_while_refused", 0.0, {}),
     ],
 )
