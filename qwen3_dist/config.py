@@ -12,7 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from qwen3_dist.config_fields import NO_EFFECT, READ
 from qwen3_dist.errors import CheckpointError, ConfigError
+from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -161,18 +163,22 @@ class ModelConfig:
         return self.sliding_window if layer in self.sliding_layers else None
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> ModelConfig:
-        """Reads `path`/config.json. Raises CheckpointError if it is missing or unreadable."""
-        file = Path(path) / "config.json"
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} has no config.json, so it is not a checkpoint") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{file} must hold a JSON object")
-        return cls.from_dict(raw)
+    def from_directory(cls, path: str | Path, overrides: HfOverrides | None = None) -> ModelConfig:
+        """Reads `path`/config.json with `overrides` in place of its own fields.
+
+        Raises CheckpointError if the file is missing or unreadable, ConfigError if an override is no field that is
+        read, and what `from_dict` raises.
+        """
+        raw = _read_json(path)
+        if overrides is None or not overrides.text:
+            return cls.from_dict(raw)
+        fields = overrides.applied(raw)
+        for name in fields:
+            if fields[name] != raw.get(name) and name not in _names_read(raw):
+                raise ConfigError(
+                    f"hf_overrides names {name!r}, which this service does not read; leave it out"
+                )
+        return cls.from_dict(fields)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -199,6 +205,34 @@ class ModelConfig:
         if not values.get("num_experts"):
             values.update(num_experts=0, num_experts_per_tok=0, moe_hidden_dim=0)
         return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def fields_not_understood(path: str | Path) -> list[str]:
+    """The fields of `path`/config.json that may change the model's outputs and that no rule here covers. A field that
+    is null changes nothing. Raises CheckpointError if the file is missing or unreadable."""
+    raw = _read_json(path)
+    known = _names_read(raw) | NO_EFFECT
+    return sorted(name for name, value in raw.items() if value is not None and name not in known)
+
+
+def _names_read(raw: Mapping[str, Any]) -> set[str]:
+    """The names of all fields that are read, in the spelling of the config.json `raw`."""
+    if "emb_dim" in raw:
+        return {field.name for field in fields(ModelConfig)} | READ - {"rope_theta"}
+    return READ | _HF_KEYS.keys()
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    file = Path(path) / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no config.json, so it is not a checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file} must hold a JSON object")
+    return raw
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3_dist.config import DTYPES
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.rank_env import parse_rank_env
@@ -36,6 +37,11 @@ class EngineConfig:
         "checkpoint",
         "random: weights from a seed, for measuring; model then needs only a config.json",
         LOAD_FORMATS,
+    )
+    hf_overrides: HfOverrides = setting(
+        HfOverrides(),
+        "fields that take the place of those of config.json, for example YaRN for long contexts: "
+        '{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}',
     )
     layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
@@ -135,6 +141,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
+        object.__setattr__(self, "hf_overrides", HfOverrides.parse(self.hf_overrides))
         object.__setattr__(self, "lora", LoraAdapters.parse(self.lora))
         object.__setattr__(self, "rank_env", parse_rank_env(self.rank_env))
         if self.speculative is not None:

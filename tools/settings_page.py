@@ -55,7 +55,12 @@ _PARTS = (
     ),
 )
 _KINDS = {str: "text", int: "integer", float: "number", bool: "true or false"}
-_FORMS = {"Layout": "layout", "Speculation": "`ngram,k=N`", "LoraAdapters": "`NAME=PATH`"}
+_FORMS = {
+    "Layout": "layout",
+    "Speculation": "`ngram,k=N`",
+    "LoraAdapters": "`NAME=PATH`",
+    "HfOverrides": "JSON",
+}
 
 
 def page() -> str:

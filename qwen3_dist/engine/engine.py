@@ -9,16 +9,16 @@ from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
 from qwen3_dist.engine.engine_stats import adapters_in_use, counts_of_groups, read_load, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
+from qwen3_dist.engine.model_check import checked_model
 from qwen3_dist.engine.rank_pace import RankPaces
 from qwen3_dist.engine.regrouping import Recovery, Regrouping
-from qwen3_dist.engine.request_checks import check_context, check_output, check_prompt, max_model_len
+from qwen3_dist.engine.request_checks import check_output, check_prompt, max_model_len
 from qwen3_dist.engine.request_setup import make_setup
 from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
@@ -37,7 +37,6 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.sidecars import read_eos_token_ids
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.weights.adapter_files import open_adapters
 from qwen3_dist.weights.source import commit_of, resolve_model
 
 PROMPT_ONLY = SamplingParams(max_tokens=0)
@@ -74,10 +73,7 @@ class Engine:
         path = resolve_model(config.model, config.revision)
         self.config = config
         self.model_path = path
-        self.model_config = ModelConfig.from_directory(path)
-        config.layout.validate(self.model_config)
-        check_context(config, self.model_config)
-        open_adapters(config.lora, self.model_config)  # fails before ranks start; ranks open them again
+        self.model_config = checked_model(config, path)
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)

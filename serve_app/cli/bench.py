@@ -88,7 +88,8 @@ def _measure(args: argparse.Namespace, config: EngineConfig) -> dict[str, object
 
     batch_size = args.batch_size if args.kind == "latency" else None
     workload = Workload(args.num_prompts, args.input_len, args.output_len, batch_size, args.seed)
-    model_config = ModelConfig.from_directory(resolve_model(config.model, config.revision))
+    path = resolve_model(config.model, config.revision)
+    model_config = ModelConfig.from_directory(path, config.hf_overrides)
     check_context(config, model_config)
     _check_length(workload, config.max_model_len or model_config.context_length)
     started = time.perf_counter()

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
@@ -174,5 +175,12 @@ def given_settings(args: argparse.Namespace, *classes: type) -> dict[str, Any]:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Mapping:
         return "NAME=VALUE"
-    names = {int: "N", float: "X", str: "TEXT", bool: "true|false", LoraAdapters: "NAME=PATH"}
+    names = {
+        int: "N",
+        float: "X",
+        str: "TEXT",
+        bool: "true|false",
+        LoraAdapters: "NAME=PATH",
+        HfOverrides: "JSON",
+    }
     return names.get(kind, kind.__name__.upper())

@@ -67,6 +67,8 @@ _ADVICE = {
     "--enable-eplb": "use --redundant-experts and --rebalance-experts-s",
     "--kv-cache-memory-bytes": "use --kv-cache-gib",
     "--generation-config": "leave it out, since the checkpoint's is used",
+    "--rope-scaling": "use --hf-overrides, as in --hf-overrides '{\"rope_scaling\": {...}}'",
+    "--rope-theta": "use --hf-overrides, as in --hf-overrides '{\"rope_theta\": 1000000}'",
     "--swap-space": "leave it out, since no KV cache is swapped",
 }
 _COUNTS = ("--max-model-len", "--max-num-batched-tokens", "--max-num-seqs")

@@ -53,7 +53,7 @@ def check_model_at_hand(model: ModelSettings) -> bool:
 
 def _check_files(model: ModelSettings, path: Path) -> None:
     engine = model.replica.engine
-    model_config = ModelConfig.from_directory(path)
+    model_config = ModelConfig.from_directory(path, engine.hf_overrides)
     with _error_path("layout"):
         engine.layout.validate(model_config)
     with _error_path("max_model_len"):

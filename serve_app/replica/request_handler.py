@@ -91,7 +91,8 @@ class RequestHandler:
         self._engine = engine
         self._model_name = model_name
         self._defaults = dict(defaults)
-        self._fingerprint = fingerprint(engine.model_path, dict(template_kwargs or {}), tool_calls)
+        settings = dict(template_kwargs or {}), tool_calls, str(engine.config.hf_overrides)
+        self._fingerprint = fingerprint(engine.model_path, *settings)
         self._renderer = PromptRenderer(
             engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
         )

@@ -1,0 +1,32 @@
+"""What an engine checks of a model's files before it starts ranks, which takes long."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from qwen3_dist.config import ModelConfig, fields_not_understood
+from qwen3_dist.engine.request_checks import check_context
+from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.adapter_files import open_adapters
+
+_log = logging.getLogger(__name__)
+
+
+def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
+    """The model's shape by the config.json in `path` and `config`. Logs a warning that names the fields of config.json
+    that nothing here understands.
+
+    Raises CheckpointError, ConfigError or ParallelLayoutError if model, layout, context and adapters do not fit.
+    """
+    model_config = ModelConfig.from_directory(path, config.hf_overrides)
+    if fields := fields_not_understood(path):
+        names = ", ".join(fields)
+        _log.warning(
+            f"{path / 'config.json'} has {names}, which this service does not know; "
+            "the model's output may differ from what that asks for"
+        )
+    config.layout.validate(model_config)
+    check_context(config, model_config)
+    open_adapters(config.lora, model_config)  # ranks open them again
+    return model_config
