@@ -8,7 +8,6 @@ characters (NFC), so the tokens may stand for other text than the grammar forces
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from qwen3_dist.text.tokenizer import spelled_in_bytes
@@ -16,13 +15,13 @@ from qwen3_dist.text.tokenizer import spelled_in_bytes
 _SPECIAL = b"\xff"  # llguidance's prefix of special tokens; UTF-8 never contains this byte
 
 
-def grammar_tokenizer(file: Path) -> str:
-    """Returns the JSON of a tokenizer with the tokens of `file`, a tokenizer.json, that splits text into ordinary
-    tokens only. Grammars can still name special tokens.
+def grammar_tokenizer(text: str) -> str:
+    """Returns the JSON of a tokenizer with the tokens of `text`, that of a tokenizer.json, that splits text into
+    ordinary tokens only. Grammars can still name special tokens.
 
-    Raises OSError, ValueError or KeyError if the file is not a tokenizer.
+    Raises ValueError or KeyError if `text` is not that of a tokenizer.
     """
-    tokenizer: dict[str, Any] = json.loads(file.read_bytes())
+    tokenizer: dict[str, Any] = json.loads(text)
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     for token in tokenizer["added_tokens"]:
         content, token_id = token["content"], token["id"]

@@ -74,8 +74,10 @@ def read_eos_token_ids(path: str | Path, tokenizer_eos: int | None = None) -> tu
 
 
 def read_special_tokens(path: str | Path) -> dict[str, str]:
-    """Returns the bos_token, eos_token, unk_token and pad_token that tokenizer_config.json sets, by these names."""
-    config = read_json_object(Path(path) / "tokenizer_config.json")
+    """Returns the bos_token, eos_token, unk_token and pad_token that tokenizer_config.json sets, by these names. Those
+    that it does not mention are read from special_tokens_map.json, as older transformers wrote it."""
+    older = read_json_object(Path(path) / "special_tokens_map.json")
+    config = older | read_json_object(Path(path) / "tokenizer_config.json")
     tokens = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = config.get(name)

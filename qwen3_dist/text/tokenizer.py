@@ -9,6 +9,7 @@ import tokenizers
 
 from qwen3_dist.errors import CheckpointError, RequestError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults, read_special_tokens
+from qwen3_dist.text.tokenizer_files import read_tokenizer
 
 __all__ = ["Tokenizer", "read_generation_defaults"]
 
@@ -33,7 +34,7 @@ def spelled_in_bytes(data: bytes) -> str:
 
 
 class Tokenizer:
-    """Encodes and decodes with a checkpoint's `tokenizer.json`.
+    """Encodes and decodes with a checkpoint's tokenizer.
 
     `eos_token_ids` end a generation. `longest_token` is the length in bytes of the longest token. The model's
     vocabulary may be padded beyond `vocab_size` with ids that have no text.
@@ -49,21 +50,17 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer | None:
-        """Reads `path/tokenizer.json`. Returns None if the file does not exist.
+        """Reads what `read_tokenizer` finds. Returns None if there is no tokenizer.
 
         EOS ids are the union of those in generation_config.json, tokenizer_config.json and config.json. Raises
         CheckpointError if a file is unreadable or the tokenizer is not byte-level.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.exists():
+        backend = read_tokenizer(Path(path))
+        if backend is None:
             return None
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every kind of damage
-            raise CheckpointError(f"{file} is not a usable tokenizer ({error}); fetch it again") from None
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError(
-                f"{file} is not a byte-level tokenizer; use the one the Qwen3 checkpoint came with"
+                f"{path} has no byte-level tokenizer; use the one that the Qwen3 checkpoint came with"
             )
         eos = backend.token_to_id(read_special_tokens(path).get("eos_token", ""))
         return cls(backend, read_eos_token_ids(path, eos))

@@ -10,7 +10,7 @@ from qwen3_dist.weights.files import shard_files
 
 _SIDECARS = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
 )  # fmt: skip
 _SAMPLE_BYTES = 2**14
 
@@ -19,9 +19,10 @@ def fingerprint(path: Path, *settings: object) -> str:
     """Returns a digest of the checkpoint at `path`: of its small files, and of the size, start, middle and end of each
     file of weights, and of `settings`. Where the checkpoint lies makes no difference."""
     digest = blake2b(repr(settings).encode(), digest_size=16)
-    for name in _SIDECARS:
-        if (file := path / name).exists():
-            digest.update(f"{name} {file.stat().st_size} ".encode() + file.read_bytes())
+    more_templates = sorted(path.glob("additional_chat_templates/*.jinja"))
+    for file in (*(path / name for name in _SIDECARS), *more_templates):
+        if file.exists():
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
     try:
         shards = sorted(shard_files(path))
     except CheckpointError:  # only random weights do without

@@ -12,7 +12,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _OFFICIAL_NAME = re.compile(r"qwen3-[\w.-]+", re.IGNORECASE)
 _CONFIGS = ["config.json", "generation_config.json"]
-_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
 
 
 def bundled_path() -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qwen3_dist.structured.grammar import KEPT_GRAMMARS
 from qwen3_dist.structured.grammar_tokenizer import grammar_tokenizer
 from qwen3_dist.structured.grammar_trial import parser_limits
+from qwen3_dist.text.tokenizer_files import has_tokenizer, tokenizer_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -36,7 +37,7 @@ class Grammars:
     """
 
     def __init__(self, path: str | Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._file = Path(path) / "tokenizer.json"
+        self._path = Path(path)
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._builder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammars")
@@ -48,7 +49,7 @@ class Grammars:
     def prepare(self) -> None:
         """Builds the trie now, if the tokenizer and llguidance exist. Logs a failure; each matcher reports it
         again."""
-        if self._file.exists() and importlib.util.find_spec("llguidance") is not None:
+        if has_tokenizer(self._path) and importlib.util.find_spec("llguidance") is not None:
             problem = self._builder.submit(self._build_tokenizer).exception()
             if problem is not None:
                 _log.warning("structured_outputs will fail: %s", problem)
@@ -75,7 +76,9 @@ class Grammars:
 
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                grammar_tokenizer(self._file), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+                grammar_tokenizer(tokenizer_json(self._path)),
+                n_vocab=self._vocab_size,
+                eos_token=self._eos_token_ids,
             )
 
     def _build(self, grammar: str) -> LLMatcher:
