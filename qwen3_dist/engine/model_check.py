@@ -9,6 +9,7 @@ from qwen3_dist.config import ModelConfig, fields_not_understood
 from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.adapter_files import open_adapters
+from qwen3_dist.weights.files import CheckpointFiles
 
 _log = logging.getLogger(__name__)
 
@@ -17,7 +18,8 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
     """The model's shape by the config.json in `path` and `config`. Logs a warning that names the fields of config.json
     that nothing here understands.
 
-    Raises CheckpointError, ConfigError or ParallelLayoutError if model, layout, context and adapters do not fit.
+    Raises CheckpointError if a file of weights is missing, cut or of another format, and CheckpointError, ConfigError
+    or ParallelLayoutError if model, layout, context and adapters do not fit.
     """
     model_config = ModelConfig.from_directory(path, config.hf_overrides)
     if fields := fields_not_understood(path):
@@ -26,7 +28,9 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
             f"{path / 'config.json'} has {names}, which this service does not know; "
             "the model's output may differ from what that asks for"
         )
+    if config.load_format != "random":
+        CheckpointFiles(path)  # reads every file's header, which ranks do again
     config.layout.validate(model_config)
     check_context(config, model_config)
-    open_adapters(config.lora, model_config)  # ranks open them again
+    open_adapters(config.lora, model_config)
     return model_config

@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
+_PICKLE = (
+    "a pickle, which can run code as it is read, so convert weights that you trust with transformers: "
+    "AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype='auto').save_pretrained(NEW_DIRECTORY)"
+)
+_OTHER_FORMATS = {
+    **dict.fromkeys((".bin", ".pt", ".pth"), _PICKLE),
+    ".gguf": "of llama.cpp's format, so fetch the checkpoint that it was made from",
+    **dict.fromkeys(
+        (".h5", ".msgpack", ".onnx"), "of another framework, so fetch the checkpoint for PyTorch"
+    ),
+}
 _CHUNK_BYTES = 64 << 20
 _REOPEN_BYTES = 128 << 20  # a file is reopened after so many bytes, since its mapped pages count as resident
 # Names in a checkpoint without a head lack the prefix, so they begin with these.
@@ -117,10 +128,17 @@ def shard_files(path: Path) -> dict[Path, set[str] | None]:
     names = sorted(file.name for file in path.glob("*.safetensors"))
     shards = _numbered(path, names) or [name for name in names if not name.startswith(_OF_OTHERS)]
     if not shards:
-        raise CheckpointError(
-            f"{path} holds no *.safetensors file of a model; convert or fetch the weights in that format"
-        )
+        raise CheckpointError(f"{path} holds no *.safetensors file of a model; {_advice(path)}")
     return {path / name: None for name in shards}
+
+
+def _advice(path: Path) -> str:
+    """What to do about the weights in `path`, of which no file is one of safetensors."""
+    others = [file for file in path.iterdir() if file.suffix in _OTHER_FORMATS]
+    if not others:
+        return "fetch the weights in that format"
+    largest = max(others, key=lambda file: file.stat().st_size)
+    return f"{largest.name} is {_OTHER_FORMATS[largest.suffix]}"
 
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:

@@ -89,7 +89,9 @@ def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise CheckpointError(f"{given} is a file; give the directory that holds config.json and the weights")
+        raise CheckpointError(
+            f"{given} is a file; give the directory that holds config.json and weights in safetensors format"
+        )
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"{given} is neither a directory that exists nor bundled, an official name such as Qwen3-0.6B or a hub id "

@@ -10,11 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qwen3_dist import LLM
+from qwen3_dist.engine import engine as engine_module
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights import files as files_module
 from qwen3_dist.weights import source
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.source import bundled_path, commit_of, resolve_model
+from serve_app.launch.model_check import check_model
+from serve_app.settings import read_service_config
 from tests.checkpoints import write_checkpoint
 
 
@@ -77,6 +81,16 @@ def keep_only_pickles(folder: Path) -> None:
         file.rename(file.with_suffix(".bin"))
 
 
+def keep_only_gguf(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.rename(file.with_suffix(".gguf"))
+
+
+def keep_nothing(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -90,13 +104,34 @@ def keep_only_pickles(folder: Path) -> None:
         (mix_two_checkpoints, "holds shards of several checkpoints"),
         (hold_a_tensor_twice, r"x\.safetensors and z\.safetensors both hold a, and no index"),
         (keep_only_an_adapter, r"holds no \*\.safetensors file"),
-        (keep_only_pickles, r"holds no \*\.safetensors file"),
+        (
+            keep_only_pickles,
+            r"no \*\.safetensors file of a model; x.bin is a pickle, .* AutoModelForCausalLM.from_pre",
+        ),
+        (keep_only_gguf, r"x.gguf is of llama.cpp's format, so fetch the checkpoint that it was made from"),
+        (keep_nothing, r"no \*\.safetensors file of a model; fetch the weights in that format"),
     ],
 )
 def test_damage_is_named_with_its_file(folder: Path, damage: Callable[[Path], None], sentence: str) -> None:
     damage(folder)
     with pytest.raises(CheckpointError, match=sentence):
         CheckpointFiles(folder)
+
+
+def test_a_cut_file_is_named_before_ranks_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "make_executor", None)
+    path = write_checkpoint(tmp_path, moe=False)
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes where"):
+        LLM(str(path), layout="tp=2", use_tqdm=False)
+    file.rename(path / "pytorch_model.bin")
+    for start in (
+        lambda: LLM(str(path), use_tqdm=False),
+        lambda: check_model(read_service_config({"model": str(path)}).models[0]),
+    ):
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle"):
+            start()
 
 
 def first_of(folder: Path, name: str = "a") -> float:
