@@ -97,7 +97,20 @@ def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
             f"{given} is neither a directory that exists nor bundled, an official name such as Qwen3-0.6B or a hub id "
             "such as Qwen/Qwen3-0.6B"
         )
+    _require_cache(model)
     return snapshot_of(model, revision) or _from_hub(model, revision, files)
+
+
+def _require_cache(model: str) -> None:
+    from huggingface_hub import constants
+
+    try:
+        Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError:
+        raise CheckpointError(
+            f"{model!r} is a hub id and this user has no home to keep downloads in; set HF_HOME to a directory, or "
+            "give the checkpoint's"
+        ) from None
 
 
 def commit_of(model: str, path: Path) -> str | None:

@@ -231,7 +231,12 @@ def test_a_home_that_is_not_there_is_told_in_a_sentence(monkeypatch: pytest.Monk
     def no_home(path: Path) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
     monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(
+        CheckpointError, match="'org/name' is a hub id and this user has no home .* set HF_HOME"
+    ):
+        source._require_cache("org/name")
     with pytest.raises(CheckpointError, match="this user has no home; give the whole path"):
         resolve_model("~/model")
 
