@@ -81,7 +81,8 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bidirectional_attention": ((False, None), "only causal attention is"),
     "dual_chunk_attention_config": ((None, {}), "use the config.json without it, or YaRN"),
 }
-_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3Model", "Qwen3MoeModel")
+_SCORING = ("Qwen3ForSequenceClassification", "Qwen3MoeForSequenceClassification")
+_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3Model", "Qwen3MoeModel", *_SCORING)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class ModelConfig:
     attention_bias: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
+    has_score: bool = False  # a score head in place of the output head: a reranker that cannot generate
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "head_dim")
@@ -202,9 +204,23 @@ class ModelConfig:
         )
         if values["rope_scaling"] is not None:
             values["context_length"] = values["rope_scaling"].context_length
+        if _has_score(raw):  # there is no output head: none is loaded where it is tied to the embedding
+            values.update(has_score=True, tie_word_embeddings=True)
         if not values.get("num_experts"):
             values.update(num_experts=0, num_experts_per_tok=0, moe_hidden_dim=0)
         return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def _has_score(raw: Mapping[str, Any]) -> bool:
+    """Whether the model is a reranker with a score head. Raises CheckpointError for a classifier of several labels."""
+    if not set(_SCORING) & set(raw.get("architectures") or ()):
+        return False
+    labels = raw.get("num_labels", len(raw.get("id2label") or "01"))  # transformers' default is two
+    if labels != 1:
+        raise CheckpointError(
+            f"a classifier of {labels} labels is not supported; rerankers have a single score"
+        )
+    return True
 
 
 def fields_not_understood(path: str | Path) -> list[str]:

@@ -146,7 +146,7 @@ class LLM:
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer, so it cannot rank documents")
-        pooling = relevance_pooling(tokenizer)
+        pooling = relevance_pooling(tokenizer, self.model_config.has_score)
         token_ids = [tokenizer.encode(relevance_prompt(query, each, instruction)) for each in documents]
         return [
             relevance(answer) for answer in self._pool(token_ids, pooling, [lora] * len(token_ids), use_tqdm)

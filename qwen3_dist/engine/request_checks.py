@@ -41,7 +41,12 @@ def check_prompt(
     context: int,
 ) -> None:
     """Raises RequestError if the prompt is empty, has ids outside the vocabulary or is too long for the `context` in
-    tokens, or if `pooling` asks for too many dimensions."""
+    tokens, if `pooling` asks for too many dimensions, or if the model cannot generate."""
+    if config.has_score and pooling is None:
+        raise RequestError(
+            "this model scores texts and cannot generate; use /v1/rerank, /v1/score or LLM.rerank",
+            param="model",
+        )
     longest = config.emb_dim
     if pooling is not None and (pooling.dimensions or 1) > longest:
         raise RequestError(

@@ -54,6 +54,8 @@ class Qwen3Model(nn.Module):
             self.out_head = VocabParallelHead(config.emb_dim, config.vocab_size, parallel.tp, ops)
             if tied:
                 self.out_head.weight = self.tok_emb.weight
+            if config.has_score:
+                self.score = nn.Parameter(torch.empty(1, config.emb_dim))
         self._rope = RopeTables(config)
 
     def forward(self, batch: StepBatch, cache: list[LayerCache]) -> tuple[Tensor | None, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Qwen3-Reranker: its prompt, and the relevance score from the logits of "yes" and "no"."""
+"""Qwen3-Reranker: its prompt, and the relevance from the logits of "yes" and "no", or from a score head."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ def relevance_prompt(query: str, document: str, instruction: str | None = None) 
     return _PROMPT.format(instruction or INSTRUCTION, query, document)
 
 
-def relevance_pooling(tokenizer: Tokenizer) -> PoolingParams:
-    """Returns the params that read the logits of yes and no. Raises RequestError if they are not tokens."""
+def relevance_pooling(tokenizer: Tokenizer, has_score: bool = False) -> PoolingParams:
+    """Returns the params that read the score if the model `has_score`, else the logits of yes and no. Raises
+    RequestError if these are not tokens."""
+    if has_score:
+        return PoolingParams(score=True)
     yes, no = tokenizer.token_id("yes"), tokenizer.token_id("no")
     if yes is None or no is None:
         raise RequestError(
@@ -35,7 +38,7 @@ def relevance_pooling(tokenizer: Tokenizer) -> PoolingParams:
 
 
 def relevance(logits: Sequence[float]) -> float:
-    """Returns the probability of yes relative to no, from 0 to 1: softmax over `logits`, (yes, no)."""
-    yes, no = logits
+    """Returns the relevance from 0 to 1: softmax over the `logits` (yes, no), or the sigmoid of a score alone."""
+    yes, no = logits if len(logits) == 2 else (*logits, 0.0)
     odds = math.exp(-abs(yes - no))
     return (1 if yes >= no else odds) / (1 + odds)

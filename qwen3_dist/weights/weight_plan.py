@@ -85,6 +85,7 @@ _MODEL_RULES: list[_Rule] = [
     ("model.embed_tokens.weight", "tok_emb.weight", Split.VOCAB, _EMBEDDING, _always),
     *_norm("model.norm", "final_norm", _shape("emb_dim")),
     ("lm_head.weight", "out_head.weight", Split.VOCAB, _EMBEDDING, lambda c: not c.tie_word_embeddings),
+    ("score.weight", "score", Split.WHOLE, lambda c: (1, c.emb_dim), lambda c: c.has_score),
 ]
 _LAYER_RULES: list[_Rule] = [
     *_norm("input_layernorm", "norm1", _shape("emb_dim")),

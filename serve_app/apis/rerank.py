@@ -86,7 +86,7 @@ class RelevanceRequest(PoolingRequest):
     def pooling(self, renderer: PromptRenderer) -> PoolingParams:
         if renderer.tokenizer is None:
             raise RequestError("this model has no tokenizer, so it cannot rank texts", param="model")
-        return relevance_pooling(renderer.tokenizer)
+        return relevance_pooling(renderer.tokenizer, renderer.has_score)
 
     def prompts(self, renderer: PromptRenderer) -> list[Prompt]:
         pairs = enumerate(zip(self.queries, self.documents, strict=True))

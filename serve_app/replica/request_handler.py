@@ -94,7 +94,12 @@ class RequestHandler:
         settings = dict(template_kwargs or {}), tool_calls, str(engine.config.hf_overrides)
         self._fingerprint = fingerprint(engine.model_path, *settings)
         self._renderer = PromptRenderer(
-            engine.tokenizer, engine.chat_template, engine.max_model_len, template_kwargs or {}, tool_calls
+            engine.tokenizer,
+            engine.chat_template,
+            engine.max_model_len,
+            template_kwargs or {},
+            tool_calls,
+            engine.model_config.has_score,
         )
 
     async def respond(

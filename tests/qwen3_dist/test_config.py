@@ -90,7 +90,7 @@ def test_null_is_what_transformers_assumes() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, CheckpointError, "quantisation 'fp8'"),
         ({"hidden_act": "gelu"}, CheckpointError, "hidden_act 'gelu'"),
         ({"compression_config": {"quant_method": "x"}}, CheckpointError, "quantisation 'x'"),
-        ({"architectures": ["Qwen3ForSequenceClassification"]}, CheckpointError, "architecture 'Qwen3ForSeq"),
+        ({"architectures": ["Qwen3ForTokenClassification"]}, CheckpointError, "architecture 'Qwen3ForTok"),
         ({"is_causal": False}, CheckpointError, "is_causal False is not supported"),
         ({"use_bidirectional_attention": True}, CheckpointError, "use_bidirectional_attention True"),
         ({"dual_chunk_attention_config": {"chunk_size": 8}}, CheckpointError, "dual_chunk_attention_config"),

@@ -82,7 +82,8 @@ class PromptOutputs:
 def _pool(model: Qwen3Model, hidden: Tensor, pooled: list[tuple[int, PoolingParams]]) -> list[Tensor]:
     """Returns the vector of each of the P requests, `pooled`: pairs of the row of its last token and its parameters.
 
-    Where `logits_of` is set these logits are the vector. Empty on tp ranks other than 0 if some request has it."""
+    Where `logits_of` is set these logits are the vector, where `score` is set the score [1] is. Empty on tp ranks
+    other than 0 if some request has `logits_of`."""
     rows_with_logits = [row for row, params in pooled if params.logits_of]
     token_ids = [params.logits_of for _, params in pooled if params.logits_of]
     at, last, *columns = rows_on_device(
@@ -94,7 +95,13 @@ def _pool(model: Qwen3Model, hidden: Tensor, pooled: list[tuple[int, PoolingPara
     selected = (row[ids].float() for row, ids in zip(logits, columns, strict=True))
     normed = model.final_norm(hidden[last]).float()
     return [
-        next(selected) if params.logits_of else _vector(state, params)
+        next(selected)
+        if params.logits_of
+        else (state * model.score.float()).sum(
+            dim=-1
+        )  # not a product of all rows, so that no row's bits change
+        if params.score
+        else _vector(state, params)
         for state, (_, params) in zip(normed, pooled, strict=True)
     ]
 

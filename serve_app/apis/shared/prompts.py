@@ -44,7 +44,8 @@ class PromptRenderer:
     """Turns text into prompts with the checkpoint's tokenizer and chat template, None where it has none.
 
     `max_model_len` is the context length in tokens, of prompt and output together. `template_kwargs` are the service's
-    default template variables. `tool_calls` overrides the tool-call format that the template shows.
+    default template variables. `tool_calls` overrides the tool-call format that the template shows. `has_score` is
+    whether the model has a score head.
     """
 
     tokenizer: Tokenizer | None
@@ -52,6 +53,7 @@ class PromptRenderer:
     max_model_len: int
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tool_calls: ToolCallForm | None = None
+    has_score: bool = False
 
     def tokenize(self, text: str, param: str, add_special_tokens: bool = False) -> Prompt:
         """Tokenizes `text`, with the tokenizer's special tokens around it if `add_special_tokens`.
