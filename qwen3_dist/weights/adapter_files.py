@@ -22,6 +22,10 @@ from qwen3_dist.weights.weight_plan import Piece, WeightPlan
 _CONFIG = "adapter_config.json"
 _ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
 _PREFIX = "base_model.model."
+_MERGE = (
+    "adapters may change the q, k, v and o_proj of attention and the gate, up and down_proj of dense layers, no "
+    "experts or routers; serve a checkpoint into which PEFT's merge_and_unload has merged it"
+)
 # Settings of adapter_config.json with the supported values: other kinds of LoRA are not supported.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -32,12 +36,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "arrow_config": (None, {}),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
+    "kasa_config": (None, {}),
+    "velora_config": (None, {}),
+    "monteclora_config": (None, {}),
     "layer_replication": (None, []),
     "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
@@ -54,12 +57,16 @@ def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter whose files were checked. `pairs` are the names of the weights that it changes."""
+    """One adapter whose files were checked. `pairs` are the names of the weights that it changes, with their ranks and
+    scales."""
 
     files: CheckpointFiles
-    rank: int
-    scale: float
-    pairs: frozenset[str]
+    pairs: dict[str, tuple[int, float]]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(rank for rank, _ in self.pairs.values())
 
     @classmethod
     def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
@@ -68,9 +75,10 @@ class Adapter:
         try:
             directory = resolve_model(path)
             config = read_json_object(directory / _CONFIG)
-            rank, scale = _rank_and_scale(config)
+            _check_kind(config)
+            scales = {pair: _rank_and_scale(config, pair) for pair in shapes}
             files = CheckpointFiles(directory, _weights_of(directory))
-            return cls(files, rank, scale, _checked_pairs(files, config, rank, shapes))
+            return cls(files, _checked_pairs(files, config, scales, shapes))
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
 
@@ -83,7 +91,12 @@ def _weights_of(path: Path) -> dict[Path, set[str] | None]:
     """The adapter's weight file. Other files in the directory, for example of a merged model, are ignored."""
     file = path / "adapter_model.safetensors"
     if not file.exists():
-        raise CheckpointError(f"{path} holds no {file.name}; save the adapter in PEFT's safetensors format")
+        pickle = (
+            ", but a pickle, which may run code as it is read" if file.with_suffix(".bin").exists() else ""
+        )
+        raise CheckpointError(
+            f"{path} holds no {file.name}{pickle}; load the adapter with PEFT and save it again as safetensors"
+        )
     return {file: None}
 
 
@@ -95,13 +108,26 @@ def adapted_pieces(pieces: Iterator[Piece]) -> Iterator[Piece]:
             yield piece
 
 
-def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
+def _check_kind(config: dict[str, Any]) -> None:
+    """Raises CheckpointError if the adapter is of a kind that is not supported, by its adapter_config.json."""
     if not config:
         raise CheckpointError(f"it has no {_CONFIG}; give the directory of an adapter in PEFT's format")
     for key, neutral in _NEUTRAL.items():
         if config.get(key, neutral[0]) not in neutral:
             raise CheckpointError(f"{_CONFIG} has {key}={config[key]!r}, which is not supported")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    for key, what in (
+        ("modules_to_save", "holds whole modules"),
+        ("target_parameters", "changes parameters"),
+    ):
+        if config.get(key):
+            raise CheckpointError(f"it {what} ({key}={config[key]!r}); {_MERGE}")
+
+
+def _rank_and_scale(config: dict[str, Any], pair: str) -> tuple[int, float]:
+    rank, alpha = (
+        _by_pattern(config, f"{kind}_pattern", pair, config.get(name))
+        for kind, name in (("rank", "r"), ("alpha", "lora_alpha"))
+    )
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(f"{_CONFIG} has r={rank!r} where a positive integer is expected")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
@@ -109,21 +135,35 @@ def _rank_and_scale(config: dict[str, Any]) -> tuple[int, float]:
     return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
+def _by_pattern(config: dict[str, Any], key: str, pair: str, otherwise: Any) -> Any:
+    """The value of the first regular expression in `key` that fits the end of the weight's name, as in PEFT."""
+    patterns = config.get(key) or {}
+    try:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", pair.removeprefix(_PREFIX)):
+                return value
+    except (re.error, AttributeError):
+        raise CheckpointError(f"{_CONFIG} has {key}={patterns!r}, which is no object of patterns") from None
+    return otherwise
+
+
 def _checked_pairs(
-    files: CheckpointFiles, config: dict[str, Any], rank: int, shapes: dict[str, tuple[int, ...]]
-) -> frozenset[str]:
-    """The names of the weights that the adapter changes. `shapes` are those of all weights that adapters may change.
+    files: CheckpointFiles,
+    config: dict[str, Any],
+    scales: dict[str, tuple[int, float]],
+    shapes: dict[str, tuple[int, ...]],
+) -> dict[str, tuple[int, float]]:
+    """The `scales` (ranks and scales) of the weights that the adapter changes. `shapes` are those of all weights that
+    adapters may change.
 
     Raises CheckpointError if a tensor is missing, left over or of another shape."""
     expected: dict[str, tuple[int, ...]] = {}
     for pair, (outputs, inputs) in shapes.items():
+        rank = scales[pair][0]
         expected |= {f"{pair}.lora_A.weight": (rank, inputs), f"{pair}.lora_B.weight": (outputs, rank)}
     for name in sorted(files.names()):
         if name not in expected:
-            raise CheckpointError(
-                f"it changes {name.removeprefix(_PREFIX)}; adapters may change the q, k, v and o_proj of attention "
-                "and the gate, up and down_proj of dense layers"
-            )
+            raise CheckpointError(f"it changes {name.removeprefix(_PREFIX)}; {_MERGE}")
         if files.shape(name) != expected[name]:
             raise CheckpointError(
                 f"{name} has shape {list(files.shape(name))} where model and {_CONFIG} make it {list(expected[name])}"
@@ -136,7 +176,7 @@ def _checked_pairs(
     missing -= files.names()
     if missing:
         raise CheckpointError(f"it lacks {min(missing)}; fetch it again")
-    return pairs
+    return {pair: scales[pair] for pair in pairs}
 
 
 def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:

@@ -46,11 +46,11 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
 
 def _read(adapter: Adapter, piece: Piece, a: Tensor, b: Tensor) -> None:
     """Fills a [R, I] and b [R, O], this rank's part of a weight, up to the adapter's rank."""
-    rank = adapter.rank
+    pair, whole = adapter.pair_of(piece.source), slice(None)
+    rank, scale = adapter.pairs[pair]
     outputs, inputs = (*piece.index, slice(None))[:2]
     to_outputs, to_inputs = (*piece.target, slice(None))[:2]
-    pair, whole = adapter.pair_of(piece.source), slice(None)
     adapter.files.read(f"{pair}.lora_A.weight", (whole, inputs), a[:rank, to_inputs])
     out = torch.empty(b[0, to_outputs].shape[0], rank)
     adapter.files.read(f"{pair}.lora_B.weight", (outputs, whole), out)
-    b[:rank, to_outputs] = out.mul_(adapter.scale).t().to(b)
+    b[:rank, to_outputs] = out.mul_(scale).t().to(b)

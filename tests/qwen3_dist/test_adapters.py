@@ -237,7 +237,7 @@ LAYER = "base_model.model.model.layers.0"
         ({"bias": "all"}, "bias='all'"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, r"has shape \[4, 64\] where .* make it \[8, 64\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"r": 0}, "r=0 where a positive integer"),
         ({"lora_alpha": "x"}, "lora_alpha='x' where a number"),
