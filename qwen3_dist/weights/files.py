@@ -115,6 +115,11 @@ class CheckpointFiles:
         return self._open[1].get_slice(name.removeprefix(_PREFIX) if self.is_headless else name)
 
 
+def has_weights(path: Path) -> bool:
+    """Whether `path` holds a file of weights, in whatever format."""
+    return any(file.suffix in (".safetensors", *_OTHER_FORMATS) for file in path.iterdir())
+
+
 def shard_files(path: Path) -> dict[Path, set[str] | None]:
     """The files of the checkpoint at `path`, each with the names of the tensors to read from it; None: all.
 

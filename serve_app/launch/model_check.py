@@ -12,7 +12,7 @@ from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.errors import ConfigError, QwenDistError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.adapter_files import open_adapters
-from qwen3_dist.weights.files import shard_files
+from qwen3_dist.weights.files import has_weights, shard_files
 from qwen3_dist.weights.source import canonical_name, config_at_hand, local_path, resolve_config
 from serve_app.settings import IngressSettings, ModelSettings
 from serve_app.settings.keys import read_keys
@@ -59,8 +59,9 @@ def _check_files(model: ModelSettings, path: Path) -> None:
         engine.layout.validate(model_config)
     with _error_path("max_model_len"):
         check_context(engine, model_config)
-    if engine.load_format != "random" and local_path(canonical_name(engine.model)).is_dir():
-        shard_files(path)  # of a hub id, only config.json may be here
+    is_hub_id = not local_path(canonical_name(engine.model)).is_dir()  # then weights may still be downloaded
+    if engine.load_format != "random" and not is_hub_id and has_weights(path):
+        shard_files(path)
     read_generation_defaults(path)
     read_eos_token_ids(path)
     with _error_path("lora"):

@@ -95,18 +95,14 @@ def _pool(model: Qwen3Model, hidden: Tensor, pooled: list[tuple[int, PoolingPara
     selected = (row[ids].float() for row, ids in zip(logits, columns, strict=True))
     normed = model.final_norm(hidden[last]).float()
     return [
-        next(selected)
-        if params.logits_of
-        else (state * model.score.float()).sum(
-            dim=-1
-        )  # not a product of all rows, so that no row's bits change
-        if params.score
-        else _vector(state, params)
+        next(selected) if params.logits_of else _vector(model, state, params)
         for state, (_, params) in zip(normed, pooled, strict=True)
     ]
 
 
-def _vector(state: Tensor, params: PoolingParams) -> Tensor:
+def _vector(model: Qwen3Model, state: Tensor, params: PoolingParams) -> Tensor:
+    if params.score:  # not one product for all requests, so that no score depends on the others
+        return (state * model.score.float()).sum(dim=-1)
     vector = state[: params.dimensions]
     return F.normalize(vector, dim=0) if params.normalize else vector
 
