@@ -48,13 +48,14 @@ class HfOverrides:
         for names in _ONE_FIELD:
             if changed.keys() & set(names):
                 fields = _without(fields, names)
-        base = changed.get("rope_theta", _base(raw))
+        if not changed.keys() & {*_ROPE, "rope_theta"}:
+            return fields | changed
         if changed.keys() & set(_ROPE):
             fields = _without(fields, _ROPE)
-        elif "rope_theta" in changed:
-            inner = {name: fields[name] for name in _ROPE if isinstance(fields.get(name), Mapping)}
-            fields |= {name: _without(settings, ("rope_theta",)) for name, settings in inner.items()}
-        return fields | changed | ({} if base is None else {"rope_theta": base})
+        inner = {name: fields[name] for name in _ROPE if isinstance(fields.get(name), Mapping)}
+        fields |= {name: _without(settings, ("rope_theta",)) for name, settings in inner.items()}
+        base = _base(raw) if _base(changed) is None else _base(changed)
+        return fields | ({} if base is None else {"rope_theta": base}) | changed
 
 
 def _base(raw: Mapping[str, Any]) -> Any:

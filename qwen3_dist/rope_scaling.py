@@ -64,7 +64,12 @@ def read_rope(
         raise CheckpointError(
             f"partial_rotary_factor={rotated!r} is not supported; Qwen3 rotates whole heads"
         )
-    base = settings.pop("rope_theta", base)
+    inner = settings.pop("rope_theta", base)
+    if base is not None and inner != base:
+        raise ConfigError(
+            f"config.json gives two values of rope_theta: {base!r} and {inner!r}; keep one of them"
+        )
+    base = inner
     if base is not None and _number("rope_theta", base) <= 1:
         raise ConfigError(f"rope_theta must be a number above 1, not {base!r}")
     unknown = sorted(settings.keys() - (_YARN if kind == "yarn" else set()))

@@ -68,6 +68,11 @@ def test_models_of_2507_have_their_long_context_without_yarn(tmp_path: Path, nam
             {"rope_parameters": {**YARN, "rope_theta": 5e6}},
             {"rope_theta": 5e6, "rope_scaling": YARN},
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+            {"rope_parameters": {**YARN, "rope_theta": 5e6}},
+            {"rope_theta": 5e6, "rope_scaling": YARN},
+        ),
         ({"rope_theta": 1e6, "rope_scaling": YARN}, {"rope_scaling": None}, {"rope_theta": 1e6}),
         ({"dtype": "bfloat16"}, {"torch_dtype": "float16"}, {"dtype": "float16"}),
         ({}, {"max_position_embeddings": 8192}, {"max_position_embeddings": 8192}),
@@ -102,6 +107,8 @@ def test_an_override_that_would_change_nothing_is_refused(tmp_path: Path) -> Non
             ConfigError, match=f"hf_overrides names '{name}', which this service does not read"
         ):
             read(tmp_path, SIZES, **{name: 0.5})
+    with pytest.raises(ConfigError, match="two values of rope_theta"):
+        read(tmp_path, {**SIZES, "rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e6}}, dtype="float16")
     with pytest.raises(CheckpointError, match="rope type 'linear' is not supported"):
         read(tmp_path, SIZES, rope_scaling={"rope_type": "linear", "factor": 2.0})
 
