@@ -19,8 +19,9 @@ _MAX_RETRY_AFTER_S = 30
 
 
 def with_jitter(seconds: int) -> int:
-    """A random whole number from half to one and a half of `seconds`, at least 1, so that clients that were refused
-    together do not all retry together."""
+    """A random whole number from half to one and a half of `seconds`, from 1 to _MAX_RETRY_AFTER_S, so that clients
+    that were refused together do not all retry together."""
+    seconds = min(seconds, _MAX_RETRY_AFTER_S * 2 // 3)
     return random.randint(max(1, seconds // 2), seconds + seconds // 2)
 
 
@@ -101,7 +102,7 @@ class Admission:
         rate = self._ended / elapsed if elapsed > 0 else 0.0
         if elapsed > _WINDOW_S:
             self._ended, self._ended_since = self._ended / 2, now - elapsed / 2
-        return min(_MAX_RETRY_AFTER_S, with_jitter(math.ceil(self.in_flight / rate))) if rate else 1
+        return with_jitter(math.ceil(self.in_flight / rate)) if rate else 1
 
 
 class Admitted:

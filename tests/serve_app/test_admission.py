@@ -13,7 +13,7 @@ from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.messages.request import parse_messages
 from serve_app.apis.rerank import parse_rerank, parse_score
 from serve_app.apis.tokens import parse_tokenize
-from serve_app.ingress.admission import Admission, OverloadedError
+from serve_app.ingress.admission import Admission, OverloadedError, with_jitter
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -93,3 +93,18 @@ def test_clients_are_told_to_come_again_when_those_in_flight_have_probably_ended
     with admission.admit(), pytest.raises(OverloadedError) as refused:
         admission.check()
     assert 1 <= refused.value.retry_after_s <= 30
+
+
+def test_clients_that_are_told_the_longest_time_do_not_all_come_again_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("serve_app.ingress.admission.time.monotonic", lambda: now[0])
+    slow = Admission(lambda: 1, max_per_request=1)
+    with slow.admit():
+        pass
+    now[0] = 1000.0
+    with slow.admit():
+        told = {slow.retry_after_s() for _ in range(500)}
+    assert len(told) > 10 and min(told) >= 10 and max(told) == 30
+    assert max(with_jitter(each) for each in told for _ in range(500)) == 30  # a proxy's, of what it was told
