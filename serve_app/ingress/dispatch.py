@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -18,6 +19,8 @@ from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledErr
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
+from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.failures import log_internal_error
 from serve_app.ingress.part_client import PartClient, PartReceiver
 from serve_app.ingress.progress import Progress
@@ -118,6 +121,7 @@ class Dispatcher:
                 if progress.ended:
                     return
                 self._check_loss(progress, request_id)
+                request = _without_queue_timeout(request, progress)
             await self._in_time(asyncio.sleep(next(pauses)), deadline, progress)
 
     def _check_loss(self, progress: Progress, request_id: str) -> None:
@@ -238,6 +242,16 @@ class Dispatcher:
             f"the request took longer than {self.timeout_s:g} seconds; ask for fewer tokens",
             status=HTTPStatus.REQUEST_TIMEOUT,
         )
+
+
+def _without_queue_timeout(request: Any, progress: Progress) -> Any:
+    """The request, which has lost its replica, without a limit of its wait in a queue if it has begun. One that is not
+    streamed may have begun as soon as a replica had it."""
+    if not isinstance(request, GenerationRequest | PoolingRequest):
+        return request
+    if not (progress.accepted if request.stream else progress.ran):
+        return request
+    return dataclasses.replace(request, terms=dataclasses.replace(request.terms, queue_timeout_s=0.0))
 
 
 async def _with_pings(items: AsyncGenerator[Any, None], ping: bytes) -> AsyncGenerator[Any, None]:

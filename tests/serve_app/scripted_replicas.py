@@ -49,12 +49,14 @@ class Replicas:
     def __init__(self, *answers: Iterable[Any]) -> None:
         self.answers = [Answer(items) for items in answers]
         self.asked: list[str] = []
+        self.requests: list[Any] = []
         self.losses = 0
         self.lost: list[tuple[str, bool]] = []
         self.resumes: list[Resume | None] = []
 
     def send(self, request: Any, request_id: str, resume: Resume | None = None) -> Answer:
         self.asked.append(request_id)
+        self.requests.append(request)
         self.resumes.append(copy.deepcopy(resume))
         return self.answers[len(self.asked) - 1]
 

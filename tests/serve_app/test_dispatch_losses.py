@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RequestCancelledError
 
+from qwen3_dist.request_terms import RequestTerms
+from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.shared.answer import DIED, LEFT, Running
 from serve_app.ingress.dispatch import Dispatcher
-from tests.serve_app.scripted_replicas import DEAD, REQUEST, RUNNING, WHOLE, Answer, Replicas
+from tests.serve_app.resuming import asked
+from tests.serve_app.scripted_replicas import ACCEPTED, DEAD, REQUEST, RUNNING, WHOLE, Answer, Replicas
 
 
 @pytest.mark.parametrize(
@@ -58,3 +62,30 @@ def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(
     assert asyncio.run(asyncio.wait_for(collect(), 60))[-1] in ((200, b"whole"), b"whole")
     assert replicas.lost == [("r1" if begun else "", True)]
     assert not any(dispatcher._calls.values())
+
+
+@pytest.mark.parametrize(
+    ("request_", "lost", "may_be_refused"),
+    [
+        (asked("chat"), [DEAD], True),
+        (asked("chat"), [RUNNING, DEAD], True),  # it waited: streams are accepted once they run
+        (asked("chat"), [RUNNING, ACCEPTED, DEAD], False),
+        (asked("chat", stream=False), [DEAD], True),
+        (asked("chat", stream=False), [RUNNING, DEAD], False),
+        (parse_embedding(b'{"input": "a"}'), [RUNNING, DEAD], False),
+    ],
+)
+def test_a_request_that_has_begun_is_not_refused_in_the_queue_of_another_replica(
+    request_: Any, lost: list[Any], may_be_refused: bool
+) -> None:
+    replicas = Replicas(lost, WHOLE)
+    dispatcher = Dispatcher(replicas.send, pauses_s=(0.0,))
+    limited = dataclasses.replace(request_, terms=RequestTerms(priority=3, queue_timeout_s=5.0))
+
+    async def collect() -> list[Any]:
+        return [item async for item in dispatcher.answer(limited, "id")]
+
+    assert asyncio.run(collect())[-1] == b"part"
+    first, again = (each.terms for each in replicas.requests)
+    assert first == limited.terms
+    assert again == RequestTerms(priority=3, queue_timeout_s=5.0 if may_be_refused else 0.0)
