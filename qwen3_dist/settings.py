@@ -176,6 +176,8 @@ class EngineConfig:
         )
         _require(self.redundant_experts >= 0, "redundant_experts", "0 or more", self.redundant_experts)
         _check_choices(self)
+        if self.num_blocks is not None and self.kv_cache_gib is not None:
+            raise ConfigError("num_blocks and kv_cache_gib both size the KV cache; keep one")
         if self.executor == "in_process" and self.layout.world > 1:
             raise ConfigError(
                 f"executor in_process runs one rank and layout {self.layout} has more; use executor=processes"

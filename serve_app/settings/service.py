@@ -39,6 +39,8 @@ class EndpointSettings:
             raise ConfigError(f"name must be letters, digits, '_', '.' and single '-', not {self.name!r}")
         if not re.fullmatch(r"/|(/[\w.~-]+)+", self.route_prefix):
             raise ConfigError(f"route_prefix must be a path such as / or /small, not {self.route_prefix!r}")
+        if not self.host:  # to a socket that is every interface
+            raise ConfigError("host must be an address; 0.0.0.0 is every interface")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port must lie between 1 and 65535, not {self.port}")
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):

@@ -77,6 +77,7 @@ def test_every_setting_tells_its_source_and_no_secret(file: Path, capsys: pytest
             "'qwen3-bundled' and 'qwen3/bundled' differ only",
         ),
         ("host: 0.0.0.0", "host: [a]", 1, "host must be text, not ['a']"),
+        ("host: 0.0.0.0", "host: ''", 1, "host must be an address; 0.0.0.0 is every interface"),
         ('layout: "tp=2"', 'layout: "tp=2,ep=4"', 5, "ep=4 does not divide dp*tp=2; ep=1, 2 work"),
         (
             "max_model_len: 512",
