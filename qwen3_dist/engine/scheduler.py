@@ -96,7 +96,7 @@ class Scheduler:
         assert needed <= self.blocks.capacity_tokens, "the engine refuses what cannot fit"
         if self._limits.speculation is not None and sequence.params.is_plain and sequence.max_tokens:
             sequence.drafter = Drafter(self._limits.speculation)
-        sequence.arrival = self.counts.steps
+        sequence.arrival = 0 if sequence.num_output else self.counts.steps  # what began elsewhere comes first
         insort(self.waiting, sequence, key=scheduling_key)
         self._shares.clients.add(sequence.client)
         self._by_id[sequence.seq_id] = sequence

@@ -41,7 +41,7 @@ class Sequence:
     setup: SamplingSetup | None = None  # None if sampling needs no state on the ranks
     pooling: PoolingParams | None = None
     prompt_len: int = field(init=False)
-    arrival: int = 0  # steps that had been planned when the sequence was added
+    arrival: int = 0  # steps that had been planned when the sequence was added; 0 if another engine began it
     is_set_up: bool = False  # whether a plan since admission carried the setup
     slot: int = -1  # index of its state on the ranks while it runs; -1 while it waits
     num_computed: int = 0

@@ -46,6 +46,17 @@ def test_a_long_prompt_is_prefilled_in_chunks_of_the_budget_and_then_decoded() -
     ]
 
 
+def test_what_another_engine_began_runs_before_what_waits() -> None:
+    scheduler = make_scheduler(seqs=1)
+    scheduler.add(make_sequence(1, 3, max_tokens=5))
+    planned(scheduler)
+    scheduler.add(make_sequence(2, 3))
+    begun = make_sequence(3, 3)
+    begun.resume([7, 7], frozenset({EOS}))
+    scheduler.add(begun)
+    assert [sequence.seq_id for sequence in scheduler.waiting] == [3, 2]
+
+
 def test_decodes_take_their_tokens_before_an_earlier_prompts_chunk() -> None:
     scheduler = make_scheduler(tokens=16)
     scheduler.add(make_sequence(1, 20))

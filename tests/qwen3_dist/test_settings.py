@@ -58,7 +58,10 @@ def test_an_error_knows_the_path_of_its_setting() -> None:
         ({"num_blocks": -1}, "num_blocks must be positive, not -1"),
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, not 'tpu'"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization must be above 0 and at most 1, not 1.5"),
-        ({"num_blocks": 64, "kv_cache_gib": 1}, "num_blocks and kv_cache_gib both size the KV cache; keep one"),
+        (
+            {"num_blocks": 64, "kv_cache_gib": 1},
+            "num_blocks and kv_cache_gib both size the KV cache; keep one",
+        ),
         ({"layout": "tp=x"}, "layout 'tp=x'"),
         ({"speculative": "eagle"}, "speculative must be ngram"),
     ],
