@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from qwen3_dist.errors import ParallelLayoutError, RequestError, ResourceError
 from qwen3_dist.layout import Layout
-from serve_app.apis.shared.body import Body, Json, Range, about, read_body
+from serve_app.apis.shared.body import Body, Json, Range, about, read_admin_body
 from serve_app.deployed import Config, apply_configs, deployed_configs
 from serve_app.placement import place, surge_percent
 from serve_app.settings import INGRESS, REPLICA
@@ -45,7 +45,7 @@ class Scale:
 
 def parse_scale(body: bytes) -> Scale:
     """Raises RequestError."""
-    read = read_body(ScaleBody, body)
+    read = read_admin_body(ScaleBody, body)
     layout = None if read.layout is None else _parse_layout(read.layout)
     if read.min_replicas is None:
         if layout is None or read.max_replicas is not None:

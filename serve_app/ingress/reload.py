@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.ray_private import broadcast, running_replicas
 from qwen3_dist.errors import RequestError
 from serve_app.apis.shared.answer import Json
-from serve_app.apis.shared.body import Body, about, read_body
+from serve_app.apis.shared.body import Body, about, read_admin_body
 from serve_app.ingress.model_routes import ModelRoute
 from serve_app.ingress.peers import Peers, values
 
@@ -38,7 +38,7 @@ class ReloadBody(Body):
 
 def parse_reload(body: bytes) -> str:
     """The name of the model; empty for the only one. Raises RequestError."""
-    return read_body(ReloadBody, body).model
+    return read_admin_body(ReloadBody, body).model
 
 
 class Reload:

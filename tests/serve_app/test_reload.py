@@ -11,8 +11,9 @@ import pytest
 
 from qwen3_dist.errors import RequestError
 from serve_app.ingress import reload
+from serve_app.ingress.changes import parse_scale
 from serve_app.ingress.peers import Told
-from serve_app.ingress.reload import Reload
+from serve_app.ingress.reload import Reload, parse_reload
 
 ROUTE = cast(Any, SimpleNamespace(model=SimpleNamespace(name="m"), replicas="handle"))
 
@@ -114,3 +115,20 @@ def test_the_next_replica_leaves_once_there_are_as_many_as_before_or_as_serve_wa
     asyncio.run(run())
     assert replicas.told == {"a": ["a", "b"], "b": second}
     assert replicas.running == ([] if shrinks else ["A", "B"])
+
+
+@pytest.mark.parametrize(
+    ("parse", "body", "reason"),
+    [
+        (parse_reload, b'{"modle": "m"}', "unknown field 'modle'; known are model"),
+        (
+            parse_scale,
+            b'{"min_replicas": 2, "max_replica": 3}',
+            "unknown field 'max_replica'; known are model, min_replicas, max_replicas, layout",
+        ),
+    ],
+)
+def test_a_change_with_a_misspelled_field_is_refused(parse: Any, body: bytes, reason: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse(body)
+    assert (str(refused.value), refused.value.status) == (reason, 400)
