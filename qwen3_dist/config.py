@@ -15,6 +15,7 @@ from typing import Any
 from qwen3_dist.config_fields import NO_EFFECT, READ
 from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
+from qwen3_dist.quantization import Quantization, read_quantization
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -115,6 +116,7 @@ class ModelConfig:
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
     has_score: bool = False  # a score head in place of the output head: a reranker that cannot generate
+    quantization: Quantization | None = None  # of a checkpoint with quantised weights
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "head_dim")
@@ -191,6 +193,7 @@ class ModelConfig:
         """
         _refuse_unsupported(raw)
         values = _reference_values(raw) if "emb_dim" in raw else _huggingface_values(raw)
+        values["quantization"] = read_quantization(raw)
         required = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "hidden_dim")
         missing = [name for name in required if values.get(name) is None]
         if missing:
@@ -264,13 +267,6 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
             f"architecture {architectures[0]!r} is not supported; this service runs "
             f"{', '.join(_ARCHITECTURES)}"
         )
-    for name in ("quantization_config", "compression_config"):
-        if quantization := raw.get(name):
-            is_object = isinstance(quantization, dict)
-            method = quantization.get("quant_method", "unknown") if is_object else quantization
-            raise CheckpointError(
-                f"quantisation {method!r} is not supported yet; use the bf16, fp16 or fp32 checkpoint"
-            )
     for name, (allowed, advice) in _ONLY.items():
         if raw.get(name, allowed[0]) not in allowed:
             raise CheckpointError(f"{name} {raw[name]!r} is not supported; {advice}")

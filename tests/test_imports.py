@@ -75,6 +75,7 @@ TORCH_FREE = [
     "lora_adapters",
     "expert_placement",
     "percentiles",
+    "quantization",
     "request_terms",
     "step_defaults",
 ]

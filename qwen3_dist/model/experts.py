@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import padded_range
+from qwen3_dist.model.quantized import Quantizable
 from qwen3_dist.ops.base import ExpertWeights, Ops
 from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.communicator import Communicator
@@ -55,7 +56,7 @@ class ExpertShape(NamedTuple):
         return wide, wide, (self.outputs, self.inputs)
 
 
-class Experts(nn.Module):
+class Experts(Quantizable):
     """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I] or as `ExpertShape` says."""
 
     def __init__(self, num_experts: int, shape: ExpertShape, ops: Ops) -> None:
@@ -64,6 +65,7 @@ class Experts(nn.Module):
         self._shape = shape
         self._columns = shape.columns
         self._finalized: ExpertWeights | None = None
+        self.codes = {}
         self.fc1, self.fc2, self.fc3 = (
             nn.Parameter(torch.empty(num_experts, *sizes)) for sizes in shape.matrices
         )
@@ -94,12 +96,28 @@ class Experts(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         """The weights as loaded, or after `finalize` in the layout of the Ops."""
-        return self._finalized or ExpertWeights((self.fc1, self.fc2, self.fc3), self._columns)
+        return self._finalized or self._as_loaded(tuple(getattr(self, name) for name in self.tensor_names))
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the stacks, and in a quantised checkpoint of their scales."""
+        stacks = ("fc1", "fc2", "fc3")
+        return (*stacks, *(f"{name}_scale" for name in stacks if name in self.codes))
+
+    def _as_loaded(self, tensors: tuple[Tensor, ...]) -> ExpertWeights:
+        """Weights in the checkpoint's layout: `tensors` are those of `tensor_names`."""
+        fc1, fc2, fc3, *scales = tensors
+        if not scales:
+            return ExpertWeights((fc1, fc2, fc3), self._columns)
+        one, two, three = scales
+        grids = (self.codes["fc1"].grid, self.codes["fc2"].grid, self.codes["fc3"].grid)
+        return ExpertWeights((fc1, fc2, fc3), self._columns, (one, two, three), grids)
 
     def finalize(self, int8: bool = False) -> None:
         """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
         self._finalized = self._ops.finalize_experts(self.weights, int8)
-        del self.fc1, self.fc2, self.fc3  # frees the loaded weights
+        for name in self.tensor_names:
+            delattr(self, name)  # frees the loaded weights
 
     def take(
         self, other: Experts, places: Sequence[int | None], stacks: tuple[Tensor, Tensor, Tensor]
@@ -133,13 +151,13 @@ class Experts(nn.Module):
         """Rows that each expert of this rank has computed so far, [e] int64."""
         return self.all_counts[1:]
 
-    def convert(self, stacks: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Converts weights of n experts from the checkpoint's layout (fc1 and fc2 [n, I, D], fc3 [n, D, I]) to that of
-        `weights.tensors`. Does not change this module."""
+    def convert(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Converts weights of n experts from the checkpoint's layout (fc1 and fc2 [n, I, D], fc3 [n, D, I], and their
+        scales if the checkpoint is quantised) to that of `weights.tensors`. Does not change this module."""
         if self._finalized is None:
-            return stacks
-        int8 = self._finalized.scales is not None
-        return self._ops.finalize_experts(ExpertWeights(stacks, self._columns), int8).tensors
+            return tensors
+        int8 = self._finalized.scales is not None and not self.codes
+        return self._ops.finalize_experts(self._as_loaded(tensors), int8).tensors
 
     def replace(self, places: Tensor, converted: tuple[Tensor, ...]) -> None:
         """Replaces the experts at the indices `places` [n] of the stacks by others, whose weights `convert` returned,
@@ -148,5 +166,7 @@ class Experts(nn.Module):
         All tensors are on the weights' device, so the host does not wait.
         """
         for old, new in zip(self.weights.tensors, converted, strict=True):
+            narrow = old.dtype.itemsize == 1  # torch copies no single rows of fp8
+            old, new = (each.view(torch.int8) if narrow else each for each in (old, new))
             old.index_copy_(0, places, new)
         self.counts.index_fill_(0, places, 0)

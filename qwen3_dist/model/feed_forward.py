@@ -125,9 +125,9 @@ class MoEFeedForward(nn.Module):
         there = zip(self.hosted, placement.hosted[self._ep_rank], strict=True)
         return {place: new for place, (old, new) in enumerate(there) if old != new}
 
-    def prepare_move(self, placement: ExpertPlacement, stacks: tuple[Tensor, Tensor, Tensor]) -> PreparedMove:
-        """Prepares `move`. `stacks`, on the weights' device, are the `arrivals` in the checkpoint's layout: fc1 and
-        fc2 [n, I, D], fc3 [n, D, I]. Does not change this module, so steps may run meanwhile."""
+    def prepare_move(self, placement: ExpertPlacement, stacks: tuple[Tensor, ...]) -> PreparedMove:
+        """Prepares `move`. `stacks`, on the weights' device, are the `arrivals` in the checkpoint's layout, as
+        `Experts.convert` takes them. Does not change this module, so steps may run meanwhile."""
         places = list(self.arrivals(placement))
         leaving = [self.hosted[place] for place in places]
         device = stacks[0].device

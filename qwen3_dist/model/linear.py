@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qwen3_dist.layout import padded_range
 from qwen3_dist.model.lora import LowRank
+from qwen3_dist.model.quantized import Quantizable
 from qwen3_dist.ops.adapter_rows import AdapterRows
 from qwen3_dist.ops.base import LinearWeights, Matrix, Ops
 from qwen3_dist.parallel.communicator import Communicator
@@ -38,17 +39,17 @@ class Products(ABC):
         """The weights as loaded, or after `finalize` in the layout of the Ops."""
         if self._finalized is not None:
             return self._finalized
-        plain = (Matrix(each.weight, each.out_features, bias=each.bias) for each in self.layers)
-        return LinearWeights(tuple(plain))
+        return LinearWeights(tuple(each.matrix for each in self.layers))
 
     def finalize(self, int8: bool = False) -> None:
         """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
         self._finalized = self._ops.finalize_linear(self.weights, int8)
         for layer in self.layers:
-            del layer.weight  # frees the loaded weights
+            for name in ("weight", *(f"{name}_scale" for name in layer.codes)):
+                delattr(layer, name)  # frees the loaded weights
 
 
-class Linear(nn.Linear, Products):
+class Linear(nn.Linear, Quantizable, Products):
     """[T, in_features] -> [T, out_features]."""
 
     low_rank: LowRank | None = None  # LoRA weights; None if no adapter changes this layer
@@ -56,10 +57,19 @@ class Linear(nn.Linear, Products):
     def __init__(self, in_features: int, out_features: int, bias: bool, ops: Ops) -> None:
         super().__init__(in_features, out_features, bias)
         self._ops = ops
+        self.codes = {}
 
     @property
     def layers(self) -> tuple[Linear, ...]:
         return (self,)
+
+    @property
+    def matrix(self) -> Matrix:
+        """The weights as loaded."""
+        if "weight" not in self.codes:
+            return Matrix(self.weight, self.out_features, bias=self.bias)
+        scale = self.get_parameter("weight_scale")
+        return Matrix(self.weight, self.out_features, scale, self.bias, self.codes["weight"].grid)
 
     def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         return self.products(x, adapters)[0]

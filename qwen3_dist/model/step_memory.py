@@ -34,9 +34,9 @@ def step_bytes(
 ) -> int:
     """An upper bound in bytes for a step of `tokens` tokens and `samples` samples in each dp group.
 
-    An activation takes `item_bytes`. `all_to_all`: the step dispatches by all-to-all. `widens`: weights are int8 and
-    are converted to the activations' dtype for products of many rows. In `deterministic` mode each row has an output
-    for each of its experts, until all are there.
+    An activation takes `item_bytes`. `all_to_all`: the step dispatches by all-to-all. `widens`: weights are int8 or
+    fp8 and are converted to the activations' dtype for products of many rows. In `deterministic` mode each row has an
+    output for each of its experts, until all are there.
     """
     heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)
     attention = (3 * heads + 2 * groups) * config.head_dim  # q, k, v; q after RoPE; the output

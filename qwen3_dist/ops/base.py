@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.quantization import Grid
 
 
 class NormWeights(NamedTuple):
@@ -39,8 +40,10 @@ class Matrix(NamedTuple):
 
     weight: Tensor  # [N, D], or in the layout of an Ops
     outputs: int  # N
-    scale: Tensor | None = None  # fp32 [N] of an int8 weight
+    # fp32 [N] of an int8 weight; with a grid [blocks of outputs, blocks of inputs], or in the layout of an Ops
+    scale: Tensor | None = None
     bias: Tensor | None = None  # [N]
+    grid: Grid | None = None  # the blocks of the codes of a quantised checkpoint
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class ExpertWeights:
 
     stacks: tuple[Tensor, Tensor, Tensor]  # fc1 and fc2 [e, I, D], fc3 [e, D, I]
     columns: int  # I
-    scales: tuple[Tensor, Tensor, Tensor] | None = None  # fp32 of int8 stacks: [e, I], [e, I], [e, D]
+    # fp32 of int8 stacks: [e, I], [e, I], [e, D]; with grids as in `Matrix`, for each expert
+    scales: tuple[Tensor, Tensor, Tensor] | None = None
+    grids: tuple[Grid, Grid, Grid] | None = None  # the blocks of the codes of a quantised checkpoint
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -162,11 +167,11 @@ class Ops(ABC):
 
     @abstractmethod
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
-        """Converts plain weights to the layout in which `linear` is fastest, and to int8 if `int8`."""
+        """Converts weights as loaded to the layout in which `linear` is fastest, and plain ones to int8 if `int8`."""
 
     @abstractmethod
     def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
-        """Converts plain stacks to the layout in which `experts` is fastest, and to int8 if `int8`."""
+        """Converts stacks as loaded to the layout in which `experts` is fastest, and plain ones to int8 if `int8`."""
 
     @abstractmethod
     def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:

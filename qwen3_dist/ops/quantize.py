@@ -1,9 +1,15 @@
-"""Quantization of weights to int8."""
+"""Quantization of weights to int8, and weights of the codes of quantised checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from qwen3_dist.quantization import Grid
+
+TILE = 1 << 22  # weights that are made from codes at a time
 
 
 def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,3 +26,31 @@ def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     for wide, narrow, by in zip(*few_rows, strict=True):  # few rows at a time, so that fp32 copies are small
         narrow.copy_((wide.float() / by[:, None]).round_())
     return quantized, scale
+
+
+def row_scales(scale: Tensor, grid: Grid, rows: range) -> Tensor:
+    """The scales of these rows of weights [..., N, D], from those of their blocks: [..., rows, blocks of inputs]."""
+    first = grid.first_row + rows.start
+    blocks = torch.arange(first, first + len(rows), device=scale.device) // grid.rows
+    return scale.index_select(-2, blocks)
+
+
+def dequantized(codes: Tensor, scale: Tensor, grid: Grid, rows: range, dtype: torch.dtype) -> Tensor:
+    """Rows of the weight of codes [N, D] and its blocks' scales -> [len(rows), D], rounded once, to `dtype`."""
+    inputs = codes.shape[1]
+    first = grid.first_column
+    blocks = torch.arange(first, first + inputs, device=scale.device) // grid.columns
+    wide = codes[rows.start : rows.stop].float()
+    return wide.mul_(row_scales(scale, grid, rows)[:, blocks]).to(dtype)
+
+
+def tiles(codes: Tensor) -> Iterator[range]:
+    """The rows of codes [N, D] in parts of at most about `TILE` weights."""
+    outputs, inputs = codes.shape
+    step = max(1, TILE // max(1, inputs))
+    return (range(start, min(start + step, outputs)) for start in range(0, outputs, step))
+
+
+def uniform(scale: Tensor, grid: Grid) -> Tensor | None:
+    """The scale of each output [..., N], if blocks are single outputs with all inputs; else None."""
+    return scale[..., 0] if grid.rows == 1 and scale.shape[-1] == 1 else None

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from qwen3_dist.ops.base import ExpertWeights
+from qwen3_dist.ops.base import ExpertWeights, Matrix
 
-SwiGlu = Callable[[Tensor, tuple[Tensor, ...], "tuple[Tensor | None, ...]"], Tensor]
+SwiGlu = Callable[[Tensor, tuple[Matrix, ...]], Tensor]
 
 
 def counted(ids: Tensor, num_experts: int) -> Tensor:
@@ -25,7 +25,7 @@ def looped_experts(x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tens
     out = torch.zeros_like(x, dtype=torch.float32)
     for number, pairs in pairs_by_expert(ids.flatten(), len(weights.stacks[0])):
         rows = pairs // choices
-        answers = expert(x[rows], *matrices_of(weights, number))
+        answers = expert(x[rows], matrices_of(weights, number))
         out.index_add_(0, rows, answers.float() * routing.flatten()[pairs, None])
     return out.to(x.dtype)
 
@@ -38,7 +38,12 @@ def pairs_by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
             yield number, pairs
 
 
-def matrices_of(weights: ExpertWeights, number: int) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """fc1, fc2 and fc3 of one expert, and their scales, None without int8."""
+def matrices_of(weights: ExpertWeights, number: int) -> tuple[Matrix, ...]:
+    """fc1, fc2 and fc3 of one expert."""
     scales = tuple(scale[number] for scale in weights.scales) if weights.scales else (None,) * 3
-    return tuple(stack[number] for stack in weights.stacks), scales
+    stacks = (stack[number] for stack in weights.stacks)
+    grids = weights.grids or (None,) * 3
+    return tuple(
+        Matrix(weight, len(weight), scale, None, grid)
+        for weight, scale, grid in zip(stacks, scales, grids, strict=True)
+    )

@@ -18,7 +18,7 @@ from qwen3_dist.ops.base import (
     StageKernels,
 )
 from qwen3_dist.ops.batch import LayerCache, StepBatch
-from qwen3_dist.ops.quantize import as_int8
+from qwen3_dist.ops.quantize import as_int8, dequantized, tiles, uniform
 from qwen3_dist.ops.slices import rows_of_slice
 from qwen3_dist.ops.torch_attention import gathered_attention
 from qwen3_dist.ops.torch_draws import TorchDraws
@@ -36,10 +36,10 @@ class TorchOps(TorchDraws):
         return f"{cpu_threads()}: torch alone{because}"
 
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
-        return quantized_linear(weights) if int8 else weights
+        return quantized_linear(weights) if int8 else LinearWeights(tuple(map(_simplest, weights.parts)))
 
     def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
-        return quantized_experts(weights) if int8 else weights
+        return quantized_experts(weights) if int8 else simplest_experts(weights)
 
     def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:
         return None
@@ -48,6 +48,8 @@ class TorchOps(TorchDraws):
         return [self._product(x, part) for part in weights.parts]
 
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
+        if part.grid is not None:
+            return self._product_of_codes(x, part)
         if part.scale is None:
             return F.linear(x, part.weight, part.bias)
         if x.dtype == torch.float16:  # sums of unscaled integers would overflow
@@ -55,6 +57,16 @@ class TorchOps(TorchDraws):
         else:
             product = F.linear(x, part.weight.to(x.dtype)).mul_(part.scale)
         return product if part.bias is None else product + part.bias
+
+    def _product_of_codes(self, x: Tensor, part: Matrix) -> Tensor:
+        """`_product` with the codes of a quantised checkpoint, of which few at a time become weights of x's dtype."""
+        assert part.grid is not None and part.scale is not None
+        outs = []
+        for rows in tiles(part.weight):
+            weight = dequantized(part.weight, part.scale, part.grid, rows, x.dtype)
+            bias = part.bias[rows.start : rows.stop] if part.bias is not None else None
+            outs.append(self._product(x, Matrix(weight, len(rows), bias=bias)))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def embedding(self, ids: Tensor, weights: LinearWeights) -> Tensor:
         return F.embedding(ids, weights.parts[0].weight)
@@ -117,20 +129,16 @@ class TorchOps(TorchDraws):
         counts += counted(ids, len(weights.stacks[0]))
         return looped_experts(x, weights, ids, routing, self._expert)
 
-    def _expert(self, x: Tensor, matrices: tuple[Tensor, ...], scales: tuple[Tensor | None, ...]) -> Tensor:
-        fc1, fc2, fc3 = (
-            Matrix(matrix, len(matrix), scale) for matrix, scale in zip(matrices, scales, strict=True)
-        )
+    def _expert(self, x: Tensor, matrices: tuple[Matrix, ...]) -> Tensor:
+        fc1, fc2, fc3 = matrices
         return self._product(F.silu(self._product(x, fc1)) * self._product(x, fc2), fc3)
 
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
         counts += counted(ids, len(weights.stacks[0]))
         out = x.new_zeros(len(x), weights.columns)
         for number, rows in pairs_by_expert(ids, len(weights.stacks[0])):
-            (fc1, fc2, _), (one, two, _) = matrices_of(weights, number)
-            gate = self._product(x[rows], Matrix(fc1, len(fc1), one))
-            up = self._product(x[rows], Matrix(fc2, len(fc2), two))
-            out[rows] = F.silu(gate) * up
+            fc1, fc2, _ = matrices_of(weights, number)
+            out[rows] = self.swiglu(self._product(x[rows], fc1), self._product(x[rows], fc2))
         return out
 
     def expert_outputs(
@@ -138,8 +146,7 @@ class TorchOps(TorchDraws):
     ) -> Tensor:
         out = hidden.new_zeros(len(hidden), outputs)
         for number, rows in pairs_by_expert(ids, len(weights.stacks[0])):
-            (_, _, fc3), (_, _, scale) = matrices_of(weights, number)
-            product = self._product(hidden[rows], Matrix(fc3, outputs, scale))
+            product = self._product(hidden[rows], matrices_of(weights, number)[2])
             out[rows] = (product.float() * routing[rows, None]).to(out.dtype)
         return out
 
@@ -155,6 +162,25 @@ def quantized_linear(weights: LinearWeights) -> LinearWeights:
 def _quantized(part: Matrix) -> Matrix:
     weight, scale = as_int8(part.weight)
     return part._replace(weight=weight, scale=scale)
+
+
+def _simplest(part: Matrix) -> Matrix:
+    """`part`, without a grid if its codes are int8 with a scale for each output."""
+    if part.grid is None or part.scale is None or part.weight.dtype != torch.int8:
+        return part
+    scale = uniform(part.scale, part.grid)
+    return part if scale is None else part._replace(scale=scale.contiguous(), grid=None)
+
+
+def simplest_experts(weights: ExpertWeights) -> ExpertWeights:
+    """`_simplest` of stacks."""
+    if weights.grids is None or weights.scales is None or weights.stacks[0].dtype != torch.int8:
+        return weights
+    one, two, three = map(uniform, weights.scales, weights.grids)
+    if one is None or two is None or three is None:
+        return weights
+    scales = (one.contiguous(), two.contiguous(), three.contiguous())
+    return ExpertWeights(weights.stacks, weights.columns, scales)
 
 
 def quantized_experts(weights: ExpertWeights) -> ExpertWeights:

@@ -16,8 +16,9 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.text.sidecars import read_json_object
 from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.pieces import Piece
 from qwen3_dist.weights.source import resolve_model
-from qwen3_dist.weights.weight_plan import Piece, WeightPlan
+from qwen3_dist.weights.weight_plan import WeightPlan
 
 _CONFIG = "adapter_config.json"
 _ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")

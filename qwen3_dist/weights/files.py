@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +33,12 @@ _CHUNK_BYTES = 64 << 20
 _REOPEN_BYTES = 128 << 20  # a file is reopened after so many bytes, since its mapped pages count as resident
 # Names in a checkpoint without a head lack the prefix, so they begin with these.
 _PREFIX, _HEADLESS = "model.", ("embed_tokens.", "layers.", "norm.")
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPES = {
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
+    "F8_E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+FLOATS = ("float32", "bfloat16", "float16")
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "F8_E8M0": 1}
 
 
 class CheckpointFiles:
@@ -71,14 +75,16 @@ class CheckpointFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][1]
 
-    def dtype(self, name: str) -> str:
-        """ "float32", "bfloat16" or "float16". Raises CheckpointError for anything else."""
+    def dtype(self, name: str, allowed: Sequence[str] = FLOATS) -> str:
+        """A tensor's dtype by torch's name. Raises CheckpointError if it is not one of `allowed`."""
         file, _, code = self._entries[name]
-        if code not in _FLOATS:
-            raise CheckpointError(
-                f"{name} in {file} is stored as {code}; use a bf16, fp16 or fp32 checkpoint"
+        dtype = _DTYPES.get(code, code)
+        if dtype not in allowed:
+            advice = (
+                "use a bf16, fp16 or fp32 checkpoint" if allowed == FLOATS else f"{allowed[0]} is expected"
             )
-        return _FLOATS[code]
+            raise CheckpointError(f"{name} in {file} is stored as {code}; {advice}")
+        return dtype
 
     def read(
         self,
@@ -87,12 +93,13 @@ class CheckpointFiles:
         out: Tensor,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Fills `out` (any device and float dtype) with tensor[index], in chunks of rows.
+        """Fills `out` (any device and dtype) with tensor[index], in chunks of rows. The dtype was checked by `dtype`.
 
         `progress` is called with the number of elements of each chunk.
         """
-        self.dtype(name)
         file, shape, code = self._entries[name]
+        if code not in _DTYPES:
+            self.dtype(name)  # says what is wrong
         rows = range(*index[0].indices(shape[0]))
         row_bytes = max(1, _ITEM_BYTES[code] * out.numel() // max(1, len(rows)))
         step = max(1, _CHUNK_BYTES // row_bytes)
@@ -106,13 +113,22 @@ class CheckpointFiles:
             if progress:
                 progress(chunk.numel())
 
+    def read_whole(self, name: str) -> Tensor:
+        """A small tensor."""
+        self._slice_of(self._entries[name][0], name)
+        assert self._open is not None
+        return self._open[1].get_tensor(self._name_in_file(name))  # type: ignore[no-any-return]
+
     def _slice_of(self, file: Path, name: str) -> Any:
         if self._open is None or self._open[0] != file:
             try:
                 self._open = (file, safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from None
-        return self._open[1].get_slice(name.removeprefix(_PREFIX) if self.is_headless else name)
+        return self._open[1].get_slice(self._name_in_file(name))
+
+    def _name_in_file(self, name: str) -> str:
+        return name.removeprefix(_PREFIX) if self.is_headless else name
 
 
 def has_weights(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.expert_placement import Placements
-from qwen3_dist.model.experts import ExpertShape
+from qwen3_dist.model.experts import Experts, ExpertShape
+from qwen3_dist.model.quantized import Codes, Quantizable
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.choose import choose_ops
@@ -21,8 +23,9 @@ from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.weights import random_weights
-from qwen3_dist.weights.files import CheckpointFiles
-from qwen3_dist.weights.weight_plan import Piece, WeightPlan
+from qwen3_dist.weights.files import FLOATS, CheckpointFiles
+from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.weights.weight_plan import WeightPlan
 
 
 def load_model(
@@ -50,17 +53,22 @@ def load_model(
     plan = WeightPlan(config, parallel.layout, names, placements, parallel.deterministic)
     if files:
         _check_names(path, files, plan)
+    pieces = list(plan.all_pieces(parallel.coords))
+    if files:
+        for piece in pieces:
+            _check_tensor(files, piece)
     ops = ops or choose_ops(device, dtype)
     with torch.device("meta"):
         model = Qwen3Model(config, parallel, ops, placements).to(dtype).eval().requires_grad_(False)
+    _hold_codes(model, pieces)
     parameters = _materialise(model, device)
-    pieces = list(plan.pieces(parallel.coords))
-    total = sum(parameters[piece.parameter][piece.target].numel() for piece in pieces) * dtype.itemsize
+    pieces = [piece for piece in pieces if not piece.is_empty]
+    total = sum(parameters[piece.parameter][piece.target].nbytes for piece in pieces)
     done = 0
 
-    def advance(elements: int) -> None:
+    def advance(size: int) -> None:
         nonlocal done
-        done += elements * dtype.itemsize
+        done += size
         if progress:
             progress(done, total)
 
@@ -93,24 +101,27 @@ class ExpertReader:
         return WeightPlan(self._model.config, parallel.layout, names, deterministic=parallel.deterministic)
 
     def read(
-        self, layer: int, experts: Sequence[int], progress: Callable[[int], None] = lambda elements: None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns fc1 and fc2 [n, I, D] and fc3 [n, D, I] of `experts` of a layer, on the CPU.
+        self, layer: int, experts: Sequence[int], progress: Callable[[int], None] = lambda size: None
+    ) -> tuple[Tensor, ...]:
+        """Returns fc1 and fc2 [n, I, D] and fc3 [n, D, I] of `experts` of a layer, and in a quantised checkpoint their
+        scales, on the CPU: what `Experts.convert` takes.
 
         Random weights are generated on the model's device, with the same values as at loading. `progress` is called
-        with numbers of elements that were read. Raises CheckpointError or OSError.
+        with numbers of bytes that were read. Raises CheckpointError or OSError.
         """
-        parallel = self._model.parallel
-        shape = ExpertShape.of(self._model.config, parallel)
-        device = self._model.device if self._random else "cpu"
-        stacks = {
-            name: torch.zeros(len(experts), *sizes, dtype=self._model.dtype, device=device)
-            for name, sizes in zip(("fc1", "fc2", "fc3"), shape.matrices, strict=True)
-        }
+        parallel, device = self._model.parallel, self._model.device if self._random else torch.device("cpu")
+        with torch.device("meta"):
+            shape = ExpertShape.of(self._model.config, parallel)
+            module = Experts(len(experts), shape, self._model.ops).to(self._model.dtype)
+        for name, codes in self._model.moe_layers[layer].experts.codes.items():
+            module.hold_codes(name, codes)
+        stacks = {name: zeros(each.shape, each.dtype, device) for name, each in module.named_parameters()}
         if experts:
             for piece in self._plan.expert_pieces(layer, experts, parallel.coords):
+                if self._files:
+                    _check_tensor(self._files, piece)
                 _read(self._files, piece, stacks, progress)
-        return stacks["fc1"], stacks["fc2"], stacks["fc3"]
+        return tuple(stacks[name] for name in module.tensor_names)
 
 
 def _read(
@@ -122,12 +133,37 @@ def _read(
     view = parameters[piece.parameter][piece.target]
     if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
         view = view.squeeze(0)
-    if files:
-        _check_shape(files, piece)
-        files.read(piece.source, piece.index, view, advance)
-    else:
+    size = view.element_size()
+    if files is None:
         random_weights.fill(piece, view)
-        advance(view.numel())
+        advance(view.nbytes)
+    elif files.shape(piece.source) == piece.shape:
+        files.read(piece.source, piece.index, view, lambda elements: advance(elements * size))
+    else:  # a scale for all outputs, or without a dimension of inputs
+        scale = files.read_whole(piece.source)
+        whole = scale.view(piece.shape) if scale.numel() == prod(piece.shape) else scale.view(1, 1)
+        view.copy_(whole.expand(piece.shape)[piece.index])
+        advance(view.nbytes)
+
+
+def _hold_codes(model: Qwen3Model, pieces: Sequence[Piece]) -> None:
+    """Makes the quantised weights of a model on meta ones of codes. Raises CheckpointError if experts of a layer
+    differ in their format."""
+    held: set[str] = set()
+    of_experts: dict[str, str | None] = {}
+    for piece in pieces:
+        if piece.stored == SCALE:
+            continue
+        module, _, name = piece.parameter.rpartition(".")
+        if module.endswith(".experts") and of_experts.setdefault(module, piece.stored) != piece.stored:
+            raise CheckpointError(
+                f"{piece.source} is not stored as other weights of its layer's experts are; all must have one format"
+            )
+        if piece.stored is not None and piece.grid is not None and piece.parameter not in held:
+            holder = model.get_submodule(module)
+            assert isinstance(holder, Quantizable)
+            holder.hold_codes(name, Codes(getattr(torch, piece.stored), piece.grid))
+            held.add(piece.parameter)
 
 
 def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
@@ -158,12 +194,26 @@ def _check_names(path: Path, files: CheckpointFiles, plan: WeightPlan) -> None:
         raise CheckpointError(f"{path} holds {_some(left_over)} that its config.json has no place for")
 
 
-def _check_shape(files: CheckpointFiles, piece: Piece) -> None:
-    shape = tuple(files.shape(piece.source))
-    if shape != piece.shape:
+def _check_tensor(files: CheckpointFiles, piece: Piece) -> None:
+    """Raises CheckpointError if the piece's tensor has another shape or dtype than config.json makes it."""
+    if piece.is_empty:
+        return
+    shape = files.shape(piece.source)
+    if shape != piece.shape and not (piece.stored == SCALE and _spreads(shape, piece.shape)):
         raise CheckpointError(
             f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}"
         )
+    allowed = (
+        (*FLOATS, "float8_e8m0fnu") if piece.stored == SCALE else (piece.stored,) if piece.stored else FLOATS
+    )
+    files.dtype(piece.source, allowed)
+
+
+def _spreads(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether scales of `shape` are those of `whole` [outputs, inputs] in short: one for all, or one for each output
+    without a dimension of inputs."""
+    short = all(size == 1 for size in shape) or shape == whole[:1]
+    return len(whole) == 2 and whole[1] == 1 and short
 
 
 def _some(names: list[str]) -> str:

@@ -14,7 +14,8 @@ from qwen3_dist.model.linear import Linear
 from qwen3_dist.model.lora import DeterministicLowRank, LowRank
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.weights.adapter_files import Adapter, adapted_pieces, open_adapters
-from qwen3_dist.weights.weight_plan import Piece, WeightPlan
+from qwen3_dist.weights.pieces import Piece
+from qwen3_dist.weights.weight_plan import WeightPlan
 
 
 def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:

@@ -8,8 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qwen3_dist.weights.weight_plan import Piece
+from qwen3_dist.weights.pieces import SCALE, Piece
 
+_LARGEST = 120  # of codes
+_USUAL_INPUTS = 4096  # where a scale is for all inputs
 _CHUNK = 1 << 22  # elements generated at a time: limits memory, and a rank generates few rows of other ranks
 
 
@@ -17,21 +19,27 @@ def fill(piece: Piece, view: Tensor) -> None:
     """Fills `view`, of the piece's shape, with random weights.
 
     On one kind of device, values do not depend on the layout, nor on the dtype except for rounding. Norms are 1,
-    biases 0, matrices uniform with a standard deviation of 1 / sqrt(inputs).
+    biases 0, matrices uniform with a standard deviation of 1 / sqrt(inputs). Codes of a quantised checkpoint are
+    uniform up to their largest, and their scales give about the same deviation.
     """
+    if piece.stored == SCALE:
+        inputs = piece.shape[-1] * piece.grid.columns if piece.grid else 1
+        view.fill_((3 / min(inputs, _USUAL_INPUTS)) ** 0.5 / _LARGEST)
+        return
     if len(piece.shape) == 1:
         view.fill_(0.0 if piece.source.endswith("bias") else 1.0)
         return
     total, *inner = piece.shape
     first, stop, _ = piece.index[0].indices(total)
     height = max(1, _CHUNK // prod(inner))
-    scale = (3 / piece.shape[-1]) ** 0.5 / 2**15
+    scale = (3 / piece.shape[-1]) ** 0.5 / 2**15 if piece.stored is None else _LARGEST / 2**15
     for chunk in range(first // height, -(-stop // height)):
         top = chunk * height
         low, high = max(first, top), min(stop, top + height)
         whole = _int16(f"{piece.source}/{chunk}", (min(height, total - top), *inner), view.device)
         part = whole[(slice(low - top, high - top), *piece.index[1:])]
-        view[low - first : high - first].copy_(part).mul_(scale)
+        out = view[low - first : high - first]
+        out.copy_(part * scale) if piece.stored else out.copy_(part).mul_(scale)
 
 
 def _int16(seed: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,37 +1,20 @@
 """The sharding of weights, as a table: which slice of which checkpoint tensor fills which parameter of a rank.
 
 A checkpoint tensor is split along at most one dimension; expert tensors are also split by expert. `_LAYER_RULES` and
-`_MODEL_RULES` have the `Split` of every tensor.
+`_MODEL_RULES` have the `Split` of every tensor. The scales of quantised weights follow from the weights' pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from math import prod
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import Placements, even_placements
 from qwen3_dist.layout import Layout, RankCoords, padded_range
-
-Index = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """`parameter[target] = checkpoint[source][index]`, where the whole source has shape `shape`."""
-
-    source: str
-    shape: tuple[int, ...]
-    index: Index
-    parameter: str
-    target: Index
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether the rank's part is padding alone."""
-        return any(part.start is not None and part.start == part.stop for part in self.index)
+from qwen3_dist.weights.pieces import Piece
+from qwen3_dist.weights.scale_pieces import with_scales
 
 
 class Split(Enum):
@@ -157,6 +140,17 @@ class WeightPlan:
 
         The first stage has the embedding, the last the norm and the head. Blocks are numbered within the stage.
         """
+        return (piece for piece in self.all_pieces(at) if not piece.is_empty)
+
+    def all_pieces(self, at: RankCoords) -> Iterator[Piece]:
+        """`pieces`, and an empty one for each weight of which this rank has padding alone."""
+        return self._quantized(self._plain_pieces(at))
+
+    def _quantized(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        for piece in pieces:
+            yield from with_scales(piece, self._config.quantization, self._names)
+
+    def _plain_pieces(self, at: RankCoords) -> Iterator[Piece]:
         config, last = self._config, at.stage == self._layout.pp - 1
         embeds = at.stage == 0 or (last and config.tie_word_embeddings)
         for rule in _MODEL_RULES:
@@ -170,11 +164,12 @@ class WeightPlan:
                 yield from self._apply(rule, *prefixes, at)
             if moe:
                 hosted = self._placements[layer].hosted[at.ep_rank]
-                yield from self._expert_pieces(*prefixes, at, hosted)
+                yield from self._experts(*prefixes, at, hosted)
 
     def expert_pieces(self, layer: int, experts: Sequence[int], at: RankCoords) -> Iterator[Piece]:
-        """The pieces of these experts of a layer, with target parameters fc1, fc2 and fc3."""
-        return self._expert_pieces(f"model.layers.{layer}.", "", at, experts)
+        """The pieces of these experts of a layer, with target parameters fc1, fc2, fc3 and their scales."""
+        pieces = self._quantized(self._experts(f"model.layers.{layer}.", "", at, experts))
+        return (piece for piece in pieces if not piece.is_empty)
 
     def expected_names(self) -> set[str]:
         """The names of all tensors that ranks read."""
@@ -182,8 +177,11 @@ class WeightPlan:
         return {piece.source for at in everyone for piece in self.pieces(at)}
 
     def ignorable(self, name: str) -> bool:
-        """Whether a tensor that no rank reads may be in a checkpoint: a copy of a tied head, old rotary buffers."""
+        """Whether a tensor that no rank reads may be in a checkpoint: a copy of a tied head, old rotary buffers, and
+        scales of activations and of the KV cache."""
         tied_head = name == "lm_head.weight" and self._config.tie_word_embeddings
+        if self._config.quantization is not None and self._config.quantization.is_unused(name):
+            return True
         return tied_head or name.endswith("rotary_emb.inv_freq")
 
     def _apply(self, rule: _Rule, their_prefix: str, our_prefix: str, at: RankCoords) -> Iterator[Piece]:
@@ -193,8 +191,6 @@ class WeightPlan:
             return
         shape = shape_of(self._config)
         dim, part = self._part(split, shape, at)
-        if not part:
-            return
         before = (slice(None),) * dim
         index = (*before, slice(part.start, part.stop))
         target = (*before, slice(0, len(part)))
@@ -211,11 +207,6 @@ class WeightPlan:
             return 0, range(first * config.head_dim, (first + per_rank) * config.head_dim)
         dim = 1 if split in (Split.HEAD_INPUTS, Split.COLUMN_INPUTS) else 0
         return dim, padded_range(shape[dim], tp, at.tp_rank)[0]
-
-    def _expert_pieces(
-        self, theirs: str, ours: str, at: RankCoords, hosted: Sequence[int]
-    ) -> Iterator[Piece]:
-        return (piece for piece in self._experts(theirs, ours, at, hosted) if not piece.is_empty)
 
     def _experts(self, theirs: str, ours: str, at: RankCoords, hosted: Sequence[int]) -> Iterator[Piece]:
         config = self._config

@@ -83,7 +83,7 @@ class Reader(Protocol):
 
     def read(
         self, layer: int, experts: Sequence[int], progress: Callable[[int], None]
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, ...]: ...
 
 
 class ExpertReadThread(threading.Thread):
@@ -133,11 +133,11 @@ class ExpertReadThread(threading.Thread):
         """Reads and prepares the experts in the calling thread."""
         experts = list(self.moe.arrivals(self._placement).values())
         stacks = self._reader.read(self._layer, experts, self._check_dropped)
-        one, two, three = (
+        here = (
             stack if stack.device == self._device else on_device(stack, stack.dtype, self._device)
             for stack in stacks
         )
-        return self.moe.prepare_move(self._placement, (one, two, three))
+        return self.moe.prepare_move(self._placement, tuple(here))
 
     def _check_dropped(self, elements: int) -> None:
         if self.dropped.is_set():

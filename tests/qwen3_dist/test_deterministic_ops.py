@@ -23,6 +23,7 @@ from qwen3_dist.ops.cpu import build
 from qwen3_dist.ops.cuda.deterministic import DeterministicCudaOps
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.torch_ops import TorchOps
+from qwen3_dist.quantization import Grid
 from tests.batches import random_batch
 
 CPU, TORCH = torch.device("cpu"), TorchOps()
@@ -88,6 +89,32 @@ def test_a_product_depends_on_its_row_and_output_alone(
     close(result, TORCH.linear(x, TORCH.finalize_linear(LinearWeights((part,)), int8))[0])
     for begin, end in ((0, 7), (7, outputs)):
         assert ops.linear(x[:9], weights(begin, end))[0].equal(result[:9, begin:end])
+
+
+def test_a_product_with_codes_depends_on_its_row_alone(kind: Kind) -> None:
+    (ops, dtype), grid = kind, Grid(24, 32, 7, 13)
+    codes = (100 * torch.randn(70, 200)).to(torch.float8_e4m3fn)
+    part = Matrix(codes, 70, torch.rand(grid.shape(70, 200)) / 2000, None, grid)
+    x, weights = torch.randn(sum(PARTS), 200).to(dtype), LinearWeights((part,))
+    kept = ops.finalize_linear(weights, False)
+    close(row_by_row(lambda x: ops.linear(x, kept)[0], x), TORCH.linear(x, weights)[0])
+
+
+def test_experts_of_codes_depend_on_their_row_alone(kind: Kind) -> None:
+    (ops, dtype), wide, tall = kind, Grid(24, 20, 7, 0), Grid(24, 20, 0, 7)
+    grids, sizes = (wide, wide, tall), ((33, 48), (33, 48), (48, 33))
+    codes = tuple((100 * torch.randn(3, *size)).to(torch.float8_e4m3fn) for size in sizes)
+    scales = tuple(torch.rand(3, *g.shape(*size)) / 700 for g, size in zip(grids, sizes, strict=True))
+    loaded = ExpertWeights(codes, 33, scales, grids)  # type: ignore[arg-type]
+    kept, rows, counts = ops.finalize_experts(loaded, False), sum(PARTS), torch.zeros(4, dtype=torch.int64)
+    x, ids, routing = torch.randn(rows, 48).to(dtype), torch.randint(0, 3, (rows,)), torch.rand(rows)
+
+    def experts(x: Tensor, ids: Tensor, routing: Tensor) -> Tensor:
+        hidden = ops.expert_hidden(x, kept, ids, counts)
+        return ops.expert_outputs(hidden, kept, ids, routing, 48)
+
+    got = row_by_row(experts, x, ids, routing)
+    close(got, TORCH.experts(x, loaded, ids[:, None], routing[:, None], counts))
 
 
 def chunks_of(cuts: Sequence[int]) -> list[tuple[int, int]]:

@@ -29,6 +29,7 @@ from qwen3_dist.worker.decode_graphs import DecodeGraphs
 from qwen3_dist.worker.inputs import StepInputs
 from tests.batches import batch_of, random_batch
 from tests.checkpoints import write_checkpoint
+from tests.quantized import write_fp8
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -147,11 +148,12 @@ def test_guesses_are_decodes_of_their_own_in_a_padded_step(model: Qwen3Model) ->
     torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("weights", ["plain", "int8", "fp8"])
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_a_model_of_gpu_kernels_is_the_model_itself(quantized: bool, moe: bool, tmp_path: Path) -> None:
+def test_a_model_of_gpu_kernels_is_the_model_itself(weights: str, moe: bool, tmp_path: Path) -> None:
     """All that a GPU runs but the products of torch, interpreted."""
-    path = write_checkpoint(tmp_path, moe=moe)
+    fp8 = weights == "fp8"
+    path = write_fp8(tmp_path, 24, 20, moe=moe).quantized if fp8 else write_checkpoint(tmp_path, moe=moe)
     spec, table = SampleSpec(0.0, 1.0, 0, 0, 10, None), (8, 1, 3)
     prompts = (
         SequenceStep(0, 0, tuple(range(3, 12)), 0, table, spec),
@@ -163,7 +165,7 @@ def test_a_model_of_gpu_kernels_is_the_model_itself(quantized: bool, moe: bool, 
     def run(ops: Ops) -> list[Tensor | None]:
         config, alone = ModelConfig.from_directory(path), ParallelContext.single()
         model = load_model(path, config, alone, torch.float32, CPU, ops=ops)
-        finalize(model, int8=quantized)
+        finalize(model, int8=weights == "int8")
         cache = kv_cache.allocate(model, 16, 4)
         with torch.inference_mode():
             return [model(batch, cache)[1] for batch in batches]

@@ -113,6 +113,10 @@ struct ExpertsKernel {
     }
 };
 
+// The head's weights beside blocks of weights W: a quantised checkpoint's head is not quantised.
+template <class T, class W>
+using HeadWeight = std::conditional_t<HAS_GROUPS<W>, T, W>;
+
 // The final norm and the product with this rank's rows of the vocabulary.
 template <class T, class W>
 struct Head {
@@ -151,8 +155,8 @@ struct Block {
 // is null for a single rank; `operation` and the result are as in `Group`. Computes `logits` at the end if not null.
 template <class T, class W>
 long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
-                const AttentionMetadata& metadata, const Logits<T, W>* logits, const Group* group, long operation,
-                int threads) {
+                const AttentionMetadata& metadata, const Logits<T, HeadWeight<T, W>>* logits, const Group* group,
+                long operation, int threads) {
     long dim = count ? blocks->attention->dim : 0, rows = metadata.tokens;
     T* part = scratch<T>(PARTIAL, rows * dim);
     auto add = [&] {

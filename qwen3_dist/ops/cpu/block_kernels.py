@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.base import AttentionParts, BlockParts, FeedForwardParts, HeadParts, MoEParts
 from qwen3_dist.ops.batch import LayerCache, StepBatch
-from qwen3_dist.ops.cpu.kernels import Kernels
+from qwen3_dist.ops.cpu.kernels import Kernels, suffix_of
 from qwen3_dist.ops.cpu.structs import (
     AttentionKernel,
     AttentionMetadata,
@@ -34,21 +34,21 @@ class CpuBlockKernels:
         attention, feed_forward = block
         self._parts = block  # keeps the tensors that the structures point to
         self._kernels = kernels
-        self.int8 = "_int8" if attention.out.parts[0].scale is not None else ""
+        self.suffix = suffix_of(attention.out.parts[0].weight)
         self.attention_kernel = _attention_kernel(attention)
         self.dense: FeedForwardKernel | None = None
         self.experts: ExpertsKernel | None = None
         if isinstance(feed_forward, FeedForwardParts):
-            self.dense, self._name = feed_forward_kernel(feed_forward), f"feed_forward_kernel{self.int8}"
+            self.dense, self._name = feed_forward_kernel(feed_forward), f"feed_forward_kernel{self.suffix}"
         else:
-            self.experts, self._name = _experts_kernel(feed_forward), f"experts_kernel{self.int8}"
+            self.experts, self._name = _experts_kernel(feed_forward), f"experts_kernel{self.suffix}"
         self._feed_forward = address(self.dense or self.experts)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
         out, metadata = torch.empty_like(x), attention_metadata(batch, cache)
         tensors = (x, out, cache.keys, cache.values, cos, sin)
         kernel = address(self.attention_kernel)
-        self._kernels.run(f"attention_kernel{self.int8}", kernel, *tensors, address(metadata))
+        self._kernels.run(f"attention_kernel{self.suffix}", kernel, *tensors, address(metadata))
         return out
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class CpuStageKernels:
     def __init__(self, kernels: Kernels, blocks: Sequence[BlockParts], head: HeadParts | None) -> None:
         self.blocks = [CpuBlockKernels(kernels, block) for block in blocks]
         self._kernels = kernels
-        self._name = f"blocks{self.blocks[0].int8}"
+        self._name = f"blocks{self.blocks[0].suffix}"
         self._structs = (Block * len(blocks))(
             *(
                 Block(address(each.attention_kernel), address(each.dense), address(each.experts))

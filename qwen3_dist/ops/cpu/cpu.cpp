@@ -1,4 +1,4 @@
-// The C interface of the CPU kernels, for bf16 and fp32; products also for int8 weights. `kernels.py` has the same
+// The C interface of the CPU kernels, for bf16 and fp32; products also for int8 and fp8 weights. `kernels.py` has the same
 // signatures.
 #include "block_kernels.h"
 
@@ -24,8 +24,8 @@ void attention_kernel_##NAME(const AttentionKernel<T, W>* kernel, const T* x, T*
     kernel->run(x, out, keys, values, cos, sin, *metadata, int(threads)); \
 } \
 long blocks_##NAME(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
-                   const AttentionMetadata* metadata, const Logits<T, W>* logits, const Group* group, long operation, \
-                   long threads) { \
+                   const AttentionMetadata* metadata, const Logits<T, HeadWeight<T, W>>* logits, const Group* group, \
+                   long operation, long threads) { \
     return run_blocks(blocks, count, x, caches, cos, sin, *metadata, logits, group, operation, int(threads)); \
 } \
 void feed_forward_kernel_##NAME(const FeedForwardKernel<T, W>* kernel, const T* x, T* out, long rows, long threads) { \
@@ -132,9 +132,13 @@ PACKING(bf16, bf16)
 PACKING(float, fp32)
 PACKING(Int8<bf16>, bf16_int8)
 PACKING(Int8<float>, fp32_int8)
+PACKING(Fp8<bf16>, bf16_fp8)
+PACKING(Fp8<float>, fp32_fp8)
 PRODUCTS(bf16, bf16, bf16)
 PRODUCTS(float, float, fp32)
 PRODUCTS(bf16, Int8<bf16>, bf16_int8)
 PRODUCTS(float, Int8<float>, fp32_int8)
+PRODUCTS(bf16, Fp8<bf16>, bf16_fp8)
+PRODUCTS(float, Fp8<float>, fp32_fp8)
 KERNELS(bf16, bf16)
 KERNELS(float, fp32)

@@ -7,7 +7,7 @@ template <class T, class W>
 struct Experts {
     const T* x;                                // [R, D]
     const W *fc1, *fc2, *fc3;                  // E packed matrices each: [I, D], [I, D], [D, I]
-    const float *scales1, *scales2, *scales3;  // scales of the outputs: [E, I], [E, I], [E, D]; null: 1
+    const float *scales1, *scales2, *scales3;  // of the outputs: [E, I], [E, I], [E, D], or E `Groups`; null: 1
     const long* ids;                           // [R, K] expert of each choice; -1: none
     const float* weights;                      // [R, K]; null: there is one expert, which all rows chose with weight 1
     T* y;                                      // [R, D]: sum over a row's choices of weight * expert(x)
@@ -157,12 +157,17 @@ struct Experts {
             long at = (task.panel + p) * PANEL, cols = std::min(count * PANEL, outputs - at);
             for (long i = m; i < m + rows; i++) {
                 float* row = sums + i * ldo + p * PANEL;
-                for (long j = 0; scales && j < cols; j++) row[j] *= scales[task.expert * outputs + at + j];
+                for (long j = 0; !HAS_GROUPS<W> && scales && j < cols; j++)
+                    row[j] *= scales[task.expert * outputs + at + j];
                 done(row, i, p * PANEL, count * PANEL);
             }
         };
-        block_product<W>(from, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, sums,
-                         ldo, finish);
+        if constexpr (HAS_GROUPS<W>)
+            grouped_product(from, ldx, task.rows, w + first * PANEL * depth,
+                            Groups::of(scales, task.expert, panels(outputs)), task.panel, task.panels, depth, sums, ldo,
+                            finish);
+        else
+            block_product<W>(from, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, sums, ldo, finish);
     }
 
     void gate_up(const Task& task, const Input<W>* input, Input<W>* hidden) const {

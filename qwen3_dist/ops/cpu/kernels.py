@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.ops.base import ExpertWeights, Matrix
 from qwen3_dist.ops.cpu.build import library
 from qwen3_dist.ops.cpu.structs import check_sizes
 from qwen3_dist.ops.host_memory import zeros
+from qwen3_dist.ops.quantize import row_scales
+from qwen3_dist.quantization import Grid
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
@@ -40,7 +43,8 @@ _SIGNATURES = {
     "argmax": "ppiiii",
     "rotate": "ppppppppppiiiifi",
 }
-# Functions that exist for int8 weights too.
+# Functions that exist for narrow weights too, by the ends of their names.
+_NARROW = {torch.int8: "_int8", torch.float8_e4m3fn: "_fp8"}
 _PRODUCTS = (
     "pack",
     "padded",
@@ -65,7 +69,7 @@ class Kernels:
         check_sizes(loaded)
         self._functions = {}
         for name, kinds in _SIGNATURES.items():
-            for suffix in ("", "_int8") if name in _PRODUCTS else ("",):
+            for suffix in ("", *_NARROW.values()) if name in _PRODUCTS else ("",):
                 function = getattr(loaded, f"{name}_{_DTYPES[dtype]}{suffix}")
                 function.argtypes = [_KINDS[kind] for kind in kinds]
                 function.restype = ctypes.c_long if name in _RETURNING else None
@@ -74,8 +78,8 @@ class Kernels:
 
     def pack(self, weight: Tensor) -> Tensor:
         """Packs a weight [N, D] or [E, N, D] for products: each matrix becomes [ceil(N / panel), D, panel], padded
-        with zeros; see `cpu/linear.h`."""
-        suffix = "_int8" if weight.dtype == torch.int8 else ""
+        with zeros; see `cpu/panels.h`."""
+        suffix = suffix_of(weight)
         outputs, inner = weight.shape[-2:]
         sizes = (-(-outputs // self.panel), self._functions[f"padded{suffix}"](inner), self.panel)
         stack = weight if weight.dim() == 3 else weight[None]
@@ -84,6 +88,16 @@ class Kernels:
         for matrix, place in zip(stack, packed, strict=True):
             self.run(f"pack{suffix}", matrix.contiguous(), place, outputs, inner)
         return packed if weight.dim() == 3 else packed[0]
+
+    def pack_scales(self, scale: Tensor, grid: Grid, outputs: int) -> Tensor:
+        """Packs the scales [..., blocks of outputs, blocks of inputs] of codes [..., N, D] as `cpu/groups.h` has them,
+        fp32 [..., size]."""
+        groups = scale.shape[-1]
+        header = scale.new_zeros(*scale.shape[:-2], self.panel)
+        header[..., :3] = header.new_tensor([grid.columns, grid.first_column, groups])
+        by_output = F.pad(row_scales(scale, grid, range(outputs)), (0, 0, 0, -outputs % self.panel))
+        panels = by_output.unflatten(-2, (-1, self.panel)).transpose(-1, -2)
+        return torch.cat([header, panels.flatten(-3)], dim=-1)
 
     def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:
         """Rows `ids` [T] int64 of a packed matrix [N, inner] -> [T, inner]."""
@@ -94,12 +108,12 @@ class Kernels:
     def linear(self, x: Tensor, *parts: Matrix) -> list[Tensor]:
         """x [T, D] @ weight [N, D]^T * scale [N] + bias [N] -> [T, N] for each of at most three parts.
 
-        Either all parts have int8 weights with scales or none.
+        All weights have one dtype.
         """
         rows, inner = x.shape
         sizes = [part.outputs for part in parts]
         out = x.new_empty(rows * sum(sizes))
-        name = "linear" if parts[0].scale is None else "linear_int8"
+        name = f"linear{suffix_of(parts[0].weight)}"
         none = (None,) * (3 - len(parts))
         tensors: list[Tensor | None] = []
         for of_each in ("weight", "scale", "bias"):
@@ -120,7 +134,7 @@ class Kernels:
         for no expert; routing fp32 [T, K]. Adds the number of rows of each expert to `counts` [E] int64."""
         out = torch.empty_like(x)
         sizes = (*ids.shape, len(weights.stacks[0]), x.shape[1], weights.columns)
-        name = "experts" if weights.scales is None else "experts_int8"
+        name = f"experts{suffix_of(weights.stacks[0])}"
         scales = weights.scales or (None, None, None)
         self.run(name, x, *weights.stacks, *scales, ids, routing, out, counts, *sizes)
         return out
@@ -131,7 +145,7 @@ class Kernels:
         fc1, fc2, _ = weights.stacks
         one, two, _ = weights.scales or (None, None, None)
         out = x.new_zeros(len(x), weights.columns)
-        name = "expert_hidden" if one is None else "expert_hidden_int8"
+        name = f"expert_hidden{suffix_of(fc1)}"
         self.run(name, x, fc1, fc2, one, two, ids, out, counts, len(x), len(fc1), x.shape[1], weights.columns)
         return out
 
@@ -142,7 +156,7 @@ class Kernels:
         expert, whose row is 0; routing fp32 [T]."""
         fc3, scale = weights.stacks[2], weights.scales[2] if weights.scales else None
         out = hidden.new_empty(len(hidden), outputs)
-        name = "expert_outputs" if scale is None else "expert_outputs_int8"
+        name = f"expert_outputs{suffix_of(fc3)}"
         self.run(name, hidden, fc3, scale, ids, routing, out, len(hidden), len(fc3), outputs, hidden.shape[1])
         return out
 
@@ -241,6 +255,11 @@ class Kernels:
             else:
                 arguments.append(value)
         return self._functions[name](*arguments, torch.get_num_threads())
+
+
+def suffix_of(weight: Tensor) -> str:
+    """The end of the names of functions for weights of this dtype."""
+    return _NARROW.get(weight.dtype, "")
 
 
 @functools.cache

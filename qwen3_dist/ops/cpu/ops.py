@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.ops.base import (
-    AttentionParts,
     BlockParts,
     ExpertWeights,
     HeadParts,
     LinearWeights,
+    Matrix,
+    MoEParts,
     StageKernels,
 )
 from qwen3_dist.ops.batch import LayerCache, StepBatch
@@ -26,9 +27,16 @@ from qwen3_dist.ops.torch_ops import cpu_threads
 
 @dataclass(frozen=True)
 class PackedLinear(LinearWeights):
-    """Weights packed in panels (`cpu/linear.h`). Either all parts are int8 or none."""
+    """Weights of one dtype, packed in panels (`cpu/panels.h`)."""
 
     inner: int  # D
+
+
+@dataclass(frozen=True)
+class SeparateLinear(LinearWeights):
+    """Packed weights of several dtypes: of a layer of which a quantised checkpoint quantises some parts only."""
+
+    each: tuple[PackedLinear, ...]
 
 
 @dataclass(frozen=True)
@@ -51,27 +59,42 @@ class CpuOps(RowKernelOps):
         return f"{cpu_threads()}: C++ kernels"
 
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
-        weights = super().finalize_linear(weights, int8)
-        inner = weights.parts[0].weight.shape[1]
-        parts = (part._replace(weight=self._kernels.pack(part.weight)) for part in weights.parts)
-        return PackedLinear(tuple(parts), inner)
+        parts = super().finalize_linear(weights, int8).parts
+        inner, dtypes = parts[0].weight.shape[1], {part.weight.dtype for part in parts}
+        packed = tuple(map(self._packed, parts))
+        if len(dtypes) == 1:
+            return PackedLinear(packed, inner)
+        return SeparateLinear(packed, tuple(PackedLinear((part,), inner) for part in packed))
+
+    def _packed(self, part: Matrix) -> Matrix:
+        scale = part.scale
+        if part.grid is not None and scale is not None:
+            assert part.weight.dtype == torch.float8_e4m3fn, "int8 codes have a scale for each output"
+            scale = self._kernels.pack_scales(scale, part.grid, part.outputs)
+        return part._replace(weight=self._kernels.pack(part.weight), scale=scale, grid=None)
 
     def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
         weights = super().finalize_experts(weights, int8)
         fc1, fc2, fc3 = map(self._kernels.pack, weights.stacks)
-        return PackedExperts((fc1, fc2, fc3), weights.columns, weights.scales)
+        scales = weights.scales
+        if scales is not None and weights.grids is not None:
+            outputs = (stack.shape[1] for stack in weights.stacks)
+            one, two, three = map(self._kernels.pack_scales, scales, weights.grids, outputs)
+            scales = (one, two, three)
+        return PackedExperts((fc1, fc2, fc3), weights.columns, scales)
 
     def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:
         norms = [part.norm for block in blocks for part in block]
         for attention, _ in blocks:
             norms += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
         norms += [head.norm] if head is not None else []
-        packed = all(_is_packed(attention) for attention, _ in blocks)
-        if not packed or not all(norm.is_plain for norm in norms):
+        if not _of_one_kind(blocks, head) or not all(norm.is_plain for norm in norms):
             return None
         return CpuStageKernels(self._kernels, blocks, head)
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
+        if isinstance(weights, SeparateLinear):
+            return [self.linear(x, each)[0] for each in weights.each]
         if not isinstance(weights, PackedLinear):
             return super().linear(x, weights)
         return self._kernels.linear(x.contiguous(), *weights.parts)
@@ -102,5 +125,21 @@ class CpuOps(RowKernelOps):
         return self._of_fp32 if logits.dtype == torch.float32 else self._kernels
 
 
-def _is_packed(attention: AttentionParts) -> bool:
-    return isinstance(attention.qkv, PackedLinear)
+def _of_one_kind(blocks: Sequence[BlockParts], head: HeadParts | None) -> bool:
+    """Whether all weights of the blocks are packed and of one dtype, and the head's of the one that goes with it."""
+    dtypes = set()
+    for attention, feed_forward in blocks:
+        linears = [attention.qkv, attention.out]
+        if isinstance(feed_forward, MoEParts):
+            if not isinstance(feed_forward.experts, PackedExperts):
+                return False
+            dtypes |= {stack.dtype for stack in feed_forward.experts.stacks}
+        else:
+            linears += [feed_forward.gate_up, feed_forward.down]
+        if not all(isinstance(linear, PackedLinear) for linear in linears):
+            return False
+        dtypes |= {part.weight.dtype for linear in linears for part in linear.parts}
+    if head is not None:
+        of_head = head.weights.parts[0].weight.dtype
+        dtypes |= {of_head} if dtypes != {torch.float8_e4m3fn} else set()
+    return len(dtypes) <= 1

@@ -39,6 +39,8 @@ class DeterministicCudaOps(CudaOps):
         return [self._product(x, part) for part in weights.parts]
 
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
+        if part.grid is not None:
+            return self._product_of_codes(x, part)
         product = self._kernels.fixed_linear(x.contiguous(), part.weight, part.scale)
         return product if part.bias is None else product + part.bias
 
@@ -49,11 +51,15 @@ class DeterministicCudaOps(CudaOps):
         return ordered_topk(logprobs, count)
 
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
+        if weights.grids is not None:
+            return super().expert_hidden(x, weights, ids, counts)
         return self._kernels.expert_hidden(x.contiguous(), weights.stacks, weights.scales, ids, counts)
 
     def expert_outputs(
         self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
     ) -> Tensor:
+        if weights.grids is not None:
+            return super().expert_outputs(hidden, weights, ids, routing, outputs)
         scale = weights.scales[2] if weights.scales else None
         answers = self._kernels.expert_outputs(hidden.contiguous(), weights.stacks[2], scale, ids)
         return self._kernels.summed(answers, ids[:, None], routing[:, None])

@@ -68,7 +68,7 @@ class CudaOps(RowKernelOps):
         chosen = [f"attention by {self._attention.backend.name}{unused}"]
         chosen.append("rows by Triton kernels" if self._kernels is not None else "rows by torch alone")
         if experts is not None:
-            ways = ["Triton"] if self._kernels is not None else []
+            ways = ["Triton"] if self._kernels is not None and experts.grids is None else []
             ways += ["grouped_mm"] if self._takes_grouped_mm(experts) else []
             chosen.append(f"experts by {' and '.join(ways) or 'one product after the other'}")
         return f"{torch.cuda.get_device_name(self._device)}: {', '.join(chosen)}"
@@ -82,7 +82,7 @@ class CudaOps(RowKernelOps):
         return F.linear(x, weights.joined).split([part.outputs for part in weights.parts], dim=1)
 
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
-        if self._kernels is None or part.scale is None or len(x) > _FEW_ROWS:
+        if self._kernels is None or part.scale is None or part.grid is not None or len(x) > _FEW_ROWS:
             return super()._product(x, part)
         product = self._kernels.linear_int8(x.contiguous(), part.weight, part.scale)
         return product if part.bias is None else product + part.bias
@@ -101,6 +101,8 @@ class CudaOps(RowKernelOps):
     def _experts_of_slice(
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
     ) -> Tensor:
+        if weights.grids is not None:
+            return super()._experts_of_slice(x, weights, ids, routing, counts)
         few = ids.numel() < FEW_PAIRS * len(weights.stacks[0])
         grouped = self._takes_grouped_mm(weights)
         if self._kernels is not None and (few or not grouped):
@@ -112,7 +114,7 @@ class CudaOps(RowKernelOps):
         return grouped_experts(x, weights, ids, routing, here, self._kernels)
 
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
-        return self._kernels is not None or self._takes_grouped_mm(weights)
+        return weights.grids is None and (self._kernels is not None or self._takes_grouped_mm(weights))
 
     def _takes_grouped_mm(self, weights: ExpertWeights) -> bool:
         return self._grouped_mm and takes_grouped_mm(weights)

@@ -1,0 +1,119 @@
+"""What config.json says about quantised weights, and what of it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.quantization import FP8, INT8, Grid, WeightFormat, read_quantization
+
+QWEN: dict[str, Any] = {  # that of Qwen3-30B-A3B-FP8, shortened
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "modules_to_not_convert": ["lm_head", "model.layers.1.mlp.gate", "model.layers.1.self_attn.o_proj"],
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+BLOCKS = WeightFormat(FP8, (128, 128), ("weight_scale_inv", "weight_scale"))
+
+
+def compressed(**weights: Any) -> dict[str, Any]:
+    """A config of llm-compressor with one group."""
+    group = {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", **weights},
+        "input_activations": {"num_bits": 8, "dynamic": True, "strategy": "token"},
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+def test_a_checkpoint_without_quantisation_has_none() -> None:
+    assert read_quantization({}) is None
+    assert read_quantization({"quantization_config": None, "compression_config": {}}) is None
+
+
+def test_modules_are_left_alone_by_whole_names() -> None:
+    read = read_quantization({"quantization_config": QWEN})
+    assert read is not None and read.of("model.layers.0.self_attn.o_proj") == BLOCKS
+    assert read.of("model.layers.1.self_attn.o_proj") is None
+    assert read.of("lm_head") is None
+    # "mlp.gate" is not "mlp.gate_proj", and layer 1 is not layer 11
+    assert read.of("model.layers.1.mlp.gate_proj") == read.of("model.layers.11.mlp.gate") == BLOCKS
+    ignoring = {**QWEN, "modules_to_not_convert": None, "ignored_layers": ["model.layers.3", "q_proj"]}
+    read = read_quantization({"quantization_config": ignoring})
+    assert read is not None and read.of("model.layers.3.mlp.experts.7.up_proj") is None
+    assert read.of("model.layers.4.self_attn.q_proj") is None
+    assert read.of("model.layers.30.mlp.experts.7.up_proj") == BLOCKS
+
+
+def test_groups_have_their_own_formats_and_names_come_before_the_class() -> None:
+    config = compressed()
+    rest = config["config_groups"]["group_0"]
+    eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    config["config_groups"]["group_1"] = {"targets": [r"re:.*mlp\.down_proj$"], "weights": eight}
+    config["ignore"] += ["re:.*layers.0\\..*"]
+    rest["weights"] = {**rest["weights"], "strategy": "block", "block_structure": [64, 32]}
+    read = read_quantization({"compression_config": config})
+    assert read is not None
+    assert read.of("model.layers.1.mlp.up_proj") == WeightFormat(FP8, (64, 32), ("weight_scale",))
+    assert read.of("model.layers.1.mlp.down_proj") == WeightFormat(INT8, None, ("weight_scale",))
+    assert read.of("model.layers.0.mlp.down_proj") is None
+    assert read.describe() == "compressed-tensors: fp8 (e4m3) by blocks of 64 x 32, int8 by outputs"
+
+
+def test_a_part_has_the_blocks_that_cover_it() -> None:
+    # 30B-A3B's 768 columns in 8 parts of 96: the second begins in the first block and ends in the second
+    assert BLOCKS.grid(96, 0) == Grid(128, 128, 96, 0)
+    assert BLOCKS.grid(96, 0).shape(96, 2048) == (2, 16)
+    assert BLOCKS.grid(288, 0).shape(96, 2048) == (1, 16)  # from 32 to 128 of block 2
+    assert WeightFormat(FP8, None, ()).grid(96, 192).shape(5, 96) == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "sentence"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "'bitsandbytes' is not supported; supported are fp8",
+        ),
+        ({"quantization_config": {"quant_method": "gguf"}}, "quantisation 'gguf'"),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4}}, "quantisation 'exl2'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantisation 'awq'"),
+        ({"quantization_config": {"bits": 4}}, "quantisation None"),
+        ({"quantization_config": "fp8"}, "must be a JSON object"),
+        ({"quantization_config": QWEN, "compression_config": compressed()}, "disagree"),
+        ({"quantization_config": {**QWEN, "fmt": "e5m2"}}, "fmt='e5m2' is not supported; e4m3 is"),
+        (
+            {"quantization_config": {**QWEN, "weight_block_size": [128]}},
+            "weight_block_size is .128. where two",
+        ),
+        ({"quantization_config": {**QWEN, "weight_block_size": [0, 128]}}, "two positive integers"),
+        ({"quantization_config": {**QWEN, "expert_dtype": "fp4"}}, "expert_dtype='fp4' is not supported"),
+        ({"quantization_config": {**QWEN, "secret": 3}}, "secret=3 is not understood"),
+        ({"quantization_config": {**QWEN, "ignored_layers": "lm_head"}}, "a list of module names"),
+        ({"quantization_config": compressed(num_bits=4, type="int")}, "4-bit weights of type 'int'"),
+        ({"quantization_config": compressed(type="int", symmetric=False)}, "zero points"),
+        ({"quantization_config": compressed(strategy="group")}, "strategy 'group'"),
+        ({"quantization_config": compressed(strategy="block")}, "without block_structure"),
+        ({"quantization_config": {**compressed(), "format": "pack-quantized"}}, "format='pack-quantized'"),
+        ({"quantization_config": {**compressed(), "config_groups": {}}}, "config_groups is {}"),
+        ({"quantization_config": {**compressed(), "ignore": ["re:("]}}, "no regular expression"),
+        (
+            {"quantization_config": {**compressed(), "sparsity_config": {"format": "sparse"}}},
+            "sparsity_config",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused(raw: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        ModelConfig.from_dict({"model_type": "qwen3", **raw})
