@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 from cluster.hardware import Cluster, Device
 from cluster.planning.collectives import groups_of
-from cluster.planning.footprint import LayerSizes, Stage, stage_weights, stages
+from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
 from cluster.planning.memory import ITEM_BYTES, kv_bytes_per_token
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
@@ -123,17 +123,21 @@ class CostModel:
 
     def weights_bytes(self) -> int:
         """Bytes of weights on the fullest rank."""
-        most = max(
-            stage_weights(self.config, self.layout, self.sizes, stage) for stage in self._distinct_stages
+        return int(
+            max(
+                stage_bytes(self.config, self.layout, self.sizes, stage, self._weight_bytes)
+                for stage in self._distinct_stages
+            )
         )
-        return int(most * self._weight_bytes)
 
     def activation_bytes(self, max_num_batched_tokens: int, max_num_seqs: int) -> int:
         """Bytes of activations and buffers of the largest step on one rank."""
         config, layout = self.config, self.layout
         tokens = max_num_batched_tokens * layout.dp
         by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self.cluster.device_kind)
-        return step_bytes(config, layout, max_num_batched_tokens, max_num_seqs, self._item, by_all_to_all)
+        widens = config.quantization is not None
+        sizes = (max_num_batched_tokens, max_num_seqs)
+        return step_bytes(config, layout, *sizes, self._item, by_all_to_all, widens)
 
     def kv_bytes_per_token(self) -> float:
         """KV-cache bytes per token on a rank of the stage with the most layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.planning.memory import bytes_per_weight
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, even_ranges
 
@@ -67,6 +68,21 @@ def stages(config: ModelConfig, layout: Layout) -> list[Stage]:
         Stage(len(cut) - experts, experts, index == 0, index == layout.pp - 1)
         for index, (cut, experts) in enumerate(zip(cuts, moe, strict=True))
     ]
+
+
+def stage_bytes(
+    config: ModelConfig, layout: Layout, sizes: LayerSizes, stage: Stage, item_bytes: float
+) -> float:
+    """Bytes of weights on the fullest rank of `stage`, where a weight that is not quantised takes `item_bytes`."""
+    plain = stage_weights(config, layout, sizes, stage) * item_bytes
+    if config.quantization is None:
+        return plain
+    saved = {kind: item_bytes - stored for kind, stored in bytes_per_weight(config).items()}
+    return plain - (
+        stage.layers * sizes.attention * saved["attention"]
+        + stage.dense_layers * sizes.dense * saved.get("dense", 0)
+        + stage.moe_layers * sizes.experts_here * sizes.expert * saved.get("experts", 0)
+    )
 
 
 def stage_weights(config: ModelConfig, layout: Layout, sizes: LayerSizes, stage: Stage) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from math import prod
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, valid_layouts
-from qwen3_dist.weights.weight_plan import Piece, WeightPlan
+from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.weights.weight_plan import WeightPlan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -20,14 +23,33 @@ def total_parameters(config: ModelConfig) -> int:
 
 def active_parameters(config: ModelConfig) -> int:
     """Number of parameters used for one token: all but the experts that it is not routed to."""
-    experts = sum(_elements(p) for p in _pieces(config, Layout(), 0) if ".experts." in p.parameter)
+    pieces = _pieces(config, Layout(), 0)
+    experts = sum(_elements(p) for p in pieces if ".experts." in p.parameter and p.stored != SCALE)
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
     return total_parameters(config) - experts + round(experts * share)
 
 
 def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
     """Number of parameters on `rank`, without padding."""
-    return sum(_elements(piece) for piece in _pieces(config, layout, rank))
+    return sum(_elements(piece) for piece in _pieces(config, layout, rank) if piece.stored != SCALE)
+
+
+def rank_bytes(config: ModelConfig, layout: Layout, rank: int) -> int:
+    """Bytes of weights on `rank`, without padding. Codes of a quantised checkpoint take a byte, scales four."""
+    return sum(_bytes(piece, config) for piece in _pieces(config, layout, rank))
+
+
+@cache
+def bytes_per_weight(config: ModelConfig) -> dict[str, float]:
+    """Bytes of a weight of "attention", "dense" layers and "experts", scales included: the mean over all layers."""
+    kinds = {".att.": "attention", ".ff.experts.": "experts", ".ff.fc": "dense"}
+    stored, weights = Counter[str](), Counter[str]()
+    for piece in _pieces(config, Layout(), 0):
+        kind = next((kind for part, kind in kinds.items() if part in piece.parameter), None)
+        if kind is not None and len(piece.shape) > 1:
+            stored[kind] += _bytes(piece, config)
+            weights[kind] += _elements(piece) if piece.stored != SCALE else 0
+    return {kind: stored[kind] / weights[kind] for kind in weights}
 
 
 def kv_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, item_bytes: int) -> int:
@@ -65,11 +87,12 @@ def inspect_model(name: str, config: ModelConfig, layout: Layout, world: int) ->
     return {
         "model": name,
         "dtype": config.dtype,
+        "quantization": config.quantization.describe() if config.quantization is not None else "none",
         "sizes": {known: getattr(config, field) for known, field in names.items()},
         "parameters": total_parameters(config),
         "active_parameters_per_token": active_parameters(config),
         "layout": str(layout),
-        "bytes_per_rank": [rank_parameters(config, layout, rank) * item_bytes for rank in ranks],
+        "bytes_per_rank": [rank_bytes(config, layout, rank) for rank in ranks],
         "kv_bytes_per_token_per_rank": kv,
         "kv_bytes_per_token": sum(kv[rank] for rank in one_group),
         "world": world,
@@ -82,6 +105,10 @@ def _pieces(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Piece]:
     return WeightPlan(config, layout, set()).pieces(layout.coords(rank))
 
 
+def _bytes(piece: Piece, config: ModelConfig) -> int:
+    sizes = {None: ITEM_BYTES[config.dtype], SCALE: 4}
+    return _elements(piece) * sizes.get(piece.stored, 1)
+
+
 def _elements(piece: Piece) -> int:
-    cut = [len(range(*part.indices(length))) for part, length in zip(piece.index, piece.shape, strict=False)]
-    return prod([*cut, *piece.shape[len(cut) :]])
+    return prod(map(len, piece.ranges))

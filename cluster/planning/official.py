@@ -11,6 +11,8 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.source import canonical_name, local_path, resolve_config
 
+_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+
 
 @cache
 def official_configs() -> dict[str, dict[str, Any]]:
@@ -31,7 +33,7 @@ def find_config(model: str, revision: str | None = None) -> tuple[str, ModelConf
     name = canonical_name(model)
     official = None if revision or local_path(name).is_dir() else _official(name)
     if official is not None:
-        return official, ModelConfig.from_dict(official_configs()[official])
+        return official
     try:
         directory = resolve_config(name, revision)
     except CheckpointError as error:
@@ -41,10 +43,16 @@ def find_config(model: str, revision: str | None = None) -> tuple[str, ModelConf
     return name or "bundled", ModelConfig.from_directory(directory)
 
 
-def _official(name: str) -> str | None:
-    """The key in `official_configs` of a model name or hub id, ignoring case; None if there is none."""
+def _official(name: str) -> tuple[str, ModelConfig] | None:
+    """The official name that is meant by a model name or hub id, ignoring case, and its config; None if there is
+    none. The FP8 checkpoint of a model has its name and "-FP8"."""
     short = name.lower().removeprefix("qwen/")
-    return next((each for each in official_configs() if each.lower() == short), None)
+    for each, raw in official_configs().items():
+        if short == each.lower():
+            return each, ModelConfig.from_dict(raw)
+        if short == f"{each.lower()}-fp8":
+            return f"{each}-FP8", ModelConfig.from_dict({**raw, "quantization_config": _FP8})
+    return None
 
 
 def _from_file(file: Path) -> ModelConfig:

@@ -14,12 +14,13 @@ from cluster.hardware import PRESETS
 from cluster.planning.collectives import Group
 from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.footprint import LayerSizes, stage_weights, stages
-from cluster.planning.memory import kv_bytes_per_token, rank_parameters
+from cluster.planning.memory import kv_bytes_per_token, rank_bytes, rank_parameters
 from cluster.planning.official import find_config, official_configs
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout, valid_layouts
 from qwen3_dist.parallel.expert_exchange import CPU_ALL_TO_ALL_FROM, capacity, prefers_all_to_all
+from qwen3_dist.quantization import read_quantization
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 ONE_DECODE = StepShape(1, 10, 0, 0, 1)
@@ -189,6 +190,20 @@ def test_weights_are_those_of_the_fullest_rank(config: ModelConfig, world: int) 
             ranks = range(first, first + layout.stage_size)
             counted = max(rank_parameters(config, layout, rank) for rank in ranks)
             assert counted <= weights <= counted * 1.03, layout  # the zeros that pad take room too
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE])
+def test_quantised_weights_take_the_bytes_of_codes_and_scales(config: ModelConfig) -> None:
+    alone = {"modules_to_not_convert": ["lm_head", "o_proj"]}
+    fp8 = read_quantization(
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8], **alone}}
+    )
+    quantized = replace(config, quantization=fp8)
+    for layout in valid_layouts(quantized, 2):
+        counted = max(rank_bytes(quantized, layout, rank) for rank in range(2))
+        taken = CostModel(quantized, layout, PLAIN).weights_bytes()
+        assert counted * 0.97 <= taken <= counted * 1.03, layout
+        assert taken < 0.9 * CostModel(config, layout, PLAIN).weights_bytes()
 
 
 def test_the_cache_is_what_weights_and_activations_leave() -> None:

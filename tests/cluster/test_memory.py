@@ -16,9 +16,11 @@ from cluster.planning.memory import (
     active_parameters,
     inspect_model,
     kv_bytes_per_token,
+    rank_bytes,
     rank_parameters,
     total_parameters,
 )
+from cluster.planning.official import find_config
 from qwen3_dist import Layout, ModelConfig
 from tests.checkpoints import DENSE, MOE, write_checkpoint
 
@@ -98,6 +100,23 @@ def test_a_pipeline_stage_holds_its_layers_alone(moe: ModelConfig) -> None:
     first, last = (rank_parameters(moe, Layout(pp=2), rank) for rank in range(2))
     assert first + last == total_parameters(moe)
     assert kv_bytes_per_token(moe, Layout(pp=2), 0, 2) == kv_bytes_per_token(moe, Layout(), 0, 2) // 2
+
+
+def test_codes_take_a_byte_and_scales_four() -> None:
+    """Qwen3-30B-A3B in FP8, counted by hand; at tp=8 a rank has the scales of blocks that it shares too."""
+    (_, plain), (name, config) = (find_config(name) for name in ("Qwen3-30B-A3B", "qwen/qwen3-30b-a3b-fp8"))
+    assert name == "Qwen3-30B-A3B-FP8"
+    attention = 48 * (4096 + 512 + 512 + 4096) * 2048
+    experts = 48 * 128 * 3 * 768 * 2048
+    whole = total_parameters(config)
+    assert whole == total_parameters(plain) and active_parameters(config) == active_parameters(plain)
+    codes = attention + experts
+    assert rank_bytes(config, Layout(), 0) == codes + 4 * codes // 128**2 + 2 * (whole - codes)
+    # 96 columns of an expert lie in one block or in two: 2, 4, 6 and 8 parts end in a new block
+    parsed = Layout.parse("tp=8")
+    parts = [rank_bytes(config, parsed, rank) - rank_bytes(config, parsed, 0) for rank in range(8)]
+    more = 48 * 128 * 3 * 16 * 4
+    assert parts == [0, more, more, 0, 0, more, more, 0]
 
 
 def test_the_report_names_the_layouts_of_a_world(tmp_path: Path) -> None:
