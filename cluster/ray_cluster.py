@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 
@@ -77,9 +78,19 @@ def shutdown() -> None:
         _guard = None
 
 
+def _require_home() -> None:
+    try:
+        Path.home()
+    except RuntimeError:
+        raise ResourceError(
+            "this user has no home directory and Ray needs one; set HOME to a directory that it can write to"
+        ) from None
+
+
 def _start(num_cpus: int | None) -> None:
     """Starts a local Ray, with one retry. Raises ResourceError."""
     global _guard
+    _require_home()
     for name, value in ray_private.CLUSTER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for tries_left in reversed(range(_START_TRIES)):

@@ -120,6 +120,16 @@ class FakeRay:
 TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed"
 
 
+def test_a_user_without_a_home_is_told_what_ray_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(ray, "init", None)
+    with pytest.raises(ResourceError, match="no home directory and Ray needs one; set HOME to a directory"):
+        ray_cluster.connect(None)
+
+
 def test_a_ray_that_does_not_come_up_in_time_is_started_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeRay([Exception(TIMED_OUT)])
     monkeypatch.setattr(ray_cluster, "ray", fake)
