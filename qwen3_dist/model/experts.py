@@ -119,12 +119,10 @@ class Experts(Quantizable):
         for name in self.tensor_names:
             delattr(self, name)  # frees the loaded weights
 
-    def take(
-        self, other: Experts, places: Sequence[int | None], stacks: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
+    def take(self, other: Experts, places: Sequence[int | None], tensors: tuple[Tensor, ...]) -> None:
         """In place of loading and `finalize`: this module gets the experts at the indices `places` of `other`, which
-        is finalized, and where that is None the next of `stacks`, which are in the checkpoint's layout."""
-        converted = other.convert(stacks) if None in places else other.weights.tensors
+        is finalized, and where that is None the next of `tensors`, which are as `convert` takes them."""
+        converted = other.convert(tensors) if None in places else other.weights.tensors
         taken = []
         for theirs, new in zip(other.weights.tensors, converted, strict=True):
             mine, arriving = zeros((len(places), *theirs.shape[1:]), theirs.dtype, theirs.device), iter(new)
@@ -135,6 +133,7 @@ class Experts(Quantizable):
         scales = (taken[3], taken[4], taken[5]) if other.weights.scales is not None else None
         self._finalized = replace(other.weights, stacks=(one, two, three), scales=scales)
         del self.fc1, self.fc2, self.fc3
+        self.codes = other.codes
 
     @property
     def stays_on_device(self) -> bool:

@@ -139,7 +139,7 @@ class ExpertReadThread(threading.Thread):
         )
         return self.moe.prepare_move(self._placement, tuple(here))
 
-    def _check_dropped(self, elements: int) -> None:
+    def _check_dropped(self, size: int) -> None:
         if self.dropped.is_set():
             raise _DroppedError
 

@@ -45,9 +45,9 @@ def regroup(
     model.whole_stage = None
     reader, done = ExpertReader(path, model, random), 0
 
-    def advance(elements: int) -> None:
+    def advance(size: int) -> None:
         nonlocal done
-        done += elements * model.dtype.itemsize
+        done += size
 
     for block in model.blocks:
         ff = block.ff
@@ -71,7 +71,7 @@ def _regrouped(
         new = MoEFeedForward(model.config, model.parallel, placement, model.ops, model.overflow)
     held = {expert: place for place, expert in enumerate(old.hosted)}
     arriving = [expert for expert in new.hosted if expert not in held]
-    fc1, fc2, fc3 = (stack.to(model.device) for stack in reader.read(layer, arriving, advance))
-    new.experts.take(old.experts, [held.get(expert) for expert in new.hosted], (fc1, fc2, fc3))
+    tensors = tuple(tensor.to(model.device) for tensor in reader.read(layer, arriving, advance))
+    new.experts.take(old.experts, [held.get(expert) for expert in new.hosted], tensors)
     new.gate = old.gate
     return new.eval()

@@ -17,9 +17,16 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.launch.launcher import Launcher
 from tests import failing_ranks
+from tests.quantized import write_fp8
 from tests.recovering import before_step, config, started, undisturbed, whole_tokens
 
 PROMPTS = [(5, 6, 7, 8), (9, 8, 7), (1, 2, 3, 4, 5), (11,)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    fp8 = write_fp8(tmp_path_factory.mktemp("fp8"), 24, 20, moe=True, mlp_only_layers=[1])
+    return {**checkpoints, "moe fp8": fp8.quantized}
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ async def asked_until(
 @pytest.mark.parametrize(
     ("model", "layout", "lost", "smaller", "kept", "how", "most_read", "settings"),
     [
-        ("moe", "dp=3,ep=3", 1, "dp=2,ep=2", [0, 2], "ranks_that_end_while_refused", 0.3, {}),
+        ("moe fp8", "dp=3,ep=3", 1, "dp=2,ep=2", [0, 2], "ranks_that_end_while_refused", 0.3, {}),
         (
             "moe",
             "dp=3,ep=3",
