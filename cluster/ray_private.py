@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -37,6 +38,8 @@ CLUSTER_ENVIRONMENT = {
 DEPLOYMENT_ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Whoever sends requests counts them for scaling (`count_request`). A later version may change the default.
+    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "1",
     # The largest message that gRPC allows; the default is 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
 }
@@ -76,8 +79,9 @@ def check_serve() -> None:
     _find("ray._private.state", "available_resources_per_node")
     _find("ray.serve.context", "_get_global_client")
     _find("ray.serve.context", "_set_global_client")
-    _find("ray.serve._private.handle_options", "DynamicHandleOptions", "_by_reference")
     _find("ray.serve._private.router", "AsyncioRouter", "request_router")
+    _find("ray.serve._private.router", "RouterMetricsManager", "inc_num_running_requests_for_replica")
+    _find("ray.serve._private.router", "RouterMetricsManager", "dec_num_running_requests_for_replica")
     _find("ray.serve._private.request_router", "RequestRouter", "curr_replicas")
     _find("ray.serve.handle", "DeploymentHandle", "_init_router")
     _find("ray.serve.handle", "DeploymentBroadcastResponse", "_fetch_replica_results_async")
@@ -167,8 +171,24 @@ def running_replicas(handle: DeploymentHandle) -> tuple[str, ...]:
     The context's `world_size` is the setting `num_replicas`: it does not follow autoscaling, nor deaths. Call this on
     the event loop of the process, on which the handle's router runs.
     """
-    router = handle._init_router()._asyncio_router.request_router  # type: ignore[attr-defined]
+    router = _router(handle).request_router
     return tuple(replica.unique_id for replica in router.curr_replicas) if router else ()
+
+
+def count_request(handle: DeploymentHandle, replica: str) -> Callable[[], None]:
+    """Has Serve's scaling count a request at the replica with this id as if the handle had sent it, until what this
+    returns is called. Serve has no public way to tell it of requests that do not pass through it."""
+    router = _router(handle)
+    metrics = router._metrics_manager
+    for replica_id in router.request_router.curr_replicas:
+        if replica_id.unique_id == replica:
+            metrics.inc_num_running_requests_for_replica(replica_id)
+            return functools.partial(metrics.dec_num_running_requests_for_replica, replica_id)
+    return lambda: None
+
+
+def _router(handle: DeploymentHandle) -> Any:
+    return handle._init_router()._asyncio_router  # type: ignore[attr-defined]
 
 
 async def broadcast(handle: DeploymentHandle, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
@@ -184,17 +204,6 @@ async def broadcast(handle: DeploymentHandle, method: str, *arguments: Any, time
         return await asyncio.wait_for(result.get_async(), timeout_s)
 
     return await asyncio.gather(*map(answer, results), return_exceptions=True)
-
-
-def stream_by_grpc(handle: DeploymentHandle, method: str) -> DeploymentHandle:
-    """A handle for streaming calls of `method` over gRPC, which costs a third of a stream of Ray objects."""
-    return handle.options(
-        method_name=method,
-        stream=True,
-        _by_reference=False,
-        request_serialization="pickle",
-        response_serialization="pickle",
-    )
 
 
 def unsent_messages(send: Any) -> Collection[Any] | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from serve_app.request_frames import ReplicaAddress
+
 
 class ReplicaStatus(NamedTuple):
     """The state of the replica with the id `replica` and the Ray actor `actor`.
 
     `problem` says why it is not healthy, "" if it is. `queued_tokens` of prompts wait in its engine, and it has
     `num_requests` sequences, running or waiting. `absence` says which ranks a healthy replica goes without, and why;
-    "" if it has all.
+    "" if it has all. It takes requests at `address`.
     """
 
     problem: str
@@ -19,3 +21,4 @@ class ReplicaStatus(NamedTuple):
     replica: str = ""
     actor: str = ""
     absence: str = ""
+    address: ReplicaAddress | None = None

@@ -51,7 +51,7 @@ ROOMS = (
     "serve_app.apis.error_forms",
     "serve_app.metrics",
     "serve_app.placement",
-    "serve_app.part_frames",
+    "serve_app.request_frames",
     "serve_app.replica_status",
     "serve_app.deployed",
     "serve_app.waiting",

@@ -22,9 +22,8 @@ from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.pooling import PoolingRequest
 from serve_app.failures import log_internal_error
-from serve_app.ingress.part_client import PartClient, PartReceiver
+from serve_app.ingress.interrupt import Interrupt, InterruptedWaitError
 from serve_app.ingress.progress import Progress
-from serve_app.part_frames import PartsAt
 from serve_app.telemetry.summary import LastPart, RequestSummary
 
 T = TypeVar("T")
@@ -63,7 +62,6 @@ class Dispatcher:
         # By the replica that runs them, "" if none has told that it does.
         self._calls: dict[str, set[Any]] = defaultdict(set)
         self._pauses_s = pauses_s
-        self._parts = PartClient()
 
     def lose(self, replica: str) -> None:
         """Has the requests of `replica` go on elsewhere, and those that no replica has told yet that it has them."""
@@ -175,42 +173,42 @@ class Dispatcher:
         progress.replica, progress.replica_died = "", True
         items = self._send(request, request_id, *context, **resume)
         self._calls[""].add(items)
-        parts: PartReceiver | None = None
+        streams, late = False, Interrupt()
+        timer: asyncio.TimerHandle | None = None
         try:
-            async with contextlib.AsyncExitStack() as receiving:
-                while True:
-                    if parts is None:
-                        item = await self._in_time(_next(items), deadline, progress)
-                    else:
-                        item = await anext(parts, None)
-                    if item is None:
-                        return
-                    if isinstance(item, Running):
-                        self._calls[""].discard(items)
-                        self._calls[item.replica].add(items)
-                        progress.replica = item.replica
-                        if progress.taken():
-                            on_resume()
-                        continue
-                    if isinstance(item, Counted):
-                        charge(progress.count(item))
-                        on_count(item)
-                        item = item.item
-                    status, body = item if isinstance(item, tuple) else (HTTPStatus.OK, item)
-                    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-                        progress.replica_died = body == DIED
-                        if body == LEFT:
-                            progress.left()
-                        raise EngineDeadError(_LOST)
-                    if not progress.runs and progress.taken():
+            while True:
+                if streams:
+                    item = await late.wait(_next, items)
+                else:
+                    item = await self._in_time(_next(items), deadline, progress)
+                if item is None:
+                    return
+                if isinstance(item, Running):
+                    self._calls[""].discard(items)
+                    self._calls[item.replica].add(items)
+                    progress.replica = item.replica
+                    if progress.taken():
                         on_resume()
-                    if isinstance(body, PartsAt):
-                        yield _ACCEPTED
-                        opened = receiving.enter_async_context(self._parts.receive(body))
-                        receiver = await self._in_time(opened, deadline, progress)
-                        parts = receiver.until(_next(items), deadline, self._too_long())
-                    else:
-                        yield item
+                    continue
+                if isinstance(item, Counted):
+                    charge(progress.count(item))
+                    on_count(item)
+                    item = item.item
+                status, body = item if isinstance(item, tuple) else (HTTPStatus.OK, item)
+                if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    progress.replica_died = body == DIED
+                    if body == LEFT:
+                        progress.left()
+                    raise EngineDeadError(_LOST)
+                if not progress.runs and progress.taken():
+                    on_resume()
+                if not streams and item == _ACCEPTED:
+                    streams = True  # one timer serves all parts
+                    if deadline is not None:
+                        timer = asyncio.get_running_loop().call_at(deadline, late.fire)
+                yield item
+        except InterruptedWaitError:
+            raise self._too_long() from None
         except QwenDistError:
             raise
         except Exception as error:
@@ -218,9 +216,10 @@ class Dispatcher:
                 raise log_internal_error(error, logger, request_id) from None
             raise EngineDeadError(_LOST) from None
         finally:
+            if timer is not None:
+                timer.cancel()
             self._calls[progress.replica].discard(items)
-            with contextlib.suppress(Exception):  # cancelling raises the error of a failed request again
-                items.cancel()
+            items.cancel()
 
     async def _in_time(self, work: Awaitable[T], deadline: float | None, progress: Progress) -> T:
         """Awaits `work`. Raises RequestError (408) if it takes until `deadline`, a time of the event loop's clock, and

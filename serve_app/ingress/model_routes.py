@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from cluster.ray_private import broadcast, running_replicas, stream_by_grpc
+from cluster.ray_private import broadcast, running_replicas
 from qwen3_dist.errors import EngineDeadError, RequestError
 from serve_app.apis.models import model_not_found, one_of
 from serve_app.ingress.admission import Admission, QueueFullError
 from serve_app.ingress.dispatch import Dispatcher
+from serve_app.ingress.replica_calls import ReplicaCalls
 from serve_app.ingress.replica_health import ANSWER_TIMEOUT_S, Poll, ReplicaHealth
-from serve_app.ingress.replica_table import table_of
+from serve_app.ingress.replica_table import ReplicaTable
 from serve_app.settings import IngressConfig, IngressSettings, ServedModel
 
 State = Literal["starting", "ready", "asleep", "unhealthy"]
@@ -186,10 +187,11 @@ class ModelRoutes:
                 return Poll((), [])
             return Poll(running, await broadcast(replicas, "status", timeout_s=ANSWER_TIMEOUT_S))
 
-        table = table_of(replicas.app_name, replicas.deployment_name)
-        dispatcher = Dispatcher(stream_by_grpc(replicas, "answer").remote)
+        table = ReplicaTable()
+        calls = ReplicaCalls(replicas, table)
+        dispatcher = Dispatcher(calls.send)
         health = ReplicaHealth(poll, *health_times(model), table, on_silent=dispatcher.lose)
-        dispatcher.on_loss = health.lose_request
+        dispatcher.on_loss, calls.poll = health.lose_request, health.poll_soon
         return ModelRoute(model, replicas, dispatcher, health, self._num_ingresses)
 
 

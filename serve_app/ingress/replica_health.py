@@ -67,6 +67,10 @@ class ReplicaHealth:
             self._lose(replica)
         elif replica:
             self._table.avoid(replica)
+        self.poll_soon()
+
+    def poll_soon(self) -> None:
+        """Polls again at once."""
         self._poll_now.set()
 
     def stop(self) -> None:

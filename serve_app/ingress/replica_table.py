@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from threading import Lock
 
 from serve_app.ingress.prefix_memory import PrefixMemory, prefixes_of
 from serve_app.replica_status import ReplicaStatus
+from serve_app.request_frames import ReplicaAddress
 
 TOKENS_OF_REQUEST = 256  # as many tokens of waiting prompts count as much as a sequence that a replica has
 MAX_SHARED_TOKENS = 8192  # so a shared prefix draws a replica at most 32 requests more than others have
@@ -16,10 +16,10 @@ BYTES_OF_TOKEN = 4  # of a prompt, about
 
 
 class ReplicaTable:
-    """The event loop writes what polls tell, the thread of Serve's router reads it."""
+    """`addresses` has those of the replicas that take requests, by their ids."""
 
     def __init__(self) -> None:
-        self._lock = Lock()
+        self.addresses: dict[str, ReplicaAddress] = {}
         self._prefixes = PrefixMemory()
         self._load: dict[str, int] = {}  # in tokens, at the last poll
         self._sent: Counter[str] = Counter()  # tokens since
@@ -27,24 +27,31 @@ class ReplicaTable:
 
     def update(self, told: Sequence[ReplicaStatus], silent: Iterable[str]) -> None:
         """Takes up a poll: what replicas told, and the ids of those that did not answer."""
-        with self._lock:
-            self._load = {
-                status.replica: status.queued_tokens + TOKENS_OF_REQUEST * status.num_requests
-                for status in told
-            }
-            self._sent.clear()
-            self._avoided = {status.replica for status in told if status.problem} | set(silent)
+        silent = set(silent)
+        self._load = {
+            status.replica: status.queued_tokens + TOKENS_OF_REQUEST * status.num_requests for status in told
+        }
+        self._sent.clear()
+        self._avoided = {status.replica for status in told if status.problem} | silent
+        if told:
+            self.addresses = {each: at for each, at in self.addresses.items() if each in silent}
+        for status in told:
+            self.learn(status)
+
+    def learn(self, status: ReplicaStatus) -> None:
+        """Notes where a replica takes requests."""
+        if status.address is not None:
+            self.addresses[status.replica] = status.address
 
     def avoid(self, replica: str) -> None:
         """Sends `replica` nothing, while there are others, until a poll finds it healthy."""
-        with self._lock:
-            self._avoided.add(replica)
+        self._avoided.add(replica)
 
     def forget(self, replica: str) -> None:
         """Notes that `replica` is gone."""
-        with self._lock:
-            self._avoided.add(replica)
-            self._prefixes.forget(replica)
+        self._avoided.add(replica)
+        self._prefixes.forget(replica)
+        self.addresses.pop(replica, None)
 
     def choose(self, replicas: Sequence[str], prompt: bytes) -> list[str]:
         """The ids of the `replicas` that may take a request, the best first, which is counted as having it.
@@ -53,24 +60,15 @@ class ReplicaTable:
         of its `prompt` that it has not computed before.
         """
         prefixes = prefixes_of(prompt)
-        with self._lock:
-            usable = [each for each in replicas if each not in self._avoided] or list(replicas)
-            shared = self._prefixes.shared_bytes(prefixes, usable)
-            tokens = {each: min(shared[each] // BYTES_OF_TOKEN, MAX_SHARED_TOKENS) for each in usable}
-            random.shuffle(usable)  # those that are equal take turns
-            usable.sort(key=lambda each: self._load_of(each) - tokens[each])
-            best = usable[0]
-            self._prefixes.add(prefixes, best)
-            self._sent[best] += TOKENS_OF_REQUEST + len(prompt) // BYTES_OF_TOKEN - tokens[best]
-            return usable
+        usable = [each for each in replicas if each not in self._avoided] or list(replicas)
+        shared = self._prefixes.shared_bytes(prefixes, usable)
+        tokens = {each: min(shared[each] // BYTES_OF_TOKEN, MAX_SHARED_TOKENS) for each in usable}
+        random.shuffle(usable)  # those that are equal take turns
+        usable.sort(key=lambda each: self._load_of(each) - tokens[each])
+        best = usable[0]
+        self._prefixes.add(prefixes, best)
+        self._sent[best] += TOKENS_OF_REQUEST + len(prompt) // BYTES_OF_TOKEN - tokens[best]
+        return usable
 
     def _load_of(self, replica: str) -> int:
         return self._load.get(replica, 0) + self._sent[replica]
-
-
-_tables: dict[tuple[str, str], ReplicaTable] = {}
-
-
-def table_of(application: str, deployment: str) -> ReplicaTable:
-    """This process's table of a deployment's replicas."""
-    return _tables.setdefault((application, deployment), ReplicaTable())

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from http import HTTPStatus
@@ -35,11 +35,10 @@ from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
-from serve_app.part_frames import PartsSent
 from serve_app.replica.load import shares_of_targets
-from serve_app.replica.part_server import PartServer
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
+from serve_app.replica.request_server import RequestServer
 from serve_app.replica_status import ReplicaStatus
 from serve_app.settings import LiveSettings, ReplicaSettings
 from serve_app.telemetry.logs import configure_logs
@@ -88,7 +87,7 @@ class EngineReplica:
             settings.tool_call_form,
             self._metrics.requests,
         )
-        self._parts = PartServer(ray.util.get_node_ip_address())
+        self._requests = RequestServer(ray.util.get_node_ip_address(), self.answer)
         self._pace: RankPace | None = None
         freeze_gc_heap()
 
@@ -109,10 +108,9 @@ class EngineReplica:
     ) -> AsyncGenerator[Any, None]:
         """Yields Running, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
 
-        For a stream that is accepted the body is a PartsAt, which tells where its parts are to be had, each as
-        `Counted`, and the next item is PartsSent. The last part, or the body, is a LastPart, with the summary of the
-        request. `trace` has the headers of its trace. With `resume` the parts follow those that the client has; the
-        token counts include what it has.
+        For a stream that is accepted the body is empty, and its parts follow, each as `Counted`. The last part, or the
+        body, is a LastPart, with the summary of the request. `trace` has the headers of its trace. With `resume` the
+        parts follow those that the client has; the token counts include what it has.
 
         Errors are answered, not raised: a bug with 500, logged under `request_id`, a dead engine with 503 wherever the
         stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves, DIED
@@ -147,6 +145,8 @@ class EngineReplica:
             return error_status(error), part(to_json(request.error_body(error)))
 
         try:
+            if self._leaves:
+                raise EngineDeadError("this replica leaves; send the request again")
             await self._engine.recovered()
             yield Running(self._name)  # whatever follows may be what kills this process
             if not (isinstance(request, GenerationRequest) and request.stream):
@@ -166,17 +166,12 @@ class EngineReplica:
             return
         async with aclosing(stream):
             prompt_tokens = record.usage.prompt if record.usage else 0
-            await self._parts.start()
-            with self._parts.sender() as sender:
-                at = (HTTPStatus.OK, sender.at)  # it is accepted
-                yield Counted(at, 0, prompt_tokens, model=record.fingerprint)
-                try:
-                    async for item in stream:
-                        await sender.send(counted(part(item)))
-                except EngineDeadError as error:
-                    yield failed(error)
-                else:
-                    yield PartsSent(sender.num_parts)
+            yield Counted((HTTPStatus.OK, b""), 0, prompt_tokens, model=record.fingerprint)
+            try:
+                async for item in stream:
+                    yield counted(part(item))
+            except EngineDeadError as error:
+                yield failed(error)
 
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""
@@ -245,6 +240,7 @@ class EngineReplica:
     async def status(self) -> ReplicaStatus:
         """What ingresses poll. This replica is not healthy if it has lost a rank, or if a step takes far longer than
         those before it."""
+        address = await self._requests.start()
         stats = self._engine.stats()
         return ReplicaStatus(
             self._problem(),
@@ -253,6 +249,7 @@ class EngineReplica:
             self._name,
             ray.get_runtime_context().get_actor_id() or "",
             str(self._engine.absence or ""),
+            address,
         )
 
     def _problem(self) -> str:
@@ -319,7 +316,19 @@ class EngineReplica:
         time.sleep(_FLUSH_S)
         os._exit(1)
 
-    def __del__(self) -> None:
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """Serve calls this before it ends the process, and awaits what it returns: the end of the requests in flight,
+        of which it knows nothing. After `graceful_shutdown_timeout_s` it does not wait any longer."""
+        self._leaves = True
+        if self.__dict__.get("_num_answering"):
+            return self._drain()
         engine = self.__dict__.get("_engine")  # absent if construction failed
         if engine:
             engine.shutdown()
+        return None
+
+    async def _drain(self) -> None:
+        """Ends the engine after the requests in flight."""
+        while self._num_answering:
+            await asyncio.sleep(_FLUSH_S)
+        await asyncio.to_thread(self._engine.shutdown)

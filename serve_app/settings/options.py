@@ -15,7 +15,6 @@ _DELAYS = ("upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_b
 _LOAD_POLICY = "serve_app.scaling:load_policy"
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
-_ROUTER = "serve_app.ingress.router.ReplicaRouter"
 
 
 def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
@@ -28,8 +27,8 @@ def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, 
     """Options of a model's deployment."""
     return {
         "user_config": asdict(LiveSettings(config.telemetry, scaling.load_targets)),
-        # The ingress refuses what is too much; what it lets through waits in engines. Beyond this number it would wait
-        # in Serve's router, which looks for room twice a second: engines idled while hundreds waited.
+        # Requests do not pass through Serve, but while no replica runs each asks it for one. Those beyond this number
+        # would wait in Serve's router, which looks for room twice a second.
         "max_ongoing_requests": scaling.max_ongoing_requests
         + config.ingress.max_queued_requests
         + _CONTROL_CALLS,
@@ -44,7 +43,6 @@ def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, 
             # Also without targets: Serve loads the model again where the policy changes.
             "policy": {"policy_function": _LOAD_POLICY},
         },
-        "request_router_config": {"request_router_class": _ROUTER},
         "max_surge_percent": scaling.max_surge_percent or 0,
         "graceful_shutdown_timeout_s": scaling.graceful_shutdown_timeout_s,
         "health_check_period_s": scaling.health_check_period_s,

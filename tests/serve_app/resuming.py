@@ -6,8 +6,6 @@ import asyncio
 import json
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +19,6 @@ from serve_app.apis.shared.answer import Counted, Identity, Running
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.resume import Resume
 from serve_app.metrics.requests import RequestMetrics
-from serve_app.part_frames import PartsSent
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.request_handler import RequestHandler
 
@@ -88,36 +85,13 @@ class Client:
         return replace(self, model=first.model, parts=[*self.parts, *rest])
 
 
-class Parts:
-    """Appends the parts of streams to `items`, in place of a PartServer."""
-
-    at, num_parts = b"", 0
-
-    def __init__(self, items: list[Any]) -> None:
-        self._items = items
-
-    async def start(self) -> None:
-        pass
-
-    @contextmanager
-    def sender(self) -> Iterator[Parts]:
-        yield self
-
-    async def send(self, part: Counted) -> None:
-        self._items.append(part)
-
-
 def answered(replica: EngineReplica, request: AnyRequest, resume: Resume | None = None) -> list[Any]:
     """The items and parts that a replica gives to the ingress."""
 
     async def collect() -> list[Any]:
         given = pickle.loads(pickle.dumps((request, resume)))
-        items: list[Any] = []
-        replica._parts = Parts(items)  # type: ignore[assignment]
-        async for item in replica.answer(given[0], "request-7", {}, given[1]):
-            if not isinstance(item, Running | PartsSent):
-                items.append(item)
-        return items
+        items = replica.answer(given[0], "request-7", {}, given[1])
+        return [item async for item in items if not isinstance(item, Running)]
 
     return asyncio.run(collect())
 

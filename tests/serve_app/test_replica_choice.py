@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import Counter
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from ray.serve.request_router import RequestRouter
 
 from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
-from serve_app.apis.embeddings import parse_embedding
-from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.ingress.prefix_memory import PrefixMemory, prefixes_of
-from serve_app.ingress.replica_table import MAX_SHARED_TOKENS, TOKENS_OF_REQUEST, ReplicaTable, table_of
-from serve_app.ingress.router import ReplicaRouter
+from serve_app.ingress.replica_table import MAX_SHARED_TOKENS, TOKENS_OF_REQUEST, ReplicaTable
 from serve_app.replica_status import ReplicaStatus
 
 REPLICAS = ["a", "b", "c"]
@@ -124,27 +118,3 @@ def test_prompts_that_begin_alike_have_bytes_that_begin_alike() -> None:
     given = [parse_completion(json.dumps({"prompt": each}).encode()) for each in ("abc", "abcd", [1, 2])]
     assert given[1].prompt_bytes().startswith(given[0].prompt_bytes()[:-2])
     assert b"1,2" in given[2].prompt_bytes()
-
-
-@pytest.mark.parametrize("request_", [chat("x" * 2000), parse_embedding(b'{"input": "x"}'), "status"])
-def test_serve_tries_the_replicas_in_the_tables_order(request_: Any) -> None:
-    router = ReplicaRouter.__new__(ReplicaRouter)
-    assert isinstance(router, RequestRouter)
-    router._deployment_id = SimpleNamespace(app_name="app", name=f"{type(request_)}")  # type: ignore[assignment]
-    table = table_of("app", f"{type(request_)}")
-    table.update([ReplicaStatus("", queued, replica=name) for queued, name in enumerate("abc")], [])
-    replicas = [SimpleNamespace(replica_id=SimpleNamespace(unique_id=name)) for name in "cab"]
-    pending = SimpleNamespace(args=[request_, "id"], routing_context=SimpleNamespace(should_backoff=False))
-
-    def chosen(candidates: list[Any], pending: Any) -> list[str]:
-        ranks = asyncio.run(router.choose_replicas(cast(Any, candidates), pending))
-        return ["".join(each.replica_id.unique_id for each in rank) for rank in ranks]
-
-    assert chosen(replicas, pending) == ["a", "b", "c"]
-    table.update([ReplicaStatus("", 2 - queued, replica=name) for queued, name in enumerate("abc")], [])
-    assert chosen(replicas, pending)[0] == ("a" if isinstance(request_, GenerationRequest) else "c")
-    for candidates in replicas[:1], replicas[:0]:
-        pending.routing_context.should_backoff = False
-        assert "".join(chosen(candidates, pending)) == "c" * len(candidates)
-        assert pending.routing_context.should_backoff
-    assert chosen(replicas, None) == ["cab"]

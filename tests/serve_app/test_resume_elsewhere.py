@@ -24,7 +24,7 @@ from serve_app.metrics import definitions as names
 from serve_app.metrics.requests import RequestMetrics
 from serve_app.replica.deployment import EngineReplica
 from tests.adapters import ATTENTION, write_adapter
-from tests.serve_app.resuming import Client, Parts, answered, asked, by_choice, replica_of
+from tests.serve_app.resuming import Client, answered, asked, by_choice, replica_of
 from tests.serve_app.support import server_events
 
 DRAWN: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "top_k": 40}
@@ -195,17 +195,13 @@ def test_an_engine_that_dies_hands_its_streams_over(replica: EngineReplica) -> N
     request = asked("chat", max_tokens=300, ignore_eos=True, **DRAWN)
 
     async def outlive() -> tuple[Client, Any]:
-        parts: list[Any] = []
-        mortal = replica_of(dying)
-        mortal._parts = Parts(parts)  # type: ignore[assignment]
-        answer = mortal.answer(request, "request-7")
+        answer = replica_of(dying).answer(request, "request-7")
         assert await anext(answer) == Running("r")
-        begun = Client(request, (await anext(answer)).model, parts)
-        end = asyncio.ensure_future(anext(answer))
-        while not parts:
-            await asyncio.sleep(0.001)
+        begun = Client(request, (await anext(answer)).model, [await anext(answer)])
         await asyncio.to_thread(dying.shutdown)
-        return begun, await end
+        items = [item async for item in answer]
+        begun.parts += items[:-1]
+        return begun, items[-1]
 
     begun, (status, body) = asyncio.run(outlive())
     assert (status, body) == (503, DIED)

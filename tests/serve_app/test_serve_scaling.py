@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -65,6 +67,41 @@ def test_load_adds_a_replica_where_the_number_of_requests_would_not_and_its_end_
     assert deployed.lines[1] == f"{NAME}--qwen3-bundled: stays as it is"
     wait_for(lambda: len(deployed.engines()) == 1)
     assert set(statuses) == {200}
+
+
+def test_requests_in_flight_add_a_replica_and_one_that_serve_removes_ends_what_it_has(
+    deployed: Deployed,
+) -> None:
+    def losses() -> float:
+        page = httpx.get(f"{deployed.url}/metrics", timeout=60).text
+        return sum(map(float, re.findall(r"(?m)^qwen3_dist:request_replica_losses_total\{.*\} (.*)$", page)))
+
+    def ask(number: int) -> str:
+        long = {"max_tokens": 900, "ignore_eos": True, "temperature": 1.0, "seed": number}
+        return str(deployed.ask(**long).json()["choices"][0]["text"])
+
+    deployed.change()
+    [first] = wait_for(lambda: len(e := deployed.engines()) == 1 and e)
+    expected = [ask(number) for number in range(4)]
+    lost, done = losses(), threading.Event()
+
+    def keep_asking(number: int) -> None:
+        while not done.is_set():
+            assert ask(number) == expected[number]
+
+    with ThreadPoolExecutor() as pool:
+        asking = [pool.submit(keep_asking, number) for number in range(4)]
+        try:
+            deployed.change(max_replicas=2, target_ongoing_requests=1)
+            both = wait_for(lambda: len(e := deployed.engines()) == 2 and e, timeout_s=90)
+            assert first in both
+            deployed.change()
+            wait_for(lambda: len(deployed.engines()) == 1, timeout_s=90)
+        finally:
+            done.set()
+        for each in asking:
+            each.result()
+    assert losses() == lost
 
 
 def test_a_replica_without_room_is_told_with_what_it_lacks_and_the_other_one_serves_on(

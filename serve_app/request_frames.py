@@ -1,9 +1,11 @@
-"""What crosses on the connection that carries the parts of all streams from a replica to an ingress.
+"""What crosses on the connections that carry requests from ingresses to replicas, and their answers back.
 
 The replica listens. An ingress opens one connection to each replica, sends the replica's secret, then commands of
-COMMAND's form. The replica sends frames: LENGTH, then a pickled list of pairs of a stream's number and a part. So what
-a turn of the event loop makes for many streams crosses as one message. Through Serve each part is a message of its
-own, which costs several times as much (`benchmarks/stream_latency.py`).
+COMMAND's form. The replica sends frames: LENGTH, then a pickled list of pairs of a request's number and an item. So
+what a turn of the event loop makes for many streams crosses as one message. Through Serve a request takes milliseconds
+of CPU time, and each item is a message of its own (`benchmarks/stream_latency.py`).
+
+An item is the fields of a `Counted`, which is pickled in half the time as a plain tuple, or an `Item`.
 """
 
 from __future__ import annotations
@@ -11,27 +13,31 @@ from __future__ import annotations
 import asyncio
 import socket
 from struct import Struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SECRET_BYTES = 16
-COMMAND = Struct("!BQ")  # SEND or HOLD, and the stream's number
+COMMAND = Struct("!BQQ")  # a command, a number that the ingress gives the request, bytes that follow
 LENGTH = Struct("!I")  # bytes of the pickled list that follows
-SEND, HOLD = 1, 2  # a stream sends nothing before its first SEND, nor between a HOLD and the next SEND
+# START is followed by the pickled arguments, positional and by name, of the replica's `answer`. Between a HOLD and the
+# next SEND an answer sends nothing.
+START, CANCEL, HOLD, SEND = 1, 2, 3, 4
 
 
-class PartsAt(NamedTuple):
-    """Where an ingress gets the parts of a stream that a replica has accepted."""
+class ReplicaAddress(NamedTuple):
+    """Where a replica takes requests."""
 
     host: str
     port: int
     secret: bytes
-    stream: int
 
 
-class PartsSent(NamedTuple):
-    """The end of a stream: the number of parts that were sent for it."""
+class Item(NamedTuple):
+    """An item of an answer that is no `Counted`; END after the last."""
 
-    num_parts: int
+    value: Any
+
+
+END = Item(None)
 
 
 # So a peer whose machine is gone, or a connection that a firewall has forgotten, is noticed within a minute.
