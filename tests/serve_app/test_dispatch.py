@@ -244,6 +244,13 @@ def test_all_tries_together_take_no_longer_than_a_request_may() -> None:
     assert told.value.status == 408 and len(replicas.asked) == 1
 
 
+def test_a_stream_that_takes_longer_than_a_request_may_ends() -> None:
+    replicas = Replicas([ACCEPTED, b"a", lambda: asyncio.sleep(60)])
+    with pytest.raises(RequestError, match="longer than 0.05 seconds") as told:
+        replicas.got(timeout_s=0.05)
+    assert told.value.status == 408 and len(replicas.asked) == 1 and replicas.answers[0].cancelled
+
+
 def test_a_deployment_that_is_not_there_is_a_loss() -> None:
     from ray.serve._private.common import DeploymentID
 

@@ -171,6 +171,27 @@ def test_a_replica_leaves_once_it_has_answered_those_it_failed(monkeypatch: pyte
     assert left == [1]
 
 
+def test_a_replica_that_serve_ends_finishes_what_it_has_and_takes_nothing_more(engine: AsyncEngine) -> None:
+    replica = replica_with(RequestHandler(engine, "m", {}), engine)
+    body = {"prompt": [5], "max_tokens": 50, "ignore_eos": True, "stream": True}
+    request = parse_completion(json.dumps(body).encode())
+
+    async def end() -> tuple[list[Any], list[Any]]:
+        answer = replica.answer(request, "request-7")
+        begun = [await anext(answer), await anext(answer)]
+        ending = asyncio.ensure_future(EngineReplica.__del__(replica) or asyncio.sleep(0))
+        refused = [item async for item in replica.answer(request, "request-8")]
+        begun += [item async for item in answer]
+        await ending
+        return begun, refused
+
+    begun, refused = asyncio.run(end())
+    assert refused == [(503, LEFT)]
+    assert begun[-1].tokens == 51 and bytes(begun[-1].item).endswith(b"data: [DONE]\n\n")
+    with pytest.raises(EngineDeadError):
+        engine.check_health()
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_replica_that_is_told_to_leave_passes_its_requests_on(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, stream: bool

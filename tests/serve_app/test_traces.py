@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from qwen3_dist.settings import EngineConfig
 from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import parse_completion
 from serve_app.apis.embeddings import parse_embedding
+from serve_app.apis.shared.answer import Counted
 from serve_app.ingress.access_log import access_record
 from serve_app.ingress.http import make_api
 from serve_app.replica.request_handler import RequestHandler
@@ -24,7 +26,7 @@ from serve_app.settings import TelemetrySettings
 from serve_app.telemetry import traces
 from serve_app.telemetry.summary import RequestSummary
 from tests.serve_app.collector import Collector, running_collector
-from tests.serve_app.resuming import Parts, Replica
+from tests.serve_app.resuming import Replica
 
 memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -58,22 +60,14 @@ def answer(engine: AsyncEngine, request: Any, most: int | None = None) -> None:
     replica = Replica.__new__(Replica)
     replica._engine, replica._handler = engine, RequestHandler(engine, "m", {})
     replica._num_answering, replica._name = 0, "r1"
-    parts: list[Any] = []
-    replica._parts = Parts(parts)  # type: ignore[assignment]
 
     async def take() -> None:
-        items = replica.answer(request, "id-1", {"traceparent": TRACEPARENT})
-
-        async def read() -> None:
-            async for _ in items:
-                pass
-
-        reading = asyncio.create_task(read())
-        while not reading.done() and (most is None or len(parts) < most):
-            await asyncio.sleep(0.001)
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
-        await items.aclose()
+        num_parts = 0
+        async with aclosing(replica.answer(request, "id-1", {"traceparent": TRACEPARENT})) as items:
+            async for item in items:
+                num_parts += isinstance(item, Counted) and isinstance(item.item, bytes)
+                if num_parts == most:
+                    return
 
     asyncio.run(take())
 
