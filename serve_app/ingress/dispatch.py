@@ -35,7 +35,8 @@ CLIENT_LEAVES_S = 0.2
 _MAX_DEATHS = 1  # a request that ran on more replicas when they were lost may have killed them
 _PING_PERIOD_S = 10.0  # proxies close connections that are idle for a minute
 _LOST = "the replica that ran this request was lost; send it again"
-_ACCEPTED = (HTTPStatus.OK, b"")
+_OK, _UNAVAILABLE = HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE
+_ACCEPTED = (_OK, b"")
 _LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -178,7 +179,7 @@ class Dispatcher:
         try:
             while True:
                 if streams:
-                    item = await late.wait(_next, items)
+                    item = await (_next(items) if deadline is None else late.wait(_next, items))
                 else:
                     item = await self._in_time(_next(items), deadline, progress)
                 if item is None:
@@ -194,8 +195,8 @@ class Dispatcher:
                     charge(progress.count(item))
                     on_count(item)
                     item = item.item
-                status, body = item if isinstance(item, tuple) else (HTTPStatus.OK, item)
-                if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                status, body = item if isinstance(item, tuple) else (_OK, item)
+                if status == _UNAVAILABLE:
                     progress.replica_died = body == DIED
                     if body == LEFT:
                         progress.left()
