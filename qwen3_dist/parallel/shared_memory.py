@@ -35,7 +35,7 @@ from qwen3_dist.parallel.communicator import Communicator
 _DIRECTORY = Path("/dev/shm")
 _LINE = 128  # bytes between flags, so that no two ranks write one cache line (or its prefetched pair)
 _SPINS = 400
-_YIELDING_S = 0.02  # a time and no count: a yield takes long if other processes want the core
+_YIELDING_S = 0.002  # a time and no count: a yield takes long if other processes want the core
 _LIVENESS_PERIOD_S = 0.1
 
 

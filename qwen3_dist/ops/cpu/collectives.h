@@ -18,7 +18,7 @@
 constexpr long FLAG_WORDS = 16;  // distance between the flags of two ranks
 constexpr int SPINS = 300;       // few, as ranks may outnumber cores
 // a time and no count: a yield takes long if other processes want the core
-constexpr std::chrono::milliseconds YIELDING{20};
+constexpr std::chrono::milliseconds YIELDING{2};
 
 #ifdef __F16C__
 struct fp16 {
