@@ -72,6 +72,7 @@ async def run_clients(
         await asyncio.sleep(rng.uniform(0.0, sum(OUTPUT_LEN) / 2 * STEP_S))
         counted = False
         while time.perf_counter() < end:
+            await asyncio.sleep(rng.uniform(0.0, STEP_S))  # so requests come at any time of a step
             began = time.perf_counter()
             parts = await stream(rng.randint(*OUTPUT_LEN), rng)
             times.num_parts += len(parts)
