@@ -31,8 +31,8 @@ class HfOverrides:
         except (ValueError, TypeError):
             pass
         raise ConfigError(
-            'hf_overrides must be a JSON object such as {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, '
-            f"not {given!r}"
+            'hf_overrides must be a JSON object such as {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, '
+            f'"original_max_position_embeddings": 32768}}}}, not {given!r}'
         )
 
     def __str__(self) -> str:

@@ -74,7 +74,8 @@ def read_rope(
         raise ConfigError(f"rope_theta must be a number above 1, not {base!r}")
     unknown = sorted(settings.keys() - (_YARN if kind == "yarn" else set()))
     if unknown:
-        raise CheckpointError(f"rope type {kind!r} has no setting {unknown[0]!r} here; correct config.json")
+        advice = "set rope_type to 'yarn'" if unknown[0] in _YARN else "leave it out"
+        raise CheckpointError(f"rope type {kind!r} has no setting {unknown[0]!r}; {advice}")
     if kind == "default":
         return base, None
     return base, _yarn(settings, raw.get("original_max_position_embeddings"), context_length)

@@ -27,6 +27,8 @@ from qwen3_dist.weights.files import FLOATS, CheckpointFiles
 from qwen3_dist.weights.pieces import SCALE, Piece
 from qwen3_dist.weights.weight_plan import WeightPlan
 
+_ADVICE = "download the weights and config.json of the same revision"
+
 
 def load_model(
     path: Path,
@@ -188,10 +190,12 @@ def _check_names(path: Path, files: CheckpointFiles, plan: WeightPlan) -> None:
     names, expected = files.names(), plan.expected_names()
     missing = sorted(expected - names)
     if missing:
-        raise CheckpointError(f"{path} lacks {_some(missing)} that its config.json asks for")
+        raise CheckpointError(f"{path} lacks {_some(missing)} that its config.json asks for; {_ADVICE}")
     left_over = sorted(name for name in names - expected if not plan.ignorable(name))
     if left_over:
-        raise CheckpointError(f"{path} holds {_some(left_over)} that its config.json has no place for")
+        raise CheckpointError(
+            f"{path} holds {_some(left_over)} that its config.json has no place for; {_ADVICE}"
+        )
 
 
 def _check_tensor(files: CheckpointFiles, piece: Piece) -> None:
@@ -201,7 +205,7 @@ def _check_tensor(files: CheckpointFiles, piece: Piece) -> None:
     shape = files.shape(piece.source)
     if shape != piece.shape and not (piece.stored == SCALE and _spreads(shape, piece.shape)):
         raise CheckpointError(
-            f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}"
+            f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}; {_ADVICE}"
         )
     allowed = (
         (*FLOATS, "float8_e8m0fnu") if piece.stored == SCALE else (piece.stored,) if piece.stored else FLOATS
@@ -218,4 +222,4 @@ def _spreads(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:5])
-    return f"{len(names)} tensors ({shown}{', ...' if len(names) > 5 else ''})"
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 5 else ''})"

@@ -187,10 +187,10 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({f"{Q}_scale_inv": None}, rf"lacks 1 tensors \({Q}_scale_inv\)"),
+        ({f"{Q}_scale_inv": None}, rf"lacks 1 tensor \({Q}_scale_inv\)"),
         (
             {f"{Q}_scale_inv": torch.ones(6, 3)},
-            r"_inv has shape \[6, 3\] where config.json makes it \[6, 4\]",
+            r"_inv has shape \[6, 3\] where config.json makes it \[6, 4\]; download the weights",
         ),
         (
             {f"{Q}_scale_inv": torch.ones(6, 4).to(FP8)},
@@ -200,7 +200,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         ({"model.norm.weight": torch.ones(64).to(FP8)}, "model.norm.weight in .* as F8_E4M3; use a bf16"),
         (
             {"model.layers.0.mlp.gate_proj.odd_scale": torch.ones(1)},
-            "holds 1 tensors .model.layers.0.mlp.gate_proj",
+            "holds 1 tensor .model.layers.0.mlp.gate_proj",
         ),
     ],
 )

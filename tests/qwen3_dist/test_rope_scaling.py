@@ -121,8 +121,11 @@ def test_a_file_that_names_the_stretched_context_already_keeps_it() -> None:
         ({"rope_scaling": {"rope_type": "Yarn", "factor": 4}}, "rope type 'Yarn'"),
         ({"rope_scaling": "yarn"}, "rope_scaling must be an object"),
         ({"rope_scaling": {**YARN, "type": "linear"}}, "type 'linear' and rope_type 'yarn'"),
-        ({"rope_scaling": {"factor": 4.0}}, "rope type 'default' has no setting 'factor'"),
-        ({"rope_scaling": {**YARN, "attention_scale": 2}}, "has no setting 'attention_scale'"),
+        (
+            {"rope_scaling": {"factor": 4.0}},
+            "rope type 'default' has no setting 'factor'; set rope_type to 'yarn'",
+        ),
+        ({"rope_scaling": {**YARN, "attention_scale": 2}}, "has no setting 'attention_scale'; leave it out"),
         ({"rope_parameters": {"full_attention": YARN}}, "has no setting 'full_attention'"),
         ({"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}}, "disagree about rope_type"),
         ({"rope_parameters": YARN, "rope_scaling": {**YARN, "factor": 2.0}}, "disagree about factor"),

@@ -175,11 +175,11 @@ def test_missing_left_over_and_misshapen_tensors_are_named(tmp_path: Path) -> No
     name = "model.layers.2.self_attn.k_proj.weight"
     lacking = write_checkpoint(tmp_path / "a", moe=False)
     rewrite(lacking, lambda tensors: {n: t for n, t in tensors.items() if n != name})
-    with pytest.raises(CheckpointError, match=f"lacks 1 tensors \\({name}\\)"):
+    with pytest.raises(CheckpointError, match=f"lacks 1 tensor \\({name}\\)"):
         load(lacking)
     extra = write_checkpoint(tmp_path / "b", moe=False)
     rewrite(extra, lambda tensors: {**tensors, "model.layers.9.mlp.up_proj.weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"holds 1 tensors \(model.layers.9.mlp.up_proj.weight\)"):
+    with pytest.raises(CheckpointError, match=r"holds 1 tensor \(model.layers.9.mlp.up_proj.weight\)"):
         load(extra)
     wrong = write_checkpoint(tmp_path / "c", moe=False)
     rewrite(wrong, lambda tensors: {**tensors, name: tensors[name][:-1].clone()})
