@@ -21,6 +21,7 @@ FAULTS = (
     *("none", "kill-rank", "stop-rank", "kill-replica", "stop-replica", "term-replica", "kill-ingress"),
     *("kill-proxy", "kill-controller", "drop", "roll", "layout", "scale"),
 )
+_GROUPS_S = 300.0  # for a dp group to leave and to come back
 _NODE: dict[str, Any] = {"num_cpus": 1, "include_dashboard": False}
 
 
@@ -36,6 +37,12 @@ TITLES = {
     "proxy": "ProxyActor",
     "controller": "ServeController",
 }
+
+
+def _sleep(seconds: float, deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"no dp group left and came back within {_GROUPS_S:g} s")
+    time.sleep(seconds)
 
 
 def _signal(kind: str, ranks: list[list[int]]) -> None:
@@ -123,16 +130,17 @@ class Service:
 
     def groups(self, ranks: list[list[int]]) -> None:
         """Kills a rank, and those that start in its place, until its replica goes on without its dp group; then waits
-        until the replica has it again."""
+        until the replica has it again. Raises TimeoutError if either takes too long."""
+        deadline = time.monotonic() + _GROUPS_S
         known = {pid for pids in ranks for pid in pids}
         os.kill(random.choice(random.choice(ranks)), signal.SIGKILL)
         while not self._lacks_ranks():
             for pid in set(titled("RankActor")) - known:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
+            _sleep(0.05, deadline)
         while self._lacks_ranks():
-            time.sleep(0.5)
+            _sleep(0.5, deadline)
 
     def _lacks_ranks(self) -> bool:
         """Whether a replica goes without ranks."""

@@ -28,9 +28,8 @@ class StatusThread:
         self._channel = channel
         self._activity = activity
         self._main = threading.current_thread().ident
-        self._aborted = threading.Semaphore(
-            0
-        )  # counts, since the engine may try several times to make ranks meet
+        # It counts, since the engine may try several times to make ranks meet.
+        self._aborted = threading.Semaphore(0)
         self.parallel: ParallelContext | None = None  # once the rank has joined its groups
         threading.Thread(target=self._answer, name="rank status", daemon=True).start()
 
