@@ -117,6 +117,10 @@ class Communicator(ABC):
     def barrier(self) -> None:
         """Returns when every rank of the group has called it."""
 
+    def refuse(self) -> None:
+        """Has collectives that begin from now on raise EngineDeadError: in an aborted group they might wait for ever.
+        May be called from any thread."""
+
     def close(self) -> None:
         """Frees what the group holds outside this process. Ranks that wait for this one in the group fail."""
 
@@ -173,11 +177,21 @@ class TorchCommunicator(Communicator):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         super().__init__(rank=dist.get_rank(group), size=dist.get_world_size(group))
-        self._group = group
+        self._joined = group
+        self._aborted = False
         self._device = device
         # torch.distributed: "Using multiple process groups with the NCCL backend concurrently is not safe".
         self.excludes_others = device.type == "cuda"
         self.kind = "NCCL" if device.type == "cuda" else "gloo"
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        if self._aborted:
+            raise EngineDeadError("the group was aborted")
+        return self._joined
+
+    def refuse(self) -> None:
+        self._aborted = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not x.numel():  # of an idle dp group, so on all its ranks; not every backend accepts it

@@ -136,10 +136,13 @@ class ParallelContext:
         return self.tp, self.dp, self.ep, self.etp
 
     def abort(self) -> None:
-        """Ends the collectives that wait inside NCCL for a lost rank, with void results, and leaves NCCL's groups. May
-        be called from any thread. Other collectives fail by themselves when a rank is lost.
+        """Ends the collectives that wait inside NCCL for a lost rank, with void results, and leaves NCCL's groups;
+        collectives that begin later raise EngineDeadError. May be called from any thread. Elsewhere collectives fail
+        by themselves when a rank is lost.
         """
         if self._uses_nccl:
+            for group in set(self._groups):
+                group.refuse()
             distributed_c10d._abort_process_group()
 
     def close(self) -> None:

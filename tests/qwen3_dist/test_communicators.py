@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.ops.cpu.build import library
 from qwen3_dist.parallel.communicator import Communicator, GlooCommunicator
 from qwen3_dist.parallel.context import ParallelContext
@@ -166,6 +168,31 @@ def check_survivors_in_python(parallel: ParallelContext) -> None:
     _survive(communicator)
 
 
+def check_refusals(parallel: ParallelContext) -> None:
+    """In NCCL, what begins after an abort might wait for ever. Here both ranks would meet in it, and return."""
+    tp, rows = parallel.tp, torch.ones(2, 4)
+    every_collective: tuple[Callable[[], object], ...] = (
+        lambda: tp.all_reduce(rows),
+        lambda: tp.all_gather(rows),
+        lambda: tp.reduce_scatter(rows),
+        lambda: tp.gather(rows),
+        lambda: tp.broadcast(rows),
+        lambda: tp.all_to_all(rows, [1, 1]),
+        lambda: tp.start_even_all_to_all(rows),
+        tp.barrier,
+    )
+    for collective in every_collective:
+        collective()
+    with (
+        patch.object(ParallelContext, "_uses_nccl", True),
+        patch("torch.distributed.distributed_c10d._abort_process_group"),
+    ):
+        parallel.abort()
+    for collective in every_collective:
+        with pytest.raises(EngineDeadError, match="aborted"):
+            collective()
+
+
 def check_absent_peer(parallel: ParallelContext) -> None:
     for kind in (fastest_communicator(), SharedMemoryCommunicator):
         communicator = connect_shared_memory(dist.new_group([0, 1]), kind, timeout_s=0.2)
@@ -216,6 +243,10 @@ def test_a_peer_killed_while_others_wait_is_noticed_within_five_seconds(
 ) -> None:
     survivor, _ = run_ranks(check, "tp=2", dies=1)
     assert float(survivor) < 5
+
+
+def test_collectives_that_begin_after_an_abort_are_refused() -> None:
+    run_ranks(check_refusals, "tp=2", shared_memory=False)
 
 
 def test_a_peer_that_stays_away_is_given_up_after_the_timeout() -> None:
