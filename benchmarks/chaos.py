@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3, help="faults of each kind")
     parser.add_argument("--seconds", type=float, default=5.0, help="before and after each fault")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--ingresses", type=int, help="2 with --nodes, else 1")
     parser.add_argument("--layout", default="tp=1")
     parser.add_argument("--faults", nargs="+", default=FAULTS)
     parser.add_argument("--nodes", action="store_true", help="one Ray node for each replica and fault")
@@ -236,7 +236,7 @@ def main() -> None:
         "max_replicas": args.replicas,
         "cpus_per_rank": (0.8 if args.nodes else 0.2) / Layout.parse(args.layout).world,
         "prefix_caching": False,  # usage tells of cached tokens
-        "ingress_replicas": args.ingresses,
+        "ingress_replicas": args.ingresses or (2 if args.nodes else 1),
         "health_check_timeout_s": 5,  # a stopped replica is found after this time
         "graceful_shutdown_timeout_s": 60,
     }

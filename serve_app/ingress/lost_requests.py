@@ -18,7 +18,8 @@ from serve_app.apis.error_forms import ANTHROPIC, error_form, stream_error_form
 from serve_app.apis.shared.errors import to_json
 
 _LOST = "the process that had this request was lost; send it again"
-_TRIES = 3
+# Before each try. Ray may take long to see that an ingress was lost with its node.
+_PAUSES_S = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _REPEATED = ("GET", "HEAD", "POST")  # methods; a DELETE that came through would be 404 the second time
 MAX_KEPT_BYTES = 2**20  # of a request's body; a longer one is not sent again
 
@@ -47,7 +48,8 @@ class LostRequestMiddleware:
             body.forget()
             await send(message)
 
-        for _ in range(_TRIES if scope["method"] in _REPEATED else 1):
+        for pause_s in _PAUSES_S if scope["method"] in _REPEATED else (0.0,):
+            await asyncio.sleep(pause_s)  # in which the try before ends what still waits for the body
             # Serve changes the scope of a request that it routes.
             await self._app({**scope, "headers": list(scope["headers"])}, body.receive, observed)
             if streams and not body.client_left:  # each message before had whole events
@@ -57,7 +59,6 @@ class LostRequestMiddleware:
                 return
             if not body.rewind():
                 break
-            await asyncio.sleep(0)  # in which what still waits for the body in the try before is cancelled
         await _refusal(scope)(scope, receive, send)
 
 

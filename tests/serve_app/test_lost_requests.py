@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.ingress import proxy
+from serve_app.ingress import lost_requests, proxy
 from serve_app.ingress.lost_requests import MAX_KEPT_BYTES, LostRequestMiddleware
 
 BODY = [b"{", b"}"]
@@ -88,10 +88,13 @@ def test_a_lost_request_is_sent_again_whole(losses: int, method: str) -> None:
     assert serve.bodies == [b"{}"] * (losses + 1)
 
 
-def test_a_request_that_is_lost_again_and_again_is_answered_503() -> None:
-    serve, client = Serve(9), Client(BODY)
+def test_a_request_that_is_lost_again_and_again_is_answered_503(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lost_requests._PAUSES_S[:2] == (0, 0), "the first try, and the second, need not wait"
+    assert 25 < sum(lost_requests._PAUSES_S) < 60, "an ingress on a lost node is replaced after some time"
+    monkeypatch.setattr(lost_requests, "_PAUSES_S", pauses := (0.0,) * len(lost_requests._PAUSES_S))
+    serve, client = Serve(99), Client(BODY)
     answer = exchange(serve, client)
-    assert answer and answer[0] == 503 and len(serve.bodies) == 3
+    assert answer and answer[0] == 503 and len(serve.bodies) == len(pauses)
     assert "was lost; send it again" in json.loads(answer[1])["error"]["message"]
     assert (b"retry-after", b"1") in client.answer[0]["headers"]
 
