@@ -31,7 +31,7 @@ class AccessRecord:
     """What is known of a request so far. `key_name` and `model` are empty while unknown.
 
     `error_status` is the HTTP status of an error that came after the answer's headers. `resumed` counts how often a
-    replica took the request in place of one that was lost; `first_token_s` is since the start, for streams alone.
+    replica took the request in place of one that was lost; `first_token_s` is since the start.
     """
 
     request_id: str

@@ -7,15 +7,12 @@ import contextlib
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from http import HTTPStatus
 from itertools import chain, repeat
 from typing import Any, TypeVar
 
-import grpc
 import pydantic_core
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import DIED, LEFT, Counted, Running
@@ -30,19 +27,16 @@ T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
 # Waits between tries; the last one is repeated.
 PAUSES_S = (0.1, 0.3, 1.0, 2.0)
-# If a client leaves, Serve cancels the calls of its request to replicas, and about then the request itself.
-CLIENT_LEAVES_S = 0.2
 _MAX_DEATHS = 1  # a request that ran on more replicas when they were lost may have killed them
 _PING_PERIOD_S = 10.0  # proxies close connections that are idle for a minute
 _LOST = "the replica that ran this request was lost; send it again"
 _OK, _UNAVAILABLE = HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE
 _ACCEPTED = (_OK, b"")
-_LOST_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 class Dispatcher:
     """Sends requests to replicas with `send`, which takes a request and its id and returns the answer's items: a pair
-    of HTTP status and body, then the parts of a stream.
+    of HTTP status and body, then the parts of a stream. Empty parts are not passed on.
 
     A request may take `timeout_s` seconds, retries included; 0 means no limit. After the loss of its replica it waits
     `resume_timeout_s` seconds for another one. `on_loss` is called with the id of a replica that a request has lost,
@@ -81,10 +75,11 @@ class Dispatcher:
     ) -> AsyncGenerator[Any, None]:
         """The items of the answer: a pair of HTTP status and body, then the parts of a stream.
 
-        The pair of a stream that is accepted has an empty body. If the replica is lost, another one goes on where the
-        client's part of the stream ends; pings come while that takes long. Raises EngineDeadError if no replica takes
-        the request in time. Raises RequestError on a timeout (408), on a bug (500; logged under `request_id`), and
-        if two replicas were lost while they ran the request (500). Closing this generator cancels the request.
+        The pair of a stream that is accepted has an empty body. If the replica is lost, another one goes on after what
+        the ingress has of the answer; if a stream had begun, pings come while that takes long. Raises EngineDeadError
+        if no replica takes the request in time. Raises RequestError on a timeout (408), on a bug (500; logged under
+        `request_id`), and if two replicas in a row were lost while they ran the request, and the second sent nothing
+        of the answer (500). Closing this generator cancels the request.
 
         `charge` is called before each item with the number of tokens that the request has used since the last one,
         `on_count` with the item and its counts, and `on_end` with the summary that a replica sends with the last item.
@@ -170,18 +165,22 @@ class Dispatcher:
         *context: Any,
     ) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
-        resume = {"resume": progress.resume} if progress.begun else {}
+        resume = {"resume": progress.resume} if progress.begun or progress.resume.choices else {}
         progress.replica, progress.replica_died = "", True
         items = self._send(request, request_id, *context, **resume)
         self._calls[""].add(items)
-        streams, late = False, Interrupt()
-        timer: asyncio.TimerHandle | None = None
+        late = Interrupt()
+        timer: asyncio.TimerHandle | None = None  # one for all parts
         try:
             while True:
-                if streams:
-                    item = await (_next(items) if deadline is None else late.wait(_next, items))
+                if progress.runs and timer is None and deadline is not None:
+                    timer = asyncio.get_running_loop().call_at(deadline, late.fire)
+                if timer is not None:
+                    item = await late.wait(anext, items, None)
+                elif progress.runs:
+                    item = await anext(items, None)
                 else:
-                    item = await self._in_time(_next(items), deadline, progress)
+                    item = await self._in_time(anext(items, None), deadline, progress)
                 if item is None:
                     return
                 if isinstance(item, Running):
@@ -203,19 +202,13 @@ class Dispatcher:
                     raise EngineDeadError(_LOST)
                 if not progress.runs and progress.taken():
                     on_resume()
-                if not streams and item == _ACCEPTED:
-                    streams = True  # one timer serves all parts
-                    if deadline is not None:
-                        timer = asyncio.get_running_loop().call_at(deadline, late.fire)
                 yield item
         except InterruptedWaitError:
             raise self._too_long() from None
         except QwenDistError:
             raise
         except Exception as error:
-            if not is_replica_loss(error):
-                raise log_internal_error(error, logger, request_id) from None
-            raise EngineDeadError(_LOST) from None
+            raise log_internal_error(error, logger, request_id) from None
         finally:
             if timer is not None:
                 timer.cancel()
@@ -279,22 +272,3 @@ def part_of(status: int, body: bytes) -> bytes:
         return body
     error = pydantic_core.from_json(body)["error"]
     raise RequestError(error["message"], error.get("param"), status, error.get("code"))
-
-
-def is_replica_loss(error: Exception) -> bool:
-    """Whether the error says that the replica is gone, so that another one can answer the request."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return error.code() in _LOST_CODES
-    return isinstance(error, RayActorError | DeploymentUnavailableError)
-
-
-async def _next(items: AsyncIterator[Any]) -> Any:
-    """The next item; None after the last. Raises EngineDeadError if the call was cancelled, and not by the client."""
-    try:
-        return await anext(items, None)
-    except (asyncio.CancelledError, RequestCancelledError):
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        await asyncio.sleep(CLIENT_LEAVES_S)  # where this task may be cancelled
-        raise EngineDeadError(_LOST) from None

@@ -14,7 +14,7 @@ class Progress:
 
     `runs` while a replica has it, `ran` once one had it; `lost_s` is when the last one was lost, until another has it,
     by the event loop's clock. `deaths` counts the last replicas in a row that may have died of it: of those that were
-    lost while they ran it, the last that sent a part (`progressed`) and those since. `accepted`, `begun` and `ended`
+    lost while they ran it, the last that sent tokens (`progressed`) and those since. `accepted`, `begun` and `ended`
     tell what the client has seen: the status of a stream, a part of the answer, the last part. `replica` is the id of
     the replica that has told last that it has the request; `replica_died` unless that one has said why it gives it up.
     """

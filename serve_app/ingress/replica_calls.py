@@ -6,10 +6,14 @@ milliseconds of CPU time each.
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 from collections.abc import Callable
+from contextvars import Context
 from typing import Any
 
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster.ray_private import count_request, running_replicas
@@ -18,6 +22,8 @@ from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.ingress.replica_table import ReplicaTable
 from serve_app.ingress.request_client import Call, Connection, RequestClient
 from serve_app.replica_status import ReplicaStatus
+
+_GONE = "the replica that was to run this request is gone; send it again"
 
 
 class ReplicaCalls:
@@ -55,7 +61,7 @@ class ReplicaCalls:
         if len(known) < 2:
             return known[0] if known else ""
         prompt = request.prompt_bytes() if isinstance(request, GenerationRequest) else b""
-        return self._table.choose(known, prompt)[0]
+        return self._table.choose(known, prompt)
 
     def _call_later(self, replica: str, payload: bytes) -> Call:
         async def open_call() -> None:
@@ -63,19 +69,23 @@ class ReplicaCalls:
             address = self._table.addresses.get(chosen)
             try:
                 if address is None:
-                    raise EngineDeadError("the replica that was to run this request is gone; send it again")
+                    raise EngineDeadError(_GONE)
                 connection = await self._client.connect(address)
             except EngineDeadError:
                 self._table.forget(chosen)
                 raise
             self._start(call, chosen, connection, payload)
 
-        call = Call(open_call())
+        # Outside of the context of the client's request, with which Serve would cancel its own calls.
+        call = Call(asyncio.create_task(open_call(), context=Context()))
         return call
 
     async def _ask_serve(self) -> str:
-        """A replica that runs, once there is one."""
-        status: ReplicaStatus = await self._handle.status.remote()
+        """A replica that runs, once there is one. Raises EngineDeadError if it is lost before it tells so."""
+        try:
+            status: ReplicaStatus = await self._handle.status.remote()
+        except (RayActorError, DeploymentUnavailableError):
+            raise EngineDeadError(_GONE) from None
         self._table.learn(status)
         return status.replica
 

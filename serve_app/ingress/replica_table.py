@@ -1,4 +1,4 @@
-"""What an ingress knows of a model's replicas, and the order in which it would have them take a request."""
+"""What an ingress knows of a model's replicas, and which of them takes a request."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class ReplicaTable:
         self._prefixes.forget(replica)
         self.addresses.pop(replica, None)
 
-    def choose(self, replicas: Sequence[str], prompt: bytes) -> list[str]:
-        """The ids of the `replicas` that may take a request, the best first, which is counted as having it.
+    def choose(self, replicas: Sequence[str], prompt: bytes) -> str:
+        """The id of the best of the `replicas` for a request, which is counted as having it.
 
         The best has the fewest tokens to compute before the request's first token: those of other requests, and those
         of its `prompt` that it has not computed before.
@@ -63,12 +63,9 @@ class ReplicaTable:
         usable = [each for each in replicas if each not in self._avoided] or list(replicas)
         shared = self._prefixes.shared_bytes(prefixes, usable)
         tokens = {each: min(shared[each] // BYTES_OF_TOKEN, MAX_SHARED_TOKENS) for each in usable}
-        random.shuffle(usable)  # those that are equal take turns
-        usable.sort(key=lambda each: self._load_of(each) - tokens[each])
-        best = usable[0]
+        load = {each: self._load.get(each, 0) + self._sent[each] - tokens[each] for each in usable}
+        least = min(load.values())
+        best = random.choice([each for each in usable if load[each] == least])
         self._prefixes.add(prefixes, best)
         self._sent[best] += TOKENS_OF_REQUEST + len(prompt) // BYTES_OF_TOKEN - tokens[best]
-        return usable
-
-    def _load_of(self, replica: str) -> int:
-        return self._load.get(replica, 0) + self._sent[replica]
+        return best

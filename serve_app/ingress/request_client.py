@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from itertools import count
 from typing import Any, cast
 
@@ -124,8 +124,8 @@ class Call:
     lost or the call is cancelled.
     """
 
-    def __init__(self, opening: Coroutine[Any, Any, None] | None = None) -> None:
-        self._opening = None if opening is None else asyncio.ensure_future(opening)
+    def __init__(self, opening: asyncio.Task[None] | None = None) -> None:
+        self._opening = opening
         self._connection: Connection | None = None
         self._number = 0
         self._items: list[Any] = []
@@ -163,8 +163,7 @@ class Call:
 
     async def __anext__(self) -> Any:
         if self._opening is not None:
-            await self._opening
-            self._opening = None
+            await self._until_open(self._opening)
         while not self._items:
             if self._has_ended:
                 raise StopAsyncIteration
@@ -173,6 +172,16 @@ class Call:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         return self._take()
+
+    async def _until_open(self, opening: asyncio.Task[None]) -> None:
+        try:
+            await opening
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_lost or (task is not None and task.cancelling()):
+                raise
+            raise EngineDeadError(_LOST) from None  # this call was cancelled, and not who waits for it
+        self._opening = None
 
     def cancel(self) -> None:
         """Ends the request, if it has not ended."""

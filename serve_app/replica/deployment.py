@@ -108,9 +108,10 @@ class EngineReplica:
     ) -> AsyncGenerator[Any, None]:
         """Yields Running, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
 
-        For a stream that is accepted the body is empty, and its parts follow, each as `Counted`. The last part, or the
-        body, is a LastPart, with the summary of the request. `trace` has the headers of its trace. With `resume` the
-        parts follow those that the client has; the token counts include what it has.
+        For a stream that is accepted the body is empty, and its parts follow, each as `Counted`. Before the body of a
+        generated answer in one piece come empty parts, which count its tokens. The last part, or the body, is a
+        LastPart, with the summary of the request. `trace` has the headers of its trace. With `resume` the parts follow
+        those that another replica sent; the token counts include these.
 
         Errors are answered, not raised: a bug with 500, logged under `request_id`, a dead engine with 503 wherever the
         stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves, DIED
@@ -135,8 +136,8 @@ class EngineReplica:
         def counted(item: Any) -> Counted:
             usage = record.usage
             if usage is None:
-                return Counted(item, 0, sent=record.sent)
-            return Counted(item, usage.total, usage.prompt, usage.cached, record.sent)
+                return Counted(item, 0)
+            return Counted(item, usage.total, usage.prompt, usage.cached, record.sent, record.fingerprint)
 
         def failed(error: QwenDistError) -> tuple[int, bytes]:
             record.ended = record.failed = True
@@ -149,10 +150,15 @@ class EngineReplica:
                 raise EngineDeadError("this replica leaves; send the request again")
             await self._engine.recovered()
             yield Running(self._name)  # whatever follows may be what kills this process
-            if not (isinstance(request, GenerationRequest) and request.stream):
+            if not isinstance(request, GenerationRequest):
                 body = await self._handler.respond(request, record)
                 record.ended = True
                 yield counted((HTTPStatus.OK, part(body)))
+                return
+            if not request.stream:
+                async with aclosing(self._handler.whole(request, record, resume)) as items:
+                    async for item in items:
+                        yield counted((HTTPStatus.OK, part(item)) if record.ended else item)
                 return
             stream = self._handler.stream(request, record, resume)
             await anext(stream)  # empty: it is accepted

@@ -53,6 +53,15 @@ class _Job:
     answer: Answer
     record: RequestRecord
     resume: Resume | None
+    shown: dict[int, list[ChoiceDelta]]  # of each choice, if the answer is not streamed
+
+    def show(self, delta: ChoiceDelta) -> bytes:
+        """Counts what is shown of a choice. Returns its events if the answer is streamed, and keeps it if not."""
+        self.answer.count(delta)
+        if self.request.stream:
+            return self.answer.delta(delta)
+        self.shown[delta.index].append(delta)
+        return b""
 
     @property
     def num_running(self) -> int:
@@ -124,22 +133,33 @@ class RequestHandler:
             record.usage = Usage(pooled.num_tokens)
             self._metrics.pooled(record.arrival_s, len(pooled.vectors))
             return await asyncio.to_thread(lambda: to_json(request.answer(pooled)))
-        job = await self._prepare(request, record)
-        deltas: dict[int, list[ChoiceDelta]] = defaultdict(list)
+        *_, body = [item async for item in self.whole(request, record)]
+        return body
+
+    async def whole(
+        self, request: GenerationRequest, record: RequestRecord, resume: Resume | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """An empty item per engine step, before which `record.sent` becomes what the step adds to the answer, then the
+        whole answer as JSON. With `resume` the steps are those that follow what there is of the answer.
+
+        Raises RequestError or EngineDeadError.
+        """
+        job = await self._prepare(request, record, resume)
         async with self._steps(job) as steps:
-            async for step in steps:
-                for delta in step[0]:
-                    job.answer.count(delta)
-                    deltas[delta.index].append(delta)
-        return await asyncio.to_thread(
-            lambda: to_json(job.answer.full_response([join(deltas[index]) for index in sorted(deltas)]))
-        )
+            async for shown, record.sent in steps:
+                for delta in shown:
+                    job.show(delta)
+                yield b""
+        choices = [deltas for _, deltas in sorted(job.shown.items())]
+        body = await asyncio.to_thread(lambda: to_json(job.answer.full_response([*map(join, choices)])))
+        record.ended, record.sent = True, ()
+        yield body
 
     async def stream(
         self, request: GenerationRequest, record: RequestRecord | None = None, resume: Resume | None = None
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events, one item per engine step, after an empty item once the request is accepted, or once it
-        runs if it may wait only so long.
+        runs if it may wait only so long. Items of steps that show nothing are empty.
 
         With `resume` the events are those that follow what the client has. The request must have the identity that it
         had then. Before each item, `record.sent` becomes what the item adds to what the client has.
@@ -170,7 +190,7 @@ class RequestHandler:
                     events = b"" if has_events else answer.begin()
                     for delta in shown:
                         events += answer.delta(delta)
-                    if events:
+                    if events or has_events:
                         record.sent, sent = sent, ()
                         yield events
                         begun = has_events = True
@@ -229,9 +249,12 @@ class RequestHandler:
         choices = [
             Choices(params, self._engine.tokenizer, parser_spec, p * params.n) for p in range(len(prompts))
         ]
+        job = _Job(request, token_ids, params, lora, choices, answer, record, resume, defaultdict(list))
         if resume and resume.choices:
-            await asyncio.to_thread(replay, resume, answer, choices, params)
-        return _Job(request, token_ids, params, lora, choices, answer, record, resume)
+            if request.stream:
+                answer.begin()
+            await asyncio.to_thread(replay, resume, job.show, choices, params)
+        return job
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
@@ -269,7 +292,7 @@ class RequestHandler:
     async def _prompt_steps(self, job: _Job, p: int, announce: bool) -> Steps:
         """The steps of prompt `p` until all its choices are done. Closing early aborts the prompt in the engine."""
         prompt, choices, n = job.prompts[p], job.choices[p], job.params.n
-        first_index, repeats_logprobs = p * n, job.answer.repeats_logprobs
+        first_index, needs_scores = p * n, job.answer.repeats_logprobs or not job.request.stream
         params = job.params_of(p)
         request_id = job.record.engine_id()
         resume = resumed(job.resume, choices, first_index) if job.resume else None
@@ -289,7 +312,7 @@ class RequestHandler:
                     watch.generated(step)
                     shown = choices.advance(step, lambda index: self._engine.abort(request_id, index))
                     watch.shown(shown, first_index)
-                    yield shown, sent_of(step, first_index, repeats_logprobs)
+                    yield shown, sent_of(step, first_index, needs_scores)
                     if choices.done:
                         return
 

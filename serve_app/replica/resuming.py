@@ -1,20 +1,20 @@
-"""Goes on with a stream that another replica began."""
+"""Goes on with an answer that another replica began."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Sequence
 from http import HTTPStatus
 
 from qwen3_dist.errors import RequestError
 from qwen3_dist.protocol.outputs import TokenDelta, TokenLogprob
 from qwen3_dist.sampling_params import SamplingParams
-from qwen3_dist.text.choice import Choices
-from serve_app.apis.shared.answer import Answer
+from qwen3_dist.text.choice import ChoiceDelta, Choices
 from serve_app.apis.shared.resume import Resume, Sent
 
 
-def sent_of(deltas: Iterable[TokenDelta], first_index: int, with_logprobs: bool) -> Sent:
-    """Returns what `deltas` of a prompt, whose first choice has `first_index`, add to what the client has."""
+def sent_of(deltas: Iterable[TokenDelta], first_index: int, with_scores: bool) -> Sent:
+    """Returns what `deltas` of a prompt, whose first choice has `first_index`, add to what there is of the answer."""
     return (
         *[
             (
@@ -22,15 +22,20 @@ def sent_of(deltas: Iterable[TokenDelta], first_index: int, with_logprobs: bool)
                 d.token_ids,
                 d.finish_reason,
                 d.num_cached_tokens,
-                d.logprobs if with_logprobs else (),
+                _scores(d) if with_scores else b"",
             )
             for d in deltas
         ],
     )
 
 
+def _scores(delta: TokenDelta) -> bytes:
+    has_scores = delta.logprobs or delta.prompt_logprobs is not None
+    return pickle.dumps((delta.logprobs, delta.prompt_logprobs)) if has_scores else b""
+
+
 def check_model(resume: Resume, model: str) -> None:
-    """Raises RequestError if another checkpoint than `model` began the stream."""
+    """Raises RequestError if another checkpoint than `model` began the answer."""
     if resume.model not in ("", model):
         raise RequestError(
             "the answer cannot go on: the model was changed while it was generated; send the request again",
@@ -39,18 +44,18 @@ def check_model(resume: Resume, model: str) -> None:
         )
 
 
-def replay(resume: Resume, answer: Answer, choices: Sequence[Choices], params: SamplingParams) -> None:
-    """Brings `answer` and the `choices` of each prompt to where they were when the client had what `resume` says, by
-    making its events again."""
-    answer.begin()
+def replay(
+    resume: Resume, show: Callable[[ChoiceDelta], object], choices: Sequence[Choices], params: SamplingParams
+) -> None:
+    """Brings the `choices` of each prompt to where they were when there was of the answer what `resume` says. Calls
+    `show` with the deltas of that part."""
     for index, sent in resume.choices.items():
         prompt, choice = divmod(index, params.n)
         for delta in sent.deltas(choice):
-            if params.logprobs is not None and not answer.repeats_logprobs:  # only their tokens matter then
+            if params.logprobs is not None and not delta.logprobs:  # only their tokens matter then
                 delta.logprobs = tuple(TokenLogprob(token_id, 0.0) for token_id in delta.token_ids)
             for shown in choices[prompt].advance([delta], lambda index: None):
-                answer.count(shown)
-                answer.delta(shown)
+                show(shown)
 
 
 def resumed(resume: Resume, choices: Choices, first_index: int) -> dict[int, Sequence[int]]:

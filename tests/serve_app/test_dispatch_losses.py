@@ -7,9 +7,8 @@ import dataclasses
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import RequestCancelledError
 
+from qwen3_dist.errors import EngineDeadError
 from qwen3_dist.request_terms import RequestTerms
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.shared.answer import DIED, LEFT, Running
@@ -25,7 +24,7 @@ from tests.serve_app.scripted_replicas import ACCEPTED, DEAD, REQUEST, RUNNING, 
         ([[RUNNING, DEAD]], [("r1", False)]),
         ([[RUNNING, (503, DIED)]], [("r1", True)]),
         ([[RUNNING, (503, LEFT)]], [("r1", False)]),
-        ([[RUNNING, ActorDiedError()], [(503, LEFT)]], [("r1", True), ("", False)]),
+        ([[RUNNING, EngineDeadError("gone")], [(503, LEFT)]], [("r1", True), ("", False)]),
     ],
 )
 def test_the_replica_that_a_request_lost_is_told_and_whether_it_died(tries: Any, lost: Any) -> None:
@@ -33,11 +32,8 @@ def test_the_replica_that_a_request_lost_is_told_and_whether_it_died(tries: Any,
     assert replicas.got() == WHOLE and replicas.lost == lost
 
 
-@pytest.mark.parametrize("cancelled", [asyncio.CancelledError(), RequestCancelledError("id")])
 @pytest.mark.parametrize("begun", [[], [RUNNING], [RUNNING, (200, b"head")]])
-def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(
-    begun: list[Any], cancelled: BaseException
-) -> None:
+def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(begun: list[Any]) -> None:
     class Hangs(Answer):
         def cancel(self) -> None:
             super().cancel()
@@ -50,7 +46,7 @@ def test_requests_of_a_replica_that_is_given_up_go_on_elsewhere(
         assert given_up.is_set() == (not begun)
         dispatcher.lose("r1")
         await given_up.wait()
-        raise cancelled
+        raise EngineDeadError("the call was cancelled")
 
     replicas = Replicas(begun, [Running("r2"), (200, b"whole")])
     replicas.answers[0] = Hangs([*begun, hang])

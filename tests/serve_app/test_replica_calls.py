@@ -6,10 +6,14 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextvars import Context, ContextVar, copy_context
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.chat.request import parse_chat
@@ -35,6 +39,8 @@ class Replicas:
         self.counted: Counter[str] = Counter()  # requests in flight, as Serve is told
         self.started = asyncio.Event()  # the replica that Serve is asked for
         self.requests: list[tuple[Any, ...]] = []
+        self.contexts: list[Context] = []  # in which Serve was asked
+        self.error: Exception | None = None  # of Serve when it is asked
         self.table = ReplicaTable()
         status = SimpleNamespace(remote=self._status)
         self.calls = ReplicaCalls(cast(Any, SimpleNamespace(status=status)), self.table)
@@ -63,7 +69,10 @@ class Replicas:
 
     async def _status(self) -> ReplicaStatus:
         self.asked += 1
+        self.contexts.append(copy_context())
         await self.started.wait()
+        if self.error:
+            raise self.error
         return await self.status("b")
 
     async def status(self, name: str, queued_tokens: int = 0) -> ReplicaStatus:
@@ -175,8 +184,42 @@ def test_a_request_that_is_cancelled_before_a_replica_is_found_is_sent_to_none(r
         await asyncio.sleep(0.01)
         call.cancel()
         replicas.started.set()
-        await asyncio.wait([reading])
+        with pytest.raises(EngineDeadError):
+            await reading
         await asyncio.sleep(0.01)
-        assert reading.cancelled() and not replicas.requests and not replicas.counted
+        assert not replicas.requests and not replicas.counted
+
+    run(test)
+
+
+def test_a_client_that_leaves_while_serve_starts_a_replica_has_lost_none(run: Any) -> None:
+    client: ContextVar[asyncio.Task[Any] | None] = ContextVar("client", default=None)
+
+    async def test(replicas: Replicas) -> None:
+        replicas.running = ()
+        call = replicas.calls.send(EMBED, "id")
+        reading = asyncio.ensure_future(anext(call))
+        await asyncio.sleep(0.01)
+        reading.cancel()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        client.set(asyncio.current_task())
+        replicas.calls.send(EMBED, "id")
+        await asyncio.sleep(0.01)
+        assert (
+            replicas.asked == 2 and replicas.contexts[-1].get(client) is None
+        )  # Serve cancels nothing of it
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), DeploymentUnavailableError(DeploymentID("replica"))])
+def test_a_replica_that_is_lost_while_serve_is_asked_for_it_is_a_loss(run: Any, error: Exception) -> None:
+    async def test(replicas: Replicas) -> None:
+        replicas.running, replicas.error = (), error
+        replicas.started.set()
+        with pytest.raises(EngineDeadError, match="the replica that was to run this request is gone"):
+            await anext(replicas.calls.send(EMBED, "id"))
 
     run(test)

@@ -1,4 +1,4 @@
-"""A stream that goes on at another replica is, byte for byte, the stream of one replica."""
+"""An answer that goes on at another replica is, byte for byte, the answer of one replica."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.weights.source import bundled_path
 from serve_app.apis.responses import answer as response_answer
+from serve_app.apis.shared.answer import Counted
 from serve_app.apis.shared.generation import GenerationRequest
+from serve_app.apis.shared.resume import Resume
 from serve_app.replica.deployment import EngineReplica
-from tests.serve_app.resuming import Client, asked, by_choice, replica_of
+from tests.serve_app.resuming import Client, answered, asked, by_choice, replica_of
 
 TOKENIZER = Tokenizer.from_directory(bundled_path())
 assert TOKENIZER is not None
@@ -184,3 +186,46 @@ def test_each_choice_of_a_stream_that_goes_on_elsewhere_is_the_same(
         for again in (once, twice):
             assert by_choice(again.data) == expected, cut
             assert again.parts[-1].tokens == whole.parts[-1].tokens
+
+
+# Answers in one piece alone have these.
+SCORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "scored prompt": ("completions", {"prompt": STORY, "prompt_logprobs": 1, "n": 2, "logprobs": 1, **DRAWN}),
+    "scored echo": ("completions", {"prompt": [STORY, "the sea"], "logprobs": 2, "echo": True, **DRAWN}),
+}
+
+
+def in_one_piece(
+    request: GenerationRequest, replica: EngineReplica, resume: Resume | None = None
+) -> tuple[list[Counted], Counted]:
+    """The parts that tell how far the answer got, and the one with its body."""
+    *parts, last = answered(replica, request, resume)
+    assert all(part.item == b"" for part in parts) and last.item[0] == 200, last
+    return parts, last
+
+
+def progress(parts: list[Counted]) -> Resume:
+    """What the ingress remembers of these parts."""
+    resume = Resume(parts[0].model)
+    for part in parts:
+        resume.add(part.sent)
+    return resume
+
+
+@pytest.mark.parametrize("name", [*CASES, *SEVERAL, *SCORED])
+def test_an_answer_in_one_piece_goes_on_elsewhere(name: str, replicas: list[EngineReplica]) -> None:
+    api, fields = {**CASES, **SEVERAL, **SCORED}[name]
+    request = asked(api, **{**fields, "stream_options": None, "stream": False})
+    parts, whole = in_one_piece(request, replicas[0])
+    expected, scores = scored(whole.item[1])
+    assert len(parts) > 3 and whole.tokens == parts[-1].tokens
+    for cut in (1, len(parts) // 2, len(parts) - 1):
+        resume = progress(parts[:cut])
+        more, again = in_one_piece(request, replicas[1], resume)
+        assert scored(again.item[1]) == (expected, pytest.approx(scores, abs=1e-4)), cut
+        assert again.tokens == whole.tokens
+        for part in more[:1]:
+            resume.add(part.sent)
+            assert part.tokens > parts[cut - 1].tokens
+        _, twice = in_one_piece(request, replicas[0], resume)
+        assert scored(twice.item[1]) == (expected, pytest.approx(scores, abs=1e-4)), cut

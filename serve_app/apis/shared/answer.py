@@ -87,8 +87,8 @@ class Counted(NamedTuple):
     """An item of an answer on its way from the replica to the ingress, with the number of tokens of all prompts and
     choices so far, and how many of them are those of the prompts, and are prompt tokens found in the prefix cache.
 
-    `sent` has what a stream's item adds to what the client has (see `Resume`), `model` in its first item what the
-    replica serves.
+    `sent` has what a part adds to what there is of the answer (see `Resume`), `model` in the first item of a stream
+    what the replica serves.
     """
 
     item: Any
