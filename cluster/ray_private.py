@@ -50,6 +50,7 @@ PROXY_MIDDLEWARES = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 HAPROXY = "RAY_SERVE_ENABLE_HA_PROXY"
 
 _REPLICA_NAME = "SERVE_REPLICA::{}#{}#"
+_SIGTERM = "ray._private.worker", "raise_sys_exit_with_custom_error_message"  # what Ray's handler calls
 
 
 @contextlib.contextmanager
@@ -77,6 +78,7 @@ def check_serve() -> None:
     """Raises ResourceError if this version of Ray Serve lacks a private name that the service uses."""
     _find("ray._private.auto_init_hook", "enable_auto_connect")
     _find("ray._private.state", "available_resources_per_node")
+    _find(*_SIGTERM)
     _find("ray.serve.context", "_get_global_client")
     _find("ray.serve.context", "_set_global_client")
     _find("ray.serve._private.router", "AsyncioRouter", "request_router")
@@ -217,6 +219,18 @@ def unsent_messages(send: Any) -> Collection[Any] | None:
         if queue is not None:
             return queue
     return None
+
+
+def on_sigterm(act: Callable[[], object]) -> None:
+    """Has SIGTERM call `act` in this process of an actor, and no more. By default the process would first wait for the
+    calls that it has made, as of its ranks, which go on until it ends them.
+
+    Python sets handlers of signals in a process's main thread alone, where Ray runs its loop. So this replaces what
+    Ray's handler calls.
+    """
+    module, name = _SIGTERM
+    _find(module, name)
+    setattr(importlib.import_module(module), name, lambda *message, **exit_code: act())
 
 
 def user_config() -> dict[str, Any]:

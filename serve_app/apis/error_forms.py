@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve_app.apis.messages.answer import message_error, message_error_event
-from serve_app.apis.responses.answer import response_error_event
+from serve_app.apis.responses.answer import next_error_event
 from serve_app.apis.shared.answer import error_events
 from serve_app.apis.shared.errors import error_object
 
@@ -24,8 +24,8 @@ def error_form(path: str, names_anthropic: bool) -> Callable[[Exception], dict[s
     return message_error if names_anthropic or path.endswith(_ANTHROPIC_PATHS) else error_object
 
 
-def stream_error_form(path: str) -> Callable[[Exception], bytes]:
-    """Returns the function that makes the events that end a stream of `path` after an error."""
+def stream_error_form(path: str) -> Callable[[Exception, bytes], bytes]:
+    """Returns the function that makes the events that end a stream of `path`, of an error and the events sent last."""
     if path.endswith(_ANTHROPIC_PATHS):
         return message_error_event
-    return response_error_event if path.endswith(_RESPONSES_PATH) else error_events
+    return next_error_event if path.endswith(_RESPONSES_PATH) else error_events

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.error_forms import ANTHROPIC, error_form, stream_error_form
+from serve_app.apis.shared.answer import last_events
 from serve_app.apis.shared.errors import to_json
 
 _LOST = "the process that had this request was lost; send it again"
@@ -37,10 +38,12 @@ class LostRequestMiddleware:
             return
         body = _Body(receive)
         begun = streams = False
+        sent = b""  # the last events
 
         async def observed(message: Message) -> None:
-            nonlocal begun, streams
+            nonlocal begun, streams, sent
             begun = True
+            sent = last_events(message.get("body", b""), sent)
             if message["type"] == "http.response.start":
                 streams = _is_event_stream(message)
             elif not message.get("more_body", False):
@@ -53,7 +56,7 @@ class LostRequestMiddleware:
             # Serve changes the scope of a request that it routes.
             await self._app({**scope, "headers": list(scope["headers"])}, body.receive, observed)
             if streams and not body.client_left:  # each message before had whole events
-                events = stream_error_form(scope["path"])(EngineDeadError(_LOST))
+                events = stream_error_form(scope["path"])(EngineDeadError(_LOST), sent)
                 await send({"type": "http.response.body", "body": events, "more_body": False})
             if begun or body.client_left:
                 return

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from cluster.ray_private import unsent_messages
 from qwen3_dist.errors import QwenDistError, RequestError
+from serve_app.apis.shared.answer import last_events
 from serve_app.apis.shared.errors import error_status
 from serve_app.ingress.access_log import access_record
 from serve_app.ingress.interrupt import Interrupt, InterruptedWaitError
@@ -76,7 +77,7 @@ class EventStream(StreamingResponse):
         self,
         first: bytes,
         items: AsyncGenerator[bytes, None] | KeepAliveStream,
-        error_events: Callable[[Exception], bytes],
+        error_events: Callable[[Exception, bytes], bytes],
         timeout_s: float = 0.0,
         admitted: AbstractContextManager[Any] | None = None,
     ) -> None:
@@ -96,16 +97,18 @@ class EventStream(StreamingResponse):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         # Nothing between here and Serve looks at the parts between the first message and the last.
         with _timed(self._scope.get(_SEND, send), self._timeout_s) as send_now:
-            if self._first:
-                await send_now(_part(self._first))
+            sent = self._first
+            if sent:
+                await send_now(_part(sent))
             try:
                 async for item in self._items:
+                    sent = last_events(item, sent)
                     await send_now(_part(item))
                     if _is_behind(self._scope):
                         await _wait_for_client(self._scope, self._timeout_s)
             except QwenDistError as error:
                 access_record(self._scope).error_status = error_status(error)
-                await send_now(_part(self._error_events(error)))
+                await send_now(_part(self._error_events(error, sent)))
         async with asyncio.timeout(self._timeout_s or None):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 

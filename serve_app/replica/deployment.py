@@ -59,7 +59,8 @@ class EngineReplica:
 
     While the ranks of the engine change, requests that it ran are answered 503, so that another replica goes on with
     them, and new ones wait. When the engine dies, the replica ends its own process: Serve replaces a dead process at
-    once, but an unhealthy one only after three failed health checks. It does so too if it is told to leave.
+    once, but an unhealthy one only after three failed health checks. It does so too if it is told to leave, and on
+    SIGTERM.
     """
 
     _leaves = False
@@ -89,6 +90,7 @@ class EngineReplica:
         )
         self._requests = RequestServer(ray.util.get_node_ip_address(), self.answer)
         self._pace: RankPace | None = None
+        ray_private.on_sigterm(lambda: self._begin_to_leave("got SIGTERM"))
         freeze_gc_heap()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -298,10 +300,13 @@ class EngineReplica:
     async def leave(self, replica: str) -> bool:
         """Has this replica end if it is called `replica`; returns whether it is. Its requests go on elsewhere."""
         if replica == self._name and not self._leaves:
-            self._leaves = True
-            logger.warning("this replica was told to leave; Serve starts another")
-            threading.Thread(target=self._leave, daemon=True).start()
+            self._begin_to_leave("was told to leave")
         return replica == self._name
+
+    def _begin_to_leave(self, reason: str) -> None:
+        self._leaves = True
+        logger.warning("this replica %s; Serve starts another", reason)
+        threading.Thread(target=self._leave, daemon=True).start()
 
     def _leave(self) -> None:
         ending = threading.Thread(target=self._engine.shutdown, daemon=True)

@@ -91,10 +91,10 @@ class Deployed:
 
 
 @contextlib.contextmanager
-def deployed_beside(shared: ServiceConfig, url: str, name: str = NAME) -> Iterator[Deployed]:
+def deployed_beside(shared: ServiceConfig, url: str, name: str = NAME, **settings: Any) -> Iterator[Deployed]:
     """A context in which a service called `name` runs beside the shared one, which answers at `url`."""
     service = Deployed(shared, url, name)
-    service.change()
+    service.change(**settings)
     try:
         yield service
     finally:

@@ -123,15 +123,16 @@ LOST = "the process that had this request was lost; send it again"
     [
         ("/a/v1/chat/completions", [b"event: error", b"data: {", b"", b"data: [DONE]", b"", b""]),
         ("/v1/messages", [b"event: error", b'data: {"type":"error"', b"", b""]),
-        ("/v1/responses", [b"event: error", b'data: {"type":"error"', b"", b""]),
+        ("/v1/responses", [b"event: error", b'data: {"type":"error","sequence_number":5,', b"", b""]),
     ],
 )
 def test_a_stream_that_began_ends_with_an_error_event_of_its_api(path: str, lines: list[bytes]) -> None:
-    serve, client = Serve(1, breaks=True, part=b"data: 1\n\n", kind=STREAM), Client(BODY)
+    begun = b'data: {"type":"a","sequence_number":4}'
+    serve, client = Serve(1, breaks=True, part=begun + b"\n\n", kind=STREAM), Client(BODY)
     answer = exchange(serve, client, path=path)
     assert answer is not None and len(serve.bodies) == 1
     part, *told = answer[1].split(b"\n\n", 1)
-    assert part == b"data: 1"
+    assert part == begun
     found = told[0].split(b"\n")
     assert all(line.startswith(start) for line, start in zip(found, lines, strict=True)), found
     assert LOST in found[1].decode()

@@ -18,7 +18,7 @@ from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.choice import ChoiceDelta, join
 from qwen3_dist.text.parsed import ToolCallDelta
-from serve_app.apis.responses.answer import ResponseAnswer, response_error_event
+from serve_app.apis.responses.answer import ResponseAnswer, next_error_event
 from serve_app.apis.responses.request import ResponsesRequest, parse_responses
 from serve_app.apis.shared.answer import AnswerContext
 from serve_app.apis.shared.prompts import Prompt
@@ -271,8 +271,16 @@ def test_a_stream_that_breaks_off_says_so_and_keeps_what_was_shown() -> None:
     assert (error.type, error.message) == ("error", "rank 1 died")
     assert failed.type == "response.failed" and failed.response.error.message == "rank 1 died"
     assert failed.sequence_number == error.sequence_number + 1
-    (lost,) = server_events(response_error_event(EngineDeadError("the replica was lost")))
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_an_error_event_of_the_ingress_continues_the_sequence_numbers(is_empty: bool) -> None:
+    form = answer(metadata={"a": 'data: {"type":"x","sequence_number":99}', "b": "\n"})
+    sent = b"" if is_empty else form.begin() + form.delta(deltas(THINKS)[0])
+    numbers = [each["sequence_number"] for each in server_events(sent)]
+    (lost,) = server_events(next_error_event(EngineDeadError("the replica was lost"), sent))
     assert EVENT.validate_python(lost).message == "the replica was lost"
+    assert lost["sequence_number"] == len(numbers) and numbers == list(range(len(numbers)))
 
 
 @pytest.fixture(scope="module")

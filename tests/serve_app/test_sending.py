@@ -11,7 +11,8 @@ import pytest
 from ray.serve._private.http_util import MessageQueue
 from starlette.requests import ClientDisconnect
 
-from serve_app.apis.shared.answer import error_events
+from qwen3_dist.errors import EngineDeadError
+from serve_app.apis.shared.answer import PING, error_events
 from serve_app.ingress.sending import CHUNK_BYTES, MAX_UNSENT_BYTES, EventStream, LargeResponse, track_unsent
 
 PART = b"x" * (MAX_UNSENT_BYTES // 4)
@@ -120,6 +121,22 @@ def test_a_send_that_waits_for_a_client_that_is_gone_ends_and_those_before_do_no
 
     asyncio.run(run())
     assert len(sent) == 21 and parts.closed
+
+
+def test_an_error_is_told_with_the_events_that_were_sent_last() -> None:
+    connection, told = Connection(), []
+
+    async def items() -> AsyncGenerator[bytes, None]:
+        for part in (b"data: 1\n\n", b"data: 2\n\n", PING):
+            yield part
+        raise EngineDeadError("lost")
+
+    def error_event(error: Exception, sent: bytes) -> bytes:
+        told.append((str(error), sent))
+        return b"data: error\n\n"
+
+    asyncio.run(EventStream(b"", items(), error_event)(connection.scope, connection.receive, connection.send))
+    assert told == [("lost", b"data: 2\n\n")] and connection.read().endswith(PING + b"data: error\n\n")
 
 
 def test_what_looks_at_answers_sees_the_first_message_and_the_last() -> None:

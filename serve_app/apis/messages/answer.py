@@ -48,7 +48,7 @@ def _too_long(error: ContextLengthError) -> str:
     )
 
 
-def message_error_event(error: Exception) -> bytes:
+def message_error_event(error: Exception, sent: bytes = b"") -> bytes:
     """Returns Anthropic's error event, which ends a stream."""
     return event(message_error(error), "error")
 

@@ -166,7 +166,7 @@ class MessagesRequest(ChatRequest):
         """Anthropic's event of that name."""
         return b'event: ping\ndata: {"type": "ping"}\n\n'
 
-    def error_events(self, error: Exception) -> bytes:
+    def error_events(self, error: Exception, sent: bytes) -> bytes:
         return message_error_event(error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +15,21 @@ from serve_app.apis.shared.custom_tools import CustomInput
 from serve_app.apis.shared.errors import error_object
 from serve_app.apis.shared.text_logprobs import TextLogprobs
 
+# The data of an event, as `event` writes it: no text in it has quotes without a backslash.
+_NUMBER = re.compile(rb'^data: \{"type":"[a-z_.]+","sequence_number":(\d+)', re.MULTILINE)
+
 
 def response_error_event(error: Exception, sequence_number: int = 0) -> bytes:
     """Returns the error event of /v1/responses, whose fields are not nested in an error object."""
     details = error_object(error)["error"]
     fields = {name: details[name] for name in ("code", "message", "param")}
     return event({"type": "error", "sequence_number": sequence_number, **fields}, "error")
+
+
+def next_error_event(error: Exception, sent: bytes = b"") -> bytes:
+    """Returns the error event that follows the events `sent` last, whose sequence numbers it continues."""
+    numbers = _NUMBER.findall(sent)
+    return response_error_event(error, int(numbers[-1]) + 1 if numbers else 0)
 
 
 class ResponseAnswer(BlockAnswer):

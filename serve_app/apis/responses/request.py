@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from qwen3_dist.errors import RequestError
 from qwen3_dist.sampling_params import MAX_LOGPROBS
 from serve_app.apis.chat.request import ChatRequest, Effort, chat_fields
-from serve_app.apis.responses.answer import ResponseAnswer, response_error_event
+from serve_app.apis.responses.answer import ResponseAnswer, next_error_event
 from serve_app.apis.responses.history import Item, chat_conversation
 from serve_app.apis.responses.store import DISABLED_STORE, ResponseStore
 from serve_app.apis.responses.tools import (
@@ -142,8 +142,8 @@ class ResponsesRequest(ChatRequest):
     def answer(self, context: AnswerContext) -> Answer:
         return ResponseAnswer(context, self.echoed_fields, self.called_tools, self.options.logprobs)
 
-    def error_events(self, error: Exception) -> bytes:
-        return response_error_event(error)
+    def error_events(self, error: Exception, sent: bytes) -> bytes:
+        return next_error_event(error, sent)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,15 @@ def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
 PING = b": ping\n\n"  # a comment line of server-sent events, which clients ignore
 
 
-def error_events(error: Exception) -> bytes:
-    """Returns the events that end an OpenAI stream after `error`: the error object, then `[DONE]`."""
+def error_events(error: Exception, sent: bytes = b"") -> bytes:
+    """Returns the events that end an OpenAI stream after `error`, whatever was `sent`: the error object, then
+    `[DONE]`."""
     return event(error_object(error), "error") + DONE
+
+
+def last_events(part: bytes, before: bytes) -> bytes:
+    """Returns `part` of a stream, or the part `before` it if this one is but a comment."""
+    return part if b"data: " in part else before
 
 
 _SEED_BITS = 62  # room for the indexes of choices

@@ -135,8 +135,8 @@ class GenerationRequest(ABC):
         """What keeps a stream's connection alive while its prompt waits or is read."""
         return PING
 
-    def error_events(self, error: Exception) -> bytes:
-        """Returns the events that end the stream of a request whose replica died."""
+    def error_events(self, error: Exception, sent: bytes) -> bytes:
+        """Returns the events that end the stream of a request whose replica died, after the events `sent` last."""
         return error_events(error)
 
 
