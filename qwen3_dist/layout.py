@@ -39,19 +39,7 @@ class Layout:
     @classmethod
     def parse(cls, text: str | Layout) -> Layout:
         """Reads `tp=2,ep=2` (any order, missing axes are 1). Raises ParallelLayoutError."""
-        if isinstance(text, Layout):
-            return text
-        if not isinstance(text, str):
-            raise ParallelLayoutError(f"layout must be text such as tp=2,ep=2, not {text!r}")
-        sizes: dict[str, int] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
-            match = re.fullmatch(r"(tp|dp|pp|ep)\s*=\s*(\d+)", part)
-            if not match or match[1] in sizes:
-                raise ParallelLayoutError(
-                    f"layout {text!r} has {part!r} where tp=N, dp=N, pp=N or ep=N (each once) is expected"
-                )
-            sizes[match[1]] = int(match[2])
-        return cls(**sizes)
+        return text if isinstance(text, Layout) else cls(**layout_sizes(text))
 
     def __str__(self) -> str:
         parts = [f"{axis}={getattr(self, axis)}" for axis in _AXES if getattr(self, axis) > 1]
@@ -108,6 +96,22 @@ class Layout:
             yield f"ep={self.ep} is more than num_experts={config.num_experts}; {_list('ep', working)} work"
 
 
+def layout_sizes(text: str) -> dict[str, int]:
+    """The sizes in a text such as `tp=2,ep=2`, whether or not a layout can have them. Raises ParallelLayoutError for
+    other text."""
+    if not isinstance(text, str):
+        raise ParallelLayoutError(f"layout must be text such as tp=2,ep=2, not {text!r}")
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(tp|dp|pp|ep)\s*=\s*(\d+)", part)
+        if not match or match[1] in sizes:
+            raise ParallelLayoutError(
+                f"layout {text!r} has {part!r} where tp=N, dp=N, pp=N or ep=N (each once) is expected"
+            )
+        sizes[match[1]] = int(match[2])
+    return sizes
+
+
 @dataclass(frozen=True)
 class RankCoords:
     """A rank's pipeline `stage`, its dp `group`, and its ranks within the tp, ep and etp groups."""
@@ -132,13 +136,16 @@ def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:
     return [layout for layout in layouts if layout.fits(config)]
 
 
-def nearest_layout(config: ModelConfig, wanted: Layout) -> Layout:
-    """The layout that can split `config` and is nearest to `wanted`: of as many ranks, or else of the most below."""
+def nearest_layout(config: ModelConfig, wanted: str) -> Layout:
+    """The layout that can split `config` and is nearest to the sizes that were `wanted`, which no layout need have: of
+    as many ranks, or else of the most below."""
+    given = layout_sizes(wanted)
+    sizes = {axis: max(1, given.get(axis, 1)) for axis in _AXES}
 
     def distance(layout: Layout) -> float:
-        return sum(abs(math.log(getattr(layout, axis) / getattr(wanted, axis))) for axis in _AXES)
+        return sum(abs(math.log(getattr(layout, axis) / size)) for axis, size in sizes.items())
 
-    for world in range(wanted.world, 0, -1):
+    for world in range(sizes["pp"] * max(sizes["dp"] * sizes["tp"], sizes["ep"]), 0, -1):
         if layouts := valid_layouts(config, world):
             return min(layouts, key=distance)
     raise AssertionError("one rank holds any model")

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from qwen3_dist.errors import ParallelLayoutError, RequestError, ResourceError
-from qwen3_dist.layout import Layout
+from qwen3_dist.layout import Layout, layout_sizes
 from serve_app.apis.shared.body import Body, Json, Range, about, read_admin_body
 from serve_app.deployed import Config, apply_configs, deployed_configs
 from serve_app.placement import place, surge_percent
@@ -36,17 +36,19 @@ class ScaleBody(Body):
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas a model has, and their layout; None stays as it is."""
+    """How many replicas a model has, and their layout, which may not fit; None stays as it is."""
 
     model: str
     replicas: tuple[int, int] | None
-    layout: Layout | None = None
+    layout: str | None = None
 
 
 def parse_scale(body: bytes) -> Scale:
     """Raises RequestError."""
     read = read_admin_body(ScaleBody, body)
-    layout = None if read.layout is None else _parse_layout(read.layout)
+    layout = read.layout
+    if layout is not None:
+        _check_sizes(layout)
     if read.min_replicas is None:
         if layout is None or read.max_replicas is not None:
             raise RequestError("min_replicas is required, or layout alone", param="min_replicas")
@@ -60,9 +62,9 @@ def parse_scale(body: bytes) -> Scale:
     return Scale(read.model, (read.min_replicas, most), layout)
 
 
-def _parse_layout(text: str) -> Layout:
+def _check_sizes(layout: str) -> None:
     try:
-        return Layout.parse(text)
+        layout_sizes(layout)
     except ParallelLayoutError as error:
         raise RequestError(str(error), param="layout") from None
 
@@ -79,8 +81,9 @@ def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
             if model["name"] == name:
                 model |= changed
     if to.layout is not None:
-        changed["layout"] = str(to.layout)
-        configs[application]["args"] = _with_layout(configs[application], to.layout)
+        layout = Layout.parse(to.layout)
+        changed["layout"] = str(layout)
+        configs[application]["args"] = _with_layout(configs[application], layout)
     apply_configs(configs.values())
     return {"object": "cluster.scale", "model": name, **changed}
 

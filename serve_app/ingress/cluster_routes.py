@@ -135,7 +135,7 @@ class ClusterRoutes:
         found = self._routes.find(to.model)
         served = found.model
         if to.layout is not None:
-            await found.check_layout(str(to.layout))
+            await found.check_layout(to.layout)
         gateway = serve.get_replica_context().app_name
         return json_response(await asyncio.to_thread(scale, gateway, served.application, served.name, to))
 

@@ -281,11 +281,11 @@ class EngineReplica:
 
     async def check_layout(self, layout: str) -> str:
         """Why the model cannot have `layout`, and the nearest that it can have; "" if it can."""
-        config, wanted = self._engine.model_config, Layout.parse(layout)
+        config = self._engine.model_config
         try:
-            wanted.validate(config)
+            Layout.parse(layout).validate(config)
         except ParallelLayoutError as error:
-            return f"{error}; layout={nearest_layout(config, wanted)} is the nearest that fits"
+            return f"{error}; layout={nearest_layout(config, layout)} is the nearest that fits"
         return ""
 
     async def max_model_len(self) -> int:

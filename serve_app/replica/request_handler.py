@@ -232,6 +232,7 @@ class RequestHandler:
         record.model, record.params, record.stream = name, params, request.stream
         record.fingerprint = self._fingerprint + dict(self._engine.config.lora.pairs).get(lora or "", "")
         if resume:
+            self._engine.config.lora.number(lora)  # an adapter that is gone is told before the model's change
             check_model(resume, record.fingerprint)
         prompts, parser_spec = await asyncio.to_thread(self._read, request)
         if "max_tokens" in request.sampling and params.max_tokens is not None:

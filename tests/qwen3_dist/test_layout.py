@@ -161,9 +161,12 @@ def test_all_rows_have_room_where_an_overflow_could_not_be_told() -> None:
         (MOE, "dp=16,ep=16", "dp=16,ep=8"),
         (MOE, "pp=7", "dp=7"),
         (MOE, "tp=2,ep=2", "tp=2,ep=2"),
+        (MOE, "ep=8", "tp=8,ep=8"),  # which no layout has: ep must divide the ranks
+        (MOE, "tp=2,ep=5", "dp=5,ep=5"),
+        (DENSE, "ep=4,tp=0", "tp=4"),
     ],
 )
 def test_the_nearest_layout_has_as_many_ranks_and_its_axes_are_near(
     config: ModelConfig, wanted: str, nearest: str
 ) -> None:
-    assert str(nearest_layout(config, Layout.parse(wanted))) == nearest
+    assert str(nearest_layout(config, wanted)) == nearest

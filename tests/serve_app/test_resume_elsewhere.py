@@ -125,8 +125,9 @@ def test_it_goes_on_with_its_adapter_and_not_without(replica: EngineReplica, ada
         assert whole.up_to(9).read(second).data == whole.data
         base = Client(replace(request, model="m")).read(first)
         assert base.resume.choices[0].token_ids != whole.resume.choices[0].token_ids
-        [(status, body)] = answered(replica, request, replace(whole.up_to(9).resume, model=""))
-        assert status == 404 and b"'mine' is not a LoRA adapter here" in body
+        for ask in (request, replace(request, stream=False)):
+            [(status, body)] = answered(replica, ask, whole.up_to(9).resume)
+            assert status == 404 and b"'mine' is not a LoRA adapter here" in body
     finally:
         for engine in engines:
             engine.shutdown()
@@ -173,17 +174,20 @@ def test_a_stream_of_which_only_the_end_is_missing_needs_no_engine(
 def test_what_cannot_go_on_is_refused_with_the_reason(replica: EngineReplica, engine: AsyncEngine) -> None:
     request = asked("chat", ignore_eos=True)
     request = replace(request, sampling={"ignore_eos": True})  # its limit would be refused at once
+    whole = replace(request, stream=False)
     begun = Client(request).read(replica_of(engine, max_tokens=60)).up_to(30)
     small = started(max_model_len=begun.parts[-1].tokens)
     try:
-        [(status, body)] = answered(replica_of(small), request, begun.resume)
+        refusals = [answered(replica_of(small), ask, begun.resume) for ask in (request, whole)]
     finally:
         small.shutdown()
-    error = json.loads(body)["error"]
-    assert status == 400 and error["code"] == "context_length_exceeded"
-    assert f"fill the context of {begun.parts[-1].tokens};" in error["message"]
-    [(status, body)] = answered(replica, request, replace(begun.resume, model="another"))
-    assert status == 409 and "the model was changed" in json.loads(body)["error"]["message"]
+    for [(status, body)] in refusals:
+        error = json.loads(body)["error"]
+        assert status == 400 and error["code"] == "context_length_exceeded"
+        assert f"fill the context of {begun.parts[-1].tokens};" in error["message"]
+    for ask in (request, whole):
+        [(status, body)] = answered(replica, ask, replace(begun.resume, model="another"))
+        assert status == 409 and "the model was changed" in json.loads(body)["error"]["message"]
     resume = begun.resume
     resume.choices[0].token_ids[3] = 5000
     [(status, body)] = answered(replica, request, resume)

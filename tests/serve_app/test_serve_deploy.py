@@ -152,7 +152,7 @@ def test_streams_go_on_in_another_layout_by_an_admin_and_for_want_of_a_rank(depl
     expected = deployed.ask(**long).json()["choices"][0]["text"]
     for layout, message in (
         ("tp=3", "tp=3; tp=1, 2, 4, 8 work; layout=dp=3 is the nearest that fits"),
-        ("ep=2", "ep=2 does not divide"),
+        ("ep=2", "ep=2 does not divide dp*tp=1; ep=1 work; layout=tp=2,ep=2 is the nearest that fits"),
         ("two", "where tp=N, dp=N, pp=N or ep=N"),
         ("dp=4000", "does not fit: 1 replica(s) of 4000 rank(s)"),
     ):
