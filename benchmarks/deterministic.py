@@ -1,6 +1,6 @@
 """What deterministic mode costs: tokens/s with it and without, in turns, dense and MoE, with one rank and two.
 
-python -m benchmarks.deterministic [--turns N] [--decode-tokens N] [--prompt-tokens N]
+python -m benchmarks.deterministic [--models dense moe] [--turns N] [--decode-tokens N] [--prompt-tokens N]
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def compared(model: Path, layout: str, workloads: dict[str, Workload], turns: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.deterministic", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
@@ -73,10 +74,10 @@ def main() -> None:
     }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, shape in SHAPES.items():
+        for name in options.models:
             model = Path(folder) / name
             model.mkdir()
-            (model / "config.json").write_text(json.dumps(shape))
+            (model / "config.json").write_text(json.dumps(SHAPES[name]))
             for layout in ("tp=1", "tp=2"):
                 rows += compared(model, layout, workloads, options.turns)
     keep("deterministic", rows)
