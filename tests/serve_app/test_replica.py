@@ -52,8 +52,11 @@ def serve_log(tmp_path: Path) -> Iterator[Path]:
 class Broken:
     """A handler with a bug."""
 
-    async def respond(self, request: Any, record: RequestRecord) -> bytes:
+    async def whole(
+        self, request: Any, record: RequestRecord, resume: Resume | None = None
+    ) -> AsyncGenerator[bytes, None]:
         raise TypeError("secret")
+        yield b""
 
     async def stream(
         self, request: Any, record: RequestRecord, resume: Resume | None = None
@@ -134,8 +137,9 @@ def test_an_engine_that_fails_says_where_its_traceback_is_and_that_it_died(
 def test_parts_come_with_the_number_of_tokens_used_so_far(engine: AsyncEngine) -> None:
     replica = replica_with(RequestHandler(engine, "m", {}))
     body = {"prompt": [[5, 6], [7]], "n": 2, "max_tokens": 4, "ignore_eos": True}
-    [((_, answer), count, *_)] = answered(replica, parse_completion(json.dumps(body).encode()))
-    assert count == json.loads(answer)["usage"]["total_tokens"] == 3 + 4 * 4
+    *told, ((_, answer), count, *_) = answered(replica, parse_completion(json.dumps(body).encode()))
+    assert count == json.loads(answer)["usage"]["total_tokens"] == told[-1].tokens == 3 + 4 * 4
+    assert told[0].tokens < count and {part.item for part in told} == {b""}
     parts = answered(replica, parse_completion(json.dumps({**body, "stream": True}).encode()))
     counts = [part.tokens for part in parts]
     assert (
