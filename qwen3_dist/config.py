@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from qwen3_dist.config_fields import NO_EFFECT, READ
 from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
-from qwen3_dist.quantization import Quantization, read_quantization
+from qwen3_dist.quantization import ROUNDS_TO_FP8, Quantization, read_quantization
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -166,31 +166,42 @@ class ModelConfig:
         """Sliding-window length of `layer`, or None for full attention."""
         return self.sliding_window if layer in self.sliding_layers else None
 
+    def rounded(self, quantize: str) -> ModelConfig:
+        """This model with the codes that the setting `quantize` makes of its weights as they are read; int8 is made of
+        the weights in memory, and is no part of a model's config.
+
+        Raises ConfigError if the checkpoint's weights are quantised already.
+        """
+        if quantize != "none" and self.quantization is not None:
+            raise ConfigError(
+                f"quantize={quantize} rounds bf16, fp16 or fp32 weights, and this checkpoint's are quantised already "
+                f"({self.quantization.method}); leave quantize out"
+            )
+        return replace(self, quantization=ROUNDS_TO_FP8) if quantize == "fp8" else self
+
     @classmethod
     def from_directory(cls, path: str | Path, overrides: HfOverrides | None = None) -> ModelConfig:
         """Reads `path`/config.json with `overrides` in place of its own fields.
 
-        Raises CheckpointError if the file is missing or unreadable, ConfigError if an override is no field that is
-        read, and what `from_dict` raises.
+        Raises CheckpointError if the file is missing or unreadable, and what `from_dict` raises.
         """
-        raw = _read_json(path)
-        if overrides is None or not overrides.text:
-            return cls.from_dict(raw)
-        fields = overrides.applied(raw)
-        for name in fields:
-            if fields[name] != raw.get(name) and name not in _names_read(raw):
-                raise ConfigError(
-                    f"hf_overrides names {name!r}, which this service does not read; leave it out"
-                )
-        return cls.from_dict(fields)
+        return cls.from_dict(_read_json(path), overrides)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Builds a config from the keys of a HuggingFace `config.json` or of the reference architecture.
+    def from_dict(cls, raw: Mapping[str, Any], overrides: HfOverrides | None = None) -> ModelConfig:
+        """Builds a config from the keys of a HuggingFace `config.json` or of the reference architecture, with
+        `overrides` in place of its own fields.
 
         Raises CheckpointError for an unsupported `model_type`, quantisation, activation or RoPE type, and ConfigError
-        for invalid values.
+        for invalid values and for an override that is no field that is read.
         """
+        if overrides is not None and overrides.text:
+            given, raw = raw, overrides.applied(raw)
+            for name in raw:
+                if raw[name] != given.get(name) and name not in _names_read(given):
+                    raise ConfigError(
+                        f"hf_overrides names {name!r}, which this service does not read; leave it out"
+                    )
         _refuse_unsupported(raw)
         values = _reference_values(raw) if "emb_dim" in raw else _huggingface_values(raw)
         values["quantization"] = read_quantization(raw)

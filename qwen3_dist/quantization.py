@@ -80,16 +80,18 @@ class WeightFormat:
 class Quantization:
     """The formats of a checkpoint's linear layers. `groups` are formats with the modules that they are for; `ignored`
     modules are not quantised. A module is given by its name, a part of it between dots, a regular expression after
-    "re:", or the class "Linear"."""
+    "re:", or the class "Linear". `rounds`: the checkpoint's weights are plain, and are rounded to codes as they are
+    read."""
 
     method: str
     groups: tuple[tuple[WeightFormat, tuple[str, ...]], ...]
     ignored: tuple[str, ...] = ()
+    rounds: bool = False
 
     def describe(self) -> str:
         """One line for reports."""
-        formats = dict.fromkeys(str(each) for each, _ in self.groups)
-        return f"{self.method}: {', '.join(formats)}"
+        formats = ", ".join(dict.fromkeys(str(each) for each, _ in self.groups))
+        return f"{formats}, rounded while loading" if self.rounds else f"{self.method}: {formats}"
 
     def of(self, module: str) -> WeightFormat | None:
         """The format of a linear layer or of stacked experts by its name; None: it is not quantised."""
@@ -114,6 +116,12 @@ class Quantization:
     def is_unused(name: str) -> bool:
         """Whether a tensor only concerns the quantisation of activations or of the KV cache."""
         return name.endswith(tuple(f".{end}" for end in _UNUSED)) or name.endswith("_proj_activation_scale")
+
+
+# What `quantize=fp8` makes of a checkpoint: the format of Qwen's own FP8 checkpoints.
+ROUNDS_TO_FP8 = Quantization(
+    "fp8", ((WeightFormat(FP8, (128, 128), ("weight_scale_inv",)), (_LINEAR,)),), rounds=True
+)
 
 
 def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:

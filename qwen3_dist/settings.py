@@ -18,7 +18,7 @@ from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "fp8")
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
 PERFORMANCE_MODES = ("interactivity", "throughput")
@@ -46,7 +46,12 @@ class EngineConfig:
     layout: Layout = setting(Layout(), "parallel layout, for example tp=2,ep=2")
     device: str = setting("auto", "where ranks run; auto takes GPUs where there are some", DEVICES)
     dtype: str = setting("auto", "compute dtype; auto is the checkpoint's", ("auto", *DTYPES))
-    quantize: str = setting("none", "int8: weights as 8-bit integers with a scale per output", QUANTIZATIONS)
+    quantize: str = setting(
+        "none",
+        "rounds weights while they load; int8: 8-bit integers with a scale per output; fp8: e4m3 with a scale per "
+        "block of 128 x 128, as in Qwen's FP8 checkpoints",
+        QUANTIZATIONS,
+    )
     deterministic: bool = setting(
         False,
         "tokens and log-probabilities are the same bits for every layout and batch, on one kind of device; slower",

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from qwen3_dist.config import ModelConfig, fields_not_understood
-from qwen3_dist.engine.request_checks import check_context, check_quantize
+from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.adapter_files import open_adapters
 from qwen3_dist.weights.files import CheckpointFiles
@@ -32,6 +32,6 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
         CheckpointFiles(path)  # reads every file's header, which ranks do again
     config.layout.validate(model_config)
     check_context(config, model_config)
-    check_quantize(config, model_config)
+    model_config.rounded(config.quantize)
     open_adapters(config.lora, model_config)
     return model_config

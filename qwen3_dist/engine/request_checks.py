@@ -20,15 +20,6 @@ def check_context(config: EngineConfig, model_config: ModelConfig) -> None:
         )
 
 
-def check_quantize(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Raises ConfigError if `config` asks to quantise weights that are quantised already."""
-    if config.quantize != "none" and model_config.quantization is not None:
-        raise ConfigError(
-            f"quantize={config.quantize} rounds bf16, fp16 or fp32 weights, and this checkpoint's are quantised "
-            f"already ({model_config.quantization.method}); leave quantize out"
-        )
-
-
 def max_model_len(config: EngineConfig, model_config: ModelConfig, capacity_tokens: int) -> int:
     """The context in tokens, prompt and output together. Raises ConfigError if the KV cache is too small for it."""
     wanted = config.max_model_len

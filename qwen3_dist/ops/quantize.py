@@ -1,10 +1,11 @@
-"""Quantization of weights to int8, and weights of the codes of quantised checkpoints."""
+"""Quantization of weights to int8 and fp8, and weights of the codes of quantised checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.quantization import Grid
@@ -26,6 +27,18 @@ def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     for wide, narrow, by in zip(*few_rows, strict=True):  # few rows at a time, so that fp32 copies are small
         narrow.copy_((wide.float() / by[:, None]).round_())
     return quantized, scale
+
+
+def as_fp8(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Weight fp32 [N, D] -> e4m3 codes [N, D], and the fp32 scale of each block of `rows` x `columns`: the largest
+    weight of the block over the largest code, or 1 for a block of zeros."""
+    outputs, inputs = weight.shape
+    padded = F.pad(weight, (0, -inputs % columns, 0, -outputs % rows))
+    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    most = blocks.abs().amax(dim=(1, 3))
+    scales = torch.where(most > 0, most / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return codes.view(padded.shape)[:outputs, :inputs], scales
 
 
 def row_scales(scale: Tensor, grid: Grid, rows: range) -> Tensor:

@@ -23,11 +23,11 @@ from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.weights import random_weights
-from qwen3_dist.weights.files import FLOATS, CheckpointFiles
+from qwen3_dist.weights.checks import check_names, check_tensor
+from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.weights.rounding import read_rounded
 from qwen3_dist.weights.weight_plan import WeightPlan
-
-_ADVICE = "download the weights and config.json of the same revision"
 
 
 def load_model(
@@ -54,11 +54,11 @@ def load_model(
     names = files.names() if files else set()
     plan = WeightPlan(config, parallel.layout, names, placements, parallel.deterministic)
     if files:
-        _check_names(path, files, plan)
+        check_names(path, files, plan)
     pieces = list(plan.all_pieces(parallel.coords))
     if files:
         for piece in pieces:
-            _check_tensor(files, piece)
+            check_tensor(files, piece)
     ops = ops or choose_ops(device, dtype)
     with torch.device("meta"):
         model = Qwen3Model(config, parallel, ops, placements).to(dtype).eval().requires_grad_(False)
@@ -121,7 +121,7 @@ class ExpertReader:
         if experts:
             for piece in self._plan.expert_pieces(layer, experts, parallel.coords):
                 if self._files:
-                    _check_tensor(self._files, piece)
+                    check_tensor(self._files, piece)
                 _read(self._files, piece, stacks, progress)
         return tuple(stacks[name] for name in module.tensor_names)
 
@@ -138,6 +138,10 @@ def _read(
     size = view.element_size()
     if files is None:
         random_weights.fill(piece, view)
+        advance(view.nbytes)
+    elif piece.rounds is not None:
+        if piece.stored != SCALE:  # the codes, with which their scales are made
+            read_rounded(files, piece, view, parameters[f"{piece.parameter}_scale"])
         advance(view.nbytes)
     elif files.shape(piece.source) == piece.shape:
         files.read(piece.source, piece.index, view, lambda elements: advance(elements * size))
@@ -184,42 +188,3 @@ def _may_be_padding(name: str) -> bool:
     """Whether a parameter may consist of padding only: biases that only tp rank 0 has, outputs or columns past the
     end."""
     return ".out_proj." in name or ".fc" in name or name in ("tok_emb.weight", "out_head.weight")
-
-
-def _check_names(path: Path, files: CheckpointFiles, plan: WeightPlan) -> None:
-    names, expected = files.names(), plan.expected_names()
-    missing = sorted(expected - names)
-    if missing:
-        raise CheckpointError(f"{path} lacks {_some(missing)} that its config.json asks for; {_ADVICE}")
-    left_over = sorted(name for name in names - expected if not plan.ignorable(name))
-    if left_over:
-        raise CheckpointError(
-            f"{path} holds {_some(left_over)} that its config.json has no place for; {_ADVICE}"
-        )
-
-
-def _check_tensor(files: CheckpointFiles, piece: Piece) -> None:
-    """Raises CheckpointError if the piece's tensor has another shape or dtype than config.json makes it."""
-    if piece.is_empty:
-        return
-    shape = files.shape(piece.source)
-    if shape != piece.shape and not (piece.stored == SCALE and _spreads(shape, piece.shape)):
-        raise CheckpointError(
-            f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}; {_ADVICE}"
-        )
-    allowed = (
-        (*FLOATS, "float8_e8m0fnu") if piece.stored == SCALE else (piece.stored,) if piece.stored else FLOATS
-    )
-    files.dtype(piece.source, allowed)
-
-
-def _spreads(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Whether scales of `shape` are those of `whole` [outputs, inputs] in short: one for all, or one for each output
-    without a dimension of inputs."""
-    short = all(size == 1 for size in shape) or shape == whole[:1]
-    return len(whole) == 2 and whole[1] == 1 and short
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 5 else ''})"

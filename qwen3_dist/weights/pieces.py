@@ -15,7 +15,8 @@ class Piece:
     """`parameter[target] = checkpoint[source][index]`, where the whole source has shape `shape`.
 
     `stored`: the dtype of the codes of a quantised weight, or SCALE for its scales; None: floating-point numbers.
-    `grid`: the blocks of the rank's part of a quantised weight.
+    `grid`: the blocks of the rank's part of a quantised weight. `rounds`: for plain weights that are rounded to codes
+    as they are read, the rows of the source that are one matrix; blocks begin at the first of them.
     """
 
     source: str
@@ -25,6 +26,7 @@ class Piece:
     target: Index
     stored: str | None = None
     grid: Grid | None = None
+    rounds: range | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -25,10 +25,22 @@ def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]
         yield piece
         return
     *_, rows, columns = piece.ranges
+    rounds = _matrix(piece) if quantization is not None and quantization.rounds else None
+    if rounds is not None:
+        rows = range(rows.start - rounds.start, rows.stop - rounds.start)
     grid = weight_format.grid(rows.start, columns.start)
-    yield replace(piece, stored=weight_format.codes, grid=grid)
+    yield replace(piece, stored=weight_format.codes, grid=grid, rounds=rounds)
     if not piece.is_empty:
-        yield _scales(piece, rows, columns, grid, _scale_name(piece, weight_format, names))
+        name = piece.source if rounds else _scale_name(piece, weight_format, names)
+        yield replace(_scales(piece, rows, columns, grid, name), rounds=rounds)
+
+
+def _matrix(piece: Piece) -> range:
+    """The rows of the source that are one matrix: all, or a half of fused gates and ups."""
+    outputs, first = piece.shape[-2], piece.ranges[-2].start
+    if not piece.source.endswith("gate_up_proj"):
+        return range(outputs)
+    return range(outputs // 2) if first < outputs // 2 else range(outputs // 2, outputs)
 
 
 def _scales(piece: Piece, rows: range, columns: range, grid: Grid, name: str) -> Piece:

@@ -59,7 +59,7 @@ def load_shard(
     progress: Progress | None,
 ) -> Qwen3Model:
     """Loads this rank's part of the checkpoint at `path`, with experts placed by `placements`, and finalizes it."""
-    model_config = ModelConfig.from_directory(path, config.hf_overrides)
+    model_config = ModelConfig.from_directory(path, config.hf_overrides).rounded(config.quantize)
     dtype, random = torch_dtype(config, model_config), config.load_format == "random"
     tp = parallel.tp.size
     groups = kv_groups_per_rank(model_config.n_kv_groups, tp)

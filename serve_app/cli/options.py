@@ -30,6 +30,7 @@ from serve_app.settings.file import ServiceSource, service_source
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
+    from qwen3_dist.config import ModelConfig
 
 
 MODEL = "directory, hub id or official name (Qwen3-8B); bundled, or omitted: the bundled model"
@@ -53,6 +54,34 @@ def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
         help="number and kind of GPUs, on nodes of 8, or nodes x GPUs of each x kind",
     )
     where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
+    add_changes_of_model(parser)
+
+
+def add_changes_of_model(parser: argparse.ArgumentParser) -> None:
+    """The settings of `serve` that change what a model's config.json says. `changed_config` reads them."""
+    parser.add_argument(
+        "--hf-overrides",
+        metavar="JSON",
+        default="",
+        help="fields in place of those of config.json, as in serve",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "fp8"),
+        default="none",
+        help="fp8: weights that serve rounds to 8 bits while it loads (default: none)",
+    )
+
+
+def changed_config(args: argparse.Namespace, revision: str | None = None) -> tuple[str, ModelConfig]:
+    """The name and the config of the model of a command line with the options of `add_changes_of_model`.
+
+    Raises CheckpointError and ConfigError.
+    """
+    from cluster.planning.official import find_config
+
+    name, config = find_config(args.model, revision, HfOverrides.parse(args.hf_overrides))
+    return name, config.rounded(args.quantize)
 
 
 def positive(text: str) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.step_defaults import STEP_DEFAULTS
-from serve_app.cli.options import add_model_and_cluster, given_cluster
+from serve_app.cli.options import add_model_and_cluster, changed_config, given_cluster
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
@@ -63,10 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from cluster.planning.official import find_config
     from cluster.planning.planner import check_limits, plan
 
-    name, config = find_config(args.model)
+    name, config = changed_config(args)
     cluster = given_cluster(args)
     request = _request(args, cluster)
     if args.plot:
@@ -137,6 +136,10 @@ def _serve_line(args: argparse.Namespace, best: PlannedLayout, multi_node: bool)
     words = ["qwen3-dist", "serve", args.model or "bundled", "--layout", str(best.layout)]
     if best.replicas > 1:
         words += ["--min-replicas", str(best.replicas), "--max-replicas", str(best.replicas)]
+    if args.hf_overrides:
+        words += ["--hf-overrides", args.hf_overrides]
+    if args.quantize != "none":
+        words += ["--quantize", args.quantize]
     if args.max_num_batched_tokens is not None:
         words += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
     return shlex.join([*words, "--ray-address", "auto"] if multi_node else words)

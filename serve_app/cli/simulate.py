@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout
-from serve_app.cli.options import add_model_and_cluster, given_cluster
+from serve_app.cli.options import add_model_and_cluster, changed_config, given_cluster
 from serve_app.cli.readable import report_lines
 from serve_app.settings import IngressSettings, ScalingSettings
 
@@ -119,11 +119,10 @@ def _add_engine(group: Any) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
-    from cluster.planning.official import find_config
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
 
-    name, config = find_config(args.model)
+    name, config = changed_config(args)
     layout = Layout.parse(args.layout)
     cluster = given_cluster(args)
     limits = Limits(args.ttft_ms, args.itl_ms)

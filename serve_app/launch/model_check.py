@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.engine.request_checks import check_context, check_quantize
+from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.errors import ConfigError, QwenDistError
 from qwen3_dist.text.sidecars import read_eos_token_ids, read_generation_defaults
 from qwen3_dist.weights.adapter_files import open_adapters
@@ -60,7 +60,7 @@ def _check_files(model: ModelSettings, path: Path) -> None:
     with _error_path("max_model_len"):
         check_context(engine, model_config)
     with _error_path("quantize"):
-        check_quantize(engine, model_config)
+        model_config.rounded(engine.quantize)
     is_hub_id = not local_path(canonical_name(engine.model)).is_dir()  # then weights may still be downloaded
     if engine.load_format != "random" and not is_hub_id and has_weights(path):
         shard_files(path)

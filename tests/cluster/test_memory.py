@@ -119,6 +119,14 @@ def test_codes_take_a_byte_and_scales_four() -> None:
     assert parts == [0, more, more, 0, 0, more, more, 0]
 
 
+def test_weights_that_are_rounded_while_loading_take_as_many_bytes_as_a_checkpoint_of_codes() -> None:
+    (_, plain), (_, stored) = (find_config(f"Qwen3-30B-A3B{end}") for end in ("", "-FP8"))
+    for layout in (Layout(), Layout.parse("tp=8"), Layout.parse("tp=2,dp=2,ep=4")):
+        assert rank_bytes(plain.rounded("fp8"), layout, 1 % layout.world) == rank_bytes(
+            stored, layout, 1 % layout.world
+        )
+
+
 def test_the_report_names_the_layouts_of_a_world(tmp_path: Path) -> None:
     report = inspect_model(
         "m", ModelConfig.from_directory(write_checkpoint(tmp_path, moe=True)), Layout(tp=2, ep=2), 2

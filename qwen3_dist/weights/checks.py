@@ -1,0 +1,71 @@
+"""Checks a checkpoint's tensors against its config.json, by the headers of its files alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.layout import Layout
+from qwen3_dist.weights.files import FLOATS, CheckpointFiles
+from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.weights.weight_plan import WeightPlan
+
+_ADVICE = "download the weights and config.json of the same revision"
+
+
+def check_checkpoint(path: Path, config: ModelConfig) -> int:
+    """Checks all tensors at `path`. Returns their number, and raises CheckpointError as `load_model` does."""
+    files = CheckpointFiles(path)
+    if files.is_headless:
+        config = replace(config, tie_word_embeddings=True)
+    plan = WeightPlan(config, Layout(), files.names())
+    check_names(path, files, plan)
+    for piece in plan.pieces(Layout().coords(0)):
+        check_tensor(files, piece)
+    return len(files.names())
+
+
+def check_names(path: Path, files: CheckpointFiles, plan: WeightPlan) -> None:
+    """Raises CheckpointError if the checkpoint lacks a tensor, or has one that the model has no place for."""
+    names, expected = files.names(), plan.expected_names()
+    missing = sorted(expected - names)
+    if missing:
+        raise CheckpointError(f"{path} lacks {_some(missing)} that its config.json asks for; {_ADVICE}")
+    left_over = sorted(name for name in names - expected if not plan.ignorable(name))
+    if left_over:
+        raise CheckpointError(
+            f"{path} holds {_some(left_over)} that its config.json has no place for; {_ADVICE}"
+        )
+
+
+def check_tensor(files: CheckpointFiles, piece: Piece) -> None:
+    """Raises CheckpointError if the piece's tensor has another shape or dtype than config.json makes it."""
+    if piece.is_empty:
+        return
+    if piece.rounds is not None:
+        if piece.stored == SCALE:
+            return
+        piece = replace(piece, stored=None)
+    shape = files.shape(piece.source)
+    if shape != piece.shape and not (piece.stored == SCALE and _spreads(shape, piece.shape)):
+        raise CheckpointError(
+            f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}; {_ADVICE}"
+        )
+    allowed = (
+        (*FLOATS, "float8_e8m0fnu") if piece.stored == SCALE else (piece.stored,) if piece.stored else FLOATS
+    )
+    files.dtype(piece.source, allowed)
+
+
+def _spreads(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether scales of `shape` are those of `whole` [outputs, inputs] in short: one for all, or one for each output
+    without a dimension of inputs."""
+    short = all(size == 1 for size in shape) or shape == whole[:1]
+    return len(whole) == 2 and whole[1] == 1 and short
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown}{', ...' if len(names) > 5 else ''})"

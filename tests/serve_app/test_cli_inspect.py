@@ -1,0 +1,75 @@
+"""`inspect` and `plan` with the settings that change a model's config, and the check of its weights by headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from serve_app.cli import main
+from tests.checkpoints import write_checkpoint
+
+YARN = '{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}'
+LOAD = ("--gpus", "8xH100", "--concurrency", "8", "--output-len", "64")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model", moe=True)
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    code = main(["inspect", "--json", *arguments])
+    shown = capsys.readouterr()
+    return code, json.loads(shown.out), shown.err
+
+
+def change(path: Path, **changes: torch.Tensor | None) -> None:
+    file = path / "model.safetensors"
+    tensors = {**load_file(file), **{name.replace("__", "."): each for name, each in changes.items()}}
+    save_file({name: each for name, each in tensors.items() if each is not None}, file, {"format": "pt"})
+
+
+def test_overrides_of_the_config_change_the_report_and_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    _, report, _ = inspected(capsys, "Qwen3-8B", "--hf-overrides", YARN)
+    assert report["sizes"]["context_length"] == 131072 and report["weights"] == "not here"
+    long = ("plan", "Qwen3-8B", "--input-len", "100000", *LOAD)
+    assert main(list(long)) == 2 and "exceed the model's context of 40960" in capsys.readouterr().err
+    assert main([*long, "--hf-overrides", YARN, "--quantize", "fp8"]) == 0
+    assert f"--hf-overrides '{YARN}' --quantize fp8" in capsys.readouterr().out
+    assert main(["inspect", "Qwen3-8B", "--hf-overrides", '{"no_such_field": 1}']) == 2
+    assert "hf_overrides names 'no_such_field'" in capsys.readouterr().err
+
+
+def test_rounded_weights_take_the_bytes_of_an_fp8_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    _, rounded, _ = inspected(capsys, "Qwen3-8B", "--quantize", "fp8", "--layout", "tp=2")
+    _, stored, _ = inspected(capsys, "Qwen3-8B-FP8", "--layout", "tp=2")
+    assert rounded["bytes_per_rank"] == stored["bytes_per_rank"]
+    assert rounded["quantization"] == "fp8 (e4m3) by blocks of 128 x 128, rounded while loading"
+    assert main(["inspect", "Qwen3-8B-FP8", "--quantize", "fp8"]) == 2
+    assert "are quantised already (fp8); leave quantize out" in capsys.readouterr().err
+
+
+def test_whole_weights_are_counted(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    code, report, said = inspected(capsys, str(path), "--quantize", "fp8")
+    assert (code, report["weights"]) == (0, "complete, 135 tensors") and "qwen3-dist" not in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model__layers__1__mlp__experts__3__up_proj__weight": None}, "lacks 1 tensor (model.layers.1.mlp."),
+        ({"model__norm__weight": torch.ones(63)}, "has shape [63] where config.json makes it [64]"),
+        ({"model__layers__4__odd": torch.ones(1)}, "holds 1 tensor (model.layers.4.odd)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(
+    capsys: pytest.CaptureFixture[str], path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    change(path, **changes)
+    code, report, said = inspected(capsys, str(path))
+    assert code == 2 and report["weights"] == "not usable" and sentence in said
