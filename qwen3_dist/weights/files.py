@@ -37,6 +37,7 @@ _DTYPES = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
     "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
+CODES = {name: code for code, name in _DTYPES.items()}  # safetensors' name of a dtype, by torch's
 FLOATS = ("float32", "bfloat16", "float16")
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "F8_E8M0": 1}
 

@@ -1,0 +1,269 @@
+"""Writes a plain checkpoint's weights as codes, tensor by tensor: fp8 as Qwen's own checkpoints are, int8 as
+compressed-tensors. Experts get tensors of their own, also if they were fused."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError, ResourceError
+from qwen3_dist.layout import Layout
+from qwen3_dist.ops.quantize import TILE, as_fp8, as_int8
+from qwen3_dist.text.sidecars import read_json_object
+from qwen3_dist.weights.checks import check_checkpoint
+from qwen3_dist.weights.files import CODES, FLOATS, CheckpointFiles
+from qwen3_dist.weights.pieces import SCALE
+from qwen3_dist.weights.weight_plan import WeightPlan
+
+FORMATS = ("fp8", "int8")
+SHARD_BYTES = 5 * 10**9
+_BLOCK = 128
+_SIDECARS = (".json", ".jinja", ".txt")
+_SPARE_BYTES = 64 << 20  # of the disk, for the small files
+_ROUNDING: dict[str, Any] = {
+    "observer": "minmax", "observer_kwargs": {}, "group_size": None, "block_structure": None, "actorder": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A tensor of the checkpoint, or a matrix of it: its `rows`, of one `expert` if it is a stack. `name`: of the
+    tensor that is written. `rounds`: whether that is codes."""
+
+    source: str
+    name: str
+    rows: range
+    inner: tuple[int, ...]
+    dtype: str
+    rounds: bool
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.rows), *self.inner
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A plain checkpoint at `path` that is to be written in `form`, one of FORMATS."""
+
+    path: Path
+    form: str
+    files: CheckpointFiles
+    sources: tuple[_Source, ...]
+
+    @classmethod
+    def open(cls, path: Path, form: str) -> Conversion:
+        """Checks all headers. Raises CheckpointError and ConfigError for a checkpoint that does not fit its
+        config.json or is quantised already."""
+        plain = ModelConfig.from_directory(path)
+        config = plain.rounded("fp8")  # every format rounds the same matrices
+        check_checkpoint(path, plain)
+        files = CheckpointFiles(path)
+        return cls(path, form, files, tuple(_sources(config, files)))
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(_nbytes(entry) for each in self.sources for entry in self._entries(each).values())
+
+    def write(self, out: Path, advance: Callable[[int], None]) -> None:
+        """Writes the new checkpoint to the directory `out`, which must not exist or be empty; nothing of it is there
+        before all is. `advance` is called with numbers of bytes written.
+
+        Raises CheckpointError for `out`, and ResourceError if the disk is too small or cannot be written.
+        """
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError(
+                f"{out} exists and is not an empty directory; remove it or give another --out"
+            )
+        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            free, needed = shutil.disk_usage(out.parent).free, self.total_bytes + _SPARE_BYTES
+            if free < needed:
+                raise ResourceError(
+                    f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room or give "
+                    "another --out"
+                )
+            partial.mkdir()
+            self._write_all(partial, advance)
+            partial.rename(out)
+        except OSError as error:
+            raise ResourceError(
+                f"{out} could not be written ({error}); make room or give another --out"
+            ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_all(self, directory: Path, advance: Callable[[int], None]) -> None:
+        shards, weight_map = self._shards(), dict[str, str]()
+        for number, sources in enumerate(shards, start=1):
+            name = (
+                f"model-{number:05}-of-{len(shards):05}.safetensors"
+                if len(shards) > 1
+                else "model.safetensors"
+            )
+            weight_map |= dict.fromkeys(self._write_shard(directory / name, sources, advance), name)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            _write_json(directory / "model.safetensors.index.json", index)
+        raw = read_json_object(self.path / "config.json")
+        _write_json(directory / "config.json", {**raw, "quantization_config": self._settings()})
+        for file in self.path.iterdir():
+            weights = file.name == "config.json" or file.name.endswith(".index.json")
+            if file.suffix in _SIDECARS and not weights:
+                shutil.copyfile(file, directory / file.name)
+        if (templates := self.path / "additional_chat_templates").is_dir():
+            shutil.copytree(templates, directory / templates.name)
+
+    def _shards(self) -> list[list[_Source]]:
+        shards: list[list[_Source]] = [[]]
+        size = 0
+        for each in self.sources:
+            more = sum(map(_nbytes, self._entries(each).values()))
+            if shards[-1] and size + more > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(each)
+            size += more
+        return shards
+
+    def _entries(self, source: _Source) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors that are written for a source, in order: their dtypes and shapes."""
+        if not source.rounds:
+            return {source.name: (source.dtype, source.shape)}
+        outputs, inputs = source.shape
+        if self.form == "int8":
+            return {source.name: ("int8", source.shape), f"{source.name}_scale": ("float32", (outputs, 1))}
+        blocks = (-(-outputs // _BLOCK), -(-inputs // _BLOCK))
+        return {
+            source.name: ("float8_e4m3fn", source.shape),
+            f"{source.name}_scale_inv": ("float32", blocks),
+        }
+
+    def _write_shard(
+        self, file: Path, sources: Sequence[_Source], advance: Callable[[int], None]
+    ) -> list[str]:
+        """Returns the names of the tensors in the file."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for each in sources:
+            for name, entry in self._entries(each).items():
+                begin, end = end, end + _nbytes(entry)
+                header[name] = {"dtype": CODES[entry[0]], "shape": entry[1], "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for each in sources:
+                for tensor in self._tensors(each):
+                    _write(stream, tensor)
+                    advance(tensor.nbytes)
+            stream.flush()
+            os.fsync(stream.fileno())
+        return [name for name in header if name != "__metadata__"]
+
+    def _tensors(self, source: _Source) -> Iterator[Tensor]:
+        """What is written for a source, in parts: its numbers, or codes and then scales."""
+        width = prod(source.inner)
+        step = max(1, TILE // max(1, width * _BLOCK)) * _BLOCK
+        scales = []
+        for first in range(0, len(source.rows), step):
+            rows = source.rows[first : first + step]
+            dtype = torch.float32 if source.rounds else getattr(torch, source.dtype)
+            part = torch.empty(len(rows), *source.inner, dtype=dtype)
+            index = (slice(rows.start, rows.stop),)
+            if source.expert is None:
+                self.files.read(source.source, index, part)
+            else:
+                stack = slice(source.expert, source.expert + 1)
+                self.files.read(source.source, (stack, *index), part[None])
+            if not source.rounds:
+                yield part
+                continue
+            codes, some = as_fp8(part, _BLOCK, _BLOCK) if self.form == "fp8" else as_int8(part)
+            scales.append(some)
+            yield codes.contiguous()
+        if scales:
+            yield torch.cat(scales)
+
+    def _settings(self) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        names = [each.source for each in self.sources if not each.rounds and len(each.inner)]
+        plain = [name.removesuffix(".weight") for name in names if "embed_tokens" not in name]
+        ignored = sorted({"lm_head", *plain})
+        if self.form == "fp8":
+            return {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": [_BLOCK, _BLOCK],
+                "modules_to_not_convert": ignored,
+            }
+        number = {"num_bits": 8, "type": "int", "symmetric": True}
+        group = {
+            "targets": ["Linear"],
+            "weights": {**number, "strategy": "channel", "dynamic": False, **_ROUNDING},
+            "input_activations": {
+                **number,
+                "strategy": "token",
+                "dynamic": True,
+                **_ROUNDING,
+                "observer": None,
+            },
+            "output_activations": None,
+            "format": "int-quantized",
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ignored,
+        }
+
+
+def _sources(config: ModelConfig, files: CheckpointFiles) -> Iterator[_Source]:
+    """What is to be written, in the order of layers."""
+    layout, prefix = Layout(), "model." if files.is_headless else ""
+    for piece in WeightPlan(config, layout, files.names()).pieces(layout.coords(0)):
+        if files.is_headless and piece.source == "lm_head.weight":
+            continue
+        dtype, name = files.dtype(piece.source, FLOATS), piece.source.removeprefix(prefix)
+        if piece.rounds is None:
+            yield _Source(piece.source, name, range(piece.shape[0]), piece.shape[1:], dtype, False)
+        elif piece.stored != SCALE and len(piece.shape) == 2:
+            yield _Source(piece.source, name, piece.rounds, piece.shape[1:], dtype, True)
+        elif piece.stored != SCALE:
+            base, _, stack = name.rpartition(".")
+            half = "up_proj" if piece.rounds.start else "gate_proj"
+            kind = half if stack == "gate_up_proj" else stack
+            for expert in range(piece.shape[0]):
+                of_expert = f"{base}.{expert}.{kind}.weight"
+                yield _Source(piece.source, of_expert, piece.rounds, piece.shape[2:], dtype, True, expert)
+
+
+def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
+    dtype, shape = entry
+    item: int = getattr(torch, dtype).itemsize
+    return prod(shape) * item
+
+
+def _write(stream: BinaryIO, tensor: Tensor) -> None:
+    stream.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,160 @@
+"""`quantize` writes checkpoints that give what the same weights give when they are rounded while loading."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.ops.quantize import as_int8
+from qwen3_dist.weights import converter
+from qwen3_dist.weights.converter import Conversion
+from qwen3_dist.weights.files import shard_files
+from serve_app.cli import main
+from tests.checkpoints import write_checkpoint
+from tests.quantized import fused, in_blocks, is_linear
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 200, "head_dim": 48, "num_hidden_layers": 2, "intermediate_size": 300,
+    "moe_intermediate_size": 170, "num_experts": 4, "mlp_only_layers": [1],
+}  # fmt: skip
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=3)
+PROMPTS = [list(range(3, 40)), [7, 1, 150]]
+
+
+def written(tmp_path: Path, stacks: bool = False, **shape: Any) -> Path:
+    path = write_checkpoint(tmp_path / "plain", **{"moe": True, **SHAPE, **shape})
+    tensors = load_file(path / "model.safetensors")
+    tensors = fused(tensors) if stacks else tensors
+    narrow = {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
+    save_file(narrow, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in shard_files(path):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def answers(path: Path, **settings: Any) -> list[Any]:
+    with LLM(str(path), dtype="float32", num_blocks=16, use_tqdm=False, **settings) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    return [(output.token_ids, output.logprobs) for output in outputs]
+
+
+@pytest.mark.parametrize("stacks", [False, True], ids=["experts", "fused"])
+def test_fp8_gives_the_bits_of_rounding_while_loading(tmp_path: Path, stacks: bool) -> None:
+    path, out = written(tmp_path, stacks), tmp_path / "fp8"
+    assert main(["quantize", str(path), "--to", "fp8", "--out", str(out)]) == 0
+    assert answers(out) == answers(path, quantize="fp8")
+
+
+def test_fp8_has_the_tensors_of_qwens_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converter, "SHARD_BYTES", 4 * 10**5)
+    monkeypatch.setattr(converter, "TILE", 1)  # a row of blocks at a time
+    path, out = written(tmp_path, tie_word_embeddings=True), tmp_path / "deep/fp8"
+    (path / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/x.jinja", "merges.txt"):
+        (path / name).write_text(name)
+    assert main(["quantize", str(path), "--to", "fp8", "--out", str(out)]) == 0
+    got, expected = tensors_of(out), tensors_of(path)
+    for name, tensor in expected.items():
+        if is_linear(name):
+            codes, scales = in_blocks(tensor.float(), 128, 128)
+            assert torch.equal(got[f"{name}_scale_inv"], scales)
+            assert torch.equal(got.pop(name).float(), codes.float())
+            assert got.pop(f"{name}_scale_inv").dtype == torch.float32
+    assert got.keys() == {name for name in expected if not is_linear(name)}
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert all((out / shard).stat().st_size < 4.2e5 for shard in index["weight_map"].values())
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["weight_block_size"] == [128, 128]
+    assert settings["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.gate"]
+    copied = ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/x.jinja", "merges.txt")
+    assert [(out / name).read_text() for name in copied] == list(copied)
+    assert (out / "generation_config.json").read_bytes() == (path / "generation_config.json").read_bytes()
+
+
+def test_int8_has_the_scale_of_each_output(tmp_path: Path) -> None:
+    path, out = written(tmp_path), tmp_path / "int8"
+    assert main(["quantize", str(path), "--to", "int8", "--out", str(out)]) == 0
+    got, plain = tensors_of(out), tensors_of(path)
+    rounded = dict(plain)
+    for name in filter(is_linear, plain):
+        codes, scale = as_int8(plain[name])
+        assert torch.equal(got[name], codes) and torch.equal(got[f"{name}_scale"], scale[:, None])
+        rounded[name] = codes * scale[:, None]
+    twin = Path(shutil.copytree(path, tmp_path / "twin"))
+    save_file(rounded, twin / "model.safetensors", {"format": "pt"})
+    for (tokens, logprobs), (others, theirs) in zip(answers(out), answers(twin), strict=True):
+        assert tokens == others
+        assert [each.logprob for each in logprobs] == pytest.approx([e.logprob for e in theirs], abs=1e-4)
+
+
+def test_nothing_is_left_of_a_conversion_that_a_full_disk_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out, full = written(tmp_path), tmp_path / "out/fp8", []
+
+    def fill(size: int) -> None:
+        full.append(size)
+        if len(full) == 5:
+            assert [each.suffix for each in out.parent.iterdir()] == [".partial"]
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ResourceError, match="could not be written .*No space left on device"):
+        Conversion.open(path, "fp8").write(out, fill)
+    assert list(out.parent.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
+    with pytest.raises(ResourceError, match=r"needs 0.07 GB and its disk has 0.00 GB free; make room"):
+        Conversion.open(path, "fp8").write(out, fill)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ("exists", "exists and is not an empty directory; remove it or give another --out"),
+        ("quantised", "this checkpoint's are quantised already (fp8); leave quantize out"),
+        ("cut", "is not a safetensors file, or its header is cut"),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused_before_it_writes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, damage: str, sentence: str
+) -> None:
+    path, out = written(tmp_path), tmp_path / "out"
+    if damage == "exists":
+        out.mkdir()
+        (out / "config.json").write_text("mine")
+    elif damage == "quantised":
+        assert main(["quantize", str(path), "--to", "fp8", "--out", str(tmp_path / "first")]) == 0
+        path = tmp_path / "first"
+    else:
+        (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:100])
+    assert main(["quantize", str(path), "--to", "int8", "--out", str(out)]) == 2
+    assert sentence in capsys.readouterr().err
+    assert [each.read_text() for each in out.glob("*")] == (["mine"] if damage == "exists" else [])
+
+
+def test_an_embedding_model_keeps_its_names(tmp_path: Path) -> None:
+    path, out = written(tmp_path), tmp_path / "fp8"
+    tensors = tensors_of(path)
+    del tensors["lm_head.weight"]
+    headless = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(headless, path / "model.safetensors", {"format": "pt"})
+    assert main(["quantize", str(path), "--to", "fp8", "--out", str(out)]) == 0
+    assert {name.removesuffix("_scale_inv") for name in tensors_of(out)} == headless.keys()
+    assert answers(out) == answers(path, quantize="fp8")
