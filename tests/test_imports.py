@@ -31,6 +31,7 @@ ROOMS = (
     "qwen3_dist.launch",
     "qwen3_dist.engine",
     "qwen3_dist.llm",
+    "qwen3_dist.verify",
     "qwen3_dist.benchmark",
     "cluster",
     "cluster.planning",

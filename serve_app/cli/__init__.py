@@ -33,6 +33,7 @@ from serve_app.cli import (
     stop,
     sweep,
     top,
+    verify,
 )
 from serve_app.cli.parser import Parser, VerbParser, did_you_mean
 
@@ -51,6 +52,7 @@ _VERBS = {
     "chat": chat,
     "inspect": inspect,
     "quantize": quantize,
+    "verify": verify,
     "bench": bench,
     "bench serve": bench_serve,
     "plan": plan,
