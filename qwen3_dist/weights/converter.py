@@ -84,6 +84,7 @@ class Conversion:
 
         Raises CheckpointError for `out`, and ResourceError if the disk is too small or cannot be written.
         """
+        out = Path(os.path.abspath(out))  # "." has no name
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise CheckpointError(
                 f"{out} exists and is not an empty directory; remove it or give another --out"
