@@ -28,7 +28,9 @@ class BlockManager:
         self._holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free = OrderedDict.fromkeys(range(num_blocks))  # in the order in which they are reused
+        # Free blocks: those without contents, of which the last is used next, and then the cached ones from the first.
+        self._empty = list(range(num_blocks - 1, -1, -1))
+        self._cached = OrderedDict[int, None]()
         self._resting: dict[int, int] = {}  # blocks that become free once this step is settled
         self.num_cached = 0
         """Free blocks whose contents can still be found."""
@@ -36,7 +38,12 @@ class BlockManager:
     @property
     def num_free(self) -> int:
         """Blocks that no sequence holds, cached ones included."""
-        return len(self._free) + len(self._resting)
+        return self._num_ready + len(self._resting)
+
+    @property
+    def _num_ready(self) -> int:
+        """Blocks that a sequence can be given now."""
+        return len(self._empty) + len(self._cached)
 
     @property
     def capacity_tokens(self) -> int:
@@ -48,12 +55,12 @@ class BlockManager:
         Returns False and changes nothing unless the rest of its tokens fits too and leaves `keep_free` blocks.
         """
         cached = self._find_prefix(sequence)
-        revived = sum(block in self._free for block in cached)
+        revived = sum(block in self._cached for block in cached)
         fresh = -(-len(sequence.token_ids) // self.block_size) - len(cached)
-        if revived + fresh + keep_free > len(self._free):
+        if revived + fresh + keep_free > self._num_ready:
             return False
         for block in cached:
-            self._hold(block)
+            self._share(block)
         sequence.block_table = cached
         sequence.num_registered = len(cached)
         sequence.num_computed = len(cached) * self.block_size
@@ -67,12 +74,11 @@ class BlockManager:
         """Allocates blocks for the next `num_new` tokens; returns False and changes nothing if too few are free."""
         tokens = sequence.num_computed + num_new
         needed = -(-tokens // self.block_size) - len(sequence.block_table)
-        if needed > len(self._free):
+        if needed > self._num_ready:
             return False
         for _ in range(needed):
-            block = next(iter(self._free))
-            self._forget(block)
-            self._hold(block)
+            block = self._empty.pop() if self._empty else self._forget_oldest()
+            self._holders[block] = 1
             sequence.block_table.append(block)
         return True
 
@@ -122,9 +128,11 @@ class BlockManager:
         block in the index is found under the hash of the tokens that its holders have there."""
         sequences = list(sequences)
         held = Counter(block for sequence in sequences for block in sequence.block_table)
+        empty = set(self._empty)
+        assert len(empty) == len(self._empty) and all(self._hash_of[block] is None for block in empty)
         for block in range(self.num_blocks):
             assert self._holders[block] == held[block], f"block {block} is leaked or shared wrongly"
-            unheld = (block in self._free) + (block in self._resting)
+            unheld = (block in empty) + (block in self._cached) + (block in self._resting)
             assert unheld == (held[block] == 0), f"block {block} is both free and held"
         indexed = {block: digest for block, digest in enumerate(self._hash_of) if digest is not None}
         assert {digest: block for block, digest in indexed.items()} == self._block_of
@@ -156,21 +164,26 @@ class BlockManager:
             before = hashes[-1] if hashes else sequence.cache_salt
             hashes.append(blake2b(before + tokens.tobytes(), digest_size=16).digest())
 
-    def _hold(self, block: int) -> None:
+    def _share(self, block: int) -> None:
+        """Adds a holder to a block of a prefix, which may be free."""
         if self._holders[block] == 0:
             if self._resting.pop(block, None) is None:
-                del self._free[block]
-            self.num_cached -= self._hash_of[block] is not None
+                del self._cached[block]
+            self.num_cached -= 1
         self._holders[block] += 1
 
     def _set_free(self, block: int) -> None:
-        self._free[block] = None
         if self._hash_of[block] is None:
-            self._free.move_to_end(block, last=False)
+            self._empty.append(block)
+        else:
+            self._cached[block] = None
 
-    def _forget(self, block: int) -> None:
+    def _forget_oldest(self) -> int:
+        """The cached block that has been free for longest, without its contents."""
+        block, _ = self._cached.popitem(last=False)
         digest = self._hash_of[block]
-        if digest is not None:
-            del self._block_of[digest]
-            self._hash_of[block] = None
-            self.num_cached -= self._holders[block] == 0
+        assert digest is not None
+        del self._block_of[digest]
+        self._hash_of[block] = None
+        self.num_cached -= 1
+        return block
