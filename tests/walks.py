@@ -36,12 +36,16 @@ class Walker:
         self._row = torch.empty(self.vocab_size // 32, dtype=torch.int32)
         self._endings = [ids[0] for text in ENDINGS if len(ids := tokenizer.encode(text)) == 1]
 
-    def allowed(self, matcher: Matcher) -> np.ndarray:
-        """The ids that the mask allows."""
+    def mask(self, matcher: Matcher) -> np.ndarray:
+        """Whether the mask allows each id."""
         self._row.fill_(-1)
         matcher.fill_mask(self._row)
         assert matcher.error is None, matcher.error
-        return np.flatnonzero(np.unpackbits(self._row.numpy().view(np.uint8), bitorder="little"))
+        return np.unpackbits(self._row.numpy().view(np.uint8), bitorder="little").view(bool)
+
+    def allowed(self, matcher: Matcher) -> np.ndarray:
+        """The ids that the mask allows."""
+        return np.flatnonzero(self.mask(matcher))
 
     def walk(self, grammar: str, seed: int, wander: int = 40, most: int = 600) -> str:
         """A text of `grammar`: `wander` steps at random, then whatever leads to its end, up to EOS."""
@@ -51,10 +55,9 @@ class Walker:
         """The tokens of such a text."""
         choose, matcher, ids = random.Random(seed), self.grammars.matcher(grammar), []
         for step in range(most):
-            allowed = self.allowed(matcher)
-            found = set(allowed.tolist())
-            ends = [token for token in (*self.eos, *self._endings) if token in found]
-            token = ends[0] if ends and step >= wander else int(choose.choice(allowed))
+            mask = self.mask(matcher)
+            ends = [token for token in (*self.eos, *self._endings) if mask[token]]
+            token = ends[0] if ends and step >= wander else int(choose.choice(np.flatnonzero(mask)))
             if token in self.eos:
                 return ids
             ids.append(token)
