@@ -204,8 +204,14 @@ class _Names:
     def __init__(self, patterns: Collection[str]) -> None:
         self._parts = {pattern for pattern in patterns if not pattern.startswith("re:")}
         self._regexes = [re.compile(each.removeprefix("re:")) for each in patterns if each.startswith("re:")]
+        self._known: dict[str, bool] = {}  # a plan of each rank asks for each of thousands of experts
 
     def __contains__(self, module: str) -> bool:
+        if module not in self._known:
+            self._known[module] = self._match(module)
+        return self._known[module]
+
+    def _match(self, module: str) -> bool:
         words = module.split(".")
         parts = (".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
         return any(part in self._parts for part in parts) or any(
