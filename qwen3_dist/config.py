@@ -15,7 +15,8 @@ from typing import Any
 from qwen3_dist.config_fields import NO_EFFECT, READ
 from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
-from qwen3_dist.quantization import ROUNDS_TO_FP8, Quantization, read_quantization
+from qwen3_dist.quantization import ROUNDS_TO_FP8, Quantization
+from qwen3_dist.quantization_config import read_quantization
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -77,6 +77,7 @@ TORCH_FREE = [
     "expert_placement",
     "percentiles",
     "quantization",
+    "quantization_config",
     "request_terms",
     "step_defaults",
 ]

@@ -10,7 +10,8 @@ from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout, valid_layouts
-from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.quantization import NIBBLES
+from qwen3_dist.weights.pieces import COMPANIONS, DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
 from qwen3_dist.weights.weight_plan import WeightPlan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,18 +25,19 @@ def total_parameters(config: ModelConfig) -> int:
 def active_parameters(config: ModelConfig) -> int:
     """Number of parameters used for one token: all but the experts that it is not routed to."""
     pieces = _pieces(config, Layout(), 0)
-    experts = sum(_elements(p) for p in pieces if ".experts." in p.parameter and p.stored != SCALE)
+    experts = sum(_weights(piece) for piece in pieces if ".experts." in piece.parameter)
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
     return total_parameters(config) - experts + round(experts * share)
 
 
 def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
     """Number of parameters on `rank`, without padding."""
-    return sum(_elements(piece) for piece in _pieces(config, layout, rank) if piece.stored != SCALE)
+    return sum(_weights(piece) for piece in _pieces(config, layout, rank))
 
 
 def rank_bytes(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """Bytes of weights on `rank`, without padding. Codes of a quantised checkpoint take a byte, scales four."""
+    """Bytes of weights on `rank`, without padding. What belongs to the codes of a quantised checkpoint
+    is counted."""
     return sum(_bytes(piece, config) for piece in _pieces(config, layout, rank))
 
 
@@ -48,7 +50,7 @@ def bytes_per_weight(config: ModelConfig) -> dict[str, float]:
         kind = next((kind for part, kind in kinds.items() if part in piece.parameter), None)
         if kind is not None and len(piece.shape) > 1:
             stored[kind] += _bytes(piece, config)
-            weights[kind] += _elements(piece) if piece.stored != SCALE else 0
+            weights[kind] += _weights(piece)
     return {kind: stored[kind] / weights[kind] for kind in weights}
 
 
@@ -106,8 +108,15 @@ def _pieces(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Piece]:
 
 
 def _bytes(piece: Piece, config: ModelConfig) -> int:
-    sizes = {None: ITEM_BYTES[config.dtype], SCALE: 4}
+    if piece.stored in NIBBLES:
+        *rows, inputs = map(len, piece.ranges)
+        return prod(rows) * -(-inputs // 2)
+    sizes = {None: ITEM_BYTES[config.dtype], SCALE: 4, ORDER: 4, DIVISOR: 0, MULTIPLIER: 0}
     return _elements(piece) * sizes.get(piece.stored, 1)
+
+
+def _weights(piece: Piece) -> int:
+    return 0 if piece.stored in COMPANIONS else _elements(piece)
 
 
 def _elements(piece: Piece) -> int:

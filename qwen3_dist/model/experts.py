@@ -6,7 +6,6 @@ Legend: R rows, K experts per token, D emb_dim, I hidden columns, e experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -100,18 +99,21 @@ class Experts(Quantizable):
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """The names of the stacks, and in a quantised checkpoint of their scales."""
+        """The names of the stacks, and in a quantised checkpoint of what belongs to their codes."""
         stacks = ("fc1", "fc2", "fc3")
-        return (*stacks, *(f"{name}_scale" for name in stacks if name in self.codes))
+        companions = self.codes["fc1"].companions if self.codes else ()
+        return (*stacks, *(f"{name}_{each}" for each in companions for name in stacks))
 
     def _as_loaded(self, tensors: tuple[Tensor, ...]) -> ExpertWeights:
         """Weights in the checkpoint's layout: `tensors` are those of `tensor_names`."""
-        fc1, fc2, fc3, *scales = tensors
-        if not scales:
-            return ExpertWeights((fc1, fc2, fc3), self._columns)
-        one, two, three = scales
+        triples = [(tensors[i], tensors[i + 1], tensors[i + 2]) for i in range(0, len(tensors), 3)]
+        if not self.codes:
+            return ExpertWeights(triples[0], self._columns)
         grids = (self.codes["fc1"].grid, self.codes["fc2"].grid, self.codes["fc3"].grid)
-        return ExpertWeights((fc1, fc2, fc3), self._columns, (one, two, three), grids)
+        parts = {
+            f"{each}s": triple for each, triple in zip(self.codes["fc1"].companions, triples[1:], strict=True)
+        }
+        return ExpertWeights(triples[0], self._columns, grids=grids, **parts)
 
     def finalize(self, int8: bool = False) -> None:
         """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
@@ -129,9 +131,7 @@ class Experts(Quantizable):
             for place, there in enumerate(places):
                 mine[place].copy_(next(arriving) if there is None else theirs[there])
             taken.append(mine)
-        one, two, three = taken[:3]
-        scales = (taken[3], taken[4], taken[5]) if other.weights.scales is not None else None
-        self._finalized = replace(other.weights, stacks=(one, two, three), scales=scales)
+        self._finalized = other.weights.with_tensors(taken)
         del self.fc1, self.fc2, self.fc3
         self.codes = other.codes
 

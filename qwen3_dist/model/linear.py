@@ -45,7 +45,7 @@ class Products(ABC):
         """Converts the weights to the layout that is fastest for the Ops, and to int8 if `int8`."""
         self._finalized = self._ops.finalize_linear(self.weights, int8)
         for layer in self.layers:
-            for name in ("weight", *(f"{name}_scale" for name in layer.codes)):
+            for name in layer.tensor_names:
                 delattr(layer, name)  # frees the loaded weights
 
 
@@ -64,12 +64,19 @@ class Linear(nn.Linear, Quantizable, Products):
         return (self,)
 
     @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The names of the weight, and in a quantised checkpoint of what belongs to its codes."""
+        companions = self.codes["weight"].companions if "weight" in self.codes else ()
+        return ("weight", *(f"weight_{each}" for each in companions))
+
+    @property
     def matrix(self) -> Matrix:
         """The weights as loaded."""
         if "weight" not in self.codes:
             return Matrix(self.weight, self.out_features, bias=self.bias)
-        scale = self.get_parameter("weight_scale")
-        return Matrix(self.weight, self.out_features, scale, self.bias, self.codes["weight"].grid)
+        grid, companions = self.codes["weight"].grid, self.codes["weight"].companions
+        parts = {each: self.get_parameter(f"weight_{each}") for each in companions}
+        return Matrix(self.weight, self.out_features, bias=self.bias, grid=grid, **parts)
 
     def forward(self, x: Tensor, adapters: AdapterRows | None = None) -> Tensor:
         return self.products(x, adapters)[0]

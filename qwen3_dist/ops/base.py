@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -44,6 +44,8 @@ class Matrix(NamedTuple):
     scale: Tensor | None = None
     bias: Tensor | None = None  # [N]
     grid: Grid | None = None  # the blocks of the codes of a quantised checkpoint
+    zero: Tensor | None = None  # int8, of the shape of `scale`: the zeros of codes, if they have any
+    order: Tensor | None = None  # int32 [D], the group of each input, if `grid` has groups
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,24 @@ class ExpertWeights:
     # fp32 of int8 stacks: [e, I], [e, I], [e, D]; with grids as in `Matrix`, for each expert
     scales: tuple[Tensor, Tensor, Tensor] | None = None
     grids: tuple[Grid, Grid, Grid] | None = None  # the blocks of the codes of a quantised checkpoint
+    zeros: tuple[Tensor, Tensor, Tensor] | None = None  # as in `Matrix`, for each expert
+    orders: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Stacks and scales; the first dimension of each is the expert."""
-        return (*self.stacks, *(self.scales or ()))
+        """Stacks, and what belongs to their codes; the first dimension of each is the expert."""
+        return tuple(tensor for name in self._triples for tensor in getattr(self, name))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> ExpertWeights:
+        """These weights with others in the place of `tensors`."""
+        triples: dict[str, Any] = {
+            name: tuple(tensors[3 * i : 3 * i + 3]) for i, name in enumerate(self._triples)
+        }
+        return replace(self, **triples)
+
+    @property
+    def _triples(self) -> list[str]:
+        return [name for name in ("stacks", "scales", "zeros", "orders") if getattr(self, name) is not None]
 
 
 class DrawSettings(NamedTuple):

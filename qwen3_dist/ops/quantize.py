@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen3_dist.quantization import Grid
+from qwen3_dist.quantization import FP8, INT4, INT8, Grid
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 TILE = 1 << 22  # weights that are made from codes at a time
 
 
@@ -48,19 +49,61 @@ def row_scales(scale: Tensor, grid: Grid, rows: range) -> Tensor:
     return scale.index_select(-2, blocks)
 
 
-def dequantized(codes: Tensor, scale: Tensor, grid: Grid, rows: range, dtype: torch.dtype) -> Tensor:
-    """Rows of the weight of codes [N, D] and its blocks' scales -> [len(rows), D], rounded once, to `dtype`."""
-    inputs = codes.shape[1]
-    first = grid.first_column
-    blocks = torch.arange(first, first + inputs, device=scale.device) // grid.columns
-    wide = codes[rows.start : rows.stop].float()
+def dequantized(
+    codes: Tensor,
+    scale: Tensor,
+    grid: Grid,
+    rows: range,
+    dtype: torch.dtype,
+    zero: Tensor | None = None,
+    order: Tensor | None = None,
+) -> Tensor:
+    """Rows of the weight of codes [N, D], or [N, ceil(D / 2)] of 4 bits, and what belongs to them -> [len(rows), D],
+    rounded once, to `dtype`. An odd number of inputs of 4 bits gives one more, which is none."""
+    wide = _values(codes[rows.start : rows.stop], grid)
+    if order is None:
+        first = grid.first_column
+        blocks = torch.arange(first, first + wide.shape[1], device=scale.device) // grid.columns
+        blocks.clamp_(max=scale.shape[-1] - 1)  # of an input that is none
+    else:
+        blocks = F.pad(order, (0, wide.shape[1] - len(order))).long()
+    if zero is not None:
+        wide -= row_scales(zero, grid, rows)[:, blocks]
+    elif grid.nibbles == INT4:
+        wide -= 8
     return wide.mul_(row_scales(scale, grid, rows)[:, blocks]).to(dtype)
+
+
+def _values(codes: Tensor, grid: Grid) -> Tensor:
+    """What codes say, fp32."""
+    if grid.nibbles is None:
+        return codes.float()
+    split = unpacked(codes)
+    if grid.nibbles == INT4:
+        return split.float()
+    return torch.tensor(_E2M1, device=codes.device)[split.int()]
+
+
+def kind_of(codes: Tensor, grid: Grid) -> str:
+    """The kind of codes in memory."""
+    return grid.nibbles or (INT8 if codes.dtype == torch.int8 else FP8)
+
+
+def unpacked(codes: Tensor) -> Tensor:
+    """Numbers of 4 bits, of which [..., n] has two in a byte -> [..., 2n] uint8."""
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+
+
+def packed(numbers: Tensor) -> Tensor:
+    """Numbers of 4 bits [..., n] uint8 -> [..., ceil(n / 2)], two in a byte, the first in the lower half."""
+    pairs = F.pad(numbers, (0, numbers.shape[-1] % 2))
+    return pairs[..., ::2] | (pairs[..., 1::2] << 4)
 
 
 def tiles(codes: Tensor) -> Iterator[range]:
     """The rows of codes [N, D] in parts of at most about `TILE` weights."""
     outputs, inputs = codes.shape
-    step = max(1, TILE // max(1, inputs))
+    step = max(1, TILE // max(1, inputs * (2 if codes.dtype == torch.uint8 else 1)))
     return (range(start, min(start + step, outputs)) for start in range(0, outputs, step))
 
 

@@ -40,10 +40,10 @@ def pairs_by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
 
 def matrices_of(weights: ExpertWeights, number: int) -> tuple[Matrix, ...]:
     """fc1, fc2 and fc3 of one expert."""
-    scales = tuple(scale[number] for scale in weights.scales) if weights.scales else (None,) * 3
-    stacks = (stack[number] for stack in weights.stacks)
+    triples = (weights.stacks, weights.scales, weights.zeros, weights.orders)
+    parts = (tuple(each[number] for each in triple) if triple else (None,) * 3 for triple in triples)
     grids = weights.grids or (None,) * 3
     return tuple(
-        Matrix(weight, len(weight), scale, None, grid)
-        for weight, scale, grid in zip(stacks, scales, grids, strict=True)
+        Matrix(weight, len(weight), scale, None, grid, zero, order)
+        for weight, scale, zero, order, grid in zip(*parts, grids, strict=True)
     )

@@ -63,7 +63,8 @@ class TorchOps(TorchDraws):
         assert part.grid is not None and part.scale is not None
         outs = []
         for rows in tiles(part.weight):
-            weight = dequantized(part.weight, part.scale, part.grid, rows, x.dtype)
+            codes = (part.weight, part.scale, part.grid)
+            weight = dequantized(*codes, rows, x.dtype, part.zero, part.order)[:, : x.shape[1]]
             bias = part.bias[rows.start : rows.stop] if part.bias is not None else None
             outs.append(self._product(x, Matrix(weight, len(rows), bias=bias)))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
@@ -166,7 +167,8 @@ def _quantized(part: Matrix) -> Matrix:
 
 def _simplest(part: Matrix) -> Matrix:
     """`part`, without a grid if its codes are int8 with a scale for each output."""
-    if part.grid is None or part.scale is None or part.weight.dtype != torch.int8:
+    has_more = part.weight.dtype != torch.int8 or part.zero is not None or part.order is not None
+    if part.grid is None or part.scale is None or has_more:
         return part
     scale = uniform(part.scale, part.grid)
     return part if scale is None else part._replace(scale=scale.contiguous(), grid=None)
@@ -174,7 +176,10 @@ def _simplest(part: Matrix) -> Matrix:
 
 def simplest_experts(weights: ExpertWeights) -> ExpertWeights:
     """`_simplest` of stacks."""
-    if weights.grids is None or weights.scales is None or weights.stacks[0].dtype != torch.int8:
+    has_more = (
+        weights.stacks[0].dtype != torch.int8 or weights.zeros is not None or weights.orders is not None
+    )
+    if weights.grids is None or weights.scales is None or has_more:
         return weights
     one, two, three = map(uniform, weights.scales, weights.grids)
     if one is None or two is None or three is None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.layout import Layout
+from qwen3_dist.quantization import FP4
 from qwen3_dist.weights.files import FLOATS, CheckpointFiles
-from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.weights.pieces import DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
 from qwen3_dist.weights.weight_plan import WeightPlan
 
 _ADVICE = "download the weights and config.json of the same revision"
@@ -49,14 +52,36 @@ def check_tensor(files: CheckpointFiles, piece: Piece) -> None:
             return
         piece = replace(piece, stored=None)
     shape = files.shape(piece.source)
-    if shape != piece.shape and not (piece.stored == SCALE and _spreads(shape, piece.shape)):
+    expected = piece.packing.shape(piece.shape) if piece.packing else piece.shape
+    is_one = piece.stored in (DIVISOR, MULTIPLIER) and shape == ()
+    if shape != expected and not is_one and not (piece.stored == SCALE and _spreads(shape, expected)):
         raise CheckpointError(
-            f"{piece.source} has shape {list(shape)} where config.json makes it {list(piece.shape)}; {_ADVICE}"
+            f"{piece.source} has shape {list(shape)} where config.json makes it {list(expected)}; {_ADVICE}"
         )
-    allowed = (
-        (*FLOATS, "float8_e8m0fnu") if piece.stored == SCALE else (piece.stored,) if piece.stored else FLOATS
-    )
-    files.dtype(piece.source, allowed)
+    files.dtype(piece.source, _dtypes(piece))
+
+
+def check_order(piece: Piece, order: Tensor) -> None:
+    """Raises CheckpointError if inputs name groups that the weight does not have."""
+    assert piece.grid is not None
+    if order.numel() and not 0 <= int(order.min()) <= int(order.max()) < piece.grid.groups:
+        raise CheckpointError(
+            f"{piece.source} names groups of inputs that are not 0 to {piece.grid.groups - 1}; {_ADVICE}"
+        )
+
+
+def _dtypes(piece: Piece) -> tuple[str, ...]:
+    """The dtypes in which the piece's tensor may be stored."""
+    if piece.stored == SCALE:
+        of_kind = ("float8_e4m3fn", "uint8") if piece.grid and piece.grid.nibbles == FP4 else ()
+        return (*FLOATS, "float8_e8m0fnu", *of_kind)
+    if piece.stored in (DIVISOR, MULTIPLIER):
+        return FLOATS
+    if piece.stored == ORDER:
+        return ("int32", "int64")
+    if piece.packing is not None:
+        return (piece.packing.dtype,)
+    return (piece.stored,) if piece.stored else FLOATS
 
 
 def _spreads(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:

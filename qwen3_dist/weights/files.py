@@ -35,11 +35,13 @@ _REOPEN_BYTES = 128 << 20  # a file is reopened after so many bytes, since its m
 _PREFIX, _HEADLESS = "model.", ("embed_tokens.", "layers.", "norm.")
 _DTYPES = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
-    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E8M0": "float8_e8m0fnu", "I32": "int32", "I64": "int64", "U8": "uint8",
 }  # fmt: skip
 CODES = {name: code for code, name in _DTYPES.items()}  # safetensors' name of a dtype, by torch's
 FLOATS = ("float32", "bfloat16", "float16")
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "F8_E8M0": 1}
+_ITEM_BYTES = {
+    "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "F8_E8M0": 1, "I32": 4, "I64": 8, "U8": 1,
+}  # fmt: skip
 
 
 class CheckpointFiles:
@@ -106,13 +108,19 @@ class CheckpointFiles:
         step = max(1, _CHUNK_BYTES // row_bytes)
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
-            chunk = self._slice_of(file, name)[(slice(part.start, part.stop), *index[1:])]
+            chunk = self.take(name, (slice(part.start, part.stop), *index[1:]))
             out[start : start + len(part)].copy_(chunk)
-            self._read_bytes += row_bytes * len(part)
-            if self._read_bytes >= _REOPEN_BYTES:
-                self._open, self._read_bytes = None, 0
+            del chunk
             if progress:
-                progress(chunk.numel())
+                progress(out[start : start + len(part)].numel())
+
+    def take(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
+        """tensor[index], in the dtype in which it is stored; for small parts."""
+        part: Tensor = self._slice_of(self._entries[name][0], name)[index]
+        self._read_bytes += part.nbytes
+        if self._read_bytes >= _REOPEN_BYTES:
+            self._open, self._read_bytes = None, 0
+        return part
 
     def read_whole(self, name: str) -> Tensor:
         """A small tensor."""

@@ -22,10 +22,12 @@ from qwen3_dist.ops.choose import choose_ops
 from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import Progress
+from qwen3_dist.quantization import NIBBLES
 from qwen3_dist.weights import random_weights
-from qwen3_dist.weights.checks import check_names, check_tensor
+from qwen3_dist.weights.checks import check_names, check_order, check_tensor
 from qwen3_dist.weights.files import CheckpointFiles
-from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.weights.packed import read_packed
+from qwen3_dist.weights.pieces import COMPANIONS, DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
 from qwen3_dist.weights.rounding import read_rounded
 from qwen3_dist.weights.weight_plan import WeightPlan
 
@@ -65,7 +67,7 @@ def load_model(
     _hold_codes(model, pieces)
     parameters = _materialise(model, device)
     pieces = [piece for piece in pieces if not piece.is_empty]
-    total = sum(parameters[piece.parameter][piece.target].nbytes for piece in pieces)
+    total = sum(parameters[piece.parameter][piece.place].nbytes for piece in pieces)
     done = 0
 
     def advance(size: int) -> None:
@@ -132,7 +134,7 @@ def _read(
     parameters: dict[str, Tensor],
     advance: Callable[[int], None],
 ) -> None:
-    view = parameters[piece.parameter][piece.target]
+    view = parameters[piece.parameter][piece.place]
     if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
         view = view.squeeze(0)
     size = view.element_size()
@@ -143,6 +145,12 @@ def _read(
         if piece.stored != SCALE:  # the codes, with which their scales are made
             read_rounded(files, piece, view, parameters[f"{piece.parameter}_scale"])
         advance(view.nbytes)
+    elif piece.stored in (DIVISOR, MULTIPLIER):
+        factor = files.read_whole(piece.source).float().item()
+        view.mul_(factor) if piece.stored == MULTIPLIER else view.div_(factor)
+        advance(view.nbytes)
+    elif piece.packing is not None:
+        read_packed(files, piece, view, advance)
     elif files.shape(piece.source) == piece.shape:
         files.read(piece.source, piece.index, view, lambda elements: advance(elements * size))
     else:  # a scale for all outputs, or without a dimension of inputs
@@ -150,25 +158,29 @@ def _read(
         whole = scale.view(piece.shape) if scale.numel() == prod(piece.shape) else scale.view(1, 1)
         view.copy_(whole.expand(piece.shape)[piece.index])
         advance(view.nbytes)
+    if files is not None and piece.stored == ORDER:
+        check_order(piece, view)
 
 
 def _hold_codes(model: Qwen3Model, pieces: Sequence[Piece]) -> None:
     """Makes the quantised weights of a model on meta ones of codes. Raises CheckpointError if experts of a layer
     differ in their format."""
     held: set[str] = set()
-    of_experts: dict[str, str | None] = {}
+    of_experts: dict[str, tuple[str | None, tuple[str, ...]]] = {}
     for piece in pieces:
-        if piece.stored == SCALE:
+        if piece.stored in COMPANIONS:
             continue
         module, _, name = piece.parameter.rpartition(".")
-        if module.endswith(".experts") and of_experts.setdefault(module, piece.stored) != piece.stored:
+        form = (piece.stored, piece.companions)
+        if module.endswith(".experts") and of_experts.setdefault(module, form) != form:
             raise CheckpointError(
                 f"{piece.source} is not stored as other weights of its layer's experts are; all must have one format"
             )
         if piece.stored is not None and piece.grid is not None and piece.parameter not in held:
             holder = model.get_submodule(module)
             assert isinstance(holder, Quantizable)
-            holder.hold_codes(name, Codes(getattr(torch, piece.stored), piece.grid))
+            dtype = torch.uint8 if piece.stored in NIBBLES else getattr(torch, piece.stored)
+            holder.hold_codes(name, Codes(dtype, piece.grid, piece.companions))
             held.add(piece.parameter)
 
 

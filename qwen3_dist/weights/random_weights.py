@@ -8,9 +8,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.ops.quantize import packed
+from qwen3_dist.quantization import NIBBLES
+from qwen3_dist.weights.pieces import DIVISOR, MULTIPLIER, ORDER, SCALE, ZERO, Piece
 
-_LARGEST = 120  # of codes
+_LARGEST, _LARGEST_NIBBLE = 120, 7  # of codes
 _USUAL_INPUTS = 4096  # where a scale is for all inputs
 _CHUNK = 1 << 22  # elements generated at a time: limits memory, and a rank generates few rows of other ranks
 
@@ -22,9 +24,18 @@ def fill(piece: Piece, view: Tensor) -> None:
     biases 0, matrices uniform with a standard deviation of 1 / sqrt(inputs). Codes of a quantised checkpoint are
     uniform up to their largest, and their scales give about the same deviation.
     """
-    if piece.stored == SCALE:
-        inputs = piece.shape[-1] * piece.grid.columns if piece.grid else 1
-        view.fill_((3 / min(inputs, _USUAL_INPUTS)) ** 0.5 / _LARGEST)
+    grid = piece.grid
+    if piece.stored in (DIVISOR, MULTIPLIER):
+        return
+    if piece.stored == SCALE and grid is not None:
+        largest = _LARGEST_NIBBLE if grid.nibbles else _LARGEST
+        view.fill_((3 / min(piece.shape[-1] * grid.columns, _USUAL_INPUTS)) ** 0.5 / largest)
+        return
+    if piece.stored == ZERO and grid is not None:
+        view.fill_(8 if grid.nibbles else 0)
+        return
+    if piece.stored == ORDER and grid is not None:
+        view.copy_(torch.tensor(piece.ranges[-1], device=view.device) // grid.columns)
         return
     if len(piece.shape) == 1:
         view.fill_(0.0 if piece.source.endswith("bias") else 1.0)
@@ -39,7 +50,10 @@ def fill(piece: Piece, view: Tensor) -> None:
         whole = _int16(f"{piece.source}/{chunk}", (min(height, total - top), *inner), view.device)
         part = whole[(slice(low - top, high - top), *piece.index[1:])]
         out = view[low - first : high - first]
-        out.copy_(part * scale) if piece.stored else out.copy_(part).mul_(scale)
+        if piece.stored in NIBBLES:
+            out.copy_(packed((part & 15).to(torch.uint8)))
+        else:
+            out.copy_(part * scale) if piece.stored else out.copy_(part).mul_(scale)
 
 
 def _int16(seed: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

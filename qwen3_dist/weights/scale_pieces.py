@@ -1,7 +1,7 @@
 """The pieces of quantised weights: a rank reads its part of the codes, and the scales of all blocks that cover it.
 
 A block at the edge of a part is shared: each rank has its whole scale, and `Piece.grid` says where in it the part
-begins.
+begins. Where inputs name their groups, a rank has the scales of all groups, and the names of its own inputs.
 """
 
 from __future__ import annotations
@@ -9,30 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from dataclasses import replace
 
-from qwen3_dist.quantization import Grid, Quantization, WeightFormat
-from qwen3_dist.weights.pieces import SCALE, Piece
+from qwen3_dist.quantization import Grid, Quantization, Stored, WeightFormat
+from qwen3_dist.weights.pieces import DIVISOR, MULTIPLIER, ORDER, SCALE, ZERO, Piece
 
 _QUANTIZABLE = ("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj")
 
 
 def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]) -> Iterator[Piece]:
-    """`piece`, and if it is of a quantised weight the piece of its scales, if the part is not empty. `names` are the
-    tensors of the checkpoint."""
+    """`piece`, and if it is of a quantised weight the pieces of what belongs to its codes, if the part is not empty.
+    `names` are the tensors of the checkpoint."""
     weight_format = None
     if quantization is not None and piece.source.endswith(_QUANTIZABLE):
         weight_format = quantization.of(piece.source.removesuffix(".weight"))
-    if weight_format is None:
+    if weight_format is None or _is_plain(piece, weight_format, names):
         yield piece
         return
     *_, rows, columns = piece.ranges
     rounds = _matrix(piece) if quantization is not None and quantization.rounds else None
     if rounds is not None:
         rows = range(rows.start - rounds.start, rows.stop - rounds.start)
-    grid = weight_format.grid(rows.start, columns.start)
-    yield replace(piece, stored=weight_format.codes, grid=grid, rounds=rounds)
-    if not piece.is_empty:
-        name = piece.source if rounds else _scale_name(piece, weight_format, names)
-        yield replace(_scales(piece, rows, columns, grid, name), rounds=rounds)
+    grid = weight_format.grid(rows.start, columns.start, piece.shape[-1])
+    yield replace(
+        piece,
+        source=piece.source if rounds else _name(piece, weight_format.weight, names),
+        stored=weight_format.codes,
+        grid=grid,
+        rounds=rounds,
+        packing=weight_format.weight.packing,
+        companions=weight_format.companions,
+    )
+    if piece.is_empty:
+        return
+    for each in _companions(piece, weight_format, rows, grid, names):
+        yield replace(each, source=piece.source, rounds=rounds) if rounds else each
 
 
 def _matrix(piece: Piece) -> range:
@@ -43,19 +52,41 @@ def _matrix(piece: Piece) -> range:
     return range(outputs // 2) if first < outputs // 2 else range(outputs // 2, outputs)
 
 
-def _scales(piece: Piece, rows: range, columns: range, grid: Grid, name: str) -> Piece:
+def _is_plain(piece: Piece, weight_format: WeightFormat, names: Set[str]) -> bool:
+    """Whether the checkpoint has this weight as it is although its format has other tensors: a module that the
+    checkpoint's lists of modules left out by another rule than ours."""
+    return piece.source in names and _name(piece, weight_format.weight, names) not in names
+
+
+def _companions(
+    piece: Piece, weight_format: WeightFormat, rows: range, grid: Grid, names: Set[str]
+) -> Iterator[Piece]:
+    """`rows` are those of the piece, counted from the first of its matrix."""
+    columns = piece.ranges[-1]
     tall, wide = grid.shape(len(rows), len(columns))
-    top, left = rows.start // grid.rows, columns.start // grid.columns
+    top, left = rows.start // grid.rows, 0 if grid.groups else columns.start // grid.columns
     lead = len(piece.shape) - 2
     index = (*piece.index[:lead], slice(top, top + tall), slice(left, left + wide))
     shape = (*piece.shape[:-2], *Grid(grid.rows, grid.columns).shape(*piece.shape[-2:]))
     places = piece.target[:1] if len(piece.target) > 2 else ()  # experts in their stack
     target = (*places, slice(0, tall), slice(0, wide))
-    return Piece(name, shape, index, f"{piece.parameter}_scale", target, SCALE, grid)
+    for kind, stored in ((SCALE, weight_format.scale), (ZERO, weight_format.zero)):
+        if stored is not None:
+            name = _name(piece, stored, names)
+            yield Piece(name, shape, index, f"{piece.parameter}_{kind}", target, kind, grid, stored.packing)
+    if weight_format.factor is not None:
+        name = _name(piece, weight_format.factor, names)
+        kind = MULTIPLIER if weight_format.factor_multiplies else DIVISOR
+        yield Piece(name, (1,), (slice(None),), f"{piece.parameter}_{SCALE}", target, kind, grid)
+    if weight_format.order is not None:
+        index = (*piece.index[:lead], slice(columns.start, columns.stop))
+        target = (*places, slice(0, len(columns)))
+        name, shape = _name(piece, weight_format.order, names), (*piece.shape[:-2], piece.shape[-1])
+        yield Piece(name, shape, index, f"{piece.parameter}_{ORDER}", target, ORDER, grid)
 
 
-def _scale_name(piece: Piece, weight_format: WeightFormat, names: Set[str]) -> str:
-    possible = [f"{piece.source.removesuffix('weight')}{end}" for end in weight_format.scale_names]
+def _name(piece: Piece, stored: Stored, names: Set[str]) -> str:
+    possible = [f"{piece.source.removesuffix('weight')}{end}" for end in stored.names]
     if not piece.source.endswith(".weight"):  # fused experts
-        possible = [f"{piece.source}{end.removeprefix('weight')}" for end in weight_format.scale_names]
+        possible = [f"{piece.source}{end.removeprefix('weight')}" for end in stored.names]
     return next((name for name in possible if name in names), possible[0])

@@ -8,8 +8,17 @@ import pytest
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.quantization import FP8, INT8, Grid, WeightFormat, read_quantization
+from qwen3_dist.quantization import FP8, INT4, INT8, Grid, Packing, Stored, WeightFormat
+from qwen3_dist.quantization_config import read_quantization
 
+AWQ: dict[str, Any] = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 128,
+    "zero_point": True,
+    "version": "gemm",
+}
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 QWEN: dict[str, Any] = {  # that of Qwen3-30B-A3B-FP8, shortened
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -17,7 +26,8 @@ QWEN: dict[str, Any] = {  # that of Qwen3-30B-A3B-FP8, shortened
     "quant_method": "fp8",
     "weight_block_size": [128, 128],
 }
-BLOCKS = WeightFormat(FP8, (128, 128), ("weight_scale_inv", "weight_scale"))
+SCALE = Stored(("weight_scale",))
+BLOCKS = WeightFormat(FP8, (128, 128), Stored(("weight_scale_inv", "weight_scale")))
 
 
 def compressed(**weights: Any) -> dict[str, Any]:
@@ -65,18 +75,36 @@ def test_groups_have_their_own_formats_and_names_come_before_the_class() -> None
     rest["weights"] = {**rest["weights"], "strategy": "block", "block_structure": [64, 32]}
     read = read_quantization({"compression_config": config})
     assert read is not None
-    assert read.of("model.layers.1.mlp.up_proj") == WeightFormat(FP8, (64, 32), ("weight_scale",))
-    assert read.of("model.layers.1.mlp.down_proj") == WeightFormat(INT8, None, ("weight_scale",))
+    assert read.of("model.layers.1.mlp.up_proj") == WeightFormat(FP8, (64, 32), SCALE)
+    assert read.of("model.layers.1.mlp.down_proj") == WeightFormat(INT8, None, SCALE)
     assert read.of("model.layers.0.mlp.down_proj") is None
     assert read.describe() == "compressed-tensors: fp8 (e4m3) by blocks of 64 x 32, int8 by outputs"
 
 
+def test_gptq_may_have_settings_for_some_modules() -> None:
+    dynamic = {r"-:.*layers\.0\..*": {}, r"+:.*down_proj": {"bits": 8, "group_size": -1}}
+    read = read_quantization({"quantization_config": {**GPTQ, "desc_act": True, "dynamic": dynamic}})
+    assert read is not None and read.of("model.layers.0.mlp.up_proj") is None
+    of_some, of_rest = read.of("model.layers.1.mlp.down_proj"), read.of("model.layers.1.mlp.up_proj")
+    assert of_some is not None and (of_some.codes, of_some.block, of_some.order) == (INT8, None, None)
+    assert of_rest is not None and (of_rest.codes, of_rest.block) == (INT4, (1, 128)) and of_rest.order
+
+
+def test_zeros_are_read_as_their_format_has_them() -> None:
+    for changes, plus in (({}, 1), ({"checkpoint_format": "gptq_v2"}, 0), ({"bits": 8}, 129)):
+        read = read_quantization({"quantization_config": {**GPTQ, "sym": False, **changes}})
+        stored = read.of("model.layers.0.mlp.up_proj") if read else None
+        assert stored is not None and stored.zero is not None
+        assert stored.zero.packing == Packing(changes.get("bits", 4), axis=0, transposed=True, plus=plus)  # type: ignore[arg-type]
+        assert stored.zero.packing.shape((96, 16)) == (16, 96 * stored.zero.packing.bits // 32)
+
+
 def test_a_part_has_the_blocks_that_cover_it() -> None:
     # 30B-A3B's 768 columns in 8 parts of 96: the second begins in the first block and ends in the second
-    assert BLOCKS.grid(96, 0) == Grid(128, 128, 96, 0)
-    assert BLOCKS.grid(96, 0).shape(96, 2048) == (2, 16)
-    assert BLOCKS.grid(288, 0).shape(96, 2048) == (1, 16)  # from 32 to 128 of block 2
-    assert WeightFormat(FP8, None, ()).grid(96, 192).shape(5, 96) == (5, 1)
+    assert BLOCKS.grid(96, 0, 2048) == Grid(128, 128, 96, 0)
+    assert BLOCKS.grid(96, 0, 2048).shape(96, 2048) == (2, 16)
+    assert BLOCKS.grid(288, 0, 2048).shape(96, 2048) == (1, 16)  # from 32 to 128 of block 2
+    assert WeightFormat(FP8, None, SCALE).grid(96, 192, 2048).shape(5, 96) == (5, 1)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +116,49 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
         ),
         ({"quantization_config": {"quant_method": "gguf"}}, "quantisation 'gguf'"),
         ({"quantization_config": {"quant_method": "exl2", "bits": 4}}, "quantisation 'exl2'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantisation 'awq'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "bits=None is not supported; 4 bits are"),
+        ({"quantization_config": {**AWQ, "version": "gemv"}}, "version='gemv' is not supported; gemm is"),
+        ({"quantization_config": {**AWQ, "zero_point": False}}, "zero_point=False is not supported"),
+        (
+            {"quantization_config": {**AWQ, "lm_head": True}},
+            "lm_head=True is not supported; a head that is not",
+        ),
+        ({"quantization_config": {**GPTQ, "bits": 3}}, "bits=3 is not supported; 4 and 8 bits are"),
+        (
+            {"quantization_config": {**GPTQ, "checkpoint_format": "marlin"}},
+            "checkpoint_format='marlin' is not",
+        ),
+        (
+            {"quantization_config": {**GPTQ, "group_size": 0}},
+            "group_size=0 is neither a positive integer nor -1",
+        ),
+        ({"quantization_config": {**GPTQ, "dynamic": {"+:(": {}}}}, "no regular expression"),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+            "quant_algo='FP8' is not",
+        ),
+        (
+            {
+                "quantization_config": {
+                    **compressed(num_bits=4, group_size=8),
+                    "format": "nvfp4-pack-quantized",
+                }
+            },
+            "not symmetric 4-bit floats by groups of 16",
+        ),
+        (
+            {"quantization_config": {**compressed(num_bits=3, type="int"), "format": "pack-quantized"}},
+            "packed 3-bit weights of type 'int'",
+        ),
+        (
+            {
+                "quantization_config": {
+                    **compressed(num_bits=4, type="int", strategy="group"),
+                    "format": "pack-quantized",
+                }
+            },
+            "group_size=None where a positive integer",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantisation None"),
         ({"quantization_config": "fp8"}, "must be a JSON object"),
         ({"quantization_config": QWEN, "compression_config": compressed()}, "disagree"),
@@ -105,7 +175,11 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
         ({"quantization_config": compressed(type="int", symmetric=False)}, "zero points"),
         ({"quantization_config": compressed(strategy="group")}, "strategy 'group'"),
         ({"quantization_config": compressed(strategy="block")}, "without block_structure"),
-        ({"quantization_config": {**compressed(), "format": "pack-quantized"}}, "format='pack-quantized'"),
+        (
+            {"quantization_config": {**compressed(), "format": "pack-quantized"}},
+            "packed 8-bit weights of type 'float'",
+        ),
+        ({"quantization_config": {**compressed(), "format": "marlin-24"}}, "format='marlin-24'"),
         ({"quantization_config": {**compressed(), "config_groups": {}}}, "config_groups is {}"),
         ({"quantization_config": {**compressed(), "ignore": ["re:("]}}, "no regular expression"),
         (

@@ -1,4 +1,4 @@
-// The C interface of the CPU kernels, for bf16 and fp32; products also for int8 and fp8 weights. `kernels.py` has the same
+// The C interface of the CPU kernels, for bf16 and fp32; products also for narrow weights. `kernels.py` has the same
 // signatures.
 #include "block_kernels.h"
 
@@ -6,7 +6,7 @@
 #define PACKING(W, NAME) \
 extern "C" { \
 void pack_##NAME(const W* w, W* out, long outputs, long inner, long threads) { \
-    pack<W>(w, out, outputs, inner, int(threads)); \
+    pack(w, out, outputs, inner, int(threads)); \
 } \
 long padded_##NAME(long inner) { return padded<W>(inner); } \
 }
@@ -134,11 +134,15 @@ PACKING(Int8<bf16>, bf16_int8)
 PACKING(Int8<float>, fp32_int8)
 PACKING(Fp8<bf16>, bf16_fp8)
 PACKING(Fp8<float>, fp32_fp8)
+PACKING(Nibbles<bf16>, bf16_4bit)
+PACKING(Nibbles<float>, fp32_4bit)
 PRODUCTS(bf16, bf16, bf16)
 PRODUCTS(float, float, fp32)
 PRODUCTS(bf16, Int8<bf16>, bf16_int8)
 PRODUCTS(float, Int8<float>, fp32_int8)
 PRODUCTS(bf16, Fp8<bf16>, bf16_fp8)
 PRODUCTS(float, Fp8<float>, fp32_fp8)
+PRODUCTS(bf16, Nibbles<bf16>, bf16_4bit)
+PRODUCTS(float, Nibbles<float>, fp32_4bit)
 KERNELS(bf16, bf16)
 KERNELS(float, fp32)

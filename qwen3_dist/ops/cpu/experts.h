@@ -163,8 +163,8 @@ struct Experts {
             }
         };
         if constexpr (HAS_GROUPS<W>)
-            grouped_product(from, ldx, task.rows, w + first * PANEL * depth,
-                            Groups::of(scales, task.expert, panels(outputs)), task.panel, task.panels, depth, sums, ldo,
+            grouped_product(from, ldx, task.rows, after(w, first * PANEL * depth),
+                            Groups(scales).of_matrix(task.expert, panels(outputs)), task.panel, task.panels, depth, sums, ldo,
                             finish);
         else
             block_product<W>(from, ldx, task.rows, w + first * PANEL * depth, task.panels, depth, sums, ldo, finish);

@@ -1,32 +1,7 @@
 // Products with codes whose scales cover groups of inputs. A scale of a block of outputs is kept for each of its outputs.
 #pragma once
 
-#include "panels.h"
-
-// The scales of a packed matrix: [panels][groups][PANEL] after a header of PANEL numbers, of which the first are the
-// inputs of a group, how many of the first group's lie before the first input, and the number of groups.
-class Groups {
-public:
-    Groups(const float* packed) : group(long(packed[0])), before(long(packed[1])), count(long(packed[2])), packed(packed) {}
-
-    // Those of `matrix` among several matrices of as many panels.
-    static Groups of(const float* packed, long matrix, long panels) {
-        return {packed + matrix * PANEL * (1 + panels * Groups(packed).count)};
-    }
-
-    const float* scales(long panel, long g) const { return packed + (1 + panel * count + g) * PANEL; }
-
-    // The first input after group g. The last group has the padding too.
-    long end(long g, long depth) const { return g + 1 < count ? (g + 1) * group - before : depth; }
-
-    // Whether no word of PAIR inputs lies in two groups.
-    bool have_whole_words(long pair) const { return group % pair == 0 && before % pair == 0; }
-
-    const long group, before, count;
-
-private:
-    const float* packed;
-};
+#include "codes.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 // The bits of the 128 codes without sign as bf16: upper and lower bytes.
@@ -72,18 +47,46 @@ inline void put_in_order(Vec (&sums)[2], const Fp8<bf16>*) {
 template <class W>
 inline void put_in_order(Vec (&)[2], const W*) {}
 
-// out[m][n] = scales[n] * x[m] . w[n] for M rows, a panel and some inputs; or += if they are not the first.
-template <int M, class W>
-[[gnu::noinline]] void scaled_tile(const Input<W>* x, long ldx, const W* w, long inputs, const float* scales, bool first,
-                                   float* out, long ldo) {
-    Vec acc[M][2] = {};
-    for (long k = 0; k < inputs; k += PAIR<W>) {
-        for (size_t at = 0; M >= PREFETCH_ROWS && at < PANEL * PAIR<W> * sizeof(W); at += LINE)
-            __builtin_prefetch((const char*)(w + k * PANEL) + PREFETCH_BYTES + at, 0, 2);
+// How codes of a kind are read in a group of a panel, of which the zeros are the same for all inputs.
+template <Kind KIND, class W>
+struct Reader {
+    Zeroed<KIND, W> zeroed;
+
+    Reader(const Groups& groups, long panel, long g) : zeroed(groups, panel, g) {}
+
+    template <int M>
+    void multiply_codes(Vec (&acc)[M][2], const Input<W>* x, long ldx, const W* w, long k) const {
+        multiply_by<M>(acc, x, ldx, zeroed.get(w, k, 0), zeroed.get(w, k, 1), k);
+    }
+    void order(Vec (&)[2]) const {}
+};
+
+template <class T>
+struct Reader<FP8_CODES, Fp8<T>> {
+    Reader(const Groups&, long, long) {}
+
+    template <int M>
+    void multiply_codes(Vec (&acc)[M][2], const Input<Fp8<T>>* x, long ldx, const Fp8<T>* w, long k) const {
         multiply<M>(acc, x, ldx, w, k);
     }
+    void order(Vec (&sums)[2]) const { put_in_order(sums, (const Fp8<T>*)nullptr); }
+};
+
+// out[m][n] = scales[n] * x[m] . w[n] for M rows, a panel and some inputs; or += if they are not the first.
+template <int M, Kind KIND, class W>
+[[gnu::noinline]] void scaled_tile(const Input<W>* x, long ldx, const W* w, long inputs, const Groups& groups, long panel,
+                                   long g, float* out, long ldo) {
+    Vec acc[M][2] = {};
+    const Reader<KIND, W> reader(groups, panel, g);
+    for (long k = 0; k < inputs; k += PAIR<W>) {
+        for (size_t at = 0; M >= PREFETCH_ROWS && at < PANEL * PAIR<W> * sizeof(W) / PER_ITEM<W>; at += LINE)
+            __builtin_prefetch((const char*)after(w, k * PANEL) + PREFETCH_BYTES + at, 0, 2);
+        reader.template multiply_codes<M>(acc, x, ldx, w, k);
+    }
+    const float* scales = groups.scales(panel, g);
+    bool first = g == 0;
     for (int m = 0; m < M; m++) {
-        put_in_order(acc[m], w);
+        reader.order(acc[m]);
         for (int h = 0; h < 2; h++) {
             float* to = out + m * ldo + h * LANES;
             Vec sum = acc[m][h] * load(scales + h * LANES);
@@ -94,17 +97,32 @@ template <int M, class W>
 
 constexpr int CODED_ROWS = TILE_ROWS * 2 / 3;  // rows of a register tile: widening codes takes registers too
 
-template <class W, int M = CODED_ROWS>
-inline void scaled_tile_of(long rows, const Input<W>* x, long ldx, const W* w, long inputs, const float* scales,
-                           bool first, float* out, long ldo) {
+template <Kind KIND, class W, int M = CODED_ROWS>
+inline void scaled_tile_of(long rows, const Input<W>* x, long ldx, const W* w, long inputs, const Groups& groups,
+                           long panel, long g, float* out, long ldo) {
     if constexpr (M > 1)
-        if (rows < M) return scaled_tile_of<W, M - 1>(rows, x, ldx, w, inputs, scales, first, out, ldo);
-    scaled_tile<M>(x, ldx, w, inputs, scales, first, out, ldo);
+        if (rows < M) return scaled_tile_of<KIND, W, M - 1>(rows, x, ldx, w, inputs, groups, panel, g, out, ldo);
+    scaled_tile<M, KIND>(x, ldx, w, inputs, groups, panel, g, out, ldo);
 }
 
 // wide = the weights of a panel's codes, rounded to the type that they are multiplied as.
-template <class W>
+template <Kind KIND, class W>
 void widen_panel(const W* codes, Wide<W>* wide, const Groups& groups, long panel, long depth) {
+    for (long k = 0; k < depth; k += PAIR<W>) {
+        long g[PAIR<W>];
+        for (long i = 0; i < PAIR<W>; i++) g[i] = groups.of_input(k + i);
+        for (int h = 0; h < 2; h++) {
+            Vec made[PAIR<W>];
+            for (long i = 0; i < PAIR<W>; i++)
+                made[i] = (number<KIND>(codes, k, i, h) - groups.zeros(panel, g[i], h)) *
+                          load(groups.scales(panel, g[i]) + h * LANES);
+            store_word(wide + k * PANEL + h * LANES * PAIR<W>, made);
+        }
+    }
+}
+
+template <class W>
+void widen_fp8_panel(const W* codes, Wide<W>* wide, const Groups& groups, long panel, long depth) {
     constexpr long WORD = PANEL * PAIR<W>;
     alignas(LINE) float scales[WORD];
     for (long k = 0, g = 0, end = 0; k < depth; k += PAIR<W>, codes += WORD, wide += WORD) {
@@ -120,18 +138,21 @@ void widen_panel(const W* codes, Wide<W>* wide, const Groups& groups, long panel
     }
 }
 
-// `block_product` for codes: w and `panel` are the first of `count` panels. Few rows multiply codes and scale the sums
-// of each group; for many, and always in deterministic mode, the weights of a panel are made first.
-template <class W, class F>
-inline void grouped_product(const Input<W>* x, long ldx, long rows, const W* w, const Groups& groups, long panel,
+// `block_product` for codes of a kind: w and `panel` are the first of `count` panels. Few rows multiply codes and scale
+// the sums of each group; for many, and always in deterministic mode, the weights of a panel are made first.
+template <Kind KIND, class W, class F>
+inline void product_of_kind(const Input<W>* x, long ldx, long rows, const W* w, const Groups& groups, long panel,
                             long count, long depth, float* out, long ldo, F done) {
     bool few = !FIXED_WAY && rows <= WIDENED_AFTER && !(rows > TILE_ROWS && uses_matrix_unit(rows)) &&
                groups.have_whole_words(PAIR<W>);
-    for (long p = 0; p < count; p++, w += PANEL * depth) {
+    for (long p = 0; p < count; p++, w = after(w, PANEL * depth)) {
         float* sums = out + p * PANEL;
         if (!few) {
             auto wide = scratch<Wide<W>>(WIDENED, PANEL * depth);
-            widen_panel(w, wide, groups, panel + p, depth);
+            if constexpr (KIND == FP8_CODES)
+                widen_fp8_panel(w, wide, groups, panel + p, depth);
+            else
+                widen_panel<KIND>(w, wide, groups, panel + p, depth);
             block_product<Wide<W>>(x, ldx, rows, wide, 1, depth, sums, ldo,
                                    [&](long, long, long m, long some) { done(p, 1, m, some); });
             continue;
@@ -140,10 +161,20 @@ inline void grouped_product(const Input<W>* x, long ldx, long rows, const W* w, 
         for (long g = 0, k = 0; g < groups.count; k = groups.end(g++, depth))
             for (long t = 0, m = 0; t < tiles; t++) {
                 long some = (rows - m) / (tiles - t);
-                scaled_tile_of<W>(some, x + m * ldx + k, ldx, w + k * PANEL, groups.end(g, depth) - k,
-                                  groups.scales(panel + p, g), g == 0, sums + m * ldo, ldo);
+                scaled_tile_of<KIND>(some, x + m * ldx + k, ldx, after(w, k * PANEL), groups.end(g, depth) - k, groups,
+                                     panel + p, g, sums + m * ldo, ldo);
                 m += some;
             }
         done(p, 1, 0, rows);
     }
+}
+
+template <class W, class F>
+inline void grouped_product(const Input<W>* x, long ldx, long rows, const W* w, const Groups& groups, long panel,
+                            long count, long depth, float* out, long ldo, F done) {
+    constexpr Kind USUAL = PER_ITEM<W> == 2 ? INT4_CODES : FP8_CODES, OTHER = PER_ITEM<W> == 2 ? FP4_CODES : INT8_CODES;
+    if (groups.kind == USUAL)
+        product_of_kind<USUAL>(x, ldx, rows, w, groups, panel, count, depth, out, ldo, done);
+    else
+        product_of_kind<OTHER>(x, ldx, rows, w, groups, panel, count, depth, out, ldo, done);
 }

@@ -19,7 +19,7 @@ from qwen3_dist.ops.cpu.build import library
 from qwen3_dist.ops.cpu.structs import check_sizes
 from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.ops.quantize import row_scales
-from qwen3_dist.quantization import Grid
+from qwen3_dist.quantization import FP4, FP8, INT4, INT8, Grid
 
 _DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Pointers, integers and floating-point numbers of each function in `cpu.cpp`, in order.
@@ -44,7 +44,9 @@ _SIGNATURES = {
     "rotate": "ppppppppppiiiifi",
 }
 # Functions that exist for narrow weights too, by the ends of their names.
-_NARROW = {torch.int8: "_int8", torch.float8_e4m3fn: "_fp8"}
+_NARROW = {torch.int8: "_int8", torch.float8_e4m3fn: "_fp8", torch.uint8: "_4bit"}
+GROUPED = (torch.float8_e4m3fn, torch.uint8)  # packed weights whose scales are those of groups
+_KINDS_OF_CODES = {FP8: 0, INT8: 1, INT4: 2, FP4: 3}  # `Kind` in `cpu/codes.h`
 _PRODUCTS = (
     "pack",
     "padded",
@@ -78,10 +80,11 @@ class Kernels:
 
     def pack(self, weight: Tensor) -> Tensor:
         """Packs a weight [N, D] or [E, N, D] for products: each matrix becomes [ceil(N / panel), D, panel], padded
-        with zeros; see `cpu/panels.h`."""
-        suffix = suffix_of(weight)
-        outputs, inner = weight.shape[-2:]
-        sizes = (-(-outputs // self.panel), self._functions[f"padded{suffix}"](inner), self.panel)
+        with zeros; see `cpu/panels.h`. Codes of 4 bits are two in a byte before and after."""
+        suffix, per_byte = suffix_of(weight), 2 if weight.dtype == torch.uint8 else 1
+        outputs, inner = weight.shape[-2], weight.shape[-1] * per_byte
+        depth = self._functions[f"padded{suffix}"](inner)
+        sizes = (-(-outputs // self.panel), depth, self.panel // per_byte)
         stack = weight if weight.dim() == 3 else weight[None]
         shape = (len(stack), *sizes)
         packed = zeros(shape, weight.dtype, weight.device)  # huge pages, which are faster to read
@@ -89,15 +92,36 @@ class Kernels:
             self.run(f"pack{suffix}", matrix.contiguous(), place, outputs, inner)
         return packed if weight.dim() == 3 else packed[0]
 
-    def pack_scales(self, scale: Tensor, grid: Grid, outputs: int) -> Tensor:
-        """Packs the scales [..., blocks of outputs, blocks of inputs] of codes [..., N, D] as `cpu/groups.h` has them,
-        fp32 [..., size]."""
-        groups = scale.shape[-1]
+    def pack_scales(
+        self, scale: Tensor, grid: Grid, outputs: int, kind: str = FP8, zero: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Packs what belongs to codes [..., N, D] of `kind`, scales and zeros [..., blocks of outputs, blocks of
+        inputs] and order [..., D], as `cpu/codes.h` has it, fp32 [..., size]."""
         header = scale.new_zeros(*scale.shape[:-2], self.panel)
-        header[..., :3] = header.new_tensor([grid.columns, grid.first_column, groups])
-        by_output = F.pad(row_scales(scale, grid, range(outputs)), (0, 0, 0, -outputs % self.panel))
-        panels = by_output.unflatten(-2, (-1, self.panel)).transpose(-1, -2)
-        return torch.cat([header, panels.flatten(-3)], dim=-1)
+        ordered = order.shape[-1] if order is not None else 0
+        numbers = (
+            grid.columns,
+            grid.first_column,
+            scale.shape[-1],
+            _KINDS_OF_CODES[kind],
+            zero is not None,
+            ordered,
+        )
+        header[..., : len(numbers)] = header.new_tensor(numbers)
+        panels = self._by_panel(scale, grid, outputs)
+        if zero is not None:
+            zeros = _as_floats(self._by_panel(zero, grid, outputs))
+            panels = torch.cat([panels, zeros], dim=-1)
+        parts = [header, panels.flatten(-3)]
+        if order is not None:
+            parts.insert(1, _as_floats(order))
+        return torch.cat(parts, dim=-1)
+
+    def _by_panel(self, numbers: Tensor, grid: Grid, outputs: int) -> Tensor:
+        """Numbers of blocks [..., blocks of outputs, groups] -> [..., panels, groups, panel]."""
+        by_output = F.pad(row_scales(numbers, grid, range(outputs)), (0, 0, 0, -outputs % self.panel))
+        return by_output.unflatten(-2, (-1, self.panel)).transpose(-1, -2)
 
     def packed_rows(self, packed: Tensor, ids: Tensor, inner: int) -> Tensor:
         """Rows `ids` [T] int64 of a packed matrix [N, inner] -> [T, inner]."""
@@ -255,6 +279,11 @@ class Kernels:
             else:
                 arguments.append(value)
         return self._functions[name](*arguments, torch.get_num_threads())
+
+
+def _as_floats(integers: Tensor) -> Tensor:
+    """The bytes of integers [..., n] as fp32 numbers."""
+    return integers.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
 
 def suffix_of(weight: Tensor) -> str:

@@ -33,7 +33,7 @@ struct Product {
                     finish(out + i * ldo + q * PANEL, m + i, (p + q) * PANEL, panels * PANEL);
             };
             if constexpr (HAS_GROUPS<W>)
-                grouped_product(x + m * ldx, ldx, rows, w + p * PANEL * depth, Groups(scales), p, some, depth, out, ldo,
+                grouped_product(x + m * ldx, ldx, rows, after(w, p * PANEL * depth), Groups(scales), p, some, depth, out, ldo,
                                 done);
             else
                 block_product<W>(x + m * ldx, ldx, rows, w + p * PANEL * depth, some, depth, out, ldo, done);

@@ -1,4 +1,4 @@
-// Narrow weights: int8, fp8, and bf16 on CPUs that multiply fp32 only. They are packed in the order of the wide type that
+// Narrow weights: int8, fp8, codes of 4 bits, and bf16 on CPUs that multiply fp32 only. They are packed in the order of the wide type that
 // they are multiplied as, and converted to it in registers or, for many rows, in a buffer.
 #pragma once
 
@@ -20,10 +20,26 @@ struct Fp8 {  // an e4m3 code of such a weight, to be multiplied by the scale of
     int8_t code;
 };
 
+template <class T>
+struct Nibbles {  // two codes of 4 bits of such weights
+    uint8_t codes;
+};
+
 template <class W>
 constexpr bool HAS_GROUPS = false;
 template <class T>
 constexpr bool HAS_GROUPS<Fp8<T>> = true;
+template <class T>
+constexpr bool HAS_GROUPS<Nibbles<T>> = true;
+
+template <class W>
+constexpr long PER_ITEM = 1;  // weights in a W
+template <class T>
+constexpr long PER_ITEM<Nibbles<T>> = 2;
+
+// What is `count` weights after w.
+template <class W>
+inline const W* after(const W* w, long count) { return w + count / PER_ITEM<W>; }
 
 template <class W>
 struct WideOf {
@@ -33,6 +49,8 @@ template <class T>
 struct WideOf<Int8<T>> : WideOf<T> {};
 template <class T>
 struct WideOf<Fp8<T>> : WideOf<T> {};
+template <class T>
+struct WideOf<Nibbles<T>> : WideOf<T> {};
 
 template <class W>
 using Wide = typename WideOf<W>::type;  // the type that W is multiplied as

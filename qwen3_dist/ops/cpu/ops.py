@@ -19,7 +19,8 @@ from qwen3_dist.ops.base import (
 )
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cpu.block_kernels import CpuStageKernels
-from qwen3_dist.ops.cpu.kernels import Kernels
+from qwen3_dist.ops.cpu.kernels import GROUPED, Kernels
+from qwen3_dist.ops.quantize import kind_of
 from qwen3_dist.ops.row_ops import RowKernelOps
 from qwen3_dist.ops.torch_draws import WIDTH
 from qwen3_dist.ops.torch_ops import cpu_threads
@@ -60,27 +61,30 @@ class CpuOps(RowKernelOps):
 
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
         parts = super().finalize_linear(weights, int8).parts
-        inner, dtypes = parts[0].weight.shape[1], {part.weight.dtype for part in parts}
-        packed = tuple(map(self._packed, parts))
+        inner, packed = parts[0].weight.shape[1], tuple(map(self._packed, parts))
+        dtypes = {part.weight.dtype for part in packed}
         if len(dtypes) == 1:
             return PackedLinear(packed, inner)
         return SeparateLinear(packed, tuple(PackedLinear((part,), inner) for part in packed))
 
     def _packed(self, part: Matrix) -> Matrix:
-        scale = part.scale
+        weight, scale = part.weight, part.scale
         if part.grid is not None and scale is not None:
-            assert part.weight.dtype == torch.float8_e4m3fn, "int8 codes have a scale for each output"
-            scale = self._kernels.pack_scales(scale, part.grid, part.outputs)
-        return part._replace(weight=self._kernels.pack(part.weight), scale=scale, grid=None)
+            kind = kind_of(weight, part.grid)
+            scale = self._kernels.pack_scales(scale, part.grid, part.outputs, kind, part.zero, part.order)
+            weight = _in_groups(weight)
+        return Matrix(self._kernels.pack(weight), part.outputs, scale, part.bias)
 
     def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
         weights = super().finalize_experts(weights, int8)
-        fc1, fc2, fc3 = map(self._kernels.pack, weights.stacks)
-        scales = weights.scales
+        stacks, scales = weights.stacks, weights.scales
         if scales is not None and weights.grids is not None:
-            outputs = (stack.shape[1] for stack in weights.stacks)
-            one, two, three = map(self._kernels.pack_scales, scales, weights.grids, outputs)
-            scales = (one, two, three)
+            none = (None,) * 3
+            outputs = (stack.shape[1] for stack in stacks)
+            more = (map(kind_of, stacks, weights.grids), weights.zeros or none, weights.orders or none)
+            one, two, three = map(self._kernels.pack_scales, scales, weights.grids, outputs, *more)
+            scales, stacks = (one, two, three), tuple(map(_in_groups, stacks))  # type: ignore[assignment]
+        fc1, fc2, fc3 = map(self._kernels.pack, stacks)
         return PackedExperts((fc1, fc2, fc3), weights.columns, scales)
 
     def fuse(self, blocks: Sequence[BlockParts], head: HeadParts | None) -> StageKernels | None:
@@ -125,6 +129,11 @@ class CpuOps(RowKernelOps):
         return self._of_fp32 if logits.dtype == torch.float32 else self._kernels
 
 
+def _in_groups(codes: Tensor) -> Tensor:
+    """Codes with scales of groups, in the dtype by which kernels are chosen: codes of a byte go by that of fp8."""
+    return codes.view(torch.float8_e4m3fn) if codes.dtype == torch.int8 else codes
+
+
 def _of_one_kind(blocks: Sequence[BlockParts], head: HeadParts | None) -> bool:
     """Whether all weights of the blocks are packed and of one dtype, and the head's of the one that goes with it."""
     dtypes = set()
@@ -141,5 +150,5 @@ def _of_one_kind(blocks: Sequence[BlockParts], head: HeadParts | None) -> bool:
         dtypes |= {part.weight.dtype for linear in linears for part in linear.parts}
     if head is not None:
         of_head = head.weights.parts[0].weight.dtype
-        dtypes |= {of_head} if dtypes != {torch.float8_e4m3fn} else set()
+        dtypes |= {of_head} if not dtypes <= set(GROUPED) else set()
     return len(dtypes) <= 1

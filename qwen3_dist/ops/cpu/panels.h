@@ -4,6 +4,9 @@
 //   multiplied as fp32   [outputs / PANEL][inputs][PANEL]
 //   multiplied as bf16   [outputs / PANEL][inputs / 2][PANEL][2]   two inputs of an output in one word
 //
+// Of codes of 4 bits, a byte has the word's two inputs of an output; where they are multiplied as fp32, it has the codes
+// of an output of the lower half of a panel and of one of the upper half. The first is in the lower bits.
+//
 // Outputs and inputs are padded with zeros to whole panels, pairs and tiles of the matrix unit.
 #pragma once
 
@@ -33,7 +36,7 @@ template <class W>
 constexpr long PAIR = std::is_same_v<Wide<W>, bf16> ? 2 : 1;  // inputs of an output in one word
 
 template <class W>
-constexpr long DEPTH_STEP = std::is_same_v<Wide<W>, bf16> ? TILE_INPUTS : 1;
+constexpr long DEPTH_STEP = std::is_same_v<Wide<W>, bf16> ? TILE_INPUTS : PER_ITEM<W>;
 
 template <class W>
 inline long padded(long inner) { return (inner + DEPTH_STEP<W> - 1) / DEPTH_STEP<W> * DEPTH_STEP<W>; }
