@@ -71,7 +71,7 @@ class Adapter:
 
     @classmethod
     def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
-        everything = WeightPlan(model_config, Layout(), set()).pieces(Layout().coords(0))
+        everything = WeightPlan(model_config, Layout(), set()).plain_pieces(Layout().coords(0))
         shapes = {cls.pair_of(piece.source): piece.shape for piece in adapted_pieces(everything)}
         try:
             directory = resolve_model(path)

@@ -29,7 +29,7 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
     largest = max(adapter.rank for adapter in loaded)
     deterministic = model.parallel.deterministic
     plan = WeightPlan(model.config, model.parallel.layout, set(), deterministic=deterministic)
-    for piece in adapted_pieces(plan.pieces(model.parallel.coords)):
+    for piece in adapted_pieces(plan.plain_pieces(model.parallel.coords)):
         adapting = [adapter.pair_of(piece.source) in adapter.pairs for adapter in loaded]
         if not any(adapting):
             continue

@@ -146,6 +146,10 @@ class WeightPlan:
         """`pieces`, and an empty one for each weight of which this rank has padding alone."""
         return self._quantized(self._plain_pieces(at))
 
+    def plain_pieces(self, at: RankCoords) -> Iterator[Piece]:
+        """`pieces` as they were if no weight were quantised."""
+        return (piece for piece in self._plain_pieces(at) if not piece.is_empty)
+
     def _quantized(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         for piece in pieces:
             yield from with_scales(piece, self._config.quantization, self._names)

@@ -3,13 +3,25 @@ for."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from cluster.planning.memory import rank_bytes
+from qwen3_dist.config import ModelConfig
+from qwen3_dist.errors import CheckpointError, EngineDeadError
+from qwen3_dist.layout import Layout
+from qwen3_dist.model.finalize import finalize
+from qwen3_dist.ops.cpu.ops import CpuOps
+from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.weights.loader import load_model
+from tests.adapters import EVERYTHING, merge, write_adapter
 from tests.quantized import Twins
 from tests.quantized_packed import write_awq, write_fp4, write_gptq, write_pack_quantized
-from tests.qwen3_dist.test_quantized import DENSE, GREEDY, ODD, PROMPTS, assert_equal, engine
+from tests.qwen3_dist.test_quantized import DENSE, GREEDY, ODD, PROMPTS, assert_equal, changed, engine
 
 pytestmark = pytest.mark.usefixtures("nursery")
 KINDS: dict[str, dict[str, Any]] = {
@@ -86,3 +98,98 @@ def test_every_layout_computes_with_the_weights_that_the_codes_stand_for(
 ) -> None:
     with engine(twins[kind].quantized, layout) as llm:
         assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins[kind].plain)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "order", "nvfp4"])
+def test_codes_of_4_bits_stay_two_in_a_byte(twins: dict[str, Twins], kind: str) -> None:
+    path, alone = twins[kind].quantized, ParallelContext.single()
+    config = ModelConfig.from_directory(path)
+    model = load_model(path, config, alone, torch.float32, torch.device("cpu"))
+    loaded = sum(tensor.nbytes for tensor in model.parameters())
+    assert model.blocks[0].att.out_proj.weight.shape == (64, 64)  # of 128 inputs
+    assert rank_bytes(config, Layout(), 0) == loaded
+    finalize(model)
+    if isinstance(model.ops, CpuOps):
+        assert model.blocks[0].att.out_proj.weights.parts[0].weight.dtype == torch.uint8
+        assert model.whole_stage is not None
+
+
+def test_adapters_apply_to_packed_weights(twins: dict[str, Twins], tmp_path: Path) -> None:
+    quantized, plain = twins["gptq"]
+    adapter = write_adapter(tmp_path / "adapter", plain, EVERYTHING, r=3)
+    merged = merge(tmp_path / "merged", plain, adapter)
+    with engine(quantized, "tp=2", lora={"some": str(adapter)}) as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False, lora="some"), merged)
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), plain)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "gptq order"])
+def test_zeros_and_orders_move_with_their_experts(twins: dict[str, Twins], kind: str) -> None:
+    with engine(twins[kind].quantized, "tp=2,ep=2", redundant_experts=2) as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins[kind].plain)
+        assert llm.rebalance_experts(), "no layer was worth moving, so nothing was tested"
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins[kind].plain)
+
+
+@pytest.mark.parametrize("kind", ["zeros", "8 bits"])
+def test_deterministic_layouts_give_the_same_bits(twins: dict[str, Twins], kind: str) -> None:
+    answers = []
+    for layout, tokens in (("tp=1", 32), ("tp=2", 40)):
+        settings = {"deterministic": True, "dtype": "bfloat16", "max_num_batched_tokens": tokens}
+        with engine(twins[kind].quantized, layout, **settings) as llm:
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        answers.append([(output.token_ids, output.logprobs) for output in outputs])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "gptq order", "mxfp4"])
+def test_random_weights_of_a_packed_shape_do_not_depend_on_the_layout(
+    twins: dict[str, Twins], kind: str
+) -> None:
+    answers = []
+    for layout in ("tp=1", "tp=2"):
+        with engine(twins[kind].quantized, layout, load_format="random") as llm:
+            answers.append([output.token_ids for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)])
+    assert answers[0] == answers[1]
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "sentence"),
+    [
+        (
+            "dense",
+            {f"{Q}.weight_packed": torch.zeros(128, 7).int()},
+            r"_packed has shape \[128, 7\] where .* \[128, 8\]",
+        ),
+        (
+            "dense",
+            {f"{Q}.weight_packed": torch.zeros(128, 8)},
+            "q_proj.weight_packed in .* as F32; int32 is expected",
+        ),
+        (
+            "dense",
+            {f"{Q}.weight_scale": torch.zeros(128, 3)},
+            r"weight_scale has shape \[128, 3\] where .* \[128, 4\]",
+        ),
+        ("outputs", {f"{Q}.weight_zero_point": None}, f"lacks 1 tensor .{Q}.weight_zero_point"),
+        (
+            "gptq 8 bits",
+            {f"{Q}.qzeros": torch.zeros(4, 12).int()},
+            r"qzeros has shape \[4, 12\] where .* \[4, 32\]",
+        ),
+        (
+            "gptq order",
+            {f"{Q}.g_idx": torch.full((64,), 2).int()},
+            f"{Q}.g_idx names groups of inputs that are not 0 to 1; download",
+        ),
+        ("modelopt", {f"{Q}.weight_scale_2": None}, f"lacks 1 tensor .{Q}.weight_scale_2"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_name(
+    twins: dict[str, Twins], tmp_path: Path, kind: str, changes: dict[str, Tensor | None], sentence: str
+) -> None:
+    with pytest.raises((CheckpointError, EngineDeadError), match=sentence):
+        engine(changed(twins[kind], tmp_path / "damaged", changes), "tp=1")
