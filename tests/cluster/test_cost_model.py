@@ -20,7 +20,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
 from qwen3_dist.layout import Layout, valid_layouts
 from qwen3_dist.parallel.expert_exchange import CPU_ALL_TO_ALL_FROM, capacity, prefers_all_to_all
-from qwen3_dist.quantization import read_quantization
+from qwen3_dist.quantization_config import read_quantization
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 ONE_DECODE = StepShape(1, 10, 0, 0, 1)
