@@ -16,10 +16,12 @@ _MOST_ADAPTERS = 256
 class LoraAdapters:
     """The adapters that every rank loads, as pairs of a name and a directory or hub id.
 
-    `LoraAdapters.parse` is the inverse of `str`.
+    `LoraAdapters.parse` is the inverse of `str`, which leaves out `digests`. An engine adds these: they tell adapters
+    apart by the contents of their files.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
+    digests: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.pairs) > _MOST_ADAPTERS:
@@ -50,6 +52,10 @@ class LoraAdapters:
     def names(self) -> list[str]:
         return [name for name, _ in self.pairs]
 
+    def digest(self, name: str | None) -> str:
+        """What tells the weights of adapter `name` from others; "" for None and for an unknown name."""
+        return dict(zip(self.names, self.digests, strict=True)).get(name or "", "")
+
     def number(self, name: str | None) -> int:
         """The number of adapter `name` in plans, from 1; 0 for None. Raises RequestError (404) for an unknown name."""
         if name is None:
@@ -58,6 +64,16 @@ class LoraAdapters:
             known = f"the adapters are {', '.join(self.names)}" if self.pairs else "there are no adapters"
             raise RequestError(f"{name!r} is not a LoRA adapter here; {known}", param="model", status=404)
         return 1 + self.names.index(name)
+
+
+@dataclass(frozen=True)
+class NextAdapters:
+    """The adapters that ranks are to hold. Of each of `adapters`, `kept` has the place where the ranks have it now, or
+    None if it is to be read. Behind them come those at the places `leaving`, which sequences still use."""
+
+    adapters: LoraAdapters
+    kept: tuple[int | None, ...]
+    leaving: tuple[int, ...] = ()
 
 
 def _pairs(given: Any) -> list[tuple[str, str]]:

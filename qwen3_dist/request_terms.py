@@ -18,9 +18,9 @@ class RequestTerms:
     cache_salt: str = ""
     queue_timeout_s: float = 0.0
 
-    def salt(self, lora: str | None) -> bytes:
-        """What the hashes of cached blocks begin with: each pair of a salt and an adapter has its own."""
-        return repr((lora, self.cache_salt)).encode() if lora or self.cache_salt else b""
+    def salt(self, adapter: str) -> bytes:
+        """What the hashes of cached blocks begin with: each pair of a salt and an `adapter`'s digest has its own."""
+        return repr((adapter, self.cache_salt)).encode() if adapter or self.cache_salt else b""
 
 
 DEFAULT_TERMS = RequestTerms()

@@ -12,8 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
-from qwen3_dist.engine.expert_load import ExpertLoad
-from qwen3_dist.engine.rank_pace import RankPace
+from qwen3_dist.engine.rank_questions import Answered, RankQuestions
 from qwen3_dist.engine.regrouping import Absence, Recovery
 from qwen3_dist.engine.request_stream import RequestStream, call_soon, send_due
 from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError, RequestError
@@ -32,7 +31,7 @@ _IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
 _BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle, or on a recovery
 
 
-class AsyncEngine:
+class AsyncEngine(RankQuestions):
     """An engine whose constructor blocks until the model is loaded on all ranks. Raises what `Engine` raises.
 
     All callers together get about `parts_per_s` parts a second at most, beside the first and last of each request;
@@ -53,13 +52,13 @@ class AsyncEngine:
         self._engine = Engine(config, show_progress, grammars_ahead=True, recovers=True)
         self._on_death = on_death
         self._parts_per_s = parts_per_s
-        self.config = config
         self.backends, self.collectives = self._engine.backends, self._engine.collectives
         self.model_path = self._engine.model_path
         self.model_config = self._engine.model_config
         self.tokenizer = self._engine.tokenizer
         self.chat_template = self._engine.chat_template
         self.max_model_len = self._engine.max_model_len
+        self._adapters_lock = asyncio.Lock()
         self._streams: dict[str, RequestStream] = {}
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
@@ -105,8 +104,11 @@ class AsyncEngine:
         def add() -> None:
             self._streams[request_id] = stream
             arguments = (request_id, prompt_token_ids, params, terms, lora, setup, pooling, resume)
-            if ended := self._engine.add_request(*arguments):
-                stream.send(ended)
+            try:
+                if ended := self._engine.add_request(*arguments):
+                    stream.send(ended)
+            except RequestError as error:  # its adapter has left since it was checked
+                stream.send(error)
 
         def refuse() -> None:
             if self._streams.get(request_id) is stream and self._engine.abort_unbegun(request_id):
@@ -170,17 +172,10 @@ class AsyncEngine:
 
         self._post(end)
 
-    async def expert_load(self) -> ExpertLoad:
-        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
-        return await self._ask(lambda answer: answer(self._engine.experts.load()))
-
-    async def rebalance_experts(self) -> list[int]:
-        """Moves experts to balance the load since the last call; returns the layers that changed. Steps go on."""
-        return await self._ask(self._engine.experts.begin)
-
-    async def rank_pace(self) -> RankPace | None:
-        """How long a step takes each rank without waiting for others; None if that is not known."""
-        return await self._ask(lambda answer: answer(self._engine.paces.read()))
+    @property
+    def config(self) -> EngineConfig:
+        """With the layout and the adapters of now."""
+        return self._engine.config
 
     @property
     def ranks(self) -> tuple[RankPlace, ...]:
@@ -244,9 +239,7 @@ class AsyncEngine:
                 self._wake.notify()
             return self._death
 
-    async def _ask(self, question: Callable[[Callable[[T | QwenDistError], None]], None]) -> T:
-        """Returns what the engine's thread answers to `question`, at once or some steps later. Raises the answer if it
-        is an error, EngineDeadError if the engine dies."""
+    async def _ask(self, question: Callable[[Answered[T]], object]) -> T:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T | QwenDistError] = loop.create_future()
 
@@ -287,12 +280,12 @@ class AsyncEngine:
         try:
             while not self._stopping:
                 self._do_inbox()
-                if not self._engine.experts.is_busy:  # else nobody knows where they lie
+                if not self._engine.is_changing:  # else nobody knows what the ranks have
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                elif self._engine.experts.is_busy:
-                    self._engine.experts.tick()
+                elif self._engine.is_changing:
+                    self._engine.tick()
                 else:
                     self._engine.check_health()
             return EngineDeadError("the engine was shut down"), False
@@ -314,7 +307,7 @@ class AsyncEngine:
         else:
             self.recoveries.append(recovery)
             _log.warning("%s", recovery)
-            self.config, self.max_model_len = self._engine.config, self._engine.max_model_len
+            self.max_model_len = self._engine.max_model_len
             with self._wake:
                 self._death = None
             return True
@@ -324,7 +317,7 @@ class AsyncEngine:
     def _do_inbox(self) -> None:
         with self._wake:
             if not self._inbox and not self._engine.has_work and not self._stopping:
-                self._wake.wait(_BUSY_CHECK_S if self._engine.experts.is_busy else _IDLE_CHECK_S)
+                self._wake.wait(_BUSY_CHECK_S if self._engine.is_changing else _IDLE_CHECK_S)
         for _ in range(len(self._inbox)):  # one by one: `_die` runs those after an action that fails
             self._inbox.popleft()()
 

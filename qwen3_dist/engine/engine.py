@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from qwen3_dist.engine.adapter_changes import AdapterChanges
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
 from qwen3_dist.engine.engine_stats import adapters_in_use, counts_of_groups, read_load, read_stats
 from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
-from qwen3_dist.engine.model_check import checked_model
+from qwen3_dist.engine.model_check import checked_model, pinned
 from qwen3_dist.engine.rank_pace import RankPaces
 from qwen3_dist.engine.regrouping import Recovery, Regrouping
 from qwen3_dist.engine.request_checks import check_output, check_prompt, max_model_len
@@ -25,6 +25,7 @@ from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.engine.step_traffic import StepTraffic
 from qwen3_dist.launch import Executor, make_executor, require_device
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import loading_bar
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
@@ -37,7 +38,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.text.sidecars import read_eos_token_ids
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.weights.source import commit_of, resolve_model
+from qwen3_dist.weights.source import resolve_model
 
 PROMPT_ONLY = SamplingParams(max_tokens=0)
 Outputs = dict[str, list[TokenDelta]]  # the deltas of one step by request id
@@ -71,9 +72,10 @@ class Engine:
     ) -> None:
         require_device(config)
         path = resolve_model(config.model, config.revision)
-        self.config = config
         self.model_path = path
         self.model_config = checked_model(config, path)
+        of_ranks = pinned(config, path, self.model_config)
+        self.config = config = replace(config, lora=of_ranks.lora)
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
@@ -85,9 +87,8 @@ class Engine:
         self._next_seq_id = 0
         self._num_steps = 0
         self._grammars_ahead = grammars_ahead
-        pinned = _pinned(config, path)
         with loading_bar(show_progress) as progress:
-            self._executor: Executor = make_executor(pinned, placements, progress)
+            self._executor: Executor = make_executor(of_ranks, placements, progress)
         executor = self._executor
         executor.keeps_ranks = recovers
         try:
@@ -95,7 +96,8 @@ class Engine:
             self._meter = StepMeter(traffic, config.watchdog_s(executor.device))
             self._in_flight = StepsInFlight(executor, self._renew)
             self.experts, self.paces = ExpertBalance(executor, config, placements), RankPaces(executor)
-            self.regrouping = Regrouping(executor, pinned, self.model_config, placements)
+            self.regrouping = Regrouping(executor, of_ranks, self.model_config, placements)
+            self.adapters = AdapterChanges(executor, config, self._unfinished, self._adopt)
             self._use_ranks([SchedulerCounts() for _ in range(config.layout.dp)])
         except BaseException:
             self._executor.shutdown()
@@ -114,6 +116,7 @@ class Engine:
         self._meter.restart(StepTraffic(self.config, self.model_config, self._executor.device))
         self.experts.restart(ranks.config, ranks.placements)
         self.paces.restart()
+        self.adapters.restart(ranks.config.lora)
         self._use_ranks(counts_of_groups([group.counts for group in self._groups], layout.dp))
         return recovery
 
@@ -166,6 +169,7 @@ class Engine:
         """
         room = self.check(prompt_token_ids, params, lora, pooling, resume)
         assert request_id not in self._requests, f"request id {request_id!r} is taken"
+        lora_number, salt = self.config.lora.number(lora), terms.salt(self.config.lora.digest(lora))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         sequences, ended = [], []
@@ -181,7 +185,7 @@ class Engine:
                 terms.priority,
             )
             sequence.setup, sequence.pooling, sequence.client = setup, pooling, terms.client
-            sequence.adapter, sequence.cache_salt = self.config.lora.number(lora), terms.salt(lora)
+            sequence.adapter, sequence.cache_salt = lora_number, salt
             self._next_seq_id += 1
             sequence.resume(resume[index] if resume else (), self._eos_token_ids)
             if sequence.finish_reason is None:
@@ -239,8 +243,12 @@ class Engine:
 
     def step(self) -> Outputs:
         """Plans steps until enough are in flight, then waits for the oldest one and returns its deltas."""
-        self.experts.tick()
-        while len(self._in_flight) < self._executor.depth and (plans := self._plan()):
+        self.tick()
+        while (
+            not self.adapters.is_ready
+            and len(self._in_flight) < self._executor.depth
+            and (plans := self._plan())
+        ):
             self._meter.submitted(plans, alone=not self._in_flight)
             self._in_flight.submit(plans)
         outputs: Outputs = {}
@@ -252,6 +260,23 @@ class Engine:
                     self._add_deltas(outputs, group.update(plan, result))
         self._publish()
         return outputs
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether experts are moved or adapters change, so that `tick` must be called even if no step runs."""
+        return self.experts.is_busy or self.adapters.is_busy
+
+    def tick(self) -> None:
+        """Continues what changes on the ranks between two steps."""
+        self.experts.tick()
+        self.adapters.tick(idle=not self._in_flight)
+
+    def _unfinished(self) -> Iterator[Sequence]:
+        return (sequence for request in self._requests.values() for sequence in request.sequences)
+
+    def _adopt(self, adapters: LoraAdapters) -> None:
+        self.config = replace(self.config, lora=adapters)
+        self.regrouping.use_adapters(adapters)
 
     def _plan(self) -> list[StepPlan]:
         """Plans of the next step, one for each dp group; empty if there is nothing to do before the next result.
@@ -268,7 +293,6 @@ class Engine:
 
     @property
     def collected_steps(self) -> int:
-        """Steps that all ranks have run to their end."""
         return self._meter.collected_steps
 
     def _renew(self, group: int, plan: StepPlan, renewed: set[int]) -> StepPlan:
@@ -293,7 +317,7 @@ class Engine:
 
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters of running and of waiting sequences. May be called from any thread."""
-        return adapters_in_use(self._groups, self.config.lora.names)
+        return adapters_in_use(self._groups, self.adapters.names)
 
     def load(self) -> EngineLoad:
         """What waits and runs now. May be called from any thread."""
@@ -314,19 +338,7 @@ class Engine:
 
     def _add_deltas(self, outputs: Outputs, advanced: Iterable[Advance]) -> None:
         for sequence, token_ids, logprobs in advanced:
-            cached = sequence.num_cached or 0
-            delta = TokenDelta(
-                sequence.index,
-                token_ids,
-                logprobs,
-                sequence.finish_reason,
-                cached,
-                sequence.take_prompt_logprobs(),
-                sequence.error,
-                sequence.vector,
-                sequence.scheduled_s,
-                self._meter.collected_s,
-            )
+            delta = sequence.delta(token_ids, logprobs, self._meter.collected_s)
             outputs.setdefault(sequence.request_id, []).append(delta)
             if sequence.finish_reason is not None:
                 self._forget(sequence)
@@ -336,9 +348,3 @@ class Engine:
         request.sequences.remove(sequence)
         if not request.sequences:
             del self._requests[sequence.request_id]
-
-
-def _pinned(config: EngineConfig, path: Path) -> EngineConfig:
-    """The config with the exact commit at `path`, so that ranks on all hosts load the same files."""
-    commit = commit_of(config.model, path)
-    return config if commit is None else replace(config, revision=commit)

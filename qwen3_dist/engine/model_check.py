@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from qwen3_dist.config import ModelConfig, fields_not_understood
 from qwen3_dist.engine.request_checks import check_context
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.weights.adapter_files import open_adapters
+from qwen3_dist.weights.adapter_files import open_adapters, with_digests
 from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.source import commit_of
 
 _log = logging.getLogger(__name__)
 
@@ -35,3 +37,11 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
     model_config.rounded(config.quantize)
     open_adapters(config.lora, model_config)
     return model_config
+
+
+def pinned(config: EngineConfig, path: Path, model_config: ModelConfig) -> EngineConfig:
+    """The config with the exact commit at `path`, so that ranks on all hosts load the same files, and with digests of
+    the adapters. Raises CheckpointError if an adapter cannot be read."""
+    commit = commit_of(config.model, path)
+    revision = config.revision if commit is None else commit
+    return replace(config, revision=revision, lora=with_digests(config.lora, model_config))

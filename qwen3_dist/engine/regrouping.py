@@ -14,6 +14,7 @@ from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch import Executor, Grouping
 from qwen3_dist.launch.base import names
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,15 @@ class Regrouping:
         """What the engine goes without; None if it runs all its ranks. May be read from any thread."""
         absent = tuple(sorted(self._absent(self._running)))
         return Absence(str(self._configured.layout), absent, self._reason) if absent else None
+
+    def use_adapters(self, adapters: LoraAdapters) -> None:
+        """Has ranks that start from now on load `adapters`. Those that are on their way start again."""
+        self._configured = replace(self._configured, lora=adapters)
+        config = replace(self._running.config, lora=adapters)
+        self._running = replace(self._running, config=config)
+        if self._invited is not None:
+            self._executor.dismiss()
+            self._invited, self._next_s = None, 0.0
 
     def tick(self) -> None:
         """Tries to get absent ranks back, now and then. Does not wait. Raises RanksReturnError when they are there, so

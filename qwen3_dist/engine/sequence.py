@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from qwen3_dist.engine.drafts import Drafter
 from qwen3_dist.pooling_params import PoolingParams
-from qwen3_dist.protocol.outputs import PromptLogprobs, TokenLogprob
+from qwen3_dist.protocol.outputs import PromptLogprobs, TokenDelta, TokenLogprob
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import PromptLogprobsSpec, PromptOutput
 from qwen3_dist.sampling_params import SamplingParams
@@ -147,6 +147,23 @@ class Sequence:
             self.finish_reason = "stop"
         elif self.num_output >= self.max_tokens:
             self.finish_reason = "length"
+
+    def delta(
+        self, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], collected_s: float
+    ) -> TokenDelta:
+        """What a step that ended at `collected_s` added, for the caller."""
+        return TokenDelta(
+            self.index,
+            token_ids,
+            logprobs,
+            self.finish_reason,
+            self.num_cached or 0,
+            self.take_prompt_logprobs(),
+            self.error,
+            self.vector,
+            self.scheduled_s,
+            collected_s,
+        )
 
     def resume(self, output: IntSequence[int], eos_token_ids: frozenset[int]) -> None:
         """Adds the `output` so far of another engine, before the sequence is scheduled. Its tokens are computed again,

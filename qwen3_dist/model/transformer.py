@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import Placements, even_placements
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.model.block import TransformerBlock
 from qwen3_dist.model.feed_forward import MoEFeedForward
 from qwen3_dist.model.norm import RMSNorm
@@ -34,6 +35,7 @@ class Qwen3Model(nn.Module):
 
     blocks: Sequence[TransformerBlock]
     whole_stage: Stage | None = None  # all blocks in one call, where the Ops has that
+    adapters = LoraAdapters()  # whose weights the first places of each `LowRank` have; others may follow them
 
     def __init__(
         self, config: ModelConfig, parallel: ParallelContext, ops: Ops, placements: Placements | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from qwen3_dist.weights.pieces import Piece
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.weights.weight_plan import WeightPlan
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_READ_BYTES = 2**22
 _ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
 _PREFIX = "base_model.model."
 _MERGE = (
@@ -56,18 +58,49 @@ def open_adapters(adapters: LoraAdapters, config: ModelConfig) -> list[Adapter]:
     return [Adapter.open(name, path, config) for name, path in adapters.pairs]
 
 
+def with_digests(
+    adapters: LoraAdapters,
+    config: ModelConfig,
+    known: LoraAdapters = LoraAdapters(),  # noqa: B008 - frozen
+    again: Collection[str] = (),
+) -> LoraAdapters:
+    """`adapters` with digests of the contents of their files, which are checked and read.
+
+    A pair that is among the `known` keeps its digest, without a look at its files, unless its name is in `again`.
+    Raises what `open_adapters` raises.
+    """
+    found = dict(zip(known.pairs, known.digests, strict=True))
+    digests = [
+        found[name, path]
+        if (name, path) in found and name not in again
+        else Adapter.open(name, path, config).digest()
+        for name, path in adapters.pairs
+    ]
+    return replace(adapters, digests=tuple(digests))
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter whose files were checked. `pairs` are the names of the weights that it changes, with their ranks and
     scales."""
 
+    directory: Path
     files: CheckpointFiles
     pairs: dict[str, tuple[int, float]]
 
-    @property
-    def rank(self) -> int:
-        """The largest rank."""
-        return max(rank for rank, _ in self.pairs.values())
+    def digest(self) -> str:
+        """A digest of the contents of its files, all of which it reads. Raises CheckpointError."""
+        digest = blake2b(digest_size=16)
+        try:
+            for name in (_CONFIG, _WEIGHTS):
+                with (self.directory / name).open("rb") as file:
+                    digest.update(f"{name} {file.seek(0, 2)} ".encode())
+                    file.seek(0)
+                    while part := file.read(_READ_BYTES):
+                        digest.update(part)
+        except OSError as error:
+            raise CheckpointError(f"the adapter in {self.directory} cannot be read: {error}") from None
+        return digest.hexdigest()
 
     @classmethod
     def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
@@ -79,7 +112,7 @@ class Adapter:
             _check_kind(config)
             scales = {pair: _rank_and_scale(config, pair) for pair in shapes}
             files = CheckpointFiles(directory, _weights_of(directory))
-            return cls(files, _checked_pairs(files, config, scales, shapes))
+            return cls(directory, files, _checked_pairs(files, config, scales, shapes))
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
 
@@ -90,7 +123,7 @@ class Adapter:
 
 def _weights_of(path: Path) -> dict[Path, set[str] | None]:
     """The adapter's weight file. Other files in the directory, for example of a merged model, are ignored."""
-    file = path / "adapter_model.safetensors"
+    file = path / _WEIGHTS
     if not file.exists():
         pickle = (
             ", but a pickle, which may run code as it is read" if file.with_suffix(".bin").exists() else ""

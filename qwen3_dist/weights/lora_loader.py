@@ -9,49 +9,69 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.lora_adapters import LoraAdapters, NextAdapters
 from qwen3_dist.model.linear import Linear
 from qwen3_dist.model.lora import DeterministicLowRank, LowRank
 from qwen3_dist.model.transformer import Qwen3Model
-from qwen3_dist.weights.adapter_files import Adapter, adapted_pieces, open_adapters
+from qwen3_dist.weights.adapter_files import Adapter, adapted_pieces
 from qwen3_dist.weights.pieces import Piece
 from qwen3_dist.weights.weight_plan import WeightPlan
 
+LowRanks = dict[Linear, LowRank]  # of the layers that adapters change
+
 
 def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
-    """Loads this rank's part of every adapter into the linear layers of `model`, in the model's dtype.
+    """Loads this rank's part of every adapter into the linear layers of `model`, in the model's dtype, in place of
+    those that it has. Raises what `open_adapters` raises."""
+    use_adapters(adapters, model, read_adapters(NextAdapters(adapters, (None,) * len(adapters.pairs)), model))
 
-    Raises what `open_adapters` raises.
-    """
-    loaded = open_adapters(adapters, model.config)
-    if not loaded:
-        return
-    largest = max(adapter.rank for adapter in loaded)
+
+def use_adapters(adapters: LoraAdapters, model: Qwen3Model, low_ranks: LowRanks) -> None:
+    """Makes the layers of `model` use what `read_adapters` returned for these `adapters`."""
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.low_rank = low_ranks.get(layer)
+    model.adapters = adapters
+
+
+def read_adapters(to: NextAdapters, model: Qwen3Model) -> LowRanks:
+    """Reads this rank's part of the adapters of `to` that it does not have, and puts all together. Changes nothing of
+    `model`. Raises what `open_adapters` raises."""
+    sources: list[Adapter | int] = [
+        Adapter.open(name, path, model.config) if place is None else place
+        for (name, path), place in zip(to.adapters.pairs, to.kept, strict=True)
+    ]
+    sources += to.leaving
+    low_ranks: LowRanks = {}
+    if not sources:
+        return low_ranks
     deterministic = model.parallel.deterministic
+    kind = DeterministicLowRank if deterministic else LowRank
     plan = WeightPlan(model.config, model.parallel.layout, set(), deterministic=deterministic)
     for piece in adapted_pieces(plan.plain_pieces(model.parallel.coords)):
-        adapting = [adapter.pair_of(piece.source) in adapter.pairs for adapter in loaded]
-        if not any(adapting):
-            continue
         layer = model.get_submodule(piece.parameter.removesuffix(".weight"))
         assert isinstance(layer, Linear)
-        a, b = (
-            torch.zeros(len(loaded), largest, width, dtype=model.dtype, device=model.device)
-            for width in (layer.in_features, layer.out_features)
-        )
-        for place, adapter in enumerate(loaded):
-            if adapting[place]:
-                _read(adapter, piece, a[place], b[place])
-        layer.low_rank = DeterministicLowRank(a, b, model.ops) if deterministic else LowRank(a, b)
+        of_layer = [each if isinstance(each, int) else _read(each, piece, layer, model) for each in sources]
+        low_rank = kind.of(of_layer, layer.low_rank, model.ops)
+        if low_rank is not None:
+            low_ranks[layer] = low_rank
+    return low_ranks
 
 
-def _read(adapter: Adapter, piece: Piece, a: Tensor, b: Tensor) -> None:
-    """Fills a [R, I] and b [R, O], this rank's part of a weight, up to the adapter's rank."""
+def _read(adapter: Adapter, piece: Piece, layer: Linear, model: Qwen3Model) -> tuple[Tensor, Tensor] | None:
+    """This rank's part of an adapter's weights for a layer: a [r, I] and b [r, O]; None if it does not change it."""
     pair, whole = adapter.pair_of(piece.source), slice(None)
+    if pair not in adapter.pairs:
+        return None
     rank, scale = adapter.pairs[pair]
+    a, b = (
+        torch.zeros(rank, width, dtype=model.dtype, device=model.device)
+        for width in (layer.in_features, layer.out_features)
+    )
     outputs, inputs = (*piece.index, slice(None))[:2]
     to_outputs, to_inputs = (*piece.target, slice(None))[:2]
-    adapter.files.read(f"{pair}.lora_A.weight", (whole, inputs), a[:rank, to_inputs])
+    adapter.files.read(f"{pair}.lora_A.weight", (whole, inputs), a[:, to_inputs])
     out = torch.empty(b[0, to_outputs].shape[0], rank)
     adapter.files.read(f"{pair}.lora_B.weight", (outputs, whole), out)
-    b[:rank, to_outputs] = out.mul_(scale).t().to(b)
+    b[:, to_outputs] = out.mul_(scale).t().to(b)
+    return a, b

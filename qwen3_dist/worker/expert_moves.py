@@ -119,7 +119,7 @@ class ExpertReadThread(threading.Thread):
     def run(self) -> None:
         self._previous.wait()
         try:
-            with _on_stream(self._stream), torch.inference_mode():
+            with on_stream(self._stream), torch.inference_mode():
                 prepared = self.prepare()
             self.prepared = prepared  # the steps' thread polls this, so it is set when complete
         except _DroppedError:
@@ -145,7 +145,7 @@ class ExpertReadThread(threading.Thread):
 
 
 @contextlib.contextmanager
-def _on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Makes copies to the GPU run on `stream`, concurrently with steps, and waits for them at the end. None: no
     GPU."""
     if stream is None:

@@ -28,6 +28,7 @@ from qwen3_dist.protocol.messages import (
     Rejoin,
     StatusHello,
 )
+from qwen3_dist.weights.lora_loader import load_adapters
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.worker.regroup import keeps_its_part, regroup
 from qwen3_dist.worker.rendezvous import Joined, join
@@ -90,6 +91,8 @@ class _Rank:
                 config, placements = self.spec.config, self.spec.placements
                 model = load_shard(config, path, placements, joined.parallel, joined.device, report)
                 blocks = count_blocks(config, model, joined.memory)
+            if model.adapters != self.spec.config.lora:  # it was lost or joined while they changed
+                load_adapters(self.spec.config.lora, model)
             channel.send(Loaded(blocks))
             message = channel.receive()
             if isinstance(message, int):

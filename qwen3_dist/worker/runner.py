@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3_dist.errors import CheckpointError
+from qwen3_dist.errors import CheckpointError, QwenDistError
 from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.lora_adapters import NextAdapters
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import StepBatch
@@ -24,6 +25,7 @@ from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.worker import kv_cache
+from qwen3_dist.worker.adapter_change import AdapterChange
 from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
 from qwen3_dist.worker.expert_moves import ExpertMoves
 from qwen3_dist.worker.inputs import StepInputs
@@ -43,6 +45,7 @@ class ModelRunner:
         self.model = model
         self._config = config
         self._path = path
+        self._adapters = AdapterChange(model)
         self._moves = ExpertMoves(model, path, config.load_format == "random")
         self._device = model.device
         self._parallel = model.parallel
@@ -216,6 +219,22 @@ class ModelRunner:
     def drop_experts(self) -> None:
         """Undoes `prepare_experts`: experts stay where they are."""
         self._moves.drop()
+
+    def prepare_adapters(self, to: NextAdapters) -> None:
+        """Starts to read the LoRA adapters that `use_adapters` needs, while steps go on."""
+        self._adapters.start(to)
+
+    def adapters_arrived(self) -> bool | QwenDistError:
+        """Whether the adapters of `prepare_adapters` have been read; the error if they cannot be."""
+        return self._adapters.arrived
+
+    def use_adapters(self) -> None:
+        """Switches to the adapters of `prepare_adapters`, from the next step on."""
+        self._adapters.finish()
+
+    def drop_adapters(self) -> None:
+        """Undoes `prepare_adapters`."""
+        self._adapters.drop()
 
     @torch.inference_mode()
     def _make_graphs(self) -> DecodeGraphs:

@@ -50,7 +50,7 @@ def test_prompts_share_cached_blocks_only_under_the_same_salt(engine: AsyncEngin
 
 
 def test_each_pair_of_a_salt_and_an_adapter_has_blocks_of_its_own() -> None:
-    pairs = [(salt, lora) for salt in ("", "a", "a'") for lora in (None, "a", "a'")]
+    pairs = [(salt, lora) for salt in ("", "a", "a'") for lora in ("", "a", "a'")]
     assert len({RequestTerms(cache_salt=salt).salt(lora) for salt, lora in pairs}) == len(pairs)
 
 

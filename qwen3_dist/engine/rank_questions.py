@@ -1,0 +1,56 @@
+"""What callers of an `AsyncEngine` ask of its ranks between two steps."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TypeVar
+
+from qwen3_dist.engine.engine import Engine
+from qwen3_dist.engine.expert_load import ExpertLoad
+from qwen3_dist.engine.rank_pace import RankPace
+from qwen3_dist.errors import QwenDistError
+from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.weights.adapter_files import with_digests
+
+T = TypeVar("T")
+Answered = Callable[[T | QwenDistError], None]
+
+
+class RankQuestions(ABC):
+    """Asks in the engine's thread. Every method raises EngineDeadError if the engine dies meanwhile."""
+
+    _engine: Engine
+    _adapters_lock: asyncio.Lock  # one change at a time, so that each begins with the adapters of the last
+
+    @abstractmethod
+    async def _ask(self, question: Callable[[Answered[T]], object]) -> T:
+        """Returns what the engine's thread answers to `question`, at once or some steps later. Raises the answer if it
+        is an error."""
+
+    async def expert_load(self) -> ExpertLoad:
+        """Tokens that chose each expert of each MoE layer so far, and where the experts lie."""
+        return await self._ask(lambda answer: answer(self._engine.experts.load()))
+
+    async def rebalance_experts(self) -> list[int]:
+        """Moves experts to balance the load since the last call; returns the layers that changed. Steps go on."""
+        return await self._ask(self._engine.experts.begin)
+
+    async def rank_pace(self) -> RankPace | None:
+        """How long a step takes each rank without waiting for others; None if that is not known."""
+        return await self._ask(lambda answer: answer(self._engine.paces.read()))
+
+    async def use_adapters(self, adapters: LoraAdapters, again: Collection[str] = ()) -> None:
+        """Gives all ranks `adapters` in place of those that they have, while steps go on. The files of those that they
+        have are read only if their names are in `again`.
+
+        Sequences keep the adapter that they began with. Raises CheckpointError or ResourceError if an adapter cannot
+        be loaded; then everything stays as it is.
+        """
+        async with self._adapters_lock:
+            known = self._engine.config.lora
+            read = await asyncio.to_thread(with_digests, adapters, self._engine.model_config, known, again)
+            if read != known:
+                await self._ask(partial(self._engine.adapters.begin, read))
