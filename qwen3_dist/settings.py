@@ -106,7 +106,9 @@ class EngineConfig:
         None, "guess tokens by what the text had before and check them together, for example ngram,k=4"
     )
     lora: LoraAdapters = setting(
-        LoraAdapters(), "LoRA adapters in PEFT's format that requests choose by name; may be repeated"
+        LoraAdapters(),
+        "LoRA adapters in PEFT's format that requests choose by name; in a service, a change of them alone loads no "
+        "model again; may be repeated",
     )
     overlap: bool = setting(True, "plan the next step while the ranks run this one")
     cpus_per_rank: float | None = setting(

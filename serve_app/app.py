@@ -18,6 +18,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster import ray_private
 from qwen3_dist.errors import ConfigError, ResourceError
+from qwen3_dist.lora_adapters import LoraAdapters
 from serve_app.ingress.deployment import Ingress
 from serve_app.placement import place
 from serve_app.replica.deployment import EngineReplica
@@ -102,7 +103,10 @@ def gateway(config: ServiceConfig) -> serve.Application:
 def _replicas(config: ServiceConfig, model: ModelSettings) -> serve.Application:
     ray_private.check_serve()
     placement = place(model, config.models)
-    replica = dataclasses.replace(model.replica, engine=placement.engine, model_name=model.name)
+    engine = dataclasses.replace(
+        placement.engine, lora=LoraAdapters()
+    )  # which replicas have from LiveSettings
+    replica = dataclasses.replace(model.replica, engine=engine, model_name=model.name)
     deployment = serve.deployment(
         name=REPLICA,
         max_constructor_retry_count=_CONSTRUCTOR_TRIES,
@@ -110,7 +114,7 @@ def _replicas(config: ServiceConfig, model: ModelSettings) -> serve.Application:
         placement_group_bundles=placement.bundles,
         placement_group_strategy="PACK",
         logging_config=QUIET_LOGGING,
-        **model_options(config, model.scaling),
+        **model_options(config, model),
     )(EngineReplica)
     return deployment.bind(replica)
 

@@ -72,12 +72,12 @@ def _check_sizes(layout: str) -> None:
 def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
     """Gives the model `name`, whose replicas are in `application`, other numbers of replicas or another layout, with
     which its replicas start anew one after the other. Blocks for Serve's controller. Raises RequestError."""
-    configs = _configs(gateway, application)
+    configs = configs_of(gateway, application)
     changed: Json = {}
     if to.replicas is not None:
         changed = dict(zip(_NUMBERS, to.replicas, strict=True))
-        _deployment(configs[application], REPLICA)["autoscaling_config"] |= changed
-        for model in _deployment(configs[gateway], INGRESS)["user_config"]["models"]:
+        deployment_of(configs[application], REPLICA)["autoscaling_config"] |= changed
+        for model in deployment_of(configs[gateway], INGRESS)["user_config"]["models"]:
             if model["name"] == name:
                 model |= changed
     if to.layout is not None:
@@ -91,7 +91,7 @@ def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
 def _with_layout(application: Config, layout: Layout) -> Json:
     """The arguments of a model's application with another layout; CPU ranks share the same cores as before. Raises
     RequestError if the cluster cannot hold it."""
-    deployment = _deployment(application, REPLICA)
+    deployment = deployment_of(application, REPLICA)
     scaling = {name: deployment["autoscaling_config"][name] for name in _NUMBERS}
     args = application["args"]
     before = read_model_settings(args).replica.engine
@@ -111,7 +111,8 @@ def _with_layout(application: Config, layout: Layout) -> Json:
     return args
 
 
-def _configs(*applications: str) -> dict[str, Config]:
+def configs_of(*applications: str) -> dict[str, Config]:
+    """The configs of all applications. Raises RequestError (409) if these are not deployed by config."""
     configs = deployed_configs()
     if not configs.keys() >= set(applications):
         raise RequestError(
@@ -121,6 +122,6 @@ def _configs(*applications: str) -> dict[str, Config]:
     return configs
 
 
-def _deployment(application: Config, name: str) -> dict[str, Any]:
+def deployment_of(application: Config, name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(each for each in application["deployments"] if each["name"] == name)
     return found

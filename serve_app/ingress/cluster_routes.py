@@ -6,12 +6,14 @@ import time
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.responses import PlainTextResponse
 from ray import serve
 
 from qwen3_dist import __version__
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.models import Model, Models
 from serve_app.apis.openapi import route
+from serve_app.ingress.adapter_changes import AdapterChanges, LoadLoraBody, UnloadLoraBody
 from serve_app.ingress.admission import Admission
 from serve_app.ingress.api import api
 from serve_app.ingress.changes import ScaleBody, parse_scale, scale
@@ -37,6 +39,7 @@ class ClusterRoutes:
     _draining: Draining
     _admission: Admission
     _reload: Reload
+    _adapters: AdapterChanges
     metrics_of_http: IngressMetrics
 
     def __init__(self) -> None:
@@ -131,7 +134,7 @@ class ClusterRoutes:
     )
     async def scale(self, request: Request) -> Response:
         """Until the next `deploy`, which brings back what its file says."""
-        to = parse_scale(await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S))
+        to = parse_scale(await _admin_body(request))
         found = self._routes.find(to.model)
         served = found.model
         if to.layout is not None:
@@ -142,8 +145,18 @@ class ClusterRoutes:
     @api.post("/v1/cluster/reload", **route("Loads a model again, replica by replica", ReloadBody))
     async def reload(self, request: Request) -> Response:
         """Each replica in turn leaves and is replaced; its requests go on elsewhere. Answers when this has begun."""
-        name = parse_reload(await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S))
+        name = parse_reload(await _admin_body(request))
         return json_response(await self._reload.begin(self._routes.find(name)))
+
+    @api.post("/v1/load_lora_adapter", **route("vLLM: loads a LoRA adapter", LoadLoraBody))
+    async def load_lora_adapter(self, request: Request) -> Response:
+        """Answers when all replicas have it. Until the next `deploy`, which brings back what its file says."""
+        return PlainTextResponse(await self._adapters.load(await _admin_body(request)))
+
+    @api.post("/v1/unload_lora_adapter", **route("vLLM: unloads a LoRA adapter", UnloadLoraBody))
+    async def unload_lora_adapter(self, request: Request) -> Response:
+        """Requests that use it end with it; new ones are answered 404."""
+        return PlainTextResponse(await self._adapters.unload(await _admin_body(request)))
 
     async def _ask_all(self, method: str) -> list[Any]:
         """What the replicas of all models answer. Raises EngineDeadError if one is lost."""
@@ -154,3 +167,7 @@ class ClusterRoutes:
     async def cluster(self) -> Response:
         """The state of each model and replica, its ranks and its load. Counters begin at a replica's start."""
         return json_response(await cluster_view(self._routes, self._state(), self._peers))
+
+
+async def _admin_body(request: Request) -> bytes:
+    return await read_body(request, _MAX_ADMIN_BODY, _ADMIN_BODY_S)

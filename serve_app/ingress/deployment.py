@@ -43,6 +43,7 @@ from serve_app.apis.tokens import (
 )
 from serve_app.ingress.access.control import Access, key_name
 from serve_app.ingress.access_log import access_record
+from serve_app.ingress.adapter_changes import AdapterChanges
 from serve_app.ingress.admission import MAX_IN_FLIGHT_HEADER, Admission, queue_headers
 from serve_app.ingress.api import api
 from serve_app.ingress.cluster_routes import METRICS, ClusterRoutes
@@ -88,6 +89,7 @@ class Ingress(ClusterRoutes):
         self._process = f"{context.deployment}#{ingress}"
         self._peers = Peers(lambda: deployment_handle(context.deployment, context.app_name), ingress)
         self._reload = Reload(self._peers)
+        self._adapters = AdapterChanges(self._routes, self._peers)
         self._stored = SharedStore(0, 0.0)
         self._shared = SharedResponses(self._stored, self._peers)
         self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)

@@ -147,6 +147,10 @@ class ModelRoutes:
     def __iter__(self) -> Iterator[ModelRoute]:
         return iter(self._routes.values())
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a model or an adapter is called `name`."""
+        return name in self._by_name
+
     def configure(self, config: IngressConfig) -> None:
         """Takes up the models of `config`. A model that was there keeps its route, and what is known of it."""
         routes: dict[tuple[str, str], ModelRoute] = {}

@@ -34,10 +34,11 @@ def serve_schema(config: ServiceConfig) -> dict[str, Any]:
 def _application(config: ServiceConfig, model: ModelSettings) -> dict[str, Any]:
     replica = changed_settings(model.replica)
     engine = replica.pop("engine", {})
+    engine.pop("lora", None)  # which is among the options
     return {
         "name": config.application(model),
         "route_prefix": None,
         "import_path": "serve_app.app:build_model",
         "args": {**engine, **replica, "model_name": model.name},
-        "deployments": [{"name": REPLICA, **model_options(config, model.scaling)}],
+        "deployments": [{"name": REPLICA, **model_options(config, model)}],
     }

@@ -8,9 +8,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -23,6 +23,7 @@ from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.errors import EngineDeadError, ParallelLayoutError, QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.layout import Layout, nearest_layout
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
@@ -73,7 +74,10 @@ class EngineReplica:
         configure_logs(live.telemetry, self._process)
         self._targets = live.targets
         self._num_answering = 0
-        self._engine = AsyncEngine(settings.engine, parts_per_s=settings.parts_per_s, on_death=self._die)
+        self._adapter_problem = ""
+        self._engine = AsyncEngine(
+            replace(settings.engine, lora=live.lora), parts_per_s=settings.parts_per_s, on_death=self._die
+        )
         logger.info("the engine is ready on %s", self._engine.backends)
         logger.info("its collectives: %s", self._engine.collectives)
         defaults = read_generation_defaults(self._engine.model_path)
@@ -100,6 +104,9 @@ class EngineReplica:
         configure_logs(telemetry, self._process)
         trace_to(telemetry.traces_url, self._process)
         self._handler.log_requests = telemetry.log_requests
+        if problem := await self.use_adapters(str(live.lora)):
+            logger.error("the adapters stay as they are: %s", problem)
+        self._adapter_problem = problem
 
     async def answer(
         self,
@@ -181,6 +188,16 @@ class EngineReplica:
             except EngineDeadError as error:
                 yield failed(error)
 
+    async def use_adapters(self, lora: str, again: Collection[str] = ()) -> str:
+        """Has the engine use the adapters `lora`, and read again the files of those whose names are in `again`.
+        Returns why it cannot; "" if it does."""
+        try:
+            await self._engine.recovered()
+            await self._engine.use_adapters(LoraAdapters.parse(lora), again)
+        except QwenDistError as error:
+            return str(error)
+        return ""
+
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""
         return self._engine.stats()
@@ -214,16 +231,15 @@ class EngineReplica:
         problem, absence = self._problem(), self._engine.absence
         await self._read_pace()
         view, pace = await self.ranks(), self._pace
-        if pace is not None and len(pace.step_s) == len(
-            view["ranks"]
-        ):  # else ranks have left or come back since
+        if pace and len(pace.step_s) == len(view["ranks"]):  # else ranks have left or come back since
             for rank, step_s in zip(view["ranks"], pace.step_s, strict=True):
                 rank["own_step_s"] = step_s
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
             "healthy": not problem,
-            "message": problem or str(absence or ""),
+            "message": problem or self._adapter_problem or str(absence or ""),
             **view,
+            "adapters": self._engine.config.lora.names,
             "absence": asdict(absence) if absence else None,
             "recoveries": [asdict(each) for each in self._engine.recoveries[-_RECOVERIES_TOLD:]],
             "slowest_rank": {"rank": pace.slowest, "excess": pace.excess} if pace else None,

@@ -230,7 +230,7 @@ class RequestHandler:
             )
         name, lora = self._model_and_adapter(request.model)
         record.model, record.params, record.stream = name, params, request.stream
-        record.fingerprint = self._fingerprint + dict(self._engine.config.lora.pairs).get(lora or "", "")
+        record.fingerprint = self._fingerprint + self._engine.config.lora.digest(lora)
         if resume:
             self._engine.config.lora.number(lora)  # an adapter that is gone is told before the model's change
             check_model(resume, record.fingerprint)

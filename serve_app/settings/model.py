@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
@@ -177,6 +178,11 @@ class LiveSettings:
 
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     targets: LoadTargets = field(default_factory=LoadTargets)
+    lora: LoraAdapters = field(default_factory=LoraAdapters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as Serve keeps and compares them."""
+        return {**asdict(self), "lora": str(self.lora)}
 
 
 @dataclass(frozen=True)

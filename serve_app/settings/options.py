@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
-from serve_app.settings.model import LiveSettings, ScalingSettings
+from serve_app.settings.model import LiveSettings, ModelSettings
 from serve_app.settings.service import EndpointSettings, ServiceConfig
 
 # Concurrent control calls (health, ranks, experts), allowed even when a replica is full of requests.
@@ -23,10 +22,11 @@ def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
     return {"host": endpoint.host, "port": endpoint.port, **(tls if endpoint.ssl_certfile else {})}
 
 
-def model_options(config: ServiceConfig, scaling: ScalingSettings) -> dict[str, Any]:
+def model_options(config: ServiceConfig, model: ModelSettings) -> dict[str, Any]:
     """Options of a model's deployment."""
+    scaling, lora = model.scaling, model.replica.engine.lora
     return {
-        "user_config": asdict(LiveSettings(config.telemetry, scaling.load_targets)),
+        "user_config": LiveSettings(config.telemetry, scaling.load_targets, lora).to_json(),
         # Requests do not pass through Serve, but while no replica runs each asks it for one. Those beyond this number
         # would wait in Serve's router, which looks for room twice a second.
         "max_ongoing_requests": scaling.max_ongoing_requests

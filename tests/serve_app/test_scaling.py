@@ -71,7 +71,7 @@ def test_the_policy_asks_for_no_fewer_replicas_than_the_requests_need() -> None:
 def test_targets_change_what_replicas_report_and_never_serves_policy() -> None:
     def options(**args: object) -> dict[str, Any]:
         config = read_service_config({"max_replicas": 2, **args})
-        return model_options(config, config.models[0].scaling)
+        return model_options(config, config.models[0])
 
     targets = {"target_tokens": 5000, "target_kv_usage": 0.8, "target_ttft_s": 2}
     plain, aimed = options(), options(**targets)

@@ -30,7 +30,7 @@ logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
 _POLL_S = 1.0
 _KEY = "qwen3_dist.key"
-_ADMIN_PREFIX = "/v1/cluster/"  # POST requests below it change the service
+_ADMIN_PREFIXES = ("/v1/cluster/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")  # of POST requests
 _METRICS = "/metrics"
 Signature = tuple[int, int, int] | None  # of a file: time of change, size and inode; None if it is missing
 
@@ -149,7 +149,7 @@ class Access:
         path = route_path(request)
         if path == _METRICS:
             return self._settings.admin_metrics
-        return request.method == "POST" and path.startswith(_ADMIN_PREFIX)
+        return request.method == "POST" and path.startswith(_ADMIN_PREFIXES)
 
     async def _poll(self) -> None:
         while True:
