@@ -105,7 +105,7 @@ def _replicas(config: ServiceConfig, model: ModelSettings) -> serve.Application:
     placement = place(model, config.models)
     engine = dataclasses.replace(
         placement.engine, lora=LoraAdapters()
-    )  # which replicas have from LiveSettings
+    )  # replicas have them from LiveSettings
     replica = dataclasses.replace(model.replica, engine=engine, model_name=model.name)
     deployment = serve.deployment(
         name=REPLICA,

@@ -7,8 +7,9 @@ too; it lasts until the next `deploy`, which brings back what its file says.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from serve_app.deployed import apply_configs
 from serve_app.ingress.changes import configs_of, deployment_of
 from serve_app.ingress.model_routes import ModelRoute, ModelRoutes
 from serve_app.ingress.peers import Peers, values
+from serve_app.ingress.reload import has_all
 from serve_app.settings import INGRESS, REPLICA
 
 logger = logging.getLogger("qwen3_dist.adapters")
@@ -88,7 +90,7 @@ class AdapterChanges:
             except ConfigError as error:
                 raise RequestError(str(error), param="lora_name") from None
 
-        await self._change(route, added, again=[name])
+        await self._lead(route, added, again=[name])
         return f"Success: the LoRA adapter {name!r} was added."
 
     async def unload(self, body: bytes) -> str:
@@ -103,25 +105,36 @@ class AdapterChanges:
                 raise _not_found(name, before.names)
             return LoraAdapters(tuple(pair for pair in before.pairs if pair[0] != name))
 
-        await self._change(self._routes.find(name), without)
+        await self._lead(self._routes.find(name), without)
         return f"Success: the LoRA adapter {name!r} was removed."
+
+    async def _lead(
+        self, route: ModelRoute, change: Callable[[LoraAdapters], LoraAdapters], again: Sequence[str] = ()
+    ) -> None:
+        """Makes a change to its end, also if the client leaves. Without the context of the request, since Serve would
+        cancel what the request has called."""
+        gateway = serve.get_replica_context().app_name
+        changing = self._change(gateway, route, change, again)
+        self._task = asyncio.create_task(changing, context=contextvars.Context())
+        await asyncio.shield(self._task)
 
     async def _change(
         self,
+        gateway: str,
         route: ModelRoute,
         change: Callable[[LoraAdapters], LoraAdapters],
-        again: list[str] | None = None,
+        again: Sequence[str],
     ) -> None:
         with self._alone():
             if any(values(await self._peers.ask(_CHANGING, timeout_s=_ANSWER_TIMEOUT_S))):
                 raise _busy()
-            gateway, application = serve.get_replica_context().app_name, route.model.application
+            application = route.model.application
             configs = await asyncio.to_thread(configs_of, gateway, application)
             settings = deployment_of(configs[application], REPLICA)["user_config"]
-            before = LoraAdapters.parse(settings["lora"])
+            before = LoraAdapters.parse(settings.get("lora", ""))
             to = change(before)
             try:
-                await _tell(route, to, again or [])
+                await _tell(route, to, again)
             except BaseException:
                 await _tell_back(route, before)
                 raise
@@ -130,7 +143,7 @@ class AdapterChanges:
                 if model["name"] == route.model.name:
                     model["adapters"] = to.names
             await asyncio.to_thread(apply_configs, configs.values())
-            await self._until_listed(route.model.name, to.names)
+            await self._until_listed(route, to.names)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -145,23 +158,28 @@ class AdapterChanges:
     def _listed(self) -> dict[str, list[str]]:
         return {route.model.name: list(route.model.adapters) for route in self._routes}
 
-    async def _until_listed(self, model: str, names: list[str]) -> None:
-        """Waits until all ingresses that answer list the adapters of `model`."""
+    async def _until_listed(self, route: ModelRoute, names: list[str]) -> None:
+        """Waits until all ingresses that answer list the adapters, and Serve has told the replicas: meanwhile those
+        that it tells do not count as running."""
+        model = route.model.name
         deadline = asyncio.get_running_loop().time() + _LIST_TIMEOUT_S
         while asyncio.get_running_loop().time() < deadline:
             others = values(await self._peers.ask(_LISTED, timeout_s=_ANSWER_TIMEOUT_S))
-            if all(listed.get(model) == names for listed in (self._listed(), *others)):
+            are_listed = all(listed.get(model) == names for listed in (self._listed(), *others))
+            if are_listed and await asyncio.to_thread(has_all, route.replicas):
                 return
             await asyncio.sleep(_POLL_S)
-        logger.warning("not all ingresses list the adapters of %r yet", model)
+        logger.warning("not all ingresses and replicas have the adapters of %r yet", model)
 
 
-async def _tell(route: ModelRoute, adapters: LoraAdapters, again: list[str]) -> None:
+async def _tell(route: ModelRoute, adapters: LoraAdapters, again: Sequence[str]) -> None:
     """Has all replicas load `adapters`. Raises RequestError if one cannot, EngineDeadError if one is lost."""
     name = route.model.name
     if not running_replicas(route.replicas):
         raise EngineDeadError(f"no replica of {name!r} runs; ask again when one does")
-    answers: list[Any] = await broadcast(route.replicas, USE, str(adapters), again, timeout_s=_LOAD_TIMEOUT_S)
+    answers: list[Any] = await broadcast(
+        route.replicas, USE, str(adapters), tuple(again), timeout_s=_LOAD_TIMEOUT_S
+    )
     if problem := next((each for each in answers if isinstance(each, str) and each), ""):
         raise RequestError(problem, param="lora_path")
     if any(isinstance(each, BaseException) for each in answers):
@@ -170,7 +188,7 @@ async def _tell(route: ModelRoute, adapters: LoraAdapters, again: list[str]) -> 
 
 async def _tell_back(route: ModelRoute, before: LoraAdapters) -> None:
     try:
-        await _tell(route, before, [])
+        await _tell(route, before, ())
     except Exception:
         logger.exception("a replica of %r may have other adapters than before", route.model.name)
 

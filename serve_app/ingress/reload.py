@@ -93,11 +93,11 @@ async def _renew(replicas: DeploymentHandle, leaving: str) -> None:
         with contextlib.suppress(Exception):  # it is asked again
             await broadcast(replicas, LEAVE, leaving, timeout_s=_ANSWER_TIMEOUT_S)
         await asyncio.sleep(_POLL_S)
-    while len(running_replicas(replicas)) < before and not await asyncio.to_thread(_has_all, replicas):
+    while len(running_replicas(replicas)) < before and not await asyncio.to_thread(has_all, replicas):
         await asyncio.sleep(_POLL_S)
 
 
-def _has_all(replicas: DeploymentHandle) -> bool:
+def has_all(replicas: DeploymentHandle) -> bool:
     """Whether Serve runs as many replicas as it wants. Blocks for its controller."""
     application = serve.status().applications.get(replicas.app_name)
     deployment = application and application.deployments.get(replicas.deployment_name)

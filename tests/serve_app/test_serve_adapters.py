@@ -53,6 +53,11 @@ def of_replicas(deployed: Deployed) -> list[list[str]]:
     return [replica["adapters"] for replica in model["replicas"] if replica["healthy"]]
 
 
+def all_have(deployed: Deployed, *adapters: str) -> bool:
+    """Whether both replicas have these adapters, once they run."""
+    return bool(wait_for(lambda: of_replicas(deployed) == [[*adapters]] * 2))
+
+
 def texts(deployed: Deployed, model: str, times: int = 6) -> set[str]:
     """What requests for `model` that run at once, on both replicas, are answered."""
     with ThreadPoolExecutor(times) as pool:
@@ -68,14 +73,14 @@ def test_adapters_come_and_go_by_http(deployed: Deployed, paths: dict[str, Path]
     place = shutil.copytree(paths["one"], tmp_path / "place")
     told = change(deployed, "load", lora_name="poet", lora_path=str(place))
     assert told.is_success and told.text.startswith("Success"), told.text
-    assert listed(deployed) == [BUNDLED_NAME, "poet"] and of_replicas(deployed) == [["poet"]] * 2
+    assert listed(deployed) == [BUNDLED_NAME, "poet"] and all_have(deployed, "poet")
     poet = texts(deployed, "poet")
     assert len(plain) == len(poet) == 1 and plain != poet
 
     for name, path in (("bad", tmp_path / "gone"), ("poet", paths["two"]), (BUNDLED_NAME, paths["two"])):
         assert error_of(change(deployed, "load", lora_name=name, lora_path=str(path)), 400)["message"]
     assert error_of(change(deployed, "load", lora_name="poet"), 400)["param"] == "lora_path"
-    assert of_replicas(deployed) == [["poet"]] * 2 and texts(deployed, "poet") == poet
+    assert all_have(deployed, "poet") and texts(deployed, "poet") == poet
 
     # A stream goes on while another adapter is loaded.
     ask = {**LONG, "model": "poet", "stream": True, "max_tokens": 400}
@@ -105,11 +110,11 @@ def test_adapters_come_and_go_by_http(deployed: Deployed, paths: dict[str, Path]
     assert engines == deployed.engines()
     ray.kill(ray.get_actor(actor, namespace="serve"))
     wait_for(lambda: deployed.engines() not in (engines, set()) and len(of_replicas(deployed)) == 2)
-    assert of_replicas(deployed) == [["poet", "two"]] * 2
+    assert all_have(deployed, "poet", "two")
     assert texts(deployed, "poet") == two
 
     assert change(deployed, "unload", lora_name="poet", lora_int_id=1).is_success
-    assert listed(deployed) == [BUNDLED_NAME, "two"] and of_replicas(deployed) == [["two"]] * 2
+    assert listed(deployed) == [BUNDLED_NAME, "two"] and all_have(deployed, "two")
     assert error_of(deployed.ask(model="poet"), 404)["param"] == "model"
     assert change(deployed, "unload", lora_name="poet").status_code == 404
 

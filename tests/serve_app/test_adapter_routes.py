@@ -1,0 +1,148 @@
+"""What the routes that load and unload adapters do where replicas, ingresses and Serve's controller are stand-ins: the
+real ones are in `test_serve_adapters`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qwen3_dist.errors import EngineDeadError, RequestError
+from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.settings_reader import read_settings
+from serve_app.ingress import adapter_changes
+from serve_app.ingress.adapter_changes import AdapterChanges
+from serve_app.ingress.peers import Told
+from serve_app.settings import LiveSettings
+
+
+class Service:
+    """Two replicas of the model `base`, one ingress, and what is deployed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replicas = ["one=/1", "one=/1"]  # the adapters of each
+        self.problem = ""  # of the second one with `/bad`
+        served = {"name": "base", "adapters": ["one"]}
+        self.configs: dict[str, Any] = {
+            "gateway": {"deployments": [{"name": "Ingress", "user_config": {"models": [served]}}]},
+            "base": {"deployments": [{"name": "EngineReplica", "user_config": {"lora": "one=/1"}}]},
+        }
+        self.route = SimpleNamespace(
+            model=SimpleNamespace(name="base", application="base", adapters=("one",)), replicas=self
+        )
+        self.peers = {"changing_adapters": False}
+        for name, value in {
+            "running_replicas": lambda _: self.replicas,
+            "broadcast": self.broadcast,
+            "configs_of": lambda *_: self.configs,
+            "apply_configs": self.apply,
+            "has_all": lambda _: True,
+            "serve": SimpleNamespace(get_replica_context=lambda: SimpleNamespace(app_name="gateway")),
+        }.items():
+            monkeypatch.setattr(adapter_changes, name, value)
+        self.changes = AdapterChanges(self, self)  # type: ignore[arg-type]
+
+    async def broadcast(self, _: Any, method: str, lora: str, again: Any, timeout_s: float) -> list[Any]:
+        assert method == "use_adapters"
+        self.replicas[0] = lora
+        if "/bad" in lora:
+            return ["", self.problem] if self.problem else ["", ConnectionError()]
+        self.replicas[1] = lora
+        return ["", ""]
+
+    def apply(self, configs: Any) -> None:
+        [served] = self.configs["gateway"]["deployments"][0]["user_config"]["models"]
+        self.route.model.adapters = tuple(served["adapters"])
+
+    def __iter__(self) -> Any:
+        return iter([self.route])
+
+    def __contains__(self, name: str) -> bool:
+        return name in ("base", *self.route.model.adapters)
+
+    def find(self, name: str) -> Any:
+        return self.route
+
+    def offer(self, *_: Any) -> None:
+        pass
+
+    async def ask(self, name: str, timeout_s: float) -> list[Any]:
+        return [Told("other", True)] if self.peers.get(name) else []
+
+    @property
+    def deployed(self) -> str:
+        return str(self.configs["base"]["deployments"][0]["user_config"]["lora"])
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    return Service(monkeypatch)
+
+
+def load(service: Service, **body: Any) -> str:
+    return asyncio.run(service.changes.load(json.dumps(body).encode()))
+
+
+def unload(service: Service, **body: Any) -> str:
+    return asyncio.run(service.changes.unload(json.dumps(body).encode()))
+
+
+def test_what_is_loaded_is_deployed_and_listed(service: Service) -> None:
+    assert "'two'" in load(service, lora_name="two", lora_path="/2")
+    assert service.replicas == ["one=/1,two=/2"] * 2 and service.deployed == "one=/1,two=/2"
+    assert service.route.model.adapters == ("one", "two")
+    load(service, lora_name="one", lora_path="/3", load_inplace=True)
+    assert service.deployed == "one=/3,two=/2"
+    assert "'one'" in unload(service, lora_name="one", lora_int_id=5)
+    assert service.replicas == ["two=/2"] * 2 and service.deployed == "two=/2"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"lora_name": "one", "lora_path": "/2"}, "lora_name"),
+        ({"lora_name": "base", "lora_path": "/2"}, "lora_name"),
+        ({"lora_name": "a b", "lora_path": "/2"}, "lora_name"),
+        ({"lora_name": "two", "lora_path": ""}, "lora_name"),
+        ({"lora_name": "two"}, "lora_path"),
+        ({"lora_path": "/2"}, "lora_name"),
+    ],
+)
+def test_a_load_that_makes_no_sense_asks_no_replica(
+    service: Service, body: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        load(service, **body)
+    assert refused.value.status == 400 and refused.value.param == param
+    assert service.replicas == ["one=/1"] * 2 and service.deployed == "one=/1"
+
+
+@pytest.mark.parametrize("problem", ["no file", ""])
+def test_if_one_replica_cannot_load_all_have_what_they_had(service: Service, problem: str) -> None:
+    service.problem = problem
+    with pytest.raises(RequestError if problem else EngineDeadError, match=problem or "was lost"):
+        load(service, lora_name="two", lora_path="/bad")
+    assert service.replicas == ["one=/1"] * 2 and service.deployed == "one=/1"
+    load(service, lora_name="two", lora_path="/2")
+
+
+def test_unknown_names_and_second_changes_are_refused(service: Service) -> None:
+    with pytest.raises(RequestError) as unknown:
+        unload(service, lora_name="two")
+    assert unknown.value.status == 404
+    service.peers["changing_adapters"] = True
+    with pytest.raises(RequestError) as busy:
+        unload(service, lora_name="one")
+    assert busy.value.status == 409 and service.deployed == "one=/1"
+    service.peers["changing_adapters"], service.replicas = False, []
+    with pytest.raises(EngineDeadError, match="no replica"):
+        load(service, lora_name="two", lora_path="/2")
+
+
+def test_serve_keeps_the_adapters_as_text() -> None:
+    live = LiveSettings(lora=LoraAdapters.parse("a=/1,b=/2"))
+    assert live.to_json()["lora"] == "a=/1,b=/2"
+    assert read_settings(LiveSettings, json.loads(json.dumps(live.to_json()))) == live
