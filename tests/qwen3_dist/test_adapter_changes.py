@@ -172,6 +172,7 @@ def test_a_rank_that_is_replaced_has_the_adapters_of_now(
             os.kill(engine.ranks[lost].pid, signal.SIGKILL)
             while not engine.recoveries:
                 await asyncio.sleep(0.02)
+            await engine.recovered()
             for name in ("two", "three"):
                 for _ in range(2):  # both groups of dp=2 answer
                     assert (
