@@ -73,7 +73,8 @@ def _companions(
     for kind, stored in ((SCALE, weight_format.scale), (ZERO, weight_format.zero)):
         if stored is not None:
             name = _name(piece, stored, names)
-            yield Piece(name, shape, index, f"{piece.parameter}_{kind}", target, kind, grid, stored.packing)
+            part = Piece(name, shape, index, f"{piece.parameter}_{kind}", target, kind, grid)
+            yield replace(part, packing=stored.packing)
     if weight_format.factor is not None:
         name = _name(piece, weight_format.factor, names)
         kind = MULTIPLIER if weight_format.factor_multiplies else DIVISOR

@@ -36,6 +36,7 @@ from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
+from serve_app.replica.description import describe_load, describe_ranks
 from serve_app.replica.load import shares_of_targets
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
@@ -207,30 +208,15 @@ class EngineReplica:
         return await self._metrics.read()
 
     async def ranks(self) -> dict[str, Any]:
-        """The layout, backends and collectives of the engine, and the host, process and GPU of each rank."""
-        return {
-            "layout": str(self._engine.config.layout),
-            "backends": self._engine.backends,
-            "collectives": self._engine.collectives,
-            "ranks": [
-                {
-                    "rank": rank.rank,
-                    "host": rank.host,
-                    "pid": rank.pid,
-                    "card": {"name": rank.card.name, "uuid": rank.card.uuid} if rank.card else None,
-                    "memory_bytes": rank.memory_bytes,
-                }
-                for rank in self._engine.ranks
-            ],
-        }
+        """The layout, backends and collectives of the engine, and its ranks."""
+        return describe_ranks(self._engine)
 
     async def describe(self) -> dict[str, Any]:
         """This replica's part of `/v1/cluster`: whether its steps go on, its ranks and the slowest of them, its load
         and its counters."""
-        stats = self._engine.stats()
         problem, absence = self._problem(), self._engine.absence
         await self._read_pace()
-        view, pace = await self.ranks(), self._pace
+        view, pace = describe_ranks(self._engine), self._pace
         if pace and len(pace.step_s) == len(view["ranks"]):  # else ranks have left or come back since
             for rank, step_s in zip(view["ranks"], pace.step_s, strict=True):
                 rank["own_step_s"] = step_s
@@ -243,16 +229,7 @@ class EngineReplica:
             "absence": asdict(absence) if absence else None,
             "recoveries": [asdict(each) for each in self._engine.recoveries[-_RECOVERIES_TOLD:]],
             "slowest_rank": {"rank": pace.slowest, "excess": pace.excess} if pace else None,
-            "load": {
-                "num_requests_running": stats.num_running,
-                "num_requests_waiting": stats.num_waiting,
-                "kv_cache_usage": stats.kv_usage,
-                "prompt_tokens": stats.prompt_tokens,
-                "generation_tokens": stats.generation_tokens,
-                "num_preemptions": stats.preemptions,
-                "steps": stats.steps,
-                "step_age_s": self._engine.step_age_s,
-            },
+            "load": describe_load(self._engine),
         }
 
     async def _read_pace(self) -> None:
