@@ -15,6 +15,7 @@ from qwen3_dist.model.transformer import Qwen3Model
 from serve_app.cli import main
 from tests.checkpoints import write_checkpoint
 from tests.quantized import write_channels, write_fp8
+from tests.quantized_packed import write_awq
 
 DENSE: dict[str, Any] = {"moe": False}
 MOE: dict[str, Any] = {"moe": True, "mlp_only_layers": [1]}
@@ -76,3 +77,9 @@ def test_what_it_needs_is_named(
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(["verify", str(path)]) == 2
     assert "verify needs transformers; pip install 'transformers>=5.17'" in capsys.readouterr().err
+
+
+def test_packed_weights_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_awq(tmp_path / "model", **DENSE).quantized
+    assert main(["verify", str(path)]) == 2
+    assert "verify has no reference for packed weights yet" in capsys.readouterr().err
