@@ -130,7 +130,7 @@ def test_ranks_own_time_is_a_counter_by_rank(
         return RankPace((0.1, 0.2), (1.5, 3.0))
 
     assert b"rank_own_seconds" not in page_of(metrics)  # one rank waits for none
-    monkeypatch.setattr(engine, "config", replace(engine.config, layout=Layout(tp=2)))
+    monkeypatch.setattr(engine._engine, "config", replace(engine.config, layout=Layout(tp=2)))
     monkeypatch.setattr(engine, "rank_pace", pace)
     page = page_of(metrics)
     assert [total(page, "qwen3_dist:rank_own_seconds_total", rank=rank) for rank in "01"] == [1.5, 3.0]

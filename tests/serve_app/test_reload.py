@@ -103,7 +103,7 @@ def test_the_next_replica_leaves_once_there_are_as_many_as_before_or_as_serve_wa
     replicas = Replicas(shrinks)
     monkeypatch.setattr(reload, "running_replicas", replicas.look)
     monkeypatch.setattr(reload, "broadcast", replicas.tell)
-    monkeypatch.setattr(reload, "_has_all", lambda handle: shrinks)
+    monkeypatch.setattr(reload, "has_all", lambda handle: shrinks)
     monkeypatch.setattr(reload, "_POLL_S", 0.0)
 
     async def run() -> None:
