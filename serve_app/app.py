@@ -103,9 +103,7 @@ def gateway(config: ServiceConfig) -> serve.Application:
 def _replicas(config: ServiceConfig, model: ModelSettings) -> serve.Application:
     ray_private.check_serve()
     placement = place(model, config.models)
-    engine = dataclasses.replace(
-        placement.engine, lora=LoraAdapters()
-    )  # replicas have them from LiveSettings
+    engine = dataclasses.replace(placement.engine, lora=LoraAdapters())  # LiveSettings have them
     replica = dataclasses.replace(model.replica, engine=engine, model_name=model.name)
     deployment = serve.deployment(
         name=REPLICA,

@@ -87,7 +87,7 @@ def test_null_is_what_transformers_assumes() -> None:
     [
         ({"model_type": "llama"}, CheckpointError, "model_type 'llama' is not supported"),
         ({"model_type": None}, CheckpointError, "model_type None is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, CheckpointError, "quantisation 'awq'"),
+        ({"quantization_config": {"quant_method": "hqq"}}, CheckpointError, "quantisation 'hqq'"),
         ({"hidden_act": "gelu"}, CheckpointError, "hidden_act 'gelu'"),
         ({"compression_config": {"quant_method": "x"}}, CheckpointError, "quantisation 'x'"),
         ({"architectures": ["Qwen3ForTokenClassification"]}, CheckpointError, "architecture 'Qwen3ForTok"),

@@ -16,6 +16,7 @@ from ray import serve
 
 from serve_app.launch.logs import ServiceLogs
 from serve_app.settings import INGRESS, REPLICA, ServiceConfig
+from serve_app.settings.options import model_options
 from tests.serve_app.collector import running_collector
 from tests.serve_app.command_line import qwen3_dist
 from tests.serve_app.support import wait_for
@@ -102,10 +103,11 @@ def configure(url: str, service_config: ServiceConfig) -> Iterator[Callable[...,
     ingress = serve.get_deployment_handle(INGRESS, service_config.endpoint.name)
     replica = serve.get_deployment_handle(REPLICA, service_config.application(service_config.models[0]))
     config = service_config.ingress_config().to_json()
+    live = model_options(service_config, service_config.models[0])["user_config"]
 
     def change(**telemetry: Any) -> None:
         ingress.broadcast("reconfigure", {**config, "telemetry": telemetry}).results(timeout_s=30)
-        replica.broadcast("reconfigure", {"telemetry": telemetry}).results(timeout_s=30)
+        replica.broadcast("reconfigure", {**live, "telemetry": telemetry}).results(timeout_s=30)
 
     yield change
     change()
