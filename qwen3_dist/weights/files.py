@@ -37,6 +37,7 @@ _DTYPES = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
     "F8_E8M0": "float8_e8m0fnu", "I32": "int32", "I64": "int64", "U8": "uint8",
 }  # fmt: skip
+_WORDS = ("I32", "I64", "U8")  # dtypes of packed numbers and of indices, never of plain weights
 CODES = {name: code for code, name in _DTYPES.items()}  # safetensors' name of a dtype, by torch's
 FLOATS = ("float32", "bfloat16", "float16")
 _ITEM_BYTES = {
@@ -101,7 +102,7 @@ class CheckpointFiles:
         `progress` is called with the number of elements of each chunk.
         """
         file, shape, code = self._entries[name]
-        if code not in _DTYPES:
+        if code not in _DTYPES or (code in _WORDS and out.is_floating_point()):
             self.dtype(name)  # says what is wrong
         rows = range(*index[0].indices(shape[0]))
         row_bytes = max(1, _ITEM_BYTES[code] * out.numel() // max(1, len(rows)))
