@@ -71,8 +71,9 @@ def _drop() -> None:
     assert found and not left & set(found), "ss did not close the connections"
 
 
-def _raylet_of(node: Any) -> int:
-    return int(node.all_processes["raylet"][0].process.pid)
+def _raylet_of(node: Any) -> subprocess.Popen[bytes]:
+    process: subprocess.Popen[bytes] = node.all_processes["raylet"][0].process
+    return process
 
 
 class Nodes:
@@ -84,10 +85,12 @@ class Nodes:
         self.address: str = self._cluster.address
 
     def kill_one(self) -> None:
-        """Kills the raylet of a node that has a replica, with which the node's other processes end."""
-        raylet = next(each for each in self._raylets if titled(TITLES["replica"], each))
+        """Kills the raylet of a node that has a replica, with which the node's other processes end, once nobody can
+        take the raylet for one that lives."""
+        raylet = next(each for each in self._raylets if titled(TITLES["replica"], each.pid))
         self._raylets.remove(raylet)
-        os.kill(raylet, signal.SIGKILL)
+        raylet.kill()
+        raylet.wait()
 
     def end(self) -> None:
         self._cluster.shutdown()
