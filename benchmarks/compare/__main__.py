@@ -6,6 +6,9 @@ vLLM and llama.cpp run in virtual environments of their own, given by their inte
 one with `llama-cpp-python` and `gguf`. transformers runs in this one. Rates are the best of `--repeats` runs in each
 of `--rounds` rounds for every system, since other users of the machine may slow a run down. Start-up time is from the
 start of the process to its first token.
+
+With `--quantized` this project's weight formats run beside llama.cpp's of as many bits: int8 and fp8 beside Q8_0, int4
+beside Q4_K_M.
 """
 
 from __future__ import annotations
@@ -36,28 +39,37 @@ SYSTEMS = Path(__file__).parent / "systems"
 
 @dataclass(frozen=True)
 class System:
-    """A system to compare: its interpreter, its driver in `systems/`, and the driver's arguments."""
+    """A system to compare: its interpreter, its driver in `systems/`, the driver's arguments, and the bits of a
+    weight."""
 
     name: str
     python: str
     driver: str
     arguments: tuple[str, ...] = ()
     is_peer: bool = True
+    bits: int = 16
 
 
 def systems(options: argparse.Namespace, moe: bool) -> list[System]:
     here, sharded = sys.executable, "tp=2,ep=2" if moe else "tp=2"
-    found = [
-        System("ours, 1 rank", here, "ours", ("tp=1",), is_peer=False),
-        System(f"ours, {sharded}", here, "ours", (sharded,), is_peer=False),
-    ]
-    if options.int8:
-        found.append(System("ours, 1 rank, int8", here, "ours", ("tp=1", "quantize=int8"), is_peer=False))
-    found.append(System("transformers", here, "transformers_generate"))
-    if options.vllm_python:
-        found += [System(f"vLLM, tp={tp}", options.vllm_python, "vllm_cpu", (tp,)) for tp in ("1", "2")]
+    found = [System("ours, 1 rank", here, "ours", ("tp=1",), is_peer=False)]
+    if options.quantized:
+        found += [
+            System(f"ours, 1 rank, {name}", here, "ours", ("tp=1", f"quantize={name}"), False, bits)
+            for name, bits in (("int8", 8), ("fp8", 8), ("int4", 4))
+        ]
+    else:
+        found.append(System(f"ours, {sharded}", here, "ours", (sharded,), is_peer=False))
+        found.append(System("transformers", here, "transformers_generate"))
+        if options.vllm_python:
+            found += [System(f"vLLM, tp={tp}", options.vllm_python, "vllm_cpu", (tp,)) for tp in ("1", "2")]
     if options.llama_python:
         found.append(System("llama.cpp", options.llama_python, "llama_cpp_batch"))
+        if options.quantized:
+            found += [
+                System(f"llama.cpp, {name}", options.llama_python, "llama_cpp_batch", (name,), bits=bits)
+                for name, bits in (("Q8_0", 8), ("Q4_K_M", 4))
+            ]
     return [system for system in found if not options.only or any(o in system.name for o in options.only)]
 
 
@@ -116,9 +128,8 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, A
             machine = measure_machine()
             fill_page_cache(folder)
             result = run(system, folder, work_file, options.timeout)
-            kept = found.setdefault(
-                system.name, {"system": system.name, "is_peer": system.is_peer, "runs": []}
-            )
+            about = {"system": system.name, "is_peer": system.is_peer, "bits": system.bits}
+            kept = found.setdefault(system.name, {**about, "runs": []})
             kept["runs"].append({"machine": asdict(machine), **result})
             kept["rates"] = {str(row): rate for row in ROWS if (rate := _best_rate(row, kept["runs"]))}
             yield list(found.values())
@@ -141,19 +152,21 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", help="run the systems whose name contains one of these")
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--int8", action="store_true", help="also run this project with int8 weights")
+    parser.add_argument("--quantized", action="store_true", help="compare weights of 8 and 4 bits")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each row; the best counts")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of all systems; the best counts")
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="time limit of one run of a system in seconds"
     )
     options = parser.parse_args()
-    about = run_info()
+    about, kind = run_info(), "compare-quantized" if options.quantized else "compare"
     models: dict[str, list[dict[str, Any]]] = {}
     for name in options.shapes:
         for systems_so_far in compare(name, options):
             models[name] = systems_so_far
-            keep(about, models)  # after each run, since a comparison may take an hour and be interrupted
+            keep(
+                about, models, kind
+            )  # after each run, since a comparison may take an hour and be interrupted
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from benchmarks.record import write
 from qwen3_dist.config import ModelConfig
 
 
-def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None:
-    """Prints a table of each model's systems and writes its result file."""
+def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]], kind: str = "compare") -> None:
+    """Prints a table of each model's systems and writes its result file, `kind`-MODEL."""
     machine = _at_its_best(models)
     for name, systems in models.items():
         result = {
@@ -23,7 +23,7 @@ def keep(about: dict[str, Any], models: dict[str, list[dict[str, Any]]]) -> None
             "systems": systems,
         }
         print(table(result))
-        write(f"compare-{name}", about, result)
+        write(f"{kind}-{name}", about, result)
 
 
 def _at_its_best(models: dict[str, list[dict[str, Any]]]) -> Machine:
@@ -55,15 +55,18 @@ def table(result: dict[str, Any]) -> str:
         "|" + "---|" * (len(columns) + 2),
     ]
     for system in systems:
-        cells = [_cell(system["rates"].get(row), limits[row]) for row in columns]
+        cells = [_cell(system["rates"].get(row), limits[row], _bits(system)) for row in columns]
         lines.append("| " + " | ".join([system["system"], *cells, _ready(system["runs"])]) + " |")
-    ratios = [_ratio(systems, row) for row in columns]
-    lines.append("| " + " | ".join(["ours / best peer", *ratios, ""]) + " |")
+    for bits in sorted({_bits(system) for system in systems}, reverse=True):
+        ratios = [_ratio(systems, row, bits) for row in columns]
+        lines.append("| " + " | ".join([f"ours / best peer, {bits} bits", *ratios, ""]) + " |")
     return "\n".join(lines)
 
 
-def _cell(rate: float | None, limit: float) -> str:
-    return "" if rate is None else f"{rate:.1f} ({rate / limit:.0%})"
+def _cell(rate: float | None, limit: float, bits: int) -> str:
+    """The rate, with its share of the limit, which is that of bf16 weights."""
+    share = f" ({rate / limit:.0%})" if rate and bits == 16 else ""
+    return "" if rate is None else f"{rate:.1f}{share}"
 
 
 def _ready(runs: list[dict[str, Any]]) -> str:
@@ -71,11 +74,15 @@ def _ready(runs: list[dict[str, Any]]) -> str:
     return str(min(seconds)) if seconds else "failed"
 
 
-def _ratio(systems: list[dict[str, Any]], row: str) -> str:
+def _bits(system: dict[str, Any]) -> int:
+    """Bits of a weight. Results of earlier versions have none; only int8 in them is not bf16."""
+    return int(system.get("bits", 8 if "int8" in system["system"] else 16))
+
+
+def _ratio(systems: list[dict[str, Any]], row: str, bits: int) -> str:
     def best(peers: bool) -> float:
         return max(
-            (s["rates"].get(row, 0) for s in systems if s["is_peer"] is peers and "int8" not in s["system"]),
-            default=0,
+            (s["rates"].get(row, 0) for s in systems if s["is_peer"] is peers and _bits(s) == bits), default=0
         )
 
     return f"{best(False) / best(True):.2f}" if best(True) and best(False) else ""

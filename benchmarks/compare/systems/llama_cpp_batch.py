@@ -1,8 +1,10 @@
-"""llama.cpp through llama-cpp-python's C interface: `llama_cpp_batch.py MODEL WORK.json`.
+"""llama.cpp through llama-cpp-python's C interface: `llama_cpp_batch.py MODEL WORK.json [TYPE]`.
 
-MODEL is the directory of `model.gguf`, which `write_gguf.py` writes. The time of sampling is not included.
+MODEL is the directory of `model.gguf`, which `write_gguf.py` writes. It is quantised to TYPE first, for example Q8_0.
+The time of sampling is not included.
 """
 
+import ctypes
 import json
 import sys
 import time
@@ -14,9 +16,23 @@ from driving import drive
 BATCH = 2048
 
 
-def main(path: str, work_file: str) -> None:
+def quantized(file: Path, kind: str) -> Path:
+    """The file with weights of this type, which is written unless it exists."""
+    made = file.with_name(f"model-{kind}.gguf")
+    if not made.exists():
+        options = llama_cpp.llama_model_quantize_default_params()
+        options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+        part = made.with_suffix(".tmp")
+        done = llama_cpp.llama_model_quantize(str(file).encode(), str(part).encode(), ctypes.byref(options))
+        assert done == 0, f"llama.cpp cannot quantise to {kind}"
+        part.rename(made)
+    return made
+
+
+def main(path: str, work_file: str, kind: str = "") -> None:
     work = json.loads(Path(work_file).read_text())
     file = Path(path) / "model.gguf"
+    file = quantized(file, kind) if kind else file
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
     options = llama_cpp.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = 8192, BATCH, 512, 16
