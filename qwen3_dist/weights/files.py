@@ -1,4 +1,4 @@
-"""Reads slices of a checkpoint's safetensors files with little extra memory."""
+"""Finds a checkpoint's safetensors files and their tensors, and reads regions of them with little extra memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwen3_dist.errors import CheckpointError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # headers are read in processes that do not load torch
     from torch import Tensor
+
+    from qwen3_dist.weights.file_reader import FileReader, Stored
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
@@ -29,8 +31,6 @@ _OTHER_FORMATS = {
         (".h5", ".msgpack", ".onnx"), "of another framework, so fetch the checkpoint for PyTorch"
     ),
 }
-_CHUNK_BYTES = 64 << 20
-_REOPEN_BYTES = 128 << 20  # a file is reopened after so many bytes, since its mapped pages count as resident
 # Names in a checkpoint without a head lack the prefix, so they begin with these.
 _PREFIX, _HEADLESS = "model.", ("embed_tokens.", "layers.", "norm.")
 _DTYPES = {
@@ -45,6 +45,15 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
+class _Entry(NamedTuple):
+    """A tensor: its file, first byte there, shape, and dtype by safetensors' name."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    code: str
+
+
 class CheckpointFiles:
     """The tensors of one checkpoint directory, by their names in a model with a head. `is_headless`: the checkpoint
     was saved without a head (Qwen3-Embedding).
@@ -54,34 +63,34 @@ class CheckpointFiles:
     """
 
     def __init__(self, path: str | Path, files: Mapping[Path, set[str] | None] | None = None) -> None:
-        self._entries: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._entries: dict[str, _Entry] = {}
         for file, named in (shard_files(Path(path)) if files is None else files).items():
-            header = _read_header(file)
+            header, data = _read_header(file)
             absent = sorted((named or set()) - header.keys())
             if absent:
                 raise CheckpointError(f"{file} lacks {absent[0]} although the index names it; fetch it again")
             for name in header if named is None else named:
                 if name in self._entries:
                     raise CheckpointError(
-                        f"{self._entries[name][0]} and {file.name} both hold {name}, and no index says which is "
+                        f"{self._entries[name].file} and {file.name} both hold {name}, and no index says which is "
                         "right; remove the file that is not the model's"
                     )
-                self._entries[name] = (file, tuple(header[name]["shape"]), header[name]["dtype"])
+                entry = header[name]
+                start = data + entry["data_offsets"][0]
+                self._entries[name] = _Entry(file, start, tuple(entry["shape"]), entry["dtype"])
         self.is_headless = any(name.startswith(_HEADLESS) for name in self._entries)
         if self.is_headless:
             self._entries = {f"{_PREFIX}{name}": entry for name, entry in self._entries.items()}
-        self._open: tuple[Path, Any] | None = None
-        self._read_bytes = 0
 
     def names(self) -> set[str]:
         return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name][1]
+        return self._entries[name].shape
 
     def dtype(self, name: str, allowed: Sequence[str] = FLOATS) -> str:
         """A tensor's dtype by torch's name. Raises CheckpointError if it is not one of `allowed`."""
-        file, _, code = self._entries[name]
+        file, *_, code = self._entries[name]
         dtype = _DTYPES.get(code, code)
         if dtype not in allowed:
             advice = (
@@ -90,55 +99,63 @@ class CheckpointFiles:
             raise CheckpointError(f"{name} in {file} is stored as {code}; {advice}")
         return dtype
 
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies. Raises CheckpointError if its dtype is not known."""
+        import torch
+
+        from qwen3_dist.weights.file_reader import Stored
+
+        entry = self._entries[name]
+        if entry.code not in _DTYPES:
+            self.dtype(name)  # says what is wrong
+        return Stored(entry.file, entry.start, entry.shape, getattr(torch, _DTYPES[entry.code]))
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file of a tensor and its first byte there."""
+        return self._entries[name][:2]
+
     def read(
         self,
         name: str,
         index: tuple[slice, ...],
         out: Tensor,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int], object] = lambda elements: None,
+        reader: FileReader | None = None,
     ) -> None:
-        """Fills `out` (any device and dtype) with tensor[index], in chunks of rows. The dtype was checked by `dtype`.
+        """Fills `out` (any device and dtype) with tensor[index], in chunks. The dtype was checked by `dtype`.
 
-        `progress` is called with the number of elements of each chunk.
+        `progress` is called with the number of elements of each chunk. Other threads have a `reader` of their own.
         """
-        file, shape, code = self._entries[name]
-        if code not in _DTYPES or (code in _WORDS and out.is_floating_point()):
+        stored = self.stored(name)
+        if self._entries[name].code in _WORDS and out.is_floating_point():
             self.dtype(name)  # says what is wrong
-        rows = range(*index[0].indices(shape[0]))
-        row_bytes = max(1, _ITEM_BYTES[code] * out.numel() // max(1, len(rows)))
-        step = max(1, _CHUNK_BYTES // row_bytes)
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            chunk = self.take(name, (slice(part.start, part.stop), *index[1:]))
-            out[start : start + len(part)].copy_(chunk)
-            del chunk
-            if progress:
-                progress(out[start : start + len(part)].numel())
+        (reader or self._reader).read(stored, _ranges(stored.shape, index), out, progress)
 
     def take(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
         """tensor[index], in the dtype in which it is stored; for small parts."""
-        part: Tensor = self._slice_of(self._entries[name][0], name)[index]
-        self._read_bytes += part.nbytes
-        if self._read_bytes >= _REOPEN_BYTES:
-            self._open, self._read_bytes = None, 0
-        return part
+        import torch
+
+        stored = self.stored(name)
+        ranges = _ranges(stored.shape, [slice(at, at + 1) if isinstance(at, int) else at for at in index])
+        part = torch.empty([len(each) for each in ranges], dtype=stored.dtype)
+        self._reader.read(stored, ranges, part)
+        return part[tuple(0 if isinstance(at, int) else slice(None) for at in index)]
 
     def read_whole(self, name: str) -> Tensor:
         """A small tensor."""
-        self._slice_of(self._entries[name][0], name)
-        assert self._open is not None
-        return self._open[1].get_tensor(self._name_in_file(name))  # type: ignore[no-any-return]
+        return self.take(name, ())
 
-    def _slice_of(self, file: Path, name: str) -> Any:
-        if self._open is None or self._open[0] != file:
-            try:
-                self._open = (file, safe_open(file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from None
-        return self._open[1].get_slice(self._name_in_file(name))
+    @cached_property
+    def _reader(self) -> FileReader:
+        from qwen3_dist.weights.file_reader import FileReader
 
-    def _name_in_file(self, name: str) -> str:
-        return name.removeprefix(_PREFIX) if self.is_headless else name
+        return FileReader()
+
+
+def _ranges(shape: tuple[int, ...], index: Sequence[slice]) -> list[range]:
+    """The indices along each dimension."""
+    parts = (*index, *(slice(None) for _ in shape[len(index) :]))
+    return [range(*part.indices(size)) for part, size in zip(parts, shape, strict=True)]
 
 
 def has_weights(path: Path) -> bool:
@@ -204,8 +221,9 @@ def _numbered(path: Path, names: list[str]) -> list[str]:
     return wanted
 
 
-def _read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Reads the header (names, shapes, dtypes) of one file and checks the file's length against it."""
+def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Reads the header (names, shapes, dtypes) of one file and checks the file's length against it. Returns the header
+    and the first byte of the data."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -214,6 +232,11 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        for entry in header.values():
+            first, last = entry["data_offsets"]
+            item = _ITEM_BYTES.get(entry["dtype"])
+            if not 0 <= first <= last or item and last - first != prod(entry["shape"]) * item:
+                raise ValueError
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error):
         raise CheckpointError(
@@ -221,4 +244,4 @@ def _read_header(file: Path) -> dict[str, dict[str, Any]]:
         ) from None
     if size != end:
         raise CheckpointError(f"{file} has {size} bytes where its header asks for {end}; fetch it again")
-    return header
+    return header, 8 + length

@@ -28,6 +28,7 @@ from qwen3_dist.weights.checks import check_names, check_order, check_tensor
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.packed import read_packed
 from qwen3_dist.weights.pieces import COMPANIONS, DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
+from qwen3_dist.weights.read_runs import Region, read_regions
 from qwen3_dist.weights.rounding import read_rounded
 from qwen3_dist.weights.weight_plan import WeightPlan
 
@@ -76,8 +77,7 @@ def load_model(
         if progress:
             progress(done, total)
 
-    for piece in pieces:
-        _read(files, piece, parameters, advance)
+    _read_all(files, pieces, parameters, advance)
     filled = {piece.parameter for piece in pieces}
     unfilled = [name for name in parameters if name not in filled and not _may_be_padding(name)]
     assert not unfilled, f"no rule fills {unfilled}"
@@ -121,27 +121,58 @@ class ExpertReader:
             module.hold_codes(name, codes)
         stacks = {name: zeros(each.shape, each.dtype, device) for name, each in module.named_parameters()}
         if experts:
-            for piece in self._plan.expert_pieces(layer, experts, parallel.coords):
-                if self._files:
+            pieces = list(self._plan.expert_pieces(layer, experts, parallel.coords))
+            if self._files:
+                for piece in pieces:
                     check_tensor(self._files, piece)
-                _read(self._files, piece, stacks, progress)
+            _read_all(self._files, pieces, stacks, progress)
         return tuple(stacks[name] for name in module.tensor_names)
 
 
-def _read(
+def _read_all(
     files: CheckpointFiles | None,
-    piece: Piece,
+    pieces: Sequence[Piece],
     parameters: dict[str, Tensor],
     advance: Callable[[int], None],
 ) -> None:
-    view = parameters[piece.parameter][piece.place]
-    if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
-        view = view.squeeze(0)
-    size = view.element_size()
-    if files is None:
-        random_weights.fill(piece, view)
-        advance(view.nbytes)
-    elif piece.rounds is not None:
+    """Reads what lies in the files as it stays, several files at once, then the rest."""
+    plain: list[Region] = []
+    rest: list[tuple[Piece, Tensor]] = []
+    for piece in pieces:
+        view = parameters[piece.parameter][piece.place]
+        if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
+            view = view.squeeze(0)
+        if files is None:
+            random_weights.fill(piece, view)
+            advance(view.nbytes)
+        elif _is_plain(files, piece):
+            plain.append(Region(piece.source, piece.index, view))
+        else:
+            rest.append((piece, view))
+    if files is not None:
+        read_regions(files, plain, advance)
+        for piece, view in rest:
+            _read(files, piece, view, parameters, advance)
+        for piece in pieces:
+            if piece.stored == ORDER:
+                check_order(piece, parameters[piece.parameter][piece.place])
+
+
+def _is_plain(files: CheckpointFiles, piece: Piece) -> bool:
+    """Whether a piece is a region of its source and no more."""
+    is_number = piece.stored in (DIVISOR, MULTIPLIER)
+    made = piece.rounds is not None or piece.packing is not None or is_number
+    return not made and files.shape(piece.source) == piece.shape
+
+
+def _read(
+    files: CheckpointFiles,
+    piece: Piece,
+    view: Tensor,
+    parameters: dict[str, Tensor],
+    advance: Callable[[int], None],
+) -> None:
+    if piece.rounds is not None:
         if piece.stored != SCALE:  # the codes, with which their scales are made
             read_rounded(files, piece, view, parameters[f"{piece.parameter}_scale"])
         advance(view.nbytes)
@@ -151,15 +182,11 @@ def _read(
         advance(view.nbytes)
     elif piece.packing is not None:
         read_packed(files, piece, view, advance)
-    elif files.shape(piece.source) == piece.shape:
-        files.read(piece.source, piece.index, view, lambda elements: advance(elements * size))
     else:  # a scale for all outputs, or without a dimension of inputs
         scale = files.read_whole(piece.source)
         whole = scale.view(piece.shape) if scale.numel() == prod(piece.shape) else scale.view(1, 1)
         view.copy_(whole.expand(piece.shape)[piece.index])
         advance(view.nbytes)
-    if files is not None and piece.stored == ORDER:
-        check_order(piece, view)
 
 
 def _hold_codes(model: Qwen3Model, pieces: Sequence[Piece]) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from qwen3_dist import LLM
 from qwen3_dist.engine import engine as engine_module
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights import file_reader, source
 from qwen3_dist.weights import files as files_module
-from qwen3_dist.weights import source
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.source import bundled_path, commit_of, resolve_model
 from serve_app.launch.model_check import check_model
@@ -175,12 +175,13 @@ def test_a_tensor_that_is_no_float_is_refused(folder: Path) -> None:
         CheckpointFiles(folder).read("c", (slice(None),), torch.empty(3))
 
 
+@pytest.mark.parametrize("min_bytes", [1, 20, 1 << 16])
 @pytest.mark.parametrize("chunk_bytes", [1, 100, 1 << 20])
 def test_slices_read_in_chunks_equal_those_of_the_whole(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+    folder: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, min_bytes: int
 ) -> None:
-    monkeypatch.setattr(files_module, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(files_module, "_REOPEN_BYTES", 3 * chunk_bytes)
+    monkeypatch.setattr(file_reader, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(file_reader, "_MIN_BYTES", min_bytes)
     files = CheckpointFiles(folder)
     torch.manual_seed(0)
     a, b = torch.randn(70, 6), torch.randn(4, 5, 6).bfloat16().float()
@@ -191,11 +192,14 @@ def test_slices_read_in_chunks_equal_those_of_the_whole(
         ("b", b, (slice(1, 3), slice(2, 4), slice(None))),
         ("b", b, (slice(0, 4), slice(None), slice(5, 6))),
     ]:
-        out = torch.empty(whole[index].shape)
-        told: list[int] = []
-        files.read(name, index, out, told.append)
-        assert torch.equal(out, whole[index])
-        assert sum(told) == out.numel()
+        shape = whole[index].shape
+        for out in (torch.empty(shape), torch.empty(*shape[:-1], 9)[..., 1 : 1 + shape[-1]]):
+            told: list[int] = []
+            files.read(name, index, out, told.append)
+            assert torch.equal(out, whole[index])
+            assert sum(told) == out.numel()
+        assert torch.equal(files.take(name, index).float(), whole[index])
+    assert torch.equal(files.take("b", (2, slice(1, 3))).float(), b[2, 1:3])
     assert (files.shape("b"), files.dtype("b")) == ((4, 5, 6), "bfloat16")
 
 
@@ -206,7 +210,7 @@ def test_a_checkpoint_of_very_many_tensors_opens_each_file_once(
     opened = 0
     real = files_module._read_header
 
-    def counting(file: Path) -> dict[str, dict[str, object]]:
+    def counting(file: Path) -> tuple[dict[str, dict[str, object]], int]:
         nonlocal opened
         opened += 1
         return real(file)

@@ -1,0 +1,85 @@
+"""Reads many regions of a checkpoint, several files at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event
+
+import torch
+from torch import Tensor
+
+from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights.file_reader import FileReader
+from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.pieces import Index
+
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Region:
+    """`out`, of any device and dtype, becomes source[index]."""
+
+    source: str
+    index: Index
+    out: Tensor
+
+
+def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Callable[[int], object]) -> None:
+    """Fills all regions. Each of several threads reads a run of them, in the order of the files: so they read several
+    files at once, each from its beginning to its end.
+
+    `advance` is called, on this thread, with numbers of bytes of the regions. Raises CheckpointError as soon as one
+    cannot be read.
+    """
+    failed = Event()
+    done: SimpleQueue[int | None] = SimpleQueue()
+
+    @torch.inference_mode()  # a setting of each thread, without which tensors made in it cannot be written to
+    def read(run: Sequence[Region]) -> None:
+        def tell(elements: int) -> None:
+            done.put(elements * item)
+
+        reader = FileReader()
+        try:
+            for region in run:
+                if failed.is_set():
+                    return
+                item = region.out.element_size()
+                files.read(region.source, region.index, region.out, tell, reader)
+        except CheckpointError:
+            failed.set()
+            raise
+        finally:
+            reader.close()
+            done.put(None)
+
+    with ThreadPoolExecutor(_THREADS, "weights") as pool:
+        reads = [pool.submit(read, run) for run in _runs(files, regions)]
+        left = len(reads)
+        while left:
+            if (size := done.get()) is None:
+                left -= 1
+            else:
+                advance(size)
+        for each in wait(reads).done:
+            each.result()
+
+
+def _runs(files: CheckpointFiles, regions: Sequence[Region]) -> Iterator[list[Region]]:
+    """Runs of about as many bytes each."""
+    ordered = sorted(regions, key=lambda region: files.place(region.source))
+    share = sum(region.out.nbytes for region in ordered) / _THREADS
+    run: list[Region] = []
+    size = 0
+    for region in ordered:
+        run.append(region)
+        size += region.out.nbytes
+        if size >= share:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
