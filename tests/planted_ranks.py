@@ -19,6 +19,8 @@ from qwen3_dist.worker import rendezvous
 from qwen3_dist.worker.rank import rank_main
 from qwen3_dist.worker.sampling.grammar_matcher import Grammars
 
+SLOW_S = 0.05  # added to each step of a slow rank
+
 
 def rank_that_reads_when_told(spec: RankSpec) -> None:
     """Rank 1 reads experts once a file `go` lies beside the checkpoint; all note how often they read headers."""
@@ -120,7 +122,7 @@ def rank_of_which_the_second_is_slow(spec: RankSpec) -> None:
 
     def slow(self: RopeTables, *arguments: object) -> object:
         if spec.rank == 1:
-            time.sleep(0.05)
+            time.sleep(SLOW_S)
         return rows(self, *arguments)  # type: ignore[arg-type]
 
     RopeTables.rows = slow  # type: ignore[method-assign, assignment]

@@ -15,6 +15,7 @@ from qwen3_dist.engine import rank_pace
 from qwen3_dist.engine.rank_pace import RankPaces
 from qwen3_dist.launch import processes
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.worker.own_time import OwnTime
 from tests import planted_ranks
 from tests.checkpoints import write_checkpoint
 from tests.ranks import by_name, run_ranks
@@ -39,8 +40,20 @@ def test_the_rank_that_is_planted_slower_is_the_slowest(
         llm.generate([[5, 6, 7], [8, 9]], PARAMS, use_tqdm=False)
         pace = llm._engine.paces.read()
         assert pace is not None and pace.slowest == 1
-        assert pace.excess > 0.5  # 50 ms beside the few that a step takes
+        assert pace.step_s[1] >= planted_ranks.SLOW_S
         assert llm._engine.paces.read() == pace  # no step since
+
+
+def test_a_ranks_own_part_is_the_time_in_its_steps_less_its_waits() -> None:
+    parallel = SimpleNamespace(waited_s=1.0)
+    own_time = OwnTime(parallel)  # type: ignore[arg-type]
+    assert own_time.read() == (0, 0.0)
+    own_time.add(0.5)
+    own_time.add(2.0)
+    parallel.waited_s = 2.75
+    assert own_time.read() == (2, 0.75)
+    parallel.waited_s = None
+    assert own_time.read() is None
 
 
 def check_waits(parallel: ParallelContext) -> None:
