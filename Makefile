@@ -81,6 +81,9 @@ SERVE_APP_TESTS := tests/serve_app $(addprefix --ignore=,$(SERVICE_TESTS))
 OTHER_TESTS := tests $(addprefix --ignore=,tests/serve_app $(RAY_TESTS) $(RANK_TESTS) $(CHECKS) $(OF_OTHER_VERBS))
 LANE := pytest -q --durations 12
 
+# Hundreds of processes import our modules, and would compile them each.
+test: export PYTHONDONTWRITEBYTECODE =
+
 test: $(READY)  ## everything CI runs
 	{ $(MAKE) check && nice $(BIN)/$(LANE) $(OTHER_TESTS); } > .venv/others.log 2>&1 & others=$$!; \
 	{ nice $(BIN)/$(LANE) $(SERVE_APP_TESTS); app=$$?; nice $(BIN)/$(LANE) $(RANK_TESTS) && exit $$app; } \
