@@ -93,7 +93,7 @@ def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 1
             q: Any = q, caches: Any = caches, metadata: Any = (tables, table_rows, lens, starts, None)
         ) -> None:
             for keys, values in caches:
-                kernels.attention(q, keys, values, *metadata)
+                kernels.attention(q, LayerCache(keys, values), *metadata)
 
         def theirs(q: Any = q, caches: Any = caches, batch: StepBatch = batch) -> None:
             for keys, values in caches:

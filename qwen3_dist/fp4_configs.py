@@ -9,6 +9,7 @@ from typing import Any
 
 from qwen3_dist.config_checks import check, check_keys, strings
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.kv_cache_dtype import kv_cache_scheme
 from qwen3_dist.quantization import FP4, Packing, Quantization, Stored, WeightFormat
 
 FP4_FORMATS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -47,4 +48,5 @@ def read_modelopt(config: Mapping[str, Any]) -> Quantization:
         factor=Stored(("weight_scale_2",)),
         factor_multiplies=True,
     )
-    return Quantization("modelopt", ((stored, ("Linear",)),), tuple(ignored))
+    groups = ((stored, ("Linear",)),)
+    return Quantization("modelopt", groups, tuple(ignored), kv_cache=kv_cache_scheme(config))

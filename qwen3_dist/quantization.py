@@ -18,9 +18,9 @@ FP8, INT8, INT4, FP4 = "float8_e4m3fn", "int8", "int4", "float4_e2m1"
 _NAMES = {FP8: "fp8 (e4m3)", INT8: "int8", INT4: "int4", FP4: "fp4 (e2m1)"}
 NIBBLES = (INT4, FP4)
 _LINEAR = "Linear"  # a target: all linear layers that no other group names
-# Tensors of quantised activations and caches. Activations and the KV cache keep their dtype here.
+# Tensors of quantised activations and caches. Activations keep their dtype here; `kv_scales.py` may read the cache's.
 _UNUSED = (
-    "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale", "input_global_scale",
+    "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "kv_scale", "q_scale", "input_global_scale",
     "weight_shape", "g_idx", "qzeros",
 )  # fmt: skip
 
@@ -130,12 +130,13 @@ class Quantization:
     """The formats of a checkpoint's linear layers. `groups` are formats with the modules that they are for; `ignored`
     modules are not quantised. A module is given by its name, a part of it between dots, a regular expression after
     "re:", or the class "Linear". `rounds`: the checkpoint's weights are plain, and are rounded to codes as they are
-    read."""
+    read. `kv_cache`: FP8 if the checkpoint was made for that in the KV cache, words for another kind, or None."""
 
     method: str
     groups: tuple[tuple[WeightFormat, tuple[str, ...]], ...]
     ignored: tuple[str, ...] = ()
     rounds: bool = False
+    kv_cache: str | None = None
 
     def describe(self) -> str:
         """One line for reports."""

@@ -9,6 +9,7 @@ from typing import Any
 from qwen3_dist.config_checks import block, check, check_keys, strings
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.fp4_configs import FP4_FORMATS, fp4_format, read_modelopt
+from qwen3_dist.kv_cache_dtype import kv_cache_scheme
 from qwen3_dist.packed_configs import read_awq, read_gptq
 from qwen3_dist.quantization import FP8, INT4, INT8, Packing, Quantization, Stored, WeightFormat
 
@@ -88,7 +89,8 @@ def _compressed(config: Mapping[str, Any]) -> Quantization:
     read = tuple(_group(name, group, config) for name, group in groups.items())
     if sum(_LINEAR in targets for _, targets in read) > 1:
         raise CheckpointError("several config_groups have the target 'Linear'; keep one of them")
-    return Quantization("compressed-tensors", read, tuple(strings(config, "ignore")))
+    ignored = tuple(strings(config, "ignore"))
+    return Quantization("compressed-tensors", read, ignored, kv_cache=kv_cache_scheme(config))
 
 
 def _group(name: str, group: Any, config: Mapping[str, Any]) -> tuple[WeightFormat, tuple[str, ...]]:

@@ -21,6 +21,7 @@ LOAD_FORMATS = ("checkpoint", "random")
 QUANTIZATIONS = ("none", "int8", "fp8")
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3")
 PERFORMANCE_MODES = ("interactivity", "throughput")
 EXECUTORS = ("auto", "in_process", "processes", "ray")
 PLACEMENTS = ("own", "current")
@@ -89,6 +90,12 @@ class EngineConfig:
     block_size: int = setting(16, "tokens in one KV-cache block")
     num_blocks: int | None = setting(None, "KV-cache blocks per rank; sized from memory if unset")
     kv_cache_gib: float | None = setting(None, "KV-cache GiB per rank on CPU; sized from memory if unset")
+    kv_cache_dtype: str = setting(
+        "auto",
+        "what the KV cache holds; fp8 or fp8_e4m3: 8-bit floats, for twice the tokens; bfloat16: needs that compute "
+        "dtype; auto: fp8 if the checkpoint was made for it (kv_cache_scheme), else the compute dtype",
+        KV_CACHE_DTYPES,
+    )
     gpu_memory_utilization: float = setting(0.9, "share of a GPU's memory the engine may fill")
     max_num_seqs: int | None = setting(None, "most sequences in one step; by device and memory if unset")
     max_num_batched_tokens: int | None = setting(
@@ -196,6 +203,10 @@ class EngineConfig:
             )
         if self.placement == "current" and self.executor in ("processes", "in_process"):
             raise ConfigError(f"placement=current needs executor=ray, not {self.executor}")
+
+    def compute_dtype(self, of_checkpoint: str) -> str:
+        """The name of `dtype`, or for "auto" of the checkpoint's."""
+        return of_checkpoint if self.dtype == "auto" else self.dtype
 
     def watchdog_s(self, device: str) -> float:
         """`watchdog_timeout_s`, or its default for ranks on `device`: a GPU may compile a kernel during a step."""

@@ -122,6 +122,7 @@ def _ours(path: Path, config: ModelConfig, layers: bool) -> _Loaded:
     settings = EngineConfig(model=str(path), dtype="float32", device="cpu")
     cpu, alone = torch.device("cpu"), ParallelContext.single()
     model = load_shard(settings, path, even_placements(config, 1), alone, cpu, None)
+    model.kv_cache_dtype = None  # transformers keeps keys and values in fp32
 
     def run(prompt: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         batch = _batch(prompt)

@@ -22,7 +22,11 @@ def kv_groups_per_rank(n_kv_groups: int, tp: int) -> int:
 
 class GroupedQueryAttention(nn.Module):
     """Attention of this rank's heads. The output is a partial sum, which the caller all-reduces over tp; in
-    deterministic mode it is the whole sum."""
+    deterministic mode it is the whole sum. Keys and values that are kept in fp8 are divided by `key_scale` and
+    `value_scale`."""
+
+    key_scale = 1.0
+    value_scale = 1.0
 
     def __init__(self, config: ModelConfig, layer: int, parallel: ParallelContext, ops: Ops) -> None:
         super().__init__()

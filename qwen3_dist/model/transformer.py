@@ -35,6 +35,7 @@ class Qwen3Model(nn.Module):
 
     blocks: Sequence[TransformerBlock]
     whole_stage: Stage | None = None  # all blocks in one call, where the Ops has that
+    kv_cache_dtype: torch.dtype | None = None  # None: the activations'
     adapters = LoraAdapters()  # whose weights the first places of each `LowRank` have; others may follow them
 
     def __init__(
@@ -116,6 +117,11 @@ class Qwen3Model(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.activation_template.device
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the KV cache."""
+        return self.kv_cache_dtype or self.dtype
 
     @property
     def dtype(self) -> torch.dtype:

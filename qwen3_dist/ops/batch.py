@@ -72,7 +72,14 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's KV blocks on one rank: each [blocks, block_size, n_kv_groups / tp, head_dim]."""
+    """One layer's KV blocks on one rank: each [blocks, block_size, n_kv_groups / tp, head_dim], in the activations'
+    dtype or as e4m3 codes (float8_e4m3fn) of keys / key_scale and values / value_scale."""
 
     keys: Tensor
     values: Tensor
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.keys.dtype == torch.float8_e4m3fn

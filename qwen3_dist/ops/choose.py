@@ -21,12 +21,13 @@ from qwen3_dist.ops.torch_ops import TorchOps
 
 class AttentionShape(NamedTuple):
     """The sizes of a rank's attention, which decide whether a GPU kernel supports it. `heads` and `groups` are those
-    of the rank."""
+    of the rank, `cache_dtype` that of the KV cache."""
 
     heads: int
     groups: int
     head_dim: int
     block_size: int
+    cache_dtype: torch.dtype | None = None  # the activations' if None
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype, attention: AttentionShape | None = None) -> Ops:

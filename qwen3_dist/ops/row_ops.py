@@ -21,8 +21,7 @@ class RowKernels(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: LayerCache,
         scales: tuple[Tensor, Tensor] | None,
         cos: Tensor,
         sin: Tensor,
@@ -55,4 +54,4 @@ class RowKernelOps(TorchOps):
         if self._kernels is None or (norms is not None and not norms[0].is_plain):
             return super().rotate_and_store(q, k, v, norms, cos, sin, cache, slots)
         scales, eps = (None, 0.0) if norms is None else ((norms[0].scale, norms[1].scale), norms[0].eps)
-        return self._kernels.rotate(q, k, v, cache.keys, cache.values, scales, cos, sin, slots, eps)
+        return self._kernels.rotate(q, k, v, cache, scales, cos, sin, slots, eps)

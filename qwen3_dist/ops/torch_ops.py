@@ -18,6 +18,7 @@ from qwen3_dist.ops.base import (
     StageKernels,
 )
 from qwen3_dist.ops.batch import LayerCache, StepBatch
+from qwen3_dist.ops.kv_codes import write
 from qwen3_dist.ops.quantize import as_int8, dequantized, tiles, uniform
 from qwen3_dist.ops.slices import rows_of_slice
 from qwen3_dist.ops.torch_attention import gathered_attention
@@ -91,8 +92,8 @@ class TorchOps(TorchDraws):
     ) -> Tensor:
         if norms is not None:
             q, k = self.norm(q, norms[0]), self.norm(k, norms[1])
-        cache.keys.flatten(0, 1)[slots] = apply_rope(k, cos, sin)
-        cache.values.flatten(0, 1)[slots] = v
+        write(cache.keys, slots, apply_rope(k, cos, sin), cache.key_scale)
+        write(cache.values, slots, v, cache.value_scale)
         return apply_rope(q, cos, sin)
 
     def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:

@@ -6,12 +6,14 @@ from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.model.attention import kv_groups_per_rank
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops import host_memory
 from qwen3_dist.ops.batch import LayerCache
+from qwen3_dist.ops.kv_codes import CODES
 
 _HOST_SHARE = 0.3  # share of the free host memory for the caches of all ranks of the host
 _SHARE_OF_LEFT = 0.9  # share of a card's free memory, if other processes use the card; steps need the rest
@@ -19,16 +21,19 @@ _SHARE_OF_LEFT = 0.9  # share of a card's free memory, if other processes use th
 
 def block_bytes(model: Qwen3Model, block_size: int) -> int:
     """Bytes of one block on one rank: K and V of `block_size` tokens in all layers of the rank."""
-    return 2 * len(model.blocks) * prod(_block_shape(model, block_size)) * model.dtype.itemsize
+    return 2 * len(model.blocks) * prod(_block_shape(model, block_size)) * model.cache_dtype.itemsize
 
 
 def allocate(model: Qwen3Model, num_blocks: int, block_size: int) -> list[LayerCache]:
     """Allocates one zeroed `LayerCache` for each layer of the rank."""
     shape = (num_blocks, *_block_shape(model, block_size))
-    return [
-        LayerCache(*(host_memory.zeros(shape, model.dtype, model.device) for _ in range(2)))
-        for _ in model.blocks
-    ]
+
+    def zeros() -> Tensor:
+        return host_memory.zeros(shape, model.cache_dtype, model.device)
+
+    scales = ((block.att.key_scale, block.att.value_scale) for block in model.blocks)
+    fp8 = model.cache_dtype == CODES
+    return [LayerCache(zeros(), zeros(), *(each if fp8 else ())) for each in scales]
 
 
 def free_bytes(

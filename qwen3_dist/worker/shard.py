@@ -10,17 +10,21 @@ import torch
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import Placements
+from qwen3_dist.kv_cache_dtype import kv_cache_dtype
 from qwen3_dist.machine import cores
 from qwen3_dist.model.attention import kv_groups_per_rank
 from qwen3_dist.model.finalize import finalize
 from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.choose import AttentionShape, choose_ops, deterministic_ops
+from qwen3_dist.ops.kv_codes import CODES
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.expert_exchange import uses_all_to_all
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.files import CheckpointFiles
+from qwen3_dist.weights.kv_scales import read_kv_scales
 from qwen3_dist.weights.loader import load_model
 from qwen3_dist.weights.lora_loader import load_adapters
 from qwen3_dist.worker import kv_cache
@@ -35,9 +39,11 @@ class MemoryShare:
     free_at_start: int | None = None
 
 
-def torch_dtype(config: EngineConfig, model_config: ModelConfig) -> torch.dtype:
-    """The compute dtype: the setting, or for "auto" the checkpoint's dtype."""
-    return getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+def torch_dtypes(config: EngineConfig, model_config: ModelConfig) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of activations and of the KV cache."""
+    compute = config.compute_dtype(model_config.dtype)
+    kept = kv_cache_dtype(config.kv_cache_dtype, compute, model_config.quantization)
+    return getattr(torch, compute), getattr(torch, kept)
 
 
 def set_threads(config: EngineConfig, ranks_on_host: int) -> None:
@@ -60,12 +66,16 @@ def load_shard(
 ) -> Qwen3Model:
     """Loads this rank's part of the checkpoint at `path`, with experts placed by `placements`, and finalizes it."""
     model_config = ModelConfig.from_directory(path, config.hf_overrides).rounded(config.quantize)
-    dtype, random = torch_dtype(config, model_config), config.load_format == "random"
+    (dtype, kept), random = torch_dtypes(config, model_config), config.load_format == "random"
     tp = parallel.tp.size
     groups = kv_groups_per_rank(model_config.n_kv_groups, tp)
-    attention = AttentionShape(model_config.n_heads // tp, groups, model_config.head_dim, config.block_size)
+    sizes = (model_config.n_heads // tp, groups, model_config.head_dim, config.block_size)
+    attention = AttentionShape(*sizes, kept)
     ops = deterministic_ops(device, dtype) if parallel.deterministic else choose_ops(device, dtype, attention)
     model = load_model(path, model_config, parallel, dtype, device, progress, random, placements, ops)
+    model.kv_cache_dtype = kept
+    if kept == CODES and model_config.quantization is not None and not random:
+        read_kv_scales(model, CheckpointFiles(path))
     finalize(model, int8=config.quantize == "int8")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # frees what finalizing the weights left in torch's allocator, for the KV cache

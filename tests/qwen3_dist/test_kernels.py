@@ -184,7 +184,7 @@ def test_attention(
     q = torch.randn(225, heads, dim).to(dtype)
     where = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
     wide = LayerCache(cache.keys.float(), cache.values.float())
-    got = kernels(dtype).attention(q, cache.keys, cache.values, *where, window)
+    got = kernels(dtype).attention(q, cache, *where, window)
     assert close(got, gathered_attention(q.float(), wide, batch, window))
 
 
@@ -205,7 +205,7 @@ def test_rotation_with_norms_into_the_cache(dtype: torch.dtype, normed: bool) ->
 
     expected_q, expected_k = apply_rope(norm(q, 0), cos, sin), apply_rope(norm(k, 1), cos, sin)
     keys, values = torch.zeros(2, 5, 4, groups, dim).to(dtype)
-    kernels(dtype).rotate(q, k, v, keys, values, scales, cos, sin, slots, 1e-6)
+    kernels(dtype).rotate(q, k, v, LayerCache(keys, values), scales, cos, sin, slots, 1e-6)
     assert close(q, expected_q.float())
     assert close(keys.flatten(0, 1)[slots], expected_k.float())
     assert torch.equal(values.flatten(0, 1)[slots], v)

@@ -22,7 +22,7 @@ def test_it_equals_gathered_attention(
     keys, values = torch.randn(2, 128, 4, groups, dim)
     q = torch.randn(batch.query_starts[-1], heads, dim)
     where = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
-    got = attention(q, keys, values, *where, window, longest=23, splits=splits)
+    got = attention(q, LayerCache(keys, values), *where, window, longest=23, splits=splits)
     expected = gathered_attention(q, LayerCache(keys, values), batch, window)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.ops.base import ExpertWeights, NormWeights
+from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cuda import triton_products, triton_rows
 from qwen3_dist.ops.cuda.attention import PLAIN, Chosen
 from qwen3_dist.ops.cuda.kernels import GpuKernels
@@ -53,7 +54,7 @@ def test_rotate(heads: int, groups: int, dim: int, normed: bool, dtype: torch.dt
     keys, values = torch.zeros(2, 8, 4, groups, dim).to(dtype)
     slots = torch.tensor([31, 0, 5, 12, 7])
     scales = (torch.randn(dim).to(dtype), torch.randn(dim).to(dtype)) if normed else None
-    got = triton_rows.rotate(q, k, v, keys, values, scales, cos, sin, slots, 1e-6)
+    got = triton_rows.rotate(q, k, v, LayerCache(keys, values), scales, cos, sin, slots, 1e-6)
     if scales is not None:
         q, k = (TORCH.norm(x, NormWeights(scale, 1e-6)) for x, scale in zip((q, k), scales, strict=True))
     turned = [apply_rope(part, cos, sin) for part in (q, k)]

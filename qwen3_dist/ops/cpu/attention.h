@@ -8,7 +8,7 @@
 
 struct AttentionShape {
     long sequences, heads, groups, dim, block_size, table_width, window;  // window 0: none
-    float scale;
+    float scale, value_scale;  // of scores, and of the result
 };
 
 constexpr long TASK_ROWS = 512;  // queries of a task
@@ -18,11 +18,12 @@ constexpr long FIXED_ROWS = 64;  // queries of a group in a task that reads keys
 constexpr long FEW_TASKS = 2;    // least number of tasks of few rows for each thread
 constexpr float LOWEST = -1e30f;  // below all scores; unlike with -infinity, LOWEST - LOWEST is 0
 
-template <class T>
+template <class T, class C>
 struct Attention {
     using P = Input<T>;  // type of the inputs of products
 
-    const T *q, *keys, *values;  // q [T, H, d]; keys, values [blocks, block_size, G, d]
+    const T* q;  // [T, H, d]
+    const C *keys, *values;  // [blocks, block_size, G, d]: T, or codes of it
     T* out;                      // [T, H, d]
     const int* tables;  // [rows, table_width] block tables of all running sequences
     const long *table_rows, *context_lens, *starts;  // [S] row of tables, [S], [S + 1] first row of q of each sequence
@@ -88,7 +89,7 @@ struct Attention {
                 float* scores = scratch(SCORES, rows * CHUNK);
                 score_in_place(task, key, n, queries, scores);
                 update_softmax_of_rows(0, rows, scores, scores, CHUNK);
-                const T* then = keys + place(task, std::min(key + CHUNK, last));
+                const C* then = keys + place(task, std::min(key + CHUNK, last));
                 add_values_in_place(task, key, n, then, scores, shrink, sums);
                 continue;
             }
@@ -114,7 +115,7 @@ struct Attention {
             }
         }
         for (long r = 0; r < rows; r++) {
-            scale_row(sums + r * width(), 1 / mass[r], width());
+            scale_row(sums + r * width(), shape.value_scale / mass[r], width());
             convert_row(sums + r * width(), out + row_of(task, r), dim);
         }
     }
@@ -128,9 +129,9 @@ struct Attention {
     // Calls f(offset in the chunk, rows, tokens, ahead) for each run of the chunk's tokens in one block. The next run,
     // or `then` after the last run, is `ahead` bytes further on, for prefetching.
     template <class F>
-    void streamed_runs(const Task& task, long key, long n, const T* cache, const T* then, F f) const {
+    void streamed_runs(const Task& task, long key, long n, const C* cache, const C* then, F f) const {
         runs(task, key, n, [&](long at, long from, long some) {
-            const T *rows = cache + from, *next = at + some < n ? cache + place(task, key + at + some) : then;
+            const C *rows = cache + from, *next = at + some < n ? cache + place(task, key + at + some) : then;
             f(at, rows, some, (const char*)next - (const char*)rows);
         });
     }
@@ -138,15 +139,15 @@ struct Attention {
     // scores[r][j] = queries[r] . keys[j] for n keys and few rows.
     void score_in_place(const Task& task, long key, long n, const P* queries, float* scores) const {
         long rows = task.count * per_group(), dim = shape.dim;
-        const T* then = values + place(task, key);
+        const C* then = values + place(task, key);
 #ifdef __AMX_BF16__
-        if constexpr (std::is_same_v<T, bf16>)
+        if constexpr (std::is_same_v<C, bf16>)
             if (!FIXED_WAY && dim == UnitScores::DIM && (shape.block_size | key) % UNIT_ROWS == 0 && has_matrix_unit()) {
                 bf16* columns = scratch<bf16>(QUERY_COLUMNS, task.groups * rows * dim);
                 UnitScores unit(rows);
                 for (long g = 0; g < task.groups; g++)
                     unit.transpose(queries + g * rows * width(), width(), columns + g * rows * dim);
-                return streamed_runs(task, key, n, keys, then, [&](long at, const T* from, long some, long ahead) {
+                return streamed_runs(task, key, n, keys, then, [&](long at, const C* from, long some, long ahead) {
                     for (long j = 0; j < some; j++) prefetch(from + j * stride(), task.groups * dim, ahead);
                     for (long j = 0; j < some; j += UNIT_ROWS)
                         for (long g = 0; g < task.groups; g++)
@@ -155,15 +156,15 @@ struct Attention {
                 });
             }
 #endif
-        streamed_runs(task, key, n, keys, then, [&](long at, const T* from, long some, long ahead) {
+        streamed_runs(task, key, n, keys, then, [&](long at, const C* from, long some, long ahead) {
             for (long g = 0; g < task.groups; g++)
                 score_all(queries + g * rows * width(), width(), rows, from + g * dim, stride(), some, dim, ahead,
                           scores + g * rows * CHUNK + at, CHUNK);
         });
     }
 
-    Chunk<T, P> chunk_of(const Task& task, const T* cache, long key, long n) const {
-        Chunk<T, P> chunk(scratch<P>(CHUNKED, (CHUNK + 1) * width()), width());
+    Chunk<C, P> chunk_of(const Task& task, const C* cache, long key, long n) const {
+        Chunk<C, P> chunk(scratch<P>(CHUNKED, (CHUNK + 1) * width()), width());
         runs(task, key, n, [&](long at, long from, long some) {
             for (long j = at; j < at + some; j++, from += stride()) chunk.set(j, cache + from, shape.dim, width());
         });
@@ -206,10 +207,10 @@ struct Attention {
 
     // sums[r] = sums[r] * shrink[r] + sum over n values of weights[r][j] * values[j]. Prefetches `then`, which is read
     // next.
-    void add_values_in_place(const Task& task, long key, long n, const T* then, const float* weights, float* shrink,
+    void add_values_in_place(const Task& task, long key, long n, const C* then, const float* weights, float* shrink,
                              float* sums) const {
         long rows = task.count * per_group();
-        streamed_runs(task, key, n, values, then, [&](long at, const T* from, long some, long ahead) {
+        streamed_runs(task, key, n, values, then, [&](long at, const C* from, long some, long ahead) {
             for (long g = 0; g < task.groups; g++)
                 for (long r = g * rows; r < (g + 1) * rows; r += FEW_ROWS)
                     add_all<FEW_ROWS>(std::min(FEW_ROWS, (g + 1) * rows - r), weights + r * CHUNK + at, CHUNK,
@@ -234,3 +235,17 @@ struct Attention {
         for (size_t t = 0; t < tasks.size(); t++) run(tasks[t]);
     }
 };
+
+// Attention over a layer's KV cache; the members are those of `Attention`.
+template <class T>
+void attend(const T* q, const Cache& cache, T* out, const int* tables, const long* table_rows, const long* context_lens,
+            const long* starts, AttentionShape shape, int threads) {
+    shape.scale *= cache.key_scale;
+    shape.value_scale = cache.value_scale;
+    with_numbers_of<T>(cache, [&](auto* numbers) {
+        using C = std::remove_pointer_t<decltype(numbers)>;
+        Attention<T, C>{q,      (const C*)cache.keys, (const C*)cache.values, out, tables, table_rows, context_lens,
+                        starts, shape}
+            .run(threads);
+    });
+}

@@ -27,7 +27,7 @@ struct AttentionKernel {
     long dim, heads, groups, head_dim, window;
     float eps;
 
-    void run(const T* x, T* out, T* keys, T* values, const T* cos, const T* sin, const AttentionMetadata& metadata,
+    void run(const T* x, T* out, const Cache& cache, const T* cos, const T* sin, const AttentionMetadata& metadata,
              int threads) const {
         long tokens = metadata.tokens;
         long q_size = heads * head_dim, kv_size = groups * head_dim;
@@ -39,14 +39,13 @@ struct AttentionKernel {
                       {weights[1], scales[1], biases[1], kv_size, k},
                       {weights[2], scales[2], biases[2], kv_size, v}},
                      tokens, dim, threads);
-        Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, metadata.slots, tokens, heads,
+        Rotation<T>{q, cache, k, v, q_scale, k_scale, cos, sin, metadata.slots, tokens, heads,
                     groups, head_dim, eps}
             .run(threads);
         AttentionShape shape{metadata.sequences, heads, groups, head_dim, metadata.block_size, metadata.width, window,
-                             1 / std::sqrt(float(head_dim))};
-        Attention<T>{q, keys, values, attended, metadata.tables, metadata.table_rows, metadata.context_lens,
-                     metadata.starts, shape}
-            .run(threads);
+                             1 / std::sqrt(float(head_dim)), 1};
+        attend(q, cache, attended, metadata.tables, metadata.table_rows, metadata.context_lens, metadata.starts, shape,
+               threads);
         linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);
     }
 };
@@ -154,7 +153,7 @@ struct Block {
 // Runs all blocks with their residuals on x [tokens, dim], in place. Partial sums are all-reduced over `group`, which
 // is null for a single rank; `operation` and the result are as in `Group`. Computes `logits` at the end if not null.
 template <class T, class W>
-long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin,
+long run_blocks(const Block<T, W>* blocks, long count, T* x, const Cache* caches, const T* cos, const T* sin,
                 const AttentionMetadata& metadata, const Logits<T, HeadWeight<T, W>>* logits, const Group* group,
                 long operation, int threads) {
     long dim = count ? blocks->attention->dim : 0, rows = metadata.tokens;
@@ -165,8 +164,8 @@ long run_blocks(const Block<T, W>* blocks, long count, T* x, T* const* caches, c
         for (long r = 0; r < rows; r++) add_row(x + r * dim, part + r * dim, dim);
         return true;
     };
-    for (const auto* block = blocks; block < blocks + count; block++, caches += 2) {
-        block->attention->run(x, part, caches[0], caches[1], cos, sin, metadata, threads);
+    for (const auto* block = blocks; block < blocks + count; block++, caches++) {
+        block->attention->run(x, part, *caches, cos, sin, metadata, threads);
         if (!add()) return -1;
         if (block->dense)
             block->dense->run(x, part, rows, threads);

@@ -24,6 +24,7 @@ from qwen3_dist.ops.cpu.structs import (
     Logits,
     address,
     addresses,
+    caches_of,
 )
 
 
@@ -46,9 +47,9 @@ class CpuBlockKernels:
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache, batch: StepBatch) -> Tensor:
         out, metadata = torch.empty_like(x), attention_metadata(batch, cache)
-        tensors = (x, out, cache.keys, cache.values, cos, sin)
+        tensors, layer = (cos, sin), caches_of([cache])
         kernel = address(self.attention_kernel)
-        self._kernels.run(f"attention_kernel{self.suffix}", kernel, *tensors, address(metadata))
+        self._kernels.run(f"attention_kernel{self.suffix}", kernel, x, out, address(layer), *tensors, address(metadata))
         return out
 
     def feed_forward(self, x: Tensor) -> Tensor:
@@ -84,16 +85,16 @@ class CpuStageKernels:
         group: int,
         operation: int,
     ) -> int:
-        cache_pointers = addresses([tensor for cache in caches for tensor in (cache.keys, cache.values)])
+        layers = caches_of(caches)
         metadata = attention_metadata(batch, caches[0])
         logits_task = None
         if logits is not None:
             rows = batch.logits_rows
             logits_task = Logits(address(self._head), address(rows), len(rows), address(logits))
         pointers = (address(metadata), address(logits_task), group)
-        blocks, pairs = address(self._structs), address(cache_pointers)
+        blocks, cached = address(self._structs), address(layers)
         done: int = self._kernels.run(
-            self._name, blocks, len(self.blocks), x, pairs, cos, sin, *pointers, operation
+            self._name, blocks, len(self.blocks), x, cached, cos, sin, *pointers, operation
         )
         return done
 

@@ -51,7 +51,8 @@ inline void pack_keys(const Chunk<T, P>& chunk, long n, long width, P* packed) {
 }
 
 // Packs values as weights: panels of their columns, with the first `depth` rows as inputs.
-inline void pack_values(const Chunk<bf16, bf16>& chunk, long depth, long width, bf16* packed) {
+template <class T>
+inline void pack_values(const Chunk<T, bf16>& chunk, long depth, long width, bf16* packed) {
     for (long j = 0; j < depth; j += 2)
         for (long i = 0; i < width; i += LANES) {
             Words even = widened(*(const Halves*)(chunk.rows[j] + i));

@@ -19,11 +19,11 @@ void linear_##NAME(const T* x, const W* w1, const W* w2, const W* w3, const floa
     linear<T, W>(x, {{w1, scales1, bias1, n1, y}, {w2, scales2, bias2, n2, y + m * n1}, \
                      {w3, scales3, bias3, n3, y + m * (n1 + n2)}}, m, k, int(threads)); \
 } \
-void attention_kernel_##NAME(const AttentionKernel<T, W>* kernel, const T* x, T* out, T* keys, T* values, const T* cos, \
+void attention_kernel_##NAME(const AttentionKernel<T, W>* kernel, const T* x, T* out, const Cache* cache, const T* cos, \
                              const T* sin, const AttentionMetadata* metadata, long threads) { \
-    kernel->run(x, out, keys, values, cos, sin, *metadata, int(threads)); \
+    kernel->run(x, out, *cache, cos, sin, *metadata, int(threads)); \
 } \
-long blocks_##NAME(const Block<T, W>* blocks, long count, T* x, T* const* caches, const T* cos, const T* sin, \
+long blocks_##NAME(const Block<T, W>* blocks, long count, T* x, const Cache* caches, const T* cos, const T* sin, \
                    const AttentionMetadata* metadata, const Logits<T, HeadWeight<T, W>>* logits, const Group* group, \
                    long operation, long threads) { \
     return run_blocks(blocks, count, x, caches, cos, sin, *metadata, logits, group, operation, int(threads)); \
@@ -69,19 +69,19 @@ void route_##NAME(const T* logits, long* ids, float* weights, long rows, long ex
 void packed_rows_##NAME(const T* packed, const long* ids, T* out, long count, long inner, long threads) { \
     packed_rows<T>(packed, ids, out, count, inner, int(threads)); \
 } \
-void attention_##NAME(const T* q, const T* keys, const T* values, T* out, const int* tables, const long* table_rows, \
+void attention_##NAME(const T* q, const Cache* cache, T* out, const int* tables, const long* table_rows, \
                       const long* context_lens, const long* starts, long sequences, long heads, long groups, long dim, long block_size, \
                       long width, long window, double scale, long threads) { \
-    AttentionShape shape{sequences, heads, groups, dim, block_size, width, window, float(scale)}; \
-    Attention<T>{q, keys, values, out, tables, table_rows, context_lens, starts, shape}.run(int(threads)); \
+    AttentionShape shape{sequences, heads, groups, dim, block_size, width, window, float(scale), 1}; \
+    attend(q, *cache, out, tables, table_rows, context_lens, starts, shape, int(threads)); \
 } \
 void norm_##NAME(const T* x, const T* scale, T* out, long rows, long dim, double eps, long threads) { \
     norm<T>(x, scale, out, rows, dim, float(eps), int(threads)); \
 } \
-void rotate_##NAME(T* q, const T* k, const T* v, T* keys, T* values, const T* q_scale, const T* k_scale, const T* cos, \
+void rotate_##NAME(T* q, const T* k, const T* v, const Cache* cache, const T* q_scale, const T* k_scale, const T* cos, \
                    const T* sin, const long* slots, long tokens, long heads, long groups, long dim, double eps, \
                    long threads) { \
-    Rotation<T>{q, keys, values, k, v, q_scale, k_scale, cos, sin, slots, tokens, heads, groups, dim, float(eps)} \
+    Rotation<T>{q, *cache, k, v, q_scale, k_scale, cos, sin, slots, tokens, heads, groups, dim, float(eps)} \
         .run(int(threads)); \
 } \
 void block_max_##NAME(const T* x, float* out, long rows, long columns, long width, long threads) { \
@@ -121,6 +121,7 @@ extern "C" long panel_outputs() { return PANEL; }
 #define SIZE_OF(NAME, ...) \
 extern "C" long size_of_##NAME() { return sizeof(__VA_ARGS__); }
 SIZE_OF(Group, Group)
+SIZE_OF(Cache, Cache)
 SIZE_OF(AttentionMetadata, AttentionMetadata)
 SIZE_OF(AttentionKernel, AttentionKernel<float, float>)
 SIZE_OF(FeedForwardKernel, FeedForwardKernel<float, float>)

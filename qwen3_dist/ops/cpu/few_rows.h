@@ -2,6 +2,7 @@
 // each step prefetches what a later step reads, `ahead` bytes further on.
 #pragma once
 
+#include "cache.h"
 #include "linear.h"
 
 // Prefetches what is `ahead` bytes after the `count` values at p. Always inlined, since GCC 12 drops calls of a

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.ops.base import ExpertWeights, Matrix
+from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cpu.build import library
-from qwen3_dist.ops.cpu.structs import check_sizes
+from qwen3_dist.ops.cpu.structs import address, caches_of, check_sizes
 from qwen3_dist.ops.host_memory import zeros
 from qwen3_dist.ops.quantize import row_scales
 from qwen3_dist.quantization import FP4, FP8, INT4, INT8, Grid
@@ -28,7 +29,7 @@ _SIGNATURES = {
     "padded": "i",
     "packed_rows": "pppiii",
     "linear": "pppppppppppiiiiii",
-    "attention_kernel": "ppppppppi",
+    "attention_kernel": "pppppppi",
     "blocks": "pipppppppii",
     "feed_forward_kernel": "pppii",
     "experts_kernel": "pppii",
@@ -37,11 +38,11 @@ _SIGNATURES = {
     "expert_outputs": "ppppppiiii",
     "swiglu": "pppiiii",
     "route": "pppiiii",
-    "attention": "ppppppppiiiiiiifi",
+    "attention": "pppppppiiiiiiifi",
     "norm": "pppiifi",
     "block_max": "ppiiii",
     "argmax": "ppiiii",
-    "rotate": "ppppppppppiiiifi",
+    "rotate": "pppppppppiiiifi",
 }
 # Functions that exist for narrow weights too, by the ends of their names.
 _NARROW = {torch.int8: "_int8", torch.float8_e4m3fn: "_fp8", torch.uint8: "_4bit"}
@@ -203,26 +204,24 @@ class Kernels:
     def attention(
         self,
         q: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: LayerCache,
         tables: Tensor,
         table_rows: Tensor,
         context_lens: Tensor,
         starts: Tensor,
         window: int | None,
     ) -> Tensor:
-        """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
+        """Causal attention of q [T, H, d] over a layer's KV blocks -> [T, H, d].
 
         Sequence s has rows `starts[s]` to `starts[s + 1]` of q, `context_lens[s]` tokens including these, and its
         blocks in row `table_rows[s]` of `tables` int32 [rows, B]. The other index tensors are int64.
         """
         out = torch.empty_like(q)
         _, heads, dim = q.shape
-        _, block_size, groups, _ = keys.shape
+        _, block_size, groups, _ = cache.keys.shape
         sizes = (len(context_lens), heads, groups, dim, block_size, tables.shape[1], window or 0)
-        self.run(
-            "attention", q, keys, values, out, tables, table_rows, context_lens, starts, *sizes, dim**-0.5
-        )
+        tensors, layer = (tables, table_rows, context_lens, starts), caches_of([cache])
+        self.run("attention", q, address(layer), out, *tensors, *sizes, dim**-0.5)
         return out
 
     def norm(self, x: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -252,8 +251,7 @@ class Kernels:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: LayerCache,
         scales: tuple[Tensor, Tensor] | None,
         cos: Tensor,
         sin: Tensor,
@@ -264,8 +262,8 @@ class Kernels:
         d]. Writes k and v [T, G, d] to their `slots` [T] of the cache. cos and sin are [T, 1, d]. Returns q."""
         q_scale, k_scale = scales or (None, None)
         (tokens, heads, dim), groups = q.shape, k.shape[1]
-        tensors = (q, k, v, keys, values, q_scale, k_scale, cos, sin, slots)
-        self.run("rotate", *tensors, tokens, heads, groups, dim, eps)
+        tensors, layer = (q_scale, k_scale, cos, sin, slots), caches_of([cache])
+        self.run("rotate", q, k, v, address(layer), *tensors, tokens, heads, groups, dim, eps)
         return q
 
     def run(self, name: str, *values: Tensor | float | None) -> Any:

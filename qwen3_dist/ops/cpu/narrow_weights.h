@@ -61,13 +61,22 @@ constexpr bool IS_NARROW = !std::is_same_v<W, Wide<W>>;
 template <class T>
 inline Vec load(const Int8<T>* p) { return load(&p->value); }
 
-// A code is a sign, 4 bits of exponent with bias 7, and 3 bits of mantissa. The bits are those of a float whose exponent
-// has bias 7. Exponent 0 has no hidden one: there the float is made with it, and it is subtracted.
+// A code is a sign, 4 bits of exponent with bias 7, and 3 bits of mantissa: a half-precision number with bias 7 in place
+// of 15. Without an instruction for these, the bits become those of a float. Exponent 0 has no hidden one: there the
+// float is made with it, and it is subtracted.
 template <class T>
 inline Vec load(const Fp8<T>* p) {
+#if defined(__AVX512F__)
+    __m256i halves = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)), 7);
+    return (Vec)_mm512_cvtph_ps(_mm256_and_si256(halves, _mm256_set1_epi16(int16_t(0xbfff)))) * 256.0f;
+#elif defined(__AVX2__) && defined(__F16C__)
+    __m128i halves = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p)), 7);
+    return (Vec)_mm256_cvtph_ps(_mm_and_si128(halves, _mm_set1_epi16(int16_t(0xbfff)))) * 256.0f;
+#else
     Words code = (Words)widened(&p->code), bits = (code & 0x7f) << 20;
     Vec usual = (Vec)(bits + (120u << 23)), small = (Vec)(bits + (121u << 23)) - 0x1p-6f;
     return (Vec)((Words)(bits < (1u << 23) ? small : usual) | (code & 0x80000000u));
+#endif
 }
 
 inline void widen_weights(const bf16* from, float* to, long n) { convert_row(from, to, n); }

@@ -110,7 +110,7 @@ class CpuOps(RowKernelOps):
 
     def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
         metadata = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
-        return self._kernels.attention(q, cache.keys, cache.values, *metadata, window)
+        return self._kernels.attention(q, cache, *metadata, window)
 
     def experts(
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor

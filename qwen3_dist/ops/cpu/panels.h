@@ -50,7 +50,7 @@ inline long panels(long outputs) { return (outputs + PANEL - 1) / PANEL; }
 // Buffers of each thread. They are kept, since allocating memory takes as long as the work on it.
 enum Buffer {
     ROW, QUERIES, SUMS, SCORES, QUERY_COLUMNS, WEIGHTS, PACKED_KEYS, PACKED_VALUES, SEEN, POSITIONS, CHUNKED, INPUTS,
-    HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, BUFFERS
+    HIDDEN, OUTPUTS, NORMED, Q, K, V, ATTENDED, PARTIAL, WIDENED, ROTATED, BUFFERS
 };
 
 constexpr size_t LINE = 64;  // bytes of a cache line; unaligned tiles take the matrix unit twice as long to load

@@ -1,6 +1,7 @@
 // Operations on single tokens: norms, RoPE, maxima. They round to T in the same places as the plain torch operations.
 #pragma once
 
+#include "cache.h"
 #include "linear.h"
 
 // out = norm(x) * scale over the last dimension; fp32 inside, cast to T before the scale multiplies.
@@ -109,7 +110,8 @@ inline void norm_input(const T* x, const T* scale, I* to, long dim, long depth, 
 // are written to their slots of the KV cache.
 template <class T>
 struct Rotation {
-    T *q, *keys, *values;
+    T* q;
+    const Cache& cache;
     const T *k, *v, *q_scale, *k_scale, *cos, *sin;
     const long* slots;
     long tokens, heads, groups, dim;
@@ -141,9 +143,23 @@ struct Rotation {
                 T* at = q + (t * heads + h) * dim;
                 head(at, q_scale, t, at);
             }
-            for (long g = 0; g < groups; g++)
-                head(k + (t * groups + g) * dim, k_scale, t, keys + (slots[t] * groups + g) * dim);
-            memcpy(values + slots[t] * groups * dim, v + t * groups * dim, groups * dim * sizeof(T));
+            with_numbers_of<T>(cache, [&](auto* numbers) { keep<std::remove_pointer_t<decltype(numbers)>>(t); });
+        }
+    }
+
+    // Writes the keys and values of token t to its slot.
+    template <class C>
+    void keep(long t) const {
+        long size = groups * dim;
+        C *keys = (C*)cache.keys + slots[t] * size, *values = (C*)cache.values + slots[t] * size;
+        if constexpr (std::is_same_v<C, T>) {
+            for (long g = 0; g < groups; g++) head(k + t * size + g * dim, k_scale, t, keys + g * dim);
+            memcpy(values, v + t * size, size * sizeof(T));
+        } else {
+            T* rotated = scratch<T>(ROTATED, size);
+            for (long g = 0; g < groups; g++) head(k + t * size + g * dim, k_scale, t, rotated + g * dim);
+            encode_row(rotated, cache.key_scale, keys, size);
+            encode_row(v + t * size, cache.value_scale, values, size);
         }
     }
 };

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qwen3_dist.ops.batch import LayerCache
+
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
 
@@ -25,6 +27,18 @@ class Group(ctypes.Structure):
         ("slot_bytes", _LONG),
         ("wait", _POINTER),
         ("waited_ticks", _LONG),
+    )
+
+
+class Cache(ctypes.Structure):
+    """`Cache` in `cache.h`."""
+
+    _fields_ = (
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("key_scale", _FLOAT),
+        ("value_scale", _FLOAT),
+        ("is_fp8", _LONG),
     )
 
 
@@ -131,7 +145,7 @@ class Block(ctypes.Structure):
     )
 
 
-_ALL = (Group, AttentionMetadata, AttentionKernel, FeedForwardKernel, ExpertsKernel, Head, Logits, Block)
+_ALL = (Group, Cache, AttentionMetadata, AttentionKernel, FeedForwardKernel, ExpertsKernel, Head, Logits, Block)
 
 
 def check_sizes(loaded: ctypes.CDLL) -> None:
@@ -151,3 +165,14 @@ def address(value: Tensor | ctypes.Structure | ctypes.Array | None) -> int:  # t
 def addresses(values: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
     """An array of pointers to the values."""
     return (_POINTER * len(values))(*map(address, values))
+
+
+def caches_of(layers: Sequence[LayerCache]) -> ctypes.Array[Cache]:
+    """The caches of layers, whose tensors are contiguous."""
+    return (Cache * len(layers))(*map(_cache, layers))
+
+
+def _cache(layer: LayerCache) -> Cache:
+    assert layer.keys.is_contiguous() and layer.values.is_contiguous()
+    pointers = layer.keys.data_ptr(), layer.values.data_ptr()
+    return Cache(*pointers, layer.key_scale, layer.value_scale, layer.is_fp8)

@@ -24,11 +24,12 @@ _FLASH_PACKAGE = "flash_attn_interface"  # of FlashAttention 3, which torch can 
 
 
 class Backend(NamedTuple):
-    """An attention backend. `why_not` makes it ready, or returns the reason why it cannot be used."""
+    """An attention backend. `why_not`, called with the device and the dtypes of activations and of the KV cache, makes it
+    ready, or returns the reason why it cannot be used."""
 
     name: str
     attend: Attention
-    why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    why_not: Callable[[torch.device, torch.dtype, torch.dtype], str | None] = lambda *_: None
 
 
 class Chosen(NamedTuple):
@@ -61,10 +62,14 @@ def flash(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) ->
     return out
 
 
-def activate_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+def activate_flash(
+    device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+) -> str | None:
     """Makes torch's attention operators in this process use FlashAttention 3. Returns the reason if they cannot."""
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+        return f"it needs bfloat16 or float16, not {_name(dtype)}"
+    if cache_dtype not in (None, dtype):
+        return f"its KV cache must be in {_name(dtype)}, not {_name(cache_dtype or dtype)}"
     major, minor = torch.cuda.get_device_capability(device)
     if major != 9:
         return f"it needs compute capability 9, not {major}.{minor}"
@@ -86,17 +91,17 @@ def triton(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -
     """Our Triton kernel: decodes with their keys split over several programs, then the other sequences."""
     from qwen3_dist.ops.cuda.triton_attention import attention, splits_for
 
-    n, keys, values = batch.num_decodes, cache.keys, cache.values
+    n = batch.num_decodes
     tables, rows, lens, starts = batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts
     parts = []
     if n:
-        splits = splits_for(n, keys.shape[2], _processors(q.device))
+        splits = splits_for(n, cache.keys.shape[2], _processors(q.device))
         metadata = (tables, rows[:n], lens[:n], starts[: n + 1])
-        parts.append(attention(q[:n], keys, values, *metadata, window, 1, splits))
+        parts.append(attention(q[:n], cache, *metadata, window, 1, splits))
     if n < len(batch.query_lens):
         longest = max(batch.query_lens[n:])
         metadata = (tables, rows[n:], lens[n:], starts[n:] - n)
-        parts.append(attention(q[n:], keys, values, *metadata, window, longest))
+        parts.append(attention(q[n:], cache, *metadata, window, longest))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -107,7 +112,7 @@ def unsplit(q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) 
 
     metadata = (batch.block_tables, batch.table_rows, batch.context_lens, batch.query_starts)
     longest = max(batch.query_lens)
-    return attention(q, cache.keys, cache.values, *metadata, window, longest, fixed_rows=FIXED_ROWS)
+    return attention(q, cache, *metadata, window, longest, fixed_rows=FIXED_ROWS)
 
 
 UNSPLIT = Backend("Triton", unsplit)
@@ -117,9 +122,16 @@ PLAIN = Backend("plain torch", gathered_attention)
 
 @functools.cache
 def chosen_attention(
-    device: torch.device, dtype: torch.dtype, heads: int, groups: int, dim: int, block_size: int
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    dim: int,
+    block_size: int,
+    cache_dtype: torch.dtype | None = None,
 ) -> Chosen:
-    """The first backend that works for these shapes. Each is tested on a small problem."""
+    """The first backend that works for these shapes. Each is tested on a small problem. `cache_dtype` is by default the
+    activations' `dtype`."""
     query_lens, context_lens = (1, 1, 5), (3, block_size + 1, block_size + 5)
     width = -(-max(context_lens) // block_size)
     blocks = torch.arange(3 * width, device=device).view(3, width)
@@ -128,7 +140,7 @@ def chosen_attention(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    cache = LayerCache(*(drawn(3 * width, block_size, groups, dim) for _ in range(2)))
+    cache = LayerCache(*(drawn(3 * width, block_size, groups, dim).to(cache_dtype or dtype) for _ in range(2)))
     q, nothing = drawn(7, heads, dim), blocks[:0]
     batch = StepBatch(
         token_ids=nothing,
@@ -148,7 +160,7 @@ def chosen_attention(
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     reasons: list[str] = []
     for backend in BACKENDS:
-        reason = backend.why_not(device, dtype)
+        reason = backend.why_not(device, dtype, cache_dtype or dtype)
         if reason is None:
             reason = failure(functools.partial(backend.attend, q, cache, batch, None), expected, tolerance)
             if reason is None:
@@ -156,6 +168,10 @@ def chosen_attention(
             log_failure(f"Attention by {backend.name}", "the next way to attend is tried", reason)
         reasons.append(f"{backend.name}: {reason}")
     return Chosen(PLAIN, tuple(reasons))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _processors(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.probe import failure, log_failure
 
 
@@ -80,9 +81,9 @@ def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> It
 
     def turned() -> Tensor:
         """Rotation by a quarter of a circle."""
-        head, cache = ascending.view(1, 1, 16), full(0, 1, 1, 1, 16)
+        head, cache = ascending.view(1, 1, 16), LayerCache(full(0, 1, 1, 1, 16), full(0, 1, 1, 1, 16))
         cos, sin, slots = full(0, 1, 1, 16), full(1, 1, 1, 16), full(0, 1, dtype=torch.int64)
-        return kernels.rotate(head, head, head, cache, cache, None, cos, sin, slots, 0.0).flatten()
+        return kernels.rotate(head, head, head, cache, None, cos, sin, slots, 0.0).flatten()
 
     yield "rotate", turned, torch.cat([-ascending[8:], ascending[:8]])
     logits = of([0.0, 3.0, 1.0, 2.0]).to(dtype)[None]

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cuda import compiles
+from qwen3_dist.ops.cuda.triton_codes import CODE_UNIT, as_bytes, numbers_of
 
 compiles.count_compilations()
 
@@ -32,9 +34,10 @@ _KEY_BYTES = (
 )
 def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, out, lse, tables, table_rows, context_lens, starts,
-    scale, window, width, tokens,
+    scale, value_scale, window, width, tokens,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    CODES: tl.constexpr,
 ):  # fmt: skip
     s, g = tl.program_id(0), tl.program_id(1)
     tile, split = tl.program_id(2) // SPLITS, tl.program_id(2) % SPLITS
@@ -70,7 +73,9 @@ def _attend(  # type: ignore[no-untyped-def]
         block = tl.load(table + at // BLOCK_SIZE, mask=here, other=0)
         slot = (block.to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE) * G + g
         there = here[:, None] & within
-        k = tl.load(keys + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
+        k = tl.load(keys + slot[:, None] * D + dims[None, :], mask=there, other=0)
+        if CODES:
+            k = numbers_of(k).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
         seen = here[None, :] & (at[None, :] <= position[:, None])
         seen = seen & ((window <= 0) | (at[None, :] > position[:, None] - window))
@@ -80,11 +85,13 @@ def _attend(  # type: ignore[no-untyped-def]
         shrink = tl.exp(most - base)
         p = tl.exp(scores - base[:, None])
         mass = mass * shrink + tl.sum(p, 1)
-        v = tl.load(values + slot[:, None] * D + dims[None, :], mask=there, other=0.0)
+        v = tl.load(values + slot[:, None] * D + dims[None, :], mask=there, other=0)
+        if CODES:
+            v = numbers_of(v).to(queries.dtype)
         sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         most = highest
     mass = tl.where(mass > 0, mass, 1.0)
-    result = sums / mass[:, None]
+    result = sums / mass[:, None] * value_scale
     into = out + (split * tokens * H + row_at[:, None]) * D + dims[None, :]
     tl.store(into, result.to(out.dtype.element_ty), mask=real[:, None] & within)
     if SPLITS > 1:
@@ -110,8 +117,7 @@ def _weigh(parts, lse, out, rows, D: tl.constexpr, DIM: tl.constexpr, SPLITS: tl
 
 def attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     tables: Tensor,
     table_rows: Tensor,
     context_lens: Tensor,
@@ -121,23 +127,26 @@ def attention(
     splits: int = 1,
     fixed_rows: int | None = None,
 ) -> Tensor:
-    """Causal attention of q [T, H, d] over KV blocks [blocks, block_size, G, d] -> [T, H, d].
+    """Causal attention of q [T, H, d] over a layer's KV blocks -> [T, H, d].
 
     Sequence s has rows `starts[s]` to `starts[s + 1]` of q, at most `longest`; `context_lens[s]` tokens including
     these; and its blocks in row `table_rows[s]` of `tables` int32 [rows, B]. The other index tensors are int64. All
     tensors are contiguous. `fixed_rows` are the query rows of a program, by default as many as `longest` suggests.
     """
-    (total, heads, dim), (_, block_size, groups, _) = q.shape, keys.shape
+    (total, heads, dim), (_, block_size, groups, _) = q.shape, cache.keys.shape
     per_group = heads // groups
     rows = fixed_rows or max(16, min(64, triton.next_power_of_2(longest * per_group)))
     tiles = triton.cdiv(longest * per_group, rows)
     out = torch.empty_like(q)
+    unit = CODE_UNIT if cache.is_fp8 else 1.0
+    scale, value_scale = dim**-0.5 * cache.key_scale * unit, cache.value_scale * unit
     parts = out if splits == 1 else q.new_empty((splits, *q.shape), dtype=torch.float32)
     lse = out if splits == 1 else q.new_empty((splits, total, heads), dtype=torch.float32)
     _attend[(len(context_lens), groups, tiles * splits)](
-        q, keys, values, parts, lse, tables, table_rows, context_lens, starts,
-        dim**-0.5, window or 0, tables.shape[1], total,
+        q, as_bytes(cache.keys), as_bytes(cache.values), parts, lse, tables, table_rows, context_lens, starts,
+        scale, value_scale, window or 0, tables.shape[1], total,
         heads, groups, dim, block_size, rows, _KEY_BYTES // q.element_size(), triton.next_power_of_2(dim), splits,
+        cache.is_fp8,
     )  # fmt: skip
     if splits > 1:
         _weigh[(total * heads,)](

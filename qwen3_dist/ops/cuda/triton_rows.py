@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cuda import compiles
+from qwen3_dist.ops.cuda.triton_codes import as_bytes, codes_of
 
 compiles.count_compilations()
 
@@ -41,13 +43,23 @@ def norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _keep(into, x, by, here, CODES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores numbers, or the codes of `by` times these."""
+    if CODES:
+        tl.store(into, codes_of(x.to(tl.float32) * by), mask=here)
+    else:
+        tl.store(into, x, mask=here)
+
+
+@triton.jit
 def _norm_and_rotate(  # type: ignore[no-untyped-def]
-    source, scale, cos, sin, into, eps, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr
+    source, scale, cos, sin, into, by, eps, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """Applies norm and RoPE to the d numbers of one head and stores them."""
     low = tl.arange(0, HALF)
     here, high = low < D // 2, low + D // 2
-    narrow = into.dtype.element_ty
+    narrow = source.dtype.element_ty
     first = tl.load(source + low, mask=here, other=0.0).to(tl.float32)
     second = tl.load(source + high, mask=here, other=0.0).to(tl.float32)
     if NORMS:
@@ -62,38 +74,37 @@ def _norm_and_rotate(  # type: ignore[no-untyped-def]
     s = tl.load(sin + low, mask=here, other=0.0).to(tl.float32)
     new_first = (first * c).to(narrow).to(tl.float32) - (second * s).to(narrow).to(tl.float32)
     new_second = (second * c).to(narrow).to(tl.float32) + (first * s).to(narrow).to(tl.float32)
-    tl.store(into + low, new_first.to(narrow), mask=here)
-    tl.store(into + high, new_second.to(narrow), mask=here)
+    _keep(into + low, new_first.to(narrow), by, here, CODES)
+    _keep(into + high, new_second.to(narrow), by, here, CODES)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotate(  # type: ignore[no-untyped-def]
-    q, k, v, out, keys, values, q_scale, k_scale, cos, sin, slots, eps, q_stride, k_stride, v_stride,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
+    q, k, v, out, keys, values, q_scale, k_scale, cos, sin, slots, key_by, value_by, eps, q_stride, k_stride, v_stride,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cos += token * D
     sin += token * D
     if head < H:
         source, into = q + token * q_stride + head * D, out + (token * H + head) * D
-        _norm_and_rotate(source, q_scale, cos, sin, into, eps, D, HALF, NORMS)
+        _norm_and_rotate(source, q_scale, cos, sin, into, 1.0, eps, D, HALF, NORMS, False)
     else:
         group = head - H
         place = (tl.load(slots + token) * G + group) * D
         _norm_and_rotate(
-            k + token * k_stride + group * D, k_scale, cos, sin, keys + place, eps, D, HALF, NORMS
+            k + token * k_stride + group * D, k_scale, cos, sin, keys + place, key_by, eps, D, HALF, NORMS, CODES
         )
         at = tl.arange(0, 2 * HALF)
         value = tl.load(v + token * v_stride + group * D + at, mask=at < D)
-        tl.store(values + place + at, value, mask=at < D)
+        _keep(values + place + at, value, value_by, at < D, CODES)
 
 
 def rotate(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    cache: LayerCache,
     scales: tuple[Tensor, Tensor] | None,
     cos: Tensor,
     sin: Tensor,
@@ -101,7 +112,7 @@ def rotate(
     eps: float,
 ) -> Tensor:
     """Applies RMSNorm (`scales` of q and k, None for no norm) and RoPE to q [T, H, d] and k [T, G, d]. Writes k and v
-    [T, G, d] to their `slots` [T] of the cache [blocks, block_size, G, d]. Returns q as a new tensor.
+    [T, G, d] to their `slots` [T] of the cache. Returns q as a new tensor.
 
     The heads of a token are contiguous, tokens need not be. cos and sin are [T, 1, d]."""
     (tokens, heads, dim), groups = q.shape, k.shape[1]
@@ -109,8 +120,9 @@ def rotate(
     if tokens:
         q_scale, k_scale = scales or (cos, cos)  # without norms the kernel does not read the scales
         _rotate[(tokens, heads + groups)](
-            q, k, v, out, keys, values, q_scale, k_scale, cos, sin, slots, eps, q.stride(0), k.stride(0),
-            v.stride(0), heads, groups, dim, triton.next_power_of_2(dim) // 2, scales is not None, num_warps=1,
+            q, k, v, out, as_bytes(cache.keys), as_bytes(cache.values), q_scale, k_scale, cos, sin, slots,
+            1 / cache.key_scale, 1 / cache.value_scale, eps, q.stride(0), k.stride(0), v.stride(0),
+            heads, groups, dim, triton.next_power_of_2(dim) // 2, scales is not None, cache.is_fp8, num_warps=1,
         )  # fmt: skip
     return out
 
