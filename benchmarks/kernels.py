@@ -3,7 +3,8 @@
     python -m benchmarks.kernels
 
 Matrix products stream the weights of 24 layers, which do not fit into caches. `of_read` is the share of the bandwidth
-at which torch sums the same bytes; `ours_over_int8` is the speedup of int8 weights.
+at which torch sums the same bytes; `ours_over_int8` is the speedup of int8 weights, `ours_over_fp8` that of a KV cache
+in fp8.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.record import keep
 from qwen3_dist.ops.base import Matrix
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cpu.kernels import Kernels, load_kernels
+from qwen3_dist.ops.kv_codes import encode
 from qwen3_dist.ops.quantize import as_int8
 from qwen3_dist.ops.torch_attention import gathered_attention
 
@@ -80,6 +82,7 @@ def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 1
     for (sequences, context), queries in itertools.product(CONTEXTS, (1, 64)):
         width = context // block_size
         caches = [torch.randn(2, sequences * width, block_size, groups, dim).to(dtype) for _ in range(4)]
+        codes = [encode(cache, 1.0) for cache in caches]
         tables = torch.randperm(sequences * width).view(sequences, width).int()
         table_rows = torch.arange(sequences)
         starts = torch.arange(sequences + 1) * queries
@@ -95,18 +98,23 @@ def attention(dtype: torch.dtype, groups: int = 8, heads: int = 16, dim: int = 1
             for keys, values in caches:
                 kernels.attention(q, LayerCache(keys, values), *metadata)
 
+        def fp8(q: Any = q, codes: Any = codes, ours: Any = ours) -> None:
+            ours(q, codes)
+
         def theirs(q: Any = q, caches: Any = caches, batch: StepBatch = batch) -> None:
             for keys, values in caches:
                 gathered_attention(q, LayerCache(keys, values), batch, None)
 
         words = [cache.view(torch.int64) for cache in caches]
         taken = interleaved(
-            {"ours": ours, "torch": theirs, "read": lambda words=words: [w.sum() for w in words]}, 7
+            {"ours": ours, "fp8": fp8, "torch": theirs, "read": lambda words=words: [w.sum() for w in words]},
+            7,
         )
         shape = f"{sequences} seqs x {queries} queries over {context}"
         row = {"op": "attention", "dtype": str(dtype)[6:], "shape": shape}
         row["ours_us"] = round(taken["ours"] / 4 * 1e6, 1)
         row["torch_over_ours"] = round(taken["torch"] / taken["ours"], 2)
+        row["ours_over_fp8"] = round(taken["ours"] / taken["fp8"], 2)
         row["of_read"] = round(taken["read"] / taken["ours"], 2)
         rows.append(row)
     return rows

@@ -20,8 +20,8 @@ NIBBLES = (INT4, FP4)
 _LINEAR = "Linear"  # a target: all linear layers that no other group names
 # Tensors of quantised activations and caches. Activations keep their dtype here; `kv_scales.py` may read the cache's.
 _UNUSED = (
-    "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "kv_scale", "q_scale", "input_global_scale",
-    "weight_shape", "g_idx", "qzeros",
+    "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "kv_scale", "q_scale",
+    "input_global_scale", "weight_shape", "g_idx", "qzeros",
 )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ class Quantization:
     """The formats of a checkpoint's linear layers. `groups` are formats with the modules that they are for; `ignored`
     modules are not quantised. A module is given by its name, a part of it between dots, a regular expression after
     "re:", or the class "Linear". `rounds`: the checkpoint's weights are plain, and are rounded to codes as they are
-    read. `kv_cache`: FP8 if the checkpoint was made for that in the KV cache, words for another kind, or None."""
+    read. `kv_cache`: the kind of KV cache that the checkpoint was made for (`kv_cache_scheme`), or None."""
 
     method: str
     groups: tuple[tuple[WeightFormat, tuple[str, ...]], ...]

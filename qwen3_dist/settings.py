@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qwen3_dist.config import DTYPES
+from qwen3_dist.config import DTYPES, ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
+from qwen3_dist.kv_cache_dtype import kv_cache_dtype
 from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.rank_env import parse_rank_env
@@ -204,9 +205,13 @@ class EngineConfig:
         if self.placement == "current" and self.executor in ("processes", "in_process"):
             raise ConfigError(f"placement=current needs executor=ray, not {self.executor}")
 
-    def compute_dtype(self, of_checkpoint: str) -> str:
+    def compute_dtype(self, model: ModelConfig) -> str:
         """The name of `dtype`, or for "auto" of the checkpoint's."""
-        return of_checkpoint if self.dtype == "auto" else self.dtype
+        return model.dtype if self.dtype == "auto" else self.dtype
+
+    def cache_dtype(self, model: ModelConfig) -> str:
+        """The dtype of the KV cache, as `kv_cache_dtype` returns it. Raises what that raises."""
+        return kv_cache_dtype(self.kv_cache_dtype, self.compute_dtype(model), model.quantization)
 
     def watchdog_s(self, device: str) -> float:
         """`watchdog_timeout_s`, or its default for ranks on `device`: a GPU may compile a kernel during a step."""

@@ -298,6 +298,8 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
         parallel = connected(layout, asked.stage, asked.deterministic)
         built = built_model(config, getattr(torch, asked.dtype), parallel, quantize)
+        if asked.fp8_cache:
+            built.kv_cache_dtype = torch.float8_e4m3fn
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
@@ -339,6 +341,7 @@ def main() -> None:
     parser.add_argument("--dispatch", default="auto")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--fp8-cache", action="store_true")
     options = parser.parse_args()
     phases = observe(options)
     json.dump(phases, sys.stdout, indent=1)

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from cluster.hardware import Cluster, Device
 from cluster.planning.collectives import groups_of
 from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
-from cluster.planning.memory import ITEM_BYTES, kv_bytes_per_token
+from cluster.planning.memory import ITEM_BYTES, kv_bytes_per_token, kv_item_bytes
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
@@ -44,7 +44,8 @@ class CostModel:
 
     expert_imbalance: load of the busiest ep rank over the mean, in (token, expert) pairs, on top of the random spread
     of even routing. weight_bytes, kv_bytes: bytes per weight and per cached element; by default those of the
-    checkpoint's dtype (fp8: 1). Raises ParallelLayoutError if the layout does not fit the model.
+    checkpoint's dtype (fp8: 1), and of the cache that the checkpoint was made for. Raises ParallelLayoutError if the
+    layout does not fit the model.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class CostModel:
         self._moe_layers = sum(stage.moe_layers for stage in self.stages)
         self._layers = self._dense_layers + self._moe_layers
         self._item = item = float(ITEM_BYTES[config.dtype])
-        self._kv_item = kv_bytes or item
+        self._kv_item = kv_bytes or float(kv_item_bytes(config))
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
         self._weight_bytes = weight_bytes or item

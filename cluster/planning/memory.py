@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.kv_cache_dtype import FP8_CACHE, kv_cache_dtype
 from qwen3_dist.layout import Layout, valid_layouts
 from qwen3_dist.quantization import NIBBLES
 from qwen3_dist.weights.pieces import COMPANIONS, DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
@@ -54,6 +55,12 @@ def bytes_per_weight(config: ModelConfig) -> dict[str, float]:
     return {kind: stored[kind] / weights[kind] for kind in weights}
 
 
+def kv_item_bytes(config: ModelConfig, setting: str = "auto") -> int:
+    """Bytes of a number in the KV cache, by the setting `kv_cache_dtype`. Raises what that raises."""
+    name = kv_cache_dtype(setting, config.dtype, config.quantization)
+    return 1 if name == FP8_CACHE else ITEM_BYTES[name]
+
+
 def kv_bytes_per_token(config: ModelConfig, layout: Layout, rank: int, item_bytes: int) -> int:
     """KV-cache bytes per token on `rank`: K and V of its KV groups in the layers of its stage."""
     groups = max(1, config.n_kv_groups // layout.tp)
@@ -78,10 +85,13 @@ _MOE_SIZES = {
 }
 
 
-def inspect_model(name: str, config: ModelConfig, layout: Layout, world: int) -> dict[str, Any]:
-    """The report of `qwen3-dist inspect`. Raises ParallelLayoutError if `layout` does not fit the model."""
+def inspect_model(
+    name: str, config: ModelConfig, layout: Layout, world: int, kv_cache: str = "auto"
+) -> dict[str, Any]:
+    """The report of `qwen3-dist inspect`; `kv_cache` is the setting `kv_cache_dtype`. Raises ParallelLayoutError if
+    `layout` does not fit the model, and ConfigError or CheckpointError for a KV cache that is not supported."""
     layout.validate(config)
-    item_bytes = ITEM_BYTES[config.dtype]
+    item_bytes = kv_item_bytes(config, kv_cache)
     names = {**_SIZES, **(_MOE_SIZES if config.num_experts else {}), "context_length": "context_length"}
     ranks = range(layout.world)
     kv = [kv_bytes_per_token(config, layout, rank, item_bytes) for rank in ranks]
@@ -90,6 +100,7 @@ def inspect_model(name: str, config: ModelConfig, layout: Layout, world: int) ->
         "model": name,
         "dtype": config.dtype,
         "quantization": config.quantization.describe() if config.quantization is not None else "none",
+        "kv_cache_dtype": kv_cache_dtype(kv_cache, config.dtype, config.quantization),
         "sizes": {known: getattr(config, field) for known, field in names.items()},
         "parameters": total_parameters(config),
         "active_parameters_per_token": active_parameters(config),

@@ -8,6 +8,7 @@ from math import ceil
 
 from cluster.hardware import Cluster
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel, StepShape
+from cluster.planning.memory import kv_item_bytes
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
@@ -28,6 +29,7 @@ class PlanRequest:
     itl_ms: float | None = None
     max_num_batched_tokens: int = STEP_DEFAULTS["cuda"].max_num_batched_tokens
     expert_imbalance: float = EXPERT_IMBALANCE
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("input_len", "output_len", "concurrency", "max_num_batched_tokens"):
@@ -167,7 +169,8 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
-    model = CostModel(config, layout, cluster, request.expert_imbalance)
+    kept = kv_item_bytes(config, request.kv_cache_dtype)
+    model = CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept)
     demand = ceil(request.concurrency / (replicas * layout.dp))
     seqs = min(demand, request.max_num_batched_tokens)
     capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)

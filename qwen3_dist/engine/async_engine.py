@@ -55,6 +55,7 @@ class AsyncEngine(RankQuestions):
         self.backends, self.collectives = self._engine.backends, self._engine.collectives
         self.model_path = self._engine.model_path
         self.model_config = self._engine.model_config
+        self.kv_cache_dtype = config.cache_dtype(self.model_config)
         self.tokenizer = self._engine.tokenizer
         self.chat_template = self._engine.chat_template
         self.max_model_len = self._engine.max_model_len

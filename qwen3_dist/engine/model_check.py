@@ -8,7 +8,6 @@ from pathlib import Path
 
 from qwen3_dist.config import ModelConfig, fields_not_understood
 from qwen3_dist.engine.request_checks import check_context
-from qwen3_dist.kv_cache_dtype import kv_cache_dtype
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.adapter_files import open_adapters, with_digests
 from qwen3_dist.weights.files import CheckpointFiles
@@ -36,9 +35,7 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
     config.layout.validate(model_config)
     check_context(config, model_config)
     model_config.rounded(config.quantize)
-    kv_cache_dtype(
-        config.kv_cache_dtype, config.compute_dtype(model_config.dtype), model_config.quantization
-    )
+    config.cache_dtype(model_config)
     open_adapters(config.lora, model_config)
     return model_config
 

@@ -49,7 +49,8 @@ def _prefill(q: Tensor, cache: LayerCache, batch: StepBatch, index: int, window:
     length, context, block_size = q.shape[0], batch.host_context_lens[index], cache.keys.shape[1]
     table = batch.block_tables[batch.table_rows[index], : -(-context // block_size)]
     k, v = (
-        read(each, table, q.dtype).flatten(0, 1)[:context].transpose(0, 1) for each in (cache.keys, cache.values)
+        read(each, table, q.dtype).flatten(0, 1)[:context].transpose(0, 1)
+        for each in (cache.keys, cache.values)
     )
     key_positions = torch.arange(context, device=q.device)
     query_positions = torch.arange(context - length, context, device=q.device)[:, None]

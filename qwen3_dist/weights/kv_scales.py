@@ -31,5 +31,7 @@ def read_kv_scales(model: Qwen3Model, files: CheckpointFiles) -> None:
 def _largest(files: CheckpointFiles, name: str) -> float:
     scale = files.read_whole(name).float()
     if not all(isfinite(each) and each > 0 for each in scale.flatten().tolist()):
-        raise CheckpointError(f"{name} has a scale that is not positive; set kv_cache_dtype=bfloat16, or correct it")
+        raise CheckpointError(
+            f"{name} has a scale that is not positive; set kv_cache_dtype=bfloat16, or correct it"
+        )
     return float(scale.max())

@@ -65,6 +65,8 @@ class ModelRunner:
             self._graphs = self._make_graphs() if graphs else None
         moe_layers = [*model.moe_layers.values()]
         self.backends = model.ops.describe(moe_layers[0].experts.weights if moe_layers else None)
+        if self._cache[0].is_fp8:
+            self.backends += ", KV cache in fp8"
         if self._device.type == "cuda":
             self.backends += f", CUDA graphs {'on' if graphs else 'off'}"
 

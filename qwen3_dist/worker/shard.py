@@ -10,7 +10,7 @@ import torch
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import Placements
-from qwen3_dist.kv_cache_dtype import kv_cache_dtype
+from qwen3_dist.kv_cache_dtype import FP8_CACHE
 from qwen3_dist.machine import cores
 from qwen3_dist.model.attention import kv_groups_per_rank
 from qwen3_dist.model.finalize import finalize
@@ -41,9 +41,8 @@ class MemoryShare:
 
 def torch_dtypes(config: EngineConfig, model_config: ModelConfig) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes of activations and of the KV cache."""
-    compute = config.compute_dtype(model_config.dtype)
-    kept = kv_cache_dtype(config.kv_cache_dtype, compute, model_config.quantization)
-    return getattr(torch, compute), getattr(torch, kept)
+    compute, kept = config.compute_dtype(model_config), config.cache_dtype(model_config)
+    return getattr(torch, compute), CODES if kept == FP8_CACHE else getattr(torch, kept)
 
 
 def set_threads(config: EngineConfig, ranks_on_host: int) -> None:

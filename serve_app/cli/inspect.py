@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     layout = Layout.parse(args.layout)
     name, config = changed_config(args, args.revision)
-    report = inspect_model(name, config, layout, args.world or layout.world)
+    report = inspect_model(name, config, layout, args.world or layout.world, args.kv_cache_dtype)
     fault = None
     try:
         report["weights"] = _weights(args.model, args.revision, config)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.lora_adapters import LoraAdapters
-from qwen3_dist.settings import EngineConfig
+from qwen3_dist.settings import KV_CACHE_DTYPES, EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
 from serve_app.cli import vllm_names
 from serve_app.cli.parser import Switch
@@ -70,6 +70,12 @@ def add_changes_of_model(parser: argparse.ArgumentParser) -> None:
         choices=("none", "fp8"),
         default="none",
         help="fp8: weights that serve rounds to 8 bits while it loads (default: none)",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        default="auto",
+        help="what the KV cache holds, as in serve (default: auto)",
     )
 
 

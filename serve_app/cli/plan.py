@@ -140,6 +140,8 @@ def _serve_line(args: argparse.Namespace, best: PlannedLayout, multi_node: bool)
         words += ["--hf-overrides", args.hf_overrides]
     if args.quantize != "none":
         words += ["--quantize", args.quantize]
+    if args.kv_cache_dtype != "auto":
+        words += ["--kv-cache-dtype", args.kv_cache_dtype]
     if args.max_num_batched_tokens is not None:
         words += ["--max-num-batched-tokens", str(args.max_num_batched_tokens)]
     return shlex.join([*words, "--ray-address", "auto"] if multi_node else words)

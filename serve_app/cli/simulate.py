@@ -119,6 +119,7 @@ def _add_engine(group: Any) -> None:
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+    from cluster.planning.memory import kv_item_bytes
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
 
@@ -131,7 +132,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
         require_matplotlib()
     imbalance = EXPERT_IMBALANCE if args.expert_imbalance is None else args.expert_imbalance
-    cost = CostModel(config, layout, cluster, imbalance)
+    kept = kv_item_bytes(config, args.kv_cache_dtype)
+    cost = CostModel(config, layout, cluster, imbalance, kv_bytes=kept)
     simulation = _simulation(args, cost)
     requests = _with_progress(_requests(args, simulation.replica.longest), args)
     outcome = simulate(simulation, cost, requests)

@@ -116,7 +116,7 @@ class ClusterRoutes:
 
     @api.get("/v1/cluster/ranks", **route("Where ranks run and how they talk to each other"))
     async def ranks(self) -> Response:
-        """Each replica's layout, backends, collectives, and the host, process and GPU of each rank."""
+        """Each replica's layout, backends, collectives and KV dtype, and the host, process and GPU of each rank."""
         return json_response({"object": "list", "data": await self._ask_all("ranks")})
 
     @api.get("/v1/cluster/experts", **route("The load of each expert"))

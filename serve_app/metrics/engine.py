@@ -32,7 +32,7 @@ class EngineMetrics:
             names.CACHE_CONFIG,
             1.0,
             str(config.block_size),
-            config.dtype,
+            engine.kv_cache_dtype,
             str(config.prefix_caching),
             f"{config.gpu_memory_utilization:g}",
             str(engine.stats().total_blocks),

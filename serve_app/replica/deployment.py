@@ -208,7 +208,7 @@ class EngineReplica:
         return await self._metrics.read()
 
     async def ranks(self) -> dict[str, Any]:
-        """The layout, backends and collectives of the engine, and its ranks."""
+        """The layout, backends, collectives and KV cache's dtype of the engine, and its ranks."""
         return describe_ranks(self._engine)
 
     async def describe(self) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 
 
 def describe_ranks(engine: AsyncEngine) -> dict[str, Any]:
-    """The layout, backends and collectives of the engine, and the host, process and GPU of each rank."""
+    """The layout, backends, collectives and KV dtype of the engine, and the host, process and GPU of each rank."""
     return {
         "layout": str(engine.config.layout),
         "backends": engine.backends,
         "collectives": engine.collectives,
+        "kv_cache_dtype": engine.kv_cache_dtype,
         "ranks": [
             {
                 "rank": rank.rank,

@@ -35,6 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
     },
     "moe": {"moe": True, **ODD, **EXPERTS, "mlp_only_layers": [1]},
+    "moe fp8 cache": {"moe": True, **ODD, **EXPERTS, "mlp_only_layers": [1]},
     "moe fp32": {"moe": True, **ODD, **EXPERTS, "num_attention_heads": 6, "num_key_value_heads": 3},
 }
 CASES = [
@@ -46,6 +47,8 @@ CASES = [
     ("moe", "tp=2,ep=2"),
     ("moe", "dp=2"),  # an expert's columns are split over dp groups
     ("moe", "tp=2,dp=2,ep=2"),
+    ("moe fp8 cache", "tp=4"),
+    ("moe fp8 cache", "dp=2,pp=2,ep=2"),
     ("moe fp32", "tp=3"),
     ("moe fp32", "dp=2,pp=2,ep=2"),
 ]
@@ -85,6 +88,7 @@ def answers(
         deterministic=True,
         dtype="float32" if "fp32" in kind else "bfloat16",
         quantize="int8" if "int8" in kind else "none",
+        kv_cache_dtype="fp8" if "fp8 cache" in kind else "auto",
         layout=layout,
         executor="in_process" if Layout.parse(layout).world == 1 else "processes",
         lora=f"adapter={path / 'adapter'}",

@@ -15,6 +15,7 @@ from tests.forks import Forks
 WAYS = {
     "dense": ["dense"],
     "dense-int8-ampere": ["dense", "--quantize", "int8", "--card", "80"],
+    "dense-fp8-cache-ampere": ["dense", "--fp8-cache", "--card", "80"],
     "moe": ["moe"],
     "moe-ampere": ["moe", "--card", "80"],  # where torch's grouped_mm is a loop on the host
     "moe-int8": ["moe", "--quantize", "int8"],

@@ -45,6 +45,27 @@ def test_overrides_of_the_config_change_the_report_and_the_plan(capsys: pytest.C
     assert "hf_overrides names 'no_such_field'" in capsys.readouterr().err
 
 
+def test_a_cache_in_fp8_takes_half_the_bytes_and_holds_twice_the_sequences(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fp8 = ("--kv-cache-dtype", "fp8")
+    _, plain, _ = inspected(capsys, "Qwen3-8B", "--layout", "tp=2")
+    _, coded, _ = inspected(capsys, "Qwen3-8B", "--layout", "tp=2", *fp8)
+    assert (plain["kv_cache_dtype"], coded["kv_cache_dtype"]) == ("bfloat16", "fp8")
+    assert 2 * coded["kv_bytes_per_token"] == plain["kv_bytes_per_token"] == 2 * 36 * 8 * 128 * 2
+    planned = ["plan", "Qwen3-8B", "--input-len", "4000", *LOAD]
+    batches, tokens = [], []
+    for more in ((), fp8):
+        assert main([*planned, *more, "--json"]) == 0
+        rows = map(json.loads, capsys.readouterr().out.splitlines())
+        batches.append(next(row["max_batch"] for row in rows if row["layout"] == "tp=1"))
+        simulated = ["simulate", "Qwen3-8B", "--gpus", "1xH100", "--rate", "1", "--duration", "2"]
+        assert main([*simulated, "--input-len", "64", "--output-len", "8", "--json", *more]) == 0
+        tokens.append(json.loads(capsys.readouterr().out)["num_blocks"])
+    assert batches[1] // 2 == batches[0] and tokens[1] // 2 == tokens[0]
+    assert main([*planned, *fp8]) == 0 and "--kv-cache-dtype fp8" in capsys.readouterr().out
+
+
 def test_rounded_weights_take_the_bytes_of_an_fp8_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     _, rounded, _ = inspected(capsys, "Qwen3-8B", "--quantize", "fp8", "--layout", "tp=2")
     _, stored, _ = inspected(capsys, "Qwen3-8B-FP8", "--layout", "tp=2")

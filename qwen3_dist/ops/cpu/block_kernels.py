@@ -49,7 +49,9 @@ class CpuBlockKernels:
         out, metadata = torch.empty_like(x), attention_metadata(batch, cache)
         tensors, layer = (cos, sin), caches_of([cache])
         kernel = address(self.attention_kernel)
-        self._kernels.run(f"attention_kernel{self.suffix}", kernel, x, out, address(layer), *tensors, address(metadata))
+        self._kernels.run(
+            f"attention_kernel{self.suffix}", kernel, x, out, address(layer), *tensors, address(metadata)
+        )
         return out
 
     def feed_forward(self, x: Tensor) -> Tensor:

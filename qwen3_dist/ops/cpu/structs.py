@@ -145,7 +145,17 @@ class Block(ctypes.Structure):
     )
 
 
-_ALL = (Group, Cache, AttentionMetadata, AttentionKernel, FeedForwardKernel, ExpertsKernel, Head, Logits, Block)
+_ALL = (
+    Group,
+    Cache,
+    AttentionMetadata,
+    AttentionKernel,
+    FeedForwardKernel,
+    ExpertsKernel,
+    Head,
+    Logits,
+    Block,
+)
 
 
 def check_sizes(loaded: ctypes.CDLL) -> None:

@@ -24,8 +24,8 @@ _FLASH_PACKAGE = "flash_attn_interface"  # of FlashAttention 3, which torch can 
 
 
 class Backend(NamedTuple):
-    """An attention backend. `why_not`, called with the device and the dtypes of activations and of the KV cache, makes it
-    ready, or returns the reason why it cannot be used."""
+    """An attention backend. `why_not`, of the device and the dtypes of activations and KV cache, makes it ready, or
+    returns the reason why it cannot be used."""
 
     name: str
     attend: Attention
@@ -130,8 +130,8 @@ def chosen_attention(
     block_size: int,
     cache_dtype: torch.dtype | None = None,
 ) -> Chosen:
-    """The first backend that works for these shapes. Each is tested on a small problem. `cache_dtype` is by default the
-    activations' `dtype`."""
+    """The first backend that works for these shapes. Each is tested on a small problem. `cache_dtype` is `dtype` if
+    None."""
     query_lens, context_lens = (1, 1, 5), (3, block_size + 1, block_size + 5)
     width = -(-max(context_lens) // block_size)
     blocks = torch.arange(3 * width, device=device).view(3, width)
@@ -140,7 +140,8 @@ def chosen_attention(
     def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    cache = LayerCache(*(drawn(3 * width, block_size, groups, dim).to(cache_dtype or dtype) for _ in range(2)))
+    keys, values = drawn(2, 3 * width, block_size, groups, dim).to(cache_dtype or dtype)
+    cache = LayerCache(keys, values)
     q, nothing = drawn(7, heads, dim), blocks[:0]
     batch = StepBatch(
         token_ids=nothing,

@@ -53,7 +53,16 @@ def _keep(into, x, by, here, CODES: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit
 def _norm_and_rotate(  # type: ignore[no-untyped-def]
-    source, scale, cos, sin, into, by, eps, D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr,
+    source,
+    scale,
+    cos,
+    sin,
+    into,
+    by,
+    eps,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    NORMS: tl.constexpr,
     CODES: tl.constexpr,
 ):
     """Applies norm and RoPE to the d numbers of one head and stores them."""
@@ -93,7 +102,17 @@ def _rotate(  # type: ignore[no-untyped-def]
         group = head - H
         place = (tl.load(slots + token) * G + group) * D
         _norm_and_rotate(
-            k + token * k_stride + group * D, k_scale, cos, sin, keys + place, key_by, eps, D, HALF, NORMS, CODES
+            k + token * k_stride + group * D,
+            k_scale,
+            cos,
+            sin,
+            keys + place,
+            key_by,
+            eps,
+            D,
+            HALF,
+            NORMS,
+            CODES,
         )
         at = tl.arange(0, 2 * HALF)
         value = tl.load(v + token * v_stride + group * D + at, mask=at < D)
