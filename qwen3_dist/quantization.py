@@ -150,6 +150,11 @@ class Quantization:
         named = (formats for formats, names in self._named if module in names)
         return next(named, self._of_linear)
 
+    @property
+    def has_int8(self) -> bool:
+        """Whether weights have int8 codes, which a GPU widens whole for products of many rows."""
+        return any(formats.codes == INT8 for formats, _ in self.groups)
+
     @cached_property
     def _ignored(self) -> _Names:
         return _Names(self.ignored)

@@ -2,7 +2,7 @@
 
 Tensors have shapes, dtypes and a device but no numbers (torch's FakeTensorMode), and Triton compiles each kernel for a
 real card, with the assembler that comes with it, and launches none. To be run by itself, since all of the process sees
-the card: `python -m tests.fake_gpu MODEL [--quantize int8] [--dtype float32] [--card 80]` prints what it saw as JSON.
+the card: `python -m tests.fake_gpu MODEL [--quantize fp8] [--dtype float32] [--card 80]` prints what it saw as JSON.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ class Watch(TorchDispatchMode):
         self.kernels: Counter[str] = Counter()
         self.waits: list[str] = []
         self.bytes_held = self.peak_bytes = 0
+        self.floats: set[tuple[int, ...]] = set()  # shapes of the tensors of floats that were made
         self._held: set[int] = set()
 
     def restart(self) -> None:
         """Counts from here on, and the peak over what is held now."""
-        for each in (self.operators, self.kernels, self.waits):
+        for each in (self.operators, self.kernels, self.waits, self.floats):
             each.clear()
         self.peak_bytes = self.bytes_held
 
@@ -76,6 +77,8 @@ class Watch(TorchDispatchMode):
         for x in made:
             if x.is_cuda:
                 self._hold(x.untyped_storage())
+                if x.is_floating_point() and x.element_size() > 1 and not func.is_view:
+                    self.floats.add(tuple(x.shape))
         if any(x.is_cuda for x in (*given, *made)):
             name = str(func)
             self.operators[name] += not func.is_view and "empty" not in name and not name.startswith("prim.")
@@ -218,7 +221,7 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from qwen3_dist.worker import kv_cache
     from qwen3_dist.worker.runner import ModelRunner
     from qwen3_dist.worker.shard import MemoryShare, count_blocks
-    from tests.fake_rank import built_model, without_numbers
+    from tests.fake_rank import built_model, weights_of_codes, without_numbers
     from tests.setups import setup
 
     layout, quantize, dispatch = asked.layout, asked.quantize, asked.dispatch
@@ -293,6 +296,7 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 "operators": operators,
                 "kernels": dict(watch.kernels),
                 "waits": list(watch.waits),
+                "floats": sorted(watch.floats),
                 "bytes": watch.peak_bytes - held,
             }
 
@@ -304,7 +308,8 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
             sizes = EngineConfig(model="", block_size=1, max_num_batched_tokens=TOKENS, max_num_seqs=DRAWS)
-            sizes = replace(sizes, quantize=quantize or "none", moe_dispatch=dispatch)
+            rounded = "int8" if quantize == "int8" else "none"
+            sizes = replace(sizes, quantize=rounded, moe_dispatch=dispatch)
             blocks = count_blocks(sizes, built, MemoryShare())
         for graphs in (True, False):
             settings = EngineConfig(model="", block_size=16, cuda_graphs=graphs, max_model_len=TOKENS)
@@ -321,8 +326,10 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
             with phase(name):
                 runner.launch(step_of)
     cache = blocks * kv_cache.block_bytes(built, 1)
+    codes = {shape for layer in built.modules() for shape in weights_of_codes(layer)}
     drawn_here = built.parallel.pipeline.is_last
     phases["start"] |= {"weights_bytes": weights, "cache_bytes": cache, "draws": len(drawn) * drawn_here}
+    phases["start"]["codes"] = sorted(codes)
     return phases
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks.compare.checkpoints import SHAPES
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.model.experts import Experts
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.worker.expert_moves import ExpertReadThread
 from tests.fake_gpu import fake_gpu
@@ -24,26 +25,26 @@ from tests.fake_rank import built_model
 class Reader:
     """Gives zeros in place of a checkpoint's experts, on the CPU as they come from its files."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._wide = (config.moe_hidden_dim, config.emb_dim)
+    def __init__(self, experts: Experts) -> None:
+        """`experts` are those of the layer; they keep codes as they are in files."""
+        stacks = experts.weights.tensors if experts.codes else experts.weights.stacks
+        self._kinds = [(each.shape[1:], each.dtype if experts.codes else torch.bfloat16) for each in stacks]
 
-    def read(
-        self, layer: int, experts: Sequence[int], progress: Callable[[int], None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        one, two = (torch.zeros(len(experts), *self._wide, dtype=torch.bfloat16) for _ in range(2))
-        return one, two, torch.zeros(len(experts), *self._wide[::-1], dtype=torch.bfloat16)
+    def read(self, layer: int, experts: Sequence[int], progress: Callable[[int], None]) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros(len(experts), *shape, dtype=dtype) for shape, dtype in self._kinds)
 
 
-def observe(quantize: bool) -> dict[str, list[str]]:
+def observe(quantize: str | None) -> dict[str, list[str]]:
     config = ModelConfig.from_dict({**SHAPES["moe"], "num_hidden_layers": 1})
     with fake_gpu(90) as watch, torch.no_grad():
-        int8 = "int8" if quantize else None
-        model = built_model(config, torch.bfloat16, ParallelContext.single(), int8)
+        model = built_model(config, torch.bfloat16, ParallelContext.single(), quantize)
         moe = model.moe_layers[0]
         [hosted] = moe.placement.hosted
         placement = ExpertPlacement(((*hosted[1::-1], *hosted[2:]),))  # the first two change places
         watch.restart()
-        thread = ExpertReadThread(Reader(config), moe, 0, placement, model.device, None, threading.Event())
+        thread = ExpertReadThread(
+            Reader(moe.experts), moe, 0, placement, model.device, None, threading.Event()
+        )
         prepared = thread.prepare()
         waits = {"read": list(watch.waits)}
         assert all(tensor.is_cuda for tensor in prepared.tensors)
@@ -62,7 +63,7 @@ def observe(quantize: bool) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quantize")
-    json.dump(observe(parser.parse_args().quantize == "int8"), sys.stdout)
+    json.dump(observe(parser.parse_args().quantize), sys.stdout)
 
 
 if __name__ == "__main__":

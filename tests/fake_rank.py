@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.model.experts import Experts
 from qwen3_dist.model.finalize import finalize
+from qwen3_dist.model.linear import Linear
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.cuda.attention import BACKENDS, Chosen
 from qwen3_dist.ops.cuda.deterministic import DeterministicCudaOps
@@ -17,7 +20,17 @@ from qwen3_dist.ops.cuda.experts import has_grouped_mm
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.quantization import ROUNDS_TO_FP8
+from qwen3_dist.quantization_config import read_quantization
+from qwen3_dist.weights.loader import _hold_codes
+from qwen3_dist.weights.weight_plan import WeightPlan
 from qwen3_dist.worker.runner import ModelRunner, StepOutput
+
+CODES = {  # formats of quantised checkpoints
+    "fp8": ROUNDS_TO_FP8,
+    "awq": read_quantization({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}),
+    "nvfp4": read_quantization({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
+}
 
 
 @contextlib.contextmanager
@@ -44,7 +57,8 @@ def triton_ops(dtype: torch.dtype, deterministic: bool = False) -> CudaOps:
 def built_model(
     config: ModelConfig, dtype: torch.dtype, parallel: ParallelContext, quantize: str | None
 ) -> Qwen3Model:
-    """A rank's model as it comes from a checkpoint, on the card."""
+    """A rank's model as it comes from a checkpoint, on the card. `quantize`: "int8", or one of CODES."""
+    config = replace(config, quantization=CODES.get(quantize or ""))
     torch.set_default_dtype(dtype)
     with torch.device("cuda"):
         model = (
@@ -52,6 +66,15 @@ def built_model(
             .eval()
             .requires_grad_(False)
         )
+        _hold_codes(model, list(WeightPlan(config, parallel.layout, set()).all_pieces(parallel.coords)))
     torch.set_default_dtype(torch.float32)
-    finalize(model, int8=quantize is not None)
+    finalize(model, int8=quantize == "int8")
     return model
+
+
+def weights_of_codes(layer: torch.nn.Module) -> Iterator[tuple[int, int]]:
+    """The shape of each weight, or of each expert's, that is codes."""
+    if isinstance(layer, Experts) and layer.codes:
+        yield from layer._shape.matrices
+    elif isinstance(layer, Linear) and layer.codes:
+        yield layer.out_features, layer.in_features

@@ -136,7 +136,7 @@ class CostModel:
         config, layout = self.config, self.layout
         tokens = max_num_batched_tokens * layout.dp
         by_all_to_all = prefers_all_to_all(layout, config, tokens, device=self.cluster.device_kind)
-        widens = config.quantization is not None
+        widens = config.quantization is not None and config.quantization.has_int8
         sizes = (max_num_batched_tokens, max_num_seqs)
         return step_bytes(config, layout, *sizes, self._item, by_all_to_all, widens)
 

@@ -34,8 +34,8 @@ def step_bytes(
 ) -> int:
     """An upper bound in bytes for a step of `tokens` tokens and `samples` samples in each dp group.
 
-    An activation takes `item_bytes`. `all_to_all`: the step dispatches by all-to-all. `widens`: weights are int8 or
-    fp8 and are converted to the activations' dtype for products of many rows. In `deterministic` mode each row has an
+    An activation takes `item_bytes`. `all_to_all`: the step dispatches by all-to-all. `widens`: weights are int8
+    and are converted to the activations' dtype for products of many rows. In `deterministic` mode each row has an
     output for each of its experts, until all are there.
     """
     heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)

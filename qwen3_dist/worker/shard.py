@@ -103,7 +103,8 @@ def count_blocks(config: EngineConfig, model: Qwen3Model, share: MemoryShare) ->
 def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits) -> int:
     tokens = limits.max_step_tokens
     layout = model.parallel.layout
-    widens = config.quantize == "int8" or model.config.quantization is not None
+    quantization = model.config.quantization
+    widens = config.quantize == "int8" or (quantization is not None and quantization.has_int8)
     by_all_to_all = uses_all_to_all(config, layout, model.config, tokens * layout.dp, model.device.type)
     return step_bytes(
         model.config,

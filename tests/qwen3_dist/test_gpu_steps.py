@@ -16,9 +16,14 @@ WAYS = {
     "dense": ["dense"],
     "dense-int8-ampere": ["dense", "--quantize", "int8", "--card", "80"],
     "dense-fp8-cache-ampere": ["dense", "--fp8-cache", "--card", "80"],
+    "dense-fp8": ["dense", "--quantize", "fp8"],
     "moe": ["moe"],
     "moe-ampere": ["moe", "--card", "80"],  # where torch's grouped_mm is a loop on the host
     "moe-int8": ["moe", "--quantize", "int8"],
+    "moe-fp8-sharded": ["moe", "--quantize", "fp8", "--layout", "tp=4,ep=2"],  # etp=2 cuts blocks
+    "moe-awq": ["moe", "--quantize", "awq"],
+    "moe-nvfp4-ampere": ["moe", "--quantize", "nvfp4", "--card", "80"],
+    "moe-fp8-deterministic": ["moe", "--quantize", "fp8", "--deterministic"],
     "moe-fp32": ["moe", "--dtype", "float32"],
     "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
     "moe-tp8": ["moe", "--layout", "tp=8"],
@@ -36,6 +41,9 @@ WAYS = {
 
 SLOW = (
     "moe-int8",
+    "moe-awq",
+    "moe-nvfp4-ampere",
+    "moe-fp8-deterministic",
     "moe-fp32",
     "moe-tp8",
     "moe-wide",
@@ -108,3 +116,11 @@ def test_a_step_takes_no_more_memory_than_the_cache_leaves_it(phases: dict[str, 
     largest, start = phases["largest"]["bytes"], phases["start"]
     left = int(0.9 * CARD_BYTES) - start["weights_bytes"] - start["cache_bytes"]
     assert largest < left < 4 * largest
+
+
+def test_codes_stay_codes(phases: dict[str, dict[str, Any]]) -> None:
+    """No step makes a weight of them: its tensors of floats are of 2 rows, or of 49."""
+    weights = {tuple(shape) for shape in phases["start"]["codes"]}
+    for name in ("prompts", "prompts without graphs", "decodes without graphs"):
+        assert not weights.intersection(map(tuple, phases[name]["floats"])), name
+        assert bool(phases[name]["kernels"].get("_coded")) is bool(weights)

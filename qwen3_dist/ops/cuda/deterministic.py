@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.base import ExpertWeights, LinearWeights, Matrix
 from qwen3_dist.ops.cuda.attention import UNSPLIT, Chosen
+from qwen3_dist.ops.cuda.experts import takes_codes
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps
 from qwen3_dist.ops.torch_draws import ordered_topk
@@ -40,8 +41,9 @@ class DeterministicCudaOps(CudaOps):
 
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
         if part.grid is not None:
-            return self._product_of_codes(x, part)
-        product = self._kernels.fixed_linear(x.contiguous(), part.weight, part.scale)
+            product = self._kernels.fixed_linear_codes(x.contiguous(), part)
+        else:
+            product = self._kernels.fixed_linear(x.contiguous(), part.weight, part.scale)
         return product if part.bias is None else product + part.bias
 
     def log_softmax(self, logits: Tensor) -> Tensor:
@@ -52,14 +54,17 @@ class DeterministicCudaOps(CudaOps):
 
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
         if weights.grids is not None:
-            return super().expert_hidden(x, weights, ids, counts)
+            if not takes_codes(weights):
+                return super().expert_hidden(x, weights, ids, counts)
+            return self._kernels.hidden_of_codes(x.contiguous(), weights, ids, counts)
         return self._kernels.expert_hidden(x.contiguous(), weights.stacks, weights.scales, ids, counts)
 
     def expert_outputs(
         self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
     ) -> Tensor:
         if weights.grids is not None:
-            return super().expert_outputs(hidden, weights, ids, routing, outputs)
-        scale = weights.scales[2] if weights.scales else None
-        answers = self._kernels.expert_outputs(hidden.contiguous(), weights.stacks[2], scale, ids)
+            answers = self._kernels.outputs_of_codes(hidden.contiguous(), weights, ids)
+        else:
+            scale = weights.scales[2] if weights.scales else None
+            answers = self._kernels.expert_outputs(hidden.contiguous(), weights.stacks[2], scale, ids)
         return self._kernels.summed(answers, ids[:, None], routing[:, None])

@@ -31,6 +31,12 @@ def takes_grouped_mm(weights: ExpertWeights) -> bool:
     return weights.scales is None and columns % 8 == dim % 8 == 0
 
 
+def takes_codes(weights: ExpertWeights) -> bool:
+    """Whether our kernel reads the codes of these stacks: fc1 and fc2, which it computes together, have the same
+    blocks."""
+    return weights.grids is not None and weights.grids[0] == weights.grids[1]
+
+
 def grouped_experts(
     x: Tensor,
     weights: ExpertWeights,

@@ -18,7 +18,7 @@ class GpuKernels:
     """The Triton kernels as functions of tensors on one GPU. The constructor raises if Triton is not installed."""
 
     def __init__(self) -> None:
-        from qwen3_dist.ops.cuda import triton_products, triton_rows, triton_sampling
+        from qwen3_dist.ops.cuda import triton_codes, triton_products, triton_rows, triton_sampling
 
         self.norm = triton_rows.norm
         self.rotate = triton_rows.rotate
@@ -30,6 +30,11 @@ class GpuKernels:
         self.fixed_linear = triton_products.fixed_linear
         self.expert_hidden = triton_products.expert_hidden
         self.expert_outputs = triton_products.expert_outputs
+        self.linear_codes = triton_codes.linear_codes
+        self.fixed_linear_codes = triton_codes.fixed_linear_codes
+        self.experts_of_codes = triton_codes.experts_of_codes
+        self.hidden_of_codes = triton_codes.hidden_of_codes
+        self.outputs_of_codes = triton_codes.outputs_of_codes
         self.log_softmax = triton_sampling.log_softmax
         self.ordering_keys = triton_sampling.ordering_keys
         self.draw_from_ordered = triton_sampling.draw_from_ordered

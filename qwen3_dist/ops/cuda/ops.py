@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3_dist.ops.base import DrawSettings, ExpertWeights, LinearWeights, Matrix
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cuda.attention import Chosen
-from qwen3_dist.ops.cuda.experts import FEW_PAIRS, grouped_experts, takes_grouped_mm
+from qwen3_dist.ops.cuda.experts import FEW_PAIRS, grouped_experts, takes_codes, takes_grouped_mm
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.row_ops import RowKernelOps
 from qwen3_dist.ops.slices import SORTED_ROWS
@@ -27,17 +26,33 @@ _FEW_ROWS = (
 class JoinedLinear(LinearWeights):
     """Weights whose parts are contiguous, so that all parts are one product with one launch."""
 
-    joined: Tensor  # [sum of the parts' outputs, D]
+    joined: Matrix  # its outputs are those of the parts, one after the other
 
     @classmethod
     def of(cls, weights: LinearWeights) -> LinearWeights:
-        """Joins the parts; returns `weights` unchanged if there is one part, or one has a bias or int8 weights."""
-        parts, sizes = weights.parts, [part.outputs for part in weights.parts]
-        if len(parts) == 1 or any(part.bias is not None or part.scale is not None for part in parts):
+        """Joins the parts; returns `weights` unchanged if there is one part, or one has a bias or int8 weights, or
+        blocks of codes differ or are cut where parts meet."""
+        parts = weights.parts
+        if len(parts) == 1 or not all(_can_join(part, parts[0]) for part in parts):
             return weights
-        joined = torch.cat([part.weight for part in parts])
-        views = zip(parts, joined.split(sizes), strict=True)
-        return cls(tuple(part._replace(weight=view) for part, view in views), joined)
+        joined, views = parts[0]._replace(outputs=sum(part.outputs for part in parts)), list(parts)
+        for name in ("weight", "scale", "zero"):
+            tensors = [getattr(part, name) for part in parts]
+            if tensors[0] is not None:
+                whole = torch.cat(tensors)
+                joined = joined._replace(**{name: whole})
+                split = whole.split([len(each) for each in tensors])
+                views = [part._replace(**{name: view}) for part, view in zip(views, split, strict=True)]
+        return cls(tuple(views), joined)
+
+
+def _can_join(part: Matrix, first: Matrix) -> bool:
+    if part.bias is not None or part.order is not None or part.grid != first.grid:
+        return False
+    if part.grid is None:
+        return part.scale is None and part.weight.dtype == first.weight.dtype
+    whole = part.grid.first_row == 0 and part.outputs % part.grid.rows == 0
+    return whole and part.weight.dtype == first.weight.dtype and (part.zero is None) == (first.zero is None)
 
 
 class CudaOps(RowKernelOps):
@@ -68,7 +83,8 @@ class CudaOps(RowKernelOps):
         chosen = [f"attention by {self._attention.backend.name}{unused}"]
         chosen.append("rows by Triton kernels" if self._kernels is not None else "rows by torch alone")
         if experts is not None:
-            ways = ["Triton"] if self._kernels is not None and experts.grids is None else []
+            triton = self._kernels is not None and (experts.grids is None or takes_codes(experts))
+            ways = ["Triton"] if triton else []
             ways += ["grouped_mm"] if self._takes_grouped_mm(experts) else []
             chosen.append(f"experts by {' and '.join(ways) or 'one product after the other'}")
         return f"{torch.cuda.get_device_name(self._device)}: {', '.join(chosen)}"
@@ -79,12 +95,17 @@ class CudaOps(RowKernelOps):
     def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
         if not isinstance(weights, JoinedLinear):
             return super().linear(x, weights)
-        return F.linear(x, weights.joined).split([part.outputs for part in weights.parts], dim=1)
+        return self._product(x, weights.joined).split([part.outputs for part in weights.parts], dim=1)
 
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
-        if self._kernels is None or part.scale is None or part.grid is not None or len(x) > _FEW_ROWS:
+        if self._kernels is None or part.scale is None:
             return super()._product(x, part)
-        product = self._kernels.linear_int8(x.contiguous(), part.weight, part.scale)
+        if part.grid is not None:
+            product = self._kernels.linear_codes(x.contiguous(), part)
+        elif len(x) <= _FEW_ROWS:
+            product = self._kernels.linear_int8(x.contiguous(), part.weight, part.scale)
+        else:
+            return super()._product(x, part)
         return product if part.bias is None else product + part.bias
 
     def attention(self, q: Tensor, cache: LayerCache, batch: StepBatch, window: int | None) -> Tensor:
@@ -102,7 +123,9 @@ class CudaOps(RowKernelOps):
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
     ) -> Tensor:
         if weights.grids is not None:
-            return super()._experts_of_slice(x, weights, ids, routing, counts)
+            if not self._reads_codes(weights):
+                return super()._experts_of_slice(x, weights, ids, routing, counts)
+            return self._kernels.experts_of_codes(x, weights, ids, routing, counts)
         few = ids.numel() < FEW_PAIRS * len(weights.stacks[0])
         grouped = self._takes_grouped_mm(weights)
         if self._kernels is not None and (few or not grouped):
@@ -114,7 +137,13 @@ class CudaOps(RowKernelOps):
         return grouped_experts(x, weights, ids, routing, here, self._kernels)
 
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
-        return weights.grids is None and (self._kernels is not None or self._takes_grouped_mm(weights))
+        if weights.grids is not None:
+            return self._reads_codes(weights)
+        return self._kernels is not None or self._takes_grouped_mm(weights)
+
+    def _reads_codes(self, weights: ExpertWeights) -> bool:
+        """Whether a kernel reads the codes of these experts."""
+        return self._kernels is not None and takes_codes(weights)
 
     def _takes_grouped_mm(self, weights: ExpertWeights) -> bool:
         return self._grouped_mm and takes_grouped_mm(weights)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cuda import compiles
-from qwen3_dist.ops.cuda.triton_codes import CODE_UNIT, as_bytes, numbers_of
+from qwen3_dist.ops.cuda.triton_cache_codes import CODE_UNIT, as_bytes, numbers_of
 
 compiles.count_compilations()
 

@@ -32,6 +32,51 @@ def _product(a, weights, expert, column, at, inside, N, D, NARROW: tl.constexpr)
     return tl.dot(a, w, input_precision="ieee")
 
 
+@triton.jit
+def place_of_tile(  # type: ignore[no-untyped-def]
+    tile, counts, total, EXPERTS: tl.constexpr, WIDE: tl.constexpr, SHARE: tl.constexpr, ROWS: tl.constexpr
+):
+    """Finds tile number `tile` of all experts: its number among the expert's tiles, the expert, the expert's first
+    pair and its number of pairs. The expert is EXPERTS if there are fewer tiles."""
+    if EXPERTS == 1 and SHARE == 0:  # a product of all rows with one matrix
+        expert, first, count = 0, 0, total
+    else:
+        each = tl.arange(0, WIDE)
+        all_counts = tl.load(counts + 1 + each, mask=each < EXPERTS, other=0)
+        tiles = (all_counts + ROWS - 1) // ROWS
+        expert = tl.minimum(tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0), EXPERTS)
+        before = each < expert
+        first = tl.load(counts) + tl.sum(tl.where(before, all_counts, 0), 0)
+        count = tl.sum(tl.where(each == expert, all_counts, 0), 0)
+        tile -= tl.sum(tl.where(before, tiles, 0), 0)
+    return tile, expert, first, count
+
+
+@triton.jit
+def rows_of_tile(  # type: ignore[no-untyped-def]
+    tile, first, count, order, SHARE: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr
+):
+    """Which rows of a tile exist, and where each is read and written, as `_grouped` says."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    real = row < count
+    pair = (first + row).to(tl.int64)
+    source, target = pair, pair
+    if SHARE > 0:
+        target = tl.load(order + pair, mask=real, other=0)
+    if GATED:
+        source, target = target // SHARE, pair
+    return real, source, target
+
+
+@triton.jit
+def gated(gate, up):  # type: ignore[no-untyped-def]
+    """silu(gate) * up, rounded as separate kernels round."""
+    narrow = gate.dtype
+    wide = gate.to(tl.float32)
+    silu = (wide / (1 + tl.exp(-wide))).to(narrow).to(tl.float32)
+    return (silu * up.to(tl.float32)).to(narrow)
+
+
 @triton.jit(do_not_specialize=["total"])
 def _grouped(  # type: ignore[no-untyped-def]
     x, weights, other, scale, other_scale, order, counts, out, total, N, D,
@@ -45,28 +90,10 @@ def _grouped(  # type: ignore[no-untyped-def]
     Not GATED: one matrix product; inputs are in sorted order, outputs in the original order of the pairs.
     SHARE = 0: a product of all `total` rows with one matrix.
     """
-    tile = tl.program_id(0)
-    if EXPERTS == 1 and SHARE == 0:  # a product of all rows with one matrix
-        expert, first, count = 0, 0, total
-    else:
-        each = tl.arange(0, WIDE)
-        all_counts = tl.load(counts + 1 + each, mask=each < EXPERTS, other=0)
-        tiles = (all_counts + ROWS - 1) // ROWS
-        if tile >= tl.sum(tiles, 0):
-            return
-        expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
-        before = each < expert
-        first = tl.load(counts) + tl.sum(tl.where(before, all_counts, 0), 0)
-        count = tl.sum(tl.where(each == expert, all_counts, 0), 0)
-        tile -= tl.sum(tl.where(before, tiles, 0), 0)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    real = row < count
-    pair = (first + row).to(tl.int64)
-    source, target = pair, pair
-    if SHARE > 0:
-        target = tl.load(order + pair, mask=real, other=0)
-    if GATED:
-        source, target = target // SHARE, pair
+    tile, expert, first, count = place_of_tile(tl.program_id(0), counts, total, EXPERTS, WIDE, SHARE, ROWS)
+    if expert >= EXPERTS:
+        return
+    real, source, target = rows_of_tile(tile, first, count, order, SHARE, GATED, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     expert = tl.zeros([1], tl.int64) + expert
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -85,9 +112,7 @@ def _grouped(  # type: ignore[no-untyped-def]
     if GATED:
         if SCALED:
             others *= tl.load(other_scale + expert * N + column, mask=column < N, other=0.0)[None, :]
-        gate = result.to(tl.float32)
-        silu = (gate / (1 + tl.exp(-gate))).to(narrow).to(tl.float32)
-        result = (silu * others.to(narrow).to(tl.float32)).to(narrow)
+        result = gated(result, others.to(narrow))
     tl.store(out + target[:, None] * N + column[None, :], result, mask=real[:, None] & (column < N)[None, :])
 
 
@@ -138,7 +163,7 @@ def experts(
     pairs = ids.numel()
     if not pairs:
         return torch.zeros_like(x)
-    order, counts = _sorted(ids, totals)
+    order, counts = sorted_pairs(ids, totals)
     hidden, answers = x.new_empty(pairs, columns), x.new_empty(pairs, dim)
     one, two, three = scales or (None, None, None)
     _launch(x, (stacks[0], stacks[1]), (one, two), order, counts, hidden, choices)
@@ -146,7 +171,7 @@ def experts(
     return summed(answers, ids, weights)
 
 
-def _sorted(ids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+def sorted_pairs(ids: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
     """The indices int64 [P] that sort ids [P] stably, and the number of occurrences of each id, from -1 on, int32
     [1 + e]. Adds these to `totals` [1 + e] int64."""
     order, counts = ids.new_empty(ids.numel()), ids.new_empty(len(totals), dtype=torch.int32)
@@ -160,7 +185,7 @@ def expert_hidden(x: Tensor, stacks: _Three, scales: _Three | None, ids: Tensor,
     out = x.new_empty(len(x), stacks[0].shape[1])
     if not len(x):
         return out
-    order, counts = _sorted(ids, totals)
+    order, counts = sorted_pairs(ids, totals)
     by_expert, (one, two, _) = torch.empty_like(out), scales or (None, None, None)
     _launch(x, stacks[:2], (one, two), order, counts, by_expert, 1, FIXED_TILE)
     out[order] = by_expert
@@ -172,7 +197,7 @@ def expert_outputs(hidden: Tensor, stack: Tensor, scale: Tensor | None, ids: Ten
     `stack` [e, N, I] with fp32 `scale` [e, N] if it is int8, ids int64 [P], -1 for none, whose rows are arbitrary."""
     out = hidden.new_empty(len(hidden), stack.shape[1])
     if len(hidden):
-        order, counts = _sorted(ids, ids.new_zeros(1 + len(stack)))
+        order, counts = sorted_pairs(ids, ids.new_zeros(1 + len(stack)))
         _launch(hidden[order], (stack, None), (scale, None), order, counts, out, 1, FIXED_TILE)
     return out
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.cuda import compiles
-from qwen3_dist.ops.cuda.triton_codes import as_bytes, codes_of
+from qwen3_dist.ops.cuda.triton_cache_codes import as_bytes, codes_of
 
 compiles.count_compilations()
 
