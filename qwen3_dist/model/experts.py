@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import padded_range
+from qwen3_dist.model.expert_lora import ExpertLowRank
 from qwen3_dist.model.quantized import Quantizable
+from qwen3_dist.ops import slices
 from qwen3_dist.ops.base import ExpertWeights, Ops
 from qwen3_dist.ops.host_memory import zeros
+from qwen3_dist.ops.torch_experts import counted
 from qwen3_dist.parallel.communicator import Communicator
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchedTokens
@@ -58,6 +61,8 @@ class ExpertShape(NamedTuple):
 class Experts(Quantizable):
     """This rank's experts, stacked: fc1 and fc2 [e, I, D], fc3 [e, D, I] or as `ExpertShape` says."""
 
+    low_rank: ExpertLowRank | None = None  # LoRA weights; None if no adapter changes an expert of the layer
+
     def __init__(self, num_experts: int, shape: ExpertShape, ops: Ops) -> None:
         super().__init__()
         self._ops = ops
@@ -75,6 +80,8 @@ class Experts(Quantizable):
         """The weighted sum of each row over its experts on this rank -> [R, D]."""
         x, ids, routing = received.tokens, received.expert_ids, received.weights
         self.count_on(x.device)
+        if self.low_rank is not None and received.adapters is not None:
+            return self._adapted(x, ids, routing, received.adapters)
         return self._ops.experts(x, self.weights, ids, routing, self.all_counts)
 
     def contributions(self, received: DispatchedTokens, etp: Communicator) -> Tensor:
@@ -82,15 +89,50 @@ class Experts(Quantizable):
         is on another rank, or the column is in the part of another rank of `etp`; so sums over ranks are exact."""
         ids, shape = received.expert_ids.flatten(), self._shape
         self.count_on(ids.device)
-        pairs = received.tokens.repeat_interleave(received.expert_ids.shape[1], dim=0)
-        hidden = self._ops.expert_hidden(pairs, self.weights, ids, self.all_counts)
-        del pairs  # frees memory
+        choices, adapters = received.expert_ids.shape[1], received.adapters
+        numbers = None if adapters is None else adapters.repeat_interleave(choices)
+        hidden = self._hidden(received.tokens.repeat_interleave(choices, dim=0), ids, numbers)
         hidden = etp.all_gather_columns(hidden, shape.inputs)
-        routing = received.weights.flatten()
-        outputs = self._ops.expert_outputs(hidden, self.weights, ids, routing, shape.outputs)
+        outputs = self._weighted_outputs(hidden, ids, received.weights.flatten(), numbers)
         before = etp.rank * shape.outputs
         whole = F.pad(outputs, (before, (etp.size - 1) * shape.outputs - before))[:, : shape.emb_dim]
         return whole.reshape(len(received.tokens), -1)
+
+    def _adapted(self, x: Tensor, ids: Tensor, routing: Tensor, adapters: Tensor) -> Tensor:
+        """`forward` with the adapters [R] of the rows, in slices, which limits memory."""
+        choices, rows, sums = ids.shape[1], slices.rows_of_slice(ids.shape[1]), []
+        for some, its_ids, its_routing, its_adapters in zip(
+            *(each.split(rows) for each in (x, ids, routing, adapters)), strict=True
+        ):
+            pairs, numbers = its_ids.flatten(), its_adapters.repeat_interleave(choices)
+            hidden = self._hidden(some.repeat_interleave(choices, dim=0), pairs, numbers)
+            outputs = self._weighted_outputs(hidden, pairs, its_routing.flatten(), numbers)
+            sums.append(outputs.unflatten(0, (-1, choices)).sum(dim=1, dtype=torch.float32).to(x.dtype))
+        return torch.cat(sums)
+
+    # The two halves of an expert, a row for each pair of a token and one of its experts, with adapters or without.
+
+    def _hidden(self, x: Tensor, ids: Tensor, numbers: Tensor | None) -> Tensor:
+        """x [P, D] -> hidden columns [P, I]. ids [P] are the experts, `numbers` [P] the adapters."""
+        if numbers is None or self.low_rank is None:
+            return self._ops.expert_hidden(x, self.weights, ids, self.all_counts)
+        self.all_counts += counted(ids, len(self.all_counts) - 1)
+        return self._ops.swiglu(*(self._product(x, which, ids, numbers, self._columns) for which in (0, 1)))
+
+    def _weighted_outputs(
+        self, hidden: Tensor, ids: Tensor, routing: Tensor, numbers: Tensor | None
+    ) -> Tensor:
+        """hidden [P, I] -> outputs times `routing` [P]: [P, outputs]."""
+        if numbers is None or self.low_rank is None:
+            return self._ops.expert_outputs(hidden, self.weights, ids, routing, self._shape.outputs)
+        outputs = self._product(hidden, 2, ids, numbers, self._shape.outputs)
+        return outputs.float().mul_(routing[:, None]).to(outputs.dtype)
+
+    def _product(self, x: Tensor, which: int, ids: Tensor, numbers: Tensor, outputs: int) -> Tensor:
+        assert self.low_rank is not None
+        out = self._ops.expert_product(x, self.weights, which, ids, outputs)
+        self.low_rank.add(out, x, which, ids, numbers)
+        return out
 
     @property
     def weights(self) -> ExpertWeights:

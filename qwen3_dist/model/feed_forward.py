@@ -151,6 +151,11 @@ class MoEFeedForward(nn.Module):
         self.all_to_all.set_placement(prepared.placement)
         self.all_gather.set_placement(prepared.placement)
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters change this layer. Equal on all ranks, so that all exchange the same."""
+        return self.gate.low_rank is not None or self.experts.low_rank is not None
+
     def gathered(self, x: Tensor, transform: Transform, batch: StepBatch) -> Tensor:
         """The layer by all-gather, for few tokens: x [T, D], equal on all tp ranks -> what `total` takes when it has
         been all-reduced over tp.
@@ -159,8 +164,9 @@ class MoEFeedForward(nn.Module):
         tokens of all groups, whose numbers are in `batch`.
         """
         if self._dp.size == 1:
-            return transform(x, batch.padding, None)
+            return transform(x, batch.padding, batch.adapters if self.is_adapted else None)
         longest, groups = batch.largest_group, self._dp.size
+        numbers = batch.adapter_of_row if batch.adapted and self.is_adapted else None
         length = min(longest, slices.rows_of_slice(self.num_experts_per_tok, groups))
         parts = []
         for begin in range(
@@ -170,29 +176,46 @@ class MoEFeedForward(nn.Module):
             if padding is not None:
                 padding = padding.view(groups, longest)[:, begin:end].flatten()
             rows = batch.rows_of_groups(begin, end)
-            parts.append(self._gathered(x[begin:end], transform, end - begin, rows, padding))
+            some = None if numbers is None else numbers[begin:end]
+            parts.append(self._gathered(x[begin:end], transform, end - begin, rows, padding, some))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gathered(
-        self, x: Tensor, transform: Transform, length: int, rows: Tensor | None, padding: Tensor | None
+        self,
+        x: Tensor,
+        transform: Transform,
+        length: int,
+        rows: Tensor | None,
+        padding: Tensor | None,
+        numbers: Tensor | None,
     ) -> Tensor:
         """`gathered` for at most `length` tokens of each dp group. `rows` are the rows of tokens among the gathered
-        [dp * length]; None if all groups have `length` tokens."""
-        everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, length - len(x))))
+        [dp * length]; None if all groups have `length` tokens. `numbers` are those of the tokens' adapters."""
+        more = length - len(x)
+        everybody = self._dp.all_gather(F.pad(x, (0, 0, 0, more)))
+        of_all = None if numbers is None else self._dp.all_gather(F.pad(numbers, (0, more)))
         if rows is None:
-            return self._dp.reduce_scatter(transform(everybody, padding, None))
-        answers = transform(everybody[rows], None, None)
+            return self._dp.reduce_scatter(transform(everybody, padding, self._adapter_rows(of_all)))
+        of_rows = None if of_all is None else of_all[rows]
+        answers = transform(everybody[rows], None, self._adapter_rows(of_rows))
         out = answers.new_zeros(len(everybody), answers.shape[1])
         out[rows] = answers
         return self._dp.reduce_scatter(out)[: len(x)]
 
+    def _adapter_rows(self, numbers: Tensor | None) -> AdapterRows | None:
+        """From the number of each row's adapter [n] on the device."""
+        if numbers is None:
+            return None
+        return AdapterRows.of_all(numbers, 0 if self.gate.low_rank is None else self.gate.low_rank.count)
+
     def forward(self, x: Tensor, padding: Tensor | None, adapters: AdapterRows | None = None) -> Tensor:
-        """x [n, D] -> the outputs of this rank's experts, as `_outputs`. Rows of `padding` [n] go to no expert.
-        Adapters do not apply to experts."""
-        expert_ids, weights = self.route(x)
+        """x [n, D] -> the outputs of this rank's experts, as `_outputs`, with the adapters of the rows. Rows of
+        `padding` [n] go to no expert."""
+        expert_ids, weights = self.route(x, adapters)
         if padding is not None:
             expert_ids = expert_ids.masked_fill(padding[:, None], -1)
-        return self._outputs(self.all_gather.select(x, expert_ids, weights))
+        numbers = None if adapters is None else adapters.by_row
+        return self._outputs(self.all_gather.select(x, expert_ids, weights, numbers))
 
     def _outputs(self, received: DispatchedTokens) -> Tensor:
         """The sum over this rank's experts [R, D], or in deterministic mode each choice's output [R, K * D], 0 for
@@ -221,7 +244,11 @@ class MoEFeedForward(nn.Module):
         own, level = len(x), -(-batch.largest_group // self._tp_size)
         if self._pads_to_largest:
             x = F.pad(x, (0, 0, 0, level - own))
-        expert_ids, weights = self.route(x)
+        numbers = None
+        if batch.adapted and self.is_adapted:
+            numbers = batch.adapter_of_row[own_rows.start : own_rows.stop]
+            numbers = F.pad(numbers, (0, len(x) - len(numbers)))
+        expert_ids, weights = self.route(x, self._adapter_rows(numbers))
         expert_ids[len(own_rows) :] = -1
         if batch.padding is not None:
             padding = batch.padding[own_rows.start : own_rows.stop, None]
@@ -231,15 +258,16 @@ class MoEFeedForward(nn.Module):
             x.tensor_split(batches),
             expert_ids.tensor_split(batches),
             weights.tensor_split(batches),
+            [None] * batches if numbers is None else numbers.tensor_split(batches),
             strict=True,
         )
         sums, most_rows = [], -(-level // batches)
-        started = [self.all_to_all.start_dispatch(*part, most_rows) for part in parts]
+        started = [self.all_to_all.start_dispatch(*part, most_rows, some) for *part, some in parts]
         for arriving in started:
             received, plan = arriving()
             sums.append(self.all_to_all.start_combine(self._outputs(received), plan))
         return self.total(torch.cat([finish() for finish in sums])[:own])
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert ids int64 and weights fp32 [N, K] of the tokens x [N, D]."""
-        return self._ops.route(self.gate(x), self.num_experts_per_tok, self.norm_topk_prob)
+    def route(self, x: Tensor, adapters: AdapterRows | None = None) -> tuple[Tensor, Tensor]:
+        """Expert ids int64 and weights fp32 [N, K] of the tokens x [N, D], with the adapters of the rows."""
+        return self._ops.route(self.gate(x, adapters), self.num_experts_per_tok, self.norm_topk_prob)

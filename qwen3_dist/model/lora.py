@@ -44,6 +44,11 @@ class LowRank:
             a[place, : len(its_a)], b[place, : len(its_b)] = its_a, its_b
         return LowRank(a, b, ranks)
 
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.a)
+
     def pair(self, place: int) -> tuple[Tensor, Tensor] | None:
         """The a [r, I] and b [r, O] of an adapter; None if it does not change the layer."""
         rank = self.ranks[place]
@@ -82,6 +87,10 @@ class DeterministicLowRank(LowRank):
             for each in sources
         ]
         return cls(weights, ops) if any(weights) else None
+
+    @property
+    def count(self) -> int:
+        return len(self._weights)
 
     def add(self, y: Tensor, x: Tensor, rows: AdapterRows) -> None:
         for column, number in enumerate(rows.numbers):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Qwen3Model(nn.Module):
     blocks: Sequence[TransformerBlock]
     whole_stage: Stage | None = None  # all blocks in one call, where the Ops has that
     kv_cache_dtype: torch.dtype | None = None  # None: the activations'
+    adapter_files: Sequence[Any] = ()  # what was read for each place, from which experts that move get theirs
     adapters = LoraAdapters()  # whose weights the first places of each `LowRank` have; others may follow them
 
     def __init__(

@@ -21,6 +21,7 @@ class AdapterRows:
     present: slice | Tensor  # the P adapters: a slice of the n adapters, or their indices [P] int64
     excluded: Tensor  # [T, P, 1] bool, true where the row does not use the adapter
     numbers: tuple[int, ...]  # [P] indices of the adapters, on the host
+    by_row: Tensor  # [T] int64, the number of each row's adapter, counted from 1; 0: none
 
     @classmethod
     def of(cls, numbers: Sequence[int], device: torch.device) -> AdapterRows | None:
@@ -33,5 +34,11 @@ class AdapterRows:
         excluded = asked[:, None, None] != there[:, None]
         numbers = tuple(number - 1 for number in present)
         if present[-1] - present[0] < len(present):
-            return cls(slice(present[0] - 1, present[-1]), excluded, numbers)
-        return cls(there - 1, excluded, numbers)
+            return cls(slice(present[0] - 1, present[-1]), excluded, numbers, asked)
+        return cls(there - 1, excluded, numbers, asked)
+
+    @classmethod
+    def of_all(cls, by_row: Tensor, count: int) -> AdapterRows:
+        """From `by_row` [T] on the device, where the host does not know which of `count` adapters occur."""
+        there = torch.arange(1, count + 1, device=by_row.device)
+        return cls(slice(0, count), by_row[:, None, None] != there[:, None], tuple(range(count)), by_row)

@@ -259,6 +259,15 @@ class Ops(ABC):
         """routing * fc3 hidden by each row's expert -> [T, outputs], both factors rounded to the Ops's dtype; 0 where
         the id is -1. hidden [T, I]; ids int64 [T]; routing fp32 [T]."""
 
+    # With adapters of experts: the three products one by one, so that an adapter's outputs are added in between.
+
+    @abstractmethod
+    def expert_product(
+        self, x: Tensor, weights: ExpertWeights, which: int, ids: Tensor, outputs: int
+    ) -> Tensor:
+        """Each row times the matrix `which` of its expert -> [T, outputs]: 0 is fc1, 1 is fc2, 2 is fc3. 0 where the
+        id is -1. x [T, inputs]; ids int64 [T]. The host may wait."""
+
     @abstractmethod
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
         """Whether `experts` runs without the host, which a CUDA graph needs."""

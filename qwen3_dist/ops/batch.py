@@ -37,6 +37,7 @@ class StepBatch:
     logits_rows: Tensor  # [L] int64, rows (of T) whose logits are needed
     group_tokens: tuple[int, ...] = ()  # [dp] T of every dp group, for MoE layers
     adapters: AdapterRows | None = None  # None if no row of this dp group has an adapter
+    adapted: bool = False  # a row of some dp group has an adapter
     decodes_only: bool = False  # in all dp groups, so that a CUDA graph can run the step
     padding: Tensor | None = (
         None  # [T] bool, rows that only fill a graph's size; of all groups' rows in MoE layers
@@ -58,6 +59,11 @@ class StepBatch:
             device = self.token_ids.device
             self._rows_of_groups[key] = on_device(rows, torch.int64, device) if padded else None
         return self._rows_of_groups[key]
+
+    @property
+    def adapter_of_row(self) -> Tensor:
+        """[T] int64, the number of each row's adapter, counted from 1; 0: none."""
+        return torch.zeros_like(self.token_ids) if self.adapters is None else self.adapters.by_row
 
     @cached_property
     def _rows_of_groups(self) -> dict[tuple[int, int], Tensor | None]:

@@ -152,6 +152,14 @@ class TorchOps(TorchDraws):
             out[rows] = (product.float() * routing[rows, None]).to(out.dtype)
         return out
 
+    def expert_product(
+        self, x: Tensor, weights: ExpertWeights, which: int, ids: Tensor, outputs: int
+    ) -> Tensor:
+        out = x.new_zeros(len(x), outputs)
+        for number, rows in pairs_by_expert(ids, len(weights.stacks[which])):
+            out[rows] = self._product(x[rows], matrices_of(weights, number)[which])
+        return out
+
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
         return False
 

@@ -47,6 +47,7 @@ class DispatchedTokens:
     tokens: Tensor  # [R, D]
     expert_ids: Tensor  # [R, K] int64, index of each expert in this rank's stacks; -1: on another rank
     weights: Tensor  # [R, K] fp32 routing weights
+    adapters: Tensor | None = None  # [R] int64, the number of each row's adapter, from 1; 0 or None: none
 
 
 class _Table:
@@ -85,9 +86,12 @@ class AllGatherDispatcher:
     def set_placement(self, placement: ExpertPlacement) -> None:
         self._places.replace(placement.places_on(self._ep_rank))
 
-    def select(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> DispatchedTokens:
-        """x [T, D] with its routing [T, K], equal on all ranks -> the input of this rank's experts."""
-        return DispatchedTokens(x, self._places[expert_ids], weights)
+    def select(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, adapters: Tensor | None = None
+    ) -> DispatchedTokens:
+        """x [T, D] with its routing [T, K] and `adapters` [T], equal on all ranks -> the input of this rank's
+        experts."""
+        return DispatchedTokens(x, self._places[expert_ids], weights, adapters)
 
 
 class AllToAllDispatcher:
@@ -134,15 +138,22 @@ class AllToAllDispatcher:
         return self.start_combine(expert_out, plan)()
 
     def start_dispatch(
-        self, x: Tensor, expert_ids: Tensor, weights: Tensor, most_rows: int | None = None
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        most_rows: int | None = None,
+        adapters: Tensor | None = None,
     ) -> Callable[[], tuple[DispatchedTokens, SendPlan | None]]:
-        """Starts `dispatch` and returns a function that waits for its result."""
-        x, expert_ids, weights = self._gather_columns(x, expert_ids, weights)
+        """Starts `dispatch` and returns a function that waits for its result. `adapters` [N] int64, as in
+        `DispatchedTokens`, travel with their rows; either all ranks give them or none does."""
+        x, expert_ids, weights, adapters = self._gather_columns(x, expert_ids, weights, adapters)
         owners, places = self._owners[expert_ids], self._places[expert_ids]
         if self._ep.size == 1:
-            everything = DispatchedTokens(x, places, weights), None
+            everything = DispatchedTokens(x, places, weights, adapters), None
             return lambda: everything
         parts = [*(to_fp8(x) if self._fp8 else [x]), weights]
+        parts += [] if adapters is None else [adapters[:, None].int()]
         rows = torch.cat([_bytes(part) for part in parts], dim=1)
         plan: SendPlan
         if self._capacity is None:
@@ -161,11 +172,12 @@ class AllToAllDispatcher:
 
         def finish() -> tuple[DispatchedTokens, SendPlan | None]:
             pieces = arriving().split([_row_bytes(part) for part in parts], dim=1)
-            *rows, weights, local_ids = (
+            *rows, local_ids = (
                 piece.contiguous().view(part.dtype) for piece, part in zip(pieces, parts, strict=True)
             )
+            arrived = None if adapters is None else rows.pop()[:, 0].long()
             tokens = from_fp8(rows[0], rows[1], x.dtype) if self._fp8 else rows[0]
-            return DispatchedTokens(tokens, local_ids.long(), weights), plan
+            return DispatchedTokens(tokens, local_ids.long(), rows[-1], arrived), plan
 
         return finish
 
@@ -177,13 +189,16 @@ class AllToAllDispatcher:
         return lambda: self._etp.reduce_scatter(returning())
 
     def _gather_columns(
-        self, x: Tensor, expert_ids: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor, adapters: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if self._etp.size == 1:
-            return x, expert_ids, weights
-        routing = self._etp.all_gather(torch.cat([expert_ids.float(), weights], dim=1))
-        expert_ids, weights = routing.chunk(2, dim=1)
-        return self._etp.all_gather(x), expert_ids.long(), weights.contiguous()
+            return x, expert_ids, weights, adapters
+        choices = expert_ids.shape[1]
+        last = [] if adapters is None else [adapters[:, None].float()]
+        routing = self._etp.all_gather(torch.cat([expert_ids.float(), weights, *last], dim=1))
+        expert_ids, weights = routing[:, :choices].long(), routing[:, choices : 2 * choices].contiguous()
+        adapters = None if adapters is None else routing[:, -1].long()
+        return self._etp.all_gather(x), expert_ids, weights, adapters
 
 
 def _bytes(x: Tensor) -> Tensor:

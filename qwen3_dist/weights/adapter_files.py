@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from qwen3_dist.errors import CheckpointError
 from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.text.sidecars import read_json_object
+from qwen3_dist.weights.expert_adapters import (
+    DOWN,
+    GATE_UP,
+    StackedPair,
+    check_stacked_rank,
+    stacked_sources,
+    stacked_weight,
+)
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.pieces import Piece
 from qwen3_dist.weights.source import resolve_model
@@ -23,11 +32,13 @@ from qwen3_dist.weights.weight_plan import WeightPlan
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _READ_BYTES = 2**22
-_ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3")
+_ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3", "gate")
 _PREFIX = "base_model.model."
+_ROUTER = ".mlp.gate"
+_EXPERT = re.compile(r".*\.mlp\.experts\.\d+\.\w+_proj")
 _MERGE = (
-    "adapters may change the q, k, v and o_proj of attention and the gate, up and down_proj of dense layers, no "
-    "experts or routers; serve a checkpoint into which PEFT's merge_and_unload has merged it"
+    "adapters may change the q, k, v and o_proj of attention, the gate, up and down_proj of dense layers and of experts, "
+    "and routers; serve a checkpoint into which PEFT's merge_and_unload has merged it"
 )
 # Settings of adapter_config.json with the supported values: other kinds of LoRA are not supported.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -82,11 +93,14 @@ def with_digests(
 @dataclass(frozen=True)
 class Adapter:
     """One adapter whose files were checked. `pairs` are the names of the weights that it changes, with their ranks and
-    scales."""
+    scales; `stacked` has those of stacked experts, by the names of their weights. `saved` are the routers that it
+    replaces."""
 
     directory: Path
     files: CheckpointFiles
     pairs: dict[str, tuple[int, float]]
+    stacked: dict[str, StackedPair] = field(default_factory=dict)
+    saved: frozenset[str] = frozenset()
 
     def digest(self) -> str:
         """A digest of the contents of its files, all of which it reads. Raises CheckpointError."""
@@ -105,16 +119,27 @@ class Adapter:
     @classmethod
     def open(cls, name: str, path: str, model_config: ModelConfig) -> Adapter:
         everything = WeightPlan(model_config, Layout(), set()).plain_pieces(Layout().coords(0))
-        shapes = {cls.pair_of(piece.source): piece.shape for piece in adapted_pieces(everything)}
+        shapes = {cls.pair_of(piece.source): piece.shape for piece in everything if _is_adapted(piece)}
         try:
             directory = resolve_model(path)
             config = read_json_object(directory / _CONFIG)
-            _check_kind(config)
-            scales = {pair: _rank_and_scale(config, pair) for pair in shapes}
+            _check_kind(config, shapes)
             files = CheckpointFiles(directory, _weights_of(directory))
-            return cls(directory, files, _checked_pairs(files, config, scales, shapes))
+            stacked = _stacked_pairs(files, config, model_config)
+            saved = _saved_routers(files, config, shapes)
+            pairs = _checked_pairs(files, config, shapes, stacked, saved)
+            return cls(directory, files, pairs, stacked, saved)
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
+
+    def changes_experts(self, layer: int) -> bool:
+        """Whether it changes an expert of this layer."""
+        return layer in self._layers_of_experts
+
+    @cached_property
+    def _layers_of_experts(self) -> frozenset[int]:
+        names = [pair for pair in self.pairs if _EXPERT.fullmatch(pair)] + [*self.stacked]
+        return frozenset(int(name.split(".layers.")[1].split(".")[0]) for name in names)
 
     @staticmethod
     def pair_of(source: str) -> str:
@@ -135,29 +160,86 @@ def _weights_of(path: Path) -> dict[Path, set[str] | None]:
 
 
 def adapted_pieces(pieces: Iterator[Piece]) -> Iterator[Piece]:
-    """The pieces of weights that adapters may change."""
+    """The pieces of the linear layers that adapters may change: no experts."""
     for piece in pieces:
         module, _, kind = piece.parameter.rpartition(".")
         if kind == "weight" and module.rpartition(".")[2] in _ADAPTED:
             yield piece
 
 
-def _check_kind(config: dict[str, Any]) -> None:
+def _is_adapted(piece: Piece) -> bool:
+    return ".ff.experts." in piece.parameter or any(adapted_pieces(iter([piece])))
+
+
+def _check_kind(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError if the adapter is of a kind that is not supported, by its adapter_config.json."""
     if not config:
         raise CheckpointError(f"it has no {_CONFIG}; give the directory of an adapter in PEFT's format")
     for key, neutral in _NEUTRAL.items():
         if config.get(key, neutral[0]) not in neutral:
             raise CheckpointError(f"{_CONFIG} has {key}={config[key]!r}, which is not supported")
-    for key, what in (
-        ("modules_to_save", "holds whole modules"),
-        ("target_parameters", "changes parameters"),
-    ):
-        if config.get(key):
-            raise CheckpointError(f"it {what} ({key}={config[key]!r}); {_MERGE}")
+    routers = [pair for pair in shapes if pair.endswith(_ROUTER)]
+    for module in config.get("modules_to_save") or []:
+        if not any(router.endswith(f".{module}") for router in routers):
+            raise CheckpointError(
+                f"it holds the whole of {module} (modules_to_save={config['modules_to_save']!r}), which is supported for "
+                f"routers alone; {_MERGE}"
+            )
+
+
+def _saved_routers(
+    files: CheckpointFiles, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> frozenset[str]:
+    """The routers that the adapter replaces. Raises CheckpointError if one is missing or of another shape."""
+    modules = config.get("modules_to_save") or []
+    saved = {pair for pair in shapes for module in modules if pair.endswith(f".{module}")}
+    for pair in sorted(saved):
+        name = f"{pair}.weight"
+        if name not in files.names():
+            raise CheckpointError(f"it lacks {name}; fetch it again")
+        if files.shape(name) != shapes[pair]:
+            raise CheckpointError(
+                f"{name} has shape {list(files.shape(name))} where the model has {list(shapes[pair])}"
+            )
+        files.dtype(name)
+    return frozenset(saved)
+
+
+def _stacked_pairs(
+    files: CheckpointFiles, config: dict[str, Any], model_config: ModelConfig
+) -> dict[str, StackedPair]:
+    """The pairs of stacked experts in the file, by the weights that they change. Raises CheckpointError."""
+    pairs: dict[str, StackedPair] = {}
+    for source, module in sorted(stacked_sources(files.names()).items()):
+        names = [f"{source}.lora_{ab}.weight" for ab in "AB"]
+        for name in names:
+            if name not in files.names():
+                raise CheckpointError(f"it lacks {name}; fetch it again")
+            files.dtype(name)
+        a, b = map(files.shape, names)
+        weight = stacked_weight(a, b, model_config, config.get("peft_version"))
+        if weight is None:
+            raise CheckpointError(
+                f"{names[0]} and {names[1]} have shapes {list(a)} and {list(b)}, which fit neither the gate_up_proj nor the "
+                "down_proj of the model's experts"
+            )
+        pair = f"{module}.{weight[0]}"
+        if pair in pairs:
+            raise CheckpointError(f"{pairs[pair].source} and {source} both change {pair}; train it again")
+        rank, scale = _rank_and_scale(config, pair)
+        check_stacked_rank(names[0], a, 0, rank, model_config)
+        check_stacked_rank(names[1], b, 1, rank, model_config)
+        pairs[pair] = StackedPair(source, rank, scale, weight[1])
+    return pairs
+
+
+def _is_parameter(config: dict[str, Any], name: str) -> bool:
+    """Whether `target_parameters` names the parameter `name`."""
+    return any(f".{name}".endswith(f".{each}") for each in config.get("target_parameters") or [])
 
 
 def _rank_and_scale(config: dict[str, Any], pair: str) -> tuple[int, float]:
+    pair += ".weight" if _is_parameter(config, f"{pair}.weight") else ""
     rank, alpha = (
         _by_pattern(config, f"{kind}_pattern", pair, config.get(name))
         for kind, name in (("rank", "r"), ("alpha", "lora_alpha"))
@@ -184,18 +266,23 @@ def _by_pattern(config: dict[str, Any], key: str, pair: str, otherwise: Any) -> 
 def _checked_pairs(
     files: CheckpointFiles,
     config: dict[str, Any],
-    scales: dict[str, tuple[int, float]],
     shapes: dict[str, tuple[int, ...]],
+    stacked: dict[str, StackedPair],
+    saved: frozenset[str],
 ) -> dict[str, tuple[int, float]]:
-    """The `scales` (ranks and scales) of the weights that the adapter changes. `shapes` are those of all weights that
-    adapters may change.
+    """The ranks and scales of the weights that the adapter changes, but for `stacked` ones and the routers that are
+    `saved`. `shapes` are those of all weights that adapters may change.
 
     Raises CheckpointError if a tensor is missing, left over or of another shape."""
+    names = files.names() - {f"{pair}.weight" for pair in saved}
+    names -= {f"{pair.source}.lora_{ab}.weight" for pair in stacked.values() for ab in "AB"}
+    scales = {pair: _rank_and_scale(config, pair) for pair in shapes}
     expected: dict[str, tuple[int, ...]] = {}
     for pair, (outputs, inputs) in shapes.items():
         rank = scales[pair][0]
-        expected |= {f"{pair}.lora_A.weight": (rank, inputs), f"{pair}.lora_B.weight": (outputs, rank)}
-    for name in sorted(files.names()):
+        expected[f"{pair}.lora_A.weight"] = (rank, inputs)
+        expected[f"{pair}.lora_B.weight"] = (outputs, rank)
+    for name in sorted(names):
         if name not in expected:
             raise CheckpointError(f"it changes {name.removeprefix(_PREFIX)}; {_MERGE}")
         if files.shape(name) != expected[name]:
@@ -205,12 +292,37 @@ def _checked_pairs(
         files.dtype(name)
     if not files.names():
         raise CheckpointError("adapter_model.safetensors holds no tensor; train or fetch the adapter again")
-    pairs = frozenset(name.rpartition(".lora_")[0] for name in files.names())
-    missing = {f"{pair}.lora_{ab}.weight" for pair in pairs | _targets(config, shapes) for ab in "AB"}
-    missing -= files.names()
+    pairs = {name.rpartition(".lora_")[0] for name in names}
+    required = pairs | _targets(config, shapes)
+    for kind in (_EXPERT, re.compile(rf".*{re.escape(_ROUTER)}")):
+        # `target_modules` may name what is no linear module in the trainer's model, which then has no tensor.
+        if not any(map(kind.fullmatch, pairs)):
+            required = {pair for pair in required if not kind.fullmatch(pair)}
+    missing = {f"{pair}.lora_{ab}.weight" for pair in required for ab in "AB"} - names
+    missing |= _target_parameters(config, shapes) - pairs - stacked.keys()
     if missing:
         raise CheckpointError(f"it lacks {min(missing)}; fetch it again")
     return {pair: scales[pair] for pair in pairs}
+
+
+def _target_parameters(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """The weights that `target_parameters` names. Raises CheckpointError for a name that fits none."""
+    parameters = {f"{pair}.weight": pair for pair in shapes if not _EXPERT.fullmatch(pair)}
+    modules = {pair.rpartition(".experts.")[0] for pair in shapes if _EXPERT.fullmatch(pair)}
+    parameters |= {
+        name: name
+        for module in modules
+        for name in (f"{module}.experts.{GATE_UP}", f"{module}.experts.{DOWN}")
+    }
+    found: set[str] = set()
+    for target in config.get("target_parameters") or []:
+        fitting = {pair for name, pair in parameters.items() if f".{name}".endswith(f".{target}")}
+        if not fitting:
+            raise CheckpointError(
+                f"{_CONFIG} targets the parameter {target!r}, which adapters may not change here"
+            )
+        found |= fitting
+    return found
 
 
 def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:

@@ -73,7 +73,7 @@ class _ReadThread(threading.Thread):
         """Runs the products of the adapters once, so that no step compiles their kernels."""
         held = range(1, 1 + len(self.to.adapters.pairs) + len(self.to.leaving))
         rows = AdapterRows.of(held, self._model.device)
-        for layer, low_rank in low_ranks.items():
+        for layer, low_rank in low_ranks.linears.items():
             assert rows is not None
             x, y = (
                 self._model.activation_template.new_zeros(len(held), width)

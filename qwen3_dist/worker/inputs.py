@@ -90,6 +90,7 @@ class StepInputs:
             logits_rows=logits_rows,
             group_tokens=plan.group_tokens,
             adapters=self._adapter_rows(plan) if plan.adapted else None,
+            adapted=plan.adapted,
             decodes_only=plan.decodes_only and not plan.adapted,
         )
 

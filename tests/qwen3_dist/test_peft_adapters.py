@@ -27,36 +27,45 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return folders
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=2"])
-def test_logprobs_are_those_of_peft(bases: dict[bool, Path], layout: str) -> None:
+# Layouts with ranks that share an expert's columns, that exchange tokens, and that have experts alone.
+LAYOUTS: list[tuple[bool, str, dict[str, Any]]] = [
+    (False, "tp=1", {}),
+    (False, "tp=2", {}),
+    (True, "tp=1", {}),
+    (True, "tp=2", {"moe_dispatch": "all_to_all"}),
+    (True, "tp=2,ep=2", {"moe_dispatch": "all_gather"}),
+    (True, "tp=2,ep=2", {"moe_dispatch": "all_to_all"}),
+    (True, "dp=2,ep=2", {"moe_dispatch": "all_gather"}),
+    (True, "dp=2,ep=2", {"moe_dispatch": "all_to_all", "deterministic": True}),
+    (True, "tp=2", {"deterministic": True}),
+    (True, "tp=2,dp=2,ep=2", {"moe_dispatch": "all_to_all"}),
+    (True, "tp=2,pp=2,ep=2", {}),
+]
+
+
+@pytest.mark.parametrize(("moe", "layout", "settings"), LAYOUTS)
+def test_logprobs_are_those_of_peft(
+    bases: dict[bool, Path], moe: bool, layout: str, settings: dict[str, Any]
+) -> None:
     expected = json.loads((FOLDER / "expected.json").read_text())
     assert expected.keys() == USED.keys()
-    lora: Any = {name: str(FOLDER / name) for name in USED}
-    form = "in_process" if layout == "tp=1" else "processes"
+    names = [name for name in USED if USED[name] == moe]
+    lora: Any = {name: str(FOLDER / name) for name in names}
+    settings = {"executor": "in_process" if layout == "tp=1" else "processes", **settings}
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-    settings: dict[str, Any] = {"dtype": "float32", "num_blocks": 32, "use_tqdm": False}
-    with LLM(str(bases[False]), layout=layout, executor=form, lora=lora, **settings) as llm:
-        outputs = llm.generate([PROMPT] * len(USED), params, use_tqdm=False, lora=list(USED))
-    for name, output in zip(USED, outputs, strict=True):
+    settings |= {"dtype": "float32", "num_blocks": 64, "use_tqdm": False}
+    with LLM(str(bases[moe]), layout=layout, lora=lora, **settings) as llm:
+        outputs = llm.generate([PROMPT] * len(names), params, use_tqdm=False, lora=names)
+    for name, output in zip(names, outputs, strict=True):
         assert output.prompt_logprobs is not None
         found = [each.logprob for each in output.prompt_logprobs[1:] if each is not None]
         assert found == pytest.approx(expected[name], abs=1e-4), name
 
 
-@pytest.mark.parametrize(
-    ("name", "moe", "sentence"),
-    [
-        ("saved", False, r"it holds whole modules \(modules_to_save=\['norm'\]\); adapters may change the q, k"),
-        ("parameters", True, r"it changes parameters \(target_parameters=.*gate_up_proj.*\); .* no experts or rout"),
-        ("moe_all_linear", True, r"it changes parameters \(target_parameters=.*gate.weight.*PEFT's merge_and_unload"),
-    ],
-)  # fmt: skip
-def test_what_is_not_supported_is_named_with_a_way_out(
-    bases: dict[bool, Path], name: str, moe: bool, sentence: str
-) -> None:
-    config = ModelConfig.from_directory(bases[moe])
+def test_whole_modules_that_are_no_routers_are_refused_with_a_way_out(bases: dict[bool, Path]) -> None:
+    sentence = r"it holds the whole of norm \(modules_to_save=\['norm'\]\), .*PEFT's merge_and_unload"
     with pytest.raises(CheckpointError, match=f"the adapter mine cannot be used: {sentence}"):
-        Adapter.open("mine", str(FOLDER / name), config)
+        Adapter.open("mine", str(FOLDER / "saved"), ModelConfig.from_directory(bases[False]))
 
 
 @pytest.mark.parametrize(

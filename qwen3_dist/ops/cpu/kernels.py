@@ -175,14 +175,21 @@ class Kernels:
         return out
 
     def expert_outputs(
-        self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
+        self,
+        hidden: Tensor,
+        weights: ExpertWeights,
+        ids: Tensor,
+        routing: Tensor,
+        outputs: int,
+        which: int = 2,
     ) -> Tensor:
         """routing * fc3 hidden by the expert of each row -> [T, outputs]. hidden [T, I]; ids int64 [T], -1 for no
-        expert, whose row is 0; routing fp32 [T]."""
-        fc3, scale = weights.stacks[2], weights.scales[2] if weights.scales else None
+        expert, whose row is 0; routing fp32 [T]. `which` is another matrix in the place of fc3: 0 is fc1, 1 is fc2."""
+        stack, scale = weights.stacks[which], weights.scales[which] if weights.scales else None
         out = hidden.new_empty(len(hidden), outputs)
-        name = f"expert_outputs{suffix_of(fc3)}"
-        self.run(name, hidden, fc3, scale, ids, routing, out, len(hidden), len(fc3), outputs, hidden.shape[1])
+        name = f"expert_outputs{suffix_of(stack)}"
+        sizes = (len(hidden), len(stack), outputs, hidden.shape[1])
+        self.run(name, hidden, stack, scale, ids, routing, out, *sizes)
         return out
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:

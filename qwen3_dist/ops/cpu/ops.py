@@ -119,6 +119,14 @@ class CpuOps(RowKernelOps):
             return super().experts(x, weights, ids, routing, counts)
         return self._kernels.experts(x, weights, ids, routing, counts[1:])
 
+    def expert_product(
+        self, x: Tensor, weights: ExpertWeights, which: int, ids: Tensor, outputs: int
+    ) -> Tensor:
+        if not isinstance(weights, PackedExperts):
+            return super().expert_product(x, weights, which, ids, outputs)
+        ones = torch.ones(len(x), dtype=torch.float32)
+        return self._kernels.expert_outputs(x.contiguous(), weights, ids.contiguous(), ones, outputs, which)
+
     def greedy(self, logits: Tensor) -> Tensor:
         return self._kernels_for(logits).argmax(logits)
 

@@ -68,3 +68,12 @@ class DeterministicCudaOps(CudaOps):
             scale = weights.scales[2] if weights.scales else None
             answers = self._kernels.expert_outputs(hidden.contiguous(), weights.stacks[2], scale, ids)
         return self._kernels.summed(answers, ids[:, None], routing[:, None])
+
+    def expert_product(
+        self, x: Tensor, weights: ExpertWeights, which: int, ids: Tensor, outputs: int
+    ) -> Tensor:
+        if weights.grids is not None:
+            return super().expert_product(x, weights, which, ids, outputs)
+        scale = weights.scales[which] if weights.scales else None
+        answers = self._kernels.expert_outputs(x.contiguous(), weights.stacks[which], scale, ids)
+        return answers.masked_fill_(ids[:, None] < 0, 0)
