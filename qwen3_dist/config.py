@@ -15,7 +15,7 @@ from typing import Any
 from qwen3_dist.config_fields import NO_EFFECT, READ
 from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
-from qwen3_dist.quantization import ROUNDS_TO_FP8, Quantization
+from qwen3_dist.quantization import ROUNDS_TO, Quantization
 from qwen3_dist.quantization_config import read_quantization
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 
@@ -178,7 +178,7 @@ class ModelConfig:
                 f"quantize={quantize} rounds bf16, fp16 or fp32 weights, and this checkpoint's are quantised already "
                 f"({self.quantization.method}); leave quantize out"
             )
-        return replace(self, quantization=ROUNDS_TO_FP8) if quantize == "fp8" else self
+        return replace(self, quantization=ROUNDS_TO[quantize]) if quantize in ROUNDS_TO else self
 
     @classmethod
     def from_directory(cls, path: str | Path, overrides: HfOverrides | None = None) -> ModelConfig:

@@ -174,10 +174,15 @@ class Quantization:
         return name.endswith(tuple(f".{end}" for end in _UNUSED)) or name.endswith("_proj_activation_scale")
 
 
-# What `quantize=fp8` makes of a checkpoint: the format of Qwen's own FP8 checkpoints.
-ROUNDS_TO_FP8 = Quantization(
-    "fp8", ((WeightFormat(FP8, (128, 128), Stored(("weight_scale_inv",))), (_LINEAR,)),), rounds=True
-)
+# What `quantize` makes of a checkpoint: fp8 in the format of Qwen's own FP8 checkpoints, and int4 by groups.
+ROUNDS_TO = {
+    "fp8": Quantization(
+        "fp8", ((WeightFormat(FP8, (128, 128), Stored(("weight_scale_inv",))), (_LINEAR,)),), rounds=True
+    ),
+    "int4": Quantization(
+        "int4", ((WeightFormat(INT4, (1, 128), Stored(("weight_scale",))), (_LINEAR,)),), rounds=True
+    ),
+}
 
 
 class _Names:

@@ -19,7 +19,7 @@ from qwen3_dist.step_defaults import STEP_DEFAULTS
 
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
-QUANTIZATIONS = ("none", "int8", "fp8")
+QUANTIZATIONS = ("none", "int8", "fp8", "int4")
 DISPATCHERS = ("auto", "all_gather", "all_to_all")
 DISPATCH_DTYPES = ("auto", "fp8")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "fp8", "fp8_e4m3")
@@ -51,7 +51,7 @@ class EngineConfig:
     quantize: str = setting(
         "none",
         "rounds weights while they load; int8: 8-bit integers with a scale per output; fp8: e4m3 with a scale per "
-        "block of 128 x 128, as in Qwen's FP8 checkpoints",
+        "block of 128 x 128, as in Qwen's FP8 checkpoints; int4: 4-bit integers with a scale per group of 128 inputs",
         QUANTIZATIONS,
     )
     deterministic: bool = setting(

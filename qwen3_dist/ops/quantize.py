@@ -1,4 +1,4 @@
-"""Quantization of weights to int8 and fp8, and weights of the codes of quantised checkpoints."""
+"""Quantization of weights to int8, fp8 and int4, and weights of the codes of quantised checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from qwen3_dist.quantization import FP8, INT4, INT8, Grid
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 TILE = 1 << 22  # weights that are made from codes at a time
+INT4_GROUP = 128  # inputs of a scale that `as_int4` makes
+# The largest weight of a group over each of these is a scale that is tried. With more steps the largest weights are
+# cut off, and the others are nearer.
+_INT4_STEPS = (7.5, 8.0, 8.5, 9.0)
+_INT4_PART = 1 << 10  # groups that are rounded at a time, in memory that caches hold
 
 
 def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +45,35 @@ def as_fp8(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     scales = torch.where(most > 0, most / torch.finfo(torch.float8_e4m3fn).max, 1.0)
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(padded.shape)[:outputs, :inputs], scales
+
+
+def as_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight fp32 [N, D] -> numbers uint8 [N, D] from 0 to 15, of which 8 is zero, and the scales of groups of 128
+    inputs, fp32 [N, ceil(D / 128)] rounded to bf16. Of a few scales, each group gets the one with the least squared
+    error."""
+    outputs, inputs = weight.shape
+    groups = F.pad(weight, (0, -inputs % INT4_GROUP)).view(-1, INT4_GROUP)
+    numbers = torch.empty_like(groups, dtype=torch.uint8)
+    scales = groups.new_full(
+        (len(groups), 1), torch.nan
+    )  # stays so for groups with numbers that are not finite
+    parts = zip(*(each.split(_INT4_PART) for each in (groups, numbers, scales)), strict=True)
+    near = groups.new_empty(min(_INT4_PART, len(groups)), INT4_GROUP)
+    for wide, narrow, best in parts:
+        rounded, most = near[: len(wide)], wide.abs().amax(1, keepdim=True).clamp_(min=1e-30)
+        least = torch.full_like(most, torch.inf)
+        for steps in _INT4_STEPS:
+            scale = (most / steps).bfloat16().float()
+            _int4_steps(wide, scale, rounded)
+            error = rounded.mul_(scale).sub_(wide).square_().sum(1, keepdim=True)
+            best.copy_(torch.where(error < least, scale, best))
+            least = torch.minimum(error, least)
+        narrow.copy_(_int4_steps(wide, best, rounded).add_(8))
+    return numbers.view(outputs, -1)[:, :inputs], scales.view(outputs, -1)
+
+
+def _int4_steps(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    return torch.div(weight, scale, out=out).round_().clamp_(-8, 7)
 
 
 def row_scales(scale: Tensor, grid: Grid, rows: range) -> Tensor:

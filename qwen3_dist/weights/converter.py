@@ -1,4 +1,4 @@
-"""Writes a plain checkpoint's weights as codes, tensor by tensor: fp8 as Qwen's own checkpoints are, int8 as
+"""Writes a plain checkpoint's weights as codes, tensor by tensor: fp8 as Qwen's own checkpoints are, int8 and int4 as
 compressed-tensors. Experts get tensors of their own, also if they were fused."""
 
 from __future__ import annotations
@@ -19,21 +19,37 @@ from torch import Tensor
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError, ResourceError
 from qwen3_dist.layout import Layout
-from qwen3_dist.ops.quantize import TILE, as_fp8, as_int8
+from qwen3_dist.ops.quantize import INT4_GROUP, TILE, as_fp8, as_int4, as_int8, packed
 from qwen3_dist.text.sidecars import read_json_object
 from qwen3_dist.weights.checks import check_checkpoint
 from qwen3_dist.weights.files import CODES, FLOATS, CheckpointFiles
 from qwen3_dist.weights.pieces import SCALE
 from qwen3_dist.weights.weight_plan import WeightPlan
 
-FORMATS = ("fp8", "int8")
+FORMATS = ("fp8", "int8", "int4")
 SHARD_BYTES = 5 * 10**9
 _BLOCK = 128
 _SIDECARS = (".json", ".jinja", ".txt")
 _SPARE_BYTES = 64 << 20  # of the disk, for the small files
+_PER_WORD = 8  # codes of 4 bits in an int32
 _ROUNDING: dict[str, Any] = {
     "observer": "minmax", "observer_kwargs": {}, "group_size": None, "block_structure": None, "actorder": None,
 }  # fmt: skip
+_NUMBER: dict[str, Any] = {**_ROUNDING, "type": "int", "symmetric": True, "dynamic": False}
+_INT8: dict[str, Any] = {
+    "targets": ["Linear"],
+    "weights": {**_NUMBER, "num_bits": 8, "strategy": "channel"},
+    "input_activations": {**_NUMBER, "num_bits": 8, "strategy": "token", "dynamic": True, "observer": None},
+    "output_activations": None,
+    "format": "int-quantized",
+}
+_INT4: dict[str, Any] = {
+    "targets": ["Linear"],
+    "weights": {**_NUMBER, "num_bits": 4, "strategy": "group", "group_size": INT4_GROUP},
+    "input_activations": None,
+    "output_activations": None,
+    "format": "pack-quantized",
+}
 
 
 @dataclass(frozen=True)
@@ -66,12 +82,19 @@ class Conversion:
     @classmethod
     def open(cls, path: Path, form: str) -> Conversion:
         """Checks all headers. Raises CheckpointError and ConfigError for a checkpoint that does not fit its
-        config.json or is quantised already."""
+        config.json, is quantised already, or has weights that groups do not divide, which vLLM would not read."""
         plain = ModelConfig.from_directory(path)
         config = plain.rounded("fp8")  # every format rounds the same matrices
         check_checkpoint(path, plain)
         files = CheckpointFiles(path)
-        return cls(path, form, files, tuple(_sources(config, files)))
+        sources = tuple(_sources(config, files))
+        cut = next((each for each in sources if each.rounds and each.inner[0] % INT4_GROUP), None)
+        if form == "int4" and cut is not None:
+            raise CheckpointError(
+                f"{cut.name} has {cut.inner[0]} inputs, which are no multiple of {INT4_GROUP}; write fp8 or int8, or "
+                "round it with --quantize int4 as it loads"
+            )
+        return cls(path, form, files, sources)
 
     @property
     def total_bytes(self) -> int:
@@ -148,6 +171,12 @@ class Conversion:
         outputs, inputs = source.shape
         if self.form == "int8":
             return {source.name: ("int8", source.shape), f"{source.name}_scale": ("float32", (outputs, 1))}
+        if self.form == "int4":
+            return {
+                f"{source.name}_packed": ("int32", (outputs, inputs // _PER_WORD)),
+                f"{source.name}_scale": ("bfloat16", (outputs, inputs // INT4_GROUP)),
+                f"{source.name}_shape": ("int64", (2,)),
+            }
         blocks = (-(-outputs // _BLOCK), -(-inputs // _BLOCK))
         return {
             source.name: ("float8_e4m3fn", source.shape),
@@ -177,7 +206,7 @@ class Conversion:
         return [name for name in header if name != "__metadata__"]
 
     def _tensors(self, source: _Source) -> Iterator[Tensor]:
-        """What is written for a source, in parts: its numbers, or codes and then scales."""
+        """What is written for a source, in parts: its numbers, or codes, scales and the rest."""
         width = prod(source.inner)
         step = max(1, TILE // max(1, width * _BLOCK)) * _BLOCK
         scales = []
@@ -194,11 +223,22 @@ class Conversion:
             if not source.rounds:
                 yield part
                 continue
-            codes, some = as_fp8(part, _BLOCK, _BLOCK) if self.form == "fp8" else as_int8(part)
+            codes, some = self._rounded(part)
             scales.append(some)
             yield codes.contiguous()
         if scales:
             yield torch.cat(scales)
+        if scales and self.form == "int4":
+            yield torch.tensor(source.shape)
+
+    def _rounded(self, part: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes and scales of rows of a weight, as they are written."""
+        if self.form == "fp8":
+            return as_fp8(part, _BLOCK, _BLOCK)
+        if self.form == "int8":
+            return as_int8(part)
+        numbers, scales = as_int4(part)
+        return packed(numbers), scales.bfloat16()
 
     def _settings(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -213,23 +253,10 @@ class Conversion:
                 "weight_block_size": [_BLOCK, _BLOCK],
                 "modules_to_not_convert": ignored,
             }
-        number = {"num_bits": 8, "type": "int", "symmetric": True}
-        group = {
-            "targets": ["Linear"],
-            "weights": {**number, "strategy": "channel", "dynamic": False, **_ROUNDING},
-            "input_activations": {
-                **number,
-                "strategy": "token",
-                "dynamic": True,
-                **_ROUNDING,
-                "observer": None,
-            },
-            "output_activations": None,
-            "format": "int-quantized",
-        }
+        group = _INT8 if self.form == "int8" else _INT4
         return {
             "quant_method": "compressed-tensors",
-            "format": "int-quantized",
+            "format": group["format"],
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": ignored,

@@ -1,11 +1,12 @@
-"""Reads plain weights as fp8 codes and their blocks' scales."""
+"""Reads plain weights as codes, fp8 or int4, and the scales of their blocks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qwen3_dist.ops.quantize import TILE, as_fp8
+from qwen3_dist.ops.quantize import INT4_GROUP, TILE, as_fp8, as_int4, packed
+from qwen3_dist.quantization import INT4, Grid
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.pieces import Piece
 
@@ -15,7 +16,7 @@ def read_rounded(files: CheckpointFiles, piece: Piece, codes: Tensor, scales: Te
     its blocks' scales, that go with it.
 
     Reads whole blocks, also where the part has some of their rows and columns only: so codes and scales do not depend
-    on the layout.
+    on the layout. Codes of 4 bits are packed from the part's first input on.
     """
     assert piece.grid is not None and piece.rounds is not None
     *lead, rows, columns = piece.ranges
@@ -35,9 +36,17 @@ def read_rounded(files: CheckpointFiles, piece: Piece, codes: Tensor, scales: Te
             wide = torch.empty(last - first, width, dtype=torch.float32, device=codes.device)
             region = (*index, slice(first, last), slice(left, left + width))
             files.read(piece.source, region, wide[None] if lead else wide)
-            made, blocks = as_fp8(wide, grid.rows, grid.columns)
+            made, blocks = _rounded(wide, grid)
             block = (first - top) // grid.rows
             of_scales[block : block + len(blocks), : blocks.shape[1]].copy_(blocks)
             begin, end = max(first, rows.start), min(last, rows.stop)
             part = made[begin - first : end - first, within]
-            of_codes[begin - rows.start : end - rows.start].copy_(part)
+            of_codes[begin - rows.start : end - rows.start].copy_(packed(part) if grid.nibbles else part)
+
+
+def _rounded(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes [N, D] of whole blocks of a weight fp32 [N, D], and their scales."""
+    if grid.nibbles is None:
+        return as_fp8(weight, grid.rows, grid.columns)
+    assert (grid.nibbles, grid.rows, grid.columns) == (INT4, 1, INT4_GROUP)
+    return as_int4(weight)

@@ -1,4 +1,4 @@
-"""`qwen3-dist quantize`: writes a bf16, fp16 or fp32 checkpoint with 8-bit weights."""
+"""`qwen3-dist quantize`: writes a bf16, fp16 or fp32 checkpoint with weights of 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TextIO
 
 from serve_app.cli.options import MODEL, report
 
-HELP = "write a checkpoint with fp8 or int8 weights, which vLLM reads too"
+HELP = "write a checkpoint with fp8, int8 or int4 weights, in the formats that vLLM reads"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("fp8", "int8"),
-        help="fp8: e4m3 with a scale per block of 128 x 128, as Qwen's; int8: compressed-tensors, a scale per output",
+        choices=("fp8", "int8", "int4"),
+        help="fp8: e4m3 with a scale per block of 128 x 128, as Qwen's; int8: compressed-tensors, a scale per output; "
+        "int4: compressed-tensors' pack-quantized, a scale per group of 128 inputs",
     )
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="new directory, which appears once it is whole"

@@ -61,7 +61,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "--lora-modules", "a=b"), "--lora NAME=PATH"),
         (("serve", "-tp", "2", "--layout", "tp=2"), "-tp is a part of --layout"),
         (("serve", "-tp", "two"), "the tp size must be a positive number, not 'two'"),
-        (("serve", "--quantization", "awq"), "quantize must be one of none, int8, fp8"),
+        (("serve", "--quantization", "awq"), "quantize must be one of none, int8, fp8, int4"),
         (("plan",), "required: --input-len, --output-len, --concurrency, --gpus or --cluster; see"),
         (("simulate", "--layout", "tp=2"), "required: --gpus or --cluster; see"),
         (("plan", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency; see"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.ops.quantize import as_int8
+from qwen3_dist.ops.quantize import as_int4, as_int8
 from qwen3_dist.weights import converter
 from qwen3_dist.weights.converter import Conversion
 from qwen3_dist.weights.files import shard_files
@@ -26,6 +26,9 @@ from tests.quantized import fused, in_blocks, is_linear
 SHAPE: dict[str, Any] = {
     "hidden_size": 200, "head_dim": 48, "num_hidden_layers": 2, "intermediate_size": 300,
     "moe_intermediate_size": 170, "num_experts": 4, "mlp_only_layers": [1],
+}  # fmt: skip
+WHOLE_GROUPS: dict[str, Any] = {
+    "hidden_size": 256, "head_dim": 16, "intermediate_size": 384, "moe_intermediate_size": 128,
 }  # fmt: skip
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=3)
 PROMPTS = [list(range(3, 40)), [7, 1, 150]]
@@ -103,6 +106,53 @@ def test_int8_has_the_scale_of_each_output(tmp_path: Path) -> None:
     for (tokens, logprobs), (others, theirs) in zip(answers(out), answers(twin), strict=True):
         assert tokens == others
         assert [each.logprob for each in logprobs] == pytest.approx([e.logprob for e in theirs], abs=1e-4)
+
+
+@pytest.mark.parametrize("stacks", [False, True], ids=["experts", "fused"])
+def test_int4_gives_the_bits_of_rounding_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stacks: bool
+) -> None:
+    monkeypatch.setattr(converter, "TILE", 1)  # 128 rows at a time
+    path, out = written(tmp_path, stacks, **WHOLE_GROUPS), tmp_path / "int4"
+    assert main(["quantize", str(path), "--to", "int4", "--out", str(out)]) == 0
+    assert answers(out) == answers(path, quantize="int4")
+    q = "model.layers.0.self_attn.q_proj.weight"
+    shape = tensors_of(out)[f"{q}_shape"]
+    assert shape.dtype == torch.int64 and shape.tolist() == [8 * 16, 256]
+
+
+def test_compressed_tensors_reads_from_an_int4_weight_what_it_stands_for(tmp_path: Path) -> None:
+    """`recorded` has a weight, what `quantize` made of it, and what compressed-tensors 0.20.1 decompressed that to
+    with the settings in our config.json."""
+    recorded = load_file(Path(__file__).parent.parent / "data/int4.safetensors")
+    path, out, k = (
+        written(tmp_path, **WHOLE_GROUPS),
+        tmp_path / "int4",
+        "model.layers.0.self_attn.k_proj.weight",
+    )
+    tensors = tensors_of(path)
+    tensors[k] = recorded["weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert main(["quantize", str(path), "--to", "int4", "--out", str(out)]) == 0
+    got = tensors_of(out)
+    for end in ("packed", "scale", "shape"):
+        assert torch.equal(got[f"{k}_{end}"], recorded[f"weight_{end}"])
+    numbers, scales = as_int4(recorded["weight"].float())
+    meant = (numbers.float() - 8) * scales.repeat_interleave(128, 1)
+    assert torch.equal(recorded["decompressed"], meant.bfloat16())
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == "pack-quantized"
+    weights = settings["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 128, True)
+
+
+def test_groups_that_do_not_divide_a_weight_are_not_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, out = written(tmp_path), tmp_path / "int4"
+    assert main(["quantize", str(path), "--to", "int4", "--out", str(out)]) == 2
+    assert "q_proj.weight has 200 inputs, which are no multiple of 128" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_nothing_is_left_of_a_conversion_that_a_full_disk_ends(
