@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine
 from qwen3_dist.engine.expert_load import ExpertLoad
-from qwen3_dist.errors import RequestError
+from qwen3_dist.engine.rank_work import POLL_S
+from qwen3_dist.engine.weight_changes import WeightsLoaded
+from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import Bar, progress_bar
 from qwen3_dist.protocol.outputs import CompletionOutput, RequestOutput, TokenDelta
@@ -22,6 +25,8 @@ from qwen3_dist.text.output_parser import AnswerParser
 from qwen3_dist.text.reasoning import Reasoning, reasoning_state
 from qwen3_dist.text.reranking import relevance, relevance_pooling, relevance_prompt
 from qwen3_dist.text.tokenizer import Tokenizer, read_generation_defaults
+from qwen3_dist.weights.version_files import with_digest
+from qwen3_dist.weights_version import WeightsVersion
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -102,6 +107,7 @@ class LLM:
         prompt = template.render(list(messages), **template_kwargs)  # type: ignore[arg-type]
         state = reasoning_state(prompt, template.source(), template_kwargs)
         token_ids = self._token_ids(prompt, add_special_tokens=False)
+        self._require_awake()
         setup = self._prepare(prompt, token_ids, params, None).setup
         parser_spec = ParserSpec(state, new_parser=lambda begins, _: AnswerParser(Reasoning(begins), None))
         choices = Choices(params, tokenizer, parser_spec)
@@ -160,6 +166,42 @@ class LLM:
         """Moves experts to where the load since the last time wants them; the layers that changed."""
         return self._engine.experts.rebalance_all()
 
+    def update_weights(self, path: str, version: str = "") -> WeightsLoaded:
+        """Loads the weights of the directory `path`, of the same architecture, in place of those of now; the prefix
+        cache is empty afterwards. `version` is by default the directory's name.
+
+        Raises CheckpointError or ResourceError if they cannot be loaded; then everything stays as it is.
+        """
+        engine = self._engine
+        weights = WeightsVersion.of(str(path), version)
+        read = with_digest(weights, self.model_config, engine.config.hf_overrides)
+        loaded: WeightsLoaded = self._change(partial(engine.changes.weights.replace, read, False))
+        return loaded
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives up the memory of the KV cache and, on a GPU, moves the weights to host memory; at level 2 weights are
+        dropped, and loaded again by `wake_up`. Nothing can be generated meanwhile."""
+        self._change(partial(self._engine.changes.weights.sleep, level))
+
+    def wake_up(self) -> None:
+        """Ends `sleep`. Raises CheckpointError or ResourceError if weights that were dropped cannot be loaded."""
+        self._change(self._engine.changes.weights.wake)
+
+    def _change(self, begin: Callable[[Callable[[Any], None]], None]) -> Any:
+        """Waits for a change of the ranks that `begin` begins. Returns its result or raises its error."""
+        outcome: list[Any] = []
+        begin(outcome.append)
+        while not outcome:
+            self._engine.step()
+            time.sleep(POLL_S / 10)
+        if isinstance(outcome[0], QwenDistError):
+            raise outcome[0]
+        return outcome[0]
+
+    def _require_awake(self) -> None:
+        if self._engine.changes.weights.asleep:
+            raise RequestError("the engine sleeps; call wake_up() first")
+
     def shutdown(self) -> None:
         """Ends the ranks. May be called more than once."""
         self._engine.shutdown()
@@ -187,13 +229,14 @@ class LLM:
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:
         engine = self._engine
+        self._require_awake()
         for number, job in enumerate(jobs):
             engine.add_request(str(number), job.prompt_token_ids, job.params, lora=job.lora, setup=job.setup)
         with self._progress(len(jobs), use_tqdm, "generating") as bar:
             while engine.has_work:
                 for request_id, deltas in engine.step().items():
                     job = jobs[int(request_id)]
-                    job.add(deltas, functools.partial(engine.abort, request_id))
+                    job.add(deltas, partial(engine.abort, request_id))
                     bar.update(job.just_finished())
         return [job.output() for job in jobs]
 
@@ -201,6 +244,7 @@ class LLM:
         self, prompts: list[list[int]], pooling: PoolingParams, adapters: list[str | None], use_tqdm: bool
     ) -> list[list[float]]:
         engine = self._engine
+        self._require_awake()
         for prompt, lora in zip(prompts, adapters, strict=True):
             engine.check(prompt, PROMPT_ONLY, lora, pooling)
         for number, (prompt, lora) in enumerate(zip(prompts, adapters, strict=True)):

@@ -16,6 +16,7 @@ from qwen3_dist.rank_env import parse_rank_env
 from qwen3_dist.settings_reader import setting
 from qwen3_dist.speculation import Speculation
 from qwen3_dist.step_defaults import STEP_DEFAULTS
+from qwen3_dist.weights_version import WeightsVersion
 
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("checkpoint", "random")
@@ -35,6 +36,11 @@ class EngineConfig:
 
     model: str = setting("", "checkpoint directory or hub id; empty means the bundled model")
     revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    weights: WeightsVersion = setting(
+        WeightsVersion(),
+        "directory on each node, or version=directory, of weights that are loaded in place of the model's own, whose "
+        "architecture they share; in a service, a change of it alone starts no process",
+    )
     load_format: str = setting(
         "checkpoint",
         "random: weights from a seed, for measuring; model then needs only a config.json",
@@ -158,6 +164,7 @@ class EngineConfig:
         object.__setattr__(self, "layout", Layout.parse(self.layout))
         object.__setattr__(self, "hf_overrides", HfOverrides.parse(self.hf_overrides))
         object.__setattr__(self, "lora", LoraAdapters.parse(self.lora))
+        object.__setattr__(self, "weights", WeightsVersion.parse(self.weights))
         object.__setattr__(self, "rank_env", parse_rank_env(self.rank_env))
         if self.speculative is not None:
             object.__setattr__(self, "speculative", Speculation.parse(self.speculative))
@@ -212,6 +219,11 @@ class EngineConfig:
     def cache_dtype(self, model: ModelConfig) -> str:
         """The dtype of the KV cache, as `kv_cache_dtype` returns it. Raises what that raises."""
         return kv_cache_dtype(self.kv_cache_dtype, self.compute_dtype(model), model.quantization)
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether weights are made, not read from files."""
+        return self.load_format == "random" and not self.weights.path
 
     def watchdog_s(self, device: str) -> float:
         """`watchdog_timeout_s`, or its default for ranks on `device`: a GPU may compile a kernel during a step."""

@@ -19,6 +19,7 @@ from ray.serve.schema import LoggingConfig
 from cluster import ray_private
 from qwen3_dist.errors import ConfigError, ResourceError
 from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.weights_version import WeightsVersion
 from serve_app.ingress.deployment import Ingress
 from serve_app.placement import place
 from serve_app.replica.deployment import EngineReplica
@@ -103,7 +104,9 @@ def gateway(config: ServiceConfig) -> serve.Application:
 def _replicas(config: ServiceConfig, model: ModelSettings) -> serve.Application:
     ray_private.check_serve()
     placement = place(model, config.models)
-    engine = dataclasses.replace(placement.engine, lora=LoraAdapters())  # LiveSettings have them
+    engine = dataclasses.replace(  # LiveSettings have them
+        placement.engine, lora=LoraAdapters(), weights=WeightsVersion()
+    )
     replica = dataclasses.replace(model.replica, engine=engine, model_name=model.name)
     deployment = serve.deployment(
         name=REPLICA,

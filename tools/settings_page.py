@@ -59,6 +59,7 @@ _FORMS = {
     "Layout": "layout",
     "Speculation": "`ngram,k=N`",
     "LoraAdapters": "`NAME=PATH`",
+    "WeightsVersion": "`VERSION=DIRECTORY`",
     "HfOverrides": "JSON",
 }
 

@@ -17,7 +17,7 @@ from cluster.simulation.group import DecodeRun, Group, SimulatedSequence, make_s
 from cluster.simulation.recorder import Recorder
 from cluster.simulation.step_times import StepTimes
 from qwen3_dist.engine.block_manager import BlockManager
-from qwen3_dist.engine.scheduler import SchedulerCounts
+from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.protocol.step_limits import SchedulerLimits
 

@@ -17,7 +17,7 @@ from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoa
 from cluster.simulation.recorder import Recorder
 from cluster.simulation.replica import Replica, ReplicaConfig
 from cluster.simulation.step_times import StepCost, StepTimes
-from qwen3_dist.engine.scheduler import SchedulerCounts
+from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.errors import ConfigError
 
 

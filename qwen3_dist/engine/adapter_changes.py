@@ -10,18 +10,17 @@ the others until the last sequence that uses it has ended. The rank's side is `w
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from qwen3_dist.engine.rank_work import RankWork
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.errors import QwenDistError, ResourceError
-from qwen3_dist.launch.base import Executor, names
+from qwen3_dist.launch.base import Executor
 from qwen3_dist.lora_adapters import LoraAdapters, NextAdapters
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
-_POLL_S = 0.01  # between two questions to the ranks whether they have read their adapters
 
 Done = Callable[[LoraAdapters | QwenDistError], None]
 
@@ -54,7 +53,7 @@ class AdapterChanges:
         self._next: NextAdapters | None = None  # which the ranks read
         self._keeps_unused = False  # since the last change, as they could not be dropped
         self.is_ready = False  # whether all ranks have read them, so that no more steps are to be planned
-        self._deadline = self._next_poll_s = 0.0
+        self._reading: RankWork | None = None
 
     @property
     def names(self) -> list[str]:
@@ -80,9 +79,7 @@ class AdapterChanges:
         if self._next is None:
             self._prepare(self._asked[0][0])
         elif not self.is_ready:
-            if time.monotonic() >= self._next_poll_s:
-                self._next_poll_s = time.monotonic() + _POLL_S
-                self._poll()
+            self._poll()
         elif idle:
             self._switch(self._next)
 
@@ -104,24 +101,23 @@ class AdapterChanges:
         leaving = tuple(number - 1 for number in sorted(self._used()) if number - 1 not in kept)
         self._next = NextAdapters(adapters, kept, leaving)
         self._executor.call("prepare_adapters", self._next)
-        now = time.monotonic()
-        self._deadline, self._next_poll_s = now + self._timeout_s, now + _POLL_S
+        self._reading = RankWork(self._executor, "adapters_arrived", self._timeout_s, self._too_late)
 
     def _poll(self) -> None:
         """Asks the ranks whether they have read everything. Has them drop it if one could not."""
-        answers = self._executor.call("adapters_arrived")
-        failed = next((answer for answer in answers if isinstance(answer, QwenDistError)), None)
-        if failed is None and not all(answers) and time.monotonic() > self._deadline:
-            late = [rank for rank, arrived in enumerate(answers) if not arrived]
-            failed = ResourceError(
-                f"{names(late)} did not load the LoRA adapters within {self._timeout_s:g} s; the engine goes on with "
-                "those that it had"
-            )
-        if failed is None:
-            self.is_ready = all(answers)
+        assert self._reading is not None
+        arrived = self._reading.poll()
+        if not isinstance(arrived, QwenDistError):
+            self.is_ready = arrived
             return
         self._executor.call("drop_adapters")
-        self._end(failed)
+        self._end(arrived)
+
+    def _too_late(self, ranks: str) -> QwenDistError:
+        return ResourceError(
+            f"{ranks} did not load the LoRA adapters within {self._timeout_s:g} s; the engine goes on with those that "
+            "it had"
+        )
 
     def _switch(self, to: NextAdapters) -> None:
         """Makes the ranks switch, unless a sequence uses an adapter that it did not when the ranks began to read."""

@@ -281,12 +281,13 @@ class AsyncEngine(RankQuestions):
         try:
             while not self._stopping:
                 self._do_inbox()
-                if not self._engine.is_changing:  # else nobody knows what the ranks have
+                changes = self._engine.changes
+                if not changes.is_busy:  # else nobody knows what the ranks have
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                elif self._engine.is_changing:
-                    self._engine.tick()
+                elif changes.is_busy:
+                    changes.tick(idle=True)
                 else:
                     self._engine.check_health()
             return EngineDeadError("the engine was shut down"), False
@@ -318,7 +319,7 @@ class AsyncEngine(RankQuestions):
     def _do_inbox(self) -> None:
         with self._wake:
             if not self._inbox and not self._engine.has_work and not self._stopping:
-                self._wake.wait(_BUSY_CHECK_S if self._engine.is_changing else _IDLE_CHECK_S)
+                self._wake.wait(_BUSY_CHECK_S if self._engine.changes.is_busy else _IDLE_CHECK_S)
         for _ in range(len(self._inbox)):  # one by one: `_die` runs those after an action that fails
             self._inbox.popleft()()
 

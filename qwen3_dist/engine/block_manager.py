@@ -17,6 +17,8 @@ from hashlib import blake2b
 
 from qwen3_dist.engine.sequence import Sequence
 
+_FORMER = b"of former weights"  # in the salt of sequences that keep their KV
+
 
 class BlockManager:
     """Allocates `num_blocks` blocks of `block_size` tokens. Block ids are the same on every rank of a dp group."""
@@ -122,6 +124,17 @@ class BlockManager:
             for block in [block for block, until in self._resting.items() if until <= step]:
                 del self._resting[block]
                 self._set_free(block)
+
+    def forget_contents(self, running: Iterable[Sequence]) -> None:
+        """Empties the index: nobody finds what blocks hold now, nor what `running` sequences add to theirs."""
+        self._empty += reversed(self._cached)
+        self._cached.clear()
+        self._block_of.clear()
+        self._hash_of = [None] * self.num_blocks
+        self.num_cached = 0
+        for sequence in running:
+            sequence.cache_salt += _FORMER
+            sequence.block_hashes.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Asserts that each block is free or held by exactly the `sequences` that list it, and that every

@@ -7,25 +7,25 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from qwen3_dist.engine.adapter_changes import AdapterChanges
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.built_grammars import BuiltGrammars
 from qwen3_dist.engine.engine_stats import adapters_in_use, counts_of_groups, read_load, read_stats
-from qwen3_dist.engine.expert_balance import ExpertBalance
 from qwen3_dist.engine.expert_load import initial_placements
 from qwen3_dist.engine.in_flight import StepsInFlight
 from qwen3_dist.engine.model_check import checked_model, pinned
+from qwen3_dist.engine.rank_changes import RankChanges
 from qwen3_dist.engine.rank_pace import RankPaces
 from qwen3_dist.engine.regrouping import Recovery, Regrouping
 from qwen3_dist.engine.request_checks import check_output, check_prompt, max_model_len
 from qwen3_dist.engine.request_setup import make_setup
-from qwen3_dist.engine.scheduler import Advance, Scheduler, SchedulerCounts
+from qwen3_dist.engine.scheduler import Advance, Scheduler
+from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.engine.step_traffic import StepTraffic
 from qwen3_dist.launch import Executor, make_executor, require_device
-from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.progress import loading_bar
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
@@ -75,7 +75,7 @@ class Engine:
         self.model_path = path
         self.model_config = checked_model(config, path)
         of_ranks = pinned(config, path, self.model_config)
-        self.config = config = replace(config, lora=of_ranks.lora)
+        self.config = config = replace(config, lora=of_ranks.lora, weights=of_ranks.weights)
         placements = initial_placements(config, self.model_config)
         self.tokenizer = Tokenizer.from_directory(path)
         self.chat_template = ChatTemplate.from_directory(path)
@@ -95,9 +95,10 @@ class Engine:
             traffic = StepTraffic(config, self.model_config, executor.device)
             self._meter = StepMeter(traffic, config.watchdog_s(executor.device))
             self._in_flight = StepsInFlight(executor, self._renew)
-            self.experts, self.paces = ExpertBalance(executor, config, placements), RankPaces(executor)
+            callbacks = (self._unfinished, self._adopt, self._forget_cache)
+            self.changes = RankChanges(executor, config, placements, *callbacks)
+            self.experts, self.paces = self.changes.experts, RankPaces(executor)
             self.regrouping = Regrouping(executor, of_ranks, self.model_config, placements)
-            self.adapters = AdapterChanges(executor, config, self._unfinished, self._adopt)
             self._use_ranks([SchedulerCounts() for _ in range(config.layout.dp)])
         except BaseException:
             self._executor.shutdown()
@@ -114,9 +115,8 @@ class Engine:
         self._requests.clear()
         self._in_flight.restart()
         self._meter.restart(StepTraffic(self.config, self.model_config, self._executor.device))
-        self.experts.restart(ranks.config, ranks.placements)
         self.paces.restart()
-        self.adapters.restart(ranks.config.lora)
+        self.changes.restart(ranks)
         self._use_ranks(counts_of_groups([group.counts for group in self._groups], layout.dp))
         return recovery
 
@@ -138,7 +138,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return any(group.has_work for group in self._groups) or bool(self._in_flight)
+        """Whether steps run, or can be planned."""
+        waits = self.changes.holds_steps or not any(group.has_work for group in self._groups)
+        return bool(self._in_flight) or not waits
 
     def prepare(self, params: SamplingParams) -> SamplingSetup | None:
         """The sampling setup for `params`; None if ranks need none. May be called from any thread.
@@ -243,9 +245,9 @@ class Engine:
 
     def step(self) -> Outputs:
         """Plans steps until enough are in flight, then waits for the oldest one and returns its deltas."""
-        self.tick()
+        self.changes.tick(idle=not self._in_flight)
         while (
-            not self.adapters.is_ready
+            not self.changes.holds_steps
             and len(self._in_flight) < self._executor.depth
             and (plans := self._plan())
         ):
@@ -261,22 +263,16 @@ class Engine:
         self._publish()
         return outputs
 
-    @property
-    def is_changing(self) -> bool:
-        """Whether experts are moved or adapters change, so that `tick` must be called even if no step runs."""
-        return self.experts.is_busy or self.adapters.is_busy
-
-    def tick(self) -> None:
-        """Continues what changes on the ranks between two steps."""
-        self.experts.tick()
-        self.adapters.tick(idle=not self._in_flight)
-
     def _unfinished(self) -> Iterator[Sequence]:
         return (sequence for request in self._requests.values() for sequence in request.sequences)
 
-    def _adopt(self, adapters: LoraAdapters) -> None:
-        self.config = replace(self.config, lora=adapters)
-        self.regrouping.use_adapters(adapters)
+    def _adopt(self, **changed: Any) -> None:
+        self.config = replace(self.config, **changed)
+        self.regrouping.adopt(**changed)
+
+    def _forget_cache(self, keep_running: bool) -> None:
+        for group in self._groups:
+            group.forget_cache(keep_running)
 
     def _plan(self) -> list[StepPlan]:
         """Plans of the next step, one for each dp group; empty if there is nothing to do before the next result.
@@ -317,7 +313,7 @@ class Engine:
 
     def adapters_in_use(self) -> tuple[list[str], list[str]]:
         """Names of the adapters of running and of waiting sequences. May be called from any thread."""
-        return adapters_in_use(self._groups, self.adapters.names)
+        return adapters_in_use(self._groups, self.changes.adapters.names)
 
     def load(self) -> EngineLoad:
         """What waits and runs now. May be called from any thread."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 
-from qwen3_dist.engine.scheduler import Scheduler, SchedulerCounts
+from qwen3_dist.engine.scheduler import Scheduler
+from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.engine.step_meter import StepMeter
 from qwen3_dist.percentiles import percentile
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats

@@ -14,16 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qwen3_dist.engine.expert_load import ExpertLoad
-from qwen3_dist.errors import CheckpointError, EngineDeadError
+from qwen3_dist.engine.rank_work import POLL_S, RankWork
+from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError
 from qwen3_dist.expert_placement import ExpertPlacement, Placements
 from qwen3_dist.launch.base import Executor
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
 _WORTH_MOVING = 0.95  # a new placement must have less than this share of the old one's imbalance
-_POLL_S = 0.01  # between two questions to the ranks whether they have read their experts
 
-Outcome = list[int] | CheckpointError  # the layers that changed, or why a layer could not be moved
+Outcome = list[int] | QwenDistError  # the layers that changed, or why a layer could not be moved
 Done = Callable[[Outcome], None]
 
 
@@ -43,7 +43,7 @@ class _Move:
 
     layer: int
     placement: ExpertPlacement
-    deadline: float
+    reading: RankWork
 
 
 class ExpertBalance:
@@ -58,7 +58,6 @@ class ExpertBalance:
         self._next_s = time.monotonic() + (self._period_s or 0)
         self._rebalances: deque[_Rebalance] = deque()
         self._move: _Move | None = None
-        self._next_poll_s = 0.0
 
     def restart(self, config: EngineConfig, placements: Placements) -> None:
         """Tells that the ranks count from 0 again, in what layout and where experts lie, and that what was going on
@@ -87,8 +86,7 @@ class ExpertBalance:
                 self.begin(_log_failure)
         elif self._move is None:
             self._judge_next(self._rebalances[0])
-        elif time.monotonic() >= self._next_poll_s:
-            self._next_poll_s = time.monotonic() + _POLL_S
+        else:
             self._go_on(self._move, self._rebalances[0])
 
     def begin(self, done: Done) -> None:
@@ -107,9 +105,9 @@ class ExpertBalance:
         self.begin(answers.append)
         while not answers:
             self.tick()
-            time.sleep(0.0 if self._move is None else _POLL_S / 10)
+            time.sleep(0.0 if self._move is None else POLL_S / 10)
         [answer] = answers
-        if isinstance(answer, CheckpointError):
+        if isinstance(answer, QwenDistError):
             raise answer
         return answer
 
@@ -133,8 +131,16 @@ class ExpertBalance:
         placement = self._better_placement(layer, rebalance.load)
         if placement is not None:
             self._executor.call("prepare_experts", layer, placement)
-            self._move = _Move(layer, placement, time.monotonic() + self._config.start_timeout_s)
-            self._next_poll_s = time.monotonic() + _POLL_S
+            timeout_s = self._config.start_timeout_s
+
+            def too_late(ranks: str) -> QwenDistError:
+                return CheckpointError(
+                    f"the experts of layer {layer} were not moved: {ranks} did not read them within {timeout_s:g} s"
+                )
+
+            self._move = _Move(
+                layer, placement, RankWork(self._executor, "experts_arrived", timeout_s, too_late)
+            )
 
     def _better_placement(self, layer: int, load: ExpertLoad) -> ExpertPlacement | None:
         """The best placement for the load since the layer was last judged; None if it is not worth a move."""
@@ -152,19 +158,12 @@ class ExpertBalance:
 
     def _go_on(self, move: _Move, rebalance: _Rebalance) -> None:
         """Makes the ranks switch if all have read their experts, or drop them if one could not."""
-        answers = self._executor.call("experts_arrived")
-        failed = next((answer for answer in answers if isinstance(answer, CheckpointError)), None)
-        if failed is None and not all(answers) and time.monotonic() > move.deadline:
-            late = [rank for rank, arrived in enumerate(answers) if not arrived]
-            failed = CheckpointError(
-                f"the experts of layer {move.layer} were not moved: ranks {late} did not read theirs within "
-                f"{self._config.start_timeout_s:g} s"
-            )
-        if failed is not None:
+        arrived = move.reading.poll()
+        if isinstance(arrived, QwenDistError):
             self._move = None
             self._executor.call("drop_experts")
-            self._rebalances.popleft().done(failed)
-        elif all(answers):
+            self._rebalances.popleft().done(arrived)
+        elif arrived:
             self._executor.call("move_experts")
             self._move = None
             self._placements[move.layer] = move.placement
@@ -172,5 +171,5 @@ class ExpertBalance:
 
 
 def _log_failure(answer: Outcome) -> None:
-    if isinstance(answer, CheckpointError):
+    if isinstance(answer, QwenDistError):
         _log.warning("%s; they stay where they are", answer)

@@ -12,6 +12,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights.adapter_files import open_adapters, with_digests
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.source import commit_of
+from qwen3_dist.weights.version_files import with_digest
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
 
 def pinned(config: EngineConfig, path: Path, model_config: ModelConfig) -> EngineConfig:
     """The config with the exact commit at `path`, so that ranks on all hosts load the same files, and with digests of
-    the adapters. Raises CheckpointError if an adapter cannot be read."""
+    the adapters and of the weights that take the place of the model's. Raises CheckpointError if an adapter or weights
+    cannot be used."""
     commit = commit_of(config.model, path)
     revision = config.revision if commit is None else commit
-    return replace(config, revision=revision, lora=with_digests(config.lora, model_config))
+    weights = with_digest(config.weights, model_config, config.hf_overrides)
+    return replace(config, revision=revision, lora=with_digests(config.lora, model_config), weights=weights)

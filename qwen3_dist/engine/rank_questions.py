@@ -11,9 +11,12 @@ from typing import TypeVar
 from qwen3_dist.engine.engine import Engine
 from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.engine.rank_pace import RankPace
+from qwen3_dist.engine.weight_changes import WeightsLoaded
 from qwen3_dist.errors import QwenDistError
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.weights.adapter_files import with_digests
+from qwen3_dist.weights.version_files import with_digest
+from qwen3_dist.weights_version import WeightsVersion
 
 T = TypeVar("T")
 Answered = Callable[[T | QwenDistError], None]
@@ -53,4 +56,31 @@ class RankQuestions(ABC):
             known = self._engine.config.lora
             read = await asyncio.to_thread(with_digests, adapters, self._engine.model_config, known, again)
             if read != known:
-                await self._ask(partial(self._engine.adapters.begin, read))
+                await self._ask(partial(self._engine.changes.adapters.begin, read))
+
+    async def use_weights(self, weights: WeightsVersion, keep_cache: bool = False) -> WeightsLoaded:
+        """Gives all ranks `weights` in place of those that they have. Sequences wait meanwhile, and go on with the new
+        weights: their KV is computed anew, unless it is to be kept. The prefix cache is empty afterwards. While the
+        engine sleeps, the weights are only checked, and loaded when it wakes.
+
+        Raises CheckpointError or ResourceError if a rank cannot load them; then everything stays as it is.
+        """
+        engine = self._engine
+        arguments = (weights, engine.model_config, engine.config.hf_overrides)
+        read = await asyncio.to_thread(with_digest, *arguments)
+        return await self._ask(partial(engine.changes.weights.replace, read, keep_cache))
+
+    @property
+    def asleep(self) -> int:
+        """The level of sleep; 0: awake."""
+        return self._engine.changes.weights.asleep
+
+    async def sleep(self, level: int = 1) -> None:
+        """Gives up the memory of the KV cache and, on a GPU, moves the weights to host memory; at level 2 weights are
+        dropped. Sequences wait until `wake`."""
+        await self._ask(partial(self._engine.changes.weights.sleep, level))
+
+    async def wake(self) -> None:
+        """Ends `sleep`; sequences compute their KV anew. Raises CheckpointError or ResourceError if weights that were
+        dropped cannot be loaded again; then the engine sleeps on."""
+        await self._ask(self._engine.changes.weights.wake)

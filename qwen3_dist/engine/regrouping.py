@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.grouping import goes_without, grouping_without
@@ -14,7 +15,6 @@ from qwen3_dist.errors import EngineDeadError, QwenDistError
 from qwen3_dist.expert_placement import Placements
 from qwen3_dist.launch import Executor, Grouping
 from qwen3_dist.launch.base import names
-from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
@@ -92,11 +92,10 @@ class Regrouping:
         absent = tuple(sorted(self._absent(self._running)))
         return Absence(str(self._configured.layout), absent, self._reason) if absent else None
 
-    def use_adapters(self, adapters: LoraAdapters) -> None:
-        """Has ranks that start from now on load `adapters`. Those that are on their way start again."""
-        self._configured = replace(self._configured, lora=adapters)
-        config = replace(self._running.config, lora=adapters)
-        self._running = replace(self._running, config=config)
+    def adopt(self, **changed: Any) -> None:
+        """Has ranks that start from now on load by `changed` settings. Those that are on their way start again."""
+        self._configured = replace(self._configured, **changed)
+        self._running = replace(self._running, config=replace(self._running.config, **changed))
         if self._invited is not None:
             self._executor.dismiss()
             self._invited, self._next_s = None, 0.0

@@ -20,12 +20,12 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import insort
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
 from qwen3_dist.engine.request_queue import scheduling_key
+from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.slot_shares import SlotShares
 from qwen3_dist.protocol.outputs import TokenLogprob
@@ -36,20 +36,6 @@ from qwen3_dist.protocol.step_plan import LAST_SAMPLED, SampleSpec, SequenceStep
 # A step with draft tokens has at most this many times `free_tokens`; beyond that, hardly any draft token pays.
 _MAX_DRAFT_STEP_FACTOR = 8
 _KEPT_FREE = 100  # one block in so many stays free for running sequences when a new one is admitted
-
-
-@dataclass
-class SchedulerCounts:
-    """Totals since the start."""
-
-    steps: int = 0
-    scheduled_sequences: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    drafted_tokens: int = 0  # that were verified
-    accepted_tokens: int = 0
-    generation_tokens: int = 0  # sampled and kept
 
 
 class Advance(NamedTuple):
@@ -121,6 +107,13 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def forget_cache(self, keep_running: bool) -> None:
+        """Empties the prefix cache. Running sequences compute their KV anew unless they are to keep it. No step may be
+        in flight."""
+        while self.running and not keep_running:
+            self._preempt(self.running[-1])
+        self.blocks.forget_contents(self.running)
 
     def schedule(self) -> StepPlan | None:
         """Plans the next step and allocates its blocks; None if there is nothing to do before the next result."""

@@ -32,12 +32,17 @@ def finalize(model: Qwen3Model, int8: bool = False) -> None:
     `int8` quantizes the weights of all products except the routers. Layers are converted one by one, so that memory
     holds little more than the weights.
     """
+    finalize_head(model, int8)
+    convert_blocks(model.blocks, int8)
+    fuse(model)
+
+
+def finalize_head(model: Qwen3Model, int8: bool = False) -> None:
+    """Converts the weights of the output head, which a tied embedding shares unless they are int8."""
     if model.parallel.pipeline.is_last:
         model.out_head.finalize(int8)
         if model.config.tie_word_embeddings and not int8:
             model.tok_emb.share(model.out_head.weights)
-    _convert(model.blocks, int8)
-    fuse(model)
 
 
 def fuse(model: Qwen3Model) -> None:
@@ -55,11 +60,12 @@ def finalize_blocks(
 ) -> StageKernels | None:
     """Finalizes some blocks. `head` is the finalized head after them, if any. Returns fused kernels of all blocks, or
     None."""
-    _convert(blocks, int8)
+    convert_blocks(blocks, int8)
     return _fuse_blocks(blocks, ops, head)
 
 
-def _convert(blocks: Sequence[TransformerBlock], int8: bool) -> None:
+def convert_blocks(blocks: Sequence[TransformerBlock], int8: bool) -> None:
+    """Converts the weights of some blocks."""
     for block in blocks:
         for weights in _products(block):
             weights.finalize(int8)
@@ -82,6 +88,22 @@ def _products(block: TransformerBlock) -> Iterator[Products | Experts]:
         yield block.ff.experts
     else:
         yield from (block.ff.gate_up, block.ff.fc3)
+
+
+def tensors_of_block(block: TransformerBlock) -> list[Tensor]:
+    """All tensors of a finalized block's weights, without adapters, in an order that its form decides."""
+    tensors = [parameter.data for parameter in block.parameters()]
+    for products in _products(block):
+        tensors += products.weights.tensors
+    if isinstance(block.ff, MoEFeedForward):
+        tensors += block.ff.gate.weights.tensors
+    return tensors
+
+
+def tensors_beside_blocks(model: Qwen3Model) -> list[Tensor]:
+    """As `tensors_of_block`, of what a finalized model has beside its blocks: embedding, last norm, head."""
+    tensors = [p.data for name, p in model.named_parameters() if not name.startswith("blocks.")]
+    return tensors + [*model.out_head.weights.tensors] if model.parallel.pipeline.is_last else tensors
 
 
 def _parts(block: TransformerBlock) -> BlockParts:

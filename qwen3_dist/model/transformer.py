@@ -25,6 +25,7 @@ from qwen3_dist.ops.base import Ops
 from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.send_plan import OverflowFlag
+from qwen3_dist.weights_version import WeightsVersion
 
 # Of x [T, D], cos, sin [T, d], the cache and the batch: hidden states and logits as `Qwen3Model.stage` returns them,
 # or None for a batch that the kernels do not take.
@@ -38,6 +39,7 @@ class Qwen3Model(nn.Module):
     whole_stage: Stage | None = None  # all blocks in one call, where the Ops has that
     kv_cache_dtype: torch.dtype | None = None  # None: the activations'
     adapter_files: Sequence[Any] = ()  # what was read for each place, from which experts that move get theirs
+    weights: WeightsVersion | None = WeightsVersion()  # None: a part of them at most was loaded
     adapters = LoraAdapters()  # whose weights the first places of each `LowRank` have; others may follow them
 
     def __init__(

@@ -54,6 +54,16 @@ class LinearWeights:
 
     parts: tuple[Matrix, ...]
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the parts."""
+        return tuple(
+            tensor
+            for part in self.parts
+            for tensor in (part.weight, part.scale, part.bias, part.zero, part.order)
+            if tensor is not None
+        )
+
 
 @dataclass(frozen=True)
 class ExpertWeights:

@@ -8,6 +8,8 @@ mappings in a memory file, which other processes of the same user find among its
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import mmap
 import os
 import re
@@ -35,6 +37,21 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     _ledger.add(size)
     weakref.finalize(memory, _ledger.remove, size, os.getpid()).atexit = False
     return torch.frombuffer(memory, dtype=dtype).view(*shape)  # keeps the mapping
+
+
+def give_back(tensor: Tensor) -> None:
+    """Gives the pages of a CPU tensor's storage back to the kernel. The tensor keeps its address, and loses its
+    contents; pages come again, zeroed, when they are used."""
+    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
+    first = -(-storage.data_ptr() // page) * page
+    size = (storage.data_ptr() + storage.nbytes()) // page * page - first
+    if size > 0 and sys.platform == "linux":
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def promised_bytes() -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
@@ -33,6 +33,34 @@ from qwen3_dist.weights.rounding import read_rounded
 from qwen3_dist.weights.weight_plan import WeightPlan
 
 
+@dataclass(frozen=True)
+class UnloadedModel:
+    """A rank's shard on the meta device, and the `pieces` of `files` that fill it, at random without files."""
+
+    model: Qwen3Model
+    pieces: list[Piece]
+    files: CheckpointFiles | None
+
+    def load(
+        self, modules: Iterable[nn.Module], device: torch.device, advance: Callable[[int], None]
+    ) -> None:
+        """Loads the own parameters of some of the model's modules, whose padding is zero. `advance` is called with
+        numbers of bytes."""
+        parameters = _materialise(self.model, modules, device)
+        pieces = [piece for piece in self.pieces if piece.parameter in parameters and not piece.is_empty]
+        _read_all(self.files, pieces, parameters, advance)
+        filled = {piece.parameter for piece in pieces}
+        unfilled = [name for name in parameters if name not in filled and not _may_be_padding(name)]
+        assert not unfilled, f"no rule fills {unfilled}"
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that `load` fills in all modules together."""
+        parameters = dict(self.model.named_parameters())
+        filled = [piece for piece in self.pieces if not piece.is_empty]
+        return sum(parameters[piece.parameter][piece.place].nbytes for piece in filled)
+
+
 def load_model(
     path: Path,
     config: ModelConfig,
@@ -44,11 +72,38 @@ def load_model(
     placements: Placements | None = None,
     ops: Ops | None = None,
 ) -> Qwen3Model:
-    """Builds this rank's shard on `device`. Padding is zero. With `random`, weights need no checkpoint. `ops` are by
-    default those of `choose_ops`.
+    """Builds this rank's shard on `device`. With `random`, weights need no checkpoint. `ops` are by default those of
+    `choose_ops`. Raises what `open_model` raises."""
+    ops = ops or choose_ops(device, dtype)
+    unloaded = open_model(path, config, parallel, dtype, ops, random, placements)
+    unloaded.load(unloaded.model.modules(), device, counting(progress, unloaded.num_bytes))
+    return unloaded.model
 
-    Raises CheckpointError with the names of tensors that are missing, left over or do not have the shape of `config`.
-    """
+
+def counting(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """What adds up numbers of bytes of `total`, and reports them."""
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
+    return advance
+
+
+def open_model(
+    path: Path,
+    config: ModelConfig,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    ops: Ops,
+    random: bool = False,
+    placements: Placements | None = None,
+) -> UnloadedModel:
+    """Checks this rank's part of the checkpoint at `path`, by the headers of its files. Raises CheckpointError with
+    the names of tensors that are missing, left over or do not have the shape of `config`."""
     files = None if random else CheckpointFiles(path)
     if (
         files and files.is_headless
@@ -62,26 +117,10 @@ def load_model(
     if files:
         for piece in pieces:
             check_tensor(files, piece)
-    ops = ops or choose_ops(device, dtype)
     with torch.device("meta"):
         model = Qwen3Model(config, parallel, ops, placements).to(dtype).eval().requires_grad_(False)
     _hold_codes(model, pieces)
-    parameters = _materialise(model, device)
-    pieces = [piece for piece in pieces if not piece.is_empty]
-    total = sum(parameters[piece.parameter][piece.place].nbytes for piece in pieces)
-    done = 0
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        if progress:
-            progress(done, total)
-
-    _read_all(files, pieces, parameters, advance)
-    filled = {piece.parameter for piece in pieces}
-    unfilled = [name for name in parameters if name not in filled and not _may_be_padding(name)]
-    assert not unfilled, f"no rule fills {unfilled}"
-    return model
+    return UnloadedModel(model, pieces, files)
 
 
 class ExpertReader:
@@ -211,16 +250,18 @@ def _hold_codes(model: Qwen3Model, pieces: Sequence[Piece]) -> None:
             held.add(piece.parameter)
 
 
-def _materialise(model: Qwen3Model, device: torch.device) -> dict[str, Tensor]:
-    """Allocates zeroed storage for all meta parameters. Tied parameters share theirs. Returns the tensors by name."""
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
+def _materialise(model: Qwen3Model, modules: Iterable[nn.Module], device: torch.device) -> dict[str, Tensor]:
+    """Allocates zeroed storage for the own meta parameters of `modules`. Tied parameters share theirs. Returns the
+    tensors by their names in `model`."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
         for name, old in module.named_parameters(recurse=False):
             if id(old) not in made:
                 storage = zeros(old.shape, old.dtype, device)
-                made[id(old)] = torch.nn.Parameter(storage, requires_grad=False)
+                made[id(old)] = nn.Parameter(storage, requires_grad=False)
             setattr(module, name, made[id(old)])
-    return {name: parameter.data for name, parameter in model.named_parameters()}
+    new = {*map(id, made.values())}
+    return {name: each.data for name, each in model.named_parameters() if id(each) in new}
 
 
 def _may_be_padding(name: str) -> bool:

@@ -4,9 +4,8 @@ steps they replace the experts that leave. The engine's side is `engine/expert_b
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +18,7 @@ from qwen3_dist.model.feed_forward import MoEFeedForward, PreparedMove
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.transfer import on_device
 from qwen3_dist.weights.loader import ExpertReader
+from qwen3_dist.worker.background import on_stream
 
 
 class ExpertMoves:
@@ -142,15 +142,3 @@ class ExpertReadThread(threading.Thread):
     def _check_dropped(self, size: int) -> None:
         if self.dropped.is_set():
             raise _DroppedError
-
-
-@contextlib.contextmanager
-def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Makes copies to the GPU run on `stream`, concurrently with steps, and waits for them at the end. None: no
-    GPU."""
-    if stream is None:
-        yield
-        return
-    with torch.cuda.stream(stream):
-        yield
-        stream.synchronize()

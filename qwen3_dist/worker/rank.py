@@ -30,12 +30,14 @@ from qwen3_dist.protocol.messages import (
 )
 from qwen3_dist.weights.lora_loader import load_adapters
 from qwen3_dist.weights.source import resolve_model
+from qwen3_dist.weights.version_files import directory_of
 from qwen3_dist.worker.regroup import keeps_its_part, regroup
 from qwen3_dist.worker.rendezvous import Joined, join
 from qwen3_dist.worker.runner import ModelRunner
 from qwen3_dist.worker.shard import count_blocks, held_bytes, load_shard
 from qwen3_dist.worker.status_thread import StatusThread
 from qwen3_dist.worker.step_loop import Activity, run_steps
+from qwen3_dist.worker.weight_change import open_weights
 
 _PROGRESS_PERIOD_S = 0.1
 _END_WAIT_S = 5.0  # the engine ends all ranks within this time after one has failed
@@ -91,6 +93,10 @@ class _Rank:
                 config, placements = self.spec.config, self.spec.placements
                 model = load_shard(config, path, placements, joined.parallel, joined.device, report)
                 blocks = count_blocks(config, model, joined.memory)
+            elif model.weights != self.spec.config.weights:  # it was lost or joined while they changed
+                self.activity.description = "loading weights"
+                config = self.spec.config
+                open_weights(config.weights, model, config, path).load(_report_to(channel))
             if model.adapters != self.spec.config.lora:  # it was lost or joined while they changed
                 load_adapters(self.spec.config.lora, model)
             channel.send(Loaded(blocks))
@@ -110,10 +116,11 @@ class _Rank:
                 joined = replace(again, parallel=joined.parallel)
                 for moe in model.moe_layers.values():
                     moe.reset_counts()  # as in the new rank
-            elif keeps_its_part(model, again.parallel):
+            elif keeps_its_part(model, again.parallel) and model.weights == again.spec.config.weights:
                 self.activity.description = "loading experts"
-                random, report = again.spec.config.load_format == "random", _report_to(channel)
-                regroup(model, again.parallel, again.spec.placements, path, random, report)
+                random, report = again.spec.config.has_random_weights, _report_to(channel)
+                files = directory_of(model.weights, path)
+                regroup(model, again.parallel, again.spec.placements, files, random, report)
                 joined = replace(again, parallel=model.parallel)
                 blocks = count_blocks(again.spec.config, model, again.memory)
             else:

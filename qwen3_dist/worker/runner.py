@@ -24,6 +24,8 @@ from qwen3_dist.parallel.expert_exchange import uses_all_to_all
 from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.protocol.step_plan import StepPlan, StepResult
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.version_files import directory_of
+from qwen3_dist.weights_version import WeightsVersion
 from qwen3_dist.worker import kv_cache
 from qwen3_dist.worker.adapter_change import AdapterChange
 from qwen3_dist.worker.decode_graphs import DecodeGraphs, can_capture
@@ -34,24 +36,28 @@ from qwen3_dist.worker.sampling.grammar_matcher import Grammars, Matcher
 from qwen3_dist.worker.sampling.prompt_outputs import PromptOutputs
 from qwen3_dist.worker.sampling.sampler import SampledLogprobs
 from qwen3_dist.worker.sampling.sampler_state import Sampled, SamplingState
+from qwen3_dist.worker.sleep import SleepingMemory
 from qwen3_dist.worker.warm_up import StepShapes, explained_failures, warm_up_experts
+from qwen3_dist.worker.weight_change import WeightChange
 
 
 class ModelRunner:
     """One rank's model with its KV cache and the state of running sequences, by slot."""
 
     def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, path: Path) -> None:
-        """`path` is the directory that the model was loaded from."""
+        """`path` is the directory of the model, whose weights may be from elsewhere."""
         self.model = model
         self._config = config
         self._path = path
         self._adapters = AdapterChange(model)
-        self._moves = ExpertMoves(model, path, config.load_format == "random")
+        self._weights = WeightChange(model, config, path)
+        self._moves = self._new_moves()
+        self._asleep: SleepingMemory | None = None
         self._device = model.device
         self._parallel = model.parallel
         self._tp = model.parallel.tp
         self.own_time = OwnTime(model.parallel)
-        graphs = config.cuda_graphs and can_capture(model)
+        self._has_graphs = graphs = config.cuda_graphs and can_capture(model)
         spare = int(graphs or self._device.type == "cuda")  # the spare block, for padding and warm-up
         self._cache = kv_cache.allocate(model, num_blocks + spare, config.block_size)
         self._shapes = StepShapes.of(config, model, num_blocks)
@@ -238,6 +244,54 @@ class ModelRunner:
         """Undoes `prepare_adapters`."""
         self._adapters.drop()
 
+    def open_weights(self, weights: WeightsVersion) -> None:
+        """Starts to check whether these weights fit, while steps go on."""
+        self._weights.open(weights)
+
+    def weights_opened(self) -> bool | QwenDistError:
+        """Whether the weights of `open_weights` fit; the error if they do not."""
+        return self._weights.opened
+
+    def drop_weights(self) -> None:
+        """Undoes `open_weights`."""
+        self._weights.drop()
+
+    def load_weights(self) -> None:
+        """Starts to load the weights of `open_weights` into place. No step may run until they are there."""
+        self._weights.load()
+
+    def weights_loaded(self) -> bool | QwenDistError:
+        """Whether the weights of `load_weights` are there; the error if they cannot be loaded."""
+        return self._weights.loaded
+
+    def finish_weights(self) -> int:
+        """Ends `load_weights`. Returns the bytes that were loaded."""
+        self._moves = self._new_moves()
+        return self._weights.finish()
+
+    def _new_moves(self) -> ExpertMoves:
+        """Moves of experts, which are read from the files of the weights of now."""
+        weights, config = self.model.weights or self._config.weights, self._config
+        random = config.load_format == "random" and not weights.path
+        return ExpertMoves(self.model, directory_of(weights, self._path), random)
+
+    def sleep(self, level: int) -> None:
+        """Gives the memory of the KV cache up, and that of the weights as `SleepingMemory` says. No step may run until
+        `wake`."""
+        self._graphs = None
+        self._asleep = SleepingMemory(self.model, self._cache, level)
+
+    @torch.inference_mode()
+    def wake(self) -> None:
+        """Takes the memory again. After level 2 weights must be loaded before `wake_graphs`."""
+        assert self._asleep is not None, "sleep comes first"
+        self._asleep.wake()
+        self._asleep = None
+
+    def wake_graphs(self) -> None:
+        """Captures the CUDA graphs again, in which memory has other addresses. Every rank must call it."""
+        self._graphs = self._make_graphs() if self._has_graphs else None
+
     @torch.inference_mode()
     def _make_graphs(self) -> DecodeGraphs:
         max_rows = self._shapes.max_num_seqs * (1 + self._shapes.num_drafted)
@@ -245,8 +299,11 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops the CUDA graphs. Call it before process groups are left: NCCL keeps a communicator that a graph has
-        captured."""
+        captured. Takes the memory of a sleeping engine again, and loads no more weights."""
         self._graphs = None
+        self._weights.close()
+        if self._asleep is not None:
+            self.wake()
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step and returns its result, or None where `launch` returns None."""

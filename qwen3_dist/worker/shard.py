@@ -27,6 +27,7 @@ from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.kv_scales import read_kv_scales
 from qwen3_dist.weights.loader import load_model
 from qwen3_dist.weights.lora_loader import load_adapters
+from qwen3_dist.weights.version_files import directory_of, require_unchanged
 from qwen3_dist.worker import kv_cache
 
 
@@ -63,18 +64,21 @@ def load_shard(
     device: torch.device,
     progress: Progress | None,
 ) -> Qwen3Model:
-    """Loads this rank's part of the checkpoint at `path`, with experts placed by `placements`, and finalizes it."""
+    """Loads this rank's part of the checkpoint at `path`, or of what `config` has in place of its weights, with
+    experts placed by `placements`, and finalizes it."""
     model_config = ModelConfig.from_directory(path, config.hf_overrides).rounded(config.quantize)
-    (dtype, kept), random = torch_dtypes(config, model_config), config.load_format == "random"
+    (dtype, kept), random = torch_dtypes(config, model_config), config.has_random_weights
     tp = parallel.tp.size
     groups = kv_groups_per_rank(model_config.n_kv_groups, tp)
     sizes = (model_config.n_heads // tp, groups, model_config.head_dim, config.block_size)
     attention = AttentionShape(*sizes, kept)
     ops = deterministic_ops(device, dtype) if parallel.deterministic else choose_ops(device, dtype, attention)
-    model = load_model(path, model_config, parallel, dtype, device, progress, random, placements, ops)
-    model.kv_cache_dtype = kept
+    require_unchanged(config.weights)
+    files = directory_of(config.weights, path)
+    model = load_model(files, model_config, parallel, dtype, device, progress, random, placements, ops)
+    model.weights, model.kv_cache_dtype = config.weights, kept
     if kept == CODES and model_config.quantization is not None and not random:
-        read_kv_scales(model, CheckpointFiles(path))
+        read_kv_scales(model, CheckpointFiles(files))
     finalize(model, int8=config.quantize == "int8")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # frees what finalizing the weights left in torch's allocator, for the KV cache

@@ -24,6 +24,7 @@ from serve_app.ingress.metrics import IngressMetrics
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.peers import Peers
 from serve_app.ingress.reload import Reload, ReloadBody, parse_reload
+from serve_app.ingress.weight_changes import SleepBody, WakeBody, WeightChanges, WeightsBody
 from serve_app.metrics.exposition import CONTENT_TYPE
 
 METRICS = "/metrics"
@@ -40,6 +41,7 @@ class ClusterRoutes:
     _admission: Admission
     _reload: Reload
     _adapters: AdapterChanges
+    _weights: WeightChanges
     metrics_of_http: IngressMetrics
 
     def __init__(self) -> None:
@@ -147,6 +149,21 @@ class ClusterRoutes:
         """Each replica in turn leaves and is replaced; its requests go on elsewhere. Answers when this has begun."""
         name = parse_reload(await _admin_body(request))
         return json_response(await self._reload.begin(self._routes.find(name)))
+
+    @api.post("/v1/cluster/weights", **route("Loads other weights into a running model", WeightsBody))
+    async def weights(self, request: Request) -> Response:
+        """Requests that run wait, and go on with the new weights. Answers when all replicas have them. Until the next
+        `deploy`, which brings back what its file says."""
+        return json_response(await self._weights.load(await _admin_body(request)))
+
+    @api.post("/v1/cluster/sleep", **route("Puts a model to sleep: its memory is given up", SleepBody))
+    async def sleep(self, request: Request) -> Response:
+        """Requests that run wait until the model wakes, new ones are answered 503."""
+        return json_response(await self._weights.sleep(await _admin_body(request)))
+
+    @api.post("/v1/cluster/wake", **route("Wakes a model that was put to sleep", WakeBody))
+    async def wake(self, request: Request) -> Response:
+        return json_response(await self._weights.wake(await _admin_body(request)))
 
     @api.post("/v1/load_lora_adapter", **route("vLLM: loads a LoRA adapter", LoadLoraBody))
     async def load_lora_adapter(self, request: Request) -> Response:

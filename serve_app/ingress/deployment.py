@@ -54,12 +54,14 @@ from serve_app.ingress.http import (
     route_path,
 )
 from serve_app.ingress.keep_alive import KeepAliveStream, headers_after_s
+from serve_app.ingress.live_changes import LiveChanges
 from serve_app.ingress.metrics import IngressMetrics, read_routes
 from serve_app.ingress.model_routes import ModelRoutes
 from serve_app.ingress.peers import Peers, Told
 from serve_app.ingress.reload import Reload
 from serve_app.ingress.sending import CHUNK_BYTES, EventStream, LargeResponse
 from serve_app.ingress.shared_responses import SharedResponses
+from serve_app.ingress.weight_changes import WeightChanges
 from serve_app.metrics.definitions import SEQUENCES_IN_FLIGHT, SEQUENCES_LIMIT
 from serve_app.metrics.values import Snapshot, Values
 from serve_app.settings import REPLICA, IngressConfig, IngressSettings, ServedModel
@@ -89,7 +91,9 @@ class Ingress(ClusterRoutes):
         self._process = f"{context.deployment}#{ingress}"
         self._peers = Peers(lambda: deployment_handle(context.deployment, context.app_name), ingress)
         self._reload = Reload(self._peers)
-        self._adapters = AdapterChanges(self._routes, self._peers)
+        changes = LiveChanges(self._routes, self._peers)
+        self._adapters = AdapterChanges(self._routes, changes)
+        self._weights = WeightChanges(self._routes, changes)
         self._stored = SharedStore(0, 0.0)
         self._shared = SharedResponses(self._stored, self._peers)
         self.metrics_of_http = IngressMetrics(self._ask_metrics, self._read_state, ingress)
@@ -235,6 +239,7 @@ class Ingress(ClusterRoutes):
             if isinstance(request, GenerationRequest):
                 request = with_identity(request, access_record(http_request.scope).request_id)
             model = self._routes.find(request.model)
+            model.require_awake()
             if isinstance(request, GenerationRequest):
                 model.queue(len(body))
             admitted.count(request.num_sequences)

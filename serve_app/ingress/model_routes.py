@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
@@ -20,7 +21,7 @@ from serve_app.ingress.replica_health import ANSWER_TIMEOUT_S, Poll, ReplicaHeal
 from serve_app.ingress.replica_table import ReplicaTable
 from serve_app.settings import IngressConfig, IngressSettings, ServedModel
 
-State = Literal["starting", "ready", "asleep", "unhealthy"]
+State = Literal["starting", "ready", "asleep", "sleeping", "unhealthy"]
 _ANSWER_TIMEOUT_S = 5.0
 _BYTES_OF_TOKEN = 4  # of a body, about
 
@@ -59,12 +60,21 @@ class ModelRoute:
     @property
     def state(self) -> State:
         """Ready if a replica was healthy at the last poll, unhealthy if one ever was and none is now. A model that may
-        have no replica is asleep instead: the next request starts one."""
+        have no replica is asleep instead: the next request starts one. One that was put to sleep is sleeping."""
         if self.health.num_healthy:
-            return "ready"
+            return "sleeping" if self.model.asleep else "ready"
         if not self.model.min_replicas:
             return "asleep"
         return "unhealthy" if self.health.was_healthy else "starting"
+
+    def require_awake(self) -> None:
+        """Raises RequestError (503) if the model was put to sleep."""
+        if self.model.asleep:
+            raise RequestError(
+                f"{self.model.name!r} was put to sleep; POST /v1/cluster/wake wakes it",
+                param="model",
+                status=HTTPStatus.SERVICE_UNAVAILABLE,
+            )
 
     def capacity(self) -> int:
         """Sequences in flight that the replicas take together, or the one that the next request starts."""

@@ -44,7 +44,7 @@ class Progress:
         added = max(0, item.tokens - self.charged)
         self.charged += added
         resume = self.resume
-        resume.model = resume.model or item.model
+        resume.model = item.model or resume.model  # weights may change while an answer is generated
         if item.sent:
             resume.add(item.sent)
             self.progressed = True

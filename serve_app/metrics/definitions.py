@@ -140,6 +140,11 @@ LORA_REQUESTS = _gauge(
     "Adapters of running and waiting requests; the value is the Unix time of the reading.",
     *("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
 )
+SLEEP_STATE = _gauge(
+    "engine_sleep_state",
+    "1 for the state that the engine is in, else 0: awake, weights_offloaded (sleep level 1), discard_all (level 2).",
+    "sleep_state",
+)
 
 # This project's, of a replica.
 _counter, _gauge, _histogram = (_defining(kind, True) for kind in ("counter", "gauge", "histogram"))
@@ -148,6 +153,9 @@ STEPS = _counter("steps", "Steps of the engine.")
 RANK_REPLACEMENTS = _counter("rank_replacements", "Lost ranks that others replaced, without a reload.")
 RANKS_ABSENT = _gauge("ranks_absent", "Ranks without which the engine runs, since no others can be had.")
 REPEATED_STEPS = _counter("repeated_steps", "Steps run again because an all-to-all's capacity overflowed.")
+WEIGHTS = _gauge(
+    "weights_info", "The version of the weights, empty for the model's own; always 1.", "version"
+)
 STEP_SEQUENCES = _counter("step_sequences", "Sequences in all steps; over steps it is the mean batch size.")
 STEP_TOKENS = _counter("step_tokens", "Tokens in all steps: of prompts, decodes and drafts.")
 LAST_STEP_SEQUENCES = _gauge("last_step_sequences", "Sequences in the last step.")

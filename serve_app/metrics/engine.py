@@ -76,6 +76,10 @@ class EngineMetrics:
         values.set(names.WIRE_BYTES, stats.pipeline_bytes, "pipeline")
         values.set(names.RANK_WAIT, stats.wait_for_requests_s, "requests")
         values.set(names.RANK_WAIT, stats.wait_for_engine_s, "engine")
+        values.forget(names.WEIGHTS)
+        values.set(names.WEIGHTS, 1.0, self._engine.config.weights.version)
+        for level, state in enumerate(("awake", "weights_offloaded", "discard_all")):
+            values.set(names.SLEEP_STATE, float(self._engine.asleep == level), state)
         adapters = self._engine.config.lora.names
         if adapters:
             running, waiting = self._engine.adapters_in_use()

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from http import HTTPStatus
@@ -23,7 +23,6 @@ from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.errors import EngineDeadError, ParallelLayoutError, QwenDistError
 from qwen3_dist.gc_utils import freeze_gc_heap
 from qwen3_dist.layout import Layout, nearest_layout
-from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
 from qwen3_dist.text.tokenizer import read_generation_defaults
@@ -36,7 +35,8 @@ from serve_app.failures import log_internal_error
 from serve_app.metrics.engine import EngineMetrics
 from serve_app.metrics.ray_export import RayPush
 from serve_app.metrics.values import Snapshot
-from serve_app.replica.description import describe_load, describe_ranks
+from serve_app.replica.changes import ChangesAsItRuns
+from serve_app.replica.description import describe_load, describe_ranks, describe_weights
 from serve_app.replica.load import shares_of_targets
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
@@ -56,7 +56,7 @@ _PACE_TIMEOUT_S = 0.5  # the ranks answer between two steps
 _FLUSH_S = 0.1  # for gRPC's threads to send the last messages
 
 
-class EngineReplica:
+class EngineReplica(ChangesAsItRuns):
     """One engine. Construction loads the model.
 
     While the ranks of the engine change, requests that it ran are answered 503, so that another replica goes on with
@@ -75,9 +75,10 @@ class EngineReplica:
         configure_logs(live.telemetry, self._process)
         self._targets = live.targets
         self._num_answering = 0
-        self._adapter_problem = ""
         self._engine = AsyncEngine(
-            replace(settings.engine, lora=live.lora), parts_per_s=settings.parts_per_s, on_death=self._die
+            replace(settings.engine, lora=live.lora, weights=live.weights),
+            parts_per_s=settings.parts_per_s,
+            on_death=self._die,
         )
         logger.info("the engine is ready on %s", self._engine.backends)
         logger.info("its collectives: %s", self._engine.collectives)
@@ -105,9 +106,7 @@ class EngineReplica:
         configure_logs(telemetry, self._process)
         trace_to(telemetry.traces_url, self._process)
         self._handler.log_requests = telemetry.log_requests
-        if problem := await self.use_adapters(str(live.lora)):
-            logger.error("the adapters stay as they are: %s", problem)
-        self._adapter_problem = problem
+        await self._take_up(live)
 
     async def answer(
         self,
@@ -189,16 +188,6 @@ class EngineReplica:
             except EngineDeadError as error:
                 yield failed(error)
 
-    async def use_adapters(self, lora: str, again: Collection[str] = ()) -> str:
-        """Has the engine use the adapters `lora`, and read again the files of those whose names are in `again`.
-        Returns why it cannot; "" if it does."""
-        try:
-            await self._engine.recovered()
-            await self._engine.use_adapters(LoraAdapters.parse(lora), again)
-        except QwenDistError as error:
-            return str(error)
-        return ""
-
     async def stats(self) -> EngineStats:
         """The engine's current load and counters."""
         return self._engine.stats()
@@ -223,9 +212,10 @@ class EngineReplica:
         return {
             "id": serve.get_replica_context().replica_id.unique_id,
             "healthy": not problem,
-            "message": problem or self._adapter_problem or str(absence or ""),
+            "message": problem or self._live_problem or str(absence or ""),
             **view,
             "adapters": self._engine.config.lora.names,
+            **describe_weights(self._engine),
             "absence": asdict(absence) if absence else None,
             "recoveries": [asdict(each) for each in self._engine.recoveries[-_RECOVERIES_TOLD:]],
             "slowest_rank": {"rank": pace.slowest, "excess": pace.excess} if pace else None,

@@ -40,3 +40,12 @@ def describe_load(engine: AsyncEngine) -> dict[str, Any]:
         "steps": stats.steps,
         "step_age_s": engine.step_age_s,
     }
+
+
+def describe_weights(engine: AsyncEngine) -> dict[str, Any]:
+    """The version and directory of the engine's weights, null for the model's own, and its level of sleep."""
+    weights = engine.config.weights
+    return {
+        "weights": {"version": weights.version or None, "path": weights.path or None},
+        "asleep": engine.asleep,
+    }

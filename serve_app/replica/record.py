@@ -36,7 +36,8 @@ class RequestRecord:
     params: SamplingParams | None = None
     usage: Usage | None = None
     sent: Sent = ()  # what the stream's last item adds to what the client has
-    fingerprint: str = ""  # of the checkpoint
+    fingerprint: str = ""  # of the checkpoint and of the adapter, which is that of the first token
+    adapter: str = ""  # its digest
     watches: list[PromptWatch] = field(default_factory=list)
     ended: bool = False  # whether the answer's next part is its last
     failed: bool = False

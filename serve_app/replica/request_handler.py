@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ from serve_app.apis.shared.resume import Resume, Sent
 from serve_app.apis.tokens import TextRequest
 from serve_app.failures import log_internal_error
 from serve_app.metrics.requests import RequestMetrics
+from serve_app.replica.merging import merge
 from serve_app.replica.pooling import pool
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.resuming import check_model, replay, resumed, sent_of
@@ -230,7 +231,8 @@ class RequestHandler:
             )
         name, lora = self._model_and_adapter(request.model)
         record.model, record.params, record.stream = name, params, request.stream
-        record.fingerprint = self._fingerprint + self._engine.config.lora.digest(lora)
+        record.adapter = self._engine.config.lora.digest(lora)
+        record.fingerprint = self._fingerprint_of(record)
         if resume:
             self._engine.config.lora.number(lora)  # an adapter that is gone is told before the model's change
             check_model(resume, record.fingerprint)
@@ -239,7 +241,15 @@ class RequestHandler:
             self._check_context(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         identity = request.identity or Identity()
         answer = request.answer(
-            AnswerContext(name, self._engine.tokenizer, prompts, params.n, record.request_id, identity)
+            AnswerContext(
+                name,
+                self._engine.tokenizer,
+                prompts,
+                params.n,
+                record.request_id,
+                identity,
+                self._weights_version,
+            )
         )
         record.usage = answer.usage
         if self.log_requests:
@@ -256,6 +266,14 @@ class RequestHandler:
                 answer.begin()
             await asyncio.to_thread(replay, resume, job.show, choices, params)
         return job
+
+    def _fingerprint_of(self, record: RequestRecord) -> str:
+        """What tells what the answer comes from now: weights may change while it is generated."""
+        weights = self._engine.config.weights
+        return f"{self._fingerprint}{weights.digest}{weights.version}{record.adapter}"
+
+    def _weights_version(self) -> str:
+        return self._engine.config.weights.version
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
         """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
@@ -283,7 +301,7 @@ class RequestHandler:
         """A context with the steps of all prompts, interleaved. Choice `i` of prompt `p` has index `p * n + i`."""
         running = [p for p, choices in enumerate(job.choices) if not choices.done]
         streams = [self._prompt_steps(job, p, announce) for p in running]
-        merged = streams[0] if len(streams) == 1 else _merge(streams)
+        merged = streams[0] if len(streams) == 1 else merge(streams)
         try:
             async with aclosing(merged):
                 yield merged
@@ -310,30 +328,10 @@ class RequestHandler:
                     if not step:  # the request is accepted
                         yield _ACCEPTED
                         continue
+                    job.record.fingerprint = self._fingerprint_of(job.record)
                     watch.generated(step)
                     shown = choices.advance(step, lambda index: self._engine.abort(request_id, index))
                     watch.shown(shown, first_index)
                     yield shown, sent_of(step, first_index, needs_scores)
                     if choices.done:
                         return
-
-
-async def _merge(streams: Sequence[Steps]) -> Steps:
-    """The items of all `streams`, as they arrive. Closing early closes all of them."""
-    pending = {asyncio.ensure_future(anext(stream)): stream for stream in streams}
-    try:
-        while pending:
-            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                stream = pending.pop(task)
-                try:
-                    item = task.result()
-                except StopAsyncIteration:
-                    continue
-                pending[asyncio.ensure_future(anext(stream))] = stream
-                yield item
-    finally:
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        await asyncio.gather(*(stream.aclose() for stream in streams))

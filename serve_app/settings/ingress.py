@@ -19,6 +19,7 @@ class ServedModel:
     """One served model, as the ingress needs it.
 
     `application` is the Serve application that holds the model's replicas; empty: the ingress's own application.
+    `asleep` is the level of sleep that it was put to.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ServedModel:
     max_ongoing_requests: int
     health_check_period_s: float
     health_check_timeout_s: float
+    asleep: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.settings_reader import setting
 from qwen3_dist.text.tool_calls.tags import ToolCallForm
 from qwen3_dist.weights.source import canonical_name
+from qwen3_dist.weights_version import WeightsVersion
 from serve_app.settings.checks import require_not_negative, require_positive
 from serve_app.settings.telemetry import TelemetrySettings
 
@@ -179,10 +180,12 @@ class LiveSettings:
     telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
     targets: LoadTargets = field(default_factory=LoadTargets)
     lora: LoraAdapters = field(default_factory=LoraAdapters)
+    weights: WeightsVersion = field(default_factory=WeightsVersion)
+    asleep: int = 0  # the level of sleep
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as Serve keeps and compares them."""
-        return {**asdict(self), "lora": str(self.lora)}
+        return {**asdict(self), "lora": str(self.lora), "weights": str(self.weights)}
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
 
 def model_options(config: ServiceConfig, model: ModelSettings) -> dict[str, Any]:
     """Options of a model's deployment."""
-    scaling, lora = model.scaling, model.replica.engine.lora
+    scaling, engine = model.scaling, model.replica.engine
+    live = LiveSettings(config.telemetry, scaling.load_targets, engine.lora, engine.weights)
     return {
-        "user_config": LiveSettings(config.telemetry, scaling.load_targets, lora).to_json(),
+        "user_config": live.to_json(),
         # Requests do not pass through Serve, but while no replica runs each asks it for one. Those beyond this number
         # would wait in Serve's router, which looks for room twice a second.
         "max_ongoing_requests": scaling.max_ongoing_requests

@@ -124,7 +124,7 @@ def test_adapters_come_and_go_while_others_are_used(
 
 def held(engine: AsyncEngine) -> list[str]:
     """The adapters in the ranks' memory."""
-    return engine._engine.adapters.names
+    return engine._engine.changes.adapters.names
 
 
 def test_an_adapter_that_cannot_be_loaded_changes_nothing(

@@ -10,7 +10,7 @@ from qwen3_dist import EngineConfig, Layout
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.engine.engine_stats import counts_of_groups
 from qwen3_dist.engine.grouping import goes_without, grouping_without
-from qwen3_dist.engine.scheduler import SchedulerCounts
+from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.errors import EngineDeadError, ResourceError
 from qwen3_dist.parallel.context import ParallelContext
 

@@ -13,8 +13,9 @@ import pytest
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.settings_reader import read_settings
-from serve_app.ingress import adapter_changes
+from serve_app.ingress import live_changes
 from serve_app.ingress.adapter_changes import AdapterChanges
+from serve_app.ingress.live_changes import LiveChanges
 from serve_app.ingress.peers import Told
 from serve_app.settings import LiveSettings
 
@@ -31,9 +32,9 @@ class Service:
             "base": {"deployments": [{"name": "EngineReplica", "user_config": {"lora": "one=/1"}}]},
         }
         self.route = SimpleNamespace(
-            model=SimpleNamespace(name="base", application="base", adapters=("one",)), replicas=self
+            model=SimpleNamespace(name="base", application="base", adapters=("one",), asleep=0), replicas=self
         )
-        self.peers = {"changing_adapters": False}
+        self.peers = {"changing": False}
         for name, value in {
             "running_replicas": lambda _: self.replicas,
             "broadcast": self.broadcast,
@@ -42,8 +43,8 @@ class Service:
             "has_all": lambda _: True,
             "serve": SimpleNamespace(get_replica_context=lambda: SimpleNamespace(app_name="gateway")),
         }.items():
-            monkeypatch.setattr(adapter_changes, name, value)
-        self.changes = AdapterChanges(self, self)  # type: ignore[arg-type]
+            monkeypatch.setattr(live_changes, name, value)
+        self.changes = AdapterChanges(self, LiveChanges(self, self))  # type: ignore[arg-type]
 
     async def broadcast(self, _: Any, method: str, lora: str, again: Any, timeout_s: float) -> list[Any]:
         assert method == "use_adapters"
@@ -133,11 +134,11 @@ def test_unknown_names_and_second_changes_are_refused(service: Service) -> None:
     with pytest.raises(RequestError) as unknown:
         unload(service, lora_name="two")
     assert unknown.value.status == 404
-    service.peers["changing_adapters"] = True
+    service.peers["changing"] = True
     with pytest.raises(RequestError) as busy:
         unload(service, lora_name="one")
     assert busy.value.status == 409 and service.deployed == "one=/1"
-    service.peers["changing_adapters"], service.replicas = False, []
+    service.peers["changing"], service.replicas = False, []
     with pytest.raises(EngineDeadError, match="no replica"):
         load(service, lora_name="two", lora_path="/2")
 

@@ -10,7 +10,7 @@ import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ class AnswerContext:
 
     `model` is the name that the answer reports. The request has `n` choices for each of `prompts`. `tokenizer` is
     None for a checkpoint without one. `request_id` is the id of the HTTP request; empty if there is none.
+    `weights_version` tells the version of the weights of now; "" for the model's own.
     """
 
     model: str
@@ -77,6 +78,7 @@ class AnswerContext:
     n: int = 1
     request_id: str = ""
     identity: Identity = field(default_factory=Identity)
+    weights_version: Callable[[], str] = str
 
 
 LEFT = b"left"  # the body of a 503 of a replica that was told to leave: the request is not to blame
@@ -93,8 +95,8 @@ class Counted(NamedTuple):
     """An item of an answer on its way from the replica to the ingress, with the number of tokens of all prompts and
     choices so far, and how many of them are those of the prompts, and are prompt tokens found in the prefix cache.
 
-    `sent` has what a part adds to what there is of the answer (see `Resume`), `model` in the first item of a stream
-    what the replica serves.
+    `sent` has what a part adds to what there is of the answer (see `Resume`), `model` what the replica has made it
+    with.
     """
 
     item: Any

@@ -53,14 +53,16 @@ class OpenAIAnswer(Answer):
         self.options = options if context.tokenizer else replace(options, token_ids=True)
         self._id = f"{self.prefix}-{context.request_id or self.unique}"
         self._created = context.identity.created
-        self._around: dict[tuple[int, bool], list[bytes]] = {}  # the JSON around the text of plain chunks
+        self._around: dict[
+            tuple[int, bool, str], list[bytes]
+        ] = {}  # the JSON around the text of plain chunks
         self._may_be_plain = not (self.options.token_ids or self.options.continuous_usage_stats)
 
     def delta(self, delta: ChoiceDelta) -> bytes:
         if not (self._may_be_plain and self.is_plain(delta)):
             return self._chunks(delta)
         # Chunks of a choice differ in their text alone, so the JSON around it is made once.
-        kind = (delta.index, bool(delta.reasoning))
+        kind = (delta.index, bool(delta.reasoning), self.context.weights_version())
         around = self._around.get(kind)
         if around is None:
             like = ChoiceDelta(
@@ -139,10 +141,12 @@ class OpenAIAnswer(Answer):
         """Returns the choice of each chunk that `delta` becomes."""
 
     def _object(self, name: str, choices: list[Json]) -> Json:
+        version = self.context.weights_version()
         return {
             "id": self._id,
             "object": name,
             "created": self._created,
             "model": self.context.model,
             "choices": choices,
+            **({"system_fingerprint": version} if version else {}),
         }
