@@ -1,8 +1,8 @@
 """Checks in stages that this project works on this machine's GPUs, and measures its speed; ends with a verdict.
 
-    python -m benchmarks.gpu_check [--stages parity,graphs,rates,experts,faults,nccl] [--device cpu]
+    python -m benchmarks.gpu_check [--stages parity,graphs,rates,experts,codes,faults,nccl] [--device cpu]
 
-The whole run takes at most ten minutes on one GPU. `--device cpu` runs the same code on smaller sizes.
+The whole run takes at most twelve minutes on one GPU. `--device cpu` runs the same code on smaller sizes.
 Exit code: 0 all passed, 1 a check failed or was not reached, 2 a wrong argument.
 """
 
@@ -36,6 +36,7 @@ STAGES = (
     Stage("graphs", "benchmarks.gpu_check.graphs", 80, 90, _ADVICE.format("graphs")),
     Stage("rates", "benchmarks.gpu_check.rates", 160, 120, _ADVICE.format("rates")),
     Stage("experts", "benchmarks.gpu_check.experts", 70, 90, _ADVICE.format("experts")),
+    Stage("codes", "benchmarks.gpu_check.codes", 120, 90, _ADVICE.format("codes")),
     Stage("faults", "benchmarks.gpu_check.faults", 70, 90, _ADVICE.format("faults")),
     Stage("nccl", "benchmarks.gpu_check.nccl", 300, 150, _ADVICE.format("nccl")),
 )

@@ -13,11 +13,13 @@ import torch
 
 from benchmarks import record
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import experts
+from benchmarks.gpu_check import codes, experts
 from benchmarks.gpu_check.check import CheckFailed, Setting
 from benchmarks.gpu_check.report import Check, StageReport, exit_code, verdict
 from benchmarks.gpu_check.supervisor import Stage, run_stage
+from qwen3_dist.ops.cuda.attention import PLAIN, Chosen
 from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.cuda.ops import CudaOps
 from tests.ranks import ROOT
 
 PLANTED = Stage("planted", "tests.planted_stage", 10, 10, "mend what was planted.")
@@ -67,6 +69,7 @@ def test_a_stage_whose_process_ends_early_has_failed_although_its_code_is_0(tmp_
     ("stage", "words"),
     [
         ("parity", "moe, tp=2,ep=2, bfloat16"),
+        ("codes", "fp8, moe, tp=2,ep=2"),
         ("faults", "a rank runs out of memory"),
         ("faults", "a killed rank is replaced"),
     ],
@@ -92,6 +95,26 @@ def test_each_way_of_a_gpu_computes_experts(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(experts, "_gpu_kernels", lambda _: wrong)
     with pytest.raises(CheckFailed, match="triton has a relative error of"):
         experts._ways(setting, size, 3, times)
+
+
+def test_products_with_codes_are_compared_with_plain_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Triton's interpreter, which multiplies the bits of bf16."""
+    monkeypatch.setattr(codes, "microseconds", lambda run, setting: 7.0)
+    monkeypatch.setattr(codes, "_DTYPE", torch.float16)
+    kernels, cpu, setting = GpuKernels(), torch.device("cpu"), Setting("cpu", tmp_path, 1)
+    by_dtype = dict.fromkeys((torch.float16, torch.float32), kernels)
+    ops = CudaOps(cpu, torch.float16, by_dtype, Chosen(PLAIN, ()), grouped_mm=False)
+    sizes = codes._Sizes(((24, 48),), 2, 1, 32, 16)
+    for form in codes._FORMS.values():
+        figures = codes._products(setting, ops, form, 24, 48, (1, 3))
+        assert figures == {f"{n} rows, us": {"codes": 7.0, "bf16": 7.0} for n in (1, 3)}
+    codes._experts(setting, ops, codes._FORMS["AWQ"], sizes, (2,))
+    once = kernels.linear_codes
+    monkeypatch.setattr(kernels, "linear_codes", lambda x, part: 1.02 * once(x, part))
+    with pytest.raises(CheckFailed, match="1 rows have a relative error of 0.02"):
+        codes._products(setting, ops, codes._FORMS["fp8"], 24, 48, (1,))
 
 
 def test_each_stage_is_written_before_the_next_begins(

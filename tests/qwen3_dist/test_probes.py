@@ -17,6 +17,7 @@ from qwen3_dist.ops.cuda import kernels as gpu
 from qwen3_dist.ops.cuda.attention import Backend, activate_flash, chosen_attention
 from qwen3_dist.ops.probe import failure
 from qwen3_dist.ops.torch_attention import gathered_attention
+from qwen3_dist.quantization import FP4, FP8, INT4, INT8
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -87,6 +88,23 @@ def test_a_kernel_that_computes_something_else_is_logged_with_its_name_and_error
     assert gpu.working_kernels(CPU, torch.float32) is None
     (record,) = caplog.records
     assert f"{name}: its result is off by 2 " in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", [FP8, INT8, INT4, FP4])
+def test_kernels_for_codes_that_are_wrong_leave_the_others_and_are_logged_once(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = gpu.working_kernels(CPU, torch.float32)
+    assert kernels is not None and kernels.reads_codes(kind) and not caplog.records
+    right = kernels.linear_codes
+    gpu.working_kernels.cache_clear()
+    wrong_kernels = gpu.GpuKernels()
+    monkeypatch.setattr(wrong_kernels, "linear_codes", lambda x, part: right(x, part) + 2)
+    monkeypatch.setattr(gpu, "GpuKernels", lambda: wrong_kernels)
+    kept = gpu.working_kernels(CPU, torch.float32)
+    assert kept is wrong_kernels and not kept.reads_codes(kind) and not kept.reads_codes(kind)
+    (record,) = caplog.records
+    assert f"{kind} codes" in record.getMessage() and "off by 2 " in record.getMessage()
 
 
 @pytest.fixture

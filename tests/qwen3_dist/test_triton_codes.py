@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -170,3 +172,24 @@ def test_the_deterministic_product_of_a_row_is_the_same_bits_beside_others() -> 
     many, one = ops.linear(x, LinearWeights((part,)))[0], ops.linear(x[7:8], LinearWeights((part,)))[0]
     close(many, TORCH._product(x, part))
     assert many[7:8].equal(one)
+
+
+def test_codes_whose_kernels_do_not_work_are_computed_by_torch() -> None:
+    """Experts of which fc1 and fc2 have other blocks are, too."""
+    x, ids, routing = torch.randn(4, 66), torch.randint(0, 3, (4, 2)), torch.rand(4, 2)
+    weights, part = stacks("fp8", 3, 66, 45), fp8(CUT, 70, 66)
+    assert weights.grids is not None
+    for deterministic in (False, True):
+        ops = gpu_ops(torch.float32, deterministic)
+        assert ops._kernels is not None
+        ops._kernels.reads_codes = lambda kind: False
+        assert not ops.experts_stay_on_device(weights)
+        close(ops._product(x, part), TORCH._product(x, part))
+        got, expected = (
+            each.experts(x, weights, ids, routing, torch.zeros(4).long()) for each in (ops, TORCH)
+        )
+        close(got, expected)
+    fc1, fc2, fc3 = weights.grids
+    assert not gpu_ops(torch.float32).experts_stay_on_device(
+        replace(weights, grids=(fc1, fc2._replace(first_row=8), fc3))
+    )

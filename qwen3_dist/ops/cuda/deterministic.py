@@ -17,6 +17,7 @@ from qwen3_dist.ops.cuda.attention import UNSPLIT, Chosen
 from qwen3_dist.ops.cuda.experts import takes_codes
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps
+from qwen3_dist.ops.quantize import kind_of
 from qwen3_dist.ops.torch_draws import ordered_topk
 
 
@@ -40,6 +41,8 @@ class DeterministicCudaOps(CudaOps):
         return [self._product(x, part) for part in weights.parts]
 
     def _product(self, x: Tensor, part: Matrix) -> Tensor:
+        if part.grid is not None and not self._kernels.reads_codes(kind_of(part.weight, part.grid)):
+            return self._product_of_codes(x, part)
         if part.grid is not None:
             product = self._kernels.fixed_linear_codes(x.contiguous(), part)
         else:
@@ -54,7 +57,7 @@ class DeterministicCudaOps(CudaOps):
 
     def expert_hidden(self, x: Tensor, weights: ExpertWeights, ids: Tensor, counts: Tensor) -> Tensor:
         if weights.grids is not None:
-            if not takes_codes(weights):
+            if not takes_codes(self._kernels, weights):
                 return super().expert_hidden(x, weights, ids, counts)
             return self._kernels.hidden_of_codes(x.contiguous(), weights, ids, counts)
         return self._kernels.expert_hidden(x.contiguous(), weights.stacks, weights.scales, ids, counts)
@@ -63,6 +66,8 @@ class DeterministicCudaOps(CudaOps):
         self, hidden: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, outputs: int
     ) -> Tensor:
         if weights.grids is not None:
+            if not takes_codes(self._kernels, weights):
+                return super().expert_outputs(hidden, weights, ids, routing, outputs)
             answers = self._kernels.outputs_of_codes(hidden.contiguous(), weights, ids)
         else:
             scale = weights.scales[2] if weights.scales else None

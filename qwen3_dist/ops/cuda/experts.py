@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.base import ExpertWeights
 from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.quantize import kind_of
 
 # Up to this number of pairs per expert, our kernel is used instead of torch's. On an H200 ours was still faster at 256
 # (`benchmarks/results/gpu-check-1xH200.json`); more pairs were not measured.
@@ -31,10 +32,12 @@ def takes_grouped_mm(weights: ExpertWeights) -> bool:
     return weights.scales is None and columns % 8 == dim % 8 == 0
 
 
-def takes_codes(weights: ExpertWeights) -> bool:
-    """Whether our kernel reads the codes of these stacks: fc1 and fc2, which it computes together, have the same
+def takes_codes(kernels: GpuKernels | None, weights: ExpertWeights) -> bool:
+    """Whether our kernels read the codes of these stacks: fc1 and fc2, which they compute together, have the same
     blocks."""
-    return weights.grids is not None and weights.grids[0] == weights.grids[1]
+    if kernels is None or weights.grids is None or weights.grids[0] != weights.grids[1]:
+        return False
+    return all(map(kernels.reads_codes, map(kind_of, weights.stacks, weights.grids)))
 
 
 def grouped_experts(

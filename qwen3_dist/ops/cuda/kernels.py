@@ -10,12 +10,20 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from qwen3_dist.ops.base import Matrix
 from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.probe import failure, log_failure
+from qwen3_dist.quantization import FP4, FP8, INT4, INT8, NIBBLES, Grid
 
 
 class GpuKernels:
-    """The Triton kernels as functions of tensors on one GPU. The constructor raises if Triton is not installed."""
+    """The Triton kernels as functions of tensors on one GPU. The constructor raises if Triton is not installed.
+
+    `reads_codes` says whether the kernels for codes of a kind work. Those of `working_kernels` try them when it is
+    first asked, since few models have codes and a trial compiles a kernel.
+    """
+
+    reads_codes: Callable[[str], bool] = staticmethod(lambda kind: True)
 
     def __init__(self) -> None:
         from qwen3_dist.ops.cuda import triton_codes, triton_products, triton_rows, triton_sampling
@@ -61,9 +69,31 @@ def working_kernels(
         if reason is not None:
             log_failure(what, _INSTEAD, f"{name}: {reason}")
             return None
+    kernels.reads_codes = functools.cache(lambda kind: _reads_codes(kernels, device, dtype, kind))
     return kernels
 
 
+def _reads_codes(kernels: GpuKernels, device: torch.device, dtype: torch.dtype, kind: str) -> bool:
+    """Multiplies with codes that all say 2. Their scale is a half, and in the second block of 16 inputs a quarter."""
+    codes = {FP8: 64, INT8: 2, INT4: 10 * 17, FP4: 4 * 17}[kind]
+    wide = 16 if kind in NIBBLES else 32
+    stored = torch.full((16, wide), codes, dtype=torch.uint8, device=device)
+    if kind not in NIBBLES:
+        stored = stored.view(torch.float8_e4m3fn if kind == FP8 else torch.int8)
+    grid = Grid(16, 16, nibbles=kind if kind in NIBBLES else None)
+    scale = torch.tensor([[0.5, 0.25]], device=device)
+    part = Matrix(stored, 16, scale, None, grid)
+    ones = torch.ones(2, 32, dtype=dtype, device=device)
+    expected = torch.full((2, 16), 24.0, dtype=dtype, device=device)
+    reason = failure(lambda: kernels.linear_codes(ones, part), expected, tolerance=1e-2)
+    if reason is not None:
+        log_failure(f"Triton for {kind} codes", _INSTEAD_OF_CODES, reason)
+    return reason is None
+
+
+_INSTEAD_OF_CODES = (
+    "torch makes each weight before it multiplies, several times slower, and experts are outside CUDA graphs"
+)
 _INSTEAD = "torch runs norms, RoPE, routing, experts and sampling, several times slower"
 _Trial = tuple[str, Callable[[], Tensor], Tensor]  # kernel name, computation, expected result
 

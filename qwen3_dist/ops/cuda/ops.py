@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from qwen3_dist.ops.batch import LayerCache, StepBatch
 from qwen3_dist.ops.cuda.attention import Chosen
 from qwen3_dist.ops.cuda.experts import FEW_PAIRS, grouped_experts, takes_codes, takes_grouped_mm
 from qwen3_dist.ops.cuda.kernels import GpuKernels
+from qwen3_dist.ops.quantize import kind_of
 from qwen3_dist.ops.row_ops import RowKernelOps
 from qwen3_dist.ops.slices import SORTED_ROWS
 from qwen3_dist.ops.torch_experts import counted
@@ -35,13 +37,17 @@ class JoinedLinear(LinearWeights):
         parts = weights.parts
         if len(parts) == 1 or not all(_can_join(part, parts[0]) for part in parts):
             return weights
-        joined, views = parts[0]._replace(outputs=sum(part.outputs for part in parts)), list(parts)
-        for name in ("weight", "scale", "zero"):
+        sizes, views = [part.outputs for part in parts], list(parts)
+        joined = parts[0]._replace(outputs=sum(sizes), weight=torch.cat([part.weight for part in parts]))
+        views = [
+            part._replace(weight=view) for part, view in zip(views, joined.weight.split(sizes), strict=True)
+        ]
+        for name in ("scale", "zero"):
             tensors = [getattr(part, name) for part in parts]
             if tensors[0] is not None:
-                whole = torch.cat(tensors)
+                whole: Any = torch.cat(tensors)
                 joined = joined._replace(**{name: whole})
-                split = whole.split([len(each) for each in tensors])
+                split: Any = whole.split([len(each) for each in tensors])
                 views = [part._replace(**{name: view}) for part, view in zip(views, split, strict=True)]
         return cls(tuple(views), joined)
 
@@ -83,7 +89,9 @@ class CudaOps(RowKernelOps):
         chosen = [f"attention by {self._attention.backend.name}{unused}"]
         chosen.append("rows by Triton kernels" if self._kernels is not None else "rows by torch alone")
         if experts is not None:
-            triton = self._kernels is not None and (experts.grids is None or takes_codes(experts))
+            triton = self._kernels is not None and (
+                experts.grids is None or takes_codes(self._kernels, experts)
+            )
             ways = ["Triton"] if triton else []
             ways += ["grouped_mm"] if self._takes_grouped_mm(experts) else []
             chosen.append(f"experts by {' and '.join(ways) or 'one product after the other'}")
@@ -101,6 +109,8 @@ class CudaOps(RowKernelOps):
         if self._kernels is None or part.scale is None:
             return super()._product(x, part)
         if part.grid is not None:
+            if not self._kernels.reads_codes(kind_of(part.weight, part.grid)):
+                return super()._product(x, part)
             product = self._kernels.linear_codes(x.contiguous(), part)
         elif len(x) <= _FEW_ROWS:
             product = self._kernels.linear_int8(x.contiguous(), part.weight, part.scale)
@@ -123,7 +133,7 @@ class CudaOps(RowKernelOps):
         self, x: Tensor, weights: ExpertWeights, ids: Tensor, routing: Tensor, counts: Tensor
     ) -> Tensor:
         if weights.grids is not None:
-            if not self._reads_codes(weights):
+            if self._kernels is None or not takes_codes(self._kernels, weights):
                 return super()._experts_of_slice(x, weights, ids, routing, counts)
             return self._kernels.experts_of_codes(x, weights, ids, routing, counts)
         few = ids.numel() < FEW_PAIRS * len(weights.stacks[0])
@@ -138,12 +148,8 @@ class CudaOps(RowKernelOps):
 
     def experts_stay_on_device(self, weights: ExpertWeights) -> bool:
         if weights.grids is not None:
-            return self._reads_codes(weights)
+            return takes_codes(self._kernels, weights)
         return self._kernels is not None or self._takes_grouped_mm(weights)
-
-    def _reads_codes(self, weights: ExpertWeights) -> bool:
-        """Whether a kernel reads the codes of these experts."""
-        return self._kernels is not None and takes_codes(weights)
 
     def _takes_grouped_mm(self, weights: ExpertWeights) -> bool:
         return self._grouped_mm and takes_grouped_mm(weights)
