@@ -61,6 +61,8 @@ def _check_files(model: ModelSettings, path: Path) -> None:
         check_context(engine, model_config)
     with _error_path("quantize"):
         model_config.rounded(engine.quantize)
+    with _error_path("kv_cache_dtype"):
+        engine.cache_dtype(model_config)
     is_hub_id = not local_path(canonical_name(engine.model)).is_dir()  # then weights may still be downloaded
     if engine.load_format != "random" and not is_hub_id and has_weights(path):
         shard_files(path)

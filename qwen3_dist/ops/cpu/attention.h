@@ -8,7 +8,7 @@
 
 struct AttentionShape {
     long sequences, heads, groups, dim, block_size, table_width, window;  // window 0: none
-    float scale, value_scale;  // of scores, and of the result
+    float scale;
 };
 
 constexpr long TASK_ROWS = 512;  // queries of a task
@@ -22,12 +22,13 @@ template <class T, class C>
 struct Attention {
     using P = Input<T>;  // type of the inputs of products
 
-    const T* q;  // [T, H, d]
-    const C *keys, *values;  // [blocks, block_size, G, d]: T, or codes of it
-    T* out;                      // [T, H, d]
+    const T* q;              // [T, H, d]
+    const C *keys, *values;  // [blocks, block_size, G, d]: T, or codes
+    T* out;                  // [T, H, d]
     const int* tables;  // [rows, table_width] block tables of all running sequences
     const long *table_rows, *context_lens, *starts;  // [S] row of tables, [S], [S + 1] first row of q of each sequence
     AttentionShape shape;
+    float value_scale;  // of codes
 
     struct Task {
         long s, g, groups, first, count;  // sequence, first group, groups, tokens
@@ -115,7 +116,7 @@ struct Attention {
             }
         }
         for (long r = 0; r < rows; r++) {
-            scale_row(sums + r * width(), shape.value_scale / mass[r], width());
+            scale_row(sums + r * width(), value_scale / mass[r], width());
             convert_row(sums + r * width(), out + row_of(task, r), dim);
         }
     }
@@ -241,11 +242,10 @@ template <class T>
 void attend(const T* q, const Cache& cache, T* out, const int* tables, const long* table_rows, const long* context_lens,
             const long* starts, AttentionShape shape, int threads) {
     shape.scale *= cache.key_scale;
-    shape.value_scale = cache.value_scale;
     with_numbers_of<T>(cache, [&](auto* numbers) {
         using C = std::remove_pointer_t<decltype(numbers)>;
-        Attention<T, C>{q,      (const C*)cache.keys, (const C*)cache.values, out, tables, table_rows, context_lens,
-                        starts, shape}
+        Attention<T, C>{q, (const C*)cache.keys, (const C*)cache.values, out, tables, table_rows, context_lens, starts,
+                        shape, cache.value_scale}
             .run(threads);
     });
 }

@@ -43,7 +43,7 @@ struct AttentionKernel {
                     groups, head_dim, eps}
             .run(threads);
         AttentionShape shape{metadata.sequences, heads, groups, head_dim, metadata.block_size, metadata.width, window,
-                             1 / std::sqrt(float(head_dim)), 1};
+                             1 / std::sqrt(float(head_dim))};
         attend(q, cache, attended, metadata.tables, metadata.table_rows, metadata.context_lens, metadata.starts, shape,
                threads);
         linear<T, W>(attended, {{weights[3], scales[3], biases[3], dim, out}}, tokens, q_size, threads);

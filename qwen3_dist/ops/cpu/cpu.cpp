@@ -72,7 +72,7 @@ void packed_rows_##NAME(const T* packed, const long* ids, T* out, long count, lo
 void attention_##NAME(const T* q, const Cache* cache, T* out, const int* tables, const long* table_rows, \
                       const long* context_lens, const long* starts, long sequences, long heads, long groups, long dim, long block_size, \
                       long width, long window, double scale, long threads) { \
-    AttentionShape shape{sequences, heads, groups, dim, block_size, width, window, float(scale), 1}; \
+    AttentionShape shape{sequences, heads, groups, dim, block_size, width, window, float(scale)}; \
     attend(q, *cache, out, tables, table_rows, context_lens, starts, shape, int(threads)); \
 } \
 void norm_##NAME(const T* x, const T* scale, T* out, long rows, long dim, double eps, long threads) { \

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen3_dist.ops.base import Matrix
 from qwen3_dist.ops.batch import LayerCache
+from qwen3_dist.ops.kv_codes import CODES
 from qwen3_dist.ops.probe import failure, log_failure
 from qwen3_dist.quantization import FP4, FP8, INT4, INT8, NIBBLES, Grid
 
@@ -114,13 +115,22 @@ def _trials(kernels: GpuKernels, device: torch.device, dtype: torch.dtype) -> It
     yield "norm", lambda: kernels.norm(alternating, ones[0], 0.0), of([0.8485, -1.1314]).repeat(8)[None]
     yield "swiglu", lambda: kernels.swiglu(ones, ones), full(0.7311, 2, 16)
 
-    def turned() -> Tensor:
+    def turned(cache: LayerCache) -> Tensor:
         """Rotation by a quarter of a circle."""
-        head, cache = ascending.view(1, 1, 16), LayerCache(full(0, 1, 1, 1, 16), full(0, 1, 1, 1, 16))
+        head = ascending.view(1, 1, 16)
         cos, sin, slots = full(0, 1, 1, 16), full(1, 1, 1, 16), full(0, 1, dtype=torch.int64)
         return kernels.rotate(head, head, head, cache, None, cos, sin, slots, 0.0).flatten()
 
-    yield "rotate", turned, torch.cat([-ascending[8:], ascending[:8]])
+    def codes() -> Tensor:
+        """The keys that `turned` writes as codes."""
+        zeros = torch.zeros(2, 1, 1, 1, 16, dtype=torch.uint8, device=device).view(CODES)
+        cache = LayerCache(zeros[0], zeros[1], 2.0)
+        turned(cache)
+        return cache.keys.float().flatten() * cache.key_scale
+
+    quarter = torch.cat([-ascending[8:], ascending[:8]])
+    yield "rotate", lambda: turned(LayerCache(full(0, 1, 1, 1, 16), full(0, 1, 1, 1, 16))), quarter
+    yield "rotate to fp8", codes, quarter.float()
     logits = of([0.0, 3.0, 1.0, 2.0]).to(dtype)[None]
     yield "route", lambda: kernels.route(logits, 2, True)[0], of([[1, 3]])
 

@@ -53,18 +53,9 @@ def _keep(into, x, by, here, CODES: tl.constexpr):  # type: ignore[no-untyped-de
 
 @triton.jit
 def _norm_and_rotate(  # type: ignore[no-untyped-def]
-    source,
-    scale,
-    cos,
-    sin,
-    into,
-    by,
-    eps,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    NORMS: tl.constexpr,
-    CODES: tl.constexpr,
-):
+    source, scale, cos, sin, into, by, eps,
+    D: tl.constexpr, HALF: tl.constexpr, NORMS: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
     """Applies norm and RoPE to the d numbers of one head and stores them."""
     low = tl.arange(0, HALF)
     here, high = low < D // 2, low + D // 2
@@ -101,19 +92,8 @@ def _rotate(  # type: ignore[no-untyped-def]
     else:
         group = head - H
         place = (tl.load(slots + token) * G + group) * D
-        _norm_and_rotate(
-            k + token * k_stride + group * D,
-            k_scale,
-            cos,
-            sin,
-            keys + place,
-            key_by,
-            eps,
-            D,
-            HALF,
-            NORMS,
-            CODES,
-        )
+        source = k + token * k_stride + group * D
+        _norm_and_rotate(source, k_scale, cos, sin, keys + place, key_by, eps, D, HALF, NORMS, CODES)
         at = tl.arange(0, 2 * HALF)
         value = tl.load(v + token * v_stride + group * D + at, mask=at < D)
         _keep(values + place + at, value, value_by, at < D, CODES)
