@@ -9,6 +9,7 @@ import pytest
 
 from tests.checkpoints import write_checkpoint
 from tests.forks import Forks
+from tests.threads import engines_of_one_thread, two_threads  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from qwen3_dist.weights.weight_plan import WeightPlan
 from tests.quantized import from_blocks, in_blocks
 from tests.qwen3_dist.test_ops import PRODUCTS, close, ops_of
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 OFFICIAL = Path(__file__).parents[2] / "cluster/planning/official.json"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -28,6 +28,8 @@ from qwen3_dist.parallel.dispatch import DispatchedTokens
 from qwen3_dist.settings import EngineConfig
 from tests.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @pytest.mark.parametrize("here", [1.0, 0.3, 0.0])

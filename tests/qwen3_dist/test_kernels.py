@@ -28,6 +28,8 @@ from qwen3_dist.ops.torch_attention import gathered_attention
 from qwen3_dist.ops.torch_ops import TorchOps, apply_rope
 from tests.batches import random_batch
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

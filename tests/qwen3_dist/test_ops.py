@@ -21,6 +21,8 @@ from qwen3_dist.ops.cuda.ops import CudaOps
 from qwen3_dist.ops.torch_ops import TorchOps
 from tests.batches import random_batch
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CPU, TORCH = torch.device("cpu"), TorchOps()
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 

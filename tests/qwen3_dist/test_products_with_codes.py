@@ -15,6 +15,8 @@ from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.quantization import ALL_INPUTS, FP4, INT4, INT8, Grid
 from tests.qwen3_dist.test_ops import PRODUCTS, close, ops_of
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 

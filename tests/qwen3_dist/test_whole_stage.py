@@ -20,6 +20,8 @@ from qwen3_dist.worker import kv_cache
 from tests.batches import batch_of
 from tests.checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 CPU = torch.device("cpu")
 DRAW = SampleSpec(0.0, 1.0, 0, 0, 1, None)
 TABLES = ((0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15), (16, 17, 18, 19))

@@ -17,6 +17,7 @@ from serve_app.launch.foreground import running_service
 from serve_app.settings import BUNDLED_NAME, REPLICA, ServiceConfig, read_service_config
 from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.support import SETTINGS, free_port
+from tests.threads import engines_of_one_thread  # noqa: F401
 
 ADAPTER = "sailor"
 METRICS_PERIOD_S = 1  # in which Ray's processes send their metrics to its agent, by default each 10 s
