@@ -171,7 +171,9 @@ class Quantization:
     def is_unused(name: str) -> bool:
         """Whether a tensor that is not read may be left out: one of quantised activations and caches, or one that says
         again what config.json does."""
-        return name.endswith(tuple(f".{end}" for end in _UNUSED)) or name.endswith("_proj_activation_scale")
+        marks = (".", "_proj_")  # of single tensors, and of fused experts
+        ends = tuple(f"{mark}{end}" for mark in marks for end in _UNUSED)
+        return name.endswith((*ends, "_proj_shape"))
 
 
 # What `quantize` makes of a checkpoint: fp8 in the format of Qwen's own FP8 checkpoints, and int4 by groups.

@@ -6,7 +6,7 @@ Legend: T tokens of a prompt, D emb_dim, V vocab_size.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.errors import CheckpointError, ConfigError
+from qwen3_dist.errors import ConfigError
 from qwen3_dist.expert_placement import even_placements
 from qwen3_dist.ops.batch import StepBatch
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.quantization import Quantization
 from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.tokenizer import Tokenizer
-from qwen3_dist.weights.files import FLOATS, CheckpointFiles
+from qwen3_dist.weights.dequantised import dequantised
+from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.worker import kv_cache
 from qwen3_dist.worker.shard import load_shard
 
@@ -188,7 +188,7 @@ def _theirs(path: Path, config: ModelConfig, files: CheckpointFiles, layers: boo
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
         plain = {name: raw[name] for name in raw if name not in ("quantization_config", "compression_config")}
         options["config"] = library.AutoConfig.for_model(**plain)
-        tensors = dict(_dequantised(files, config.quantization))
+        tensors = dict(dequantised(config, files))
         which = library.Qwen3MoeForCausalLM if config.num_experts else library.Qwen3ForCausalLM
         model = which.from_pretrained(None, state_dict=tensors, **options)
     model.eval()
@@ -202,34 +202,3 @@ def _theirs(path: Path, config: ModelConfig, files: CheckpointFiles, layers: boo
         return logits, hidden
 
     return run
-
-
-def _dequantised(files: CheckpointFiles, quantization: Quantization) -> Iterator[tuple[str, Tensor]]:
-    """A quantised checkpoint's tensors as plain ones, each code multiplied by its scale in fp32."""
-    if any(form.weight.packing is not None for form, _ in quantization.groups):
-        raise CheckpointError(
-            f"verify has no reference for packed weights yet ({quantization.describe()}); it compares plain, fp8 and "
-            "int8 checkpoints"
-        )
-    names = files.names()
-    scales = {name for name in names if name.endswith(("_scale", "_scale_inv"))}
-    for name in sorted(names - scales):
-        if quantization.is_unused(name):
-            continue
-        tensor = files.read_whole(name)
-        scale_name = next(
-            (f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in scales), None
-        )
-        if scale_name is None:
-            assert str(tensor.dtype).removeprefix("torch.") in FLOATS, f"{name} has codes without scales"
-            yield name, tensor.float()
-            continue
-        scale = files.read_whole(scale_name).float()
-        form = quantization.of(name.removesuffix(".weight"))
-        if form is not None and form.block is not None:
-            rows, columns = form.block
-            scale = scale.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
-            scale = scale[..., : tensor.shape[-2], : tensor.shape[-1]]
-        elif scale.numel() > 1:
-            scale = scale.reshape(*tensor.shape[:-1], 1)
-        yield name, tensor.float() * scale

@@ -7,6 +7,7 @@ of compressed-tensors 0.20.1 (int4, int8, NVFP4, MXFP4), AutoAWQ 0.2.9 and AutoG
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,35 @@ from torch import Tensor
 from tests.quantized import Tensors, Twins, write_twins
 
 IGNORED = ["lm_head", "re:.*mlp.gate$"]
+
+
+Store = Callable[[str, Tensor], tuple[Tensors, Tensor]]
+
+
+def of_experts(store: Store, mark: str) -> Store:
+    """`store` also for the fused experts of transformers 5: each expert's gate, up and down is stored alone, and
+    their tensors are stacked [E, ...], those of gate and up one after the other. A stack's name ends with `mark` and
+    the end of a single tensor's name: "." in llm-compressor's repacking, "_" in ModelOpt, whose codes have no end."""
+
+    def both(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        if weight.ndim == 2:
+            return store(name, weight)
+        halves = weight.chunk(2, dim=1) if name.endswith("gate_up_proj") else (weight,)
+        made = [[store(f"{name}.weight", half[expert]) for half in halves] for expert in range(len(weight))]
+        tensors: Tensors = {}
+        for key in made[0][0][0]:
+            parts = [[each[key] for each, _ in row] for row in made]
+            end = key.removeprefix(f"{name}.")
+            if end == "weight_shape":
+                whole = torch.tensor(weight.shape)
+            elif parts[0][0].numel() == 1:
+                whole = torch.stack([torch.stack(row).flatten() for row in parts])
+            else:
+                whole = torch.stack([torch.cat(row) for row in parts])
+            tensors[name if (mark, end) == ("_", "weight") else f"{name}{mark}{end}"] = whole
+        return tensors, torch.stack([torch.cat([values for _, values in row]) for row in made])
+
+    return both
 
 
 class Grouped(NamedTuple):
@@ -106,7 +136,7 @@ def write_pack_quantized(
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": [*IGNORED, *(f"re:.*{name}.*" for name in alone)],
     }
-    return write_twins(path, store, config, **shape)
+    return write_twins(path, of_experts(store, "."), config, **shape)
 
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -216,7 +246,7 @@ def write_fp4(path: Path, kind: str = "nvfp4", alone: tuple[str, ...] = (), **sh
             "ignore": ["lm_head", *(f"*{name}*" for name in alone)],
             "producer": {"name": "modelopt", "version": "0.39"},
         }
-        return write_twins(path, store, config, **shape)
+        return write_twins(path, of_experts(store, "_"), config, **shape)
     weights = {
         "num_bits": 4,
         "type": "float",
@@ -230,4 +260,4 @@ def write_fp4(path: Path, kind: str = "nvfp4", alone: tuple[str, ...] = (), **sh
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         "ignore": [*IGNORED, *(f"re:.*{name}.*" for name in alone)],
     }
-    return write_twins(path, store, config, **shape)
+    return write_twins(path, of_experts(store, "."), config, **shape)

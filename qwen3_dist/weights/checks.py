@@ -53,8 +53,8 @@ def check_tensor(files: CheckpointFiles, piece: Piece) -> None:
         piece = replace(piece, stored=None)
     shape = files.shape(piece.source)
     expected = piece.packing.shape(piece.shape) if piece.packing else piece.shape
-    is_one = piece.stored in (DIVISOR, MULTIPLIER) and shape == ()
-    if shape != expected and not is_one and not (piece.stored == SCALE and _spreads(shape, expected)):
+    spreads = _spreads(shape, expected) if piece.stored == SCALE else _is_short(piece, shape)
+    if shape != expected and not spreads:
         raise CheckpointError(
             f"{piece.source} has shape {list(shape)} where config.json makes it {list(expected)}; {_ADVICE}"
         )
@@ -82,6 +82,13 @@ def _dtypes(piece: Piece) -> tuple[str, ...]:
     if piece.packing is not None:
         return (piece.packing.dtype,)
     return (piece.stored,) if piece.stored else FLOATS
+
+
+def _is_short(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether `shape` is that of a factor without dimensions, or of one for each expert."""
+    if piece.stored not in (DIVISOR, MULTIPLIER):
+        return False
+    return shape == () if len(piece.shape) == 1 else shape in (piece.shape[:1], (piece.shape[0], 1))
 
 
 def _spreads(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:

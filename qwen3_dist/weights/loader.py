@@ -179,7 +179,8 @@ def _read_all(
     rest: list[tuple[Piece, Tensor]] = []
     for piece in pieces:
         view = parameters[piece.parameter][piece.place]
-        if view.ndim > len(piece.shape):  # one expert's own tensor into its place in the stack
+        scales_all = piece.stored in (DIVISOR, MULTIPLIER)
+        if view.ndim > len(piece.shape) and not scales_all:  # one expert's own tensor into its place in the stack
             view = view.squeeze(0)
         if files is None:
             random_weights.fill(piece, view)
@@ -215,8 +216,8 @@ def _read(
         if piece.stored != SCALE:  # the codes, with which their scales are made
             read_rounded(files, piece, view, parameters[f"{piece.parameter}_scale"])
         advance(view.nbytes)
-    elif piece.stored in (DIVISOR, MULTIPLIER):
-        factor = files.read_whole(piece.source).float().item()
+    elif scales_all:
+        factor = _factors(piece, files.read_whole(piece.source)).to(view.device)
         view.mul_(factor) if piece.stored == MULTIPLIER else view.div_(factor)
         advance(view.nbytes)
     elif piece.packing is not None:
@@ -226,6 +227,16 @@ def _read(
         whole = scale.view(piece.shape) if scale.numel() == prod(piece.shape) else scale.view(1, 1)
         view.copy_(whole.expand(piece.shape)[piece.index])
         advance(view.nbytes)
+
+
+def _factors(piece: Piece, stored: Tensor) -> Tensor:
+    """The numbers [e, 1, 1] by which the scales of the piece's experts are divided or multiplied; [] of a single
+    weight."""
+    if len(piece.shape) == 1:
+        return stored.float().view(())
+    experts, half = piece.index
+    of_halves = stored.float().view(piece.shape[0], -1).expand(piece.shape)
+    return of_halves[experts, half, None]
 
 
 def _hold_codes(model: Qwen3Model, pieces: Sequence[Piece]) -> None:

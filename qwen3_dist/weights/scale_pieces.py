@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 from dataclasses import replace
 
+from qwen3_dist.errors import CheckpointError
 from qwen3_dist.quantization import Grid, Quantization, Stored, WeightFormat
 from qwen3_dist.weights.pieces import DIVISOR, MULTIPLIER, ORDER, SCALE, ZERO, Piece
 
@@ -18,10 +19,8 @@ _QUANTIZABLE = ("_proj.weight", ".experts.gate_up_proj", ".experts.down_proj")
 def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]) -> Iterator[Piece]:
     """`piece`, and if it is of a quantised weight the pieces of what belongs to its codes, if the part is not empty.
     `names` are the tensors of the checkpoint."""
-    weight_format = None
-    if quantization is not None and piece.source.endswith(_QUANTIZABLE):
-        weight_format = quantization.of(piece.source.removesuffix(".weight"))
-    if weight_format is None or _is_plain(piece, weight_format, names):
+    weight_format = format_of(piece.source, quantization, names)
+    if weight_format is None:
         yield piece
         return
     *_, rows, columns = piece.ranges
@@ -31,7 +30,7 @@ def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]
     grid = weight_format.grid(rows.start, columns.start, piece.shape[-1])
     yield replace(
         piece,
-        source=piece.source if rounds else _name(piece, weight_format.weight, names),
+        source=piece.source if rounds else stored_name(piece.source, weight_format.weight, names),
         stored=weight_format.codes,
         grid=grid,
         rounds=rounds,
@@ -44,18 +43,32 @@ def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]
         yield replace(each, source=piece.source, rounds=rounds) if rounds else each
 
 
+def format_of(source: str, quantization: Quantization | None, names: Set[str]) -> WeightFormat | None:
+    """The format of a weight by its name in a plain checkpoint; None: it is not quantised.
+
+    So is a weight that the checkpoint has as it is although its format has other tensors: a module that the lists of
+    modules left out by another rule than ours. Raises CheckpointError for fused experts in a format without them.
+    """
+    if quantization is None or not source.endswith(_QUANTIZABLE):
+        return None
+    found = quantization.of(source.removesuffix(".weight"))
+    if found is None or (source in names and stored_name(source, found.weight, names) not in names):
+        return None
+    packing = found.weight.packing
+    if packing is not None and packing.transposed and not source.endswith(".weight"):
+        raise CheckpointError(
+            f"{source} has all experts of a layer in one tensor, which is not supported with {quantization.method}; "
+            "take a checkpoint with tensors for each expert, as AutoAWQ and GPTQModel write them"
+        )
+    return found
+
+
 def _matrix(piece: Piece) -> range:
     """The rows of the source that are one matrix: all, or a half of fused gates and ups."""
     outputs, first = piece.shape[-2], piece.ranges[-2].start
     if not piece.source.endswith("gate_up_proj"):
         return range(outputs)
     return range(outputs // 2) if first < outputs // 2 else range(outputs // 2, outputs)
-
-
-def _is_plain(piece: Piece, weight_format: WeightFormat, names: Set[str]) -> bool:
-    """Whether the checkpoint has this weight as it is although its format has other tensors: a module that the
-    checkpoint's lists of modules left out by another rule than ours."""
-    return piece.source in names and _name(piece, weight_format.weight, names) not in names
 
 
 def _companions(
@@ -72,22 +85,31 @@ def _companions(
     target = (*places, slice(0, tall), slice(0, wide))
     for kind, stored in ((SCALE, weight_format.scale), (ZERO, weight_format.zero)):
         if stored is not None:
-            name = _name(piece, stored, names)
+            name = stored_name(piece.source, stored, names)
             part = Piece(name, shape, index, f"{piece.parameter}_{kind}", target, kind, grid)
             yield replace(part, packing=stored.packing)
     if weight_format.factor is not None:
-        name = _name(piece, weight_format.factor, names)
+        name = stored_name(piece.source, weight_format.factor, names)
         kind = MULTIPLIER if weight_format.factor_multiplies else DIVISOR
-        yield Piece(name, (1,), (slice(None),), f"{piece.parameter}_{SCALE}", target, kind, grid)
+        shape, index = (1,), (slice(None),)
+        if lead:  # one for each expert, or one for its gate and one for its up
+            gated = piece.source.endswith("gate_up_proj")
+            half = int(gated and rows.start >= piece.shape[-2] // 2)
+            shape, index = (piece.shape[0], 2 if gated else 1), (piece.index[0], slice(half, half + 1))
+        yield Piece(name, shape, index, f"{piece.parameter}_{SCALE}", target, kind, grid)
     if weight_format.order is not None:
         index = (*piece.index[:lead], slice(columns.start, columns.stop))
         target = (*places, slice(0, len(columns)))
-        name, shape = _name(piece, weight_format.order, names), (*piece.shape[:-2], piece.shape[-1])
+        name = stored_name(piece.source, weight_format.order, names)
+        shape = (*piece.shape[:-2], piece.shape[-1])
         yield Piece(name, shape, index, f"{piece.parameter}_{ORDER}", target, ORDER, grid)
 
 
-def _name(piece: Piece, stored: Stored, names: Set[str]) -> str:
-    possible = [f"{piece.source.removesuffix('weight')}{end}" for end in stored.names]
-    if not piece.source.endswith(".weight"):  # fused experts
-        possible = [f"{piece.source}{end.removeprefix('weight')}" for end in stored.names]
+def stored_name(source: str, stored: Stored, names: Set[str]) -> str:
+    """The name of a tensor of the quantised weight `source`, of which `names` may have one of several spellings."""
+    if source.endswith(".weight"):
+        possible = [f"{source.removesuffix('weight')}{end}" for end in stored.names]
+    else:  # fused experts: of transformers, of llm-compressor, of ModelOpt
+        possible = [f"{source}{end.removeprefix('weight')}" for end in stored.names]
+        possible += [f"{source}{mark}{end}" for mark in (".", "_") for end in stored.names]
     return next((name for name in possible if name in names), possible[0])

@@ -109,6 +109,7 @@ _DENSE_RULES: list[_Rule] = [
     ("mlp.up_proj.weight", "ff.fc2.weight", Split.COLUMNS, _shape("hidden_dim", "emb_dim"), _always),
     ("mlp.down_proj.weight", "ff.fc3.weight", Split.COLUMN_INPUTS, _shape("emb_dim", "hidden_dim"), _always),
 ]
+_FUSED = "mlp.experts.gate_up_proj"
 _GATE_RULE: _Rule = (
     "mlp.gate.weight",
     "ff.gate.weight",
@@ -134,6 +135,9 @@ class WeightPlan:
         self._config = config
         self._layout = layout
         self._names = names
+        # Layers whose experts are one tensor, however its parts are called.
+        fused = (name.partition(_FUSED) for name in names)
+        self._fused = {layer for layer, found, _ in fused if found}
 
     def pieces(self, at: RankCoords) -> Iterator[Piece]:
         """The pieces that the rank at `at` must read, in checkpoint order.
@@ -222,13 +226,13 @@ class WeightPlan:
             outputs, to_outputs = self._slices(config.emb_dim, at)
             inputs, to_inputs = everything, everything
         ours = f"{ours}ff.experts." if ours else ""
-        if f"{theirs}mlp.experts.gate_up_proj" in self._names:
+        if theirs in self._fused:
             inner = config.moe_hidden_dim
             gate_up = (config.num_experts, 2 * inner, config.emb_dim)
             down = (config.num_experts, config.emb_dim, inner)
             ups = slice(inner + columns.start, inner + columns.stop)
             for experts, stack in _runs(hosted):
-                source, target = f"{theirs}mlp.experts.gate_up_proj", (stack, filled, everything)
+                source, target = f"{theirs}{_FUSED}", (stack, filled, everything)
                 yield Piece(source, gate_up, (experts, columns, everything), f"{ours}fc1", target)
                 yield Piece(source, gate_up, (experts, ups, everything), f"{ours}fc2", target)
                 source, target = f"{theirs}mlp.experts.down_proj", (stack, to_outputs, to_inputs)

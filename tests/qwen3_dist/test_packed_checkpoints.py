@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.planning.memory import rank_bytes
@@ -42,6 +43,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "nvfp4": {"write": write_fp4, "moe": True, **ODD},
     "modelopt": {"write": write_fp4, "kind": "modelopt", **DENSE, "alone": ("layers.1.mlp",)},
     "mxfp4": {"write": write_fp4, "kind": "mxfp4", "moe": True, **ODD},
+    "fused": {"moe": True, **ODD, "stacks": True},
+    "fused zeros": {"moe": True, **ODD, "moe_intermediate_size": 48, "stacks": True, "zeros": True},
+    "fused nvfp4": {"write": write_fp4, "moe": True, **ODD, "stacks": True},
+    "fused modelopt": {"write": write_fp4, "kind": "modelopt", "moe": True, **ODD, "stacks": True},
+    "fused mxfp4": {"write": write_fp4, "kind": "mxfp4", "moe": True, **ODD, "stacks": True},
     "8 bits": {
         "moe": True,
         **ODD,
@@ -89,6 +95,12 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Twins]:
         ("modelopt", "tp=2"),
         ("mxfp4", "tp=1"),
         ("mxfp4", "tp=2,ep=2"),
+        ("fused", "tp=2,dp=2,ep=2"),
+        ("fused zeros", "tp=4"),
+        ("fused nvfp4", "tp=1"),
+        ("fused nvfp4", "tp=2,ep=2"),
+        ("fused modelopt", "tp=4"),
+        ("fused mxfp4", "tp=2"),
         ("8 bits", "tp=1"),
         ("8 bits", "tp=2"),
     ],
@@ -114,6 +126,26 @@ def test_codes_of_4_bits_stay_two_in_a_byte(twins: dict[str, Twins], kind: str) 
         assert model.whole_stage is not None
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "modelopt"])
+def test_fused_experts_may_share_the_scale_of_their_tensor(tmp_path: Path, kind: str) -> None:
+    """A number for each expert instead of one for its gate and one for its up: [E] and [E, 1]."""
+    twins = write_fp4(tmp_path, kind, moe=True, **ODD, stacks=True)
+    plain, quantized = (load_file(path / "model.safetensors") for path in (twins.plain, twins.quantized))
+    for name in [
+        each for each in quantized if "gate_up_proj" in each and each.endswith(("global_scale", "scale_2"))
+    ]:
+        ratio = quantized[name][:, 1:] / quantized[name][:, :1]
+        shared = quantized[name][:, 0] if kind == "modelopt" else quantized[name][:, :1]
+        quantized[name] = shared.contiguous()
+        weight = plain[name.partition("gate_up_proj")[0] + "gate_up_proj"]
+        inner = weight.shape[1] // 2
+        weight[:, inner:] *= (ratio if kind == "nvfp4" else 1 / ratio)[..., None]
+    for path, tensors in ((twins.plain, plain), (twins.quantized, quantized)):
+        save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with engine(twins.quantized, "tp=2,ep=2") as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins.plain)
+
+
 def test_adapters_apply_to_packed_weights(twins: dict[str, Twins], tmp_path: Path) -> None:
     quantized, plain = twins["gptq"]
     adapter = write_adapter(tmp_path / "adapter", plain, EVERYTHING, r=3)
@@ -123,7 +155,7 @@ def test_adapters_apply_to_packed_weights(twins: dict[str, Twins], tmp_path: Pat
         assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), plain)
 
 
-@pytest.mark.parametrize("kind", ["zeros", "gptq order"])
+@pytest.mark.parametrize("kind", ["zeros", "gptq order", "fused nvfp4"])
 def test_zeros_and_orders_move_with_their_experts(twins: dict[str, Twins], kind: str) -> None:
     with engine(twins[kind].quantized, "tp=2,ep=2", redundant_experts=2) as llm:
         assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins[kind].plain)
@@ -186,6 +218,16 @@ Q = "model.layers.0.self_attn.q_proj"
             f"{Q}.g_idx names groups of inputs that are not 0 to 1; download",
         ),
         ("modelopt", {f"{Q}.weight_scale_2": None}, f"lacks 1 tensor .{Q}.weight_scale_2"),
+        (
+            "fused nvfp4",
+            {"model.layers.0.mlp.experts.gate_up_proj.weight_global_scale": torch.ones(6, 3)},
+            r"global_scale has shape \[6, 3\] where config.json makes it \[6, 2\]",
+        ),
+        (
+            "awq",
+            {"model.layers.0.mlp.experts.gate_up_proj.qweight": torch.zeros(6, 64, 12).int()},
+            "gate_up_proj has all experts of a layer in one tensor, which is not supported with awq; take",
+        ),
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(

@@ -12,10 +12,11 @@ import pytest
 
 from qwen3_dist import verify as module
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.weights import packed
 from serve_app.cli import main
 from tests.checkpoints import write_checkpoint
 from tests.quantized import write_channels, write_fp8
-from tests.quantized_packed import write_awq
+from tests.quantized_packed import write_awq, write_fp4, write_gptq, write_pack_quantized
 
 DENSE: dict[str, Any] = {"moe": False}
 MOE: dict[str, Any] = {"moe": True, "mlp_only_layers": [1]}
@@ -27,6 +28,16 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "fp8 fused": lambda path: write_fp8(path, 24, 20, stacks=True, **MOE).quantized,
     "fp8 by tensors": lambda path: write_channels(path, whole=True, **DENSE).quantized,
     "int8": lambda path: write_channels(path, int8=True, **MOE).quantized,
+    "int4": lambda path: write_pack_quantized(path, size=20, zeros=True, order=True, **MOE).quantized,
+    "int4 fused": lambda path: write_pack_quantized(path, zeros=True, stacks=True, **MOE).quantized,
+    "8 bits": lambda path: write_pack_quantized(path, 8, zeros=True, **DENSE).quantized,
+    "awq": lambda path: write_awq(path, **MOE).quantized,
+    "gptq": lambda path: write_gptq(path, sym=False, order=True, **MOE).quantized,
+    "gptq 8 bits": lambda path: write_gptq(path, 8, sym=False, v2=True, **DENSE).quantized,
+    "nvfp4": lambda path: write_fp4(path, **MOE).quantized,
+    "nvfp4 fused": lambda path: write_fp4(path, stacks=True, **MOE).quantized,
+    "modelopt fused": lambda path: write_fp4(path, "modelopt", stacks=True, **MOE).quantized,
+    "mxfp4": lambda path: write_fp4(path, "mxfp4", **DENSE).quantized,
 }
 
 
@@ -79,7 +90,10 @@ def test_what_it_needs_is_named(
     assert "verify needs transformers; pip install 'transformers>=5.17'" in capsys.readouterr().err
 
 
-def test_packed_weights_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = write_awq(tmp_path / "model", **DENSE).quantized
-    assert main(["verify", str(path)]) == 2
-    assert "verify has no reference for packed weights yet" in capsys.readouterr().err
+def test_an_awq_order_of_words_that_is_wrong_is_found_in_the_first_block(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = packed._split
+    monkeypatch.setattr(packed, "_split", lambda words, packing: split(words, packing._replace(order=None)))
+    code, report = verified(capsys, str(write_awq(tmp_path / "model", **DENSE).quantized), "--layers")
+    assert code == 1 and report["first_apart"] == "block 0"
