@@ -1,95 +1,47 @@
-"""Weights that change, and engines that sleep, while requests run."""
+"""Weights that change while requests run."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.engine.async_engine import AsyncEngine
-from qwen3_dist.errors import CheckpointError, EngineDeadError, RequestError
-from qwen3_dist.settings import EngineConfig
+from qwen3_dist import LLM
+from qwen3_dist.errors import CheckpointError, EngineDeadError
 from qwen3_dist.weights_version import WeightsVersion
-from qwen3_dist.worker.shard import held_bytes
 from tests.checkpoints import write_checkpoint
+from tests.swapping import (
+    PROMPT,
+    SHORT,
+    Tokens,
+    ask,
+    begin,
+    continued,
+    of,
+    started,
+    tokens_of_versions,
+    write_versions,
+)
 
-PROMPT = list(range(3, 40))
-SHORT = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
-Tokens = list[int]
-_ids = map(str, itertools.count())
 pytestmark = pytest.mark.usefixtures("nursery")
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("weights")
-    return {
-        name: write_checkpoint(folder / name, moe=True, seed=seed, mlp_only_layers=[1], intermediate_size=99)
-        for seed, name in enumerate(("base", "one", "two"))
-    }
+    return write_versions(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
 def expected(paths: dict[str, Path]) -> dict[str, Tokens]:
-    found = {}
-    for name, path in paths.items():
-        with LLM(str(path), use_tqdm=False) as llm:
-            [output] = llm.generate(PROMPT, LONG, use_tqdm=False)
-        found[name] = list(output.outputs[0].token_ids)
-    assert len({str(tokens[:6]) for tokens in found.values()}) == 3
-    return found
-
-
-def of(paths: dict[str, Path], name: str) -> WeightsVersion:
-    return WeightsVersion(str(paths[name]), name)
-
-
-@contextmanager
-def started(paths: dict[str, Path], layout: str, **settings: Any) -> Iterator[AsyncEngine]:
-    config = EngineConfig(model=str(paths["base"]), layout=layout, executor="processes", **settings)
-    engine = AsyncEngine(config)
-    try:
-        yield engine
-    finally:
-        engine.shutdown()
-
-
-async def ask(engine: AsyncEngine, prompt: Tokens = PROMPT, params: SamplingParams = SHORT) -> Tokens:
-    steps = engine.generate(prompt, params, next(_ids))
-    return [token for step in [step async for step in steps] for delta in step for token in delta.token_ids]
-
-
-async def begin(engine: AsyncEngine) -> Callable[[], Coroutine[Any, Any, Tokens]]:
-    """Starts a long request and waits for its first token. Returns what waits for all of its tokens."""
-    steps = engine.generate(PROMPT, LONG, next(_ids))
-    first = [token for delta in await anext(steps) for token in delta.token_ids]
-
-    async def rest() -> Tokens:
-        return first + [
-            t for step in [step async for step in steps] for delta in step for t in delta.token_ids
-        ]
-
-    return rest
-
-
-def continued(path: Path, tokens: Tokens, changed_at: int) -> Tokens:
-    """What the weights at `path` generate after the first tokens, which others generated."""
-    with LLM(str(path), use_tqdm=False) as llm:
-        params = SamplingParams(max_tokens=len(tokens) - changed_at, temperature=0, ignore_eos=True)
-        [output] = llm.generate(PROMPT + tokens[:changed_at], params, use_tqdm=False)
-    return list(output.outputs[0].token_ids)
+    return tokens_of_versions(paths)
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2", "dp=2,ep=2", "tp=2,pp=2"])
@@ -302,91 +254,6 @@ def test_a_rank_that_is_lost_during_a_change_leaves_all_with_the_old_weights(
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("level", [1, 2])
-@pytest.mark.parametrize("layout", ["tp=2", "dp=2,ep=2", "tp=2,pp=2"])
-def test_an_engine_that_slept_goes_on_with_the_same_tokens(
-    paths: dict[str, Path], expected: dict[str, Tokens], layout: str, level: int
-) -> None:
-    async def check() -> None:
-        with started(paths, layout) as engine:
-            running = await begin(engine)
-            await engine.sleep(level)
-            steps = engine.stats().steps
-            waiting = asyncio.create_task(ask(engine))
-            await asyncio.sleep(0.3)
-            assert engine.stats().steps == steps and not waiting.done()
-            await engine.wake()
-            assert await running() == expected["base"]
-            assert await waiting == expected["base"][:6]
-            await engine.sleep(level)
-            await engine.use_weights(of(paths, "one"))
-            await engine.wake()
-            assert await ask(engine) == expected["one"][:6]
-
-    asyncio.run(check())
-
-
-@pytest.mark.parametrize("level", [1, 2])
-def test_a_rank_that_is_replaced_sleeps_as_the_others_do(
-    paths: dict[str, Path], expected: dict[str, Tokens], level: int
-) -> None:
-    async def check() -> None:
-        with started(paths, "tp=2") as engine:
-            await engine.use_weights(of(paths, "one"))
-            await engine.sleep(level)
-            os.kill(engine.ranks[1].pid, signal.SIGKILL)
-            while not engine.recoveries:
-                await asyncio.sleep(0.02)
-            waiting = asyncio.create_task(ask(engine))
-            await asyncio.sleep(0.3)
-            assert not waiting.done()
-            await engine.wake()
-            assert await waiting == expected["one"][:6]
-
-    asyncio.run(check())
-
-
-def test_weights_that_cannot_be_loaded_again_leave_the_engine_asleep(
-    paths: dict[str, Path], expected: dict[str, Tokens], tmp_path: Path
-) -> None:
-    place = shutil.copytree(paths["one"], tmp_path / "place")
-
-    async def check() -> None:
-        with started(paths, "tp=2") as engine:
-            await engine.use_weights(WeightsVersion(str(place), "one"))
-            await engine.sleep(2)
-            shutil.rmtree(place)
-            for _ in range(2):
-                with pytest.raises(CheckpointError, match="there is no directory"):
-                    await engine.wake()
-            await engine.use_weights(of(paths, "two"))
-            await engine.wake()
-            assert await ask(engine) == expected["two"][:6]
-
-    asyncio.run(check())
-
-
-def test_llm_sleeps_and_changes_its_weights(paths: dict[str, Path], expected: dict[str, Tokens]) -> None:
-    with LLM(str(paths["base"]), use_tqdm=False) as llm:
-
-        def tokens() -> Tokens:
-            [output] = llm.generate(PROMPT, SHORT, use_tqdm=False)
-            return list(output.outputs[0].token_ids)
-
-        assert tokens() == expected["base"][:6]
-        assert llm.update_weights(str(paths["one"])).bytes_read > 0
-        assert tokens() == expected["one"][:6]
-        for level in (1, 2):
-            llm.sleep(level)
-            with pytest.raises(RequestError, match="call wake_up"):
-                tokens()
-            llm.wake_up()
-            assert tokens() == expected["one"][:6]
-        with pytest.raises(CheckpointError):
-            llm.update_weights(str(paths["one"]) + "x")
-        assert tokens() == expected["one"][:6]
-
-
 def test_a_random_model_takes_weights_and_int8_ones_are_made_anew(
     paths: dict[str, Path],
 ) -> None:
@@ -400,22 +267,3 @@ def test_a_random_model_takes_weights_and_int8_ones_are_made_anew(
         assert llm.generate(PROMPT, SHORT, use_tqdm=False) == [before]
         llm.update_weights(str(paths["one"]))
         assert llm.generate(PROMPT, SHORT, use_tqdm=False)[0].outputs == expected.outputs != before.outputs
-
-
-def test_an_engine_that_sleeps_gives_its_memory_back(tmp_path: Path) -> None:
-    shape = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 8, "head_dim": 64}
-    path = write_checkpoint(tmp_path / "wide", moe=False, **shape)
-    with LLM(str(path), use_tqdm=False, num_blocks=512, device="cpu") as llm:
-        prompts = [[3 + i] * 400 for i in range(20)]  # they fill most blocks
-        llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
-        executor: Any = llm._engine._executor
-        cache, device = executor._runner._cache, executor._runner.model.device
-        kv = sum(each.keys.nbytes + each.values.nbytes for each in cache)
-        weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-        assert kv == 2**27 and weights > 2**26
-        held = [held_bytes(device)]
-        for level in (1, 2):
-            llm.sleep(level)
-            held.append(held_bytes(device))
-        assert held[0] - held[1] > 0.9 * kv
-        assert held[1] - held[2] > 0.9 * weights

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import ray
-from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
 from qwen3_dist.weights.source import bundled_path
@@ -25,6 +24,7 @@ from serve_app.settings import BUNDLED_NAME, ServiceConfig
 from tests.adapters import ATTENTION, write_adapter
 from tests.serve_app.deployed_service import Deployed, deployed_beside
 from tests.serve_app.support import error_of, wait_for
+from tests.swapping import write_other_weights
 
 NAME = "adapting"
 TWO = {"min_replicas": 2, "max_replicas": 2}
@@ -143,17 +143,6 @@ def test_a_deploy_with_other_adapters_reloads_nothing(deployed: Deployed, paths:
     wait_for(lambda: of_replicas(deployed) == [["filed"]] * 2 and listed(deployed) == [BUNDLED_NAME, "filed"])
     assert texts(deployed, "filed") != texts(deployed, BUNDLED_NAME)
     assert deployed.engines() == engines
-
-
-def write_other_weights(path: Path) -> Path:
-    """The bundled model with other weights in its last layers."""
-    shutil.copytree(bundled_path(), path)
-    file = path / "model.safetensors"
-    tensors = load_file(file)
-    for name in (each for each in tensors if ".mlp.down_proj." in each):
-        tensors[name] = -tensors[name]
-    save_file(tensors, file, metadata={"format": "pt"})
-    return path
 
 
 @contextlib.contextmanager

@@ -1,0 +1,145 @@
+"""Engines that sleep and wake while requests wait."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_dist import LLM, SamplingParams
+from qwen3_dist.errors import CheckpointError, RequestError
+from qwen3_dist.weights_version import WeightsVersion
+from qwen3_dist.worker.shard import held_bytes
+from tests.checkpoints import write_checkpoint
+from tests.swapping import (
+    PROMPT,
+    SHORT,
+    Tokens,
+    ask,
+    begin,
+    of,
+    started,
+    tokens_of_versions,
+    write_versions,
+)
+
+pytestmark = pytest.mark.usefixtures("nursery")
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_versions(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def expected(paths: dict[str, Path]) -> dict[str, Tokens]:
+    return tokens_of_versions(paths)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("layout", ["tp=2", "dp=2,ep=2", "tp=2,pp=2"])
+def test_an_engine_that_slept_goes_on_with_the_same_tokens(
+    paths: dict[str, Path], expected: dict[str, Tokens], layout: str, level: int
+) -> None:
+    async def check() -> None:
+        with started(paths, layout) as engine:
+            running = await begin(engine)
+            await engine.sleep(level)
+            steps = engine.stats().steps
+            waiting = asyncio.create_task(ask(engine))
+            await asyncio.sleep(0.3)
+            assert engine.stats().steps == steps and not waiting.done()
+            await engine.wake()
+            assert await running() == expected["base"]
+            assert await waiting == expected["base"][:6]
+            await engine.sleep(level)
+            await engine.use_weights(of(paths, "one"))
+            await engine.wake()
+            assert await ask(engine) == expected["one"][:6]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_rank_that_is_replaced_sleeps_as_the_others_do(
+    paths: dict[str, Path], expected: dict[str, Tokens], level: int
+) -> None:
+    async def check() -> None:
+        with started(paths, "tp=2") as engine:
+            await engine.use_weights(of(paths, "one"))
+            await engine.sleep(level)
+            os.kill(engine.ranks[1].pid, signal.SIGKILL)
+            while not engine.recoveries:
+                await asyncio.sleep(0.02)
+            waiting = asyncio.create_task(ask(engine))
+            await asyncio.sleep(0.3)
+            assert not waiting.done()
+            await engine.wake()
+            assert await waiting == expected["one"][:6]
+
+    asyncio.run(check())
+
+
+def test_weights_that_cannot_be_loaded_again_leave_the_engine_asleep(
+    paths: dict[str, Path], expected: dict[str, Tokens], tmp_path: Path
+) -> None:
+    place = shutil.copytree(paths["one"], tmp_path / "place")
+
+    async def check() -> None:
+        with started(paths, "tp=2") as engine:
+            await engine.use_weights(WeightsVersion(str(place), "one"))
+            await engine.sleep(2)
+            shutil.rmtree(place)
+            for _ in range(2):
+                with pytest.raises(CheckpointError, match="there is no directory"):
+                    await engine.wake()
+            await engine.use_weights(of(paths, "two"))
+            await engine.wake()
+            assert await ask(engine) == expected["two"][:6]
+
+    asyncio.run(check())
+
+
+def test_llm_sleeps_and_changes_its_weights(paths: dict[str, Path], expected: dict[str, Tokens]) -> None:
+    with LLM(str(paths["base"]), use_tqdm=False) as llm:
+
+        def tokens() -> Tokens:
+            [output] = llm.generate(PROMPT, SHORT, use_tqdm=False)
+            return list(output.outputs[0].token_ids)
+
+        assert tokens() == expected["base"][:6]
+        assert llm.update_weights(str(paths["one"])).bytes_read > 0
+        assert tokens() == expected["one"][:6]
+        for level in (1, 2):
+            llm.sleep(level)
+            with pytest.raises(RequestError, match="call wake_up"):
+                tokens()
+            llm.wake_up()
+            assert tokens() == expected["one"][:6]
+        with pytest.raises(CheckpointError):
+            llm.update_weights(str(paths["one"]) + "x")
+        assert tokens() == expected["one"][:6]
+
+
+def test_an_engine_that_sleeps_gives_its_memory_back(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 4096, "num_key_value_heads": 8, "head_dim": 64}
+    path = write_checkpoint(tmp_path / "wide", moe=False, **shape)
+    with LLM(str(path), use_tqdm=False, num_blocks=512, device="cpu") as llm:
+        prompts = [[3 + i] * 400 for i in range(20)]  # they fill most blocks
+        llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
+        executor: Any = llm._engine._executor
+        cache, device = executor._runner._cache, executor._runner.model.device
+        kv = sum(each.keys.nbytes + each.values.nbytes for each in cache)
+        weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        assert kv == 2**27 and weights > 2**26
+        held = [held_bytes(device)]
+        for level in (1, 2):
+            llm.sleep(level)
+            held.append(held_bytes(device))
+        assert held[0] - held[1] > 0.9 * kv
+        assert held[1] - held[2] > 0.9 * weights
