@@ -216,7 +216,7 @@ def _read(
         if piece.stored != SCALE:  # the codes, with which their scales are made
             read_rounded(files, piece, view, parameters[f"{piece.parameter}_scale"])
         advance(view.nbytes)
-    elif scales_all:
+    elif piece.stored in (DIVISOR, MULTIPLIER):
         factor = _factors(piece, files.read_whole(piece.source)).to(view.device)
         view.mul_(factor) if piece.stored == MULTIPLIER else view.div_(factor)
         advance(view.nbytes)
