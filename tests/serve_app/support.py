@@ -30,6 +30,8 @@ SETTINGS: dict[str, Any] = {
     "max_request_mib": 6,
 }
 
+_LONGEST_PAUSE_S = 0.5
+
 
 def free_port() -> int:
     """One that nobody listens on and that no system hands out by itself: Ray's processes would take it meanwhile."""
@@ -41,11 +43,15 @@ def free_port() -> int:
 
 
 def wait_for(what: Callable[[], Any], timeout_s: float = 120.0, pause_s: float = 0.05) -> Any:
-    """The first true value of `what()`; fails after a generous time that only a fault exceeds."""
-    deadline = time.monotonic() + timeout_s
+    """The first true value of `what()`; fails after a generous time that only a fault exceeds.
+
+    It asks less often the longer it waits, since each question costs the service CPU time that it needs.
+    """
+    began = time.monotonic()
     while not (value := what()):
-        assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain"
-        time.sleep(pause_s)
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, f"waited {timeout_s:g} s in vain"
+        time.sleep(max(pause_s, min(_LONGEST_PAUSE_S, waited_s / 10)))
     return value
 
 
