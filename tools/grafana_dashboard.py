@@ -183,6 +183,13 @@ ROWS: list[Row] = [
                 },
             ),
             (
+                "Replicas by version of their weights",
+                "short",
+                {
+                    "{{model_name}} {{version}}": f"count by (model_name, version) (qwen3_dist:weights_info{OF})"
+                },
+            ),
+            (
                 "Requests that lost their replica",
                 "reqps",
                 {"requests": rate("qwen3_dist:request_replica_losses_total", of="{}")},

@@ -31,7 +31,7 @@ def checked_model(config: EngineConfig, path: Path) -> ModelConfig:
             f"{path / 'config.json'} has {names}, which this service does not know; "
             "the model's output may differ from what that asks for"
         )
-    if config.load_format != "random":
+    if config.load_format != "random" and not config.weights.path:
         CheckpointFiles(path)  # reads every file's header, which ranks do again
     config.layout.validate(model_config)
     check_context(config, model_config)
