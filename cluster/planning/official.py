@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,33 @@ from typing import Any
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.hf_overrides import HfOverrides
+from qwen3_dist.quantization import INT8, Quantization, Stored, WeightFormat
 from qwen3_dist.weights.source import canonical_name, local_path, resolve_config
 
-_FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+_INT8 = Quantization(
+    "int8", ((WeightFormat(INT8, None, Stored(("weight_scale",))), ("Linear",)),), rounds=True
+)
+
+
+def _fp4(form: str, size: int) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": size}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+
+
+# `quantization_config` of the checkpoints whose names end so: Qwen's own, and in others' formats.
+_QUANTIZED: dict[str, dict[str, Any]] = {
+    "FP8": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+    "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+    "GPTQ-Int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
+    "GPTQ-Int8": {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True},
+    "NVFP4": _fp4("nvfp4-pack-quantized", 16),
+    "MXFP4": _fp4("mxfp4-pack-quantized", 32),
+}
 
 
 @cache
@@ -47,15 +72,26 @@ def find_config(
     return name or "bundled", ModelConfig.from_directory(directory, overrides)
 
 
+def planned(config: ModelConfig, quantize: str) -> ModelConfig:
+    """`config` as the setting `quantize` makes its weights. With int8 they are codes only after loading, of which a
+    config tells nothing otherwise; the head, which is then int8 too, is counted as it was.
+
+    Raises ConfigError if the checkpoint's weights are quantised already.
+    """
+    rounded = config.rounded(quantize)
+    return replace(rounded, quantization=_INT8) if quantize == "int8" else rounded
+
+
 def _official(name: str) -> tuple[str, dict[str, Any]] | None:
     """The official name that is meant by a model name or hub id, ignoring case, and its config.json; None if there is
-    none. The FP8 checkpoint of a model has its name and "-FP8"."""
+    none. A quantised checkpoint of a model has its name, a dash, and one of `_QUANTIZED`."""
     short = name.lower().removeprefix("qwen/")
     for each, raw in official_configs().items():
         if short == each.lower():
             return each, raw
-        if short == f"{each.lower()}-fp8":
-            return f"{each}-FP8", {**raw, "quantization_config": _FP8}
+        for ending, settings in _QUANTIZED.items():
+            if short == f"{each}-{ending}".lower():
+                return f"{each}-{ending}", {**raw, "quantization_config": settings}
     return None
 
 

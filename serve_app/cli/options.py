@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.lora_adapters import LoraAdapters
-from qwen3_dist.settings import KV_CACHE_DTYPES, EngineConfig
+from qwen3_dist.settings import KV_CACHE_DTYPES, QUANTIZATIONS, EngineConfig
 from qwen3_dist.settings_reader import setting_types, value_type
 from serve_app.cli import vllm_names
 from serve_app.cli.parser import Switch
@@ -67,9 +67,9 @@ def add_changes_of_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--quantize",
-        choices=("none", "fp8"),
+        choices=QUANTIZATIONS,
         default="none",
-        help="fp8: weights that serve rounds to 8 bits while it loads (default: none)",
+        help="what serve rounds weights to while it loads (default: none)",
     )
     parser.add_argument(
         "--kv-cache-dtype",
@@ -84,10 +84,10 @@ def changed_config(args: argparse.Namespace, revision: str | None = None) -> tup
 
     Raises CheckpointError and ConfigError.
     """
-    from cluster.planning.official import find_config
+    from cluster.planning.official import find_config, planned
 
     name, config = find_config(args.model, revision, HfOverrides.parse(args.hf_overrides))
-    return name, config.rounded(args.quantize)
+    return name, planned(config, args.quantize)
 
 
 def positive(text: str) -> int:

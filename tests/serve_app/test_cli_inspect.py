@@ -75,6 +75,35 @@ def test_rounded_weights_take_the_bytes_of_an_fp8_checkpoint(capsys: pytest.Capt
     assert "are quantised already (fp8); leave quantize out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "quantize", "bits", "described"),
+    [
+        ("Qwen3-30B-A3B", "none", 16, "none"),
+        ("Qwen3-30B-A3B", "int8", 8 + 32 / 2048, "int8 by outputs, rounded while loading"),
+        ("Qwen3-30B-A3B", "fp8", 8 + 32 / 128**2, "fp8 (e4m3) by blocks of 128 x 128, rounded while loading"),
+        ("Qwen3-30B-A3B", "int4", 4 + 32 / 128, "int4 by groups of 128 inputs, rounded while loading"),
+        ("Qwen3-30B-A3B-AWQ", "none", 4 + 40 / 128, "awq: int4 by groups of 128 inputs with zero points"),
+        ("qwen/qwen3-30b-a3b-gptq-int4", "none", 4 + 32 / 128, "gptq: int4 by groups of 128 inputs"),
+        ("Qwen3-30B-A3B-NVFP4", "none", 4 + 32 / 16, "compressed-tensors: fp4 (e2m1) by groups of 16 inputs"),
+        ("Qwen3-30B-A3B-MXFP4", "none", 4 + 32 / 32, "compressed-tensors: fp4 (e2m1) by groups of 32 inputs"),
+    ],
+)
+def test_inspect_and_plan_know_the_bytes_of_each_format(
+    capsys: pytest.CaptureFixture[str], model: str, quantize: str, bits: float, described: str
+) -> None:
+    _, report, _ = inspected(capsys, model, "--quantize", quantize)
+    plain = 2 * 151936 * 2048 * 2 + 48 * 128 * 2048 * 2  # embedding, head and routers
+    linear = 48 * (2048 * 128 * (2 * 32 + 2 * 4) + 128 * 3 * 2048 * 768)
+    expected = plain + linear * bits / 8
+    assert report["bytes_per_rank"][0] == pytest.approx(expected, rel=2e-3)
+    assert report["quantization"] == described
+    layout = ("--input-len", "100", *LOAD, "--quantize", quantize, "--json")
+    assert main(["plan", model, *layout]) == 0
+    plans = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    [alone] = [plan for plan in plans if plan["layout"] == "tp=1"]
+    assert alone["bytes_per_rank"]["weights"] == pytest.approx(expected, rel=2e-3)
+
+
 def test_whole_weights_are_counted(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     code, report, said = inspected(capsys, str(path), "--quantize", "fp8")
     assert (code, report["weights"]) == (0, "complete, 135 tensors") and "qwen3-dist" not in said
