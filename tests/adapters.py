@@ -22,9 +22,10 @@ def write_adapter(
     r: int = 4,
     seed: int = 0,
     strength: float = 0.15,
+    experts: bool = False,
     **config: Any,
 ) -> Path:
-    """A seeded adapter for those of the `targets` that are no experts in the checkpoint `base`; fp32.
+    """A seeded adapter for the `targets` in the checkpoint `base`, of experts only if `experts`; fp32.
 
     A parameter of `strength` is its standard deviation.
     """
@@ -33,7 +34,7 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     for name, weight in sorted(load_file(base / "model.safetensors").items()):
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in targets and ".experts." not in name:
+        if module.rpartition(".")[2] in targets and (experts or ".experts." not in name):
             outputs, inputs = weight.shape
             tensors[f"base_model.model.{module}.lora_A.weight"] = strength * torch.randn(r, inputs)
             tensors[f"base_model.model.{module}.lora_B.weight"] = strength * torch.randn(outputs, r)

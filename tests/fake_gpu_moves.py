@@ -33,6 +33,9 @@ class Reader:
     def read(self, layer: int, experts: Sequence[int], progress: Callable[[int], None]) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(len(experts), *shape, dtype=dtype) for shape, dtype in self._kinds)
 
+    def read_adapters(self, layer: int, hosted: Sequence[int]) -> None:
+        """The model has none."""
+
 
 def observe(quantize: str | None) -> dict[str, list[str]]:
     config = ModelConfig.from_dict({**SHAPES["moe"], "num_hidden_layers": 1})

@@ -70,8 +70,16 @@ class AdapterChanges:
         cannot load them; then all ranks have what they had."""
         self._asked.append((adapters, done))
 
-    def tick(self, idle: bool) -> None:
-        """Continues changes. `idle`: no step is in flight. Never waits for ranks that read."""
+    @property
+    def are_read(self) -> bool:
+        """Whether ranks read adapters, or have read those to which they have not switched yet."""
+        return self._next is not None
+
+    def tick(self, idle: bool, waits: bool = False) -> None:
+        """Continues changes. `idle`: no step is in flight. Never waits for ranks that read. `waits`: ranks read
+        experts of a layer with their adapters."""
+        if waits:
+            return
         if self._has_unused and not self._asked:
             self.begin(self._adapters, self._after_drop)
         if not self._asked:

@@ -78,8 +78,16 @@ class ExpertBalance:
             raise EngineDeadError(f"a rank was lost while the experts of layer {self._move.layer} were moved")
         return self._placements
 
-    def tick(self) -> None:
-        """Continues moves, and starts those due by `rebalance_experts_s`. Never waits for ranks that read."""
+    @property
+    def are_read(self) -> bool:
+        """Whether ranks read experts of a layer."""
+        return self._move is not None
+
+    def tick(self, waits: bool = False) -> None:
+        """Continues moves, and starts those due by `rebalance_experts_s`. Never waits for ranks that read. `waits`:
+        ranks read adapters, for the experts where they are."""
+        if waits:
+            return
         if not self._rebalances:
             if self._period_s is not None and time.monotonic() >= self._next_s:
                 self._next_s = time.monotonic() + self._period_s

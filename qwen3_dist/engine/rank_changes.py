@@ -54,7 +54,7 @@ class RankChanges:
         """Continues changes. `idle`: no step is in flight. Weights change while nothing else does."""
         weights = self.weights
         if not weights.has_begun and not weights.asleep:
-            self.experts.tick()
-            self.adapters.tick(idle)
+            self.experts.tick(waits=self.adapters.are_read)
+            self.adapters.tick(idle, waits=self.experts.are_read)
         if weights.has_begun or weights.asleep or not (self.experts.is_busy or self.adapters.is_busy):
             weights.tick(idle)

@@ -96,7 +96,7 @@ class Experts(Quantizable):
         outputs = self._weighted_outputs(hidden, ids, received.weights.flatten(), numbers)
         before = etp.rank * shape.outputs
         whole = F.pad(outputs, (before, (etp.size - 1) * shape.outputs - before))[:, : shape.emb_dim]
-        return whole.reshape(len(received.tokens), -1)
+        return whole.reshape(len(received.tokens), choices * shape.emb_dim)  # which may be no rows
 
     def _adapted(self, x: Tensor, ids: Tensor, routing: Tensor, adapters: Tensor) -> Tensor:
         """`forward` with the adapters [R] of the rows, in slices, which limits memory."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.layout import padded_range
+from qwen3_dist.model.expert_lora import ExpertLowRank
 from qwen3_dist.model.experts import Experts, ExpertShape
 from qwen3_dist.model.linear import Linear, LinearGroup, RowParallel
 from qwen3_dist.ops import slices
@@ -62,6 +63,7 @@ class PreparedMove:
     places: Tensor  # [n] int64, their indices in the rank's stacks
     leaving: Tensor  # [n] int64, the experts that they replace
     converted: tuple[Tensor, ...]  # their weights, from `Experts.convert`
+    low_rank: ExpertLowRank | None = None  # the adapters of all experts of this rank in the new placement
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -109,6 +111,10 @@ class MoEFeedForward(nn.Module):
         """The experts of this rank, in the order of its stacks."""
         return self.placement.hosted[self._ep_rank]
 
+    def hosted_in(self, placement: ExpertPlacement) -> tuple[int, ...]:
+        """The experts of this rank in another placement."""
+        return placement.hosted[self._ep_rank]
+
     def rows_by_expert(self) -> dict[int, int]:
         """Rows that this rank has computed for each expert that it hosts or has hosted."""
         rows = Counter({expert: count for expert, count in enumerate(self._former_rows.tolist()) if count})
@@ -148,6 +154,7 @@ class MoEFeedForward(nn.Module):
             self._former_rows.index_add_(0, prepared.leaving, self.experts.counts[places])
             self.experts.replace(places, prepared.converted)
         self.placement = prepared.placement
+        self.experts.low_rank = prepared.low_rank
         self.all_to_all.set_placement(prepared.placement)
         self.all_gather.set_placement(prepared.placement)
 
@@ -254,15 +261,15 @@ class MoEFeedForward(nn.Module):
             padding = batch.padding[own_rows.start : own_rows.stop, None]
             expert_ids[: len(own_rows)].masked_fill_(padding, -1)
         batches = 2 if self.all_to_all.overlaps and level >= self._overlap_from else 1
-        parts = zip(
-            x.tensor_split(batches),
-            expert_ids.tensor_split(batches),
-            weights.tensor_split(batches),
-            [None] * batches if numbers is None else numbers.tensor_split(batches),
-            strict=True,
-        )
+        some = [None] * batches if numbers is None else numbers.tensor_split(batches)
+        routing = zip(expert_ids.tensor_split(batches), weights.tensor_split(batches), some, strict=True)
         sums, most_rows = [], -(-level // batches)
-        started = [self.all_to_all.start_dispatch(*part, most_rows, some) for *part, some in parts]
+        started = [
+            self.all_to_all.start_dispatch(part, its_ids, its_weights, most_rows, its_adapters)
+            for part, (its_ids, its_weights, its_adapters) in zip(
+                x.tensor_split(batches), routing, strict=True
+            )
+        ]
         for arriving in started:
             received, plan = arriving()
             sums.append(self.all_to_all.start_combine(self._outputs(received), plan))

@@ -31,12 +31,13 @@ def step_bytes(
     all_to_all: bool,
     widens: bool = False,
     deterministic: bool = False,
+    adapted: bool = False,
 ) -> int:
     """An upper bound in bytes for a step of `tokens` tokens and `samples` samples in each dp group.
 
     An activation takes `item_bytes`. `all_to_all`: the step dispatches by all-to-all. `widens`: weights are int8
     and are converted to the activations' dtype for products of many rows. In `deterministic` mode each row has an
-    output for each of its experts, until all are there.
+    output for each of its experts, until all are there. `adapted`: there are adapters, which may change experts.
     """
     heads, groups = config.n_heads // layout.tp, max(1, config.n_kv_groups // layout.tp)
     attention = (3 * heads + 2 * groups) * config.head_dim  # q, k, v; q after RoPE; the output
@@ -49,6 +50,8 @@ def step_bytes(
         at_once = rows if deterministic else min(rows, slices.rows_of_slice(config.num_experts_per_tok))
         pairs = config.num_experts_per_tok * at_once
         blocks += pairs * 3 * (columns + config.emb_dim) + rows * copies * config.emb_dim
+        if adapted:  # pairs one by one: inputs of an adapter, what it adds, and outputs in fp32
+            blocks += pairs * (columns + 2 * config.emb_dim)
         if deterministic:  # columns of all ranks; outputs that were sent back, and have arrived
             blocks += pairs * (config.moe_hidden_dim - columns + 2 * all_to_all * config.emb_dim)
         routing = rows * config.num_experts_per_tok * _PAIR_BYTES

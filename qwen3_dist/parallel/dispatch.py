@@ -124,14 +124,19 @@ class AllToAllDispatcher:
         return self._ep.overlaps and (self._etp.size == 1 or not self._ep.excludes_others)
 
     def dispatch(
-        self, x: Tensor, expert_ids: Tensor, weights: Tensor, most_rows: int | None = None
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        most_rows: int | None = None,
+        adapters: Tensor | None = None,
     ) -> tuple[DispatchedTokens, SendPlan | None]:
         """Sends x [N, D] to the experts `expert_ids` [N, K] with routing `weights` [N, K]; an id of -1 is no expert.
 
         N must be equal on the ranks of an etp group; it may be 0. With a capacity, `most_rows` is the largest N of all
         ranks. Rows and routing are sent in one exchange.
         """
-        return self.start_dispatch(x, expert_ids, weights, most_rows)()
+        return self.start_dispatch(x, expert_ids, weights, most_rows, adapters)()
 
     def combine(self, expert_out: Tensor, plan: SendPlan | None) -> Tensor:
         """Sends the experts' outputs [R, D] back to the ranks of their tokens and adds them in fp32 -> [N, D]."""

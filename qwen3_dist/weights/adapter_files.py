@@ -18,12 +18,12 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
 from qwen3_dist.text.sidecars import read_json_object
 from qwen3_dist.weights.expert_adapters import (
-    DOWN,
-    GATE_UP,
+    EXPERT,
     StackedPair,
     check_stacked_rank,
     stacked_sources,
     stacked_weight,
+    target_parameters,
 )
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.pieces import Piece
@@ -35,10 +35,9 @@ _READ_BYTES = 2**22
 _ADAPTED = ("W_query", "W_key", "W_value", "out_proj", "fc1", "fc2", "fc3", "gate")
 _PREFIX = "base_model.model."
 _ROUTER = ".mlp.gate"
-_EXPERT = re.compile(r".*\.mlp\.experts\.\d+\.\w+_proj")
 _MERGE = (
-    "adapters may change the q, k, v and o_proj of attention, the gate, up and down_proj of dense layers and of experts, "
-    "and routers; serve a checkpoint into which PEFT's merge_and_unload has merged it"
+    "adapters may change the q, k, v and o_proj of attention, the gate, up and down_proj of dense layers and of "
+    "experts, and routers; serve a checkpoint into which PEFT's merge_and_unload has merged it"
 )
 # Settings of adapter_config.json with the supported values: other kinds of LoRA are not supported.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -101,6 +100,7 @@ class Adapter:
     pairs: dict[str, tuple[int, float]]
     stacked: dict[str, StackedPair] = field(default_factory=dict)
     saved: frozenset[str] = frozenset()
+    stamp: tuple[int, ...] = ()  # of the file of weights as it was opened
 
     def digest(self) -> str:
         """A digest of the contents of its files, all of which it reads. Raises CheckpointError."""
@@ -128,9 +128,16 @@ class Adapter:
             stacked = _stacked_pairs(files, config, model_config)
             saved = _saved_routers(files, config, shapes)
             pairs = _checked_pairs(files, config, shapes, stacked, saved)
-            return cls(directory, files, pairs, stacked, saved)
+            return cls(directory, files, pairs, stacked, saved, _stamp(directory))
         except CheckpointError as error:
             raise CheckpointError(f"the adapter {name} cannot be used: {error}") from None
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if the file of weights is not the one that was opened."""
+        if _stamp(self.directory) != self.stamp:
+            raise CheckpointError(
+                f"{self.directory / _WEIGHTS} has changed since it was loaded as an adapter; load the adapter again"
+            )
 
     def changes_experts(self, layer: int) -> bool:
         """Whether it changes an expert of this layer."""
@@ -138,12 +145,20 @@ class Adapter:
 
     @cached_property
     def _layers_of_experts(self) -> frozenset[int]:
-        names = [pair for pair in self.pairs if _EXPERT.fullmatch(pair)] + [*self.stacked]
+        names = [pair for pair in self.pairs if EXPERT.fullmatch(pair)] + [*self.stacked]
         return frozenset(int(name.split(".layers.")[1].split(".")[0]) for name in names)
 
     @staticmethod
     def pair_of(source: str) -> str:
         return _PREFIX + source.removesuffix(".weight")
+
+
+def _stamp(directory: Path) -> tuple[int, ...]:
+    try:
+        status = (directory / _WEIGHTS).stat()
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _weights_of(path: Path) -> dict[Path, set[str] | None]:
@@ -182,8 +197,8 @@ def _check_kind(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> N
     for module in config.get("modules_to_save") or []:
         if not any(router.endswith(f".{module}") for router in routers):
             raise CheckpointError(
-                f"it holds the whole of {module} (modules_to_save={config['modules_to_save']!r}), which is supported for "
-                f"routers alone; {_MERGE}"
+                f"it holds the whole of {module} (modules_to_save={config['modules_to_save']!r}), which is supported "
+                f"for routers alone; {_MERGE}"
             )
 
 
@@ -220,8 +235,8 @@ def _stacked_pairs(
         weight = stacked_weight(a, b, model_config, config.get("peft_version"))
         if weight is None:
             raise CheckpointError(
-                f"{names[0]} and {names[1]} have shapes {list(a)} and {list(b)}, which fit neither the gate_up_proj nor the "
-                "down_proj of the model's experts"
+                f"{names[0]} and {names[1]} have shapes {list(a)} and {list(b)}, which fit neither the gate_up_proj "
+                "nor the down_proj of the model's experts; train it for this model"
             )
         pair = f"{module}.{weight[0]}"
         if pair in pairs:
@@ -294,35 +309,15 @@ def _checked_pairs(
         raise CheckpointError("adapter_model.safetensors holds no tensor; train or fetch the adapter again")
     pairs = {name.rpartition(".lora_")[0] for name in names}
     required = pairs | _targets(config, shapes)
-    for kind in (_EXPERT, re.compile(rf".*{re.escape(_ROUTER)}")):
+    for kind in (EXPERT, re.compile(rf".*{re.escape(_ROUTER)}")):
         # `target_modules` may name what is no linear module in the trainer's model, which then has no tensor.
         if not any(map(kind.fullmatch, pairs)):
             required = {pair for pair in required if not kind.fullmatch(pair)}
     missing = {f"{pair}.lora_{ab}.weight" for pair in required for ab in "AB"} - names
-    missing |= _target_parameters(config, shapes) - pairs - stacked.keys()
+    missing |= target_parameters(config, shapes) - pairs - stacked.keys()
     if missing:
         raise CheckpointError(f"it lacks {min(missing)}; fetch it again")
     return {pair: scales[pair] for pair in pairs}
-
-
-def _target_parameters(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
-    """The weights that `target_parameters` names. Raises CheckpointError for a name that fits none."""
-    parameters = {f"{pair}.weight": pair for pair in shapes if not _EXPERT.fullmatch(pair)}
-    modules = {pair.rpartition(".experts.")[0] for pair in shapes if _EXPERT.fullmatch(pair)}
-    parameters |= {
-        name: name
-        for module in modules
-        for name in (f"{module}.experts.{GATE_UP}", f"{module}.experts.{DOWN}")
-    }
-    found: set[str] = set()
-    for target in config.get("target_parameters") or []:
-        fitting = {pair for name, pair in parameters.items() if f".{name}".endswith(f".{target}")}
-        if not fitting:
-            raise CheckpointError(
-                f"{_CONFIG} targets the parameter {target!r}, which adapters may not change here"
-            )
-        found |= fitting
-    return found
 
 
 def _targets(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:

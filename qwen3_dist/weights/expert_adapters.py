@@ -3,7 +3,7 @@
 - One pair for each projection of each expert, as PEFT writes it for a model whose experts are modules, and Megatron's
   exporters: `mlp.experts.3.gate_proj.lora_A.weight`. These are like the pairs of any linear layer.
 - One pair for the stacked weights of a layer's E experts, as PEFT writes its `target_parameters`. The inner of two
-  wrappers is `mlp.experts.base_layer`, the outer one `mlp.experts`; which weight a wrapper changes is told by its shape.
+  wrappers is `mlp.experts.base_layer`, the outer one `mlp.experts`; a pair's shapes tell which weight it changes.
   With inputs H and outputs O, A is [E * r, H], each expert's r rows after the other, and B is [O, r * E], where the
   expert is the fastest index. PEFT before 0.19 has inputs and outputs swapped: A is [E * r, O] and B is [H, r * E].
 
@@ -21,6 +21,7 @@ from qwen3_dist.errors import CheckpointError
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # fc1, fc2 and fc3
+EXPERT = re.compile(r".*\.mlp\.experts\.\d+\.\w+_proj")  # of a pair
 _WRAPPED = re.compile(r"(.+\.mlp\.experts)(?:\.base_layer)?\.lora_[AB]\.weight")
 _UNSWAPPED_SINCE = (0, 19)  # versions of PEFT
 
@@ -75,3 +76,23 @@ def check_stacked_rank(
         raise CheckpointError(
             f"{name} has shape {list(shape)} where model and adapter_config.json make it {expected}"
         )
+
+
+def target_parameters(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> set[str]:
+    """The weights that `target_parameters` names. Raises CheckpointError for a name that fits none."""
+    parameters = {f"{pair}.weight": pair for pair in shapes if not EXPERT.fullmatch(pair)}
+    modules = {pair.rpartition(".experts.")[0] for pair in shapes if EXPERT.fullmatch(pair)}
+    parameters |= {
+        name: name
+        for module in modules
+        for name in (f"{module}.experts.{GATE_UP}", f"{module}.experts.{DOWN}")
+    }
+    found: set[str] = set()
+    for target in config.get("target_parameters") or []:
+        fitting = {pair for name, pair in parameters.items() if f".{name}".endswith(f".{target}")}
+        if not fitting:
+            raise CheckpointError(
+                f"adapter_config.json targets the parameter {target!r}, which adapters may not change here"
+            )
+        found |= fitting
+    return found

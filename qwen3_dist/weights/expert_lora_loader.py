@@ -64,7 +64,7 @@ def _read(adapter: Adapter, layer: int, hosted: Sequence[int], model: Qwen3Model
         index, target = (*piece.index, whole)[:2], piece.target[1:]
         parts[piece.parameter] = _Part(*index, *target)
     name = f"base_model.model.model.layers.{layer}.mlp.experts"
-    stacks = []
+    stacks: list[tuple[Tensor, Tensor] | None] = []
     for which, (outputs, inputs) in enumerate(ExpertShape.of(model.config, parallel).matrices):
         source = _Source.of(adapter, name, which, hosted, model)
         if source is None:

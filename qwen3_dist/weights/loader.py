@@ -180,7 +180,9 @@ def _read_all(
     for piece in pieces:
         view = parameters[piece.parameter][piece.place]
         scales_all = piece.stored in (DIVISOR, MULTIPLIER)
-        if view.ndim > len(piece.shape) and not scales_all:  # one expert's own tensor into its place in the stack
+        if (
+            view.ndim > len(piece.shape) and not scales_all
+        ):  # one expert's own tensor into its place in the stack
             view = view.squeeze(0)
         if files is None:
             random_weights.fill(piece, view)

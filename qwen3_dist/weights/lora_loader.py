@@ -24,8 +24,8 @@ from qwen3_dist.weights.weight_plan import WeightPlan
 
 @dataclass(frozen=True)
 class LowRanks:
-    """A rank's adapters: of linear layers, of the experts of layers (by number), where adapters change them. `files` are
-    the adapters' files, by place."""
+    """A rank's adapters: of linear layers, and of the experts of layers by their numbers, where adapters change them.
+    `files` are the adapters' files, by place."""
 
     linears: dict[Linear, LowRank]
     experts: dict[int, ExpertLowRank]
@@ -36,6 +36,16 @@ def load_adapters(adapters: LoraAdapters, model: Qwen3Model) -> None:
     """Loads this rank's part of every adapter into the linear layers of `model`, in the model's dtype, in place of
     those that it has. Raises what `open_adapters` raises."""
     use_adapters(adapters, model, read_adapters(NextAdapters(adapters, (None,) * len(adapters.pairs)), model))
+
+
+def has_only(model: Qwen3Model, adapters: LoraAdapters) -> bool:
+    """Whether the model has these adapters, and none that it does not name."""
+    return model.adapters == adapters and len(model.adapter_files) == len(adapters.pairs)
+
+
+def drop_adapters(model: Qwen3Model) -> None:
+    """Takes all adapters from the model."""
+    use_adapters(LoraAdapters(), model, LowRanks({}, {}, ()))
 
 
 def use_adapters(adapters: LoraAdapters, model: Qwen3Model, low_ranks: LowRanks) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.expert_placement import ExpertPlacement
+from qwen3_dist.model.expert_lora import ExpertLowRank
 from qwen3_dist.model.feed_forward import MoEFeedForward, PreparedMove
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.transfer import on_device
+from qwen3_dist.weights.expert_lora_loader import read_expert_adapters
 from qwen3_dist.weights.loader import ExpertReader
 from qwen3_dist.worker.background import on_stream
 
@@ -39,9 +42,8 @@ class ExpertMoves:
         moe = self._model.moe_layers.get(layer)
         if moe is not None:  # the layer is in this rank's pipeline stage
             device, stream = self._model.device, self._stream
-            self._thread = ExpertReadThread(
-                self._reader, moe, layer, placement, device, stream, self._last_ended
-            )
+            reader = _WithAdapters(self._reader, self._model)
+            self._thread = ExpertReadThread(reader, moe, layer, placement, device, stream, self._last_ended)
             self._last_ended = self._thread.ended
             self._thread.start()
 
@@ -79,11 +81,26 @@ class _DroppedError(Exception):
 
 
 class Reader(Protocol):
-    """The interface of `weights.loader.ExpertReader`."""
+    """The interface of `weights.loader.ExpertReader`, and the adapters of the experts of a rank."""
 
     def read(
         self, layer: int, experts: Sequence[int], progress: Callable[[int], None]
     ) -> tuple[Tensor, ...]: ...
+
+    def read_adapters(self, layer: int, hosted: Sequence[int]) -> ExpertLowRank | None: ...
+
+
+class _WithAdapters:
+    """Reads experts with the adapters that `model` has."""
+
+    def __init__(self, reader: ExpertReader, model: Qwen3Model) -> None:
+        self._model, self.read = model, reader.read
+
+    def read_adapters(self, layer: int, hosted: Sequence[int]) -> ExpertLowRank | None:
+        files = self._model.adapter_files
+        for each in files:
+            each.check_unchanged()
+        return read_expert_adapters(files, files, layer, hosted, self._model)
 
 
 class ExpertReadThread(threading.Thread):
@@ -137,7 +154,8 @@ class ExpertReadThread(threading.Thread):
             stack if stack.device == self._device else on_device(stack, stack.dtype, self._device)
             for stack in stacks
         )
-        return self.moe.prepare_move(self._placement, tuple(here))
+        low_rank = self._reader.read_adapters(self._layer, self.moe.hosted_in(self._placement))
+        return replace(self.moe.prepare_move(self._placement, tuple(here)), low_rank=low_rank)
 
     def _check_dropped(self, size: int) -> None:
         if self.dropped.is_set():

@@ -28,7 +28,7 @@ from qwen3_dist.protocol.messages import (
     Rejoin,
     StatusHello,
 )
-from qwen3_dist.weights.lora_loader import load_adapters
+from qwen3_dist.weights.lora_loader import has_only, load_adapters
 from qwen3_dist.weights.source import resolve_model
 from qwen3_dist.weights.version_files import directory_of
 from qwen3_dist.worker.regroup import keeps_its_part, regroup
@@ -97,7 +97,7 @@ class _Rank:
                 self.activity.description = "loading weights"
                 config = self.spec.config
                 open_weights(config.weights, model, config, path).load(_report_to(channel))
-            if model.adapters != self.spec.config.lora:  # it was lost or joined while they changed
+            if not has_only(model, self.spec.config.lora):  # it was lost or joined while they changed
                 load_adapters(self.spec.config.lora, model)
             channel.send(Loaded(blocks))
             message = channel.receive()

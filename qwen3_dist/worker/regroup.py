@@ -15,6 +15,7 @@ from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.weights.loader import ExpertReader
+from qwen3_dist.weights.lora_loader import drop_adapters
 
 
 def keeps_its_part(model: Qwen3Model, parallel: ParallelContext) -> bool:
@@ -37,12 +38,13 @@ def regroup(
     progress: Progress,
 ) -> None:
     """Gives a finalized `model` the groups of `parallel`, in which it `keeps_its_part`, and the experts of
-    `placements`. New ones are read from the checkpoint at `path`, or made if weights are `random`.
+    `placements`. Drops its adapters. New ones are read from the checkpoint at `path`, or made if weights are `random`.
 
     Raises CheckpointError or OSError; then the model is of no use.
     """
     model.parallel = parallel.with_tp_of(model.parallel)
     model.whole_stage = None
+    drop_adapters(model)
     reader, done = ExpertReader(path, model, random), 0
 
     def advance(size: int) -> None:

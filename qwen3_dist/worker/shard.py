@@ -119,6 +119,7 @@ def _step_bytes(config: EngineConfig, model: Qwen3Model, limits: SchedulerLimits
         by_all_to_all,
         widens,
         model.parallel.deterministic,
+        bool(config.lora.pairs),
     )
 
 

@@ -18,7 +18,7 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.protocol.outputs import RequestOutput
 from qwen3_dist.settings import EngineConfig
-from tests.adapters import ATTENTION, EVERYTHING, write_adapter
+from tests.adapters import EVERYTHING, write_adapter
 from tests.checkpoints import TIGHT, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("nursery")
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def checkpoint(folder: Path, kind: str) -> Path:
     path = write_checkpoint(folder / kind, **SHAPES[kind])
-    write_adapter(path / "adapter", path, ATTENTION if SHAPES[kind]["moe"] else EVERYTHING)
+    write_adapter(path / "adapter", path, (*EVERYTHING, "gate"), experts=True)
     return path
 
 
