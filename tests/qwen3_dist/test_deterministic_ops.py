@@ -217,6 +217,16 @@ def test_an_expert_depends_on_its_row_and_column_alone(kind: Kind, int8: bool) -
     part = weights(ops, slice(7, 20), slice(30, 55))
     assert hidden_of(ops, part)(x, ids).equal(hidden[:, 7:20])
     assert ops.expert_outputs(hidden, part, ids, routing, 25).equal(outputs[:, 30:55])
+    # With adapters the products are computed one by one; a row without one has the same bits.
+    gate, up = (
+        row_by_row(
+            lambda *given, one=one: ops.expert_product(given[0], whole, one, given[1], columns), x, ids
+        )
+        for one in (0, 1)
+    )
+    assert ops.swiglu(gate, up).masked_fill(ids[:, None] < 0, 0).equal(hidden)
+    down = ops.expert_product(hidden, whole, 2, ids, dim)
+    assert down.float().mul_(routing[:, None]).to(dtype).equal(outputs)
 
 
 # torch adds up a single row of more than 32,768 numbers in two parts

@@ -102,7 +102,13 @@ def check_dispatch(parallel: ParallelContext) -> None:
         for routing in routings:
             for rows in (1, 5):
                 x, (ids, weights) = tokens_of(rank, rows), routing(rank, rows)
-                received, handle = dispatcher.dispatch(x, ids, weights, most_rows=5)
+                adapters = (1000 * x[:, 0]).long().abs() if routing is scattered else None
+                received, handle = dispatcher.dispatch(x, ids, weights, 5, adapters)
+                if adapters is None:
+                    assert received.adapters is None
+                else:  # each row brought its own; empty slots are 0
+                    assert received.adapters is not None
+                    assert received.adapters.equal((1000 * received.tokens[:, 0]).long().abs())
                 # Each etp rank computes a share of the columns; together the shares make the expert.
                 combined = dispatcher.combine(answers(received, hosted) / parallel.etp.size, handle)
                 assert torch.allclose(combined, expected(x, ids, weights), atol=1e-5)
