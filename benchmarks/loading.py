@@ -3,8 +3,8 @@
     python -m benchmarks.loading [--model DIR] [--times 3]
 
 The model is by default the MoE of `benchmarks.compare` with random weights. Each time the files are dropped from the
-page cache and read once by 16 threads, dropped and loaded, and loaded once more. Each load is a process of its own. The
-best of all times counts. Memory is the process's peak, without what it has before it loads, over the bytes of the
+page cache and read once by 16 threads, dropped and loaded, and loaded once more. Each load is a process of its own.
+The best of all times counts. Memory is the process's peak, without what it has before it loads, over the bytes of the
 weights.
 """
 

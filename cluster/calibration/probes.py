@@ -114,17 +114,12 @@ def attention_seconds(
     """Seconds of attention in one layer: the last `queries` tokens of each sequence over its whole context."""
     width = context // _BLOCK
     layers = 4  # several, so that keys are not still in the CPU's caches
-    caches = [
-        LayerCache(
-            *(
-                _random_bf16(sequences * width, _BLOCK * _GROUPS * _HEAD_DIM, device).view(
-                    sequences * width, _BLOCK, _GROUPS, _HEAD_DIM
-                )
-                for _ in range(2)
-            )
-        )
-        for _ in range(layers)
-    ]
+
+    def blocks() -> Tensor:
+        numbers = _random_bf16(sequences * width, _BLOCK * _GROUPS * _HEAD_DIM, device)
+        return numbers.view(sequences * width, _BLOCK, _GROUPS, _HEAD_DIM)
+
+    caches = [LayerCache(blocks(), blocks()) for _ in range(layers)]
     tables = torch.randperm(sequences * width).view(sequences, width).to(device)
     batch = StepBatch(
         token_ids=tables[:0],
