@@ -302,8 +302,7 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
         parallel = connected(layout, asked.stage, asked.deterministic)
         built = built_model(config, getattr(torch, asked.dtype), parallel, quantize)
-        if asked.fp8_cache:
-            built.kv_cache_dtype = torch.float8_e4m3fn
+        built.kv_cache_dtype = torch.float8_e4m3fn if asked.fp8_cache else None
         weights = watch.bytes_held
         memory = patch.object(torch.cuda, "mem_get_info", lambda _: (CARD_BYTES - weights, CARD_BYTES))
         with memory:
