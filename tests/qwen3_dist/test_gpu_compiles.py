@@ -14,6 +14,7 @@ WAYS = {
     "dense-guesses": ["dense", "--guesses", "3"],
     "moe": ["moe"],
     "moe-int8-ampere": ["moe", "--quantize", "int8", "--card", "80"],
+    "moe-fp8": ["moe", "--quantize", "fp8"],
     "moe-sharded": ["moe", "--layout", "tp=2,ep=2"],
     "moe-dp": ["moe", "--layout", "dp=2,ep=2", "--dispatch", "all_gather"],
     "moe-repeats": ["moe", "--layout", "dp=2,ep=2", "--dispatch", "all_to_all"],
