@@ -73,6 +73,16 @@ def verify(path: Path, layers: bool = False) -> Comparison:
         return _compared(ours, theirs)
 
 
+def differences(path: Path, quantize: str, other: Path) -> Comparison:
+    """How far the logits of the model at `path`, with its weights rounded as the setting `quantize` says, are from
+    those of the one at `other`. Both are computed in fp32 with this project's kernels."""
+    config = ModelConfig.from_directory(path)
+    prompts = _prompts(path, config)
+    with torch.inference_mode():
+        ours = _run(_ours(path, config, False, quantize), prompts)
+        return _compared(ours, _run(_ours(other, ModelConfig.from_directory(other), False), prompts))
+
+
 def _run(loaded: _Loaded, prompts: Sequence[Sequence[int]]) -> list[tuple[Tensor, list[Tensor]]]:
     return [loaded(prompt) for prompt in prompts]
 
@@ -118,8 +128,8 @@ def _first_apart(layers: Sequence[float], divergences: Sequence[Tensor]) -> str:
     return ""
 
 
-def _ours(path: Path, config: ModelConfig, layers: bool) -> _Loaded:
-    settings = EngineConfig(model=str(path), dtype="float32", device="cpu")
+def _ours(path: Path, config: ModelConfig, layers: bool, quantize: str = "none") -> _Loaded:
+    settings = EngineConfig(model=str(path), dtype="float32", device="cpu", quantize=quantize)
     cpu, alone = torch.device("cpu"), ParallelContext.single()
     model = load_shard(settings, path, even_placements(config, 1), alone, cpu, None)
     model.kv_cache_dtype = None  # transformers keeps keys and values in fp32

@@ -73,12 +73,17 @@ def write_twins(
     store: Callable[[str, Tensor], tuple[Tensors, Tensor]],
     config: dict[str, Any],
     stacks: bool = False,
+    original: Path | None = None,
     **shape: Any,
 ) -> Twins:
-    """Writes a seeded model twice. `store` turns a linear weight into the tensors of the quantised checkpoint and the
-    weight that they stand for; `config` is the quantised one's `quantization_config`."""
-    plain = write_checkpoint(path / "plain", **shape)
+    """Writes a seeded model, or the one at `original`, twice. `store` turns a linear weight into the tensors of the
+    quantised checkpoint and the weight that they stand for; `config` is the quantised one's `quantization_config`."""
+    if original is None:
+        plain = write_checkpoint(path / "plain", **shape)
+    else:
+        plain = Path(shutil.copytree(original, path / "plain"))
     tensors = load_file(plain / "model.safetensors")
+    tensors = {name: tensor.float() if is_linear(name) else tensor for name, tensor in tensors.items()}
     tensors = fused(tensors) if stacks else tensors
     quantized = Path(shutil.copytree(plain, path / "quantized"))
     codes: Tensors = {}
