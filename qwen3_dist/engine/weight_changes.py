@@ -22,7 +22,6 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.weights_version import WeightsVersion
 
 _log = logging.getLogger(__name__)
-LEVELS = (1, 2)  # of sleep
 
 
 @dataclass(frozen=True)
