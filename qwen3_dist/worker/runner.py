@@ -47,8 +47,7 @@ class ModelRunner:
     def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, path: Path) -> None:
         """`path` is the directory of the model, whose weights may be from elsewhere."""
         self.model = model
-        self._config = config
-        self._path = path
+        self._config, self._path = config, path
         self._adapters = AdapterChange(model)
         self._weights = WeightChange(model, config, path)
         self._moves = self._new_moves()
