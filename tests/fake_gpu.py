@@ -172,14 +172,8 @@ def observe(asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
         greedy._replace(temperature=1.0, top_k=20),
         greedy._replace(temperature=1.0),
     ]
-    penalised = setup(
-        repetition_penalty=1.2,
-        logit_bias=((5, 1.0),),
-        min_tokens=9,
-        bad_words=((7,),),
-        min_p=0.1,
-        prompt=(1, 2),
-    )
+    penalties: dict[str, Any] = {"repetition_penalty": 1.2, "logit_bias": ((5, 1.0),), "min_p": 0.1}
+    penalised = setup(**penalties, min_tokens=9, bad_words=((7,),), prompt=(1, 2))
     prompt = tuple(range(40))
 
     def plan(*parts: SequenceStep) -> StepPlan:
