@@ -15,7 +15,7 @@ from qwen3_dist.ops.cuda.deterministic import DeterministicCudaOps
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps, JoinedLinear
 from qwen3_dist.ops.torch_ops import TorchOps
-from qwen3_dist.quantization import ALL_INPUTS, Grid
+from qwen3_dist.quantization import ALL_INPUTS, FP4, FP8, Grid
 from tests.qwen3_dist.test_products_with_codes import KINDS, Kind, coded
 
 TORCH = TorchOps()
@@ -193,3 +193,16 @@ def test_codes_whose_kernels_do_not_work_are_computed_by_torch() -> None:
     assert not gpu_ops(torch.float32).experts_stay_on_device(
         replace(weights, grids=(fc1, fc2._replace(first_row=8), fc3))
     )
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_for_codes_are_tried_when_weights_are_finalized(deterministic: bool) -> None:
+    """And not in the first step, which must not wait for a card."""
+    ops = gpu_ops(torch.float32, deterministic)
+    tried: list[str] = []
+    assert ops._kernels is not None
+    ops._kernels.reads_codes = lambda kind: not tried.append(kind)  # type: ignore[func-returns-value]
+    ops.finalize_linear(LinearWeights((fp8(CUT, 8, 16),)), False)
+    assert tried == [FP8]
+    ops.finalize_experts(stacks(KINDS[8], 2, 16, 8), False)
+    assert tried == [FP8, FP4, FP4, FP4]

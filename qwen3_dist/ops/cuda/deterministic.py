@@ -35,7 +35,8 @@ class DeterministicCudaOps(CudaOps):
         return f"{super().describe(experts)}, deterministic"
 
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
-        return super(CudaOps, self).finalize_linear(weights, int8)  # parts are not joined: each is a product
+        # Parts are not joined: each is a product.
+        return self._tried(super(CudaOps, self).finalize_linear(weights, int8))
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
         return [self._product(x, part) for part in weights.parts]

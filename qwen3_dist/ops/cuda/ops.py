@@ -98,7 +98,19 @@ class CudaOps(RowKernelOps):
         return f"{torch.cuda.get_device_name(self._device)}: {', '.join(chosen)}"
 
     def finalize_linear(self, weights: LinearWeights, int8: bool) -> LinearWeights:
-        return JoinedLinear.of(super().finalize_linear(weights, int8))
+        return JoinedLinear.of(self._tried(super().finalize_linear(weights, int8)))
+
+    def _tried(self, weights: LinearWeights) -> LinearWeights:
+        """Tries the kernels for the codes of `weights`: a trial waits for the card, which no step may do."""
+        for part in weights.parts:
+            if part.grid is not None and self._kernels is not None:
+                self._kernels.reads_codes(kind_of(part.weight, part.grid))
+        return weights
+
+    def finalize_experts(self, weights: ExpertWeights, int8: bool) -> ExpertWeights:
+        finalized = super().finalize_experts(weights, int8)
+        takes_codes(self._kernels, finalized)  # tries the kernels, as `_tried` does
+        return finalized
 
     def linear(self, x: Tensor, weights: LinearWeights) -> Sequence[Tensor]:
         if not isinstance(weights, JoinedLinear):

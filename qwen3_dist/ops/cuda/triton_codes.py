@@ -39,8 +39,8 @@ def _values(codes, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     constant."""
     if KIND == _FP8:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif KIND == _FP8_BITS:  # bit 6 of the shifted sign is cleared
-        bits = (codes.to(tl.int16) << 7) & -16385
+    elif KIND == _FP8_BITS:
+        bits = (codes.to(tl.int16) << 7) & -16385  # without bit 14, where the sign is again
         values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256
         values = tl.where((codes & 127) == 127, float("nan"), values)
     elif KIND == _FP4:
@@ -105,9 +105,8 @@ def _coded(  # type: ignore[no-untyped-def]
     expert = tl.zeros([1], tl.int64) + expert
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     other_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for begin in range(
-        -(FIRST_COLUMN % SAME), D, INNER
-    ):  # scales change between tiles, or SAME inputs inside
+    # A tile begins with a block, or SAME inputs after another beginning.
+    for begin in range(-(FIRST_COLUMN % SAME), D, INNER):
         at = begin + tl.arange(0, INNER)
         known = (at >= 0) & (at < D)
         a = tl.load(x + source[:, None] * D + at[None, :], mask=real[:, None] & known[None, :], other=0.0)
