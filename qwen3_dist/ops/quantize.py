@@ -54,9 +54,7 @@ def as_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     outputs, inputs = weight.shape
     groups = F.pad(weight, (0, -inputs % INT4_GROUP)).view(-1, INT4_GROUP)
     numbers = torch.empty_like(groups, dtype=torch.uint8)
-    scales = groups.new_full(
-        (len(groups), 1), torch.nan
-    )  # stays so for groups with numbers that are not finite
+    scales = groups.new_full((len(groups), 1), torch.nan)  # and stays so if numbers are not finite
     parts = zip(*(each.split(_INT4_PART) for each in (groups, numbers, scales)), strict=True)
     near = groups.new_empty(min(_INT4_PART, len(groups)), INT4_GROUP)
     for wide, narrow, best in parts:

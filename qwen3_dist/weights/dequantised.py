@@ -1,7 +1,8 @@
 """A quantised checkpoint's weights as plain fp32 ones, whole and one at a time: what `verify` and benchmarks compare
 with.
 
-Written from each format's definition, apart from what loads ranks (`packed.py`) and computes with codes.
+Written from each format's definition, apart from what loads ranks (`packed.py`) and computes with codes; only the
+names of tensors and the reading of config.json are the same.
 """
 
 from __future__ import annotations
