@@ -20,14 +20,14 @@ from qwen3_dist.ops.cuda.experts import has_grouped_mm
 from qwen3_dist.ops.cuda.kernels import GpuKernels
 from qwen3_dist.ops.cuda.ops import CudaOps
 from qwen3_dist.parallel.context import ParallelContext
-from qwen3_dist.quantization import ROUNDS_TO_FP8
+from qwen3_dist.quantization import ROUNDS_TO
 from qwen3_dist.quantization_config import read_quantization
 from qwen3_dist.weights.loader import _hold_codes
 from qwen3_dist.weights.weight_plan import WeightPlan
 from qwen3_dist.worker.runner import ModelRunner, StepOutput
 
 CODES = {  # formats of quantised checkpoints
-    "fp8": ROUNDS_TO_FP8,
+    "fp8": ROUNDS_TO["fp8"],
     "awq": read_quantization({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}),
     "nvfp4": read_quantization({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
 }

@@ -3,34 +3,29 @@ compressed-tensors. Experts get tensors of their own, also if they were fused.""
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.errors import CheckpointError, ResourceError
+from qwen3_dist.errors import CheckpointError
 from qwen3_dist.layout import Layout
 from qwen3_dist.ops.quantize import INT4_GROUP, TILE, as_fp8, as_int4, as_int8, packed
 from qwen3_dist.text.sidecars import read_json_object
 from qwen3_dist.weights.checks import check_checkpoint
-from qwen3_dist.weights.files import CODES, FLOATS, CheckpointFiles
+from qwen3_dist.weights.files import FLOATS, CheckpointFiles
+from qwen3_dist.weights.new_checkpoint import copy_sidecars, nbytes, new_directory, write_json, write_tensors
 from qwen3_dist.weights.pieces import SCALE
 from qwen3_dist.weights.weight_plan import WeightPlan
 
 FORMATS = ("fp8", "int8", "int4")
 SHARD_BYTES = 5 * 10**9
 _BLOCK = 128
-_SIDECARS = (".json", ".jinja", ".txt")
-_SPARE_BYTES = 64 << 20  # of the disk, for the small files
 _PER_WORD = 8  # codes of 4 bits in an int32
 _ROUNDING: dict[str, Any] = {
     "observer": "minmax", "observer_kwargs": {}, "group_size": None, "block_structure": None, "actorder": None,
@@ -99,7 +94,7 @@ class Conversion:
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors that are written."""
-        return sum(_nbytes(entry) for each in self.sources for entry in self._entries(each).values())
+        return sum(nbytes(entry) for each in self.sources for entry in self._entries(each).values())
 
     def write(self, out: Path, advance: Callable[[int], None]) -> None:
         """Writes the new checkpoint to the directory `out`, which must not exist or be empty; nothing of it is there
@@ -107,29 +102,8 @@ class Conversion:
 
         Raises CheckpointError for `out`, and ResourceError if the disk is too small or cannot be written.
         """
-        out = Path(os.path.abspath(out))  # "." has no name
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise CheckpointError(
-                f"{out} exists and is not an empty directory; remove it or give another --out"
-            )
-        partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            free, needed = shutil.disk_usage(out.parent).free, self.total_bytes + _SPARE_BYTES
-            if free < needed:
-                raise ResourceError(
-                    f"{out} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; make room or give "
-                    "another --out"
-                )
-            partial.mkdir()
-            self._write_all(partial, advance)
-            partial.rename(out)
-        except OSError as error:
-            raise ResourceError(
-                f"{out} could not be written ({error}); make room or give another --out"
-            ) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with new_directory(out, self.total_bytes) as directory:
+            self._write_all(directory, advance)
 
     def _write_all(self, directory: Path, advance: Callable[[int], None]) -> None:
         shards, weight_map = self._shards(), dict[str, str]()
@@ -142,21 +116,16 @@ class Conversion:
             weight_map |= dict.fromkeys(self._write_shard(directory / name, sources, advance), name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            _write_json(directory / "model.safetensors.index.json", index)
+            write_json(directory / "model.safetensors.index.json", index)
+        copy_sidecars(self.path, directory)
         raw = read_json_object(self.path / "config.json")
-        _write_json(directory / "config.json", {**raw, "quantization_config": self._settings()})
-        for file in self.path.iterdir():
-            weights = file.name == "config.json" or file.name.endswith(".index.json")
-            if file.suffix in _SIDECARS and not weights:
-                shutil.copyfile(file, directory / file.name)
-        if (templates := self.path / "additional_chat_templates").is_dir():
-            shutil.copytree(templates, directory / templates.name)
+        write_json(directory / "config.json", {**raw, "quantization_config": self._settings()})
 
     def _shards(self) -> list[list[_Source]]:
         shards: list[list[_Source]] = [[]]
         size = 0
         for each in self.sources:
-            more = sum(map(_nbytes, self._entries(each).values()))
+            more = sum(map(nbytes, self._entries(each).values()))
             if shards[-1] and size + more > SHARD_BYTES:
                 shards.append([])
                 size = 0
@@ -187,23 +156,9 @@ class Conversion:
         self, file: Path, sources: Sequence[_Source], advance: Callable[[int], None]
     ) -> list[str]:
         """Returns the names of the tensors in the file."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for each in sources:
-            for name, entry in self._entries(each).items():
-                begin, end = end, end + _nbytes(entry)
-                header[name] = {"dtype": CODES[entry[0]], "shape": entry[1], "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with file.open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            for each in sources:
-                for tensor in self._tensors(each):
-                    _write(stream, tensor)
-                    advance(tensor.nbytes)
-            stream.flush()
-            os.fsync(stream.fileno())
-        return [name for name in header if name != "__metadata__"]
+        entries = {name: entry for each in sources for name, entry in self._entries(each).items()}
+        write_tensors(file, entries, (tensor for each in sources for tensor in self._tensors(each)), advance)
+        return list(entries)
 
     def _tensors(self, source: _Source) -> Iterator[Tensor]:
         """What is written for a source, in parts: its numbers, or codes, scales and the rest."""
@@ -281,17 +236,3 @@ def _sources(config: ModelConfig, files: CheckpointFiles) -> Iterator[_Source]:
             for expert in range(piece.shape[0]):
                 of_expert = f"{base}.{expert}.{kind}.weight"
                 yield _Source(piece.source, of_expert, piece.rounds, piece.shape[2:], dtype, True, expert)
-
-
-def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
-    dtype, shape = entry
-    item: int = getattr(torch, dtype).itemsize
-    return prod(shape) * item
-
-
-def _write(stream: BinaryIO, tensor: Tensor) -> None:
-    stream.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -17,22 +17,13 @@ import torch
 from torch import Tensor
 
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights.parts import Entry
 
 _CHUNK_BYTES = 8 << 20
 _MIN_BYTES = 64 << 10  # parts of a row that are shorter are read with what lies between them
 _SERIAL = (
     1 << 15
 )  # elements from which torch copies with several threads, which would fight with other readers'
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: in `file`, from byte `start` on."""
-
-    file: Path
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -64,29 +55,30 @@ class FileReader:
 
     def read(
         self,
-        stored: Stored,
+        stored: Entry,
+        dtype: torch.dtype,
         ranges: Sequence[range],
         out: Tensor,
         progress: Callable[[int], object] = lambda elements: None,
     ) -> None:
-        """Fills `out`, of any device and dtype, with the region of a tensor that has these indices along each
-        dimension. `progress` is called with numbers of elements. Raises CheckpointError, naming the file."""
+        """Fills `out`, of any device and dtype, with the region of a tensor of `dtype` that has these indices along
+        each dimension. `progress` is called with numbers of elements. Raises CheckpointError, naming the file."""
         if not stored.shape:
-            stored, ranges, out = replace(stored, shape=(1,)), [range(1)], out.view(1)
-        for span in _spans(stored, ranges):
+            stored, ranges, out = stored._replace(shape=(1,)), [range(1)], out.view(1)
+        for span in _spans(stored, dtype.itemsize, ranges):
             place = out[span.place]
-            self._fill(stored, span, place)
+            self._fill(stored.file, dtype, span, place)
             progress(place.numel())
 
-    def _fill(self, stored: Stored, span: _Span, place: Tensor) -> None:
-        size = span.count * prod(span.inner) * stored.dtype.itemsize
+    def _fill(self, file: Path, dtype: torch.dtype, span: _Span, place: Tensor) -> None:
+        size = span.count * prod(span.inner) * dtype.itemsize
         is_plain = place.numel() == span.count * prod(span.inner) and place.is_contiguous()
-        if is_plain and place.dtype == stored.dtype and place.device.type == "cpu":
-            self._read_bytes(stored.file, span.start, place.data_ptr(), size)
+        if is_plain and place.dtype == dtype and place.device.type == "cpu":
+            self._read_bytes(file, span.start, place.data_ptr(), size)
             return
         buffer = self._buffer_of(size, place.device.type == "cuda")
-        self._read_bytes(stored.file, span.start, buffer.data_ptr(), size)
-        rows = buffer[:size].view(stored.dtype).view(span.count, *span.inner)
+        self._read_bytes(file, span.start, buffer.data_ptr(), size)
+        rows = buffer[:size].view(dtype).view(span.count, *span.inner)
         _copy(place, rows[(slice(None), *span.cut)])
 
     def _buffer_of(self, size: int, pinned: bool) -> Tensor:
@@ -111,9 +103,9 @@ class FileReader:
             raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from None
 
 
-def _spans(stored: Stored, ranges: Sequence[range]) -> Iterator[_Span]:
+def _spans(stored: Entry, item: int, ranges: Sequence[range]) -> Iterator[_Span]:
     """What to read for a region, in the order of the file."""
-    shape, item = stored.shape, stored.dtype.itemsize
+    shape = stored.shape
     cut_dims = [d for d, part in enumerate(ranges) if len(part) < shape[d]]
     dim = max(cut_dims, default=0)
     while dim and len(ranges[dim]) * prod(shape[dim + 1 :]) * item < _MIN_BYTES:

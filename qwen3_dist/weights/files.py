@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.weights.parts import Entry, Index, pieces_of, take_parts
 
 if TYPE_CHECKING:  # headers are read in processes that do not load torch
+    import torch
     from torch import Tensor
 
-    from qwen3_dist.weights.file_reader import FileReader, Stored
+    from qwen3_dist.weights.file_reader import FileReader
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
@@ -45,15 +47,6 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
-class _Entry(NamedTuple):
-    """A tensor: its file, first byte there, shape, and dtype by safetensors' name."""
-
-    file: Path
-    start: int
-    shape: tuple[int, ...]
-    code: str
-
-
 class CheckpointFiles:
     """The tensors of one checkpoint directory, by their names in a model with a head. `is_headless`: the checkpoint
     was saved without a head (Qwen3-Embedding).
@@ -63,7 +56,7 @@ class CheckpointFiles:
     """
 
     def __init__(self, path: str | Path, files: Mapping[Path, set[str] | None] | None = None) -> None:
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file, named in (shard_files(Path(path)) if files is None else files).items():
             header, data = _read_header(file)
             absent = sorted((named or set()) - header.keys())
@@ -77,10 +70,12 @@ class CheckpointFiles:
                     )
                 entry = header[name]
                 start = data + entry["data_offsets"][0]
-                self._entries[name] = _Entry(file, start, tuple(entry["shape"]), entry["dtype"])
+                self._entries[name] = Entry(file, start, tuple(entry["shape"]), entry["dtype"])
+        self._parts = take_parts(self._entries)
         self.is_headless = any(name.startswith(_HEADLESS) for name in self._entries)
         if self.is_headless:
             self._entries = {f"{_PREFIX}{name}": entry for name, entry in self._entries.items()}
+            self._parts = {f"{_PREFIX}{name}": parts for name, parts in self._parts.items()}
 
     def names(self) -> set[str]:
         return set(self._entries)
@@ -99,20 +94,26 @@ class CheckpointFiles:
             raise CheckpointError(f"{name} in {file} is stored as {code}; {advice}")
         return dtype
 
-    def stored(self, name: str) -> Stored:
-        """Where a tensor lies. Raises CheckpointError if its dtype is not known."""
+    def torch_dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype. Raises CheckpointError if it is not known."""
         import torch
 
-        from qwen3_dist.weights.file_reader import Stored
-
-        entry = self._entries[name]
-        if entry.code not in _DTYPES:
+        code = self._entries[name].code
+        if code not in _DTYPES:
             self.dtype(name)  # says what is wrong
-        return Stored(entry.file, entry.start, entry.shape, getattr(torch, _DTYPES[entry.code]))
+        found: torch.dtype = getattr(torch, _DTYPES[code])
+        return found
 
-    def place(self, name: str) -> tuple[Path, int]:
-        """The file of a tensor and its first byte there."""
-        return self._entries[name][:2]
+    def place(self, name: str, index: tuple[slice, ...]) -> tuple[Path, int]:
+        """The file of tensor[index] and a byte there, from which it is read."""
+        return next(self._pieces(name, _ranges(self.shape(name), index)))[0][:2]
+
+    def _pieces(self, name: str, ranges: list[range]) -> Iterator[tuple[Entry, list[range], Index]]:
+        """What to read for a region of a tensor: entries, the indices in each, and their places in the region."""
+        parts = self._parts.get(name)
+        if parts is None:
+            return iter([(self._entries[name], ranges, ())])
+        return pieces_of(name, parts, ranges)
 
     def read(
         self,
@@ -126,19 +127,21 @@ class CheckpointFiles:
 
         `progress` is called with the number of elements of each chunk. Other threads have a `reader` of their own.
         """
-        stored = self.stored(name)
+        dtype = self.torch_dtype(name)
         if self._entries[name].code in _WORDS and out.is_floating_point():
             self.dtype(name)  # says what is wrong
-        (reader or self._reader).read(stored, _ranges(stored.shape, index), out, progress)
+        reader = reader or self._reader
+        for entry, ranges, place in self._pieces(name, _ranges(self.shape(name), index)):
+            reader.read(entry, dtype, ranges, out[place], progress)
 
     def take(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
         """tensor[index], in the dtype in which it is stored; for small parts."""
         import torch
 
-        stored = self.stored(name)
-        ranges = _ranges(stored.shape, [slice(at, at + 1) if isinstance(at, int) else at for at in index])
-        part = torch.empty([len(each) for each in ranges], dtype=stored.dtype)
-        self._reader.read(stored, ranges, part)
+        slices = tuple(slice(at, at + 1) if isinstance(at, int) else at for at in index)
+        shape = [len(each) for each in _ranges(self.shape(name), slices)]
+        part = torch.empty(shape, dtype=self.torch_dtype(name))
+        self.read(name, slices, part)
         return part[tuple(0 if isinstance(at, int) else slice(None) for at in index)]
 
     def read_whole(self, name: str) -> Tensor:

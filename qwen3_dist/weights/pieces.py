@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen3_dist.quantization import NIBBLES, Grid, Packing
+from qwen3_dist.weights.parts import Index
 
-Index = tuple[slice, ...]
 # What belongs to codes: fp32 scales and int8 zeros of their blocks, and the int32 group of each input.
 SCALE, ZERO, ORDER = "scale", "zero", "order"
 # A number by which scales that have been read are divided, or multiplied.

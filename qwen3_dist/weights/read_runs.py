@@ -14,7 +14,7 @@ from torch import Tensor
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.file_reader import FileReader
 from qwen3_dist.weights.files import CheckpointFiles
-from qwen3_dist.weights.pieces import Index
+from qwen3_dist.weights.parts import Index
 
 _THREADS = 16  # some wait for the disk while others copy
 
@@ -71,7 +71,7 @@ def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Cal
 
 def _runs(files: CheckpointFiles, regions: Sequence[Region]) -> Iterator[list[Region]]:
     """Runs of about as many bytes each."""
-    ordered = sorted(regions, key=lambda region: files.place(region.source))
+    ordered = sorted(regions, key=lambda region: files.place(region.source, region.index))
     share = sum(region.out.nbytes for region in ordered) / _THREADS
     run: list[Region] = []
     size = 0
