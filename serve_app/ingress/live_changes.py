@@ -89,14 +89,15 @@ class LiveChanges:
         finally:
             self._changing = False
 
-    def _listed(self) -> dict[str, tuple[list[str], int]]:
-        return {route.model.name: (list(route.model.adapters), route.model.asleep) for route in self._routes}
+    def _listed(self) -> dict[str, tuple[list[str], int, str]]:
+        models = (route.model for route in self._routes)
+        return {each.name: (list(each.adapters), each.asleep, each.weights) for each in models}
 
     async def _until_listed(self, route: ModelRoute, served: Json) -> None:
         """Waits until all ingresses that answer have what is `served`, and Serve has told the replicas: meanwhile
         those that it tells do not count as running."""
         model = route.model.name
-        wanted = (list(served["adapters"]), served.get("asleep", 0))
+        wanted = (list(served["adapters"]), served.get("asleep", 0), served.get("weights", ""))
         deadline = asyncio.get_running_loop().time() + _LIST_TIMEOUT_S
         while asyncio.get_running_loop().time() < deadline:
             others = values(await self._peers.ask(_LISTED, timeout_s=_ANSWER_TIMEOUT_S))

@@ -65,7 +65,7 @@ class WeightChanges:
             before = deployed.live.get("weights", "")
             arguments = (str(to), read.keep_cache, True)
             loaded = await tell_or_undo(route, "path", USE, arguments, (before, False, False))
-            deployed.live["weights"] = str(to)
+            deployed.live["weights"] = deployed.served["weights"] = str(to)
             return {
                 "object": "cluster.weights",
                 "model": route.model.name,

@@ -19,7 +19,7 @@ class ServedModel:
     """One served model, as the ingress needs it.
 
     `application` is the Serve application that holds the model's replicas; empty: the ingress's own application.
-    `asleep` is the level of sleep that it was put to.
+    `asleep` is the level of sleep that it was put to, `weights` what it got in place of its own weights.
     """
 
     name: str
@@ -31,6 +31,7 @@ class ServedModel:
     health_check_period_s: float
     health_check_timeout_s: float
     asleep: int = 0
+    weights: str = ""
 
 
 @dataclass(frozen=True)

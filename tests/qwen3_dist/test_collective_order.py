@@ -176,8 +176,10 @@ def the_way_is_chosen_by_own_tokens(patch: pytest.MonkeyPatch) -> None:
 def slots_are_those_of_own_rows(patch: pytest.MonkeyPatch) -> None:
     start = AllToAllDispatcher.start_dispatch
 
-    def by_own_rows(self: AllToAllDispatcher, x: Tensor, ids: Tensor, weights: Tensor, _: int) -> object:
-        return start(self, x, ids, weights, len(x))
+    def by_own_rows(
+        self: AllToAllDispatcher, x: Tensor, ids: Tensor, weights: Tensor, _: int, adapters: Tensor | None
+    ) -> object:
+        return start(self, x, ids, weights, len(x), adapters)
 
     patch.setattr(AllToAllDispatcher, "start_dispatch", by_own_rows)
 

@@ -75,7 +75,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def checkpoint(folder: Path, kind: str) -> Path:
     path = write_checkpoint(folder / kind, **SHAPES[kind])
-    write_adapter(path / "adapter", path, (*EVERYTHING, "gate"), experts=True)
+    targets = (*EVERYTHING, "gate") if SHAPES[kind]["moe"] else EVERYTHING
+    write_adapter(path / "adapter", path, targets, experts=True)
     return path
 
 

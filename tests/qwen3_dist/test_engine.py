@@ -95,7 +95,7 @@ def test_end_tokens_that_cannot_be_read_are_refused_before_ranks_start(
         LLM(str(path), layout="tp=2", executor="processes", use_tqdm=False)
 
 
-@pytest.mark.parametrize("part", ["ExpertBalance", "Scheduler", "BlockManager"])
+@pytest.mark.parametrize("part", ["RankChanges", "Scheduler", "BlockManager"])
 def test_whatever_fails_after_ranks_have_started_leaves_none_behind(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

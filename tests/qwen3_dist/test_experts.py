@@ -156,5 +156,5 @@ def test_a_sharded_model_rounds_its_own_part_and_stays_close(tmp_path: Path, moe
 
 
 def test_an_unknown_quantization_is_refused() -> None:
-    with pytest.raises(ConfigError, match="quantize must be one of none, int8, fp8, not 'int2'"):
+    with pytest.raises(ConfigError, match="quantize must be one of none, int8, fp8, int4, not 'int2'"):
         EngineConfig(quantize="int2")
