@@ -32,7 +32,8 @@ class Service:
             "base": {"deployments": [{"name": "EngineReplica", "user_config": {"lora": "one=/1"}}]},
         }
         self.route = SimpleNamespace(
-            model=SimpleNamespace(name="base", application="base", adapters=("one",), asleep=0), replicas=self
+            model=SimpleNamespace(name="base", application="base", adapters=("one",), asleep=0, weights=""),
+            replicas=self,
         )
         self.peers = {"changing": False}
         for name, value in {

@@ -86,13 +86,16 @@ class Service:
             "base": {"deployments": [{"name": "EngineReplica", "user_config": self.live}]},
         }
         self.route = SimpleNamespace(
-            model=SimpleNamespace(name="base", application="base", adapters=(), asleep=0), replicas=self
+            model=SimpleNamespace(name="base", application="base", adapters=(), asleep=0, weights=""),
+            replicas=self,
         )
         for name, value in {
             "running_replicas": lambda _: self.replicas,
             "broadcast": self.broadcast,
             "configs_of": lambda *_: self.configs,
-            "apply_configs": lambda _: setattr(self.route.model, "asleep", served.get("asleep", 0)),
+            "apply_configs": lambda _: self.route.model.__dict__.update(
+                asleep=served.get("asleep", 0), weights=served.get("weights", "")
+            ),
             "has_all": lambda _: True,
             "serve": SimpleNamespace(get_replica_context=lambda: SimpleNamespace(app_name="gateway")),
         }.items():
