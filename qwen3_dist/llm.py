@@ -164,6 +164,7 @@ class LLM:
 
     def rebalance_experts(self) -> list[int]:
         """Moves experts to where the load since the last time wants them; the layers that changed."""
+        self._require_awake()
         return self._engine.experts.rebalance_all()
 
     def update_weights(self, path: str, version: str = "") -> WeightsLoaded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
@@ -11,7 +12,6 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.file_reader import FileReader
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.parts import Index
@@ -29,13 +29,15 @@ class Region:
 
 
 def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Callable[[int], object]) -> None:
-    """Fills all regions. Each of several threads reads a run of them, in the order of the files: so they read several
-    files at once, each from its beginning to its end.
+    """Fills all regions, on a GPU on this thread's stream. Each of several threads reads a run of them, in the order
+    of the files: so they read several files at once, each from its beginning to its end.
 
     `advance` is called, on this thread, with numbers of bytes of the regions. Raises CheckpointError as soon as one
     cannot be read.
     """
     failed = Event()
+    device = next((region.out.device for region in regions), torch.device("cpu"))
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     done: SimpleQueue[int | None] = SimpleQueue()
 
     @torch.inference_mode()  # a setting of each thread, without which tensors made in it cannot be written to
@@ -45,12 +47,13 @@ def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Cal
 
         reader = FileReader()
         try:
-            for region in run:
-                if failed.is_set():
-                    return
-                item = region.out.element_size()
-                files.read(region.source, region.index, region.out, tell, reader)
-        except CheckpointError:
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                for region in run:
+                    if failed.is_set():
+                        return
+                    item = region.out.element_size()
+                    files.read(region.source, region.index, region.out, tell, reader)
+        except BaseException:
             failed.set()
             raise
         finally:
@@ -60,11 +63,15 @@ def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Cal
     with ThreadPoolExecutor(_THREADS, "weights") as pool:
         reads = [pool.submit(read, run) for run in _runs(files, regions)]
         left = len(reads)
-        while left:
-            if (size := done.get()) is None:
-                left -= 1
-            else:
-                advance(size)
+        try:
+            while left:
+                if (size := done.get()) is None:
+                    left -= 1
+                else:
+                    advance(size)
+        except BaseException:  # of `advance`, as when the engine is gone
+            failed.set()
+            raise
         for each in wait(reads).done:
             each.result()
 

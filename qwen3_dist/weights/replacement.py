@@ -60,6 +60,11 @@ class Replacement:
                 raise CheckpointError(
                     f"the weights in {path} have other scales of an fp8 KV cache than the model's; load them anew"
                 )
+        if any(file.saved for file in model.adapter_files if file is not None):
+            raise CheckpointError(
+                "an adapter holds the whole of a router, which is kept as its difference to the old weights; unload "
+                "the adapter, change the weights, and load it again"
+            )
         self.num_bytes = self._new.num_bytes
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@ more. Tensors that ranks cut lie in parts (`parts.py`), so every other layout ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,8 @@ class Sharding:
         layout.validate(config)
         check_checkpoint(path, config)
         files = CheckpointFiles(path)
+        if files.is_headless:  # as ranks load it
+            config = replace(config, tie_word_embeddings=True)
         plan = WeightPlan(config, layout, files.names())
         seen: set[_Region] = set()
         shards = []
@@ -63,6 +65,10 @@ class Sharding:
                 regions.append(_Region(piece.source, ranges))
             shards.append([each for each in dict.fromkeys(regions) if each not in seen])
             seen.update(regions)
+        # Where one rank reads the whole and another a part, as scales of blocks at the edge, there is one place.
+        wholes = {each.source for each in seen if tuple(map(len, each.ranges)) == files.shape(each.source)}
+        shards = [[each for each in shard if each.source not in wholes] for shard in shards]
+        shards[0] += [_Region(name, tuple(map(range, files.shape(name)))) for name in sorted(wholes)]
         covered = {each.source for each in seen} | {_TIED_HEAD}
         others = (name for name in sorted(files.names() - covered))
         shards[0] += [_Region(name, tuple(map(range, files.shape(name)))) for name in others]

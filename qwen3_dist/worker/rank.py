@@ -121,6 +121,8 @@ class _Rank:
                 random, report = again.spec.config.has_random_weights, _report_to(channel)
                 files = directory_of(model.weights, path)
                 regroup(model, again.parallel, again.spec.placements, files, random, report)
+                if not has_only(model, again.spec.config.lora):
+                    load_adapters(again.spec.config.lora, model)
                 joined = replace(again, parallel=model.parallel)
                 blocks = count_blocks(again.spec.config, model, again.memory)
             else:

@@ -277,6 +277,7 @@ class ModelRunner:
     def sleep(self, level: int) -> None:
         """Gives the memory of the KV cache up, and that of the weights as `SleepingMemory` says. No step may run until
         `wake`."""
+        self._weights.close()  # a rank may still load what another could not
         self._graphs = None
         self._asleep = SleepingMemory(self.model, self._cache, level)
 

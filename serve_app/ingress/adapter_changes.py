@@ -88,6 +88,7 @@ class AdapterChanges:
         self, route: ModelRoute, change: Callable[[LoraAdapters], LoraAdapters], again: Sequence[str] = ()
     ) -> None:
         async def use(deployed: Deployed) -> None:
+            route.require_awake()  # else it would wait until the model wakes
             before = LoraAdapters.parse(deployed.live.get("lora", ""))
             to = change(before)
             arguments = (str(to), tuple(again))

@@ -21,11 +21,13 @@ class ChangesAsItRuns:
     _live_problem = ""  # why it has not taken up what it was told last
 
     async def _take_up(self, live: LiveSettings) -> None:
-        problems = [
-            await self.use_adapters(str(live.lora)),
-            await self.use_weights(str(live.weights)),
-            await self.sleep(live.asleep),
-        ]
+        problems = [await self.use_weights(str(live.weights))]
+        if not live.asleep:
+            problems.append(await self.sleep(0))
+        if not self._engine.asleep:  # else they would wait until it wakes
+            problems.append(await self.use_adapters(str(live.lora)))
+        if live.asleep:
+            problems.append(await self.sleep(live.asleep))
         self._live_problem = "; ".join(each for each in problems if isinstance(each, str) and each)
         if self._live_problem:
             logger.error("changed settings were not taken up: %s", self._live_problem)

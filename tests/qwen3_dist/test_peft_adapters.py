@@ -98,3 +98,16 @@ def test_a_pickled_adapter_is_told_how_to_become_one(bases: dict[bool, Path], tm
         CheckpointError, match=r"but a pickle, .*; load the adapter with PEFT and save it again"
     ):
         Adapter.open("mine", str(tmp_path), ModelConfig.from_directory(bases[False]))
+
+
+def test_weights_do_not_change_under_a_router_that_an_adapter_holds(bases: dict[bool, Path]) -> None:
+    """It is kept as its difference to the model's own router."""
+    lora = {"saved_router": str(FOLDER / "saved_router")}
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    with LLM(str(bases[True]), dtype="float32", num_blocks=64, use_tqdm=False, lora=lora) as llm:
+        before = llm.generate(PROMPT, params, use_tqdm=False, lora="saved_router")[0].token_ids
+        with pytest.raises(
+            CheckpointError, match="unload the adapter, change the weights, and load it again"
+        ):
+            llm.update_weights(str(bases[True]), "same")
+        assert llm.generate(PROMPT, params, use_tqdm=False, lora="saved_router")[0].token_ids == before

@@ -16,6 +16,7 @@ from qwen3_dist.settings_reader import read_settings
 from serve_app.ingress import live_changes
 from serve_app.ingress.adapter_changes import AdapterChanges
 from serve_app.ingress.live_changes import LiveChanges
+from serve_app.ingress.model_routes import ModelRoute
 from serve_app.ingress.peers import Told
 from serve_app.settings import LiveSettings
 
@@ -34,6 +35,7 @@ class Service:
         self.route = SimpleNamespace(
             model=SimpleNamespace(name="base", application="base", adapters=("one",), asleep=0, weights=""),
             replicas=self,
+            require_awake=lambda: ModelRoute.require_awake(self.route),  # type: ignore[arg-type]
         )
         self.peers = {"changing": False}
         for name, value in {
@@ -90,6 +92,17 @@ def load(service: Service, **body: Any) -> str:
 
 def unload(service: Service, **body: Any) -> str:
     return asyncio.run(service.changes.unload(json.dumps(body).encode()))
+
+
+def test_adapters_of_a_model_that_sleeps_do_not_wait_until_it_wakes(service: Service) -> None:
+    service.route.model.asleep = 1
+    for refused in (
+        lambda: load(service, lora_name="two", lora_path="/2"),
+        lambda: unload(service, lora_name="one"),
+    ):
+        with pytest.raises(RequestError, match="was put to sleep"):
+            refused()
+    assert service.replicas == ["one=/1"] * 2 and service.deployed == "one=/1"
 
 
 def test_what_is_loaded_is_deployed_and_listed(service: Service) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
@@ -60,6 +60,29 @@ def test_every_layout_reads_what_another_was_sharded_for(tmp_path: Path, kind: s
         found, expected = regions(out, wanted), regions(path, wanted)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_scales_that_one_rank_reads_whole_lie_in_one_place(tmp_path: Path) -> None:
+    path = write_fp8(
+        tmp_path, 128, 128, moe=False, intermediate_size=200
+    ).quantized  # blocks of 128 and 72 outputs
+    out = sharded(path, "tp=2", tmp_path / "sharded")
+    for wanted in ("tp=1", "tp=2"):
+        found, expected = regions(out, wanted), regions(path, wanted)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_checkpoint_without_a_head_stays_one(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "whole", moe=False, tie_word_embeddings=False)
+    tensors = load_file(path / "model.safetensors")
+    tensors = {name.removeprefix("model."): each for name, each in tensors.items() if "lm_head" not in name}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    out = sharded(path, "tp=2", tmp_path / "sharded")
+    files = CheckpointFiles(out)
+    assert files.is_headless and files.names() == CheckpointFiles(path).names()
+    for name in files.names():
+        assert torch.equal(files.read_whole(name), CheckpointFiles(path).read_whole(name))
 
 
 def test_a_rank_reads_its_file_from_the_beginning_to_the_end(
