@@ -14,9 +14,6 @@ _DELAYS = ("upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_b
 _LOAD_POLICY = "serve_app.scaling:load_policy"
 # Where Serve ends the application itself, replicas go first: their last streams then end with an error, not a cut.
 _INGRESS_OUTLIVES_S = 10.0
-# Seconds from the order to end until Serve first looks whether a process still has requests. Meanwhile those that send
-# it requests hear that it ends. One that is sent later goes on elsewhere; Serve's default of 2 s only delays each end.
-_SHUTDOWN_WAIT_S = 0.5
 
 
 def http_options(endpoint: EndpointSettings) -> dict[str, Any]:
@@ -49,7 +46,6 @@ def model_options(config: ServiceConfig, model: ModelSettings) -> dict[str, Any]
         },
         "max_surge_percent": scaling.max_surge_percent or 0,
         "graceful_shutdown_timeout_s": scaling.graceful_shutdown_timeout_s,
-        "graceful_shutdown_wait_loop_s": _SHUTDOWN_WAIT_S,
         "health_check_period_s": scaling.health_check_period_s,
         "health_check_timeout_s": scaling.health_check_timeout_s,
     }
@@ -69,7 +65,6 @@ def ingress_options(config: ServiceConfig, in_one_application: bool = False) -> 
             **{name: max(getattr(scaling, name) for scaling in scalings) for name in _DELAYS},
         },
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + _INGRESS_OUTLIVES_S,
-        "graceful_shutdown_wait_loop_s": _SHUTDOWN_WAIT_S,
         "health_check_period_s": min(scaling.health_check_period_s for scaling in scalings),
         "health_check_timeout_s": max(scaling.health_check_timeout_s for scaling in scalings),
     }
