@@ -97,7 +97,7 @@ def test_inspect_and_plan_know_the_bytes_of_each_format(
     expected = plain + linear * bits / 8
     assert report["bytes_per_rank"][0] == pytest.approx(expected, rel=2e-3)
     assert report["quantization"] == described
-    layout = ("--input-len", "100", *LOAD, "--quantize", quantize, "--json")
+    layout = ("--input-len", "100", *LOAD, "--gpus", "1xH100", "--quantize", quantize, "--json")
     assert main(["plan", model, *layout]) == 0
     plans = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     [alone] = [plan for plan in plans if plan["layout"] == "tp=1"]
