@@ -83,9 +83,20 @@ def test_rounded_weights_take_the_bytes_of_an_fp8_checkpoint(capsys: pytest.Capt
         ("Qwen3-30B-A3B", "fp8", 8 + 32 / 128**2, "fp8 (e4m3) by blocks of 128 x 128, rounded while loading"),
         ("Qwen3-30B-A3B", "int4", 4 + 32 / 128, "int4 by groups of 128 inputs, rounded while loading"),
         ("Qwen3-30B-A3B-AWQ", "none", 4 + 40 / 128, "awq: int4 by groups of 128 inputs with zero points"),
-        ("qwen/qwen3-30b-a3b-gptq-int4", "none", 4 + 32 / 128, "gptq: int4 by groups of 128 inputs"),
+        pytest.param(
+            *("qwen/qwen3-30b-a3b-gptq-int4", "none", 4 + 32 / 128, "gptq: int4 by groups of 128 inputs"),
+            marks=pytest.mark.slow,
+        ),
         ("Qwen3-30B-A3B-NVFP4", "none", 4 + 32 / 16, "compressed-tensors: fp4 (e2m1) by groups of 16 inputs"),
-        ("Qwen3-30B-A3B-MXFP4", "none", 4 + 32 / 32, "compressed-tensors: fp4 (e2m1) by groups of 32 inputs"),
+        pytest.param(
+            *(
+                "Qwen3-30B-A3B-MXFP4",
+                "none",
+                4 + 32 / 32,
+                "compressed-tensors: fp4 (e2m1) by groups of 32 inputs",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_inspect_and_plan_know_the_bytes_of_each_format(

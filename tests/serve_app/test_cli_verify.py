@@ -41,12 +41,18 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 }
 
 
+# Others of their kind are in every run.
+SLOW = ("int4 fused", "8 bits", "gptq 8 bits", "nvfp4", "modelopt fused", "mxfp4")
+
+
 def verified(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
     code = main(["verify", "--json", *arguments])
     return code, json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS]
+)
 def test_the_same_weights_are_not_apart(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
 ) -> None:
