@@ -76,6 +76,7 @@ def test_a_rank_that_is_replaced_sleeps_as_the_others_do(
             os.kill(engine.ranks[1].pid, signal.SIGKILL)
             while not engine.recoveries:
                 await asyncio.sleep(0.02)
+            await engine.recovered()
             waiting = asyncio.create_task(ask(engine))
             await asyncio.sleep(0.3)
             assert not waiting.done()
