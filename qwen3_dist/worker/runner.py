@@ -53,8 +53,7 @@ class ModelRunner:
         self._moves = self._new_moves()
         self._asleep: SleepingMemory | None = None
         self._device = model.device
-        self._parallel = model.parallel
-        self._tp = model.parallel.tp
+        self._parallel, self._tp = model.parallel, model.parallel.tp
         self.own_time = OwnTime(model.parallel)
         self._has_graphs = graphs = config.cuda_graphs and can_capture(model)
         spare = int(graphs or self._device.type == "cuda")  # the spare block, for padding and warm-up

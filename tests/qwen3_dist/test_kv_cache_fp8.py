@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,27 +56,21 @@ def widened(cache: LayerCache) -> LayerCache:
     return LayerCache(cache.keys.float() * cache.key_scale, cache.values.float() * cache.value_scale)
 
 
+EACH = [("torch", torch.float32), *PRODUCTS]
 # Triton's interpreter takes seconds for each, so it has the window only with prompts.
-@pytest.mark.parametrize(
-    ("kind", "dtype", "query_lens", "window"),
-    [
-        (*each, query_lens, window)
-        for each in [("torch", torch.float32), *PRODUCTS]
-        for query_lens in [(1, 1, 1), (1, 1, 23), (7, 2, 9)]
-        for window in [None, 6]
-        if each[0] != "triton" or (window is None) == (query_lens == (1, 1, 1))
-    ],
-)
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 2, 16), (4, 4, 24), (8, 1, 128), (3, 1, 20)])
+ATTENTION = [
+    (*each, query_lens, window)
+    for each, query_lens, window in product(EACH, [(1, 1, 1), (1, 1, 23), (7, 2, 9)], [None, 6])
+    if each[0] != "triton" or (window is None) == (query_lens == (1, 1, 1))
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "query_lens", "window"), ATTENTION)
+@pytest.mark.parametrize("shape", [(8, 2, 16), (4, 4, 24), (8, 1, 128), (3, 1, 20)])
 def test_attention_is_that_over_the_numbers_of_the_codes(
-    kind: str,
-    dtype: torch.dtype,
-    window: int | None,
-    query_lens: tuple[int, ...],
-    heads: int,
-    groups: int,
-    dim: int,
+    kind: str, dtype: torch.dtype, window: int | None, query_lens: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
+    heads, groups, dim = shape
     batch = random_batch((12, 70, 33), query_lens, block_size=4)
     cache = cache_of(*torch.randn(2, 128, 4, groups, dim))
     q = torch.randn(sum(query_lens), heads, dim).to(dtype)
@@ -120,7 +115,7 @@ EDGES = (
 )
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("torch", torch.float32), *PRODUCTS])
+@pytest.mark.parametrize(("kind", "dtype"), EACH)
 def test_keys_and_values_become_the_nearest_codes_and_none_is_nan(kind: str, dtype: torch.dtype) -> None:
     ops = TORCH if kind == "torch" else ops_of(kind, dtype)
     edges = torch.tensor(EDGES)
