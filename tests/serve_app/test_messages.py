@@ -205,6 +205,7 @@ def streamed(said: list[ChoiceDelta], max_tokens: int = 100) -> list[dict[str, A
     form = answer(max_tokens)
     form.count(said[0])
     events = form.begin()
+    assert b'"output_tokens":0' in events  # however many tokens come with the first part
     for number, delta in enumerate(said):
         if number:
             form.count(delta)

@@ -62,7 +62,10 @@ class MessageAnswer(BlockAnswer):
         self._content: list[Json] = []
 
     def begin(self) -> bytes:
-        return _event({"type": "message_start", "message": self._message(None)})
+        message = self._message(None)
+        # Not what is counted yet, which depends on how many tokens came with the first part.
+        message["usage"] |= {"output_tokens": 0, "output_tokens_details": {"thinking_tokens": 0}}
+        return _event({"type": "message_start", "message": message})
 
     def end(self) -> bytes:
         closed = self.close()
