@@ -24,6 +24,31 @@ def _require_positive(part: Any, skip: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
+class WeightRates:
+    """What products with quantised weights reach. `speed` is relative to products with plain weights, and
+    `read_efficiency` a share of the device's `read_bytes_per_s`; those of experts are relative to these two."""
+
+    speed: float = 1.0
+    read_efficiency: float = 1.0
+    expert_efficiency: float = 1.0
+    expert_read_efficiency: float = 1.0
+    idle_expert_reads: float = 0.0  # share of the experts without tokens whose weights are read all the same
+    expert_layer_overhead_s: float = 0.0  # more per layer with experts
+
+    def __post_init__(self) -> None:
+        _require_positive(self, skip=("idle_expert_reads", "expert_layer_overhead_s"))
+        if not 0 <= self.idle_expert_reads <= 1:
+            raise ConfigError(f"idle_expert_reads must be from 0 to 1, not {self.idle_expert_reads:g}")
+        if self.expert_layer_overhead_s < 0:
+            raise ConfigError(
+                f"expert_layer_overhead_s must not be negative, not {self.expert_layer_overhead_s:g}"
+            )
+
+
+_WEIGHT_KINDS = ("fp8", "fp8_block", "int8", "int4", "fp4")
+
+
+@dataclass(frozen=True)
 class Device:
     """One accelerator; on CPU the whole host (see `Cluster.shared_host`).
 
@@ -39,12 +64,16 @@ class Device:
     flops_efficiency: float = 1.0  # matrix products with many rows
     attention_efficiency: float = 1.0  # attention in prefill
     expert_efficiency: float = 1.0  # grouped matrix products of experts, relative to plain ones
-    fp8_speedup: float = 1.0  # speed of fp8 matrix products relative to bf16
     memory_utilization: float = 0.9  # share of the memory that weights, activations and cache may fill
     row_rates: tuple[tuple[float, float], ...] = ()  # measured (rows, flops/s); replaces flops_efficiency
+    fp8: WeightRates | None = None  # a scale for each output
+    fp8_block: WeightRates | None = None  # a scale for each block, as in Qwen's own checkpoints
+    int8: WeightRates | None = None
+    int4: WeightRates | None = None
+    fp4: WeightRates | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, skip=("name", "row_rates"))
+        _require_positive(self, skip=("name", "row_rates", *_WEIGHT_KINDS))
         for name in ("read_efficiency", "kv_read_efficiency", "flops_efficiency", "attention_efficiency"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} must be at most 1, not {getattr(self, name):g}")
@@ -103,7 +132,9 @@ class Cluster:
     step_overhead_s: float  # fixed cost of a step
     sequence_overhead_s: float = 0.0  # per sequence
     token_overhead_s: float = 0.0  # per token
+    request_overhead_s: float = 0.0  # per request, before its first token: HTTP and text
     layer_overhead_s: float = 0.0  # per layer of a rank: kernel launches, norms, small operations
+    prompt_layer_overhead_s: float = 0.0  # more per layer in a step with prompts, which runs without a graph
     ranks_overhead_s: float = 0.0  # extra cost of a step if ranks run outside the engine's process
     shared_host: bool = False
 
@@ -219,7 +250,7 @@ def as_dict(part: Any) -> dict[str, Any]:
         value = getattr(part, field.name)
         if value == field.default:
             continue
-        if isinstance(value, (Device, Link)):
+        if isinstance(value, (Device, Link, WeightRates)):
             value = as_dict(value)
         elif isinstance(value, tuple):
             value = [list(pair) for pair in value]

@@ -6,15 +6,15 @@ of all groups, N tokens a tp rank owns under all-to-all, D emb_dim, E experts, K
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from math import ceil, sqrt
 from statistics import NormalDist
 
-from cluster.hardware import Cluster, Device
+from cluster.hardware import Cluster, WeightRates
 from cluster.planning.collectives import groups_of
 from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
-from cluster.planning.memory import ITEM_BYTES, kv_bytes_per_token, kv_item_bytes
+from cluster.planning.memory import ITEM_BYTES, bytes_per_weight, kv_bytes_per_token, kv_item_bytes
+from cluster.planning.products import MatmulTime, weight_kind, weight_rates
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
@@ -43,9 +43,9 @@ class CostModel:
     """Step times of one replica of `layout`.
 
     expert_imbalance: load of the busiest ep rank over the mean, in (token, expert) pairs, on top of the random spread
-    of even routing. weight_bytes, kv_bytes: bytes per weight and per cached element; by default those of the
-    checkpoint's dtype (fp8: 1), and of the cache that the checkpoint was made for. Raises ParallelLayoutError if the
-    layout does not fit the model.
+    of even routing. kv_bytes: bytes per cached number; by default those of the cache that the checkpoint was made for.
+    Products with quantised weights take as long as with plain ones unless the device says what they reach. Raises
+    ParallelLayoutError if the layout does not fit the model.
     """
 
     def __init__(
@@ -55,7 +55,6 @@ class CostModel:
         cluster: Cluster,
         expert_imbalance: float = EXPERT_IMBALANCE,
         *,
-        weight_bytes: float | None = None,
         kv_bytes: float | None = None,
     ) -> None:
         layout.validate(config)
@@ -73,13 +72,23 @@ class CostModel:
         self._kv_item = kv_bytes or float(kv_item_bytes(config))
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
-        self._weight_bytes = weight_bytes or item
-        self._matmul = matmul_time(device, self._weight_bytes)
+        self._matmul = MatmulTime(device, item)  # with plain weights
+        given = weight_rates(device, weight_kind(config))
+        stored = {} if given is None else bytes_per_weight(config)
+        self._attention, self._dense, self._experts = (
+            MatmulTime(device, stored[kind], given) if kind in stored else self._matmul
+            for kind in ("attention", "dense", "experts")
+        )
+        self._of_experts = given or WeightRates(expert_efficiency=device.expert_efficiency)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
-        self._attention_s = 1 / (
-            device.flops_per_s * device.attention_efficiency
-        )  # per floating-point operation
-        self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
+        operations = 4 * sizes.heads * config.head_dim  # of a query-key pair: two products
+        of_pairs = operations / (device.flops_per_s * device.attention_efficiency)
+        kv_bytes = 2 * sizes.kv_groups * config.head_dim * self._kv_item
+        kv_read = kv_bytes / (device.read_bytes_per_s * device.kv_read_efficiency)
+        self._attention_per_layer = (
+            max(of_pairs, kv_read),
+            of_pairs,
+        )  # seconds for a token of context, for a pair
         self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
         across = layout.world > cluster.devices_per_node
         self._stage_link = (cluster.between if across else cluster.inside).of("send")
@@ -105,6 +114,11 @@ class CostModel:
         """Seconds of `shape` as one micro-batch: through all stages, and until the next micro-batch can start."""
         return self._pass(shape, 1)
 
+    def attention_seconds(self) -> tuple[float, float]:
+        """Seconds of a step for each token of the decodes' context, and for each query-key pair of its prompts."""
+        of_context, of_pairs = self._attention_per_layer
+        return self._layers * of_context, self._layers * of_pairs
+
     def step_parts(self, shape: StepShape) -> dict[str, float]:
         """`step_seconds` by operation. `pipeline` is the time that micro-batches wait for each other."""
         micro = self._micro_batches(shape)
@@ -126,7 +140,7 @@ class CostModel:
         """Bytes of weights on the fullest rank."""
         return int(
             max(
-                stage_bytes(self.config, self.layout, self.sizes, stage, self._weight_bytes)
+                stage_bytes(self.config, self.layout, self.sizes, stage, self._item)
                 for stage in self._distinct_stages
             )
         )
@@ -207,26 +221,26 @@ class CostModel:
         and outside the layers (embedding, stage send, head)."""
         config, sizes, item = self.config, self.sizes, self._item
         tokens = (shape.num_decodes + shape.prefill_tokens) / micro
-        dim, head_dim = config.emb_dim, config.head_dim
+        dim = config.emb_dim
         hidden = tokens * dim * item
         decode_pairs, prefill_pairs = shape.decode_context_tokens / micro, shape.prefill_pairs / micro
-        operations = 4 * sizes.heads * head_dim * self._attention_s  # per query-key pair: two products
-        kv_read = 2 * sizes.kv_groups * head_dim * self._kv_item * self._kv_s
+        of_context, of_pairs = self._attention_per_layer
         attention = {
-            "attention projections": self._matmul.seconds(tokens, sizes.attention),
-            "attention of decodes": decode_pairs * max(operations, kv_read),
-            "attention of prompts": prefill_pairs * operations,
+            "attention projections": self._attention.seconds(tokens, sizes.attention),
+            "attention of decodes": decode_pairs * of_context,
+            "attention of prompts": prefill_pairs * of_pairs,
             "norms, rope, residuals": self._read_s
             * tokens
             * item
-            * (10 * dim + 2 * (sizes.heads + 2 * sizes.kv_groups) * head_dim),
-            "layer overhead": self.cluster.layer_overhead_s,
+            * (10 * dim + 2 * (sizes.heads + 2 * sizes.kv_groups) * config.head_dim),
+            "layer overhead": self.cluster.layer_overhead_s
+            + (self.cluster.prompt_layer_overhead_s if shape.prefill_tokens else 0.0),
         }
         all_reduce = self._tp.all_reduce(hidden)
         dense: dict[str, float] = {}
         if self._dense_layers:
             dense = {
-                "dense FFN": self._matmul.seconds(tokens, sizes.dense)
+                "dense FFN": self._dense.seconds(tokens, sizes.dense)
                 + self._read_s * tokens * item * 3 * sizes.dense_columns,
                 "tp all-reduce": 2 * all_reduce,
             }
@@ -281,43 +295,13 @@ class CostModel:
         pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
         load = pairs / even if even else 1.0
         touched = max(sizes.experts_here * (1 - self._miss_rate ** (tokens * load)), 1e-9)
-        weights = touched * sizes.expert
-        product = self._matmul.seconds(pairs / touched, weights, self.device.expert_efficiency)
+        reached = self._of_experts
+        read = touched + reached.idle_expert_reads * (sizes.experts_here - touched)
+        product = self._experts.seconds(
+            pairs / read, read * sizes.expert, reached.expert_efficiency, reached.expert_read_efficiency
+        )
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
-        return product + moved
-
-
-class MatmulTime:
-    """Time of a matrix product by number of rows: the longer of reading the weights once and multiplying at the rate
-    that this number of rows reaches."""
-
-    def __init__(self, device: Device, weight_bytes: float, speedup: float) -> None:
-        self._read_s = weight_bytes / (device.read_bytes_per_s * device.read_efficiency)  # per weight
-        rates = device.row_rates or ((1.0, device.flops_per_s * device.flops_efficiency),)
-        self._rows = [rows for rows, _ in rates]
-        self._seconds = [2 * rows / (rate * speedup) for rows, rate in rates]  # per weight
-
-    def seconds(self, rows: float, weights: float, efficiency: float = 1.0) -> float:
-        """Seconds of a product of `rows` rows with `weights` weights.
-
-        Interpolates linearly between measured numbers of rows; beyond the last, time is proportional to rows.
-        efficiency: share of the measured rate that this product reaches.
-        """
-        known, seconds = self._rows, self._seconds
-        at = bisect_left(known, rows)
-        if at == len(known):
-            product = seconds[-1] * rows / known[-1]
-        elif at == 0:
-            product = seconds[0] * (rows / known[0] if len(known) == 1 else min(1.0, rows))
-        else:
-            share = (rows - known[at - 1]) / (known[at] - known[at - 1])
-            product = seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
-        return weights * max(product / efficiency, self._read_s if rows else 0.0)
-
-
-def matmul_time(device: Device, weight_bytes: float) -> MatmulTime:
-    """Matrix product times of `device` with `weight_bytes` bytes per weight."""
-    return MatmulTime(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
+        return product + moved + reached.expert_layer_overhead_s
 
 
 def _largest_of(ranks: int) -> float:

@@ -1,0 +1,106 @@
+"""What clients see: TTFT, time between tokens and throughput of a closed loop, or of an open loop at a rate.
+
+Both walk through the steps of one dp group (`walk.py`), as the engine's scheduler would form them, with the times of
+the cost model. Every dp group is taken to run steps like this one's at once; `qwen3-dist simulate` has each its own.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import fmean
+
+from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.walk import Request, Served, StepRules, Walk
+
+REQUESTS_EACH = 10  # of a client in a closed loop, as benchmark clients send
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """TTFT (mean and percentiles) and the mean time between two tokens, in seconds; requests answered in a second."""
+
+    ttft_s: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    itl_s: float
+    requests_per_s: float
+
+
+def closed_loop(
+    model: CostModel,
+    rules: StepRules,
+    input_len: int,
+    output_len: int,
+    clients: int,
+    requests_each: int = REQUESTS_EACH,
+) -> Latencies:
+    """Latencies of `clients` clients of a dp group. They begin together, and send `requests_each` requests each, one
+    when the last is answered. Two rounds after the first stand for all others."""
+    rounds = min(3, requests_each)
+    first = Request(input_len, output_len, followers=rounds - 1)
+    served = Walk(step_seconds(model), rules).serve([first] * clients)
+    later = (requests_each - 1) / (rounds - 1) if rounds > 1 else 0.0
+    weights = [1.0 if each.request.followers == rounds - 1 else later for each in served]
+    in_system_s = fmean((each.last_s - each.sent_s for each in served), weights)
+    return _latencies(served, weights, clients / in_system_s, model.cluster.request_overhead_s)
+
+
+def open_loop(
+    model: CostModel,
+    rules: StepRules,
+    input_len: int,
+    output_len: int,
+    rate: float,
+    num_requests: int,
+    seed: int = 0,
+) -> Latencies:
+    """Latencies of `num_requests` requests that reach a dp group at random (Poisson), `rate` a second on average.
+
+    Beyond the group's capacity the wait grows with `num_requests`; then requests_per_s is below `rate`.
+    """
+    arrivals = random.Random(seed)
+    times = accumulate(arrivals.expovariate(rate) for _ in range(num_requests))
+    served = Walk(step_seconds(model), rules).serve(
+        Request(input_len, output_len, arrival_s) for arrival_s in times
+    )
+    answered_s = max(each.last_s for each in served) - min(each.last_s for each in served)
+    answered = (num_requests - 1) / answered_s if answered_s else rate
+    return _latencies(served, [1.0] * len(served), answered, model.cluster.request_overhead_s)
+
+
+def step_seconds(model: CostModel) -> Callable[[StepShape], float]:
+    """`model.step_seconds` with a memory. Without pipeline stages, a step's time is a constant of its numbers of
+    tokens, plus a time for each token of the decodes' context and for each query-key pair of its prompts."""
+    if model.layout.pp > 1:
+        return model.step_seconds
+    constants: dict[tuple[int, int, int], float] = {}
+    per_context_s, per_pair_s = model.attention_seconds()
+
+    def seconds(shape: StepShape) -> float:
+        key = shape.num_decodes, shape.prefill_tokens, shape.num_samples
+        if key not in constants:
+            constants[key] = model.step_seconds(StepShape(key[0], 0, key[1], 0, key[2]))
+        return constants[key] + per_context_s * shape.decode_context_tokens + per_pair_s * shape.prefill_pairs
+
+    return seconds
+
+
+def _latencies(
+    served: Sequence[Served], weights: Sequence[float], requests_per_s: float, overhead_s: float
+) -> Latencies:
+    waits = sorted((each.ttft_s + overhead_s, weight) for each, weight in zip(served, weights, strict=True))
+    reached = list(accumulate(weight for _, weight in waits))
+    p50, p90, p99 = (waits[bisect_left(reached, share * reached[-1])][0] for share in (0.5, 0.9, 0.99))
+    return Latencies(
+        fmean((wait for wait, _ in waits), [weight for _, weight in waits]),
+        p50,
+        p90,
+        p99,
+        fmean((each.itl_s for each in served), weights),
+        requests_per_s,
+    )
