@@ -6,6 +6,7 @@ Sources of every figure: docs/cost-model.md.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -177,40 +178,32 @@ class Cluster:
         )
 
 
-def _nvidia(name: str, memory_gb: int, read: float, flops: float, fp8_speedup: float) -> Device:
-    return Device(
-        name,
-        memory_gb * 10**9,
-        read,
-        flops,
-        read_efficiency=0.8,
-        kv_read_efficiency=0.7,
-        flops_efficiency=0.7,
-        attention_efficiency=0.5,
-        expert_efficiency=0.7,
-        fp8_speedup=fp8_speedup,
-    )
+# Shares of the datasheets' figures and overheads that `python -m benchmarks.published --fit` found.
+FITTED: dict[str, Any] = json.loads(Path(__file__).with_name("fitted.json").read_text())
+
+
+def _nvidia(name: str, memory_gb: float, read: float, flops: float) -> Device:
+    weights = {kind: WeightRates(**rates) for kind, rates in FITTED["weights"].items()}
+    return Device(name, int(memory_gb * 1e9), read, flops, **FITTED["device"], **weights)
 
 
 def _preset(device: Device, nvlink: float, network: float) -> Cluster:
+    latency_s, efficiency = FITTED["link"]["latency_s"], FITTED["link"]["efficiency"]
     return Cluster(
         device,
         num_devices=8,
         devices_per_node=8,
-        inside=Link(3e-6, nvlink, efficiency=0.8),
-        between=Link(8e-6, network, efficiency=0.8),
-        step_overhead_s=1e-3,
-        sequence_overhead_s=5e-6,
-        layer_overhead_s=15e-6,
-        ranks_overhead_s=2e-4,
+        inside=Link(latency_s, nvlink, efficiency),
+        between=Link(2.5 * latency_s, network, efficiency),
+        **FITTED["step"],
     )
 
 
 PRESETS: dict[str, Cluster] = {
-    "A100": _preset(_nvidia("A100", 80, 2.039e12, 312e12, 1.0), nvlink=300e9, network=25e9),
-    "H100": _preset(_nvidia("H100", 80, 3.35e12, 989e12, 2.0), nvlink=450e9, network=50e9),
-    "H200": _preset(_nvidia("H200", 141, 4.8e12, 989e12, 2.0), nvlink=450e9, network=50e9),
-    "B200": _preset(_nvidia("B200", 180, 8.0e12, 2250e12, 2.0), nvlink=900e9, network=50e9),
+    "A100": _preset(_nvidia("A100", 85.1, 2.039e12, 312e12), nvlink=300e9, network=25e9),
+    "H100": _preset(_nvidia("H100", 85.0, 3.35e12, 989e12), nvlink=450e9, network=50e9),
+    "H200": _preset(_nvidia("H200", 150.1, 4.8e12, 989e12), nvlink=450e9, network=50e9),
+    "B200": _preset(_nvidia("B200", 191.5, 8.0e12, 2250e12), nvlink=900e9, network=50e9),
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 from statistics import NormalDist
 
-from cluster.hardware import Cluster, WeightRates
+from cluster.hardware import FITTED, Cluster, WeightRates
 from cluster.planning.collectives import groups_of
 from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
 from cluster.planning.memory import ITEM_BYTES, bytes_per_weight, kv_bytes_per_token, kv_item_bytes
@@ -21,7 +21,7 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.parallel.expert_exchange import capacity, chosen_share, prefers_all_to_all
 
-EXPERT_IMBALANCE = 1.2  # an assumption; measure your own traffic with GET /v1/cluster/experts
+EXPERT_IMBALANCE: float = FITTED["expert_imbalance"]
 
 
 @dataclass(frozen=True)

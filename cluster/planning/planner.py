@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel, StepShape
+from cluster.planning.clients import Latencies, closed_loop
+from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
+from cluster.planning.walk import StepRules
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
@@ -51,7 +53,8 @@ class PlannedLayout:
     """The predictions for one layout. Rates are for the whole cluster; None if the layout does not fit.
 
     reason: why it does not fit. bytes_per_rank: memory of the fullest rank, with the KV cache that this workload uses.
-    max_batch: sequences of this workload that fit into the KV cache of one replica.
+    max_batch: sequences of this workload that fit into the KV cache of one replica. ttft_ms, itl_ms: means over all
+    requests of clients that begin together (`closed_loop`); ttft_percentiles_ms: p50, p90 and p99.
     """
 
     layout: Layout
@@ -65,6 +68,7 @@ class PlannedLayout:
     itl_ms: float | None = None
     tokens_per_s: float | None = None
     tokens_per_s_per_gpu: float | None = None
+    ttft_percentiles_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_s_per_user(self) -> float:
@@ -84,6 +88,7 @@ class PlannedLayout:
             "bytes_per_rank": self.bytes_per_rank,
             "max_batch": self.max_batch,
             "ttft_ms": _rounded(self.ttft_ms),
+            **{f"ttft_{name}_ms": round(value, 3) for name, value in self.ttft_percentiles_ms.items()},
             "itl_ms": _rounded(self.itl_ms),
             "tokens_per_s": _rounded(self.tokens_per_s),
             "tokens_per_s_per_gpu": _rounded(self.tokens_per_s_per_gpu),
@@ -182,9 +187,9 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, demand)
-    in_flight = min(request.concurrency, replicas * layout.dp * batch)
-    rate = in_flight * request.output_len / cycle_s
+    rules = StepRules(request.max_num_batched_tokens, seqs, capacity)
+    seen = closed_loop(model, rules, request.input_len, request.output_len, demand)
+    rate = seen.requests_per_s * request.output_len * request.concurrency / demand
     return PlannedLayout(
         layout,
         replicas,
@@ -193,47 +198,16 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
         "",
         used,
         fitting * layout.dp,
-        1e3 * ttft_s,
-        1e3 * itl_s if request.output_len > 1 else None,
+        1e3 * seen.ttft_s,
+        1e3 * seen.itl_s if request.output_len > 1 else None,
         rate,
         rate / cluster.num_devices,
+        _percentiles_ms(seen),
     )
 
 
-def cycle_times(
-    model: CostModel, request: PlanRequest, batch: int, demand: int
-) -> tuple[float, float, float]:
-    """TTFT, ITL and cycle time in seconds, in a steady state with `batch` sequences per dp group.
-
-    In one cycle every sequence finishes and is replaced: each decodes output_len - 1 times, and one prompt per
-    sequence is prefilled beside the decodes of the others, within the step's token budget. `demand` is the number of
-    requests per dp group; those beyond `batch` queue.
-    """
-    prompt, output = request.input_len, request.output_len
-    context = batch * (prompt + output / 2)
-    budget = max(1, request.max_num_batched_tokens - batch)
-    decode = StepShape(batch, int(context), 0, 0, batch)
-    decode_s = model.step_seconds(decode)
-    chunks = ceil(prompt / budget)
-    tokens_in_all = batch * prompt
-    steps = max(ceil(tokens_in_all / budget), min(output, batch * chunks))
-    tokens = tokens_in_all / steps
-    pairs = batch * prompt * (prompt + 1) / 2 / steps
-    decoding = batch * (output - 1) / max(output, steps)
-    beside = decoding / batch if batch else 0.0
-    mixed = StepShape(
-        round(decoding),
-        int(context * beside),
-        round(tokens),
-        int(pairs),
-        max(1, round(decoding + batch / steps)),
-    )
-    mixed_s = model.step_seconds(mixed)
-    cycle_s = steps * mixed_s + max(0, output - steps) * decode_s
-    mean_s = cycle_s / max(output, steps)
-    queue_s = max(0, demand - batch) / batch * cycle_s
-    ttft_s = queue_s + mean_s / 2 + chunks * mixed_s
-    return ttft_s, cycle_s / output, cycle_s
+def _percentiles_ms(seen: Latencies) -> dict[str, float]:
+    return {"p50": 1e3 * seen.ttft_p50_s, "p90": 1e3 * seen.ttft_p90_s, "p99": 1e3 * seen.ttft_p99_s}
 
 
 def _too_large(model: CostModel, used: dict[str, int], capacity: int, request: PlanRequest) -> str:
