@@ -182,8 +182,19 @@ class Cluster:
 FITTED: dict[str, Any] = json.loads(Path(__file__).with_name("fitted.json").read_text())
 
 
+def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, WeightRates]:
+    """What products with quantised weights reach on `device` by kind: as fitted there, or else on another device. Where
+    nothing was fitted, only the reading is assumed to be as fast as that of plain weights."""
+    plain, experts = (constants["device"][name] for name in ("read_efficiency", "expert_efficiency"))
+    rates = dict.fromkeys(_WEIGHT_KINDS, WeightRates(read_efficiency=plain, expert_efficiency=experts))
+    for name in (*constants["weights"], device):
+        found = constants["weights"].get(name, {})
+        rates |= {kind: WeightRates(**values) for kind, values in found.items()}
+    return rates
+
+
 def _nvidia(name: str, memory_gb: float, read: float, flops: float) -> Device:
-    weights = {kind: WeightRates(**rates) for kind, rates in FITTED["weights"].items()}
+    weights = fitted_weights(FITTED, name)
     return Device(name, int(memory_gb * 1e9), read, flops, **FITTED["device"], **weights)
 
 

@@ -12,6 +12,7 @@ from qwen3_dist.errors import ConfigError
 # Names in the files: presets of `cluster.hardware`; endings of official names in `cluster.planning.official`.
 SYSTEMS = {"a100_sxm": "A100", "h100_sxm": "H100", "h200_sxm": "H200", "b200_sxm": "B200", "gb200": "B200"}
 WEIGHTS = {"bf16": "", "fp8": "-FP8-dynamic", "fp8_block": "-FP8", "nvfp4": "-NVFP4"}
+KINDS = {"fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "fp4"}  # fields of `cluster.hardware.Device`
 _ENDINGS = ("-FP8", "-NVFP4")
 
 
