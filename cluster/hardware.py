@@ -42,9 +42,12 @@ class Device:
     fp8_speedup: float = 1.0  # speed of fp8 matrix products relative to bf16
     memory_utilization: float = 0.9  # share of the memory that weights, activations and cache may fill
     row_rates: tuple[tuple[float, float], ...] = ()  # measured (rows, flops/s); replaces flops_efficiency
+    power_w: float = 0.0  # most that the device may draw, in W; 0: unknown
 
     def __post_init__(self) -> None:
-        _require_positive(self, skip=("name", "row_rates"))
+        _require_positive(self, skip=("name", "row_rates", "power_w"))
+        if self.power_w < 0:
+            raise ConfigError(f"power_w must not be negative, not {self.power_w:g}")
         for name in ("read_efficiency", "kv_read_efficiency", "flops_efficiency", "attention_efficiency"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} must be at most 1, not {getattr(self, name):g}")
@@ -146,6 +149,9 @@ class Cluster:
         )
 
 
+_POWER_W = {"A100": 400.0, "H100": 700.0, "H200": 700.0, "B200": 1000.0}
+
+
 def _nvidia(name: str, memory_gb: int, read: float, flops: float, fp8_speedup: float) -> Device:
     return Device(
         name,
@@ -158,6 +164,7 @@ def _nvidia(name: str, memory_gb: int, read: float, flops: float, fp8_speedup: f
         attention_efficiency=0.5,
         expert_efficiency=0.7,
         fp8_speedup=fp8_speedup,
+        power_w=_POWER_W[name],
     )
 
 
