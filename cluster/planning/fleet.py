@@ -8,7 +8,8 @@ from math import ceil
 
 from cluster.hardware import Cluster
 from cluster.planning.layout_loads import LayoutLoads, RatedLayout
-from cluster.planning.planner import PlannedLayout, PlanRequest, candidates, next_limit
+from cluster.planning.limits import impossible, limits_of
+from cluster.planning.planner import PlannedLayout, PlanRequest, candidates
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, valid_layouts
@@ -23,11 +24,6 @@ class Fleet:
 
     cluster: Cluster
     found: RatedLayout
-
-    @property
-    def headroom(self) -> float:
-        """Share of the rate that could come in addition, within cache and limits."""
-        return self.found.most_per_s / self.found.rate - 1
 
 
 def fewest(config: ModelConfig, kind: Cluster, request: PlanRequest, rate: float) -> Fleet:
@@ -103,40 +99,6 @@ def check_rate(
         f"{sentence}; {enough.cluster.num_devices} x {cluster.device.name} serve it, with "
         f"{enough.found.planned.layout} in {counted(enough.found.planned.replicas, 'replica')}"
     )
-
-
-def impossible(alone: list[PlannedLayout], request: PlanRequest, who: str, when: str) -> str:
-    """Why `who` keeps no limit: which one, by how much, and the nearest that can be met.
-
-    alone: the predictions at the load that the limits are to hold at, which `when` names.
-    """
-    fitting = [one for one in alone if one.fits]
-    if not fitting:
-        least = min((one for one in alone if one.bytes_per_rank), key=lambda o: sum(o.bytes_per_rank.values()))
-        return f"{who} holds the model with this load: with {least.layout}, {least.reason}; take larger GPUs"
-    for name, limit in (("ttft_ms", request.ttft_ms), ("itl_ms", request.itl_ms)):
-        lowest = min(fitting, key=lambda one, name=name: getattr(one, name) or 0.0)  # type: ignore[misc]
-        value = getattr(lowest, name) or 0.0
-        if limit is not None and value > limit:
-            return (
-                f"{who} meets --{name.replace('_', '-')} {limit:g}, {when}: the lowest is {value:.4g} ms, "
-                f"{value / limit - 1:.0%} more, with {lowest.layout}; the nearest limit that can be met is "
-                f"{next_limit(value):g}"
-            )
-    in_itl = [one for one in fitting if one.itl_ms is None or one.itl_ms <= (request.itl_ms or 0.0)]
-    best = min(in_itl, key=lambda one: one.ttft_ms or 0.0)
-    ttft = best.ttft_ms or 0.0
-    return (
-        f"each limit can be met, but {who} meets both, {when}: with --itl-ms {request.itl_ms:g} the lowest TTFT is "
-        f"{ttft:.4g} ms, {ttft / (request.ttft_ms or 1.0) - 1:.0%} more than --ttft-ms {request.ttft_ms:g}, with "
-        f"{best.layout}; the nearest that can be met is {next_limit(ttft):g}"
-    )
-
-
-def limits_of(request: PlanRequest) -> str:
-    """The limits as the command line has them; empty without any."""
-    named = (("--ttft-ms", request.ttft_ms), ("--itl-ms", request.itl_ms))
-    return " and ".join(f"{name} {value:g}" for name, value in named if value is not None)
 
 
 def counted(number: int, noun: str) -> str:

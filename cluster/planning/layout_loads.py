@@ -34,6 +34,11 @@ class RatedLayout:
         """Whether it serves the rate within its cache and the limits."""
         return self.planned.fits and self.most_per_s >= self.rate
 
+    @property
+    def headroom(self) -> float:
+        """Share of the rate that could come in addition, within cache and limits; negative if it does not hold."""
+        return self.most_per_s / self.rate - 1
+
     def as_json(self) -> dict[str, object]:
         """The object that `qwen3-dist plan --rate --json` prints for a layout."""
         return {
