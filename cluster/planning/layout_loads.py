@@ -88,8 +88,8 @@ class LayoutLoads:
         within = self.most_within_limits()
         most = self.requests_per_s(within) if within else 0.0
         capacity = max(most, self.requests_per_s(self.largest))
-        enough = 1 + last(self.largest, lambda sequences: self.requests_per_s(sequences) < rate)
-        sequences = min(enough, self.largest)
+        bound = within if most >= rate else self.largest
+        sequences = min(bound, 1 + last(bound, lambda tried: self.requests_per_s(tried) < rate))
         served = min(rate, self.requests_per_s(sequences))
         in_flight = served * sequences * self.groups / self.requests_per_s(sequences)
         tokens = served * self.request.output_len
