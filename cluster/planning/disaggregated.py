@@ -12,7 +12,7 @@ from math import ceil
 
 from cluster.hardware import Cluster, Link
 from cluster.planning.cost_model import CostModel, StepShape
-from cluster.planning.layout_loads import LayoutLoads, last
+from cluster.planning.layout_loads import LayoutLoads, largest_that_fits, last
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.planner import PlanRequest
 from qwen3_dist.config import ModelConfig
@@ -78,7 +78,8 @@ class DecodeReplica:
         cluster = replace(cluster, num_devices=layout.world)
         self._model = cost_model(config, layout, cluster, request)
         tp_fits = layout.tp == 1 or cluster.devices_per_node % layout.tp == 0
-        self.largest = self._largest() if tp_fits else 0
+        most = min(request.max_num_batched_tokens, self._held(1)) if tp_fits else 0
+        self.largest = largest_that_fits(most, self._held)
         self._step_s: dict[int, float] = {}
 
     def itl_s(self, sequences: int, transfer_s: float) -> float:
@@ -98,14 +99,8 @@ class DecodeReplica:
         itl_s = self.itl_s(within, transfer_s)
         return within * self.layout.dp / ((self._request.output_len - 1) * itl_s), itl_s
 
-    def _largest(self) -> int:
-        """The most sequences of a dp group that its cache holds. More take more activations."""
-        found = min(self._request.max_num_batched_tokens, self._held(1))
-        while found > 0 and self._held(found) < found:
-            found = min(found - 1, self._held(found))
-        return max(0, found)
-
     def _held(self, sequences: int) -> int:
+        """Sequences that the cache of a dp group holds beside activations of `sequences`."""
         return self._model.kv_capacity_tokens(sequences, sequences) // self._request.length
 
 

@@ -48,6 +48,7 @@ class RatedLayout:
             "most_requests_per_s": round(self.most_per_s, 3),
             "capacity_requests_per_s": round(self.capacity_per_s, 3),
             "holds": self.holds,
+            "headroom": round(self.headroom, 4),
         }
 
 
@@ -59,7 +60,7 @@ class LayoutLoads:
         self.groups = cluster.replicas(layout.world) * layout.dp
         self._predictions: dict[int, PlannedLayout] = {}
         self.fits = self.at(1).fits
-        self.largest = self._largest() if self.fits else 0
+        self.largest = max(1, self._largest()) if self.fits else 0
 
     def at(self, sequences: int) -> PlannedLayout:
         """The prediction with `sequences` in each dp group."""
@@ -99,12 +100,21 @@ class LayoutLoads:
         return RatedLayout(planned, rate, in_flight, most, capacity)
 
     def _largest(self) -> int:
-        """The most sequences of a dp group that fit into its cache and into a step. More sequences take more
-        activations, so the number that fits is asked for again at the number found."""
-        found = max(1, min(self.at(1).max_batch // self.layout.dp, self.request.max_num_batched_tokens))
-        while found > 1 and self.at(found).max_batch < found * self.layout.dp:
-            found = max(1, min(found - 1, self.at(found).max_batch // self.layout.dp))
-        return found
+        """The most sequences of a dp group that fit into its cache and into a step."""
+        dp = self.layout.dp
+        return largest_that_fits(
+            min(self.at(1).max_batch // dp, self.request.max_num_batched_tokens),
+            lambda sequences: self.at(sequences).max_batch // dp,
+        )
+
+
+def largest_that_fits(most: int, fitting: Callable[[int], int]) -> int:
+    """The most sequences, at most `most`, that fit beside their own activations. `fitting(n)` sequences fit beside
+    activations of n, which is less the larger n is."""
+    if most < 1 or fitting(most) >= most:
+        return max(0, most)
+    least = max(0, fitting(most))
+    return least + last(most - least, lambda more: fitting(least + more) >= least + more)
 
 
 def last(most: int, holds: Callable[[int], bool]) -> int:

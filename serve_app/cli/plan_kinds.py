@@ -46,7 +46,7 @@ class Choice:
             return {**row, "reason": self.reason}
         row |= {"num_gpus": self.cluster.num_devices, "replicas": self.planned[0].replicas}
         if self.rated:
-            row |= {**self.rated[0].as_json(), "headroom": round(self.rated[0].headroom, 4)}
+            row |= self.rated[0].as_json()
         else:
             row |= self.planned[0].as_json()
         return {**row, "cost": self.cost}

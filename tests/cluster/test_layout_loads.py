@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.planning.layout_loads import LayoutLoads, last
+from cluster.planning.layout_loads import LayoutLoads, largest_that_fits, last
 from cluster.planning.planner import PlanRequest, plan
 from qwen3_dist.layout import Layout
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
@@ -101,3 +101,10 @@ def test_predictions_at_a_load_are_those_of_plan(config: object) -> None:
     for one in plan(config, PLAIN, replace(REQUEST, concurrency=16)):  # type: ignore[arg-type]
         asked = LayoutLoads(config, one.layout, PLAIN, REQUEST)  # type: ignore[arg-type]
         assert 16 % asked.groups or asked.at(16 // asked.groups) == one
+
+
+@pytest.mark.parametrize("most", [0, 1, 10, 100])
+@pytest.mark.parametrize("each", [0.0, 0.3, 2.0])
+def test_sequences_fit_beside_their_own_activations(most: int, each: float) -> None:
+    found = largest_that_fits(most, lambda sequences: int(100 - each * sequences))
+    assert found == max(n for n in range(most + 1) if n == 0 or int(100 - each * n) >= n)
