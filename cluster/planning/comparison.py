@@ -80,6 +80,8 @@ def predict_run(
 ) -> Prediction:
     """The prediction for `run` on as many replicas of `layout` as `cluster` holds. Raises ConfigError if the layout
     does not fit."""
+    if not cluster.replicas(layout.world):
+        raise ConfigError(f"{layout} needs {layout.world} devices, and {cluster.num_devices} are given")
     request = replace(request, input_len=run.input_len, output_len=run.output_len, ttft_ms=None, itl_ms=None)
     planned, in_flight = _steady_state(config, layout, cluster, request, run)
     if not planned.fits:
