@@ -90,5 +90,6 @@ def _price(text: str, what: str) -> float:
     except ValueError:
         price = math.nan
     if not 0 < price < math.inf:
-        raise ConfigError(f"{what} must be a positive number, not {text!r}")
+        others = ", pairs such as H100=2.5,H200=3.5, or a .yaml file" if what == "--price" else ""
+        raise ConfigError(f"{what} must be a positive number{others}, not {text!r}")
     return price

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         found = choices(config, kinds, request, args.rate, prices)
         rows = [{**one.as_json(), "breaks_first": None} for one in found]
         to_size = None if kinds[0].sized else args.rate
-        _print(args, config, request, found[0], choice_lines(found), rows, to_size, out)
+        _print(args, config, request, found[0], choice_lines(found, request), rows, to_size, out)
         return 0
     best = best_on(config, kinds[0], request, args.rate, prices)
     if args.plot:

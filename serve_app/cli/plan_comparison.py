@@ -121,7 +121,10 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         for of in ("measured", "predicted", "ratio"):
             cells = [f"{run[of][name]:,.2f}" if run[of][name] is not None else "-" for name in _FIGURES]
             rows.append([*(named if of == "measured" else ("", "")), of, *cells])
-    lines = [f"{found['layout']} in {found['replicas']} replicas; ratios are measured over predicted.", ""]
+    from cluster.planning.fleet import counted
+
+    replicas = counted(found["replicas"], "replica")
+    lines = [f"{found['layout']} in {replicas}; ratios are measured over predicted.", ""]
     lines += [*aligned(rows, left=(0, 1, 2)), ""]
     for run in found["runs"]:
         for name, title in (("itl_terms_ms", "TPOT"), ("ttft_terms_ms", "TTFT")):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.errors import ConfigError
-from serve_app.cli.plan_table import aligned, speed
+from serve_app.cli.plan_table import aligned, load_line, speed
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
@@ -67,7 +67,7 @@ def choices(
     return sorted(found, key=lambda one: (bool(one.reason), _badness(one)))
 
 
-def choice_lines(found: Sequence[Choice]) -> list[str]:
+def choice_lines(found: Sequence[Choice], request: PlanRequest) -> list[str]:
     """The table of `choices` and its legend."""
     priced = any("cost_per_hour" in one.cost for one in found)
     powered = any("kwh_per_million_tokens" in one.cost for one in found)
@@ -75,6 +75,8 @@ def choice_lines(found: Sequence[Choice]) -> list[str]:
     header = ["", "GPUs", "layout", "replicas", *(["in flight", "most req/s", "headroom"] if rated else [])]
     header += ["TTFT ms", "ITL ms", "tokens/s", *(["cost/h", "cost/M tokens"] if priced else [])]
     header += ["kWh/M tokens"] if powered else []
+    columns = [("cost_per_hour", ",.2f"), ("cost_per_million_tokens", ",.3f")] if priced else []
+    columns += [("kwh_per_million_tokens", ",.3f")] if powered else []
     rows = [header]
     notes = []
     for place, one in enumerate(found):
@@ -86,15 +88,11 @@ def choice_lines(found: Sequence[Choice]) -> list[str]:
         for under in one.rated[:1]:
             row += [f"{under.in_flight:,.1f}", f"{under.most_per_s:,.1f}", f"{under.headroom:.0%}"]
         row += [speed(value) for value in (best.ttft_ms, best.itl_ms, best.tokens_per_s)]
-        row += (
-            [_cell(one, "cost_per_hour", ",.2f"), _cell(one, "cost_per_million_tokens", ",.3f")]
-            if priced
-            else []
-        )
-        row += [_cell(one, "kwh_per_million_tokens", ",.3f")] if powered else []
+        row += [_cell(one, name, form) for name, form in columns]
         rows.append(row)
     why = "cheapest" if priced else "fewest GPUs" if rated else "most tokens/s/GPU"
     legend = [f"*          {why} within --ttft-ms and --itl-ms", *(_LEGEND if rated else _LEGEND[:1])]
+    legend.append(load_line(request, found[0].rated[0].rate if rated else None))
     legend += ["tokens     of output; kWh at the GPUs' full power, without hosts"] if powered else []
     return [*aligned(rows, left=(0, 1, 2)), "", *legend, *notes]
 

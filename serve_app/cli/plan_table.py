@@ -37,11 +37,25 @@ def layout_lines(
         note = one.reason or (_too_little(rated[place]) if rated else _exceeded_limits(one, request))
         rows.append(_row(one, "*" if marked else "", load, note))
     best = _BEST_AT_RATE if rated else _BEST
-    legend = [*_LEGEND, *(_RATE if rated else (_MAX_BATCH,))]
+    legend = [
+        *_LEGEND,
+        *(_RATE if rated else (_MAX_BATCH,)),
+        load_line(request, rated[0].rate if rated else None),
+    ]
     lines = [*aligned(rows, left=(0, 1, len(rows[0]) - 1)), "", *([best] if rows[1][0] else []), *legend]
     if len(shown) < len(planned):
         lines.append(f"{len(planned) - len(shown)} layouts that do not fit are left out; --all lists them.")
     return lines
+
+
+def load_line(request: PlanRequest, rate: float | None) -> str:
+    """What load the times are of, for a legend."""
+    load = (
+        f"{request.concurrency} requests in flight, each replaced when it ends (closed loop)"
+        if rate is None
+        else f"the steady state of {rate:g} requests/s, whenever others end (open loop)"
+    )
+    return f"TTFT, ITL  means with {load}"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:

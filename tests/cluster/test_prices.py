@@ -69,9 +69,15 @@ def test_prices_are_read_in_three_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("cheap", "--price must be a positive number, not 'cheap'"),
-        ("0", "--price must be a positive number, not '0'"),
-        ("inf", "--price must be a positive number, not 'inf'"),
+        (
+            "cheap",
+            "--price must be a positive number, pairs such as H100=2.5,H200=3.5, or a .yaml file, not 'cheap'",
+        ),
+        ("0", "--price must be a positive number, pairs such as H100=2.5,H200=3.5, or a .yaml file, not '0'"),
+        (
+            "inf",
+            "--price must be a positive number, pairs such as H100=2.5,H200=3.5, or a .yaml file, not 'inf'",
+        ),
         ("2.5", "--price 2.5 is one price for 2 kinds of GPUs; write it as H100=2.5,H200=2.5"),
         ("H100=2.5", "--price H100=2.5 has no price of H200; add H200=PRICE"),
         ("H100=2.5,H200", "--price 'H200' is not KIND=PRICE"),
