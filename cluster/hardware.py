@@ -67,6 +67,7 @@ class Device:
     expert_efficiency: float = 1.0  # grouped matrix products of experts, relative to plain ones
     memory_utilization: float = 0.9  # share of the memory that weights, activations and cache may fill
     row_rates: tuple[tuple[float, float], ...] = ()  # measured (rows, flops/s); replaces flops_efficiency
+    power_w: float = 0.0  # most that the device may draw, in W; 0: unknown
     fp8: WeightRates | None = None  # a scale for each output
     fp8_block: WeightRates | None = None  # a scale for each block, as in Qwen's own checkpoints
     int8: WeightRates | None = None
@@ -74,7 +75,9 @@ class Device:
     fp4: WeightRates | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, skip=("name", "row_rates", *_WEIGHT_KINDS))
+        _require_positive(self, skip=("name", "row_rates", "power_w", *_WEIGHT_KINDS))
+        if self.power_w < 0:
+            raise ConfigError(f"power_w must not be negative, not {self.power_w:g}")
         for name in ("read_efficiency", "kv_read_efficiency", "flops_efficiency", "attention_efficiency"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} must be at most 1, not {getattr(self, name):g}")
@@ -183,8 +186,10 @@ FITTED: dict[str, Any] = json.loads(Path(__file__).with_name("fitted.json").read
 
 
 def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, WeightRates]:
-    """What products with quantised weights reach on `device` by kind: as fitted there, or else on another device. Where
-    nothing was fitted, only the reading is assumed to be as fast as that of plain weights."""
+    """What products with quantised weights reach on `device`, by kind: as fitted there, or else on another device.
+
+    Of kinds that were fitted nowhere it is assumed that their bytes are read as fast as those of plain weights.
+    """
     plain, experts = (constants["device"][name] for name in ("read_efficiency", "expert_efficiency"))
     rates = dict.fromkeys(_WEIGHT_KINDS, WeightRates(read_efficiency=plain, expert_efficiency=experts))
     for name in (*constants["weights"], device):
@@ -195,7 +200,8 @@ def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, WeightRa
 
 def _nvidia(name: str, memory_gb: float, read: float, flops: float) -> Device:
     weights = fitted_weights(FITTED, name)
-    return Device(name, int(memory_gb * 1e9), read, flops, **FITTED["device"], **weights)
+    power_w = {"A100": 400.0, "H100": 700.0, "H200": 700.0, "B200": 1000.0}[name]
+    return Device(name, int(memory_gb * 1e9), read, flops, power_w=power_w, **FITTED["device"], **weights)
 
 
 def _preset(device: Device, nvlink: float, network: float) -> Cluster:

@@ -1,8 +1,8 @@
 """Fits the constants of the GPU presets to measured points, and writes `cluster/fitted.json`.
 
 Least squares of the logarithms of predicted over measured TTFT and TPOT, less strict with outliers (pseudo-Huber), by
-Gauss and Newton's method with Levenberg's damping. Constants are the same for all engines, models and layouts; those of
-quantised weights belong to a device and a kind of weights. Each stays between bounds. The error to expect is found by
+Gauss and Newton's method with Levenberg's damping. Constants are the same for all engines, models and layouts. Those
+of quantised weights are of a device and a kind of weights. Each stays between bounds. The error to expect is found by
 leaving out one workload (lengths of prompt and output) at a time: the constants then are those of one more step of
 Newton without its points.
 """

@@ -106,7 +106,7 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
             f"{request.input_len} + {request.output_len} tokens exceed the model's context of "
             f"{config.context_length}; lower --input-len or --output-len"
         )
-    planned = [_planned(config, layout, cluster, request) for layout in candidates(config, cluster)]
+    planned = [predict(config, layout, cluster, request) for layout in candidates(config, cluster)]
     return sorted(
         planned,
         key=lambda one: (
@@ -122,33 +122,6 @@ def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
     """All valid layouts of all worlds that divide the cluster."""
     for world in divisors(cluster.num_devices):
         yield from valid_layouts(config, world)
-
-
-def check_limits(planned: list[PlannedLayout], request: PlanRequest) -> None:
-    """Raises ConfigError if layouts fit but none meets both limits. The message has the nearest limit that can be
-    met."""
-    fitting = [one for one in planned if one.fits]
-    if not fitting or any(one.meets_limits(request) for one in fitting):
-        return
-    for name, limit in (("ttft_ms", request.ttft_ms), ("itl_ms", request.itl_ms)):
-        if limit is None:
-            continue
-        best = min(fitting, key=lambda one, name=name: getattr(one, name) or 0.0)  # type: ignore[misc]
-        least = getattr(best, name) or 0.0
-        if least > limit:
-            raise ConfigError(
-                f"no layout meets --{name.replace('_', '-')} {limit:g} at concurrency {request.concurrency}: "
-                f"the lowest is {least:.4g} ms, with {best.layout}; the nearest limit that can be met is "
-                f"{_next_limit(least):g}"
-            )
-    assert request.itl_ms is not None and request.ttft_ms is not None
-    in_itl = [one for one in fitting if _within(one.itl_ms, request.itl_ms)]
-    best = min(in_itl, key=lambda one: one.ttft_ms or 0.0)
-    raise ConfigError(
-        f"each limit can be met, but no layout meets both at concurrency {request.concurrency}: with "
-        f"--itl-ms {request.itl_ms:g}, --ttft-ms {request.ttft_ms:g} is too low; the nearest that can be met "
-        f"is {_next_limit(best.ttft_ms or 0.0):g}, with {best.layout}"
-    )
 
 
 def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
@@ -168,7 +141,8 @@ def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
     return frontier
 
 
-def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
+def predict(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
+    """The predictions for `layout` on as many replicas as `cluster` holds, which share the load."""
     replicas = cluster.replicas(layout.world)
     unfit = PlannedLayout(layout, replicas, request.concurrency, False, "")
     node = cluster.devices_per_node
@@ -222,13 +196,6 @@ def _too_large(model: CostModel, used: dict[str, int], capacity: int, request: P
 
 def _within(value: float | None, limit: float | None) -> bool:
     return limit is None or value is None or value <= limit
-
-
-def _next_limit(value: float) -> float:
-    """`value` rounded up to three significant digits, so that the printed limit can be met."""
-    digits = 2 - (len(str(int(value))) - 1)
-    step = 10.0**-digits
-    return round(ceil(value / step) * step, max(0, digits))
 
 
 def _rounded(value: float | None) -> float | None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from cluster.hardware import PRESETS, parse_gpus
+from cluster.planning.limits import check_limits
 from cluster.planning.official import find_config, official_configs
-from cluster.planning.planner import PlanRequest, candidates, check_limits, pareto_frontier, plan
+from cluster.planning.planner import PlanRequest, candidates, pareto_frontier, plan
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
 from serve_app.cli import build_parser, main
@@ -19,7 +20,7 @@ from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 KEYS = [
     "layout", "fits", "reason", "bytes_per_rank", "max_batch",
-    "ttft_ms", "itl_ms", "tokens_per_s", "tokens_per_s_per_gpu",
+    "ttft_ms", "itl_ms", "tokens_per_s", "tokens_per_s_per_gpu", "cost", "breaks_first",
 ]  # fmt: skip
 LOAD = ("--input-len", "1000", "--output-len", "500", "--concurrency", "64")
 REQUEST = PlanRequest(1000, 500, 64)
@@ -116,7 +117,7 @@ def test_every_official_size_can_be_planned(name: str) -> None:
 def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
     limits = ("--ttft-ms", "60", "--itl-ms", "9")
     assert main(["plan", "Qwen3-8B", "--gpus", "8xH100", *LOAD, *limits]) == 0
-    table, legend, serving = capsys.readouterr().out.split("\n\n")
+    table, legend, answers, serving = capsys.readouterr().out.split("\n\n")
     header, *lines = table.splitlines()
     assert header.split()[:3] == ["layout", "ranks", "replicas"]
     assert [line.startswith("*") for line in lines] == [True] + [False] * (len(lines) - 1)
@@ -133,7 +134,7 @@ def test_the_table_explains_its_marks_and_ends_with_the_best_layouts_serve_line(
 ) -> None:
     arguments = ["plan", "Qwen3-235B-A22B", "--gpus", "2x8xH200", *LOAD, "--itl-ms", "40"]
     assert main(arguments) == 0
-    table, legend, serving = capsys.readouterr().out.split("\n\n")
+    table, legend, answers, serving = capsys.readouterr().out.split("\n\n")
     best = table.splitlines()[1].split()[1]
     assert "exceed" not in table and "--all lists them" in legend
     assert all(word in legend for word in ("*", "replicas", "max batch"))
@@ -161,9 +162,7 @@ def test_limits_that_no_layout_holds_together_say_which_breaks() -> None:
     slow, fast = replace(slow, ttft_ms=5.0, itl_ms=20.0), replace(fast, ttft_ms=50.04, itl_ms=2.0)
     with pytest.raises(ConfigError) as refused:
         check_limits([slow, fast], replace(REQUEST, ttft_ms=10, itl_ms=5))
-    assert "with --itl-ms 5, --ttft-ms 10 is too low; the nearest that can be met is 50.1" in str(
-        refused.value
-    )
+    assert "--ttft-ms 10 is too low by 80%; the nearest that can be met is 50.1" in str(refused.value)
 
 
 def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
