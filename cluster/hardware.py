@@ -191,10 +191,12 @@ def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, WeightRa
     Of kinds that were fitted nowhere it is assumed that their bytes are read as fast as those of plain weights.
     """
     plain, experts = (constants["device"][name] for name in ("read_efficiency", "expert_efficiency"))
-    rates = dict.fromkeys(_WEIGHT_KINDS, WeightRates(read_efficiency=plain, expert_efficiency=experts))
-    for name in (*constants["weights"], device):
-        found = constants["weights"].get(name, {})
-        rates |= {kind: WeightRates(**values) for kind, values in found.items()}
+    rates = {}
+    for kind in _WEIGHT_KINDS:
+        values = {"read_efficiency": plain, "expert_efficiency": experts}
+        for name in (*constants["weights"], device):
+            values |= constants["weights"].get(name, {}).get(kind, {})
+        rates[kind] = WeightRates(**values)
     return rates
 
 

@@ -50,7 +50,7 @@ _OF_WEIGHTS = {
     "idle_expert_reads": (0.0, 1.0),
     "expert_layer_overhead_s": (0.0, 5e-4),
 }
-_FEW = 10  # points of a kind of weights on a device, from which only its speed is fitted
+_FEW = 10  # points of a kind of weights on a device: from fewer, only its speed is fitted
 _OUTLIER = 0.15  # beyond this logarithmic error the cost grows linearly
 _PRIOR = 0.01  # holds constants of which the points tell nothing in the middle of their bounds
 _STEP = 0.15  # of the differences that stand for derivatives
@@ -107,10 +107,14 @@ class _Problem:
     def __init__(self, points: Sequence[Point], start: Constants) -> None:
         self.points, self._start = points, start
         self._bounds: dict[tuple[str, ...], tuple[float, float]] = dict(_SHARED)
-        kinds = Counter((point.device, KINDS[point.weights]) for point in points if point.weights in KINDS)
+        quantised = [point for point in points if point.weights in KINDS]
+        kinds = Counter((point.device, KINDS[point.weights]) for point in quantised)
+        moe = Counter((point.device, KINDS[point.weights]) for point in quantised if point.has_experts)
         for (device, kind), count in kinds.items():
-            for name in _OF_WEIGHTS if count >= _FEW else ("speed",):
-                self._bounds["weights", device, kind, name] = _OF_WEIGHTS[name]
+            for name, bounds in _OF_WEIGHTS.items():
+                enough = moe[device, kind] >= _FEW if "expert" in name else count >= _FEW
+                if enough or name == "speed":
+                    self._bounds["weights", device, kind, name] = bounds
 
     def free_numbers(self) -> Vector:
         """Those of the constants to start from."""

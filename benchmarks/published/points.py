@@ -34,6 +34,11 @@ class Point:
     tpot_ms: float
 
     @property
+    def has_experts(self) -> bool:
+        """Whether the model is a Mixture of Experts: its name has the active parameters, as in 235B-A22B."""
+        return "-A" in self.model
+
+    @property
     def workload(self) -> tuple[object, ...]:
         """What points of several layouts have in common."""
         return (
