@@ -14,7 +14,7 @@ from cluster.hardware import PRESETS, Cluster
 from cluster.planning.clients import Latencies, closed_loop
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.official import find_config
-from cluster.planning.walk import StepRules
+from cluster.planning.walk import StepRules, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
@@ -34,11 +34,9 @@ class Engine:
     reserves: bool = False
 
     def rules(self, point: Point, capacity: int) -> StepRules:
-        """A step takes one prompt if prompts run beside decodes: the points' TTFT does not depend on how many prompts
-        a step's budget holds, so their requests come one by one."""
-        budget = _TOKENS if self.prompts_first else point.input_len + point.clients
-        most = None if self.prompts_first else 1
-        return StepRules(budget, _SEQUENCES, capacity, most, self.prompts_first, self.reserves)
+        """How the engine forms the steps of a point."""
+        most = None if self.prompts_first else prompts_at_once(point.clients, point.output_len)
+        return StepRules(_TOKENS, _SEQUENCES, capacity, most, self.prompts_first, self.reserves)
 
 
 ENGINES = {

@@ -13,7 +13,7 @@ from cluster.hardware import PRESETS, Cluster
 from cluster.planning.clients import closed_loop
 from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.official import find_config
-from cluster.planning.walk import StepRules
+from cluster.planning.walk import StepRules, prompts_at_once
 from qwen3_dist.layout import Layout
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 
@@ -65,7 +65,7 @@ def predicted(row: Published) -> float:
         return length / model.step_seconds(StepShape(0, 0, length, length * (length + 1) // 2, 1))
     capacity = model.kv_capacity_tokens(_GPU.max_num_batched_tokens, _GPU.max_num_seqs)
     batch = min(row.max_num_seqs, capacity // length)
-    rules = StepRules(_GPU.max_num_batched_tokens, batch, capacity)
+    rules = StepRules(_GPU.max_num_batched_tokens, batch, capacity, prompts_at_once(batch, row.output_len))
     seen = closed_loop(model, rules, row.input_len, row.output_len, batch)
     counted = length if row.counts_input else row.output_len
     return seen.requests_per_s * layout.dp * counted / row.gpus

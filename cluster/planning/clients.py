@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import ceil
 from statistics import fmean
 
 from cluster.planning.cost_model import CostModel, StepShape
@@ -71,6 +72,43 @@ def open_loop(
     answered_s = max(each.last_s for each in served) - min(each.last_s for each in served)
     answered = (num_requests - 1) / answered_s if answered_s else rate
     return _latencies(served, [1.0] * len(served), answered, model.cluster.request_overhead_s)
+
+
+def spread_out(
+    model: CostModel, rules: StepRules, input_len: int, output_len: int, batch: int, demand: int
+) -> Latencies:
+    """Means of a steady state in which `batch` sequences of a dp group run at a time, and requests come one by one at
+    random, in closed form. Of `demand` requests, those beyond `batch` queue.
+
+    In one cycle every sequence ends and is replaced: each decodes output_len - 1 times, and one prompt for each is
+    computed beside the decodes of others. A prompt waits for others' prompts as in a queue with random arrivals and
+    equal services (Pollaczek and Khinchine), and for the steps in flight. The percentiles are the mean.
+    """
+    budget = max(1, rules.max_num_batched_tokens - batch)
+    context = batch * (input_len + output_len / 2)
+    decode_s = model.step_seconds(StepShape(batch, int(context), 0, 0, batch))
+    chunks = ceil(input_len / budget)
+    steps = max(ceil(batch * input_len / budget), min(output_len, batch * chunks))
+    decoding = batch * (output_len - 1) / max(output_len, steps)
+    pairs = batch * input_len * (input_len + 1) / 2 / steps
+    mixed_s = model.step_seconds(
+        StepShape(
+            round(decoding),
+            int(context * decoding / batch),
+            round(batch * input_len / steps),
+            int(pairs),
+            max(1, round(decoding + batch / steps)),
+        )
+    )
+    cycle_s = steps * mixed_s + max(0, output_len - steps) * decode_s
+    busy = min(
+        steps * mixed_s / cycle_s, 1 - 1 / (1 + batch)
+    )  # a prompt waits for those of its batch at most
+    in_flight_s = busy * mixed_s + (1 - busy) * decode_s
+    others_s = chunks * mixed_s * busy / (2 * (1 - busy)) if batch > 1 else 0.0
+    queue_s = max(0, demand - batch) / batch * cycle_s
+    ttft_s = queue_s + others_s + 1.5 * in_flight_s + chunks * mixed_s + model.cluster.request_overhead_s
+    return Latencies(ttft_s, ttft_s, ttft_s, ttft_s, cycle_s / output_len, batch / cycle_s)
 
 
 def step_seconds(model: CostModel) -> Callable[[StepShape], float]:

@@ -66,7 +66,7 @@ class LayoutLoads:
         """The prediction with `sequences` in each dp group."""
         if sequences not in self._predictions:
             load = replace(self.request, concurrency=sequences * self.groups)
-            self._predictions[sequences] = predict(self.config, self.layout, self.cluster, load)
+            self._predictions[sequences] = predict(self.config, self.layout, self.cluster, load, spread=True)
         return self._predictions[sequences]
 
     def requests_per_s(self, sequences: int) -> float:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.clients import Latencies, closed_loop
+from cluster.planning.clients import Latencies, closed_loop, spread_out
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
-from cluster.planning.walk import StepRules
+from cluster.planning.walk import StepRules, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
@@ -141,8 +141,13 @@ def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
     return frontier
 
 
-def predict(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
-    """The predictions for `layout` on as many replicas as `cluster` holds, which share the load."""
+def predict(
+    config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, *, spread: bool = False
+) -> PlannedLayout:
+    """The predictions for `layout` on as many replicas as `cluster` holds, which share the load.
+
+    Clients begin together, or if `spread`, requests come one by one at random.
+    """
     replicas = cluster.replicas(layout.world)
     unfit = PlannedLayout(layout, replicas, request.concurrency, False, "")
     node = cluster.devices_per_node
@@ -161,9 +166,18 @@ def predict(config: ModelConfig, layout: Layout, cluster: Cluster, request: Plan
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    rules = StepRules(request.max_num_batched_tokens, seqs, capacity)
-    seen = closed_loop(model, rules, request.input_len, request.output_len, demand)
-    rate = seen.requests_per_s * request.output_len * request.concurrency / demand
+    most = prompts_at_once(demand, request.output_len)
+    rules = StepRules(request.max_num_batched_tokens, seqs, capacity, most)
+    lengths = request.input_len, request.output_len
+    seen = (
+        spread_out(model, rules, *lengths, batch, demand)
+        if spread
+        else closed_loop(model, rules, *lengths, demand)
+    )
+    rate = seen.requests_per_s * request.output_len * replicas * layout.dp
+    rate *= request.concurrency / (
+        replicas * layout.dp * demand
+    )  # the last sequence of some groups is missing
     return PlannedLayout(
         layout,
         replicas,
@@ -176,7 +190,7 @@ def predict(config: ModelConfig, layout: Layout, cluster: Cluster, request: Plan
         1e3 * seen.itl_s if request.output_len > 1 else None,
         rate,
         rate / cluster.num_devices,
-        _percentiles_ms(seen),
+        {} if spread else _percentiles_ms(seen),
     )
 
 

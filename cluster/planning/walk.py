@@ -21,9 +21,8 @@ from cluster.planning.cost_model import StepShape
 class StepRules:
     """How steps are formed; counts are of one dp group.
 
-    capacity_tokens: of the KV cache. The others are rules of other engines: max_prompts: most prompts in a step;
-    prompts_first: they run in steps of their own, before any decode; reserves: a request is admitted only if its whole
-    output fits into the cache too.
+    capacity_tokens: of the KV cache. max_prompts: most prompts in a step. Other engines' rules: prompts_first: prompts
+    run in steps of their own, before any decode; reserves: a request is admitted only if its whole output fits too.
     """
 
     max_num_batched_tokens: int
@@ -32,6 +31,15 @@ class StepRules:
     max_prompts: int | None = None
     prompts_first: bool = False
     reserves: bool = False
+
+
+def prompts_at_once(clients: int, output_len: int) -> int:
+    """Most prompts in a step of a closed loop: one, or twice as many as a steady state needs.
+
+    Answers end, and requests come, one by one. The measured TTFT of other engines does not depend on how many prompts
+    the tokens of a step would hold, as it would if the requests that began together stayed together.
+    """
+    return max(1, -(-2 * clients // output_len))
 
 
 class Request(NamedTuple):
