@@ -9,6 +9,7 @@ import pytest
 
 from cluster.planning.breaking_point import best_change, breaking_point
 from cluster.planning.layout_loads import LayoutLoads
+from cluster.planning.official import planned
 from cluster.planning.planner import PlanRequest, plan
 from qwen3_dist.layout import Layout
 from tests.cluster.machines import DENSE, PLAIN, cluster
@@ -31,6 +32,23 @@ def test_a_small_cache_is_full_first() -> None:
     change = best_change(asked, found, [])
     assert change is not None and change.setting == "kv_cache_dtype=fp8"
     assert change.then.concurrency > 1.5 * found.concurrency  # half the bytes a token
+
+
+def test_weights_that_leave_no_room_should_be_smaller() -> None:
+    request = replace(REQUEST, input_len=10, output_len=200, max_num_batched_tokens=64)
+    free = loads(request).at(1).bytes_per_rank
+    tight = cluster(
+        device=replace(PLAIN.device, memory_bytes=free["weights"] + free["activations"] + 3 * 10**5)
+    )
+    asked = loads(request, tight)
+    change = best_change(asked, breaking_point(asked), [])
+    assert change is not None and change.setting in ("quantize=int8", "kv_cache_dtype=fp8")
+    less = LayoutLoads(planned(DENSE, "int8"), Layout(), tight, request)
+    assert (
+        change.then.requests_per_s
+        >= breaking_point(less).requests_per_s
+        > breaking_point(asked).requests_per_s
+    )
 
 
 def test_long_prompts_fill_the_steps_first() -> None:

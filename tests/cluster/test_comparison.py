@@ -125,6 +125,22 @@ def test_the_term_that_is_off_is_named(term: str, tmp_path: Path, capsys: pytest
     assert "One run does not tell them apart" in found["verdict"][0]
 
 
+def test_runs_that_no_term_explains_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [Path(result(tmp_path, concurrency, BELIEVED)) for concurrency in (4, 64, 400)]
+    for file, factor in zip(files, (3.0, 0.3, 3.0), strict=True):
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"mean_tpot_ms": factor * values["mean_tpot_ms"]}))
+    assert "no term alone explains all runs" in compare(capsys, *map(str, files))["verdict"][0]
+
+
+def test_medians_of_a_burst_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(RESULT | {"max_concurrency": None}))
+    (run,) = compare(capsys, str(file))["runs"]
+    assert run["measured"] == {"ttft_ms": 45.0, "itl_ms": 5.5, "tokens_per_s": 5000.0}
+    assert run["load"] == "400 at once, 1000 in, 200 out"
+
+
 def test_agreement_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = compare(capsys, result(tmp_path, 32, BELIEVED))
     assert found["verdict"] == ["TPOT agrees within 10%.", "TTFT agrees within 10%."]

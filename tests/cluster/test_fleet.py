@@ -81,6 +81,8 @@ def test_what_no_number_of_devices_changes_is_told(capsys: pytest.CaptureFixture
             f"no number of H100 meets {limit} 0.5 even idle: the lowest is" in sentence
             and "% more" in sentence
         )
+        lowest, _, more = sentence.partition(": the lowest is ")[2].partition(" ms, ")
+        assert float(more.partition("%")[0]) == pytest.approx(100 * (float(lowest) / 0.5 - 1), abs=2)
         nearest = sentence.rpartition(" is ")[2].strip()
         row = json.loads(printed(capsys, *asked, limit, nearest, "--json"))
         assert 0.9 * float(nearest) < row[name] <= float(nearest)
