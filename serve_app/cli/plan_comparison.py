@@ -174,7 +174,7 @@ def _common_sentence(name: str, factor: float, left: float) -> str:
     if left > 2 * TOLERANCE:
         return (
             f"TPOT is off, and no term alone explains all runs: {name} taking {factor:.2f} times as long comes "
-            f"nearest and leaves up to {left:.0%}. Run `qwen3-dist calibrate` on the idle machine, and plan with its file."
+            f"nearest and leaves up to {left:.0%}. Run `qwen3-dist calibrate` on the idle machine; plan with its file."
         )
     return (
         f"TPOT is off. {name[0].upper()}{name[1:]} taking {factor:.2f} times as long explains all runs, within "

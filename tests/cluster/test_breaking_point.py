@@ -35,20 +35,15 @@ def test_a_small_cache_is_full_first() -> None:
 
 
 def test_weights_that_leave_no_room_should_be_smaller() -> None:
+    wide = replace(DENSE, hidden_dim=3000)  # 1.8 million weights: 11 sequences' caches in half of their bytes
     request = replace(REQUEST, input_len=10, output_len=200, max_num_batched_tokens=64)
-    free = loads(request).at(1).bytes_per_rank
-    tight = cluster(
-        device=replace(PLAIN.device, memory_bytes=free["weights"] + free["activations"] + 3 * 10**5)
-    )
-    asked = loads(request, tight)
+    used = LayoutLoads(wide, Layout(), PLAIN, request).at(1).bytes_per_rank
+    memory = used["weights"] + used["activations"] + 3 * 10**5
+    tight = cluster(device=replace(PLAIN.device, memory_bytes=memory))
+    asked = LayoutLoads(wide, Layout(), tight, request)
     change = best_change(asked, breaking_point(asked), [])
-    assert change is not None and change.setting in ("quantize=int8", "kv_cache_dtype=fp8")
-    less = LayoutLoads(planned(DENSE, "int8"), Layout(), tight, request)
-    assert (
-        change.then.requests_per_s
-        >= breaking_point(less).requests_per_s
-        > breaking_point(asked).requests_per_s
-    )
+    assert asked.largest < 3 and change is not None and change.setting == "quantize=int8"
+    assert change.then == breaking_point(LayoutLoads(planned(wide, "int8"), Layout(), tight, request))
 
 
 def test_long_prompts_fill_the_steps_first() -> None:
