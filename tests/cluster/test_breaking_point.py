@@ -105,8 +105,9 @@ def test_the_plan_says_it_in_a_line_and_in_json(capsys: pytest.CaptureFixture[st
     assert (
         f"{breaks['concurrency']:,} requests in flight" in line and breaks["best_change"]["setting"] in line
     )
-    # At the load where it breaks, the plan itself still holds; the rate says the same of the limit of one.
-    rate = json.loads(printed(capsys, *asked, "--rate", "5", "--itl-ms", "12", "--json").splitlines()[0])
+    # Under a rate, the most that is served within the limits is where the first of them breaks.
+    limit = str(1.5 * first["itl_ms"])
+    rate = json.loads(printed(capsys, *asked, "--rate", "1", "--itl-ms", limit, "--json").splitlines()[0])
     assert rate["breaks_first"]["limit"] == "itl"
     assert rate["breaks_first"]["requests_per_s"] == pytest.approx(rate["most_requests_per_s"], rel=1e-3)
     assert rate["breaks_first"]["times_this_load"] == pytest.approx(rate["headroom"] + 1, rel=1e-2)

@@ -12,7 +12,8 @@ import pytest
 from cluster.hardware import Cluster, parse_gpus
 from cluster.planning.burst import predict_burst
 from cluster.planning.burst_point import BurstPoint
-from cluster.planning.comparison import MeasuredRun, common_term, factors, predict_run
+from cluster.planning.comparison import TERMS, MeasuredRun, common_term, factors, predict_run
+from cluster.planning.cost_model import StepShape
 from cluster.planning.disaggregated import cost_model
 from cluster.planning.official import find_config
 from cluster.planning.planner import PlanRequest, predict
@@ -76,6 +77,16 @@ def test_a_run_is_predicted_as_plan_predicts_its_load() -> None:
     assert sum(found.ttft_terms.values()) == pytest.approx(found.ttft_ms)
     assert sum(found.itl_terms.values()) == pytest.approx(found.itl_ms, rel=1e-3)
     assert set(found.itl_terms) >= {"reading weights", "reading the KV cache", "collectives", "overheads"}
+
+
+@pytest.mark.parametrize("layout", ["tp=2", "tp=2,dp=2,ep=4", "pp=2,dp=2,ep=2"])
+def test_every_part_of_a_step_of_decodes_belongs_to_a_term(layout: str) -> None:
+    for name in ("Qwen3-8B", "Qwen3-30B-A3B"):
+        config = find_config(name)[1]
+        if config.num_experts or "ep" not in layout:
+            model = cost_model(config, Layout.parse(layout), BELIEVED, REQUEST)
+            parts = model.step_parts(StepShape(64, 64_000, 0, 0, 64))
+            assert set(parts) <= {part for names in TERMS.values() for part in names}
 
 
 def test_a_rate_bounds_the_load_where_it_gives_less_than_the_concurrency() -> None:

@@ -102,14 +102,16 @@ def test_the_side_of_fewer_ranks_decides_how_long_a_transfer_takes() -> None:
     where = parse_gpus("8xH100")
     request = PlanRequest(1000, 500, 1)
     idle = [DecodeReplica(config, Layout(tp=tp), where, request).itl_s(1, 0.0) for tp in (1, 4)]
-    found = best_split(config, where, replace(request, itl_ms=1e3 * (0.2 * idle[0] + 0.8 * idle[1])))
-    assert found is not None
-    sides = [
-        1000 * cost_model(config, one, where, request).kv_bytes_per_token()
-        for one in (found.prefill, found.decode)
-    ]
-    assert sides[0] != sides[1]
-    assert found.transfer_ms == pytest.approx(1e3 * transfer_s(max(sides), where.inside))
+    differ = False
+    for share in (0.0, 0.5, 0.9):
+        limit = 1e3 * ((1 - share) * 2 * idle[0] + share * idle[1])
+        found = best_split(config, where, replace(request, itl_ms=limit))
+        assert found is not None
+        models = [cost_model(config, one, where, request) for one in (found.prefill, found.decode)]
+        sides = [1000 * model.kv_bytes_per_token() for model in models]
+        differ |= sides[0] != sides[1]
+        assert found.transfer_ms == pytest.approx(1e3 * transfer_s(max(sides), where.inside))
+    assert differ
 
 
 def test_a_slow_link_bounds_what_is_served() -> None:
