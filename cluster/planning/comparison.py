@@ -20,7 +20,8 @@ from qwen3_dist.layout import Layout
 # Ratios of measured to predicted within this of 1 count as agreement.
 TOLERANCE = 0.1
 PROMPTS_BESIDE, OWN_PROMPT, WAITING = "prompts beside decodes", "reading its own prompt", "waiting"
-_TERMS = {
+# The parts of `CostModel.step_parts`, by what a user can change.
+TERMS = {
     "reading weights": ("attention projections", "dense FFN", "router", "experts", "head"),
     "reading the KV cache": ("attention of decodes",),
     "collectives": ("tp all-reduce", "dispatch", "stage send", "embedding"),
@@ -159,7 +160,7 @@ def _steady_state(
 
 def _terms(parts: Mapping[str, float]) -> dict[str, float]:
     """`CostModel.step_parts` in ms, by what a user can change; parts that no term names are overheads."""
-    term_of = {part: term for term, names in _TERMS.items() for part in names}
+    term_of = {part: term for term, names in TERMS.items() for part in names}
     found: dict[str, float] = {}
     for part, seconds in parts.items():
         term = term_of.get(part, "overheads")

@@ -21,6 +21,11 @@ class GpuKind:
         """The kind of its devices."""
         return self.cluster.device.name
 
+    @property
+    def label(self) -> str:
+        """The kind, and how many of it if that is given."""
+        return f"{self.cluster.num_devices}x{self.name}" if self.sized else self.name
+
 
 def parse_kinds(text: str) -> list[GpuKind]:
     """Parses `16xH100`, `H100`, `8xH100,4xH200` or `H100,H200,B200`. Raises ConfigError."""

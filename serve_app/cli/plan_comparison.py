@@ -145,11 +145,7 @@ def _verdict(
     if itl and not off:
         lines.append(f"TPOT agrees within {TOLERANCE:.0%}.")
     elif off and common is not None:
-        name, factor, left = common
-        lines.append(
-            f"TPOT is off. {_capital(name)} taking {factor:.2f} times as long explains all runs best, "
-            f"within {left:.0%}; the next step is to measure that with `qwen3-dist calibrate` on these GPUs."
-        )
+        lines.append(_common_sentence(*common))
     elif off:
         lines.append(f"TPOT is {_times(off[0])} the prediction: {_explanations(off[0])}. {_MORE_RUNS}")
     late = [sample for sample in ttft if not agrees(*sample[1:])]
@@ -172,6 +168,20 @@ def _verdict(
     return lines
 
 
+def _common_sentence(name: str, factor: float, left: float) -> str:
+    from cluster.planning.comparison import TOLERANCE
+
+    if left > 2 * TOLERANCE:
+        return (
+            f"TPOT is off, and no term alone explains all runs: {name} taking {factor:.2f} times as long comes "
+            f"nearest and leaves up to {left:.0%}. Run `qwen3-dist calibrate` on the idle machine; plan with its file."
+        )
+    return (
+        f"TPOT is off. {name[0].upper()}{name[1:]} taking {factor:.2f} times as long explains all runs, within "
+        f"{left:.0%}."
+    )
+
+
 def _explanations(sample: Sample) -> str:
     """Which terms would have to change by how much, the likeliest first: those that must change least."""
     from cluster.planning.comparison import factors
@@ -188,10 +198,6 @@ def _explanations(sample: Sample) -> str:
 
 def _times(sample: Sample) -> str:
     return f"{sample[2] / sample[1]:.2f} times" if sample[1] else "above"
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _load(run: MeasuredRun) -> str:

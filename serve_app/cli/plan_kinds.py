@@ -24,10 +24,14 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Choice:
-    """One kind of GPUs, and the layouts on it, best first; or the `reason` why there is none. A cluster whose size was
-    found has its best layout alone. rated: the same layouts under the rate, if there is one."""
+    """One kind of GPUs, and the layouts on it, best first; or the `reason` why there is none.
+
+    label: the kind as it was given. A cluster whose size was found has its best layout alone. rated: the same layouts
+    under the rate, if there is one.
+    """
 
     kind: str
+    label: str
     cluster: Cluster
     planned: Sequence[PlannedLayout] = ()
     rated: Sequence[RatedLayout] = ()
@@ -36,8 +40,8 @@ class Choice:
 
     @property
     def gpus(self) -> str:
-        """The cluster as `--gpus` takes it; the kind alone if no size was found."""
-        return self.kind if self.reason else f"{self.cluster.num_devices}x{self.kind}"
+        """The cluster as `--gpus` takes it; what was given if no size was found."""
+        return self.label if self.reason else f"{self.cluster.num_devices}x{self.kind}"
 
     def as_json(self) -> dict[str, Any]:
         """The object that `--json` prints for a kind."""
@@ -45,11 +49,8 @@ class Choice:
         if self.reason:
             return {**row, "reason": self.reason}
         row |= {"num_gpus": self.cluster.num_devices, "replicas": self.planned[0].replicas}
-        if self.rated:
-            row |= self.rated[0].as_json()
-        else:
-            row |= self.planned[0].as_json()
-        return {**row, "cost": self.cost}
+        best = self.rated[0] if self.rated else self.planned[0]
+        return {**row, **best.as_json(), "cost": self.cost}
 
 
 def choices(
@@ -81,7 +82,7 @@ def choice_lines(found: Sequence[Choice], request: PlanRequest) -> list[str]:
     notes = []
     for place, one in enumerate(found):
         if one.reason:
-            notes.append(f"{one.kind}: {one.reason}.")
+            notes.append(f"{one.label}: {one.reason}.")
             continue
         best = one.planned[0]
         row = ["*" if place == 0 else "", one.gpus, str(best.layout), str(best.replicas)]
@@ -123,7 +124,7 @@ def best_on(
     if rated:
         planned = [one.planned for one in rated]
     cost = costs(cluster, planned[0].tokens_per_s or 0.0, prices.get(kind.name))
-    return Choice(kind.name, cluster, planned, rated, cost)
+    return Choice(kind.name, kind.label, cluster, planned, rated, cost)
 
 
 def _choice(
@@ -133,10 +134,10 @@ def _choice(
     try:
         found = best_on(config, kind, request, rate, prices)
     except ConfigError as error:
-        return Choice(kind.name, kind.cluster, reason=str(error))
+        return Choice(kind.name, kind.label, kind.cluster, reason=str(error))
     if not found.planned[0].fits:
         reason = f"no layout fits {kind.cluster.num_devices} x {kind.name}; take larger GPUs or more of them"
-        return Choice(kind.name, kind.cluster, reason=reason)
+        return Choice(kind.name, kind.label, kind.cluster, reason=reason)
     return found
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.planning.breaking_point import best_change, breaking_point
 from cluster.planning.layout_loads import LayoutLoads
+from cluster.planning.official import planned
 from cluster.planning.planner import PlanRequest, plan
 from qwen3_dist.layout import Layout
 from tests.cluster.machines import DENSE, PLAIN, cluster
@@ -31,6 +32,18 @@ def test_a_small_cache_is_full_first() -> None:
     change = best_change(asked, found, [])
     assert change is not None and change.setting == "kv_cache_dtype=fp8"
     assert change.then.concurrency > 1.5 * found.concurrency  # half the bytes a token
+
+
+def test_weights_that_leave_no_room_should_be_smaller() -> None:
+    wide = replace(DENSE, hidden_dim=3000)  # 1.8 million weights: 11 sequences' caches in half of their bytes
+    request = replace(REQUEST, input_len=10, output_len=200, max_num_batched_tokens=64)
+    used = LayoutLoads(wide, Layout(), PLAIN, request).at(1).bytes_per_rank
+    memory = used["weights"] + used["activations"] + 3 * 10**5
+    tight = cluster(device=replace(PLAIN.device, memory_bytes=memory))
+    asked = LayoutLoads(wide, Layout(), tight, request)
+    change = best_change(asked, breaking_point(asked), [])
+    assert asked.largest < 3 and change is not None and change.setting == "quantize=int8"
+    assert change.then == breaking_point(LayoutLoads(planned(wide, "int8"), Layout(), tight, request))
 
 
 def test_long_prompts_fill_the_steps_first() -> None:
@@ -92,8 +105,9 @@ def test_the_plan_says_it_in_a_line_and_in_json(capsys: pytest.CaptureFixture[st
     assert (
         f"{breaks['concurrency']:,} requests in flight" in line and breaks["best_change"]["setting"] in line
     )
-    # At the load where it breaks, the plan itself still holds; the rate says the same of the limit of one.
-    rate = json.loads(printed(capsys, *asked, "--rate", "5", "--itl-ms", "12", "--json").splitlines()[0])
+    # Under a rate, the most that is served within the limits is where the first of them breaks.
+    limit = str(1.5 * first["itl_ms"])
+    rate = json.loads(printed(capsys, *asked, "--rate", "1", "--itl-ms", limit, "--json").splitlines()[0])
     assert rate["breaks_first"]["limit"] == "itl"
     assert rate["breaks_first"]["requests_per_s"] == pytest.approx(rate["most_requests_per_s"], rel=1e-3)
     assert rate["breaks_first"]["times_this_load"] == pytest.approx(rate["headroom"] + 1, rel=1e-2)

@@ -12,7 +12,8 @@ import pytest
 from cluster.hardware import Cluster, parse_gpus
 from cluster.planning.burst import predict_burst
 from cluster.planning.burst_point import BurstPoint
-from cluster.planning.comparison import MeasuredRun, common_term, factors, predict_run
+from cluster.planning.comparison import TERMS, MeasuredRun, common_term, factors, predict_run
+from cluster.planning.cost_model import StepShape
 from cluster.planning.disaggregated import cost_model
 from cluster.planning.official import find_config
 from cluster.planning.planner import PlanRequest, predict
@@ -78,6 +79,16 @@ def test_a_run_is_predicted_as_plan_predicts_its_load() -> None:
     assert set(found.itl_terms) >= {"reading weights", "reading the KV cache", "collectives", "overheads"}
 
 
+@pytest.mark.parametrize("layout", ["tp=2", "tp=2,dp=2,ep=4", "pp=2,dp=2,ep=2"])
+def test_every_part_of_a_step_of_decodes_belongs_to_a_term(layout: str) -> None:
+    for name in ("Qwen3-8B", "Qwen3-30B-A3B"):
+        config = find_config(name)[1]
+        if config.num_experts or "ep" not in layout:
+            model = cost_model(config, Layout.parse(layout), BELIEVED, REQUEST)
+            parts = model.step_parts(StepShape(64, 64_000, 0, 0, 64))
+            assert set(parts) <= {part for names in TERMS.values() for part in names}
+
+
 def test_a_rate_bounds_the_load_where_it_gives_less_than_the_concurrency() -> None:
     slow = predict_run(CONFIG, LAYOUT, BELIEVED, REQUEST, run_with(500, rate=2.0))
     assert slow.in_flight < 10 and slow.tokens_per_s == pytest.approx(2.0 * 200)
@@ -123,6 +134,22 @@ def test_the_term_that_is_off_is_named(term: str, tmp_path: Path, capsys: pytest
     found = compare(capsys, files[1])
     assert found["runs"][0]["itl_terms_ms"][term]["factor"] == pytest.approx(2, rel=0.3)
     assert "One run does not tell them apart" in found["verdict"][0]
+
+
+def test_runs_that_no_term_explains_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [Path(result(tmp_path, concurrency, BELIEVED)) for concurrency in (4, 64, 400)]
+    for file, factor in zip(files, (3.0, 0.3, 3.0), strict=True):
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"mean_tpot_ms": factor * values["mean_tpot_ms"]}))
+    assert "no term alone explains all runs" in compare(capsys, *map(str, files))["verdict"][0]
+
+
+def test_medians_of_a_burst_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(RESULT | {"max_concurrency": None}))
+    (run,) = compare(capsys, str(file))["runs"]
+    assert run["measured"] == {"ttft_ms": 45.0, "itl_ms": 5.5, "tokens_per_s": 5000.0}
+    assert run["load"] == "400 at once, 1000 in, 200 out"
 
 
 def test_agreement_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

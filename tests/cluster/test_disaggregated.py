@@ -85,6 +85,35 @@ def test_longer_prompts_take_more_of_the_replicas_for_reading() -> None:
     assert shares[0] < shares[1]
 
 
+def test_a_dp_group_moves_one_cache_at_a_time() -> None:
+    two = DecodeReplica(DENSE, Layout(dp=2), FAST, REQUEST)
+    limit = replace(REQUEST, itl_ms=1e3 * two.itl_s(4, 0.0) * 1.0001)
+    assert DecodeReplica(DENSE, Layout(dp=2), FAST, limit).most(0.0)[0] == pytest.approx(
+        8 / (50 * two.itl_s(4, 0.0))
+    )
+    found = best_split(DENSE, cluster(num_devices=4, inside=Link(0.0, 1e6)), REQUEST)
+    assert found is not None
+    groups = (found.prefill_replicas * found.prefill.dp, found.decode_replicas * found.decode.dp)
+    assert found.requests_per_s <= min(groups) / (found.transfer_ms / 1e3) * (1 + 1e-9)
+
+
+def test_the_side_of_fewer_ranks_decides_how_long_a_transfer_takes() -> None:
+    _, config = find_config("Qwen3-8B")
+    where = parse_gpus("8xH100")
+    request = PlanRequest(1000, 500, 1)
+    idle = [DecodeReplica(config, Layout(tp=tp), where, request).itl_s(1, 0.0) for tp in (1, 4)]
+    differ = False
+    for share in (0.0, 0.5, 0.9):
+        limit = 1e3 * ((1 - share) * 2 * idle[0] + share * idle[1])
+        found = best_split(config, where, replace(request, itl_ms=limit))
+        assert found is not None
+        models = [cost_model(config, one, where, request) for one in (found.prefill, found.decode)]
+        sides = [1000 * model.kv_bytes_per_token() for model in models]
+        differ |= sides[0] != sides[1]
+        assert found.transfer_ms == pytest.approx(1e3 * transfer_s(max(sides), where.inside))
+    assert differ
+
+
 def test_a_slow_link_bounds_what_is_served() -> None:
     where = cluster(num_devices=2, inside=Link(0.0, 1e5))
     found = best_split(DENSE, where, REQUEST)

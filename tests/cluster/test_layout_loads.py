@@ -108,3 +108,14 @@ def test_predictions_at_a_load_are_those_of_plan(config: object) -> None:
 def test_sequences_fit_beside_their_own_activations(most: int, each: float) -> None:
     found = largest_that_fits(most, lambda sequences: int(100 - each * sequences))
     assert found == max(n for n in range(most + 1) if n == 0 or int(100 - each * n) >= n)
+
+
+def test_a_rate_that_is_held_is_held_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = loads(ROOMY)
+    bound = loads(replace(ROOMY, itl_ms=free.at(6).itl_ms))
+    assert bound.most_within_limits() == 6
+    # More than 6 sequences are slower, as where prompts crowd out decodes.
+    monkeypatch.setattr(bound, "requests_per_s", lambda n: 10.0 * n if n <= 6 else 30.0)
+    found = bound.under(45.0)
+    assert found.holds and found.planned.meets_limits(bound.request)
+    assert found.planned.concurrency == 5 * bound.groups

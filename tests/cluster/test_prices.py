@@ -167,7 +167,7 @@ def test_the_cheapest_kind_comes_first_and_prices_decide(capsys: pytest.CaptureF
 def test_a_kind_that_cannot_serve_says_why_below_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("plan", "Qwen3-235B-A22B", "--gpus", "2xH100,8xH200", *LOAD, "--concurrency", "16")
     shown = printed(capsys, *asked)
-    assert "H100: no layout fits 2 x H100; take larger GPUs or more of them." in shown
+    assert "2xH100: no layout fits 2 x H100; take larger GPUs or more of them." in shown
     assert shown.splitlines()[1].startswith("*  8xH200 ") and "qwen3-dist serve Qwen3-235B-A22B" in shown
     both = refusal(capsys, *asked, "--itl-ms", "0.01")
     assert "no layout fits 2 x H100" in both and "no layout meets --itl-ms 0.01" in both
