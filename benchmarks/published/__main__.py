@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.published import throughput
-from benchmarks.published.points import Point, read_points
+from benchmarks.published.points import KINDS, Point, read_points
 from benchmarks.published.predictions import errors, predicted
 from cluster.hardware import FITTED
 from cluster.planning.clients import Latencies
+from cluster.planning.products import PLAIN
 from qwen3_dist.errors import ConfigError
 
 
@@ -76,7 +77,7 @@ def _fit(points: Sequence[Point]) -> None:
     found = fit(points, FITTED, print)
     groups = defaultdict(list)
     for point, pair in zip(points, found.errors, strict=True):
-        groups[f"{point.device} {point.weights}"].append(abs(np.exp(pair) - 1))
+        groups[f"{point.device} {KINDS.get(point.weights, PLAIN)}"].append(abs(np.exp(pair) - 1))
     off = {name: np.mean(pairs, axis=0) for name, pairs in sorted(groups.items())}
     found.constants["errors"] = {
         name: {"points": len(groups[name]), "ttft": round(ttft, 3), "itl": round(itl, 3)}

@@ -73,6 +73,8 @@ def _print(
 ) -> None:
     """The plan, and the file of --render: to stdout in place of the plan, or to --out. `to_size` is the rate for which
     the number of GPUs was found, None if it was given."""
+    from cluster.planning.expected_errors import expected_error
+
     cluster = best.cluster
     settings = plan_deployment.settings(args, cluster, request, best.planned[0])
     if args.render:
@@ -81,7 +83,9 @@ def _print(
             return
     breaks = breaks_first(config, request, best)
     rows[0]["breaks_first"] = breaks
-    answers = [breaks_line(breaks), cost_line(best.cost)]
+    error = expected_error(config, cluster)
+    rows[0]["expected_error"] = None if error is None else error.as_json()
+    answers = [breaks_line(breaks), cost_line(best.cost), "" if error is None else str(error)]
     if args.disaggregated:
         split = disaggregated(config, request, best, to_size)
         rows[0]["disaggregated"] = split
@@ -102,7 +106,7 @@ def _rows(best: Choice, prices: Mapping[str, float]) -> list[dict[str, Any]]:
     for place, one in enumerate(best.planned):
         row = best.rated[place].as_json() if best.rated else one.as_json()
         cost = costs(best.cluster, one.tokens_per_s or 0.0, prices.get(best.kind))
-        rows.append({**row, "cost": cost, "breaks_first": None})
+        rows.append({**row, "cost": cost, "breaks_first": None, "expected_error": None})
     return rows
 
 

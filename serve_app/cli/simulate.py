@@ -113,12 +113,13 @@ def _add_engine(group: Any) -> None:
         "--expert-imbalance",
         type=float,
         metavar="X",
-        help="load of the busiest expert-parallel rank over the mean (default: 1.2)",
+        help="load of the busiest expert-parallel rank over the mean (default: by device)",
     )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+    from cluster.planning.expected_errors import expected_error
     from cluster.planning.memory import kv_item_bytes
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
@@ -137,6 +138,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     simulation = _simulation(args, cost)
     requests = _with_progress(_requests(args, simulation.replica.longest), args)
     outcome = simulate(simulation, cost, requests)
+    error = expected_error(config, cluster)
     report = {
         "model": name,
         "layout": str(layout),
@@ -145,9 +147,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         **summarize(outcome, limits),
     }
     if args.json:
-        print(json.dumps(report), file=out)
+        print(json.dumps(report | {"expected_error": error and error.as_json()}), file=out)
     else:
-        print("\n".join(report_lines(_without_history(report))), file=out)
+        print(
+            "\n".join([*report_lines(_without_history(report)), *([str(error)] if error else [])]), file=out
+        )
     if args.plot:
         plot_replicas(args.plot, f"{name} with {layout} on {report['cluster']}", outcome)
     return 0
