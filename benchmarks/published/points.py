@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,52 +53,54 @@ def read_points(path: Path) -> list[Point]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give a CSV file of measured points") from None
-    return list(_points(path, csv.DictReader(text.splitlines())))
+    rows = csv.DictReader(text.splitlines())
+    return [_Row(row, f"{path}:{rows.line_num}").point() for row in rows]
 
 
-def _points(path: Path, rows: csv.DictReader[str]) -> Iterator[Point]:
-    for row in rows:
-        column = ""
-        try:
-            for column in ("model", "system", "weights", "isl", "osl", "batch", "tp", "ttft_ms", "tpot_ms"):
-                if not row.get(column):
-                    raise ValueError("is missing")
-            column, device = "system", SYSTEMS[row["system"]]
-            column, weights = "weights", row["weights"].rstrip("?")
-            name = row["model"].rpartition("/")[2]
-            for ending in _ENDINGS:
-                name = name.removesuffix(ending)
-            column, model = "weights", name + WEIGHTS[weights]
-            numbers = []
-            for column in ("isl", "osl", "batch", "tp"):
-                numbers.append(int(row[column]))
-                if numbers[-1] < 1:
-                    raise ValueError("must be positive")
-            parts = [int(row.get(column) or 0) for column in ("dp", "moe_tp", "moe_ep")]
-            times = []
-            for column in ("ttft_ms", "tpot_ms"):
-                times.append(float(row[column]))
-                if not times[-1] > 0:
-                    raise ValueError("must be positive")
-        except (KeyError, ValueError) as error:
-            known = f"; known are {', '.join((SYSTEMS, WEIGHTS)[column == 'weights'])}"
-            shown = known if isinstance(error, KeyError) else f" ({error})"
-            raise ConfigError(
-                f"{path}:{rows.line_num}: {column} {row.get(column)!r} is not valid{shown}"
-            ) from None
-        input_len, output_len, clients, tp = numbers
-        layout = (tp, parts[0], parts[1], parts[2])
-        engine, version = row.get("engine") or "", row.get("engine_version") or ""
-        yield Point(
-            model,
-            device,
-            engine,
-            version,
+@dataclass(frozen=True)
+class _Row:
+    """The columns of a line. `place` names it in messages."""
+
+    columns: dict[str, str]
+    place: str
+
+    def point(self) -> Point:
+        weights = self._text("weights").rstrip("?")
+        name = self._text("model").rpartition("/")[2]
+        for ending in _ENDINGS:
+            name = name.removesuffix(ending)
+        dp, etp, ep = (int(self.columns.get(column) or 0) for column in ("dp", "moe_tp", "moe_ep"))
+        return Point(
+            name + self._known("weights", weights, WEIGHTS),
+            self._known("system", self._text("system"), SYSTEMS),
+            self.columns.get("engine") or "",
+            self.columns.get("engine_version") or "",
             weights,
-            input_len,
-            output_len,
-            clients,
-            layout,
-            times[0],
-            times[1],
+            int(self._number("isl")),
+            int(self._number("osl")),
+            int(self._number("batch")),
+            (int(self._number("tp")), dp, etp, ep),
+            self._number("ttft_ms"),
+            self._number("tpot_ms"),
         )
+
+    def _text(self, column: str) -> str:
+        text = self.columns.get(column)
+        if not text:
+            raise ConfigError(f"{self.place}: {column} is missing")
+        return text
+
+    def _number(self, column: str) -> float:
+        text = self._text(column)
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ConfigError(f"{self.place}: {column} must be a positive number, not {text!r}")
+        return number
+
+    def _known(self, column: str, text: str, known: dict[str, str]) -> str:
+        if text not in known:
+            raise ConfigError(f"{self.place}: {column} {text!r} is not known; known are {', '.join(known)}")
+        return known[text]

@@ -94,6 +94,7 @@ class Walk:
     _order: int = 0
     _context: int = 0  # tokens of the decoding sequences
     _cached: int = 0  # tokens of the other admitted ones
+    _admitted: int = 0
     _decode_steps: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -153,15 +154,15 @@ class Walk:
     def _admit(self) -> bool:
         if not self._waiting:
             return False
-        admitted = len(self._decoding) + len(self._prompts)
         first = self._waiting[0]
         if self.rules.reserves:
             length = first.request.input_len + first.request.output_len
-            fits = (admitted + 1) * length <= self.rules.capacity_tokens
+            fits = (self._admitted + 1) * length <= self.rules.capacity_tokens
         else:
             fits = self._context + self._cached + first.prompt_left < self.rules.capacity_tokens
-        if admitted and (not fits or admitted >= self.rules.max_num_seqs):
+        if self._admitted and (not fits or self._admitted >= self.rules.max_num_seqs):
             return False
+        self._admitted += 1
         self._cached += first.prompt_left
         self._prompts.append(self._waiting.popleft())
         return True
@@ -215,10 +216,12 @@ class Walk:
             each.made = each.request.output_len - (each.ends - self._decode_steps)
             each.prompt_left = each.request.input_len + each.made
             self._context -= each.prompt_left - 1
+            self._admitted -= 1
             self._waiting.appendleft(each)
 
     def _end(self, each: Served) -> None:
         each.last_s = self.now
+        self._admitted -= 1
         self._done.append(each)
         if each.request.followers:
             later = each.request._replace(followers=each.request.followers - 1)

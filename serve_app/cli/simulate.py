@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cluster.planning.cost_model import CostModel
-    from cluster.simulation.arrivals import Request
+    from cluster.simulation.arrivals import Lengths, Request
     from cluster.simulation.service import ServiceSimulation
 
 HELP = "simulate a service with arrivals, scheduling and autoscaling, on predicted step times"
@@ -55,6 +55,15 @@ def _add_arrivals(group: Any) -> None:
         type=_rates,
         metavar="R[,R...]",
         help="requests a second, Poisson; several rates share the duration evenly, in turn",
+    )
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="clients that begin together, and send a request when their last is answered, in place of --rate",
+    )
+    group.add_argument(
+        "--num-requests", type=int, metavar="N", help="requests of all clients (default: 10 of each)"
     )
     group.add_argument("--duration", type=float, metavar="S", help="seconds during which requests arrive")
     for name, what in (("input-len", "tokens per prompt"), ("output-len", "tokens generated per prompt")):
@@ -179,6 +188,7 @@ def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
         args.start_up_s,
         most_that_fit * cost.layout.world,
         args.seed,
+        cost.cluster.request_overhead_s,
     )
 
 
@@ -237,26 +247,49 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
 
     given = [name for name in _POISSON if getattr(args, name) is not None]
     if args.trace:
-        if given or args.prefix_len or args.prefixes:
-            name = given[0] if given else "prefix_len" if args.prefix_len else "prefixes"
+        for name in (*_POISSON, "concurrency", "prefix_len", "prefixes"):
+            if not getattr(args, name):
+                continue
             raise ConfigError(f"--trace already defines the requests; leave --{_flag(name)} out")
         return read_trace(args.trace, longest)
-    missing = [name for name in _POISSON if name not in given]
+    needed = _POISSON if args.concurrency is None else _POISSON[2:]
+    missing = [name for name in needed if name not in given]
     if missing:
-        raise ConfigError(f"--{_flag(missing[0])} is missing; give --trace, or {_all_flags(_POISSON)}")
+        raise ConfigError(f"--{_flag(missing[0])} is missing; give --trace, or {_all_flags(needed)}")
     inputs, outputs = Lengths.parse(args.input_len), Lengths.parse(args.output_len)
     if inputs.mean + outputs.mean > longest:
         raise ConfigError(
             f"{inputs.mean:g} + {outputs.mean:g} tokens exceed the {longest} that one sequence may have; "
             "lower --input-len or --output-len"
         )
+    if args.concurrency is not None:
+        return _closed_loop(args, inputs, outputs)
     return PoissonArrivals(
         args.rate, args.duration, inputs, outputs, args.prefix_len, args.prefixes, args.seed
     )
 
 
+def _closed_loop(args: argparse.Namespace, inputs: Lengths, outputs: Lengths) -> Iterable[Request]:
+    from cluster.planning.clients import REQUESTS_EACH
+    from cluster.simulation.arrivals import ClosedLoop
+
+    for name in ("rate", "duration", "prefix_len", "prefixes"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"--concurrency is a closed loop, which has no --{_flag(name)}; leave one of them out"
+            )
+    number = REQUESTS_EACH * args.concurrency if args.num_requests is None else args.num_requests
+    return ClosedLoop(args.concurrency, number, inputs, outputs, args.seed)
+
+
 def _with_progress(requests: Iterable[Request], args: argparse.Namespace) -> Iterable[Request]:
-    """`requests`, with a progress bar of their arrival times if stderr is a terminal."""
+    """`requests`, with a progress bar of their arrival times if stderr is a terminal and they are known."""
+    if args.concurrency is not None:
+        return requests
+    return _shown_by_arrivals(requests, args)
+
+
+def _shown_by_arrivals(requests: Iterable[Request], args: argparse.Namespace) -> Iterable[Request]:
     from qwen3_dist.progress import progress_bar
 
     last_s = requests[-1].arrival_s if isinstance(requests, list) else args.duration
