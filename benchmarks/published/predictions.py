@@ -11,7 +11,7 @@ from functools import cache
 
 from benchmarks.published.points import Point
 from cluster.hardware import PRESETS, Cluster
-from cluster.planning.clients import Latencies, closed_loop
+from cluster.planning.clients import Latencies, Workload, closed_loop
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.official import find_config
 from cluster.planning.walk import StepRules, prompts_at_once
@@ -69,7 +69,8 @@ def predicted(
     longest = point.input_len + point.output_len
     capacity = max(longest + 1, model.kv_capacity_tokens(_TOKENS, 256))
     clients = -(-point.clients // layout.dp)
-    return closed_loop(model, engine.rules(point, capacity), point.input_len, point.output_len, clients)
+    load = Workload(point.input_len, point.output_len)
+    return closed_loop(model, engine.rules(point, capacity), load, clients)
 
 
 def errors(points: Sequence[Point], found: Sequence[Latencies]) -> dict[str, float | int]:

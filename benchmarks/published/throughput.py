@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass, replace
 
 from cluster.hardware import PRESETS, Cluster
-from cluster.planning.clients import closed_loop
+from cluster.planning.clients import Workload, closed_loop
 from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.official import find_config
 from cluster.planning.walk import StepRules, prompts_at_once
@@ -66,7 +66,7 @@ def predicted(row: Published) -> float:
     capacity = model.kv_capacity_tokens(_GPU.max_num_batched_tokens, _GPU.max_num_seqs)
     batch = min(row.max_num_seqs, capacity // length)
     rules = StepRules(_GPU.max_num_batched_tokens, batch, capacity, prompts_at_once(batch, row.output_len))
-    seen = closed_loop(model, rules, row.input_len, row.output_len, batch)
+    seen = closed_loop(model, rules, Workload(row.input_len, row.output_len), batch)
     counted = length if row.counts_input else row.output_len
     return seen.requests_per_s * layout.dp * counted / row.gpus
 

@@ -44,6 +44,7 @@ class CostModel:
 
     expert_imbalance: load of the busiest ep rank over the mean, in (token, expert) pairs, on top of the random spread
     of even routing. kv_bytes: bytes per cached number; by default those of the cache that the checkpoint was made for.
+    adapters: the rank of LoRA adapters on all linear layers but experts (0: none), and how many of them a step uses.
     Products with quantised weights take as long as with plain ones unless the device says what they reach. Raises
     ParallelLayoutError if the layout does not fit the model.
     """
@@ -56,6 +57,7 @@ class CostModel:
         expert_imbalance: float = EXPERT_IMBALANCE,
         *,
         kv_bytes: float | None = None,
+        adapters: tuple[int, int] = (0, 1),
     ) -> None:
         layout.validate(config)
         if expert_imbalance < 1:
@@ -79,6 +81,7 @@ class CostModel:
             MatmulTime(device, stored[kind], given) if kind in stored else self._matmul
             for kind in ("attention", "dense", "experts")
         )
+        self._lora_rank, self._adapters = adapters
         self._of_experts = given or WeightRates(expert_efficiency=device.expert_efficiency)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
         operations = 4 * sizes.heads * config.head_dim  # of a query-key pair: two products
@@ -236,6 +239,9 @@ class CostModel:
             "layer overhead": self.cluster.layer_overhead_s
             + (self.cluster.prompt_layer_overhead_s if shape.prefill_tokens else 0.0),
         }
+        if self._lora_rank:
+            outer = 4 * dim + 2 * (sizes.heads + sizes.kv_groups) * config.head_dim  # of the four projections
+            attention["LoRA"] = self._lora_seconds(tokens, outer)
         all_reduce = self._tp.all_reduce(hidden)
         dense: dict[str, float] = {}
         if self._dense_layers:
@@ -244,6 +250,8 @@ class CostModel:
                 + self._read_s * tokens * item * 3 * sizes.dense_columns,
                 "tp all-reduce": 2 * all_reduce,
             }
+            if self._lora_rank:
+                dense["LoRA"] = self._lora_seconds(tokens, 3 * (dim + sizes.dense_columns))
         experts = self._expert_parts(tokens, hidden, all_reduce) if config.num_experts else {}
         samples = shape.num_samples / micro
         ends = {
@@ -254,6 +262,10 @@ class CostModel:
             + self._tp.all_gather(samples * config.vocab_size * item),
         }
         return attention, dense, experts, ends
+
+    def _lora_seconds(self, tokens: float, outer: int) -> float:
+        """Seconds of the adapters' products in one layer; `outer`: inputs and outputs of its linear layers."""
+        return self._adapters * self._matmul.seconds(tokens / self._adapters, self._lora_rank * outer)
 
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """Seconds by operation of one MoE layer, with the dispatcher that the engine chooses for this many tokens."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.clients import Latencies, closed_loop, spread_out
+from cluster.planning.clients import Latencies, Workload, closed_loop, spread_out
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.walk import StepRules, prompts_at_once
@@ -21,7 +21,9 @@ from qwen3_dist.step_defaults import STEP_DEFAULTS
 class PlanRequest:
     """The workload to plan for: `concurrency` equal requests in flight in the whole cluster.
 
-    ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet.
+    ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet. prefix_hits: share of the
+    prompts' tokens that the prefix cache holds. drafted: tokens that speculation drafts for a sequence in a step;
+    acceptance: share of them that is accepted. lora_rank: of the `adapters` adapters that a step uses; 0: none.
     """
 
     input_len: int
@@ -32,8 +34,22 @@ class PlanRequest:
     max_num_batched_tokens: int = STEP_DEFAULTS["cuda"].max_num_batched_tokens
     expert_imbalance: float = EXPERT_IMBALANCE
     kv_cache_dtype: str = "auto"
+    prefix_hits: float = 0.0
+    drafted: int = 0
+    acceptance: float = 0.0
+    lora_rank: int = 0
+    adapters: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("prefix_hits", "acceptance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share from 0 to 1, not {getattr(self, name):g}")
+        if self.lora_rank < 0 or self.adapters < 1:
+            raise ConfigError("lora_rank must not be negative, and adapters must be 1 or more")
+        if self.drafted < 0 or (self.acceptance and not self.drafted):
+            raise ConfigError(
+                "acceptance is of drafted tokens; give the number that a step drafts, 1 or more"
+            )
         for name in ("input_len", "output_len", "concurrency", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
@@ -46,6 +62,12 @@ class PlanRequest:
     def length(self) -> int:
         """Tokens of a finished sequence: prompt and output."""
         return self.input_len + self.output_len
+
+    @property
+    def workload(self) -> Workload:
+        """One of its requests. At least a token of each prompt is computed."""
+        cached = min(int(self.prefix_hits * self.input_len), self.input_len - 1)
+        return Workload(self.input_len, self.output_len, cached, self.drafted, self.acceptance * self.drafted)
 
 
 @dataclass(frozen=True)
@@ -154,7 +176,8 @@ def predict(
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
     kept = kv_item_bytes(config, request.kv_cache_dtype)
-    model = CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept)
+    adapters = (request.lora_rank, request.adapters)
+    model = CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept, adapters=adapters)
     demand = ceil(request.concurrency / (replicas * layout.dp))
     seqs = min(demand, request.max_num_batched_tokens)
     capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
@@ -166,13 +189,11 @@ def predict(
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    most = prompts_at_once(demand, request.output_len)
+    most = prompts_at_once(demand, 1 + request.workload.decode_steps)
     rules = StepRules(request.max_num_batched_tokens, seqs, capacity, most)
-    lengths = request.input_len, request.output_len
+    load = request.workload
     seen = (
-        spread_out(model, rules, *lengths, batch, demand)
-        if spread
-        else closed_loop(model, rules, *lengths, demand)
+        spread_out(model, rules, load, batch, demand) if spread else closed_loop(model, rules, load, demand)
     )
     rate = seen.requests_per_s * request.output_len * replicas * layout.dp
     rate *= request.concurrency / (

@@ -44,12 +44,13 @@ def prompts_at_once(clients: int, output_len: int) -> int:
 
 class Request(NamedTuple):
     """Lengths in tokens, seconds until it is sent, and the number of equal requests that its client sends after it,
-    each when the last is answered."""
+    each when the last is answered. `cached_len` tokens of the prompt are in the cache already."""
 
     input_len: int
     output_len: int
     arrival_s: float = 0.0
     followers: int = 0
+    cached_len: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -106,7 +107,9 @@ class Walk:
             planned_s = self._planned_s if self.depth > 1 else self.now
             while self._arriving and self._arriving[0][0] <= planned_s:
                 sent_s, _, request = heapq.heappop(self._arriving)
-                self._waiting.append(Served(request, sent_s, prompt_left=request.input_len))
+                self._waiting.append(
+                    Served(request, sent_s, prompt_left=request.input_len - request.cached_len)
+                )
             if not (self._waiting or self._prompts or self._decoding):
                 self.now = self._planned_s = max(self.now, self._arriving[0][0])
                 continue
@@ -155,15 +158,16 @@ class Walk:
         if not self._waiting:
             return False
         first = self._waiting[0]
+        prompt = first.request.input_len + first.made
         if self.rules.reserves:
             length = first.request.input_len + first.request.output_len
             fits = (self._admitted + 1) * length <= self.rules.capacity_tokens
         else:
-            fits = self._context + self._cached + first.prompt_left < self.rules.capacity_tokens
+            fits = self._context + self._cached + prompt < self.rules.capacity_tokens
         if self._admitted and (not fits or self._admitted >= self.rules.max_num_seqs):
             return False
         self._admitted += 1
-        self._cached += first.prompt_left
+        self._cached += prompt
         self._prompts.append(self._waiting.popleft())
         return True
 

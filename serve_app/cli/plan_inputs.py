@@ -142,7 +142,24 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--expert-imbalance",
         type=float,
         metavar="X",
-        help="load of the busiest expert-parallel rank over the mean (default: 1.2)",
+        help="load of the busiest expert-parallel rank over the mean (default: fitted)",
+    )
+    group.add_argument(
+        "--prefix-hits",
+        type=number(0, 1),
+        metavar="SHARE",
+        help="share of the prompts' tokens that the prefix cache holds (default: 0)",
+    )
+    group.add_argument(
+        "--lora-rank", type=int, metavar="R", help="rank of adapters on all linear layers but experts"
+    )
+    group.add_argument("--adapters", type=int, metavar="N", help="adapters that a step uses (default: 1)")
+    group.add_argument("--drafted", type=int, metavar="K", help="tokens that speculation drafts in a step")
+    group.add_argument(
+        "--acceptance",
+        type=number(0, 1),
+        metavar="SHARE",
+        help="share of the drafted tokens that is accepted",
     )
 
 

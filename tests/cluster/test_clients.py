@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 
 from cluster.hardware import parse_gpus
-from cluster.planning.clients import closed_loop, open_loop, spread_out, step_seconds
+from cluster.planning.clients import Workload, closed_loop, open_loop, spread_out, step_seconds
 from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.official import find_config
 from cluster.planning.walk import Request, Served, StepRules, Walk
@@ -108,8 +108,8 @@ def test_an_open_loop_is_as_the_engines_scheduler_serves_it(
 @pytest.mark.parametrize(("input_len", "batch"), [(300, 4), (300, 64), (2000, 16), (6000, 8)])
 def test_the_closed_form_is_near_the_walk(model: CostModel, input_len: int, batch: int) -> None:
     rules = StepRules(2048, 256, model.kv_capacity_tokens(2048, 256))
-    formula = spread_out(model, rules, input_len, 200, batch, batch)
-    walked = open_loop(model, rules, input_len, 200, formula.requests_per_s, 1000)
+    formula = spread_out(model, rules, Workload(input_len, 200), batch, batch)
+    walked = open_loop(model, rules, Workload(input_len, 200), formula.requests_per_s, 1000)
     assert formula.itl_s == pytest.approx(walked.itl_s, rel=0.15)
     before_s = model.cluster.request_overhead_s
     assert math.log((formula.ttft_s - before_s) / (walked.ttft_s - before_s)) == pytest.approx(0, abs=0.45)
@@ -117,13 +117,13 @@ def test_the_closed_form_is_near_the_walk(model: CostModel, input_len: int, batc
 
 def test_beyond_its_capacity_an_open_loop_falls_behind_the_rate(model: CostModel) -> None:
     rules = StepRules(2048, 16, 100_000)
-    seen = open_loop(model, rules, 1000, 100, 1000.0, 400)
+    seen = open_loop(model, rules, Workload(1000, 100), 1000.0, 400)
     assert seen.requests_per_s < 100 and seen.ttft_p99_s > seen.ttft_p50_s > 1.0
 
 
 def test_a_closed_loop_begins_together(model: CostModel) -> None:
     rules = StepRules(2048, 256, model.kv_capacity_tokens(2048, 256), max_prompts=1)
-    one, all_once, ten = (closed_loop(model, rules, 1000, 200, 32, number) for number in (1, 3, 10))
+    one, all_once, ten = (closed_loop(model, rules, Workload(1000, 200), 32, number) for number in (1, 3, 10))
     assert one.ttft_s > all_once.ttft_s > ten.ttft_s  # all wait for all others, once
     assert ten.ttft_p50_s < ten.ttft_s < ten.ttft_p99_s
     assert ten.requests_per_s == pytest.approx(32 / (ten.ttft_s + 199 * ten.itl_s), rel=0.05)
@@ -132,6 +132,32 @@ def test_a_closed_loop_begins_together(model: CostModel) -> None:
 def test_the_mean_is_that_of_the_requests(model: CostModel) -> None:
     rules = StepRules(2048, 256, 100_000)
     walk = Walk(step_seconds(model), rules).serve([Request(500, 10)] * 3)
-    seen = closed_loop(model, rules, 500, 10, 3, requests_each=1)
+    seen = closed_loop(model, rules, Workload(500, 10), 3, requests_each=1)
     before_s = model.cluster.request_overhead_s
     assert seen.ttft_s == pytest.approx(fmean(each.ttft_s for each in walk) + before_s)
+
+
+def test_cached_prefixes_are_not_computed_but_take_room(model: CostModel) -> None:
+    rules = StepRules(2048, 256, model.kv_capacity_tokens(2048, 256))
+    for seen in (
+        lambda load: spread_out(model, rules, load, 8, 8),
+        lambda load: closed_loop(model, rules, load, 8),
+    ):
+        none, half, short = map(seen, (Workload(4000, 100), Workload(4000, 100, 2000), Workload(2000, 100)))
+        assert short.ttft_s < half.ttft_s < 0.75 * none.ttft_s
+        assert short.itl_s < half.itl_s < none.itl_s
+    tight = replace(rules, capacity_tokens=5000)
+    alone = closed_loop(model, tight, Workload(4000, 100, 2000), 2)
+    assert alone.ttft_s > closed_loop(model, rules, Workload(4000, 100, 2000), 2).ttft_s  # one at a time
+
+
+def test_accepted_drafts_save_steps_and_all_drafts_cost_their_products(model: CostModel) -> None:
+    rules = StepRules(2048, 256, model.kv_capacity_tokens(2048, 256))
+    for batch in (1, 4):
+        none, half, refused = (
+            spread_out(model, rules, load, batch, batch)
+            for load in (Workload(500, 200), Workload(500, 200, 0, 4, 2.0), Workload(500, 200, 0, 4, 0.0))
+        )
+        assert 0.3 < half.itl_s / none.itl_s < 0.5 and refused.itl_s > none.itl_s
+    many = [closed_loop(model, rules, Workload(50, 50, 0, drafted, 0.0), 200) for drafted in (0, 8)]
+    assert many[1].itl_s > 2 * many[0].itl_s  # products of 1800 rows in place of 200

@@ -21,7 +21,7 @@ from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 KEYS = [
     "layout", "fits", "reason", "bytes_per_rank", "max_batch",
     "ttft_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "itl_ms", "tokens_per_s", "tokens_per_s_per_gpu",
-    "cost", "breaks_first",
+    "cost", "breaks_first", "expected_error",
 ]  # fmt: skip
 LOAD = ("--input-len", "1000", "--output-len", "500", "--concurrency", "64")
 REQUEST = PlanRequest(1000, 500, 64)
@@ -187,6 +187,8 @@ def test_where_nothing_fits_the_list_says_why_and_the_last_line_what_to_do(
         (("Qwen3-9B", "--gpus", "8xH100", *LOAD), "models that need no download are Qwen3-0.6B"),
         (("Qwen3-8B", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency"),
         (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--input-len", "0"), "input_len must be positive, not 0"),
+        (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--acceptance", "0.5"), "drafted tokens; give the number"),
+        (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--prefix-hits", "2"), "of at least 0 and at most 1"),
         (("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--itl-ms", "-1"), "itl_ms must be positive, not -1"),
         (
             ("Qwen3-8B", "--gpus", "8xH100", *LOAD, "--input-len", "50000"),
