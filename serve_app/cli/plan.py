@@ -56,7 +56,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if best.planned[0].fits:
         _print(args, config, request, best, table, _rows(best, prices), None, out)
         return 0
-    print("\n".join(map(json.dumps, _rows(best, prices)) if args.json else table), file=out)
+    if not args.render:
+        print("\n".join(map(json.dumps, _rows(best, prices)) if args.json else table), file=out)
     print(f"qwen3-dist: no layout of {name} fits; {_advice(best)}", file=sys.stderr)
     return NOTHING_FITS
 
@@ -78,9 +79,11 @@ def _print(
     cluster = best.cluster
     settings = plan_deployment.settings(args, cluster, request, best.planned[0])
     if args.render:
-        plan_deployment.write(plan_deployment.rendered(args.render, settings, cluster), args.out, out)
+        text = plan_deployment.rendered(args.render, settings, cluster)
         if args.out is None:
+            out.write(json.dumps({"target": args.render, "text": text}) + "\n" if args.json else text)
             return
+        plan_deployment.write(text, args.out)
     breaks = breaks_first(config, request, best)
     rows[0]["breaks_first"] = breaks
     error = expected_error(config, cluster)

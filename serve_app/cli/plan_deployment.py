@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.step_defaults import STEP_DEFAULTS
@@ -89,11 +89,8 @@ def rendered(target: str, found: Mapping[str, str], cluster: Cluster) -> str:
     return service_yaml(config)
 
 
-def write(text: str, file: Path | None, out: TextIO) -> None:
-    """Writes a rendered file to `file`, or to `out` without one. Raises ConfigError."""
-    if file is None:
-        out.write(text)
-        return
+def write(text: str, file: Path) -> None:
+    """Writes a rendered file. Raises ConfigError."""
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as error:

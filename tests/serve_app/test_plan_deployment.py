@@ -137,6 +137,13 @@ def test_with_a_file_the_plan_is_printed_too(tmp_path: Path, capsys: pytest.Capt
     assert "cannot be written (No such file or directory); choose another --out" in told
 
 
+def test_stdout_has_the_file_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    as_json = json.loads(printed(capsys, *ASKED, "--render", "serve", "--json"))
+    assert as_json == {"target": "serve", "text": printed(capsys, *ASKED, "--render", "serve")}
+    small = ("plan", "Qwen3-235B-A22B", "--gpus", "1xH100", *ASKED[4:], "--render", "serve")
+    assert "no layout of Qwen3-235B-A22B fits" in refusal(capsys, *small)
+
+
 def test_a_config_file_is_served_from_its_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
