@@ -122,15 +122,19 @@ def steady_shapes(request: PlanRequest, batch: int) -> tuple[StepShape, StepShap
     return StepShape(batch, int(context), 0, 0, batch), mixed, steps / max(output, steps)
 
 
+def model_of(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> CostModel:
+    """The cost model with which `plan` predicts the request."""
+    kept = kv_item_bytes(config, request.kv_cache_dtype)
+    return CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept)
+
+
 def step_shares(
     config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, shape: StepShape
 ) -> Iterator[Share]:
     """The shares of a step's time. They add up to `CostModel.step_seconds`."""
 
     def parts(machine: Cluster) -> dict[str, float]:
-        kept = kv_item_bytes(config, request.kv_cache_dtype)
-        model = CostModel(config, layout, machine, request.expert_imbalance, kv_bytes=kept)
-        return model.step_parts(shape)
+        return model_of(config, layout, machine, request).step_parts(shape)
 
     before = parts(cluster)
     if waits := before.pop(_PIPELINE, 0.0):

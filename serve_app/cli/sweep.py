@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
+from serve_app.cli.runnable import runnable
 
 if TYPE_CHECKING:
     from qwen3_dist.config import ModelConfig
@@ -65,7 +62,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     folder = SweepFolder(args.out, name, workload)
     results = []
     try:
-        with _runnable(args.model, name) as (path, random_weights):
+        with runnable(args.model, name) as (path, random_weights):
             ran = run_sweep(folder, layouts, path, random_weights, workload, _report, args.retry_failed)
             for layout, result in ran:
                 results.append((layout, result))
@@ -102,30 +99,6 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
 
         devices = torch.cuda.device_count()
     return [layout for world in divisors(devices) for layout in valid_layouts(config, world)]
-
-
-@contextlib.contextmanager
-def _runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
-    """Yields the directory that engines load, and whether to use random weights since it has none."""
-    from cluster.planning.official import official_configs
-    from qwen3_dist.weights.source import local_path, resolve_model
-
-    path = local_path(model)
-    if name == "bundled" or (path.is_dir() and any(path.glob("*.safetensors"))):
-        yield resolve_model("" if name == "bundled" else model), False
-        return
-    with tempfile.TemporaryDirectory(prefix="qwen3_dist-") as folder:
-        target = Path(folder) / "config.json"
-        if path.is_dir():
-            shutil.copy(path / "config.json", target)
-        elif path.is_file():
-            shutil.copy(path, target)
-        elif name in official_configs():
-            target.write_text(json.dumps(official_configs()[name]))
-        else:
-            yield resolve_model(model), False
-            return
-        yield Path(folder), True
 
 
 def _report(line: str) -> None:

@@ -106,7 +106,7 @@ def test_dispatch_of_tokens_to_experts_stands_alone() -> None:
 
 
 def test_the_next_best_change_is_what_plan_says_of_it() -> None:
-    _, config = find_config("Qwen3-235B-A22B")
+    _, config = find_config("Qwen3-30B-A3B")
     machine, request, layout = parse_gpus("8xH200"), PlanRequest(1000, 1000, 256), Layout.parse("tp=8,ep=8")
     changes = next_changes(config, machine, request, layout)
     assert [change.gain for change in changes] == sorted((change.gain for change in changes), reverse=True)
@@ -150,7 +150,7 @@ def test_shares_know_nothing_of_formulas(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_table_and_the_json_have_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("explain", "Qwen3-235B-A22B", "--layout", "tp=8,ep=8", "--gpus", "8xH200", *LOAD)
+    asked = ("explain", "Qwen3-30B-A3B", "--layout", "tp=8,ep=8", "--gpus", "8xH200", *LOAD)
     assert main([*asked]) == 0
     shown = capsys.readouterr().out
     assert main([*asked, "--json"]) == 0
