@@ -11,10 +11,11 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
+def runnable(model: str, name: str, shared: Path | None = None) -> Iterator[tuple[Path, bool]]:
     """Yields the directory that engines load, and whether to use random weights since it has none.
 
-    `model` is what the command line says and `name` what `find_config` makes of it. Raises CheckpointError.
+    `model` is what the command line says and `name` what `find_config` makes of it. A config without weights is copied
+    to a directory of its own, in `shared` if ranks on other hosts must find it. Raises CheckpointError.
     """
     from cluster.planning.official import official_configs
     from qwen3_dist.weights.source import local_path, resolve_model
@@ -23,7 +24,7 @@ def runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
     if name == "bundled" or (path.is_dir() and any(path.glob("*.safetensors"))):
         yield resolve_model("" if name == "bundled" else model), False
         return
-    with tempfile.TemporaryDirectory(prefix="qwen3_dist-") as folder:
+    with tempfile.TemporaryDirectory(prefix="qwen3_dist-", dir=shared) as folder:
         target = Path(folder) / "config.json"
         if path.is_dir():
             shutil.copy(path / "config.json", target)
@@ -34,4 +35,4 @@ def runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
         else:
             yield resolve_model(model), False
             return
-        yield Path(folder), True
+        yield Path(folder).absolute(), True
