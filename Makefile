@@ -68,7 +68,7 @@ check: $(READY)  ## format, lint, types, spelling, documentation, import directi
 # time is enough for two cores. Kernels, ranks and the server without Ray are the second, in two runs because some files
 # of two folders have the same name; `check` and all other tests the third. `tests/test_lanes.py` fails if a file runs
 # never or twice, or starts Ray in another lane than the first.
-RAY_TESTS := $(addprefix tests/cluster/test_,nodes.py ray_cluster.py) \
+RAY_TESTS := $(addprefix tests/cluster/test_,nodes.py ray_cluster.py two_nodes.py) \
 	$(addprefix tests/qwen3_dist/test_,executors.py cards_ray.py ray_ranks.py two_hosts.py)
 SERVICE_TESTS := $(sort $(wildcard tests/serve_app/test_serve_*.py) \
 	$(addprefix tests/serve_app/test_,cli.py bench_serve.py recorded_clients.py prometheus.py))

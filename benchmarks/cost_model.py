@@ -19,13 +19,13 @@ from benchmarks.compare.checkpoints import SHAPES
 from benchmarks.record import run_info, write
 from cluster.calibration.calibrate import calibrate
 from cluster.hardware import Cluster, as_dict, read_cluster
-from cluster.planning.burst_point import BurstPoint
-from cluster.sweep.report import Row, make_rows, order_agreement
-from cluster.sweep.run import SweepFolder, SweepWorkload, run_sweep
+from cluster.sweep.report import order_agreement
+from cluster.sweep.rows import Row, make_rows
+from cluster.sweep.run import SweepFolder, SweepPoint, SweepWorkload, run_sweep
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
-POINTS = (BurstPoint(1, 32, 16), BurstPoint(8, 32, 16), BurstPoint(16, 64, 12), BurstPoint(1, 512, 4))
+POINTS = (SweepPoint(1, 32, 16), SweepPoint(8, 32, 16), SweepPoint(16, 64, 12), SweepPoint(1, 512, 4))
 LAYOUTS = {
     "dense": ("tp=1", "tp=2", "dp=2", "pp=2"),
     "moe": ("tp=1", "tp=2", "tp=2,ep=2", "dp=2,ep=2", "pp=2"),

@@ -21,6 +21,7 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.machine import hardware, versions
 
 Report = Callable[[str], None]
+Points = dict[str, list[tuple[int, float]]]
 _EXPERT_TOKENS = (32, 128, 512)
 _CPU_UTILIZATION = 0.8  # of the host's memory, of which the engine takes a share of the free part
 _MAX_SHARE_OF_OTHERS = 0.05  # of the cores' time, beyond which the figures are unreliable
@@ -48,9 +49,14 @@ class Calibration:
 
 
 def calibrate(
-    device: str, report: Report, sizes: probes.Sizes | None = None, rows: tuple[int, ...] = probes.ROWS
+    device: str,
+    report: Report,
+    sizes: probes.Sizes | None = None,
+    rows: tuple[int, ...] = probes.ROWS,
+    ray_address: str | None = None,
 ) -> Calibration:
-    """Measures `device` ("cpu" or "cuda") in a minute or two, on an otherwise idle machine.
+    """Measures `device` ("cpu" or "cuda") in a minute or two, on an otherwise idle machine. With `ray_address`, also
+    the link between two nodes of that Ray cluster, which have such devices too. Raises ResourceError.
 
     On CPU, `about` has the share of the cores that other programs took, and `report` gets a warning if it is too
     large.
@@ -61,6 +67,7 @@ def calibrate(
     torch.manual_seed(0)
     sizes = sizes or probes.Sizes.for_device(where)
     measured: dict[str, Any] = {}
+    between = _measure_between(device, ray_address, report) if ray_address is not None else None
     usage = _CpuUsage()
     profile = _measure_device(where, sizes, rows, measured, report)
     inside = _measure_links(device, ranks, measured, report, profile.name)
@@ -74,6 +81,9 @@ def calibrate(
         shared_host=device == "cpu",
     )
     cluster = _measure_overheads(cluster, device, measured, report)
+    if between is not None:
+        measured["collective_seconds_between_nodes"] = between[0]
+        cluster = _with_nodes(cluster, device, *between, report)
     machine = f"{profile.name}, torch {versions()['torch']}, commit {versions()['commit']}"
     others = usage.share_of_others()
     if device == "cpu" and others > _MAX_SHARE_OF_OTHERS:
@@ -145,9 +155,24 @@ def _measure_links(device: str, ranks: int, measured: dict[str, Any], report: Re
     report("collectives of 2 ranks")
     points = collective_probe.measure(2, device)
     measured["collective_seconds"] = points
-    shares = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0}
-    links = {kind: collective_probe.fit(points[kind], share) for kind, share in shares.items()}
-    return Link(links["all_gather"].latency_s, links["all_gather"].bytes_per_s, **links)  # type: ignore[arg-type]
+    return collective_probe.link(points)
+
+
+def _measure_between(device: str, address: str, report: Report) -> tuple[Points, list[int]]:
+    from cluster.calibration.between_nodes import cluster_links
+
+    return cluster_links(device, address, report)
+
+
+def _with_nodes(cluster: Cluster, device: str, points: Points, counts: list[int], report: Report) -> Cluster:
+    """`cluster` with the link between nodes that `points` were measured on and, on GPUs, with all nodes, which have so
+    many each. A cluster of CPUs stays one host, as its ranks' devices are."""
+    cluster = replace(cluster, between=collective_probe.link(points))
+    if device == "cpu":
+        return cluster
+    if len(set(counts)) > 1:
+        report(f"nodes have {min(counts)} to {max(counts)} GPUs; {min(counts)} of each are counted")
+    return replace(cluster, num_devices=len(counts) * min(counts), devices_per_node=min(counts))
 
 
 def _measure_overheads(cluster: Cluster, device: str, measured: dict[str, Any], report: Report) -> Cluster:

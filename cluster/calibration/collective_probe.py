@@ -16,6 +16,7 @@ from cluster.hardware import Link
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.layout import Layout
 from qwen3_dist.parallel.context import ParallelContext
+from qwen3_dist.worker import cards
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 BYTES = (2 << 10, 16 << 10, 128 << 10, 1 << 20, 4 << 20)
@@ -74,15 +75,33 @@ def fit(points: list[tuple[int, float]], share: float) -> Link:
     return Link(max(0.0, mean_y - slope * mean_x), share / slope)
 
 
-def _run_rank(port: int, world: int, device_type: str, rank: int) -> None:
+def link(points: dict[str, list[tuple[int, float]]]) -> Link:
+    """The link of two ranks, with fits for each kind of collective, from what `measure` returns."""
+    shares = {"all_reduce": 1.0, "all_gather": 0.5, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0}
+    links = {kind: fit(points[kind], share) for kind, share in shares.items()}
+    return Link(links["all_gather"].latency_s, links["all_gather"].bytes_per_s, **links)  # type: ignore[arg-type]
+
+
+def measure_rank(
+    store: dist.Store, world: int, device_type: str, rank: int, card: int, shared_memory: bool = True
+) -> dict[str, list[tuple[int, float]]]:
+    """What `measure` returns, on one of the ranks, which meet at `store`. `card` is this rank's GPU.
+
+    CPU ranks use the network without `shared_memory`. Raises ResourceError if the GPU cannot be used.
+    """
     torch.set_num_threads(1)
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    parallel = ParallelContext.connect(Layout(tp=world), rank, store, device, timeout_s=_TIMEOUT_S)
+    device = cards.set_card(card)[0] if device_type == "cuda" else torch.device("cpu")
+    parallel = ParallelContext.connect(
+        Layout(tp=world), rank, store, device, timeout_s=_TIMEOUT_S, shared_memory=shared_memory
+    )
     measured = {kind: [(size, _time(parallel, kind, size, device)) for size in BYTES] for kind in COLLECTIVES}
     parallel.close()
+    return measured
+
+
+def _run_rank(port: int, world: int, device_type: str, rank: int) -> None:
+    store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
+    measured = measure_rank(store, world, device_type, rank, card=rank)
     if rank == 0:
         print(json.dumps(measured))
 

@@ -5,9 +5,10 @@ Times are the lower quartile of some repeats, since other programs can only make
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +88,8 @@ def row_seconds(device: torch.device, sizes: Sizes, rows: tuple[int, ...] = ROWS
 def expert_seconds(device: torch.device, sizes: Sizes, tokens: int) -> float:
     """Seconds of one layer of experts for `tokens` tokens with random routing."""
     ops = choose_ops(device, torch.bfloat16)
-    with device:
-        experts = Experts(_EXPERTS, ExpertShape.of_columns(sizes.inner, sizes.expert_columns), ops).to(
-            torch.bfloat16
-        )
+    with device, _default_dtype(torch.bfloat16):
+        experts = Experts(_EXPERTS, ExpertShape.of_columns(sizes.inner, sizes.expert_columns), ops)
     experts.requires_grad_(False)
     for stack in (experts.fc1, experts.fc2, experts.fc3):
         stack.normal_(0, 0.02)
@@ -153,6 +152,17 @@ def attention_costs(context: int, queries: int) -> tuple[float, float]:
 
 def _random_bf16(rows: int, columns: int, device: torch.device) -> Tensor:
     return (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """A context in which modules are built of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Predicts a benchmark run in which all prompts arrive at once, by walking through its steps.
+"""Predicts a benchmark run whose prompts arrive at once or at given times, by walking through its steps.
 
 A step takes decodes first, then prompts in order, as the engine's scheduler does while the KV cache has room. Under pp
 up to pp steps are in flight, each with its share of the decodes.
@@ -8,43 +8,58 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.planning.burst_point import BurstPoint
 from cluster.planning.cost_model import CostModel, StepShape
+from qwen3_dist.percentiles import percentile
 
 
 @dataclass(frozen=True)
 class BurstFigures:
-    """Median TTFT and ITL, and output throughput of the whole run. itl_ms is None if each prompt gets one token."""
+    """Median TTFT and ITL, the 90th percentile of TTFT, and output throughput of the whole run. itl_ms is None if each
+    prompt gets one token."""
 
     ttft_ms: float
     itl_ms: float | None
     output_tokens_per_s: float
+    ttft_p90_ms: float
 
 
 @dataclass
 class _Running:
-    """A sequence: prompt tokens left to prefill, tokens computed, and the times of its output tokens."""
+    """A sequence: prompt tokens left to prefill, its arrival, tokens computed, and the times of its output tokens."""
 
     prompt_left: int
+    arrival_s: float = 0.0
     context: int = 0
     times: tuple[float, ...] = ()
     in_flight: bool = False
 
 
 def predict_burst(
-    model: CostModel, point: BurstPoint, max_num_batched_tokens: int, max_num_seqs: int
+    model: CostModel,
+    point: BurstPoint,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    arrivals_s: Sequence[float] = (),
 ) -> BurstFigures:
-    """Simulates the dp group with the most prompts."""
-    waiting = [_Running(point.input_len) for _ in range(-(-point.num_prompts // model.layout.dp))]
+    """Simulates the dp group with the most prompts.
+
+    `arrivals_s` are the ordered times of all prompts, which groups take in turn; without them all arrive at once.
+    """
+    times = arrivals_s or [0.0] * point.num_prompts
+    waiting = [_Running(point.input_len, arrival) for arrival in times[:: model.layout.dp]]
     running: list[_Running] = []
     done: list[_Running] = []
     # Steps in flight: end time, sequences in the step, sequences that get a token from it.
     in_flight_steps: deque[tuple[float, list[_Running], list[_Running]]] = deque()
     now = first_stage_free = 0.0
     while waiting or running:
-        while waiting and len(running) < max_num_seqs:
+        if waiting and not running:
+            now = max(now, waiting[0].arrival_s)
+        while waiting and len(running) < max_num_seqs and waiting[0].arrival_s <= now:
             running.append(waiting.pop(0))
         free = [each for each in running if not each.in_flight]
         if free and len(in_flight_steps) < model.layout.pp:
@@ -64,10 +79,12 @@ def predict_burst(
         done += [each for each in advanced if len(each.times) == point.output_len]
         running = [each for each in running if len(each.times) < point.output_len]
     gaps = [b - a for each in done for a, b in zip(each.times, each.times[1:], strict=False)]
+    firsts = sorted(each.times[0] - each.arrival_s for each in done)
     return BurstFigures(
-        1e3 * statistics.median(each.times[0] for each in done),
+        1e3 * statistics.median(firsts),
         1e3 * statistics.median(gaps) if gaps else None,
         point.num_prompts * point.output_len / now,
+        1e3 * percentile(firsts, 90),
     )
 
 

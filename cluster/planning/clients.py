@@ -9,12 +9,12 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from math import ceil
 from statistics import fmean
 
-from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.cost_model import CostModel, StepLine, StepShape
 from cluster.planning.walk import Request, Served, StepRules, Walk
 
 REQUESTS_EACH = 10  # of a client in a closed loop, as benchmark clients send
@@ -125,21 +125,16 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
 
 
 def step_seconds(model: CostModel, drafted: int = 0) -> Callable[[StepShape], float]:
-    """`model.step_seconds` with a memory, of steps that compute `drafted` tokens more for each decode.
-
-    Without pipeline stages, a step's time is a constant of its numbers of tokens, plus a time for each token of the
-    decodes' context and for each query-key pair of its prompts.
-    """
-    if model.layout.pp > 1:
-        return lambda shape: model.step_seconds(replace(shape, num_decodes=(1 + drafted) * shape.num_decodes))
-    constants: dict[tuple[int, int, int], float] = {}
-    per_context_s, per_pair_s = model.attention_seconds()
+    """`model.step_seconds` with a memory, of steps that compute `drafted` tokens more for each decode."""
+    remembered: dict[tuple[int, int, int], list[StepLine]] = {}
 
     def seconds(shape: StepShape) -> float:
         key = (1 + drafted) * shape.num_decodes, shape.prefill_tokens, shape.num_samples
-        if key not in constants:
-            constants[key] = model.step_seconds(StepShape(key[0], 0, key[1], 0, key[2]))
-        return constants[key] + per_context_s * shape.decode_context_tokens + per_pair_s * shape.prefill_pairs
+        lines = remembered.get(key)
+        if lines is None:
+            lines = remembered[key] = model.step_lines(*key)
+        context, pairs = shape.decode_context_tokens, shape.prefill_pairs
+        return max([constant + context * a + pairs * b for constant, a, b in lines])
 
     return seconds
 

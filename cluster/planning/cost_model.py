@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, sqrt
 from statistics import NormalDist
+from typing import NamedTuple
 
 from cluster.hardware import FITTED, Cluster, WeightRates
 from cluster.planning.collectives import groups_of
@@ -37,6 +38,14 @@ class StepShape:
     prefill_tokens: int
     prefill_pairs: int
     num_samples: int
+
+
+class StepLine(NamedTuple):
+    """Seconds of a step that grow with the decodes' context and the query-key pairs of prompts."""
+
+    constant_s: float
+    per_context_s: float
+    per_pair_s: float
 
 
 class CostModel:
@@ -110,17 +119,22 @@ class CostModel:
         takes the longer of one micro-batch through all stages, and all micro-batches through the slowest stage.
         """
         micro = self._micro_batches(shape)
-        through, slowest = self._pass(shape, micro)
-        return max(through, micro * slowest)
+        through, stages = self._pass(shape, micro)
+        return max(through, *(micro * seconds for _, seconds in stages))
 
     def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
         """Seconds of `shape` as one micro-batch: through all stages, and until the next micro-batch can start."""
-        return self._pass(shape, 1)
+        through, stages = self._pass(shape, 1)
+        return through, max(seconds for _, seconds in stages)
 
-    def attention_seconds(self) -> tuple[float, float]:
-        """Seconds of a step for each token of the decodes' context, and for each query-key pair of its prompts."""
-        of_context, of_pairs = self._attention_per_layer
-        return self._layers * of_context, self._layers * of_pairs
+    def step_lines(self, num_decodes: int, prefill_tokens: int, num_samples: int) -> list[StepLine]:
+        """Lines of which the highest is `step_seconds` of a step with these numbers of tokens."""
+        shape = StepShape(num_decodes, 0, prefill_tokens, 0, num_samples)
+        micro = self._micro_batches(shape)
+        through, stages = self._pass(shape, micro)
+        of_context, of_pair = self._attention_per_layer
+        passes = [(self._layers / micro, through), *((layers, micro * seconds) for layers, seconds in stages)]
+        return [StepLine(seconds, layers * of_context, layers * of_pair) for layers, seconds in passes]
 
     def step_parts(self, shape: StepShape) -> dict[str, float]:
         """`step_seconds` by operation. `pipeline` is the time that micro-batches wait for each other."""
@@ -190,9 +204,9 @@ class CostModel:
             seconds += self._dp.all_gather(0.0)  # dp groups synchronise on the step
         return seconds
 
-    def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
-        """Seconds of one micro-batch through all stages, and through the slower of the slowest stage and the
-        engine."""
+    def _pass(self, shape: StepShape, micro: int) -> tuple[float, list[tuple[int, float]]]:
+        """Seconds of one micro-batch through all stages; layers and seconds of each stage that differs from others,
+        and of the engine, which has no layers."""
         *layers, ends = self._layer_parts(shape, micro)
         attention, dense, experts = (sum(part.values()) for part in layers)
         embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
@@ -200,16 +214,13 @@ class CostModel:
         total = self._layers * attention + self._dense_layers * dense + self._moe_layers * experts
         total += embedding + head + (self.layout.pp - 1) * send + overhead
         if self.layout.pp == 1:
-            return total, total
-        slowest = max(
-            stage.layers * attention
-            + stage.dense_layers * dense
-            + stage.moe_layers * experts
-            + (embedding if stage.first else 0.0)
-            + (head if stage.last else send)
-            for stage in self._distinct_stages
-        )
-        return total, max(slowest, overhead)
+            return total, [(self._layers, total)]
+        stages = [(0, overhead)]
+        for stage in self._distinct_stages:
+            seconds = stage.layers * attention + stage.dense_layers * dense + stage.moe_layers * experts
+            seconds += (embedding if stage.first else 0.0) + (head if stage.last else send)
+            stages.append((stage.layers, seconds))
+        return total, stages
 
     def _runs_on(self, stage: Stage, name: str) -> bool:
         """Whether `stage` runs the operation `name`: embedding, stage send or head."""

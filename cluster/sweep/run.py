@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,21 +14,57 @@ from typing import Any
 
 from cluster.planning.burst_point import BurstPoint
 from cluster.yaml_file import read_yaml
+from qwen3_dist.arrival_times import arrival_times
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.settings import EngineConfig
 
 _MAX_ERROR_LENGTH = 300  # characters of the last line on stderr that are kept
+ENGINE_CHILD = "cluster.sweep.child"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where layouts run: as engines in a child process, or over HTTP as services; on this machine, or in the Ray
+    cluster at `ray_address`. `child` is the module that runs one layout."""
+
+    ray_address: str | None = None
+    http: bool = False
+    child: str = ENGINE_CHILD
+
+    def __str__(self) -> str:
+        return (
+            f"{'services' if self.http else 'engines'} {'in a Ray cluster' if self.ray_address else 'here'}"
+        )
+
+
+@dataclass(frozen=True)
+class SweepPoint(BurstPoint):
+    """Prompts that arrive at once, or at `rate` a second with the gaps of a Poisson process (an open loop)."""
+
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rate is not None and self.rate <= 0:
+            raise ConfigError(f"rate must be positive, not {self.rate:g}")
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" at {self.rate:g}/s" if self.rate else "")
+
+    def arrivals_s(self, seed: int) -> list[float]:
+        """Seconds after the start at which the prompts of a repeat with this seed arrive."""
+        return arrival_times(self.num_prompts, self.rate or math.inf, 1.0, seed)
 
 
 @dataclass(frozen=True)
 class SweepWorkload:
-    """The workload that every layout runs. Each point runs `repeats` times, and the fastest run counts.
+    """The workload that every layout runs. Each point runs `repeats` times, and the median counts.
 
     timeout_s: time limit of one layout for loading and all points.
     """
 
-    points: tuple[BurstPoint, ...]
+    points: tuple[SweepPoint, ...]
     repeats: int = 1
     device: str = "auto"
     dtype: str = "auto"
@@ -43,19 +80,25 @@ class SweepWorkload:
             raise ConfigError(f"timeout_s must be positive, not {self.timeout_s:g}")
         self.engine_config("", random_weights=False, layout=Layout())
 
-    def engine_config(self, model: str, random_weights: bool, layout: Layout) -> EngineConfig:
-        """The engine settings for one layout. Raises ConfigError."""
+    def engine_config(
+        self, model: str, random_weights: bool, layout: Layout, on_ray: bool = False
+    ) -> EngineConfig:
+        """The engine settings for one layout; `on_ray`, its ranks are actors. Raises ConfigError."""
+        here = "in_process" if layout.world == 1 else "processes"
         return EngineConfig(
             model=model,
             load_format="random" if random_weights else "checkpoint",
             layout=layout,
             device=self.device,
             dtype=self.dtype,
-            executor="in_process" if layout.world == 1 else "processes",
+            executor="ray" if on_ray else here,
             max_model_len=max(point.input_len + point.output_len for point in self.points),
             max_num_batched_tokens=self.max_num_batched_tokens,
             prefix_caching=False,
         )
+
+
+HERE = Place()
 
 
 def read_workload(path: str | Path) -> SweepWorkload:
@@ -64,12 +107,13 @@ def read_workload(path: str | Path) -> SweepWorkload:
 
 
 class SweepFolder:
-    """The directory of a sweep: `sweep.json` has the model and workload, `layouts/` a result for each layout."""
+    """The directory of a sweep: `sweep.json` has the model, workload and place, `layouts/` a result for each layout
+    with the figures of every repeat."""
 
-    def __init__(self, path: Path, model: str, workload: SweepWorkload) -> None:
-        """Creates the directory, or opens an existing sweep. Raises ConfigError if its model or workload differs."""
+    def __init__(self, path: Path, model: str, workload: SweepWorkload, place: Place = HERE) -> None:
+        """Creates the directory, or opens an existing sweep. Raises ConfigError if what `sweep.json` has differs."""
         self.path = path
-        about = {"model": model, "workload": json.loads(json.dumps(asdict(workload)))}
+        about = {"model": model, "workload": json.loads(json.dumps(asdict(workload))), "place": str(place)}
         file = path / "sweep.json"
         try:
             (path / "layouts").mkdir(parents=True, exist_ok=True)
@@ -109,6 +153,7 @@ def run_sweep(
     workload: SweepWorkload,
     report: Callable[[str], None],
     retry_failed: bool = False,
+    place: Place = HERE,
 ) -> Iterator[tuple[Layout, dict[str, Any]]]:
     """Yields each layout with its result, stored or new. A layout that fails has a result with `error`."""
     for number, layout in enumerate(layouts, 1):
@@ -119,7 +164,7 @@ def run_sweep(
             yield layout, known
             continue
         report(f"{progress}: running")
-        result = _run_child(layout, model_path, random_weights, workload)
+        result = _run_child(layout, model_path, random_weights, workload, place)
         folder.keep(layout, result)
         if "error" in result:
             report(f"{progress}: failed: {result['error']}")
@@ -127,12 +172,17 @@ def run_sweep(
 
 
 def _run_child(
-    layout: Layout, model_path: Path, random_weights: bool, workload: SweepWorkload
+    layout: Layout, model_path: Path, random_weights: bool, workload: SweepWorkload, place: Place
 ) -> dict[str, Any]:
     """Runs one layout in a child process, so that it leaves nothing behind and a crash does not end the sweep."""
-    job = {"layout": str(layout), "model": str(model_path), "random_weights": random_weights}
+    job = {
+        "layout": str(layout),
+        "model": str(model_path),
+        "random_weights": random_weights,
+        "ray_address": place.ray_address,
+    }
     child = subprocess.Popen(
-        [sys.executable, "-m", "cluster.sweep.child"],
+        [sys.executable, "-m", place.child],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -82,3 +82,11 @@ class RankPaces:
             )
             self._before = told
         return self._pace
+
+    def start_profile(self, apart: bool) -> None:
+        """Times the operations of the steps from now on, see `worker/step_profile.py`."""
+        self._executor.call("start_profile", apart)
+
+    def end_profile(self) -> list[tuple[int, dict[str, float]]]:
+        """The steps of each rank since `start_profile`, and their seconds by operation."""
+        return self._executor.call("end_profile")

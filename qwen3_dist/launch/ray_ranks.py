@@ -160,10 +160,10 @@ class RankActor:
     """The actor of one rank; `run` returns when the rank has ended."""
 
     def run(self, main: Callable[[RankSpec], None], spec: RankSpec) -> None:
-        main(replace(spec, card=_given_card()) if spec.device == "cuda" else spec)
+        main(replace(spec, card=given_card()) if spec.device == "cuda" else spec)
 
 
-def _given_card() -> int:
+def given_card() -> int:
     """The index of the GPU that Ray gave this actor, among those that the process sees.
 
     That is 0 where Ray hides the others. It may be told not to (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES).

@@ -71,7 +71,7 @@ def join(spec: RankSpec, channel: Channel) -> Joined | Rejoin:
         )
     if store is None:
         store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
-    _use_interface_of(host)
+    use_interface_of(host)
     os.environ.setdefault(*_NO_NCCL_WATCHDOG)
     parallel = _connect(config, spec.rank, store, device, start.over_host)
     if card is None:
@@ -108,7 +108,7 @@ def _connect(
     )
 
 
-def _use_interface_of(host: str) -> None:
+def use_interface_of(host: str) -> None:
     """Makes gloo listen on the interface with the address `host`, which other hosts can reach. By default gloo uses
     the address of the hostname, which may be a loopback address.
 

@@ -37,11 +37,12 @@ from qwen3_dist.worker.sampling.prompt_outputs import PromptOutputs
 from qwen3_dist.worker.sampling.sampler import SampledLogprobs
 from qwen3_dist.worker.sampling.sampler_state import Sampled, SamplingState
 from qwen3_dist.worker.sleep import SleepingMemory
+from qwen3_dist.worker.step_profile import ProfiledSteps
 from qwen3_dist.worker.warm_up import StepShapes, explained_failures, warm_up_experts
 from qwen3_dist.worker.weight_change import WeightChange
 
 
-class ModelRunner:
+class ModelRunner(ProfiledSteps):
     """One rank's model with its KV cache and the state of running sequences, by slot."""
 
     def __init__(self, model: Qwen3Model, num_blocks: int, config: EngineConfig, path: Path) -> None:
@@ -164,8 +165,7 @@ class ModelRunner:
             self._grammars_for(eos_token_ids).prepare()
 
     def build_grammar(self, grammar: str, eos_token_ids: tuple[int, ...]) -> str | None:
-        """Builds a grammar in a thread. Returns None until it is built, then "" or the reason why it cannot be
-        used."""
+        """Builds a grammar in a thread. None until it is built, then "" or the reason why it cannot be used."""
         return self._grammars_for(eos_token_ids).problem(grammar) if self._samples else ""
 
     @torch.inference_mode()

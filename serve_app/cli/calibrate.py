@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what to measure; auto: the GPUs if there are any, else the CPU",
     )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Ray cluster of such machines, of which two are measured for the link between nodes; auto is the one "
+        "that runs here",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -32,7 +38,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.hardware import as_dict
     from qwen3_dist.worker.cards import local_device
 
-    found = calibrate(local_device(args.device), _report)
+    found = calibrate(local_device(args.device), _report, ray_address=args.ray_address)
     if args.out:
         found.write(args.out)
         _report(f"written to {args.out}")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
+from serve_app.cli.options import positive
+from serve_app.cli.runnable import runnable
 
 if TYPE_CHECKING:
     from qwen3_dist.config import ModelConfig
 
-HELP = "benchmark layouts on this machine and write tables, charts and prediction errors"
+HELP = "benchmark layouts and write tables, charts and prediction errors"
+_SERVICE_CHILD = "serve_app.load_client.sweep_child"
 
 INTERRUPTED = 130
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layouts",
         required=True,
         metavar="all|L1;L2",
-        help="layouts separated by ; or all that fit this machine",
+        help="layouts separated by ; or all that fit this machine or Ray cluster",
     )
     parser.add_argument(
         "--workload", required=True, metavar="W.yaml", help="YAML file with the points that each layout runs"
@@ -50,23 +50,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cluster file of calibrate, to compare each result with its prediction",
     )
     parser.add_argument("--retry-failed", action="store_true", help="run layouts again that failed before")
+    parser.add_argument(
+        "--repeats",
+        type=positive,
+        metavar="N",
+        help="runs of each point, of which the median counts (default: repeats of the workload)",
+    )
+    parser.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Ray cluster whose nodes run the ranks, as serve's do; auto is the one that runs here",
+    )
+    parser.add_argument(
+        "--http",
+        action="store_true",
+        help="run each layout as a service and send the prompts as bench serve does; needs a checkpoint",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.hardware import read_cluster
     from cluster.planning.official import find_config
-    from cluster.sweep.report import make_rows, summary, write_report
-    from cluster.sweep.run import SweepFolder, read_workload, run_sweep
+    from cluster.sweep.report import summary, write_report
+    from cluster.sweep.rows import make_rows
+    from cluster.sweep.run import ENGINE_CHILD, Place, SweepFolder, read_workload, run_sweep
 
     workload = read_workload(args.workload)
+    if args.repeats:
+        workload = dataclasses.replace(workload, repeats=args.repeats)
+    place = Place(args.ray_address, args.http, _SERVICE_CHILD if args.http else ENGINE_CHILD)
     cluster = read_cluster(args.hardware) if args.hardware else None
     name, config = find_config(args.model)
-    layouts = _layouts(args.layouts, config, workload.device)
-    folder = SweepFolder(args.out, name, workload)
+    layouts = _layouts(args.layouts, config, workload.device, args.ray_address)
+    folder = SweepFolder(args.out, name, workload, place)
     results = []
     try:
-        with _runnable(args.model, name) as (path, random_weights):
-            ran = run_sweep(folder, layouts, path, random_weights, workload, _report, args.retry_failed)
+        with runnable(args.model, name, args.out if place.ray_address else None) as (path, random_weights):
+            if args.http and random_weights:
+                raise ConfigError(
+                    "--http needs a checkpoint with a tokenizer, and this model would have random weights"
+                )
+            ran = run_sweep(
+                folder, layouts, path, random_weights, workload, _report, args.retry_failed, place
+            )
             for layout, result in ran:
                 results.append((layout, result))
                 if args.json:
@@ -85,7 +111,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
+def _layouts(text: str, config: ModelConfig, device: str, ray_address: str | None) -> list[Layout]:
     if text != "all":
         layouts = [Layout.parse(part) for part in text.split(";") if part.strip()]
         if not layouts:
@@ -93,39 +119,30 @@ def _layouts(text: str, config: ModelConfig, device: str) -> list[Layout]:
         for layout in layouts:
             layout.validate(config)
         return list(dict.fromkeys(layouts))
-    from qwen3_dist.machine import cores
-    from qwen3_dist.worker.cards import local_device
-
-    devices = cores()
-    if local_device(device) == "cuda":
-        import torch
-
-        devices = torch.cuda.device_count()
+    devices = _devices_here(device) if ray_address is None else _devices_of_cluster(device, ray_address)
     return [layout for world in divisors(devices) for layout in valid_layouts(config, world)]
 
 
-@contextlib.contextmanager
-def _runnable(model: str, name: str) -> Iterator[tuple[Path, bool]]:
-    """Yields the directory that engines load, and whether to use random weights since it has none."""
-    from cluster.planning.official import official_configs
-    from qwen3_dist.weights.source import local_path, resolve_model
+def _devices_here(device: str) -> int:
+    from qwen3_dist.machine import cores
+    from qwen3_dist.worker.cards import local_device
 
-    path = local_path(model)
-    if name == "bundled" or (path.is_dir() and any(path.glob("*.safetensors"))):
-        yield resolve_model("" if name == "bundled" else model), False
-        return
-    with tempfile.TemporaryDirectory(prefix="qwen3_dist-") as folder:
-        target = Path(folder) / "config.json"
-        if path.is_dir():
-            shutil.copy(path / "config.json", target)
-        elif path.is_file():
-            shutil.copy(path, target)
-        elif name in official_configs():
-            target.write_text(json.dumps(official_configs()[name]))
-        else:
-            yield resolve_model(model), False
-            return
-        yield Path(folder), True
+    if local_device(device) == "cpu":
+        return cores()
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _devices_of_cluster(device: str, ray_address: str) -> int:
+    """GPUs of the Ray cluster; its CPUs if it has none. Raises ResourceError."""
+    from cluster.ray_cluster import joined
+    from qwen3_dist.launch.ray_ranks import cluster_resources
+
+    with joined(ray_address):
+        resources = cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if device != "cpu" else 0
+    return gpus or max(1, int(resources.get("CPU", 0)))
 
 
 def _report(line: str) -> None:

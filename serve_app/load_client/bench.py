@@ -12,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwen3_dist.arrival_times import arrival_times
 from qwen3_dist.errors import ConfigError
 from serve_app.load_client import datasets
-from serve_app.load_client.arrivals import arrival_times
 from serve_app.load_client.client import CHAT, COMPLETIONS, Outcome, Service, ServiceTokens
 from serve_app.load_client.datasets import Sample, Shape
 from serve_app.load_client.prompts import FileTokens, PromptMaker

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.calibration import collective_probe, probes, step_probe
-from cluster.calibration.calibrate import calibrate
+from cluster.calibration import between_nodes, collective_probe, probes, step_probe
+from cluster.calibration.calibrate import _with_nodes, calibrate
+from cluster.calibration.collective_probe import COLLECTIVES
 from cluster.calibration.step_probe import LAYERS, fit_ranks, with_overheads
 from cluster.hardware import Cluster, Link, read_cluster
 from cluster.planning.cost_model import CostModel, StepShape
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.layout import Layout
+from qwen3_dist.worker import cards
 from serve_app.cli import main
 from tests.cluster.machines import DENSE, cluster
+from tests.ranks import ROOT
+from tests.stand_in_cards import rank_on_stand_in, take_stand_in
 
 SMALL = probes.Sizes(inner=64, outputs=128, matrices=2, read_bytes=1 << 22, expert_columns=32, repeats=2)
 
@@ -102,9 +111,74 @@ def test_a_real_calibration_measures_collectives_between_real_ranks_and_writes_a
     assert said[0] == "memory bandwidth" and 0 <= found.about["cpu_share_of_others"] <= 1
 
 
+def test_the_branch_for_gpus_runs_on_a_card_that_computes_nothing(tmp_path: Path) -> None:
+    """Its kernels are compiled for the card, and every time is taken between two waits for it."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.fake_calibration"]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    (tmp_path / "hardware.yaml").write_text(json.dumps(found["cluster"]))
+    read = read_cluster(tmp_path / "hardware.yaml")
+    assert (read.device_kind, read.num_devices, read.devices_per_node) == ("cuda", 2, 2)
+    assert (read.device.name, read.device.memory_bytes, read.device.memory_utilization) == (
+        "a card of sm_90",
+        80 * 10**9,
+        0.9,
+    )
+    assert [rows for rows, _ in read.device.row_rates] == [1, 16, 64]
+    assert read.inside.latency_s == 5e-6 and read.inside.bytes_per_s == 2e11  # of what stands for NCCL
+    assert {"_attend", "_grouped"} < set(found["kernels"])
+    runs = 3 * (1 + 3 + 2 + 3)  # with the warm-up: of reading, rows, attention, experts
+    assert found["synchronized"] == 2 * runs
+    assert "read_bytes_per_s_one_core" not in found["measured"]
+
+
+def test_small_models_run_on_cards(nursery: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process and in ranks, which compute on the CPU and report a card."""
+    monkeypatch.setattr(Launcher, "main", staticmethod(rank_on_stand_in))
+    monkeypatch.setattr(cards, "set_card", take_stand_in)
+    fakes = {"is_available": True, "device_count": 2, "current_device": 0, "empty_cache": None}
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(step_probe, "_OUTPUT", 4)
+    monkeypatch.setattr(step_probe, "BATCHES", (1, 2))
+    for layout in (Layout(), Layout(tp=2)):
+        steps = step_probe.decode_steps(layout, "cuda")
+        assert [(layers, batch) for layers, batch, _ in steps] == [(2, 1), (2, 2), (18, 1), (18, 2)]
+        assert all(seconds > 0 for _, _, seconds in steps)
+    assert step_probe.prompt_step("cuda") > 0
+
+
+def test_nodes_are_counted_with_their_gpus_and_a_host_stays_one() -> None:
+    points = {kind: [(size, 1e-4 + 0.5 * size / 1e9) for size in (2048, 1 << 20)] for kind in COLLECTIVES}
+    machine, said = cluster(num_devices=8, devices_per_node=8), list[str]()
+    several = _with_nodes(machine, "cuda", points, [8, 8, 4], said.append)
+    assert (several.num_devices, several.devices_per_node) == (12, 4)
+    assert several.between.latency_s == pytest.approx(1e-4) and several.inside == machine.inside
+    assert said == ["nodes have 4 to 8 GPUs; 4 of each are counted"]
+    host = cluster(num_devices=2, devices_per_node=2, shared_host=True)
+    found = _with_nodes(host, "cpu", points, [2, 2], said.append)
+    assert found.between.bytes_per_s == pytest.approx(1e9) and replace(found, between=host.between) == host
+
+
+def test_one_node_has_no_link_between_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(between_nodes, "per_node", {"CPU": [4], "GPU": [0, 0]}.__getitem__)
+    with pytest.raises(
+        ResourceError, match="needs two nodes with a CPU, and the Ray cluster has 1; start Ray"
+    ):
+        between_nodes.measure("cpu")
+    with pytest.raises(ResourceError, match="needs two nodes with a GPU, and the Ray cluster has 0"):
+        between_nodes.measure("cuda")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("--ray-address", "127.0.0.1:1"), "no Ray cluster answers at 127.0.0.1:1"),
         (("--out", "/no/such/hardware.yaml"), "there is no directory /no/such"),
         (("--device", "tpu"), "invalid choice: 'tpu'"),
         pytest.param(

@@ -100,7 +100,7 @@ def test_the_predicted_rate_is_sequences_over_the_time_each_takes() -> None:
     assert one.tokens_per_s == pytest.approx(1e3 / one.itl_ms, rel=1e-3)  # and the step of the prompt
 
 
-@pytest.mark.parametrize("gpus", ["1xB200", "8xH100", "64xH200", "1024xA100", "720xB200"])
+@pytest.mark.parametrize("gpus", ["1xB200", "8xH100", "64xH200", "256xA100", "72xB200"])
 def test_all_worlds_that_divide_the_cluster_are_planned(gpus: str) -> None:
     machine = parse_gpus(gpus)
     _, config = find_config("Qwen3-235B-A22B")

@@ -13,10 +13,10 @@ import yaml
 
 from cluster.hardware import Link, as_dict
 from cluster.planning.burst import predict_burst
-from cluster.planning.burst_point import BurstPoint
 from cluster.planning.cost_model import CostModel
-from cluster.sweep.report import Row, order_agreement, summary
-from cluster.sweep.run import SweepFolder, SweepWorkload, read_workload, run_sweep
+from cluster.sweep.report import order_agreement, summary
+from cluster.sweep.rows import Row
+from cluster.sweep.run import SweepFolder, SweepPoint, SweepWorkload, read_workload, run_sweep
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from serve_app.cli import main
@@ -87,7 +87,7 @@ def test_a_layout_that_fails_is_kept_with_its_reason_and_passed_over(
 
 
 def test_a_layout_that_hangs_is_ended(tmp_path: Path) -> None:
-    short = SweepWorkload((BurstPoint(1, 4, 1),), device="cpu", timeout_s=0.01)
+    short = SweepWorkload((SweepPoint(1, 4, 1),), device="cpu", timeout_s=0.01)
     folder = SweepFolder(tmp_path, "bundled", short)
     model = Path("/")
     ((layout, result),) = run_sweep(folder, [Layout()], model, True, short, lambda line: None)
@@ -96,7 +96,7 @@ def test_a_layout_that_hangs_is_ended(tmp_path: Path) -> None:
 
 
 def test_a_sweep_goes_on_with_what_is_missing(tmp_path: Path) -> None:
-    short = SweepWorkload((BurstPoint(1, 4, 1),), device="cpu", timeout_s=0.01)
+    short = SweepWorkload((SweepPoint(1, 4, 1),), device="cpu", timeout_s=0.01)
     folder = SweepFolder(tmp_path, "bundled", short)
     folder.keep(Layout(), {"points": ["done"]})
     folder.keep(Layout(tp=2), {"error": "failed"})
@@ -110,7 +110,7 @@ def test_a_sweep_goes_on_with_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_another_sweeps_directory_is_refused(tmp_path: Path) -> None:
-    one, other = (SweepWorkload((BurstPoint(n, 4, 1),)) for n in (1, 2))
+    one, other = (SweepWorkload((SweepPoint(n, 4, 1),)) for n in (1, 2))
     SweepFolder(tmp_path / "out", "bundled", one)
     SweepFolder(tmp_path / "out", "bundled", one)
     for model, workload, differing in (("Qwen3-8B", one, "model"), ("bundled", other, "workload")):
@@ -184,23 +184,23 @@ def test_bad_input_is_refused(
 
 def test_a_burst_is_walked_through_step_by_step() -> None:
     model = CostModel(DENSE, Layout(), cluster(step_overhead_s=1.0))  # a step is a second, and what it holds
-    found = predict_burst(model, BurstPoint(3, 10, 5), max_num_batched_tokens=16, max_num_seqs=8)
+    found = predict_burst(model, SweepPoint(3, 10, 5), max_num_batched_tokens=16, max_num_seqs=8)
     # 16 tokens: the first prompt and 6 of the second; a decode, 4 and 10: all have their first token at 2 s
     # but the first, at 1 s; then 3 decodes a step. The last ends at 6 s.
     assert found.ttft_ms == pytest.approx(2000, rel=0.01)
     assert found.itl_ms == pytest.approx(1000, rel=0.01)
     assert found.output_tokens_per_s == pytest.approx(15 / 6, rel=0.01)
-    few = predict_burst(model, BurstPoint(4, 10, 2), max_num_batched_tokens=64, max_num_seqs=2)
+    few = predict_burst(model, SweepPoint(4, 10, 2), max_num_batched_tokens=64, max_num_seqs=2)
     assert few.output_tokens_per_s == pytest.approx(8 / 4, rel=0.01)  # two after the other two
-    one = predict_burst(model, BurstPoint(1, 10, 1), 64, 8)
+    one = predict_burst(model, SweepPoint(1, 10, 1), 64, 8)
     assert one.itl_ms is None
 
 
 def test_pipeline_stages_work_on_a_burst_together() -> None:
     fast = cluster(inside=Link(0.0, 1e15), between=Link(0.0, 1e15))
     alone, deep = CostModel(DENSE, Layout(), fast), CostModel(DENSE, Layout(pp=2), fast)
-    one, two = (predict_burst(deep, BurstPoint(n, 16, 20), 64, 8) for n in (1, 2))
-    lone = predict_burst(alone, BurstPoint(1, 16, 20), 64, 8)
+    one, two = (predict_burst(deep, SweepPoint(n, 16, 20), 64, 8) for n in (1, 2))
+    lone = predict_burst(alone, SweepPoint(1, 16, 20), 64, 8)
     assert one.itl_ms == pytest.approx(lone.itl_ms)  # one sequence passes both stages in turn
     # Two prompts go as one step; then each stage has one of the two sequences, hence half the time between
     # them, or rather what the slower stage, which holds the head, takes.
@@ -211,7 +211,7 @@ def test_pipeline_stages_work_on_a_burst_together() -> None:
 def test_dp_groups_share_a_burst() -> None:
     alone = CostModel(DENSE, Layout(), PLAIN)
     shared = CostModel(DENSE, Layout(dp=2), PLAIN)
-    two, four = (BurstPoint(n, 16, 4) for n in (2, 4))
+    two, four = (SweepPoint(n, 16, 4) for n in (2, 4))
     assert predict_burst(shared, four, 64, 8).itl_ms == predict_burst(alone, two, 64, 8).itl_ms
 
 
@@ -230,6 +230,6 @@ def test_the_summary_counts_errors_and_order() -> None:
 def test_a_workload_is_written_as_it_is_read(workload: Path) -> None:
     points = asdict(read_workload(workload))["points"]
     assert points == (
-        {"num_prompts": 3, "input_len": 12, "output_len": 4},
-        {"num_prompts": 1, "input_len": 20, "output_len": 1},
+        {"num_prompts": 3, "input_len": 12, "output_len": 4, "rate": None},
+        {"num_prompts": 1, "input_len": 20, "output_len": 1, "rate": None},
     )

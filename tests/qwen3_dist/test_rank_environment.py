@@ -65,18 +65,18 @@ def test_gloo_listens_where_the_engine_reaches_the_rank_unless_the_user_says_oth
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that what is set here ends with this test
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    rendezvous._use_interface_of("127.0.0.1")
+    rendezvous.use_interface_of("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     names = ["lo", "eth7"]
     monkeypatch.setattr("socket.if_nameindex", lambda: list(enumerate(names)))
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
-    rendezvous._use_interface_of("127.0.0.1")
+    rendezvous.use_interface_of("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
     names.remove("eth7")
     with pytest.raises(
         ResourceError, match=r"GLOO_SOCKET_IFNAME names 'eth7' and the interfaces of .* are lo; "
     ):
-        rendezvous._use_interface_of("127.0.0.1")
+        rendezvous.use_interface_of("127.0.0.1")
 
 
 def test_the_group_of_a_replica_is_for_ranks_in_ray_alone() -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from qwen3_dist.arrival_times import arrival_times
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.weights.source import bundled_path
 from serve_app.load_client import datasets
-from serve_app.load_client.arrivals import arrival_times
 from serve_app.load_client.client import Outcome, read_stream
 from serve_app.load_client.datasets import Shape, random_shapes, read_trace, read_turns, sharegpt_shapes
 from serve_app.load_client.prompts import FileTokens, PromptMaker
