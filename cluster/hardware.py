@@ -185,8 +185,8 @@ class Cluster:
 FITTED: dict[str, Any] = json.loads(Path(__file__).with_name("fitted.json").read_text())
 
 
-def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, WeightRates]:
-    """What products with quantised weights reach on `device`, by kind: as fitted there, or else on another device.
+def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, Any]:
+    """The `WeightRates` of `device` by kind: as fitted there, or else on another device.
 
     Of kinds that were fitted nowhere it is assumed that their bytes are read as fast as those of plain weights.
     """

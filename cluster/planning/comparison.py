@@ -20,6 +20,7 @@ from qwen3_dist.layout import Layout
 # Ratios of measured to predicted within this of 1 count as agreement.
 TOLERANCE = 0.1
 PROMPTS_BESIDE, OWN_PROMPT, WAITING = "prompts beside decodes", "reading its own prompt", "waiting"
+OUTSIDE = "HTTP and text"
 # The parts of `CostModel.step_parts`, by what a user can change.
 TERMS = {
     "reading weights": ("attention projections", "dense FFN", "router", "experts", "head"),
@@ -99,8 +100,9 @@ def predict_run(
         ttft_ms, itl_ms = burst.ttft_ms, burst.itl_ms
         tokens_per_s = burst.output_tokens_per_s * run.num_prompts / point.num_prompts
     prompt = StepShape(0, 0, run.input_len, run.input_len * (run.input_len + 1) // 2, 1)
-    own_ms = min(ttft_ms, 1e3 * model.step_seconds(prompt))
-    ttft_terms = {OWN_PROMPT: own_ms, WAITING: ttft_ms - own_ms}
+    outside_ms = 0.0 if run.is_burst else min(ttft_ms, 1e3 * cluster.request_overhead_s)
+    own_ms = min(ttft_ms - outside_ms, 1e3 * model.step_seconds(prompt))
+    ttft_terms = {OWN_PROMPT: own_ms, OUTSIDE: outside_ms, WAITING: ttft_ms - own_ms - outside_ms}
     itl_terms: dict[str, float] = {}
     if itl_ms is not None:
         context = int(batch * (run.input_len + run.output_len / 2))

@@ -42,7 +42,8 @@ def slower(term: str) -> Cluster:
         return replace(BELIEVED, device=replace(device, read_efficiency=device.read_efficiency / 2))
     if term == "reading the KV cache":
         return replace(BELIEVED, device=replace(device, kv_read_efficiency=device.kv_read_efficiency / 2))
-    return replace(BELIEVED, step_overhead_s=2e-3 + 2e-4, layer_overhead_s=30e-6, sequence_overhead_s=10e-6)
+    overheads = ("step_overhead_s", "sequence_overhead_s", "token_overhead_s", "layer_overhead_s")
+    return replace(BELIEVED, **{name: 2 * getattr(BELIEVED, name) for name in overheads})
 
 
 def result(tmp_path: Path, concurrency: int, on: Cluster) -> str:
@@ -162,7 +163,7 @@ def test_agreement_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"mean_ttft_ms": 9000.0}, "while TPOT agrees: reading its own prompt would have to take"),
+        ({"mean_ttft_ms": 9000.0}, "while TPOT agrees: waiting would have to take"),
         ({"output_throughput": 10.0}, "tokens/s is off though both latencies agree"),
         ({"mean_tpot_ms": 0.01}, "no term alone explains it"),
     ],

@@ -78,7 +78,7 @@ def test_a_load_beyond_the_defaults_is_let_in(tmp_path: Path, capsys: pytest.Cap
         "--output-len",
         "500",
         "--rate",
-        "40",
+        "24",
     )
     in_flight = best(capsys, *many)["in_flight"]
     [model] = service(printed(capsys, *many, "--render", "serve"), tmp_path).models
@@ -118,7 +118,7 @@ def test_the_cheapest_kind_is_rendered(tmp_path: Path, capsys: pytest.CaptureFix
         "--output-len",
         "500",
         "--rate",
-        "40",
+        "24",
     )
     for cheap, dear in (("H100", "H200"), ("H200", "H100")):
         priced = (*asked, "--price", f"{cheap}=0.01,{dear}=100")
