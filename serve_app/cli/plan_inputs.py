@@ -11,6 +11,7 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 from serve_app.cli import plan_deployment
 from serve_app.cli.options import add_model_and_cluster, number
+from serve_app.cli.parser import VerbParser
 
 if TYPE_CHECKING:
     from cluster.hardware import Cluster
@@ -23,29 +24,23 @@ _GPUS = (
 )
 # What --compare has no use for.
 _OF_A_PLAN = (
-    "input_len", "output_len", "concurrency", "rate", "ttft_ms", "itl_ms", "price", "plot", "all", "disaggregated",
+    "input_len", "output_len", "ttft_ms", "itl_ms", "price", "plot", "all", "disaggregated",
     "render", "out",
 )  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: VerbParser) -> None:
     add_model_and_cluster(parser, gpus_help=_GPUS)
     _add_load(parser.add_argument_group("load"))
     _add_engine(parser.add_argument_group("engine of each replica"))
     _add_answers(parser.add_argument_group("further answers"))
     plan_deployment.add_arguments(parser)
-    measured = parser.add_argument_group("comparison with a measurement")
-    measured.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="RESULT.json",
-        help="results of bench serve --save-result, to be shown beside their predictions in place of a plan",
-    )
-    measured.add_argument(
+    parser.add_argument_group("comparison with a measurement").add_argument(
         "--layout",
         metavar="LAYOUT",
         help="layout that was measured (default: the best for the first result's load)",
     )
+    parser.require_without("--compare", "--input-len", "--output-len")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -58,14 +53,6 @@ def check(args: argparse.Namespace) -> None:
                 f"--compare takes the load from RESULT.json and prints no plan; leave {option} out"
             )
         return
-    lengths = {"--input-len": args.input_len, "--output-len": args.output_len}
-    missing = [option for option, value in lengths.items() if value is None]
-    if args.concurrency is None and args.rate is None:
-        missing.append("--concurrency or --rate")
-    if missing:
-        raise ConfigError(f"the following arguments are required: {', '.join(missing)}")
-    if args.concurrency is not None and args.rate is not None:
-        raise ConfigError("--concurrency and --rate are two ways to say what load comes; leave one out")
     if args.layout is not None:
         raise ConfigError(
             "--layout is what --compare measured; add --compare RESULT.json, or leave --layout out"
@@ -114,17 +101,26 @@ def given_request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
 
 
 def _add_load(group: argparse._ArgumentGroup) -> None:
-    for name, what in (
-        ("input-len", "tokens in each prompt"),
-        ("output-len", "tokens generated for each prompt"),
-        ("concurrency", "requests in flight in the whole cluster, each replaced when it ends"),
-    ):
-        group.add_argument(f"--{name}", type=int, metavar="N", help=what)
-    group.add_argument(
+    for name, what in (("input", "in each prompt"), ("output", "generated for each prompt")):
+        group.add_argument(f"--{name}-len", type=int, metavar="N", help=f"tokens {what}")
+    load = group.add_mutually_exclusive_group(required=True)
+    load.add_argument(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="requests in flight in the whole cluster, each replaced when it ends",
+    )
+    load.add_argument(
         "--rate",
         type=number(0, above=True),
         metavar="R",
-        help="requests a second that arrive, in place of --concurrency",
+        help="requests a second that arrive, whenever others end",
+    )
+    load.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RESULT.json",
+        help="loads of results of bench serve --save-result, which are shown beside their predictions",
     )
     for name, what in (("ttft", "time to first token"), ("itl", "inter-token latency")):
         group.add_argument(f"--{name}-ms", type=float, metavar="X", help=f"upper limit of the mean {what}")

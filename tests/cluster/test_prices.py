@@ -122,7 +122,7 @@ def test_a_wrong_line_of_a_file_of_prices_is_named(
         (("--gpus", "H100,T4", *RATE), "there is no preset 'T4'"),
         (("--gpus", "H100,", *RATE), "'' is not a number of GPUs"),
         (("--gpus", "H100", *RATE, "--plot", "p.png"), "--plot draws the layouts of one cluster"),
-        (("--gpus", "8xH100", *RATE, "--concurrency", "8"), "--concurrency and --rate are two ways"),
+        (("--gpus", "8xH100", *RATE, "--concurrency", "8"), "--concurrency: not allowed with argument --rate"),
         (("--gpus", "8xH100", *LOAD, "--rate", "0"), "'0' is not a number above 0"),
         (("--gpus", "8xH100", *LOAD), "required: --concurrency or --rate"),
         (("--gpus", "8xH100", *RATE, "--layout", "tp=2"), "--layout is what --compare measured"),
