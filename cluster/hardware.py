@@ -6,6 +6,7 @@ Sources of every figure: docs/cost-model.md.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,31 @@ def _require_positive(part: Any, skip: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
+class WeightRates:
+    """What products with quantised weights reach. `speed` is relative to products with plain weights, and
+    `read_efficiency` a share of the device's `read_bytes_per_s`; those of experts are relative to these two."""
+
+    speed: float = 1.0
+    read_efficiency: float = 1.0
+    expert_efficiency: float = 1.0
+    expert_read_efficiency: float = 1.0
+    idle_expert_reads: float = 0.0  # share of the experts without tokens whose weights are read all the same
+    expert_layer_overhead_s: float = 0.0  # more per layer with experts
+
+    def __post_init__(self) -> None:
+        _require_positive(self, skip=("idle_expert_reads", "expert_layer_overhead_s"))
+        if not 0 <= self.idle_expert_reads <= 1:
+            raise ConfigError(f"idle_expert_reads must be from 0 to 1, not {self.idle_expert_reads:g}")
+        if self.expert_layer_overhead_s < 0:
+            raise ConfigError(
+                f"expert_layer_overhead_s must not be negative, not {self.expert_layer_overhead_s:g}"
+            )
+
+
+_WEIGHT_KINDS = ("fp8", "fp8_block", "int8", "int4", "fp4")
+
+
+@dataclass(frozen=True)
 class Device:
     """One accelerator; on CPU the whole host (see `Cluster.shared_host`).
 
@@ -39,12 +65,19 @@ class Device:
     flops_efficiency: float = 1.0  # matrix products with many rows
     attention_efficiency: float = 1.0  # attention in prefill
     expert_efficiency: float = 1.0  # grouped matrix products of experts, relative to plain ones
-    fp8_speedup: float = 1.0  # speed of fp8 matrix products relative to bf16
     memory_utilization: float = 0.9  # share of the memory that weights, activations and cache may fill
     row_rates: tuple[tuple[float, float], ...] = ()  # measured (rows, flops/s); replaces flops_efficiency
+    power_w: float = 0.0  # most that the device may draw, in W; 0: unknown
+    fp8: WeightRates | None = None  # a scale for each output
+    fp8_block: WeightRates | None = None  # a scale for each block, as in Qwen's own checkpoints
+    int8: WeightRates | None = None
+    int4: WeightRates | None = None
+    fp4: WeightRates | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, skip=("name", "row_rates"))
+        _require_positive(self, skip=("name", "row_rates", "power_w", *_WEIGHT_KINDS))
+        if self.power_w < 0:
+            raise ConfigError(f"power_w must not be negative, not {self.power_w:g}")
         for name in ("read_efficiency", "kv_read_efficiency", "flops_efficiency", "attention_efficiency"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{name} must be at most 1, not {getattr(self, name):g}")
@@ -103,7 +136,9 @@ class Cluster:
     step_overhead_s: float  # fixed cost of a step
     sequence_overhead_s: float = 0.0  # per sequence
     token_overhead_s: float = 0.0  # per token
+    request_overhead_s: float = 0.0  # per request, before its first token: HTTP and text
     layer_overhead_s: float = 0.0  # per layer of a rank: kernel launches, norms, small operations
+    prompt_layer_overhead_s: float = 0.0  # more per layer in a step with prompts, which runs without a graph
     ranks_overhead_s: float = 0.0  # extra cost of a step if ranks run outside the engine's process
     shared_host: bool = False
 
@@ -146,40 +181,48 @@ class Cluster:
         )
 
 
-def _nvidia(name: str, memory_gb: int, read: float, flops: float, fp8_speedup: float) -> Device:
-    return Device(
-        name,
-        memory_gb * 10**9,
-        read,
-        flops,
-        read_efficiency=0.8,
-        kv_read_efficiency=0.7,
-        flops_efficiency=0.7,
-        attention_efficiency=0.5,
-        expert_efficiency=0.7,
-        fp8_speedup=fp8_speedup,
-    )
+# Shares of the datasheets' figures and overheads that `python -m benchmarks.published --fit` found.
+FITTED: dict[str, Any] = json.loads(Path(__file__).with_name("fitted.json").read_text())
+
+
+def fitted_weights(constants: dict[str, Any], device: str) -> dict[str, Any]:
+    """The `WeightRates` of `device` by kind: as fitted there, or else on another device.
+
+    Of kinds that were fitted nowhere it is assumed that their bytes are read as fast as those of plain weights.
+    """
+    plain, experts = (constants["device"][name] for name in ("read_efficiency", "expert_efficiency"))
+    rates = {}
+    for kind in _WEIGHT_KINDS:
+        values = {"read_efficiency": plain, "expert_efficiency": experts}
+        for name in (*constants["weights"], device):
+            values |= constants["weights"].get(name, {}).get(kind, {})
+        rates[kind] = WeightRates(**values)
+    return rates
+
+
+def _nvidia(name: str, memory_gb: float, read: float, flops: float) -> Device:
+    weights = fitted_weights(FITTED, name)
+    power_w = {"A100": 400.0, "H100": 700.0, "H200": 700.0, "B200": 1000.0}[name]
+    return Device(name, int(memory_gb * 1e9), read, flops, power_w=power_w, **FITTED["device"], **weights)
 
 
 def _preset(device: Device, nvlink: float, network: float) -> Cluster:
+    latency_s, efficiency = FITTED["link"]["latency_s"], FITTED["link"]["efficiency"]
     return Cluster(
         device,
         num_devices=8,
         devices_per_node=8,
-        inside=Link(3e-6, nvlink, efficiency=0.8),
-        between=Link(8e-6, network, efficiency=0.8),
-        step_overhead_s=1e-3,
-        sequence_overhead_s=5e-6,
-        layer_overhead_s=15e-6,
-        ranks_overhead_s=2e-4,
+        inside=Link(latency_s, nvlink, efficiency),
+        between=Link(2.5 * latency_s, network, efficiency),
+        **FITTED["step"],
     )
 
 
 PRESETS: dict[str, Cluster] = {
-    "A100": _preset(_nvidia("A100", 80, 2.039e12, 312e12, 1.0), nvlink=300e9, network=25e9),
-    "H100": _preset(_nvidia("H100", 80, 3.35e12, 989e12, 2.0), nvlink=450e9, network=50e9),
-    "H200": _preset(_nvidia("H200", 141, 4.8e12, 989e12, 2.0), nvlink=450e9, network=50e9),
-    "B200": _preset(_nvidia("B200", 180, 8.0e12, 2250e12, 2.0), nvlink=900e9, network=50e9),
+    "A100": _preset(_nvidia("A100", 85.1, 2.039e12, 312e12), nvlink=300e9, network=25e9),
+    "H100": _preset(_nvidia("H100", 85.0, 3.35e12, 989e12), nvlink=450e9, network=50e9),
+    "H200": _preset(_nvidia("H200", 150.1, 4.8e12, 989e12), nvlink=450e9, network=50e9),
+    "B200": _preset(_nvidia("B200", 191.5, 8.0e12, 2250e12), nvlink=900e9, network=50e9),
 }
 
 
@@ -219,7 +262,7 @@ def as_dict(part: Any) -> dict[str, Any]:
         value = getattr(part, field.name)
         if value == field.default:
             continue
-        if isinstance(value, (Device, Link)):
+        if isinstance(value, (Device, Link, WeightRates)):
             value = as_dict(value)
         elif isinstance(value, tuple):
             value = [list(pair) for pair in value]

@@ -15,7 +15,7 @@ import yaml
 
 from cluster.calibration import collective_probe, probes, step_probe
 from cluster.hardware import PRESETS, Cluster, Device, Link, as_dict
-from cluster.planning.cost_model import matmul_time
+from cluster.planning.products import MatmulTime
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.layout import Layout
 from qwen3_dist.machine import hardware, versions
@@ -126,7 +126,6 @@ def _measure_device(
         read_efficiency=min(1.0, 2 / by_rows[rows[0]] / read),
         kv_read_efficiency=min(1.0, kv_rate / read),
         attention_efficiency=min(1.0, attention_rate / flops),
-        fp8_speedup=1.0,
         memory_utilization=0.9 if where.type == "cuda" else _CPU_UTILIZATION,
         row_rates=tuple(rates.items()),
     )
@@ -140,7 +139,7 @@ def _expert_efficiency(
 ) -> float:
     """Median of predicted over measured time of a layer of experts."""
     experts, chosen, weights = probes.expert_shape(sizes)
-    matmul = matmul_time(device, weight_bytes=2.0)
+    matmul = MatmulTime(device, weight_bytes=2.0)
     shares = {}
     for tokens in _EXPERT_TOKENS:
         touched = experts * (1 - (1 - chosen / experts) ** tokens)

@@ -6,22 +6,23 @@ of all groups, N tokens a tp rank owns under all-to-all, D emb_dim, E experts, K
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass
 from math import ceil, sqrt
 from statistics import NormalDist
+from typing import NamedTuple
 
-from cluster.hardware import Cluster, Device
+from cluster.hardware import FITTED, Cluster, WeightRates
 from cluster.planning.collectives import groups_of
 from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
-from cluster.planning.memory import ITEM_BYTES, kv_bytes_per_token, kv_item_bytes
+from cluster.planning.memory import ITEM_BYTES, bytes_per_weight, kv_bytes_per_token, kv_item_bytes
+from cluster.planning.products import MatmulTime, weight_kind, weight_rates
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.model.step_memory import step_bytes
 from qwen3_dist.parallel.expert_exchange import capacity, chosen_share, prefers_all_to_all
 
-EXPERT_IMBALANCE = 1.2  # an assumption; measure your own traffic with GET /v1/cluster/experts
+EXPERT_IMBALANCE: float = FITTED["expert_imbalance"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,22 @@ class StepShape:
     num_samples: int
 
 
+class StepLine(NamedTuple):
+    """Seconds of a step that grow with the decodes' context and the query-key pairs of prompts."""
+
+    constant_s: float
+    per_context_s: float
+    per_pair_s: float
+
+
 class CostModel:
     """Step times of one replica of `layout`.
 
     expert_imbalance: load of the busiest ep rank over the mean, in (token, expert) pairs, on top of the random spread
-    of even routing. weight_bytes, kv_bytes: bytes per weight and per cached element; by default those of the
-    checkpoint's dtype (fp8: 1), and of the cache that the checkpoint was made for. Raises ParallelLayoutError if the
-    layout does not fit the model.
+    of even routing. kv_bytes: bytes per cached number; by default those of the cache that the checkpoint was made for.
+    adapters: the rank of LoRA adapters on all linear layers but experts (0: none), and how many of them a step uses.
+    Products with quantised weights take as long as with plain ones unless the device says what they reach. Raises
+    ParallelLayoutError if the layout does not fit the model.
     """
 
     def __init__(
@@ -55,8 +65,8 @@ class CostModel:
         cluster: Cluster,
         expert_imbalance: float = EXPERT_IMBALANCE,
         *,
-        weight_bytes: float | None = None,
         kv_bytes: float | None = None,
+        adapters: tuple[int, int] = (0, 1),
     ) -> None:
         layout.validate(config)
         if expert_imbalance < 1:
@@ -73,13 +83,24 @@ class CostModel:
         self._kv_item = kv_bytes or float(kv_item_bytes(config))
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
         self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
-        self._weight_bytes = weight_bytes or item
-        self._matmul = matmul_time(device, self._weight_bytes)
+        self._matmul = MatmulTime(device, item)  # with plain weights
+        given = weight_rates(device, weight_kind(config))
+        stored = {} if given is None else bytes_per_weight(config)
+        self._attention, self._dense, self._experts = (
+            MatmulTime(device, stored[kind], given) if kind in stored else self._matmul
+            for kind in ("attention", "dense", "experts")
+        )
+        self._lora_rank, self._adapters = adapters
+        self._of_experts = given or WeightRates(expert_efficiency=device.expert_efficiency)
         self._read_s = 1 / (device.read_bytes_per_s * device.read_efficiency)  # per byte
-        self._attention_s = 1 / (
-            device.flops_per_s * device.attention_efficiency
-        )  # per floating-point operation
-        self._kv_s = 1 / (device.read_bytes_per_s * device.kv_read_efficiency)
+        operations = 4 * sizes.heads * config.head_dim  # of a query-key pair: two products
+        of_pairs = operations / (device.flops_per_s * device.attention_efficiency)
+        kv_bytes = 2 * sizes.kv_groups * config.head_dim * self._kv_item
+        kv_read = kv_bytes / (device.read_bytes_per_s * device.kv_read_efficiency)
+        self._attention_per_layer = (
+            max(of_pairs, kv_read),
+            of_pairs,
+        )  # seconds for a token of context, for a pair
         self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
         across = layout.world > cluster.devices_per_node
         self._stage_link = (cluster.between if across else cluster.inside).of("send")
@@ -98,12 +119,22 @@ class CostModel:
         takes the longer of one micro-batch through all stages, and all micro-batches through the slowest stage.
         """
         micro = self._micro_batches(shape)
-        through, slowest = self._pass(shape, micro)
-        return max(through, micro * slowest)
+        through, stages = self._pass(shape, micro)
+        return max(through, *(micro * seconds for _, seconds in stages))
 
     def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
         """Seconds of `shape` as one micro-batch: through all stages, and until the next micro-batch can start."""
-        return self._pass(shape, 1)
+        through, stages = self._pass(shape, 1)
+        return through, max(seconds for _, seconds in stages)
+
+    def step_lines(self, num_decodes: int, prefill_tokens: int, num_samples: int) -> list[StepLine]:
+        """Lines of which the highest is `step_seconds` of a step with these numbers of tokens."""
+        shape = StepShape(num_decodes, 0, prefill_tokens, 0, num_samples)
+        micro = self._micro_batches(shape)
+        through, stages = self._pass(shape, micro)
+        of_context, of_pair = self._attention_per_layer
+        passes = [(self._layers / micro, through), *((layers, micro * seconds) for layers, seconds in stages)]
+        return [StepLine(seconds, layers * of_context, layers * of_pair) for layers, seconds in passes]
 
     def step_parts(self, shape: StepShape) -> dict[str, float]:
         """`step_seconds` by operation. `pipeline` is the time that micro-batches wait for each other."""
@@ -126,7 +157,7 @@ class CostModel:
         """Bytes of weights on the fullest rank."""
         return int(
             max(
-                stage_bytes(self.config, self.layout, self.sizes, stage, self._weight_bytes)
+                stage_bytes(self.config, self.layout, self.sizes, stage, self._item)
                 for stage in self._distinct_stages
             )
         )
@@ -173,9 +204,9 @@ class CostModel:
             seconds += self._dp.all_gather(0.0)  # dp groups synchronise on the step
         return seconds
 
-    def _pass(self, shape: StepShape, micro: int) -> tuple[float, float]:
-        """Seconds of one micro-batch through all stages, and through the slower of the slowest stage and the
-        engine."""
+    def _pass(self, shape: StepShape, micro: int) -> tuple[float, list[tuple[int, float]]]:
+        """Seconds of one micro-batch through all stages; layers and seconds of each stage that differs from others,
+        and of the engine, which has no layers."""
         *layers, ends = self._layer_parts(shape, micro)
         attention, dense, experts = (sum(part.values()) for part in layers)
         embedding, send, head = ends["embedding"], ends["stage send"], ends["head"]
@@ -183,16 +214,13 @@ class CostModel:
         total = self._layers * attention + self._dense_layers * dense + self._moe_layers * experts
         total += embedding + head + (self.layout.pp - 1) * send + overhead
         if self.layout.pp == 1:
-            return total, total
-        slowest = max(
-            stage.layers * attention
-            + stage.dense_layers * dense
-            + stage.moe_layers * experts
-            + (embedding if stage.first else 0.0)
-            + (head if stage.last else send)
-            for stage in self._distinct_stages
-        )
-        return total, max(slowest, overhead)
+            return total, [(self._layers, total)]
+        stages = [(0, overhead)]
+        for stage in self._distinct_stages:
+            seconds = stage.layers * attention + stage.dense_layers * dense + stage.moe_layers * experts
+            seconds += (embedding if stage.first else 0.0) + (head if stage.last else send)
+            stages.append((stage.layers, seconds))
+        return total, stages
 
     def _runs_on(self, stage: Stage, name: str) -> bool:
         """Whether `stage` runs the operation `name`: embedding, stage send or head."""
@@ -207,29 +235,34 @@ class CostModel:
         and outside the layers (embedding, stage send, head)."""
         config, sizes, item = self.config, self.sizes, self._item
         tokens = (shape.num_decodes + shape.prefill_tokens) / micro
-        dim, head_dim = config.emb_dim, config.head_dim
+        dim = config.emb_dim
         hidden = tokens * dim * item
         decode_pairs, prefill_pairs = shape.decode_context_tokens / micro, shape.prefill_pairs / micro
-        operations = 4 * sizes.heads * head_dim * self._attention_s  # per query-key pair: two products
-        kv_read = 2 * sizes.kv_groups * head_dim * self._kv_item * self._kv_s
+        of_context, of_pairs = self._attention_per_layer
         attention = {
-            "attention projections": self._matmul.seconds(tokens, sizes.attention),
-            "attention of decodes": decode_pairs * max(operations, kv_read),
-            "attention of prompts": prefill_pairs * operations,
+            "attention projections": self._attention.seconds(tokens, sizes.attention),
+            "attention of decodes": decode_pairs * of_context,
+            "attention of prompts": prefill_pairs * of_pairs,
             "norms, rope, residuals": self._read_s
             * tokens
             * item
-            * (10 * dim + 2 * (sizes.heads + 2 * sizes.kv_groups) * head_dim),
-            "layer overhead": self.cluster.layer_overhead_s,
+            * (10 * dim + 2 * (sizes.heads + 2 * sizes.kv_groups) * config.head_dim),
+            "layer overhead": self.cluster.layer_overhead_s
+            + (self.cluster.prompt_layer_overhead_s if shape.prefill_tokens else 0.0),
         }
+        if self._lora_rank:
+            outer = 4 * dim + 2 * (sizes.heads + sizes.kv_groups) * config.head_dim  # of the four projections
+            attention["LoRA"] = self._lora_seconds(tokens, outer)
         all_reduce = self._tp.all_reduce(hidden)
         dense: dict[str, float] = {}
         if self._dense_layers:
             dense = {
-                "dense FFN": self._matmul.seconds(tokens, sizes.dense)
+                "dense FFN": self._dense.seconds(tokens, sizes.dense)
                 + self._read_s * tokens * item * 3 * sizes.dense_columns,
                 "tp all-reduce": 2 * all_reduce,
             }
+            if self._lora_rank:
+                dense["LoRA"] = self._lora_seconds(tokens, 3 * (dim + sizes.dense_columns))
         experts = self._expert_parts(tokens, hidden, all_reduce) if config.num_experts else {}
         samples = shape.num_samples / micro
         ends = {
@@ -240,6 +273,10 @@ class CostModel:
             + self._tp.all_gather(samples * config.vocab_size * item),
         }
         return attention, dense, experts, ends
+
+    def _lora_seconds(self, tokens: float, outer: int) -> float:
+        """Seconds of the adapters' products in one layer; `outer`: inputs and outputs of its linear layers."""
+        return self._adapters * self._matmul.seconds(tokens / self._adapters, self._lora_rank * outer)
 
     def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
         """Seconds by operation of one MoE layer, with the dispatcher that the engine chooses for this many tokens."""
@@ -281,43 +318,13 @@ class CostModel:
         pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
         load = pairs / even if even else 1.0
         touched = max(sizes.experts_here * (1 - self._miss_rate ** (tokens * load)), 1e-9)
-        weights = touched * sizes.expert
-        product = self._matmul.seconds(pairs / touched, weights, self.device.expert_efficiency)
+        reached = self._of_experts
+        read = touched + reached.idle_expert_reads * (sizes.experts_here - touched)
+        product = self._experts.seconds(
+            pairs / read, read * sizes.expert, reached.expert_efficiency, reached.expert_read_efficiency
+        )
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
-        return product + moved
-
-
-class MatmulTime:
-    """Time of a matrix product by number of rows: the longer of reading the weights once and multiplying at the rate
-    that this number of rows reaches."""
-
-    def __init__(self, device: Device, weight_bytes: float, speedup: float) -> None:
-        self._read_s = weight_bytes / (device.read_bytes_per_s * device.read_efficiency)  # per weight
-        rates = device.row_rates or ((1.0, device.flops_per_s * device.flops_efficiency),)
-        self._rows = [rows for rows, _ in rates]
-        self._seconds = [2 * rows / (rate * speedup) for rows, rate in rates]  # per weight
-
-    def seconds(self, rows: float, weights: float, efficiency: float = 1.0) -> float:
-        """Seconds of a product of `rows` rows with `weights` weights.
-
-        Interpolates linearly between measured numbers of rows; beyond the last, time is proportional to rows.
-        efficiency: share of the measured rate that this product reaches.
-        """
-        known, seconds = self._rows, self._seconds
-        at = bisect_left(known, rows)
-        if at == len(known):
-            product = seconds[-1] * rows / known[-1]
-        elif at == 0:
-            product = seconds[0] * (rows / known[0] if len(known) == 1 else min(1.0, rows))
-        else:
-            share = (rows - known[at - 1]) / (known[at] - known[at - 1])
-            product = seconds[at - 1] + share * (seconds[at] - seconds[at - 1])
-        return weights * max(product / efficiency, self._read_s if rows else 0.0)
-
-
-def matmul_time(device: Device, weight_bytes: float) -> MatmulTime:
-    """Matrix product times of `device` with `weight_bytes` bytes per weight."""
-    return MatmulTime(device, weight_bytes, device.fp8_speedup if weight_bytes == 1 else 1.0)
+        return product + moved + reached.expert_layer_overhead_s
 
 
 def _largest_of(ranks: int) -> float:

@@ -29,9 +29,19 @@ def _fp4(form: str, size: int) -> dict[str, Any]:
     }
 
 
+_FP8_OF_OUTPUTS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    },
+    "ignore": ["lm_head"],
+}
+
 # `quantization_config` of the checkpoints whose names end so: Qwen's own, and in others' formats.
 _QUANTIZED: dict[str, dict[str, Any]] = {
     "FP8": {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]},
+    "FP8-dynamic": _FP8_OF_OUTPUTS,
     "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
     "GPTQ-Int4": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True},
     "GPTQ-Int8": {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True},

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel, StepShape
+from cluster.planning.clients import Latencies, Workload, closed_loop, spread_out
+from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
+from cluster.planning.walk import StepRules, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
@@ -19,7 +21,9 @@ from qwen3_dist.step_defaults import STEP_DEFAULTS
 class PlanRequest:
     """The workload to plan for: `concurrency` equal requests in flight in the whole cluster.
 
-    ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet.
+    ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet. prefix_hits: share of the
+    prompts' tokens that the prefix cache holds. drafted: tokens that speculation drafts for a sequence in a step;
+    acceptance: share of them that is accepted. lora_rank: of the `adapters` adapters that a step uses; 0: none.
     """
 
     input_len: int
@@ -30,8 +34,22 @@ class PlanRequest:
     max_num_batched_tokens: int = STEP_DEFAULTS["cuda"].max_num_batched_tokens
     expert_imbalance: float = EXPERT_IMBALANCE
     kv_cache_dtype: str = "auto"
+    prefix_hits: float = 0.0
+    drafted: int = 0
+    acceptance: float = 0.0
+    lora_rank: int = 0
+    adapters: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("prefix_hits", "acceptance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share from 0 to 1, not {getattr(self, name):g}")
+        if self.lora_rank < 0 or self.adapters < 1:
+            raise ConfigError("lora_rank must not be negative, and adapters must be 1 or more")
+        if self.drafted < 0 or (self.acceptance and not self.drafted):
+            raise ConfigError(
+                "acceptance is of drafted tokens; give the number that a step drafts, 1 or more"
+            )
         for name in ("input_len", "output_len", "concurrency", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
@@ -45,13 +63,20 @@ class PlanRequest:
         """Tokens of a finished sequence: prompt and output."""
         return self.input_len + self.output_len
 
+    @property
+    def workload(self) -> Workload:
+        """One of its requests. At least a token of each prompt is computed."""
+        cached = min(int(self.prefix_hits * self.input_len), self.input_len - 1)
+        return Workload(self.input_len, self.output_len, cached, self.drafted, self.acceptance * self.drafted)
+
 
 @dataclass(frozen=True)
 class PlannedLayout:
     """The predictions for one layout. Rates are for the whole cluster; None if the layout does not fit.
 
     reason: why it does not fit. bytes_per_rank: memory of the fullest rank, with the KV cache that this workload uses.
-    max_batch: sequences of this workload that fit into the KV cache of one replica.
+    max_batch: sequences of this workload that fit into the KV cache of one replica. ttft_ms, itl_ms: means over all
+    requests of clients that begin together (`closed_loop`); ttft_percentiles_ms: p50, p90 and p99.
     """
 
     layout: Layout
@@ -65,6 +90,7 @@ class PlannedLayout:
     itl_ms: float | None = None
     tokens_per_s: float | None = None
     tokens_per_s_per_gpu: float | None = None
+    ttft_percentiles_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_s_per_user(self) -> float:
@@ -84,6 +110,7 @@ class PlannedLayout:
             "bytes_per_rank": self.bytes_per_rank,
             "max_batch": self.max_batch,
             "ttft_ms": _rounded(self.ttft_ms),
+            **{f"ttft_{name}_ms": round(value, 3) for name, value in self.ttft_percentiles_ms.items()},
             "itl_ms": _rounded(self.itl_ms),
             "tokens_per_s": _rounded(self.tokens_per_s),
             "tokens_per_s_per_gpu": _rounded(self.tokens_per_s_per_gpu),
@@ -101,7 +128,7 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
             f"{request.input_len} + {request.output_len} tokens exceed the model's context of "
             f"{config.context_length}; lower --input-len or --output-len"
         )
-    planned = [_planned(config, layout, cluster, request) for layout in candidates(config, cluster)]
+    planned = [predict(config, layout, cluster, request) for layout in candidates(config, cluster)]
     return sorted(
         planned,
         key=lambda one: (
@@ -117,33 +144,6 @@ def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
     """All valid layouts of all worlds that divide the cluster."""
     for world in divisors(cluster.num_devices):
         yield from valid_layouts(config, world)
-
-
-def check_limits(planned: list[PlannedLayout], request: PlanRequest) -> None:
-    """Raises ConfigError if layouts fit but none meets both limits. The message has the nearest limit that can be
-    met."""
-    fitting = [one for one in planned if one.fits]
-    if not fitting or any(one.meets_limits(request) for one in fitting):
-        return
-    for name, limit in (("ttft_ms", request.ttft_ms), ("itl_ms", request.itl_ms)):
-        if limit is None:
-            continue
-        best = min(fitting, key=lambda one, name=name: getattr(one, name) or 0.0)  # type: ignore[misc]
-        least = getattr(best, name) or 0.0
-        if least > limit:
-            raise ConfigError(
-                f"no layout meets --{name.replace('_', '-')} {limit:g} at concurrency {request.concurrency}: "
-                f"the lowest is {least:.4g} ms, with {best.layout}; the nearest limit that can be met is "
-                f"{_next_limit(least):g}"
-            )
-    assert request.itl_ms is not None and request.ttft_ms is not None
-    in_itl = [one for one in fitting if _within(one.itl_ms, request.itl_ms)]
-    best = min(in_itl, key=lambda one: one.ttft_ms or 0.0)
-    raise ConfigError(
-        f"each limit can be met, but no layout meets both at concurrency {request.concurrency}: with "
-        f"--itl-ms {request.itl_ms:g}, --ttft-ms {request.ttft_ms:g} is too low; the nearest that can be met "
-        f"is {_next_limit(best.ttft_ms or 0.0):g}, with {best.layout}"
-    )
 
 
 def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
@@ -163,14 +163,21 @@ def pareto_frontier(planned: list[PlannedLayout]) -> list[PlannedLayout]:
     return frontier
 
 
-def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> PlannedLayout:
+def predict(
+    config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, *, spread: bool = False
+) -> PlannedLayout:
+    """The predictions for `layout` on as many replicas as `cluster` holds, which share the load.
+
+    Clients begin together, or if `spread`, requests come one by one at random.
+    """
     replicas = cluster.replicas(layout.world)
     unfit = PlannedLayout(layout, replicas, request.concurrency, False, "")
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
     kept = kv_item_bytes(config, request.kv_cache_dtype)
-    model = CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept)
+    adapters = (request.lora_rank, request.adapters)
+    model = CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept, adapters=adapters)
     demand = ceil(request.concurrency / (replicas * layout.dp))
     seqs = min(demand, request.max_num_batched_tokens)
     capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
@@ -182,9 +189,16 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    ttft_s, itl_s, cycle_s = cycle_times(model, request, batch, demand)
-    in_flight = min(request.concurrency, replicas * layout.dp * batch)
-    rate = in_flight * request.output_len / cycle_s
+    most = prompts_at_once(demand, 1 + request.workload.decode_steps)
+    rules = StepRules(request.max_num_batched_tokens, seqs, capacity, most)
+    load = request.workload
+    seen = (
+        spread_out(model, rules, load, batch, demand) if spread else closed_loop(model, rules, load, demand)
+    )
+    rate = seen.requests_per_s * request.output_len * replicas * layout.dp
+    rate *= request.concurrency / (
+        replicas * layout.dp * demand
+    )  # the last sequence of some groups is missing
     return PlannedLayout(
         layout,
         replicas,
@@ -193,47 +207,16 @@ def _planned(config: ModelConfig, layout: Layout, cluster: Cluster, request: Pla
         "",
         used,
         fitting * layout.dp,
-        1e3 * ttft_s,
-        1e3 * itl_s if request.output_len > 1 else None,
+        1e3 * seen.ttft_s,
+        1e3 * seen.itl_s if request.output_len > 1 else None,
         rate,
         rate / cluster.num_devices,
+        {} if spread else _percentiles_ms(seen),
     )
 
 
-def cycle_times(
-    model: CostModel, request: PlanRequest, batch: int, demand: int
-) -> tuple[float, float, float]:
-    """TTFT, ITL and cycle time in seconds, in a steady state with `batch` sequences per dp group.
-
-    In one cycle every sequence finishes and is replaced: each decodes output_len - 1 times, and one prompt per
-    sequence is prefilled beside the decodes of the others, within the step's token budget. `demand` is the number of
-    requests per dp group; those beyond `batch` queue.
-    """
-    prompt, output = request.input_len, request.output_len
-    context = batch * (prompt + output / 2)
-    budget = max(1, request.max_num_batched_tokens - batch)
-    decode = StepShape(batch, int(context), 0, 0, batch)
-    decode_s = model.step_seconds(decode)
-    chunks = ceil(prompt / budget)
-    tokens_in_all = batch * prompt
-    steps = max(ceil(tokens_in_all / budget), min(output, batch * chunks))
-    tokens = tokens_in_all / steps
-    pairs = batch * prompt * (prompt + 1) / 2 / steps
-    decoding = batch * (output - 1) / max(output, steps)
-    beside = decoding / batch if batch else 0.0
-    mixed = StepShape(
-        round(decoding),
-        int(context * beside),
-        round(tokens),
-        int(pairs),
-        max(1, round(decoding + batch / steps)),
-    )
-    mixed_s = model.step_seconds(mixed)
-    cycle_s = steps * mixed_s + max(0, output - steps) * decode_s
-    mean_s = cycle_s / max(output, steps)
-    queue_s = max(0, demand - batch) / batch * cycle_s
-    ttft_s = queue_s + mean_s / 2 + chunks * mixed_s
-    return ttft_s, cycle_s / output, cycle_s
+def _percentiles_ms(seen: Latencies) -> dict[str, float]:
+    return {"p50": 1e3 * seen.ttft_p50_s, "p90": 1e3 * seen.ttft_p90_s, "p99": 1e3 * seen.ttft_p99_s}
 
 
 def _too_large(model: CostModel, used: dict[str, int], capacity: int, request: PlanRequest) -> str:
@@ -248,13 +231,6 @@ def _too_large(model: CostModel, used: dict[str, int], capacity: int, request: P
 
 def _within(value: float | None, limit: float | None) -> bool:
     return limit is None or value is None or value <= limit
-
-
-def _next_limit(value: float) -> float:
-    """`value` rounded up to three significant digits, so that the printed limit can be met."""
-    digits = 2 - (len(str(int(value))) - 1)
-    step = 10.0**-digits
-    return round(ceil(value / step) * step, max(0, digits))
 
 
 def _rounded(value: float | None) -> float | None:

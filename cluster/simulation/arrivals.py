@@ -1,4 +1,4 @@
-"""Requests of a simulation: Poisson arrivals with random lengths. `trace` reads recorded ones."""
+"""Requests of a simulation with random lengths: Poisson arrivals, or a closed loop. `trace` reads recorded ones."""
 
 from __future__ import annotations
 
@@ -104,3 +104,32 @@ class PoissonArrivals:
                 input_len, output_len = self.input_len.draw(rng), self.output_len.draw(rng)
                 prefix = rng.randrange(self.num_prefixes) if self.num_prefixes else 0
                 yield Request(now, input_len, output_len, prefix, min(self.prefix_len, input_len))
+
+
+class ClosedLoop:
+    """`clients` clients that begin together. Each sends its next request when its last is answered, until
+    `num_requests` were sent in all."""
+
+    def __init__(
+        self, clients: int, num_requests: int, input_len: Lengths, output_len: Lengths, seed: int = 0
+    ) -> None:
+        if clients < 1 or num_requests < clients:
+            raise ConfigError(
+                f"a closed loop needs at least one client and a request for each, not {clients} clients and "
+                f"{num_requests} requests"
+            )
+        self._clients, self._left = clients, num_requests
+        self._lengths = input_len, output_len
+        self._rng = random.Random(seed)
+
+    def __iter__(self) -> Iterator[Request]:
+        """The clients' first requests."""
+        for _ in range(self._clients):
+            yield from self.after(0.0, 1)
+
+    def after(self, now_s: float, answered: int) -> Iterator[Request]:
+        """The next requests of the clients of `answered` requests that ended at `now_s`."""
+        for _ in range(min(answered, self._left)):
+            self._left -= 1
+            input_len, output_len = (lengths.draw(self._rng) for lengths in self._lengths)
+            yield Request(now_s, input_len, output_len)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cluster.planning.plots import plot_stacked
@@ -34,12 +35,13 @@ def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
     recorder, span_s = outcome.recorder, outcome.end_s
     arrivals, firsts, lasts = recorder.arrivals_s, recorder.first_tokens_s, recorder.last_tokens_s
     outputs = recorder.output_lens
-    ttft = [1e3 * (first - arrival) for arrival, first in zip(arrivals, firsts, strict=True)]
+    before_s = outcome.simulation.request_overhead_s
+    ttft = [1e3 * (first - arrival + before_s) for arrival, first in zip(arrivals, firsts, strict=True)]
     tpot = [  # of requests with more than one token
         1e3 * (last - first) / (count - 1) if count > 1 else 0.0
         for first, last, count in zip(firsts, lasts, outputs, strict=True)
     ]
-    latency = [last - arrival for arrival, last in zip(arrivals, lasts, strict=True)]
+    latency = [last - arrival + before_s for arrival, last in zip(arrivals, lasts, strict=True)]
     prompt, cached = outcome.counts.prompt_tokens, outcome.counts.cached_prompt_tokens
     return {
         "requests": len(arrivals) + outcome.refused,
@@ -48,7 +50,7 @@ def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
         "requests_per_s": _rate(len(arrivals), span_s),
         "input_tokens_per_s": _rate(sum(recorder.input_lens), span_s),
         "output_tokens_per_s": _rate(sum(outputs), span_s),
-        "ttft_ms": percentiles(ttft),
+        "ttft_ms": _with_mean(ttft),
         "itl_ms": weighted_percentiles(recorder.itl_us, 1e-3),
         "tpot_ms": percentiles([each for each, count in zip(tpot, outputs, strict=True) if count > 1]),
         "latency_s": percentiles(latency),
@@ -77,6 +79,11 @@ def plot_replicas(file: Path, title: str, outcome: Outcome) -> None:
         for name in ("running", "draining", "starting")
     }
     plot_stacked(file, title, "seconds", "replicas", times, series)
+
+
+def _with_mean(values: list[float]) -> dict[str, float] | None:
+    found = percentiles(values)
+    return None if found is None else {"mean": round(fmean(values), 3), **found}
 
 
 def _attainment(limits: Limits, ttft: list[float], tpot: list[float], refused: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from cluster.simulation.arrivals import Request
+from cluster.simulation.arrivals import ClosedLoop, Request
 from cluster.simulation.autoscaler import Autoscaler, AutoscalingConfig, MeanLoad
 from cluster.simulation.recorder import Recorder
 from cluster.simulation.replica import Replica, ReplicaConfig
@@ -26,7 +26,8 @@ class ServiceSimulation:
     """A service to simulate.
 
     `start_up_s` is the time from the decision to add a replica until it accepts requests. `max_devices` limits the
-    devices that all replicas hold at once, starting and draining ones included.
+    devices that all replicas hold at once, starting and draining ones included. `request_overhead_s` is added to the
+    time to first token of each request.
     """
 
     replica: ReplicaConfig
@@ -34,6 +35,7 @@ class ServiceSimulation:
     start_up_s: float = 60.0
     max_devices: int | None = None
     seed: int = 0
+    request_overhead_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.start_up_s >= 0:
@@ -118,6 +120,7 @@ class _Service:
         if not self._simulation.autoscaling.is_fixed:
             self._push(self._simulation.autoscaling.metrics_interval_s, _Kind.LOAD)
         arrivals = iter(requests)
+        loop = requests if isinstance(requests, ClosedLoop) else None
         request = next(arrivals, None)
         now_s = 0.0
         while request is not None or self._ongoing:
@@ -131,7 +134,9 @@ class _Service:
                 replica = self._replicas.get(index)
                 if replica is None or replica.version != version:
                     continue  # replaced by a later event of this replica
-                self._step(replica, now_s)
+                finished = self._step(replica, now_s)
+                for follower in loop.after(now_s, finished) if loop and finished else ():
+                    self._arrive(follower)
             elif kind == _Kind.READY:
                 self._ready(index, now_s)
             else:
@@ -157,7 +162,8 @@ class _Service:
         fewest = min(replica.ongoing for replica in self._running)
         return self._rng.choice([replica for replica in self._running if replica.ongoing == fewest])
 
-    def _step(self, replica: Replica, now_s: float) -> None:
+    def _step(self, replica: Replica, now_s: float) -> int:
+        """Ends a step of `replica`, and starts its next. Returns the number of requests that finished."""
         finished = replica.finish_step(now_s)
         if finished:
             self._change_ongoing(-finished, now_s)
@@ -166,6 +172,7 @@ class _Service:
         if replica.next_event_s is None and replica not in self._running:
             self._remove(replica)
             self._reconcile(now_s)
+        return finished
 
     def _ready(self, index: int, now_s: float) -> None:
         replica = self._replicas.get(index)

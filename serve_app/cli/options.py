@@ -39,7 +39,10 @@ MODEL_OR_CONFIG = (
 )
 
 
-def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
+_GPUS = "number and kind of GPUs, on nodes of 8, or nodes x GPUs of each x kind"
+
+
+def add_model_and_cluster(parser: argparse.ArgumentParser, gpus_help: str = _GPUS) -> None:
     """The model, of which a config.json is enough, and the machines that a prediction is for."""
     parser.add_argument(
         "model",
@@ -51,7 +54,7 @@ def add_model_and_cluster(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--gpus",
         metavar="16xH100|2x8xH100",
-        help="number and kind of GPUs, on nodes of 8, or nodes x GPUs of each x kind",
+        help=gpus_help,
     )
     where.add_argument("--cluster", metavar="FILE.yaml", help="a cluster file, as calibrate writes one")
     add_changes_of_model(parser)

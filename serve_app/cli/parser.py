@@ -32,6 +32,11 @@ class VerbParser(Parser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+        self._needed: dict[str, tuple[str, ...]] = {}
+
+    def require_without(self, option: str, *needed: str) -> None:
+        """Makes the options `needed` required on command lines without `option`."""
+        self._needed[option] = needed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Like ArgumentParser's, but fails on unknown arguments, so that the error names this verb and not the
@@ -79,6 +84,12 @@ class VerbParser(Parser):
         if not groups or names & {"-h", "--help"}:
             return
         single = [[action] for action in self._actions if action.required and action.option_strings]
+        single += [
+            [self._option_string_actions[name]]
+            for option, needed in self._needed.items()
+            for name in needed
+            if option not in names
+        ]
         missing = [
             " or ".join(action.option_strings[-1] for action in actions)
             for actions in [*single, *(group._group_actions for group in groups)]

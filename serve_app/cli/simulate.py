@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from cluster.planning.cost_model import CostModel
-    from cluster.simulation.arrivals import Request
+    from cluster.simulation.arrivals import Lengths, Request
     from cluster.simulation.service import ServiceSimulation
 
 HELP = "simulate a service with arrivals, scheduling and autoscaling, on predicted step times"
@@ -55,6 +55,15 @@ def _add_arrivals(group: Any) -> None:
         type=_rates,
         metavar="R[,R...]",
         help="requests a second, Poisson; several rates share the duration evenly, in turn",
+    )
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="clients that begin together, and send a request when their last is answered, in place of --rate",
+    )
+    group.add_argument(
+        "--num-requests", type=int, metavar="N", help="requests of all clients (default: 10 of each)"
     )
     group.add_argument("--duration", type=float, metavar="S", help="seconds during which requests arrive")
     for name, what in (("input-len", "tokens per prompt"), ("output-len", "tokens generated per prompt")):
@@ -113,12 +122,13 @@ def _add_engine(group: Any) -> None:
         "--expert-imbalance",
         type=float,
         metavar="X",
-        help="load of the busiest expert-parallel rank over the mean (default: 1.2)",
+        help="load of the busiest expert-parallel rank over the mean (default: by device)",
     )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+    from cluster.planning.expected_errors import expected_error
     from cluster.planning.memory import kv_item_bytes
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
@@ -137,6 +147,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     simulation = _simulation(args, cost)
     requests = _with_progress(_requests(args, simulation.replica.longest), args)
     outcome = simulate(simulation, cost, requests)
+    error = expected_error(config, cluster)
     report = {
         "model": name,
         "layout": str(layout),
@@ -145,9 +156,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         **summarize(outcome, limits),
     }
     if args.json:
-        print(json.dumps(report), file=out)
+        print(json.dumps(report | {"expected_error": error and error.as_json()}), file=out)
     else:
-        print("\n".join(report_lines(_without_history(report))), file=out)
+        print(
+            "\n".join([*report_lines(_without_history(report)), *([str(error)] if error else [])]), file=out
+        )
     if args.plot:
         plot_replicas(args.plot, f"{name} with {layout} on {report['cluster']}", outcome)
     return 0
@@ -175,6 +188,7 @@ def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
         args.start_up_s,
         most_that_fit * cost.layout.world,
         args.seed,
+        cost.cluster.request_overhead_s,
     )
 
 
@@ -233,26 +247,49 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
 
     given = [name for name in _POISSON if getattr(args, name) is not None]
     if args.trace:
-        if given or args.prefix_len or args.prefixes:
-            name = given[0] if given else "prefix_len" if args.prefix_len else "prefixes"
+        for name in (*_POISSON, "concurrency", "prefix_len", "prefixes"):
+            if not getattr(args, name):
+                continue
             raise ConfigError(f"--trace already defines the requests; leave --{_flag(name)} out")
         return read_trace(args.trace, longest)
-    missing = [name for name in _POISSON if name not in given]
+    needed = _POISSON if args.concurrency is None else _POISSON[2:]
+    missing = [name for name in needed if name not in given]
     if missing:
-        raise ConfigError(f"--{_flag(missing[0])} is missing; give --trace, or {_all_flags(_POISSON)}")
+        raise ConfigError(f"--{_flag(missing[0])} is missing; give --trace, or {_all_flags(needed)}")
     inputs, outputs = Lengths.parse(args.input_len), Lengths.parse(args.output_len)
     if inputs.mean + outputs.mean > longest:
         raise ConfigError(
             f"{inputs.mean:g} + {outputs.mean:g} tokens exceed the {longest} that one sequence may have; "
             "lower --input-len or --output-len"
         )
+    if args.concurrency is not None:
+        return _closed_loop(args, inputs, outputs)
     return PoissonArrivals(
         args.rate, args.duration, inputs, outputs, args.prefix_len, args.prefixes, args.seed
     )
 
 
+def _closed_loop(args: argparse.Namespace, inputs: Lengths, outputs: Lengths) -> Iterable[Request]:
+    from cluster.planning.clients import REQUESTS_EACH
+    from cluster.simulation.arrivals import ClosedLoop
+
+    for name in ("rate", "duration", "prefix_len", "prefixes"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"--concurrency is a closed loop, which has no --{_flag(name)}; leave one of them out"
+            )
+    number = REQUESTS_EACH * args.concurrency if args.num_requests is None else args.num_requests
+    return ClosedLoop(args.concurrency, number, inputs, outputs, args.seed)
+
+
 def _with_progress(requests: Iterable[Request], args: argparse.Namespace) -> Iterable[Request]:
-    """`requests`, with a progress bar of their arrival times if stderr is a terminal."""
+    """`requests`, with a progress bar of their arrival times if stderr is a terminal and they are known."""
+    if args.concurrency is not None:
+        return requests
+    return _shown_by_arrivals(requests, args)
+
+
+def _shown_by_arrivals(requests: Iterable[Request], args: argparse.Namespace) -> Iterable[Request]:
     from qwen3_dist.progress import progress_bar
 
     last_s = requests[-1].arrival_s if isinstance(requests, list) else args.duration

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -67,15 +68,10 @@ class LiveChanges:
         with self._alone():
             if any(values(await self._peers.ask(_CHANGING, timeout_s=_ANSWER_TIMEOUT_S))):
                 raise _busy()
-            application = route.model.application
-            configs = await asyncio.to_thread(configs_of, gateway, application)
-            models = deployment_of(configs[gateway], INGRESS)["user_config"]["models"]
-            deployed = Deployed(
-                deployment_of(configs[application], REPLICA)["user_config"],
-                next(model for model in models if model["name"] == route.model.name),
-            )
+            deployed, _ = await asyncio.to_thread(_deployed, gateway, route)
+            before = copy.deepcopy(deployed)
             result = await change(deployed)
-            await asyncio.to_thread(apply_configs, configs.values())
+            await asyncio.to_thread(_deploy_changes, gateway, route, before, deployed)
             await self._until_listed(route, deployed.served)
             return result
 
@@ -106,6 +102,24 @@ class LiveChanges:
                 return
             await asyncio.sleep(_POLL_S)
         logger.warning("not all ingresses and replicas have the change of %r yet", model)
+
+
+def _deployed(gateway: str, route: ModelRoute) -> tuple[Deployed, dict[str, Any]]:
+    """What is deployed of the model, as part of the configs of all applications."""
+    application = route.model.application
+    configs = configs_of(gateway, application)
+    models = deployment_of(configs[gateway], INGRESS)["user_config"]["models"]
+    live = deployment_of(configs[application], REPLICA)["user_config"]
+    return Deployed(live, next(model for model in models if model["name"] == route.model.name)), configs
+
+
+def _deploy_changes(gateway: str, route: ModelRoute, before: Deployed, after: Deployed) -> None:
+    """Deploys what differs between `before` and `after`, and leaves the rest as it is by now: a `deploy` may have
+    changed it while replicas took up a change."""
+    newest, configs = _deployed(gateway, route)
+    for current, old, new in zip(newest, before, after, strict=True):
+        current |= {name: value for name, value in new.items() if name not in old or old[name] != value}
+    apply_configs(configs.values())
 
 
 async def tell(route: ModelRoute, param: str, method: str, *arguments: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.hardware import PRESETS
+from cluster.hardware import PRESETS, WeightRates
 from cluster.planning.collectives import Group
 from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.footprint import LayerSizes, stage_weights, stages
@@ -24,6 +24,7 @@ from qwen3_dist.quantization_config import read_quantization
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
 
 ONE_DECODE = StepShape(1, 10, 0, 0, 1)
+FP8_OF_OUTPUTS = find_config("Qwen3-8B-FP8-dynamic")[1].quantization
 OFFICIAL = Path(__file__).parents[3] / "shared/data/configs/qwen3.json"
 
 
@@ -75,6 +76,29 @@ def test_measured_rates_are_interpolated_between_rows() -> None:
     for rows, nanoseconds in ((1, 1.0), (2, 1.5), (3, 2.0), (6, 4.0)):
         projections = found.step_parts(StepShape(rows, 0, 0, 0, 0))["attention projections"]
         assert projections == pytest.approx(2 * 60_000 * nanoseconds * 1e-9)
+
+
+def test_adapters_are_read_and_multiplied_beside_their_layers() -> None:
+    one, three = (CostModel(DENSE, Layout(), PLAIN, adapters=(8, n)).step_parts(ONE_DECODE) for n in (1, 3))
+    # 8 x (4 x 100 + 2 x (4 + 2) x 50) weights beside attention, 8 x 3 x (100 + 300) beside the FFN, 2 bytes; 2 layers
+    assert one["LoRA"] == pytest.approx(2 * 2 * (8000 + 9600) * 1e-9)
+    assert three["LoRA"] == pytest.approx(3 * one["LoRA"])
+    assert "LoRA" not in CostModel(DENSE, Layout(), PLAIN).step_parts(ONE_DECODE)
+
+
+def test_rates_of_a_kind_of_weights_are_those_of_its_products() -> None:
+    rates = WeightRates(2.0, 0.5, idle_expert_reads=1.0, expert_layer_overhead_s=1e-3)
+    fast = cluster(device=replace(PLAIN.device, fp8=rates))
+    config = replace(DENSE, quantization=FP8_OF_OUTPUTS)
+    plain, stored = (CostModel(config, Layout(), each) for each in (PLAIN, fast))
+    # A byte for each weight and 4 for the scale of an output, at half the rate: about what 2 bytes take.
+    assert 1.0 < stored.step_parts(ONE_DECODE)["dense FFN"] / plain.step_parts(ONE_DECODE)["dense FFN"] < 1.1
+    many = StepShape(0, 0, 4000, 0, 1)
+    ratio = stored.step_parts(many)["attention projections"] / plain.step_parts(many)["attention projections"]
+    assert ratio == pytest.approx(0.5)
+    moe = replace(MOE, quantization=FP8_OF_OUTPUTS)
+    idle, none = (CostModel(moe, Layout(), each).step_parts(ONE_DECODE)["experts"] for each in (fast, PLAIN))
+    assert idle > 2e-3 + none  # all four experts are read, and each of two layers costs a millisecond
 
 
 def test_a_moe_layer_reads_the_experts_that_its_tokens_touch() -> None:

@@ -137,7 +137,8 @@ def test_a_change_that_makes_room_says_so() -> None:
 
 def test_nothing_is_named_where_nothing_helps() -> None:
     idle = cluster(step_overhead_s=10.0, num_devices=1, devices_per_node=1)
-    assert next_changes(DENSE, idle, replace(REQUEST, concurrency=1), Layout()) == []
+    one_step_prompts = replace(REQUEST, concurrency=1, max_num_batched_tokens=4 * REQUEST.input_len)
+    assert next_changes(DENSE, idle, one_step_prompts, Layout()) == []
 
 
 def test_shares_know_nothing_of_formulas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_a_report_counts_what_happened() -> None:
     assert (report["requests"], report["refused"]) == (3, 1)
     assert report["output_tokens_per_s"] == pytest.approx(11 / 10.1, abs=1e-3)
     assert report["input_tokens_per_s"] == pytest.approx(300 / 10.1, abs=1e-3)
-    assert report["ttft_ms"] == {"p50": 1600.0, "p90": 2000.0, "p99": 2090.0}
+    assert report["ttft_ms"] == {"mean": 1600.0, "p50": 1600.0, "p90": 2000.0, "p99": 2090.0}
     assert report["itl_ms"] == {"p50": 100.0, "p90": 100.0, "p99": 100.0}
     assert report["tpot_ms"] == {"p50": 100.0, "p90": 100.0, "p99": 100.0}
     # TTFT: the first holds 1500; ITL: the third has a single token, so nothing to wait for

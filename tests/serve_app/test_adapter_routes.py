@@ -4,6 +4,7 @@ real ones are in `test_serve_adapters`."""
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -38,10 +39,11 @@ class Service:
             require_awake=lambda: ModelRoute.require_awake(self.route),  # type: ignore[arg-type]
         )
         self.peers = {"changing": False}
+        self.meanwhile = lambda: None  # called as a replica takes up a change
         for name, value in {
             "running_replicas": lambda _: self.replicas,
             "broadcast": self.broadcast,
-            "configs_of": lambda *_: self.configs,
+            "configs_of": lambda *_: copy.deepcopy(self.configs),
             "apply_configs": self.apply,
             "has_all": lambda _: True,
             "serve": SimpleNamespace(get_replica_context=lambda: SimpleNamespace(app_name="gateway")),
@@ -52,12 +54,14 @@ class Service:
     async def broadcast(self, _: Any, method: str, lora: str, again: Any, timeout_s: float) -> list[Any]:
         assert method == "use_adapters"
         self.replicas[0] = lora
+        self.meanwhile()
         if "/bad" in lora:
             return ["", self.problem] if self.problem else ["", ConnectionError()]
         self.replicas[1] = lora
         return ["", ""]
 
     def apply(self, configs: Any) -> None:
+        self.configs = dict(zip(self.configs, configs, strict=True))
         [served] = self.configs["gateway"]["deployments"][0]["user_config"]["models"]
         self.route.model.adapters = tuple(served["adapters"])
 
@@ -113,6 +117,15 @@ def test_what_is_loaded_is_deployed_and_listed(service: Service) -> None:
     assert service.deployed == "one=/3,two=/2"
     assert "'one'" in unload(service, lora_name="one", lora_int_id=5)
     assert service.replicas == ["two=/2"] * 2 and service.deployed == "two=/2"
+
+
+def test_what_is_deployed_meanwhile_stays(service: Service) -> None:
+    live = service.configs["base"]["deployments"][0]["user_config"]
+    service.meanwhile = lambda: live.update(max_queued_tokens=7)
+    load(service, lora_name="two", lora_path="/2")
+    assert service.configs["base"]["deployments"][0]["user_config"] == {
+        "lora": "one=/1,two=/2", "max_queued_tokens": 7
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,16 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (("serve", "-tp", "2", "--layout", "tp=2"), "-tp is a part of --layout"),
         (("serve", "-tp", "two"), "the tp size must be a positive number, not 'two'"),
         (("serve", "--quantization", "awq"), "quantize must be one of none, int8, fp8, int4"),
-        (("plan",), "required: --input-len, --output-len, --concurrency, --gpus or --cluster; see"),
+        (
+            ("plan",),
+            "required: --input-len, --output-len, --gpus or --cluster, --concurrency or --rate or --compare; see",
+        ),
         (("simulate", "--layout", "tp=2"), "required: --gpus or --cluster; see"),
-        (("plan", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency; see"),
+        (("plan", "--gpus", "8xH100"), "required: --input-len, --output-len, --concurrency or --rate or --"),
+        (
+            ("plan", "--gpus", "8xH100", "--compare", "r.json", "--rate", "1"),
+            "not allowed with argument --compare",
+        ),
     ],
 )
 def test_a_wrong_option_is_refused_with_what_to_write(
