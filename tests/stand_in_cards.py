@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 import torch
 
-from cluster.calibration.between_nodes import Points, ProbeActor
 from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.worker import cards, kv_cache
@@ -50,12 +49,3 @@ def _node() -> str:
     if not ray.is_initialized():
         return socket.gethostname()
     return str(ray.get_runtime_context().get_node_id())[:8]
-
-
-class StandInProbe(ProbeActor):
-    """A rank that measures collectives on the card that Ray gave it. They are those of CPU ranks."""
-
-    def measure(self, address: tuple[str, int], device: str) -> Points:
-        assert device == "cuda" and len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")) == 1
-        with patch.object(cards, "set_card", take_stand_in):
-            return super().measure(address, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -42,10 +43,11 @@ class ProbeActor:
 
 
 def cluster_links(
-    device: str, address: str, actor: type[ProbeActor] = ProbeActor
+    device: str, address: str, report: Callable[[str], None], actor: type[ProbeActor] = ProbeActor
 ) -> tuple[Points, list[int]]:
     """What `measure` returns of the Ray cluster at `address`, and the number of devices of each node that has some."""
     with joined(address):
+        report("collectives between two nodes")
         counts = [count for count in per_node("GPU" if device == "cuda" else "CPU") if count]
         return measure(device, actor), counts
 

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    from cluster.planning.expected_errors import expected_error
     from cluster.planning.explain import explain_steps
     from cluster.planning.next_change import next_changes, planned_layout
     from cluster.planning.planner import plan
@@ -69,15 +70,18 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     planned = planned_layout(plan(config, cluster, request), layout, cluster)
     steps = explain_steps(config, cluster, request, planned)
     changes = next_changes(config, cluster, request, layout)
+    error = expected_error(config, cluster)
     measured = _measured(args, name, config, cluster, request, steps) if args.measure else []
     if args.json:
         shown = _as_json(name, cluster, planned, steps, changes)
+        shown["expected_error"] = None if error is None else error.as_json()
         if args.measure:
             shown["measured"] = [each.as_json() for each in measured]
         print(json.dumps(shown), file=out)
     else:
         lines = _report(name, cluster, planned, steps, changes)
-        print("\n".join([*lines, *measured_lines(measured)]), file=out)
+        expected = [] if error is None else ["", str(error)]
+        print("\n".join([*lines, *expected, *measured_lines(measured)]), file=out)
     return 0
 
 

@@ -156,7 +156,8 @@ def test_the_table_and_the_json_have_the_same_figures(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["model", "cluster", "predicted", "steps", "changes"]
+    assert list(found) == ["model", "cluster", "predicted", "steps", "changes", "expected_error"]
+    assert set(found["expected_error"]) == {"points", "ttft", "itl"} and "error" in shown.splitlines()[-1]
     for step in found["steps"]:
         assert sum(step["terms"].values()) == pytest.approx(step["ms"], abs=0.01)
         for term, milliseconds in step["terms"].items():

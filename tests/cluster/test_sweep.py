@@ -70,7 +70,8 @@ def test_every_layout_runs_and_is_set_beside_its_prediction(
     assert [json.loads(line)["layout"] for line in again.out.splitlines()] == ["tp=1", "tp=2,ep=2"]
     assert kept == {file: file.stat().st_mtime_ns for file in (out / "layouts").iterdir()}
     pytest.importorskip("matplotlib")
-    assert (out / "predicted-itl_ms.png").exists() and (out / "throughput-2.png").exists()
+    for chart in ("predicted-itl_ms", "throughput-2", "frontier-1", "scaling"):
+        assert (out / f"{chart}.png").stat().st_size > 0
 
 
 def test_a_layout_that_fails_is_kept_with_its_reason_and_passed_over(

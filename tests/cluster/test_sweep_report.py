@@ -82,12 +82,9 @@ def test_scaling_is_that_of_the_best_layout_of_each_size() -> None:
 def test_charts_of_50_layouts_name_only_what_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     named: dict[str, list[str]] = {}
-    save = plots._save
 
-    def keep(figure: Any, file: Path) -> None:
-        (axes,) = figure.axes
-        named[file.name] = [text.get_text() for text in axes.texts]
-        save(figure, file)
+    def keep(figure: Any, file: Path) -> None:  # drawing takes seconds
+        named[file.name] = [text.get_text() for text in figure.axes[0].texts]
 
     monkeypatch.setattr(plots, "_save", keep)
     rng = random.Random(0)
@@ -99,9 +96,8 @@ def test_charts_of_50_layouts_name_only_what_matters(tmp_path: Path, monkeypatch
         figures = {"output_tokens_per_s": rng.uniform(10, 1000), "itl_ms": rng.uniform(1, 50)}
         predicted = {name: value * rng.uniform(0.8, 1.2) for name, value in figures.items()}
         rows.append(Row(str(layout), "8×(64→16)", dict(figures), dict(predicted)))
-    files = write_report(tmp_path, "50 layouts", rows)
-    assert {file.name for file in files} >= {"frontier-1.png", "scaling.png", "predicted-itl_ms.png"}
-    assert all(file.stat().st_size > 0 for file in files)
+    write_report(tmp_path, "50 layouts", rows)
+    assert len(rows) == 50 and {"frontier-1.png", "scaling.png"} < set(named)
     frontier = pareto_frontier(rows)
     assert sorted(named["frontier-1.png"]) == sorted(f"{each.layout}: 8" for each in frontier)
     assert len(named["predicted-itl_ms.png"]) == 4 and named["throughput-1.png"] == []

@@ -13,7 +13,7 @@ from cluster.calibration import collective_probe
 from cluster.calibration.between_nodes import cluster_links
 from serve_app.cli import main
 from tests.ranks import end_nursery
-from tests.stand_in_cards import StandInProbe
+from tests.stand_in_probe import StandInProbe
 
 WORKLOAD = """\
 points:
