@@ -69,10 +69,14 @@ class _Driver:
 
 @functools.cache
 def prepare() -> None:
-    """Gives a build of torch without CUDA a device guard for it: not even tensors without numbers do without.
+    """Gives a build of torch without CUDA a device guard for it: not even tensors without numbers do without. And has
+    Triton read its own files, by whose hash it keeps what it compiles.
 
-    It takes two seconds. `tests.forks` does it before it forks.
+    It takes three seconds. `tests.forks` does it before it forks.
     """
+    from triton.runtime.cache import triton_key
+
+    triton_key()
     if torch.cuda.is_available():
         return
     from torch.utils.cpp_extension import include_paths, library_paths
