@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
+@functools.cache
 def remember() -> None:
     """From now on, in this process, the interpreter remembers what it replaces, and what types are."""
     _replace_once_in_a_launch()

@@ -27,24 +27,29 @@ class _Sizes(NamedTuple):
     bytes_by_kind: dict[str, int]
 
 
-_KINDS = {"attention": ".att.", "experts": ".ff.experts.", "dense": ".ff.fc"}  # what names of parameters contain
+_KINDS = {
+    "attention": ".att.",
+    "experts": ".ff.experts.",
+    "dense": ".ff.fc",
+}  # what names of parameters contain
 
 
 @lru_cache(maxsize=256)
 def _sizes(config: ModelConfig, layout: Layout, rank: int) -> _Sizes:
     weights, stored = Counter[str](), Counter[str]()
-    in_all = [0, 0, 0]
+    all_weights = expert_weights = stored_bytes = 0
     for piece in WeightPlan(config, layout, set()).pieces(layout.coords(rank)):
         elements = prod(map(len, piece.ranges))
         own = 0 if piece.stored in COMPANIONS else elements
         taken = _bytes(piece, elements, config)
         kind = next((kind for kind, part in _KINDS.items() if part in piece.parameter), None)
-        for place, number in enumerate((own, own * (kind == "experts"), taken)):
-            in_all[place] += number
+        all_weights += own
+        expert_weights += own * (kind == "experts")
+        stored_bytes += taken
         if kind is not None and len(piece.shape) > 1:
             weights[kind] += own
             stored[kind] += taken
-    return _Sizes(*in_all, dict(weights), dict(stored))
+    return _Sizes(all_weights, expert_weights, stored_bytes, dict(weights), dict(stored))
 
 
 def total_parameters(config: ModelConfig) -> int:

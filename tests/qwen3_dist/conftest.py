@@ -37,8 +37,8 @@ def fake_cards() -> Iterator[Forks]:
     forks.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def fast_interpreter() -> None:
-    """Where a test module of the run has imported Triton's interpreter."""
+    """As soon as a test module or an earlier test has imported Triton's interpreter."""
     if "triton.runtime.interpreter" in sys.modules:
         remember()
