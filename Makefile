@@ -74,7 +74,8 @@ SERVICE_TESTS := $(sort $(wildcard tests/serve_app/test_serve_*.py) \
 	$(addprefix tests/serve_app/test_,cli.py bench_serve.py recorded_clients.py prometheus.py))
 RANK_TESTS := $(addprefix tests/qwen3_dist/test_,kernels.py triton_attention.py triton_kernels.py triton_codes.py \
 	gpu_steps.py gpu_compiles.py gpu_moves.py gpu_check.py gpu_path.py model_parity.py communicators.py \
-	sampling_state.py expert_placement.py regrouping.py quantized.py cut_blocks.py rounding.py)
+	sampling_state.py expert_placement.py regrouping.py quantized.py cut_blocks.py rounding.py \
+	products_with_codes.py deterministic_ops.py)
 CHECKS := tests/test_imports.py tests/test_docs.py tests/test_lanes.py
 OF_OTHER_VERBS := tests/soak tests/clients tests/page
 SERVE_APP_TESTS := tests/serve_app $(addprefix --ignore=,$(SERVICE_TESTS))

@@ -192,6 +192,7 @@ class _Names:
 
     def __init__(self, patterns: Collection[str]) -> None:
         self._parts = {pattern for pattern in patterns if not pattern.startswith("re:")}
+        self._last_words = {part.rpartition(".")[2] for part in self._parts}
         self._regexes = [re.compile(each.removeprefix("re:")) for each in patterns if each.startswith("re:")]
         self._known: dict[str, bool] = {}  # a plan of each rank asks for each of thousands of experts
 
@@ -202,7 +203,8 @@ class _Names:
 
     def _match(self, module: str) -> bool:
         words = module.split(".")
-        parts = (".".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
+        ends = [end for end, word in enumerate(words, 1) if word in self._last_words]
+        parts = (".".join(words[start:end]) for end in ends for start in range(end))
         return any(part in self._parts for part in parts) or any(
             regex.match(module) for regex in self._regexes
         )

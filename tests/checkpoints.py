@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qwen3_dist.weights.source import bundled_path
 
@@ -40,6 +39,9 @@ def write_checkpoint(
     path: Path, *, moe: bool, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
 ) -> Path:
     """Writes a seeded model whose every weight, norms included, is random; fp32."""
+    # Not above: it takes 2 s of CPU time, and ranks import modules of tests too.
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
     torch.manual_seed(seed)
     if moe:
         model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**DENSE, **MOE, **overrides}))

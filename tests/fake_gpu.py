@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import shutil
 import subprocess
@@ -66,8 +67,18 @@ class _Driver:
         pass
 
 
-def _set_guard() -> None:
-    """A build of torch without CUDA has no device guard for it, not even for tensors without numbers."""
+@functools.cache
+def prepare() -> None:
+    """Gives a build of torch without CUDA a device guard for it: not even tensors without numbers do without. And has
+    Triton read its own files, by whose hash it keeps what it compiles.
+
+    It takes three seconds. `tests.forks` does it before it forks.
+    """
+    from triton.runtime.cache import triton_key
+
+    triton_key()
+    if torch.cuda.is_available():
+        return
     from torch.utils.cpp_extension import include_paths, library_paths
 
     with tempfile.TemporaryDirectory() as folder:
@@ -88,8 +99,7 @@ def fake_gpu(card: int, watched: bool = True) -> Iterator[Watch]:
     """
     from triton.runtime.driver import driver
 
-    if not torch.cuda.is_available():
-        _set_guard()
+    prepare()
     watch = Watch()
     driver.set_active(_Driver(card, watch.kernels))  # type: ignore[no-untyped-call]
 

@@ -1,7 +1,7 @@
 """Runs modules as commands, each in a fork of one process that has imported them: imports cost more than the runs.
 
 `python -m tests.forks MODULE...` reads lines of JSON, `[module, arguments, stdout, stderr]`, of which the last two are
-files, and answers each with an exit code.
+files, and answers each with an exit code. What a module's `prepare` does, if it has one, all forks have.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ def _fork(module: str, arguments: list[str], printed: str, complaints: str) -> i
 
 
 def main() -> None:
-    for module in sys.argv[1:]:
-        importlib.import_module(module)
+    modules = [importlib.import_module(module) for module in sys.argv[1:]]
     for line in sys.stdin:
+        while modules:
+            getattr(modules.pop(), "prepare", lambda: None)()
         print(_fork(*json.loads(line)), flush=True)
 
 

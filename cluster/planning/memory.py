@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.kv_cache_dtype import FP8_CACHE, kv_cache_dtype
@@ -18,6 +17,41 @@ from qwen3_dist.weights.weight_plan import WeightPlan
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+class _Sizes(NamedTuple):
+    """Sums over the pieces of the checkpoint that a rank reads. By kind, a key of `_KINDS`: matrices alone."""
+
+    weights: int
+    expert_weights: int
+    stored_bytes: int
+    weights_by_kind: dict[str, int]
+    bytes_by_kind: dict[str, int]
+
+
+_KINDS = {
+    "attention": ".att.",
+    "experts": ".ff.experts.",
+    "dense": ".ff.fc",
+}  # what names of parameters contain
+
+
+@lru_cache(maxsize=256)
+def _sizes(config: ModelConfig, layout: Layout, rank: int) -> _Sizes:
+    weights, stored = Counter[str](), Counter[str]()
+    all_weights = expert_weights = stored_bytes = 0
+    for piece in WeightPlan(config, layout, set()).pieces(layout.coords(rank)):
+        elements = prod(map(len, piece.ranges))
+        own = 0 if piece.stored in COMPANIONS else elements
+        taken = _bytes(piece, elements, config)
+        kind = next((kind for kind, part in _KINDS.items() if part in piece.parameter), None)
+        all_weights += own
+        expert_weights += own * (kind == "experts")
+        stored_bytes += taken
+        if kind is not None and len(piece.shape) > 1:
+            weights[kind] += own
+            stored[kind] += taken
+    return _Sizes(all_weights, expert_weights, stored_bytes, dict(weights), dict(stored))
+
+
 def total_parameters(config: ModelConfig) -> int:
     """Number of parameters of the whole model. A tied head counts once."""
     return rank_parameters(config, Layout(), 0)
@@ -25,34 +59,26 @@ def total_parameters(config: ModelConfig) -> int:
 
 def active_parameters(config: ModelConfig) -> int:
     """Number of parameters used for one token: all but the experts that it is not routed to."""
-    pieces = _pieces(config, Layout(), 0)
-    experts = sum(_weights(piece) for piece in pieces if ".experts." in piece.parameter)
+    experts = _sizes(config, Layout(), 0).expert_weights
     share = config.num_experts_per_tok / config.num_experts if config.num_experts else 0
     return total_parameters(config) - experts + round(experts * share)
 
 
 def rank_parameters(config: ModelConfig, layout: Layout, rank: int) -> int:
     """Number of parameters on `rank`, without padding."""
-    return sum(_weights(piece) for piece in _pieces(config, layout, rank))
+    return _sizes(config, layout, rank).weights
 
 
 def rank_bytes(config: ModelConfig, layout: Layout, rank: int) -> int:
     """Bytes of weights on `rank`, without padding. What belongs to the codes of a quantised checkpoint
     is counted."""
-    return sum(_bytes(piece, config) for piece in _pieces(config, layout, rank))
+    return _sizes(config, layout, rank).stored_bytes
 
 
-@cache
 def bytes_per_weight(config: ModelConfig) -> dict[str, float]:
     """Bytes of a weight of "attention", "dense" layers and "experts", scales included: the mean over all layers."""
-    kinds = {".att.": "attention", ".ff.experts.": "experts", ".ff.fc": "dense"}
-    stored, weights = Counter[str](), Counter[str]()
-    for piece in _pieces(config, Layout(), 0):
-        kind = next((kind for part, kind in kinds.items() if part in piece.parameter), None)
-        if kind is not None and len(piece.shape) > 1:
-            stored[kind] += _bytes(piece, config)
-            weights[kind] += _weights(piece)
-    return {kind: stored[kind] / weights[kind] for kind in weights}
+    sizes = _sizes(config, Layout(), 0)
+    return {kind: sizes.bytes_by_kind[kind] / weights for kind, weights in sizes.weights_by_kind.items()}
 
 
 def kv_item_bytes(config: ModelConfig, setting: str = "auto") -> int:
@@ -113,22 +139,9 @@ def inspect_model(
     }
 
 
-def _pieces(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Piece]:
-    """The pieces of the checkpoint that `rank` reads."""
-    return WeightPlan(config, layout, set()).pieces(layout.coords(rank))
-
-
-def _bytes(piece: Piece, config: ModelConfig) -> int:
+def _bytes(piece: Piece, elements: int, config: ModelConfig) -> int:
     if piece.stored in NIBBLES:
         *rows, inputs = map(len, piece.ranges)
         return prod(rows) * -(-inputs // 2)
     sizes = {None: ITEM_BYTES[config.dtype], SCALE: 4, ORDER: 4, DIVISOR: 0, MULTIPLIER: 0}
-    return _elements(piece) * sizes.get(piece.stored, 1)
-
-
-def _weights(piece: Piece) -> int:
-    return 0 if piece.stored in COMPANIONS else _elements(piece)
-
-
-def _elements(piece: Piece) -> int:
-    return prod(map(len, piece.ranges))
+    return elements * sizes.get(piece.stored, 1)

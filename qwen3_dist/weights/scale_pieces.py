@@ -86,8 +86,8 @@ def _companions(
     for kind, stored in ((SCALE, weight_format.scale), (ZERO, weight_format.zero)):
         if stored is not None:
             name = stored_name(piece.source, stored, names)
-            part = Piece(name, shape, index, f"{piece.parameter}_{kind}", target, kind, grid)
-            yield replace(part, packing=stored.packing)
+            parameter = f"{piece.parameter}_{kind}"
+            yield Piece(name, shape, index, parameter, target, kind, grid, packing=stored.packing)
     if weight_format.factor is not None:
         name = stored_name(piece.source, weight_format.factor, names)
         kind = MULTIPLIER if weight_format.factor_multiplies else DIVISOR

@@ -36,7 +36,6 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        serve.shutdown()
         ray.shutdown()
         ray_private.forget_serve()
         cluster.shutdown()

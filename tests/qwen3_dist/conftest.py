@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.checkpoints import write_checkpoint
 from tests.forks import Forks
+from tests.interpreted import remember
 from tests.threads import engines_of_one_thread, two_threads  # noqa: F401
 
 
@@ -24,6 +26,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def fake_cards() -> Iterator[Forks]:
     """Runs of `tests.fake_gpu` and its like, whose kernels Triton compiles."""
     modules = (
+        "tests.fake_gpu",
         "tests.fake_gpu_moves",
         "tests.fake_serving",
         "benchmarks.compare.checkpoints",
@@ -32,3 +35,10 @@ def fake_cards() -> Iterator[Forks]:
     forks = Forks(*modules, env={"TRITON_INTERPRET": "0"})
     yield forks
     forks.close()
+
+
+@pytest.fixture(autouse=True)
+def fast_interpreter() -> None:
+    """As soon as a test module or an earlier test has imported Triton's interpreter."""
+    if "triton.runtime.interpreter" in sys.modules:
+        remember()
