@@ -263,7 +263,10 @@ class CostModel:
             }
             if self._lora_rank:
                 dense["LoRA"] = self._lora_seconds(tokens, 3 * (dim + sizes.dense_columns))
-        experts = self._expert_parts(tokens, hidden, all_reduce) if config.num_experts else {}
+        experts: dict[str, float] = {}
+        if config.num_experts:
+            experts = self._expert_parts(tokens, hidden, all_reduce)
+            experts["layer overhead"] = self._of_experts.expert_layer_overhead_s
         samples = shape.num_samples / micro
         ends = {
             "embedding": self._tp.all_reduce(hidden),
@@ -324,7 +327,7 @@ class CostModel:
             pairs / read, read * sizes.expert, reached.expert_efficiency, reached.expert_read_efficiency
         )
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
-        return product + moved + reached.expert_layer_overhead_s
+        return product + moved
 
 
 def _largest_of(ranks: int) -> float:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expert-imbalance",
         type=number(1),
         metavar="X",
-        help="load of the busiest expert-parallel rank over the mean (default: 1.2)",
+        help="load of the busiest expert-parallel rank over the mean (default: fitted)",
     )
     parser.add_argument(
         "--measure",

@@ -97,8 +97,9 @@ def test_rates_of_a_kind_of_weights_are_those_of_its_products() -> None:
     ratio = stored.step_parts(many)["attention projections"] / plain.step_parts(many)["attention projections"]
     assert ratio == pytest.approx(0.5)
     moe = replace(MOE, quantization=FP8_OF_OUTPUTS)
-    idle, none = (CostModel(moe, Layout(), each).step_parts(ONE_DECODE)["experts"] for each in (fast, PLAIN))
-    assert idle > 2e-3 + none  # all four experts are read, and each of two layers costs a millisecond
+    idle, none = (CostModel(moe, Layout(), each).step_parts(ONE_DECODE) for each in (fast, PLAIN))
+    assert idle["experts"] > 1.9 * none["experts"]  # four experts are read, of which the token needs two
+    assert idle["layer overhead"] == pytest.approx(2e-3)
 
 
 def test_a_moe_layer_reads_the_experts_that_its_tokens_touch() -> None:
