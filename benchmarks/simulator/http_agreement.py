@@ -11,7 +11,9 @@ from typing import Any
 
 from benchmarks.simulator.http_run import GivenLoop, Seen, bench
 from benchmarks.simulator.paced_gpu import (
+    BLOCK_SIZE,
     LIMITS,
+    NUM_BLOCKS,
     SLOWER,
     SLOWER_TIMES,
     ModelledReplica,
@@ -19,14 +21,16 @@ from benchmarks.simulator.paced_gpu import (
     settings,
     simulated_replica,
 )
-from cluster.planning.clients import Workload, open_loop
+from cluster.planning.clients import step_seconds
 from cluster.planning.cost_model import CostModel
 from cluster.planning.layout_loads import LayoutLoads
 from cluster.planning.planner import PlanRequest
-from cluster.planning.walk import StepRules
+from cluster.planning.walk import Request as WalkRequest
+from cluster.planning.walk import StepRules, Walk
 from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
 from cluster.simulation.report import Limits, summarize
 from cluster.simulation.service import ServiceSimulation, simulate
+from qwen3_dist.percentiles import percentile
 from serve_app import app
 from serve_app.launch.foreground import RunningService, running_service
 from serve_app.settings import read_service_config
@@ -75,6 +79,7 @@ def open_loads(
                         "requests": len(requests),
                         "request_overhead_ms": round(1e3 * overhead_s, 1),
                         **compared(seen, simulated(cost, seen.requests)),
+                        **walked(cost, seen),
                         **(planned(cost, rate, seen) if name == "fixed" else {}),
                     }
                 )
@@ -126,19 +131,27 @@ def compared(seen: Seen, outcome: Any) -> dict[str, Any]:
     return {**{name: round(real[name], 1) for name in FIGURES}, **ratios}
 
 
+def walked(cost: CostModel, seen: Seen) -> dict[str, float]:
+    """TTFT of the walk behind `plan`, of the same arrivals, over what was seen."""
+    rules = StepRules(LIMITS.max_num_batched_tokens, LIMITS.max_num_seqs, NUM_BLOCKS * BLOCK_SIZE)
+    sent = (WalkRequest(each.input_len, each.output_len, each.arrival_s) for each in seen.requests)
+    served = Walk(step_seconds(cost), rules).serve(sent)
+    ttfts = sorted(1e3 * (each.ttft_s + cost.cluster.request_overhead_s) for each in served)
+    real = seen.figures()
+    return {
+        f"walked_ttft_p{percent}_ms": round(percentile(ttfts, percent) / real[f"ttft_p{percent}_ms"], 3)
+        for percent in (50, 90)
+    }
+
+
 def planned(cost: CostModel, rate: float, seen: Seen) -> dict[str, float]:
-    """What `plan --rate` says of equal requests over what was seen, and the walk behind `closed_loop` at this rate."""
+    """Means that `plan --rate` says of equal requests, over those that were seen."""
     first = seen.requests[0]
     sizes = first.input_len, first.output_len
     request = PlanRequest(*sizes, concurrency=1, max_num_batched_tokens=LIMITS.max_num_batched_tokens)
     plan = LayoutLoads(cost.config, cost.layout, cost.cluster, request).under(rate).planned
-    rules = StepRules(LIMITS.max_num_batched_tokens, LIMITS.max_num_seqs, 1 << 16)
-    walked = open_loop(cost, rules, Workload(*sizes), rate, 1000)
-    real = seen.figures()
-    mean_ms = statistics.fmean(seen.ttfts_ms)
+    assert plan.ttft_ms and plan.itl_ms
     return {
-        "planned_ttft_mean_ms": round(plan.ttft_ms / mean_ms, 3),
-        "planned_itl_ms": round((plan.itl_ms or 0.0) / statistics.fmean(seen.tpots_ms), 3),
-        "walked_ttft_p50_ms": round(1e3 * walked.ttft_p50_s / real["ttft_p50_ms"], 3),
-        "walked_ttft_p90_ms": round(1e3 * walked.ttft_p90_s / real["ttft_p90_ms"], 3),
+        "planned_ttft_mean_ms": round(plan.ttft_ms / statistics.fmean(seen.ttfts_ms), 3),
+        "planned_itl_mean_ms": round(plan.itl_ms / statistics.fmean(seen.tpots_ms), 3),
     }

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from operator import sub
 from typing import Any
 
 from benchmarks.simulator.http_agreement import (
@@ -43,6 +44,10 @@ def _loop(slower: float, clients: int, each: int) -> list[dict[str, Any]]:
             seen = bench(service.url, requests, clients)
             outcome = simulated(cost, GivenLoop(clients, requests))
             recorder = outcome.recorder
+            mean_ms = statistics.fmean(seen.ttfts_ms)
+            simulated_ms = 1e3 * (
+                overhead_s + statistics.fmean(map(sub, recorder.first_tokens_s, recorder.arrivals_s))
+            )
             rows.append(
                 {
                     "slower": slower,
@@ -50,6 +55,8 @@ def _loop(slower: float, clients: int, each: int) -> list[dict[str, Any]]:
                     "lengths": name,
                     "requests": len(requests),
                     "request_overhead_ms": round(1e3 * overhead_s, 1),
+                    "ttft_mean_ms": round(mean_ms, 1),
+                    "simulated_ttft_mean_ms": round(simulated_ms / mean_ms, 3),
                     **compared(seen, outcome),
                     **together("", seen.first_s, clients),
                     **together("simulated_", recorder.first_tokens_s, clients),
@@ -90,4 +97,4 @@ def planned(cost: CostModel, clients: int, each: int, first: Request, seen: Seen
         latencies = closed_loop(cost, rules, load, clients, each)
         found[f"{name}_ttft_mean"] = round(1e3 * latencies.ttft_s / mean_ms, 3)
         found[f"{name}_itl"] = round(1e3 * latencies.itl_s / statistics.fmean(seen.tpots_ms), 3)
-    return {"ttft_mean_ms": round(mean_ms, 1), **found}
+    return found

@@ -29,7 +29,7 @@ SLOWER = (
 )
 SLOWER_TIMES = 8.0  # so that HTTP's share of this machine's cores is small beside the steps
 LIMITS = SchedulerLimits(max_num_seqs=64, max_num_batched_tokens=2048)
-NUM_BLOCKS = 4096
+NUM_BLOCKS, BLOCK_SIZE = 4096, 16
 PORT = 8795
 
 
@@ -74,6 +74,7 @@ def settings(**scaling: Any) -> dict[str, Any]:
     return {
         "device": "cpu",
         "num_blocks": NUM_BLOCKS,
+        "block_size": BLOCK_SIZE,
         "max_num_seqs": LIMITS.max_num_seqs,
         "max_num_batched_tokens": LIMITS.max_num_batched_tokens,
         "prefix_caching": False,
@@ -87,4 +88,4 @@ def settings(**scaling: Any) -> dict[str, Any]:
 
 def simulated_replica() -> ReplicaConfig:
     """The replica of `settings` in a simulation."""
-    return ReplicaConfig(NUM_BLOCKS, LIMITS, prefix_caching=False, max_model_len=4096)
+    return ReplicaConfig(NUM_BLOCKS, LIMITS, BLOCK_SIZE, prefix_caching=False, max_model_len=4096)
