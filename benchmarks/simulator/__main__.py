@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import keep
 from benchmarks.simulator.http_agreement import open_loads
-from benchmarks.simulator.http_loop import closed_loops
+from benchmarks.simulator.http_loop import LOOPS, closed_loop
 from benchmarks.simulator.http_scaling import scaling
 from benchmarks.simulator.real_run import RealRun, run_for_real
 from benchmarks.simulator.step_fit import FittedCost, measure_steps
@@ -69,11 +72,18 @@ GPUS = (64, 512, 2048)
 SCALE_LAYOUT = Layout(tp=4, dp=2, ep=8)
 SCALE_RATE = 5.0  # requests a second for each replica
 SCALE_S = 60.0
-HTTP: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "open": open_loads,
-    "loop": closed_loops,
-    "scaling": scaling,
+# Each starts a service of its own.
+HTTP: dict[str, list[Callable[[], list[dict[str, Any]]]]] = {
+    "open": [open_loads],
+    "loop": [partial(closed_loop, *loop) for loop in LOOPS],
+    "scaling": [scaling],
 }
+
+
+def in_own_process(run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `run` returns in a process of its own: threads of Serve's client outlive a service, and complain."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run).result()
 
 
 def main() -> None:
@@ -89,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.http is not None:
         for name in args.http or HTTP:
-            keep(f"simulator-http-{name}", HTTP[name]())
+            keep(f"simulator-http-{name}", [row for run in HTTP[name] for row in in_own_process(run)])
         return
     if not args.skip_real:
         keep("simulator-agreement", agreement(args.seconds))

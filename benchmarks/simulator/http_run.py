@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -88,7 +87,7 @@ def bench(url: str, requests: Sequence[Request], concurrency: int | None = None)
         ]
         limit = [f"--max-concurrency={concurrency}"] if concurrency else []
         command = [sys.executable, "-m", "serve_app", "bench", "serve", url, *options.split(), *files, *limit]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+        subprocess.run(command, check=True, capture_output=True)
         return Seen.of(json.loads((Path(folder) / "result.json").read_text()))
 
 

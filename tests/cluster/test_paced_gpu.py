@@ -24,8 +24,8 @@ def test_a_loop_of_given_requests_sends_all_of_them_in_order() -> None:
     assert sorted(outcome.recorder.input_lens) == [each.input_len for each in given]
 
 
-def test_first_tokens_within_milliseconds_of_each_other_are_of_one_step() -> None:
-    assert group_size([0.0, 0.001, 0.002, 1.0]) == (3 * 3 + 1) / 4
+def test_first_tokens_that_are_close_to_each_other_are_of_one_step() -> None:
+    assert group_size([0.0, 0.02, 0.04, 1.0], 0.024) == (3 * 3 + 1) / 4
 
 
 def test_start_ups_and_mean_replicas_follow_from_counts() -> None:
