@@ -1,22 +1,33 @@
-"""Agreement of the simulator with the real engine, and its speed for large clusters.
+"""Agreement of the simulator with the real engine and the real service, and its speed for large clusters.
 
     python -m benchmarks.simulator [--seconds 30] [--skip-real] [--skip-scale]
+    python -m benchmarks.simulator --http [open] [loop] [scaling]
 
 Agreement: a small random model behind `AsyncEngine` with Poisson arrivals at shares of the engine's capacity. The
 simulation gets the same arrivals, and step times fitted to steps measured before and after. Speed: Qwen3-235B-A22B on
 H100s at a load near their capacity.
+
+`--http`: the service over HTTP, with steps that take as long as those of a slowed GPU and no CPU time: Poisson
+arrivals at shares of its capacity, clients in a closed loop, autoscaling under a rate that rises and falls.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import keep
+from benchmarks.simulator.http_agreement import open_loads
+from benchmarks.simulator.http_loop import LOOPS, closed_loop
+from benchmarks.simulator.http_scaling import scaling
 from benchmarks.simulator.real_run import RealRun, run_for_real
 from benchmarks.simulator.step_fit import FittedCost, measure_steps
 from cluster.hardware import parse_gpus
@@ -61,14 +72,35 @@ GPUS = (64, 512, 2048)
 SCALE_LAYOUT = Layout(tp=4, dp=2, ep=8)
 SCALE_RATE = 5.0  # requests a second for each replica
 SCALE_S = 60.0
+# Each starts a service of its own.
+HTTP: dict[str, list[Callable[[], list[dict[str, Any]]]]] = {
+    "open": [open_loads],
+    "loop": [partial(closed_loop, *loop) for loop in LOOPS],
+    "scaling": [scaling],
+}
+
+
+def in_own_process(run: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `run` returns in a process of its own: threads of Serve's client outlive a service, and complain."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run).result()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="seconds of arrivals in each real run")
     parser.add_argument("--skip-real", action="store_true", help="measure only the speed")
     parser.add_argument("--skip-scale", action="store_true", help="measure only the agreement")
+    parser.add_argument(
+        "--http", nargs="*", choices=tuple(HTTP), help="measure only this, by default all of it"
+    )
     args = parser.parse_args()
+    if args.http is not None:
+        for name in args.http or HTTP:
+            keep(f"simulator-http-{name}", [row for run in HTTP[name] for row in in_own_process(run)])
+        return
     if not args.skip_real:
         keep("simulator-agreement", agreement(args.seconds))
     if not args.skip_scale:

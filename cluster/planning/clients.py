@@ -91,8 +91,11 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
     random, in closed form. Of `demand` requests, those beyond `batch` queue.
 
     In one cycle every sequence ends and is replaced: its decode steps, and one prompt for each sequence beside the
-    decodes of others. A prompt waits for others' prompts as in a queue with random arrivals and equal services
-    (Pollaczek and Khinchine), and for the steps in flight. The percentiles are the mean.
+    decodes of others. A request waits for the rest of the step that it comes in and for the next one, which is planned
+    already. The step that it comes in is longer than the mean, by the variance over the mean, since more requests come
+    in a long step. Then it shares its own step with the prompts that came in the same step as it. If a prompt is more
+    than one step holds, it waits for others' prompts as in a queue with random arrivals and equal services (Pollaczek
+    and Khinchine). The percentiles are the mean.
     """
     seconds = step_seconds(model, load.drafted)
     budget = max(1, rules.max_num_batched_tokens - batch)
@@ -114,13 +117,24 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
         )
     )
     cycle_s = steps * mixed_s + max(0, output - steps) * decode_s
-    busy = min(
-        steps * mixed_s / cycle_s, 1 - 1 / (1 + batch)
-    )  # a prompt waits for those of its batch at most
-    in_flight_s = busy * mixed_s + (1 - busy) * decode_s
-    others_s = chunks * mixed_s * busy / (2 * (1 - busy)) if batch > 1 else 0.0
+    if batch == 1:
+        wait_s, own_s = 0.0, chunks * mixed_s  # a request finds nothing that runs
+    elif chunks == 1:
+        prompt_s = max(0.0, (mixed_s - decode_s) * steps / batch)
+        step_s, rate = cycle_s / max(output, steps), batch / cycle_s
+        # Requests of a step are Poisson, and each makes the next one longer by prompt_s.
+        seen_s = step_s + rate * prompt_s**2 / (1 - (rate * prompt_s) ** 2)
+        wait_s = seen_s / 2 + step_s
+        own_s = decode_s + prompt_s * (1 + rate * seen_s)
+    else:
+        busy = min(
+            steps * mixed_s / cycle_s, 1 - 1 / (1 + batch)
+        )  # a prompt waits for those of its batch at most
+        in_flight_s = busy * mixed_s + (1 - busy) * decode_s
+        wait_s = chunks * mixed_s * busy / (2 * (1 - busy)) + 1.5 * in_flight_s
+        own_s = chunks * mixed_s
     queue_s = max(0, demand - batch) / batch * cycle_s
-    ttft_s = queue_s + others_s + 1.5 * in_flight_s + chunks * mixed_s + model.cluster.request_overhead_s
+    ttft_s = queue_s + wait_s + own_s + model.cluster.request_overhead_s
     return Latencies(ttft_s, ttft_s, ttft_s, ttft_s, cycle_s / load.output_len, batch / cycle_s)
 
 

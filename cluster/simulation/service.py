@@ -9,7 +9,7 @@ import heapq
 import random
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 from cluster.simulation.arrivals import ClosedLoop, Request
@@ -27,7 +27,8 @@ class ServiceSimulation:
 
     `start_up_s` is the time from the decision to add a replica until it accepts requests. `max_devices` limits the
     devices that all replicas hold at once, starting and draining ones included. `request_overhead_s` is added to the
-    time to first token of each request.
+    time to first token of each request; in a closed loop it is also the mean time between an answer and the client's
+    next request.
     """
 
     replica: ReplicaConfig
@@ -81,9 +82,10 @@ class Outcome:
 class _Kind(IntEnum):
     """Kinds of events. At equal times the lower one comes first, and arrivals come before all of them."""
 
-    READY = 0
-    LOAD = 1
-    STEP = 2
+    ARRIVAL = 0  # of a client's next request, in a closed loop
+    READY = 1
+    LOAD = 2
+    STEP = 3
 
 
 def simulate(simulation: ServiceSimulation, cost: StepCost, requests: Iterable[Request]) -> Outcome:
@@ -108,6 +110,9 @@ class _Service:
         self._starting: list[Replica] = []
         self._ongoing = 0  # requests in replicas
         self._next_index = 0
+        self._sent: dict[int, Request] = {}  # by clients of a closed loop, and not at a replica yet
+        self._next_sent = 0
+        self._turnarounds = random.Random(simulation.seed)
         config = simulation.autoscaling
         self._autoscaler = Autoscaler(config)
         self._load = MeanLoad(config.look_back_period_s)
@@ -123,7 +128,7 @@ class _Service:
         loop = requests if isinstance(requests, ClosedLoop) else None
         request = next(arrivals, None)
         now_s = 0.0
-        while request is not None or self._ongoing:
+        while request is not None or self._ongoing or self._sent:
             if request is not None and (not events or request.arrival_s <= events[0][0]):
                 outcome.events += 1
                 self._arrive(request)
@@ -136,7 +141,9 @@ class _Service:
                     continue  # replaced by a later event of this replica
                 finished = self._step(replica, now_s)
                 for follower in loop.after(now_s, finished) if loop and finished else ():
-                    self._arrive(follower)
+                    self._send(follower)
+            elif kind == _Kind.ARRIVAL:
+                self._arrive(self._sent.pop(index))
             elif kind == _Kind.READY:
                 self._ready(index, now_s)
             else:
@@ -147,6 +154,15 @@ class _Service:
         for replica in list(self._replicas.values()):
             self._tally(replica)
         return outcome
+
+    def _send(self, request: Request) -> None:
+        """Has `request` arrive after the overhead of a request, which is random with the given mean: the last answer
+        reaches the client, and its next request the replica."""
+        late_s = self._turnarounds.uniform(0, 2 * self._simulation.request_overhead_s)
+        request = replace(request, arrival_s=request.arrival_s + late_s)
+        self._sent[self._next_sent] = request
+        self._push(request.arrival_s, _Kind.ARRIVAL, self._next_sent)
+        self._next_sent += 1
 
     def _arrive(self, request: Request) -> None:
         if request.input_len >= self._simulation.replica.longest:

@@ -118,7 +118,8 @@ def test_the_closed_form_is_near_the_walk(model: CostModel, input_len: int, batc
     walked = open_loop(model, rules, Workload(input_len, 200), formula.requests_per_s, 1000)
     assert formula.itl_s == pytest.approx(walked.itl_s, rel=0.15)
     before_s = model.cluster.request_overhead_s
-    assert math.log((formula.ttft_s - before_s) / (walked.ttft_s - before_s)) == pytest.approx(0, abs=0.45)
+    far = 0.1 if input_len < 2048 else 0.45  # in logarithms; longer prompts take more than one step
+    assert math.log((formula.ttft_s - before_s) / (walked.ttft_s - before_s)) == pytest.approx(0, abs=far)
 
 
 def test_beyond_its_capacity_an_open_loop_falls_behind_the_rate(model: CostModel) -> None:

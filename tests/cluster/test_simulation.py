@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.planning.cost_model import StepShape
-from cluster.simulation.arrivals import Lengths, PoissonArrivals, Request
+from cluster.simulation.arrivals import ClosedLoop, Lengths, PoissonArrivals, Request
 from cluster.simulation.autoscaler import AutoscalingConfig
 from cluster.simulation.group import make_sequence
 from cluster.simulation.recorder import Recorder
@@ -285,6 +287,21 @@ def test_every_request_ends_exactly_once_and_all_blocks_are_free_at_the_end(
         assert arrival < first <= last
     tokens = sum(r.output_len for r in requests)
     assert sum(recorder.itl_us.values()) == tokens - len(requests)
+
+
+def test_a_client_of_a_closed_loop_sends_its_next_request_when_its_last_is_answered() -> None:
+    outcome = simulate(service(), Linear(), ClosedLoop(2, 4, Lengths(10), Lengths(1)))
+    expected = [(0.0, 1.1, 1.1), (0.0, 2.2, 2.2), (1.1, 3.3, 3.3), (2.2, 4.4, 4.4)]
+    assert times(outcome) == [pytest.approx(each) for each in expected]
+
+
+def test_in_a_closed_loop_the_overhead_lies_between_an_answer_and_the_next_request() -> None:
+    clients = ClosedLoop(1, 200, Lengths(10), Lengths(1))
+    outcome = simulate(replace(service(), request_overhead_s=0.5), Linear(), clients)
+    ended = times(outcome)
+    turnarounds = [after[0] - before[2] for before, after in pairwise(ended)]
+    assert len(ended) == 200 and min(turnarounds) >= 0 and max(turnarounds) <= 1
+    assert fmean(turnarounds) == pytest.approx(0.5, rel=0.15)
 
 
 def test_the_same_seed_gives_the_same_history_and_another_seed_another() -> None:
