@@ -22,8 +22,9 @@ from benchmarks.published.points import KINDS, Point, read_points
 from benchmarks.published.predictions import errors, predicted
 from cluster.hardware import FITTED
 from cluster.planning.clients import Latencies
+from cluster.planning.expected_errors import error_name
 from cluster.planning.products import PLAIN
-from qwen3_dist.errors import ConfigError
+from qwen3_dist.errors import ConfigError, QwenDistError
 
 
 def main() -> int:
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--fit", action="store_true", help="write cluster/fitted.json")
     args = parser.parse_args()
+    if not args.points and (args.json or args.fit):
+        parser.error("--json and --fit need --points")
     if not args.points:
         throughput.main()
         return 0
@@ -41,13 +44,13 @@ def main() -> int:
             raise ConfigError(
                 "the files hold no points; give files with a line for each point after the header"
             )
-    except ConfigError as error:
+        if args.fit:
+            _fit(points)
+            return 0
+        found = [predicted(point) for point in points]
+    except QwenDistError as error:
         print(f"benchmarks.published: {error}", file=sys.stderr)
         return 2
-    if args.fit:
-        _fit(points)
-        return 0
-    found = [predicted(point) for point in points]
     if args.json:
         print(json.dumps(errors(points, found)))
         return 0
@@ -77,7 +80,7 @@ def _fit(points: Sequence[Point]) -> None:
     found = fit(points, FITTED, print)
     groups = defaultdict(list)
     for point, pair in zip(points, found.errors, strict=True):
-        groups[f"{point.device} {KINDS.get(point.weights, PLAIN)}"].append(abs(np.exp(pair) - 1))
+        groups[error_name(point.device, KINDS.get(point.weights, PLAIN), point.has_experts)].append(abs(np.exp(pair) - 1))
     off = {name: np.mean(pairs, axis=0) for name, pairs in sorted(groups.items())}
     found.constants["errors"] = {
         name: {"points": len(groups[name]), "ttft": round(ttft, 3), "itl": round(itl, 3)}

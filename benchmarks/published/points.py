@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.planning.official import official_configs
 from qwen3_dist.errors import ConfigError
 
 # Names in the files: presets of `cluster.hardware`; endings of official names in `cluster.planning.official`.
@@ -50,7 +51,7 @@ class Point:
 def read_points(path: Path) -> list[Point]:
     """The points of a file. Raises ConfigError that names the file, the line and the column."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}); give a CSV file of measured points") from None
     rows = csv.DictReader(text.splitlines())
@@ -69,17 +70,18 @@ class _Row:
         name = self._text("model").rpartition("/")[2]
         for ending in _ENDINGS:
             name = name.removesuffix(ending)
-        dp, etp, ep = (int(self.columns.get(column) or 0) for column in ("dp", "moe_tp", "moe_ep"))
+        dp, etp, ep = (self._count(column, least=0) for column in ("dp", "moe_tp", "moe_ep"))
         return Point(
-            name + self._known("weights", weights, WEIGHTS),
+            self._known("model", name, {known: known for known in official_configs()})
+            + self._known("weights", weights, WEIGHTS),
             self._known("system", self._text("system"), SYSTEMS),
             self.columns.get("engine") or "",
             self.columns.get("engine_version") or "",
             weights,
-            int(self._number("isl")),
-            int(self._number("osl")),
-            int(self._number("batch")),
-            (int(self._number("tp")), dp, etp, ep),
+            self._count("isl"),
+            self._count("osl"),
+            self._count("batch"),
+            (self._count("tp"), dp, etp, ep),
             self._number("ttft_ms"),
             self._number("tpot_ms"),
         )
@@ -99,6 +101,12 @@ class _Row:
         if not 0 < number < math.inf:
             raise ConfigError(f"{self.place}: {column} must be a positive number, not {text!r}")
         return number
+
+    def _count(self, column: str, least: int = 1) -> int:
+        text = self.columns.get(column) or ("" if least else "0")
+        if not text.isdecimal() or int(text) < least:
+            raise ConfigError(f"{self.place}: {column} must be a whole number from {least} on, not {text!r}")
+        return int(text)
 
     def _known(self, column: str, text: str, known: dict[str, str]) -> str:
         if text not in known:

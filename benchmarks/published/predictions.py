@@ -33,10 +33,10 @@ class Engine:
     prompts_first: bool = False
     reserves: bool = False
 
-    def rules(self, point: Point, capacity: int) -> StepRules:
-        """How the engine forms the steps of a point."""
+    def rules(self, point: Point, dp: int, capacity: int) -> StepRules:
+        """How the engine forms the steps of a point with `dp` groups, each with a cache of `capacity` tokens."""
         most = None if self.prompts_first else prompts_at_once(point.clients, point.output_len)
-        return StepRules(_TOKENS, _SEQUENCES, capacity, most, self.prompts_first, self.reserves)
+        return StepRules(_TOKENS, _SEQUENCES * dp, capacity * dp, most, dp, self.prompts_first, self.reserves)
 
 
 ENGINES = {
@@ -68,9 +68,8 @@ def predicted(
     model = CostModel(config, layout, cluster, expert_imbalance, kv_bytes=kv_bytes)
     longest = point.input_len + point.output_len
     capacity = max(longest + 1, model.kv_capacity_tokens(_TOKENS, 256))
-    clients = -(-point.clients // layout.dp)
     load = Workload(point.input_len, point.output_len)
-    return closed_loop(model, engine.rules(point, capacity), load, clients)
+    return closed_loop(model, engine.rules(point, layout.dp, capacity), load, point.clients)
 
 
 def errors(points: Sequence[Point], found: Sequence[Latencies]) -> dict[str, float | int]:

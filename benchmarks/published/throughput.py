@@ -65,10 +65,12 @@ def predicted(row: Published) -> float:
         return length / model.step_seconds(StepShape(0, 0, length, length * (length + 1) // 2, 1))
     capacity = model.kv_capacity_tokens(_GPU.max_num_batched_tokens, _GPU.max_num_seqs)
     batch = min(row.max_num_seqs, capacity // length)
-    rules = StepRules(_GPU.max_num_batched_tokens, batch, capacity, prompts_at_once(batch, row.output_len))
-    seen = closed_loop(model, rules, Workload(row.input_len, row.output_len), batch)
+    clients = batch * layout.dp
+    most = prompts_at_once(clients, row.output_len)
+    rules = StepRules(_GPU.max_num_batched_tokens, clients, capacity * layout.dp, most, layout.dp)
+    seen = closed_loop(model, rules, Workload(row.input_len, row.output_len), clients)
     counted = length if row.counts_input else row.output_len
-    return seen.requests_per_s * layout.dp * counted / row.gpus
+    return seen.requests_per_s * counted / row.gpus
 
 
 def main() -> None:

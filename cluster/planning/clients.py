@@ -1,7 +1,7 @@
 """What clients see: TTFT, time between tokens and throughput of a closed loop, or of an open loop at a rate.
 
-Both walk through the steps of one dp group (`walk.py`), as the engine's scheduler would form them, with the times of
-the cost model. Every dp group is taken to run steps like this one's at once; `qwen3-dist simulate` has each its own.
+Both walk through the steps of one replica (`walk.py`), as the engine's scheduler would form them, with the times of
+the cost model. Its dp groups take steps together, and share requests evenly.
 """
 
 from __future__ import annotations
@@ -59,23 +59,25 @@ class Latencies:
 def closed_loop(
     model: CostModel, rules: StepRules, load: Workload, clients: int, requests_each: int = REQUESTS_EACH
 ) -> Latencies:
-    """Latencies of `clients` clients of a dp group. They begin together, and send `requests_each` requests each, one
+    """Latencies of `clients` clients of a replica. They begin together, and send `requests_each` requests each, one
     when the last is answered. Two rounds after the first stand for all others."""
     rounds = min(3, requests_each)
     first = load.request._replace(followers=rounds - 1)
-    served = Walk(step_seconds(model, load.drafted), rules).serve([first] * clients)
+    before_s = model.cluster.request_overhead_s
+    walk = Walk(step_seconds(model, load.drafted), rules)
+    served = walk.serve([first] * clients)
     later = (requests_each - 1) / (rounds - 1) if rounds > 1 else 0.0
     weights = [1.0 if each.request.followers == rounds - 1 else later for each in served]
     in_system_s = fmean((each.last_s - each.sent_s for each in served), weights)
-    return _latencies(model, load, served, weights, clients / in_system_s)
+    return _latencies(model, load, served, weights, clients / (before_s + in_system_s))
 
 
 def open_loop(
     model: CostModel, rules: StepRules, load: Workload, rate: float, num_requests: int, seed: int = 0
 ) -> Latencies:
-    """Latencies of `num_requests` requests that reach a dp group at random (Poisson), `rate` a second on average.
+    """Latencies of `num_requests` requests that reach a replica at random (Poisson), `rate` a second on average.
 
-    Beyond the group's capacity the wait grows with `num_requests`; then requests_per_s is below `rate`.
+    Beyond the replica's capacity the wait grows with `num_requests`; then requests_per_s is below `rate`.
     """
     arrivals = random.Random(seed)
     times = accumulate(arrivals.expovariate(rate) for _ in range(num_requests))
@@ -87,7 +89,7 @@ def open_loop(
 
 
 def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, demand: int) -> Latencies:
-    """Means of a steady state in which `batch` sequences of a dp group run at a time, and requests come one by one at
+    """Means of a steady state in which `batch` sequences of a replica run at a time, and requests come one by one at
     random, in closed form. Of `demand` requests, those beyond `batch` queue.
 
     In one cycle every sequence ends and is replaced: its decode steps, and one prompt for each sequence beside the
@@ -98,13 +100,14 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
     and Khinchine). The percentiles are the mean.
     """
     seconds = step_seconds(model, load.drafted)
-    budget = max(1, rules.max_num_batched_tokens - batch)
+    of_group = ceil(batch / rules.groups)
+    budget = max(1, rules.max_num_batched_tokens - of_group)
     prompt, known = load.input_len - load.cached_len, load.cached_len
     output = 1 + load.decode_steps
     context = batch * (load.input_len + load.output_len / 2)
     decode_s = seconds(StepShape(batch, int(context), 0, 0, batch))
     chunks = ceil(prompt / budget)
-    steps = max(ceil(batch * prompt / budget), min(output, batch * chunks))
+    steps = max(ceil(of_group * prompt / budget), min(output, batch * chunks))
     decoding = batch * (output - 1) / max(output, steps)
     pairs = batch * (prompt * known + prompt * (prompt + 1) / 2) / steps
     mixed_s = seconds(
@@ -139,18 +142,46 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
 
 
 def step_seconds(model: CostModel, drafted: int = 0) -> Callable[[StepShape], float]:
-    """`model.step_seconds` with a memory, of steps that compute `drafted` tokens more for each decode."""
-    remembered: dict[tuple[int, int, int], list[StepLine]] = {}
+    """Seconds of a step of all dp groups of a replica, of which `shape` is the sum; `drafted` tokens more are computed
+    for each decode.
+
+    Decodes are spread evenly. A step takes as long as that of the group with the most prompts; the experts, which all
+    groups share, get the tokens of all.
+    """
+    remembered: dict[tuple[int, int, int], tuple[list[StepLine], float]] = {}
+    groups = model.layout.dp
+
+    def lines_of(decodes: int, tokens: int, samples: int) -> tuple[list[StepLine], float]:
+        """The lines of the group with the most prompts, and its share of the prompts."""
+        prompts = max(1, samples - decodes)
+        share = ceil(prompts / groups) / prompts
+        each = ceil(decodes / groups)
+        largest = (
+            (1 + drafted) * each,
+            round(tokens * share),
+            each + (ceil(prompts / groups) if tokens else 0),
+        )
+        lines = model.step_lines(*largest)
+        if groups > 1 and tokens and model.config.num_experts:
+            mean = ((1 + drafted) * each, ceil(tokens / groups), 0)
+            saved_s = max(0.0, _expert_seconds(model, largest) - _expert_seconds(model, mean))
+            lines = [line._replace(constant_s=line.constant_s - saved_s) for line in lines]
+        return lines, share
 
     def seconds(shape: StepShape) -> float:
-        key = (1 + drafted) * shape.num_decodes, shape.prefill_tokens, shape.num_samples
-        lines = remembered.get(key)
-        if lines is None:
-            lines = remembered[key] = model.step_lines(*key)
-        context, pairs = shape.decode_context_tokens, shape.prefill_pairs
+        key = shape.num_decodes, shape.prefill_tokens, shape.num_samples
+        if key not in remembered:
+            remembered[key] = lines_of(*key)
+        lines, share = remembered[key]
+        context, pairs = shape.decode_context_tokens / groups, shape.prefill_pairs * share
         return max([constant + context * a + pairs * b for constant, a, b in lines])
 
     return seconds
+
+
+def _expert_seconds(model: CostModel, tokens: tuple[int, int, int]) -> float:
+    decodes, prompts, samples = tokens
+    return model.step_parts(StepShape(decodes, 0, prompts, 0, samples)).get("experts", 0.0)
 
 
 def _latencies(

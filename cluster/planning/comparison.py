@@ -10,9 +10,8 @@ from cluster.hardware import Cluster
 from cluster.planning.burst import predict_burst
 from cluster.planning.burst_point import BurstPoint
 from cluster.planning.cost_model import StepShape
-from cluster.planning.disaggregated import cost_model
 from cluster.planning.layout_loads import LayoutLoads
-from cluster.planning.planner import PlannedLayout, PlanRequest, predict
+from cluster.planning.planner import PlannedLayout, PlanRequest, cost_model, predict
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
@@ -129,6 +128,7 @@ def common_term(runs: Sequence[tuple[Mapping[str, float], float, float]]) -> tup
 
     The factor is the least-squares fit of the relative errors, so that a slow run does not outweigh the others.
     """
+    runs = [run for run in runs if run[2] > 0]
     names = [name for name in runs[0][0] if all(terms.get(name) for terms, _, _ in runs)] if runs else []
     best: tuple[str, float, float] | None = None
     for name in names:

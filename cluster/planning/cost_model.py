@@ -7,7 +7,7 @@ of all groups, N tokens a tp rank owns under all-to-all, D emb_dim, E experts, K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -69,8 +69,10 @@ class CostModel:
         adapters: tuple[int, int] = (0, 1),
     ) -> None:
         layout.validate(config)
-        if expert_imbalance < 1:
-            raise ConfigError(f"expert_imbalance must be at least 1 (even), not {expert_imbalance:g}")
+        if not 1 <= expert_imbalance < inf:
+            raise ConfigError(
+                f"expert_imbalance must be a number of at least 1 (even), not {expert_imbalance:g}"
+            )
         self.config, self.layout, self.cluster = config, layout, cluster
         self.device = device = cluster.rank_device(layout.world)
         self.sizes = sizes = LayerSizes.of(config, layout)

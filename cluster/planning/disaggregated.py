@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from cluster.hardware import Cluster, Link
-from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.cost_model import StepShape
 from cluster.planning.layout_loads import LayoutLoads, largest_that_fits, last
-from cluster.planning.memory import kv_item_bytes
-from cluster.planning.planner import PlanRequest
+from cluster.planning.planner import PlanRequest, cost_model
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
@@ -80,14 +79,16 @@ class DecodeReplica:
         tp_fits = layout.tp == 1 or cluster.devices_per_node % layout.tp == 0
         most = min(request.max_num_batched_tokens, self._held(1)) if tp_fits else 0
         self.largest = largest_that_fits(most, self._held)
-        self._step_s: dict[int, float] = {}
+        self._token_s: dict[int, float] = {}
 
     def itl_s(self, sequences: int, transfer_s: float) -> float:
         """Mean seconds between tokens with `sequences` in each dp group, with one transfer for each request."""
-        if sequences not in self._step_s:
-            context = int(sequences * (self._request.input_len + self._request.output_len / 2))
-            self._step_s[sequences] = self._model.step_seconds(StepShape(sequences, context, 0, 0, sequences))
-        return self._step_s[sequences] + transfer_s / (self._request.output_len - 1)
+        if sequences not in self._token_s:
+            load, later = self._request.workload, self._request.output_len - 1
+            context = int(sequences * (load.input_len + load.output_len / 2))
+            shape = StepShape((1 + load.drafted) * sequences, context, 0, 0, sequences)
+            self._token_s[sequences] = self._model.step_seconds(shape) * load.decode_steps / later
+        return self._token_s[sequences] + transfer_s / (self._request.output_len - 1)
 
     def most(self, transfer_s: float) -> tuple[float, float]:
         """The most requests/s within the ITL limit and the cache, and the ITL in seconds then; zeros if there is no
@@ -142,12 +143,6 @@ def transfer_s(bytes_per_rank: float, link: Link) -> float:
     """Seconds to move a prompt's KV cache, of which the fullest rank of either side has `bytes_per_rank`. All ranks
     send at once."""
     return link.latency_s + bytes_per_rank / (link.bytes_per_s * link.efficiency)
-
-
-def cost_model(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> CostModel:
-    """The cost model that `predict` uses for `request`."""
-    kept = kv_item_bytes(config, request.kv_cache_dtype)
-    return CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept)
 
 
 def _prompt_bytes(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> float:

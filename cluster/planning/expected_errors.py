@@ -11,22 +11,21 @@ from qwen3_dist.config import ModelConfig
 
 @dataclass(frozen=True)
 class ExpectedError:
-    """Mean absolute relative errors of TTFT and ITL on `points` measured points of the device and the kind of weights;
-    None if no point was at hand."""
+    """Mean absolute relative errors of TTFT and ITL on `points` measured points of such a model on the device, on one
+    node; None if there is no such point."""
 
     device: str
-    weights: str
+    model: str
     points: int
     ttft: float | None
     itl: float | None
 
     def __str__(self) -> str:
-        measured = f"of {self.device} with {self.weights} weights"
         if self.ttft is None or self.itl is None:
-            return f"The error is not known: no measured point {measured} was at hand."
+            return f"The error is not known: {self.model} on {self.device} was never measured."
         return (
-            f"Expect errors of {self.itl:.0%} in ITL and {self.ttft:.0%} in TTFT, as on {self.points} measured points "
-            f"{measured} (other engines, cross-validated)."
+            f"Error of the presets: {self.itl:.0%} in ITL and {self.ttft:.0%} in TTFT on {self.points} measured points "
+            f"of {self.model} on one node of {self.device} (other engines, cross-validated)."
         )
 
     def as_json(self) -> dict[str, object]:
@@ -34,11 +33,21 @@ class ExpectedError:
         return {"points": self.points, "ttft": self.ttft, "itl": self.itl}
 
 
+def error_name(device: str, kind: str, has_experts: bool) -> str:
+    """The name of an error in `cluster/fitted.json`."""
+    return f"{device} {kind} {'MoE' if has_experts else 'dense'}"
+
+
 def expected_error(config: ModelConfig, cluster: Cluster) -> ExpectedError | None:
-    """The error to expect for `config` on `cluster`; None if its device is not as a preset has it."""
+    """The error to expect for `config` on `cluster`; None if its device is not as a preset has it. Several nodes were
+    never measured."""
     name = cluster.device.name
     if name not in PRESETS or PRESETS[name].device != cluster.device:
         return None
-    kind = weight_kind(config)
-    found = FITTED["errors"].get(f"{name} {kind}", {"points": 0, "ttft": None, "itl": None})
-    return ExpectedError(name, kind, found["points"], found["ttft"], found["itl"])
+    kind, has_experts = weight_kind(config), bool(config.num_experts)
+    one_node = cluster.num_devices <= cluster.devices_per_node
+    found = FITTED["errors"].get(error_name(name, kind, has_experts)) if one_node else None
+    model = f"{'an MoE' if has_experts else 'a dense'} model in {kind}{'' if one_node else ' on several nodes'}"
+    if found is None:
+        return ExpectedError(name, model, 0, None, None)
+    return ExpectedError(name, model, found["points"], found["ttft"], found["itl"])

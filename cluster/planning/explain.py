@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from cluster.hardware import Cluster, Device, Link
-from cluster.planning.cost_model import CostModel, StepShape
-from cluster.planning.memory import kv_item_bytes
-from cluster.planning.planner import PlannedLayout, PlanRequest
+from cluster.planning.cost_model import StepShape
+from cluster.planning.planner import PlannedLayout, PlanRequest, cost_model
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
@@ -122,19 +121,13 @@ def steady_shapes(request: PlanRequest, batch: int) -> tuple[StepShape, StepShap
     return StepShape(batch, int(context), 0, 0, batch), mixed, steps / max(output, steps)
 
 
-def model_of(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> CostModel:
-    """The cost model with which `plan` predicts the request."""
-    kept = kv_item_bytes(config, request.kv_cache_dtype)
-    return CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept)
-
-
 def step_shares(
     config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, shape: StepShape
 ) -> Iterator[Share]:
     """The shares of a step's time. They add up to `CostModel.step_seconds`."""
 
     def parts(machine: Cluster) -> dict[str, float]:
-        return model_of(config, layout, machine, request).step_parts(shape)
+        return cost_model(config, layout, machine, request).step_parts(shape)
 
     before = parts(cluster)
     if waits := before.pop(_PIPELINE, 0.0):

@@ -16,6 +16,8 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 
+_MOST_WALKED = 4096  # clients of a replica; for more, requests are taken to come one by one
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -44,9 +46,11 @@ class PlanRequest:
         for name in ("prefix_hits", "acceptance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share from 0 to 1, not {getattr(self, name):g}")
+        if self.drafted < 0:
+            raise ConfigError(f"drafted must not be negative, not {self.drafted}")
         if self.lora_rank < 0 or self.adapters < 1:
             raise ConfigError("lora_rank must not be negative, and adapters must be 1 or more")
-        if self.drafted < 0 or (self.acceptance and not self.drafted):
+        if self.acceptance and not self.drafted:
             raise ConfigError(
                 "acceptance is of drafted tokens; give the number that a step drafts, 1 or more"
             )
@@ -55,7 +59,7 @@ class PlanRequest:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("ttft_ms", "itl_ms"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive, not {value:g}")
 
     @property
@@ -123,11 +127,6 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
     Layouts that meet the limits come first, by throughput; then those that fit but do not meet them, then those that
     do not fit. Raises ConfigError if the sequences are longer than the model's context.
     """
-    if request.length > config.context_length:
-        raise ConfigError(
-            f"{request.input_len} + {request.output_len} tokens exceed the model's context of "
-            f"{config.context_length}; lower --input-len or --output-len"
-        )
     planned = [predict(config, layout, cluster, request) for layout in candidates(config, cluster)]
     return sorted(
         planned,
@@ -170,14 +169,17 @@ def predict(
 
     Clients begin together, or if `spread`, requests come one by one at random.
     """
+    if request.length > config.context_length:
+        raise ConfigError(
+            f"{request.input_len} + {request.output_len} tokens exceed the model's context of "
+            f"{config.context_length}; lower --input-len or --output-len"
+        )
     replicas = cluster.replicas(layout.world)
     unfit = PlannedLayout(layout, replicas, request.concurrency, False, "")
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
-    kept = kv_item_bytes(config, request.kv_cache_dtype)
-    adapters = (request.lora_rank, request.adapters)
-    model = CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept, adapters=adapters)
+    model = cost_model(config, layout, cluster, request)
     demand = ceil(request.concurrency / (replicas * layout.dp))
     seqs = min(demand, request.max_num_batched_tokens)
     capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
@@ -189,16 +191,15 @@ def predict(
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
     batch = min(seqs, fitting)
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    most = prompts_at_once(demand, 1 + request.workload.decode_steps)
-    rules = StepRules(request.max_num_batched_tokens, seqs, capacity, most)
-    load = request.workload
-    seen = (
-        spread_out(model, rules, load, batch, demand) if spread else closed_loop(model, rules, load, demand)
-    )
-    rate = seen.requests_per_s * request.output_len * replicas * layout.dp
-    rate *= request.concurrency / (
-        replicas * layout.dp * demand
-    )  # the last sequence of some groups is missing
+    load, dp = request.workload, layout.dp
+    clients = ceil(request.concurrency / replicas)  # of a replica
+    most = prompts_at_once(clients, 1 + load.decode_steps)
+    rules = StepRules(request.max_num_batched_tokens, seqs * dp, capacity * dp, most, dp)
+    if spread or clients > _MOST_WALKED:
+        seen = spread_out(model, rules, load, min(clients, batch * dp), clients)
+    else:
+        seen = closed_loop(model, rules, load, clients)
+    rate = seen.requests_per_s * request.output_len * request.concurrency / clients
     return PlannedLayout(
         layout,
         replicas,
@@ -213,6 +214,13 @@ def predict(
         rate / cluster.num_devices,
         {} if spread else _percentiles_ms(seen),
     )
+
+
+def cost_model(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> CostModel:
+    """The cost model that `predict` uses for `request`."""
+    kept = kv_item_bytes(config, request.kv_cache_dtype)
+    adapters = (request.lora_rank, request.adapters)
+    return CostModel(config, layout, cluster, request.expert_imbalance, kv_bytes=kept, adapters=adapters)
 
 
 def _percentiles_ms(seen: Latencies) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A walk through the steps in which one dp group serves a load, formed by the scheduler's rules.
+"""A walk through the steps in which the dp groups of a replica serve a load, formed by the scheduler's rules.
 
 A step takes decodes first, then prompts in order within the token budget, while the KV cache has room. If the cache is
 full, the youngest sequence is preempted and computed again. A run of equal decode steps is taken at once, each as long
@@ -12,6 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import floor
 from typing import NamedTuple
 
 from cluster.planning.cost_model import StepShape
@@ -19,7 +20,8 @@ from cluster.planning.cost_model import StepShape
 
 @dataclass(frozen=True)
 class StepRules:
-    """How steps are formed; counts are of one dp group.
+    """How steps are formed, by `groups` dp groups that take steps together. max_num_batched_tokens is of a group; the
+    other counts are of all groups.
 
     capacity_tokens: of the KV cache. max_prompts: most prompts in a step. Other engines' rules: prompts_first: prompts
     run in steps of their own, before any decode; reserves: a request is admitted only if its whole output fits too.
@@ -29,6 +31,7 @@ class StepRules:
     max_num_seqs: int
     capacity_tokens: int
     max_prompts: int | None = None
+    groups: int = 1
     prompts_first: bool = False
     reserves: bool = False
 
@@ -123,7 +126,7 @@ class Walk:
     def _step(self) -> None:
         self._make_room()
         decodes = len(self._decoding)
-        budget = self.rules.max_num_batched_tokens
+        budget = self.rules.max_num_batched_tokens * self.rules.groups
         tokens, pairs, finished = self._prefill(budget if self.rules.prompts_first else budget - decodes)
         if tokens and self.rules.prompts_first:
             decodes = 0
@@ -142,16 +145,22 @@ class Walk:
         """Chunks of prompts within `budget` tokens: their tokens, their query-key pairs, and the prompts they end."""
         tokens = pairs = 0
         finished: list[Served] = []
-        most = self.rules.max_prompts
-        while budget > 0 and len(finished) != most and (self._prompts or self._admit()):
-            each = self._prompts[0]
-            chunk = min(budget, each.prompt_left)
+        most, chunk_limit = self.rules.max_prompts, self.rules.max_num_batched_tokens
+        partial = 0  # prompts that go on in a later step: at most one of each group
+        while budget > 0 and partial < self.rules.groups and len(finished) + partial != most:
+            if partial == len(self._prompts) and not self._admit():
+                break
+            each = self._prompts[partial]
+            chunk = min(budget, chunk_limit, each.prompt_left)
             before = each.request.input_len + each.made - each.prompt_left
             pairs += chunk * before + chunk * (chunk + 1) // 2
             tokens, budget = tokens + chunk, budget - chunk
             each.prompt_left -= chunk
-            if each.prompt_left == 0:
-                finished.append(self._prompts.popleft())
+            if each.prompt_left:
+                partial += 1
+            else:
+                finished.append(each)
+                del self._prompts[partial]
         return tokens, pairs, finished
 
     def _admit(self) -> bool:
@@ -192,7 +201,7 @@ class Walk:
         if self._arriving:
             until_s = self._arriving[0][0] - self.now
             one_s = self.step_seconds(StepShape(decodes, self._context + decodes, 0, 0, decodes))
-            steps = min(steps, max(1, int(until_s / one_s) + self.depth))
+            steps = min(steps, max(1, floor(until_s / one_s) + self.depth))
         middle = self._context + decodes * (steps + 1) // 2
         one_s = self.step_seconds(StepShape(decodes, middle, 0, 0, decodes))
         self._planned_s = self.now + (steps - 1) * one_s

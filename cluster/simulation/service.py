@@ -112,6 +112,7 @@ class _Service:
         self._next_index = 0
         self._sent: dict[int, Request] = {}  # by clients of a closed loop, and not at a replica yet
         self._next_sent = 0
+        self._loop: ClosedLoop | None = None
         self._turnarounds = random.Random(simulation.seed)
         config = simulation.autoscaling
         self._autoscaler = Autoscaler(config)
@@ -125,7 +126,7 @@ class _Service:
         if not self._simulation.autoscaling.is_fixed:
             self._push(self._simulation.autoscaling.metrics_interval_s, _Kind.LOAD)
         arrivals = iter(requests)
-        loop = requests if isinstance(requests, ClosedLoop) else None
+        self._loop = loop = requests if isinstance(requests, ClosedLoop) else None
         request = next(arrivals, None)
         now_s = 0.0
         while request is not None or self._ongoing or self._sent:
@@ -167,6 +168,8 @@ class _Service:
     def _arrive(self, request: Request) -> None:
         if request.input_len >= self._simulation.replica.longest:
             self._outcome.refused += 1
+            for follower in self._loop.after(request.arrival_s, 1) if self._loop else ():
+                self._send(follower)
             return
         self._change_ongoing(1, request.arrival_s)
         replica = self._route()

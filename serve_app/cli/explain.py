@@ -94,7 +94,7 @@ def _measured(
     steps: Sequence[ExplainedStep],
 ) -> list[Compared]:
     from cluster.calibration.measured_steps import Compared, measure_steps
-    from cluster.planning.explain import model_of
+    from cluster.planning.planner import cost_model
     from qwen3_dist.settings import EngineConfig
     from qwen3_dist.worker.cards import local_device
 
@@ -120,7 +120,7 @@ def _measured(
         decode = steps[0].shape
         context = decode.decode_context_tokens // decode.num_decodes
         found = measure_steps(engine, decode.num_decodes, context, request.input_len)
-    return [Compared.of(step, model_of(config, layout, cluster, request)) for step in found]
+    return [Compared.of(step, cost_model(config, layout, cluster, request)) for step in found]
 
 
 def _request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:

@@ -122,7 +122,7 @@ def _add_engine(group: Any) -> None:
         "--expert-imbalance",
         type=float,
         metavar="X",
-        help="load of the busiest expert-parallel rank over the mean (default: by device)",
+        help="load of the busiest expert-parallel rank over the mean (default: fitted)",
     )
 
 

@@ -71,8 +71,8 @@ class LiveChanges:
             deployed, _ = await asyncio.to_thread(_deployed, gateway, route)
             before = copy.deepcopy(deployed)
             result = await change(deployed)
-            await asyncio.to_thread(_deploy_changes, gateway, route, before, deployed)
-            await self._until_listed(route, deployed.served)
+            served = await asyncio.to_thread(_deploy_changes, gateway, route, before, deployed)
+            await self._until_listed(route, served)
             return result
 
     @contextmanager
@@ -105,21 +105,26 @@ class LiveChanges:
 
 
 def _deployed(gateway: str, route: ModelRoute) -> tuple[Deployed, dict[str, Any]]:
-    """What is deployed of the model, as part of the configs of all applications."""
+    """What is deployed of the model, as part of the configs of all applications. Raises RequestError (409) if it is
+    not deployed any more."""
     application = route.model.application
     configs = configs_of(gateway, application)
     models = deployment_of(configs[gateway], INGRESS)["user_config"]["models"]
     live = deployment_of(configs[application], REPLICA)["user_config"]
-    return Deployed(live, next(model for model in models if model["name"] == route.model.name)), configs
+    served = next((model for model in models if model["name"] == route.model.name), None)
+    if served is None:
+        raise RequestError(f"{route.model.name!r} is no longer deployed", status=HTTPStatus.CONFLICT)
+    return Deployed(live, served), configs
 
 
-def _deploy_changes(gateway: str, route: ModelRoute, before: Deployed, after: Deployed) -> None:
+def _deploy_changes(gateway: str, route: ModelRoute, before: Deployed, after: Deployed) -> Json:
     """Deploys what differs between `before` and `after`, and leaves the rest as it is by now: a `deploy` may have
-    changed it while replicas took up a change."""
+    changed it while replicas took up a change. Returns the ServedModel as it is then."""
     newest, configs = _deployed(gateway, route)
     for current, old, new in zip(newest, before, after, strict=True):
         current |= {name: value for name, value in new.items() if name not in old or old[name] != value}
     apply_configs(configs.values())
+    return newest.served
 
 
 async def tell(route: ModelRoute, param: str, method: str, *arguments: Any) -> list[Any]:

@@ -14,9 +14,8 @@ from cluster.planning.burst import predict_burst
 from cluster.planning.burst_point import BurstPoint
 from cluster.planning.comparison import TERMS, MeasuredRun, common_term, factors, predict_run
 from cluster.planning.cost_model import StepShape
-from cluster.planning.disaggregated import cost_model
 from cluster.planning.official import find_config
-from cluster.planning.planner import PlanRequest, predict
+from cluster.planning.planner import PlanRequest, cost_model, predict
 from qwen3_dist.layout import Layout
 from tests.serve_app.command_line import printed, refusal
 

@@ -75,8 +75,8 @@ def test_small_layouts_run_as_replicas_that_share_the_load() -> None:
     found = {str(one.layout): one for one in plan(DENSE, PLAIN, REQUEST)}
     one, eight = found["tp=1"], found["dp=8"]
     assert (one.replicas, eight.replicas) == (8, 1)
-    # Eight replicas of one rank and eight groups of one dense replica compute the same.
-    assert one.itl_ms == eight.itl_ms and one.tokens_per_s == eight.tokens_per_s
+    # Eight groups of one dense replica wait for each other's prompts; eight replicas do not.
+    assert one.itl_ms < eight.itl_ms < 1.5 * one.itl_ms and one.tokens_per_s > eight.tokens_per_s
     assert eight.max_batch == pytest.approx(8 * one.max_batch, abs=8)
 
 
@@ -117,7 +117,7 @@ def test_every_official_size_can_be_planned(name: str) -> None:
 
 
 def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[str]) -> None:
-    limits = ("--ttft-ms", "115", "--itl-ms", "8")
+    limits = ("--ttft-ms", "120", "--itl-ms", "8")
     assert main(["plan", "Qwen3-8B", "--gpus", "8xH100", *LOAD, *limits]) == 0
     table, legend, answers, serving = capsys.readouterr().out.split("\n\n")
     header, *lines = table.splitlines()
@@ -125,7 +125,7 @@ def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[s
     assert [line.startswith("*") for line in lines] == [True] + [False] * (len(lines) - 1)
     breaking = [line.endswith(" ms") for line in lines if "GB" in line]
     assert breaking == sorted(breaking) and True in breaking
-    request = replace(REQUEST, ttft_ms=115, itl_ms=8)
+    request = replace(REQUEST, ttft_ms=120, itl_ms=8)
     best, *others = plan(find_config("Qwen3-8B")[1], parse_gpus("8xH100"), request)
     held = [one.tokens_per_s_per_gpu or 0 for one in others if one.meets_limits(request)]
     assert best.meets_limits(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)

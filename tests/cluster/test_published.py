@@ -50,7 +50,9 @@ def test_a_line_is_a_point(tmp_path: Path) -> None:
         ("fp8_block", "gguf", ":2: weights 'gguf' is not known; known are bf16, fp8"),
         (",354,", ",fast,", ":2: ttft_ms must be a positive number, not 'fast'"),
         (",354,", ",-1,", ":2: ttft_ms must be a positive number, not '-1'"),
-        (",9,4,", ",0,4,", ":2: batch must be a positive number, not '0'"),
+        (",9,4,", ",0,4,", ":2: batch must be a whole number from 1 on, not '0'"),
+        (",9,4,1,", ",9,4,1.0,", ":2: dp must be a whole number from 0 on, not '1.0'"),
+        ("Qwen3-235B-A22B-FP8", "Llama-3", ":2: model 'Llama-3' is not known; known are Qwen3-0.6B"),
         ("tpot_ms", "tpot", ":2: tpot_ms is missing"),
     ],
 )
@@ -117,12 +119,14 @@ def test_a_fit_finds_constants_again() -> None:
 
 def test_predictions_carry_the_error_of_their_device_and_weights() -> None:
     config = find_config("Qwen3-32B")[1]
-    known = FITTED["errors"]["H100 bf16"]
+    known = FITTED["errors"]["H100 bf16 dense"]
     found = expected_error(config, PRESETS["H100"])
     assert found is not None and found.as_json() == {
         "points": known["points"], "ttft": known["ttft"], "itl": known["itl"]
     }  # fmt: skip
     unknown = expected_error(planned(config, "int4"), PRESETS["A100"])
-    assert str(unknown) == "The error is not known: no measured point of A100 with int4 weights was at hand."
+    assert str(unknown) == "The error is not known: a dense model in int4 on A100 was never measured."
+    nodes = expected_error(config, replace(PRESETS["H100"], num_devices=16))
+    assert nodes is not None and nodes.itl is None
     measured = replace(PRESETS["H100"], device=replace(PRESETS["H100"].device, name="this machine"))
     assert expected_error(config, measured) is None

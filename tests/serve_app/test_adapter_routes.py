@@ -128,6 +128,17 @@ def test_what_is_deployed_meanwhile_stays(service: Service) -> None:
     }  # fmt: skip
 
 
+def test_a_model_that_is_undeployed_meanwhile_is_told_and_leaves_the_way_free(service: Service) -> None:
+    models = service.configs["gateway"]["deployments"][0]["user_config"]["models"]
+    kept = list(models)
+    service.meanwhile = models.clear
+    with pytest.raises(RequestError, match="'base' is no longer deployed"):
+        load(service, lora_name="two", lora_path="/2")
+    service.meanwhile = lambda: None
+    models += kept
+    assert "'two'" in load(service, lora_name="two", lora_path="/2")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
