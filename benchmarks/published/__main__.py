@@ -80,7 +80,8 @@ def _fit(points: Sequence[Point]) -> None:
     found = fit(points, FITTED, print)
     groups = defaultdict(list)
     for point, pair in zip(points, found.errors, strict=True):
-        groups[error_name(point.device, KINDS.get(point.weights, PLAIN), point.has_experts)].append(abs(np.exp(pair) - 1))
+        name = error_name(point.device, KINDS.get(point.weights, PLAIN), point.has_experts)
+        groups[name].append(abs(np.exp(pair) - 1))
     off = {name: np.mean(pairs, axis=0) for name, pairs in sorted(groups.items())}
     found.constants["errors"] = {
         name: {"points": len(groups[name]), "ttft": round(ttft, 3), "itl": round(itl, 3)}

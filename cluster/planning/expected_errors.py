@@ -24,8 +24,8 @@ class ExpectedError:
         if self.ttft is None or self.itl is None:
             return f"The error is not known: {self.model} on {self.device} was never measured."
         return (
-            f"Error of the presets: {self.itl:.0%} in ITL and {self.ttft:.0%} in TTFT on {self.points} measured points "
-            f"of {self.model} on one node of {self.device} (other engines, cross-validated)."
+            f"Error of the presets: {self.itl:.0%} in ITL and {self.ttft:.0%} in TTFT on {self.points} measured "
+            f"points of {self.model} on one node of {self.device} (other engines, cross-validated)."
         )
 
     def as_json(self) -> dict[str, object]:
@@ -47,7 +47,9 @@ def expected_error(config: ModelConfig, cluster: Cluster) -> ExpectedError | Non
     kind, has_experts = weight_kind(config), bool(config.num_experts)
     one_node = cluster.num_devices <= cluster.devices_per_node
     found = FITTED["errors"].get(error_name(name, kind, has_experts)) if one_node else None
-    model = f"{'an MoE' if has_experts else 'a dense'} model in {kind}{'' if one_node else ' on several nodes'}"
+    model = (
+        f"{'an MoE' if has_experts else 'a dense'} model in {kind}{'' if one_node else ' on several nodes'}"
+    )
     if found is None:
         return ExpectedError(name, model, 0, None, None)
     return ExpectedError(name, model, found["points"], found["ttft"], found["itl"])
