@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, inf, sqrt
-from statistics import NormalDist
 from typing import NamedTuple
 
 from cluster.hardware import FITTED, Cluster, WeightRates
 from cluster.planning.collectives import groups_of
 from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
+from cluster.planning.imbalance import largest_of
 from cluster.planning.memory import ITEM_BYTES, bytes_per_weight, kv_bytes_per_token, kv_item_bytes
 from cluster.planning.products import MatmulTime, weight_kind, weight_rates
 from qwen3_dist.config import ModelConfig
@@ -70,9 +70,7 @@ class CostModel:
     ) -> None:
         layout.validate(config)
         if not 1 <= expert_imbalance < inf:
-            raise ConfigError(
-                f"expert_imbalance must be a number of at least 1 (even), not {expert_imbalance:g}"
-            )
+            raise ConfigError(f"expert_imbalance must be at least 1 (even), not {expert_imbalance:g}")
         self.config, self.layout, self.cluster = config, layout, cluster
         self.device = device = cluster.rank_device(layout.world)
         self.sizes = sizes = LayerSizes.of(config, layout)
@@ -109,7 +107,7 @@ class CostModel:
         self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
         if config.num_experts:
             self._miss_rate = 1 - config.num_experts_per_tok / config.num_experts
-            self._spread = _largest_of(layout.ep) * sqrt(self._miss_rate)
+            self._spread = largest_of(layout.ep) * sqrt(self._miss_rate)
             self._sent_share = chosen_share(
                 config.num_experts, config.num_experts_per_tok, sizes.experts_here
             )
@@ -118,10 +116,11 @@ class CostModel:
         """Seconds of a step in which every dp group has this shape, until the same sequences can take the next step.
 
         Under pp the batch is split into up to pp micro-batches, which follow each other through the stages. The step
-        takes the longer of one micro-batch through all stages, and all micro-batches through the slowest stage.
+        takes the longer of the largest micro-batch through all stages, and all through the slowest stage.
         """
         micro = self._micro_batches(shape)
-        through, stages = self._pass(shape, micro)
+        _, stages = self._pass(shape, micro)
+        through, _ = self._pass(self._largest(shape, micro)[0], 1)
         return max(through, *(micro * seconds for _, seconds in stages))
 
     def micro_batch_seconds(self, shape: StepShape) -> tuple[float, float]:
@@ -133,10 +132,16 @@ class CostModel:
         """Lines of which the highest is `step_seconds` of a step with these numbers of tokens."""
         shape = StepShape(num_decodes, 0, prefill_tokens, 0, num_samples)
         micro = self._micro_batches(shape)
-        through, stages = self._pass(shape, micro)
+        _, stages = self._pass(shape, micro)
+        largest, share = self._largest(shape, micro)
+        through, _ = self._pass(largest, 1)
         of_context, of_pair = self._attention_per_layer
-        passes = [(self._layers / micro, through), *((layers, micro * seconds) for layers, seconds in stages)]
-        return [StepLine(seconds, layers * of_context, layers * of_pair) for layers, seconds in passes]
+        first = StepLine(through, self._layers * of_context / micro, self._layers * of_pair * share)
+        passes = ((layers, micro * seconds) for layers, seconds in stages)
+        return [
+            first,
+            *(StepLine(seconds, layers * of_context, layers * of_pair) for layers, seconds in passes),
+        ]
 
     def step_parts(self, shape: StepShape) -> dict[str, float]:
         """`step_seconds` by operation. `pipeline` is the time that micro-batches wait for each other."""
@@ -186,10 +191,22 @@ class CostModel:
 
     def _micro_batches(self, shape: StepShape) -> int:
         """Number of micro-batches: one per sequence, since the engine does not split a chunk, and at most pp."""
-        if self.layout.pp == 1:
-            return 1
         prompts = max(shape.num_samples - shape.num_decodes, 1 if shape.prefill_tokens else 0)
         return min(self.layout.pp, max(1, shape.num_decodes + prompts))
+
+    def _largest(self, shape: StepShape, micro: int) -> tuple[StepShape, float]:
+        """The micro-batch with the most prompts, which are not split, and its share of the prompts."""
+        if micro == 1:
+            return shape, 1.0
+        prompts = max(1, shape.num_samples - shape.num_decodes)
+        share = ceil(prompts / micro) / prompts
+        return StepShape(
+            ceil(shape.num_decodes / micro),
+            ceil(shape.decode_context_tokens / micro),
+            ceil(shape.prefill_tokens * share),
+            ceil(shape.prefill_pairs * share),
+            ceil(shape.num_samples / micro),
+        ), share
 
     def _overhead(self, shape: StepShape, micro: int) -> float:
         """Seconds of scheduling and launching a micro-batch, outside its layers."""
@@ -330,12 +347,3 @@ class CostModel:
         )
         moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
         return product + moved
-
-
-def _largest_of(ranks: int) -> float:
-    """Expected maximum of `ranks` standard normal values: how far the busiest rank lies above the mean.
-
-    Blom's estimate (1958). The loads of ranks add up to a constant, which reduces each deviation but raises the
-    maximum; the two effects cancel.
-    """
-    return NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25)) if ranks > 1 else 0.0

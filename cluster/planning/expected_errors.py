@@ -8,6 +8,8 @@ from cluster.hardware import FITTED, PRESETS, Cluster
 from cluster.planning.products import weight_kind
 from qwen3_dist.config import ModelConfig
 
+_FEW = 10  # points, of which the mean error says little
+
 
 @dataclass(frozen=True)
 class ExpectedError:
@@ -22,7 +24,7 @@ class ExpectedError:
 
     def __str__(self) -> str:
         if self.ttft is None or self.itl is None:
-            return f"The error is not known: {self.model} on {self.device} was never measured."
+            return f"The error is not known: {self.model} on {self.device} was not measured."
         return (
             f"Error of the presets: {self.itl:.0%} in ITL and {self.ttft:.0%} in TTFT on {self.points} measured "
             f"points of {self.model} on one node of {self.device} (other engines, cross-validated)."
@@ -50,6 +52,6 @@ def expected_error(config: ModelConfig, cluster: Cluster) -> ExpectedError | Non
     model = (
         f"{'an MoE' if has_experts else 'a dense'} model in {kind}{'' if one_node else ' on several nodes'}"
     )
-    if found is None:
+    if found is None or found["points"] < _FEW:
         return ExpectedError(name, model, 0, None, None)
     return ExpectedError(name, model, found["points"], found["ttft"], found["itl"])

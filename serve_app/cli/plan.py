@@ -97,7 +97,10 @@ def _print(
         print("\n".join(map(json.dumps, rows)), file=out)
         return
     multi_node = cluster.num_devices > cluster.devices_per_node
-    serving = plan_deployment.serve_lines(settings, multi_node)
+    serving = [
+        *plan_deployment.serve_lines(settings, multi_node),
+        *filter(None, [plan_deployment.left_out(request)]),
+    ]
     print("\n".join([*table, "", *filter(None, answers), "", *serving]), file=out)
 
 

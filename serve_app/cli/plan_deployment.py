@@ -45,6 +45,8 @@ def settings(
         value = getattr(args, name)
         if value != default:
             found[name] = value
+    if request.drafted:
+        found["speculative"] = f"ngram,k={request.drafted}"
     found["max_num_batched_tokens"] = str(request.max_num_batched_tokens)
     # As many requests as were planned for may run at once, where the defaults allow fewer.
     in_replica = min(ceil(best.concurrency / best.replicas), best.max_batch)
@@ -69,6 +71,15 @@ def serve_lines(found: Mapping[str, str], multi_node: bool) -> list[str]:
     if multi_node:
         lines.append("  after `ray start` on every node, with the model's files at the same path on each")
     return lines
+
+
+def left_out(request: PlanRequest) -> str:
+    """What was planned and the settings do not have, as a sentence; empty if they have all."""
+    if not request.lora_rank:
+        return ""
+    return (
+        "Add your adapters with --lora NAME=PATH, or `lora:` in a file: the plan does not know their names."
+    )
 
 
 def rendered(target: str, found: Mapping[str, str], cluster: Cluster) -> str:

@@ -91,7 +91,7 @@ def test_a_remembered_step_is_the_models(layout: Layout) -> None:
         StepShape(4, 7, 512, 5, 5),
         StepShape(0, 0, 9000, 40_504_500, 1),
     ):
-        assert remembered(shape) == pytest.approx(model.step_seconds(shape), rel=1e-12)
+        assert remembered(shape) == pytest.approx(model.step_seconds(shape), rel=1e-4)  # whole tokens
 
 
 @pytest.mark.parametrize(("input_len", "rate"), [(300, 8.0), (2000, 4.0), (6000, 1.5)])

@@ -179,6 +179,15 @@ def test_micro_batches_fill_the_pipeline() -> None:
     assert deep.step_seconds(two) == pytest.approx(2 * (alone.step_seconds(one) / 2 + send), rel=1e-6)
 
 
+def test_a_prompt_is_not_split_over_micro_batches() -> None:
+    model = CostModel(DENSE, Layout(pp=2), PLAIN)
+    alone = StepShape(0, 0, 4000, 8_002_000, 1)
+    beside = StepShape(3, 3, 4000, 8_002_000, 4)
+    assert model.step_seconds(beside) > model.step_seconds(alone)
+    two = StepShape(0, 0, 8000, 16_004_000, 2)  # two such prompts, one after the other through two stages
+    assert model.step_seconds(alone) <= model.step_seconds(two) < 1.6 * model.step_seconds(alone)
+
+
 def test_step_parts_add_up_to_the_step() -> None:
     h100 = PRESETS["H100"]
     _, config = find_config("Qwen3-30B-A3B")

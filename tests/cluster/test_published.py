@@ -125,7 +125,7 @@ def test_predictions_carry_the_error_of_their_device_and_weights() -> None:
         "points": known["points"], "ttft": known["ttft"], "itl": known["itl"]
     }  # fmt: skip
     unknown = expected_error(planned(config, "int4"), PRESETS["A100"])
-    assert str(unknown) == "The error is not known: a dense model in int4 on A100 was never measured."
+    assert str(unknown) == "The error is not known: a dense model in int4 on A100 was not measured."
     nodes = expected_error(config, replace(PRESETS["H100"], num_devices=16))
     assert nodes is not None and nodes.itl is None
     measured = replace(PRESETS["H100"], device=replace(PRESETS["H100"].device, name="this machine"))

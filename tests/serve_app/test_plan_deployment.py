@@ -86,6 +86,28 @@ def test_a_load_beyond_the_defaults_is_let_in(tmp_path: Path, capsys: pytest.Cap
     assert in_flight > 256 and min(limits) >= in_flight
 
 
+def test_speculation_is_deployed_as_planned_and_adapters_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = (
+        "plan",
+        "Qwen3-8B",
+        "--gpus",
+        "1xH200",
+        "--input-len",
+        "100",
+        "--output-len",
+        "50",
+        "--concurrency",
+        "8",
+    )
+    factors = ("--drafted", "4", "--acceptance", "0.5", "--lora-rank", "16")
+    [model] = service(printed(capsys, *asked, *factors, "--render", "serve"), tmp_path).models
+    assert str(model.replica.engine.speculative).startswith("ngram,k=4")
+    shown = printed(capsys, *asked, *factors)
+    assert "--speculative ngram,k=4" in shown and "Add your adapters with --lora" in shown
+
+
 def test_kuberay_runs_the_layout_on_nodes_of_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("plan", "Qwen3-235B-A22B", "--gpus", "2x8xH200", *ASKED[4:])
     layout = best(capsys, *asked)["layout"]
