@@ -1,6 +1,7 @@
 """The hardware of a cluster for the cost model: devices, links and per-step overheads.
 
-Presets hold datasheet figures and assumed efficiencies; `qwen3-dist calibrate` measures both.
+Presets hold datasheet figures, and what kernels reach of them, fitted to other engines' points; `qwen3-dist calibrate`
+measures both.
 Sources of every figure: docs/cost-model.md.
 """
 

@@ -39,14 +39,15 @@ def breaking_point(loads: LayoutLoads) -> BreakingPoint:
     """What breaks first while the requests in flight grow. `loads` must fit.
 
     - `kv_cache`: the cache is full, and further requests queue.
-    - `step_tokens`: prompts fill every step. A group with n sequences reads n prompts while each makes its output
-      tokens, one a step, so steps are full from n * input_len = output_len * (max_num_batched_tokens - n) on.
+    - `step_tokens`: prompts fill every step. A group with n sequences reads n prompts, of p tokens that are computed,
+      in the s steps of an answer. So steps are full from n * p = s * (max_num_batched_tokens - n * (1 + drafted)) on.
     - `ttft`, `itl`: the limit of the request, if it has one.
     """
-    request = loads.request
+    request, load = loads.request, loads.request.workload
+    prompt, steps = load.input_len - load.cached_len, 1 + load.decode_steps
     ends = {
         "kv_cache": loads.largest,
-        "step_tokens": request.output_len * request.max_num_batched_tokens // request.length,
+        "step_tokens": steps * request.max_num_batched_tokens // (prompt + steps * (1 + load.drafted)),
     }
     reached = min(ends.values())
     for name, value, limit in (

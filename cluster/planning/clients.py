@@ -116,7 +116,7 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
             int(context * decoding / batch),
             round(batch * prompt / steps),
             int(pairs),
-            max(1, round(decoding + batch / steps)),
+            max(1, round(decoding + batch * chunks / steps)),
         )
     )
     cycle_s = steps * mixed_s + max(0, output - steps) * decode_s
@@ -130,10 +130,10 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
         wait_s = seen_s / 2 + step_s
         own_s = decode_s + prompt_s * (1 + rate * seen_s)
     else:
-        busy = min(
-            steps * mixed_s / cycle_s, 1 - 1 / (1 + batch)
-        )  # a prompt waits for those of its batch at most
-        in_flight_s = busy * mixed_s + (1 - busy) * decode_s
+        shared = min(steps * mixed_s / cycle_s, 1 - 1 / (1 + batch))
+        in_flight_s = shared * mixed_s + (1 - shared) * decode_s
+        # A prompt waits for others of its own group, and for those of its batch at most.
+        busy = min(shared, of_group * chunks * mixed_s / cycle_s, 1 - 1 / (1 + of_group))
         wait_s = chunks * mixed_s * busy / (2 * (1 - busy)) + 1.5 * in_flight_s
         own_s = chunks * mixed_s
     queue_s = max(0, demand - batch) / batch * cycle_s
@@ -156,11 +156,8 @@ def step_seconds(model: CostModel, drafted: int = 0) -> Callable[[StepShape], fl
         prompts = max(1, samples - decodes)
         share = ceil(prompts / groups) / prompts
         each = ceil(decodes / groups)
-        largest = (
-            (1 + drafted) * each,
-            round(tokens * share),
-            each + (ceil(prompts / groups) if tokens else 0),
-        )
+        more = ceil(prompts / groups) if tokens else 0
+        largest = ((1 + drafted) * each, round(tokens * share), (1 + drafted) * each + more)
         lines = model.step_lines(*largest)
         if groups > 1 and tokens and model.config.num_experts:
             mean = ((1 + drafted) * each, ceil(tokens / groups), 0)

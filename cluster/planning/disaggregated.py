@@ -86,7 +86,8 @@ class DecodeReplica:
         if sequences not in self._token_s:
             load, later = self._request.workload, self._request.output_len - 1
             context = int(sequences * (load.input_len + load.output_len / 2))
-            shape = StepShape((1 + load.drafted) * sequences, context, 0, 0, sequences)
+            rows = (1 + load.drafted) * sequences
+            shape = StepShape(rows, context, 0, 0, rows)
             self._token_s[sequences] = self._model.step_seconds(shape) * load.decode_steps / later
         return self._token_s[sequences] + transfer_s / (self._request.output_len - 1)
 

@@ -40,14 +40,14 @@ def error_name(device: str, kind: str, has_experts: bool) -> str:
     return f"{device} {kind} {'MoE' if has_experts else 'dense'}"
 
 
-def expected_error(config: ModelConfig, cluster: Cluster) -> ExpectedError | None:
-    """The error to expect for `config` on `cluster`; None if its device is not as a preset has it. Several nodes were
-    never measured."""
+def expected_error(config: ModelConfig, cluster: Cluster, world: int) -> ExpectedError | None:
+    """The error to expect for replicas of `world` ranks; None if the cluster's device is not as a preset has it.
+    Replicas over several nodes were not measured."""
     name = cluster.device.name
     if name not in PRESETS or PRESETS[name].device != cluster.device:
         return None
     kind, has_experts = weight_kind(config), bool(config.num_experts)
-    one_node = cluster.num_devices <= cluster.devices_per_node
+    one_node = world <= cluster.devices_per_node
     found = FITTED["errors"].get(error_name(name, kind, has_experts)) if one_node else None
     model = (
         f"{'an MoE' if has_experts else 'a dense'} model in {kind}{'' if one_node else ' on several nodes'}"

@@ -102,7 +102,7 @@ def steady_shapes(request: PlanRequest, batch: int) -> tuple[StepShape, StepShap
     """A decode step and a step with prompts of one dp group of `batch` sequences, and the share of steps with prompts.
 
     While a sequence makes its output, each of the others ends once and its successor's prompt is read, as in
-    `planner.cycle_times`.
+    `clients.spread_out`.
     """
     prompt, output = request.input_len, request.output_len
     context = batch * (prompt + output / 2)

@@ -19,7 +19,8 @@ class RatedLayout:
     """A layout under `rate` requests/s.
 
     planned: the prediction at the load that the rate comes to. in_flight: requests in the service by Little's law.
-    most_per_s: requests/s that it serves within its cache and the limits; 0 if it keeps no limit even when idle.
+    most_per_s: requests/s that it serves within its cache and the limits; 0 if it keeps no limit even with one request
+    in each dp group.
     capacity_per_s: the same without the limits.
     """
 

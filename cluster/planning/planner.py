@@ -193,7 +193,8 @@ def predict(
     used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
     load, dp = request.workload, layout.dp
     clients = ceil(request.concurrency / replicas)  # of a replica
-    most = prompts_at_once(clients, 1 + load.decode_steps)
+    chunks = ceil((load.input_len - load.cached_len) / max(1, request.max_num_batched_tokens - seqs))
+    most = prompts_at_once(clients * (chunks if dp > 1 else 1), 1 + load.decode_steps)
     rules = StepRules(request.max_num_batched_tokens, seqs * dp, capacity * dp, most, dp)
     if spread or clients > _MOST_WALKED:
         seen = spread_out(model, rules, load, min(clients, batch * dp), clients)
@@ -212,7 +213,7 @@ def predict(
         1e3 * seen.itl_s if request.output_len > 1 else None,
         rate,
         rate / cluster.num_devices,
-        {} if spread else _percentiles_ms(seen),
+        {} if spread or clients > _MOST_WALKED else _percentiles_ms(seen),
     )
 
 

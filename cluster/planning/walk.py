@@ -127,7 +127,9 @@ class Walk:
         self._make_room()
         decodes = len(self._decoding)
         budget = self.rules.max_num_batched_tokens * self.rules.groups
-        tokens, pairs, finished = self._prefill(budget if self.rules.prompts_first else budget - decodes)
+        tokens, pairs, partial, finished = self._prefill(
+            budget if self.rules.prompts_first else budget - decodes
+        )
         if tokens and self.rules.prompts_first:
             decodes = 0
         if not tokens:
@@ -135,17 +137,20 @@ class Walk:
             return
         context = self._context + decodes if decodes else 0
         self._planned_s = self.now
-        self.now += self.step_seconds(StepShape(decodes, context, tokens, pairs, decodes + len(finished)))
+        # What step_seconds takes for the number of prompts: with dp groups, those too that go on in a later step.
+        prompts = len(finished) + (partial if self.rules.groups > 1 else 0)
+        self.now += self.step_seconds(StepShape(decodes, context, tokens, pairs, decodes + prompts))
         if decodes:
             self._advance(1)
         for each in finished:
             self._start_decoding(each)
 
-    def _prefill(self, budget: int) -> tuple[int, int, list[Served]]:
-        """Chunks of prompts within `budget` tokens: their tokens, their query-key pairs, and the prompts they end."""
+    def _prefill(self, budget: int) -> tuple[int, int, int, list[Served]]:
+        """Chunks of prompts within `budget` tokens: their tokens, their query-key pairs, the number of prompts that go
+        on in a later step, and the prompts that they end."""
         tokens = pairs = 0
         finished: list[Served] = []
-        most, chunk_limit = self.rules.max_prompts, self.rules.max_num_batched_tokens
+        most, chunk_limit = self.rules.max_prompts, max(1, budget // self.rules.groups)
         partial = 0  # prompts that go on in a later step: at most one of each group
         while budget > 0 and partial < self.rules.groups and len(finished) + partial != most:
             if partial == len(self._prompts) and not self._admit():
@@ -161,7 +166,7 @@ class Walk:
             else:
                 finished.append(each)
                 del self._prompts[partial]
-        return tokens, pairs, finished
+        return tokens, pairs, partial, finished
 
     def _admit(self) -> bool:
         if not self._waiting:

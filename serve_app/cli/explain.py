@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     planned = planned_layout(plan(config, cluster, request), layout, cluster)
     steps = explain_steps(config, cluster, request, planned)
     changes = next_changes(config, cluster, request, layout)
-    error = expected_error(config, cluster)
+    error = expected_error(config, cluster, layout.world)
     measured = _measured(args, name, config, cluster, request, steps) if args.measure else []
     if args.json:
         shown = _as_json(name, cluster, planned, steps, changes)

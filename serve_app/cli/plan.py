@@ -86,7 +86,7 @@ def _print(
         plan_deployment.write(text, args.out)
     breaks = breaks_first(config, request, best)
     rows[0]["breaks_first"] = breaks
-    error = expected_error(config, cluster)
+    error = expected_error(config, cluster, best.planned[0].layout.world)
     rows[0]["expected_error"] = None if error is None else error.as_json()
     answers = [breaks_line(breaks), cost_line(best.cost), "" if error is None else str(error)]
     if args.disaggregated:

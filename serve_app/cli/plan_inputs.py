@@ -25,7 +25,7 @@ _GPUS = (
 # What --compare has no use for.
 _OF_A_PLAN = (
     "input_len", "output_len", "ttft_ms", "itl_ms", "price", "plot", "all", "disaggregated",
-    "render", "out",
+    "render", "out", "prefix_hits", "drafted", "acceptance", "lora_rank", "adapters",
 )  # fmt: skip
 
 

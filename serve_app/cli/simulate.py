@@ -147,7 +147,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     simulation = _simulation(args, cost)
     requests = _with_progress(_requests(args, simulation.replica.longest), args)
     outcome = simulate(simulation, cost, requests)
-    error = expected_error(config, cluster)
+    error = expected_error(config, cluster, layout.world)
     report = {
         "model": name,
         "layout": str(layout),

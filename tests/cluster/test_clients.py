@@ -111,6 +111,22 @@ def test_an_open_loop_is_as_the_engines_scheduler_serves_it(
     assert max(each.ttft_s for each in found) == pytest.approx(max(waits), rel=0.2)
 
 
+@pytest.mark.parametrize(("input_len", "rate"), [(300, 30.0), (6000, 6.0)])
+def test_dp_groups_take_steps_together_as_in_the_simulator(input_len: int, rate: float) -> None:
+    model = CostModel(find_config("Qwen3-30B-A3B")[1], Layout(dp=4, ep=4), parse_gpus("4xH100"))
+    limits = SchedulerLimits(max_num_batched_tokens=2048, max_num_seqs=256)
+    capacity = model.kv_capacity_tokens(2048, 256)
+    arrivals = list(PoissonArrivals((rate,), 40.0, Lengths(input_len), Lengths(100)))
+    service = ServiceSimulation(ReplicaConfig(capacity // 16, limits, groups=4))
+    real = simulate(service, model, arrivals).recorder
+    rules = StepRules(2048, 4 * 256, 4 * capacity, groups=4)
+    found = Walk(step_seconds(model), rules).serve(
+        Request(input_len, 100, each.arrival_s) for each in arrivals
+    )
+    ends = [last - sent for sent, last in zip(real.arrivals_s, real.last_tokens_s, strict=True)]
+    assert fmean(each.last_s - each.sent_s for each in found) == pytest.approx(fmean(ends), rel=0.15)
+
+
 @pytest.mark.parametrize(("input_len", "batch"), [(300, 4), (300, 64), (2000, 16), (6000, 8)])
 def test_the_closed_form_is_near_the_walk(model: CostModel, input_len: int, batch: int) -> None:
     rules = StepRules(2048, 256, model.kv_capacity_tokens(2048, 256))

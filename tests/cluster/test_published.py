@@ -120,13 +120,13 @@ def test_a_fit_finds_constants_again() -> None:
 def test_predictions_carry_the_error_of_their_device_and_weights() -> None:
     config = find_config("Qwen3-32B")[1]
     known = FITTED["errors"]["H100 bf16 dense"]
-    found = expected_error(config, PRESETS["H100"])
+    found = expected_error(config, PRESETS["H100"], 8)
     assert found is not None and found.as_json() == {
         "points": known["points"], "ttft": known["ttft"], "itl": known["itl"]
     }  # fmt: skip
-    unknown = expected_error(planned(config, "int4"), PRESETS["A100"])
+    unknown = expected_error(planned(config, "int4"), PRESETS["A100"], 1)
     assert str(unknown) == "The error is not known: a dense model in int4 on A100 was not measured."
-    nodes = expected_error(config, replace(PRESETS["H100"], num_devices=16))
+    nodes = expected_error(config, PRESETS["H100"], 16)
     assert nodes is not None and nodes.itl is None
     measured = replace(PRESETS["H100"], device=replace(PRESETS["H100"].device, name="this machine"))
-    assert expected_error(config, measured) is None
+    assert expected_error(config, measured, 1) is None

@@ -55,8 +55,8 @@ enum Buffer {
 
 constexpr size_t LINE = 64;  // bytes of a cache line; unaligned tiles take the matrix unit twice as long to load
 constexpr long PREFETCH_BYTES = 8192;  // bytes between weights in use and weights that are prefetched
-// From this number of rows on, weights are prefetched; else the hardware prefetcher is enough. That of CPUs with a matrix
-// unit is not: int8 weights arrive half as fast.
+// From this number of rows on, weights are prefetched; else the hardware prefetcher is enough. That of CPUs with a
+// matrix unit is not: int8 weights arrive half as fast.
 #ifdef __AMX_BF16__
 constexpr int PREFETCH_ROWS = 1;
 #else
@@ -65,7 +65,7 @@ constexpr int PREFETCH_ROWS = 3;
 // Up to WAITING_ROWS rows, memory limits a product. If they take several tiles, these do few inputs at a time, so that
 // weights that the first tile prefetches arrive during the others.
 constexpr long WAITING_ROWS = 20, WAITING_INPUTS = 128;
-// up to this number of rows, each tile widens narrow weights in registers
+// up to this number of rows, each tile widens narrow weights in registers, unless the matrix unit multiplies
 constexpr long WIDENED_AFTER = 3 * TILE_ROWS;
 // from this number of rows on, int8 weights are widened for the matrix unit
 constexpr long WIDENED_FROM = 8;
