@@ -104,7 +104,9 @@ def test_predictions_at_a_load_are_near_those_of_as_many_clients(config: ModelCo
         if 16 % asked.groups == 0 and one.fits:
             spread = asked.at(16 // asked.groups)
             assert spread.bytes_per_rank == one.bytes_per_rank and spread.max_batch == one.max_batch
-            assert spread.tokens_per_s == pytest.approx(one.tokens_per_s, rel=0.2)
+            # Clients that began together have their prompts in the same steps of all groups, others in different ones.
+            within = 0.1 if one.layout.dp == 1 else 0.25
+            assert spread.tokens_per_s == pytest.approx(one.tokens_per_s, rel=within)
 
 
 @pytest.mark.parametrize("most", [0, 1, 10, 100])
