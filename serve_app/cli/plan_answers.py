@@ -61,7 +61,7 @@ def breaks_line(found: Mapping[str, Any]) -> str:
     )
     return (
         f"Breaks first: {_BREAKS[found['limit']]}, beyond {found['concurrency']:,} requests in flight "
-        f"({found['requests_per_s']:,.1f} requests/s, {found['times_this_load']:.2g} times this load); {helps}."
+        f"({found['requests_per_s']:,.1f} requests/s, {found['times_this_load']:.3g} times this load); {helps}."
     )
 
 
