@@ -148,7 +148,9 @@ class EngineConfig:
         "NCCL_SOCKET_IFNAME=eth0; may be repeated",
         parse=parse_rank_env,
     )
-    start_timeout_s: float = setting(600.0, "longest wait for ranks to be placed and the weights to load")
+    start_timeout_s: float = setting(
+        600.0, "longest wait for ranks to be placed, and for progress as the weights are downloaded and load"
+    )
     replacement_timeout_s: float = setting(
         30.0,
         "longest wait for another rank to start in place of a lost one; then the engine goes on with fewer dp groups",

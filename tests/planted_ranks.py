@@ -12,7 +12,7 @@ from qwen3_dist.model.rope import RopeTables
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
 from qwen3_dist.protocol.messages import RankSpec
-from qwen3_dist.weights import source
+from qwen3_dist.weights import hub
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.loader import ExpertReader
 from qwen3_dist.worker import rendezvous
@@ -84,14 +84,14 @@ def rank_on_a_disk_of_its_own(spec: RankSpec) -> None:
     constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = str(cache), True
     (cache / "models--org--name" / "refs" / "main").write_text("b" * 40)
     Path(spec.config.expert_load).unlink(missing_ok=True)
-    find = source.snapshot_of
+    find = hub.snapshot_of
 
     def noting(*arguments: object) -> Path | None:
         with (cache / f"asked-{spec.rank}").open("a") as notes:
             notes.write("x")
         return find(*arguments)  # type: ignore[arg-type]
 
-    source.snapshot_of = noting  # type: ignore[assignment]
+    hub.snapshot_of = noting  # type: ignore[assignment]
     rank_main(spec)
 
 

@@ -27,6 +27,7 @@ from qwen3_dist.protocol.channel import pack
 from qwen3_dist.protocol.messages import (
     Answer,
     Call,
+    Downloading,
     Hello,
     Loaded,
     Loading,
@@ -284,7 +285,8 @@ class RankGroupExecutor(Executor):
     def _await_all(
         self, kind: type, what: str, loading: dict[int, Loading], progress: Progress | None = None
     ) -> list[Any]:
-        """Waits for a message of type `kind` from every rank. Keeps how far `loading` is, and reports it."""
+        """Waits for a message of type `kind` from every rank, anew after each progress that one makes. Keeps how far
+        `loading` is, and reports it."""
         said: dict[int, Any] = {}
 
         def awaited() -> str:
@@ -294,6 +296,8 @@ class RankGroupExecutor(Executor):
         with self._losing_ranks():
             while len(said) < len(self._ranks.ranks):
                 rank, message = self._ranks.next_message(self._deadline, awaited)
+                if isinstance(message, Downloading | Loading):
+                    self._deadline = time.monotonic() + self._config.start_timeout_s
                 if isinstance(message, Loading):
                     loading[rank] = message
                     if progress and len(loading) == len(self._ranks.ranks):
@@ -301,7 +305,7 @@ class RankGroupExecutor(Executor):
                             sum(m.done_bytes for m in loading.values()),
                             sum(m.total_bytes for m in loading.values()),
                         )
-                else:
+                elif not isinstance(message, Downloading):
                     assert isinstance(message, kind), message
                     said[rank] = message
         return [said[rank] for rank in sorted(said)]

@@ -4,7 +4,7 @@ rank                                   engine
 ── Hello(host, card, rendezvous port) ▶  chooses the transport of collectives, for all ranks
 ◀── Start(rendezvous address, sharing)
    join process groups, load weights
-── Loading ... ─────────────────────▶
+── Downloading, Loading ... ────────▶
 ── Loaded(blocks that fit) ─────────▶  the smallest number counts
 ◀──────────────────── num_blocks
 ── Ready ───────────────────────────▶
@@ -117,6 +117,11 @@ class Start:
     ranks_on_card: int
     card_free_bytes: int
     over_host: bool
+
+
+@dataclass(frozen=True)
+class Downloading:
+    """More of the checkpoint has come from the hub to the rank's host."""
 
 
 @dataclass(frozen=True)

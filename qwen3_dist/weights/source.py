@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.weights.files import shard_files
+from qwen3_dist.weights import hub
 
-_COMMIT = re.compile("[0-9a-f]{40}")
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _OFFICIAL_NAME = re.compile(r"qwen3-[\w.-]+", re.IGNORECASE)
 _CONFIGS = ["config.json", "generation_config.json"]
@@ -56,13 +55,15 @@ def may_be_model(text: str) -> bool:
     return text == "bundled" or looks_local or names is not None
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
-    """Returns the directory of `model` (see `canonical_name`), for a hub id at `revision`.
+def resolve_model(
+    model: str, revision: str | None = None, progress: hub.Downloading = lambda done, total: None
+) -> Path:
+    """Returns the directory of `model` (see `canonical_name`), for a hub id at `revision`, which is downloaded.
 
-    A commit that is complete in the local hub cache is used without contacting the hub. Raises CheckpointError if
-    there is no such model.
+    A commit that is complete in the local hub cache is used without contacting the hub. `progress` is called while
+    files are downloaded. Raises CheckpointError if there is no such model.
     """
-    return _resolve(model, revision, _FILES)
+    return _resolve(model, revision, _FILES, progress)
 
 
 def resolve_config(model: str, revision: str | None = None) -> Path:
@@ -81,7 +82,12 @@ def config_at_hand(model: str, revision: str | None = None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
+def _resolve(
+    model: str,
+    revision: str | None,
+    files: list[str],
+    progress: hub.Downloading = lambda done, total: None,
+) -> Path:
     given, model = model, canonical_name(model)
     if not model:
         return bundled_path()
@@ -97,20 +103,8 @@ def _resolve(model: str, revision: str | None, files: list[str]) -> Path:
             f"{given} is neither a directory that exists nor bundled, an official name such as Qwen3-0.6B or a hub id "
             "such as Qwen/Qwen3-0.6B"
         )
-    _require_cache(model)
-    return snapshot_of(model, revision) or _from_hub(model, revision, files)
-
-
-def _require_cache(model: str) -> None:
-    from huggingface_hub import constants
-
-    try:
-        Path(constants.HF_HUB_CACHE).expanduser()
-    except RuntimeError:
-        raise CheckpointError(
-            f"{model!r} is a hub id and this user has no home to keep downloads in; set HF_HOME to a directory, or "
-            "give the checkpoint's"
-        ) from None
+    hub.require_cache(model)
+    return hub.snapshot_of(model, revision, files) or hub.download(model, revision, files, progress)
 
 
 def commit_of(model: str, path: Path) -> str | None:
@@ -121,37 +115,4 @@ def commit_of(model: str, path: Path) -> str | None:
     name = canonical_name(model)
     if not name or local_path(name).is_dir():
         return None
-    return path.name if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name) else None
-
-
-def snapshot_of(model: str, revision: str | None) -> Path | None:
-    """The directory of a commit in the local hub cache; None if files are missing, or if `revision` is a branch, which
-    may have changed on the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if revision is None or not _COMMIT.fullmatch(revision):
-        return None
-    try:
-        path = Path(snapshot_download(model, revision=revision, local_files_only=True))
-        shard_files(path)
-    except (LocalEntryNotFoundError, CheckpointError):
-        return None
-    return path if (path / "config.json").exists() else None
-
-
-def _from_hub(model: str, revision: str | None, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=files))
-    except RepositoryNotFoundError:
-        raise CheckpointError(f"the hub has no model {model!r}, or it needs a login; check the id") from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"model {model!r} has no revision {revision!r}; check --revision") from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{model!r} is no directory here, not in the local hub cache, and the hub cannot be reached "
-            f"({type(error).__name__}); download it first or give a directory"
-        ) from None
+    return path.name if path.parent.name == "snapshots" and hub.is_commit(path.name) else None

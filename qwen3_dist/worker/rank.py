@@ -19,6 +19,7 @@ from qwen3_dist.gc_utils import collect_frozen_heap, freeze_gc_heap
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, connect
 from qwen3_dist.protocol.messages import (
+    Downloading,
     Failed,
     Loaded,
     Loading,
@@ -83,7 +84,8 @@ class _Rank:
         another rank is lost and replaced, and as much of it as possible where the layout changes."""
         channel = self._channel
         joined = self._join(self.spec, status)
-        model, path = None, resolve_model(self.spec.config.model, self.spec.config.revision)
+        model, config = None, self.spec.config
+        path = resolve_model(config.model, config.revision, _downloads_to(channel))
         while True:
             status.parallel = joined.parallel
             self.spec = joined.spec
@@ -185,6 +187,20 @@ def _end_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _downloads_to(channel: Channel) -> Progress:
+    """A progress callback for the hub that sends Downloading if there is more."""
+    most = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal most
+        if done > most:
+            most = done
+            with contextlib.suppress(ChannelClosedError):
+                channel.send(Downloading())
+
+    return report
 
 
 def _report_to(channel: Channel) -> Progress:

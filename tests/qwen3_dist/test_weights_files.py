@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from qwen3_dist import LLM
 from qwen3_dist.engine import engine as engine_module
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.weights import file_reader, source
+from qwen3_dist.weights import file_reader, hub
 from qwen3_dist.weights import files as files_module
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.source import bundled_path, commit_of, resolve_model
@@ -240,7 +240,7 @@ def test_a_home_that_is_not_there_is_told_in_a_sentence(monkeypatch: pytest.Monk
     with pytest.raises(
         CheckpointError, match="'org/name' is a hub id and this user has no home .* set HF_HOME"
     ):
-        source._require_cache("org/name")
+        hub.require_cache("org/name")
     with pytest.raises(CheckpointError, match="this user has no home; give the whole path"):
         resolve_model("~/model")
 
@@ -271,11 +271,11 @@ def test_a_commit_that_the_cache_has_whole_is_taken_without_asking_the_hub(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     asked: list[str] = []
 
-    def ask(model: str, revision: str | None, files: object) -> Path:
+    def ask(model: str, revision: str | None, *others: object) -> Path:
         asked.append(f"{model} at {revision}")
         return snapshot
 
-    monkeypatch.setattr(source, "_from_hub", ask)
+    monkeypatch.setattr(hub, "download", ask)
     if lost is not None:
         (snapshot / lost).unlink()
     assert resolve_model("org/name", commit).samefile(snapshot)
