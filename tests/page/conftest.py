@@ -36,7 +36,10 @@ def service() -> Iterator[FakeService]:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens a URL in a browser of its own. The test fails if the page logs an error that it does not expect."""
+    """Opens a URL in a browser of its own. The test fails if the page logs an error that it does not expect.
+
+    Tests name their service first, so that it ends after the browser.
+    """
     contexts, errors = [], []
 
     def open_url(

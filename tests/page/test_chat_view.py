@@ -37,7 +37,7 @@ def set_up(page: Any, **fields: str) -> None:
 
 
 def test_an_answer_streams_with_folded_thoughts_and_its_markdown(
-    open_page: Any, service: FakeService
+    service: FakeService, open_page: Any
 ) -> None:
     page = open_page(service.url)
     page.select_option("#model", "sailor")
@@ -71,7 +71,7 @@ def test_an_answer_streams_with_folded_thoughts_and_its_markdown(
     assert roles == ["user", "assistant", "user"]
 
 
-def test_thoughts_are_announced_while_they_last(open_page: Any, service: FakeService) -> None:
+def test_thoughts_are_announced_while_they_last(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url)
     answer = ask(page, "think long")
     expect(answer.locator("summary")).to_have_text("Thinking…")
@@ -80,7 +80,7 @@ def test_thoughts_are_announced_while_they_last(open_page: Any, service: FakeSer
     expect(answer).to_have_attribute("aria-busy", "false")
 
 
-def test_a_tool_call_is_shown_and_its_result_can_be_given(open_page: Any, service: FakeService) -> None:
+def test_a_tool_call_is_shown_and_its_result_can_be_given(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url)
     set_up(page, tools=json.dumps(TOOLS))
     answer = ask(page, "What is the weather in Paris?")
@@ -105,7 +105,7 @@ def test_a_tool_call_is_shown_and_its_result_can_be_given(open_page: Any, servic
 
 @pytest.mark.parametrize("how", ["button", "escape", "clear"])
 def test_an_answer_is_stopped_and_the_service_hears_of_it(
-    open_page: Any, service: FakeService, how: str
+    service: FakeService, open_page: Any, how: str
 ) -> None:
     page = open_page(service.url)
     answer = ask(page, "slow please")
@@ -135,7 +135,7 @@ def test_an_answer_is_stopped_and_the_service_hears_of_it(
     ],
 )
 def test_errors_are_told_in_words_and_what_came_before_stays(
-    open_page: Any, service: FakeService, question: str, words: str
+    service: FakeService, open_page: Any, question: str, words: str
 ) -> None:
     page = open_page(service.url, expected=REFUSED)
     answer = ask(page, question)
@@ -150,7 +150,7 @@ def test_errors_are_told_in_words_and_what_came_before_stays(
         assert [message["role"] for message in service.asked[1]["messages"]] == ["user", "user"]
 
 
-def test_a_service_that_is_gone_is_told(open_page: Any, service: FakeService) -> None:
+def test_a_service_that_is_gone_is_told(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url, expected=REFUSED)
     page.context.set_offline(True)
     answer = ask(page, "Hello?")
@@ -160,7 +160,7 @@ def test_a_service_that_is_gone_is_told(open_page: Any, service: FakeService) ->
     expect(page.locator(".assistant .text")).to_have_text("Hello! How can I help you?")
 
 
-def test_hostile_answers_stay_text(open_page: Any, service: FakeService) -> None:
+def test_hostile_answers_stay_text(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url)
     answer = ask(page, "attack")
     done(page)
@@ -178,7 +178,7 @@ def test_hostile_answers_stay_text(open_page: Any, service: FakeService) -> None
 
 
 def test_settings_are_sent_and_outlive_the_page_but_the_key_only_if_asked(
-    open_page: Any, service: FakeService
+    service: FakeService, open_page: Any
 ) -> None:
     page = open_page(service.url)
     page.click("#open-settings")
@@ -217,7 +217,7 @@ def test_settings_are_sent_and_outlive_the_page_but_the_key_only_if_asked(
     assert KEY in page.evaluate(stored)
 
 
-def test_a_service_with_a_key_asks_for_it_at_once(open_page: Any, service: FakeService) -> None:
+def test_a_service_with_a_key_asks_for_it_at_once(service: FakeService, open_page: Any) -> None:
     service.key = KEY
     page = open_page(service.url, expected=REFUSED)
     expect(page.locator("#settings")).to_be_visible()
@@ -228,7 +228,7 @@ def test_a_service_with_a_key_asks_for_it_at_once(open_page: Any, service: FakeS
     expect(ask(page, "Hello").locator(".text")).to_have_text("Hello! How can I help you?")
 
 
-def test_it_works_by_keyboard(open_page: Any, service: FakeService) -> None:
+def test_it_works_by_keyboard(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url)
     expect(page.locator("#question")).to_be_focused()
     page.keyboard.type("Hello")
@@ -252,7 +252,7 @@ def test_it_works_by_keyboard(open_page: Any, service: FakeService) -> None:
     expect(page.locator("#chat")).to_be_hidden()
 
 
-def test_regenerate_asks_again_and_copy_copies(open_page: Any, service: FakeService) -> None:
+def test_regenerate_asks_again_and_copy_copies(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url, permissions=["clipboard-read", "clipboard-write"])
     answer = ask(page, "Hello")
     done(page)
@@ -277,7 +277,7 @@ def test_it_works_below_a_prefix(open_page: Any, below_prefix: FakeService) -> N
     expect(ask(page, "Hello").locator(".text")).to_have_text("Hello! How can I help you?")
 
 
-def test_it_fits_the_narrowest_phone(open_page: Any, service: FakeService) -> None:
+def test_it_fits_the_narrowest_phone(service: FakeService, open_page: Any) -> None:
     page = open_page(service.url, "phone")
     page.set_viewport_size({"width": 360, "height": 640})
     ask(page, "Why is the sky blue?")

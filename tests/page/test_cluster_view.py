@@ -13,7 +13,7 @@ expect = sync_api.expect
 REFUSED = "Failed to load resource"
 
 
-def test_it_shows_replicas_ranks_and_rates(open_page: Any, service: FakeService) -> None:
+def test_it_shows_replicas_ranks_and_rates(service: FakeService, open_page: Any) -> None:
     page = open_page(f"{service.url}/#cluster")
     expect(page.locator("#models h2")).to_have_text("Qwen3-30B-A3B")
     expect(page.locator("#models .badge").first).to_have_text("ready")
@@ -37,7 +37,7 @@ def test_it_shows_replicas_ranks_and_rates(open_page: Any, service: FakeService)
     expect(page.locator(".chart .ago")).to_contain_text("ago")
 
 
-def test_counters_that_begin_anew_make_no_negative_rate(open_page: Any, service: FakeService) -> None:
+def test_counters_that_begin_anew_make_no_negative_rate(service: FakeService, open_page: Any) -> None:
     page = open_page(f"{service.url}/#cluster")
     service.polls = 1000
     wait_for(lambda: service.polls > 1002)
@@ -49,7 +49,7 @@ def test_counters_that_begin_anew_make_no_negative_rate(open_page: Any, service:
     )
 
 
-def test_experts_are_read_by_pointer_by_keyboard_and_as_a_table(open_page: Any, service: FakeService) -> None:
+def test_experts_are_read_by_pointer_by_keyboard_and_as_a_table(service: FakeService, open_page: Any) -> None:
     page = open_page(f"{service.url}/#cluster")
     heat, value = page.locator("#heat"), page.locator("#heat-value")
     expect(heat).to_be_visible()
@@ -79,7 +79,7 @@ def test_experts_are_read_by_pointer_by_keyboard_and_as_a_table(open_page: Any, 
     expect(page.locator("#heat-table tbody tr").first).to_contain_text("5")
 
 
-def test_it_polls_only_while_it_is_seen(open_page: Any, service: FakeService) -> None:
+def test_it_polls_only_while_it_is_seen(service: FakeService, open_page: Any) -> None:
     page = open_page("about:blank")
     page.clock.install()
     page.goto(service.url)
@@ -100,7 +100,7 @@ def test_it_polls_only_while_it_is_seen(open_page: Any, service: FakeService) ->
 
 
 def test_a_service_without_the_route_says_so_and_still_shows_experts(
-    open_page: Any, service: FakeService
+    service: FakeService, open_page: Any
 ) -> None:
     service.cluster = "old"
     page = open_page(f"{service.url}/#cluster", expected=REFUSED)
@@ -111,7 +111,7 @@ def test_a_service_without_the_route_says_so_and_still_shows_experts(
     expect(page.locator("#cluster-note")).to_be_hidden()
 
 
-def test_what_is_wrong_with_a_replica_is_told(open_page: Any, service: FakeService) -> None:
+def test_what_is_wrong_with_a_replica_is_told(service: FakeService, open_page: Any) -> None:
     service.cluster = "unhealthy"
     page = open_page(f"{service.url}/#cluster")
     expect(page.locator("#models section > .problem")).to_have_text("replica k3fz lost rank 2 on node-b")
@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_replica_is_told(open_page: Any, service: FakeServi
     expect(replica.locator(".meters")).to_contain_text("– run, – wait")
 
 
-def test_a_dense_model_has_no_experts(open_page: Any, service: FakeService) -> None:
+def test_a_dense_model_has_no_experts(service: FakeService, open_page: Any) -> None:
     service.cluster = "dense"
     page = open_page(f"{service.url}/#cluster")
     expect(page.locator(".replica")).to_have_count(1)

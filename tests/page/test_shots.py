@@ -18,7 +18,7 @@ POLLS, PERIOD_S = 45, 12  # nine minutes, of which the page is made to skip most
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_chat_fits_the_screen(
-    open_page: Any, service: FakeService, keep: Callable[..., None], size: str, scheme: str
+    service: FakeService, open_page: Any, keep: Callable[..., None], size: str, scheme: str
 ) -> None:
     page = open_page(service.url, size, scheme)
     keep(page, f"empty-{size}-{scheme}")
@@ -38,7 +38,7 @@ def test_the_chat_fits_the_screen(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_cluster_fits_the_screen(
-    open_page: Any, service: FakeService, keep: Callable[..., None], size: str, scheme: str
+    service: FakeService, open_page: Any, keep: Callable[..., None], size: str, scheme: str
 ) -> None:
     service.period_s = PERIOD_S
     page = open_page("about:blank", size, scheme)
