@@ -97,6 +97,6 @@ class RankQuestions(ABC):
         await self._ask(partial(self._engine.changes.weights.sleep, level))
 
     async def wake(self) -> None:
-        """Ends `sleep`; sequences compute their KV anew. Raises CheckpointError or ResourceError if weights that were
-        dropped cannot be loaded again; then the engine sleeps on."""
+        """Ends `sleep`; sequences compute their KV anew. Raises ResourceError if a rank lacks memory, and
+        CheckpointError or ResourceError if weights that were dropped cannot be loaded; then the engine sleeps on."""
         await self._ask(self._engine.changes.weights.wake)

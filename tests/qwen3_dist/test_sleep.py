@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen3_dist import LLM, SamplingParams
-from qwen3_dist.errors import CheckpointError, RequestError
+from qwen3_dist.errors import CheckpointError, RequestError, ResourceError
+from qwen3_dist.launch.launcher import Launcher
 from qwen3_dist.weights_version import WeightsVersion
 from qwen3_dist.worker.shard import held_bytes
+from tests import failing_ranks
 from tests.checkpoints import write_checkpoint
 from tests.swapping import (
     PROMPT,
@@ -104,6 +107,58 @@ def test_weights_that_cannot_be_loaded_again_leave_the_engine_asleep(
             assert await ask(engine) == expected["two"][:6]
 
     asyncio.run(check())
+
+
+def test_an_engine_that_lacks_memory_to_wake_sleeps_on_in_all_ranks(
+    paths: dict[str, Path], expected: dict[str, Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = staticmethod(failing_ranks.rank_1_lacks_memory_every_other_time_it_wakes)
+    monkeypatch.setattr(Launcher, "main", main)
+
+    async def check() -> None:
+        with started(paths, "tp=2") as engine:
+            running = await begin(engine)
+            for level in (1, 2):
+                await engine.sleep(level)
+                with pytest.raises(ResourceError, match=r"^rank 1 cannot wake: it needs 3.00 GiB$"):
+                    await engine.wake()
+                assert engine.asleep == level
+                await engine.wake()
+            assert await running() == expected["base"] and not engine.recoveries
+
+    asyncio.run(check())
+
+
+def test_a_rank_that_lacks_memory_gives_back_what_it_took_and_tells_how_much_is_missing(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU. There is none here, so its calls are noted."""
+    sizes: dict[int, int] = {}  # of storages, by address
+    room = 2
+
+    def resize(storage: torch.UntypedStorage, size: int) -> None:
+        if size and sum(map(bool, sizes.values())) == room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes[storage.data_ptr()] = size
+
+    with LLM(str(paths["base"]), use_tqdm=False, device="cpu") as llm:
+        [before] = llm.generate(PROMPT, SHORT, use_tqdm=False)
+        llm.sleep()
+        executor: Any = llm._engine._executor
+        memory = executor._runner._asleep
+        memory._on_gpu = True
+        needed = sum(memory._sizes) / 2**30
+        monkeypatch.setattr(torch.UntypedStorage, "resize_", resize)
+        for name in ("empty_cache", "synchronize"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 2**40))
+        told = f"rank 0 cannot wake: it needs {needed:.2f} GiB of its card, which has 0.00 GiB free; "
+        with pytest.raises(ResourceError, match=f"^{told}free {needed:.2f} GiB more and wake it again$"):
+            llm.wake_up()
+        assert len(sizes) == len(memory._sizes) and not any(sizes.values())
+        room = len(sizes)
+        llm.wake_up()
+        assert llm.generate(PROMPT, SHORT, use_tqdm=False)[0].outputs == before.outputs
 
 
 def test_llm_sleeps_and_changes_its_weights(paths: dict[str, Path], expected: dict[str, Tokens]) -> None:

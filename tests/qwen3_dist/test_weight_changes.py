@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM
-from qwen3_dist.errors import CheckpointError, EngineDeadError
+from qwen3_dist.errors import CheckpointError, EngineDeadError, QwenDistError
 from qwen3_dist.weights_version import WeightsVersion
+from qwen3_dist.worker.background import Background
 from tests.checkpoints import write_checkpoint
 from tests.swapping import (
     PROMPT,
@@ -252,6 +255,25 @@ def test_a_rank_that_is_lost_during_a_change_leaves_all_with_the_old_weights(
             assert await ask(engine) == expected["base"][:6]
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, MemoryError])
+def test_work_that_failed_keeps_no_memory(kind: type[Exception]) -> None:
+    class Tensors:
+        pass
+
+    held: list[weakref.ref[Tensors]] = []
+
+    def load(given: Tensors) -> None:
+        loaded = Tensors()
+        held.extend((weakref.ref(given), weakref.ref(loaded)))
+        raise kind("no room") from OSError("the disk")
+
+    work = Background("the weights", partial(load, Tensors()), None)
+    work.start()
+    work.join()
+    assert isinstance(work.arrived, QwenDistError) and "no room" in str(work.arrived)
+    assert [each() for each in held] == [None, None]
 
 
 def test_a_random_model_takes_weights_and_int8_ones_are_made_anew(
