@@ -13,7 +13,6 @@ import copy
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
-from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
 
@@ -87,13 +86,13 @@ class LiveChanges:
     async def _deploy(self, gateway: str, route: ModelRoute, before: Deployed, after: Deployed) -> Json:
         """As `_deploy_changes`, again while Serve's controller is lost, in whose place Ray starts another. Raises
         RequestError."""
-        work = partial(asyncio.to_thread, _deploy_changes, gateway, route, before, after)
+        arguments = (gateway, route, before, after)
         try:
             for pause_s in _PAUSES_S:
                 with suppress(RayActorError, GetTimeoutError):
-                    return await work()
+                    return await asyncio.to_thread(_deploy_changes, *arguments)
                 await asyncio.sleep(pause_s)
-            return await work()
+            return await asyncio.to_thread(_deploy_changes, *arguments)
         except QwenDistError:
             raise
         except Exception as error:
