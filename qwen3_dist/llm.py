@@ -185,7 +185,8 @@ class LLM:
         self._change(partial(self._engine.changes.weights.sleep, level))
 
     def wake_up(self) -> None:
-        """Ends `sleep`. Raises CheckpointError or ResourceError if weights that were dropped cannot be loaded."""
+        """Ends `sleep`. Raises ResourceError if memory lacks, CheckpointError or ResourceError if weights that were
+        dropped cannot be loaded; then it sleeps on."""
         self._change(self._engine.changes.weights.wake)
 
     def _change(self, begin: Callable[[Callable[[Any], None]], None]) -> Any:

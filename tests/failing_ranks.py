@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qwen3_dist.protocol.messages import RankSpec
 from qwen3_dist.worker import rank
 from qwen3_dist.worker.rank import rank_main
 from qwen3_dist.worker.runner import ModelRunner
+from qwen3_dist.worker.sleep import SleepingMemory
 
 
 def rank_1_runs_out_of_memory(spec: RankSpec) -> None:
@@ -36,6 +38,17 @@ def rank_1_runs_out_of_memory(spec: RankSpec) -> None:
 
         ModelRunner.launch = fails  # type: ignore[method-assign]
         dist.destroy_process_group = lambda: time.sleep(1000)
+    rank_main(spec)
+
+
+def rank_1_lacks_memory_every_other_time_it_wakes(spec: RankSpec) -> None:
+    if spec.rank == 1:
+        lacks, wake = cycle((True, False)), SleepingMemory.wake
+
+        def wakes(memory: SleepingMemory) -> str:
+            return "it needs 3.00 GiB" if next(lacks) else wake(memory)
+
+        SleepingMemory.wake = wakes  # type: ignore[method-assign]
     rank_main(spec)
 
 

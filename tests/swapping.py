@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from qwen3_dist import LLM, SamplingParams
@@ -25,18 +26,21 @@ Tokens = list[int]
 _ids = map(str, itertools.count())
 
 
-def write_versions(folder: Path) -> dict[str, Path]:
+@pytest.fixture(scope="session")
+def versions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Checkpoints of one architecture with different weights, by name."""
+    folder = tmp_path_factory.mktemp("weights")
     return {
         name: write_checkpoint(folder / name, moe=True, seed=seed, mlp_only_layers=[1], intermediate_size=99)
         for seed, name in enumerate(("base", "one", "two"))
     }
 
 
-def tokens_of_versions(paths: dict[str, Path]) -> dict[str, Tokens]:
+@pytest.fixture(scope="session")
+def tokens_of(versions: dict[str, Path]) -> dict[str, Tokens]:
     """What each of the checkpoints answers to PROMPT."""
     found = {}
-    for name, path in paths.items():
+    for name, path in versions.items():
         with LLM(str(path), use_tqdm=False) as llm:
             [output] = llm.generate(PROMPT, LONG, use_tqdm=False)
         found[name] = list(output.outputs[0].token_ids)
@@ -44,13 +48,13 @@ def tokens_of_versions(paths: dict[str, Path]) -> dict[str, Tokens]:
     return found
 
 
-def of(paths: dict[str, Path], name: str) -> WeightsVersion:
-    return WeightsVersion(str(paths[name]), name)
+def of(versions: dict[str, Path], name: str) -> WeightsVersion:
+    return WeightsVersion(str(versions[name]), name)
 
 
 @contextmanager
-def started(paths: dict[str, Path], layout: str, **settings: Any) -> Iterator[AsyncEngine]:
-    config = EngineConfig(model=str(paths["base"]), layout=layout, executor="processes", **settings)
+def started(versions: dict[str, Path], layout: str, **settings: Any) -> Iterator[AsyncEngine]:
+    config = EngineConfig(model=str(versions["base"]), layout=layout, executor="processes", **settings)
     engine = AsyncEngine(config)
     try:
         yield engine

@@ -20,7 +20,6 @@ from qwen3_dist.launch.base import RankPlace
 from qwen3_dist.log_file import log_file
 from qwen3_dist.pooling_params import PoolingParams
 from qwen3_dist.protocol.outputs import EngineLoad, EngineStats, TokenDelta
-from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.request_terms import DEFAULT_TERMS, RequestTerms
 from qwen3_dist.sampling_params import SamplingParams
 from qwen3_dist.settings import EngineConfig
@@ -28,6 +27,7 @@ from qwen3_dist.settings import EngineConfig
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
+_TELL_WAIT_S = 0.1  # after which a caller is told that its request waits
 _BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle, or on a recovery
 
 
@@ -81,6 +81,7 @@ class AsyncEngine(RankQuestions):
         pooling: PoolingParams | None = None,
         announce: bool = False,
         resume: Resumed | None = None,
+        on_wait: Callable[[bool], object] = lambda waits: None,
     ) -> AsyncGenerator[list[TokenDelta], None]:
         """Yields the deltas of each step until all choices of the request are finished; with `announce` an empty list
         first, as soon as the request is accepted.
@@ -89,43 +90,55 @@ class AsyncEngine(RankQuestions):
         and have deltas of what follows alone; other choices are not run. All that decides a token is rebuilt from
         these tokens, so with a seed in `params` the output is that of one engine.
 
+        `on_wait` tells what a lost engine cannot have died of. It is called with True if no step has held the request
+        after a while, or until the engine dies, and with False when it begins after that. One that was preempted has
+        begun, and so have all if the engine fails by itself.
+
         It runs on `terms`, with the adapter `lora`. Raises RequestError if the request is refused or its structured
         output fails, QueueTimeoutError if it has waited too long, and EngineDeadError if the engine dies. Leaving the
         iterator early (aclose, cancellation) aborts the request within a step.
         """
+        unfinished = params.n if resume is None else len(resume)
+        stream = RequestStream(asyncio.get_running_loop(), unfinished, on_wait)
+        if self._death is not None:
+            stream.tell_wait()
         self.check_health()
         self._engine.check(prompt_token_ids, params, lora, pooling, resume)
         prepare = self._engine.prepare
         setup = prepare(params) if params.is_plain else await asyncio.to_thread(prepare, params)
         if setup is not None:
             await self._await_grammar(setup)
-        unfinished = params.n if resume is None else len(resume)
-        stream = RequestStream(asyncio.get_running_loop(), unfinished=unfinished)
 
         def add() -> None:
             self._streams[request_id] = stream
             arguments = (request_id, prompt_token_ids, params, terms, lora, setup, pooling, resume)
             try:
-                if ended := self._engine.add_request(*arguments):
+                if ended := self._engine.add_request(*arguments, stream.begin):
                     stream.send(ended)
             except RequestError as error:  # its adapter has left since it was checked
                 stream.send(error)
 
         def refuse() -> None:
-            if self._streams.get(request_id) is stream and self._engine.abort_unbegun(request_id):
+            if (
+                self._streams.get(request_id) is stream
+                and not stream.begun
+                and self._engine.abort(request_id)
+            ):
                 stream.send(QueueTimeoutError(terms.queue_timeout_s))
 
         if death := self._post(add):
+            stream.tell_wait()
             raise EngineDeadError(str(death))
         if terms.queue_timeout_s and resume is None:
             stream.call_later(terms.queue_timeout_s, lambda: self._post(refuse))
+        stream.call_later(_TELL_WAIT_S, stream.tell_wait)
         try:
             if announce:
                 yield []
             while stream.unfinished:
                 yield await stream.next_deltas()
         finally:
-            stream.cancel_call()
+            stream.cancel_calls()
             self._post(lambda: self._forget(request_id, stream))
 
     def _forget(self, request_id: str, stream: RequestStream) -> None:
@@ -135,20 +148,6 @@ class AsyncEngine(RankQuestions):
             if stream.unfinished:
                 self._engine.abort(request_id)
 
-    async def _await_grammar(self, setup: SamplingSetup) -> None:
-        """Waits until the ranks have built the setup's grammar. Steps of other requests go on meanwhile."""
-
-        def build(answer: Callable[[bool | QwenDistError], None]) -> None:
-            try:
-                answer(self._engine.grammars.build(setup))
-            except RequestError as error:
-                answer(error)
-
-        pause_s = _BUSY_CHECK_S
-        while not self._engine.grammars.has(setup) and not await self._ask(build):
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _IDLE_CHECK_S)
-
     async def pool(
         self,
         prompt_token_ids: list[int],
@@ -156,9 +155,12 @@ class AsyncEngine(RankQuestions):
         request_id: str,
         terms: RequestTerms = DEFAULT_TERMS,
         lora: str | None = None,
+        on_wait: Callable[[bool], object] = lambda waits: None,
     ) -> TokenDelta:
         """Runs a pooling request and returns its only delta. Raises what `generate` does; cancelling aborts it."""
-        steps = self.generate(prompt_token_ids, PROMPT_ONLY, request_id, terms, lora, pooling)
+        steps = self.generate(
+            prompt_token_ids, PROMPT_ONLY, request_id, terms, lora, pooling, on_wait=on_wait
+        )
         async with contextlib.aclosing(steps):
             [delta] = await anext(steps)
             return delta
@@ -295,6 +297,8 @@ class AsyncEngine(RankQuestions):
             return error, True
         except Exception as error:
             _log.exception("the engine failed as it ran %s", ", ".join(self._streams) or "no request")
+            for stream in self._streams.values():
+                stream.begin()  # any may be the cause, such as one that fails when it is scheduled
             place = log_file(_log) or "standard error"
             failure = f"the engine failed: {type(error).__name__}: {error}; {place} has the traceback"
             return EngineDeadError(failure), False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,11 +47,10 @@ Resumed = Mapping[int, IntSequence[int]]  # the output tokens so far of each cho
 
 @dataclass(frozen=True)
 class _Request:
-    """The unfinished of a request's `count` choices, and the dp group that runs all: they share the prompt's KV."""
+    """The unfinished choices of a request, and the dp group that runs all: they share the prompt's KV."""
 
     group: Scheduler
     sequences: list[Sequence]
-    count: int
 
 
 class Engine:
@@ -159,13 +158,14 @@ class Engine:
         setup: SamplingSetup | None = None,
         pooling: PoolingParams | None = None,
         resume: Resumed | None = None,
+        on_begin: Callable[[], object] = lambda: None,
     ) -> list[TokenDelta]:
         """Queues a request on `terms`. `lora` names its adapter; `setup` is what `prepare` returned for `params`. A
         pooling request has `pooling` and the params `PROMPT_ONLY`.
 
         With `resume` the choices that it names go on after the output tokens that it has for them, as another engine
         would have gone on that had the same seed; other choices are not run. Returns the deltas, without tokens, of
-        choices whose output is complete already.
+        choices whose output is complete already. `on_begin` is called before the first step of each choice.
 
         Raises RequestError and changes nothing if the prompt cannot be run.
         """
@@ -187,7 +187,7 @@ class Engine:
                 terms.priority,
             )
             sequence.setup, sequence.pooling, sequence.client = setup, pooling, terms.client
-            sequence.adapter, sequence.cache_salt = lora_number, salt
+            sequence.adapter, sequence.cache_salt, sequence.on_begin = lora_number, salt, on_begin
             self._next_seq_id += 1
             sequence.resume(resume[index] if resume else (), self._eos_token_ids)
             if sequence.finish_reason is None:
@@ -202,7 +202,7 @@ class Engine:
         group = min(groups, key=lambda one: one.tokens_ahead(sequences[0])) if len(groups) > 1 else groups[0]
         for sequence in sequences:
             group.add(sequence)
-        self._requests[request_id] = _Request(group, sequences, len(sequences))
+        self._requests[request_id] = _Request(group, sequences)
         self._publish()
         return ended
 
@@ -223,13 +223,6 @@ class Engine:
         for output in (resume or {}).values():
             check_output(output, prompt_token_ids, params, config, context, self._eos_token_ids)
         return context - len(prompt_token_ids)
-
-    def abort_unbegun(self, request_id: str) -> bool:
-        """Ends a request of which no choice was ever scheduled. Returns False if one was, or if it had ended."""
-        request = self._requests.get(request_id)
-        if request is None or len(request.sequences) < request.count:
-            return False
-        return not any(each.scheduled_s for each in request.sequences) and self.abort(request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request, or its choice `index`, and frees its blocks. Returns False if it had ended already."""

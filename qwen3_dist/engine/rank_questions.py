@@ -12,13 +12,15 @@ from qwen3_dist.engine.engine import Engine
 from qwen3_dist.engine.expert_load import ExpertLoad
 from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.engine.weight_changes import WeightsLoaded
-from qwen3_dist.errors import QwenDistError
+from qwen3_dist.errors import QwenDistError, RequestError
 from qwen3_dist.lora_adapters import LoraAdapters
+from qwen3_dist.protocol.sampling_setup import SamplingSetup
 from qwen3_dist.weights.adapter_files import with_digests
 from qwen3_dist.weights.version_files import with_digest
 from qwen3_dist.weights_version import WeightsVersion
 
 T = TypeVar("T")
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.5  # between two questions whether a grammar is built
 Answered = Callable[[T | QwenDistError], None]
 
 
@@ -44,6 +46,20 @@ class RankQuestions(ABC):
     async def rank_pace(self) -> RankPace | None:
         """How long a step takes each rank without waiting for others; None if that is not known."""
         return await self._ask(lambda answer: answer(self._engine.paces.read()))
+
+    async def _await_grammar(self, setup: SamplingSetup) -> None:
+        """Waits until the ranks have built the setup's grammar. Steps of other requests go on meanwhile."""
+
+        def build(answer: Callable[[bool | QwenDistError], None]) -> None:
+            try:
+                answer(self._engine.grammars.build(setup))
+            except RequestError as error:
+                answer(error)
+
+        pause_s = _FIRST_PAUSE_S
+        while not self._engine.grammars.has(setup) and not await self._ask(build):
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def use_adapters(self, adapters: LoraAdapters, again: Collection[str] = ()) -> None:
         """Gives all ranks `adapters` in place of those that they have, while steps go on. The files of those that they
@@ -81,6 +97,6 @@ class RankQuestions(ABC):
         await self._ask(partial(self._engine.changes.weights.sleep, level))
 
     async def wake(self) -> None:
-        """Ends `sleep`; sequences compute their KV anew. Raises CheckpointError or ResourceError if weights that were
-        dropped cannot be loaded again; then the engine sleeps on."""
+        """Ends `sleep`; sequences compute their KV anew. Raises ResourceError if a rank lacks memory, and
+        CheckpointError or ResourceError if weights that were dropped cannot be loaded; then the engine sleeps on."""
         await self._ask(self._engine.changes.weights.wake)

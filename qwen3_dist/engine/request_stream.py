@@ -17,13 +17,20 @@ T = TypeVar("T")
 
 @dataclass(eq=False)
 class RequestStream:
-    """One request's deltas on their way to the event loop of its caller. One task waits for them."""
+    """One request's deltas on their way to the event loop of its caller. One task waits for them.
+
+    `begun` once a step has held one of its choices. `on_wait` is called on the event loop: with True if that is not so
+    when the stream is asked to `tell_wait`, and with False when it becomes so afterwards.
+    """
 
     loop: asyncio.AbstractEventLoop
+    unfinished: int = 1
+    on_wait: Callable[[bool], object] = lambda waits: None
     held: list[TokenDelta] = field(default_factory=list)
     due: float = 0.0  # when the next part may be sent
-    unfinished: int = 1
-    _timer: asyncio.TimerHandle | None = None
+    begun: bool = False
+    _was_asked: bool = False  # to `tell_wait`
+    _timers: list[asyncio.TimerHandle] = field(default_factory=list)
     _arrived: list[TokenDelta] = field(default_factory=list)
     _end: QwenDistError | None = None  # why nothing more arrives
     _failed: str | None = None  # why a choice failed
@@ -61,19 +68,34 @@ class RequestStream:
         """Adds deltas, or why nothing follows, on the event loop."""
         if isinstance(item, QwenDistError):
             self._end = item
+            self.tell_wait()
         else:
             self._arrived += item
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def call_later(self, delay_s: float, call: Callable[[], object]) -> None:
-        """Calls `call` on the event loop after `delay_s` seconds, unless `cancel_call` comes first."""
-        self._timer = self.loop.call_later(delay_s, call)
+        """Calls `call` on the event loop after `delay_s` seconds, unless `cancel_calls` comes first."""
+        self._timers.append(self.loop.call_later(delay_s, call))
 
-    def cancel_call(self) -> None:
-        """Ends what `call_later` began, if anything."""
-        if self._timer is not None:
-            self._timer.cancel()
+    def cancel_calls(self) -> None:
+        """Ends what `call_later` began."""
+        for timer in self._timers:
+            timer.cancel()
+
+    def tell_wait(self) -> None:
+        """Calls `on_wait` if no step has held the request yet, on the event loop."""
+        if not self._was_asked:
+            self._was_asked = True  # before `begun` is read, which `begin` sets before it reads this
+            if not self.begun:
+                self.on_wait(True)
+
+    def begin(self) -> None:
+        """Notes that a step is about to hold the request, from the engine's thread."""
+        if not self.begun:
+            self.begun = True
+            if self._was_asked:
+                call_soon(self.loop, self.on_wait, False)
 
     def send(self, item: list[TokenDelta] | QwenDistError) -> None:
         """Adds an item, from another thread."""

@@ -283,6 +283,7 @@ class Scheduler:
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
             sequence.scheduled_s = time.monotonic()
+            sequence.on_begin()
             self.counts.prompt_tokens += sequence.prompt_len
             self.counts.cached_prompt_tokens += sequence.num_cached
 

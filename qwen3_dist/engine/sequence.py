@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ class Sequence:
     num_registered: int = 0  # leading blocks that are in the prefix cache
     arrival_s: float = field(default_factory=time.monotonic)
     scheduled_s: float = 0.0  # when it was first admitted, on the monotonic clock
+    on_begin: Callable[[], object] = lambda: None  # called when it is first admitted
     finish_reason: str | None = None
     error: str | None = None  # why the sequence failed
     num_logprobs_done: int = field(init=False)  # leading tokens whose prompt logprobs are done or not wanted

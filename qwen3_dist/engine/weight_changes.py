@@ -96,7 +96,8 @@ class WeightChanges:
         self._asked.append((self._sleep(level), done))
 
     def wake(self, done: Done) -> None:
-        """Makes `tick` wake the engine; `done` gets True, or the error of a rank that cannot load its weights."""
+        """Makes `tick` wake the engine; `done` gets True, or the error of a rank that lacks memory or cannot load its
+        weights. Then all sleep on."""
         self._asked.append((self._wake(), done))
 
     def tick(self, idle: bool) -> None:
@@ -148,7 +149,11 @@ class WeightChanges:
     def _wake(self) -> _Change:
         if not self.asleep:
             return True
-        self._executor.call("wake")
+        problems = self._executor.call("wake")
+        for rank, problem in enumerate(problems):
+            if problem:
+                self._executor.call("sleep", 2 if self._dropped else self.asleep)
+                raise _RefusedError(ResourceError(f"rank {rank} cannot wake: {problem}"))
         if self._dropped and (failed := (yield from self._load_again())):
             self._executor.call("sleep", 2)
             raise _RefusedError(failed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 class Background(threading.Thread, Generic[T]):
     """Runs `work` on `stream`, in inference mode. Its `result`, or an `error` that says that `what` could not be done,
-    is set at the end."""
+    is set at the end. Nothing of work that failed is kept."""
 
     def __init__(self, what: str, work: Callable[[], T], stream: torch.cuda.Stream | None) -> None:
         super().__init__(name=what, daemon=True)
@@ -30,15 +31,25 @@ class Background(threading.Thread, Generic[T]):
                 result = self._work()
             self.result = result  # the steps' thread polls this, so it is set when complete
         except QwenDistError as error:
+            _free_locals(error)
             self.error = error
         except Exception as error:  # noqa: BLE001 - after any error the engine decides how to go on
             kind = ResourceError if "memory" in str(error).lower() else CheckpointError
             self.error = kind(f"{self._what} could not be loaded: {error}")
+        finally:
+            del self._work
 
     @property
     def arrived(self) -> bool | QwenDistError:
         """Whether the work is done; the error if it failed."""
         return self.error or self.result is not None
+
+
+def _free_locals(error: BaseException | None) -> None:
+    """Empties the frames that an error holds: it is kept longer than they should be."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qwen3_dist.errors import CheckpointError, QwenDistError
+from qwen3_dist.errors import CheckpointError, QwenDistError, ResourceError
 from qwen3_dist.expert_placement import ExpertPlacement
 from qwen3_dist.lora_adapters import NextAdapters
 from qwen3_dist.model.transformer import Qwen3Model
@@ -274,18 +274,18 @@ class ModelRunner(ProfiledSteps):
         return ExpertMoves(self.model, directory_of(weights, self._path), random)
 
     def sleep(self, level: int) -> None:
-        """Gives the memory of the KV cache up, and that of the weights as `SleepingMemory` says. No step may run until
-        `wake`."""
+        """Gives up memory as `SleepingMemory` says, unless it could not wake. No step may run until `wake`."""
         self._weights.close()  # a rank may still load what another could not
         self._graphs = None
-        self._asleep = SleepingMemory(self.model, self._cache, level)
+        self._asleep = self._asleep or SleepingMemory(self.model, self._cache, level)
 
     @torch.inference_mode()
-    def wake(self) -> None:
-        """Takes the memory again. After level 2 weights must be loaded before `wake_graphs`."""
+    def wake(self) -> str:
+        """Takes the memory again; returns what lacks, if it sleeps on. After level 2 weights must be loaded next."""
         assert self._asleep is not None, "sleep comes first"
-        self._asleep.wake()
-        self._asleep = None
+        problem = self._asleep.wake()
+        self._asleep = self._asleep if problem else None
+        return problem
 
     def wake_graphs(self) -> None:
         """Captures the CUDA graphs again, in which memory has other addresses. Every rank must call it."""
@@ -301,8 +301,8 @@ class ModelRunner(ProfiledSteps):
         captured. Takes the memory of a sleeping engine again, and loads no more weights."""
         self._graphs = None
         self._weights.close()
-        if self._asleep is not None:
-            self.wake()
+        if self._asleep is not None and (problem := self.wake()):
+            raise ResourceError(problem)
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step and returns its result, or None where `launch` returns None."""

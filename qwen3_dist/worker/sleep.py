@@ -34,26 +34,39 @@ class SleepingMemory:
         elif self._on_gpu:
             self._kept = [_on_host(each) for each in self._weights]
         self._sizes = [each.untyped_storage().nbytes() for each in (*self._cache, *self._weights)]
-        for each in self._cache if level == 1 and not self._on_gpu else (*self._cache, *self._weights):
-            if self._on_gpu:
-                each.untyped_storage().resize_(0)
-            else:
-                give_back(each)
         if self._on_gpu:
-            torch.cuda.empty_cache()
+            self._free()
+            return
+        for each in self._cache if level == 1 else (*self._cache, *self._weights):
+            give_back(each)
 
-    def wake(self) -> None:
-        """Takes the memory again. The KV cache is zeroed; at level 2 weights are of no use until they are loaded."""
+    def _free(self) -> None:
+        for each in (*self._cache, *self._weights):
+            each.untyped_storage().resize_(0)
+        torch.cuda.empty_cache()
+
+    def wake(self) -> str:
+        """Takes the memory again. The KV cache is zeroed; at level 2 weights are of no use until they are loaded.
+        Returns what lacks if the card has too little, and then changes nothing."""
         if not self._on_gpu:
-            return  # the kernel gives pages as they are used
-        for each, size in zip((*self._cache, *self._weights), self._sizes, strict=True):
-            each.untyped_storage().resize_(size)
+            return ""  # the kernel gives pages as they are used
+        try:
+            for each, size in zip((*self._cache, *self._weights), self._sizes, strict=True):
+                each.untyped_storage().resize_(size)
+        except torch.OutOfMemoryError:
+            self._free()
+            needed, (free, _) = sum(self._sizes), torch.cuda.mem_get_info(self._cache[0].device)
+            return (
+                f"it needs {needed / 2**30:.2f} GiB of its card, which has {free / 2**30:.2f} GiB free; free "
+                f"{max(0, needed - free) / 2**30:.2f} GiB more and wake it again"
+            )
         for each in self._cache:
             each.zero_()
         for each, kept in zip(self._weights, self._kept, strict=False):
             _bytes_of(each).copy_(kept, non_blocking=True)
         torch.cuda.synchronize()
         self._kept = []
+        return ""
 
 
 def _storages(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.lora_adapters import LoraAdapters
 from serve_app.apis.models import model_not_found
 from serve_app.apis.shared.body import Body, about, ignored, read_admin_body
-from serve_app.ingress.live_changes import Deployed, LiveChanges, tell_or_undo
+from serve_app.ingress.live_changes import Deployed, LiveChanges, told
 from serve_app.ingress.model_routes import ModelRoute, ModelRoutes
 
 USE = "use_adapters"  # the method of replicas
@@ -87,14 +88,15 @@ class AdapterChanges:
     async def _lead(
         self, route: ModelRoute, change: Callable[[LoraAdapters], LoraAdapters], again: Sequence[str] = ()
     ) -> None:
-        async def use(deployed: Deployed) -> None:
+        @asynccontextmanager
+        async def use(deployed: Deployed) -> AsyncIterator[None]:
             route.require_awake()  # else it would wait until the model wakes
             before = LoraAdapters.parse(deployed.live.get("lora", ""))
             to = change(before)
-            arguments = (str(to), tuple(again))
-            await tell_or_undo(route, "lora_path", USE, arguments, (str(before), ()))
-            deployed.live["lora"] = str(to)
-            deployed.served["adapters"] = to.names
+            async with told(route, "lora_path", USE, (str(to), tuple(again)), (str(before), ())):
+                deployed.live["lora"] = str(to)
+                deployed.served["adapters"] = to.names
+                yield
 
         await self._changes.lead(route, use)
 

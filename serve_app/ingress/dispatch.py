@@ -39,8 +39,9 @@ class Dispatcher:
     of HTTP status and body, then the parts of a stream. Empty parts are not passed on.
 
     A request may take `timeout_s` seconds, retries included; 0 means no limit. After the loss of its replica it waits
-    `resume_timeout_s` seconds for another one. `on_loss` is called with the id of a replica that a request has lost,
-    "" if it is not known, and whether that replica is dead.
+    `resume_timeout_s` seconds for another one. If that is lost too before it has begun the request, the same seconds
+    go on. `on_loss` is called with the id of a replica that a request has lost, "" if it is not known, and whether
+    that replica is dead.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Dispatcher:
         The pair of a stream that is accepted has an empty body. If the replica is lost, another one goes on after what
         the ingress has of the answer; if a stream had begun, pings come while that takes long. Raises EngineDeadError
         if no replica takes the request in time. Raises RequestError on a timeout (408), on a bug (500; logged under
-        `request_id`), and if two replicas in a row were lost while they ran the request, and the second sent nothing
+        `request_id`), and if two replicas in a row were lost that had begun the request, and the second sent nothing
         of the answer (500). Closing this generator cancels the request.
 
         `charge` is called before each item with the number of tokens that the request has used since the last one,
@@ -121,11 +122,10 @@ class Dispatcher:
     def _check_loss(self, progress: Progress, request_id: str) -> None:
         """Notes that the replica was lost. Raises what the client is told if the request is not tried again."""
         now = asyncio.get_running_loop().time()
-        progress.lost_s = progress.lost_s or now
         if progress.runs:
-            progress.deaths = 1 if progress.progressed else progress.deaths + 1
-            progress.runs = progress.progressed = False
+            progress.lose()
             logger.warning("request %s lost its replica and waits for another", request_id)
+        progress.lost_s = progress.lost_s or now
         if progress.deaths > _MAX_DEATHS:
             logger.error(
                 "request %s ran on %d replicas when they were lost; it is not tried again",
@@ -150,7 +150,7 @@ class Dispatcher:
         if not limit_s:
             return EngineDeadError(_LOST)
         return EngineDeadError(
-            f"the replica that ran this request was lost, and no other took it within {limit_s:g} s; send it again"
+            f"the replica that ran this request was lost, and no other ran it within {limit_s:g} s; send it again"
         )
 
     async def _try(
@@ -166,7 +166,7 @@ class Dispatcher:
     ) -> AsyncGenerator[Any, None]:
         """One try on one replica. Raises EngineDeadError if the replica is lost or answers that its engine died."""
         resume = {"resume": progress.resume} if progress.begun or progress.resume.choices else {}
-        progress.replica, progress.replica_died = "", True
+        progress.replica, progress.waits, progress.replica_died = "", False, True
         items = self._send(request, request_id, *context, **resume)
         self._calls[""].add(items)
         late = Interrupt()
@@ -186,7 +186,7 @@ class Dispatcher:
                 if isinstance(item, Running):
                     self._calls[""].discard(items)
                     self._calls[item.replica].add(items)
-                    progress.replica = item.replica
+                    progress.replica, progress.waits = item
                     if progress.taken():
                         on_resume()
                     continue
@@ -197,8 +197,8 @@ class Dispatcher:
                 status, body = item if isinstance(item, tuple) else (_OK, item)
                 if status == _UNAVAILABLE:
                     progress.replica_died = body == DIED
-                    if body == LEFT:
-                        progress.left()
+                    if body == LEFT and progress.runs:
+                        progress.lose(leaves=True)
                     raise EngineDeadError(_LOST)
                 if not progress.runs and progress.taken():
                     on_resume()

@@ -1,7 +1,8 @@
 """Changes of what a model's replicas take up as they run, which admins ask for.
 
 All replicas take it up first. Then what was deployed is changed, so that replicas that start later have it too; it
-lasts until the next `deploy`, which brings back what its file says.
+lasts until the next `deploy`, which brings back what its file says. If either fails, the replicas take up again what
+they had.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import asyncio
 import contextvars
 import copy
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
 
 from ray import serve
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.ray_private import broadcast, running_replicas
-from qwen3_dist.errors import EngineDeadError, RequestError
+from qwen3_dist.errors import EngineDeadError, QwenDistError, RequestError
 from serve_app.apis.shared.answer import Json
 from serve_app.deployed import apply_configs
 from serve_app.ingress.changes import configs_of, deployment_of
@@ -34,6 +36,7 @@ _ANSWER_TIMEOUT_S = 5.0
 _LOAD_TIMEOUT_S = 600.0
 _LIST_TIMEOUT_S = 30.0  # for Serve to tell all ingresses
 _POLL_S = 0.1
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0)  # between tries to reach Serve's controller
 
 
 class Deployed(NamedTuple):
@@ -41,6 +44,10 @@ class Deployed(NamedTuple):
 
     live: Json
     served: Json
+
+
+# Has the replicas take up a change while it is entered, and changes the Deployed. Undoes both if its body fails.
+Change = Callable[[Deployed], AbstractAsyncContextManager[T]]
 
 
 class LiveChanges:
@@ -52,9 +59,10 @@ class LiveChanges:
         peers.offer(_CHANGING, lambda: self._changing)
         peers.offer(_LISTED, self._listed)
 
-    async def lead(self, route: ModelRoute, change: Callable[[Deployed], Awaitable[T]]) -> T:
-        """Has `change` tell the replicas and change what is deployed, and deploys that. Raises what `change` does, and
-        RequestError (409) while another change is led, or if the service is not deployed by config.
+    async def lead(self, route: ModelRoute, change: Change[T]) -> T:
+        """Has `change` tell the replicas and change what is deployed, and deploys that. Returns what `change` gives.
+        Raises what it does, and RequestError: 409 while another change is led, or if the service is not deployed by
+        config, 503 if Serve does not take the change.
 
         Goes on to its end if the client leaves: without the context of the request, since Serve would cancel what the
         request has called.
@@ -64,16 +72,35 @@ class LiveChanges:
         self._task = asyncio.create_task(leading, context=contextvars.Context())
         return await asyncio.shield(self._task)
 
-    async def _lead(self, gateway: str, route: ModelRoute, change: Callable[[Deployed], Awaitable[T]]) -> T:
+    async def _lead(self, gateway: str, route: ModelRoute, change: Change[T]) -> T:
         with self._alone():
             if any(values(await self._peers.ask(_CHANGING, timeout_s=_ANSWER_TIMEOUT_S))):
                 raise _busy()
             deployed, _ = await asyncio.to_thread(_deployed, gateway, route)
             before = copy.deepcopy(deployed)
-            result = await change(deployed)
-            served = await asyncio.to_thread(_deploy_changes, gateway, route, before, deployed)
+            async with change(deployed) as result:
+                served = await self._deploy(gateway, route, before, deployed)
             await self._until_listed(route, served)
             return result
+
+    async def _deploy(self, gateway: str, route: ModelRoute, before: Deployed, after: Deployed) -> Json:
+        """As `_deploy_changes`, again while Serve's controller is lost, in whose place Ray starts another. Raises
+        RequestError."""
+        arguments = (gateway, route, before, after)
+        try:
+            for pause_s in _PAUSES_S:
+                with suppress(RayActorError, GetTimeoutError):
+                    return await asyncio.to_thread(_deploy_changes, *arguments)
+                await asyncio.sleep(pause_s)
+            return await asyncio.to_thread(_deploy_changes, *arguments)
+        except QwenDistError:
+            raise
+        except Exception as error:
+            logger.exception("Serve did not take a change of %r", route.model.name)
+            raise RequestError(
+                f"Ray Serve did not take the change, so the replicas go back to what they had: {error}",
+                status=HTTPStatus.SERVICE_UNAVAILABLE,
+            ) from None
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -141,12 +168,14 @@ async def tell(route: ModelRoute, param: str, method: str, *arguments: Any) -> l
     return answers
 
 
-async def tell_or_undo(
+@asynccontextmanager
+async def told(
     route: ModelRoute, param: str, method: str, arguments: tuple[Any, ...], before: tuple[Any, ...]
-) -> list[Any]:
-    """As `tell`. If a replica cannot take it up, all are told by the arguments `before` to have what they had."""
+) -> AsyncIterator[list[Any]]:
+    """A context with what `tell` returns. If a replica cannot take it up, or the body fails, all are told by the
+    arguments `before` to have what they had."""
     try:
-        return await tell(route, param, method, *arguments)
+        yield await tell(route, param, method, *arguments)
     except BaseException:
         try:
             await tell(route, param, method, *before)

@@ -12,17 +12,19 @@ from serve_app.apis.shared.resume import Resume
 class Progress:
     """How far one request got, over all replicas that ran it.
 
-    `runs` while a replica has it, `ran` once one had it; `lost_s` is when the last one was lost, until another has it,
-    by the event loop's clock. `deaths` counts the last replicas in a row that may have died of it: of those that were
-    lost while they ran it, the last that sent tokens (`progressed`) and those since. `accepted`, `begun` and `ended`
-    tell what the client has seen: the status of a stream, a part of the answer, the last part. `replica` is the id of
-    the replica that has told last that it has the request; `replica_died` unless that one has said why it gives it up.
+    `runs` while a replica has it, `ran` once one had it; `waits` if it only waits there. `lost_s` is when the first
+    replica was lost since one has begun it, by the event loop's clock. `deaths` counts the last replicas in a row that
+    may have died of it: of those that were lost after they had begun it, the last that sent tokens (`progressed`) and
+    those since. `accepted`, `begun` and `ended` tell what the client has seen: the status of a stream, a part of the
+    answer, the last part. `replica` is the id of the replica that has told last that it has the request;
+    `replica_died` unless that one has said why it gives it up.
     """
 
     resume: Resume = field(default_factory=Resume)
     charged: int = 0
     runs: bool = False
     ran: bool = False
+    waits: bool = False
     lost_s: float | None = None
     deaths: int = 0
     progressed: bool = False
@@ -36,7 +38,6 @@ class Progress:
         """Notes that a replica has the request. Returns whether it has it in place of one that was lost."""
         again = self.ran and not self.runs
         self.runs = self.ran = True
-        self.lost_s = None
         return again
 
     def count(self, item: Counted) -> int:
@@ -50,7 +51,10 @@ class Progress:
             self.progressed = True
         return added
 
-    def left(self) -> None:
-        """Notes that the replica was told to leave, so it has not died of the request."""
-        self.deaths = 0 if self.progressed else self.deaths
+    def lose(self, leaves: bool = False) -> None:
+        """Notes that the replica was lost. It has not died of the request if it was told to leave, or if no step has
+        held the request."""
+        deaths = 0 if leaves or self.waits else 1
+        self.deaths = deaths if self.progressed else self.deaths + deaths
+        self.lost_s = self.lost_s if self.waits else None  # if it has begun, the time for another starts anew
         self.runs = self.progressed = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ from qwen3_dist.errors import ConfigError, RequestError
 from qwen3_dist.weights_version import WeightsVersion
 from serve_app.apis.shared.answer import Json
 from serve_app.apis.shared.body import Body, Range, about, read_admin_body
-from serve_app.ingress.live_changes import Deployed, LiveChanges, tell_or_undo
+from serve_app.ingress.live_changes import Deployed, LiveChanges, told
 from serve_app.ingress.model_routes import ModelRoute, ModelRoutes
 
 USE, SLEEP = "use_weights", "sleep"  # the methods of replicas
@@ -61,20 +63,21 @@ class WeightChanges:
         if not to.path:
             raise RequestError("path must name a directory", param="path")
 
-        async def change(deployed: Deployed) -> Json:
+        @asynccontextmanager
+        async def change(deployed: Deployed) -> AsyncIterator[Json]:
             before = deployed.live.get("weights", "")
             arguments = (str(to), read.keep_cache, True)
-            loaded = await tell_or_undo(route, "path", USE, arguments, (before, False, False))
-            deployed.live["weights"] = deployed.served["weights"] = str(to)
-            return {
-                "object": "cluster.weights",
-                "model": route.model.name,
-                "version": to.version,
-                "path": to.path,
-                "replicas": len(loaded),
-                "seconds": max(each["seconds"] for each in loaded),
-                "bytes": sum(each["bytes"] for each in loaded),
-            }
+            async with told(route, "path", USE, arguments, (before, False, False)) as loaded:
+                deployed.live["weights"] = deployed.served["weights"] = str(to)
+                yield {
+                    "object": "cluster.weights",
+                    "model": route.model.name,
+                    "version": to.version,
+                    "path": to.path,
+                    "replicas": len(loaded),
+                    "seconds": max(each["seconds"] for each in loaded),
+                    "bytes": sum(each["bytes"] for each in loaded),
+                }
 
         return await self._changes.lead(route, change)
 
@@ -97,9 +100,9 @@ class WeightChanges:
         return route
 
 
-async def _change_level(route: ModelRoute, verb: str, level: int, deployed: Deployed) -> Json:
+@asynccontextmanager
+async def _change_level(route: ModelRoute, verb: str, level: int, deployed: Deployed) -> AsyncIterator[Json]:
     before: Any = deployed.live.get("asleep", 0)
-    await tell_or_undo(route, "model", SLEEP, (level,), (before,))
-    deployed.live["asleep"] = deployed.served["asleep"] = level
-    told = {"level": level} if level else {}
-    return {"object": f"cluster.{verb}", "model": route.model.name, **told}
+    async with told(route, "model", SLEEP, (level,), (before,)):
+        deployed.live["asleep"] = deployed.served["asleep"] = level
+        yield {"object": f"cluster.{verb}", "model": route.model.name} | ({"level": level} if level else {})

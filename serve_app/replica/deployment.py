@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from http import HTTPStatus
@@ -114,19 +114,20 @@ class EngineReplica(ChangesAsItRuns):
         request_id: str,
         trace: Mapping[str, str] | None = None,
         resume: Resume | None = None,
+        tell: Callable[[Any], object] = lambda item: None,
     ) -> AsyncGenerator[Any, None]:
         """Yields Running, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
 
         For a stream that is accepted the body is empty, and its parts follow, each as `Counted`. Before the body of a
         generated answer in one piece come empty parts, which count its tokens. The last part, or the body, is a
         LastPart, with the summary of the request. `trace` has the headers of its trace. With `resume` the parts follow
-        those that another replica sent; the token counts include these.
+        those that another replica sent; the token counts include these. `tell` gets further Running.
 
         Errors are answered, not raised: a bug with 500, logged under `request_id`, a dead engine with 503 wherever the
         stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves, DIED
         if it ends.
         """
-        record = RequestRecord(request_id, trace or {}, self._name)
+        record = RequestRecord(request_id, trace or {}, self._name, tell=tell)
         self._num_answering += 1
         try:
             async with aclosing(self._answer(request, record, resume)) as items:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from array import array
-from collections.abc import Callable
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import RequestError
 from serve_app.apis.shared.pooling import PoolingRequest, PoolingResult
 from serve_app.apis.shared.prompts import PromptRenderer
+from serve_app.replica.record import RequestRecord
 
 
 async def pool(
@@ -19,10 +18,9 @@ async def pool(
     request: PoolingRequest,
     model: str,
     lora: str | None,
-    new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    record: RequestRecord,
 ) -> PoolingResult:
-    """The vectors of all prompts, run under ids from `new_id`. The first that fails, or a cancellation, aborts the
-    others.
+    """The vectors of all prompts. The first that fails, or a cancellation, aborts the others.
 
     Raises RequestError or EngineDeadError.
     """
@@ -31,7 +29,8 @@ async def pool(
 
     async def vector_of(index: int) -> array[float]:
         try:
-            delta = await engine.pool(prompts[index].token_ids, pooling, new_id(), request.terms, lora)
+            arguments = (prompts[index].token_ids, pooling, record.engine_id(), request.terms, lora)
+            delta = await engine.pool(*arguments, record.wait)
         except RequestError as error:
             raise request.with_error_path(error, index) from None
         assert delta.vector is not None

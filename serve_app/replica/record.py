@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from qwen3_dist.sampling_params import SamplingParams
 from serve_app.apis.completions import CompletionRequest
 from serve_app.apis.embeddings import EmbeddingRequest
 from serve_app.apis.requests import AnyRequest
-from serve_app.apis.shared.answer import Usage
+from serve_app.apis.shared.answer import Running, Usage
 from serve_app.apis.shared.generation import GenerationRequest
 from serve_app.apis.shared.prompts import Prompt
 from serve_app.apis.shared.resume import Sent
@@ -26,7 +26,8 @@ logger = logging.getLogger("qwen3_dist.requests")
 
 @dataclass
 class RequestRecord:
-    """What happens to a request. `request_id` is that of the HTTP request; `trace` has the headers of its trace."""
+    """What happens to a request. `request_id` is that of the HTTP request; `trace` has the headers of its trace;
+    `tell` sends the ingress an item."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     trace: Mapping[str, str] = field(default_factory=dict)
@@ -42,9 +43,22 @@ class RequestRecord:
     ended: bool = False  # whether the answer's next part is its last
     failed: bool = False
     arrival_s: float = field(default_factory=time.monotonic)
+    tell: Callable[[Running], object] = lambda item: None
+    _num_prompts: int = 0  # given to the engine
+    _num_waiting: int = 0
+    _waits: bool = False
+
+    def wait(self, waits: bool) -> None:
+        """Takes that the engine has one of the prompts wait, or begins one that did. Tells the ingress when all wait,
+        and when that is over."""
+        self._num_waiting += 1 if waits else -1
+        if self._waits != (self._num_waiting == self._num_prompts):
+            self._waits = not self._waits
+            self.tell(Running(self.replica, self._waits))
 
     def engine_id(self) -> str:
-        """A new id for a request to the engine; the engine's log lines show it."""
+        """A new id for a prompt in the engine; the engine's log lines show it."""
+        self._num_prompts += 1
         return f"{self.request_id}-{uuid.uuid4().hex[:8]}"
 
     def log_request(self, prompts: list[Prompt], params: SamplingParams) -> None:

@@ -129,7 +129,7 @@ class RequestHandler:
                 self._renderer,
                 request,
                 *self._model_and_adapter(request.model),
-                record.engine_id,
+                record,
             )
             record.usage = Usage(pooled.num_tokens)
             self._metrics.pooled(record.arrival_s, len(pooled.vectors))
@@ -316,7 +316,14 @@ class RequestHandler:
         request_id = job.record.engine_id()
         resume = resumed(job.resume, choices, first_index) if job.resume else None
         generated = self._engine.generate(
-            prompt, params, request_id, job.request.terms, job.lora, announce=announce, resume=resume
+            prompt,
+            params,
+            request_id,
+            job.request.terms,
+            job.lora,
+            announce=announce,
+            resume=resume,
+            on_wait=job.record.wait,
         )
         watch = self._metrics.watch(job.record.arrival_s, len(prompt), n)
         if resume is not None:

@@ -35,7 +35,7 @@ _MAX_OUTBOX_BYTES = 2**18  # made in one turn of the event loop
 
 class RequestServer:
     """Answers the requests of ingresses with `answer`, which gives the items of an answer; its second argument is the
-    request's id.
+    request's id, and its argument `tell` sends an item at once, also while the answer is held.
 
     It listens on a free port of `host` from `start` on. What is answered for an ingress ends with its connection.
     """
@@ -183,12 +183,15 @@ class _Answer:
         if self._may_send:
             self._changed.set()
 
+    def _tell(self, item: Any) -> None:
+        self._connection.put(self._number, item)
+
     async def _give(self, payload: bytes) -> None:
         connection, number, request_id = self._connection, self._number, ""
         try:
             arguments, options = pickle.loads(payload)
             _, request_id, *_ = arguments
-            async with aclosing(self._answer(*arguments, **options)) as items:
+            async with aclosing(self._answer(*arguments, **options, tell=self._tell)) as items:
                 async for item in items:
                     while not self._may_send:
                         self._changed.clear()

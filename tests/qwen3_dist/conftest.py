@@ -11,6 +11,7 @@ import pytest
 from tests.checkpoints import write_checkpoint
 from tests.forks import Forks
 from tests.interpreted import remember
+from tests.swapping import tokens_of, versions  # noqa: F401
 from tests.threads import engines_of_one_thread, two_threads  # noqa: F401
 
 

@@ -18,7 +18,7 @@ from qwen3_dist.settings import EngineConfig
 
 CONFIG = EngineConfig(device="cpu", dtype="float32", num_blocks=64, block_size=16, max_num_seqs=1)
 PROMPT = [*range(100, 150)]
-LONG = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0)
+LONG = SamplingParams(max_tokens=900, ignore_eos=True, temperature=0)
 SHORT = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)
 
 
@@ -69,18 +69,43 @@ def test_a_request_that_waits_too_long_is_refused_and_leaves_nothing(engine: Asy
     assert str(pickle.loads(pickle.dumps(QueueTimeoutError(5.0)))) == str(QueueTimeoutError(5.0))
 
 
-def test_a_request_of_which_a_choice_has_run_does_not_count_as_waiting() -> None:
-    engine = Engine(CONFIG)
+def test_a_caller_is_told_that_its_request_waits_and_when_it_begins(engine: AsyncEngine) -> None:
+    told: dict[str, list[bool]] = {"running": [], "late": []}
+
+    async def run() -> None:
+        waits = asyncio.Event()
+
+        def tell(is_waiting: bool) -> None:
+            told["late"].append(is_waiting)
+            waits.set()
+
+        running = engine.generate(PROMPT, LONG, "running", on_wait=told["running"].append)
+        await anext(running)
+        late = engine.generate(PROMPT, SHORT, "late", announce=True, on_wait=tell)
+        assert await anext(late) == []
+        await waits.wait()
+        assert told == {"running": [], "late": [True]}
+        await running.aclose()
+        await anext(late)
+        assert told == {"running": [], "late": [True, False]}
+        await late.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_request_begins_with_its_first_choice() -> None:
+    engine, begun = Engine(CONFIG), []
+    two = SamplingParams(max_tokens=2, n=2, ignore_eos=True)
     try:
-        engine.add_request("two choices", PROMPT, SamplingParams(max_tokens=2, n=2, ignore_eos=True))
-        engine.add_request("waits", PROMPT, SHORT)
+        engine.add_request("two choices", PROMPT, two, on_begin=lambda: begun.append("two choices"))
+        engine.add_request("waits", PROMPT, SHORT, on_begin=lambda: begun.append("waits"))
+        assert not begun
         ended: list[int] = []
         while not ended:
             deltas = engine.step().get("two choices", [])
             ended = [delta.index for delta in deltas if delta.finish_reason]
-            assert not engine.abort_unbegun("two choices")
-        assert engine.abort_unbegun("waits")
-        assert not engine.abort_unbegun("waits") and not engine.abort_unbegun("unknown")
+            assert "two choices" in begun and "waits" not in begun
+        assert engine.abort("waits") and not engine.abort("waits") and not engine.abort("unknown")
         while engine.has_work:
             engine.step()
         engine.check_integrity()

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.lora_adapters import LoraAdapters
@@ -38,6 +39,7 @@ class Service:
             replicas=self,
             require_awake=lambda: ModelRoute.require_awake(self.route),  # type: ignore[arg-type]
         )
+        self.failures: list[Exception] = []  # of the next tries to give Serve a change
         self.peers = {"changing": False}
         self.meanwhile = lambda: None  # called as a replica takes up a change
         for name, value in {
@@ -61,6 +63,8 @@ class Service:
         return ["", ""]
 
     def apply(self, configs: Any) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
         self.configs = dict(zip(self.configs, configs, strict=True))
         [served] = self.configs["gateway"]["deployments"][0]["user_config"]["models"]
         self.route.model.adapters = tuple(served["adapters"])
@@ -166,6 +170,21 @@ def test_if_one_replica_cannot_load_all_have_what_they_had(service: Service, pro
         load(service, lora_name="two", lora_path="/bad")
     assert service.replicas == ["one=/1"] * 2 and service.deployed == "one=/1"
     load(service, lora_name="two", lora_path="/2")
+
+
+def test_a_change_that_serve_does_not_take_leaves_all_with_what_they_had(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_changes, "_PAUSES_S", (0.0, 0.0))
+    for failures in ([ValueError("no room")], [RayActorError(), GetTimeoutError(), RayActorError()]):
+        service.failures = failures
+        with pytest.raises(RequestError, match="Ray Serve did not take the change") as told:
+            load(service, lora_name="two", lora_path="/2")
+        assert told.value.status == 503 and not service.failures
+        assert service.replicas == ["one=/1"] * 2 and service.deployed == "one=/1"
+    service.failures = [RayActorError(), GetTimeoutError()]  # Ray starts another controller
+    load(service, lora_name="two", lora_path="/2")
+    assert service.replicas == ["one=/1,two=/2"] * 2 and service.deployed == "one=/1,two=/2"
 
 
 def test_unknown_names_and_second_changes_are_refused(service: Service) -> None:

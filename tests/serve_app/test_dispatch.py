@@ -160,7 +160,7 @@ def test_a_replica_that_was_told_to_leave_did_not_die_of_its_request() -> None:
 def test_a_request_that_no_replica_takes_in_time_fails(hangs: bool) -> None:
     then = [lambda: asyncio.sleep(60)] if hangs else [DEAD]
     replicas = Replicas([ACCEPTED, b"a", DEAD], *[then] * 1000)
-    with pytest.raises(EngineDeadError, match="no other took it within 0.05 s; send it again"):
+    with pytest.raises(EngineDeadError, match="no other ran it within 0.05 s; send it again"):
         replicas.got(resume_s=0.05, pauses_s=(0.001,))
     assert len(replicas.asked) >= 2
 

@@ -8,13 +8,47 @@ from typing import Any
 
 import pytest
 
-from qwen3_dist.errors import EngineDeadError
+from qwen3_dist.errors import EngineDeadError, RequestError
 from qwen3_dist.request_terms import RequestTerms
 from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.shared.answer import DIED, LEFT, Running
 from serve_app.ingress.dispatch import Dispatcher
+from serve_app.ingress.progress import Progress
 from tests.serve_app.resuming import asked
 from tests.serve_app.scripted_replicas import ACCEPTED, DEAD, REQUEST, RUNNING, WHOLE, Answer, Replicas
+
+WAITS = Running("r1", waits=True)
+GONE = EngineDeadError("gone")
+
+
+@pytest.mark.parametrize("lost", [DEAD, (503, DIED), GONE])
+def test_replicas_did_not_die_of_a_request_that_only_waited_there(lost: Any) -> None:
+    waited = [RUNNING, WAITS, lost]
+    assert Replicas(*[waited] * 4, [RUNNING, lost], waited, WHOLE).got() == WHOLE
+
+
+@pytest.mark.parametrize("between", [[], [[RUNNING, WAITS, GONE]]])
+def test_a_request_that_waited_first_is_stopped_once_two_replicas_were_lost_that_had_begun_it(
+    between: list[Any],
+) -> None:
+    begun = [RUNNING, WAITS, RUNNING, GONE]
+    replicas = Replicas(begun, *between, begun, WHOLE)
+    with pytest.raises(RequestError, match="2 replicas were lost while they ran this request"):
+        replicas.got()
+    assert len(replicas.asked) == 2 + len(between)
+
+
+def test_a_request_does_not_lose_replicas_in_whose_queues_it_waits_for_ever() -> None:
+    replicas = Replicas(*[[RUNNING, WAITS, GONE]] * 1000)
+    with pytest.raises(EngineDeadError, match="no other ran it within 0.05 s; send it again"):
+        replicas.got(resume_s=0.05, pauses_s=(0.001,))
+    assert len(replicas.asked) > 2
+    progress = Progress(lost_s=7.0, runs=True, waits=True)
+    progress.lose()
+    assert progress.lost_s == 7.0
+    progress.runs, progress.waits = True, False
+    progress.lose()
+    assert progress.lost_s is None  # it had begun
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ class Replicas:
 
     def _answers(self, name: str) -> Callable[..., AsyncGenerator[Any, None]]:
         async def answer(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
+            del options["tell"]
             self.requests.append((*arguments, options))
             yield Running(name)
             await asyncio.Event().wait()

@@ -33,12 +33,15 @@ class Channel:
         self.ended: set[str] = set()
         self.ends = 0  # calls that were told to be over
 
-    async def _answer(self, name: str, request_id: str, extra: int = 0) -> AsyncGenerator[Any, None]:
+    async def _answer(self, name: str, request_id: str, extra: int, tell: Any) -> AsyncGenerator[Any, None]:
         given = self.given.setdefault(name, [])
         try:
             async for item in self.answers[name]():
                 given.append(item)
-                yield item
+                if isinstance(item, Running) and item.waits:
+                    tell(item)
+                else:
+                    yield item
         finally:
             self.ended.add(name)
 
@@ -131,6 +134,7 @@ def test_the_parts_of_many_streams_arrive_whole_and_in_order_over_one_connection
     "items",
     [
         [Running("r"), Counted((200, b"whole"), 7)],
+        [Running("r"), Running("r", waits=True), Running("r"), Counted((200, b"whole"), 7)],
         [Running("r"), ACCEPTED, Counted(LastPart.of(b"a", SUMMARY), 1)],
         [(503, b"died")],
         [Running("r"), ACCEPTED, *counted(b"a"), (503, b"died")],

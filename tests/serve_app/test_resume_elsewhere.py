@@ -17,6 +17,7 @@ from qwen3_dist.settings import EngineConfig
 from qwen3_dist.text.chat_template import ChatTemplate
 from qwen3_dist.weights.fingerprint import fingerprint
 from qwen3_dist.weights.source import bundled_path
+from serve_app.apis.embeddings import parse_embedding
 from serve_app.apis.shared.answer import DIED, Running
 from serve_app.apis.shared.generation import with_identity
 from serve_app.apis.shared.prompts import PromptRenderer
@@ -195,20 +196,31 @@ def test_what_cannot_go_on_is_refused_with_the_reason(replica: EngineReplica, en
 
 
 def test_an_engine_that_dies_hands_its_streams_over(replica: EngineReplica) -> None:
-    dying = started(prefix_caching=False)
+    dying = started(prefix_caching=False, max_num_seqs=1)
     request = asked("chat", max_tokens=300, ignore_eos=True, **DRAWN)
+    told: dict[str, list[Any]] = {"running": [], "late": [], "pooled": []}
 
     async def outlive() -> tuple[Client, Any]:
-        answer = replica_of(dying).answer(request, "request-7")
+        answer = replica_of(dying).answer(request, "request-7", tell=told["running"].append)
         assert await anext(answer) == Running("r")
         begun = Client(request, (await anext(answer)).model, [await anext(answer)])
+        late = replica_of(dying).answer(
+            asked("completions", prompt=["a", "b"]), "8", tell=told["late"].append
+        )
+        assert await anext(late) == Running("r") and (await anext(late)).item == (200, b"")
+        pooled = replica_of(dying).answer(
+            parse_embedding(b'{"input": ["a", "b"]}'), "9", tell=told["pooled"].append
+        )
+        assert await anext(pooled) == Running("r")
         await asyncio.to_thread(dying.shutdown)
+        assert [await anext(late), await anext(pooled)] == [(503, DIED)] * 2
         items = [item async for item in answer]
         begun.parts += items[:-1]
         return begun, items[-1]
 
     begun, (status, body) = asyncio.run(outlive())
     assert (status, body) == (503, DIED)
+    assert told == {"running": [], "late": [Running("r", waits=True)], "pooled": [Running("r", waits=True)]}
     assert begun.parts and begun.read(replica).data == Client(request).read(replica).data
 
 

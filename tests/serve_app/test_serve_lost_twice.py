@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import ray
 
 from cluster.ray_private import logs_directory, replica_name_prefix
+from serve_app.replica.record import RequestRecord
 from serve_app.settings import REPLICA, ServiceConfig
 from tests.processes import processes_running
 from tests.serve_app.deployed_service import Deployed, deployed_beside
@@ -28,6 +31,13 @@ ASKED: dict[str, dict[str, Any]] = {
     "completions": {"prompt": ["the sea", "a fox", "hi"], **LONG},
 }
 SEQUENCES = 5  # of both
+SHORT = {"max_tokens": 20, "ignore_eos": True, "temperature": 0}
+QUEUED: list[tuple[str, dict[str, Any]]] = [
+    ("chat/completions", {"messages": HELLO, **SHORT}),
+    ("completions", {"prompt": ["the sea", "a fox"], **SHORT}),
+    ("completions", {"prompt": "the sea", "n": 2, **SHORT}),
+    ("embeddings", {"input": ["the sea", "a fox"]}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +59,36 @@ def both(service: Deployed) -> dict[str, dict[str, Any]]:
     return found
 
 
-def process_of(replica: str) -> int:
+def in_replica(replica: str, call: Callable[[Any], Any]) -> Any:
+    """What `call` returns in the process of a replica."""
     prefix = replica_name_prefix(f"{NAME}--qwen3-bundled", REPLICA)
     actor = ray.get_actor(f"{prefix}{replica}", namespace="serve")
-    return int(ray.get(actor.__ray_call__.remote(lambda actor: os.getpid()), timeout=30))
+    return ray.get(actor.__ray_call__.remote(call), timeout=30)
+
+
+def process_of(replica: str) -> int:
+    return int(in_replica(replica, lambda actor: os.getpid()))
+
+
+def told_to_wait(replica: str) -> int:
+    """The number of requests of which a replica has told that they only wait there."""
+    return int(
+        in_replica(
+            replica,
+            lambda actor: sum(each._waits for each in gc.get_objects() if type(each) is RequestRecord),
+        )
+    )
 
 
 def kill(replica: str) -> None:
     os.kill(process_of(replica), signal.SIGKILL)
 
 
-def answer(service: Deployed, path: str) -> Any:
+def answer(service: Deployed, path: str, body: dict[str, Any] | None = None) -> Any:
     """What an answer says, apart from its id and time."""
-    told = httpx.post(f"{service.url}/v1/{path}", json=ASKED[path], timeout=300)
+    told = httpx.post(f"{service.url}/v1/{path}", json=body or ASKED[path], timeout=300)
     assert told.is_success, told.text
-    return told.json()["usage"], told.json()["choices"]
+    return {name: value for name, value in told.json().items() if name not in ("id", "created")}
 
 
 def running(service: Deployed) -> dict[str, int]:
@@ -105,42 +130,69 @@ def test_a_replica_that_gets_sigterm_hands_its_requests_over_and_goes_at_once(se
             assert told.result() == expected[path], path
 
 
-def test_a_request_with_which_replicas_end_before_it_has_a_token_is_stopped_and_named(
-    service: Deployed,
-) -> None:
-    both(service)
-    stopped = [rank["pid"] for each in both(service).values() for rank in each["ranks"]]
+@contextlib.contextmanager
+def stopped_ranks(service: Deployed) -> Iterator[list[str]]:
+    """The replicas, no step of which ends."""
+    now = both(service)
+    stopped = [rank["pid"] for each in now.values() for rank in each["ranks"]]
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
-        with ThreadPoolExecutor() as pool:
-            asked = pool.submit(
-                httpx.post,
-                f"{service.url}/v1/completions",
-                json={"prompt": "the sea", "max_tokens": 9},
-                headers={"X-Request-Id": "deadly-7"},
-                timeout=300,
-            )
-            for _ in range(2):
-                kill(wait_for(lambda: with_request(service)))
-            told = error_of(asked.result(), 500)
+        yield list(now)
     finally:
         for pid in stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+def test_requests_that_only_wait_at_two_replicas_that_end_are_answered(service: Deployed) -> None:
+    """A step holds the first request of each replica; those that come later wait there."""
+    both(service)
+    expected = [answer(service, *each) for each in QUEUED]
+    asked: list[Future[Any]] = []
+    with ThreadPoolExecutor(32) as pool, stopped_ranks(service) as (first, second):
+
+        def placed() -> bool:
+            begun = len(with_request(service))
+            return begun + told_to_wait(first) + told_to_wait(second) == len(asked)
+
+        for each in islice(cycle(QUEUED), 32):
+            asked.append(pool.submit(answer, service, *each))
+            wait_for(placed)
+            if len(with_request(service)) == 2 and len(asked) >= 2 + len(QUEUED):
+                break
+        kill(first)
+        wait_for(lambda: told_to_wait(second) == len(asked) - 1)
+        assert not any(each.done() for each in asked)
+        kill(second)
+        for number, told in enumerate(asked):
+            assert told.result() == expected[number % len(QUEUED)], QUEUED[number % len(QUEUED)]
+
+
+def test_a_request_with_which_replicas_end_before_it_has_a_token_is_stopped_and_named(
+    service: Deployed,
+) -> None:
+    with ThreadPoolExecutor() as pool, stopped_ranks(service):
+        asked = pool.submit(
+            httpx.post,
+            f"{service.url}/v1/completions",
+            json={"prompt": "the sea", "max_tokens": 9},
+            headers={"X-Request-Id": "deadly-7"},
+            timeout=300,
+        )
+        for _ in range(2):
+            kill(wait_for(lambda: with_request(service))[0])
+        told = error_of(asked.result(), 500)
     assert "2 replicas were lost while they ran this request" in told["message"]
     logs = [file.read_text(errors="replace") for file in Path(logs_directory()).rglob("*") if file.is_file()]
     assert any("request deadly-7 ran on 2 replicas when they were lost" in log for log in logs)
     both(service)
 
 
-def with_request(service: Deployed) -> str:
-    """A replica that has a request."""
-    return next(
-        (
-            name
-            for name, each in replicas(service).items()
-            if each["load"]["num_requests_running"] + each["load"]["num_requests_waiting"]
-        ),
-        "",
-    )
+def with_request(service: Deployed) -> list[str]:
+    """The replicas whose engine has a request."""
+    return [
+        name
+        for name, each in replicas(service).items()
+        if each["load"]["num_requests_running"] + each["load"]["num_requests_waiting"]
+    ]

@@ -86,9 +86,11 @@ DIED = b"died"  # the body of a 503 of a replica that ends because its engine di
 
 
 class Running(NamedTuple):
-    """The first item of an answer: the replica of that id has the request."""
+    """The first item of an answer: the replica of that id has the request. It comes again when that changes: if the
+    request only `waits`, so that the replica's end is not its doing, and before the first step that holds it."""
 
     replica: str
+    waits: bool = False
 
 
 class Counted(NamedTuple):
