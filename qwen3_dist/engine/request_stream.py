@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -13,6 +14,7 @@ from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError,
 from qwen3_dist.protocol.outputs import TokenDelta
 
 T = TypeVar("T")
+_STREAMS_PER_TURN = 16
 
 
 @dataclass(eq=False)
@@ -59,10 +61,18 @@ class RequestStream:
 
     def put(self, item: list[TokenDelta] | QwenDistError) -> None:
         """Adds deltas, or why nothing follows, on the event loop."""
+        self.add(item)
+        self.wake()
+
+    def add(self, item: list[TokenDelta] | QwenDistError) -> None:
+        """As `put`, for a caller that calls `wake` later."""
         if isinstance(item, QwenDistError):
             self._end = item
         else:
             self._arrived += item
+
+    def wake(self) -> None:
+        """Has the task that waits go on."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -88,19 +98,31 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], 
 
 def send_due(streams: Collection[RequestStream], parts_per_s: float) -> None:
     """Sends what the streams hold and is due, from another thread: so that all get about `parts_per_s` parts a second
-    at most, beside last ones."""
+    at most, beside last ones. First parts come first, since a client waits for them."""
     now = time.monotonic()
-    parts: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, list[TokenDelta]]]] = {}
+    parts: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, list[TokenDelta]]]] = {}
     for stream in streams:
         if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
-            parts.setdefault(stream.loop, []).append((stream, stream.held))
+            of_loop = parts.setdefault(stream.loop, deque())
+            add = of_loop.append if stream.due else of_loop.appendleft
+            add((stream, stream.held))
             stream.held = []
             stream.due = now + len(streams) / parts_per_s
     for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
         call_soon(loop, _put_all, of_loop)
 
 
-def _put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
+def _put_all(parts: deque[tuple[RequestStream, list[TokenDelta]]]) -> None:
     """Adds each stream's deltas, on the event loop of all these streams."""
     for stream, deltas in parts:
-        stream.put(deltas)
+        stream.add(deltas)
+    _wake_all(deque(stream for stream, _ in parts))
+
+
+def _wake_all(streams: deque[RequestStream]) -> None:
+    """Wakes a few streams in each turn of the event loop. What they send leaves this process at the end of a turn, so
+    the next process works on the first ones meanwhile, and requests that arrive wait for a few streams alone."""
+    for _ in range(min(len(streams), _STREAMS_PER_TURN)):
+        streams.popleft().wake()
+    if streams:
+        asyncio.get_running_loop().call_soon(_wake_all, streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -26,11 +27,13 @@ logger = logging.getLogger("qwen3_dist.requests")
 
 @dataclass
 class RequestRecord:
-    """What happens to a request. `request_id` is that of the HTTP request; `trace` has the headers of its trace."""
+    """What happens to a request. `request_id` is that of the HTTP request; `trace` has the headers of its trace;
+    `num_bytes` is about the size of the parsed request."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     trace: Mapping[str, str] = field(default_factory=dict)
     replica: str = ""
+    num_bytes: float = math.inf
     model: str = ""
     stream: bool = False
     params: SamplingParams | None = None

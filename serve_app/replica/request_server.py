@@ -35,7 +35,7 @@ _MAX_OUTBOX_BYTES = 2**18  # made in one turn of the event loop
 
 class RequestServer:
     """Answers the requests of ingresses with `answer`, which gives the items of an answer; its second argument is the
-    request's id.
+    request's id, and `num_bytes` the length of all arguments as they came.
 
     It listens on a free port of `host` from `start` on. What is answered for an ingress ends with its connection.
     """
@@ -188,7 +188,7 @@ class _Answer:
         try:
             arguments, options = pickle.loads(payload)
             _, request_id, *_ = arguments
-            async with aclosing(self._answer(*arguments, **options)) as items:
+            async with aclosing(self._answer(*arguments, **options, num_bytes=len(payload))) as items:
                 async for item in items:
                     while not self._may_send:
                         self._changed.clear()

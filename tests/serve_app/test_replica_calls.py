@@ -49,7 +49,7 @@ class Replicas:
         monkeypatch.setattr(replica_calls, "count_request", self._count)
 
     def _answers(self, name: str) -> Callable[..., AsyncGenerator[Any, None]]:
-        async def answer(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        async def answer(*arguments: Any, num_bytes: int, **options: Any) -> AsyncGenerator[Any, None]:
             self.requests.append((*arguments, options))
             yield Running(name)
             await asyncio.Event().wait()
