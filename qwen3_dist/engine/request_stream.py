@@ -14,7 +14,7 @@ from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError,
 from qwen3_dist.protocol.outputs import TokenDelta
 
 T = TypeVar("T")
-_STREAMS_PER_TURN = 16
+_WAKES_PER_TURN = 8
 
 
 @dataclass(eq=False)
@@ -116,13 +116,13 @@ def _put_all(parts: deque[tuple[RequestStream, list[TokenDelta]]]) -> None:
     """Adds each stream's deltas, on the event loop of all these streams."""
     for stream, deltas in parts:
         stream.add(deltas)
-    _wake_all(deque(stream for stream, _ in parts))
+    wake_in_turns(deque(stream.wake for stream, _ in parts))
 
 
-def _wake_all(streams: deque[RequestStream]) -> None:
-    """Wakes a few streams in each turn of the event loop. What they send leaves this process at the end of a turn, so
-    the next process works on the first ones meanwhile, and requests that arrive wait for a few streams alone."""
-    for _ in range(min(len(streams), _STREAMS_PER_TURN)):
-        streams.popleft().wake()
-    if streams:
-        asyncio.get_running_loop().call_soon(_wake_all, streams)
+def wake_in_turns(wakes: deque[Callable[[], object]]) -> None:
+    """Calls a few of `wakes` in this turn of the event loop, and a few in each of those that follow. So what arrives
+    meanwhile, such as a new request, waits for a few streams, not for all that go on in a step."""
+    for _ in range(min(len(wakes), _WAKES_PER_TURN)):
+        wakes.popleft()()
+    if wakes:
+        asyncio.get_running_loop().call_soon(wake_in_turns, wakes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import Any, cast
 
+from qwen3_dist.engine.request_stream import wake_in_turns
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
 from serve_app.request_frames import (
@@ -97,6 +99,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         received = self._received
         received += data
+        wakes: deque[Callable[[], None]] = deque()
         start = 0
         while len(received) - start >= LENGTH.size:
             (length,) = LENGTH.unpack_from(received, start)
@@ -105,9 +108,15 @@ class Connection(asyncio.Protocol):
                 break
             for number, item in pickle.loads(memoryview(received)[start + LENGTH.size : end]):
                 if call := self.calls.get(number):
+                    waits_for_first = not call.has_begun
                     call.put(Counted._make(item) if type(item) is tuple else item)
+                    if waits_for_first:
+                        call.wake()
+                    else:
+                        wakes.append(call.wake)
             start = end
         del received[:start]
+        wake_in_turns(wakes)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_lost = True
@@ -131,6 +140,7 @@ class Call:
         self._items: list[Any] = []
         self._size = 0
         self._is_held = self._is_lost = self._has_ended = False
+        self.has_begun = False  # whether a part of the answer has arrived
         self._waiter: asyncio.Future[None] | None = None
         self._on_end: Callable[[], None] = lambda: None
 
@@ -140,9 +150,10 @@ class Call:
         self._number = connection.start(self, payload)
 
     def put(self, item: Any) -> None:
-        """Adds an item that has arrived."""
+        """Adds an item that has arrived. The caller calls `wake` then."""
         if isinstance(item, Counted):
             self._items.append(item)
+            self.has_begun = self.has_begun or _is_part(item)
             self._size += len(item.item)
             if self._size > MAX_UNREAD_BYTES and not self._is_held:
                 self._is_held = True
@@ -151,12 +162,11 @@ class Call:
             self._has_ended = True
         else:
             self._items.append(item.value)
-        self._wake()
 
     def lose(self) -> None:
         """Says that no more items will arrive."""
         self._is_lost = True
-        self._wake()
+        self.wake()
 
     def __aiter__(self) -> Call:
         return self
@@ -199,7 +209,8 @@ class Call:
         if self._connection is not None:
             self._connection.command(command, self._number)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Has the task that waits for items go on."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
