@@ -3,8 +3,8 @@
     python -m benchmarks.stream_latency [--clients 10 32 128] [--seconds 15] [--haproxy]
 
 A step takes 20 ms and no CPU time (`benchmarks/paced.py`). Ray, the service and its proxy share one core; the clients
-and the rank have the other. Each client streams chats of about 200 tokens, one after the other, on one connection. CPU time is that of
-the processes of each hop, divided by the tokens that were streamed.
+and the rank have the other. Each client streams chats of about 200 tokens, one after the other, on one connection.
+CPU time is that of the processes of each hop, divided by the tokens that were streamed.
 """
 
 from __future__ import annotations
