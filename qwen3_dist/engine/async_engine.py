@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
@@ -286,6 +287,8 @@ class AsyncEngine(RankQuestions):
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
+                    if self._engine.step_age_s:  # the ranks have work
+                        time.sleep(0)  # gives up the GIL: the event loop sends tokens before the next step is planned
                 elif changes.is_busy:
                     changes.tick(idle=True)
                 else:

@@ -14,7 +14,7 @@ from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError,
 from qwen3_dist.protocol.outputs import TokenDelta
 
 T = TypeVar("T")
-_WAKES_PER_TURN = 8
+_WAKES_PER_TURN = 16  # whose parts go to the ingress as one message
 
 
 @dataclass(eq=False)
@@ -25,6 +25,7 @@ class RequestStream:
     held: list[TokenDelta] = field(default_factory=list)
     due: float = 0.0  # when the next part may be sent
     unfinished: int = 1
+    has_begun: bool = False  # whether `send_due` has sent a part
     _timer: asyncio.TimerHandle | None = None
     _arrived: list[TokenDelta] = field(default_factory=list)
     _end: QwenDistError | None = None  # why nothing more arrives
@@ -98,31 +99,42 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], 
 
 def send_due(streams: Collection[RequestStream], parts_per_s: float) -> None:
     """Sends what the streams hold and is due, from another thread: so that all get about `parts_per_s` parts a second
-    at most, beside last ones. First parts come first, since a client waits for them."""
+    at most, beside last ones."""
     now = time.monotonic()
-    parts: dict[asyncio.AbstractEventLoop, deque[tuple[RequestStream, list[TokenDelta]]]] = {}
+    parts: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, list[TokenDelta]]]] = {}
     for stream in streams:
         if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
-            of_loop = parts.setdefault(stream.loop, deque())
-            add = of_loop.append if stream.due else of_loop.appendleft
-            add((stream, stream.held))
+            parts.setdefault(stream.loop, []).append((stream, stream.held))
             stream.held = []
             stream.due = now + len(streams) / parts_per_s
     for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
         call_soon(loop, _put_all, of_loop)
 
 
-def _put_all(parts: deque[tuple[RequestStream, list[TokenDelta]]]) -> None:
-    """Adds each stream's deltas, on the event loop of all these streams."""
+def _put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
+    """Adds each stream's deltas, on the event loop of all these streams. Those that wait for their first part go on
+    first, since a client waits for its first token longer than for all others."""
     for stream, deltas in parts:
         stream.add(deltas)
-    wake_in_turns(deque(stream.wake for stream, _ in parts))
+    others: deque[Callable[[], object]] = deque()
+    for stream, _ in parts:
+        if stream.has_begun:
+            others.append(stream.wake)
+        else:
+            stream.has_begun = True
+            stream.wake()
+    wake_in_turns(others, _WAKES_PER_TURN)
 
 
-def wake_in_turns(wakes: deque[Callable[[], object]]) -> None:
-    """Calls a few of `wakes` in this turn of the event loop, and a few in each of those that follow. So what arrives
-    meanwhile, such as a new request, waits for a few streams, not for all that go on in a step."""
-    for _ in range(min(len(wakes), _WAKES_PER_TURN)):
-        wakes.popleft()()
-    if wakes:
-        asyncio.get_running_loop().call_soon(wake_in_turns, wakes)
+def wake_in_turns(wakes: deque[Callable[[], object]], per_turn: int) -> None:
+    """Calls so many of `wakes` in each of the next turns of the event loop. So what was woken before, and what arrives
+    meanwhile, such as a new request, waits for a few streams and not for all that go on in a step."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        for _ in range(min(len(wakes), per_turn)):
+            wakes.popleft()()
+        if wakes:
+            loop.call_soon(wake)
+
+    loop.call_soon(wake)

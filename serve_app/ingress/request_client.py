@@ -26,6 +26,7 @@ from serve_app.request_frames import (
 from serve_app.telemetry.summary import LastPart
 
 CONNECT_TIMEOUT_S = 10.0
+_WAKES_PER_TURN = 4  # fewer than a replica has, since a new stream needs several turns to send its first part
 MAX_UNREAD_BYTES = 2**16  # of one answer, at which the replica is told to hold it
 _LOST = "the connection to the replica that ran this request was lost; send it again"
 
@@ -99,7 +100,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         received = self._received
         received += data
-        wakes: deque[Callable[[], None]] = deque()
+        others: deque[Callable[[], None]] = deque()
         start = 0
         while len(received) - start >= LENGTH.size:
             (length,) = LENGTH.unpack_from(received, start)
@@ -108,15 +109,14 @@ class Connection(asyncio.Protocol):
                 break
             for number, item in pickle.loads(memoryview(received)[start + LENGTH.size : end]):
                 if call := self.calls.get(number):
-                    waits_for_first = not call.has_begun
-                    call.put(Counted._make(item) if type(item) is tuple else item)
-                    if waits_for_first:
-                        call.wake()
+                    if call.has_begun:
+                        others.append(call.wake)
                     else:
-                        wakes.append(call.wake)
+                        call.wake()
+                    call.put(Counted._make(item) if type(item) is tuple else item)
             start = end
         del received[:start]
-        wake_in_turns(wakes)
+        wake_in_turns(others, _WAKES_PER_TURN)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_lost = True
@@ -150,7 +150,7 @@ class Call:
         self._number = connection.start(self, payload)
 
     def put(self, item: Any) -> None:
-        """Adds an item that has arrived. The caller calls `wake` then."""
+        """Adds an item that has arrived. The caller calls `wake`, before or after."""
         if isinstance(item, Counted):
             self._items.append(item)
             self.has_begun = self.has_begun or _is_part(item)

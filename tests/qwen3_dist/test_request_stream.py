@@ -37,12 +37,16 @@ def test_streams_that_wait_for_their_first_part_go_on_before_all_others() -> Non
 def test_what_else_the_event_loop_has_to_do_waits_for_a_few_streams_alone() -> None:
     async def scenario() -> list[int]:
         streams = [RequestStream(asyncio.get_running_loop()) for _ in range(100)]
-        readers = [asyncio.create_task(stream.next_deltas()) for stream in streams]
-        await asyncio.sleep(0)
-        for stream in streams:
-            stream.held = [TokenDelta(0, (1,), (None,), None)]
-        send_due(streams, math.inf)
-        done = [0]
+
+        def send_to_all() -> list[asyncio.Task[list[TokenDelta]]]:
+            for stream in streams:
+                stream.held = [TokenDelta(0, (1,), (None,), None)]
+            readers = [asyncio.create_task(stream.next_deltas()) for stream in streams]
+            asyncio.get_running_loop().call_soon(send_due, streams, math.inf)
+            return readers
+
+        await asyncio.gather(*send_to_all())  # the first parts
+        readers, done = send_to_all(), [0]
         while done[-1] < len(streams):
             await asyncio.sleep(0)
             done.append(sum(reader.done() for reader in readers))
