@@ -288,7 +288,9 @@ class AsyncEngine(RankQuestions):
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
                     if self._engine.step_age_s:  # the ranks have work
-                        time.sleep(0)  # gives up the GIL: the event loop sends tokens before the next step is planned
+                        time.sleep(
+                            0
+                        )  # gives up the GIL: the event loop sends tokens before the next step is planned
                 elif changes.is_busy:
                     changes.tick(idle=True)
                 else:
