@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -35,6 +37,7 @@ from serve_app.launch.foreground import running_service
 from serve_app.settings import read_service_config
 
 PORT = 8794
+_GOLDEN = (math.sqrt(5) - 1) / 2  # the fractions of its multiples are spread evenly, however many are taken
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 OUTPUT_LEN = (150, 250)  # tokens of an answer, from and to
 ENGINE: dict[str, Any] = {"num_blocks": 8192, "max_num_seqs": 256, "device": "cpu", "prefix_caching": False}
@@ -66,14 +69,14 @@ async def run_clients(
     stream: Callable[[int, random.Random], Awaitable[list[float]]], clients: int, seconds: float
 ) -> Times:
     """Has each client stream one answer after the other for so many seconds; the first of each is not counted."""
-    times, end = Times(), time.perf_counter() + seconds
+    times, end, asked = Times(), time.perf_counter() + seconds, count()
 
     async def client(index: int) -> None:
         rng = random.Random(index)
         await asyncio.sleep(rng.uniform(0.0, sum(OUTPUT_LEN) / 2 * STEP_S))
         counted = False
         while time.perf_counter() < end:
-            await asyncio.sleep(rng.uniform(0.0, STEP_S))  # so requests come at any time of a step
+            await asyncio.sleep(next(asked) * _GOLDEN % 1.0 * STEP_S)  # evenly spread over the time of a step
             began = time.perf_counter()
             parts = await stream(rng.randint(*OUTPUT_LEN), rng)
             times.num_parts += len(parts)
