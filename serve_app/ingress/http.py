@@ -66,7 +66,9 @@ class Api(FastAPI):
 
         def add(method: Method) -> Method:
             endpoint = functools.partial(_ask_deployment, method.__name__)
-            self.router.routes.insert(0, Route(path, endpoint, methods=["POST"], include_in_schema=False))
+            self.router.routes.insert(
+                0, _DirectRoute(path, endpoint, methods=["POST"], include_in_schema=False)
+            )
             return self.post(path, **description)(method)
 
         return add
@@ -91,6 +93,14 @@ class Api(FastAPI):
                 await super().__call__(scope, receive, send)
             return
         await super().__call__(scope, receive, send)
+
+
+class _DirectRoute(Route):
+    """A plain route that is noted in the scope, as those of FastAPI are, for metrics and traces."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self} if found else found
 
 
 async def _ask_deployment(method: str, request: Request) -> Response:

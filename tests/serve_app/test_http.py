@@ -136,7 +136,7 @@ def test_requests_that_go_directly_to_a_deployment_are_answered_as_those_of_othe
         async def things(self, request: Request) -> Response:
             if not await request.body():
                 raise RequestError("the body is empty", param="input")
-            return Response(await request.body())
+            return Response(await request.body() + request.scope["route"].path.encode())
 
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=Deployment()))
 
@@ -152,7 +152,7 @@ def test_requests_that_go_directly_to_a_deployment_are_answered_as_those_of_othe
             ]
 
     good, bad, other_method, unknown = asyncio.run(ask())
-    assert (good.status_code, good.content) == (200, b"x")
+    assert (good.status_code, good.content) == (200, b"x/v1/things")
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input")
     assert (other_method.status_code, other_method.headers["allow"]) == (405, "POST")
     assert unknown.status_code == 404
