@@ -100,7 +100,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         received = self._received
         received += data
-        others: deque[Callable[[], None]] = deque()
+        others: deque[Callable[[], object]] = deque()
         start = 0
         while len(received) - start >= LENGTH.size:
             (length,) = LENGTH.unpack_from(received, start)
