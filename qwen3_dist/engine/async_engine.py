@@ -287,10 +287,9 @@ class AsyncEngine(RankQuestions):
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                    if self._engine.step_age_s:  # the ranks have work
-                        time.sleep(
-                            0
-                        )  # gives up the GIL: the event loop sends tokens before the next step is planned
+                    if self._engine.step_age_s:
+                        # The ranks have work, so the event loop may have the GIL before the next step is planned.
+                        time.sleep(0)
                 elif changes.is_busy:
                     changes.tick(idle=True)
                 else:

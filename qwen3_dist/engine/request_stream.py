@@ -137,4 +137,5 @@ def wake_in_turns(wakes: deque[Callable[[], object]], per_turn: int) -> None:
         if wakes:
             loop.call_soon(wake)
 
-    loop.call_soon(wake)
+    if wakes:
+        loop.call_soon(wake)

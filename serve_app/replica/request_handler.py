@@ -39,9 +39,8 @@ logger = logging.getLogger("ray.serve")
 # What each part of the engine's output adds: for the client to see, and for another replica to go on after.
 Step = tuple[list[ChoiceDelta], Sent]
 Steps = AsyncGenerator[Step, None]
-_SHORT_BYTES = (
-    4096  # of a request that is read on the event loop: it takes half a millisecond, a thread's turn longer
-)
+# Of a request that is read on the event loop: that takes at most a millisecond, and a thread would add as much.
+_SHORT_BYTES = 4096
 _ACCEPTED: Step = ([], ())  # the request is accepted
 
 
