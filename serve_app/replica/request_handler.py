@@ -39,7 +39,7 @@ logger = logging.getLogger("ray.serve")
 # What each part of the engine's output adds: for the client to see, and for another replica to go on after.
 Step = tuple[list[ChoiceDelta], Sent]
 Steps = AsyncGenerator[Step, None]
-# Of a request that is read on the event loop: that takes at most a millisecond, and a thread would add as much.
+# Of a request that is read on the event loop: that takes about a millisecond at most.
 _SHORT_BYTES = 4096
 _ACCEPTED: Step = ([], ())  # the request is accepted
 
