@@ -116,26 +116,31 @@ def _put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
     first, since a client waits for its first token longer than for all others."""
     for stream, deltas in parts:
         stream.add(deltas)
-    others: deque[Callable[[], object]] = deque()
+    others = WakesInTurns(_WAKES_PER_TURN)
     for stream, _ in parts:
         if stream.has_begun:
-            others.append(stream.wake)
+            others.add(stream.wake)
         else:
             stream.has_begun = True
             stream.wake()
-    wake_in_turns(others, _WAKES_PER_TURN)
 
 
-def wake_in_turns(wakes: deque[Callable[[], object]], per_turn: int) -> None:
-    """Calls so many of `wakes` in each of the next turns of the event loop. So what was woken before, and what arrives
-    meanwhile, such as a new request, waits for a few streams and not for all that go on in a step."""
-    loop = asyncio.get_running_loop()
+class WakesInTurns:
+    """Calls what is added to it in that order, `per_turn` in each of the next turns of the event loop. So what was
+    woken before, and what arrives meanwhile, such as a new request, waits for a few streams and not for all that go
+    on in a step."""
 
-    def wake() -> None:
-        for _ in range(min(len(wakes), per_turn)):
-            wakes.popleft()()
-        if wakes:
-            loop.call_soon(wake)
+    def __init__(self, per_turn: int) -> None:
+        self._per_turn = per_turn
+        self._waiting: deque[Callable[[], object]] = deque()
 
-    if wakes:
-        loop.call_soon(wake)
+    def add(self, wake: Callable[[], object]) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._waiting.append(wake)
+
+    def _run(self) -> None:
+        for _ in range(min(len(self._waiting), self._per_turn)):
+            self._waiting.popleft()()
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._run)

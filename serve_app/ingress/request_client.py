@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections import deque
 from collections.abc import Callable
 from itertools import count
 from typing import Any, cast
 
-from qwen3_dist.engine.request_stream import wake_in_turns
+from qwen3_dist.engine.request_stream import WakesInTurns
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
 from serve_app.request_frames import (
@@ -76,6 +75,7 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._numbers = count(1)
         self._is_lost = False
+        self._wakes = WakesInTurns(_WAKES_PER_TURN)
         self.calls: dict[int, Call] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -100,7 +100,6 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         received = self._received
         received += data
-        others: deque[Callable[[], object]] = deque()
         start = 0
         while len(received) - start >= LENGTH.size:
             (length,) = LENGTH.unpack_from(received, start)
@@ -110,13 +109,12 @@ class Connection(asyncio.Protocol):
             for number, item in pickle.loads(memoryview(received)[start + LENGTH.size : end]):
                 if call := self.calls.get(number):
                     if call.has_begun:
-                        others.append(call.wake)
+                        self._wakes.add(call.wake)
                     else:
                         call.wake()
                     call.put(Counted._make(item) if type(item) is tuple else item)
             start = end
         del received[:start]
-        wake_in_turns(others, _WAKES_PER_TURN)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._is_lost = True
