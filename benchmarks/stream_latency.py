@@ -3,8 +3,8 @@
     python -m benchmarks.stream_latency [--clients 10 32 128] [--seconds 15] [--haproxy]
 
 A step takes 20 ms and no CPU time (`benchmarks/paced.py`). Ray, the service and its proxy share one core; the clients
-and the rank have the other. Each client streams chats of about 200 tokens, one after the other. CPU time is that of
-the processes of each hop, divided by the tokens that were streamed.
+and the rank have the other. Each client streams chats of about 200 tokens, one after the other, on one connection.
+CPU time is that of the processes of each hop, divided by the tokens that were streamed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -20,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -35,6 +37,8 @@ from serve_app.launch.foreground import running_service
 from serve_app.settings import read_service_config
 
 PORT = 8794
+_GOLDEN = (math.sqrt(5) - 1) / 2  # the fractions of its multiples are spread evenly, however many are taken
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
 OUTPUT_LEN = (150, 250)  # tokens of an answer, from and to
 ENGINE: dict[str, Any] = {"num_blocks": 8192, "max_num_seqs": 256, "device": "cpu", "prefix_caching": False}
 HOPS = {"EngineReplica": "replica", "Ingress": "ingress", "Proxy": "proxy", "haproxy": "proxy"}
@@ -65,14 +69,14 @@ async def run_clients(
     stream: Callable[[int, random.Random], Awaitable[list[float]]], clients: int, seconds: float
 ) -> Times:
     """Has each client stream one answer after the other for so many seconds; the first of each is not counted."""
-    times, end = Times(), time.perf_counter() + seconds
+    times, end, asked = Times(), time.perf_counter() + seconds, count()
 
     async def client(index: int) -> None:
         rng = random.Random(index)
         await asyncio.sleep(rng.uniform(0.0, sum(OUTPUT_LEN) / 2 * STEP_S))
         counted = False
         while time.perf_counter() < end:
-            await asyncio.sleep(rng.uniform(0.0, STEP_S))  # so requests come at any time of a step
+            await asyncio.sleep(next(asked) * _GOLDEN % 1.0 * STEP_S)  # evenly spread over the time of a step
             began = time.perf_counter()
             parts = await stream(rng.randint(*OUTPUT_LEN), rng)
             times.num_parts += len(parts)
@@ -84,37 +88,42 @@ async def run_clients(
     return times
 
 
-class _Reader(asyncio.Protocol):
-    """Notes when each event of a stream arrives. A bare socket, since a client library would use more CPU time than
-    the server."""
-
-    def __init__(self, payload: bytes) -> None:
-        self._payload = payload
-        self.seen = b""
-        self.parts: list[float] = []
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+class _Client(asyncio.Protocol):
+    """A connection that a client keeps, as client libraries do. A bare socket, since these would use more CPU time
+    than the server."""
 
     def connection_made(self, transport: Any) -> None:
-        transport.write(self._payload)
+        self._transport = transport
+
+    async def stream(self, request: bytes) -> list[float]:
+        """When each part of the answer to `request` arrived."""
+        self._seen, self._parts = b"", list[float]()
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        await self._end
+        return self._parts
 
     def data_received(self, data: bytes) -> None:
         now = time.perf_counter()
-        if not self.seen:
-            assert data.startswith(b"HTTP/1.1 200"), data[:300]
-        self.parts += [now] * data.count(b'"delta":{"content"')
-        self.seen = data
+        assert self._seen or data.startswith(b"HTTP/1.1 200"), data[:300]
+        self._parts += [now] * data.count(b'"delta":{"content"')
+        self._seen = self._seen[-len(_LAST_CHUNK) :] + data
+        if self._seen.endswith(_LAST_CHUNK):
+            self._end.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_result(None)
+        if not self._end.done():
+            self._end.set_exception(ConnectionError(f"the connection was lost: {error}"))
 
 
 async def http_clients(url: str, clients: int, seconds: float) -> Times:
-    """Streams chats over HTTP, each on a connection of its own."""
+    """Streams chats over HTTP, those of each client on one connection."""
     address = urlparse(url)
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
     )
+
+    connections: dict[random.Random, _Client] = {}
 
     async def stream(tokens: int, rng: random.Random) -> list[float]:
         body = {
@@ -125,14 +134,13 @@ async def http_clients(url: str, clients: int, seconds: float) -> Times:
             "stream": True,
         }
         payload = json.dumps(body).encode()
-        request = f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload
-        loop = asyncio.get_running_loop()
-        _, reader = await loop.create_connection(
-            lambda: _Reader(request), str(address.hostname), address.port or 80
-        )
-        await reader.done
-        assert len(reader.parts) > 0.8 * tokens, (len(reader.parts), tokens, reader.seen[-500:])
-        return reader.parts
+        request = f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
+        if rng not in connections:
+            create = asyncio.get_running_loop().create_connection
+            _, connections[rng] = await create(_Client, str(address.hostname), address.port or 80)
+        parts = await connections[rng].stream(request)
+        assert len(parts) > 0.8 * tokens, (len(parts), tokens)
+        return parts
 
     return await run_clients(stream, clients, seconds)
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
@@ -119,11 +120,8 @@ class AsyncEngine(RankQuestions):
                 stream.send(error)
 
         def refuse() -> None:
-            if (
-                self._streams.get(request_id) is stream
-                and not stream.begun
-                and self._engine.abort(request_id)
-            ):
+            waits = self._streams.get(request_id) is stream and not stream.begun
+            if waits and self._engine.abort(request_id):
                 stream.send(QueueTimeoutError(terms.queue_timeout_s))
 
         if death := self._post(add):
@@ -288,6 +286,8 @@ class AsyncEngine(RankQuestions):
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
+                    if self._engine.step_age_s:
+                        time.sleep(0)  # the ranks have work, so the event loop may have the GIL first
                 elif changes.is_busy:
                     changes.tick(idle=True)
                 else:

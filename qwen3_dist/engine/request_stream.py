@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -13,6 +14,7 @@ from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError,
 from qwen3_dist.protocol.outputs import TokenDelta
 
 T = TypeVar("T")
+_WAKES_PER_TURN = 16  # whose parts go to the ingress as one message
 
 
 @dataclass(eq=False)
@@ -29,6 +31,7 @@ class RequestStream:
     held: list[TokenDelta] = field(default_factory=list)
     due: float = 0.0  # when the next part may be sent
     begun: bool = False
+    has_sent: bool = False  # whether `send_due` has sent a part
     _was_asked: bool = False  # to `tell_wait`
     _timers: list[asyncio.TimerHandle] = field(default_factory=list)
     _arrived: list[TokenDelta] = field(default_factory=list)
@@ -66,11 +69,19 @@ class RequestStream:
 
     def put(self, item: list[TokenDelta] | QwenDistError) -> None:
         """Adds deltas, or why nothing follows, on the event loop."""
+        self.add(item)
+        self.wake()
+
+    def add(self, item: list[TokenDelta] | QwenDistError) -> None:
+        """As `put`, for a caller that calls `wake` later."""
         if isinstance(item, QwenDistError):
             self._end = item
             self.tell_wait()
         else:
             self._arrived += item
+
+    def wake(self) -> None:
+        """Has the task that waits go on."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -123,6 +134,35 @@ def send_due(streams: Collection[RequestStream], parts_per_s: float) -> None:
 
 
 def _put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
-    """Adds each stream's deltas, on the event loop of all these streams."""
+    """Adds each stream's deltas, on the event loop of all these streams. Those that wait for their first part go on
+    first, since a client waits for its first token longer than for all others."""
     for stream, deltas in parts:
-        stream.put(deltas)
+        stream.add(deltas)
+    others = WakesInTurns(_WAKES_PER_TURN)
+    for stream, _ in parts:
+        if stream.has_sent:
+            others.add(stream.wake)
+        else:
+            stream.has_sent = True
+            stream.wake()
+
+
+class WakesInTurns:
+    """Calls what is added to it in that order, `per_turn` in each of the next turns of the event loop. So what was
+    woken before, and what arrives meanwhile, such as a new request, waits for a few streams and not for all that go
+    on in a step."""
+
+    def __init__(self, per_turn: int) -> None:
+        self._per_turn = per_turn
+        self._waiting: deque[Callable[[], object]] = deque()
+
+    def add(self, wake: Callable[[], object]) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._run)
+        self._waiting.append(wake)
+
+    def _run(self) -> None:
+        for _ in range(min(len(self._waiting), self._per_turn)):
+            self._waiting.popleft()()
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._run)

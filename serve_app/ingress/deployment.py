@@ -159,15 +159,17 @@ class Ingress(ClusterRoutes):
         values.set(SEQUENCES_IN_FLIGHT, self._admission.in_flight)
         values.set(SEQUENCES_LIMIT, self._admission.share())
 
-    @api.post("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
+    @api.post_directly("/v1/chat/completions", **route("OpenAI: chat", ChatBody, streams=True))
     async def chat_completions(self, request: Request) -> Response:
         return await self._forward(request, parse_chat)
 
-    @api.post("/v1/completions", **route("OpenAI: completions of text", CompletionBody, streams=True))
+    @api.post_directly(
+        "/v1/completions", **route("OpenAI: completions of text", CompletionBody, streams=True)
+    )
     async def completions(self, request: Request) -> Response:
         return await self._forward(request, parse_completion)
 
-    @api.post("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
+    @api.post_directly("/v1/responses", **route("OpenAI: responses", ResponsesBody, streams=True))
     async def responses(self, request: Request) -> Response:
         recorder = ResponseRecorder(self._stored, self._shared.hand_over)
         return await self._forward(request, recorder.parse, recorder.record)
@@ -181,7 +183,7 @@ class Ingress(ClusterRoutes):
         await self._shared.delete(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    @api.post(
+    @api.post_directly(
         "/v1/messages", **route("Anthropic: messages", MessagesBody, streams=True, error=AnthropicError)
     )
     async def messages(self, request: Request) -> Response:
@@ -194,7 +196,7 @@ class Ingress(ClusterRoutes):
     async def count_tokens(self, request: Request) -> Response:
         return await self._forward(request, parse_count_tokens)
 
-    @api.post("/v1/embeddings", **route("OpenAI: embeddings of texts", EmbeddingBody))
+    @api.post_directly("/v1/embeddings", **route("OpenAI: embeddings of texts", EmbeddingBody))
     async def embeddings(self, request: Request) -> Response:
         return await self._forward(request, parse_embedding)
 

@@ -6,16 +6,17 @@ This is not in `deployment` because Serve pickles the routes of an ingress while
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from ray import serve
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from qwen3_dist.errors import QwenDistError, RequestError
@@ -39,6 +40,7 @@ _JSON = "application/json"
 _KEYLESS = ("/health", "/ready", "/version", "/metrics")
 _HEADERS = "qwen3_dist.headers"
 Gate = Callable[[Request], Response | None]
+Method = TypeVar("Method", bound=Callable[..., Any])
 Meter = Callable[
     [Request, Send], AbstractContextManager[Send]
 ]  # counts a request answered by the send that it gives
@@ -54,6 +56,22 @@ class Api(FastAPI):
     gate: Gate
     meter_of: Callable[[Request], Meter]
     refuse: Callable[[Request, RequestError], Response]
+
+    def post_directly(self, path: str, **description: Any) -> Callable[[Method], Method]:
+        """A decorator as `post`, for methods of a deployment that take the request alone.
+
+        A plain route of Starlette in front of all others takes the requests. FastAPI and Serve would compare the path
+        with that of each route, three times for a request, and solve dependencies: half a millisecond.
+        """
+
+        def add(method: Method) -> Method:
+            endpoint = functools.partial(_ask_deployment, method.__name__)
+            self.router.routes.insert(
+                0, _DirectRoute(path, endpoint, methods=["POST"], include_in_schema=False)
+            )
+            return self.post(path, **description)(method)
+
+        return add
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -77,6 +95,24 @@ class Api(FastAPI):
         await super().__call__(scope, receive, send)
 
 
+class _DirectRoute(Route):
+    """A plain route that is noted in the scope, as those of FastAPI are, for metrics and traces."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self} if found else found
+
+
+async def _ask_deployment(method: str, request: Request) -> Response:
+    response: Response = await getattr(_deployment(), method)(request)
+    return response
+
+
+def _deployment() -> Any:
+    """The Serve deployment that runs this code."""
+    return serve.get_replica_context().servable_object
+
+
 def _with_headers(scope: Scope, send: Send) -> Send:
     """A `send` that adds the headers of `add_headers` to the response."""
     headers = scope.get(_HEADERS)
@@ -93,8 +129,7 @@ def _with_headers(scope: Scope, send: Send) -> Send:
 
 def deployment_gate(request: Request) -> Response | None:
     """Calls `check_request` of the Serve deployment that runs this code."""
-    deployment: Any = serve.get_replica_context().servable_object
-    answer: Response | None = deployment.check_request(request)
+    answer: Response | None = _deployment().check_request(request)
     return answer
 
 

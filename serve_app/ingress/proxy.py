@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
 
+from ray import serve
+from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -28,8 +30,18 @@ _MAX_PATHS = 64
 
 
 def middlewares() -> list[Middleware]:
-    """The middlewares that Serve adds to each of its proxies, the innermost first."""
-    return [Middleware(LostRequestMiddleware), Middleware(OverloadMiddleware)]
+    """The middlewares that Serve adds to each of its proxies, the innermost first. With HAProxy it adds them to each
+    ingress too, which is lost with its own requests."""
+    overload = Middleware(OverloadMiddleware)
+    return [overload] if _is_in_replica() else [Middleware(LostRequestMiddleware), overload]
+
+
+def _is_in_replica() -> bool:
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return False
+    return True
 
 
 @dataclass

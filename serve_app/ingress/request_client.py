@@ -8,6 +8,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any, cast
 
+from qwen3_dist.engine.request_stream import WakesInTurns
 from qwen3_dist.errors import EngineDeadError
 from serve_app.apis.shared.answer import Counted
 from serve_app.request_frames import (
@@ -24,6 +25,7 @@ from serve_app.request_frames import (
 from serve_app.telemetry.summary import LastPart
 
 CONNECT_TIMEOUT_S = 10.0
+_WAKES_PER_TURN = 4  # fewer than a replica has, since a new stream needs several turns to send its first part
 MAX_UNREAD_BYTES = 2**16  # of one answer, at which the replica is told to hold it
 _LOST = "the connection to the replica that ran this request was lost; send it again"
 
@@ -73,6 +75,7 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._numbers = count(1)
         self._is_lost = False
+        self._wakes = WakesInTurns(_WAKES_PER_TURN)
         self.calls: dict[int, Call] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -105,6 +108,10 @@ class Connection(asyncio.Protocol):
                 break
             for number, item in pickle.loads(memoryview(received)[start + LENGTH.size : end]):
                 if call := self.calls.get(number):
+                    if call.has_begun:
+                        self._wakes.add(call.wake)
+                    else:
+                        call.wake()
                     call.put(Counted._make(item) if type(item) is tuple else item)
             start = end
         del received[:start]
@@ -131,6 +138,7 @@ class Call:
         self._items: list[Any] = []
         self._size = 0
         self._is_held = self._is_lost = self._has_ended = False
+        self.has_begun = False  # whether a part of the answer has arrived
         self._waiter: asyncio.Future[None] | None = None
         self._on_end: Callable[[], None] = lambda: None
 
@@ -140,9 +148,10 @@ class Call:
         self._number = connection.start(self, payload)
 
     def put(self, item: Any) -> None:
-        """Adds an item that has arrived."""
+        """Adds an item that has arrived. The caller calls `wake`, before or after."""
         if isinstance(item, Counted):
             self._items.append(item)
+            self.has_begun = self.has_begun or _is_part(item)
             self._size += len(item.item)
             if self._size > MAX_UNREAD_BYTES and not self._is_held:
                 self._is_held = True
@@ -151,12 +160,11 @@ class Call:
             self._has_ended = True
         else:
             self._items.append(item.value)
-        self._wake()
 
     def lose(self) -> None:
         """Says that no more items will arrive."""
         self._is_lost = True
-        self._wake()
+        self.wake()
 
     def __aiter__(self) -> Call:
         return self
@@ -199,7 +207,8 @@ class Call:
         if self._connection is not None:
             self._connection.command(command, self._number)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Has the task that waits for items go on."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

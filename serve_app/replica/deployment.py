@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -115,6 +116,7 @@ class EngineReplica(ChangesAsItRuns):
         trace: Mapping[str, str] | None = None,
         resume: Resume | None = None,
         tell: Callable[[Any], object] = lambda item: None,
+        num_bytes: float = math.inf,
     ) -> AsyncGenerator[Any, None]:
         """Yields Running, then a pair of HTTP status and body in a `Counted`, which has its tokens; errors have none.
 
@@ -127,7 +129,7 @@ class EngineReplica(ChangesAsItRuns):
         stream is, so that another replica can go on with it. The body of that 503 is LEFT if this replica leaves, DIED
         if it ends.
         """
-        record = RequestRecord(request_id, trace or {}, self._name, tell=tell)
+        record = RequestRecord(request_id, trace or {}, self._name, num_bytes, tell=tell)
         self._num_answering += 1
         try:
             async with aclosing(self._answer(request, record, resume)) as items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -27,11 +28,12 @@ logger = logging.getLogger("qwen3_dist.requests")
 @dataclass
 class RequestRecord:
     """What happens to a request. `request_id` is that of the HTTP request; `trace` has the headers of its trace;
-    `tell` sends the ingress an item."""
+    `num_bytes` is about the size of the parsed request; `tell` sends the ingress an item."""
 
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     trace: Mapping[str, str] = field(default_factory=dict)
     replica: str = ""
+    num_bytes: float = math.inf
     model: str = ""
     stream: bool = False
     params: SamplingParams | None = None

@@ -39,6 +39,8 @@ logger = logging.getLogger("ray.serve")
 # What each part of the engine's output adds: for the client to see, and for another replica to go on after.
 Step = tuple[list[ChoiceDelta], Sent]
 Steps = AsyncGenerator[Step, None]
+# Of a request that is read on the event loop: that takes about a millisecond at most.
+_SHORT_BYTES = 4096
 _ACCEPTED: Step = ([], ())  # the request is accepted
 
 
@@ -223,7 +225,7 @@ class RequestHandler:
             raise request.with_client_names(error) from None
 
     async def _job(self, request: GenerationRequest, record: RequestRecord, resume: Resume | None) -> _Job:
-        """Builds the job. Renders the template and tokenizes in a thread. Raises RequestError."""
+        """Builds the job. Renders the template and tokenizes, in a thread if it may take long. Raises RequestError."""
         params = request.params(self._defaults)
         if params.stop and self._engine.tokenizer is None:
             raise RequestError(
@@ -236,7 +238,10 @@ class RequestHandler:
         if resume:
             self._engine.config.lora.number(lora)  # an adapter that is gone is told before the model's change
             check_model(resume, record.fingerprint)
-        prompts, parser_spec = await asyncio.to_thread(self._read, request)
+        is_short = record.num_bytes <= _SHORT_BYTES and not request.has_grammar
+        prompts, parser_spec = (
+            self._read(request) if is_short else await asyncio.to_thread(self._read, request)
+        )
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_context(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         identity = request.identity or Identity()
@@ -276,7 +281,7 @@ class RequestHandler:
         return self._engine.config.weights.version
 
     def _read(self, request: GenerationRequest) -> tuple[list[Prompt], ParserSpec]:
-        """The tokenized prompts, and how to parse the model's output. Runs in a thread."""
+        """The tokenized prompts, and how to parse the model's output."""
         prompts = request.prompts(self._renderer)
         return prompts, request.parser_spec(self._renderer, prompts[0])
 

@@ -12,7 +12,7 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any, cast
 
-from serve_app.apis.shared.answer import Counted
+from serve_app.apis.shared.answer import Counted, Running
 from serve_app.apis.shared.errors import error_object, to_json
 from serve_app.failures import log_internal_error
 from serve_app.request_frames import (
@@ -35,7 +35,8 @@ _MAX_OUTBOX_BYTES = 2**18  # made in one turn of the event loop
 
 class RequestServer:
     """Answers the requests of ingresses with `answer`, which gives the items of an answer; its second argument is the
-    request's id, and its argument `tell` sends an item at once, also while the answer is held.
+    request's id. Its argument `tell` sends an item at once, also while the answer is held; `num_bytes` is the length
+    of all arguments as they came.
 
     It listens on a free port of `host` from `start` on. What is answered for an ingress ends with its connection.
     """
@@ -113,7 +114,7 @@ class _Connection(asyncio.Protocol):
         return not self._is_paused and self._outbox_bytes < _MAX_OUTBOX_BYTES
 
     def put(self, number: int, item: Any) -> None:
-        """Sends an item, together with all others of this turn of the event loop."""
+        """Sends an item, Running at once, others together with all others of this turn of the event loop."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         if isinstance(item, Counted):
@@ -123,6 +124,8 @@ class _Connection(asyncio.Protocol):
                 self._update_answers()
         else:
             self._outbox.append((number, item if isinstance(item, Item) else Item(item)))
+            if isinstance(item, Running):  # whatever follows in this turn may be what kills this process
+                self._flush()
 
     def end(self, number: int) -> None:
         """Tells the ingress that an answer has no more items."""
@@ -130,6 +133,8 @@ class _Connection(asyncio.Protocol):
         self.put(number, END)
 
     def _flush(self) -> None:
+        if not self._outbox:
+            return
         frame = pickle.dumps(self._outbox, pickle.HIGHEST_PROTOCOL)
         was_full = not self.is_writable
         self._outbox, self._outbox_bytes = [], 0
@@ -191,7 +196,8 @@ class _Answer:
         try:
             arguments, options = pickle.loads(payload)
             _, request_id, *_ = arguments
-            async with aclosing(self._answer(*arguments, **options, tell=self._tell)) as items:
+            options |= {"tell": self._tell, "num_bytes": len(payload)}
+            async with aclosing(self._answer(*arguments, **options)) as items:
                 async for item in items:
                     while not self._may_send:
                         self._changed.clear()

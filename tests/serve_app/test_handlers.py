@@ -20,6 +20,7 @@ from serve_app.apis.chat.request import parse_chat
 from serve_app.apis.completions import CompletionAnswer, CompletionRequest, parse_completion
 from serve_app.apis.shared.answer import DONE
 from serve_app.apis.shared.prompts import PromptRenderer
+from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
 from tests.serve_app.support import wait_for
 
@@ -72,6 +73,27 @@ async def collect(stream: AsyncGenerator[bytes, None]) -> list[bytes]:
 def is_idle(engine: AsyncEngine) -> bool:
     stats = engine.stats()
     return stats.num_running + stats.num_waiting == 0 and stats.free_blocks == stats.total_blocks
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_bytes", "in_a_thread"),
+    [({}, 1000, False), ({}, 10**5, True), ({"response_format": {"type": "json_object"}}, 1000, True)],
+)
+def test_only_short_requests_that_need_no_grammar_are_read_on_the_event_loop(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, fields: Any, num_bytes: int, in_a_thread: bool
+) -> None:
+    threads: list[threading.Thread] = []
+    answering = handler(engine)
+    read = answering._read
+
+    def noted(request: Any) -> Any:
+        threads.append(threading.current_thread())
+        return read(request)
+
+    monkeypatch.setattr(answering, "_read", noted)
+    request = parse_chat(json.dumps({"messages": MESSAGES, "max_tokens": 1, **fields}).encode())
+    asyncio.run(answering.respond(request, RequestRecord(num_bytes=num_bytes)))
+    assert [thread is not threading.main_thread() for thread in threads] == [in_a_thread]
 
 
 def refused(work: Coroutine[Any, Any, Any]) -> RequestError:

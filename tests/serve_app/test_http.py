@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import APIRouter, Request, Response
+from ray import serve
 
 from qwen3_dist.errors import RequestError
 from serve_app.ingress.admission import REFUSE_FOR_HEADER, OverloadedError, QueueFullError
@@ -122,3 +124,37 @@ def test_a_method_that_a_path_has_not_is_405_and_told_all_that_it_has() -> None:
     api.include_router(routes)  # as Serve does with those of a deployment's class
     told = asyncio.run(ask())
     assert (told.status_code, told.headers["allow"]) == (405, "DELETE, GET")
+
+
+def test_requests_that_go_directly_to_a_deployment_are_answered_as_those_of_other_routes_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    api = make_api(gate=lambda _: None)
+
+    class Deployment:
+        @api.post_directly("/v1/things", summary="a thing")
+        async def things(self, request: Request) -> Response:
+            if not await request.body():
+                raise RequestError("the body is empty", param="input")
+            return Response(await request.body() + request.scope["route"].path.encode())
+
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=Deployment()))
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(api, root_path="/second")
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            url = "/second/v1/things"
+            return [
+                await client.post(url, content=b"x"),
+                await client.post(url),
+                await client.get(url),
+                await client.post(url + "/1"),
+            ]
+
+    good, bad, other_method, unknown = asyncio.run(ask())
+    assert (good.status_code, good.content) == (200, b"x/v1/things")
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input")
+    assert (other_method.status_code, other_method.headers["allow"]) == (405, "POST")
+    assert unknown.status_code == 404
+    assert list(api.openapi()["paths"]) == ["/v1/things"]
+    assert api.openapi()["paths"]["/v1/things"]["post"]["summary"] == "a thing"

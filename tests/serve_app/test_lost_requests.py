@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from ray import serve
 
 from serve_app.ingress import lost_requests, proxy
 from serve_app.ingress.lost_requests import MAX_KEPT_BYTES, LostRequestMiddleware
@@ -152,3 +153,10 @@ def test_a_client_that_left_gets_no_answer() -> None:
 
 def test_serve_wraps_it_first_so_that_a_repeated_request_counts_once_towards_the_limit() -> None:
     assert [each.cls for each in proxy.middlewares()] == [LostRequestMiddleware, proxy.OverloadMiddleware]
+
+
+def test_with_haproxy_an_ingress_has_no_other_process_whose_requests_it_could_lose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve, "get_replica_context", object)
+    assert [each.cls for each in proxy.middlewares()] == [proxy.OverloadMiddleware]

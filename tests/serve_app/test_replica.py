@@ -7,12 +7,15 @@ import json
 import logging
 import logging.handlers
 import os
+import pickle
+import socket
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.errors import EngineDeadError
@@ -26,6 +29,8 @@ from serve_app.apis.shared.resume import Resume
 from serve_app.replica.deployment import EngineReplica
 from serve_app.replica.record import RequestRecord
 from serve_app.replica.request_handler import RequestHandler
+from serve_app.replica.request_server import RequestServer
+from serve_app.request_frames import COMMAND, LENGTH, START, Item, ReplicaAddress
 from serve_app.settings import TelemetrySettings
 from serve_app.telemetry.logs import configure_logs
 from tests.serve_app.resuming import Replica, answered
@@ -103,6 +108,30 @@ def test_a_replica_says_that_it_has_a_request_before_the_request_can_kill_it(str
         return await anext(replica_with(Broken()).answer(request, "request-7"))
 
     assert asyncio.run(first()) == Running("r1")
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_that_it_has_a_request_leaves_the_process_before_the_request_is_looked_at(new_loop: Any) -> None:
+    heard = threading.Event()
+
+    async def answer(*_: Any, num_bytes: int) -> AsyncGenerator[Any, None]:
+        yield Running("r1")
+        yield heard.wait(20)  # the event loop stands still meanwhile
+
+    def ask(address: ReplicaAddress) -> bytes:
+        with socket.create_connection((address.host, address.port), 20) as connection:
+            payload = pickle.dumps((("request", "request-7"), {}))
+            connection.sendall(address.secret + COMMAND.pack(START, 1, len(payload)) + payload)
+            first = connection.recv(1000)
+            heard.set()
+            return first
+
+    async def scenario() -> bytes:
+        return await asyncio.to_thread(ask, await RequestServer("127.0.0.1", answer).start())
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        frame = runner.run(scenario())
+    assert heard.is_set() and pickle.loads(frame[LENGTH.size :]) == [(1, Item(Running("r1")))]
 
 
 @pytest.fixture

@@ -49,8 +49,9 @@ class Replicas:
         monkeypatch.setattr(replica_calls, "count_request", self._count)
 
     def _answers(self, name: str) -> Callable[..., AsyncGenerator[Any, None]]:
-        async def answer(*arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
-            del options["tell"]
+        async def answer(
+            *arguments: Any, tell: Any, num_bytes: int, **options: Any
+        ) -> AsyncGenerator[Any, None]:
             self.requests.append((*arguments, options))
             yield Running(name)
             await asyncio.Event().wait()

@@ -114,6 +114,10 @@ class ChatRequest(GenerationRequest):
     template_kwargs: Json = field(default_factory=dict)
     add_special_tokens: bool = False
 
+    @property
+    def has_grammar(self) -> bool:
+        return bool(self.tools) or super().has_grammar
+
     def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return super().params({"max_tokens": None, **defaults})
 

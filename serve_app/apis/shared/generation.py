@@ -107,6 +107,11 @@ class GenerationRequest(ABC):
         return self.sampling.get("n", 1) * self.num_prompts
 
     @property
+    def has_grammar(self) -> bool:
+        """Whether a grammar may have to be compiled, which may take long."""
+        return "structured_outputs" in self.sampling
+
+    @property
     def num_prompts(self) -> int:
         return 1
 
