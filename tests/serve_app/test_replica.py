@@ -114,7 +114,7 @@ def test_a_replica_says_that_it_has_a_request_before_the_request_can_kill_it(str
 def test_that_it_has_a_request_leaves_the_process_before_the_request_is_looked_at(new_loop: Any) -> None:
     heard = threading.Event()
 
-    async def answer(*_: Any, num_bytes: int) -> AsyncGenerator[Any, None]:
+    async def answer(*_: Any, **options: Any) -> AsyncGenerator[Any, None]:
         yield Running("r1")
         yield heard.wait(20)  # the event loop stands still meanwhile
 

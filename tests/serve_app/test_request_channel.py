@@ -33,9 +33,7 @@ class Channel:
         self.ended: set[str] = set()
         self.ends = 0  # calls that were told to be over
 
-    async def _answer(
-        self, name: str, request_id: str, extra: int = 0, tell: Any = None, num_bytes: int = 0
-    ) -> AsyncGenerator[Any, None]:
+    async def _answer(self, name: str, *_: str, tell: Any, **options: Any) -> AsyncGenerator[Any, None]:
         given = self.given.setdefault(name, [])
         try:
             async for item in self.answers[name]():
