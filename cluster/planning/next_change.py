@@ -10,11 +10,11 @@ from cluster.planning.explain import KV, WEIGHTS, explain_steps, mean_terms, seq
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.official import planned as rounded
 from cluster.planning.planner import PlannedLayout, PlanRequest, plan
+from cluster.planning.ranking import TIE
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 
-LEAST_GAIN = 0.01  # of tokens/s
 _MOST_CHANGED = 2  # axes of a neighbouring layout that differ
 _ROUNDED = ("fp8", "int4")
 
@@ -137,7 +137,7 @@ def _better(
     """The change from one prediction to another; None if it gains too little."""
     rates = (before.tokens_per_s_per_gpu or 0.0, after.tokens_per_s_per_gpu or 0.0)
     gain = rates[1] / rates[0] - 1
-    if gain < LEAST_GAIN:
+    if gain < TIE:
         return None
     return Change(
         words or f"--layout {after.layout}",

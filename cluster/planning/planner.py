@@ -10,6 +10,7 @@ from cluster.hardware import Cluster
 from cluster.planning.clients import Latencies, Workload, closed_loop, spread_out
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
+from cluster.planning.ranking import ranked
 from cluster.planning.walk import StepRules, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
@@ -124,18 +125,15 @@ class PlannedLayout:
 def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
     """All valid layouts of all worlds that divide the cluster, best first.
 
-    Layouts that meet the limits come first, by throughput; then those that fit but do not meet them, then those that
-    do not fit. Raises ConfigError if the sequences are longer than the model's context.
+    Layouts that meet the limits come first, then those that fit but do not meet them, then those that do not fit; each
+    by throughput, as `ranked` has it. Raises ConfigError if the sequences are longer than the model's context.
     """
     planned = [predict(config, layout, cluster, request) for layout in candidates(config, cluster)]
-    return sorted(
+    return ranked(
         planned,
-        key=lambda one: (
-            not one.fits,
-            not one.meets_limits(request),
-            -(one.tokens_per_s_per_gpu or 0.0),
-            one.layout.world,
-        ),
+        lambda one: one.layout,
+        lambda one: one.tokens_per_s_per_gpu or 0.0,
+        lambda one: (not one.fits, not one.meets_limits(request)),
     )
 
 
