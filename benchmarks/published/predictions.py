@@ -11,10 +11,10 @@ from functools import cache
 
 from benchmarks.published.points import Point
 from cluster.hardware import PRESETS, Cluster
-from cluster.planning.clients import Latencies, Workload, closed_loop
+from cluster.planning.clients import Latencies, closed_loop
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.official import find_config
-from cluster.planning.walk import StepRules, prompts_at_once
+from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.clients import Latencies, Workload, closed_loop, spread_out
+from cluster.planning.clients import Latencies, closed_loop, spread_out
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.ranking import ranked
-from cluster.planning.walk import StepRules, prompts_at_once
+from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts

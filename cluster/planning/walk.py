@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import floor
+from math import ceil, floor
 from typing import NamedTuple
 
 from cluster.planning.cost_model import StepShape
@@ -54,6 +54,30 @@ class Request(NamedTuple):
     arrival_s: float = 0.0
     followers: int = 0
     cached_len: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Equal requests. `cached_len` tokens of a prompt are found in the prefix cache. A decode step drafts `drafted`
+    tokens for each sequence, of which `accepted` are accepted on average."""
+
+    input_len: int
+    output_len: int
+    cached_len: int = 0
+    drafted: int = 0
+    accepted: float = 0.0
+
+    @property
+    def decode_steps(self) -> int:
+        """Decode steps of a sequence."""
+        return ceil((self.output_len - 1) / (1 + self.accepted))
+
+    @property
+    def request(self) -> Request:
+        """A request to walk with: one token for each step. Its context is right on average: the tokens that have no
+        step of their own are there from the beginning, by half."""
+        added = (self.output_len - 1 - self.decode_steps) // 2
+        return Request(self.input_len + added, 1 + self.decode_steps, cached_len=self.cached_len + added)
 
 
 @dataclass(eq=False, slots=True)
