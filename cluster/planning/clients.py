@@ -7,15 +7,15 @@ the cost model. Its dp groups take steps together, and share requests evenly.
 from __future__ import annotations
 
 import random
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
 from cluster.planning.cost_model import CostModel
-from cluster.planning.dp_groups import step_seconds
-from cluster.planning.steady import SteadySteps
+from cluster.planning.dp_groups import GroupShapes, step_seconds
+from cluster.planning.steady import SeenSteps, SteadySteps
 from cluster.planning.walk import Served, StepRules, Walk, Workload
 
 REQUESTS_EACH = 10  # of a client in a closed loop, as benchmark clients send
@@ -39,14 +39,45 @@ def closed_loop(
     """Latencies of `clients` clients of a replica. They begin together, and send `requests_each` requests each, one
     when the last is answered. The second round stands for all between the first and the last; beside answers of the
     last, ever fewer prompts are read."""
-    rounds = min(3, requests_each)
-    first = load.request._replace(followers=rounds - 1)
-    before_s = model.cluster.request_overhead_s
     walk = Walk(step_seconds(model, load.drafted, rules.max_num_batched_tokens), rules)
-    served = walk.serve([first] * clients)
-    weights = [requests_each - 2.0 if each.request.followers == 1 < rounds - 1 else 1.0 for each in served]
+    served, weights = _rounds(walk, load, clients, requests_each)
+    before_s = model.cluster.request_overhead_s
     in_system_s = fmean((each.last_s - each.sent_s for each in served), weights)
     return _latencies(model, load, served, weights, clients / (before_s + in_system_s))
+
+
+def seen_steps(model: CostModel, rules: StepRules, load: Workload, clients: int) -> SeenSteps:
+    """The mean steps in which the sequences of `closed_loop` decode. Of a kind that none sees, the mean of all."""
+    walk = Walk(step_seconds(model, load.drafted, rules.max_num_batched_tokens), rules, steps=[])
+    served, weights = _rounds(walk, load, clients, REQUESTS_EACH)
+    assert walk.steps is not None
+    changes = sorted(
+        change
+        for each, weight in zip(served, weights, strict=True)
+        for change in ((each.first_s, weight), (each.last_s, -weight))
+    )
+    times, decoding = [at_s for at_s, _ in changes], list(accumulate(weight for _, weight in changes))
+    kinds: tuple[list[tuple[GroupShapes, float]], ...] = ([], [])
+    for shape, number, at_s in walk.steps:
+        place = bisect_right(times, at_s)
+        weight = number * decoding[place - 1] if place else 0.0
+        shapes = GroupShapes.of(shape, rules.groups, load.drafted, rules.max_num_batched_tokens)
+        kinds[shape.prefill_tokens > 0].append((shapes, weight))
+    counted = [sum(weight for _, weight in kind) for kind in kinds]
+    decode, prompt = (
+        GroupShapes.average(kind if weight > 0 else [(shapes, 1.0) for shapes, _ in kind])
+        for kind, weight in zip(kinds, counted, strict=True)
+    )
+    return SeenSteps(decode, prompt, counted[1] / (sum(counted) or 1.0))
+
+
+def _rounds(walk: Walk, load: Workload, clients: int, requests_each: int) -> tuple[list[Served], list[float]]:
+    """The requests of a closed loop, with the number of requests that each stands for."""
+    rounds = min(3, requests_each)
+    served = walk.serve([load.request._replace(followers=rounds - 1)] * clients)
+    return served, [
+        requests_each - 2.0 if each.request.followers == 1 < rounds - 1 else 1.0 for each in served
+    ]
 
 
 def open_loop(
@@ -68,7 +99,7 @@ def open_loop(
 def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, demand: int) -> Latencies:
     """Means of a steady state in which requests come at random, and `batch` of them are in a replica on average. Of
     `demand` requests the others wait until one of these ends. The percentiles are the mean."""
-    state = SteadySteps(step_seconds(model, load.drafted), rules, load, batch).state()
+    state = SteadySteps(model, rules, load, batch).state()
     queue_s = max(0, demand - batch) / state.rate
     ttft_s = queue_s + state.wait_s + state.prompt_s + model.cluster.request_overhead_s
     itl_s = state.step_s * load.decode_steps / max(1, load.output_len - 1)

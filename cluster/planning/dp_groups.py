@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from math import ceil
 
 from cluster.planning.cost_model import CostModel, StepLine, StepShape
@@ -32,6 +32,20 @@ class GroupShapes:
             StepShape(rows, int(context), round(tokens * share), int(total.prefill_pairs * share), samples),
             StepShape(rows, int(context), ceil(tokens / groups), total.prefill_pairs // groups, samples),
         )
+
+    @classmethod
+    def average(cls, steps: Sequence[tuple[GroupShapes, float]]) -> GroupShapes:
+        """The mean of steps with weights; of none, a step without work."""
+        weight = sum(share for _, share in steps) or 1.0
+
+        def mean(of: Callable[[GroupShapes], StepShape]) -> StepShape:
+            sums = (
+                sum(getattr(of(shapes), field.name) * share for shapes, share in steps)
+                for field in fields(StepShape)
+            )
+            return StepShape(*(round(each / weight) for each in sums))
+
+        return cls(mean(lambda shapes: shapes.largest), mean(lambda shapes: shapes.mean))
 
     def shared_seconds(self, model: CostModel) -> float:
         """How much less a step takes than if all groups were as the largest: the experts, which all groups share, get

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.clients import Latencies, closed_loop, spread_out
+from cluster.planning.clients import Latencies, closed_loop, seen_steps, spread_out
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.ranking import ranked
+from cluster.planning.steady import SeenSteps, SteadySteps
 from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
@@ -177,28 +178,17 @@ def predict(
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
-    model = cost_model(config, layout, cluster, request)
-    demand = ceil(request.concurrency / (replicas * layout.dp))
-    seqs = min(demand, request.max_num_batched_tokens)
-    capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
+    replica = replica_load(config, layout, cluster, request, spread=spread)
+    model, capacity, sequences = replica.model, replica.capacity_tokens, replica.sequences
     weights = model.weights_bytes()
-    activations = model.activation_bytes(request.max_num_batched_tokens, seqs)
+    activations = model.activation_bytes(request.max_num_batched_tokens, sequences)
     used = {"weights": weights, "kv": 0, "activations": activations}
     fitting = max(0, capacity) // request.length
     if fitting < 1:
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
-    batch = min(seqs, fitting)
-    used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    load, dp = request.workload, layout.dp
-    clients = ceil(request.concurrency / replicas)  # of a replica
-    chunks = ceil((load.input_len - load.cached_len) / max(1, request.max_num_batched_tokens - seqs))
-    most = prompts_at_once(clients * (chunks if dp > 1 else 1), 1 + load.decode_steps)
-    rules = StepRules(request.max_num_batched_tokens, seqs * dp, capacity * dp, most, dp)
-    if spread or clients > _MOST_WALKED:
-        seen = spread_out(model, rules, load, min(clients, batch * dp), clients)
-    else:
-        seen = closed_loop(model, rules, load, clients)
-    rate = seen.requests_per_s * request.output_len * request.concurrency / clients
+    used["kv"] = int(min(sequences, fitting) * request.length * model.kv_bytes_per_token())
+    seen = replica.latencies()
+    rate = seen.requests_per_s * request.output_len * request.concurrency / replica.clients
     return PlannedLayout(
         layout,
         replicas,
@@ -211,8 +201,55 @@ def predict(
         1e3 * seen.itl_s if request.output_len > 1 else None,
         rate,
         rate / cluster.num_devices,
-        {} if spread or clients > _MOST_WALKED else _percentiles_ms(seen),
+        {} if replica.spread else _percentiles_ms(seen),
     )
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """The load of one replica: `clients` requests in flight, of which a dp group runs `sequences` at a time if the
+    `capacity_tokens` of its cache hold them. spread: requests come one by one at random; else clients begin together.
+    """
+
+    model: CostModel
+    rules: StepRules
+    load: Workload
+    clients: int
+    sequences: int
+    capacity_tokens: int
+    spread: bool
+
+    @property
+    def _running(self) -> int:
+        held = self.capacity_tokens // (self.load.input_len + self.load.output_len)
+        return min(self.clients, min(self.sequences, held) * self.model.layout.dp)
+
+    def latencies(self) -> Latencies:
+        """What its clients see."""
+        if self.spread:
+            return spread_out(self.model, self.rules, self.load, self._running, self.clients)
+        return closed_loop(self.model, self.rules, self.load, self.clients)
+
+    def steps(self) -> SeenSteps:
+        """The steps in which its sequences decode."""
+        if self.spread:
+            return SteadySteps(self.model, self.rules, self.load, self._running).seen()
+        return seen_steps(self.model, self.rules, self.load, self.clients)
+
+
+def replica_load(
+    config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, *, spread: bool = False
+) -> ReplicaLoad:
+    """What each replica of a layout has to do. Replicas share the load."""
+    model = cost_model(config, layout, cluster, request)
+    replicas, dp, most_tokens = cluster.replicas(layout.world), layout.dp, request.max_num_batched_tokens
+    sequences = min(ceil(request.concurrency / (replicas * dp)), most_tokens)
+    capacity = model.kv_capacity_tokens(most_tokens, sequences)
+    load, clients = request.workload, ceil(request.concurrency / replicas)
+    chunks = ceil((load.input_len - load.cached_len) / max(1, most_tokens - sequences))
+    most = prompts_at_once(clients * (chunks if dp > 1 else 1), 1 + load.decode_steps)
+    rules = StepRules(most_tokens, sequences * dp, capacity * dp, most, dp)
+    return ReplicaLoad(model, rules, load, clients, sequences, capacity, spread or clients > _MOST_WALKED)
 
 
 def cost_model(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> CostModel:

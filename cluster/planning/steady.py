@@ -10,11 +10,11 @@ of the group with the most prompts, so prompts that come together cost less than
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, exp, expm1, inf, isinf, sqrt
 
-from cluster.planning.cost_model import StepShape
+from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.dp_groups import GroupShapes, step_seconds
 from cluster.planning.walk import StepRules, Workload
 
 _EXACT = 1e-7  # of the rate
@@ -32,16 +32,25 @@ class Steady:
     step_s: float
     wait_s: float
     prompt_s: float
+    together: float = 1.0  # chunks in a step with prompts
+
+
+@dataclass(frozen=True)
+class SeenSteps:
+    """What a sequence sees while it decodes: a decode step, a step with prompts, and the share of those."""
+
+    decode: GroupShapes
+    prompt: GroupShapes
+    prompt_share: float
 
 
 class SteadySteps:
-    """Steps of a replica in a steady state with `batch` requests in it on average. `seconds` is `step_seconds`."""
+    """Steps of a replica in a steady state with `batch` requests in it on average."""
 
-    def __init__(
-        self, seconds: Callable[[StepShape], float], rules: StepRules, load: Workload, batch: int
-    ) -> None:
+    def __init__(self, model: CostModel, rules: StepRules, load: Workload, batch: int) -> None:
+        seconds = step_seconds(model, load.drafted)
         self._groups = groups = rules.groups
-        self._batch, self._decode_steps = batch, load.decode_steps
+        self._batch, self._decode_steps, self._drafted = batch, load.decode_steps, load.drafted
         tokens, known = load.input_len - load.cached_len, load.cached_len
         steps = 1 + load.decode_steps
         # Beyond so many, prompts fill every step, and others wait.
@@ -106,7 +115,8 @@ class SteadySteps:
             odds = in_a_row * -expm1(-rate * self.decode_s)
             share = odds / (1 + odds)
             step_s = share * prompt_s + (1 - share) * self.decode_s
-            prompt_s = self._seconds(max(1.0, rate * self.chunks * step_s / max(_TINY, share)))
+            chunks = max(1.0, rate * self.chunks * step_s / max(_TINY, share))
+            prompt_s = self._seconds(chunks)
         # A request comes in a long step rather than in a short one, and others with it.
         seen_s = (share * prompt_s**2 + (1 - share) * self.decode_s**2) / step_s
         # Half of what Erlang's formula gives, since prompts take equal times (Pollaczek and Khinchine for one server).
@@ -116,7 +126,22 @@ class SteadySteps:
         longer_s = self.chunks * (self.alone_s - self.decode_s) * (1 - share + share / self._groups)
         more_s = rate * self.chunks * max(0.0, prompt_s - step_s) * longer_s / max(0.1, 1 - rate * longer_s)
         decoding_s = step_s + more_s / max(1, self._decode_steps)
-        return Steady(rate, decoding_s, seen_s / 2 + step_s + queue_s, own_s)
+        return Steady(rate, decoding_s, seen_s / 2 + step_s + queue_s, own_s, chunks)
+
+    def seen(self) -> SeenSteps:
+        """The steps of the state."""
+        found = self.state()
+        chunks = found.together
+        share = (found.step_s - self.decode_s) / (self._seconds(chunks) - self.decode_s)
+        prompt = GroupShapes.of(self.prompts(chunks), self._groups, self._drafted)
+        tokens = round(self._in_largest(chunks) * self._tokens)
+        largest = replace(
+            prompt.largest,
+            prefill_tokens=tokens,
+            prefill_pairs=int(tokens * self._pairs / self._tokens),
+        )
+        decode = GroupShapes.of(self.decode, self._groups, self._drafted)
+        return SeenSteps(decode, replace(prompt, largest=largest), min(1.0, max(0.0, share)))
 
     def prompts(self, chunks: float) -> StepShape:
         """A step with so many chunks of prompts beside the decodes."""
@@ -125,10 +150,12 @@ class SteadySteps:
 
     def _seconds(self, chunks: float) -> float:
         """Seconds of a step with so many chunks on average, of which a group has one at least."""
-        groups = self._groups
-        in_largest = max(1.0, (chunks - 0.5) / groups + 0.5)
-        in_largest = min(in_largest, max(1.0, self._most / groups))
-        return self.alone_s + (chunks - 1) * self._each_s + (in_largest - 1) * self._more_s
+        return self.alone_s + (chunks - 1) * self._each_s + (self._in_largest(chunks) - 1) * self._more_s
+
+    def _in_largest(self, chunks: float) -> float:
+        """Chunks of the group with the most: 1, or of many half a chunk more than the mean."""
+        in_largest = max(1.0, (chunks - 0.5) / self._groups + 0.5)
+        return min(in_largest, max(1.0, self._most / self._groups))
 
 
 def _erlang(offered: float, servers: float) -> tuple[float, float]:

@@ -31,8 +31,14 @@ _OF_A_PLAN = (
 
 def add_arguments(parser: VerbParser) -> None:
     add_model_and_cluster(parser, gpus_help=_GPUS)
-    _add_load(parser.add_argument_group("load"))
-    _add_engine(parser.add_argument_group("engine of each replica"))
+    load = add_load(parser.add_argument_group("load"))
+    load.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RESULT.json",
+        help="loads of results of bench serve --save-result, which are shown beside their predictions",
+    )
+    add_engine(parser.add_argument_group("engine of each replica"))
     _add_answers(parser.add_argument_group("further answers"))
     plan_deployment.add_arguments(parser)
     parser.add_argument_group("comparison with a measurement").add_argument(
@@ -100,9 +106,11 @@ def given_request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
     return PlanRequest(**given)
 
 
-def _add_load(group: argparse._ArgumentGroup) -> None:
+def add_load(group: argparse._ArgumentGroup, required: bool = False) -> argparse._MutuallyExclusiveGroup:
+    """Lengths, limits, and one of a closed and an open loop; the group of these is returned. `required`: the lengths
+    must be given."""
     for name, what in (("input", "in each prompt"), ("output", "generated for each prompt")):
-        group.add_argument(f"--{name}-len", type=int, metavar="N", help=f"tokens {what}")
+        group.add_argument(f"--{name}-len", type=int, required=required, metavar="N", help=f"tokens {what}")
     load = group.add_mutually_exclusive_group(required=True)
     load.add_argument(
         "--concurrency",
@@ -116,17 +124,13 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
         metavar="R",
         help="requests a second that arrive, whenever others end",
     )
-    load.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="RESULT.json",
-        help="loads of results of bench serve --save-result, which are shown beside their predictions",
-    )
     for name, what in (("ttft", "time to first token"), ("itl", "inter-token latency")):
         group.add_argument(f"--{name}-ms", type=float, metavar="X", help=f"upper limit of the mean {what}")
+    return load
 
 
-def _add_engine(group: argparse._ArgumentGroup) -> None:
+def add_engine(group: argparse._ArgumentGroup) -> None:
+    """What changes the steps."""
     cpu, gpu = (STEP_DEFAULTS[kind].max_num_batched_tokens for kind in ("cpu", "cuda"))
     group.add_argument(
         "--max-num-batched-tokens",
