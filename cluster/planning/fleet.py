@@ -40,6 +40,8 @@ def fewest(config: ModelConfig, kind: Cluster, request: PlanRequest, rate: float
         if best and world > best[0][0]:
             break
         for layout in valid_layouts(config, world):
+            if request.layout not in (None, layout):
+                continue
             loads = LayoutLoads(config, layout, replace(kind, num_devices=world), request)
             alone.append(loads.at(1))
             within = loads.most_within_limits()
@@ -63,9 +65,8 @@ def fewest(config: ModelConfig, kind: Cluster, request: PlanRequest, rate: float
 def all_under(config: ModelConfig, cluster: Cluster, request: PlanRequest, rate: float) -> list[RatedLayout]:
     """All layouts of all worlds that divide the cluster under `rate`: those that hold it first, then those that keep
     the limits, then those that fit; each by the most that it serves, as `ranked` has it."""
-    found = [
-        LayoutLoads(config, layout, cluster, request).under(rate) for layout in candidates(config, cluster)
-    ]
+    layouts = candidates(config, cluster, request.layout)
+    found = [LayoutLoads(config, layout, cluster, request).under(rate) for layout in layouts]
     return ranked(
         found,
         lambda one: one.planned.layout,

@@ -110,22 +110,13 @@ def next_changes(
 def planned_layout(here: Setting, layout: Layout, cluster: Cluster) -> Served:
     """The prediction for `layout`. Raises ConfigError if it has no place in the cluster or does not fit; the message
     says which neighbour does."""
-    check_place(layout, cluster)
+    [layout] = candidates(here.config, cluster, layout)
     one = here.on(cluster, layout)
     if one.planned.fits:
         return one
     near = max(_neighbours(here, layout, cluster), key=lambda each: each.most, default=None)
     advice = f"; {near.planned.layout} is near and fits" if near else "; take more or larger devices"
     raise ConfigError(f"layout {layout} does not fit: {one.planned.reason}{advice}")
-
-
-def check_place(layout: Layout, cluster: Cluster) -> None:
-    """Raises ConfigError if replicas of `layout` cannot fill the cluster."""
-    if cluster.num_devices % layout.world:
-        raise ConfigError(
-            f"layout {layout} has {layout.world} ranks, which do not divide the {cluster.num_devices} devices of the "
-            "cluster; change --layout or the number of devices"
-        )
 
 
 def _neighbours(here: Setting, layout: Layout, cluster: Cluster) -> Iterator[Served]:

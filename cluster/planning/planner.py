@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil
 
@@ -28,6 +27,7 @@ class PlanRequest:
     ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet. prefix_hits: share of the
     prompts' tokens that the prefix cache holds. drafted: tokens that speculation drafts for a sequence in a step;
     acceptance: share of them that is accepted. lora_rank: of the `adapters` adapters that a step uses; 0: none.
+    layout: the only one to plan for; None: all.
     """
 
     input_len: int
@@ -43,6 +43,7 @@ class PlanRequest:
     acceptance: float = 0.0
     lora_rank: int = 0
     adapters: int = 1
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         for name in ("prefix_hits", "acceptance"):
@@ -124,12 +125,14 @@ class PlannedLayout:
 
 
 def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
-    """All valid layouts of all worlds that divide the cluster, best first.
+    """All valid layouts of all worlds that divide the cluster, or the one of the request, best first.
 
     Layouts that meet the limits come first, then those that fit but do not meet them, then those that do not fit; each
     by throughput, as `ranked` has it. Raises ConfigError if the sequences are longer than the model's context.
     """
-    planned = [predict(config, layout, cluster, request) for layout in candidates(config, cluster)]
+    planned = [
+        predict(config, layout, cluster, request) for layout in candidates(config, cluster, request.layout)
+    ]
     return ranked(
         planned,
         lambda one: one.layout,
@@ -138,10 +141,18 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
     )
 
 
-def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
-    """All valid layouts of all worlds that divide the cluster."""
-    for world in divisors(cluster.num_devices):
-        yield from valid_layouts(config, world)
+def candidates(config: ModelConfig, cluster: Cluster, only: Layout | None = None) -> list[Layout]:
+    """All valid layouts of all worlds that divide the cluster, or `only` that one. Raises ParallelLayoutError if it
+    cannot split the model, and ConfigError if it has no place in the cluster."""
+    if only is None:
+        return [one for world in divisors(cluster.num_devices) for one in valid_layouts(config, world)]
+    only.validate(config)
+    if cluster.num_devices % only.world:
+        raise ConfigError(
+            f"layout {only} has {only.world} ranks, which do not divide the {cluster.num_devices} devices of the "
+            "cluster; change --layout or the number of devices"
+        )
+    return [only]
 
 
 def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:

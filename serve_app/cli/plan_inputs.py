@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 from serve_app.cli import plan_deployment
 from serve_app.cli.options import add_model_and_cluster, number
@@ -41,10 +42,11 @@ def add_arguments(parser: VerbParser) -> None:
     add_engine(parser.add_argument_group("engine of each replica"))
     _add_answers(parser.add_argument_group("further answers"))
     plan_deployment.add_arguments(parser)
-    parser.add_argument_group("comparison with a measurement").add_argument(
+    parser.add_argument(
         "--layout",
-        metavar="LAYOUT",
-        help="layout that was measured (default: the best for the first result's load)",
+        metavar="L",
+        help="the only layout to plan for (default: all), or that --compare measured (default: the best for the first "
+        "result)",
     )
     parser.require_without("--compare", "--input-len", "--output-len")
 
@@ -59,10 +61,6 @@ def check(args: argparse.Namespace) -> None:
                 f"--compare takes the load from RESULT.json and prints no plan; leave {option} out"
             )
         return
-    if args.layout is not None:
-        raise ConfigError(
-            "--layout is what --compare measured; add --compare RESULT.json, or leave --layout out"
-        )
     if args.out is not None and not args.render:
         raise ConfigError("--out is the file of --render; add --render serve, or leave --out out")
 
@@ -100,6 +98,8 @@ def given_request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
 
     names = [field.name for field in dataclasses.fields(PlanRequest)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.layout is not None:
+        given["layout"] = Layout.parse(args.layout)
     given.setdefault("max_num_batched_tokens", STEP_DEFAULTS[cluster.device_kind].max_num_batched_tokens)
     for name in ("input_len", "output_len", "concurrency"):
         given.setdefault(name, 1)

@@ -132,6 +132,20 @@ def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[s
     assert best.meets_limits(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
 
 
+def test_one_layout_is_planned_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = {row["layout"]: row for row in planned(capsys, "Qwen3-8B", "--gpus", "8xH100")}
+    [row] = planned(capsys, "Qwen3-8B", "--gpus", "8xH100", "--layout", "tp=2,dp=2")
+    same = set(row) - {"breaks_first", "expected_error"}
+    assert {key: row[key] for key in same} == {key: everything["tp=2,dp=2"][key] for key in same}
+    rate = ("Qwen3-8B", "--gpus", "H100", *LOAD[:4], "--rate", "9", "--layout", "tp=2", "--json")
+    assert main(["plan", *rate]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "tp=2"
+    assert "Qwen3-32B does not fit; with tp=1" in refusal(
+        capsys, "Qwen3-32B", "--gpus", "2xH100", *LOAD, "--layout", "tp=1", "--kv-cache-dtype", "bfloat16",
+        "--max-num-batched-tokens", "65536",
+    )  # fmt: skip
+
+
 def test_of_layouts_that_hardly_differ_the_simplest_is_best(capsys: pytest.CaptureFixture[str]) -> None:
     rates = {
         "tp=2,pp=2": 100.0,

@@ -125,7 +125,8 @@ def test_a_wrong_line_of_a_file_of_prices_is_named(
         (("--gpus", "8xH100", *RATE, "--concurrency", "8"), "--concurrency: not allowed with argument --rate"),
         (("--gpus", "8xH100", *LOAD, "--rate", "0"), "'0' is not a number above 0"),
         (("--gpus", "8xH100", *LOAD), "required: --concurrency or --rate"),
-        (("--gpus", "8xH100", *RATE, "--layout", "tp=2"), "--layout is what --compare measured"),
+        (("--gpus", "8xH100", *RATE, "--layout", "tp=16"), "layout tp=16 has 16 ranks, which do not divide the 8"),
+        (("--gpus", "8xH100", *RATE, "--layout", "tp=3"), "n_heads=32 is not divisible by tp=3"),
         (("--gpus", "8xH100", *RATE, "--out", "f"), "--out is the file of --render"),
     ],
 )  # fmt: skip
