@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from cluster.hardware import Cluster
+from cluster.hardware import MOST_DEVICES, Cluster
 from cluster.planning.layout_loads import LayoutLoads, RatedLayout
 from cluster.planning.limits import impossible, limits_of
 from cluster.planning.planner import PlannedLayout, PlanRequest, candidates
@@ -58,6 +58,11 @@ def fewest(config: ModelConfig, kind: Cluster, request: PlanRequest, rate: float
     if not best:
         raise ConfigError(impossible(alone, request, f"no number of {kind.device.name}", "even idle"))
     devices, _, layout = ranked(best, lambda one: one[2], lambda one: one[1])[0]
+    if devices > MOST_DEVICES:
+        raise ConfigError(
+            f"--rate {rate:g} needs {devices:.4g} x {kind.device.name}, and at most {MOST_DEVICES:,} are planned for; "
+            "lower it"
+        )
     cluster = replace(kind, num_devices=devices)
     return Fleet(cluster, LayoutLoads(config, layout, cluster, request).under(rate))
 

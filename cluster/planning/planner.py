@@ -17,7 +17,8 @@ from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 
-_MOST_WALKED = 4096  # clients of a replica; for more, requests are taken to come one by one
+_LARGEST_REPLICA = 1024  # ranks; larger ones are planned only if they are asked for
+_MOST_WALKED = 1024  # clients of a replica; for more, requests are taken to come one by one
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,11 @@ def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[Pl
 
 
 def candidates(config: ModelConfig, cluster: Cluster, only: Layout | None = None) -> list[Layout]:
-    """All valid layouts of all worlds that divide the cluster, or `only` that one. Raises ParallelLayoutError if it
-    cannot split the model, and ConfigError if it has no place in the cluster."""
+    """All valid layouts of all worlds up to 1,024 that divide the cluster, or `only` that one. Raises
+    ParallelLayoutError if it cannot split the model, and ConfigError if it has no place in the cluster."""
     if only is None:
-        return [one for world in divisors(cluster.num_devices) for one in valid_layouts(config, world)]
+        worlds = [world for world in divisors(cluster.num_devices) if world <= _LARGEST_REPLICA]
+        return [one for world in worlds for one in valid_layouts(config, world)]
     only.validate(config)
     if cluster.num_devices % only.world:
         raise ConfigError(

@@ -120,7 +120,7 @@ def add_load(group: argparse._ArgumentGroup, required: bool = False) -> argparse
     )
     load.add_argument(
         "--rate",
-        type=number(0, above=True),
+        type=number(0, 1e9, above=True),
         metavar="R",
         help="requests a second that arrive, whenever others end",
     )

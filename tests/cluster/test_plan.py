@@ -294,6 +294,13 @@ def test_presets_order_as_their_datasheets_do() -> None:
     assert sorted(best, key=lambda name: best[name]) == ["A100", "H100", "H200", "B200"]
 
 
+def test_large_clusters_and_loads_are_planned_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(capsys, "Qwen3-8B", "--gpus", "83160xH100", "--concurrency", "10000000")
+    assert max(Layout.parse(row["layout"]).world for row in rows) <= 1024 and rows[0]["fits"]
+    [row] = planned(capsys, "Qwen3-8B", "--gpus", "83160xH100", "--layout", "tp=4,pp=2,dp=315")
+    assert row["layout"] == "tp=4,dp=315,pp=2"
+
+
 def test_layouts_are_as_the_library_writes_them(capsys: pytest.CaptureFixture[str]) -> None:
     for row in planned(capsys, "Qwen3-30B-A3B", "--gpus", "4xH200"):
         assert str(Layout.parse(row["layout"])) == row["layout"]
