@@ -34,12 +34,17 @@ class Latencies:
 
 
 def closed_loop(
-    model: CostModel, rules: StepRules, load: Workload, clients: int, requests_each: int = REQUESTS_EACH
+    model: CostModel,
+    rules: StepRules,
+    load: Workload,
+    clients: int,
+    requests_each: int = REQUESTS_EACH,
+    depth: int = 2,
 ) -> Latencies:
     """Latencies of `clients` clients of a replica. They begin together, and send `requests_each` requests each, one
     when the last is answered. The second round stands for all between the first and the last; beside answers of the
-    last, ever fewer prompts are read."""
-    walk = Walk(step_seconds(model, load.drafted, rules.max_num_batched_tokens), rules)
+    last, ever fewer prompts are read. `depth`: steps in flight, as of `Walk`."""
+    walk = Walk(step_seconds(model, load.drafted, rules.max_num_batched_tokens), rules, depth=depth)
     served, weights = _rounds(walk, load, clients, requests_each)
     before_s = model.cluster.request_overhead_s
     in_system_s = fmean((each.last_s - each.sent_s for each in served), weights)
