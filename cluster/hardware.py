@@ -47,6 +47,7 @@ class WeightRates:
             )
 
 
+MOST_DEVICES = 1_000_000  # of a cluster that is planned for
 _WEIGHT_KINDS = ("fp8", "fp8_block", "int8", "int4", "fp4")
 
 
@@ -147,6 +148,8 @@ class Cluster:
         for name in ("num_devices", "devices_per_node"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.num_devices > MOST_DEVICES:
+            raise ConfigError(f"num_devices must be at most {MOST_DEVICES:,}, not {self.num_devices:.4g}")
         for field in fields(self):
             if field.name.endswith("_overhead_s") and getattr(self, field.name) < 0:
                 raise ConfigError(f"{field.name} must not be negative, not {getattr(self, field.name):g}")

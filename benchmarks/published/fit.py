@@ -82,7 +82,7 @@ def fit(points: Sequence[Point], start: Constants, report: Callable[[str], None]
             break
         x, errors, damping = moved, found, damping / 20
         report(f"step {step}: cost {_cost(errors, x):.3f}, {_shown(errors)}")
-        if _cost(errors, x) > 0.998 * cost:
+        if _cost(errors, x) > 0.9998 * cost:
             break
     left_out = _left_out(problem, x, errors)
     report(f"left out in turn: {_shown(left_out)}")

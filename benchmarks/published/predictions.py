@@ -11,10 +11,10 @@ from functools import cache
 
 from benchmarks.published.points import Point
 from cluster.hardware import PRESETS, Cluster
-from cluster.planning.clients import Latencies, Workload, closed_loop
+from cluster.planning.clients import Latencies, closed_loop
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.official import find_config
-from cluster.planning.walk import StepRules, prompts_at_once
+from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
@@ -26,12 +26,13 @@ _TIE = 1.05  # layouts nearer than this in TPOT are not put in order
 @dataclass(frozen=True)
 class Engine:
     """What an engine does by its documentation; nothing here is fitted. memory: share that weights, cache and
-    activations fill. fp8_cache: checkpoints with quantised weights come with an fp8 cache."""
+    activations fill. fp8_cache: checkpoints with quantised weights come with an fp8 cache. depth: steps in flight."""
 
     memory: float = 0.9
     fp8_cache: bool = False
     prompts_first: bool = False
     reserves: bool = False
+    depth: int = 2
 
     def rules(self, point: Point, dp: int, capacity: int) -> StepRules:
         """How the engine forms the steps of a point with `dp` groups, each with a cache of `capacity` tokens."""
@@ -42,6 +43,7 @@ class Engine:
 ENGINES = {
     "sglang": Engine(memory=0.87, prompts_first=True),
     "trtllm": Engine(fp8_cache=True, reserves=True),
+    "vllm": Engine(depth=1),  # --async-scheduling is off by default in 0.12
 }
 
 
@@ -69,7 +71,8 @@ def predicted(
     longest = point.input_len + point.output_len
     capacity = max(longest + 1, model.kv_capacity_tokens(_TOKENS, 256))
     load = Workload(point.input_len, point.output_len)
-    return closed_loop(model, engine.rules(point, layout.dp, capacity), load, point.clients)
+    rules = engine.rules(point, layout.dp, capacity)
+    return closed_loop(model, rules, load, point.clients, depth=engine.depth)
 
 
 def errors(points: Sequence[Point], found: Sequence[Latencies]) -> dict[str, float | int]:

@@ -10,10 +10,10 @@ import statistics
 from dataclasses import dataclass, replace
 
 from cluster.hardware import PRESETS, Cluster
-from cluster.planning.clients import Workload, closed_loop
+from cluster.planning.clients import closed_loop
 from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.official import find_config
-from cluster.planning.walk import StepRules, prompts_at_once
+from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.layout import Layout
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 

@@ -21,8 +21,8 @@ from benchmarks.simulator.paced_gpu import (
     settings,
     simulated_replica,
 )
-from cluster.planning.clients import step_seconds
 from cluster.planning.cost_model import CostModel
+from cluster.planning.dp_groups import step_seconds
 from cluster.planning.layout_loads import LayoutLoads
 from cluster.planning.planner import PlanRequest
 from cluster.planning.walk import Request as WalkRequest

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from cluster.calibration import collective_probe, probes, step_probe
+from cluster.calibration.noise import BUSY, CpuUsage
 from cluster.hardware import PRESETS, Cluster, Device, Link, as_dict
 from cluster.planning.products import MatmulTime
 from qwen3_dist.errors import ResourceError
@@ -24,7 +25,6 @@ Report = Callable[[str], None]
 Points = dict[str, list[tuple[int, float]]]
 _EXPERT_TOKENS = (32, 128, 512)
 _CPU_UTILIZATION = 0.8  # of the host's memory, of which the engine takes a share of the free part
-_MAX_SHARE_OF_OTHERS = 0.05  # of the cores' time, beyond which the figures are unreliable
 _PLACEHOLDER_LINK = Link(1e-5, 25e9)  # for a single device, which has no links to measure
 
 
@@ -39,6 +39,8 @@ class Calibration:
     def write(self, file: Path) -> None:
         """Writes the cluster file that `read_cluster` reads, headed by date and machine. Raises ResourceError."""
         lines = [f"# Measured by qwen3-dist calibrate on {self.about['date']}: {self.about['machine']}"]
+        if self.about["disturbed"]:
+            lines.append(f"# {self.about['disturbed']}")
         lines.append(yaml.safe_dump(as_dict(self.cluster), sort_keys=False, default_flow_style=None))
         try:
             file.write_text("\n".join(lines))
@@ -68,7 +70,7 @@ def calibrate(
     sizes = sizes or probes.Sizes.for_device(where)
     measured: dict[str, Any] = {}
     between = _measure_between(device, ray_address, report) if ray_address is not None else None
-    usage = _CpuUsage()
+    usage = CpuUsage()
     profile = _measure_device(where, sizes, rows, measured, report)
     inside = _measure_links(device, ranks, measured, report, profile.name)
     cluster = Cluster(
@@ -86,13 +88,15 @@ def calibrate(
         cluster = _with_nodes(cluster, device, *between, report)
     machine = f"{profile.name}, torch {versions()['torch']}, commit {versions()['commit']}"
     others = usage.share_of_others()
-    if device == "cpu" and others > _MAX_SHARE_OF_OTHERS:
-        report(
-            f"other programs used {others:.0%} of the cores, so the figures are too low; calibrate again on an idle "
-            "machine"
+    disturbed = ""
+    if device == "cpu" and others > BUSY:
+        disturbed = (
+            f"other programs used {others:.0%} of the cores, so rates are too low and overheads too high; calibrate "
+            "again on an idle machine"
         )
+        report(disturbed)
     about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "hardware": hardware()}
-    about["cpu_share_of_others"] = round(others, 3)
+    about |= {"cpu_share_of_others": round(others, 3), "disturbed": disturbed}
     return Calibration(_rounded(cluster), measured, about)
 
 
@@ -196,25 +200,6 @@ def _measure_overheads(cluster: Cluster, device: str, measured: dict[str, Any], 
     }
     inside = replace(inside, **slower)  # type: ignore[arg-type]
     return replace(cluster, ranks_overhead_s=ranks_s, inside=inside, between=inside)
-
-
-class _CpuUsage:
-    """CPU time of this machine since the object was constructed."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    def share_of_others(self) -> float:
-        """Share of all cores' time that was used by others than this process and its ended children."""
-        total, idle, own = (now - then for now, then in zip(self._now(), self._before, strict=True))
-        return max(0.0, (total - idle - own) / total) if total else 0.0
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        ticks = [int(part) for part in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        times, per_second = os.times(), os.sysconf("SC_CLK_TCK")
-        own = times.user + times.system + times.children_user + times.children_system
-        return sum(ticks) / per_second, (ticks[3] + ticks[4]) / per_second, own
 
 
 def _name(where: torch.device) -> str:

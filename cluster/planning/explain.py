@@ -14,7 +14,8 @@ from math import ceil
 
 from cluster.hardware import Cluster, Device, Link
 from cluster.planning.cost_model import StepShape
-from cluster.planning.planner import PlannedLayout, PlanRequest, cost_model
+from cluster.planning.dp_groups import GroupShapes
+from cluster.planning.planner import PlannedLayout, PlanRequest, cost_model, replica_load
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.layout import Layout
 
@@ -44,7 +45,8 @@ class Share:
 
 @dataclass(frozen=True)
 class ExplainedStep:
-    """A step of a layout in a steady state. `kind` is decode or prompt, and `weight` its share of all steps."""
+    """A step of the dp group with the most prompts. `kind` is decode or prompt, and `weight` its share of the steps in
+    which a sequence decodes."""
 
     kind: str
     shape: StepShape
@@ -70,14 +72,23 @@ class ExplainedStep:
 
 
 def explain_steps(
-    config: ModelConfig, cluster: Cluster, request: PlanRequest, planned: PlannedLayout
+    config: ModelConfig,
+    cluster: Cluster,
+    request: PlanRequest,
+    planned: PlannedLayout,
+    *,
+    spread: bool = False,
 ) -> tuple[ExplainedStep, ExplainedStep]:
-    """The decode step and the prompt step of a layout that `plan` found to fit, at the request's load."""
-    decode, prompt, weight = steady_shapes(request, sequences_in_step(request, planned))
-    explained = (("decode", decode, 1 - weight), ("prompt", prompt, weight))
+    """The mean decode step and the mean step with prompts of those in which a sequence decodes, for a layout that
+    `plan` found to fit, at its load. `spread`: requests come at random. Weighed, they are the predicted ITL."""
+    request = replace(request, concurrency=planned.concurrency)
+    seen = replica_load(config, planned.layout, cluster, request, spread=spread).steps()
+    explained = (("decode", seen.decode, 1 - seen.prompt_share), ("prompt", seen.prompt, seen.prompt_share))
     first, second = (
-        ExplainedStep(kind, shape, share, tuple(step_shares(config, planned.layout, cluster, request, shape)))
-        for kind, shape, share in explained
+        ExplainedStep(
+            kind, each.largest, share, tuple(step_shares(config, planned.layout, cluster, request, each))
+        )
+        for kind, each, share in explained
     )
     return first, second
 
@@ -98,36 +109,18 @@ def sequences_in_step(request: PlanRequest, planned: PlannedLayout) -> int:
     return max(1, min(demand, request.max_num_batched_tokens, planned.max_batch // planned.layout.dp))
 
 
-def steady_shapes(request: PlanRequest, batch: int) -> tuple[StepShape, StepShape, float]:
-    """A decode step and a step with prompts of one dp group of `batch` sequences, and the share of steps with prompts.
-
-    While a sequence makes its output, each of the others ends once and its successor's prompt is read, as in
-    `clients.spread_out`.
-    """
-    prompt, output = request.input_len, request.output_len
-    context = batch * (prompt + output / 2)
-    chunks = ceil(prompt / max(1, request.max_num_batched_tokens - batch))
-    steps = max(
-        1, ceil(batch * prompt / request.max_num_batched_tokens), min(output, batch * chunks)
-    )  # that have prompts
-    decodes = min(batch - 1, round(batch * (output - 1) / max(output, steps)))
-    mixed = StepShape(
-        decodes,
-        int(context * decodes / batch),
-        round(batch * prompt / steps),
-        round(batch * prompt * (prompt + 1) / 2 / steps),
-        min(batch, decodes + max(1, round(batch / steps))),
-    )
-    return StepShape(batch, int(context), 0, 0, batch), mixed, steps / max(output, steps)
-
-
 def step_shares(
-    config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, shape: StepShape
+    config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, shapes: GroupShapes
 ) -> Iterator[Share]:
-    """The shares of a step's time. They add up to `CostModel.step_seconds`."""
+    """The shares of a step's time. They add up to `CostModel.step_seconds` of the largest group, less what its experts
+    have less to do than if all groups were as large."""
 
     def parts(machine: Cluster) -> dict[str, float]:
-        return cost_model(config, layout, machine, request).step_parts(shape)
+        model = cost_model(config, layout, machine, request)
+        found = model.step_parts(shapes.largest)
+        if saved_s := shapes.shared_seconds(model):
+            found["experts"] -= saved_s
+        return found
 
     before = parts(cluster)
     if waits := before.pop(_PIPELINE, 0.0):

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from cluster.hardware import Cluster
+from cluster.hardware import MOST_DEVICES, Cluster
 from cluster.planning.layout_loads import LayoutLoads, RatedLayout
 from cluster.planning.limits import impossible, limits_of
 from cluster.planning.planner import PlannedLayout, PlanRequest, candidates
+from cluster.planning.ranking import ranked
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, valid_layouts
@@ -33,12 +34,14 @@ def fewest(config: ModelConfig, kind: Cluster, request: PlanRequest, rate: float
     the most that one replica serves, and its number of replicas follows. Raises ConfigError if a single request
     exceeds a limit or the memory with every layout, which no number of devices changes.
     """
-    best: tuple[int, float, Layout] | None = None
+    best: list[tuple[int, float, Layout]] = []  # of the fewest devices, what all serve, and the layout
     alone: list[PlannedLayout] = []
     for world in _worlds(kind):
-        if best is not None and world > best[0]:
+        if best and world > best[0][0]:
             break
         for layout in valid_layouts(config, world):
+            if request.layout not in (None, layout):
+                continue
             loads = LayoutLoads(config, layout, replace(kind, num_devices=world), request)
             alone.append(loads.at(1))
             within = loads.most_within_limits()
@@ -48,29 +51,32 @@ def fewest(config: ModelConfig, kind: Cluster, request: PlanRequest, rate: float
             devices = _devices(kind, world, ceil(rate / each))
             if devices is None:
                 continue
-            candidate = (devices, -(devices // world) * each, layout)
-            if best is None or candidate[:2] < best[:2]:
-                best = candidate
-    if best is None:
+            if best and devices < best[0][0]:
+                best.clear()
+            if not best or devices == best[0][0]:
+                best.append((devices, devices // world * each, layout))
+    if not best:
         raise ConfigError(impossible(alone, request, f"no number of {kind.device.name}", "even idle"))
-    cluster = replace(kind, num_devices=best[0])
-    return Fleet(cluster, LayoutLoads(config, best[2], cluster, request).under(rate))
+    devices, _, layout = ranked(best, lambda one: one[2], lambda one: one[1])[0]
+    if devices > MOST_DEVICES:
+        raise ConfigError(
+            f"--rate {rate:g} needs {devices:.4g} x {kind.device.name}, and at most {MOST_DEVICES:,} are planned for; "
+            "lower it"
+        )
+    cluster = replace(kind, num_devices=devices)
+    return Fleet(cluster, LayoutLoads(config, layout, cluster, request).under(rate))
 
 
 def all_under(config: ModelConfig, cluster: Cluster, request: PlanRequest, rate: float) -> list[RatedLayout]:
-    """All layouts of all worlds that divide the cluster under `rate`: those that hold it first, each by the most that
-    it serves."""
-    found = [
-        LayoutLoads(config, layout, cluster, request).under(rate) for layout in candidates(config, cluster)
-    ]
-    return sorted(
+    """All layouts of all worlds that divide the cluster under `rate`: those that hold it first, then those that keep
+    the limits, then those that fit; each by the most that it serves, as `ranked` has it."""
+    layouts = candidates(config, cluster, request.layout)
+    found = [LayoutLoads(config, layout, cluster, request).under(rate) for layout in layouts]
+    return ranked(
         found,
-        key=lambda one: (
-            not one.planned.fits,
-            -one.most_per_s,
-            -one.capacity_per_s,
-            one.planned.layout.world,
-        ),
+        lambda one: one.planned.layout,
+        lambda one: one.most_per_s or one.capacity_per_s,
+        lambda one: (not one.planned.fits, not one.most_per_s, not one.holds),
     )
 
 
@@ -79,9 +85,9 @@ def check_rate(
 ) -> None:
     """Raises ConfigError if layouts fit but none holds the rate. The message has the most that the cluster serves and
     the size that serves the rate; or, if no load keeps the limits, which limit and the nearest that can be met."""
-    best = found[0]
-    if not best.planned.fits or best.holds:
+    if not found[0].planned.fits or found[0].holds:
         return
+    best = max(found, key=lambda one: one.most_per_s)
     where = f"{cluster.num_devices} x {cluster.device.name}"
     if not best.most_per_s:
         alone = [LayoutLoads(config, one.planned.layout, cluster, request).at(1) for one in found]

@@ -4,32 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from cluster.hardware import Cluster
 from cluster.planning.explain import KV, WEIGHTS, explain_steps, mean_terms, sequences_in_step
+from cluster.planning.layout_loads import LayoutLoads
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.official import planned as rounded
-from cluster.planning.planner import PlannedLayout, PlanRequest, plan
+from cluster.planning.planner import PlannedLayout, PlanRequest, candidates, predict
+from cluster.planning.ranking import TIE
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 
-LEAST_GAIN = 0.01  # of tokens/s
 _MOST_CHANGED = 2  # axes of a neighbouring layout that differ
 _ROUNDED = ("fp8", "int4")
 
 
+class Served(NamedTuple):
+    """A prediction, and by what it is compared: tokens/s/GPU, or the most requests/s within the limits if there is a
+    rate."""
+
+    planned: PlannedLayout
+    most: float
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a prediction is for, beside its layout: the model as it is served, and the load."""
+    """What a prediction is for, beside its layout: the model as it is served, the load, and the rate if it has one."""
 
     config: ModelConfig
     request: PlanRequest
+    rate: float | None = None
+
+    def on(self, cluster: Cluster, layout: Layout) -> Served:
+        """What `layout` serves on `cluster`."""
+        if self.rate is None:
+            one = predict(self.config, layout, cluster, self.request)
+            return Served(one, one.tokens_per_s_per_gpu or 0.0)
+        rated = LayoutLoads(self.config, layout, cluster, self.request).under(self.rate)
+        return Served(rated.planned, rated.most_per_s)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A layout or a setting in place of the present one. `options` are those of `serve`, `gain` is that of tokens/s.
+    """A layout or a setting in place of the present one. `options` are those of `serve`. `gain` is that of tokens/s,
+    or of the most requests/s if there is a rate.
 
     changes_answers: whether weights or keys are rounded, so that answers differ a little.
     """
@@ -40,6 +60,7 @@ class Change:
     changes_answers: bool
     before: PlannedLayout
     after: PlannedLayout
+    at_rate: bool
 
     def __str__(self) -> str:
         figures = [
@@ -50,77 +71,76 @@ class Change:
             )
             if before and after
         ]
+        what = "of the most requests/s" if self.at_rate else "tokens/s"
         note = "; answers change a little" if self.changes_answers else ""
-        return f"{self.options} {self.reason}: {', '.join(figures)}, {self.gain:+.0%} tokens/s{note}"
+        return f"{self.options} {self.reason}: {', '.join(figures)}, {self.gain:+.0%} {what}{note}"
 
     def as_json(self) -> dict[str, object]:
         return {
             "options": self.options,
             "reason": self.reason,
-            "tokens_per_s_gain": round(self.gain, 4),
+            "most_requests_per_s_gain" if self.at_rate else "tokens_per_s_gain": round(self.gain, 4),
             "changes_answers": self.changes_answers,
             "before": self.before.as_json(),
             "after": self.after.as_json(),
         }
 
 
-def next_changes(config: ModelConfig, cluster: Cluster, request: PlanRequest, layout: Layout) -> list[Change]:
-    """The best neighbouring layout and the best of each setting, the largest gain first.
+def next_changes(
+    config: ModelConfig, cluster: Cluster, request: PlanRequest, layout: Layout, rate: float | None = None
+) -> list[Change]:
+    """The best neighbouring layout and the best of each setting, the largest gain first; under `rate` requests/s, or
+    with the requests in flight of `request`.
 
-    A neighbour differs in at most two of tp, dp, pp and ep. Raises ConfigError if the layout has no place in the
-    cluster or does not fit; the message says which neighbour does.
+    A neighbour differs in at most two of tp, dp, pp and ep. Raises ConfigError as `planned_layout` does.
     """
-    here = Setting(config, request)
-    all_layouts = plan(config, cluster, request)
-    before = planned_layout(all_layouts, layout, cluster)
-    found = [_better(cluster, here, before, here, one) for one in _neighbours(all_layouts, layout)]
+    here = Setting(config, request, rate)
+    before = planned_layout(here, layout, cluster)
+    found = [_better(cluster, here, before, here, one) for one in _neighbours(here, layout, cluster)]
     changes = sorted(filter(None, found), key=_by_gain)[:1]
     for choices in _settings(here):
         of_setting = [
-            _better(cluster, here, before, changed, one, words)
+            _better(cluster, here, before, changed, changed.on(cluster, layout), words)
             for words, changed in choices
-            for one in plan(changed.config, cluster, changed.request)
-            if one.layout == layout and one.fits
         ]
         changes += sorted(filter(None, of_setting), key=_by_gain)[:1]
     return sorted(changes, key=_by_gain)
 
 
-def planned_layout(all_layouts: list[PlannedLayout], layout: Layout, cluster: Cluster) -> PlannedLayout:
-    """The prediction for `layout`. Raises ConfigError if there is none, or if it does not fit."""
-    one = next((one for one in all_layouts if one.layout == layout), None)
-    if one is None:
-        raise ConfigError(
-            f"layout {layout} has {layout.world} ranks, which do not divide the {cluster.num_devices} devices of the "
-            "cluster; change --layout or the number of devices"
-        )
-    if one.fits:
+def planned_layout(here: Setting, layout: Layout, cluster: Cluster) -> Served:
+    """The prediction for `layout`. Raises ConfigError if it has no place in the cluster or does not fit; the message
+    says which neighbour does."""
+    [layout] = candidates(here.config, cluster, layout)
+    one = here.on(cluster, layout)
+    if one.planned.fits:
         return one
-    near = next((each for each in _neighbours(all_layouts, layout)), None)
-    advice = f"; {near.layout} is near and fits" if near else "; take more or larger devices"
-    raise ConfigError(f"layout {layout} does not fit: {one.reason}{advice}")
+    near = max(_neighbours(here, layout, cluster), key=lambda each: each.most, default=None)
+    advice = f"; {near.planned.layout} is near and fits" if near else "; take more or larger devices"
+    raise ConfigError(f"layout {layout} does not fit: {one.planned.reason}{advice}")
 
 
-def _neighbours(all_layouts: list[PlannedLayout], layout: Layout) -> Iterator[PlannedLayout]:
-    """Layouts that fit and are not far from `layout`, in the order of `plan`: the best first."""
-    for one in all_layouts:
-        changed = sum(getattr(one.layout, axis.name) != getattr(layout, axis.name) for axis in fields(Layout))
-        if one.fits and 1 <= changed <= _MOST_CHANGED:
-            yield one
+def _neighbours(here: Setting, layout: Layout, cluster: Cluster) -> Iterator[Served]:
+    """Layouts that fit and are not far from `layout`."""
+    for one in candidates(here.config, cluster):
+        changed = sum(getattr(one, axis.name) != getattr(layout, axis.name) for axis in fields(Layout))
+        if 1 <= changed <= _MOST_CHANGED:
+            served = here.on(cluster, one)
+            if served.planned.fits:
+                yield served
 
 
 def _settings(here: Setting) -> Iterator[list[tuple[str, Setting]]]:
     """For each setting of `serve` the other values that may be worth it."""
     config, request = here.config, here.request
     if config.quantization is None:
-        yield [(f"--quantize {to}", Setting(rounded(config, to), request)) for to in _ROUNDED]
+        yield [(f"--quantize {to}", replace(here, config=rounded(config, to))) for to in _ROUNDED]
     if kv_item_bytes(config, request.kv_cache_dtype) > 1:
-        yield [("--kv-cache-dtype fp8", Setting(config, replace(request, kv_cache_dtype="fp8")))]
+        yield [("--kv-cache-dtype fp8", replace(here, request=replace(request, kv_cache_dtype="fp8")))]
     budget = request.max_num_batched_tokens
     yield [
         (
             f"--max-num-batched-tokens {tokens}",
-            Setting(config, replace(request, max_num_batched_tokens=tokens)),
+            replace(here, request=replace(request, max_num_batched_tokens=tokens)),
         )
         for tokens in (2 * budget, max(1, budget // 2))
     ]
@@ -129,23 +149,23 @@ def _settings(here: Setting) -> Iterator[list[tuple[str, Setting]]]:
 def _better(
     cluster: Cluster,
     here: Setting,
-    before: PlannedLayout,
+    before: Served,
     there: Setting,
-    after: PlannedLayout,
+    after: Served,
     words: str = "",
 ) -> Change | None:
-    """The change from one prediction to another; None if it gains too little."""
-    rates = (before.tokens_per_s_per_gpu or 0.0, after.tokens_per_s_per_gpu or 0.0)
-    gain = rates[1] / rates[0] - 1
-    if gain < LEAST_GAIN:
+    """The change from one prediction to another; None if it gains too little, or nothing keeps the limits before."""
+    gain = after.most / before.most - 1 if before.most else 0.0
+    if gain < TIE or not after.planned.fits:
         return None
     return Change(
-        words or f"--layout {after.layout}",
-        _reason(cluster, here, before, there, after),
+        words or f"--layout {after.planned.layout}",
+        _reason(cluster, here, before.planned, there, after.planned),
         gain,
         words.startswith(("--quantize", "--kv-cache-dtype")),
-        before,
-        after,
+        before.planned,
+        after.planned,
+        here.rate is not None,
     )
 
 
@@ -158,10 +178,13 @@ def _reason(
 ) -> str:
     """What makes the change faster: more requests in flight, or else the term that falls most in the mean step."""
     running = [_in_flight(here.request, before), _in_flight(there.request, after)]
-    if running[1] > 1.01 * running[0]:
+    spread = here.rate is not None
+    if running[1] > 1.01 * running[0] and not spread:
         return f"keeps {running[1]:,} requests in flight instead of {running[0]:,}"
-    old = mean_terms(explain_steps(here.config, cluster, here.request, before))
-    new = mean_terms(explain_steps(there.config, cluster, there.request, after))
+    old, new = (
+        mean_terms(explain_steps(each.config, cluster, each.request, one, spread=spread))
+        for each, one in ((here, before), (there, after))
+    )
     term = max(old, key=lambda term: old[term] - new.get(term, 0.0))
     return _fall(term, old[term], new.get(term, 0.0))
 

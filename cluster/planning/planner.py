@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import ceil
 
 from cluster.hardware import Cluster
-from cluster.planning.clients import Latencies, Workload, closed_loop, spread_out
+from cluster.planning.clients import Latencies, closed_loop, seen_steps, spread_out
 from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
 from cluster.planning.memory import kv_item_bytes
-from cluster.planning.walk import StepRules, prompts_at_once
+from cluster.planning.ranking import ranked
+from cluster.planning.steady import SeenSteps, SteadySteps
+from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 
-_MOST_WALKED = 4096  # clients of a replica; for more, requests are taken to come one by one
+_LARGEST_REPLICA = 1024  # ranks; larger ones are planned only if they are asked for
+_MOST_WALKED = 1024  # clients of a replica; for more, requests are taken to come one by one
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class PlanRequest:
     ttft_ms and itl_ms are limits of the mean TTFT and ITL that the best layout must meet. prefix_hits: share of the
     prompts' tokens that the prefix cache holds. drafted: tokens that speculation drafts for a sequence in a step;
     acceptance: share of them that is accepted. lora_rank: of the `adapters` adapters that a step uses; 0: none.
+    layout: the only one to plan for; None: all.
     """
 
     input_len: int
@@ -41,6 +44,7 @@ class PlanRequest:
     acceptance: float = 0.0
     lora_rank: int = 0
     adapters: int = 1
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         for name in ("prefix_hits", "acceptance"):
@@ -122,27 +126,35 @@ class PlannedLayout:
 
 
 def plan(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
-    """All valid layouts of all worlds that divide the cluster, best first.
+    """All valid layouts of all worlds that divide the cluster, or the one of the request, best first.
 
-    Layouts that meet the limits come first, by throughput; then those that fit but do not meet them, then those that
-    do not fit. Raises ConfigError if the sequences are longer than the model's context.
+    Layouts that meet the limits come first, then those that fit but do not meet them, then those that do not fit; each
+    by throughput, as `ranked` has it. Raises ConfigError if the sequences are longer than the model's context.
     """
-    planned = [predict(config, layout, cluster, request) for layout in candidates(config, cluster)]
-    return sorted(
+    planned = [
+        predict(config, layout, cluster, request) for layout in candidates(config, cluster, request.layout)
+    ]
+    return ranked(
         planned,
-        key=lambda one: (
-            not one.fits,
-            not one.meets_limits(request),
-            -(one.tokens_per_s_per_gpu or 0.0),
-            one.layout.world,
-        ),
+        lambda one: one.layout,
+        lambda one: one.tokens_per_s_per_gpu or 0.0,
+        lambda one: (not one.fits, not one.meets_limits(request)),
     )
 
 
-def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
-    """All valid layouts of all worlds that divide the cluster."""
-    for world in divisors(cluster.num_devices):
-        yield from valid_layouts(config, world)
+def candidates(config: ModelConfig, cluster: Cluster, only: Layout | None = None) -> list[Layout]:
+    """All valid layouts of all worlds up to 1,024 that divide the cluster, or `only` that one. Raises
+    ParallelLayoutError if it cannot split the model, and ConfigError if it has no place in the cluster."""
+    if only is None:
+        worlds = [world for world in divisors(cluster.num_devices) if world <= _LARGEST_REPLICA]
+        return [one for world in worlds for one in valid_layouts(config, world)]
+    only.validate(config)
+    if cluster.num_devices % only.world:
+        raise ConfigError(
+            f"layout {only} has {only.world} ranks, which do not divide the {cluster.num_devices} devices of the "
+            "cluster; change --layout or the number of devices"
+        )
+    return [only]
 
 
 def at_all_loads(config: ModelConfig, cluster: Cluster, request: PlanRequest) -> list[PlannedLayout]:
@@ -179,28 +191,17 @@ def predict(
     node = cluster.devices_per_node
     if layout.tp > 1 and node % layout.tp:
         return replace(unfit, reason=f"tp={layout.tp} does not fit into nodes of {node} devices")
-    model = cost_model(config, layout, cluster, request)
-    demand = ceil(request.concurrency / (replicas * layout.dp))
-    seqs = min(demand, request.max_num_batched_tokens)
-    capacity = model.kv_capacity_tokens(request.max_num_batched_tokens, seqs)
+    replica = replica_load(config, layout, cluster, request, spread=spread)
+    model, capacity, sequences = replica.model, replica.capacity_tokens, replica.sequences
     weights = model.weights_bytes()
-    activations = model.activation_bytes(request.max_num_batched_tokens, seqs)
+    activations = model.activation_bytes(request.max_num_batched_tokens, sequences)
     used = {"weights": weights, "kv": 0, "activations": activations}
     fitting = max(0, capacity) // request.length
     if fitting < 1:
         return replace(unfit, reason=_too_large(model, used, capacity, request), bytes_per_rank=used)
-    batch = min(seqs, fitting)
-    used["kv"] = int(batch * request.length * model.kv_bytes_per_token())
-    load, dp = request.workload, layout.dp
-    clients = ceil(request.concurrency / replicas)  # of a replica
-    chunks = ceil((load.input_len - load.cached_len) / max(1, request.max_num_batched_tokens - seqs))
-    most = prompts_at_once(clients * (chunks if dp > 1 else 1), 1 + load.decode_steps)
-    rules = StepRules(request.max_num_batched_tokens, seqs * dp, capacity * dp, most, dp)
-    if spread or clients > _MOST_WALKED:
-        seen = spread_out(model, rules, load, min(clients, batch * dp), clients)
-    else:
-        seen = closed_loop(model, rules, load, clients)
-    rate = seen.requests_per_s * request.output_len * request.concurrency / clients
+    used["kv"] = int(min(sequences, fitting) * request.length * model.kv_bytes_per_token())
+    seen = replica.latencies()
+    rate = seen.requests_per_s * request.output_len * request.concurrency / replica.clients
     return PlannedLayout(
         layout,
         replicas,
@@ -213,8 +214,55 @@ def predict(
         1e3 * seen.itl_s if request.output_len > 1 else None,
         rate,
         rate / cluster.num_devices,
-        {} if spread or clients > _MOST_WALKED else _percentiles_ms(seen),
+        {} if replica.spread else _percentiles_ms(seen),
     )
+
+
+@dataclass(frozen=True)
+class ReplicaLoad:
+    """The load of one replica: `clients` requests in flight, of which a dp group runs `sequences` at a time if the
+    `capacity_tokens` of its cache hold them. spread: requests come one by one at random; else clients begin together.
+    """
+
+    model: CostModel
+    rules: StepRules
+    load: Workload
+    clients: int
+    sequences: int
+    capacity_tokens: int
+    spread: bool
+
+    @property
+    def _running(self) -> int:
+        held = self.capacity_tokens // (self.load.input_len + self.load.output_len)
+        return min(self.clients, min(self.sequences, held) * self.model.layout.dp)
+
+    def latencies(self) -> Latencies:
+        """What its clients see."""
+        if self.spread:
+            return spread_out(self.model, self.rules, self.load, self._running, self.clients)
+        return closed_loop(self.model, self.rules, self.load, self.clients)
+
+    def steps(self) -> SeenSteps:
+        """The steps in which its sequences decode."""
+        if self.spread:
+            return SteadySteps(self.model, self.rules, self.load, self._running).seen()
+        return seen_steps(self.model, self.rules, self.load, self.clients)
+
+
+def replica_load(
+    config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest, *, spread: bool = False
+) -> ReplicaLoad:
+    """What each replica of a layout has to do. Replicas share the load."""
+    model = cost_model(config, layout, cluster, request)
+    replicas, dp, most_tokens = cluster.replicas(layout.world), layout.dp, request.max_num_batched_tokens
+    sequences = min(ceil(request.concurrency / (replicas * dp)), most_tokens)
+    capacity = model.kv_capacity_tokens(most_tokens, sequences)
+    load, clients = request.workload, ceil(request.concurrency / replicas)
+    chunks = ceil((load.input_len - load.cached_len) / max(1, most_tokens - sequences))
+    most = prompts_at_once(clients * (chunks if dp > 1 else 1), 1 + load.decode_steps)
+    rules = StepRules(most_tokens, sequences * dp, capacity * dp, most, dp)
+    return ReplicaLoad(model, rules, load, clients, sequences, capacity, spread or clients > _MOST_WALKED)
 
 
 def cost_model(config: ModelConfig, layout: Layout, cluster: Cluster, request: PlanRequest) -> CostModel:

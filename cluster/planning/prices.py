@@ -10,6 +10,8 @@ from cluster.hardware import Cluster
 from cluster.yaml_file import read_yaml
 from qwen3_dist.errors import ConfigError
 
+_LOWEST, _HIGHEST = 1e-6, 1e9  # of a GPU-hour
+
 
 def read_prices(text: str, kinds: Sequence[str]) -> dict[str, float]:
     """The price of a GPU-hour for each of `kinds`, from the value of `--price`.
@@ -32,7 +34,8 @@ def costs(cluster: Cluster, tokens_per_s: float, price: float | None) -> dict[st
     """What `tokens_per_s` output tokens of the whole cluster cost: money if there is a `price` of a GPU-hour, and
     energy if the device's power is known.
 
-    Energy counts the power that each device may draw at most, and nothing of the hosts.
+    Energy counts the power that each device may draw at most, and nothing of the hosts. What is too large for a
+    number, since hardly any tokens are made, is left out.
     """
     found: dict[str, float] = {}
     if price is not None and tokens_per_s:
@@ -44,7 +47,7 @@ def costs(cluster: Cluster, tokens_per_s: float, price: float | None) -> dict[st
         watts = cluster.num_devices * cluster.device.power_w
         found["tokens_per_joule"] = round(tokens_per_s / watts, 4)
         found["kwh_per_million_tokens"] = round(watts / tokens_per_s * 1e6 / 3.6e6, 4)
-    return found
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _of_text(text: str, kinds: Sequence[str]) -> dict[str, float]:
@@ -77,6 +80,8 @@ def _of_file(path: str) -> dict[str, float]:
     for kind, value in file.values.items():
         if isinstance(value, Mapping) or not isinstance(value, str):
             raise file.refusal((kind,), f"the price of {kind} must be a number, not {value!r}")
+        if kind.upper() in found:
+            raise file.refusal((kind,), f"there is another price of {kind.upper()}; keep one")
         try:
             found[kind.upper()] = _price(value, f"the price of {kind}")
         except ConfigError as error:
@@ -89,7 +94,8 @@ def _price(text: str, what: str) -> float:
         price = float(text)
     except ValueError:
         price = math.nan
-    if not 0 < price < math.inf:
+    if not _LOWEST <= price <= _HIGHEST:
         others = ", pairs such as H100=2.5,H200=3.5, or a .yaml file" if what == "--price" else ""
-        raise ConfigError(f"{what} must be a positive number{others}, not {text!r}")
+        limits = "" if not price > 0 or math.isinf(price) else f" from {_LOWEST:g} to {_HIGHEST:g}"
+        raise ConfigError(f"{what} must be a positive number{limits}{others}, not {text!r}")
     return price

@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from math import floor
+from math import ceil, floor
 from typing import NamedTuple
 
 from cluster.planning.cost_model import StepShape
@@ -56,6 +56,30 @@ class Request(NamedTuple):
     cached_len: int = 0
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Equal requests. `cached_len` tokens of a prompt are found in the prefix cache. A decode step drafts `drafted`
+    tokens for each sequence, of which `accepted` are accepted on average."""
+
+    input_len: int
+    output_len: int
+    cached_len: int = 0
+    drafted: int = 0
+    accepted: float = 0.0
+
+    @property
+    def decode_steps(self) -> int:
+        """Decode steps of a sequence."""
+        return ceil((self.output_len - 1) / (1 + self.accepted))
+
+    @property
+    def request(self) -> Request:
+        """A request to walk with: one token for each step. Its context is right on average: the tokens that have no
+        step of their own are there from the beginning, by half."""
+        added = (self.output_len - 1 - self.decode_steps) // 2
+        return Request(self.input_len + added, 1 + self.decode_steps, cached_len=self.cached_len + added)
+
+
 @dataclass(eq=False, slots=True)
 class Served:
     """A request, and when it was sent, got its first and its last token: seconds from the start."""
@@ -82,12 +106,14 @@ class Served:
 @dataclass
 class Walk:
     """Serves requests in steps that take `step_seconds`. `turnaround_s`: the mean time between an answer and its
-    client's next request. `depth`: steps in flight; with 2, who arrives during a step waits for the next one too."""
+    client's next request. `depth`: steps in flight; with 2, who arrives during a step waits for the next one too.
+    `steps` get every run of equal steps if it is a list: their shape, their number, and when they begin."""
 
     step_seconds: Callable[[StepShape], float]
     rules: StepRules
     turnaround_s: float = 2e-3
     depth: int = 2
+    steps: list[tuple[StepShape, int, float]] | None = None
     now: float = 0.0
     _planned_s: float = 0.0  # when the next step is planned
     _done: list[Served] = field(default_factory=list)
@@ -139,7 +165,9 @@ class Walk:
         self._planned_s = self.now
         # What step_seconds takes for the number of prompts: with dp groups, those too that go on in a later step.
         prompts = len(finished) + (partial if self.rules.groups > 1 else 0)
-        self.now += self.step_seconds(StepShape(decodes, context, tokens, pairs, decodes + prompts))
+        shape = StepShape(decodes, context, tokens, pairs, decodes + prompts)
+        self._note(shape, 1)
+        self.now += self.step_seconds(shape)
         if decodes:
             self._advance(1)
         for each in finished:
@@ -207,11 +235,16 @@ class Walk:
             until_s = self._arriving[0][0] - self.now
             one_s = self.step_seconds(StepShape(decodes, self._context + decodes, 0, 0, decodes))
             steps = min(steps, max(1, floor(until_s / one_s) + self.depth))
-        middle = self._context + decodes * (steps + 1) // 2
-        one_s = self.step_seconds(StepShape(decodes, middle, 0, 0, decodes))
+        shape = StepShape(decodes, self._context + decodes * (steps + 1) // 2, 0, 0, decodes)
+        self._note(shape, steps)
+        one_s = self.step_seconds(shape)
         self._planned_s = self.now + (steps - 1) * one_s
         self.now += steps * one_s
         self._advance(steps)
+
+    def _note(self, shape: StepShape, number: int) -> None:
+        if self.steps is not None:
+            self.steps.append((shape, number, self.now))
 
     def _advance(self, steps: int) -> None:
         self._decode_steps += steps

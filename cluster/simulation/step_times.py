@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.dp_groups import GroupShapes
 from qwen3_dist.protocol.step_plan import StepPlan
 
 _CELL_TOKENS = 32  # of context per sequence: a decode step's time is interpolated linearly within a cell
@@ -47,8 +48,8 @@ class StepTimes:
     def together(self, shapes: Sequence[StepShape], groups: int) -> float:
         """Seconds of a step of `groups` dp groups, of which those with work have `shapes`: that of the slowest group.
 
-        `CostModel` assumes that all groups have the same shape. Where prompts make them differ, the experts, which all
-        groups share, are charged for the mean number of tokens instead.
+        `CostModel` assumes that all groups have the same shape. `GroupShapes` has what differs where prompts make them
+        differ.
         """
         seconds = [self.seconds(shape) for shape in shapes]
         slowest = max(seconds)
@@ -58,11 +59,7 @@ class StepTimes:
         decodes = sum(shape.num_decodes for shape in shapes) / groups
         prompts = sum(shape.prefill_tokens for shape in shapes) / groups
         mean = StepShape(math.ceil(decodes), 0, math.ceil(prompts), 0, 0)
-        return slowest - self._experts(largest) + min(self._experts(mean), self._experts(largest))
-
-    def _experts(self, shape: StepShape) -> float:
-        assert isinstance(self._cost, CostModel)
-        return self._cost.step_parts(shape).get("experts", 0.0)
+        return slowest - GroupShapes(largest, mean).shared_seconds(self._cost)
 
     def decode_line(self, num_decodes: int, context_tokens: int) -> DecodeLine:
         """The line for `num_decodes` sequences with `context_tokens` in total."""

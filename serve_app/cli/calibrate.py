@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from qwen3_dist.errors import ConfigError
+from qwen3_dist.errors import ConfigError, ResourceError
 
 HELP = "measure this machine's rates and overheads and write a cluster file for plan, simulate and sweep"
 
@@ -29,16 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Ray cluster of such machines, of which two are measured for the link between nodes; auto is the one "
         "that runs here",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="measure even if other programs disturb it, and write what comes out",
+    )
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.out and not args.out.parent.is_dir():
         raise ConfigError(f"--out {args.out}: there is no directory {args.out.parent}")
     from cluster.calibration.calibrate import calibrate
+    from cluster.calibration.noise import machine_noise
     from cluster.hardware import as_dict
     from qwen3_dist.worker.cards import local_device
 
-    found = calibrate(local_device(args.device), _report, ray_address=args.ray_address)
+    device = local_device(args.device)
+    if disturbed := machine_noise().too_much:
+        if not args.force:
+            raise ResourceError(disturbed)
+        _report(disturbed)
+    found = calibrate(device, _report, ray_address=args.ray_address)
     if args.out:
         found.write(args.out)
         _report(f"written to {args.out}")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.layout import Layout
-from qwen3_dist.step_defaults import STEP_DEFAULTS
-from serve_app.cli.options import add_model_and_cluster, changed_config, given_cluster, number, positive
+from serve_app.cli import plan_inputs
+from serve_app.cli.options import add_model_and_cluster, changed_config, given_cluster
 from serve_app.cli.readable import format_bytes
 from serve_app.cli.runnable import runnable
 
@@ -28,27 +28,10 @@ HELP = "show where the time of a layout's steps goes, and which change would sav
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    cpu, gpu = (STEP_DEFAULTS[kind].max_num_batched_tokens for kind in ("cpu", "cuda"))
     add_model_and_cluster(parser)
     parser.add_argument("--layout", required=True, metavar="L", help="the layout, for example tp=2,ep=2")
-    for name, what in (
-        ("input-len", "tokens in each prompt"),
-        ("output-len", "tokens generated for each prompt"),
-        ("concurrency", "requests in flight in the whole cluster"),
-    ):
-        parser.add_argument(f"--{name}", type=positive, required=True, metavar="N", help=what)
-    parser.add_argument(
-        "--max-num-batched-tokens",
-        type=positive,
-        metavar="N",
-        help=f"most tokens in one step (default: {gpu}; {cpu} on CPU)",
-    )
-    parser.add_argument(
-        "--expert-imbalance",
-        type=number(1),
-        metavar="X",
-        help="load of the busiest expert-parallel rank over the mean (default: fitted)",
-    )
+    plan_inputs.add_load(parser.add_argument_group("load"), required=True)
+    plan_inputs.add_engine(parser.add_argument_group("engine of each replica"))
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -59,17 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.planning.expected_errors import expected_error
     from cluster.planning.explain import explain_steps
-    from cluster.planning.next_change import next_changes, planned_layout
-    from cluster.planning.planner import plan
+    from cluster.planning.next_change import Setting, next_changes, planned_layout
 
     layout = Layout.parse(args.layout)
     name, config = changed_config(args)
     layout.validate(config)
     cluster = given_cluster(args)
-    request = _request(args, cluster)
-    planned = planned_layout(plan(config, cluster, request), layout, cluster)
-    steps = explain_steps(config, cluster, request, planned)
-    changes = next_changes(config, cluster, request, layout)
+    request = plan_inputs.given_request(args, cluster)
+    if args.measure and (request.drafted or request.lora_rank):
+        raise ConfigError(
+            "--measure runs steps without drafts and adapters; leave these options or --measure out"
+        )
+    planned = planned_layout(Setting(config, request, args.rate), layout, cluster).planned
+    steps = explain_steps(config, cluster, request, planned, spread=args.rate is not None)
+    changes = next_changes(config, cluster, request, layout, args.rate)
     error = expected_error(config, cluster, layout.world)
     measured = _measured(args, name, config, cluster, request, steps) if args.measure else []
     if args.json:
@@ -79,7 +65,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             shown["measured"] = [each.as_json() for each in measured]
         print(json.dumps(shown), file=out)
     else:
-        lines = _report(name, cluster, planned, steps, changes)
+        lines = _report(name, cluster, planned, request, steps, changes)
         expected = [] if error is None else ["", str(error)]
         print("\n".join([*lines, *expected, *measured_lines(measured)]), file=out)
     return 0
@@ -123,15 +109,6 @@ def _measured(
     return [Compared.of(step, cost_model(config, layout, cluster, request)) for step in found]
 
 
-def _request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
-    from cluster.planning.planner import PlanRequest
-
-    names = {field.name for field in dataclasses.fields(PlanRequest)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    given.setdefault("max_num_batched_tokens", STEP_DEFAULTS[cluster.device_kind].max_num_batched_tokens)
-    return PlanRequest(**given)
-
-
 def _as_json(
     name: str,
     cluster: Cluster,
@@ -165,19 +142,22 @@ def _report(
     name: str,
     cluster: Cluster,
     planned: PlannedLayout,
+    request: PlanRequest,
     steps: Sequence[ExplainedStep],
     changes: Sequence[Change],
 ) -> list[str]:
     memory = ", ".join(f"{what} {format_bytes(size)}" for what, size in planned.bytes_per_rank.items())
     lines = [f"{name}, {planned.layout} on {cluster_name(cluster)}, predicted"]
     lines.append(f"memory of the fullest rank: {memory}")
+    itl = f", ITL {planned.itl_ms:,.2f} ms" if planned.itl_ms else ""
+    lines.append(f"TTFT {planned.ttft_ms:,.1f} ms{itl}")
     for step in steps:
-        lines += ["", _title(step), *table(_rows(step))]
+        lines += ["", _title(step, request), *table(_rows(step))]
     lines += ["", "Next best changes:" if changes else _NO_CHANGE, *(f"  {change}" for change in changes)]
     return lines
 
 
-_NO_CHANGE = "No neighbouring layout and no setting is predicted to give 1% more tokens/s."
+_NO_CHANGE = "No neighbouring layout and no setting is predicted to give 2% more tokens/s."
 
 
 def measured_lines(steps: Sequence[Compared]) -> list[str]:
@@ -209,16 +189,16 @@ def _or_dash(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.3f}"
 
 
-def _title(step: ExplainedStep) -> str:
+def _title(step: ExplainedStep, request: PlanRequest) -> str:
     shape = step.shape
-    what = f"{shape.num_decodes:,} sequences of {_mean_context(step):,} tokens"
+    sequences = round(shape.num_decodes / (1 + request.drafted))
+    context = round(shape.decode_context_tokens / max(1, sequences))
+    what = f"{sequences:,} sequences of {context:,} tokens"
+    if request.drafted:
+        what += f" with {request.drafted} drafts each"
     if step.kind == "prompt":
         what = f"{shape.prefill_tokens:,} tokens of prompts beside {what}"
     return f"{step.kind} step of a dp group: {what}; {step.weight:.0%} of the steps"
-
-
-def _mean_context(step: ExplainedStep) -> int:
-    return round(step.shape.decode_context_tokens / max(1, step.shape.num_decodes))
 
 
 def _rows(step: ExplainedStep) -> list[tuple[str, ...]]:

@@ -115,7 +115,7 @@ def number(
     The reader raises argparse.ArgumentTypeError.
     """
     least = f"above {low}" if above else f"of at least {low}"
-    most = "" if math.isinf(high) else f" and below {high}" if below else f" and at most {high}"
+    most = "" if math.isinf(high) else f" and below {high:g}" if below else f" and at most {high:g}"
 
     def read(text: str) -> float:
         try:

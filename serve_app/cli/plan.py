@@ -56,9 +56,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if best.planned[0].fits:
         _print(args, config, request, best, table, _rows(best, prices), None, out)
         return 0
-    if not args.render:
-        print("\n".join(map(json.dumps, _rows(best, prices)) if args.json else table), file=out)
-    print(f"qwen3-dist: no layout of {name} fits; {_advice(best)}", file=sys.stderr)
+    lines = [json.dumps(row) for row in _rows(best, prices)] if args.json else table
+    if lines and not args.render:
+        print("\n".join(lines), file=out)
+    print(f"qwen3-dist: {_nothing(args, name)}; {_advice(best)}", file=sys.stderr)
     return NOTHING_FITS
 
 
@@ -124,6 +125,10 @@ def _plot(file: Path, name: str, config: ModelConfig, best: Choice, request: Pla
     where = f"{best.cluster.num_devices} x {best.kind}"
     load = f"{request.input_len} tokens in, {request.output_len} out"
     plot_plan(file, f"{name} on {where}: {load}", at_all_loads(config, best.cluster, request))
+
+
+def _nothing(args: argparse.Namespace, name: str) -> str:
+    return f"no layout of {name} fits" if args.layout is None else f"{name} does not fit"
 
 
 def _advice(best: Choice) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3_dist.errors import ConfigError
+from qwen3_dist.layout import Layout
 from qwen3_dist.step_defaults import STEP_DEFAULTS
 from serve_app.cli import plan_deployment
 from serve_app.cli.options import add_model_and_cluster, number
@@ -31,14 +32,21 @@ _OF_A_PLAN = (
 
 def add_arguments(parser: VerbParser) -> None:
     add_model_and_cluster(parser, gpus_help=_GPUS)
-    _add_load(parser.add_argument_group("load"))
-    _add_engine(parser.add_argument_group("engine of each replica"))
+    load = add_load(parser.add_argument_group("load"))
+    load.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RESULT.json",
+        help="loads of results of bench serve --save-result, which are shown beside their predictions",
+    )
+    add_engine(parser.add_argument_group("engine of each replica"))
     _add_answers(parser.add_argument_group("further answers"))
     plan_deployment.add_arguments(parser)
-    parser.add_argument_group("comparison with a measurement").add_argument(
+    parser.add_argument(
         "--layout",
-        metavar="LAYOUT",
-        help="layout that was measured (default: the best for the first result's load)",
+        metavar="L",
+        help="the only layout to plan for (default: all), or that --compare measured (default: the best for the first "
+        "result)",
     )
     parser.require_without("--compare", "--input-len", "--output-len")
 
@@ -53,10 +61,6 @@ def check(args: argparse.Namespace) -> None:
                 f"--compare takes the load from RESULT.json and prints no plan; leave {option} out"
             )
         return
-    if args.layout is not None:
-        raise ConfigError(
-            "--layout is what --compare measured; add --compare RESULT.json, or leave --layout out"
-        )
     if args.out is not None and not args.render:
         raise ConfigError("--out is the file of --render; add --render serve, or leave --out out")
 
@@ -94,15 +98,19 @@ def given_request(args: argparse.Namespace, cluster: Cluster) -> PlanRequest:
 
     names = [field.name for field in dataclasses.fields(PlanRequest)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.layout is not None:
+        given["layout"] = Layout.parse(args.layout)
     given.setdefault("max_num_batched_tokens", STEP_DEFAULTS[cluster.device_kind].max_num_batched_tokens)
     for name in ("input_len", "output_len", "concurrency"):
         given.setdefault(name, 1)
     return PlanRequest(**given)
 
 
-def _add_load(group: argparse._ArgumentGroup) -> None:
+def add_load(group: argparse._ArgumentGroup, required: bool = False) -> argparse._MutuallyExclusiveGroup:
+    """Lengths, limits, and one of a closed and an open loop; the group of these is returned. `required`: the lengths
+    must be given."""
     for name, what in (("input", "in each prompt"), ("output", "generated for each prompt")):
-        group.add_argument(f"--{name}-len", type=int, metavar="N", help=f"tokens {what}")
+        group.add_argument(f"--{name}-len", type=int, required=required, metavar="N", help=f"tokens {what}")
     load = group.add_mutually_exclusive_group(required=True)
     load.add_argument(
         "--concurrency",
@@ -112,21 +120,17 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
     )
     load.add_argument(
         "--rate",
-        type=number(0, above=True),
+        type=number(0, 1e9, above=True),
         metavar="R",
         help="requests a second that arrive, whenever others end",
     )
-    load.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="RESULT.json",
-        help="loads of results of bench serve --save-result, which are shown beside their predictions",
-    )
     for name, what in (("ttft", "time to first token"), ("itl", "inter-token latency")):
         group.add_argument(f"--{name}-ms", type=float, metavar="X", help=f"upper limit of the mean {what}")
+    return load
 
 
-def _add_engine(group: argparse._ArgumentGroup) -> None:
+def add_engine(group: argparse._ArgumentGroup) -> None:
+    """What changes the steps."""
     cpu, gpu = (STEP_DEFAULTS[kind].max_num_batched_tokens for kind in ("cpu", "cuda"))
     group.add_argument(
         "--max-num-batched-tokens",

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cluster.planning.ranking import TIE
+
 if TYPE_CHECKING:
     from cluster.planning.layout_loads import RatedLayout
     from cluster.planning.planner import PlannedLayout, PlanRequest
 
 _BEST = "*          best: most tokens/s/GPU among the layouts within --ttft-ms and --itl-ms"
 _BEST_AT_RATE = "*          best: most requests/s within --ttft-ms and --itl-ms"
+_TIED = "=          as fast as the best within the {:.0%} that predictions do not tell apart, but no simpler"
 _LEGEND = (
     "replicas   engines of this layout that fill the cluster and share the load",
     "weights, KV, activations   memory of the fullest rank, with the KV cache that this load uses",
@@ -30,22 +33,34 @@ def layout_lines(
     if not shown:
         return []
     rows = [_header(bool(rated))]
+    marks = _marks(planned, request, rated)
     for place in shown:
         one = planned[place]
-        marked = place == 0 and (rated[0].holds if rated else one.meets_limits(request))
         load = _rate_cells(rated[place]) if rated else [str(one.max_batch) if one.fits else "-"]
         note = one.reason or (_too_little(rated[place]) if rated else _exceeded_limits(one, request))
-        rows.append(_row(one, "*" if marked else "", load, note))
+        rows.append(_row(one, marks[place], load, note))
     best = _BEST_AT_RATE if rated else _BEST
     legend = [
         *_LEGEND,
         *(_RATE if rated else (_MAX_BATCH,)),
         load_line(request, rated[0].rate if rated else None),
     ]
-    lines = [*aligned(rows, left=(0, 1, len(rows[0]) - 1)), "", *([best] if rows[1][0] else []), *legend]
+    legend = [*([best] if "*" in marks else []), *([_TIED.format(TIE)] if "=" in marks else []), *legend]
+    lines = [*aligned(rows, left=(0, 1, len(rows[0]) - 1)), "", *legend]
     if len(shown) < len(planned):
         lines.append(f"{len(planned) - len(shown)} layouts that do not fit are left out; --all lists them.")
     return lines
+
+
+def _marks(planned: Sequence[PlannedLayout], request: PlanRequest, rated: Sequence[RatedLayout]) -> list[str]:
+    """`*` for the best layout, `=` for what ties with it, if any is within the limits."""
+    within = [one.holds for one in rated] or [one.meets_limits(request) for one in planned]
+    rates = [one.most_per_s for one in rated] or [one.tokens_per_s_per_gpu or 0.0 for one in planned]
+    most = max((rate for rate, holds in zip(rates, within, strict=True) if holds), default=0.0)
+    tied = [
+        "=" if holds and rate >= (1 - TIE) * most else "" for rate, holds in zip(rates, within, strict=True)
+    ]
+    return ["*" if within[0] else "", *tied[1:]]
 
 
 def load_line(request: PlanRequest, rate: float | None) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qwen3_dist.errors import ConfigError, ParallelLayoutError
-from qwen3_dist.layout import Layout
 from serve_app.cli.options import add_model_and_cluster, changed_config, given_cluster
 from serve_app.cli.readable import report_lines
+from serve_app.cli.simulated_layout import layout_and_reason
 from serve_app.settings import IngressSettings, ScalingSettings
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ _POISSON = ("rate", "duration", "input_len", "output_len")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_and_cluster(parser)
-    parser.add_argument("--layout", default="", help="parallel layout of a replica (default: tp=1)")
+    parser.add_argument(
+        "--layout",
+        default="",
+        metavar="L",
+        help="parallel layout of a replica (default: the best that plan finds)",
+    )
     _add_arrivals(parser.add_argument_group("arrivals"))
     _add_replicas(parser.add_argument_group("replicas"))
     _add_engine(parser.add_argument_group("engine of each replica"))
@@ -134,8 +139,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from cluster.simulation.service import simulate
 
     name, config = changed_config(args)
-    layout = Layout.parse(args.layout)
     cluster = given_cluster(args)
+    layout, chosen = layout_and_reason(args, config, cluster)
     limits = Limits(args.ttft_ms, args.itl_ms)
     if args.plot:
         from cluster.planning.plots import require_matplotlib
@@ -151,6 +156,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     report = {
         "model": name,
         "layout": str(layout),
+        "layout_is": chosen,
         "cluster": f"{cluster.num_devices} x {cluster.device.name}",
         "num_blocks": simulation.replica.num_blocks,
         **summarize(outcome, limits),
@@ -247,7 +253,7 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
 
     given = [name for name in _POISSON if getattr(args, name) is not None]
     if args.trace:
-        for name in (*_POISSON, "concurrency", "prefix_len", "prefixes"):
+        for name in (*_POISSON, "concurrency", "num_requests", "prefix_len", "prefixes"):
             if not getattr(args, name):
                 continue
             raise ConfigError(f"--trace already defines the requests; leave --{_flag(name)} out")
@@ -264,6 +270,10 @@ def _requests(args: argparse.Namespace, longest: int) -> Iterable[Request]:
         )
     if args.concurrency is not None:
         return _closed_loop(args, inputs, outputs)
+    if args.num_requests is not None:
+        raise ConfigError(
+            "--num-requests is of a closed loop; leave it out, since --rate and --duration say how many requests come"
+        )
     return PoissonArrivals(
         args.rate, args.duration, inputs, outputs, args.prefix_len, args.prefixes, args.seed
     )

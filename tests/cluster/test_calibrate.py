@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.calibration import between_nodes, collective_probe, probes, step_probe
-from cluster.calibration.calibrate import _with_nodes, calibrate
+from cluster.calibration import between_nodes, collective_probe, noise, probes, step_probe
+from cluster.calibration.calibrate import Calibration, _with_nodes, calibrate
 from cluster.calibration.collective_probe import COLLECTIVES
 from cluster.calibration.step_probe import LAYERS, fit_ranks, with_overheads
 from cluster.hardware import Cluster, Link, read_cluster
@@ -175,6 +175,32 @@ def test_one_node_has_no_link_between_nodes(monkeypatch: pytest.MonkeyPatch) -> 
         between_nodes.measure("cuda")
 
 
+def test_a_busy_machine_is_not_calibrated_unless_forced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"date": "2026-12-01", "machine": "m", "disturbed": "other programs used 30% of the cores"}
+    monkeypatch.setattr(
+        "cluster.calibration.calibrate.calibrate", lambda *_, **__: Calibration(cluster(), {}, about)
+    )
+    monkeypatch.setattr(noise, "machine_noise", lambda: noise.Noise(0.3, 2.5))
+    asked = ["calibrate", "--device", "cpu", "--out", str(tmp_path / "hardware.yaml")]
+    assert main(asked) == 2 and not (tmp_path / "hardware.yaml").exists()
+    said = capsys.readouterr().err
+    assert (
+        "other programs use 30% of the cores and the same computation takes up to 2.5 times as long" in said
+    )
+    assert "stop other programs (see `top`)" in said and "--force measures all the same" in said
+    assert main([*asked, "--force"]) == 0
+    assert "# other programs used 30% of the cores" in (tmp_path / "hardware.yaml").read_text()
+    monkeypatch.setattr(noise, "machine_noise", lambda: noise.Noise(0.1, 1.5))
+    assert main(asked) == 0
+
+
+def test_noise_is_measured() -> None:
+    found = noise.machine_noise(0.0)
+    assert 0 <= found.share_of_others <= 1 and found.spread >= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -189,8 +215,12 @@ def test_one_node_has_no_link_between_nodes(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_bad_input_is_refused(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], sentence: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    sentence: str,
 ) -> None:
+    monkeypatch.setattr(noise, "machine_noise", lambda: noise.Noise(0.0, 1.0))
     try:
         code: object = main(["calibrate", *arguments])
     except SystemExit as error:

@@ -170,7 +170,7 @@ def test_agreement_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_other_figures_that_are_off_are_told(
     changes: dict[str, Any], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = Path(result(tmp_path, 32, BELIEVED))
+    file = Path(result(tmp_path, 128, BELIEVED))
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     assert sentence in " ".join(compare(capsys, str(file))["verdict"])
 

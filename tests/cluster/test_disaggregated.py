@@ -139,7 +139,7 @@ def test_what_cannot_be_split_is_refused(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_plan_marks_it_as_planned_only(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("plan", "Qwen3-8B", "--gpus", "8xH100", "--input-len", "4000", "--output-len", "200", "--rate", "5",
+    asked = ("plan", "Qwen3-8B", "--gpus", "8xH100", "--input-len", "4000", "--output-len", "200", "--rate", "4",
              "--ttft-ms", "2000", "--itl-ms", "40", "--disaggregated")  # fmt: skip
     text = printed(capsys, *asked)
     assert "(planned only: qwen3-dist cannot run this yet)" in text

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.hardware import Link, parse_gpus
-from cluster.planning.cost_model import CostModel
+from cluster.planning.cost_model import CostModel, StepShape
+from cluster.planning.dp_groups import GroupShapes
 from cluster.planning.explain import (
     ACTIVATIONS,
     KV,
@@ -21,9 +22,10 @@ from cluster.planning.explain import (
     explain_steps,
     step_shares,
 )
-from cluster.planning.next_change import next_changes, planned_layout
+from cluster.planning.layout_loads import LayoutLoads
+from cluster.planning.next_change import next_changes
 from cluster.planning.official import find_config
-from cluster.planning.planner import PlanRequest, plan
+from cluster.planning.planner import PlanRequest, plan, predict
 from qwen3_dist.layout import Layout
 from serve_app.cli import main
 from tests.cluster.machines import DENSE, MOE, PLAIN, cluster
@@ -34,7 +36,7 @@ FAST = Link(0.0, 1e15)
 
 
 def explained(config: Any, machine: Any, layout: str, request: PlanRequest = REQUEST) -> list[ExplainedStep]:
-    one = planned_layout(plan(config, machine, request), Layout.parse(layout), machine)
+    one = predict(config, Layout.parse(layout), machine, request)
     return list(explain_steps(config, machine, request, one))
 
 
@@ -44,18 +46,52 @@ def test_shares_of_a_step_add_up_to_it(layout: str) -> None:
     config = replace(config, num_experts=8) if "ep" in layout else config
     overheads = {"step_overhead_s": 1e-3, "layer_overhead_s": 1e-4, "sequence_overhead_s": 1e-5}
     machine = cluster(**overheads, inside=Link(1e-6, 1e9, all_to_all=Link(2e-6, 5e8)))
-    for step in explained(config, machine, layout):
-        model = CostModel(config, Layout.parse(layout), machine, REQUEST.expert_imbalance)
-        assert step.seconds == pytest.approx(model.step_seconds(step.shape), rel=1e-9)
-        assert sum(step.terms.values()) == pytest.approx(step.seconds)
-        assert all(share.seconds > 0 for share in step.shares if share.term != WAITS)
+    model = CostModel(config, Layout.parse(layout), machine, REQUEST.expert_imbalance)
+    for shape, mean in (
+        (StepShape(8, 900, 0, 0, 8), StepShape(8, 900, 0, 0, 8)),
+        (StepShape(7, 800, 57, 2000, 8), StepShape(7, 800, 20, 700, 8)),
+    ):
+        shapes = GroupShapes(shape, mean)
+        shares = list(step_shares(config, model.layout, machine, REQUEST, shapes))
+        saved_s = shapes.shared_seconds(model)
+        assert (saved_s > 0) == (bool(config.num_experts) and shape != mean)
+        assert sum(share.seconds for share in shares) == pytest.approx(model.step_seconds(shape) - saved_s)
+        assert all(share.seconds > 0 for share in shares if share.term != WAITS)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "request_", "rate"),
+    [
+        ("Qwen3-8B", "tp=1", PlanRequest(4000, 100, 16), None),
+        ("Qwen3-8B", "tp=2,dp=2", PlanRequest(1000, 500, 64, drafted=3, acceptance=0.5), None),
+        ("Qwen3-30B-A3B", "dp=4,ep=4", PlanRequest(1000, 500, 64, prefix_hits=0.5, lora_rank=16), None),
+        ("Qwen3-8B", "tp=1", PlanRequest(4000, 100, 1), 8.0),
+        ("Qwen3-30B-A3B", "dp=4,ep=4", PlanRequest(1000, 500, 1, drafted=3, acceptance=0.5), 20.0),
+    ],
+)
+def test_the_mean_step_is_the_predicted_itl(
+    name: str, layout: str, request_: PlanRequest, rate: float | None
+) -> None:
+    config, machine = find_config(name)[1], parse_gpus("4xH100")
+    if rate is None:
+        one = predict(config, Layout.parse(layout), machine, request_)
+    else:
+        one = LayoutLoads(config, Layout.parse(layout), machine, request_).under(rate).planned
+    steps = explain_steps(config, machine, request_, one, spread=rate is not None)
+    load = request_.workload
+    tokens = (load.output_len - 1) / load.decode_steps  # of a step
+    assert sum(step.weight for step in steps) == pytest.approx(1) and steps[1].weight > 0.01
+    assert one.itl_ms == pytest.approx(
+        1e3 * sum(step.weight * step.seconds for step in steps) / tokens, rel=0.01
+    )
 
 
 def test_each_term_is_what_its_limit_costs() -> None:
     """8 sequences of 100 + 25 tokens, one dp group of two ranks; the device reads a byte in a ns."""
     machine = cluster(layer_overhead_s=3e-4, step_overhead_s=1e-3, num_devices=2, devices_per_node=2)
-    decode, prompt = explained(DENSE, machine, "tp=2")
-    assert (decode.shape.num_decodes, decode.shape.decode_context_tokens) == (8, 1000)
+    shape = StepShape(8, 1000, 0, 0, 8)
+    shares = tuple(step_shares(DENSE, Layout(tp=2), machine, REQUEST, GroupShapes(shape, shape)))
+    decode = ExplainedStep("decode", shape, 1.0, shares)
     item = 2  # bytes; half of the heads and KV groups are on this rank
     assert decode.terms[KV] == pytest.approx(2 * 1000 * 2 * 1 * 50 * item * 1e-9)
     weights = (2 * 2 + 2 * 1) * 50 * 100 + 3 * 150 * 100
@@ -70,6 +106,7 @@ def test_each_term_is_what_its_limit_costs() -> None:
     )  # 2 a layer, 1 of the embedding
     assert decode.operations("all-gather") == {"head": pytest.approx(1e-6 + 8 * 1000 * item * 1e-9 / 2)}
     assert PRODUCTS not in decode.terms and ACTIVATIONS in decode.terms
+    _, prompt = explained(DENSE, machine, "tp=2")
     assert prompt.shape.prefill_tokens > 0 and prompt.terms[PRODUCTS] > 0
 
 
@@ -146,7 +183,8 @@ def test_shares_know_nothing_of_formulas(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         CostModel, "step_parts", lambda self, shape: {"something new": 1e9 / self.device.flops_per_s}
     )
-    shares = list(step_shares(DENSE, Layout(), PLAIN, REQUEST, explained(DENSE, PLAIN, "tp=1")[0].shape))
+    shape = StepShape(1, 100, 0, 0, 1)
+    shares = list(step_shares(DENSE, Layout(), PLAIN, REQUEST, GroupShapes(shape, shape)))
     assert [(share.term, share.operation) for share in shares] == [(PRODUCTS, "something new")]
 
 
@@ -175,7 +213,7 @@ def test_the_table_and_the_json_have_the_same_figures(capsys: pytest.CaptureFixt
         (("--layout", "tp=4", "--gpus", "6xH200"), "has 4 ranks, which do not divide the 6 devices"),
         (("--layout", "tp=2", "--gpus", "8xH100"), "layout tp=2 does not fit: weights of"),
         (("--layout", "tp=3", "--gpus", "8xH100"), "n_heads=64 is not divisible by tp=3"),
-        (("--layout", "tp=8", "--gpus", "8xH100", "--input-len", "0"), "'0' is not a positive number"),
+        (("--layout", "tp=8", "--gpus", "8xH100", "--input-len", "0"), "input_len must be positive, not 0"),
         (("--layout", "tp=8", "--gpus", "8xH100", "--input-len", "99999"), "exceed the model's context"),
         (("--gpus", "8xH100"), "the following arguments are required: --layout"),
     ],

@@ -13,6 +13,7 @@ from cluster.hardware import PRESETS, parse_gpus
 from cluster.planning.limits import check_limits
 from cluster.planning.official import find_config, official_configs
 from cluster.planning.planner import PlanRequest, candidates, pareto_frontier, plan
+from cluster.planning.ranking import TIE, ranked
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout, divisors, valid_layouts
 from serve_app.cli import build_parser, main
@@ -53,7 +54,7 @@ def test_json_has_one_object_for_every_valid_layout(capsys: pytest.CaptureFixtur
     fitting = [row for row in rows if row["fits"]]
     assert fitting and all(list(row["bytes_per_rank"]) == ["weights", "kv", "activations"] for row in fitting)
     rates = [row["tokens_per_s_per_gpu"] for row in fitting]
-    assert rates == sorted(rates, reverse=True)
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[0] >= (1 - TIE) * rates[1]
 
 
 def test_layouts_that_do_not_fit_say_why_and_come_last(capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,6 +130,42 @@ def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[s
     best, *others = plan(find_config("Qwen3-8B")[1], parse_gpus("8xH100"), request)
     held = [one.tokens_per_s_per_gpu or 0 for one in others if one.meets_limits(request)]
     assert best.meets_limits(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
+
+
+def test_one_layout_is_planned_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    everything = {row["layout"]: row for row in planned(capsys, "Qwen3-8B", "--gpus", "8xH100")}
+    [row] = planned(capsys, "Qwen3-8B", "--gpus", "8xH100", "--layout", "tp=2,dp=2")
+    same = set(row) - {"breaks_first", "expected_error"}
+    assert {key: row[key] for key in same} == {key: everything["tp=2,dp=2"][key] for key in same}
+    rate = ("Qwen3-8B", "--gpus", "H100", *LOAD[:4], "--rate", "9", "--layout", "tp=2", "--json")
+    assert main(["plan", *rate]) == 0
+    assert json.loads(capsys.readouterr().out)["layout"] == "tp=2"
+    assert "Qwen3-32B does not fit; with tp=1" in refusal(
+        capsys, "Qwen3-32B", "--gpus", "2xH100", *LOAD, "--layout", "tp=1", "--kv-cache-dtype", "bfloat16",
+        "--max-num-batched-tokens", "65536",
+    )  # fmt: skip
+
+
+def test_of_layouts_that_hardly_differ_the_simplest_is_best(capsys: pytest.CaptureFixture[str]) -> None:
+    rates = {
+        "tp=2,pp=2": 100.0,
+        "tp=4,ep=4": 99.9,
+        "dp=4,ep=4": 99.8,
+        "dp=4": 98.1,
+        "tp=4": 98.2,
+        "tp=1": 97.9,
+    }
+    for chosen, late in (("tp=4", ()), ("tp=4,ep=4", ("tp=4", "dp=4"))):
+        order = ranked(rates, Layout.parse, rates.__getitem__, lambda one: (one in late,))  # noqa: B023
+        assert order[0] == chosen
+        assert order[1:] == sorted(order[1:], key=lambda one: (one in late, -rates[one]))  # noqa: B023
+    best, *others = planned(capsys, "Qwen3-30B-A3B", "--gpus", "2xH100")
+    assert main(["plan", "Qwen3-30B-A3B", "--gpus", "2xH100", *LOAD]) == 0
+    shown = capsys.readouterr().out
+    tied = [line.split()[1] for line in shown.partition("\n\n")[0].splitlines() if line.startswith("=")]
+    fast = (1 - TIE) * max(one["tokens_per_s_per_gpu"] for one in (best, *others))
+    assert tied == [one["layout"] for one in others if one["tokens_per_s_per_gpu"] >= fast]
+    assert tied and "predictions do not tell apart" in shown
 
 
 def test_the_table_explains_its_marks_and_ends_with_the_best_layouts_serve_line(
@@ -255,6 +292,13 @@ def test_presets_order_as_their_datasheets_do() -> None:
         found = plan(find_config("Qwen3-8B")[1], parse_gpus(f"1x{name}"), REQUEST)[0]
         best[name] = found.tokens_per_s or 0
     assert sorted(best, key=lambda name: best[name]) == ["A100", "H100", "H200", "B200"]
+
+
+def test_large_clusters_and_loads_are_planned_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(capsys, "Qwen3-8B", "--gpus", "83160xH100", "--concurrency", "10000000")
+    assert max(Layout.parse(row["layout"]).world for row in rows) <= 1024 and rows[0]["fits"]
+    [row] = planned(capsys, "Qwen3-8B", "--gpus", "83160xH100", "--layout", "tp=4,pp=2,dp=315")
+    assert row["layout"] == "tp=4,dp=315,pp=2"
 
 
 def test_layouts_are_as_the_library_writes_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,3 +130,9 @@ def test_predictions_carry_the_error_of_their_device_and_weights() -> None:
     assert nodes is not None and nodes.itl is None
     measured = replace(PRESETS["H100"], device=replace(PRESETS["H100"].device, name="this machine"))
     assert expected_error(config, measured, 1) is None
+
+
+def test_who_comes_to_an_engine_with_one_step_in_flight_waits_less() -> None:
+    one, two = (predicted(replace(POINT, engine=engine)) for engine in ("vllm", "another"))
+    assert 0.5 * one.itl_s < two.ttft_s - one.ttft_s < 0.5 * one.ttft_s
+    assert one.itl_s == pytest.approx(two.itl_s, rel=0.1)

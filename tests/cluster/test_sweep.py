@@ -14,9 +14,11 @@ import yaml
 from cluster.hardware import Link, as_dict
 from cluster.planning.burst import predict_burst
 from cluster.planning.cost_model import CostModel
+from cluster.sweep import child
 from cluster.sweep.report import order_agreement, summary
 from cluster.sweep.rows import Row
 from cluster.sweep.run import SweepFolder, SweepPoint, SweepWorkload, read_workload, run_sweep
+from qwen3_dist.benchmark import Workload
 from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from serve_app.cli import main
@@ -234,3 +236,24 @@ def test_a_workload_is_written_as_it_is_read(workload: Path) -> None:
         {"num_prompts": 3, "input_len": 12, "output_len": 4, "rate": None},
         {"num_prompts": 1, "input_len": 20, "output_len": 1, "rate": None},
     )
+
+
+def test_a_point_is_warmed_up_once_before_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Workload] = []
+
+    def measure(engine: Any, workload: Workload) -> dict[str, Any]:
+        ran.append(workload)
+        return dict.fromkeys((*child._KEPT, "hardware", "versions"))
+
+    monkeypatch.setattr(child, "measure", measure)
+    point = SweepPoint(3, 12, 9, rate=50.0)
+    found = child.measured(
+        SweepWorkload((point,), repeats=2), lambda point, seed: child._figures(None, point, seed)
+    )
+    assert len(found["points"][0]["repeats"]) == 2
+    assert [(each.num_prompts, each.input_len, each.output_len) for each in ran] == [
+        (3, 12, 4),
+        (3, 12, 9),
+        (3, 12, 9),
+    ]
+    assert len({each.seed for each in ran}) == 3  # other prompts

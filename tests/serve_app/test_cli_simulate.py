@@ -78,8 +78,20 @@ def test_a_trace_is_simulated(capsys: pytest.CaptureFixture[str], tmp_path: Path
 def test_a_cluster_file_is_simulated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("preset: H100\nnum_devices: 16\n")
-    report = simulated(capsys, "simulate", "Qwen3-0.6B", "--cluster", str(file), *LOAD)
-    assert report["replicas"]["most"] == 16
+    report = simulated(capsys, "simulate", "Qwen3-0.6B", "--cluster", str(file), "--layout", "tp=1", *LOAD)
+    assert report["replicas"]["most"] == 16 and report["layout_is"] == "given"
+
+
+def test_without_a_layout_the_best_of_plan_is_taken_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    short = (*SMALL[:4], "--duration", "2", "--rate", "4,9", *LOAD[4:])
+    found = simulated(capsys, *short)
+    planned = ("plan", *SMALL[1:4], "--input-len", "300", "--output-len", "40", "--rate", "9", "--json")
+    best = json.loads(printed(capsys, *planned).splitlines()[0])
+    assert found["layout"] == best["layout"]
+    assert "best by `plan` for 9 requests/s of 300 + 40 tokens; give --layout" in found["layout_is"]
+    assert "best by `plan`" in printed(capsys, *short)
+    closed = simulated(capsys, *SMALL[:4], "--concurrency", "8", *LOAD[4:])
+    assert "for 8 clients of 300 + 40 tokens" in closed["layout_is"]
 
 
 def test_a_wrong_trace_is_refused_with_its_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -105,6 +117,7 @@ def test_a_wrong_trace_is_refused_with_its_line(capsys: pytest.CaptureFixture[st
         ((*LOAD, "--max-model-len", "100"), "300 + 40 tokens exceed the 100"),
         ((*LOAD, "--ttft-ms", "0"), "ttft_ms must be positive"),
         ((*LOAD, "--start-up-s", "-1"), "start_up_s must not be negative"),
+        ((*LOAD, "--num-requests", "9"), "--num-requests is of a closed loop; leave it out"),
         ((*LOAD, "--prefixes", "3"), "both a length and a number"),
         ((*LOAD, "--input-len", "many"), "'many' must be N or MEAN:CV"),
         ((*LOAD, "--gpus", "8xH999"), "there is no preset 'H999'"),
@@ -117,5 +130,5 @@ def test_what_cannot_be_is_refused_in_one_sentence(
 
 
 def test_a_model_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    line = refusal(capsys, "simulate", "Qwen3-235B-A22B", "--gpus", "8xH100", *LOAD)
-    assert "the weights of layout tp=1 leave room for 0 tokens" in line
+    line = refusal(capsys, "simulate", "Qwen3-235B-A22B", "--gpus", "4xH100", *LOAD)
+    assert "the weights of layout" in line and "leave room for 0 tokens" in line

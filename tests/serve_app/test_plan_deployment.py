@@ -78,7 +78,7 @@ def test_a_load_beyond_the_defaults_is_let_in(tmp_path: Path, capsys: pytest.Cap
         "--output-len",
         "500",
         "--rate",
-        "24",
+        "26",
     )
     in_flight = best(capsys, *many)["in_flight"]
     [model] = service(printed(capsys, *many, "--render", "serve"), tmp_path).models
