@@ -37,8 +37,11 @@ class Traffic:
         self._dp, self._guesses, self._vocab = dp, guesses, vocab_size
 
     def plan(self, step: int) -> StepPlan:
-        """The first dp group's; groups have other numbers of tokens, and some none."""
-        return StepPlan.for_groups(step, [self._group() for _ in range(self._dp)])[0]
+        """The first dp group's; groups have other numbers of tokens, and some none, but not all."""
+        groups: list[tuple[SequenceStep, ...]] = []
+        while not any(groups):
+            groups = [self._group() for _ in range(self._dp)]
+        return StepPlan.for_groups(step, groups)[0]
 
     def _group(self) -> tuple[SequenceStep, ...]:
         draw = self._random
