@@ -11,6 +11,7 @@ Legend: S rows of a captured size, D emb_dim, V vocab_size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ class DecodeGraphs:
         received = None if self._stage.is_first else row.new_zeros(size, row.shape[0])
         if self._device.type != "cuda":
             return _Captured(batch, received, None, None, None)
-        side = torch.cuda.Stream(self._device)
+        side = _side_stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles kernels and creates communicators before the capture
@@ -132,7 +133,7 @@ class DecodeGraphs:
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self._captured.values() if c.graph is not None), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             x, logits = self._model.stage(batch, self._cache, received)
         return _Captured(batch, received, x, logits, graph)
 
@@ -160,6 +161,13 @@ class DecodeGraphs:
             decodes_only=True,
             padding=torch.ones(size, dtype=torch.bool, device=self._device),
         )
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of captures. There is one, since cuBLAS keeps a workspace for each stream that it has worked on: 32
+    MiB on compute capability 9."""
+    return torch.cuda.Stream(device)
 
 
 def _inputs_of(batch: StepBatch) -> list[Tensor]:

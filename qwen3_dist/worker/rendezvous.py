@@ -17,6 +17,7 @@ import torch.distributed as dist
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
+from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.channel import Channel
 from qwen3_dist.protocol.messages import Hello, RankSpec, Rejoin, Start
 from qwen3_dist.settings import EngineConfig
@@ -37,20 +38,22 @@ class Joined:
     parallel: ParallelContext
     device: torch.device
     memory: MemoryShare
+    card: Card | None = None
 
 
-def join(spec: RankSpec, channel: Channel) -> Joined | Rejoin:
+def join(spec: RankSpec, channel: Channel, card: Card | None = None) -> Joined | Rejoin:
     """Sends Hello with this rank's host and card, waits for Start, and joins the process groups. Returns what comes in
     place of Start, if that is Rejoin.
 
-    Rank 0 hosts the rendezvous store, at the address of its connection to the engine. Raises ResourceError if the GPU
-    or NCCL cannot be used.
+    `card` is that of an earlier call, before this process took memory of it. Rank 0 hosts the rendezvous store, at the
+    address of its connection to the engine. Raises ResourceError if the GPU or NCCL cannot be used.
     """
     host, config = channel.local_host, spec.config
     os.environ.update(config.rank_env)
-    device, card = torch.device("cpu"), None
+    device = torch.device("cpu")
     if spec.device == "cuda":
-        device, card = cards.set_card(spec.card or 0)
+        device, found = cards.set_card(spec.card or 0)
+        card = card or found
     timeout = timedelta(seconds=config.start_timeout_s)
     world = config.layout.world
     store: dist.TCPStore | None = None
@@ -76,7 +79,7 @@ def join(spec: RankSpec, channel: Channel) -> Joined | Rejoin:
     parallel = _connect(config, spec.rank, store, device, start.over_host)
     if card is None:
         return Joined(spec, parallel, device, MemoryShare(start.ranks_on_host))
-    return Joined(spec, parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes))
+    return Joined(spec, parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes), card)
 
 
 def host_id() -> str:

@@ -298,16 +298,16 @@ class ModelRunner(ProfiledSteps):
 
     def close(self) -> None:
         """Drops the CUDA graphs. Call it before process groups are left: NCCL keeps a communicator that a graph has
-        captured. Takes the memory of a sleeping engine again, and loads no more weights."""
+        captured. Takes the memory of a sleeping engine again, loads no more weights, and frees the KV cache."""
         self._graphs = None
         self._weights.close()
         if self._asleep is not None:
             self.wake()
+        del self._state  # it refers to this runner; nothing frees a cycle in a frozen heap
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step and returns its result, or None where `launch` returns None."""
-        output = self.launch(plan)
-        return None if output is None else output.result()
+        return None if (output := self.launch(plan)) is None else output.result()
 
 
 class StepOutput:
