@@ -23,7 +23,7 @@ from qwen3_dist.parallel.pipeline import Pipeline
 from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.messages import RankSpec, Start
 from qwen3_dist.settings import EngineConfig
-from qwen3_dist.worker import cards, decode_graphs, rendezvous, sleep
+from qwen3_dist.worker import cards, decode_graphs, kv_cache, rendezvous, shard, sleep
 from qwen3_dist.worker.decode_graphs import DecodeGraphs
 from qwen3_dist.worker.rank import _Rank
 from qwen3_dist.worker.runner import ModelRunner
@@ -131,3 +131,16 @@ def test_weights_sleep_in_pieces_that_pinned_memory_is_not_rounded_up_for(
     taken = sum(1 << (size - 1).bit_length() for size in asked)
     assert taken <= weight.nbytes + (1 << 10)
     assert torch.equal(torch.cat(kept).view(torch.int32), weight)
+
+
+def test_what_torch_keeps_unused_is_freed_before_a_cards_memory_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    did: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: did.append("emptied"))
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda *_: did.append("measured") or 1 << 20)
+    monkeypatch.setattr(kv_cache, "block_bytes", lambda *_: 1 << 10)
+    monkeypatch.setattr(shard, "_step_bytes", lambda *_: 0)
+    model: Any = SimpleNamespace(device=CARD, config=SimpleNamespace(context_length=64))
+    shard.count_blocks(EngineConfig(model=""), model, shard.MemoryShare())
+    assert did == ["emptied", "measured"]
