@@ -11,7 +11,6 @@ Legend: S rows of a captured size, D emb_dim, V vocab_size.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,6 +67,8 @@ class DecodeGraphs:
         self._device = cache[0].keys.device
         largest = min(max_rows, _SIZES[-1])
         sizes = [size for size in _SIZES if size < largest] + [largest]
+        # The stream of all captures, since cuBLAS keeps a workspace for each stream: 32 MiB on an H200.
+        self._side: torch.cuda.Stream | None = None
         self._captured: dict[int, _Captured] = {}
         for size in reversed(sizes):  # the largest first: the others share its memory pool
             self._captured[size] = self._capture(size)
@@ -125,7 +126,9 @@ class DecodeGraphs:
         received = None if self._stage.is_first else row.new_zeros(size, row.shape[0])
         if self._device.type != "cuda":
             return _Captured(batch, received, None, None, None)
-        side = _side_stream(self._device)
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        side = self._side
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles kernels and creates communicators before the capture
@@ -161,13 +164,6 @@ class DecodeGraphs:
             decodes_only=True,
             padding=torch.ones(size, dtype=torch.bool, device=self._device),
         )
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of captures. There is one, since cuBLAS keeps a workspace for each stream that it has worked on: 32
-    MiB on compute capability 9."""
-    return torch.cuda.Stream(device)
 
 
 def _inputs_of(batch: StepBatch) -> list[Tensor]:
