@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +24,9 @@ from qwen3_dist.parallel.pipeline import Pipeline
 from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.messages import RankSpec, Start
 from qwen3_dist.settings import EngineConfig
+from qwen3_dist.weights.read_runs import Region, read_regions
 from qwen3_dist.worker import cards, kv_cache, rendezvous, shard, sleep
+from qwen3_dist.worker.background import Background
 from qwen3_dist.worker.decode_graphs import DecodeGraphs
 from qwen3_dist.worker.rank import _Rank
 from qwen3_dist.worker.runner import ModelRunner
@@ -139,3 +143,46 @@ def test_what_torch_keeps_unused_is_freed_before_a_cards_memory_is_measured(
     model: Any = SimpleNamespace(device=CARD, config=SimpleNamespace(context_length=64))
     shard.count_blocks(EngineConfig(model=""), model, shard.MemoryShare())
     assert did == ["emptied", "measured"]
+
+
+class Contexts:
+    """The cards on which a process has a context: those that a thread has made its own, as CUDA does from 12 on. A
+    thread begins with card 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cards: set[int | None] = set()
+        self._thread = threading.local()
+        monkeypatch.setattr(torch.cuda, "set_device", lambda card: self._set(torch.device(card).index))
+        monkeypatch.setattr(torch.cuda, "stream", self._stream)
+
+    def _set(self, card: int | None) -> None:
+        if card != getattr(self._thread, "card", 0):
+            self._thread.card = card
+            self.cards.add(card)
+
+    @contextlib.contextmanager
+    def _stream(self, stream: Any) -> Iterator[None]:
+        before = getattr(self._thread, "card", 0)
+        self._set(stream.device.index)
+        yield
+        self._set(before)
+
+
+def test_threads_of_a_rank_take_no_memory_of_card_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = Contexts(monkeypatch)
+    stream: Any = SimpleNamespace(device=CARD, synchronize=lambda: None)
+    work = Background("adapters", lambda: 1, stream)
+    work.start()
+    work.join()
+    assert work.result == 1 and contexts.cards == {1}
+
+
+def test_threads_that_read_weights_take_no_memory_of_card_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = Contexts(monkeypatch)
+    stream = SimpleNamespace(device=CARD)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    out: Any = SimpleNamespace(device=CARD, nbytes=4, element_size=lambda: 4)
+    read: list[str] = []
+    files: Any = SimpleNamespace(place=lambda source, _: source, read=lambda source, *_: read.append(source))
+    read_regions(files, [Region(name, (), out) for name in "ab"], lambda _: None)
+    assert sorted(read) == ["a", "b"] and contexts.cards == {1}
