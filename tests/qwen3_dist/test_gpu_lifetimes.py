@@ -17,6 +17,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.launch.in_process import InProcessExecutor
 from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.torch_ops import TorchOps
 from qwen3_dist.parallel.context import ParallelContext
@@ -186,3 +187,24 @@ def test_threads_that_read_weights_take_no_memory_of_card_0(monkeypatch: pytest.
     files: Any = SimpleNamespace(place=lambda source, _: source, read=lambda source, *_: read.append(source))
     read_regions(files, [Region(name, (), out) for name in "ab"], lambda _: None)
     assert sorted(read) == ["a", "b"] and contexts.cards == {1}
+
+
+def test_an_engine_in_this_process_first_frees_what_an_earlier_one_held(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
+) -> None:
+    class Measured(Exception):
+        pass
+
+    def empties() -> None:
+        assert keys() is None
+        raise Measured
+
+    config = EngineConfig(str(checkpoints["dense"]), num_blocks=8, device="cpu")
+    executor = InProcessExecutor(config, {})
+    assert executor._runner is not None
+    keys = weakref.ref(executor._runner._cache[0].keys)
+    executor.shutdown()
+    monkeypatch.setattr(cards, "local_device", lambda _: "cuda")
+    monkeypatch.setattr(torch.cuda, "empty_cache", empties)
+    with pytest.raises(Measured):
+        InProcessExecutor(config, {})
