@@ -25,8 +25,15 @@ from qwen3_dist.worker import cards
 from qwen3_dist.worker.shard import MemoryShare, set_threads
 
 _NCCL_MARGIN_S = 30.0
-# The engine finds ranks that are lost or hang, and the others stay. NCCL's own watchdog would end their processes.
-_NO_NCCL_WATCHDOG = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+# The engine finds ranks that are lost or hang, and the others stay. torch's watchdog of NCCL and the monitor of that
+# would end their processes. After an error of the network, groups are left only when both have slept for a dump: one
+# minute, and eight.
+_NO_NCCL_WATCHDOG = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
@@ -75,7 +82,8 @@ def join(spec: RankSpec, channel: Channel, card: Card | None = None) -> Joined |
     if store is None:
         store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
     use_interface_of(host)
-    os.environ.setdefault(*_NO_NCCL_WATCHDOG)
+    for name, value in _NO_NCCL_WATCHDOG.items():
+        os.environ.setdefault(name, value)
     parallel = _connect(config, spec.rank, store, device, start.over_host)
     if card is None:
         return Joined(spec, parallel, device, MemoryShare(start.ranks_on_host))

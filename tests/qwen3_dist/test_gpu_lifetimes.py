@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -100,7 +101,10 @@ def test_a_rank_that_joins_again_tells_what_was_free_before_it_took_memory(
     monkeypatch.setattr(rendezvous, "_connect", lambda *_: ParallelContext.single())
     monkeypatch.setattr(rendezvous, "set_threads", lambda *_: None)
     monkeypatch.setattr(rendezvous, "use_interface_of", lambda _: None)
-    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    for name in rendezvous._NO_NCCL_WATCHDOG:
+        monkeypatch.setenv(name, "")  # so that what is set here ends with this test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_NCCL_ENABLE_MONITORING", "1")  # the user's
     monkeypatch.setattr(rendezvous.dist, "TCPStore", MagicMock())
     said: list[Any] = []
     start = Start(("127.0.0.1", 1), 1, 1, 100, False)
@@ -110,6 +114,8 @@ def test_a_rank_that_joins_again_tells_what_was_free_before_it_took_memory(
     for _ in range(2):
         rank._join(spec, SimpleNamespace())  # type: ignore[arg-type]
     assert [hello.card.free_bytes for hello in said] == [100, 100]
+    assert os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "1"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
 
 
 def test_weights_sleep_in_pieces_that_pinned_memory_is_not_rounded_up_for(
