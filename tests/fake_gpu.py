@@ -122,7 +122,8 @@ def fake_gpu(card: int, watched: bool = True) -> Iterator[Watch]:
         multi_processor_count = 108
 
     fakes = dict.fromkeys(
-        ("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph", "synchronize"), Anything
+        ("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph", "synchronize", "set_device"),
+        Anything,
     )
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import socket
 from collections import deque
@@ -36,7 +37,8 @@ class InProcessExecutor(Executor):
         if cards.local_device(config.device) == "cpu":
             set_threads(config, ranks_on_host=1)
         else:
-            torch.cuda.empty_cache()  # frees what an earlier engine left
+            gc.collect()  # an earlier engine's runner refers to itself
+            torch.cuda.empty_cache()  # frees what that engine left
             device, card = cards.set_card(torch.cuda.current_device())
             memory = MemoryShare(1, *use_of_cards([card], config).free_bytes)
         self.device = device.type

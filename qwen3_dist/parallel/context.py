@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -143,7 +144,15 @@ class ParallelContext:
         if self._uses_nccl:
             for group in set(self._groups):
                 group.refuse()
-            distributed_c10d._abort_process_group()
+            # torch aborts one group after the other, each in a thread of its own, which its ncclGroupStart does not
+            # reach. The first may wait for the card, and so for the kernel of a later one.
+            joined = tuple(distributed_c10d._world.pg_names)
+            aborts = [Thread(target=each.abort, daemon=True) for each in joined]
+            for abort in aborts:
+                abort.start()
+            for abort in aborts:
+                abort.join()
+            distributed_c10d._abort_process_group()  # forgets them
 
     def close(self) -> None:
         """Leaves all groups. Ranks that wait for this one in a collective fail."""

@@ -46,6 +46,8 @@ def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Cal
             done.put(elements * item)
 
         reader = FileReader()
+        if stream is not None:
+            torch.cuda.set_device(device)  # else the thread goes back to card 0, whose memory that takes
         try:
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
                 for region in run:

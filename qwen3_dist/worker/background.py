@@ -54,11 +54,12 @@ def _free_locals(error: BaseException | None) -> None:
 
 @contextlib.contextmanager
 def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Makes copies to the GPU run on `stream`, concurrently with steps, and waits for them at the end. None: no
-    GPU."""
+    """Makes this thread's copies to the GPU run on `stream`, concurrently with steps, and waits for them at the end.
+    None: no GPU."""
     if stream is None:
         yield
         return
+    torch.cuda.set_device(stream.device)  # else the thread goes back to card 0, whose memory that takes
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()

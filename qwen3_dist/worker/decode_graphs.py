@@ -67,6 +67,8 @@ class DecodeGraphs:
         self._device = cache[0].keys.device
         largest = min(max_rows, _SIZES[-1])
         sizes = [size for size in _SIZES if size < largest] + [largest]
+        # The stream of all captures, since cuBLAS keeps a workspace for each stream: 32 MiB on an H200.
+        self._side: torch.cuda.Stream | None = None
         self._captured: dict[int, _Captured] = {}
         for size in reversed(sizes):  # the largest first: the others share its memory pool
             self._captured[size] = self._capture(size)
@@ -124,7 +126,9 @@ class DecodeGraphs:
         received = None if self._stage.is_first else row.new_zeros(size, row.shape[0])
         if self._device.type != "cuda":
             return _Captured(batch, received, None, None, None)
-        side = torch.cuda.Stream(self._device)
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        side = self._side
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles kernels and creates communicators before the capture
@@ -132,7 +136,7 @@ class DecodeGraphs:
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next((c.graph.pool() for c in self._captured.values() if c.graph is not None), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             x, logits = self._model.stage(batch, self._cache, received)
         return _Captured(batch, received, x, logits, graph)
 

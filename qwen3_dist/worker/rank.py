@@ -17,6 +17,7 @@ import torch
 from qwen3_dist.errors import EngineDeadError, QwenDistError, ResourceError
 from qwen3_dist.gc_utils import collect_frozen_heap, freeze_gc_heap
 from qwen3_dist.model.transformer import Qwen3Model
+from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.channel import Channel, ChannelClosedError, connect
 from qwen3_dist.protocol.messages import (
     Downloading,
@@ -73,6 +74,7 @@ class _Rank:
         self.spec = spec
         self.activity = Activity()
         self._channel = channel
+        self._card: Card | None = None  # as it was before this process took memory of it
 
     def failed(self, error: Exception) -> Failed:
         """The message that tells the engine of `error`, which is being handled."""
@@ -112,6 +114,8 @@ class _Rank:
             self.activity.description = "joining again"
             status.await_abort()
             joined.parallel.close()  # ranks that still wait for this one in a step fail
+            if joined.device.type == "cuda":
+                torch.cuda.empty_cache()  # the KV cache, which counts as used memory and which other ranks may need
             again = self._join(self.spec.moved(message), status)
             if again.spec.is_placed_as(self.spec):
                 joined.parallel.become(again.parallel)
@@ -133,9 +137,10 @@ class _Rank:
 
     def _join(self, spec: RankSpec, status: StatusThread) -> Joined:
         """As `join`, again for each Rejoin that comes meanwhile, since a rank that was to join did not start."""
-        while isinstance(joined := join(spec, self._channel), Rejoin):
+        while isinstance(joined := join(spec, self._channel, self._card), Rejoin):
             status.await_abort()
             spec = spec.moved(joined)
+        self._card = joined.card
         return joined
 
     def _run(self, model: Qwen3Model, blocks: int, path: Path, joined: Joined) -> Rejoin | None:
@@ -148,7 +153,7 @@ class _Rank:
         held = held_bytes(joined.device)
         self._channel.send(Ready(runner.backends, joined.parallel.collectives, runner.may_repeat, held))
         message = self._run_steps(runner)
-        runner.close()
+        runner.close(keeps_model=message is not None)
         return message
 
     def _run_steps(self, runner: ModelRunner) -> Rejoin | None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.parallel.dispatch import DispatchOptions
+from qwen3_dist.protocol.card import Card
 from qwen3_dist.protocol.channel import Channel
 from qwen3_dist.protocol.messages import Hello, RankSpec, Rejoin, Start
 from qwen3_dist.settings import EngineConfig
@@ -24,8 +25,15 @@ from qwen3_dist.worker import cards
 from qwen3_dist.worker.shard import MemoryShare, set_threads
 
 _NCCL_MARGIN_S = 30.0
-# The engine finds ranks that are lost or hang, and the others stay. NCCL's own watchdog would end their processes.
-_NO_NCCL_WATCHDOG = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+# The engine finds ranks that are lost or hang, and the others stay. torch's watchdog of NCCL and the monitor of that
+# would end their processes. After an error of the network, groups are left only when both have slept for a dump: one
+# minute, and eight.
+_NO_NCCL_WATCHDOG = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 
 
@@ -37,20 +45,22 @@ class Joined:
     parallel: ParallelContext
     device: torch.device
     memory: MemoryShare
+    card: Card | None = None
 
 
-def join(spec: RankSpec, channel: Channel) -> Joined | Rejoin:
+def join(spec: RankSpec, channel: Channel, card: Card | None = None) -> Joined | Rejoin:
     """Sends Hello with this rank's host and card, waits for Start, and joins the process groups. Returns what comes in
     place of Start, if that is Rejoin.
 
-    Rank 0 hosts the rendezvous store, at the address of its connection to the engine. Raises ResourceError if the GPU
-    or NCCL cannot be used.
+    `card` is that of an earlier call, before this process took memory of it. Rank 0 hosts the rendezvous store, at the
+    address of its connection to the engine. Raises ResourceError if the GPU or NCCL cannot be used.
     """
     host, config = channel.local_host, spec.config
     os.environ.update(config.rank_env)
-    device, card = torch.device("cpu"), None
+    device = torch.device("cpu")
     if spec.device == "cuda":
-        device, card = cards.set_card(spec.card or 0)
+        device, found = cards.set_card(spec.card or 0)
+        card = card or found
     timeout = timedelta(seconds=config.start_timeout_s)
     world = config.layout.world
     store: dist.TCPStore | None = None
@@ -72,11 +82,12 @@ def join(spec: RankSpec, channel: Channel) -> Joined | Rejoin:
     if store is None:
         store = dist.TCPStore(*start.store_address, world, is_master=False, timeout=timeout)
     use_interface_of(host)
-    os.environ.setdefault(*_NO_NCCL_WATCHDOG)
+    for name, value in _NO_NCCL_WATCHDOG.items():
+        os.environ.setdefault(name, value)
     parallel = _connect(config, spec.rank, store, device, start.over_host)
     if card is None:
         return Joined(spec, parallel, device, MemoryShare(start.ranks_on_host))
-    return Joined(spec, parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes))
+    return Joined(spec, parallel, device, MemoryShare(start.ranks_on_card, start.card_free_bytes), card)
 
 
 def host_id() -> str:

@@ -296,18 +296,19 @@ class ModelRunner(ProfiledSteps):
         max_rows = self._shapes.max_num_seqs * (1 + self._shapes.num_drafted)
         return DecodeGraphs(self.model, self._cache, max_rows, self._inputs.tables, self._by_all_to_all)
 
-    def close(self) -> None:
-        """Drops the CUDA graphs. Call it before process groups are left: NCCL keeps a communicator that a graph has
-        captured. Takes the memory of a sleeping engine again, and loads no more weights."""
+    def close(self, keeps_model: bool = False) -> None:
+        """Drops the CUDA graphs, before process groups are left (NCCL keeps a communicator that a graph has captured),
+        and the KV cache. With `keeps_model` a model that sleeps takes its memory again: raises ResourceError if there
+        is too little."""
         self._graphs = None
         self._weights.close()
-        if self._asleep is not None and (problem := self.wake()):
+        if keeps_model and self._asleep is not None and (problem := self.wake()):
             raise ResourceError(problem)
+        del self._state  # it refers to this runner; nothing frees a cycle in a frozen heap
 
     def run(self, plan: StepPlan) -> StepResult | None:
         """Runs one step and returns its result, or None where `launch` returns None."""
-        output = self.launch(plan)
-        return None if output is None else output.result()
+        return None if (output := self.launch(plan)) is None else output.result()
 
 
 class StepOutput:

@@ -80,8 +80,6 @@ def load_shard(
     if kept == CODES and model_config.quantization is not None and not random:
         read_kv_scales(model, CheckpointFiles(files))
     finalize(model, int8=config.quantize == "int8")
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # frees what finalizing the weights left in torch's allocator, for the KV cache
     load_adapters(config.lora, model)
     return model
 
@@ -94,6 +92,8 @@ def count_blocks(config: EngineConfig, model: Qwen3Model, share: MemoryShare) ->
     if config.kv_cache_gib is not None and device.type == "cpu":
         free = int(config.kv_cache_gib * 2**30)
     else:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading or regrouping left in torch's allocator would count as used
         free = kv_cache.free_bytes(device, config.gpu_memory_utilization, share.ranks, share.free_at_start)
     per_block = kv_cache.block_bytes(model, config.block_size)
     longest = min(config.max_model_len or model.config.context_length, model.config.context_length)

@@ -16,6 +16,8 @@ from qwen3_dist.model.transformer import Qwen3Model
 from qwen3_dist.ops.batch import LayerCache
 from qwen3_dist.ops.host_memory import give_back
 
+_PIECE_BYTES = 64 << 20  # a power of 2: torch rounds each allocation of pinned memory up to one
+
 
 class SleepingMemory:
     """What was given up since the constructor, which does it, until `wake`. No step may run meanwhile."""
@@ -28,7 +30,7 @@ class SleepingMemory:
         self._cache = _storages([tensor for layer in cache for tensor in (layer.keys, layer.values)])
         self._weights = _storages(weights)
         self._on_gpu = model.device.type == "cuda"
-        self._kept: list[Tensor] = []  # on the host, of each storage of weights
+        self._kept: list[list[Tensor]] = []  # on the host, the pieces of each storage of weights
         if level == 2:
             model.weights = None
         elif self._on_gpu:
@@ -63,7 +65,8 @@ class SleepingMemory:
         for each in self._cache:
             each.zero_()
         for each, kept in zip(self._weights, self._kept, strict=False):
-            _bytes_of(each).copy_(kept, non_blocking=True)
+            for piece, on_host in zip(_bytes_of(each).split(_PIECE_BYTES), kept, strict=True):
+                piece.copy_(on_host, non_blocking=True)
         torch.cuda.synchronize()
         self._kept = []
         return ""
@@ -79,6 +82,6 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    whole = _bytes_of(tensor)
-    return torch.empty(whole.shape, dtype=torch.uint8, pin_memory=True).copy_(whole)
+def _on_host(tensor: Tensor) -> list[Tensor]:
+    pieces = _bytes_of(tensor).split(_PIECE_BYTES)
+    return [torch.empty(piece.shape, dtype=torch.uint8, pin_memory=True).copy_(piece) for piece in pieces]
