@@ -49,8 +49,7 @@ class ModelRunner(ProfiledSteps):
         """`path` is the directory of the model, whose weights may be from elsewhere."""
         self.model = model
         self._config, self._path = config, path
-        self._adapters = AdapterChange(model)
-        self._weights = WeightChange(model, config, path)
+        self._adapters, self._weights = AdapterChange(model), WeightChange(model, config, path)
         self._moves = self._new_moves()
         self._asleep: SleepingMemory | None = None
         self._device = model.device
