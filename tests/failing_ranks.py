@@ -103,9 +103,9 @@ def notes_its_end(spec: RankSpec) -> None:
     note = Path(spec.config.model) / f"end-{spec.rank}"
     drop_graphs, leave = ModelRunner.close, ParallelContext.close
 
-    def drops_graphs(runner: ModelRunner) -> None:
+    def drops_graphs(runner: ModelRunner, keeps_model: bool) -> None:
         note.write_text("graphs ")
-        drop_graphs(runner)
+        drop_graphs(runner, keeps_model)
 
     def leaves(parallel: ParallelContext) -> None:
         with note.open("a") as file:

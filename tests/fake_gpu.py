@@ -122,8 +122,7 @@ def fake_gpu(card: int, watched: bool = True) -> Iterator[Watch]:
         multi_processor_count = 108
 
     fakes = dict.fromkeys(
-        ("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph", "synchronize", "set_device"),
-        Anything,
+        ("Stream", "stream", "current_stream", "Event", "CUDAGraph", "graph", "synchronize"), Anything
     )
     with contextlib.ExitStack() as stack:
         for name, fake in fakes.items():
@@ -133,6 +132,7 @@ def fake_gpu(card: int, watched: bool = True) -> Iterator[Watch]:
         stack.enter_context(patch.object(torch.cuda, "get_device_properties", lambda *_: Properties))
         stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda *_: f"a card of sm_{card}"))
         stack.enter_context(patch.object(torch.cuda, "device_count", lambda: 1))
+        stack.enter_context(patch.object(torch.cuda, "set_device", lambda device: None))
         stack.enter_context(patch.object(FakeTensor, "data_ptr", _address))
         stack.enter_context(patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(FakeTensorMode())
