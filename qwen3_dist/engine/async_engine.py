@@ -286,8 +286,8 @@ class AsyncEngine(RankQuestions):
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                    if self._engine.step_age_s:
-                        time.sleep(0)  # the ranks have work, so the event loop may have the GIL first
+                    if self._engine.in_long_step:
+                        time.sleep(0)  # the event loop may have the GIL before the next step is planned
                 elif changes.is_busy:
                     changes.tick(idle=True)
                 else:

@@ -300,6 +300,11 @@ class Engine:
         """Seconds for which the oldest step in flight has run; 0 if none is. May be read from any thread."""
         return self._meter.step_age_s
 
+    @property
+    def in_long_step(self) -> bool:
+        """See `StepMeter`."""
+        return self._meter.in_long_step
+
     def stalled(self) -> str:
         """Why the step in flight seems to hang; "" if it does not. May be called from any thread."""
         return self._meter.stalled()

@@ -11,6 +11,7 @@ from qwen3_dist.protocol.step_plan import StepPlan
 
 _HUNG_FACTOR = 20.0  # a step hangs once it has run for so many times the longest recent one
 _DECAY = 0.995  # a step: the longest step counts half after 140 more
+_LONG_S = 0.01
 
 
 class StepMeter:
@@ -35,6 +36,7 @@ class StepMeter:
         # Maxima over recent steps, which decay.
         self._longest_s = 0.0
         self._most_tokens = 0.0
+        self._last_s = 0.0  # of the step collected last
 
     def restart(self, traffic: StepTraffic) -> None:
         """Forgets the steps in flight, which no rank will answer. `traffic` counts on from now on."""
@@ -53,6 +55,12 @@ class StepMeter:
         """Seconds for which the oldest step in flight has run; 0 if none is. May be read from any thread."""
         since = self._running_since_s
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def in_long_step(self) -> bool:
+        """Whether a step is in flight, and the last one took so long that the engine's thread may give another one the
+        GIL, which that keeps for `sys.getswitchinterval()`, 5 ms."""
+        return self._running_since_s is not None and self._last_s > _LONG_S
 
     def stalled(self) -> str:
         """Why the oldest step in flight seems to hang: it has run longer than any recent step should make it; "" if
@@ -102,4 +110,5 @@ class StepMeter:
             # In this order: `limit_s`, in another thread, divides by the first once it sees the second.
             self._most_tokens = max(self._in_flight.popleft(), _DECAY * self._most_tokens)
             self._longest_s = max(took_s, _DECAY * self._longest_s)
+            self._last_s = took_s
         self._running_since_s = self.collected_s if others else None

@@ -141,3 +141,18 @@ def test_a_step_that_runs_far_longer_than_recent_ones_has_stalled(clock: Clock) 
     assert run(3.9) == ""
     assert "a step has run for 100.0 s" in run(100.0)
     assert meter.stalled() == ""  # it has ended after all
+
+
+def test_only_steps_longer_than_a_turn_of_the_gil_let_other_threads_in(clock: Clock) -> None:
+    meter = StepMeter(StepTraffic(EngineConfig(), DENSE_CONFIG, "cpu"), 4.0)
+    plans = [StepPlan(1, (), (7,), False)]
+
+    def run(seconds: float, others: bool) -> bool:
+        meter.submitted(plans, alone=meter.step_age_s == 0.0)
+        clock.now += seconds
+        meter.collected(others)
+        return meter.in_long_step
+
+    meter.submitted(plans, alone=True)
+    assert not meter.in_long_step
+    assert run(0.02, others=True) and not run(0.002, others=True) and not run(0.02, others=False)
