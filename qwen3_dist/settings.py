@@ -149,7 +149,8 @@ class EngineConfig:
         parse=parse_rank_env,
     )
     start_timeout_s: float = setting(
-        600.0, "longest wait for ranks to be placed, and for progress as the weights are downloaded and load"
+        600.0,
+        "longest wait for ranks to be placed, and longest time without progress of a download or a load",
     )
     replacement_timeout_s: float = setting(
         30.0,

@@ -29,6 +29,9 @@ class Hub:
     ranges: list[str] = field(default_factory=list)
     num_requests: int = 0
     refusal: tuple[int, str] | None = None
+    tells_sizes: bool = True  # of files, when asked for a model's metadata
+    stays_away: bool = False  # each connection ends without an answer
+    goes_away: bool = False  # and stays away once it has cut one
     cut_after: int | None = None
     go_on: threading.Event | None = None
 
@@ -71,7 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self._hub
         hub.num_requests += 1
         place = self.path.partition("?")[0]
-        if hub.refusal is not None:
+        if hub.stays_away:
+            self.close_connection = True
+        elif "blobs=" in self.path and not hub.tells_sizes:
+            self._send(b"", 500)
+        elif hub.refusal is not None:
             self._send(b"", hub.refusal[0], {"X-Error-Code": hub.refusal[1]})
         elif place.startswith(f"/api/models/{MODEL}/tree/"):
             self._send(json.dumps([self._entry(name) for name in hub.files]).encode())
@@ -113,6 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_a_part(self, data: bytes, headers: dict[str, str], size: int) -> None:
         self._hub.cut_after = None
+        self._hub.stays_away = self._hub.goes_away
         self.send_response(200)
         for name, value in {**headers, "Content-Length": str(len(data))}.items():
             self.send_header(name, value)

@@ -149,11 +149,7 @@ class WeightChanges:
     def _wake(self) -> _Change:
         if not self.asleep:
             return True
-        problems = self._executor.call("wake")
-        for rank, problem in enumerate(problems):
-            if problem:
-                self._executor.call("sleep", 2 if self._dropped else self.asleep)
-                raise _RefusedError(ResourceError(f"rank {rank} cannot wake: {problem}"))
+        self._wake_ranks()
         if self._dropped and (failed := (yield from self._load_again())):
             self._executor.call("sleep", 2)
             raise _RefusedError(failed)
@@ -165,10 +161,17 @@ class WeightChanges:
         """Has the ranks, which sleep, load the weights that they have opened when they wake."""
         self._executor.call("drop_weights")
         if not self._dropped:
-            self._executor.call("wake")
+            self._wake_ranks()
             self._executor.call("sleep", 2)
             self._dropped = True
         self._adopt_all(weights)
+
+    def _wake_ranks(self) -> None:
+        """Has the ranks take their memory again. Raises _RefusedError if one lacks it; then all sleep on."""
+        for rank, problem in enumerate(self._executor.call("wake")):
+            if problem:
+                self._executor.call("sleep", 2 if self._dropped else self.asleep)
+                raise _RefusedError(ResourceError(f"rank {rank} cannot wake: {problem}"))
 
     def _open(self, weights: WeightsVersion) -> _Change:
         """Has the ranks check `weights` while steps go on. Raises _RefusedError if one cannot use them."""

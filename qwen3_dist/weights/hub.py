@@ -15,21 +15,25 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.files import shard_files
 
-# Called each second of a download with the bytes that are there and those of the whole; both are 0 if the hub does not
-# tell.
+# Called each second of a download with the bytes that are there and those of the whole, 0 if the hub does not tell.
 Downloading = Callable[[int, int], None]
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _PERIOD_S = 1.0
 _LOG_PERIOD_S = 10.0
+_ASK_TIMEOUT_S = 10.0
 _GB = 1e9
+# What versions of huggingface_hub raise after a connection was lost again and again: errors of the library that they
+# use for HTTP. Its own hf_xet raises RuntimeError.
+_TRANSPORTS = ("httpx", "httpx2", "requests", "urllib3")
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +104,13 @@ def download(
                 f"the hub cache cannot be written: {error}; set HF_HOME to a directory of this user"
             ) from None
         raise _unreachable(model, error) from None
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in _TRANSPORTS):
+            raise
+        raise CheckpointError(
+            f"the download of {model!r} was interrupted ({type(error).__name__}: {error}); start again: whole files "
+            "are kept"
+        ) from None
 
 
 def _unreachable(model: str, error: BaseException) -> CheckpointError:
@@ -110,7 +121,7 @@ def _unreachable(model: str, error: BaseException) -> CheckpointError:
 
 
 def _no_room(model: str) -> CheckpointError:
-    folder = _cache_of(model).parent
+    folder = next(path for path in _cache_of(model).parents if path.exists())
     free = shutil.disk_usage(folder).free / _GB
     return CheckpointError(
         f"the disk of the hub cache {folder} is full ({free:.1f} GB free), and {model!r} is not complete; make room "
@@ -125,17 +136,22 @@ def _watched(model: str, revision: str | None, files: Sequence[str], progress: D
 
     draws = sys.stderr is not None and sys.stderr.isatty()
     hidden = not draws and not are_progress_bars_disabled()
-    ended = threading.Event()
-    arguments = (model, revision, files, progress, ended, not draws)
-    watch = threading.Thread(target=_watch, args=arguments, name="hub-download", daemon=True)
+    ended, telling = threading.Event(), threading.Lock()
+
+    def tell(done: int, total: int) -> None:
+        with telling:  # nothing is told any more once the download has ended
+            if not ended.is_set():
+                progress(done, total)
+
+    arguments = (model, revision, files, tell, ended, not draws)
     if hidden:
         disable_progress_bars()
-    watch.start()
+    threading.Thread(target=_watch, args=arguments, name="hub-download", daemon=True).start()
     try:
         yield
     finally:
-        ended.set()
-        watch.join()
+        with telling:
+            ended.set()
         if hidden:
             enable_progress_bars()
 
@@ -150,17 +166,19 @@ def _watch(
 ) -> None:
     if ended.wait(_PERIOD_S):
         return  # there was nothing to download
-    blobs = _sizes_of_blobs(model, revision, files)
-    total = sum(blobs.values())
-    first, began = _bytes_there(model, blobs), time.monotonic()
-    logged = began - _LOG_PERIOD_S
+    blobs: dict[str, int] = {}
+    first, began = 0, 0.0
+    logged = time.monotonic() - _LOG_PERIOD_S
     while not ended.is_set():
-        now, done = time.monotonic(), _bytes_there(model, blobs)
+        if not blobs:
+            blobs = _sizes_of_blobs(model, revision, files)
+            first, began = _bytes_there(model, blobs), time.monotonic()
+        now, done, total = time.monotonic(), _bytes_there(model, blobs), sum(blobs.values())
         progress(done, total)
         if logs and now - logged >= _LOG_PERIOD_S:
             logged = now
             rate = (done - first) / max(now - began, _PERIOD_S)
-            of = f"{done / _GB:.2f} of {total / _GB:.2f} GB"
+            of = f"{done / _GB:.2f} of {total / _GB:.2f} GB" if total else f"{done / _GB:.2f} GB"
             _log.info("downloading %s: %s, %.2f GB/s", model, of, rate / _GB)
         ended.wait(_PERIOD_S)
 
@@ -172,7 +190,8 @@ def _sizes_of_blobs(model: str, revision: str | None, files: Sequence[str]) -> d
     with contextlib.suppress(
         Exception
     ):  # each version has other ones; the download itself raises what is wrong
-        found = HfApi().model_info(model, revision=revision, files_metadata=True).siblings or []
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=_ASK_TIMEOUT_S)
+        found = info.siblings or []
         return {
             entry.lfs.sha256 if entry.lfs else entry.blob_id or "": entry.size or 0
             for entry in found
@@ -187,11 +206,11 @@ def _cache_of(model: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{model.replace('/', '--')}"
 
 
-def _bytes_there(model: str, blobs: Collection[str]) -> int:
-    """The bytes of `blobs` in the cache, of those that are not complete too."""
-    done = 0
+def _bytes_there(model: str, blobs: Mapping[str, int]) -> int:
+    """The bytes of `blobs` in the cache, of those that are not complete too; of all files if none is known."""
+    there: Counter[str] = Counter()
     with contextlib.suppress(OSError):  # files get their last names meanwhile
         for entry in os.scandir(_cache_of(model) / "blobs"):
-            if entry.name.partition(".")[0] in blobs:
-                done += entry.stat().st_size
-    return done
+            name = entry.name.partition(".")[0]  # killed downloads leave other parts of it
+            there[name] = max(there[name], entry.stat().st_size)
+    return sum(min(size, blobs.get(name, 0)) if blobs else size for name, size in there.items())

@@ -239,10 +239,10 @@ class Dispatcher:
 
 def _without_queue_timeout(request: Any, progress: Progress) -> Any:
     """The request, which has lost its replica, without a limit of its wait in a queue if it has begun. One that is not
-    streamed may have begun as soon as a replica had it."""
+    streamed may have begun as soon as a replica had it, unless that told that it waits."""
     if not isinstance(request, GenerationRequest | PoolingRequest):
         return request
-    if not (progress.accepted if request.stream else progress.ran):
+    if progress.waits or not (progress.accepted if request.stream else progress.ran):
         return request
     return dataclasses.replace(request, terms=dataclasses.replace(request.terms, queue_timeout_s=0.0))
 

@@ -96,6 +96,9 @@ class LiveChanges:
         except QwenDistError:
             raise
         except Exception as error:
+            if isinstance(error, GetTimeoutError):  # it may have taken the change all the same
+                with suppress(Exception):
+                    await asyncio.to_thread(_deploy_changes, gateway, route, after, before)
             logger.exception("Serve did not take a change of %r", route.model.name)
             raise RequestError(
                 f"Ray Serve did not take the change, so the replicas go back to what they had: {error}",

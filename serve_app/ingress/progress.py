@@ -56,5 +56,6 @@ class Progress:
         held the request."""
         deaths = 0 if leaves or self.waits else 1
         self.deaths = deaths if self.progressed else self.deaths + deaths
-        self.lost_s = self.lost_s if self.waits else None  # if it has begun, the time for another starts anew
+        if leaves or not self.waits:
+            self.lost_s = None  # the time for another replica starts anew
         self.runs = self.progressed = False

@@ -112,6 +112,13 @@ def test_an_engine_that_lacks_memory_to_wake_sleeps_on_in_all_ranks(
                     await engine.wake()
                 assert engine.asleep == level
                 await engine.wake()
+            await engine.sleep(1)
+            with pytest.raises(
+                ResourceError, match="rank 1 cannot wake"
+            ):  # to give up the weights that it keeps
+                await engine.use_weights(WeightsVersion(str(next(iter(versions.values()))), "v2"))
+            assert engine.asleep == 1
+            await engine.wake()
             assert await running() == tokens_of["base"] and not engine.recoveries
 
     asyncio.run(check())

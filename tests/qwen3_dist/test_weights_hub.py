@@ -137,23 +137,36 @@ def test_a_full_disk_is_told_and_what_is_there_stays(hub: Hub, monkeypatch: pyte
     assert is_whole(resolve_model(MODEL)) and hub.gets["config.json"] == 1
 
 
+def test_a_hub_that_goes_away_in_the_middle_is_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)  # between its tries
+    resolve_config(MODEL)
+    hub.cut_after, hub.goes_away = 100_000, True
+    with pytest.raises(
+        CheckpointError, match="the download of 'org/name' was interrupted .* whole files are kept"
+    ):
+        resolve_model(MODEL)
+
+
+@pytest.mark.parametrize("tells_sizes", [True, False])
 def test_a_long_download_is_logged_and_tells_its_progress(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    hub: Hub, tells_sizes: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    hub.tells_sizes = tells_sizes
     monkeypatch.setattr(hub_module, "_PERIOD_S", 0.01)
     hub.cut_after, hub.go_on = len(hub.files[WEIGHTS]) // 2, threading.Event()
     told: list[tuple[int, int]] = []
 
     def progress(done: int, total: int) -> None:
         told.append((done, total))
-        if hub.cut_after is None and done > total // 4:
+        if hub.cut_after is None and done > len(hub.files[WEIGHTS]) // 4:
             hub.go_on.set()  # type: ignore[union-attr]
 
     with caplog.at_level(logging.INFO, "qwen3_dist"):
         path = resolve_model(MODEL, progress=progress)
     total = sum(file.stat().st_size for file in path.iterdir())
-    assert told[-1][1] == total and 0 < told[-1][0] <= total
-    assert f"downloading {MODEL}: " in caplog.text and f" of {total / 1e9:.2f} GB, " in caplog.text
+    assert told[-1][1] == (total if tells_sizes else 0) and 0 < told[-1][0] <= total
+    assert f"downloading {MODEL}: " in caplog.text
+    assert (f" of {total / 1e9:.2f} GB, " in caplog.text) == tells_sizes
 
 
 def test_ranks_that_download_may_take_longer_than_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
