@@ -321,7 +321,7 @@ class RankGroupExecutor(Executor):
             self._death = loss.error
             known = loss.ranks if loss.blame <= Blame.PROBABLE else ()
             self._lost = frozenset(self._seats[rank] for rank in known)
-            _log.error("the engine stops: %s", loss.error)
+            _log.error("the engine %s: %s", "lost a rank" if self.keeps_ranks else "stops", loss.error)
             if not self.keeps_ranks:
                 self.shutdown()
             raise loss.error from None
