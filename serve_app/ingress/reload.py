@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+import math
+import time
 from http import HTTPStatus
 from typing import Annotated
 
@@ -28,6 +30,7 @@ LEAVE = "leave"  # the method of replicas
 _OFFER = "reloading"
 _ANSWER_TIMEOUT_S = 5.0
 _POLL_S = 0.2
+_SETTLED_S = 2.0  # Serve may call a deployment healthy until it has begun to replace what it lost
 
 
 class ReloadBody(Body):
@@ -93,12 +96,18 @@ async def _renew(replicas: DeploymentHandle, leaving: str) -> None:
         with contextlib.suppress(Exception):  # it is asked again
             await broadcast(replicas, LEAVE, leaving, timeout_s=_ANSWER_TIMEOUT_S)
         await asyncio.sleep(_POLL_S)
-    while len(running_replicas(replicas)) < before and not await asyncio.to_thread(has_all, replicas):
+    had_all_since = math.inf
+    while len(running_replicas(replicas)) < before and time.monotonic() - had_all_since < _SETTLED_S:
+        has = await asyncio.to_thread(has_all, replicas)
+        had_all_since = min(had_all_since, time.monotonic()) if has else math.inf
         await asyncio.sleep(_POLL_S)
 
 
 def has_all(replicas: DeploymentHandle) -> bool:
-    """Whether Serve runs as many replicas as it wants. Blocks for its controller."""
+    """Whether Serve runs as many replicas as it wants, as far as it knows. Blocks for its controller."""
     application = serve.status().applications.get(replicas.app_name)
-    deployment = application and application.deployments.get(replicas.deployment_name)
-    return deployment is None or deployment.status == "HEALTHY"
+    deployment = application.deployments.get(replicas.deployment_name) if application else None
+    if deployment is None:
+        return True
+    states = {state for state, count in deployment.replica_states.items() if count}
+    return deployment.status == "HEALTHY" and states <= {"RUNNING", "STOPPING"}

@@ -14,6 +14,7 @@ from serve_app.ingress.replica_table import ReplicaTable
 from serve_app.replica_status import ReplicaStatus
 
 ANSWER_TIMEOUT_S = 2.0
+_NONE_PERIOD_S = 0.5  # between two polls while no replica is healthy: the next one is awaited
 SILENT_S = 5.0  # without an answer, after which other replicas take over what a replica has
 
 
@@ -25,7 +26,7 @@ class Poll(NamedTuple):
 
 
 class ReplicaHealth:
-    """Polls all replicas every `period_s` seconds in a task of the running event loop.
+    """Polls all replicas every `period_s` seconds, more often while none is healthy, in a task of the running loop.
 
     `ask` polls once. If no replica answers, because all are busy, the last result stays valid for `patience_s`
     seconds: by then Serve has replaced a replica that hangs. A replica that is silent for SILENT_S seconds while
@@ -120,4 +121,5 @@ class ReplicaHealth:
             await self.refresh()
             self._poll_now.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poll_now.wait(), self.period_s)
+                period_s = self.period_s if self.num_healthy else min(self.period_s, _NONE_PERIOD_S)
+                await asyncio.wait_for(self._poll_now.wait(), period_s)

@@ -58,7 +58,7 @@ def application_states() -> list[ApplicationState]:
                 name,
                 str(status.status.value),
                 known.route_prefix if known else None,
-                states.get("RUNNING", 0),
+                states.get("RUNNING", 0) + states.get("UPDATING", 0),
                 states.get("STARTING", 0) + states.get("PENDING_MIGRATION", 0),
                 "; ".join(message.strip().splitlines()[-1] for message in messages if message.strip()),
                 unplaced_bundles(name, REPLICA),

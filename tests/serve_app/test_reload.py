@@ -103,8 +103,11 @@ def test_the_next_replica_leaves_once_there_are_as_many_as_before_or_as_serve_wa
     replicas = Replicas(shrinks)
     monkeypatch.setattr(reload, "running_replicas", replicas.look)
     monkeypatch.setattr(reload, "broadcast", replicas.tell)
-    monkeypatch.setattr(reload, "has_all", lambda handle: shrinks)
+    monkeypatch.setattr(
+        reload, "has_all", lambda handle: True
+    )  # also before it has begun to replace the lost one
     monkeypatch.setattr(reload, "_POLL_S", 0.0)
+    monkeypatch.setattr(reload, "_SETTLED_S", 0.0 if shrinks else 1e9)
 
     async def run() -> None:
         led = Reload(cast(Any, Peers()))

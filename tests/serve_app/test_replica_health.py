@@ -78,6 +78,25 @@ def test_a_replica_that_died_is_counted_once_however_often_serve_still_names_it(
     assert [lost for _, lost in numbers] == [0, 1, 1, 1, 2]
 
 
+def test_the_first_healthy_replica_is_found_long_before_the_next_period(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica_health, "_NONE_PERIOD_S", 0.0)
+
+    async def wait() -> None:
+        rounds = iter([[], [B_IS_ILL], [A]])
+
+        async def ask() -> Poll:
+            return Poll(("a", "b"), next(rounds))
+
+        health = watched(ask)
+        while not health.num_healthy:
+            await asyncio.sleep(0)
+        health.stop()
+
+    asyncio.run(asyncio.wait_for(wait(), 20))
+
+
 @pytest.mark.parametrize("answer", [died("actor of b"), B_IS_ILL, TimeoutError()])
 def test_a_replica_that_is_dead_ill_or_silent_takes_no_request(answer: Any) -> None:
     table = ReplicaTable()
