@@ -34,7 +34,10 @@ async def occupied(engine: AsyncEngine) -> AsyncGenerator[object, None]:
 
 
 def asked(timeout_s: float, stream: bool = True, prompts: int = 1) -> CompletionRequest:
-    body = {"prompt": [[5, 6 + p] for p in range(prompts)], "max_tokens": 2, "stream": stream}
+    tokens = [
+        [5, 6 + p] for p in range(prompts)
+    ]  # a drawn token may be half a character, whose part is empty
+    body = {"prompt": tokens, "max_tokens": 2, "temperature": 0, "stream": stream}
     request = parse_completion(json.dumps(body).encode())
     return dataclasses.replace(request, terms=RequestTerms(queue_timeout_s=timeout_s))
 
