@@ -240,7 +240,11 @@ def main() -> None:
         "health_check_timeout_s": 5,  # a stopped replica is found after this time
         "graceful_shutdown_timeout_s": 60,
     }
-    os.environ.setdefault(ray_private.PROXY_MIDDLEWARES, proxy.IMPORT_PATH)
+    for name, value in {
+        **ray_private.CLUSTER_ENVIRONMENT,
+        ray_private.PROXY_MIDDLEWARES: proxy.IMPORT_PATH,
+    }.items():
+        os.environ.setdefault(name, value)
     nodes = Nodes(args.replicas + args.times) if args.nodes else None
     ray_cluster.connect(nodes.address if nodes else None)
     try:
