@@ -29,8 +29,8 @@ CLUSTER_ENVIRONMENT = {
     # Serve's proxy talks to deployments over gRPC, which more than halves the cost of a streamed token.
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # a dead proxy is replaced after three; by default after 30 s
-    # A node whose raylet does not answer is lost after five checks, by default 3 s apart. Until then Ray may block what
-    # its processes called.
+    # A node whose raylet does not answer is lost after five checks, by default 3 s apart. Until then Ray may block who
+    # answered one of its processes.
     "RAY_health_check_period_ms": "1000",
     # Ray's default is nice 15, at which any busy program of the host starves ranks and HTTP.
     "RAY_worker_niceness": "0",
