@@ -68,6 +68,8 @@ def read_gptq(config: Mapping[str, Any]) -> Quantization:
     for pattern, changes in dynamic.items():
         regex = f"re:{pattern[2:] if pattern[:2] in ('+:', '-:') else pattern}"
         strings({"dynamic": [regex]}, "dynamic")
+        if changes and not isinstance(changes, Mapping):
+            raise CheckpointError(f"dynamic has {changes!r} for {pattern!r} where an object is expected")
         if pattern.startswith("-:"):
             ignored.append(regex)
         else:

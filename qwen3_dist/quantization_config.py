@@ -81,7 +81,8 @@ def _fp8(config: Mapping[str, Any]) -> Quantization:
 def _compressed(config: Mapping[str, Any]) -> Quantization:
     check_keys(config, _COMPRESSED_KEYS)
     for name in ("sparsity_config", "transform_config"):
-        if config.get(name) and config[name].get("format") != "dense":
+        value = config.get(name)
+        if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
             raise CheckpointError(f"{name} is not supported; {_ADVICE}")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:

@@ -108,7 +108,7 @@ def _official(name: str) -> tuple[str, dict[str, Any]] | None:
 def _from_file(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold a JSON object")

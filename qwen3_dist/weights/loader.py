@@ -24,7 +24,7 @@ from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.quantization import NIBBLES
 from qwen3_dist.weights import random_weights
-from qwen3_dist.weights.checks import check_names, check_order, check_tensor
+from qwen3_dist.weights.checks import check_names, check_order, check_scales, check_tensor
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.packed import read_packed
 from qwen3_dist.weights.pieces import COMPANIONS, DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
@@ -198,6 +198,7 @@ def _read_all(
         for piece in pieces:
             if piece.stored == ORDER:
                 check_order(piece, parameters[piece.parameter][piece.place])
+        check_scales(pieces, parameters)
 
 
 def _is_plain(files: CheckpointFiles, piece: Piece) -> bool:

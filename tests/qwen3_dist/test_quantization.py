@@ -170,7 +170,7 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
         ({"quantization_config": {**QWEN, "weight_block_size": [0, 128]}}, "two positive integers"),
         ({"quantization_config": {**QWEN, "expert_dtype": "fp4"}}, "expert_dtype='fp4' is not supported"),
         ({"quantization_config": {**QWEN, "secret": 3}}, "secret=3 is not understood"),
-        ({"quantization_config": {**QWEN, "ignored_layers": "lm_head"}}, "a list of module names"),
+        ({"quantization_config": {**QWEN, "ignored_layers": "lm_head"}}, "a list of names"),
         ({"quantization_config": compressed(num_bits=4, type="int")}, "4-bit weights of type 'int'"),
         ({"quantization_config": compressed(type="int", symmetric=False)}, "zero points"),
         ({"quantization_config": compressed(strategy="group")}, "strategy 'group'"),
