@@ -143,9 +143,10 @@ class Quantization:
         formats = ", ".join(dict.fromkeys(str(each) for each, _ in self.groups))
         return f"{formats}, rounded while loading" if self.rounds else f"{self.method}: {formats}"
 
-    def of(self, module: str) -> WeightFormat | None:
-        """The format of a linear layer or of stacked experts by its name; None: it is not quantised."""
-        if module in self._ignored:
+    def of(self, module: str, listed: bool = True) -> WeightFormat | None:
+        """The format of a linear layer or of stacked experts by its name; None: it is not quantised. Without `listed`
+        the `ignored` modules have a format too."""
+        if listed and module in self._ignored:
             return None
         named = (formats for formats, names in self._named if module in names)
         return next(named, self._of_linear)

@@ -109,7 +109,9 @@ def _from_file(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+        raise CheckpointError(
+            f"{file} cannot be read as JSON ({error}); give a directory or its config.json"
+        ) from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
     return raw

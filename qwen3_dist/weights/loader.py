@@ -234,7 +234,11 @@ def _read(
 
 def _factors(piece: Piece, stored: Tensor) -> Tensor:
     """The numbers [e, 1, 1] by which the scales of the piece's experts are divided or multiplied; [] of a single
-    weight."""
+    weight. Raises CheckpointError for one that is infinite, no number, or negative."""
+    if not bool((stored.isfinite() & (stored >= 0)).all()):
+        raise CheckpointError(
+            f"{piece.source} has a number that is negative or not finite; fetch the checkpoint again"
+        )
     if len(piece.shape) == 1:
         return stored.float().view(())
     experts, half = piece.index
