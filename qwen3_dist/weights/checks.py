@@ -14,6 +14,7 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.quantization import FP4
 from qwen3_dist.weights.files import FLOATS, CheckpointFiles
 from qwen3_dist.weights.pieces import DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
+from qwen3_dist.weights.scale_pieces import is_quantizable
 from qwen3_dist.weights.weight_plan import WeightPlan
 
 _ADVICE = "download the weights and config.json of the same revision"
@@ -59,6 +60,8 @@ def check_tensor(files: CheckpointFiles, piece: Piece) -> None:
         raise CheckpointError(
             f"{piece.source} has shape {list(shape)} where config.json makes it {list(expected)}; {_ADVICE}"
         )
+    if piece.stored is None and is_quantizable(piece.source) and files.is_code(piece.source):
+        raise CheckpointError(f"the scale of {piece.source} is missing; {_ADVICE}")
     files.dtype(piece.source, _dtypes(piece))
 
 

@@ -42,7 +42,6 @@ _DTYPES = {
     "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I8": "int8",
     "F8_E8M0": "float8_e8m0fnu", "I32": "int32", "I64": "int64", "U8": "uint8",
 }  # fmt: skip
-_CODES = ("F8_E4M3", "I8")  # dtypes of weights that need a scale
 _WORDS = ("I32", "I64", "U8")  # dtypes of packed numbers and of indices, never of plain weights
 CODES = {name: code for code, name in _DTYPES.items()}  # safetensors' name of a dtype, by torch's
 FLOATS = ("float32", "bfloat16", "float16")
@@ -92,13 +91,15 @@ class CheckpointFiles:
         file, *_, code = self._entries[name]
         dtype = _DTYPES.get(code, code)
         if dtype not in allowed:
-            advice = f"{allowed[0]} is expected"
-            if allowed == FLOATS:
-                advice = "use a bf16, fp16 or fp32 checkpoint"
-                if code in _CODES:
-                    advice = f"its scale is missing, so fetch the checkpoint again, or {advice}"
+            advice = (
+                "use a bf16, fp16 or fp32 checkpoint" if allowed == FLOATS else f"{allowed[0]} is expected"
+            )
             raise CheckpointError(f"{name} in {file} is stored as {code}; {advice}")
         return dtype
+
+    def is_code(self, name: str) -> bool:
+        """Whether a tensor has one of the dtypes of weights that need a scale."""
+        return self._entries[name].code in ("F8_E4M3", "I8")
 
     def torch_dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype. Raises CheckpointError if it is not known."""

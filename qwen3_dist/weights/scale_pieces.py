@@ -43,6 +43,11 @@ def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]
         yield replace(each, source=piece.source, rounds=rounds) if rounds else each
 
 
+def is_quantizable(source: str) -> bool:
+    """Whether `source` is a weight of a linear layer or of stacked experts."""
+    return source.endswith(_QUANTIZABLE)
+
+
 def format_of(source: str, quantization: Quantization | None, names: Set[str]) -> WeightFormat | None:
     """The format of a weight by its name in a plain checkpoint; None: it is not quantised.
 
@@ -50,7 +55,7 @@ def format_of(source: str, quantization: Quantization | None, names: Set[str]) -
     are not there, but it is, is not quantised, and one that has both is quantised. Raises CheckpointError for fused experts in a
     format without them.
     """
-    if quantization is None or not source.endswith(_QUANTIZABLE):
+    if quantization is None or not is_quantizable(source):
         return None
     module = source.removesuffix(".weight")
     found = quantization.of(module)

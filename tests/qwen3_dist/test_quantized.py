@@ -187,7 +187,8 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({f"{Q}_scale_inv": None}, rf"lacks 1 tensor \({Q}_scale_inv\)"),
+        ({f"{Q}_scale_inv": None}, f"the scale of {Q} is missing; download the weights"),
+        ({f"{Q}_scale_inv": torch.full((6, 4), torch.nan)}, f"{Q}_scale_inv has a scale that is not finite"),
         (
             {f"{Q}_scale_inv": torch.ones(6, 3)},
             r"_inv has shape \[6, 3\] where config.json makes it \[6, 4\]; download the weights",
