@@ -20,6 +20,7 @@ from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.quantization import ROUNDS_TO, Quantization
 from qwen3_dist.quantization_config import read_quantization
+from qwen3_dist.quantization_files import with_quantization
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
 from qwen3_dist.supported_models import has_score, refuse_unsupported
 
@@ -182,11 +183,12 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path, overrides: HfOverrides | None = None) -> ModelConfig:
-        """Reads `path`/config.json with `overrides` in place of its own fields.
+        """Reads `path`/config.json with `overrides` in place of its own fields. If it does not tell how weights are
+        quantised, a file beside it may.
 
         Raises CheckpointError if the file is missing or unreadable, and what `from_dict` raises.
         """
-        return cls.from_dict(_read_json(path), overrides)
+        return cls.from_dict(with_quantization(_read_json(path), Path(path)), overrides)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], overrides: HfOverrides | None = None) -> ModelConfig:
@@ -211,9 +213,9 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
         if values.get("head_dim") is None:
-            with contextlib.suppress(TypeError, ZeroDivisionError):  # which the checks of both name
+            values["head_dim"] = 0
+            with contextlib.suppress(TypeError, ZeroDivisionError):  # the checks name the size that is wrong
                 values["head_dim"] = values["emb_dim"] // values["n_heads"]
-            values.setdefault("head_dim", 0)
         values["dtype"] = str(values.get("dtype") or "bfloat16").removeprefix("torch.")
         dense = values.get("mlp_only_layers")
         values["mlp_only_layers"] = (

@@ -20,6 +20,7 @@ _AWQ_OTHERS = {
     "backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse", "format", "desc_act", "lm_head",
     "sym", "pack_dtype", "meta", "dynamic",
 }  # fmt: skip
+_AWQ_OLD = {"w_bit": "bits", "q_group_size": "group_size"}  # AutoAWQ's own names of both
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs in a word
 _GPTQ_KEYS = {
     "quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "pack_dtype", "lm_head",
@@ -37,6 +38,7 @@ _FLOATS = Packing(16, "floats", transposed=True)
 
 def read_awq(config: Mapping[str, Any]) -> Quantization:
     """Raises CheckpointError if the settings are not supported."""
+    config = {_AWQ_OLD.get(name, name): value for name, value in config.items()}
     check_keys(config, _AWQ_KEYS | _AWQ_OTHERS)
     check(config, "bits", (4,), "4 bits are")
     check(config, "zero_point", (None, True), "zero points are")

@@ -12,6 +12,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.quantization import INT8, Quantization, Stored, WeightFormat
+from qwen3_dist.quantization_files import with_quantization
 from qwen3_dist.weights.source import canonical_name, local_path, resolve_config
 
 _INT8 = Quantization(
@@ -68,7 +69,7 @@ def find_config(
     """
     path = local_path(model)
     if model and path.is_file():
-        return model, ModelConfig.from_dict(_from_file(path), overrides)
+        return model, ModelConfig.from_dict(with_quantization(_from_file(path), path.parent), overrides)
     name = canonical_name(model)
     official = None if revision or local_path(name).is_dir() else _official(name)
     if official is not None:

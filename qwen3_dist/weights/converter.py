@@ -81,8 +81,8 @@ class Conversion:
         plain = ModelConfig.from_directory(path)
         if plain.quantization is not None:
             raise CheckpointError(
-                f"the weights in {path} are quantised already ({plain.quantization.method}); give the bf16, fp16 or fp32 "
-                "checkpoint that they were made from"
+                f"the weights in {path} are quantised already ({plain.quantization.method}); give the bf16, fp16 "
+                "or fp32 checkpoint that they were made from"
             )
         config = plain.rounded("fp8")  # every format rounds the same matrices
         check_checkpoint(path, plain)

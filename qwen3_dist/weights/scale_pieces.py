@@ -52,8 +52,8 @@ def format_of(source: str, quantization: Quantization | None, names: Set[str]) -
     """The format of a weight by its name in a plain checkpoint; None: it is not quantised.
 
     Tools read lists of modules by different rules, so the checkpoint's tensors decide: a weight whose codes or scales
-    are not there, but it is, is not quantised, and one that has both is quantised. Raises CheckpointError for fused experts in a
-    format without them.
+    are not there, but it is, is not quantised, and one that has both is quantised. Raises CheckpointError for fused
+    experts in a format without them.
     """
     if quantization is None or not is_quantizable(source):
         return None

@@ -90,6 +90,14 @@ def test_gptq_may_have_settings_for_some_modules() -> None:
     assert of_rest is not None and (of_rest.codes, of_rest.block) == (INT4, (1, 128)) and of_rest.order
 
 
+def test_older_spellings_say_the_same() -> None:
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}
+    assert read_quantization({"quantization_config": old}) == read_quantization({"quantization_config": AWQ})
+    blocks = [compressed(strategy="block", block_structure=each) for each in ("128x128", [128, 128])]
+    one, other = (read_quantization({"quantization_config": each}) for each in blocks)
+    assert one == other
+
+
 def test_zeros_are_read_as_their_format_has_them() -> None:
     for changes, plus in (({}, 1), ({"checkpoint_format": "gptq_v2"}, 0), ({"bits": 8}, 129)):
         read = read_quantization({"quantization_config": {**GPTQ, "sym": False, **changes}})
@@ -134,8 +142,8 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
         ),
         ({"quantization_config": {**GPTQ, "dynamic": {"+:(": {}}}}, "no regular expression"),
         (
-            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
-            "quant_algo='FP8' is not",
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MXFP8"}},
+            "quant_algo='MXFP8' is not",
         ),
         (
             {
@@ -186,6 +194,8 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
             {"quantization_config": {**compressed(), "sparsity_config": {"format": "sparse"}}},
             "sparsity_config",
         ),
+        ({"quantization_config": {**compressed(), "sparsity_config": "dense"}}, "sparsity_config"),
+        ({"quantization_config": {**GPTQ, "dynamic": {"+:x": 5}}}, "dynamic has 5 for '.:x' where an object"),
     ],
 )
 def test_what_is_not_supported_is_refused(raw: dict[str, Any], sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,35 @@ def test_scales_may_be_powers_of_two_in_one_byte(twins: dict[str, Twins], tmp_pa
         with engine(changed(twins["dense"], tmp_path / str(number), changes), "tp=1") as llm:
             answers.append([output.logprobs for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)])
     assert answers[0] == answers[1]
+
+
+def test_fp8_of_modelopt_is_told_by_a_file_beside_config_json(
+    twins: dict[str, Twins], tmp_path: Path
+) -> None:
+    stored = load_file(twins["tensors"].quantized / "model.safetensors")
+    scales = {name: scale.view(()) for name, scale in stored.items() if name.endswith("weight_scale")}
+    path = changed(twins["tensors"], tmp_path / "modelopt", {**stored, **scales})
+    edit_config(path, quantization_config=None)
+    told = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+    file = path / "hf_quant_config.json"
+    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": told}))
+    with engine(path, "tp=2") as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins["tensors"].plain)
+    file.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json does not tell a quantisation"):
+        engine(path, "tp=1")
+
+
+@pytest.mark.parametrize(("listed", "alone"), [(["p_proj"], ("up_proj",)), (["mlp"], ())])
+def test_tensors_decide_where_a_list_is_read_by_another_rule(
+    tmp_path: Path, listed: list[str], alone: tuple[str, ...]
+) -> None:
+    """transformers takes names in lists as regular expressions and as ends of names, and vLLM takes whole names."""
+    twins = write_fp8(tmp_path, 24, 20, **SHAPES["dense"], alone=alone)
+    config = json.loads((twins.quantized / "config.json").read_text())["quantization_config"]
+    edit_config(twins.quantized, quantization_config={**config, "modules_to_not_convert": listed})
+    with engine(twins.quantized, "tp=1") as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins.plain)
 
 
 def test_rounding_quantised_weights_again_is_refused(twins: dict[str, Twins]) -> None:

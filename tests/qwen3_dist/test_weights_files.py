@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +59,38 @@ def name_a_file_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
 
 
+def put_a_pipe_in_its_place(folder: Path) -> None:
+    (folder / "x.safetensors").unlink()
+    os.mkfifo(folder / "x.safetensors")  # reading one waits for a writer
+
+
+def lose_what_a_link_points_to(folder: Path) -> None:
+    (folder / "x.safetensors").rename(folder / "elsewhere")
+    (folder / "x.safetensors").symlink_to("nowhere")
+
+
+def write_header(folder: Path, text: str) -> None:
+    (folder / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(8))
+
+
+def give_two_tensors_the_same_bytes(folder: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    write_header(folder, json.dumps({"a": entry, "b": entry}))
+
+
+def name_a_tensor_twice(folder: Path) -> None:
+    first, second = ({"dtype": "F32", "shape": [1], "data_offsets": [at, at + 4]} for at in (0, 4))
+    write_header(folder, f'{{"a": {json.dumps(first)}, "a": {json.dumps(second)}}}')
+
+
+def nest_a_header_deeply(folder: Path) -> None:
+    write_header(folder, "[" * 200_000)
+
+
+def name_a_million_million_shards(folder: Path) -> None:
+    (folder / "x.safetensors").rename(folder / "model-00001-of-999999999999.safetensors")
+
+
 def lose_a_shard(folder: Path) -> None:
     (folder / "x.safetensors").rename(folder / "model-00001-of-00003.safetensors")
     (folder / "y.safetensors").rename(folder / "model-00003-of-00003.safetensors")
@@ -100,6 +134,12 @@ def keep_nothing(folder: Path) -> None:
         (name_an_absent_tensor, r"x\.safetensors lacks z although the index names it"),
         (break_the_index, r"index\.json is not a valid weight index"),
         (name_a_file_outside, r"index\.json is not a valid weight index"),
+        (put_a_pipe_in_its_place, r"x\.safetensors cannot be read .it is no file.; make it readable or"),
+        (lose_what_a_link_points_to, r"x\.safetensors cannot be read .No such file or directory."),
+        (give_two_tensors_the_same_bytes, r"x\.safetensors is not a safetensors file"),
+        (name_a_tensor_twice, r"x\.safetensors is not a safetensors file"),
+        (nest_a_header_deeply, r"x\.safetensors is not a safetensors file"),
+        (name_a_million_million_shards, r"model-000000000001-of-999999999999\.safetensors is missing"),
         (lose_a_shard, r"model-00002-of-00003\.safetensors is missing"),
         (mix_two_checkpoints, "holds shards of several checkpoints"),
         (hold_a_tensor_twice, r"x\.safetensors and z\.safetensors both hold a, and no index"),

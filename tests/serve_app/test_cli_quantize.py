@@ -178,7 +178,7 @@ def test_nothing_is_left_of_a_conversion_that_a_full_disk_ends(
     ("damage", "sentence"),
     [
         ("exists", "exists and is not an empty directory; remove it or give another --out"),
-        ("quantised", "this checkpoint's are quantised already (fp8); leave quantize out"),
+        ("quantised", "are quantised already (fp8); give the bf16, fp16 or fp32 checkpoint"),
         ("cut", "is not a safetensors file, or its header is cut"),
     ],
 )
@@ -197,6 +197,23 @@ def test_a_conversion_that_cannot_be_is_refused_before_it_writes(
     assert main(["quantize", str(path), "--to", "int8", "--out", str(out)]) == 2
     assert sentence in capsys.readouterr().err
     assert [each.read_text() for each in out.glob("*")] == (["mine"] if damage == "exists" else [])
+
+
+def test_out_may_be_a_link_and_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, real = written(tmp_path), tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "out").symlink_to("real")
+    (path / "a_directory.json").mkdir()
+    (path / "lost.txt").symlink_to("nowhere")
+    command = ["quantize", str(path), "--to", "fp8", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == real)
+    assert main(command) == 2
+    assert "real is a mount point, which cannot be replaced; give --out a dir" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert (real / "model.safetensors").exists() and (tmp_path / "out").is_symlink()
 
 
 def test_an_embedding_model_keeps_its_names(tmp_path: Path) -> None:
