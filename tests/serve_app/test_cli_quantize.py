@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,22 @@ def test_nothing_is_left_of_a_conversion_that_a_full_disk_ends(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
     with pytest.raises(ResourceError, match=r"needs 0.07 GB and its disk has 0.00 GB free; make room"):
         Conversion.open(path, "fp8").write(out, fill)
+
+
+def test_nothing_is_left_of_a_conversion_that_a_signal_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = written(tmp_path), tmp_path / "new" / "out"
+
+    def stop(*_: Any) -> None:
+        assert list(out.parent.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Conversion, "_write_shard", stop)
+    with pytest.raises(SystemExit):
+        main(["quantize", str(path), "--to", "fp8", "--out", str(out)])
+    assert list(out.parent.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(
