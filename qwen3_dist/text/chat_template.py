@@ -42,7 +42,7 @@ class ChatTemplate:
         self._supported: dict[tuple[str, int], bool] = {}
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
-        except jinja2.TemplateError as error:
+        except Exception as error:  # noqa: BLE001 - beside Jinja's own, those of Python's compiler for deep nesting
             raise CheckpointError(f"the checkpoint's chat template is not valid Jinja: {error}") from None
 
     @classmethod

@@ -249,6 +249,8 @@ def test_a_directory_without_a_template_has_none(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"chat_template.jinja": "{% if %}"}, "not valid Jinja"),
+        ({"chat_template.jinja": "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}"}, "not valid Jinja"),
+        ({"chat_template.jinja": "{% for a in b %}" * 30 + "{% endfor %}" * 30}, "not valid Jinja"),
         ({"tokenizer_config.json": "{"}, "cannot be read as JSON"),
         ({"tokenizer_config.json": "[]"}, "JSON object"),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "'default'"),
