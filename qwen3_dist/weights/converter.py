@@ -184,6 +184,11 @@ class Conversion:
                 yield part
                 continue
             codes, some = self._rounded(part)
+            if not bool(some.isfinite().all()):
+                raise CheckpointError(
+                    f"{source.source} has numbers that are infinite or none, or too large to round; fetch the "
+                    "checkpoint again"
+                )
             scales.append(some)
             yield codes.contiguous()
         if scales:

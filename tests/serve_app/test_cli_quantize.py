@@ -176,6 +176,21 @@ def test_nothing_is_left_of_a_conversion_that_a_full_disk_ends(
         Conversion.open(path, "fp8").write(out, fill)
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, number: float
+) -> None:
+    path = written(tmp_path, **{**SHAPE, **WHOLE_GROUPS, "num_hidden_layers": 1, "mlp_only_layers": [0]})
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors = tensors_of(path)
+    tensors[name].view(-1)[5] = number
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert main(["quantize", str(path), "--to", form, "--out", str(tmp_path / "new" / "out")]) == 2
+    assert f"{name} has numbers that are infinite or none" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
+
+
 def test_nothing_is_left_of_a_conversion_that_a_signal_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
