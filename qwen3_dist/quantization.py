@@ -21,7 +21,8 @@ _LINEAR = "Linear"  # a target: all linear layers that no other group names
 # Tensors of quantised activations and caches. Activations keep their dtype here; `kv_scales.py` may read the cache's.
 _UNUSED = (
     "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "kv_scale", "q_scale",
-    "input_global_scale", "weight_shape", "g_idx", "qzeros",
+    "input_global_scale", "weight_shape", "g_idx", "qzeros", "input_zero_point", "output_zero_point", "q_zero_point",
+    "k_zero_point", "v_zero_point",
 )  # fmt: skip
 
 

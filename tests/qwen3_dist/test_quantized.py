@@ -214,7 +214,7 @@ def test_damaged_checkpoints_are_refused_by_name(
 
 
 def test_scales_of_activations_and_caches_are_not_needed(twins: dict[str, Twins], tmp_path: Path) -> None:
-    names = ("q_proj.input_scale", "o_proj.output_scale", "k_scale")
+    names = ("q_proj.input_scale", "q_proj.input_zero_point", "o_proj.output_scale", "k_scale")
     unused = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in names}
     path = changed(twins["dense"], tmp_path / "static", unused)
     with engine(path, "tp=1") as llm:
