@@ -179,7 +179,7 @@ def shard_files(path: Path) -> dict[Path, set[str] | None]:
     These are the files of the index. Without an index, they are model.safetensors, else numbered shards, else all
     files except those of adapters and of other formats. Raises CheckpointError if one is missing.
     """
-    if (index := path / "model.safetensors.index.json").exists():
+    if (index := path / "model.safetensors.index.json").exists() or index.is_symlink():
         return _indexed(index)
     if (whole := path / "model.safetensors").exists():
         return {whole: None}
@@ -202,7 +202,8 @@ def _advice(path: Path) -> str:
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str]] = {}
     try:
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        text = index.read_text(encoding="utf-8")
+        for name, shard in json.loads(text, object_pairs_hook=_unique)["weight_map"].items():
             if Path(shard).is_absolute() or ".." in Path(shard).parts:
                 raise ValueError
             shards.setdefault(index.parent / shard, set()).add(name)
@@ -212,6 +213,14 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
     if missing:
         raise CheckpointError(f"{missing[0]} is missing although the index names it; fetch it again")
     return dict(shards)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has a name twice, of which readers take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
 
 
 def _numbered(path: Path, names: list[str]) -> list[str]:

@@ -55,6 +55,15 @@ def break_the_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
 
 
+def name_two_files_of_a_tensor(folder: Path) -> None:
+    text = '{"weight_map": {"a": "x.safetensors", "c": "y.safetensors", "a": "y.safetensors"}}'
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def lose_the_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").symlink_to("nowhere")
+
+
 def name_a_file_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}')
 
@@ -134,6 +143,8 @@ def keep_nothing(folder: Path) -> None:
         (name_an_absent_tensor, r"x\.safetensors lacks z although the index names it"),
         (break_the_index, r"index\.json is not a valid weight index"),
         (name_a_file_outside, r"index\.json is not a valid weight index"),
+        (name_two_files_of_a_tensor, r"index\.json is not a valid weight index"),
+        (lose_the_index, r"index\.json is not a valid weight index"),
         (put_a_pipe_in_its_place, r"x\.safetensors cannot be read .it is no file.; make it readable or"),
         (lose_what_a_link_points_to, r"x\.safetensors cannot be read .No such file or directory."),
         (give_two_tensors_the_same_bytes, r"x\.safetensors is not a safetensors file"),
