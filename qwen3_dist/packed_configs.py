@@ -85,7 +85,9 @@ def _gptq(config: Mapping[str, Any]) -> WeightFormat:
     bits, size = config["bits"], _group(config)
     signed = 128 if bits == 8 else 0  # 8-bit codes are kept with a sign
     less_one = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
-    zero = Stored(("qzeros",), Packing(bits, axis=0, transposed=True, plus=signed + less_one))
+    # The zeros of `gptq` are whole words of `gptq_v2` less ones, so that a zero of 0 has borrowed from the next.
+    ones = sum(1 << place for place in range(0, 32, bits)) if less_one else 0
+    zero = Stored(("qzeros",), Packing(bits, axis=0, transposed=True, plus=signed, word_plus=ones))
     return WeightFormat(
         INT4 if bits == 4 else INT8,
         size,

@@ -54,7 +54,8 @@ class Grid(NamedTuple):
 class Packing(NamedTuple):
     """How numbers [O, I] are stored: `bits` of each in words of `dtype`, which run along `axis` (0: outputs, 1:
     inputs), lowest bits first. `order` has the place of each number in its word, if it is another. `transposed`: as
-    [I, O]. `plus` is added to each number, modulo its bits."""
+    [I, O]. `plus` is added to each number, modulo its bits, and `word_plus` to each word before it is split, with
+    carries from number to number."""
 
     bits: int
     dtype: str = "int32"
@@ -62,6 +63,7 @@ class Packing(NamedTuple):
     transposed: bool = False
     order: tuple[int, ...] | None = None
     plus: int = 0
+    word_plus: int = 0
 
     @property
     def per_word(self) -> int:

@@ -99,11 +99,13 @@ def test_older_spellings_say_the_same() -> None:
 
 
 def test_zeros_are_read_as_their_format_has_them() -> None:
-    for changes, plus in (({}, 1), ({"checkpoint_format": "gptq_v2"}, 0), ({"bits": 8}, 129)):
+    changed = (({}, 0, 0x11111111), ({"checkpoint_format": "gptq_v2"}, 0, 0), ({"bits": 8}, 128, 0x01010101))
+    for changes, plus, ones in changed:
         read = read_quantization({"quantization_config": {**GPTQ, "sym": False, **changes}})
         stored = read.of("model.layers.0.mlp.up_proj") if read else None
         assert stored is not None and stored.zero is not None
-        assert stored.zero.packing == Packing(changes.get("bits", 4), axis=0, transposed=True, plus=plus)  # type: ignore[arg-type]
+        bits: int = changes.get("bits", 4)  # type: ignore[attr-defined]
+        assert stored.zero.packing == Packing(bits, axis=0, transposed=True, plus=plus, word_plus=ones)
         assert stored.zero.packing.shape((96, 16)) == (16, 96 * stored.zero.packing.bits // 32)
 
 
