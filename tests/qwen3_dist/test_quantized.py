@@ -221,6 +221,12 @@ def test_scales_of_activations_and_caches_are_not_needed(twins: dict[str, Twins]
         assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins["dense"].plain)
 
 
+def test_a_scale_of_the_cache_without_a_number_is_named(twins: dict[str, Twins], tmp_path: Path) -> None:
+    empty = {"model.layers.0.self_attn.k_scale": torch.empty(0)}
+    with pytest.raises(CheckpointError, match="k_scale has a scale that is not positive"):
+        engine(changed(twins["tensors"], tmp_path / "empty", empty), "tp=1", kv_cache_dtype="fp8")
+
+
 def test_experts_of_several_formats_are_refused(twins: dict[str, Twins], tmp_path: Path) -> None:
     down = "model.layers.0.mlp.experts.3.down_proj"
     changes = {f"{down}.weight": torch.zeros(64, 45), f"{down}.weight_scale_inv": None}
