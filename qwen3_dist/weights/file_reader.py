@@ -1,13 +1,15 @@
 """Reads regions of tensors from safetensors files, straight to where they stay if they lie there as in the file.
 
-A file is read, not mapped: each page of a mapping costs a fault, and counts as memory of the process.
+A file is read, not mapped: each page of a mapping costs a fault, and counts as memory of the process. The kernel is
+told what will be read next, since its own read-ahead is too short to keep a fast disk busy.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -20,6 +22,7 @@ from qwen3_dist.errors import CheckpointError
 from qwen3_dist.weights.parts import Entry
 
 _CHUNK_BYTES = 8 << 20
+AHEAD_BYTES = 16 << 20  # that the kernel is told of before they are read
 _MIN_BYTES = 64 << 10  # parts of a row that are shorter are read with what lies between them
 _SERIAL = (
     1 << 15
@@ -38,48 +41,85 @@ class _Span:
     place: tuple[int | slice, ...]
 
 
+@dataclass(frozen=True)
+class Read:
+    """One read of a file, whose numbers of type `dtype` go to `place`. `progress` is called with their number."""
+
+    file: Path
+    dtype: torch.dtype
+    span: _Span
+    place: Tensor
+    progress: Callable[[int], object]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.span.count * prod(self.span.inner) * self.dtype.itemsize
+
+
+def reads_of(
+    stored: Entry,
+    dtype: torch.dtype,
+    ranges: Sequence[range],
+    out: Tensor,
+    progress: Callable[[int], object] = lambda elements: None,
+) -> Iterator[Read]:
+    """The reads, in the order of the file, that fill `out`, of any device and dtype, with the region of a tensor of
+    `dtype` that has these indices along each dimension."""
+    if not stored.shape:
+        stored, ranges, out = stored._replace(shape=(1,)), [range(1)], out.view(1)
+    for span in _spans(stored, dtype.itemsize, ranges):
+        yield Read(stored.file, dtype, span, out[span.place], progress)
+
+
 class FileReader:
-    """Reads with one file open at a time. For one thread."""
+    """Keeps the last file open, and the next one that it has announced. For one thread."""
 
     def __init__(self) -> None:
-        self._file: Path | None = None
-        self._descriptor = -1
+        self._open: dict[Path, int] = {}
+        self._last: Path | None = None  # that was read
         self._buffer: Tensor | None = None
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._descriptor)
-            self._file = None
+        while self._open:
+            os.close(self._open.popitem()[1])
 
     __del__ = close
 
-    def read(
-        self,
-        stored: Entry,
-        dtype: torch.dtype,
-        ranges: Sequence[range],
-        out: Tensor,
-        progress: Callable[[int], object] = lambda elements: None,
-    ) -> None:
-        """Fills `out`, of any device and dtype, with the region of a tensor of `dtype` that has these indices along
-        each dimension. `progress` is called with numbers of elements. Raises CheckpointError, naming the file."""
-        if not stored.shape:
-            stored, ranges, out = stored._replace(shape=(1,)), [range(1)], out.view(1)
-        for span in _spans(stored, dtype.itemsize, ranges):
-            place = out[span.place]
-            self._fill(stored.file, dtype, span, place)
-            progress(place.numel())
+    def run(self, reads: Iterable[Read]) -> None:
+        """Does all `reads` in their order. Raises CheckpointError, naming the file."""
+        announced: deque[Read] = deque()
+        num_bytes = 0
+        for read in reads:
+            self._announce(read)
+            announced.append(read)
+            num_bytes += read.num_bytes
+            while num_bytes > AHEAD_BYTES:
+                num_bytes -= announced[0].num_bytes
+                self._fill(announced.popleft())
+        for read in announced:
+            self._fill(read)
 
-    def _fill(self, file: Path, dtype: torch.dtype, span: _Span, place: Tensor) -> None:
-        size = span.count * prod(span.inner) * dtype.itemsize
-        is_plain = place.numel() == span.count * prod(span.inner) and place.is_contiguous()
-        if is_plain and place.dtype == dtype and place.device.type == "cpu":
-            self._read_bytes(file, span.start, place.data_ptr(), size)
+    def _announce(self, read: Read) -> None:
+        """Has the kernel begin to read, where it can be told."""
+        if not hasattr(os, "posix_fadvise"):
             return
-        buffer = self._buffer_of(size, place.device.type == "cuda")
-        self._read_bytes(file, span.start, buffer.data_ptr(), size)
-        rows = buffer[:size].view(dtype).view(span.count, *span.inner)
-        _copy(place, rows[(slice(None), *span.cut)])
+        try:
+            descriptor = self._descriptor(read.file)
+            os.posix_fadvise(descriptor, read.span.start, read.num_bytes, os.POSIX_FADV_WILLNEED)
+        except OSError as error:
+            raise _unreadable(read.file, error) from None
+
+    def _fill(self, read: Read) -> None:
+        place, span, size = read.place, read.span, read.num_bytes
+        is_plain = place.dtype == read.dtype and place.nbytes == size and place.is_contiguous()
+        if is_plain and place.device.type == "cpu":
+            self._read_bytes(read.file, span.start, place.data_ptr(), size)
+        else:
+            buffer = self._buffer_of(size, place.device.type == "cuda")
+            self._read_bytes(read.file, span.start, buffer.data_ptr(), size)
+            rows = buffer[:size].view(read.dtype).view(span.count, *span.inner)
+            _copy(place, rows[(slice(None), *span.cut)])
+        read.progress(place.numel())
 
     def _buffer_of(self, size: int, pinned: bool) -> Tensor:
         if self._buffer is None or len(self._buffer) < size or (pinned and not self._buffer.is_pinned()):
@@ -88,19 +128,28 @@ class FileReader:
 
     def _read_bytes(self, file: Path, start: int, address: int, size: int) -> None:
         try:
-            if file != self._file:
-                self.close()
-                self._descriptor = os.open(file, os.O_RDONLY)
-                self._file = file
+            descriptor = self._descriptor(file)
+            if self._last != file and self._last in self._open:
+                os.close(self._open.pop(self._last))
+            self._last = file
             memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
             done = 0
             while done < size:
-                count = os.preadv(self._descriptor, [memory[done:]], start + done)
+                count = os.preadv(descriptor, [memory[done:]], start + done)
                 if not count:
                     raise OSError("it has become shorter")
                 done += count
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from None
+            raise _unreadable(file, error) from None
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_RDONLY)
+        return self._open[file]
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{file} cannot be read ({error}); fetch it again")
 
 
 def _spans(stored: Entry, item: int, ranges: Sequence[range]) -> Iterator[_Span]:

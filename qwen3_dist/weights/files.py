@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # headers are read in processes that do not load torch
     import torch
     from torch import Tensor
 
-    from qwen3_dist.weights.file_reader import FileReader
+    from qwen3_dist.weights.file_reader import FileReader, Read
 
 _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
@@ -122,24 +122,34 @@ class CheckpointFiles:
             return iter([(self._entries[name], ranges, ())])
         return pieces_of(parts, ranges)
 
+    def reads(
+        self,
+        name: str,
+        index: tuple[slice, ...],
+        out: Tensor,
+        progress: Callable[[int], object] = lambda elements: None,
+    ) -> Iterator[Read]:
+        """The reads that fill `out` (any device and dtype) with tensor[index]. The dtype was checked by `dtype`.
+
+        `progress` is called with the number of elements of each.
+        """
+        from qwen3_dist.weights.file_reader import reads_of
+
+        dtype = self.torch_dtype(name)
+        if self._entries[name].code in _WORDS and out.is_floating_point():
+            self.dtype(name)  # says what is wrong
+        for entry, ranges, place in self._pieces(name, _ranges(self.shape(name), index)):
+            yield from reads_of(entry, dtype, ranges, out[place], progress)
+
     def read(
         self,
         name: str,
         index: tuple[slice, ...],
         out: Tensor,
         progress: Callable[[int], object] = lambda elements: None,
-        reader: FileReader | None = None,
     ) -> None:
-        """Fills `out` (any device and dtype) with tensor[index], in chunks. The dtype was checked by `dtype`.
-
-        `progress` is called with the number of elements of each chunk. Other threads have a `reader` of their own.
-        """
-        dtype = self.torch_dtype(name)
-        if self._entries[name].code in _WORDS and out.is_floating_point():
-            self.dtype(name)  # says what is wrong
-        reader = reader or self._reader
-        for entry, ranges, place in self._pieces(name, _ranges(self.shape(name), index)):
-            reader.read(entry, dtype, ranges, out[place], progress)
+        """Fills `out` as `reads` says. For one thread."""
+        self._reader.run(self.reads(name, index, out, progress))
 
     def take(self, name: str, index: tuple[slice | int, ...]) -> Tensor:
         """tensor[index], in the dtype in which it is stored; for small parts."""

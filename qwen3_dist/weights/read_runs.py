@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Event
 
 import torch
 from torch import Tensor
 
-from qwen3_dist.weights.file_reader import FileReader
+from qwen3_dist.weights.file_reader import FileReader, Read
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.parts import Index
 
@@ -40,21 +41,25 @@ def read_regions(files: CheckpointFiles, regions: Sequence[Region], advance: Cal
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     done: SimpleQueue[int | None] = SimpleQueue()
 
+    def reads_of(run: Sequence[Region]) -> Iterator[Read]:
+        for region in run:
+            item = region.out.element_size()
+            for read in files.reads(region.source, region.index, region.out, partial(tell, item)):
+                if failed.is_set():
+                    return
+                yield read
+
+    def tell(item: int, elements: int) -> None:
+        done.put(elements * item)
+
     @torch.inference_mode()  # a setting of each thread, without which tensors made in it cannot be written to
     def read(run: Sequence[Region]) -> None:
-        def tell(elements: int) -> None:
-            done.put(elements * item)
-
         reader = FileReader()
         if stream is not None:
             torch.cuda.set_device(device)  # else the thread goes back to card 0, whose memory that takes
         try:
             with torch.cuda.stream(stream) if stream is not None else nullcontext():
-                for region in run:
-                    if failed.is_set():
-                        return
-                    item = region.out.element_size()
-                    files.read(region.source, region.index, region.out, tell, reader)
+                reader.run(reads_of(run))
         except BaseException:
             failed.set()
             raise

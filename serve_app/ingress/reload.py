@@ -17,6 +17,7 @@ from typing import Annotated
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview
 
 from cluster.ray_private import broadcast, running_replicas
 from qwen3_dist.errors import RequestError
@@ -55,12 +56,13 @@ class Reload:
 
     async def begin(self, route: ModelRoute) -> Json:
         """Begins to reload a model, and answers with the replicas that will leave. Raises RequestError (409) while
-        this ingress or another one leads a reload."""
+        this ingress or another one leads a reload, and while a deployment of the model renews its replicas."""
         self._refuse_while(self.model)
         self.model = route.model.name  # before others are asked: of two ingresses at once, one sees the other
         try:
             others = values(await self._peers.ask(_OFFER, timeout_s=_ANSWER_TIMEOUT_S))
             self._refuse_while(next(filter(None, others), ""))
+            await asyncio.to_thread(_refuse_while_updating, route)
             replicas = running_replicas(route.replicas)
         except BaseException:
             self.model = ""
@@ -103,11 +105,27 @@ async def _renew(replicas: DeploymentHandle, leaving: str) -> None:
         await asyncio.sleep(_POLL_S)
 
 
+def _refuse_while_updating(route: ModelRoute) -> None:
+    """Raises RequestError (409) while Serve gives replicas other settings: with the old ones gone as well no replica
+    would be left. Blocks for Serve's controller."""
+    status = _status(route.replicas)
+    if status is not None and status.status == DeploymentStatus.UPDATING:
+        raise RequestError(
+            f"a deployment of {route.model.name!r} still renews its replicas; ask again when it has ended",
+            status=HTTPStatus.CONFLICT,
+        )
+
+
 def has_all(replicas: DeploymentHandle) -> bool:
     """Whether Serve runs as many replicas as it wants, as far as it knows. Blocks for its controller."""
-    application = serve.status().applications.get(replicas.app_name)
-    deployment = application.deployments.get(replicas.deployment_name) if application else None
+    deployment = _status(replicas)
     if deployment is None:
         return True
     states = {state for state, count in deployment.replica_states.items() if count}
-    return deployment.status == "HEALTHY" and states <= {"RUNNING", "STOPPING"}
+    return deployment.status == DeploymentStatus.HEALTHY and states <= {"RUNNING", "STOPPING"}
+
+
+def _status(replicas: DeploymentHandle) -> DeploymentStatusOverview | None:
+    """What Serve's controller says of the deployment."""
+    application = serve.status().applications.get(replicas.app_name)
+    return application.deployments.get(replicas.deployment_name) if application else None

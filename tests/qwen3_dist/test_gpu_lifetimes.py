@@ -190,7 +190,12 @@ def test_threads_that_read_weights_take_no_memory_of_card_0(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     out: Any = SimpleNamespace(device=CARD, nbytes=4, element_size=lambda: 4)
     read: list[str] = []
-    files: Any = SimpleNamespace(place=lambda source, _: source, read=lambda source, *_: read.append(source))
+
+    def reads(source: str, *_: Any) -> Iterator[Any]:
+        read.append(source)
+        yield from ()
+
+    files: Any = SimpleNamespace(place=lambda source, _: source, reads=reads)
     read_regions(files, [Region(name, (), out) for name in "ab"], lambda _: None)
     assert sorted(read) == ["a", "b"] and contexts.cards == {1}
 

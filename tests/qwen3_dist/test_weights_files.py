@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from qwen3_dist import LLM
 from qwen3_dist.engine import engine as engine_module
 from qwen3_dist.errors import CheckpointError
-from qwen3_dist.weights import file_reader, hub
+from qwen3_dist.weights import file_reader, hub, read_runs
 from qwen3_dist.weights import files as files_module
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.source import bundled_path, commit_of, resolve_model
@@ -233,6 +233,7 @@ def test_slices_read_in_chunks_equal_those_of_the_whole(
 ) -> None:
     monkeypatch.setattr(file_reader, "_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(file_reader, "_MIN_BYTES", min_bytes)
+    monkeypatch.setattr(file_reader, "AHEAD_BYTES", 300)
     files = CheckpointFiles(folder)
     torch.manual_seed(0)
     a, b = torch.randn(70, 6), torch.randn(4, 5, 6).bfloat16().float()
@@ -252,6 +253,43 @@ def test_slices_read_in_chunks_equal_those_of_the_whole(
         assert torch.equal(files.take(name, index).float(), whole[index])
     assert torch.equal(files.take("b", (2, slice(1, 3))).float(), b[2, 1:3])
     assert (files.shape("b"), files.dtype("b")) == ((4, 5, 6), "bfloat16")
+
+
+def test_the_kernel_is_told_of_each_read_before_it_and_of_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {f"x{i}": torch.randn(50, 4) for i in range(4)}
+    for i, (name, tensor) in enumerate(stored.items()):
+        save_file({name: tensor}, tmp_path / f"model-{i + 1:05}-of-00004.safetensors")
+    monkeypatch.setattr(file_reader, "_CHUNK_BYTES", 160)
+    monkeypatch.setattr(file_reader, "_MIN_BYTES", 1)
+    monkeypatch.setattr(file_reader, "AHEAD_BYTES", 200)
+    monkeypatch.setattr(read_runs, "_THREADS", 1)
+    waiting: list[tuple[Path, int, int]] = []  # announced and not read
+    open_files: list[int] = []
+
+    def file_of(descriptor: int) -> Path:
+        return Path(f"/proc/self/fd/{descriptor}").resolve()
+
+    def announced(descriptor: int, start: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        waiting.append((file_of(descriptor), start, size))
+        assert sum(size for *_, size in waiting) <= 200 + 8
+
+    def read(descriptor: int, memory: list[memoryview], start: int) -> int:
+        assert waiting.pop(0) == (file_of(descriptor), start, len(memory[0]))
+        open_files.append(sum(file.resolve().parent == tmp_path for file in Path("/proc/self/fd").iterdir()))
+        return preadv(descriptor, memory, start)
+
+    preadv = os.preadv
+    monkeypatch.setattr(os, "posix_fadvise", announced)
+    monkeypatch.setattr(os, "preadv", read)
+    files, rows = CheckpointFiles(tmp_path), slice(5, 45)
+    found = {name: torch.empty(40, 2) for name in stored}
+    halves = [read_runs.Region(name, (rows, slice(2)), out) for name, out in found.items()]
+    read_runs.read_regions(files, halves, lambda size: None)
+    assert all(torch.equal(found[name], stored[name][rows, :2]) for name in stored)
+    assert not waiting and len(open_files) == 4 * 40 and set(open_files) == {1, 2}
 
 
 def test_a_checkpoint_of_very_many_tensors_opens_each_file_once(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.serve.schema import DeploymentStatus
 
 from qwen3_dist.errors import RequestError
 from serve_app.ingress import reload
@@ -44,7 +45,14 @@ def renewed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(reload, "_renew", renew)
     monkeypatch.setattr(reload, "running_replicas", lambda handle: ("a", "b"))
+    set_status(monkeypatch, "HEALTHY")
     return found
+
+
+def set_status(monkeypatch: pytest.MonkeyPatch, status: str, **states: int) -> None:
+    """Has Serve say this of all deployments."""
+    told = SimpleNamespace(status=DeploymentStatus(status), replica_states=states)
+    monkeypatch.setattr(reload, "_status", lambda handle: told)
 
 
 def test_replicas_leave_in_turn_and_another_reload_is_refused_meanwhile(renewed: list[str]) -> None:
@@ -70,6 +78,25 @@ def test_a_reload_is_refused_while_another_ingress_leads_one(renewed: list[str])
     with pytest.raises(RequestError) as told:
         asyncio.run(led.begin(ROUTE))
     assert told.value.status == 409 and led.model == "" and not renewed
+
+
+def test_a_reload_is_refused_while_a_deployment_renews_the_replicas(
+    renewed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def begin() -> None:
+        led = Reload(cast(Any, Peers()))
+        try:
+            await led.begin(ROUTE)
+        finally:
+            assert bool(led.model) == bool(led._task)
+
+    set_status(monkeypatch, "UPDATING")
+    with pytest.raises(RequestError, match="a deployment of 'm' still renews its replicas") as told:
+        asyncio.run(begin())
+    assert told.value.status == 409 and not renewed
+    for status in ("UNHEALTHY", "DEPLOY_FAILED", "UPSCALING"):  # a reload may be what mends it
+        set_status(monkeypatch, status)
+        asyncio.run(begin())
 
 
 class Replicas:
@@ -103,9 +130,7 @@ def test_the_next_replica_leaves_once_there_are_as_many_as_before_or_as_serve_wa
     replicas = Replicas(shrinks)
     monkeypatch.setattr(reload, "running_replicas", replicas.look)
     monkeypatch.setattr(reload, "broadcast", replicas.tell)
-    monkeypatch.setattr(
-        reload, "has_all", lambda handle: True
-    )  # also before it has begun to replace the lost one
+    set_status(monkeypatch, "HEALTHY", RUNNING=2)  # also before it has begun to replace the lost one
     monkeypatch.setattr(reload, "_POLL_S", 0.0)
     monkeypatch.setattr(reload, "_SETTLED_S", 0.0 if shrinks else 1e9)
 
