@@ -6,21 +6,32 @@ Field names are those of the reference architecture (`emb_dim`, `n_kv_groups`, .
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from qwen3_dist.config_checks import check_integer
 from qwen3_dist.config_fields import NO_EFFECT, READ
 from qwen3_dist.errors import CheckpointError, ConfigError
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.quantization import ROUNDS_TO, Quantization
 from qwen3_dist.quantization_config import read_quantization
+from qwen3_dist.quantization_files import with_quantization
 from qwen3_dist.rope_scaling import DEFAULT_BASE, RopeScaling, read_rope
+from qwen3_dist.supported_models import has_score, refuse_unsupported
 
+# The least value of each size, and the most, which no model comes near: plans are made of all layers and experts.
+_LEAST = {
+    **dict.fromkeys(("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "head_dim"), 1),
+    **dict.fromkeys(("context_length", "decoder_sparse_step"), 1),
+    **dict.fromkeys(("hidden_dim", "moe_hidden_dim", "num_experts", "num_experts_per_tok"), 0),
+}
+_MOST, _MOST_OF_OTHERS = {"n_layers": 4096, "n_heads": 65536, "num_experts": 65536}, 2**31 - 1
 DTYPES = ("float32", "bfloat16", "float16")
-MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 # HuggingFace's key -> ours. Where two spellings exist the later transformers one comes second.
 _HF_KEYS = {
@@ -76,15 +87,6 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 _HF_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
-# Other settings that change a model's outputs: the supported values, and advice for others.
-_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu", "swish"), "Qwen3 uses 'silu'"),
-    "is_causal": ((True, None), "only causal attention is"),
-    "use_bidirectional_attention": ((False, None), "only causal attention is"),
-    "dual_chunk_attention_config": ((None, {}), "use the config.json without it, or YaRN"),
-}
-_SCORING = ("Qwen3ForSequenceClassification", "Qwen3MoeForSequenceClassification")
-_ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3Model", "Qwen3MoeModel", *_SCORING)
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,8 @@ class ModelConfig:
     quantization: Quantization | None = None  # of a checkpoint with quantised weights
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "head_dim")
-        for name in (*sizes, "context_length", "decoder_sparse_step"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, not {value!r}")
+        for name, least in _LEAST.items():
+            check_integer(name, getattr(self, name), least, _MOST.get(name, _MOST_OF_OTHERS))
         self._check_numerics()
         if self.n_heads % self.n_kv_groups:
             raise ConfigError(f"n_heads={self.n_heads} is not a multiple of n_kv_groups={self.n_kv_groups}")
@@ -139,6 +138,8 @@ class ModelConfig:
             )
         if self.num_experts and self.moe_hidden_dim < 1 and any(map(self.is_moe_layer, range(self.n_layers))):
             raise ConfigError("moe_hidden_dim must be positive when there are experts")
+        if self.hidden_dim < 1 and not all(map(self.is_moe_layer, range(self.n_layers))):
+            raise ConfigError("hidden_dim must be positive when there are layers without experts")
 
     def _check_numerics(self) -> None:
         for name in ("qk_norm", "norm_topk_prob", "tie_word_embeddings", "attention_bias"):
@@ -146,7 +147,7 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for name in ("rms_norm_eps", "rope_base"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be a positive number, not {value!r}")
         if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in self.mlp_only_layers):
             raise ConfigError(f"mlp_only_layers must be a list of layers, not {list(self.mlp_only_layers)!r}")
@@ -182,11 +183,12 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: str | Path, overrides: HfOverrides | None = None) -> ModelConfig:
-        """Reads `path`/config.json with `overrides` in place of its own fields.
+        """Reads `path`/config.json with `overrides` in place of its own fields. If it does not tell how weights are
+        quantised, a file beside it may.
 
         Raises CheckpointError if the file is missing or unreadable, and what `from_dict` raises.
         """
-        return cls.from_dict(_read_json(path), overrides)
+        return cls.from_dict(with_quantization(_read_json(path), Path(path)), overrides)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], overrides: HfOverrides | None = None) -> ModelConfig:
@@ -203,7 +205,7 @@ class ModelConfig:
                     raise ConfigError(
                         f"hf_overrides names {name!r}, which this service does not read; leave it out"
                     )
-        _refuse_unsupported(raw)
+        refuse_unsupported(raw)
         values = _reference_values(raw) if "emb_dim" in raw else _huggingface_values(raw)
         values["quantization"] = read_quantization(raw)
         required = ("vocab_size", "emb_dim", "n_layers", "n_heads", "n_kv_groups", "hidden_dim")
@@ -211,7 +213,9 @@ class ModelConfig:
         if missing:
             raise ConfigError(f"config.json lacks {', '.join(missing)}")
         if values.get("head_dim") is None:
-            values["head_dim"] = values["emb_dim"] // values["n_heads"]
+            values["head_dim"] = 0
+            with contextlib.suppress(TypeError, ZeroDivisionError):  # the checks name the size that is wrong
+                values["head_dim"] = values["emb_dim"] // values["n_heads"]
         values["dtype"] = str(values.get("dtype") or "bfloat16").removeprefix("torch.")
         dense = values.get("mlp_only_layers")
         values["mlp_only_layers"] = (
@@ -219,23 +223,11 @@ class ModelConfig:
         )
         if values["rope_scaling"] is not None:
             values["context_length"] = values["rope_scaling"].context_length
-        if _has_score(raw):  # there is no output head: none is loaded where it is tied to the embedding
+        if has_score(raw):  # there is no output head: none is loaded where it is tied to the embedding
             values.update(has_score=True, tie_word_embeddings=True)
         if not values.get("num_experts"):
             values.update(num_experts=0, num_experts_per_tok=0, moe_hidden_dim=0)
         return cls(**{name: value for name, value in values.items() if value is not None})
-
-
-def _has_score(raw: Mapping[str, Any]) -> bool:
-    """Whether the model is a reranker with a score head. Raises CheckpointError for a classifier of several labels."""
-    if not set(_SCORING) & set(raw.get("architectures") or ()):
-        return False
-    labels = raw.get("num_labels", len(raw.get("id2label") or "01"))  # transformers' default is two
-    if labels != 1:
-        raise CheckpointError(
-            f"a classifier of {labels} labels is not supported; rerankers have a single score"
-        )
-    return True
 
 
 def fields_not_understood(path: str | Path) -> list[str]:
@@ -259,35 +251,11 @@ def _read_json(path: str | Path) -> dict[str, Any]:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no config.json, so it is not a checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
     return raw
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES and not (model_type is None and "emb_dim" in raw):
-        raise CheckpointError(
-            f"model_type {model_type!r} is not supported; this service runs "
-            f"{' and '.join(MODEL_TYPES)} checkpoints"
-        )
-    architectures = raw.get("architectures")
-    if architectures and not set(_ARCHITECTURES) & set(architectures):
-        raise CheckpointError(
-            f"architecture {architectures[0]!r} is not supported; this service runs "
-            f"{', '.join(_ARCHITECTURES)}"
-        )
-    for name, (allowed, advice) in _ONLY.items():
-        if raw.get(name, allowed[0]) not in allowed:
-            raise CheckpointError(f"{name} {raw[name]!r} is not supported; {advice}")
-    experts = {raw[name] for name in ("num_experts", "num_local_experts") if raw.get(name) is not None}
-    if len(experts) > 1:
-        raise ConfigError(
-            f"num_experts and num_local_experts disagree: {raw['num_experts']} and "
-            f"{raw['num_local_experts']}; keep one of them in config.json"
-        )
 
 
 def _reference_values(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -327,17 +295,20 @@ def _sliding_layers(raw: Mapping[str, Any], moe: bool) -> tuple[int, ...]:
         raise ConfigError(
             f"num_hidden_layers and max_window_layers must be integers, not {n_layers!r} and {full!r}"
         )
-    layers = tuple(range(n_layers))
     slides = bool(raw.get("use_sliding_window") and raw.get("sliding_window"))
-    usual = layers[full:] if slides else ()
+    usual = tuple(range(n_layers)[full:]) if slides else ()
     kinds = raw.get("layer_types")
     if not kinds:
         return usual
-    if not set(kinds) <= {"full_attention", "sliding_attention"} or len(kinds) != len(layers):
+    if (
+        not isinstance(kinds, list | tuple)
+        or len(kinds) != n_layers
+        or any(kind not in ("full_attention", "sliding_attention") for kind in kinds)
+    ):
         raise CheckpointError(
-            f"layer_types must name full_attention or sliding_attention for each of {len(layers)} layers"
+            f"layer_types must name full_attention or sliding_attention for each of {n_layers} layers"
         )
-    named = tuple(layer for layer in layers if kinds[layer] == "sliding_attention")
+    named = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
     if named != usual and (moe or not slides):
         raise CheckpointError(
             "layer_types disagree with use_sliding_window about the layers that slide; correct config.json"

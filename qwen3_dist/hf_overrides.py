@@ -28,7 +28,7 @@ class HfOverrides:
             fields = json.loads(given or "{}") if isinstance(given, str) else given
             if isinstance(fields, Mapping):
                 return cls(json.dumps(fields, sort_keys=True) if fields else "")
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             pass
         raise ConfigError(
             'hf_overrides must be a JSON object such as {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, '

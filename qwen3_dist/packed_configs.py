@@ -20,6 +20,7 @@ _AWQ_OTHERS = {
     "backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse", "format", "desc_act", "lm_head",
     "sym", "pack_dtype", "meta", "dynamic",
 }  # fmt: skip
+_AWQ_OLD = {"w_bit": "bits", "q_group_size": "group_size"}  # AutoAWQ's own names of both
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the outputs in a word
 _GPTQ_KEYS = {
     "quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "format", "pack_dtype", "lm_head",
@@ -37,6 +38,7 @@ _FLOATS = Packing(16, "floats", transposed=True)
 
 def read_awq(config: Mapping[str, Any]) -> Quantization:
     """Raises CheckpointError if the settings are not supported."""
+    config = {_AWQ_OLD.get(name, name): value for name, value in config.items()}
     check_keys(config, _AWQ_KEYS | _AWQ_OTHERS)
     check(config, "bits", (4,), "4 bits are")
     check(config, "zero_point", (None, True), "zero points are")
@@ -68,6 +70,8 @@ def read_gptq(config: Mapping[str, Any]) -> Quantization:
     for pattern, changes in dynamic.items():
         regex = f"re:{pattern[2:] if pattern[:2] in ('+:', '-:') else pattern}"
         strings({"dynamic": [regex]}, "dynamic")
+        if changes and not isinstance(changes, Mapping):
+            raise CheckpointError(f"dynamic has {changes!r} for {pattern!r} where an object is expected")
         if pattern.startswith("-:"):
             ignored.append(regex)
         else:
@@ -81,7 +85,9 @@ def _gptq(config: Mapping[str, Any]) -> WeightFormat:
     bits, size = config["bits"], _group(config)
     signed = 128 if bits == 8 else 0  # 8-bit codes are kept with a sign
     less_one = "gptq_v2" not in (config.get("checkpoint_format"), config.get("format"))
-    zero = Stored(("qzeros",), Packing(bits, axis=0, transposed=True, plus=signed + less_one))
+    # The zeros of `gptq` are whole words of `gptq_v2` less ones, so that a zero of 0 has borrowed from the next.
+    ones = sum(1 << place for place in range(0, 32, bits)) if less_one else 0
+    zero = Stored(("qzeros",), Packing(bits, axis=0, transposed=True, plus=signed, word_plus=ones))
     return WeightFormat(
         INT4 if bits == 4 else INT8,
         size,

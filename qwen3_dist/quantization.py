@@ -21,7 +21,8 @@ _LINEAR = "Linear"  # a target: all linear layers that no other group names
 # Tensors of quantised activations and caches. Activations keep their dtype here; `kv_scales.py` may read the cache's.
 _UNUSED = (
     "input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "kv_scale", "q_scale",
-    "input_global_scale", "weight_shape", "g_idx", "qzeros",
+    "input_global_scale", "weight_shape", "g_idx", "qzeros", "input_zero_point", "output_zero_point", "q_zero_point",
+    "k_zero_point", "v_zero_point",
 )  # fmt: skip
 
 
@@ -53,7 +54,8 @@ class Grid(NamedTuple):
 class Packing(NamedTuple):
     """How numbers [O, I] are stored: `bits` of each in words of `dtype`, which run along `axis` (0: outputs, 1:
     inputs), lowest bits first. `order` has the place of each number in its word, if it is another. `transposed`: as
-    [I, O]. `plus` is added to each number, modulo its bits."""
+    [I, O]. `plus` is added to each number, modulo its bits, and `word_plus` to each word before it is split, with
+    carries from number to number."""
 
     bits: int
     dtype: str = "int32"
@@ -61,6 +63,7 @@ class Packing(NamedTuple):
     transposed: bool = False
     order: tuple[int, ...] | None = None
     plus: int = 0
+    word_plus: int = 0
 
     @property
     def per_word(self) -> int:
@@ -143,9 +146,10 @@ class Quantization:
         formats = ", ".join(dict.fromkeys(str(each) for each, _ in self.groups))
         return f"{formats}, rounded while loading" if self.rounds else f"{self.method}: {formats}"
 
-    def of(self, module: str) -> WeightFormat | None:
-        """The format of a linear layer or of stacked experts by its name; None: it is not quantised."""
-        if module in self._ignored:
+    def of(self, module: str, listed: bool = True) -> WeightFormat | None:
+        """The format of a linear layer or of stacked experts by its name; None: it is not quantised. Without `listed`
+        the `ignored` modules have a format too."""
+        if listed and module in self._ignored:
             return None
         named = (formats for formats, names in self._named if module in names)
         return next(named, self._of_linear)

@@ -16,7 +16,7 @@ from qwen3_dist.quantization import FP8, INT4, INT8, Packing, Quantization, Stor
 SUPPORTED = (
     "fp8 (e4m3, by blocks, outputs or tensors), compressed-tensors (float-quantized by blocks, outputs or tensors; "
     "int-quantized by groups, outputs or tensors; pack-quantized with 4 or 8 bits; nvfp4 and mxfp4), awq with 4 bits, "
-    "gptq with 4 or 8 bits, and modelopt with NVFP4"
+    "gptq with 4 or 8 bits, and modelopt with NVFP4 or FP8"
 )
 _ADVICE = f"supported are {SUPPORTED}; use such a checkpoint or the bf16, fp16 or fp32 one"
 _FP8_KEYS = {
@@ -57,7 +57,7 @@ def read_quantization(raw: Mapping[str, Any]) -> Quantization | None:
             return read_awq(config)
         if method == "gptq":
             return read_gptq(config)
-        if method in ("modelopt", "modelopt_fp4"):
+        if method in ("modelopt", "modelopt_fp4", "modelopt_fp8"):
             return read_modelopt(config)
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None
@@ -81,7 +81,8 @@ def _fp8(config: Mapping[str, Any]) -> Quantization:
 def _compressed(config: Mapping[str, Any]) -> Quantization:
     check_keys(config, _COMPRESSED_KEYS)
     for name in ("sparsity_config", "transform_config"):
-        if config.get(name) and config[name].get("format") != "dense":
+        value = config.get(name)
+        if value and not (isinstance(value, Mapping) and value.get("format") == "dense"):
             raise CheckpointError(f"{name} is not supported; {_ADVICE}")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:

@@ -127,6 +127,9 @@ def _yarn(settings: dict[str, Any], original: Any, context_length: int | None) -
     if settings.get("extrapolation_factor", 1) != 1:
         raise CheckpointError("an extrapolation_factor of RoPE other than 1 is not supported")
     numbers = {name: _number(name, settings[name]) for name in _NUMBERS if name in settings}
+    for name in sorted(numbers.keys() - {"factor", "attention_factor", "attn_factor"}):
+        if numbers[name] < 0:
+            raise ConfigError(f"{name} of RoPE must not be negative, and is {settings[name]!r}")
     if numbers["factor"] < 1:
         raise ConfigError(f"factor of RoPE must be at least 1, not {settings['factor']!r}")
     return RopeScaling(

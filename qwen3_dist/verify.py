@@ -32,6 +32,8 @@ _TEXTS = (
     "In 1905 Albert Einstein published four papers. The first explained the photoelectric effect, the second Brownian "
     "motion, the third special relativity, and the fourth the equivalence of mass and energy. Each of them",
 )
+# Of these transformers reads one. Others, as those of `qwen3-dist shard`, are read for it.
+_READABLE = ("model.safetensors", "model.safetensors.index.json")
 _LENGTHS = (1, 9, 48)  # of prompts of arbitrary ids, without a tokenizer
 _BLOCK_SIZE = 16
 # What rounding explains in fp32: the KL divergence of a position, and the error of hidden states over their norm.
@@ -192,7 +194,7 @@ def _theirs(path: Path, config: ModelConfig, files: CheckpointFiles, layers: boo
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
     if config.num_experts:
         options["experts_implementation"] = "eager"
-    if config.quantization is None:
+    if config.quantization is None and any((path / name).exists() for name in _READABLE):
         model = library.AutoModelForCausalLM.from_pretrained(path, **options)
     else:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))

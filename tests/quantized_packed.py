@@ -176,14 +176,18 @@ def write_gptq(
     v2: bool = False,
     **shape: Any,
 ) -> Twins:
-    """GPTQModel's `gptq`, whose zeros are one less, or `gptq_v2`."""
+    """GPTQModel's `gptq`, whose zeros are one less, or `gptq_v2`. GPTQModel takes the ones from whole words of
+    `gptq_v2` (`convert_gptq_v2_to_v1_format_module`), so a zero of 0 borrows from the next in its word."""
+    ones = sum(1 << place for place in range(0, 32, bits))
 
     def store(name: str, weight: Tensor) -> tuple[Tensors, Tensor]:
+        if not sym:
+            weight = torch.cat([weight[:1].abs(), weight[1:]])  # the zeros of the first output are 0
         made = in_groups(weight, bits, None if size == -1 else size, not sym, order)
-        base, zeros = name.removesuffix("weight"), made.zeros if v2 else (made.zeros - 1) % 2**bits
+        base, zeros = name.removesuffix("weight"), in_words(made.zeros.t(), bits, 1)
         stored = {
             f"{base}qweight": in_words(made.codes.t(), bits, 0),
-            f"{base}qzeros": in_words(zeros.t(), bits, 1),
+            f"{base}qzeros": zeros if v2 else zeros - ones,
             f"{base}scales": made.scales.half().t(),
             f"{base}g_idx": made.order,
         }

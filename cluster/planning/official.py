@@ -12,6 +12,7 @@ from qwen3_dist.config import ModelConfig
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.hf_overrides import HfOverrides
 from qwen3_dist.quantization import INT8, Quantization, Stored, WeightFormat
+from qwen3_dist.quantization_files import with_quantization
 from qwen3_dist.weights.source import canonical_name, local_path, resolve_config
 
 _INT8 = Quantization(
@@ -68,7 +69,7 @@ def find_config(
     """
     path = local_path(model)
     if model and path.is_file():
-        return model, ModelConfig.from_dict(_from_file(path), overrides)
+        return model, ModelConfig.from_dict(with_quantization(_from_file(path), path.parent), overrides)
     name = canonical_name(model)
     official = None if revision or local_path(name).is_dir() else _official(name)
     if official is not None:
@@ -108,8 +109,10 @@ def _official(name: str) -> tuple[str, dict[str, Any]] | None:
 def _from_file(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read as JSON ({error}); give a directory or its config.json"
+        ) from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file} must hold a JSON object")
     return raw

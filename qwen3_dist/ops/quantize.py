@@ -37,12 +37,13 @@ def as_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_fp8(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Weight fp32 [N, D] -> e4m3 codes [N, D], and the fp32 scale of each block of `rows` x `columns`: the largest
-    weight of the block over the largest code, or 1 for a block of zeros."""
+    weight of the block over the largest code, or 1 for a block of zeros. It is no number if a weight is none."""
     outputs, inputs = weight.shape
     padded = F.pad(weight, (0, -inputs % columns, 0, -outputs % rows))
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
     most = blocks.abs().amax(dim=(1, 3))
-    scales = torch.where(most > 0, most / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    scales = (most / torch.finfo(torch.float8_e4m3fn).max).clamp_(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(most == 0, 1.0, scales)
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(padded.shape)[:outputs, :inputs], scales
 

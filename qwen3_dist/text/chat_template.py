@@ -42,7 +42,7 @@ class ChatTemplate:
         self._supported: dict[tuple[str, int], bool] = {}
         try:
             self._templates = {name: environment.from_string(source) for name, source in templates.items()}
-        except jinja2.TemplateError as error:
+        except Exception as error:  # noqa: BLE001 - beside Jinja's own, those of Python's compiler for deep nesting
             raise CheckpointError(f"the checkpoint's chat template is not valid Jinja: {error}") from None
 
     @classmethod
@@ -149,17 +149,20 @@ def _read_templates(path: Path) -> dict[str, str]:
 
 
 def _named_templates(value: Any, file: Path) -> dict[str, str]:
-    """Returns the sources in `chat_template` of `file`: a string, or a list of objects with name and template."""
+    """Returns the sources in `chat_template` of `file`: a string, an object of strings by name, or a list of objects
+    with name and template."""
     try:
-        templates = (
-            {"default": value} if isinstance(value, str) else {t["name"]: t["template"] for t in value}
-        )
+        if isinstance(value, str | Mapping):
+            templates = {"default": value} if isinstance(value, str) else dict(value)
+        else:
+            templates = {t["name"]: t["template"] for t in value}
         if all(isinstance(source, str) for source in (templates["default"], *templates.values())):
             return templates
     except (TypeError, KeyError):
         pass
     raise CheckpointError(
-        f"chat_template in {file} must be a string, or a list of objects with name and template, one named 'default'"
+        f"chat_template in {file} must be a string, an object of strings, or a list of objects with name and "
+        "template, one named 'default'"
     )
 
 

@@ -84,12 +84,14 @@ def _added_tokens(path: Path) -> dict[int, AddedToken]:
         if decoder := config.get("added_tokens_decoder"):
             return {int(number): _token(given) for number, given in decoder.items()}
         name = "added_tokens.json"
-        special = {*read_special_tokens(path).values(), *config.get("additional_special_tokens", ())}
+        more = config.get("additional_special_tokens") or ()  # texts, or objects of an AddedToken
+        more = (each["content"] if isinstance(each, dict) else each for each in more)
+        special = {*read_special_tokens(path).values(), *more}
         return {
             int(number): AddedToken(content, special=content in special, normalized=False)
             for content, number in read_json_object(path / name).items()
         }
-    except (TypeError, ValueError, KeyError, AttributeError):
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
         raise CheckpointError(f"{path / name} does not list tokens and their ids; fetch it again") from None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_dist.config import ModelConfig
+from qwen3_dist.config_checks import strings
 from qwen3_dist.errors import CheckpointError
 from qwen3_dist.layout import Layout
 from qwen3_dist.lora_adapters import LoraAdapters
@@ -44,6 +45,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "use_dora": (False, None),
+    "use_rslora": (False, None, True),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "arrow_config": (None, {}),
@@ -193,6 +195,9 @@ def _check_kind(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> N
     for key, neutral in _NEUTRAL.items():
         if config.get(key, neutral[0]) not in neutral:
             raise CheckpointError(f"{_CONFIG} has {key}={config[key]!r}, which is not supported")
+    for key in ("target_modules", "target_parameters", "modules_to_save"):
+        if key != "target_modules" or not isinstance(config.get(key), str):
+            strings(config, key)
     routers = [pair for pair in shapes if pair.endswith(_ROUTER)]
     for module in config.get("modules_to_save") or []:
         if not any(router.endswith(f".{module}") for router in routers):

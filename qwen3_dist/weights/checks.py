@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.quantization import FP4
 from qwen3_dist.weights.files import FLOATS, CheckpointFiles
 from qwen3_dist.weights.pieces import DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
+from qwen3_dist.weights.scale_pieces import is_quantizable
 from qwen3_dist.weights.weight_plan import WeightPlan
 
 _ADVICE = "download the weights and config.json of the same revision"
@@ -58,6 +60,8 @@ def check_tensor(files: CheckpointFiles, piece: Piece) -> None:
         raise CheckpointError(
             f"{piece.source} has shape {list(shape)} where config.json makes it {list(expected)}; {_ADVICE}"
         )
+    if piece.stored is None and is_quantizable(piece.source) and files.is_code(piece.source):
+        raise CheckpointError(f"the scale of {piece.source} is missing; {_ADVICE}")
     files.dtype(piece.source, _dtypes(piece))
 
 
@@ -70,11 +74,24 @@ def check_order(piece: Piece, order: Tensor) -> None:
         )
 
 
+def check_scales(pieces: Sequence[Piece], parameters: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if a scale that was read is infinite or no number, which would make all outputs so."""
+    for name in {piece.parameter: None for piece in pieces if piece.stored == SCALE}:
+        if not bool(parameters[name].isfinite().all()):
+            of_it = (each for each in pieces if each.stored == SCALE and each.parameter == name)
+            piece = next(each for each in of_it if not parameters[name][each.place].isfinite().all())
+            raise CheckpointError(
+                f"{piece.source} has a scale that is not finite; fetch the checkpoint again"
+            )
+
+
 def _dtypes(piece: Piece) -> tuple[str, ...]:
     """The dtypes in which the piece's tensor may be stored."""
     if piece.stored == SCALE:
-        of_kind = ("float8_e4m3fn", "uint8") if piece.grid and piece.grid.nibbles == FP4 else ()
-        return (*FLOATS, "float8_e8m0fnu", *of_kind)
+        if piece.packing is not None and piece.packing.dtype == "powers":
+            return ("float8_e8m0fnu", "uint8")
+        of_kind = "float8_e4m3fn" if piece.grid and piece.grid.nibbles == FP4 else "float8_e8m0fnu"
+        return (*FLOATS, of_kind)
     if piece.stored in (DIVISOR, MULTIPLIER):
         return FLOATS
     if piece.stored == ORDER:

@@ -79,6 +79,11 @@ class Conversion:
         """Checks all headers. Raises CheckpointError and ConfigError for a checkpoint that does not fit its
         config.json, is quantised already, or has weights that groups do not divide, which vLLM would not read."""
         plain = ModelConfig.from_directory(path)
+        if plain.quantization is not None:
+            raise CheckpointError(
+                f"the weights in {path} are quantised already ({plain.quantization.method}); give the bf16, fp16 "
+                "or fp32 checkpoint that they were made from"
+            )
         config = plain.rounded("fp8")  # every format rounds the same matrices
         check_checkpoint(path, plain)
         files = CheckpointFiles(path)
@@ -179,6 +184,11 @@ class Conversion:
                 yield part
                 continue
             codes, some = self._rounded(part)
+            if not bool(some.isfinite().all()):
+                raise CheckpointError(
+                    f"{source.source} has numbers that are infinite or none, or too large to round; fetch the "
+                    "checkpoint again"
+                )
             scales.append(some)
             yield codes.contiguous()
         if scales:

@@ -83,6 +83,7 @@ def _numbers(words: Tensor, packing: Packing | None) -> Tensor:
         return torch.exp2(words.view(torch.uint8).float() - 127)
     if packing.dtype == "floats":
         return words
+    words = words + packing.word_plus
     along = packing.axis - 2
     places = packing.order or tuple(range(packing.per_word))
     mask = (1 << packing.bits) - 1

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -94,6 +97,10 @@ class CheckpointFiles:
             raise CheckpointError(f"{name} in {file} is stored as {code}; {advice}")
         return dtype
 
+    def is_code(self, name: str) -> bool:
+        """Whether a tensor has one of the dtypes of weights that need a scale."""
+        return self._entries[name].code in ("F8_E4M3", "I8")
+
     def torch_dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype. Raises CheckpointError if it is not known."""
         import torch
@@ -113,7 +120,7 @@ class CheckpointFiles:
         parts = self._parts.get(name)
         if parts is None:
             return iter([(self._entries[name], ranges, ())])
-        return pieces_of(name, parts, ranges)
+        return pieces_of(parts, ranges)
 
     def reads(
         self,
@@ -182,7 +189,7 @@ def shard_files(path: Path) -> dict[Path, set[str] | None]:
     These are the files of the index. Without an index, they are model.safetensors, else numbered shards, else all
     files except those of adapters and of other formats. Raises CheckpointError if one is missing.
     """
-    if (index := path / "model.safetensors.index.json").exists():
+    if (index := path / "model.safetensors.index.json").exists() or index.is_symlink():
         return _indexed(index)
     if (whole := path / "model.safetensors").exists():
         return {whole: None}
@@ -198,23 +205,32 @@ def _advice(path: Path) -> str:
     others = [file for file in path.iterdir() if file.suffix in _OTHER_FORMATS]
     if not others:
         return "fetch the weights in that format"
-    largest = max(others, key=lambda file: file.stat().st_size)
+    largest = max(others, key=lambda file: file.stat().st_size if file.exists() else 0)
     return f"{largest.name} is {_OTHER_FORMATS[largest.suffix]}"
 
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
     shards: dict[Path, set[str]] = {}
     try:
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        text = index.read_text(encoding="utf-8")
+        for name, shard in json.loads(text, object_pairs_hook=_unique)["weight_map"].items():
             if Path(shard).is_absolute() or ".." in Path(shard).parts:
                 raise ValueError
             shards.setdefault(index.parent / shard, set()).add(name)
-    except (ValueError, KeyError, AttributeError, TypeError):
+        missing = [file for file in shards if not file.exists()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(f"{index} is not a valid weight index; fetch it again") from None
-    for file in shards:
-        if not file.exists():
-            raise CheckpointError(f"{file} is missing although the index names it; fetch it again")
+    if missing:
+        raise CheckpointError(f"{missing[0]} is missing although the index names it; fetch it again")
     return dict(shards)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has a name twice, of which readers take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError
+    return found
 
 
 def _numbered(path: Path, names: list[str]) -> list[str]:
@@ -228,33 +244,58 @@ def _numbered(path: Path, names: list[str]) -> list[str]:
             f"{path} holds shards of several checkpoints, {found[0][0]} and {found[-1][0]}, and no index; keep one's"
         )
     [(stem, total)] = of
-    wanted = [f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
-    if missing := [name for name in wanted if name not in names]:
-        raise CheckpointError(f"{path / missing[0]} is missing; fetch it again")
-    return wanted
+    wanted = (f"{stem}-{number:0{len(total)}}-of-{total}.safetensors" for number in range(1, int(total) + 1))
+    if missing := next((name for name in wanted if name not in names), None):
+        raise CheckpointError(f"{path / missing} is missing; fetch it again")
+    return sorted(match[0] for match in found)
 
 
 def _read_header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Reads the header (names, shapes, dtypes) of one file and checks the file's length against it. Returns the header
     and the first byte of the data."""
-    size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
+        with open(file, "rb", opener=_open_file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size, 100 << 20):
                 raise ValueError
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
-        for entry in header.values():
-            first, last = entry["data_offsets"]
-            item = _ITEM_BYTES.get(entry["dtype"])
-            if not 0 <= first <= last or item and last - first != prod(entry["shape"]) * item:
-                raise ValueError
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        end = _checked_end(header)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({error.strerror}); make it readable or fetch it again"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise CheckpointError(
             f"{file} is not a safetensors file, or its header is cut; fetch it again"
         ) from None
-    if size != end:
-        raise CheckpointError(f"{file} has {size} bytes where its header asks for {end}; fetch it again")
+    if size != 8 + length + end:
+        raise CheckpointError(
+            f"{file} has {size} bytes where its header asks for {8 + length + end}; fetch it again"
+        )
     return header, 8 + length
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Opens a file, and nothing else: a pipe would wait for a writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no file")
+    return descriptor
+
+
+def _checked_end(header: dict[str, dict[str, Any]]) -> int:
+    """The end of the last tensor. Raises ValueError, KeyError or TypeError for a header that safetensors' definition
+    does not allow: tensors lie one after the other, without holes, and none overlaps another."""
+    end = 0
+    for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
+        first, last = entry["data_offsets"]
+        item = _ITEM_BYTES.get(entry["dtype"])
+        if any(type(number) is not int or number < 0 for number in (first, last, *entry["shape"])):
+            raise ValueError
+        if first != end or last < first or item and last - first != prod(entry["shape"]) * item:
+            raise ValueError
+        end = last
+    return end

@@ -17,7 +17,7 @@ def read_kv_scales(model: Qwen3Model, files: CheckpointFiles) -> None:
     """Gives the attention of each block its scales; those that the checkpoint lacks stay 1.
 
     Of scales for each head a layer takes the largest, with which no head's keys are too large. Raises CheckpointError
-    for a scale that is not positive.
+    for a scale that is not positive, or no floating-point number.
     """
     names = files.names()
     for block in model.blocks:
@@ -29,8 +29,9 @@ def read_kv_scales(model: Qwen3Model, files: CheckpointFiles) -> None:
 
 
 def _largest(files: CheckpointFiles, name: str) -> float:
+    files.dtype(name)
     scale = files.read_whole(name).float()
-    if not all(isfinite(each) and each > 0 for each in scale.flatten().tolist()):
+    if not scale.numel() or not all(isfinite(each) and each > 0 for each in scale.flatten().tolist()):
         raise CheckpointError(
             f"{name} has a scale that is not positive; set kv_cache_dtype=bfloat16, or correct it"
         )

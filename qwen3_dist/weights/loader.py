@@ -24,7 +24,7 @@ from qwen3_dist.parallel.context import ParallelContext
 from qwen3_dist.protocol.messages import Progress
 from qwen3_dist.quantization import NIBBLES
 from qwen3_dist.weights import random_weights
-from qwen3_dist.weights.checks import check_names, check_order, check_tensor
+from qwen3_dist.weights.checks import check_names, check_order, check_scales, check_tensor
 from qwen3_dist.weights.files import CheckpointFiles
 from qwen3_dist.weights.packed import read_packed
 from qwen3_dist.weights.pieces import COMPANIONS, DIVISOR, MULTIPLIER, ORDER, SCALE, Piece
@@ -198,6 +198,7 @@ def _read_all(
         for piece in pieces:
             if piece.stored == ORDER:
                 check_order(piece, parameters[piece.parameter][piece.place])
+        check_scales(pieces, parameters)
 
 
 def _is_plain(files: CheckpointFiles, piece: Piece) -> bool:
@@ -233,7 +234,11 @@ def _read(
 
 def _factors(piece: Piece, stored: Tensor) -> Tensor:
     """The numbers [e, 1, 1] by which the scales of the piece's experts are divided or multiplied; [] of a single
-    weight."""
+    weight. Raises CheckpointError for one that is infinite, no number, or negative."""
+    if not bool((stored.isfinite() & (stored >= 0)).all()):
+        raise CheckpointError(
+            f"{piece.source} has a number that is negative or not finite; fetch the checkpoint again"
+        )
     if len(piece.shape) == 1:
         return stored.float().view(())
     experts, half = piece.index

@@ -31,9 +31,8 @@ def new_directory(out: Path, num_bytes: int) -> Iterator[Path]:
 
     Raises CheckpointError for `out`, and ResourceError if the disk is too small or cannot be written.
     """
-    out = Path(os.path.abspath(out))  # "." has no name
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty directory; remove it or give another --out")
+    out = Path(os.path.realpath(out))  # "." has no name, and a link would be replaced
+    _check_replaceable(out)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,10 +53,24 @@ def new_directory(out: Path, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _check_replaceable(out: Path) -> None:
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise CheckpointError(
+                f"{out} exists and is not an empty directory; remove it or give another --out"
+            )
+    except OSError as error:
+        raise ResourceError(f"{out} cannot be read ({error.strerror}); give another --out") from None
+    if out.is_mount():
+        raise CheckpointError(
+            f"{out} is a mount point, which cannot be replaced; give --out a directory in it"
+        )
+
+
 def copy_sidecars(path: Path, directory: Path) -> None:
     """Copies config, tokenizer and templates of the checkpoint at `path`."""
     for file in path.iterdir():
-        if file.suffix in _SIDECARS and not file.name.endswith(".index.json"):
+        if file.suffix in _SIDECARS and file.is_file() and not file.name.endswith(".index.json"):
             shutil.copyfile(file, directory / file.name)
     if (templates := path / "additional_chat_templates").is_dir():
         shutil.copytree(templates, directory / templates.name)

@@ -88,6 +88,7 @@ def _split(words: Tensor, packing: Packing) -> Tensor:
     """The numbers of words [a, b], uint8 [a, b * per_word] or [a * per_word, b]."""
     per_word, mask = packing.per_word, (1 << packing.bits) - 1
     places = torch.tensor(packing.order or range(per_word), dtype=words.dtype) * packing.bits
+    words = words + packing.word_plus if packing.word_plus else words
     numbers = ((words.unsqueeze(-1) >> places) + packing.plus).bitwise_and_(mask).to(torch.uint8)
     if packing.axis == 0:
         numbers = numbers.transpose(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -46,25 +47,24 @@ def take_parts(entries: dict[str, Entry]) -> dict[str, list[Part]]:
             continue
         entry = entries.pop(full)
         bounds = (each.split(":") for each in match["ranges"].split(","))
-        ranges = tuple(range(int(start), int(stop)) for start, stop in bounds)
-        if tuple(map(len, ranges)) != entry.shape or match["name"] in entries:
+        ranges = tuple(range(int(start[-18:]), int(stop[-18:])) for start, stop in bounds)
+        is_sound = part_name(match["name"], ranges) == full and all(ranges)
+        if not is_sound or tuple(map(len, ranges)) != entry.shape or match["name"] in entries:
             raise CheckpointError(f"{full} in {entry.file} is not such a part; shard the checkpoint again")
         parts.setdefault(match["name"], []).append(Part(ranges, entry))
     for name, found in parts.items():
         if len({(len(part.ranges), part.entry.code) for part in found}) > 1:
             raise CheckpointError(f"the parts of {name} differ; shard the checkpoint again")
         shape = tuple(max(part.ranges[d].stop for part in found) for d in range(len(found[0].ranges)))
+        if not _cover(found, shape):
+            raise CheckpointError(f"a part of {name} is missing; shard the checkpoint again")
         entries[name] = found[0].entry._replace(shape=shape)
     return parts
 
 
-def pieces_of(
-    name: str, parts: Sequence[Part], ranges: Sequence[range]
-) -> Iterator[tuple[Entry, list[range], Index]]:
-    """What to read for a region of a tensor: entries, the indices in each, and their places in the region. Raises
-    CheckpointError if a part is not there."""
+def pieces_of(parts: Sequence[Part], ranges: Sequence[range]) -> Iterator[tuple[Entry, list[range], Index]]:
+    """What to read for a region of a tensor: entries, the indices in each, and their places in the region."""
     same = next((part for part in parts if part.ranges == tuple(ranges)), None)
-    covered = 0
     for part in parts if same is None else [same]:
         common = [
             range(max(a.start, b.start), min(a.stop, b.stop))
@@ -72,12 +72,26 @@ def pieces_of(
         ]
         if not all(common):
             continue
-        covered += prod(map(len, common))
         inside = [_moved(each, -own.start) for each, own in zip(common, part.ranges, strict=True)]
         place = [_moved(each, -own.start) for each, own in zip(common, ranges, strict=True)]
         yield part.entry, inside, tuple(slice(each.start, each.stop) for each in place)
-    if covered < prod(map(len, ranges)):
-        raise CheckpointError(f"a part of {name} is missing; shard the checkpoint again")
+
+
+def _cover(parts: Sequence[Part], shape: tuple[int, ...]) -> bool:
+    """Whether each number of a tensor is in a part; parts may overlap."""
+    bounds = [
+        {edge for part in parts for edge in (part.ranges[d].start, part.ranges[d].stop)}
+        for d in range(len(shape))
+    ]
+    cuts = [sorted({0, *edges}) for edges in bounds]  # between them, parts hold all numbers or none
+    cells = {
+        cell
+        for part in parts
+        for cell in product(
+            *([at for at in edges if at in own] for edges, own in zip(cuts, part.ranges, strict=True))
+        )
+    }
+    return len(cells) == prod(len(edges) - 1 for edges in cuts)
 
 
 def _moved(part: range, by: int) -> range:

@@ -43,16 +43,29 @@ def with_scales(piece: Piece, quantization: Quantization | None, names: Set[str]
         yield replace(each, source=piece.source, rounds=rounds) if rounds else each
 
 
+def is_quantizable(source: str) -> bool:
+    """Whether `source` is a weight of a linear layer or of stacked experts."""
+    return source.endswith(_QUANTIZABLE)
+
+
 def format_of(source: str, quantization: Quantization | None, names: Set[str]) -> WeightFormat | None:
     """The format of a weight by its name in a plain checkpoint; None: it is not quantised.
 
-    So is a weight that the checkpoint has as it is although its format has other tensors: a module that the lists of
-    modules left out by another rule than ours. Raises CheckpointError for fused experts in a format without them.
+    Tools read lists of modules by different rules, so the checkpoint's tensors decide: a weight whose codes or scales
+    are not there, but it is, is not quantised, and one that has both is quantised. Raises CheckpointError for fused
+    experts in a format without them.
     """
-    if quantization is None or not source.endswith(_QUANTIZABLE):
+    if quantization is None or not is_quantizable(source):
         return None
-    found = quantization.of(source.removesuffix(".weight"))
-    if found is None or (source in names and stored_name(source, found.weight, names) not in names):
+    module = source.removesuffix(".weight")
+    found = quantization.of(module)
+    form = found or quantization.of(module, listed=False)
+    if form is not None and names and not quantization.rounds:
+        if all(stored_name(source, each, names) in names for each in (form.weight, form.scale)):
+            found = form
+        elif source in names:
+            return None
+    if found is None:
         return None
     packing = found.weight.packing
     if packing is not None and packing.transposed and not source.endswith(".weight"):

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 from qwen3_dist.errors import CheckpointError
+from qwen3_dist.quantization_files import QUANTIZATION_FILES
 from qwen3_dist.weights import hub
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _OFFICIAL_NAME = re.compile(r"qwen3-[\w.-]+", re.IGNORECASE)
-_CONFIGS = ["config.json", "generation_config.json"]
+_CONFIGS = ["config.json", "generation_config.json", *QUANTIZATION_FILES]
 _FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.options import MODEL, report
+from serve_app.cli.signals import exit_by_signals
 
 HELP = "write a checkpoint with fp8, int8 or int4 weights, in the formats that vLLM reads"
 
@@ -35,8 +36,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     conversion = Conversion.open(resolve_model(args.model, args.revision), args.to)
     began, total = time.monotonic(), conversion.total_bytes
-    with progress_bar(True, desc="writing weights", unit="B", unit_scale=True, total=total) as bar:
-        conversion.write(args.out, bar.update)
+    bar = progress_bar(True, desc="writing weights", unit="B", unit_scale=True, total=total)
+    with exit_by_signals(), bar as shown:
+        conversion.write(args.out, shown.update)
     seconds = time.monotonic() - began
     report(f"{args.out} has {total / 1e9:.2f} GB of weights, written at {total / 1e9 / seconds:.2f} GB/s")
     if args.json:

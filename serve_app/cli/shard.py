@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.options import MODEL, report
+from serve_app.cli.signals import exit_by_signals
 
 HELP = "write a checkpoint with a file for each rank of a layout, which ranks read plainly"
 
@@ -30,8 +31,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     sharding = Sharding.open(resolve_model(args.model, args.revision), Layout.parse(args.layout))
     began, total = time.monotonic(), sharding.total_bytes
-    with progress_bar(True, desc="writing weights", unit="B", unit_scale=True, total=total) as bar:
-        sharding.write(args.out, bar.update)
+    bar = progress_bar(True, desc="writing weights", unit="B", unit_scale=True, total=total)
+    with exit_by_signals(), bar as shown:
+        sharding.write(args.out, shown.update)
     seconds = time.monotonic() - began
     report(f"{args.out} has {total / 1e9:.2f} GB of weights in {len(sharding.shards)} files")
     if args.json:

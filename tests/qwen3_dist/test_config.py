@@ -110,6 +110,21 @@ def test_null_is_what_transformers_assumes() -> None:
         ({"num_hidden_layers": 0}, ConfigError, "n_layers must be a positive integer, not 0"),
         ({"num_experts_per_tok": 200}, ConfigError, "num_experts_per_tok=200 must lie between 1 and"),
         ({"torch_dtype": "float8"}, ConfigError, "dtype 'float8' is not one of"),
+        ({"num_hidden_layers": 10**9}, ConfigError, "n_layers must be at most 4096"),
+        (
+            {"num_attention_heads": 0, "head_dim": None},
+            ConfigError,
+            "n_heads must be a positive integer, not 0",
+        ),
+        (
+            {"hidden_size": "64", "head_dim": None},
+            ConfigError,
+            "emb_dim must be a positive integer, not '64'",
+        ),
+        ({"moe_intermediate_size": 1.5}, ConfigError, "moe_hidden_dim must be an integer, not 1.5"),
+        ({"num_experts": [128]}, ConfigError, r"num_experts must be an integer, not \[128\]"),
+        ({"architectures": 5}, CheckpointError, "architectures is 5 where a list of names is expected"),
+        ({"layer_types": 5}, CheckpointError, "layer_types must name"),
     ],
 )
 def test_what_makes_no_model_is_refused(

@@ -90,12 +90,22 @@ def test_gptq_may_have_settings_for_some_modules() -> None:
     assert of_rest is not None and (of_rest.codes, of_rest.block) == (INT4, (1, 128)) and of_rest.order
 
 
+def test_older_spellings_say_the_same() -> None:
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}
+    assert read_quantization({"quantization_config": old}) == read_quantization({"quantization_config": AWQ})
+    blocks = [compressed(strategy="block", block_structure=each) for each in ("128x128", [128, 128])]
+    one, other = (read_quantization({"quantization_config": each}) for each in blocks)
+    assert one == other
+
+
 def test_zeros_are_read_as_their_format_has_them() -> None:
-    for changes, plus in (({}, 1), ({"checkpoint_format": "gptq_v2"}, 0), ({"bits": 8}, 129)):
+    changed = (({}, 0, 0x11111111), ({"checkpoint_format": "gptq_v2"}, 0, 0), ({"bits": 8}, 128, 0x01010101))
+    for changes, plus, ones in changed:
         read = read_quantization({"quantization_config": {**GPTQ, "sym": False, **changes}})
         stored = read.of("model.layers.0.mlp.up_proj") if read else None
         assert stored is not None and stored.zero is not None
-        assert stored.zero.packing == Packing(changes.get("bits", 4), axis=0, transposed=True, plus=plus)  # type: ignore[arg-type]
+        bits: int = changes.get("bits", 4)  # type: ignore[attr-defined]
+        assert stored.zero.packing == Packing(bits, axis=0, transposed=True, plus=plus, word_plus=ones)
         assert stored.zero.packing.shape((96, 16)) == (16, 96 * stored.zero.packing.bits // 32)
 
 
@@ -134,8 +144,8 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
         ),
         ({"quantization_config": {**GPTQ, "dynamic": {"+:(": {}}}}, "no regular expression"),
         (
-            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
-            "quant_algo='FP8' is not",
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MXFP8"}},
+            "quant_algo='MXFP8' is not",
         ),
         (
             {
@@ -170,7 +180,7 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
         ({"quantization_config": {**QWEN, "weight_block_size": [0, 128]}}, "two positive integers"),
         ({"quantization_config": {**QWEN, "expert_dtype": "fp4"}}, "expert_dtype='fp4' is not supported"),
         ({"quantization_config": {**QWEN, "secret": 3}}, "secret=3 is not understood"),
-        ({"quantization_config": {**QWEN, "ignored_layers": "lm_head"}}, "a list of module names"),
+        ({"quantization_config": {**QWEN, "ignored_layers": "lm_head"}}, "a list of names"),
         ({"quantization_config": compressed(num_bits=4, type="int")}, "4-bit weights of type 'int'"),
         ({"quantization_config": compressed(type="int", symmetric=False)}, "zero points"),
         ({"quantization_config": compressed(strategy="group")}, "strategy 'group'"),
@@ -186,6 +196,8 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
             {"quantization_config": {**compressed(), "sparsity_config": {"format": "sparse"}}},
             "sparsity_config",
         ),
+        ({"quantization_config": {**compressed(), "sparsity_config": "dense"}}, "sparsity_config"),
+        ({"quantization_config": {**GPTQ, "dynamic": {"+:x": 5}}}, "dynamic has 5 for '.:x' where an object"),
     ],
 )
 def test_what_is_not_supported_is_refused(raw: dict[str, Any], sentence: str) -> None:

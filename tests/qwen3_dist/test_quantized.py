@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({f"{Q}_scale_inv": None}, rf"lacks 1 tensor \({Q}_scale_inv\)"),
+        ({f"{Q}_scale_inv": None}, f"the scale of {Q} is missing; download the weights"),
+        ({f"{Q}_scale_inv": torch.full((6, 4), torch.nan)}, f"{Q}_scale_inv has a scale that is not finite"),
         (
             {f"{Q}_scale_inv": torch.ones(6, 3)},
             r"_inv has shape \[6, 3\] where config.json makes it \[6, 4\]; download the weights",
@@ -212,11 +214,17 @@ def test_damaged_checkpoints_are_refused_by_name(
 
 
 def test_scales_of_activations_and_caches_are_not_needed(twins: dict[str, Twins], tmp_path: Path) -> None:
-    names = ("q_proj.input_scale", "o_proj.output_scale", "k_scale")
+    names = ("q_proj.input_scale", "q_proj.input_zero_point", "o_proj.output_scale", "k_scale")
     unused = {f"model.layers.0.self_attn.{name}": torch.ones(1) for name in names}
     path = changed(twins["dense"], tmp_path / "static", unused)
     with engine(path, "tp=1") as llm:
         assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins["dense"].plain)
+
+
+def test_a_scale_of_the_cache_without_a_number_is_named(twins: dict[str, Twins], tmp_path: Path) -> None:
+    empty = {"model.layers.0.self_attn.k_scale": torch.empty(0)}
+    with pytest.raises(CheckpointError, match="k_scale has a scale that is not positive"):
+        engine(changed(twins["tensors"], tmp_path / "empty", empty), "tp=1", kv_cache_dtype="fp8")
 
 
 def test_experts_of_several_formats_are_refused(twins: dict[str, Twins], tmp_path: Path) -> None:
@@ -244,6 +252,35 @@ def test_scales_may_be_powers_of_two_in_one_byte(twins: dict[str, Twins], tmp_pa
         with engine(changed(twins["dense"], tmp_path / str(number), changes), "tp=1") as llm:
             answers.append([output.logprobs for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)])
     assert answers[0] == answers[1]
+
+
+def test_fp8_of_modelopt_is_told_by_a_file_beside_config_json(
+    twins: dict[str, Twins], tmp_path: Path
+) -> None:
+    stored = load_file(twins["tensors"].quantized / "model.safetensors")
+    scales = {name: scale.view(()) for name, scale in stored.items() if name.endswith("weight_scale")}
+    path = changed(twins["tensors"], tmp_path / "modelopt", {**stored, **scales})
+    edit_config(path, quantization_config=None)
+    told = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
+    file = path / "hf_quant_config.json"
+    file.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": told}))
+    with engine(path, "tp=2") as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins["tensors"].plain)
+    file.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json does not tell a quantisation"):
+        engine(path, "tp=1")
+
+
+@pytest.mark.parametrize(("listed", "alone"), [(["p_proj"], ("up_proj",)), (["mlp"], ())])
+def test_tensors_decide_where_a_list_is_read_by_another_rule(
+    tmp_path: Path, listed: list[str], alone: tuple[str, ...]
+) -> None:
+    """transformers takes names in lists as regular expressions and as ends of names, and vLLM takes whole names."""
+    twins = write_fp8(tmp_path, 24, 20, **SHAPES["dense"], alone=alone)
+    config = json.loads((twins.quantized / "config.json").read_text())["quantization_config"]
+    edit_config(twins.quantized, quantization_config={**config, "modules_to_not_convert": listed})
+    with engine(twins.quantized, "tp=1") as llm:
+        assert_equal(llm.generate(PROMPTS, GREEDY, use_tqdm=False), twins.plain)
 
 
 def test_rounding_quantised_weights_again_is_refused(twins: dict[str, Twins]) -> None:

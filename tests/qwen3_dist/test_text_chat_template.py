@@ -217,9 +217,10 @@ NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "templat
     "files",
     [
         {"tokenizer_config.json": json.dumps({"chat_template": NAMED})},
+        {"tokenizer_config.json": json.dumps({"chat_template": {t["name"]: t["template"] for t in NAMED}})},
         {"chat_template.jinja": "plain", "additional_chat_templates/tool_use.jinja": "tools"},
     ],
-    ids=["list", "files"],
+    ids=["list", "object", "files"],
 )
 def test_the_tool_template_is_used_when_there_are_tools(tmp_path: Path, files: dict[str, str]) -> None:
     template = ChatTemplate.from_directory(written(tmp_path, files))
@@ -248,6 +249,8 @@ def test_a_directory_without_a_template_has_none(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({"chat_template.jinja": "{% if %}"}, "not valid Jinja"),
+        ({"chat_template.jinja": "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}"}, "not valid Jinja"),
+        ({"chat_template.jinja": "{% for a in b %}" * 30 + "{% endfor %}" * 30}, "not valid Jinja"),
         ({"tokenizer_config.json": "{"}, "cannot be read as JSON"),
         ({"tokenizer_config.json": "[]"}, "JSON object"),
         ({"tokenizer_config.json": '{"chat_template": 3}'}, "'default'"),

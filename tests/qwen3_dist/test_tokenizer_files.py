@@ -71,6 +71,16 @@ def test_ids_are_those_that_transformers_makes_of_the_files(tmp_path: Path, toke
     assert tokenizer.eos_token_ids == (4072,)
 
 
+def test_special_tokens_may_be_objects_or_null(tmp_path: Path) -> None:
+    path = write_older(tmp_path, BUNDLED, "added_tokens.json")
+    config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    special = loaded(path).special_token_ids
+    objects = [{"content": name, "special": True} for name in config["additional_special_tokens"]]
+    for given, expected in ((objects, special), (None, frozenset({4070, 4072}))):
+        (path / CONFIG).write_text(json.dumps({**config, "additional_special_tokens": given}))
+        assert loaded(path).special_token_ids == expected
+
+
 @pytest.mark.skipif(not REAL.exists(), reason="not at hand")
 def test_ids_are_those_of_qwens_own_tokenizer(tmp_path: Path) -> None:
     tokenizer, whole = loaded(write_older(tmp_path, REAL)), loaded(REAL)

@@ -21,6 +21,14 @@ from qwen3_dist.weights.source import bundled_path, commit_of, resolve_model
 from serve_app.launch.model_check import check_model
 from serve_app.settings import read_service_config
 from tests.checkpoints import write_checkpoint
+from tests.damage import (
+    give_two_tensors_the_same_bytes,
+    lose_what_a_link_points_to,
+    name_a_million_million_shards,
+    name_a_tensor_twice,
+    nest_a_header_deeply,
+    put_a_pipe_in_its_place,
+)
 
 
 @pytest.fixture
@@ -52,6 +60,15 @@ def name_an_absent_tensor(folder: Path) -> None:
 
 def break_the_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{")
+
+
+def name_two_files_of_a_tensor(folder: Path) -> None:
+    text = '{"weight_map": {"a": "x.safetensors", "c": "y.safetensors", "a": "y.safetensors"}}'
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def lose_the_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").symlink_to("nowhere")
 
 
 def name_a_file_outside(folder: Path) -> None:
@@ -101,6 +118,14 @@ def keep_nothing(folder: Path) -> None:
         (name_an_absent_tensor, r"x\.safetensors lacks z although the index names it"),
         (break_the_index, r"index\.json is not a valid weight index"),
         (name_a_file_outside, r"index\.json is not a valid weight index"),
+        (name_two_files_of_a_tensor, r"index\.json is not a valid weight index"),
+        (lose_the_index, r"index\.json is not a valid weight index"),
+        (put_a_pipe_in_its_place, r"x\.safetensors cannot be read .it is no file.; make it readable or"),
+        (lose_what_a_link_points_to, r"x\.safetensors cannot be read .No such file or directory."),
+        (give_two_tensors_the_same_bytes, r"x\.safetensors is not a safetensors file"),
+        (name_a_tensor_twice, r"x\.safetensors is not a safetensors file"),
+        (nest_a_header_deeply, r"x\.safetensors is not a safetensors file"),
+        (name_a_million_million_shards, r"model-000000000001-of-999999999999\.safetensors is missing"),
         (lose_a_shard, r"model-00002-of-00003\.safetensors is missing"),
         (mix_two_checkpoints, "holds shards of several checkpoints"),
         (hold_a_tensor_twice, r"x\.safetensors and z\.safetensors both hold a, and no index"),

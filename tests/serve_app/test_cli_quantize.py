@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +176,42 @@ def test_nothing_is_left_of_a_conversion_that_a_full_disk_ends(
         Conversion.open(path, "fp8").write(out, fill)
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, number: float
+) -> None:
+    path = written(tmp_path, **{**SHAPE, **WHOLE_GROUPS, "num_hidden_layers": 1, "mlp_only_layers": [0]})
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors = tensors_of(path)
+    tensors[name].view(-1)[5] = number
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert main(["quantize", str(path), "--to", form, "--out", str(tmp_path / "new" / "out")]) == 2
+    assert f"{name} has numbers that are infinite or none" in capsys.readouterr().err
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_nothing_is_left_of_a_conversion_that_a_signal_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = written(tmp_path), tmp_path / "new" / "out"
+
+    def stop(*_: Any) -> None:
+        assert list(out.parent.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Conversion, "_write_shard", stop)
+    with pytest.raises(SystemExit):
+        main(["quantize", str(path), "--to", "fp8", "--out", str(out)])
+    assert list(out.parent.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         ("exists", "exists and is not an empty directory; remove it or give another --out"),
-        ("quantised", "this checkpoint's are quantised already (fp8); leave quantize out"),
+        ("quantised", "are quantised already (fp8); give the bf16, fp16 or fp32 checkpoint"),
         ("cut", "is not a safetensors file, or its header is cut"),
     ],
 )
@@ -197,6 +230,23 @@ def test_a_conversion_that_cannot_be_is_refused_before_it_writes(
     assert main(["quantize", str(path), "--to", "int8", "--out", str(out)]) == 2
     assert sentence in capsys.readouterr().err
     assert [each.read_text() for each in out.glob("*")] == (["mine"] if damage == "exists" else [])
+
+
+def test_out_may_be_a_link_and_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, real = written(tmp_path), tmp_path / "real"
+    real.mkdir()
+    (tmp_path / "out").symlink_to("real")
+    (path / "a_directory.json").mkdir()
+    (path / "lost.txt").symlink_to("nowhere")
+    command = ["quantize", str(path), "--to", "fp8", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == real)
+    assert main(command) == 2
+    assert "real is a mount point, which cannot be replaced; give --out a dir" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert (real / "model.safetensors").exists() and (tmp_path / "out").is_symlink()
 
 
 def test_an_embedding_model_keeps_its_names(tmp_path: Path) -> None:

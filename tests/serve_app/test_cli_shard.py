@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from qwen3_dist.layout import Layout
 from qwen3_dist.weights import new_checkpoint, sharder
 from qwen3_dist.weights.file_reader import FileReader
 from qwen3_dist.weights.files import CheckpointFiles, shard_files
-from qwen3_dist.weights.parts import Entry, Part, pieces_of
 from qwen3_dist.weights.weight_plan import WeightPlan
 from serve_app.cli import main
 from tests.checkpoints import write_checkpoint
@@ -145,11 +145,16 @@ def test_what_cannot_be_sharded_is_said(
 
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     out = sharded(write_checkpoint(tmp_path / "whole", moe=False), "tp=2", tmp_path / "sharded")
-    first, second = shard_files(out)
+    _, second = shard_files(out)
     second.unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is missing"):
         CheckpointFiles(out)
-    with pytest.raises(
-        CheckpointError, match=r"a part of model\.norm\.weight is missing; shard the checkpoint"
-    ):
-        list(pieces_of("model.norm.weight", [Part((range(4),), Entry(first, 0, (4,), "F32"))], [range(2, 6)]))
+
+
+def test_shards_of_two_layouts_leave_no_hole_unseen(tmp_path: Path) -> None:
+    """Parts of a mixture overlap, and have as many numbers together as the whole has, or more."""
+    path = write_checkpoint(tmp_path / "whole", moe=True, num_hidden_layers=1, num_experts=8)
+    out, other = (sharded(path, layout, tmp_path / layout) for layout in ("tp=4", "tp=2,dp=2,ep=2"))
+    shutil.copy(other / "model-00002-of-00004.safetensors", out / "model-00003-of-00004.safetensors")
+    with pytest.raises(CheckpointError, match=r"a part of model\.\S+ is missing; shard the checkpoint again"):
+        CheckpointFiles(out)

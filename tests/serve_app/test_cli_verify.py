@@ -63,6 +63,13 @@ def test_the_same_weights_are_not_apart(
     assert report["same_argmax"] == 1 and report["tokens"] == 58
 
 
+def test_a_checkpoint_in_parts_is_compared(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model", moe=False, num_hidden_layers=1)
+    assert main(["shard", str(path), "--layout", "tp=2", "--out", str(tmp_path / "parts")]) == 0
+    code, report = verified(capsys, str(tmp_path / "parts"))
+    assert code == 0 and report["first_apart"] == ""
+
+
 def test_a_fault_in_one_layer_is_found_there(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
