@@ -8,7 +8,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -143,9 +143,9 @@ def send_due(
 
 def _put_all(parts: _Parts, taken: threading.Event | None) -> None:
     """Adds each stream's deltas, on the event loop of all these streams. Those that wait for their first part go on
-    first, since a client waits for its first token longer than for all others. These are woken a turn later, in which
-    what the first ones have put is sent."""
-    begun = []
+    first, since a client waits for its first token longer than for all others. What they put is sent before the
+    others go on, since these are woken by what is called after them."""
+    others, begun = WakesInTurns(_WAKES_PER_TURN), []
     for stream, deltas in parts:
         stream.add(deltas)
         if stream.has_sent:
@@ -153,18 +153,10 @@ def _put_all(parts: _Parts, taken: threading.Event | None) -> None:
         else:
             stream.has_sent = True
             stream.wake()
+    for wake in begun:
+        others.add(wake)
     if taken is not None:
         taken.set()
-    if len(begun) < len(parts):
-        asyncio.get_running_loop().call_soon(_wake_in_turns, begun)
-    else:
-        _wake_in_turns(begun)
-
-
-def _wake_in_turns(wakes: Iterable[Callable[[], object]]) -> None:
-    in_turns = WakesInTurns(_WAKES_PER_TURN)
-    for wake in wakes:
-        in_turns.add(wake)
 
 
 class WakesInTurns:
