@@ -128,7 +128,8 @@ def send_due(
     streams: Collection[RequestStream], parts_per_s: float, taken: threading.Event | None = None
 ) -> bool:
     """Sends what the streams hold and is due, from another thread: so that all get about `parts_per_s` parts a second
-    at most, beside last ones. Returns whether something was. `taken` is set once an event loop has it."""
+    at most, beside last ones. Returns whether something was. `taken` is set once an event loop has it and has sent
+    first parts."""
     now = time.monotonic()
     parts: dict[asyncio.AbstractEventLoop, _Parts] = {}
     for stream in streams:
@@ -145,7 +146,7 @@ def _put_all(parts: _Parts, taken: threading.Event | None) -> None:
     """Adds each stream's deltas, on the event loop of all these streams. Those that wait for their first part go on
     first, since a client waits for its first token longer than for all others. What they put is sent before the
     others go on, since these are woken by what is called after them."""
-    others, begun = WakesInTurns(_WAKES_PER_TURN), []
+    loop, others, begun = asyncio.get_running_loop(), WakesInTurns(_WAKES_PER_TURN), []
     for stream, deltas in parts:
         stream.add(deltas)
         if stream.has_sent:
@@ -153,10 +154,10 @@ def _put_all(parts: _Parts, taken: threading.Event | None) -> None:
         else:
             stream.has_sent = True
             stream.wake()
+    if taken is not None:  # two turns later, when first parts are sent
+        loop.call_soon(loop.call_soon, taken.set)
     for wake in begun:
         others.add(wake)
-    if taken is not None:
-        taken.set()
 
 
 class WakesInTurns:
