@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
@@ -29,6 +28,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
 _TELL_WAIT_S = 0.1  # after which a caller is told that its request waits
+_TAKE_S = 0.005  # the longest wait for an event loop that is busy
 _BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle, or on a recovery
 
 
@@ -64,6 +64,7 @@ class AsyncEngine(RankQuestions):
         self._streams: dict[str, RequestStream] = {}
         self._inbox: deque[Callable[[], object]] = deque()
         self._wake = threading.Condition()
+        self._taken = threading.Event()  # whether an event loop has what was delivered
         self._replies: set[Callable[[QwenDistError], None]] = set()  # to what `_ask` waits for
         self._stopping = False
         self._death: QwenDistError | None = None
@@ -286,8 +287,6 @@ class AsyncEngine(RankQuestions):
                     self._engine.regrouping.tick()
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-                    if self._engine.in_long_step:
-                        time.sleep(0)  # the event loop may have the GIL before the next step is planned
                 elif changes.is_busy:
                     changes.tick(idle=True)
                 else:
@@ -331,7 +330,9 @@ class AsyncEngine(RankQuestions):
         for request_id, deltas in outputs.items():
             if stream := self._streams.get(request_id):
                 stream.held += deltas
-        send_due(self._streams.values(), self._parts_per_s)
+        self._taken.clear()
+        if send_due(self._streams.values(), self._parts_per_s, self._taken) and self._engine.in_long_step:
+            self._taken.wait(_TAKE_S)  # so that the event loop has the GIL before the next step is planned
 
     def _fail_requests(self, error: QwenDistError) -> None:
         """Tells all who wait for the engine that it has died."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -113,38 +115,49 @@ class RequestStream:
         call_soon(self.loop, self.put, item)
 
 
+_Parts = list[tuple[RequestStream, list[TokenDelta]]]
+
+
 def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
     """Calls `function` on the event loop, from another thread; does nothing if nobody listens there any more."""
     with contextlib.suppress(RuntimeError):  # the event loop is closed
         loop.call_soon_threadsafe(function, argument)
 
 
-def send_due(streams: Collection[RequestStream], parts_per_s: float) -> None:
+def send_due(
+    streams: Collection[RequestStream], parts_per_s: float, taken: threading.Event | None = None
+) -> bool:
     """Sends what the streams hold and is due, from another thread: so that all get about `parts_per_s` parts a second
-    at most, beside last ones."""
+    at most, beside last ones. Returns whether something was. `taken` is set once an event loop has it and has sent
+    first parts."""
     now = time.monotonic()
-    parts: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, list[TokenDelta]]]] = {}
+    parts: dict[asyncio.AbstractEventLoop, _Parts] = {}
     for stream in streams:
         if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
             parts.setdefault(stream.loop, []).append((stream, stream.held))
             stream.held = []
             stream.due = now + len(streams) / parts_per_s
     for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
-        call_soon(loop, _put_all, of_loop)
+        call_soon(loop, functools.partial(_put_all, of_loop), taken)
+    return bool(parts)
 
 
-def _put_all(parts: list[tuple[RequestStream, list[TokenDelta]]]) -> None:
+def _put_all(parts: _Parts, taken: threading.Event | None) -> None:
     """Adds each stream's deltas, on the event loop of all these streams. Those that wait for their first part go on
-    first, since a client waits for its first token longer than for all others."""
+    first, since a client waits for its first token longer than for all others. What they put is sent before the
+    others go on, since these are woken by what is called after them."""
+    loop, others, begun = asyncio.get_running_loop(), WakesInTurns(_WAKES_PER_TURN), []
     for stream, deltas in parts:
         stream.add(deltas)
-    others = WakesInTurns(_WAKES_PER_TURN)
-    for stream, _ in parts:
         if stream.has_sent:
-            others.add(stream.wake)
+            begun.append(stream.wake)
         else:
             stream.has_sent = True
             stream.wake()
+    if taken is not None:  # two turns later, when first parts are sent
+        loop.call_soon(loop.call_soon, taken.set)
+    for wake in begun:
+        others.add(wake)
 
 
 class WakesInTurns:

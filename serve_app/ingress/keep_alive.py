@@ -40,16 +40,40 @@ class KeepAliveStream:
         self._ping = ping
         self._period_s = period_s
         self._begun = False
-        self._next: asyncio.Future[Any] | None = asyncio.ensure_future(anext(items))
+        self._waiter: asyncio.Future[None] | None = None
+        self._next: asyncio.Task[Any] | None = asyncio.create_task(self._read())
+
+    async def _read(self) -> Any:
+        try:
+            return await anext(self._items)
+        finally:
+            self._wake()  # a turn of the event loop earlier than the callbacks of this task, which `wait` uses
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _read_within(self, timeout_s: float | None) -> Any:
+        """The next item; None if it takes longer than `timeout_s` seconds."""
+        self._next = self._next or asyncio.create_task(self._read())
+        if not self._next.done():
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout_s, self._wake) if timeout_s is not None else None
+            try:
+                await self._waiter
+            finally:
+                if timer is not None:
+                    timer.cancel()
+            if not self._next.done():
+                return None
+        item, self._next = self._next.result(), None
+        return item
 
     async def first(self, timeout_s: float | None) -> tuple[int, bytes] | None:
         """The first item; None if it takes longer than `timeout_s` seconds. Raises the errors of `items`."""
-        assert self._next is not None
-        await asyncio.wait([self._next], timeout=timeout_s)
-        if not self._next.done():
-            return None
-        item: tuple[int, bytes] = self._next.result()
-        self._next, self._begun = None, bool(item[1])
+        item: tuple[int, bytes] | None = await self._read_within(timeout_s)
+        self._begun = item is not None and bool(item[1])
         return item
 
     def __aiter__(self) -> KeepAliveStream:
@@ -61,11 +85,9 @@ class KeepAliveStream:
 
     async def _until_begun(self) -> bytes:
         while True:
-            self._next = self._next or asyncio.ensure_future(anext(self._items))
-            await asyncio.wait([self._next], timeout=self._period_s)
-            if not self._next.done():
+            item = await self._read_within(self._period_s)
+            if item is None:
                 return self._ping
-            item, self._next = self._next.result(), None
             part: bytes = part_of(*item) if isinstance(item, tuple) else item
             if part:
                 self._begun = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
@@ -101,9 +102,13 @@ class EventStream(StreamingResponse):
             if sent:
                 await send_now(_part(sent))
             try:
+                is_first = True
                 async for item in self._items:
                     sent = last_events(item, sent)
                     await send_now(_part(item))
+                    if is_first:
+                        is_first = False
+                        os.sched_yield()  # a proxy on this core sends it before other streams' parts are looked at
                     if _is_behind(self._scope):
                         await _wait_for_client(self._scope, self._timeout_s)
             except QwenDistError as error:

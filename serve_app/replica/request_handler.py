@@ -75,7 +75,7 @@ class _Job:
         """The parameters of prompt `p`. Without a seed of the client's, each choice of each prompt has a seed of its
         own, made from the request's identity."""
         identity = self.request.identity
-        if identity is None or self.params.seed is not None:
+        if not p or identity is None or self.params.seed != identity.seed:
             return self.params
         return dataclasses.replace(self.params, seed=identity.seed + p * self.params.n)
 
@@ -239,9 +239,8 @@ class RequestHandler:
             self._engine.config.lora.number(lora)  # an adapter that is gone is told before the model's change
             check_model(resume, record.fingerprint)
         is_short = record.num_bytes <= _SHORT_BYTES and not request.has_grammar
-        prompts, parser_spec = (
-            self._read(request) if is_short else await asyncio.to_thread(self._read, request)
-        )
+        read = self._read(request) if is_short else await asyncio.to_thread(self._read, request)
+        prompts, parser_spec = read
         if "max_tokens" in request.sampling and params.max_tokens is not None:
             self._check_context(max(len(prompt.token_ids) for prompt in prompts), params.max_tokens)
         identity = request.identity or Identity()
@@ -260,7 +259,9 @@ class RequestHandler:
         if self.log_requests:
             record.log_request(prompts, params)
         form = parser_spec.structured_outputs or params.structured_outputs
-        params = dataclasses.replace(params, reasoning=parser_spec.reasoning, structured_outputs=form)
+        seed = identity.seed if params.seed is None else params.seed
+        others: Any = {"structured_outputs": form, "seed": seed}
+        params = dataclasses.replace(params, reasoning=parser_spec.reasoning, **others)
         token_ids = [prompt.token_ids for prompt in prompts]
         choices = [
             Choices(params, self._engine.tokenizer, parser_spec, p * params.n) for p in range(len(prompts))

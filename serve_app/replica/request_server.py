@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import os
 import pickle
 import secrets
 from collections.abc import AsyncGenerator, Callable
@@ -71,6 +72,7 @@ class _Connection(asyncio.Protocol):
         self._outbox: list[tuple[int, tuple[Any, ...]]] = []
         self._outbox_bytes = 0
         self._is_paused = False
+        self.has_first_tokens = False  # in the outbox
         self._answers: dict[int, _Answer] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -140,6 +142,9 @@ class _Connection(asyncio.Protocol):
         self._outbox, self._outbox_bytes = [], 0
         if not self._transport.is_closing():  # uvloop raises RuntimeError then
             self._transport.write(LENGTH.pack(len(frame)) + frame)  # may call pause_writing
+        if self.has_first_tokens:
+            self.has_first_tokens = False
+            os.sched_yield()  # an ingress on this core sends them before this process makes other streams' parts
         if was_full:
             self._update_answers()
 
@@ -175,6 +180,7 @@ class _Answer:
         self._is_held = False
         self._may_send = connection.is_writable
         self._changed = asyncio.Event()
+        self._has_tokens = False
         self.task = asyncio.get_running_loop().create_task(self._give(payload))
 
     def hold(self, is_held: bool) -> None:
@@ -203,6 +209,8 @@ class _Answer:
                         self._changed.clear()
                         await self._changed.wait()
                     connection.put(number, item)
+                    if not self._has_tokens and isinstance(item, Counted) and item.sent:
+                        self._has_tokens = connection.has_first_tokens = True
         except Exception as error:  # noqa: BLE001 - such as a request that this version does not know
             known = log_internal_error(error, logger, request_id)
             connection.put(number, (HTTPStatus.INTERNAL_SERVER_ERROR, to_json(error_object(known))))

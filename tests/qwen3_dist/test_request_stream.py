@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 
 from qwen3_dist.engine.request_stream import RequestStream, send_due
 from qwen3_dist.protocol.outputs import TokenDelta
 
 
-def test_streams_that_wait_for_their_first_part_go_on_before_all_others() -> None:
+def test_first_parts_of_streams_are_sent_before_all_others_go_on() -> None:
     async def scenario() -> list[int]:
         streams = [RequestStream(asyncio.get_running_loop()) for _ in range(20)]
         order: list[int] = []
@@ -17,7 +18,10 @@ def test_streams_that_wait_for_their_first_part_go_on_before_all_others() -> Non
         async def read(number: int) -> None:
             for _ in range(1 if number == 19 else 2):
                 await streams[number].next_deltas()
-                order.append(number)
+                if number == 19:
+                    asyncio.get_running_loop().call_soon(order.append, number)  # as what was put is sent
+                else:
+                    order.append(number)
 
         readers = [asyncio.create_task(read(number)) for number in range(20)]
         await asyncio.sleep(0)
@@ -32,6 +36,28 @@ def test_streams_that_wait_for_their_first_part_go_on_before_all_others() -> Non
         return order
 
     assert asyncio.run(scenario()) == [19, *range(19)]
+
+
+def test_the_engine_is_told_when_an_event_loop_has_sent_first_parts() -> None:
+    async def scenario() -> list[bool]:
+        loop, taken = asyncio.get_running_loop(), threading.Event()
+        stream = RequestStream(loop)
+        told = [send_due([stream], math.inf, taken)]
+        stream.held = [TokenDelta(0, (1,), (None,), None)]
+
+        async def read() -> None:
+            await stream.next_deltas()
+            loop.call_soon(lambda: told.append(taken.is_set()))  # as what was put is sent
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        told.append(send_due([stream], math.inf, taken))
+        await reader
+        while not taken.is_set():
+            await asyncio.sleep(0)
+        return told
+
+    assert asyncio.run(scenario()) == [False, True, False]
 
 
 def test_what_else_the_event_loop_has_to_do_waits_for_a_few_streams_alone() -> None:

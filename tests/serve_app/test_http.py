@@ -136,6 +136,8 @@ def test_requests_that_go_directly_to_a_deployment_are_answered_as_those_of_othe
         async def things(self, request: Request) -> Response:
             if not await request.body():
                 raise RequestError("the body is empty", param="input")
+            if await request.body() == b"bug":
+                raise ValueError("a bug")
             return Response(await request.body() + request.scope["route"].path.encode())
 
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=Deployment()))
@@ -149,9 +151,11 @@ def test_requests_that_go_directly_to_a_deployment_are_answered_as_those_of_othe
                 await client.post(url),
                 await client.get(url),
                 await client.post(url + "/1"),
+                await client.post(url, content=b"bug"),
             ]
 
-    good, bad, other_method, unknown = asyncio.run(ask())
+    good, bad, other_method, unknown, bug = asyncio.run(ask())
+    assert (bug.status_code, bug.json()["error"]["type"]) == (500, "server_error")
     assert (good.status_code, good.content) == (200, b"x/v1/things")
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "input")
     assert (other_method.status_code, other_method.headers["allow"]) == (405, "POST")

@@ -142,7 +142,7 @@ class Access:
             f"{name}/{terms.cache_salt}" if settings.cache_per_key and name else terms.cache_salt,
             settings.queue_timeout_s,
         )
-        return dataclasses.replace(parsed, terms=terms)
+        return parsed if terms == parsed.terms else dataclasses.replace(parsed, terms=terms)
 
     def is_admins(self, request: Request) -> bool:
         """Whether the request is for an admin route."""
