@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import TypeVar
@@ -14,7 +15,7 @@ from typing import TypeVar
 from qwen3_dist.engine.engine import PROMPT_ONLY, Engine, Outputs, Resumed
 from qwen3_dist.engine.rank_questions import Answered, RankQuestions
 from qwen3_dist.engine.regrouping import Absence, Recovery
-from qwen3_dist.engine.request_stream import RequestStream, call_soon, send_due
+from qwen3_dist.engine.request_stream import TAKE_S, RequestStream, call_soon, send_due
 from qwen3_dist.errors import EngineDeadError, QueueTimeoutError, QwenDistError, RequestError
 from qwen3_dist.launch.base import RankPlace
 from qwen3_dist.log_file import log_file
@@ -28,7 +29,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _IDLE_CHECK_S = 0.5  # the longest time until an idle engine notices a dead rank
 _TELL_WAIT_S = 0.1  # after which a caller is told that its request waits
-_TAKE_S = 0.005  # the longest wait for an event loop that is busy
 _BUSY_CHECK_S = 0.005  # between two checks on a move of experts while the engine is idle, or on a recovery
 
 
@@ -330,9 +330,9 @@ class AsyncEngine(RankQuestions):
         for request_id, deltas in outputs.items():
             if stream := self._streams.get(request_id):
                 stream.held += deltas
-        self._taken.clear()
-        if send_due(self._streams.values(), self._parts_per_s, self._taken) and self._engine.in_long_step:
-            self._taken.wait(_TAKE_S)  # so that the event loop has the GIL before the next step is planned
+        has_first = send_due(self._streams.values(), self._parts_per_s, self._taken)
+        if self._engine.in_long_step:  # the event loop may have the GIL before the next step is planned
+            self._taken.wait(TAKE_S) if has_first else time.sleep(0)
 
     def _fail_requests(self, error: QwenDistError) -> None:
         """Tells all who wait for the engine that it has died."""

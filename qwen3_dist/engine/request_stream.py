@@ -115,6 +115,7 @@ class RequestStream:
         call_soon(self.loop, self.put, item)
 
 
+TAKE_S = 0.005  # the longest time that an engine gives an event loop for first parts
 _Parts = list[tuple[RequestStream, list[TokenDelta]]]
 
 
@@ -128,18 +129,22 @@ def send_due(
     streams: Collection[RequestStream], parts_per_s: float, taken: threading.Event | None = None
 ) -> bool:
     """Sends what the streams hold and is due, from another thread: so that all get about `parts_per_s` parts a second
-    at most, beside last ones. Returns whether something was. `taken` is set once an event loop has it and has sent
-    first parts."""
+    at most, beside last ones. Returns whether first parts are among it. `taken` is set once an event loop has sent
+    them."""
     now = time.monotonic()
     parts: dict[asyncio.AbstractEventLoop, _Parts] = {}
+    has_first = False
+    if taken is not None:
+        taken.clear()
     for stream in streams:
         if stream.held and (now >= stream.due or any(delta.is_last for delta in stream.held)):
             parts.setdefault(stream.loop, []).append((stream, stream.held))
             stream.held = []
+            has_first = has_first or not stream.has_sent
             stream.due = now + len(streams) / parts_per_s
     for loop, of_loop in parts.items():  # one call for all, since each wakes the loop with a system call
         call_soon(loop, functools.partial(_put_all, of_loop), taken)
-    return bool(parts)
+    return has_first
 
 
 def _put_all(parts: _Parts, taken: threading.Event | None) -> None:

@@ -55,9 +55,10 @@ def test_the_engine_is_told_when_an_event_loop_has_sent_first_parts() -> None:
         await reader
         while not taken.is_set():
             await asyncio.sleep(0)
-        return told
+        stream.held = [TokenDelta(0, (2,), (None,), None)]
+        return [*told, send_due([stream], math.inf, taken), taken.is_set()]
 
-    assert asyncio.run(scenario()) == [False, True, False]
+    assert asyncio.run(scenario()) == [False, True, False, False, False]
 
 
 def test_what_else_the_event_loop_has_to_do_waits_for_a_few_streams_alone() -> None:
