@@ -36,15 +36,16 @@ class WeightRates:
     expert_read_efficiency: float = 1.0
     idle_expert_reads: float = 0.0  # share of the experts without tokens whose weights are read all the same
     expert_layer_overhead_s: float = 0.0  # more per layer with experts
+    expert_prompt_overhead_s: float = 0.0  # more per layer with experts in a step with prompts
 
     def __post_init__(self) -> None:
-        _require_positive(self, skip=("idle_expert_reads", "expert_layer_overhead_s"))
+        overheads = ("expert_layer_overhead_s", "expert_prompt_overhead_s")
+        _require_positive(self, skip=("idle_expert_reads", *overheads))
         if not 0 <= self.idle_expert_reads <= 1:
             raise ConfigError(f"idle_expert_reads must be from 0 to 1, not {self.idle_expert_reads:g}")
-        if self.expert_layer_overhead_s < 0:
-            raise ConfigError(
-                f"expert_layer_overhead_s must not be negative, not {self.expert_layer_overhead_s:g}"
-            )
+        for name in overheads:
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name):g}")
 
 
 MOST_DEVICES = 1_000_000  # of a cluster that is planned for
@@ -139,8 +140,11 @@ class Cluster:
     sequence_overhead_s: float = 0.0  # per sequence
     token_overhead_s: float = 0.0  # per token
     request_overhead_s: float = 0.0  # per request, before its first token: HTTP and text
+    request_token_overhead_s: float = 0.0  # the same per token of its prompt
     layer_overhead_s: float = 0.0  # per layer of a rank: kernel launches, norms, small operations
     prompt_layer_overhead_s: float = 0.0  # more per layer in a step with prompts, which runs without a graph
+    idle_step_overhead_s: float = 0.0  # more per step if one is in flight: the device waits for the host
+    idle_sequence_overhead_s: float = 0.0  # the same per sequence
     ranks_overhead_s: float = 0.0  # extra cost of a step if ranks run outside the engine's process
     shared_host: bool = False
 
@@ -166,6 +170,10 @@ class Cluster:
     def device_kind(self) -> str:
         """`cpu` for a shared host, else `cuda`."""
         return "cpu" if self.shared_host else "cuda"
+
+    def outside_s(self, input_len: float) -> float:
+        """Seconds of the TTFT of a prompt that pass outside the engine."""
+        return self.request_overhead_s + self.request_token_overhead_s * input_len
 
     def replicas(self, world: int) -> int:
         """How many replicas of `world` ranks fit into the cluster."""
