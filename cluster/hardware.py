@@ -36,16 +36,15 @@ class WeightRates:
     expert_read_efficiency: float = 1.0
     idle_expert_reads: float = 0.0  # share of the experts without tokens whose weights are read all the same
     expert_layer_overhead_s: float = 0.0  # more per layer with experts
-    expert_prompt_overhead_s: float = 0.0  # more per layer with experts in a step with prompts
 
     def __post_init__(self) -> None:
-        overheads = ("expert_layer_overhead_s", "expert_prompt_overhead_s")
-        _require_positive(self, skip=("idle_expert_reads", *overheads))
+        _require_positive(self, skip=("idle_expert_reads", "expert_layer_overhead_s"))
         if not 0 <= self.idle_expert_reads <= 1:
             raise ConfigError(f"idle_expert_reads must be from 0 to 1, not {self.idle_expert_reads:g}")
-        for name in overheads:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, not {getattr(self, name):g}")
+        if self.expert_layer_overhead_s < 0:
+            raise ConfigError(
+                f"expert_layer_overhead_s must not be negative, not {self.expert_layer_overhead_s:g}"
+            )
 
 
 MOST_DEVICES = 1_000_000  # of a cluster that is planned for

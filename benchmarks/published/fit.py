@@ -3,8 +3,8 @@
 The cost is the mean of the relative errors of TTFT and TPOT, as it is reported, but squared where they are small
 (pseudo-Huber). It is minimised by Gauss and Newton's method with Levenberg's damping. Constants are the same for all
 engines, models and layouts. Those of quantised weights are of a device and a kind of weights. Each stays between
-bounds. The error to expect is found by leaving out one workload (lengths of prompt and output) at a time: the constants
-then are those of one more step of Newton without its points.
+bounds. The error to expect is found by leaving out one workload (lengths of prompt and output) at a time: the
+constants then are those of one more step of Newton without its points.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ _OF_WEIGHTS = {
     "expert_read_efficiency": (0.0, 1.0),
     "idle_expert_reads": (0.0, 1.0),
     "expert_layer_overhead_s": (0.0, 5e-4),
-    "expert_prompt_overhead_s": (0.0, 1.5e-3),
 }
 _FEW = 10  # points of a kind of weights on a device: from fewer, only its speed is fitted
 _OUTLIER = 0.05  # beyond this relative error the cost grows linearly

@@ -280,8 +280,7 @@ class CostModel:
         experts: dict[str, float] = {}
         if self._moe is not None:
             experts = self._moe.parts(tokens, hidden, all_reduce)
-            prompts = self._of_experts.expert_prompt_overhead_s if shape.prefill_tokens else 0.0
-            experts["layer overhead"] = self._of_experts.expert_layer_overhead_s + prompts
+            experts["layer overhead"] = self._of_experts.expert_layer_overhead_s
         samples = shape.num_samples / micro
         ends = {
             "embedding": self._tp.all_reduce(hidden),
