@@ -47,10 +47,18 @@ _TRT, _GPUSTACK = "TensorRT-LLM perf overview", "GPUStack performance lab, vLLM 
 ROWS = [
     Published(_TRT, _BIG_FP8, PRESETS["H200"], 4, "dp=4,ep=4", 1000, 1000, 3288, 1, 1024),
     Published(_TRT, _BIG_FP8, PRESETS["H100"], 8, "dp=8,ep=8", 1000, 1000, 1932, 1, 1024),
-    Published(_GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 2000, 100, 23858.69 / 8, counts_input=True, depth=1),
-    Published(_GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 4000, 200, 21113.53 / 8, counts_input=True, depth=1),
-    Published(_GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 2000, 100, 18950.04 / 4, counts_input=True, depth=1),
-    Published(_GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 4000, 200, 16478.79 / 4, counts_input=True, depth=1),
+    Published(
+        _GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 2000, 100, 23858.69 / 8, counts_input=True, depth=1
+    ),
+    Published(
+        _GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 4000, 200, 21113.53 / 8, counts_input=True, depth=1
+    ),
+    Published(
+        _GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 2000, 100, 18950.04 / 4, counts_input=True, depth=1
+    ),
+    Published(
+        _GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 4000, 200, 16478.79 / 4, counts_input=True, depth=1
+    ),
     Published("InferSim README, SGLang", _SMALL, H20, 1, "tp=1", 4096, 0, 16594),
     Published("nano-vllm README, vLLM", "Qwen3-0.6B", PRESETS["A100"], 1, "tp=1", 562, 562, 9530, depth=1),
 ]
