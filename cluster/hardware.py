@@ -139,8 +139,11 @@ class Cluster:
     sequence_overhead_s: float = 0.0  # per sequence
     token_overhead_s: float = 0.0  # per token
     request_overhead_s: float = 0.0  # per request, before its first token: HTTP and text
+    request_token_overhead_s: float = 0.0  # the same per token of its prompt
     layer_overhead_s: float = 0.0  # per layer of a rank: kernel launches, norms, small operations
     prompt_layer_overhead_s: float = 0.0  # more per layer in a step with prompts, which runs without a graph
+    idle_step_overhead_s: float = 0.0  # more per step if one is in flight: the device waits for the host
+    idle_sequence_overhead_s: float = 0.0  # the same per sequence
     ranks_overhead_s: float = 0.0  # extra cost of a step if ranks run outside the engine's process
     shared_host: bool = False
 
@@ -166,6 +169,10 @@ class Cluster:
     def device_kind(self) -> str:
         """`cpu` for a shared host, else `cuda`."""
         return "cpu" if self.shared_host else "cuda"
+
+    def outside_s(self, input_len: float) -> float:
+        """Seconds of the TTFT of a prompt that pass outside the engine."""
+        return self.request_overhead_s + self.request_token_overhead_s * input_len
 
     def replicas(self, world: int) -> int:
         """How many replicas of `world` ranks fit into the cluster."""

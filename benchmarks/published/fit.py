@@ -1,10 +1,10 @@
 """Fits the constants of the GPU presets to measured points, and writes `cluster/fitted.json`.
 
-Least squares of the logarithms of predicted over measured TTFT and TPOT, less strict with outliers (pseudo-Huber), by
-Gauss and Newton's method with Levenberg's damping. Constants are the same for all engines, models and layouts. Those
-of quantised weights are of a device and a kind of weights. Each stays between bounds. The error to expect is found by
-leaving out one workload (lengths of prompt and output) at a time: the constants then are those of one more step of
-Newton without its points.
+The cost is the mean of the relative errors of TTFT and TPOT, as it is reported, but squared where they are small
+(pseudo-Huber). It is minimised by Gauss and Newton's method with Levenberg's damping. Constants are the same for all
+engines, models and layouts. Those of quantised weights are of a device and a kind of weights. Each stays between
+bounds. The error to expect is found by leaving out one workload (lengths of prompt and output) at a time: the
+constants then are those of one more step of Newton without its points.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Constants = dict[str, Any]
 # Lowest and highest value of each constant: what is plausible.
 _SHARED = {
     ("expert_imbalance",): (1.0, 2.0),
+    ("expert_evenness",): (0.05, 5.0),
     ("device", "read_efficiency"): (0.0, 0.95),
     ("device", "kv_read_efficiency"): (0.0, 0.95),
     ("device", "flops_efficiency"): (0.0, 0.85),
@@ -40,7 +41,10 @@ _SHARED = {
     ("step", "token_overhead_s"): (0.0, 2e-5),
     ("step", "layer_overhead_s"): (0.0, 5e-5),
     ("step", "prompt_layer_overhead_s"): (0.0, 1e-3),
+    ("step", "idle_step_overhead_s"): (0.0, 2e-3),
+    ("step", "idle_sequence_overhead_s"): (0.0, 5e-5),
     ("step", "request_overhead_s"): (0.0, 0.08),
+    ("step", "request_token_overhead_s"): (0.0, 1e-4),
 }
 _OF_WEIGHTS = {
     "speed": (0.0, 4.0),
@@ -51,8 +55,9 @@ _OF_WEIGHTS = {
     "expert_layer_overhead_s": (0.0, 5e-4),
 }
 _FEW = 10  # points of a kind of weights on a device: from fewer, only its speed is fitted
-_OUTLIER = 0.15  # beyond this logarithmic error the cost grows linearly
-_PRIOR = 0.01  # holds constants of which the points tell nothing in the middle of their bounds
+_OUTLIER = 0.05  # beyond this relative error the cost grows linearly
+_PRIOR = 0.003  # holds constants of which the points tell nothing in the middle of their bounds
+_STEEPEST = 1.5  # logarithmic error, beyond which the slope of a relative error is taken for no steeper
 _STEP = 0.15  # of the differences that stand for derivatives
 
 
@@ -120,7 +125,7 @@ class _Problem:
         """Those of the constants to start from."""
         numbers = []
         for path, (low, high) in self._bounds.items():
-            share = min(max((_part(self._start, path)[path[-1]] - low) / (high - low), 0.02), 0.98)
+            share = min(max((_part(self._start, path).get(path[-1], low) - low) / (high - low), 0.02), 0.98)
             numbers.append(math.log(share / (1 - share)))
         return np.array(numbers)
 
@@ -138,7 +143,8 @@ class _Problem:
         clusters = {device: cluster_with(constants, device) for device in {point.device for point in points}}
         errors = []
         for point in points:
-            seen = predicted(point, clusters[point.device], constants["expert_imbalance"])
+            routing = (constants["expert_imbalance"], constants["expert_evenness"])
+            seen = predicted(point, clusters[point.device], *routing)
             errors += [math.log(1e3 * seen.ttft_s / point.ttft_ms)]
             errors += [math.log(1e3 * seen.itl_s / point.tpot_ms)]
         return np.array(errors)
@@ -188,6 +194,7 @@ def _rows(indices: Sequence[int]) -> npt.NDArray[np.intp]:
 
 
 def _newton(slopes: Vector, errors: Vector, x: Vector, damping: float) -> Vector:
+    slopes, errors = slopes * np.exp(np.minimum(errors, _STEEPEST))[:, None], np.expm1(errors)
     weights = 1 / np.sqrt(1 + (errors / _OUTLIER) ** 2)
     curvature = slopes.T @ (weights[:, None] * slopes)
     gradient = slopes.T @ (weights * errors) + 2 * _PRIOR * x
@@ -196,7 +203,7 @@ def _newton(slopes: Vector, errors: Vector, x: Vector, damping: float) -> Vector
 
 
 def _cost(errors: Vector, x: Vector) -> float:
-    strict = _OUTLIER**2 * (np.sqrt(1 + (errors / _OUTLIER) ** 2) - 1)
+    strict = _OUTLIER**2 * (np.sqrt(1 + (np.expm1(errors) / _OUTLIER) ** 2) - 1)
     return float(strict.sum() + _PRIOR * (x**2).sum())
 
 

@@ -19,8 +19,8 @@ _ENDINGS = ("-FP8", "-NVFP4")
 
 @dataclass(frozen=True)
 class Point:
-    """`model`: an official name of Qwen3 with its weights. `clients`: requests in flight. `layout`: tp, dp, and the
-    ranks over which experts are cut (etp) and shared out (ep); 0: unknown."""
+    """`model`: an official name of Qwen3 with its weights. `batch`: requests in flight in a dp group. `layout`: tp,
+    dp, and the ranks over which experts are cut (etp) and shared out (ep); 0: unknown."""
 
     model: str
     device: str
@@ -29,7 +29,7 @@ class Point:
     weights: str
     input_len: int
     output_len: int
-    clients: int
+    batch: int
     layout: tuple[int, int, int, int]
     ttft_ms: float
     tpot_ms: float
@@ -44,7 +44,7 @@ class Point:
         """What points of several layouts have in common."""
         return (
             self.model, self.device, self.engine, self.version, self.weights,
-            self.input_len, self.output_len, self.clients,
+            self.input_len, self.output_len, self.batch,
         )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from functools import cache
 from benchmarks.published.points import Point
 from cluster.hardware import PRESETS, Cluster
 from cluster.planning.clients import Latencies, closed_loop
-from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+from cluster.planning.cost_model import CostModel
+from cluster.planning.experts import EXPERT_EVENNESS, EXPERT_IMBALANCE
 from cluster.planning.official import find_config
 from cluster.planning.walk import StepRules, Workload, prompts_at_once
 from qwen3_dist.config import ModelConfig
@@ -36,7 +37,7 @@ class Engine:
 
     def rules(self, point: Point, dp: int, capacity: int) -> StepRules:
         """How the engine forms the steps of a point with `dp` groups, each with a cache of `capacity` tokens."""
-        most = None if self.prompts_first else prompts_at_once(point.clients, point.output_len)
+        most = None if self.prompts_first else prompts_at_once(point.batch * dp, point.output_len)
         return StepRules(_TOKENS, _SEQUENCES * dp, capacity * dp, most, dp, self.prompts_first, self.reserves)
 
 
@@ -57,7 +58,10 @@ def layout_of(config: ModelConfig, point: Point) -> Layout:
 
 
 def predicted(
-    point: Point, cluster: Cluster | None = None, expert_imbalance: float = EXPERT_IMBALANCE
+    point: Point,
+    cluster: Cluster | None = None,
+    expert_imbalance: float = EXPERT_IMBALANCE,
+    expert_evenness: float = EXPERT_EVENNESS,
 ) -> Latencies:
     """What the clients of a point see by the cost model, on `cluster` or the preset of the point's device."""
     config = _config(point.model)
@@ -67,12 +71,14 @@ def predicted(
     device = replace(cluster.device, memory_utilization=engine.memory)
     cluster = replace(cluster, num_devices=layout.world, devices_per_node=max(8, layout.world), device=device)
     kv_bytes = 1.0 if engine.fp8_cache and config.quantization is not None else None
-    model = CostModel(config, layout, cluster, expert_imbalance, kv_bytes=kv_bytes)
+    model = CostModel(
+        config, layout, cluster, expert_imbalance, expert_evenness=expert_evenness, kv_bytes=kv_bytes
+    )
     longest = point.input_len + point.output_len
     capacity = max(longest + 1, model.kv_capacity_tokens(_TOKENS, 256))
     load = Workload(point.input_len, point.output_len)
     rules = engine.rules(point, layout.dp, capacity)
-    return closed_loop(model, rules, load, point.clients, depth=engine.depth)
+    return closed_loop(model, rules, load, point.batch * layout.dp, depth=engine.depth)
 
 
 def errors(points: Sequence[Point], found: Sequence[Latencies]) -> dict[str, float | int]:

@@ -25,7 +25,7 @@ H20 = replace(PRESETS["H100"], device=replace(_H20, flops_per_s=148e12))
 @dataclass(frozen=True)
 class Published:
     """A published throughput in tokens/s/GPU. `counts_input`: prompt tokens count too. output_len 0: prefill only.
-    kv_bytes: bytes of a number in the KV cache."""
+    kv_bytes: bytes of a number in the KV cache. depth: steps in flight, as of `Walk`."""
 
     source: str
     model: str
@@ -38,6 +38,7 @@ class Published:
     kv_bytes: float = 2.0
     max_num_seqs: int = 256
     counts_input: bool = False
+    depth: int = 2
 
 
 _GPU = STEP_DEFAULTS["cuda"]
@@ -46,12 +47,20 @@ _TRT, _GPUSTACK = "TensorRT-LLM perf overview", "GPUStack performance lab, vLLM 
 ROWS = [
     Published(_TRT, _BIG_FP8, PRESETS["H200"], 4, "dp=4,ep=4", 1000, 1000, 3288, 1, 1024),
     Published(_TRT, _BIG_FP8, PRESETS["H100"], 8, "dp=8,ep=8", 1000, 1000, 1932, 1, 1024),
-    Published(_GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 2000, 100, 23858.69 / 8, counts_input=True),
-    Published(_GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 4000, 200, 21113.53 / 8, counts_input=True),
-    Published(_GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 2000, 100, 18950.04 / 4, counts_input=True),
-    Published(_GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 4000, 200, 16478.79 / 4, counts_input=True),
+    Published(
+        _GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 2000, 100, 23858.69 / 8, counts_input=True, depth=1
+    ),
+    Published(
+        _GPUSTACK, _BIG, PRESETS["H100"], 8, "tp=8", 4000, 200, 21113.53 / 8, counts_input=True, depth=1
+    ),
+    Published(
+        _GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 2000, 100, 18950.04 / 4, counts_input=True, depth=1
+    ),
+    Published(
+        _GPUSTACK, _BIG_FP8, PRESETS["H100"], 4, "tp=4", 4000, 200, 16478.79 / 4, counts_input=True, depth=1
+    ),
     Published("InferSim README, SGLang", _SMALL, H20, 1, "tp=1", 4096, 0, 16594),
-    Published("nano-vllm README, vLLM", "Qwen3-0.6B", PRESETS["A100"], 1, "tp=1", 562, 562, 9530),
+    Published("nano-vllm README, vLLM", "Qwen3-0.6B", PRESETS["A100"], 1, "tp=1", 562, 562, 9530, depth=1),
 ]
 
 
@@ -68,7 +77,7 @@ def predicted(row: Published) -> float:
     clients = batch * layout.dp
     most = prompts_at_once(clients, row.output_len)
     rules = StepRules(_GPU.max_num_batched_tokens, clients, capacity * layout.dp, most, layout.dp)
-    seen = closed_loop(model, rules, Workload(row.input_len, row.output_len), clients)
+    seen = closed_loop(model, rules, Workload(row.input_len, row.output_len), clients, depth=row.depth)
     counted = length if row.counts_input else row.output_len
     return seen.requests_per_s * counted / row.gpus
 

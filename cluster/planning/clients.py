@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
-from cluster.planning.cost_model import CostModel
+from cluster.planning.cost_model import CostModel, StepShape
 from cluster.planning.dp_groups import GroupShapes, step_seconds
 from cluster.planning.steady import SeenSteps, SteadySteps
 from cluster.planning.walk import Served, StepRules, Walk, Workload
@@ -43,12 +43,24 @@ def closed_loop(
 ) -> Latencies:
     """Latencies of `clients` clients of a replica. They begin together, and send `requests_each` requests each, one
     when the last is answered. The second round stands for all between the first and the last; beside answers of the
-    last, ever fewer prompts are read. `depth`: steps in flight, as of `Walk`."""
-    walk = Walk(step_seconds(model, load.drafted, rules.max_num_batched_tokens), rules, depth=depth)
+    last, ever fewer prompts are read. `depth`: steps in flight, as of `Walk`; with 1, the device waits for the host
+    between steps."""
+    seconds = step_seconds(model, load.drafted, rules.max_num_batched_tokens)
+    walk = Walk(_with_idle_time(model, seconds) if depth == 1 else seconds, rules, depth=depth)
     served, weights = _rounds(walk, load, clients, requests_each)
-    before_s = model.cluster.request_overhead_s
+    before_s = model.cluster.outside_s(load.input_len)
     in_system_s = fmean((each.last_s - each.sent_s for each in served), weights)
     return _latencies(model, load, served, weights, clients / (before_s + in_system_s))
+
+
+def _with_idle_time(model: CostModel, seconds: Callable[[StepShape], float]) -> Callable[[StepShape], float]:
+    """`seconds` of a step, and how long the device then waits for the next one."""
+    cluster, groups = model.cluster, model.layout.dp
+    return lambda shape: (
+        seconds(shape)
+        + cluster.idle_step_overhead_s
+        + cluster.idle_sequence_overhead_s * shape.num_samples / groups
+    )
 
 
 def seen_steps(model: CostModel, rules: StepRules, load: Workload, clients: int) -> SeenSteps:
@@ -106,7 +118,7 @@ def spread_out(model: CostModel, rules: StepRules, load: Workload, batch: int, d
     `demand` requests the others wait until one of these ends. The percentiles are the mean."""
     state = SteadySteps(model, rules, load, batch).state()
     queue_s = max(0, demand - batch) / state.rate
-    ttft_s = queue_s + state.wait_s + state.prompt_s + model.cluster.request_overhead_s
+    ttft_s = queue_s + state.wait_s + state.prompt_s + model.cluster.outside_s(load.input_len)
     itl_s = state.step_s * load.decode_steps / max(1, load.output_len - 1)
     return Latencies(ttft_s, ttft_s, ttft_s, ttft_s, itl_s, state.rate)
 
@@ -118,7 +130,7 @@ def _latencies(
     weights: Sequence[float],
     requests_per_s: float,
 ) -> Latencies:
-    before_s = model.cluster.request_overhead_s
+    before_s = model.cluster.outside_s(load.input_len)
     waits = sorted((each.ttft_s + before_s, weight) for each, weight in zip(served, weights, strict=True))
     reached = list(accumulate(weight for _, weight in waits))
     p50, p90, p99 = (waits[bisect_left(reached, share * reached[-1])][0] for share in (0.5, 0.9, 0.99))

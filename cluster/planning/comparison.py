@@ -99,7 +99,7 @@ def predict_run(
         ttft_ms, itl_ms = burst.ttft_ms, burst.itl_ms
         tokens_per_s = burst.output_tokens_per_s * run.num_prompts / point.num_prompts
     prompt = StepShape(0, 0, run.input_len, run.input_len * (run.input_len + 1) // 2, 1)
-    outside_ms = 0.0 if run.is_burst else min(ttft_ms, 1e3 * cluster.request_overhead_s)
+    outside_ms = 0.0 if run.is_burst else min(ttft_ms, 1e3 * cluster.outside_s(run.input_len))
     own_ms = min(ttft_ms - outside_ms, 1e3 * model.step_seconds(prompt))
     ttft_terms = {OWN_PROMPT: own_ms, OUTSIDE: outside_ms, WAITING: ttft_ms - own_ms - outside_ms}
     itl_terms: dict[str, float] = {}

@@ -7,22 +7,19 @@ of all groups, N tokens a tp rank owns under all-to-all, D emb_dim, E experts, K
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, inf, sqrt
+from math import ceil
 from typing import NamedTuple
 
-from cluster.hardware import FITTED, Cluster, WeightRates
+from cluster.hardware import Cluster, WeightRates
 from cluster.planning.collectives import groups_of
+from cluster.planning.experts import EXPERT_EVENNESS, EXPERT_IMBALANCE, ExpertTimes
 from cluster.planning.footprint import LayerSizes, Stage, stage_bytes, stages
-from cluster.planning.imbalance import largest_of
 from cluster.planning.memory import ITEM_BYTES, bytes_per_weight, kv_bytes_per_token, kv_item_bytes
 from cluster.planning.products import MatmulTime, weight_kind, weight_rates
 from qwen3_dist.config import ModelConfig
-from qwen3_dist.errors import ConfigError
 from qwen3_dist.layout import Layout
 from qwen3_dist.model.step_memory import step_bytes
-from qwen3_dist.parallel.expert_exchange import capacity, chosen_share, prefers_all_to_all
-
-EXPERT_IMBALANCE: float = FITTED["expert_imbalance"]
+from qwen3_dist.parallel.expert_exchange import prefers_all_to_all
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,8 @@ class CostModel:
     """Step times of one replica of `layout`.
 
     expert_imbalance: load of the busiest ep rank over the mean, in (token, expert) pairs, on top of the random spread
-    of even routing. kv_bytes: bytes per cached number; by default those of the cache that the checkpoint was made for.
+    of even routing. expert_evenness: how alike experts are in how often they are chosen, as of `touched_share`.
+    kv_bytes: bytes per cached number; by default those of the cache that the checkpoint was made for.
     adapters: the rank of LoRA adapters on all linear layers but experts (0: none), and how many of them a step uses.
     Products with quantised weights take as long as with plain ones unless the device says what they reach. Raises
     ParallelLayoutError if the layout does not fit the model.
@@ -65,12 +63,11 @@ class CostModel:
         cluster: Cluster,
         expert_imbalance: float = EXPERT_IMBALANCE,
         *,
+        expert_evenness: float = EXPERT_EVENNESS,
         kv_bytes: float | None = None,
         adapters: tuple[int, int] = (0, 1),
     ) -> None:
         layout.validate(config)
-        if not 1 <= expert_imbalance < inf:
-            raise ConfigError(f"expert_imbalance must be at least 1 (even), not {expert_imbalance:g}")
         self.config, self.layout, self.cluster = config, layout, cluster
         self.device = device = cluster.rank_device(layout.world)
         self.sizes = sizes = LayerSizes.of(config, layout)
@@ -82,11 +79,11 @@ class CostModel:
         self._item = item = float(ITEM_BYTES[config.dtype])
         self._kv_item = kv_bytes or float(kv_item_bytes(config))
         groups = groups_of(cluster, layout.tp, layout.dp, layout.etp)
-        self._tp, self._dp, self._ep, self._etp = (groups[name] for name in ("tp", "dp", "ep", "etp"))
+        self._tp, self._dp = groups["tp"], groups["dp"]
         self._matmul = MatmulTime(device, item)  # with plain weights
         given = weight_rates(device, weight_kind(config))
         stored = {} if given is None else bytes_per_weight(config)
-        self._attention, self._dense, self._experts = (
+        self._attention, self._dense, experts = (
             MatmulTime(device, stored[kind], given) if kind in stored else self._matmul
             for kind in ("attention", "dense", "experts")
         )
@@ -101,16 +98,14 @@ class CostModel:
             max(of_pairs, kv_read),
             of_pairs,
         )  # seconds for a token of context, for a pair
-        self._imbalance = expert_imbalance if layout.ep > 1 else 1.0
         across = layout.world > cluster.devices_per_node
         self._stage_link = (cluster.between if across else cluster.inside).of("send")
         self._vocabulary = ceil(config.vocab_size / layout.tp) * config.emb_dim
-        if config.num_experts:
-            self._miss_rate = 1 - config.num_experts_per_tok / config.num_experts
-            self._spread = largest_of(layout.ep) * sqrt(self._miss_rate)
-            self._sent_share = chosen_share(
-                config.num_experts, config.num_experts_per_tok, sizes.experts_here
-            )
+        self._moe = ExpertTimes(
+            config, layout, cluster, sizes=sizes, groups=groups, router=self._matmul, experts=experts,
+            reached=self._of_experts, item=item, read_s=self._read_s,
+            imbalance=expert_imbalance, evenness=expert_evenness,
+        ) if config.num_experts else None  # fmt: skip
 
     def step_seconds(self, shape: StepShape) -> float:
         """Seconds of a step in which every dp group has this shape, until the same sequences can take the next step.
@@ -283,8 +278,8 @@ class CostModel:
             if self._lora_rank:
                 dense["LoRA"] = self._lora_seconds(tokens, 3 * (dim + sizes.dense_columns))
         experts: dict[str, float] = {}
-        if config.num_experts:
-            experts = self._expert_parts(tokens, hidden, all_reduce)
+        if self._moe is not None:
+            experts = self._moe.parts(tokens, hidden, all_reduce)
             experts["layer overhead"] = self._of_experts.expert_layer_overhead_s
         samples = shape.num_samples / micro
         ends = {
@@ -299,51 +294,3 @@ class CostModel:
     def _lora_seconds(self, tokens: float, outer: int) -> float:
         """Seconds of the adapters' products in one layer; `outer`: inputs and outputs of its linear layers."""
         return self._adapters * self._matmul.seconds(tokens / self._adapters, self._lora_rank * outer)
-
-    def _expert_parts(self, tokens: float, hidden: float, all_reduce: float) -> dict[str, float]:
-        """Seconds by operation of one MoE layer, with the dispatcher that the engine chooses for this many tokens."""
-        layout, config = self.layout, self.config
-        if prefers_all_to_all(layout, config, tokens * layout.dp, device=self.cluster.device_kind):
-            own = tokens / layout.tp
-            sent = own * layout.etp * layout.ep * self._sent_share  # rows, this rank's own included
-            if self.cluster.device_kind == "cuda":  # fixed capacity: empty slots are sent too
-                sent = layout.ep * capacity(layout, config, ceil(own) * layout.etp)
-            row = config.emb_dim * self._item
-            routing = 8 * config.num_experts_per_tok  # id and weight, fp32
-            dispatch = self._ep.all_to_all(sent * (row + routing)) + self._ep.all_to_all(sent * row)
-            columns = self._etp.all_gather(own * layout.etp * (row + routing))
-            columns += self._etp.reduce_scatter(own * layout.etp * row)
-            return {
-                "router": self._matmul.seconds(own, self.sizes.gate),
-                "experts": self._expert_seconds(tokens * layout.dp),
-                "dispatch": dispatch + columns,
-                "tp all-reduce": self._tp.reduce_scatter(hidden) + self._tp.all_gather(hidden),
-            }
-        all_tokens = hidden * layout.dp
-        return {
-            "router": self._matmul.seconds(tokens * layout.dp, self.sizes.gate),
-            "experts": self._expert_seconds(tokens * layout.dp),
-            "dispatch": self._dp.all_gather(all_tokens) + self._dp.reduce_scatter(all_tokens),
-            "tp all-reduce": 2 * all_reduce,
-        }
-
-    def _expert_seconds(self, tokens: float) -> float:
-        """Seconds of the experts on the busiest rank for `tokens` tokens of all groups.
-
-        Even routing of S tokens touches E (1 - (1 - K / E)^S) experts. The busiest rank has more (token, expert) pairs
-        than the mean, and touches as many experts as it would with proportionally more tokens.
-        """
-        config, sizes = self.config, self.sizes
-        even = tokens * config.num_experts_per_tok * sizes.experts_here / config.num_experts
-        mean = min(even * self._imbalance, tokens * config.num_experts_per_tok)
-        pairs = mean + self._spread * sqrt(mean)
-        pairs = min(pairs, tokens * min(config.num_experts_per_tok, sizes.experts_here))
-        load = pairs / even if even else 1.0
-        touched = max(sizes.experts_here * (1 - self._miss_rate ** (tokens * load)), 1e-9)
-        reached = self._of_experts
-        read = touched + reached.idle_expert_reads * (sizes.experts_here - touched)
-        product = self._experts.seconds(
-            pairs / read, read * sizes.expert, reached.expert_efficiency, reached.expert_read_efficiency
-        )
-        moved = pairs * self._item * (3 * sizes.expert_columns + 2 * config.emb_dim) * self._read_s
-        return product + moved

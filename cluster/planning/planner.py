@@ -7,7 +7,8 @@ from math import ceil
 
 from cluster.hardware import Cluster
 from cluster.planning.clients import Latencies, closed_loop, seen_steps, spread_out
-from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+from cluster.planning.cost_model import CostModel
+from cluster.planning.experts import EXPERT_IMBALANCE
 from cluster.planning.memory import kv_item_bytes
 from cluster.planning.ranking import ranked
 from cluster.planning.steady import SeenSteps, SteadySteps

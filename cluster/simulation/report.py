@@ -35,13 +35,18 @@ def summarize(outcome: Outcome, limits: Limits) -> dict[str, Any]:
     recorder, span_s = outcome.recorder, outcome.end_s
     arrivals, firsts, lasts = recorder.arrivals_s, recorder.first_tokens_s, recorder.last_tokens_s
     outputs = recorder.output_lens
-    before_s = outcome.simulation.request_overhead_s
-    ttft = [1e3 * (first - arrival + before_s) for arrival, first in zip(arrivals, firsts, strict=True)]
+    before = [outcome.simulation.outside_s(input_len) for input_len in recorder.input_lens]
+    ttft = [
+        1e3 * (first - arrival + outside_s)
+        for arrival, first, outside_s in zip(arrivals, firsts, before, strict=True)
+    ]
     tpot = [  # of requests with more than one token
         1e3 * (last - first) / (count - 1) if count > 1 else 0.0
         for first, last, count in zip(firsts, lasts, outputs, strict=True)
     ]
-    latency = [last - arrival + before_s for arrival, last in zip(arrivals, lasts, strict=True)]
+    latency = [
+        last - arrival + outside_s for arrival, last, outside_s in zip(arrivals, lasts, before, strict=True)
+    ]
     prompt, cached = outcome.counts.prompt_tokens, outcome.counts.cached_prompt_tokens
     return {
         "requests": len(arrivals) + outcome.refused,

@@ -26,9 +26,9 @@ class ServiceSimulation:
     """A service to simulate.
 
     `start_up_s` is the time from the decision to add a replica until it accepts requests. `max_devices` limits the
-    devices that all replicas hold at once, starting and draining ones included. `request_overhead_s` is added to the
-    time to first token of each request; in a closed loop it is also the mean time between an answer and the client's
-    next request.
+    devices that all replicas hold at once, starting and draining ones included. `request_overhead_s`, and
+    `request_token_overhead_s` for each token of the prompt, are added to the time to first token of each request; in a
+    closed loop they are also the mean time between an answer and the client's next request.
     """
 
     replica: ReplicaConfig
@@ -37,6 +37,11 @@ class ServiceSimulation:
     max_devices: int | None = None
     seed: int = 0
     request_overhead_s: float = 0.0
+    request_token_overhead_s: float = 0.0
+
+    def outside_s(self, input_len: int) -> float:
+        """Seconds of a request's time to first token that pass outside the engine."""
+        return self.request_overhead_s + self.request_token_overhead_s * input_len
 
     def __post_init__(self) -> None:
         if not self.start_up_s >= 0:
@@ -159,7 +164,7 @@ class _Service:
     def _send(self, request: Request) -> None:
         """Has `request` arrive after the overhead of a request, which is random with the given mean: the last answer
         reaches the client, and its next request the replica."""
-        late_s = self._turnarounds.uniform(0, 2 * self._simulation.request_overhead_s)
+        late_s = self._turnarounds.uniform(0, 2 * self._simulation.outside_s(request.input_len))
         request = replace(request, arrival_s=request.arrival_s + late_s)
         self._sent[self._next_sent] = request
         self._push(request.arrival_s, _Kind.ARRIVAL, self._next_sent)

@@ -132,8 +132,9 @@ def _add_engine(group: Any) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from cluster.planning.cost_model import EXPERT_IMBALANCE, CostModel
+    from cluster.planning.cost_model import CostModel
     from cluster.planning.expected_errors import expected_error
+    from cluster.planning.experts import EXPERT_IMBALANCE
     from cluster.planning.memory import kv_item_bytes
     from cluster.simulation.report import Limits, plot_replicas, summarize
     from cluster.simulation.service import simulate
@@ -195,6 +196,7 @@ def _simulation(args: argparse.Namespace, cost: CostModel) -> ServiceSimulation:
         most_that_fit * cost.layout.world,
         args.seed,
         cost.cluster.request_overhead_s,
+        cost.cluster.request_token_overhead_s,
     )
 
 

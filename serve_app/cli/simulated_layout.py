@@ -39,7 +39,7 @@ def layout_and_reason(args: argparse.Namespace, config: ModelConfig, cluster: Cl
 
 def _load(args: argparse.Namespace, cluster: Cluster) -> tuple[PlanRequest, float | None] | None:
     """What to plan for, and the highest rate if there is one; None if options are missing."""
-    from cluster.planning.cost_model import EXPERT_IMBALANCE
+    from cluster.planning.experts import EXPERT_IMBALANCE
     from cluster.planning.planner import PlanRequest
     from cluster.simulation.arrivals import Lengths
     from cluster.simulation.trace import read_trace

@@ -160,7 +160,7 @@ def test_the_steady_state_is_near_the_walk(layout: Layout, tokens: int, input_le
     formula = spread_out(model, rules, load, batch, batch)
     ttft_s, itl_s = walked(model, rules, load, formula.requests_per_s, batch)
     assert formula.itl_s == pytest.approx(itl_s, rel=0.1)
-    assert formula.ttft_s - model.cluster.request_overhead_s == pytest.approx(ttft_s, rel=0.15)
+    assert formula.ttft_s - model.cluster.outside_s(input_len) == pytest.approx(ttft_s, rel=0.15)
 
 
 def test_more_requests_than_prompts_can_be_read_for_wait(model: CostModel) -> None:
@@ -189,7 +189,7 @@ def test_the_mean_is_that_of_the_requests(model: CostModel) -> None:
     rules = StepRules(2048, 256, 100_000)
     walk = Walk(step_seconds(model), rules).serve([Request(500, 10)] * 3)
     seen = closed_loop(model, rules, Workload(500, 10), 3, requests_each=1)
-    before_s = model.cluster.request_overhead_s
+    before_s = model.cluster.outside_s(500)
     assert seen.ttft_s == pytest.approx(fmean(each.ttft_s for each in walk) + before_s)
 
 
@@ -200,7 +200,8 @@ def test_cached_prefixes_are_not_computed_but_take_room(model: CostModel) -> Non
         lambda load: closed_loop(model, rules, load, 8),
     ):
         none, half, short = map(seen, (Workload(4000, 100), Workload(4000, 100, 2000), Workload(2000, 100)))
-        in_steps = [each.ttft_s - model.cluster.request_overhead_s for each in (short, half, none)]
+        lengths = ((short, 2000), (half, 4000), (none, 4000))
+        in_steps = [each.ttft_s - model.cluster.outside_s(length) for each, length in lengths]
         assert in_steps[0] < in_steps[1] < 0.75 * in_steps[2]
         assert short.itl_s < half.itl_s < none.itl_s
     tight = replace(rules, capacity_tokens=5000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from dataclasses import replace
@@ -103,11 +104,16 @@ def test_rates_of_a_kind_of_weights_are_those_of_its_products() -> None:
 
 
 def test_a_moe_layer_reads_the_experts_that_its_tokens_touch() -> None:
-    one, many = (CostModel(MOE, Layout(), PLAIN).step_parts(StepShape(n, 0, 0, 0, 0)) for n in (1, 3))
+    one, many, uneven = (
+        CostModel(MOE, Layout(), PLAIN, expert_evenness=evenness).step_parts(StepShape(n, 0, 0, 0, 0))
+        for n, evenness in ((1, 0.5), (3, math.inf), (3, 0.5))
+    )
     # 2 of 4 experts of 3 x 50 x 100 weights, 2 bytes each; 2 pairs of 3 x 50 + 2 x 100 numbers
     assert one["experts"] == pytest.approx(2 * (60.0 + 1.4) * 1e-6)
     # 4 x (1 - (1 - 2/4)^3) = 3.5 of them; 6 pairs
     assert many["experts"] == pytest.approx(2 * (105.0 + 4.2) * 1e-6)
+    # Beta(1/2, 1/2): a token misses an expert with probability 1/2, three do with 1/2 x 3/4 x 5/6 = 5/16
+    assert uneven["experts"] == pytest.approx(2 * (4 * 11 / 16 * 30.0 + 4.2) * 1e-6)
     assert one["router"] == pytest.approx(2 * 0.8e-6)
 
 
@@ -165,7 +171,8 @@ def test_even_routing_has_a_busiest_rank_too() -> None:
             drawn.append(max(counts))
         model = CostModel(config, Layout(dp=ep, ep=ep), cluster(num_devices=16), 1.0)
         mean = tokens * 8 / ep
-        assert mean + model._spread * mean**0.5 == pytest.approx(statistics.mean(drawn), rel=0.05)
+        assert model._moe is not None
+        assert mean + model._moe._spread * mean**0.5 == pytest.approx(statistics.mean(drawn), rel=0.05)
 
 
 def test_micro_batches_fill_the_pipeline() -> None:

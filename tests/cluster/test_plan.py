@@ -129,7 +129,7 @@ def test_the_best_is_marked_and_holds_the_limits(capsys: pytest.CaptureFixture[s
     request = replace(REQUEST, ttft_ms=150, itl_ms=8)
     best, *others = plan(find_config("Qwen3-8B")[1], parse_gpus("8xH100"), request)
     held = [one.tokens_per_s_per_gpu or 0 for one in others if one.meets_limits(request)]
-    assert best.meets_limits(request) and (best.tokens_per_s_per_gpu or 0) >= max(held)
+    assert best.meets_limits(request) and (best.tokens_per_s_per_gpu or 0) >= (1 - TIE) * max(held)
 
 
 def test_one_layout_is_planned_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ def test_errors_are_relative_to_what_was_measured() -> None:
 def test_pairs_are_layouts_of_one_workload_that_differ() -> None:
     faster = replace(POINT, layout=(4, 1, 1, 1), tpot_ms=10.0)
     near = replace(POINT, layout=(8, 1, 1, 1), tpot_ms=15.5)
-    other = replace(POINT, layout=(8, 1, 1, 1), tpot_ms=1.0, clients=9)
+    other = replace(POINT, layout=(8, 1, 1, 1), tpot_ms=1.0, batch=9)
     again = replace(POINT, tpot_ms=20.0)
     points = [POINT, faster, near, other, again]
     assert ordered_pairs(points, [16.0, 10.0, 15.0, 1.0, 20.0]) == (4, 4)
@@ -104,9 +104,9 @@ def test_a_fit_finds_constants_again() -> None:
     planted["device"]["read_efficiency"] *= 0.8
     planted["device"]["flops_efficiency"] *= 0.7
     points = []
-    for clients, input_len in ((1, 100), (1, 4000), (8, 100), (8, 4000)):
+    for batch, input_len in ((1, 100), (1, 4000), (8, 100), (8, 4000)):
         for tp in (1, 2):
-            asked = replace(POINT, clients=clients, input_len=input_len, layout=(tp, 1, 1, 1))
+            asked = replace(POINT, batch=batch, input_len=input_len, layout=(tp, 1, 1, 1))
             seen = predicted(asked, cluster_with(planted, "H100"), planted["expert_imbalance"])
             points.append(replace(asked, ttft_ms=1e3 * seen.ttft_s, tpot_ms=1e3 * seen.itl_s))
     said: list[str] = []
