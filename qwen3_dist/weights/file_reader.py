@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -23,6 +24,10 @@ from qwen3_dist.weights.parts import Entry
 
 _CHUNK_BYTES = 8 << 20
 AHEAD_BYTES = 16 << 20  # that the kernel is told of before they are read
+_ADVICE_BYTES = (
+    128 << 10
+)  # Linux reads no more for one advice than its read-ahead or the disk's largest request
+_MOST_OPEN = 8  # files, of which small ones may lie ahead in hundreds
 _MIN_BYTES = 64 << 10  # parts of a row that are shorter are read with what lies between them
 _SERIAL = (
     1 << 15
@@ -72,7 +77,7 @@ def reads_of(
 
 
 class FileReader:
-    """Keeps the last file open, and the next one that it has announced. For one thread."""
+    """Keeps the last file open, and the next ones that it has announced. For one thread."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
@@ -93,21 +98,21 @@ class FileReader:
             self._announce(read)
             announced.append(read)
             num_bytes += read.num_bytes
-            while num_bytes > AHEAD_BYTES:
+            while num_bytes > AHEAD_BYTES or (announced and len(self._open) > _MOST_OPEN):
                 num_bytes -= announced[0].num_bytes
                 self._fill(announced.popleft())
         for read in announced:
             self._fill(read)
 
     def _announce(self, read: Read) -> None:
-        """Has the kernel begin to read, where it can be told."""
+        """Has the kernel begin to read, where it can be told. What goes wrong, the read itself will tell."""
         if not hasattr(os, "posix_fadvise"):
             return
-        try:
+        start, end = read.span.start, read.span.start + read.num_bytes
+        with suppress(OSError):
             descriptor = self._descriptor(read.file)
-            os.posix_fadvise(descriptor, read.span.start, read.num_bytes, os.POSIX_FADV_WILLNEED)
-        except OSError as error:
-            raise _unreadable(read.file, error) from None
+            for at in range(start, end, _ADVICE_BYTES):
+                os.posix_fadvise(descriptor, at, min(_ADVICE_BYTES, end - at), os.POSIX_FADV_WILLNEED)
 
     def _fill(self, read: Read) -> None:
         place, span, size = read.place, read.span, read.num_bytes
@@ -140,16 +145,12 @@ class FileReader:
                     raise OSError("it has become shorter")
                 done += count
         except OSError as error:
-            raise _unreadable(file, error) from None
+            raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from None
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._open:
             self._open[file] = os.open(file, os.O_RDONLY)
         return self._open[file]
-
-
-def _unreadable(file: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{file} cannot be read ({error}); fetch it again")
 
 
 def _spans(stored: Entry, item: int, ranges: Sequence[range]) -> Iterator[_Span]:

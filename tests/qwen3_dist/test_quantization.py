@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -203,3 +204,15 @@ def test_a_part_has_the_blocks_that_cover_it() -> None:
 def test_what_is_not_supported_is_refused(raw: dict[str, Any], sentence: str) -> None:
     with pytest.raises(CheckpointError, match=sentence):
         ModelConfig.from_dict({"model_type": "qwen3", **raw})
+
+
+def test_a_file_of_modelopt_may_tell_of_the_kv_cache_alone_and_is_named_where_it_is_wrong(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    file = tmp_path / "hf_quant_config.json"
+    file.write_text('{"quantization": {"quant_algo": null, "kv_cache_quant_algo": "FP8"}}')
+    assert ModelConfig.from_directory(tmp_path).quantization is None
+    file.write_text('{"quantization": {"quant_algo": "W4A8"}}')
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: quant_algo='W4A8' is not supported"):
+        ModelConfig.from_directory(tmp_path)

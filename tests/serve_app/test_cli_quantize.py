@@ -22,6 +22,7 @@ from qwen3_dist.weights import converter
 from qwen3_dist.weights.converter import Conversion
 from qwen3_dist.weights.files import shard_files
 from serve_app.cli import main
+from serve_app.cli.signals import exit_by_signals
 from tests.checkpoints import write_checkpoint
 from tests.quantized import fused, in_blocks, is_linear
 
@@ -205,6 +206,17 @@ def test_nothing_is_left_of_a_conversion_that_a_signal_ends(
         main(["quantize", str(path), "--to", "fp8", "--out", str(out)])
     assert list(out.parent.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """nohup has SIGHUP ignored, for commands that go on after their terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with exit_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
