@@ -180,9 +180,10 @@ class WeightPlan:
         return (piece for piece in pieces if not piece.is_empty)
 
     def expected_names(self) -> set[str]:
-        """The names of all tensors that ranks read."""
-        everyone = (self._layout.coords(rank) for rank in range(self._layout.world))
-        return {piece.source for at in everyone for piece in self.pieces(at)}
+        """The names of all tensors that ranks read, which are those of one rank without others."""
+        alone = Layout()
+        whole = WeightPlan(self._config, alone, self._names)
+        return {piece.source for piece in whole.pieces(alone.coords(0))}
 
     def ignorable(self, name: str) -> bool:
         """Whether a tensor that no rank reads may be in a checkpoint: a copy of a tied head, old rotary buffers, and
