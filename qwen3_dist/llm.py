@@ -226,7 +226,9 @@ class LLM:
         if not isinstance(prompt, str):
             return list(prompt)
         if self._engine.tokenizer is None:
-            raise RequestError("this checkpoint has no tokenizer; give the prompt as token ids")
+            raise RequestError(
+                "this checkpoint has no tokenizer; give the prompt as token ids, or copy tokenizer.json to it"
+            )
         return self._engine.tokenizer.encode(prompt, add_special_tokens)
 
     def _run(self, jobs: list[_Job], use_tqdm: bool) -> list[RequestOutput]:

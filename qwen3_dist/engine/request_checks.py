@@ -16,7 +16,8 @@ def check_context(config: EngineConfig, model_config: ModelConfig) -> None:
     """Raises ConfigError if `config` asks for a longer context than the model has."""
     if config.max_model_len is not None and config.max_model_len > model_config.context_length:
         raise ConfigError(
-            f"max_model_len={config.max_model_len} exceeds the model's context of {model_config.context_length}"
+            f"max_model_len={config.max_model_len} exceeds the model's context of {model_config.context_length}; "
+            "lower it, or extend the context with YaRN: rope_scaling in hf_overrides"
         )
 
 

@@ -27,7 +27,8 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<total>\d+)\.safetensors")
 _OF_OTHERS = ("adapter_model", "consolidated")  # LoRA's weights, and Mistral's format
 _PICKLE = (
     "a pickle, which can run code as it is read, so convert weights that you trust with transformers: "
-    "AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype='auto').save_pretrained(NEW_DIRECTORY)"
+    "AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype='auto').save_pretrained(NEW_DIRECTORY), and copy "
+    "the tokenizer's files to it"
 )
 _OTHER_FORMATS = {
     **dict.fromkeys((".bin", ".pt", ".pth"), _PICKLE),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.options import MODEL, report
+from serve_app.cli.readable import format_bytes
 from serve_app.cli.signals import exit_by_signals
 
 HELP = "write a checkpoint with fp8, int8 or int4 weights, in the formats that vLLM reads"
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     with exit_by_signals(), bar as shown:
         conversion.write(args.out, shown.update)
     seconds = time.monotonic() - began
-    report(f"{args.out} has {total / 1e9:.2f} GB of weights, written at {total / 1e9 / seconds:.2f} GB/s")
+    report(f"{args.out} has {format_bytes(total)} of weights, written at {format_bytes(total / seconds)}/s")
     if args.json:
         print(json.dumps({"out": str(args.out), "bytes": total, "seconds": round(seconds, 3)}), file=out)
     return 0

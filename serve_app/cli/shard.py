@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from serve_app.cli.options import MODEL, report
+from serve_app.cli.readable import format_bytes
 from serve_app.cli.signals import exit_by_signals
 
 HELP = "write a checkpoint with a file for each rank of a layout, which ranks read plainly"
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     with exit_by_signals(), bar as shown:
         sharding.write(args.out, shown.update)
     seconds = time.monotonic() - began
-    report(f"{args.out} has {total / 1e9:.2f} GB of weights in {len(sharding.shards)} files")
+    report(f"{args.out} has {format_bytes(total)} of weights in {len(sharding.shards)} files")
     if args.json:
         found = {
             "out": str(args.out),

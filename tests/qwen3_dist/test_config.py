@@ -195,7 +195,7 @@ def test_both_spellings_of_yarn_give_one_config(tmp_path: Path) -> None:
 
 def test_an_engine_offers_the_context_that_yarn_reaches(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, moe=False, rope_parameters=YARN, max_position_embeddings=80)
-    with pytest.raises(ConfigError, match="max_model_len=257 exceeds the model's context of 256"):
+    with pytest.raises(ConfigError, match="max_model_len=257 exceeds the model's context of 256; lower it"):
         LLM(str(path), max_model_len=257, use_tqdm=False)
     with LLM(str(path), max_model_len=256, num_blocks=32, use_tqdm=False) as llm:
         params = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -132,7 +132,7 @@ def keep_nothing(folder: Path) -> None:
         (keep_only_an_adapter, r"holds no \*\.safetensors file"),
         (
             keep_only_pickles,
-            r"no \*\.safetensors file of a model; x.bin is a pickle, .* AutoModelForCausalLM.from_pre",
+            r"no \*\.safetensors file of a model; x.bin is a pickle, .* AutoModelForCausalLM.*, and copy the tok",
         ),
         (keep_only_gguf, r"x.gguf is of llama.cpp's format, so fetch the checkpoint that it was made from"),
         (keep_nothing, r"no \*\.safetensors file of a model; fetch the weights in that format"),
