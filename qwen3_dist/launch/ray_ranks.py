@@ -44,17 +44,17 @@ def cluster_resources() -> dict[str, float]:
     return ray.cluster_resources() if ray.is_initialized() else {"CPU": float(cores())}
 
 
-def most_cpu_ranks(replicas: int = 1) -> int:
-    """The ranks of each of `replicas` engines, at least one, with which a CPU rank has a tenth of a CPU."""
-    return max(1, int(cluster_resources().get("CPU", 0.0) * _RANKS_PER_CPU + 1e-6) // max(1, replicas))
+def most_cpu_ranks() -> int:
+    """The ranks with which each has a tenth of a CPU of the cluster."""
+    return int(cluster_resources().get("CPU", 0.0) * _RANKS_PER_CPU + 1e-6)
 
 
 def check_cpus(layout: Layout, replicas: int = 1) -> None:
-    """Raises ResourceError if ranks of `replicas` engines on CPUs would have less than a tenth of a CPU each."""
-    if layout.world > (most := most_cpu_ranks(replicas)):
+    """Raises ResourceError if the ranks of `replicas` engines on CPUs would have less than a tenth of a CPU each."""
+    if layout.world * replicas > (most := most_cpu_ranks()):
         raise ResourceError(
-            f"{max(1, replicas)} replica(s) of {layout.world} CPU ranks are too many for the Ray cluster's "
-            f"{cluster_resources().get('CPU', 0.0):g} CPUs; {most} rank(s) each have a tenth of a CPU, the least"
+            f"{replicas} replica(s) of {layout.world} CPU rank(s) are too many for the Ray cluster's "
+            f"{cluster_resources().get('CPU', 0.0):g} CPUs; {most} ranks each have a tenth of a CPU, the least"
         )
 
 

@@ -119,7 +119,7 @@ class ModelRoute:
     async def check_layout(self, layout: str, min_replicas: int | None) -> None:
         """Raises RequestError if the model cannot have `layout` with so many replicas, by default as many as it has;
         EngineDeadError if no replica can tell."""
-        least = self.model.min_replicas if min_replicas is None else min_replicas
+        least = max(1, self.model.min_replicas if min_replicas is None else min_replicas)
         told: list[Any] = []
         if running_replicas(self.replicas):
             told = await broadcast(self.replicas, "check_layout", layout, least, timeout_s=_ANSWER_TIMEOUT_S)

@@ -269,11 +269,12 @@ class EngineReplica(ChangesAsItRuns):
     async def check_layout(self, layout: str, replicas: int) -> str:
         """Why `replicas` of the model cannot have `layout`, and the nearest that they can have; "" if they can."""
         config = self._engine.model_config
-        most = most_cpu_ranks(replicas) if self._engine.config.device == "cpu" else None
+        on_cpus = self._engine.config.device == "cpu"
+        most = max(1, most_cpu_ranks() // replicas) if on_cpus else None
         try:
             wanted = Layout.parse(layout)
             wanted.validate(config)
-            if self._engine.config.device == "cpu":
+            if on_cpus:
                 check_cpus(wanted, replicas)
         except (ParallelLayoutError, ResourceError) as error:
             return f"{error}; layout={nearest_layout(config, layout, most)} is the nearest that fits"

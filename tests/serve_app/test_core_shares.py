@@ -51,7 +51,9 @@ def test_more_ranks_than_ten_a_cpu_are_refused_but_with_a_share_that_is_set(
     monkeypatch.setattr(ray_ranks, "cores", lambda: 2)
     many = {"model": "bundled", "layout": "tp=4,dp=4", "device": "cpu", "min_replicas": 2, "max_replicas": 2}
     [model] = read_service_config(many).models
-    with pytest.raises(ResourceError, match=r"2 replica.* of 16 CPU ranks .* 2 CPUs; 10 rank.* a tenth"):
+    with pytest.raises(
+        ResourceError, match=r"2 replica.* of 16 CPU rank.* 2 CPUs; 20 ranks each have a tenth"
+    ):
         place(model)
     [model] = read_service_config({**many, "cpus_per_rank": 0.01}).models
     assert place(model).engine.cpus_per_rank == 0.01
