@@ -136,16 +136,17 @@ def valid_layouts(config: ModelConfig, world: int) -> list[Layout]:
     return [layout for layout in layouts if layout.fits(config)]
 
 
-def nearest_layout(config: ModelConfig, wanted: str) -> Layout:
+def nearest_layout(config: ModelConfig, wanted: str, most_ranks: int | None = None) -> Layout:
     """The layout that can split `config` and is nearest to the sizes that were `wanted`, which no layout need have: of
-    as many ranks, or else of the most below."""
+    as many ranks, but `most_ranks`, or else of the most below."""
     given = layout_sizes(wanted)
     sizes = {axis: max(1, given.get(axis, 1)) for axis in _AXES}
 
     def distance(layout: Layout) -> float:
         return sum(abs(math.log(getattr(layout, axis) / size)) for axis, size in sizes.items())
 
-    for world in range(sizes["pp"] * max(sizes["dp"] * sizes["tp"], sizes["ep"]), 0, -1):
+    ranks = sizes["pp"] * max(sizes["dp"] * sizes["tp"], sizes["ep"])
+    for world in range(ranks if most_ranks is None else min(ranks, most_ranks), 0, -1):
         if layouts := valid_layouts(config, world):
             return min(layouts, key=distance)
     raise AssertionError("one rank holds any model")

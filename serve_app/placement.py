@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from cluster.ray_private import free_resources
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.launch.ray_ranks import choose_device, cluster_resources, rank_bundles, ranks_per_host
+from qwen3_dist.launch.ray_ranks import (
+    check_cpus,
+    choose_device,
+    cluster_resources,
+    rank_bundles,
+    ranks_per_host,
+)
 from qwen3_dist.settings import EngineConfig
 from serve_app.settings import ModelSettings
 
@@ -38,11 +44,14 @@ def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placeme
     """Decides what a replica of `model` reserves on the connected Ray cluster, beside those of all `models`.
 
     Without a cluster (`serve build`) this machine stands in for it. CPU ranks may outnumber the cores,
-    each then reserving less than one. Raises ResourceError if `min_replicas` replicas, or one, can never fit.
+    each then reserving less than one, and without `cpus_per_rank` a tenth at least. Raises ResourceError if
+    `min_replicas` replicas, or one, can never fit.
     """
     engine, scaling = model.replica.engine, model.scaling
     world, least = engine.layout.world, max(1, scaling.min_replicas)
     device = choose_device(engine, least)
+    if device == "cpu" and engine.cpus_per_rank is None:
+        check_cpus(engine.layout, least)
     # CPU ranks of other models share the cores, so each takes the part it would have among as many of this model's.
     as_many = max(1, round(sum(_most_ranks(each) for each in models or [model]) / world))
     ranks = rank_bundles(engine, device, as_many if device == "cpu" else scaling.max_replicas)

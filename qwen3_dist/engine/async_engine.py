@@ -130,7 +130,7 @@ class AsyncEngine(RankQuestions):
             raise EngineDeadError(str(death))
         if terms.queue_timeout_s and resume is None:
             stream.call_later(terms.queue_timeout_s, lambda: self._post(refuse))
-        stream.call_later(_TELL_WAIT_S, stream.tell_wait)
+        stream.call_later(0.0 if terms.suspect else _TELL_WAIT_S, stream.tell_wait)
         try:
             if announce:
                 yield []

@@ -188,6 +188,7 @@ class Engine:
             )
             sequence.setup, sequence.pooling, sequence.client = setup, pooling, terms.client
             sequence.adapter, sequence.cache_salt, sequence.on_begin = lora_number, salt, on_begin
+            sequence.suspect = terms.suspect
             self._next_seq_id += 1
             sequence.resume(resume[index] if resume else (), self._eos_token_ids)
             if sequence.finish_reason is None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 from qwen3_dist.engine.sequence import Sequence
 
 MAX_PRIORITY_STEPS = 1024
@@ -19,3 +22,15 @@ def priority_steps(priority: int) -> float:
 def scheduling_key(sequence: Sequence) -> tuple[float, int]:
     """Sort key of sequences, lowest first. Sequences that arrived together are ordered by id."""
     return sequence.arrival + priority_steps(sequence.priority), sequence.seq_id
+
+
+def awaits_suspect(sequence: Sequence, running: Iterable[Sequence]) -> bool:
+    """Whether `sequence` is a suspect, and one of another request runs that has no token yet (`RequestTerms`)."""
+    return sequence.suspect and any(s.suspect and s.request_id != sequence.request_id for s in running)
+
+
+def clear_suspect(sequence: Sequence, among: Iterable[Iterable[Sequence]]) -> None:
+    """Has the request of `sequence`, which got a token, be a suspect no more, with its other choices."""
+    if sequence.suspect:
+        for each in chain(*among):
+            each.suspect = each.suspect and each.request_id != sequence.request_id

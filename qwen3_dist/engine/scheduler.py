@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
-from qwen3_dist.engine.request_queue import scheduling_key
+from qwen3_dist.engine.request_queue import awaits_suspect, clear_suspect, scheduling_key
 from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.slot_shares import SlotShares
@@ -197,6 +197,7 @@ class Scheduler:
             if token_id != guess or sequence.finish_reason is not None:
                 break
         sequence.num_pending -= 1
+        clear_suspect(sequence, (self.running, self.waiting))
         if guesses:
             self._settle_drafts(sequence, num_kept - 1)
         return sampled[:num_kept]
@@ -266,7 +267,9 @@ class Scheduler:
         while self.waiting and budget > 0 and self._slots:
             sequence = self.waiting[place := self._shares.next(self.waiting)]
             keep_free = self.blocks.num_blocks // _KEPT_FREE if self.running else 0
-            if sequence.num_pending or not self.blocks.admit(sequence, keep_free):
+            if sequence.num_pending or awaits_suspect(sequence, self.running):
+                break
+            if not self.blocks.admit(sequence, keep_free):
                 break
             insort(self.running, self.waiting.pop(place), key=scheduling_key)
             sequence.slot = heapq.heappop(self._slots)

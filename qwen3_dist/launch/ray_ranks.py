@@ -36,11 +36,26 @@ from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
 _NOTICE_PERIOD_S = 10.0
+_RANKS_PER_CPU = 10  # more of them mostly wait for each other to get a core
 
 
 def cluster_resources() -> dict[str, float]:
     """The total resources of the connected Ray cluster; without a cluster, the cores of this machine."""
     return ray.cluster_resources() if ray.is_initialized() else {"CPU": float(cores())}
+
+
+def most_cpu_ranks() -> int:
+    """The ranks with which each has a tenth of a CPU of the cluster."""
+    return int(cluster_resources().get("CPU", 0.0) * _RANKS_PER_CPU + 1e-6)
+
+
+def check_cpus(layout: Layout, replicas: int = 1) -> None:
+    """Raises ResourceError if the ranks of `replicas` engines on CPUs would have less than a tenth of a CPU each."""
+    if layout.world * replicas > (most := most_cpu_ranks()):
+        raise ResourceError(
+            f"{replicas} replica(s) of {layout.world} CPU rank(s) are too many for the Ray cluster's "
+            f"{cluster_resources().get('CPU', 0.0):g} CPUs; {most} ranks each have a tenth of a CPU, the least"
+        )
 
 
 def choose_device(config: EngineConfig, replicas: int = 1) -> str:

@@ -140,7 +140,7 @@ class ClusterRoutes:
         found = self._routes.find(to.model)
         served = found.model
         if to.layout is not None:
-            await found.check_layout(to.layout)
+            await found.check_layout(to.layout, to.replicas and to.replicas[0])
         gateway = serve.get_replica_context().app_name
         return json_response(await asyncio.to_thread(scale, gateway, served.application, served.name, to))
 

@@ -116,7 +116,7 @@ class Dispatcher:
                 if progress.ended:
                     return
                 self._check_loss(progress, request_id)
-                request = _without_queue_timeout(request, progress)
+                request = _after_loss(request, progress)
             await self._in_time(asyncio.sleep(next(pauses)), deadline, progress)
 
     def _check_loss(self, progress: Progress, request_id: str) -> None:
@@ -237,14 +237,16 @@ class Dispatcher:
         )
 
 
-def _without_queue_timeout(request: Any, progress: Progress) -> Any:
-    """The request, which has lost its replica, without a limit of its wait in a queue if it has begun. One that is not
-    streamed may have begun as soon as a replica had it, unless that told that it waits."""
+def _after_loss(request: Any, progress: Progress) -> Any:
+    """The request, which has lost its replica: a suspect if that ran it, and without a limit of its wait in a queue if
+    it has begun. One that is not streamed may have begun as soon as a replica had it, unless that told that it waits.
+    """
     if not isinstance(request, GenerationRequest | PoolingRequest):
         return request
-    if progress.waits or not (progress.accepted if request.stream else progress.ran):
-        return request
-    return dataclasses.replace(request, terms=dataclasses.replace(request.terms, queue_timeout_s=0.0))
+    terms = dataclasses.replace(request.terms, suspect=progress.deaths > 0)
+    if not progress.waits and (progress.accepted if request.stream else progress.ran):
+        terms = dataclasses.replace(terms, queue_timeout_s=0.0)
+    return dataclasses.replace(request, terms=terms)
 
 
 async def _with_pings(items: AsyncGenerator[Any, None], ping: bytes) -> AsyncGenerator[Any, None]:

@@ -116,11 +116,13 @@ class ModelRoute:
         except Exception as error:  # noqa: BLE001 - Serve could ask nobody
             return [error]
 
-    async def check_layout(self, layout: str) -> None:
-        """Raises RequestError if the model cannot have `layout`, EngineDeadError if no replica can tell."""
+    async def check_layout(self, layout: str, min_replicas: int | None) -> None:
+        """Raises RequestError if the model cannot have `layout` with so many replicas, by default as many as it has;
+        EngineDeadError if no replica can tell."""
+        least = max(1, self.model.min_replicas if min_replicas is None else min_replicas)
         told: list[Any] = []
         if running_replicas(self.replicas):
-            told = await broadcast(self.replicas, "check_layout", layout, timeout_s=_ANSWER_TIMEOUT_S)
+            told = await broadcast(self.replicas, "check_layout", layout, least, timeout_s=_ANSWER_TIMEOUT_S)
         problems = [each for each in told if isinstance(each, str)]
         if not problems:
             raise EngineDeadError(

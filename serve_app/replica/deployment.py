@@ -21,8 +21,9 @@ from ray import serve
 from cluster import ray_private
 from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.rank_pace import RankPace
-from qwen3_dist.errors import EngineDeadError, ParallelLayoutError, QwenDistError
+from qwen3_dist.errors import EngineDeadError, ParallelLayoutError, QwenDistError, ResourceError
 from qwen3_dist.gc_utils import freeze_gc_heap
+from qwen3_dist.launch.ray_ranks import check_cpus, most_cpu_ranks
 from qwen3_dist.layout import Layout, nearest_layout
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
@@ -265,13 +266,18 @@ class EngineReplica(ChangesAsItRuns):
         """Rebalances experts by the load since the last rebalancing. Returns the layers that changed."""
         return await self._engine.rebalance_experts()
 
-    async def check_layout(self, layout: str) -> str:
-        """Why the model cannot have `layout`, and the nearest that it can have; "" if it can."""
+    async def check_layout(self, layout: str, replicas: int) -> str:
+        """Why `replicas` of the model cannot have `layout`, and the nearest that they can have; "" if they can."""
         config = self._engine.model_config
+        on_cpus = self._engine.config.device == "cpu"
+        most = max(1, most_cpu_ranks() // replicas) if on_cpus else None
         try:
-            Layout.parse(layout).validate(config)
-        except ParallelLayoutError as error:
-            return f"{error}; layout={nearest_layout(config, layout)} is the nearest that fits"
+            wanted = Layout.parse(layout)
+            wanted.validate(config)
+            if on_cpus:
+                check_cpus(wanted, replicas)
+        except (ParallelLayoutError, ResourceError) as error:
+            return f"{error}; layout={nearest_layout(config, layout, most)} is the nearest that fits"
         return ""
 
     async def max_model_len(self) -> int:

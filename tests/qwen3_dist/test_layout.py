@@ -170,3 +170,7 @@ def test_the_nearest_layout_has_as_many_ranks_and_its_axes_are_near(
     config: ModelConfig, wanted: str, nearest: str
 ) -> None:
     assert str(nearest_layout(config, wanted)) == nearest
+
+
+def test_the_nearest_layout_has_no_more_ranks_than_there_may_be() -> None:
+    assert str(nearest_layout(MOE, "tp=2,dp=32,ep=8", most_ranks=16)) == "tp=2,dp=8,ep=8"

@@ -314,3 +314,20 @@ def test_integrity_names_a_block_that_is_shared_wrongly() -> None:
     second.block_table[0] = first.block_table[0]
     with pytest.raises(AssertionError, match="leaked or shared wrongly"):
         scheduler.blocks.check_integrity([first, second])
+
+
+def test_suspects_begin_one_after_the_other_and_are_none_once_they_have_a_token() -> None:
+    """So that the loss of an engine is the doing of one of them at most."""
+    scheduler = make_scheduler(tokens=16)
+    for seq_id, request_id in enumerate(("a", "b", "b", "c")):
+        scheduler.add(sequence := make_sequence(seq_id, 3, max_tokens=3))
+        sequence.request_id, sequence.suspect = request_id, True
+    seen: list[list[int]] = []
+    plans: list[StepPlan] = []
+    for _ in range(4):
+        for _ in range(2 - len(plans)):  # two steps in flight
+            plans.append(planned(scheduler))
+            seen.append([part.seq_id for part in plans[-1].sequences])
+        plan = plans.pop(0)
+        scheduler.update(plan, answer(plan))
+    assert seen == [[0], [0], [0, 1], [1], [1, 3, 2]]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from qwen3_dist.errors import ResourceError
+from qwen3_dist.launch import ray_ranks
 from serve_app.launch.deploy import _shares_of_cores
 from serve_app.launch.schema import serve_schema
 from serve_app.placement import place
@@ -39,3 +43,17 @@ def test_a_share_that_is_set_is_not_touched() -> None:
     alone = args_of_first([fixed], {})
     assert alone["cpus_per_rank"] == 0.25
     assert args_of_first([fixed, OTHER], alone) == alone
+
+
+def test_more_ranks_than_ten_a_cpu_are_refused_but_with_a_share_that_is_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray_ranks, "cores", lambda: 2)
+    many = {"model": "bundled", "layout": "tp=4,dp=4", "device": "cpu", "min_replicas": 2, "max_replicas": 2}
+    [model] = read_service_config(many).models
+    with pytest.raises(
+        ResourceError, match=r"2 replica.* of 16 CPU rank.* 2 CPUs; 20 ranks each have a tenth"
+    ):
+        place(model)
+    [model] = read_service_config({**many, "cpus_per_rank": 0.01}).models
+    assert place(model).engine.cpus_per_rank == 0.01
