@@ -10,15 +10,16 @@ class RequestTerms:
     """Requests of lower `priority` run first; among equals those of different `client`s take turns.
 
     Prompts share cached prefixes only with prompts of the same `cache_salt`. A request that has waited
-    `queue_timeout_s` seconds without running is refused; 0: no limit. A `suspect` ran when its last engine was lost:
-    no step holds it before the suspect ahead of it has a token, so one alone is to blame if this engine is lost too.
+    `queue_timeout_s` seconds without running is refused; 0: no limit. `suspect` is the id of a client's request that
+    ran when its last engine was lost: no step of a dp group holds it before the suspect ahead has a token, so one
+    alone is to blame if this engine is lost too.
     """
 
     priority: int = 0
     client: str = ""
     cache_salt: str = ""
     queue_timeout_s: float = 0.0
-    suspect: bool = False
+    suspect: str = ""
 
     def salt(self, adapter: str) -> bytes:
         """What the hashes of cached blocks begin with: each pair of a salt and an `adapter`'s digest has its own."""

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import ray
+
 from cluster.ray_private import free_resources
 from qwen3_dist.errors import ResourceError
 from qwen3_dist.launch.ray_ranks import (
@@ -44,13 +46,13 @@ def place(model: ModelSettings, models: Sequence[ModelSettings] = ()) -> Placeme
     """Decides what a replica of `model` reserves on the connected Ray cluster, beside those of all `models`.
 
     Without a cluster (`serve build`) this machine stands in for it. CPU ranks may outnumber the cores,
-    each then reserving less than one, and without `cpus_per_rank` a tenth at least. Raises ResourceError if
+    each then reserving less than one, but a tenth at least unless `cpus_per_rank` says less. Raises ResourceError if
     `min_replicas` replicas, or one, can never fit.
     """
     engine, scaling = model.replica.engine, model.scaling
     world, least = engine.layout.world, max(1, scaling.min_replicas)
     device = choose_device(engine, least)
-    if device == "cpu" and engine.cpus_per_rank is None:
+    if device == "cpu" and engine.cpus_per_rank is None and ray.is_initialized():
         check_cpus(engine.layout, least)
     # CPU ranks of other models share the cores, so each takes the part it would have among as many of this model's.
     as_many = max(1, round(sum(_most_ranks(each) for each in models or [model]) / world))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from itertools import chain
 
 from qwen3_dist.engine.sequence import Sequence
@@ -24,13 +25,15 @@ def scheduling_key(sequence: Sequence) -> tuple[float, int]:
     return sequence.arrival + priority_steps(sequence.priority), sequence.seq_id
 
 
-def awaits_suspect(sequence: Sequence, running: Iterable[Sequence]) -> bool:
-    """Whether `sequence` is a suspect, and one of another request runs that has no token yet (`RequestTerms`)."""
-    return sequence.suspect and any(s.suspect and s.request_id != sequence.request_id for s in running)
+def without_suspects(waiting: Items[Sequence], running: Iterable[Sequence]) -> list[int]:
+    """The indices in `waiting` of sequences that may run beside the suspects that do (`RequestTerms`)."""
+    tried = {each.suspect for each in running if each.suspect}
+    return [place for place, each in enumerate(waiting) if not each.suspect or tried <= {each.suspect}]
 
 
 def clear_suspect(sequence: Sequence, among: Iterable[Iterable[Sequence]]) -> None:
-    """Has the request of `sequence`, which got a token, be a suspect no more, with its other choices."""
-    if sequence.suspect:
+    """Has the request of `sequence`, which got a token, be a suspect no more, with all its sequences."""
+    if cleared := sequence.suspect:
         for each in chain(*among):
-            each.suspect = each.suspect and each.request_id != sequence.request_id
+            if each.suspect == cleared:
+                each.suspect = ""

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from qwen3_dist.engine.block_manager import BlockManager
 from qwen3_dist.engine.drafts import Drafter
-from qwen3_dist.engine.request_queue import awaits_suspect, clear_suspect, scheduling_key
+from qwen3_dist.engine.request_queue import clear_suspect, scheduling_key, without_suspects
 from qwen3_dist.engine.scheduler_counts import SchedulerCounts
 from qwen3_dist.engine.sequence import Sequence
 from qwen3_dist.engine.slot_shares import SlotShares
@@ -265,11 +265,14 @@ class Scheduler:
     def _admit(self, budget: int) -> list[SequenceStep]:
         steps: list[SequenceStep] = []
         while self.waiting and budget > 0 and self._slots:
-            sequence = self.waiting[place := self._shares.next(self.waiting)]
+            place = self._shares.next(self.waiting)
+            if self.waiting[place].suspect:
+                if not (places := without_suspects(self.waiting, self.running)):
+                    break
+                place = places[self._shares.next([self.waiting[each] for each in places])]
+            sequence = self.waiting[place]
             keep_free = self.blocks.num_blocks // _KEPT_FREE if self.running else 0
-            if sequence.num_pending or awaits_suspect(sequence, self.running):
-                break
-            if not self.blocks.admit(sequence, keep_free):
+            if sequence.num_pending or not self.blocks.admit(sequence, keep_free):
                 break
             insort(self.running, self.waiting.pop(place), key=scheduling_key)
             sequence.slot = heapq.heappop(self._slots)

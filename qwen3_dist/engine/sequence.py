@@ -43,7 +43,9 @@ class Sequence:
     pooling: PoolingParams | None = None
     prompt_len: int = field(init=False)
     arrival: int = 0  # steps that had been planned when the sequence was added; 0 if another engine began it
-    suspect: bool = False  # another engine was lost as it ran it, and this one gave it no token yet
+    suspect: str = (
+        ""  # the request's id while another engine was lost as it ran it, and this one gave it no token yet
+    )
     is_set_up: bool = False  # whether a plan since admission carried the setup
     slot: int = -1  # index of its state on the ranks while it runs; -1 while it waits
     num_computed: int = 0

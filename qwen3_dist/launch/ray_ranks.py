@@ -36,7 +36,7 @@ from qwen3_dist.settings import EngineConfig
 
 _log = logging.getLogger(__name__)
 _NOTICE_PERIOD_S = 10.0
-_RANKS_PER_CPU = 10  # more of them mostly wait for each other to get a core
+LEAST_CPUS = 0.1  # of a rank: more ranks mostly wait for each other to get a core
 
 
 def cluster_resources() -> dict[str, float]:
@@ -46,7 +46,7 @@ def cluster_resources() -> dict[str, float]:
 
 def most_cpu_ranks() -> int:
     """The ranks with which each has a tenth of a CPU of the cluster."""
-    return int(cluster_resources().get("CPU", 0.0) * _RANKS_PER_CPU + 1e-6)
+    return int(cluster_resources().get("CPU", 0.0) / LEAST_CPUS + 1e-6)
 
 
 def check_cpus(layout: Layout, replicas: int = 1) -> None:
@@ -54,7 +54,8 @@ def check_cpus(layout: Layout, replicas: int = 1) -> None:
     if layout.world * replicas > (most := most_cpu_ranks()):
         raise ResourceError(
             f"{replicas} replica(s) of {layout.world} CPU rank(s) are too many for the Ray cluster's "
-            f"{cluster_resources().get('CPU', 0.0):g} CPUs; {most} ranks each have a tenth of a CPU, the least"
+            f"{cluster_resources().get('CPU', 0.0):g} CPUs; {most} ranks each have a tenth of a CPU; set "
+            "cpus_per_rank for more"
         )
 
 

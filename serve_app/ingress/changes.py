@@ -10,7 +10,6 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from qwen3_dist.errors import ParallelLayoutError, RequestError, ResourceError
-from qwen3_dist.launch.ray_ranks import check_cpus, choose_device
 from qwen3_dist.layout import Layout, layout_sizes
 from serve_app.apis.shared.body import Body, Json, Range, about, read_admin_body
 from serve_app.deployed import Config, apply_configs, deployed_configs
@@ -76,8 +75,6 @@ def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
     configs = configs_of(gateway, application)
     changed: Json = {}
     if to.replicas is not None:
-        if to.layout is None:
-            _check_replicas(configs[application], to.replicas[0])
         changed = dict(zip(_NUMBERS, to.replicas, strict=True))
         deployment_of(configs[application], REPLICA)["autoscaling_config"] |= changed
         for model in deployment_of(configs[gateway], INGRESS)["user_config"]["models"]:
@@ -89,16 +86,6 @@ def scale(gateway: str, application: str, name: str, to: Scale) -> Json:
         configs[application]["args"] = _with_layout(configs[application], layout)
     apply_configs(configs.values())
     return {"object": "cluster.scale", "model": name, **changed}
-
-
-def _check_replicas(application: Config, least: int) -> None:
-    """Raises RequestError if the cluster's CPUs are too few for so many replicas."""
-    engine = read_model_settings(application["args"]).replica.engine
-    try:
-        if choose_device(engine) == "cpu":
-            check_cpus(engine.layout, least)
-    except ResourceError as error:
-        raise RequestError(str(error), param="min_replicas") from None
 
 
 def _with_layout(application: Config, layout: Layout) -> Json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Collection
-from contextlib import suppress
 from typing import TypeVar
 
 from qwen3_dist.engine.async_engine import AsyncEngine
@@ -14,7 +13,6 @@ from qwen3_dist.weights_version import WeightsVersion
 from serve_app.settings import LiveSettings
 
 T = TypeVar("T")
-U = TypeVar("U")
 logger = logging.getLogger("qwen3_dist.replica")
 
 
@@ -43,37 +41,42 @@ class ChangesAsItRuns:
     async def use_adapters(self, lora: str, again: Collection[str] = ()) -> str:
         """Has the engine use the adapters `lora`, and read again the files of those whose names are in `again`.
         Returns why it cannot; "" if it does."""
-        to = LoraAdapters.parse(lora)
-        return await self._change(lambda: self._engine.use_adapters(to, again), lambda _: "")
+
+        async def change() -> str:
+            await self._engine.use_adapters(LoraAdapters.parse(lora), again)
+            return ""
+
+        return await self._told(change)
 
     async def use_weights(
         self, weights: str, keep_cache: bool = False, again: bool = False
     ) -> str | dict[str, float]:
         """Has the engine load `weights`, unless it has that version already and not `again`. Returns the seconds and
         bytes that it took, or why it cannot."""
-        to = WeightsVersion.parse(weights)
-        if self._engine.config.weights.is_like(to) and not again:
-            return ""
-        return await self._change(
-            lambda: self._engine.use_weights(to, keep_cache),
-            lambda loaded: {"seconds": loaded.seconds, "bytes": loaded.bytes_read},
-        )
+
+        async def change() -> str | dict[str, float]:
+            to = WeightsVersion.parse(weights)
+            if self._engine.config.weights.is_like(to) and not again:
+                return ""
+            loaded = await self._engine.use_weights(to, keep_cache)
+            return {"seconds": loaded.seconds, "bytes": loaded.bytes_read}
+
+        return await self._told(change)
 
     async def sleep(self, level: int) -> str:
         """Puts the engine to sleep, or wakes it with level 0. Returns why it cannot; "" if it does."""
-        return await self._change(
-            lambda: self._engine.sleep(level) if level else self._engine.wake(), lambda _: ""
-        )
 
-    async def _change(self, change: Callable[[], Awaitable[T]], told: Callable[[T], U]) -> U | str:
-        """What `told` makes of what `change` returns, or why the engine refuses it. If a rank is lost meanwhile, it is
-        tried once more when another is in its place. Raises EngineDeadError if that is lost too, or none comes."""
+        async def change() -> str:
+            await (self._engine.sleep(level) if level else self._engine.wake())
+            return ""
+
+        return await self._told(change)
+
+    async def _told(self, change: Callable[[], Awaitable[T]]) -> T | str:
+        """What `change` returns, or why the engine refuses it. Raises EngineDeadError if a rank is lost meanwhile."""
         try:
             await self._engine.recovered()
-            with suppress(EngineDeadError):
-                return told(await change())
-            await self._engine.recovered()
-            return told(await change())
+            return await change()
         except EngineDeadError:
             raise
         except QwenDistError as error:

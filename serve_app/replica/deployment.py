@@ -23,7 +23,7 @@ from qwen3_dist.engine.async_engine import AsyncEngine
 from qwen3_dist.engine.rank_pace import RankPace
 from qwen3_dist.errors import EngineDeadError, ParallelLayoutError, QwenDistError, ResourceError
 from qwen3_dist.gc_utils import freeze_gc_heap
-from qwen3_dist.launch.ray_ranks import check_cpus, most_cpu_ranks
+from qwen3_dist.launch.ray_ranks import LEAST_CPUS, check_cpus, most_cpu_ranks
 from qwen3_dist.layout import Layout, nearest_layout
 from qwen3_dist.protocol.outputs import EngineStats
 from qwen3_dist.settings_reader import read_settings
@@ -266,10 +266,13 @@ class EngineReplica(ChangesAsItRuns):
         """Rebalances experts by the load since the last rebalancing. Returns the layers that changed."""
         return await self._engine.rebalance_experts()
 
-    async def check_layout(self, layout: str, replicas: int) -> str:
+    async def check_layout(self, layout: str, replicas: int = 1) -> str:
         """Why `replicas` of the model cannot have `layout`, and the nearest that they can have; "" if they can."""
-        config = self._engine.model_config
-        on_cpus = self._engine.config.device == "cpu"
+        return await asyncio.to_thread(self._layout_problem, layout, replicas)  # it asks Ray
+
+    def _layout_problem(self, layout: str, replicas: int) -> str:
+        config, engine = self._engine.model_config, self._engine.config
+        on_cpus = engine.device == "cpu" and (engine.cpus_per_rank or 1.0) >= LEAST_CPUS
         most = max(1, most_cpu_ranks() // replicas) if on_cpus else None
         try:
             wanted = Layout.parse(layout)

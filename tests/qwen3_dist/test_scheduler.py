@@ -319,9 +319,11 @@ def test_integrity_names_a_block_that_is_shared_wrongly() -> None:
 def test_suspects_begin_one_after_the_other_and_are_none_once_they_have_a_token() -> None:
     """So that the loss of an engine is the doing of one of them at most."""
     scheduler = make_scheduler(tokens=16)
-    for seq_id, request_id in enumerate(("a", "b", "b", "c")):
+    for seq_id, suspect in enumerate(
+        ("a", "b", "b", "c", "")
+    ):  # `b` has two prompts; the last was never lost
         scheduler.add(sequence := make_sequence(seq_id, 3, max_tokens=3))
-        sequence.request_id, sequence.suspect = request_id, True
+        sequence.request_id, sequence.suspect = f"{suspect}-{seq_id}", suspect
     seen: list[list[int]] = []
     plans: list[StepPlan] = []
     for _ in range(4):
@@ -330,4 +332,4 @@ def test_suspects_begin_one_after_the_other_and_are_none_once_they_have_a_token(
             seen.append([part.seq_id for part in plans[-1].sequences])
         plan = plans.pop(0)
         scheduler.update(plan, answer(plan))
-    assert seen == [[0], [0], [0, 1], [1], [1, 3, 2]]
+    assert seen == [[0, 4], [0, 4], [0, 4, 1, 2], [1, 2], [1, 2, 3]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import ray
 
 from qwen3_dist.errors import ResourceError
-from qwen3_dist.launch import ray_ranks
 from serve_app.launch.deploy import _shares_of_cores
 from serve_app.launch.schema import serve_schema
 from serve_app.placement import place
@@ -48,12 +48,14 @@ def test_a_share_that_is_set_is_not_touched() -> None:
 def test_more_ranks_than_ten_a_cpu_are_refused_but_with_a_share_that_is_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ray_ranks, "cores", lambda: 2)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     many = {"model": "bundled", "layout": "tp=4,dp=4", "device": "cpu", "min_replicas": 2, "max_replicas": 2}
     [model] = read_service_config(many).models
     with pytest.raises(
         ResourceError, match=r"2 replica.* of 16 CPU rank.* 2 CPUs; 20 ranks each have a tenth"
     ):
         place(model)
+    monkeypatch.undo()
     [model] = read_service_config({**many, "cpus_per_rank": 0.01}).models
     assert place(model).engine.cpus_per_rank == 0.01
