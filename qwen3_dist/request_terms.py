@@ -10,9 +10,9 @@ class RequestTerms:
     """Requests of lower `priority` run first; among equals those of different `client`s take turns.
 
     Prompts share cached prefixes only with prompts of the same `cache_salt`. A request that has waited
-    `queue_timeout_s` seconds without running is refused; 0: no limit. `suspect` is the id of a client's request that
-    ran when its last engine was lost: no step of a dp group holds it before the suspect ahead has a token, so one
-    alone is to blame if this engine is lost too.
+    `queue_timeout_s` seconds without running is refused; 0: no limit. `suspect` is an id that the prompts of
+    a client's request share if it ran when its last engine was lost: no step of a dp group holds it before the suspect
+    ahead has a token, so one alone of each dp group is to blame if this engine is lost too.
     """
 
     priority: int = 0

@@ -32,8 +32,9 @@ def without_suspects(waiting: Items[Sequence], running: Iterable[Sequence]) -> l
 
 
 def clear_suspect(sequence: Sequence, among: Iterable[Iterable[Sequence]]) -> None:
-    """Has the request of `sequence`, which got a token, be a suspect no more, with all its sequences."""
-    if cleared := sequence.suspect:
+    """Has the choices of the prompt of `sequence`, which got a token, be suspects no more; other prompts of
+    the client's request still are."""
+    if sequence.suspect:
         for each in chain(*among):
-            if each.suspect == cleared:
+            if each.request_id == sequence.request_id:
                 each.suspect = ""

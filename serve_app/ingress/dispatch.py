@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from http import HTTPStatus
 from itertools import chain, repeat
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import pydantic_core
 
@@ -116,7 +117,7 @@ class Dispatcher:
                 if progress.ended:
                     return
                 self._check_loss(progress, request_id)
-                request = _after_loss(request, request_id, progress)
+                request = _after_loss(request, progress)
             await self._in_time(asyncio.sleep(next(pauses)), deadline, progress)
 
     def _check_loss(self, progress: Progress, request_id: str) -> None:
@@ -237,13 +238,13 @@ class Dispatcher:
         )
 
 
-def _after_loss(request: Any, request_id: str, progress: Progress) -> Any:
+def _after_loss(request: Any, progress: Progress) -> Any:
     """The request, which has lost its replica: a suspect if that ran it, and without a limit of its wait in a queue if
     it has begun. One that is not streamed may have begun as soon as a replica had it, unless that told that it waits.
     """
     if not isinstance(request, GenerationRequest | PoolingRequest):
         return request
-    terms = dataclasses.replace(request.terms, suspect=request_id if progress.deaths else "")
+    terms = dataclasses.replace(request.terms, suspect=uuid4().hex if progress.deaths else "")
     if not progress.waits and (progress.accepted if request.stream else progress.ran):
         terms = dataclasses.replace(terms, queue_timeout_s=0.0)
     return dataclasses.replace(request, terms=terms)

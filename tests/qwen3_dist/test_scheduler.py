@@ -333,3 +333,14 @@ def test_suspects_begin_one_after_the_other_and_are_none_once_they_have_a_token(
         plan = plans.pop(0)
         scheduler.update(plan, answer(plan))
     assert seen == [[0, 4], [0, 4], [0, 4, 1, 2], [1, 2], [1, 2, 3]]
+
+
+def test_other_prompts_of_a_suspect_still_are_when_one_has_a_token() -> None:
+    scheduler = make_scheduler(tokens=4)
+    for seq_id, suspect in enumerate(("a", "a", "b")):
+        scheduler.add(sequence := make_sequence(seq_id, 3, max_tokens=9))
+        sequence.request_id, sequence.suspect = f"{suspect}-{seq_id}", suspect
+    for expected in ([0, 1], [0, 1], [0, 1, 2]):  # of the second prompt one token fits into the first step
+        plan = planned(scheduler)
+        assert sorted(part.seq_id for part in plan.sequences) == expected
+        scheduler.update(plan, answer(plan))
